@@ -1,0 +1,1 @@
+"""From TOML to a frozen, checked `Config`, and back."""

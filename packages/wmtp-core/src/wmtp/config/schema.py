@@ -1,0 +1,302 @@
+"""The sections of a WMTP config: every class is a table in TOML, every field a key in it.
+
+A section with a ``type`` belongs to a plugin's config class (`wmtp.hookspecs`); the rest are the plain tables below. No
+torch types: a config is checked on machines that have no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from attrs import Factory, field, frozen
+from attrs.validators import deep_iterable, ge, gt, le, lt, min_len, optional
+
+from wmtp.config.components import Component, component
+from wmtp.launchers.config import LocalLauncher
+from wmtp.tracking.config import MLflowTracker
+from wmtp.training.optimizer_config import AdamW
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DevicesConfig",
+    "EarlyStoppingConfig",
+    "EvalDataConfig",
+    "HeadsConfig",
+    "ModelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "StorageConfig",
+    "TrainConfig",
+    "TrainDataConfig",
+]
+
+
+@frozen(kw_only=True)
+class RunConfig:
+    """Who this run is.
+
+    Args:
+        name: the run directory is ``output_dir/name``, and must be new unless the run is resumed. Without a name it is
+            the trainer's and the date.
+        tags: free words, sent to the tracker.
+        seed: of everything random: new weights, shuffling, splits.
+        output_dir: where run directories are made.
+    """
+
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    seed: int = field(default=0, validator=[ge(0), lt(2**32)])
+    output_dir: str = "runs"
+
+
+@frozen(kw_only=True)
+class HeadsConfig:
+    """The heads that predict the next ``horizon`` tokens. Head 1 is the model's own.
+
+    Args:
+        horizon: H, how many tokens ahead are predicted.
+        kind: what heads 2..H are. ``block``: a decoder layer each on the trunk (Meta, arXiv 2404.19737); ``linear``: an
+            unembedding each; ``residual``: a residual SiLU layer each before the shared unembedding (Medusa, arXiv
+            2401.10774); ``chained``: a decoder layer each, fed by the previous depth and the embedding of the token that
+            it predicted (DeepSeek-V3, arXiv 2412.19437); ``shared``: one such layer applied again and again (FastMTP,
+            arXiv 2509.18362). A model that brings heads of its own keeps them, and must agree with this.
+        init: how new heads start. ``copy``: from the model's last layer (``linear``: from its unembedding;
+            ``residual``: as the identity); ``random``: from the model's own initialiser.
+        trunk_gradient: ``joint``: all heads train the trunk; ``detach``: only head 1 does.
+        head_weights: α, one a head. Default 1 each.
+        decay: instead of ``head_weights``: α_k = decay^(k−1).
+        warmup_steps: for so many optimizer steps at the start only heads 2..H learn, on a frozen model.
+    """
+
+    horizon: int = field(default=4, validator=ge(1))
+    kind: Literal["block", "linear", "residual", "chained", "shared"] = "block"
+    init: Literal["copy", "random"] = "copy"
+    trunk_gradient: Literal["joint", "detach"] = "joint"
+    head_weights: tuple[float, ...] | None = field(default=None, validator=optional(deep_iterable(ge(0.0))))
+    decay: float | None = field(default=None, validator=optional([gt(0.0), le(1.0)]))
+    warmup_steps: int = field(default=0, validator=ge(0))
+
+    def resolved_head_weights(self) -> tuple[float, ...]:
+        """α of heads 1..H."""
+        if self.head_weights is not None:
+            return self.head_weights
+        return tuple((self.decay or 1.0) ** k for k in range(self.horizon))
+
+
+@frozen(kw_only=True)
+class ModelConfig:
+    """One model: ``type`` and the keys of its loader, and for ``[models.base]`` the heads.
+
+    Args:
+        loader: where the model comes from. In TOML its keys stand in the model's own table.
+        heads: the multi-token-prediction heads; only ``base`` has them.
+    """
+
+    loader: Component = component("model_loaders")
+    heads: HeadsConfig | None = None
+
+
+@frozen(kw_only=True)
+class TrainDataConfig:
+    """What is learned from.
+
+    Args:
+        sources: names of ``[datasets.*]`` tables. Default: all of them that ``[data.eval]`` does not name.
+        max_length: tokens in one row of a batch.
+        batch_size: rows in one optimizer step of the whole job, over all devices.
+        micro_batch_size: rows that one device computes at once. It changes memory and speed, never the result.
+            Default: ``batch_size``.
+        packing: true puts several documents into a row, which never see or predict each other; false gives a document a
+            row, padded, and puts rows of like length together.
+        learn_prompt: whether prompt tokens are targets too.
+        overlong: what happens to a document of more than ``max_length`` tokens: ``truncate`` it, ``skip`` it, or
+            ``split`` it into several.
+        on_bad_example: ``error`` stops at the first line that cannot be read, ``skip`` leaves it out and says how many.
+        shuffle: a new order in each epoch, by ``run.seed``; false keeps the order of the files.
+    """
+
+    sources: tuple[str, ...] | None = None
+    max_length: int = field(default=1024, validator=ge(2))
+    batch_size: int = field(default=8, validator=ge(1))
+    micro_batch_size: int | None = field(default=None, validator=optional(ge(1)))
+    packing: bool = True
+    learn_prompt: bool = False
+    overlong: Literal["truncate", "skip", "split"] = "truncate"
+    on_bad_example: Literal["error", "skip"] = "error"
+    shuffle: bool = True
+
+
+@frozen(kw_only=True)
+class EvalDataConfig:
+    """What is measured during training, never learned from. Rows are made as ``[data.train]`` says.
+
+    Args:
+        sources: names of ``[datasets.*]`` tables.
+        holdout: instead of ``sources``: this share of the training documents, chosen by ``run.seed``.
+        batch_size: rows computed at once. Default: the micro-batch of training.
+        max_batches: measure at most so many batches. Default: all.
+    """
+
+    sources: tuple[str, ...] | None = None
+    holdout: float | None = field(default=None, validator=optional([gt(0.0), lt(1.0)]))
+    batch_size: int | None = field(default=None, validator=optional(ge(1)))
+    max_batches: int | None = field(default=None, validator=optional(ge(1)))
+
+
+@frozen(kw_only=True)
+class DataConfig:
+    """What is learned from and what is measured.
+
+    Args:
+        train: the training data.
+        eval: the evaluation data; none by default.
+        cache_dir: where tokenised data is kept, by content. Default: ``.cache/tokens`` in ``run.output_dir``.
+    """
+
+    train: TrainDataConfig = Factory(TrainDataConfig)
+    eval: EvalDataConfig | None = None
+    cache_dir: str | None = None
+
+
+@frozen(kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the optimizer steps of the whole job, as a factor of ``optimizer.lr``.
+
+    Args:
+        type: ``constant``, or ``linear`` or ``cosine`` decay to ``min_ratio`` at the last step.
+        warmup_steps: optimizer steps of linear rise at the start.
+        warmup_ratio: instead of ``warmup_steps``: a share of all steps.
+        min_ratio: where the decay ends.
+    """
+
+    type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int | None = field(default=None, validator=optional(ge(0)))
+    warmup_ratio: float | None = field(default=None, validator=optional([ge(0.0), lt(1.0)]))
+    min_ratio: float = field(default=0.0, validator=[ge(0.0), le(1.0)])
+
+
+@frozen(kw_only=True)
+class EarlyStoppingConfig:
+    """Stops when a metric no longer gets better.
+
+    Args:
+        metric: a logged metric, for instance ``eval/loss/head_1``.
+        patience: so many measurements in a row without progress end the run.
+        mode: whether lower (``min``) or higher (``max``) is better.
+        min_delta: progress is a change of more than this.
+    """
+
+    metric: str = "eval/loss"
+    patience: int = field(default=3, validator=ge(1))
+    mode: Literal["min", "max"] = "min"
+    min_delta: float = field(default=0.0, validator=ge(0.0))
+
+
+@frozen(kw_only=True)
+class TrainConfig:
+    """How long, and how a step is made.
+
+    Args:
+        max_steps: optimizer steps. Default: what ``epochs`` gives.
+        epochs: passes over the training data. With ``max_steps`` too, what comes first. Default 1 where neither is given.
+        normalizer: what the weighted sum of losses is divided by: ``sum_w`` Σ α w m, ``valid`` Σ α m, both over the whole
+            optimizer step; ``per_position`` only reproduces older code, and cancels every per-token weight.
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        log_interval: optimizer steps between two logged steps.
+        eval_interval: optimizer steps between two evaluations. Default: only at the end.
+        early_stopping: when to stop before the last step.
+    """
+
+    max_steps: int | None = field(default=None, validator=optional(ge(1)))
+    epochs: float | None = field(default=None, validator=optional(gt(0.0)))
+    normalizer: Literal["sum_w", "valid", "per_position"] = "sum_w"
+    max_grad_norm: float = field(default=1.0, validator=ge(0.0))
+    log_interval: int = field(default=1, validator=ge(1))
+    eval_interval: int | None = field(default=None, validator=optional(ge(1)))
+    early_stopping: EarlyStoppingConfig | None = None
+
+
+@frozen(kw_only=True)
+class DevicesConfig:
+    """What computes, and in which precision.
+
+    Args:
+        device: ``auto`` takes cuda, then mps, then cpu.
+        precision: ``fp32``; ``bf16`` keeps parameters and optimizer in fp32 and computes in bf16 (autocast). Where a
+            device cannot do bf16, fp32 is used and one line says so.
+        threads: CPU threads. Default: torch's.
+    """
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: int | None = field(default=None, validator=optional(ge(1)))
+
+
+@frozen(kw_only=True)
+class CheckpointConfig:
+    """What is kept to go on from.
+
+    Args:
+        uri: where checkpoints are written. Default: ``checkpoints`` in the run directory.
+        save_interval: optimizer steps between two checkpoints. Default: only at the end and on a signal.
+        keep_last: how many checkpoints are kept; 0 keeps all.
+        save_final: whether a checkpoint is written at the end too, besides ``model/``.
+    """
+
+    uri: str | None = None
+    save_interval: int | None = field(default=None, validator=optional(ge(1)))
+    keep_last: int = field(default=2, validator=ge(0))
+    save_final: bool = True
+
+
+@frozen(kw_only=True)
+class StorageConfig:
+    """Where remote files are kept after they were fetched.
+
+    Args:
+        cache_dir: default ``~/.cache/wmtp``.
+    """
+
+    cache_dir: str = "~/.cache/wmtp"
+
+
+@frozen(kw_only=True)
+class Config:
+    """A whole run. ``wmtp.run(Config(...))`` does what ``wmtp run`` does with the TOML of the same content.
+
+    Args:
+        run: name, seed, place.
+        models: ``base`` is trained; others (``ref``, ``rm``, ``critic``) where the trainer needs them.
+        tokenizer: default: that of the base model.
+        datasets: the data sources by name.
+        data: which of them are learned from, and how rows are made.
+        trainer: the algorithm.
+        optimizer: default AdamW.
+        schedule: the learning rate over time.
+        train: length, normaliser, clipping, intervals.
+        devices: device and precision.
+        checkpoints: what is kept.
+        tracker: default MLflow in a local SQLite file.
+        launcher: default this machine.
+        storage: the cache of remote files.
+        eval: measurements at the end of the run.
+    """
+
+    run: RunConfig = Factory(RunConfig)
+    models: Mapping[str, ModelConfig] = field(validator=min_len(1))
+    tokenizer: Component | None = component("tokenizers", default=None)
+    datasets: Mapping[str, Component] = component("data_loaders", validator=min_len(1))
+    data: DataConfig = Factory(DataConfig)
+    trainer: Component = component("trainers")
+    optimizer: Component = component("optimizers", factory=AdamW)
+    schedule: ScheduleConfig = Factory(ScheduleConfig)
+    train: TrainConfig = Factory(TrainConfig)
+    devices: DevicesConfig = Factory(DevicesConfig)
+    checkpoints: CheckpointConfig = Factory(CheckpointConfig)
+    tracker: Component = component("trackers", factory=MLflowTracker)
+    launcher: Component = component("launchers", factory=LocalLauncher)
+    storage: StorageConfig = Factory(StorageConfig)
+    eval: tuple[Component, ...] = component("evaluators", default=())

@@ -1,0 +1,5 @@
+"""From files to batches of tokens."""
+
+from wmtp.data.base import Example, ExampleLoader
+
+__all__ = ["Example", "ExampleLoader"]

@@ -1,0 +1,71 @@
+"""The contract of a data source. Torch-free."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+from attrs import field, frozen
+
+from wmtp.errors import WMTPError
+
+__all__ = ["BadExample", "Example", "ExampleLoader"]
+
+
+class BadExample(WMTPError):
+    """A line or file that is no example.
+
+    `ExampleLoader.examples` *yields* it in place of an example, so that ``on_bad_example`` decides what happens.
+
+    Args:
+        where: ``file:line``.
+        problem: what is wrong.
+    """
+
+    def __init__(self, where: str, problem: str) -> None:
+        self.where = where
+        self.problem = problem
+        super().__init__(f"{where}: {problem}")
+
+
+@frozen(kw_only=True)
+class Example:
+    """One document.
+
+    Args:
+        id: what a message calls it: the problem's number, or ``file:line``.
+        prompt: what the model is given; not learned unless the config says so.
+        completion: what the model learns. An end-of-sequence token follows it.
+        group: the problem that this is an answer to; answers of one problem have the same. Default: ``id``.
+        is_correct: whether the answer is right, where that is known.
+        reward: how good it is, where that is known.
+        weights: a weight for every token of the completion (the end-of-sequence token may have one more), or pairs of
+            (text, weight): pieces that joined make the completion, whose tokens get that weight. None: 1 everywhere.
+    """
+
+    id: str
+    prompt: str = ""
+    completion: str
+    group: str = field(default="")
+    is_correct: bool | None = None
+    reward: float | None = None
+    weights: tuple[float, ...] | tuple[tuple[str, float], ...] | None = None
+
+
+class ExampleLoader(ABC):
+    """Turns files into examples."""
+
+    #: examples for evaluation only: training on them is refused unless the config class has ``allow_training = true``
+    evaluation_only: bool = False
+
+    @abstractmethod
+    def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
+        """The examples, in the order of the files.
+
+        Args:
+            path: the local file or folder of the config's ``uri``; None where the config class has no ``uri``.
+
+        Raises:
+            WMTPError: the files cannot be read at all. One bad line among good ones is yielded as `BadExample` instead.
+        """

@@ -1,0 +1,132 @@
+"""A batch of rows of tokens, and which of them each head must predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+__all__ = ["PADDING", "Batch", "Document", "Targets", "align_targets", "shift_to_predictions"]
+
+#: the document number of places that are padding
+PADDING = -1
+
+
+@frozen(kw_only=True)
+class Document:
+    """What is known of one document, or of one piece of a document that was split.
+
+    Args:
+        index: its number in the tokenised data set; the same in every run with the same data and tokenizer.
+        start: where the piece starts, in tokens of the whole document.
+        id: the example's id.
+        group: the example's group.
+        is_correct: the example's label, where it has one.
+        reward: the example's reward, where it has one.
+    """
+
+    index: int
+    start: int
+    id: str
+    group: str
+    is_correct: bool | None = None
+    reward: float | None = None
+
+
+@frozen(kw_only=True, eq=False)
+class Batch:
+    """Rows of tokens.
+
+    Args:
+        input_ids: ``[B, S]`` int64; padding holds any valid id.
+        document: ``[B, S]`` int64, for each place the number of its document in ``documents``, or `PADDING`.
+        position: ``[B, S]`` int64, the place inside the document's piece, from 0.
+        learn: ``[B, S]`` bool, whether the token is one to learn (not prompt, not padding; end-of-sequence is).
+        weight: ``[B, S]`` float32, the data's own weight of each token; None where no document has any.
+        documents: what is known of each document in the batch.
+    """
+
+    input_ids: Tensor
+    document: Tensor
+    position: Tensor
+    learn: Tensor
+    documents: Sequence[Document]
+    weight: Tensor | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether some row holds more than one document. Reads from the CPU copy only: call it before `to`."""
+        starts = (self.position == 0) & (self.document != PADDING)
+        return bool((starts.sum(dim=1) > 1).any())
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """The rows from ``start`` to ``stop``; document numbers keep their meaning."""
+        return evolve(
+            self,
+            input_ids=self.input_ids[start:stop],
+            document=self.document[start:stop],
+            position=self.position[start:stop],
+            learn=self.learn[start:stop],
+            weight=None if self.weight is None else self.weight[start:stop],
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``; copies from pinned memory do not block."""
+        return evolve(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            document=self.document.to(device, non_blocking=True),
+            position=self.position.to(device, non_blocking=True),
+            learn=self.learn.to(device, non_blocking=True),
+            weight=None if self.weight is None else self.weight.to(device, non_blocking=True),
+        )
+
+
+@frozen(kw_only=True, eq=False)
+class Targets:
+    """What each head must predict.
+
+    Args:
+        ids: ``[B, S, H]`` int64, the token x[t+k] that head k predicts at t; 0 where there is none.
+        valid: ``[B, S, H]`` bool, m[t, k]: the target is inside the row, inside the same document, and a token to learn.
+    """
+
+    ids: Tensor
+    valid: Tensor
+
+
+def align_targets(batch: Batch, horizon: int) -> Targets:
+    """Targets of heads 1..H: head k at position t predicts the token at t+k.
+
+    Args:
+        batch: rows of S tokens.
+        horizon: H; heads beyond the row's end have no valid target.
+
+    Returns:
+        ids and valid mask, ``[B, S, H]``.
+    """
+    ids = shift_to_predictions(batch.input_ids, horizon)
+    learn = shift_to_predictions(batch.learn, horizon)
+    # PADDING − 1 differs from every document number, padding included
+    document = shift_to_predictions(batch.document, horizon, fill=PADDING - 1)
+    return Targets(ids=ids, valid=learn & (document == batch.document.unsqueeze(-1)))
+
+
+def shift_to_predictions(by_token: Tensor, horizon: int, fill: float = 0) -> Tensor:
+    """Place a value that belongs to a token at every prediction of that token: ``out[b, t, k−1] = by_token[b, t+k]``.
+
+    Args:
+        by_token: ``[B, S]``.
+        horizon: H.
+        fill: the value where t+k is beyond the row's end.
+
+    Returns:
+        ``[B, S, H]``.
+    """
+    rows, length = by_token.shape
+    out = by_token.new_full((rows, length, horizon), fill)
+    for k in range(1, min(horizon, length - 1) + 1):
+        out[:, : length - k, k - 1] = by_token[:, k:]
+    return out

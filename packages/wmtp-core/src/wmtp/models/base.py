@@ -1,0 +1,85 @@
+"""The contract of a model source. Importing it imports no torch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from wmtp.config.schema import HeadsConfig
+
+__all__ = ["LoadedModel", "ModelInfo", "ModelLoader"]
+
+
+@frozen(kw_only=True)
+class ModelInfo:
+    """What is known of a model before its weights are read.
+
+    Args:
+        architecture: for instance ``LlamaForCausalLM``.
+        parameters: their number, without extra heads; tied ones count once.
+        layers: decoder layers.
+        hidden_size: D.
+        vocab_size: V, the rows of the unembedding.
+        max_positions: the longest input; None where there is no limit.
+        heads: the extra heads that the model brings; None for an ordinary model.
+    """
+
+    architecture: str
+    parameters: int
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int | None
+    heads: HeadsConfig | None = None
+
+
+@frozen(kw_only=True, eq=False)
+class LoadedModel:
+    """A model as its source has it.
+
+    Args:
+        model: an ordinary causal language model; its own layers are untouched.
+        heads: the kind and horizon of the extra heads that the files hold; None where they hold none.
+        head_state: the tensors of those extra heads, named as in `wmtp.models.mtp.MTPModel.extra_heads`' state dict.
+    """
+
+    model: PreTrainedModel
+    heads: HeadsConfig | None = None
+    head_state: Mapping[str, torch.Tensor] | None = None
+
+
+class ModelLoader(ABC):
+    """Turns a file or folder into a causal language model."""
+
+    @abstractmethod
+    def info(self, path: Path | None) -> ModelInfo:
+        """Read the metadata, not the weights.
+
+        Args:
+            path: the local file or folder of the config's ``uri``; None where the config class has no ``uri``.
+
+        Raises:
+            WMTPError: the files are missing, damaged or of another format; the message names them.
+        """
+
+    @abstractmethod
+    def load(self, path: Path | None, *, dtype: torch.dtype, seed: int) -> LoadedModel:
+        """Read the weights, on the CPU.
+
+        Args:
+            path: as for `info`.
+            dtype: of the parameters.
+            seed: of weights that are made new (a model from scratch).
+
+        Raises:
+            WMTPError: a tensor is missing, unexpected or of the wrong shape; the message names it. Nothing is ever filled
+                with random values in place of a missing tensor.
+        """

@@ -1,0 +1,5 @@
+"""How URIs become local files."""
+
+from wmtp.storage.base import Storage
+
+__all__ = ["Storage"]

@@ -1,0 +1,60 @@
+"""The contract of a tracker."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from attrs import frozen
+
+__all__ = ["RunInfo", "Tracker"]
+
+
+@frozen(kw_only=True)
+class RunInfo:
+    """What a tracker is told at the start.
+
+    Args:
+        name: the run's name.
+        run_dir: the run directory; it holds ``config.toml``. A tracker may keep a file of its own there, to find its run
+            again after a resume.
+        tags: ``run.tags`` and facts such as the versions and the git commit.
+        params: the config, flat: ``{"optimizer.lr": "0.001", …}``.
+        resumed_step: the step of the checkpoint that the run goes on from; None for a new run.
+    """
+
+    name: str
+    run_dir: Path
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    resumed_step: int | None = None
+
+
+class Tracker(ABC):
+    """Receives a run's parameters and metrics. Only one process calls it.
+
+    Training never stops for a tracker once it has started: after `start`, a tracker that cannot reach its server says so once
+    (`logging.getLogger("wmtp")`), keeps what was missed and sends it when the server is back.
+    """
+
+    @abstractmethod
+    def start(self, run: RunInfo) -> None:
+        """Open the run, or reopen it if ``run.resumed_step`` is set.
+
+        Raises:
+            WMTPError: the tracker cannot be used; the message says what to do.
+        """
+
+    @abstractmethod
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of one optimizer step."""
+
+    @abstractmethod
+    def finish(self, status: Literal["finished", "stopped", "interrupted", "failed"], model: Path | None) -> None:
+        """Close the run: send what is left, and say where the model is."""
+
+    def location(self) -> str | None:
+        """One line for the user: how to see the run, for instance a command or an address."""
+        return None

@@ -1,0 +1,155 @@
+"""The contract of an algorithm: which predicted tokens matter, and how much.
+
+The loop does everything else, the same for every algorithm. One optimizer step is:
+
+1. every micro-batch goes through the model; `Trainer.observe` turns hidden states into numbers per token;
+2. the numbers of the *whole* step, all micro-batches and all devices, are put together in one `StepView`;
+3. `Trainer.token_weights` and `Trainer.auxiliary_losses` are called once on that view;
+4. the gradient of  L = Σ α_k · w[t,k] · CE[t,k] / Z + Σ auxiliary losses  is computed, micro-batch by micro-batch.
+
+So quantiles, whitening, means or pairs of sequences are plain mathematics over the whole batch, and no result depends on how
+a batch is split. Step 1 costs a forward of its own only where an algorithm needs something of it and there is more than one
+micro-batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from wmtp.data.batch import Batch, Targets, shift_to_predictions
+
+__all__ = ["HiddenView", "Stage", "StepView", "Trainer", "TrainerSetup"]
+
+
+@frozen(kw_only=True)
+class Stage:
+    """A part of a run.
+
+    Args:
+        name: logged, and shown.
+        steps: optimizer steps; None: the rest of the run.
+        frozen: what does not learn: ``model`` (trunk, head 1, embeddings), ``heads`` (heads 2..H), or names of
+            `Trainer.modules`.
+        model_loss: whether the weighted multi-token loss is part of the loss; False: only the auxiliary losses are.
+    """
+
+    name: str = "train"
+    steps: int | None = None
+    frozen: frozenset[str] = frozenset()
+    model_loss: bool = True
+
+
+@frozen(kw_only=True, eq=False)
+class TrainerSetup:
+    """What an algorithm is given once, before the first step.
+
+    Args:
+        hidden_size: D.
+        vocab_size: V.
+        horizon: H.
+        device: where the model is.
+        seed: the run's seed.
+        model: loads another ``[models.*]`` by name, frozen, in eval mode, on ``device``.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    horizon: int
+    device: torch.device
+    seed: int
+    model: Callable[[str], nn.Module]
+
+
+@frozen(kw_only=True, eq=False)
+class HiddenView:
+    """One micro-batch, as the model sees it.
+
+    Args:
+        batch: b rows.
+        targets: ``[b, S, H]``.
+        trunk: ``[b, S, D]``, the hidden states that feed the heads. They carry a gradient where the trunk learns: detach
+            them to keep a module's loss out of the trunk.
+    """
+
+    batch: Batch
+    targets: Targets
+    trunk: Tensor
+
+
+@frozen(kw_only=True, eq=False)
+class StepView:
+    """A whole optimizer step: all rows of all micro-batches and devices, in the order of the data.
+
+    Args:
+        batch: B rows.
+        targets: ids and valid mask, ``[B, S, H]``.
+        token_loss: CE[t, k], ``[B, S, H]`` fp32, detached, 0 where not valid. None unless the trainer's
+            ``needs_token_loss`` is True.
+        observations: what `Trainer.observe` returned, ``[B, S]`` or ``[B, S, H]``, 0 at padding. In
+            `Trainer.auxiliary_losses` they carry a gradient; in `Trainer.token_weights` they are detached.
+        step: the optimizer step, from 0.
+        generator: random numbers that depend on the seed and the step only.
+    """
+
+    batch: Batch
+    targets: Targets
+    token_loss: Tensor | None
+    observations: Mapping[str, Tensor]
+    step: int
+    generator: torch.Generator
+
+    def by_prediction(self, by_token: Tensor) -> Tensor:
+        """Place token values ``[B, S]`` at the predictions of those tokens ``[B, S, H]``: out[t, k] = by_token[t+k]."""
+        return shift_to_predictions(by_token, self.targets.ids.shape[-1])
+
+
+class Trainer(ABC):
+    """An algorithm. Every method has a default: a subclass writes only what differs from uniform weights."""
+
+    #: True where `token_weights` uses this step's cross entropy
+    needs_token_loss: bool = False
+
+    def setup(self, setup: TrainerSetup) -> None:
+        """Called once, before anything else. Make modules and load other models here."""
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Modules that learn besides the model, by name. They are saved in checkpoints."""
+        return {}
+
+    def stages(self) -> Sequence[Stage]:
+        """The parts of the run, in order; only the last may be without ``steps``."""
+        return (Stage(),)
+
+    def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
+        """Numbers per token, from the hidden states of one micro-batch: ``[b, S]`` or ``[b, S, H]`` each."""
+        return {}
+
+    def token_weights(self, view: StepView) -> Tensor | None:
+        """The weights of one step: finite, ≥ 0, without gradient.
+
+        Returns:
+            ``[B, S]``: a weight for each token, placed at all its predictions; or ``[B, S, H]``: one for each prediction; or
+            None: 1 everywhere. Values at places that are not valid have no effect.
+        """
+        return None
+
+    def auxiliary_losses(self, view: StepView) -> Mapping[str, Tensor]:
+        """Further terms of the loss: scalars, computed from ``view.observations``."""
+        return {}
+
+    def metrics(self) -> Mapping[str, Tensor | float]:
+        """Numbers of the last step to log besides the loop's own. Tensors are read a step late, without waiting."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State beyond `modules` that a resumed run needs (running means …): tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
