@@ -1,0 +1,194 @@
+"""The weighted cross entropy of H heads, never holding more than a chunk of logits.
+
+    L = Σ_i Σ_k c[i, k] · CE(logits_k(h_k[i]), x[i, k])
+
+with coefficients c that already hold head weight, token weight and normaliser. The gradient of the hidden states and of the
+unembedding is computed together with the loss, chunk by chunk, so the logits of a chunk are made once and kept nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+__all__ = ["Unembedding", "token_losses", "weighted_cross_entropy"]
+
+#: bytes of fp32 logits that are held at once
+_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+
+
+@frozen(kw_only=True, eq=False)
+class Unembedding:
+    """How hidden states become logits: ``cap(scale · (h Wᵀ + b))``, with ``cap(z) = softcap · tanh(z / softcap)``.
+
+    Args:
+        weight: ``[V, D]``.
+        bias: ``[V]``, or None.
+        scale: a factor on the logits (Cohere, Granite).
+        softcap: soft limit of the logits (Gemma 2, arXiv 2408.00118), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[…, D]`` → ``[…, V]``, in the dtype of ``hidden``; the same operations in the same order as the model's own."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+def weighted_cross_entropy(
+    hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding], ids: Tensor, coefficients: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weighted loss of all heads, and the token losses.
+
+    Args:
+        hidden: one ``[…, D]`` a head, each what that head's unembedding multiplies.
+        unembeddings: one a head; heads may share one, whose gradient is then accumulated once, in fp32.
+        ids: ``[…, H]`` int64, the targets.
+        coefficients: ``[…, H]``, without gradient; 0 where a prediction does not count.
+        valid: ``[…, H]`` bool, the predictions whose token loss is wanted. Must include every non-zero coefficient.
+
+    Returns:
+        the loss, a scalar with gradient; and the token losses ``[…, H]`` fp32, detached, 0 where not valid.
+    """
+    horizon = ids.shape[-1]
+    shared, tensors = _flatten(hidden, unembeddings)
+    loss, losses = _WeightedCrossEntropy.apply(
+        ids.reshape(-1, horizon),
+        coefficients.detach().reshape(-1, horizon),
+        valid.reshape(-1, horizon),
+        shared,
+        torch.is_grad_enabled(),
+        *tensors,
+    )
+    return loss, losses.view(ids.shape)
+
+
+@torch.no_grad()
+def token_losses(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding], ids: Tensor, valid: Tensor) -> Tensor:
+    """The cross entropy of every valid prediction, without gradient.
+
+    Args:
+        hidden: one ``[…, D]`` a head.
+        unembeddings: one a head.
+        ids: ``[…, H]`` int64, the targets.
+        valid: ``[…, H]`` bool.
+
+    Returns:
+        ``[…, H]`` fp32 (fp64 for fp64 hidden states), 0 where not valid.
+    """
+    zeros = torch.zeros_like(ids, dtype=torch.float32)
+    return weighted_cross_entropy([h.detach() for h in hidden], unembeddings, ids, zeros, valid)[1]
+
+
+def _flatten(
+    hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding]
+) -> tuple[list[tuple[Unembedding, int, int | None]], list[Tensor]]:
+    """List all tensors once, for autograd; say for each head where its weight and bias stand in the list."""
+    tensors = [h.reshape(-1, h.shape[-1]) for h in hidden]
+    place: dict[int, int] = {}
+    shared: list[tuple[Unembedding, int, int | None]] = []
+
+    def add(tensor: Tensor) -> int:
+        if id(tensor) not in place:
+            place[id(tensor)] = len(tensors)
+            tensors.append(tensor)
+        return place[id(tensor)]
+
+    for unembedding in unembeddings:
+        bias = None if unembedding.bias is None else add(unembedding.bias)
+        shared.append((unembedding, add(unembedding.weight), bias))
+    return shared, tensors
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """Computes the gradients for an upstream gradient of 1 in the forward pass; the backward pass scales them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        ids: Tensor,
+        coefficients: Tensor,
+        valid: Tensor,
+        shared: list[tuple[Unembedding, int, int | None]],
+        with_gradient: bool,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        horizon = ids.shape[1]
+        hidden = tensors[:horizon]
+        device = hidden[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        compute = torch.get_autocast_dtype(device) if autocast else hidden[0].dtype
+        exact = torch.promote_types(compute, torch.float32)
+        wanted = [with_gradient and needed for needed in ctx.needs_input_grad[5:]]
+
+        cast = {
+            place: tensors[place].to(compute) for _, weight, bias in shared for place in (weight, bias) if place is not None
+        }
+        gradients: list[Tensor | None] = [
+            torch.zeros_like(t, dtype=t.dtype if i < horizon else exact) if wanted[i] else None for i, t in enumerate(tensors)
+        ]
+        losses = torch.zeros(ids.shape, dtype=exact, device=ids.device)
+        with torch.autocast(device, enabled=False):
+            for k, (unembedding, weight, bias) in enumerate(shared):
+                rows = valid[:, k].nonzero().squeeze(1)
+                chunk = max(1, _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (4 * tensors[weight].shape[0]))
+                for index in rows.split(chunk):
+                    h = hidden[k][index].to(compute)
+                    target = ids[index, k]
+                    logits = torch.nn.functional.linear(h, cast[weight], None if bias is None else cast[bias]).to(exact)
+                    if unembedding.scale != 1.0:
+                        logits *= unembedding.scale
+                    if unembedding.softcap is not None:
+                        logits = logits.div_(unembedding.softcap).tanh_().mul_(unembedding.softcap)
+                    normaliser = torch.logsumexp(logits, dim=1)
+                    at_target = logits.gather(1, target.unsqueeze(1)).squeeze(1)
+                    losses[index, k] = normaliser - at_target
+                    if not (wanted[k] or wanted[weight] or (bias is not None and wanted[bias])):
+                        continue
+                    slope: Tensor | float = unembedding.scale
+                    if unembedding.softcap is not None:
+                        slope = (1 - (logits / unembedding.softcap).square_()).mul_(unembedding.scale)
+                    # d CE / d logits = softmax − onehot
+                    delta = logits.sub_(normaliser.unsqueeze(1)).exp_()
+                    delta.scatter_add_(1, target.unsqueeze(1), delta.new_full((len(index), 1), -1.0))
+                    delta.mul_(coefficients[index, k].to(exact).unsqueeze(1)).mul_(slope)
+                    if bias is not None and (gradient := gradients[bias]) is not None:
+                        gradient += delta.sum(0)
+                    delta = delta.to(compute)
+                    if (gradient := gradients[k]) is not None:
+                        gradient[index] = (delta @ cast[weight]).to(gradient.dtype)
+                    if (gradient := gradients[weight]) is not None:
+                        _add_product(gradient, delta, h)
+        ctx.gradients = [None if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
+        ctx.mark_non_differentiable(losses)
+        # NaN · 0 is NaN: an infinite token loss must show in the loss only where it counts
+        counted = torch.where(coefficients != 0, losses * coefficients.to(exact), 0.0)
+        return counted.sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of weighted_cross_entropy can be taken once: it is kept nowhere after that")
+        gradients = [None if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.gradients]
+        ctx.gradients = None
+        return None, None, None, None, None, *gradients
+
+
+def _add_product(accumulator: Tensor, delta: Tensor, hidden: Tensor) -> None:
+    """``accumulator += deltaᵀ · hidden``, added in the accumulator's precision."""
+    if accumulator.dtype == delta.dtype:
+        accumulator.addmm_(delta.T, hidden)
+    else:
+        accumulator += delta.T @ hidden
