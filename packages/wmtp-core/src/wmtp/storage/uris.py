@@ -1,0 +1,137 @@
+"""What a URI names, and which storage backend serves it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from wmtp.errors import ConfigError
+from wmtp.storage.base import Storage
+
+__all__ = ["backend_for", "file_path", "localize", "redact", "scheme_of"]
+
+#: scheme → the package whose storage backend serves it
+PACKAGES: Final[Mapping[str, str]] = dict.fromkeys(
+    ("s3", "gs", "az", "abfs", "abfss", "http", "https"),
+    "wmtp-storage",
+)
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?")
+_USERINFO = re.compile(r"(?<=://)[^/?#@\s]*@")
+
+
+def scheme_of(uri: str) -> str:
+    """The scheme of ``uri`` in lower case; ``file`` for a plain path.
+
+    Raises:
+        ConfigError: ``uri`` is empty, or is missing its slashes, its bucket or its host.
+    """
+    if not uri.strip():
+        raise ConfigError("the URI is empty; write a path or a URI")
+    match = _SCHEME.match(uri)
+    if match is None:
+        return "file"
+    scheme, slashes = match[1].lower(), match[2]
+    if scheme == "file":
+        return scheme
+    if slashes is None:
+        # a colon is legal in a file's name, so only a scheme that is known makes this a mistake
+        if scheme in PACKAGES:
+            rest = uri[match.end() :].lstrip("/")
+            raise ConfigError(f"{redact(uri)!r} is no URI; write {redact(f'{scheme}://{rest}')!r}")
+        return "file"
+    authority = re.split(r"[/?#]", uri[match.end() :], maxsplit=1)[0]
+    if scheme in PACKAGES and not authority.rpartition("@")[2]:
+        place = "host" if scheme.startswith("http") else "bucket"
+        raise ConfigError(f"{redact(uri)!r} names no {place}; write {scheme}://{place.upper()}/PATH")
+    return scheme
+
+
+def file_path(uri: str) -> Path:
+    """The absolute local path that a plain path or a ``file:`` URI names.
+
+    A plain path is taken as it stands, with ``~`` and ``~user`` expanded, relative to the working folder; ``%`` means itself.
+    In a ``file:`` URI percent-encoding is decoded. ``..`` and links mean what they mean to the operating system.
+
+    Raises:
+        ConfigError: it is no such URI.
+    """
+    if scheme_of(uri) != "file":
+        raise ConfigError(f"{redact(uri)!r} is not on this machine; write a path or a file:/// URI")
+    path = _decode(uri) if re.match("file:", uri, re.IGNORECASE) else uri
+    if "\0" in path:
+        raise ConfigError(f"{uri!r} holds a NUL character; a path cannot")
+    try:
+        # not every path: pathlib has forgotten the ./ of './~x' before it expands
+        return Path.cwd() / (Path(path).expanduser() if path.startswith("~") else path)
+    except RuntimeError:
+        raise ConfigError(f"{uri!r}: there is no such user on this machine; write the path in full") from None
+
+
+def _decode(uri: str) -> str:
+    """The path of a ``file:`` URI (RFC 8089)."""
+    rest = uri[len("file:") :]
+    if rest.startswith("//"):
+        host, slash, path = rest[2:].partition("/")
+        if host.lower() not in ("", "localhost"):
+            raise ConfigError(f"{uri!r} names a host, {host!r}; for a path of this machine write file:///{rest[2:]}")
+        rest = slash + path
+    if not rest.startswith("/"):
+        raise ConfigError(f"{uri!r} holds no absolute path; write file:///PATH, or a plain relative path without 'file:'")
+    if wrong := re.search(r"[?#]|%(?![0-9A-Fa-f]{2})", rest):
+        raise ConfigError(f"{uri!r}: {wrong[0]!r} in the name of a file must be written %{ord(wrong[0]):02X} in a URI")
+    return os.fsdecode(unquote_to_bytes(rest))
+
+
+def backend_for(uri: str, backends: Mapping[str, Storage], *, key: str | None = None) -> Storage:
+    """The backend that serves ``uri``.
+
+    Args:
+        uri: a URI or a plain path.
+        backends: scheme → backend.
+        key: the dotted config key that ``uri`` comes from, for messages.
+
+    Raises:
+        ConfigError: the URI is wrong, or no installed plugin serves its scheme; the message says which package does.
+    """
+    try:
+        scheme = scheme_of(uri)
+        if scheme == "file":
+            file_path(uri)
+        if scheme not in backends:
+            raise ConfigError(_no_backend(uri, scheme, backends))
+    except ConfigError as error:
+        raise (ConfigError([f"{key}: {problem}" for problem in error.problems]) if key else error) from None
+    return backends[scheme]
+
+
+def _no_backend(uri: str, scheme: str, schemes: Collection[str]) -> str:
+    found = f"{redact(uri)!r}: no installed plugin serves {scheme}:// URIs"
+    if package := PACKAGES.get(scheme):
+        return f"{found}; install the package {package}"
+    return f"{found}; installed: {', '.join(f'{name}://' for name in sorted(schemes))}"
+
+
+def localize(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *, key: str | None = None) -> Path:
+    """Make ``uri`` readable on this machine, and return its local path.
+
+    Args:
+        uri: a URI or a plain path.
+        backends: scheme → backend.
+        cache_dir: where fetched files are kept.
+        key: the dotted config key that ``uri`` comes from, for messages.
+
+    Raises:
+        ConfigError: the URI is wrong, or no installed plugin serves its scheme.
+        WMTPError: nothing is there, or it could not be read.
+    """
+    return backend_for(uri, backends, key=key).localize(uri, cache_dir)
+
+
+def redact(uri: str) -> str:
+    """``uri`` without the user and password that it may hold, for messages."""
+    return _USERINFO.sub("", uri)

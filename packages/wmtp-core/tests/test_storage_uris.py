@@ -1,0 +1,125 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.storage import backend_for, localize
+from wmtp.storage.config import FileStorage
+from wmtp.storage.uris import file_path, redact, scheme_of
+
+BACKENDS = {"file": FileStorage().build()}
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("/a/b", "/a/b"),
+        ("/a b/ü%20", "/a b/ü%20"),
+        ("file:///a/b", "/a/b"),
+        ("FILE:///a/b", "/a/b"),
+        ("file:/a/b", "/a/b"),
+        ("file://localhost/a/b", "/a/b"),
+        ("file:///a%20b/%C3%BC%25", "/a b/ü%"),
+        ("file:///a/b/", "/a/b"),
+        ("/a/x:y", "/a/x:y"),
+        ("/", "/"),
+    ],
+)
+def test_file_path(uri, path):
+    assert file_path(uri) == Path(path)
+
+
+def test_every_path_survives_as_uri(tmp_path):
+    for name in ["a b", "ü", "100%", "q?", "c#", "%41", os.fsdecode(b"\xff")]:
+        assert file_path((tmp_path / name).as_uri()) == tmp_path / name
+        assert file_path(str(tmp_path / name)) == tmp_path / name
+
+
+def test_home_and_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert file_path("~/x") == Path("/home/ada/x")
+    assert file_path("~") == Path("/home/ada")
+    assert file_path("x/y") == tmp_path / "x/y"
+    assert file_path("./~x") == tmp_path / "~x"
+    assert file_path("batch:1/x") == tmp_path / "batch:1/x"
+
+
+def test_dots_follow_links_as_the_system_does(tmp_path):
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "far/data").write_text("1")
+    (tmp_path / "link").symlink_to(tmp_path / "far/away")
+    assert file_path(f"{tmp_path}/link/../data").read_text() == "1"
+    assert file_path((tmp_path / "link").as_uri() + "/../data").read_text() == "1"
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("", "empty"),
+        ("  ", "empty"),
+        ("file://data/x", "file:///data/x"),
+        ("file:data/x", "file:///PATH"),
+        ("file://", "file:///PATH"),
+        ("file:///a?b", "%3F"),
+        ("file:///a#b", "%23"),
+        ("file:///100%", "%25"),
+        ("file:///a%00b", "NUL"),
+        ("a\0b", "NUL"),
+        ("~no-such-user-here/x", "no such user"),
+        ("s3://", "names no bucket; write s3://BUCKET/PATH"),
+        ("s3:///key", "names no bucket"),
+        ("gs://?x", "names no bucket"),
+        ("https:///x", "names no host; write https://HOST/PATH"),
+        ("https://me:secret@/x", "names no host"),
+        ("s3:bucket/key", "'s3://bucket/key'"),
+        ("s3:/bucket/key", "'s3://bucket/key'"),
+        ("S3://bucket/key", "no installed plugin serves s3:// URIs; install the package wmtp-storage"),
+        *((f"{scheme}://x/y", "install the package wmtp-storage") for scheme in ("s3", "gs", "az", "abfs", "http", "https")),
+        ("ftp://x/y", "no installed plugin serves ftp:// URIs; installed: file://"),
+    ],
+)
+def test_wrong_uri(uri, says):
+    with pytest.raises(ConfigError) as error:
+        backend_for(uri, BACKENDS, key="models.base.uri")
+    assert says in str(error.value)
+    assert str(error.value).startswith("models.base.uri: ")
+    assert "secret" not in str(error.value)
+
+
+def test_backend_by_scheme():
+    other = FileStorage().build()
+    backends = {**BACKENDS, "s3": other}
+    assert backend_for("s3://b/k", backends) is other
+    assert backend_for("S3://b", backends) is other
+    assert backend_for("x/y", backends) is BACKENDS["file"]
+    assert scheme_of("Custom+1://x") == "custom+1"
+
+
+def test_localize_gives_the_path_itself(tmp_path):
+    (tmp_path / "ü x").write_text("1")
+    cache = tmp_path / "cache"
+    assert localize((tmp_path / "ü x").as_uri(), BACKENDS, cache) == tmp_path / "ü x"
+    assert not cache.exists()
+
+
+def test_missing_file_is_named_and_what_exists(tmp_path):
+    uri = f"{tmp_path}/no/such/file.jsonl"
+    with pytest.raises(WMTPError) as error:
+        localize(uri, BACKENDS, tmp_path)
+    assert not isinstance(error.value, ConfigError)
+    assert uri in str(error.value)
+    assert f"of that {tmp_path} exists" in str(error.value)
+
+
+def test_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert not BACKENDS["file"].exists(str(tmp_path / "pipe"))
+    with pytest.raises(WMTPError, match="neither a file nor a folder"):
+        localize(str(tmp_path / "pipe"), BACKENDS, tmp_path)
+
+
+def test_redact():
+    assert redact("https://ada:s3cret@host:1/x?a=b@c") == "https://host:1/x?a=b@c"
+    assert redact("/plain/ada:x@y") == "/plain/ada:x@y"
