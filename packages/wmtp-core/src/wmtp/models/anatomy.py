@@ -1,0 +1,273 @@
+"""Finds the parts of a decoder-only language model that heads are put on, by running it once on a few tokens.
+
+Nothing here knows an architecture by name. What is found is checked: put together again, the parts must give the model's
+own logits bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from wmtp.errors import ConfigError
+
+__all__ = ["Anatomy", "LayerCall", "Unembedding", "dissect", "evaluating", "first_tensor", "record_call"]
+
+# What models call the factor of their logits, and their cap. Which one is used, and how, is found by trying.
+_SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+_SOFTCAP_NAMES = ("final_logit_softcapping", "softcap")
+
+
+@frozen(kw_only=True, eq=False)
+class Unembedding:
+    """From hidden states to logits: ``softcap(scale · (hidden @ weight.T + bias))``.
+
+    Args:
+        weight: ``[V, D]``.
+        bias: ``[V]`` or None.
+        scale: the factor of the logits (Cohere, Granite), 1 for most models.
+        softcap: c in ``c · tanh(logits / c)`` (Gemma 2); None for most models.
+        divides: the model divides by ``1 / scale`` instead of multiplying, which rounds differently.
+        float32: the model turns its logits into fp32 before it scales and caps them.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    divides: bool = False
+    float32: bool = False
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of hidden states ``[..., D]``, exactly as the model computes them."""
+        return self.transform(F.linear(hidden, self.weight, self.bias))
+
+    def transform(self, logits: Tensor) -> Tensor:
+        """Scale and cap ``hidden @ weight.T + bias``."""
+        if self.float32:
+            logits = logits.float()
+        if self.scale != 1.0:
+            logits = logits / (1.0 / self.scale) if self.divides else logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+@frozen(kw_only=True, eq=False)
+class LayerCall:
+    """The arguments of one call of a decoder layer: hidden states, mask, positions, whatever the architecture passes.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """The layer's input, ``[B, S, D]``."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def repeat(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
+        """Call ``layer`` with other hidden states and otherwise the same arguments."""
+        if self.args:
+            return first_tensor(layer(hidden_states, *self.args[1:], **self.kwargs))
+        return first_tensor(layer(**{**self.kwargs, "hidden_states": hidden_states}))
+
+
+@frozen(kw_only=True, eq=False)
+class Anatomy:
+    """The parts of a model.
+
+    Args:
+        decoder: from token ids to the last hidden state, without the unembedding.
+        layers: the decoder layers.
+        tail: what the decoder does after the last layer, in order: for nearly all models one norm.
+        scale, softcap, divides, float32: of the logits; see `Unembedding`.
+    """
+
+    decoder: nn.Module
+    layers: nn.ModuleList
+    tail: tuple[nn.Module, ...]
+    scale: float = 1.0
+    softcap: float | None = None
+    divides: bool = False
+    float32: bool = False
+
+    def unembedding(self, weight: Tensor, bias: Tensor | None) -> Unembedding:
+        """An unembedding with this model's scale and cap."""
+        return Unembedding(
+            weight=weight, bias=bias, scale=self.scale, softcap=self.softcap, divides=self.divides, float32=self.float32
+        )
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states of a layer's output: some return a tensor, some a tuple that begins with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradient inside; afterwards every submodule is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def record_call(layer: nn.Module) -> Iterator[list[LayerCall]]:
+    """The calls of ``layer`` that are made inside, in order."""
+    calls: list[LayerCall] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(LayerCall(args=args, kwargs=kwargs))
+
+    # first in line: FSDP's own hook, which may cast the arguments, acts on each head again
+    handle = layer.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def dissect(model: PreTrainedModel) -> Anatomy:
+    """Find the parts of ``model``. The model, its training mode and the random state stay as they are.
+
+    Raises:
+        ConfigError: it is not a decoder-only language model, or of a shape that is not understood.
+    """
+    name = type(model).__name__
+
+    def refuse(reason: str) -> ConfigError:
+        return ConfigError(f"models.base: {name} cannot get multi-token heads: {reason}")
+
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise refuse("it is an encoder-decoder; a decoder-only causal language model is needed")
+    decoder = model.base_model
+    if decoder is model:
+        raise refuse(f"no decoder was found at its attribute '{model.base_model_prefix}'")
+    unembedding = model.get_output_embeddings()
+    if unembedding is None or getattr(unembedding, "weight", None) is None or unembedding.weight.dim() != 2:
+        raise refuse("it has no unembedding (get_output_embeddings() gives no [V, D] weight)")
+    layers = _find_layers(model, decoder, refuse)
+
+    ids = _probe_ids(model)
+    with evaluating(model):
+        try:
+            expected = model(input_ids=ids, use_cache=False).logits
+            tail, hidden = _find_tail(decoder, layers, ids, refuse)
+        except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+            raise refuse(f"a trial run on {ids.shape[1]} tokens failed: {type(error).__name__}: {error}") from error
+        logits = F.linear(hidden, unembedding.weight, getattr(unembedding, "bias", None))
+        found = _find_transform(model, logits, expected)
+    if found is None:
+        raise refuse(
+            "its logits are not those of its last hidden state times its unembedding, with or without a factor "
+            f"({', '.join(_SCALE_NAMES)}) and a cap ({', '.join(_SOFTCAP_NAMES)}) from its config"
+        )
+    return Anatomy(decoder=decoder, layers=layers, tail=tail, **found)
+
+
+def _find_layers(model: PreTrainedModel, decoder: nn.Module, refuse: Callable[[str], ConfigError]) -> nn.ModuleList:
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(count, int) or count < 1:
+        raise refuse("its config has no num_hidden_layers ≥ 1")
+    lists = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    if not lists:
+        raise refuse(f"no list of {count} decoder layers (num_hidden_layers) was found in {type(decoder).__name__}")
+    # with one layer, lists inside the layer can have that length too: the decoder's own is the outermost
+    depth = min(n.count(".") for n in lists)
+    outermost = {n: m for n, m in lists.items() if n.count(".") == depth}
+    if len(outermost) > 1:
+        raise refuse(f"several lists could be its decoder layers: {', '.join(outermost)}")
+    return next(iter(outermost.values()))
+
+
+def _probe_ids(model: PreTrainedModel) -> Tensor:
+    # fixed ids rather than random ones: the caller's random state must not change
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    return (torch.arange(6, device=model.device) * 7919 + 1).remainder(vocab_size).unsqueeze(0)
+
+
+def _find_tail(
+    decoder: nn.Module, layers: nn.ModuleList, ids: Tensor, refuse: Callable[[str], ConfigError]
+) -> tuple[tuple[nn.Module, ...], Tensor]:
+    """What is called after the last layer, and the decoder's last hidden state ``[1, S, D]``."""
+    last = layers[-1]
+    called: list[nn.Module] = []
+    tail: list[nn.Module] = []
+    output: list[Tensor] = []
+    inside: list[nn.Module] = []  # the tail module that runs now: its own children are not part of the tail
+
+    def before(module: nn.Module, _: Any) -> None:
+        if output and not inside:
+            inside.append(module)
+            tail.append(module)
+
+    def after(module: nn.Module, _: Any, result: Any) -> None:
+        if inside and inside[0] is module:
+            inside.clear()
+        if any(module is layer for layer in layers):
+            called.append(module)
+        if module is last:
+            output.append(first_tensor(result))
+
+    containers = {id(module) for module in decoder.modules() if any(child is last for child in module.modules())} - {id(last)}
+    handles = []
+    try:
+        for module in decoder.modules():
+            if id(module) not in containers:
+                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        with record_call(last) as calls:
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    if len(called) != len(layers) or any(a is not b for a, b in zip(called, layers, strict=True)):
+        raise refuse(f"its {len(layers)} decoder layers are not run once each, in order")
+    again = calls[0].repeat(last, calls[0].hidden_states)
+    if again.shape != hidden.shape or not torch.equal(again, output[0]):
+        raise refuse("its last decoder layer, called again with the same arguments, gives another result")
+    for module in tail:
+        again = first_tensor(module(again))
+    if not torch.equal(again.view_as(hidden), hidden):
+        steps = ", ".join(type(module).__name__ for module in tail) or "nothing"
+        raise refuse(f"its last hidden state is not that of its last layer followed by {steps}")
+    return tuple(tail), hidden
+
+
+def _find_transform(model: PreTrainedModel, logits: Tensor, expected: Tensor) -> dict[str, Any] | None:
+    """The settings of `Unembedding` with which the plain logits become the model's own, bit for bit."""
+    config = model.config.get_text_config(decoder=True)
+
+    def numbers(names: tuple[str, ...]) -> list[float]:
+        values = (getattr(config, name, None) for name in names)
+        return [float(value) for value in values if isinstance(value, int | float) and value]
+
+    scales = [(1.0, False)]
+    for value in numbers(_SCALE_NAMES):
+        scales += [(value, False), (1.0 / value, True)]
+    caps = [*numbers(_SOFTCAP_NAMES), None]
+    for (scale, divides), softcap, float32 in product(scales, caps, (False, True)):
+        settings = {"scale": scale, "divides": divides, "softcap": softcap, "float32": float32}
+        attempt = Unembedding(weight=logits, **settings).transform(logits)
+        if attempt.dtype == expected.dtype and torch.equal(attempt, expected):
+            # fp32 logits stay as they are: asking for fp32 again would only hide the model's own precision
+            return settings
+    return None

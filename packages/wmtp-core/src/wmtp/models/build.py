@@ -1,0 +1,89 @@
+"""From what a loader gives to a model with heads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wmtp.config.schema import HeadsConfig
+from wmtp.errors import ConfigError
+from wmtp.models.base import LoadedModel
+from wmtp.models.mtp import MTPModel
+
+__all__ = ["build_model", "load_model", "resolve_heads"]
+
+_log = logging.getLogger("wmtp")
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> MTPModel:
+    """Open a model folder with all its heads: one that WMTP saved, or a plain Hugging Face folder (H = 1).
+
+    Args:
+        path: the folder, or a ``.gguf`` file.
+        dtype: of the parameters. Default: as saved.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        WMTPError: the files are missing, damaged or do not fit together.
+    """
+    from wmtp.models.loaders.hf import HfLoader
+
+    return build_model(HfLoader().load(Path(path), dtype=dtype, seed=0), None, seed=0)
+
+
+def build_model(loaded: LoadedModel, heads: HeadsConfig | None, seed: int) -> MTPModel:
+    """Put heads on a loaded model: those that it brought, or new ones.
+
+    Args:
+        loaded: from a `ModelLoader`.
+        heads: the config's ``[models.base.heads]``; None takes the heads that the files hold, or only head 1.
+        seed: of new heads.
+
+    Raises:
+        ConfigError: the config wants other heads than the model has, or the architecture cannot get any.
+        WMTPError: the brought tensors do not fit.
+    """
+    resolved = resolve_heads(heads, loaded.heads)
+    state = None
+    if loaded.head_state is not None and resolved.horizon > 1:
+        state = _first_heads(loaded.head_state, resolved)
+    return MTPModel(loaded.model, resolved, head_state=state, seed=seed)
+
+
+def resolve_heads(wanted: HeadsConfig | None, brought: HeadsConfig | None) -> HeadsConfig:
+    """The heads to use, where config and model may both name some.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    if wanted is None:
+        return brought or HeadsConfig(horizon=1)
+    if brought is None or brought.horizon == 1 or wanted.horizon == 1:
+        return wanted
+    if wanted.kind != brought.kind:
+        raise ConfigError(
+            f"models.base.heads.kind: the config says '{wanted.kind}', but the model brings heads of kind '{brought.kind}'; "
+            f'write kind = "{brought.kind}"'
+        )
+    if wanted.horizon > brought.horizon and wanted.kind != "shared":
+        raise ConfigError(
+            f"models.base.heads.horizon: the config says {wanted.horizon}, but the model brings heads for "
+            f"{brought.horizon} tokens; write at most {brought.horizon}"
+        )
+    if wanted.horizon < brought.horizon:
+        _log.info("the model brings %d heads; the first %d are used", brought.horizon, wanted.horizon)
+    return wanted
+
+
+def _first_heads(state: Mapping[str, Tensor], heads: HeadsConfig) -> dict[str, Tensor]:
+    """The tensors of heads 2..H; a smaller horizon than the model's leaves the last ones out."""
+    if heads.kind == "shared":
+        return dict(state)
+    first = {str(index) for index in range(heads.horizon - 1)}
+    return {name: tensor for name, tensor in state.items() if name.split(".")[0] in first or not name[0].isdigit()}

@@ -1,0 +1,92 @@
+"""Config classes of the built-in model loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from attrs import Factory, field, frozen
+from attrs.validators import ge, optional
+
+if TYPE_CHECKING:
+    from wmtp.models.base import ModelLoader
+
+__all__ = ["HfModel", "MetaMtpModel", "ScratchModel"]
+
+
+@frozen(kw_only=True)
+class HfModel:
+    """A Hugging Face folder (safetensors), a GGUF file, or a model that WMTP saved. Any heads that it holds are kept.
+
+    Args:
+        uri: the folder, or the ``.gguf`` file itself.
+        gguf_file: which ``.gguf`` file of the folder. Default: the only one, where there are no safetensors.
+        attn_implementation: the attention kernel: ``sdpa``, ``eager``, ``flash_attention_2`` … Default: the model's own choice.
+    """
+
+    type = "hf"
+    uri: str
+    gguf_file: str | None = None
+    attn_implementation: str | None = None
+
+    def build(self) -> ModelLoader:
+        """Make the loader."""
+        from wmtp.models.loaders.hf import HfLoader
+
+        return HfLoader(gguf_file=self.gguf_file, attn_implementation=self.attn_implementation)
+
+
+@frozen(kw_only=True)
+class MetaMtpModel:
+    """Meta's multi-token checkpoint (arXiv 2404.19737): ``params.json`` and ``consolidated.pth``.
+
+    Args:
+        uri: the folder.
+        max_positions: the longest input. Default: ``max_seq_len`` of ``params.json``, or 4096.
+    """
+
+    type = "meta-mtp"
+    uri: str
+    max_positions: int | None = field(default=None, validator=optional(ge(1)))
+
+    def build(self) -> ModelLoader:
+        """Make the loader."""
+        from wmtp.models.loaders.meta import MetaMtpLoader
+
+        return MetaMtpLoader(max_positions=self.max_positions)
+
+
+@frozen(kw_only=True)
+class ScratchModel:
+    """A new model with random weights, drawn from ``run.seed``.
+
+    Args:
+        architecture: transformers' name of it: ``llama``, ``qwen3``, ``mistral``, ``gpt2``, ``gpt_neox`` …
+        vocab_size: V; not less than the tokenizer has.
+        hidden_size: D.
+        layers: decoder layers.
+        attention_heads: heads of attention.
+        kv_heads: key-value heads. Default: as many as attention heads.
+        intermediate_size: width of the feed-forward layers. Default: the architecture's.
+        max_positions: the longest input. Default: the architecture's.
+        tie_embeddings: whether embedding and unembedding are one.
+        options: further fields of the architecture's config, by transformers' names.
+    """
+
+    type = "scratch"
+    architecture: str = "llama"
+    vocab_size: int = field(validator=ge(1))
+    hidden_size: int = field(default=128, validator=ge(1))
+    layers: int = field(default=4, validator=ge(1))
+    attention_heads: int = field(default=4, validator=ge(1))
+    kv_heads: int | None = field(default=None, validator=optional(ge(1)))
+    intermediate_size: int | None = field(default=None, validator=optional(ge(1)))
+    max_positions: int | None = field(default=None, validator=optional(ge(1)))
+    tie_embeddings: bool = False
+    options: Mapping[str, Any] = Factory(dict)
+
+    def build(self) -> ModelLoader:
+        """Make the loader."""
+        from wmtp.models.loaders.scratch import ScratchLoader
+
+        return ScratchLoader(self)

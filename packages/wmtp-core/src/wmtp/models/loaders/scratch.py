@@ -1,0 +1,104 @@
+"""New models with random weights."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from wmtp.errors import ConfigError
+from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
+from wmtp.models.loaders.describe import describe, empty_model
+
+if TYPE_CHECKING:
+    from wmtp.models.config import ScratchModel
+
+__all__ = ["ScratchLoader"]
+
+# key of [models.base] → transformers' name
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "attention_heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
+}
+# defaults that belong to the vocabulary of some released model, and would be wrong ids here
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class ScratchLoader(ModelLoader):
+    """Makes a model from its shape.
+
+    Args:
+        shape: the config section.
+    """
+
+    def __init__(self, shape: ScratchModel) -> None:
+        self._shape = shape
+
+    def info(self, path: Path | None) -> ModelInfo:
+        """See `ModelLoader.info`."""
+        return describe(empty_model(self._config()))
+
+    def load(self, path: Path | None, *, dtype: torch.dtype, seed: int) -> LoadedModel:
+        """See `ModelLoader.load`. Weights are drawn in fp32, so that ``dtype`` only rounds them."""
+        config = self._config()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            model: PreTrainedModel = _checked(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+        return LoadedModel(model=model.to(dtype).eval())
+
+    def _config(self) -> PreTrainedConfig:
+        name = self._shape.architecture
+        default = _default_config(name)
+        known = set(default.to_dict()) | set(default.attribute_map)
+        fields: dict[str, Any] = dict.fromkeys(_SPECIAL_TOKENS)
+        problems = []
+        for key, field in _FIELDS.items():
+            value = getattr(self._shape, key)
+            if key == "kv_heads" and value is None and field in known:
+                value = self._shape.attention_heads
+            if value is None:
+                continue
+            if field in known:
+                fields[field] = value
+            else:
+                problems.append(f"models.base.{key}: '{name}' has no {field}; see models.base.options for its own fields")
+        for key, value in self._shape.options.items():
+            if key in known and key not in _FIELDS.values():
+                fields[key] = value
+            elif key in known:
+                own = next(ours for ours, theirs in _FIELDS.items() if theirs == key)
+                problems.append(f"models.base.options.{key}: write models.base.{own} instead")
+            else:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean '{close[0]}'?" if close else ""
+                problems.append(f"models.base.options.{key}: the config of '{name}' has no such field{hint}")
+        if problems:
+            raise ConfigError(problems)
+        return _checked(lambda: AutoConfig.for_model(name, **fields))
+
+
+def _default_config(name: str) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    if name not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(name, CONFIG_MAPPING.keys(), n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"models.base.architecture: transformers knows no '{name}'{hint}")
+    return AutoConfig.for_model(name)
+
+
+def _checked(make: Any) -> Any:
+    """Numbers that do not go together (a width that the heads do not divide, say) are the user's mistake."""
+    try:
+        return make()
+    except (ValueError, TypeError, AssertionError, RuntimeError, ZeroDivisionError, AttributeError) as error:
+        raise ConfigError(f"models.base: transformers cannot make this model: {error}") from error

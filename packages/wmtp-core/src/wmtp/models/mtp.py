@@ -1,0 +1,212 @@
+"""A causal language model that predicts the next H tokens at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from attrs import frozen
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from wmtp.config.schema import HeadsConfig
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call
+from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
+from wmtp.models.packing import packing_problem
+
+__all__ = ["HEADS_CONFIG", "HEADS_FORMAT", "HEADS_WEIGHTS", "MTPModel", "MTPOutput"]
+
+HEADS_WEIGHTS = "mtp_heads.safetensors"
+HEADS_CONFIG = "mtp_heads.json"
+HEADS_FORMAT = 1
+
+
+@frozen(kw_only=True, eq=False)
+class MTPOutput:
+    """What the model computes, short of logits.
+
+    Args:
+        trunk: ``[B, S, D]``, the output of all decoder layers but the last.
+        hidden: H tensors ``[B, S, D]``, after the final norm: what the unembedding of each head multiplies.
+    """
+
+    trunk: Tensor
+    hidden: tuple[Tensor, ...]
+
+
+class MTPModel(nn.Module):
+    """Any decoder-only Hugging Face causal language model, with heads for the tokens t+2 … t+H beside its own for t+1.
+
+    Head 1 is the model itself: its logits are the model's bit for bit. No logits are made in `forward`; the loss multiplies
+    hidden states and unembedding in chunks, so that nothing of shape ``[B, S, H, V]`` is ever there. The model is meant to
+    run in eval mode, in training too: dropout is a choice of pretraining.
+
+    Args:
+        base: the model. Nothing in it is replaced.
+        heads: how many heads, of which kind, and whether they train the trunk. With ``trunk_gradient = "detach"`` heads 2..H
+            give no gradient to any parameter of the base: it learns exactly as it does with head 1 alone.
+        head_state: the tensors of `extra_heads`, from a file; None makes new heads as ``heads.init`` says.
+        seed: of new heads; the global random state stays as it is.
+
+    Raises:
+        ConfigError: the architecture cannot get heads; the message says why.
+        WMTPError: ``head_state`` lacks a tensor, or has one too many or of the wrong shape.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, heads: HeadsConfig, *, head_state: Mapping[str, Tensor] | None = None, seed: int
+    ) -> None:
+        super().__init__()
+        self.anatomy: Anatomy = dissect(base)
+        self.packing_problem = packing_problem(self.anatomy)
+        self.base = base
+        self.heads = heads
+        self.kind = HEAD_KINDS[heads.kind]
+        maker = Maker(base=base, anatomy=self.anatomy, init=heads.init)
+        device = base.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+            torch.manual_seed(seed)
+            self.extra_heads = self.kind.build(maker, heads.horizon - 1)
+        if head_state is not None:
+            _load_heads(self.extra_heads, head_state)
+        self.train(base.training)
+
+    @property
+    def horizon(self) -> int:
+        """H."""
+        return self.heads.horizon
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.base.get_output_embeddings().weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the unembedding."""
+        return self.base.get_output_embeddings().weight.shape[0]
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest row; None where there is no limit."""
+        return getattr(self.base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def check_packing(self) -> None:
+        """Whether rows may hold several documents.
+
+        Raises:
+            ConfigError: this architecture's attention or positions would cross from one document into the next.
+        """
+        if self.packing_problem is not None:
+            raise ConfigError(f"data.train.packing: {self.packing_problem}; set data.train.packing = false")
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, packed: bool = False) -> MTPOutput:
+        """Run trunk and heads.
+
+        Args:
+            input_ids: ``[B, S]``. Padding stands on the right, where causal attention never looks at it.
+            position_ids: ``[B, S]``, places counted from 0 in each document. Read only if ``packed``.
+            packed: some row holds several documents; none of them sees another. False costs no mask.
+
+        Returns:
+            The trunk's output and the hidden states of all H heads.
+
+        Raises:
+            ConfigError: ``packed``, and the architecture cannot keep documents apart.
+        """
+        arguments = {"input_ids": input_ids, "use_cache": False}
+        if packed:
+            self.check_packing()
+            arguments["position_ids"] = position_ids
+        with record_call(self.anatomy.layers[-1]) as calls:
+            first = self.anatomy.decoder(**arguments).last_hidden_state
+        call = calls[0]
+        trunk = call.hidden_states
+        if self.horizon == 1:
+            return MTPOutput(trunk=trunk, hidden=(first,))
+
+        joint = self.heads.trunk_gradient == "joint"
+        given = HeadInput(
+            call=call,
+            trunk=trunk if joint else trunk.detach(),
+            hidden=first if joint else first.detach(),
+            input_ids=input_ids,
+            embed=_shared(self.base.get_input_embeddings(), joint),
+            final_norm=self._tail(joint),
+        )
+        return MTPOutput(trunk=trunk, hidden=(first, *self.kind.run(self.extra_heads, given, self.horizon - 1)))
+
+    def unembedding(self, head: int) -> Unembedding:
+        """What makes logits of the hidden states of one head.
+
+        Args:
+            head: 1..H.
+        """
+        if not 1 <= head <= self.horizon:
+            raise ValueError(f"head must be in 1..{self.horizon}, not {head}")
+        if head > 1 and self.heads.kind == "linear":
+            own = self.extra_heads[head - 2]
+            return self.anatomy.unembedding(own.weight, own.bias)
+        shared = self.base.get_output_embeddings()
+        weight, bias = shared.weight, getattr(shared, "bias", None)
+        if head > 1 and self.heads.trunk_gradient == "detach":
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return self.anatomy.unembedding(weight, bias)
+
+    def logits(self, output: MTPOutput, head: int) -> Tensor:
+        """Logits ``[B, S, V]`` of one head (1..H), for inference; a loss should go by chunks."""
+        return self.unembedding(head).logits(output.hidden[head - 1])
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a folder that plain transformers opens as the base model, and `wmtp.models.load_model` with all heads.
+
+        Args:
+            folder: made if it is not there.
+
+        Raises:
+            OSError: it could not be written in full.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.base.save_pretrained(folder)
+        if self.horizon == 1:
+            return
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.extra_heads.state_dict().items()}
+        save_file(tensors, folder / HEADS_WEIGHTS, metadata={"format": "pt"})
+        description = {"format": HEADS_FORMAT, "kind": self.heads.kind, "horizon": self.horizon}
+        (folder / HEADS_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+    def _tail(self, joint: bool) -> Callable[[Tensor], Tensor]:
+        steps = [_shared(module, joint) for module in self.anatomy.tail]
+
+        def apply(hidden: Tensor) -> Tensor:
+            for step in steps:
+                hidden = first_tensor(step(hidden))
+            return hidden
+
+        return apply
+
+
+def _shared(module: nn.Module, joint: bool) -> Callable[[Tensor], Tensor]:
+    """``module`` as it is, or with parameters that get no gradient."""
+    if joint:
+        return module
+    return lambda x: functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (x,))
+
+
+def _load_heads(heads: nn.ModuleList, state: Mapping[str, Tensor]) -> None:
+    expected = heads.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in expected]
+    problems += [
+        f"{name} has shape {list(tensor.shape)} in place of {list(expected[name].shape)}"
+        for name, tensor in state.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    if problems:
+        raise WMTPError("the tensors of the extra heads do not fit the model: " + "; ".join(problems))
+    heads.load_state_dict(dict(state))
