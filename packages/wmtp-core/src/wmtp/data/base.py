@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from attrs import field, frozen
@@ -42,6 +42,7 @@ class Example:
         reward: how good it is, where that is known.
         weights: a weight for every token of the completion (the end-of-sequence token may have one more), or pairs of
             (text, weight): pieces that joined make the completion, whose tokens get that weight. None: 1 everywhere.
+        where: what a message about a fault in it calls it: ``file:line``. Default: ``id``.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Example:
     is_correct: bool | None = None
     reward: float | None = None
     weights: tuple[float, ...] | tuple[tuple[str, float], ...] | None = None
+    where: str = ""
 
 
 class ExampleLoader(ABC):
@@ -69,3 +71,12 @@ class ExampleLoader(ABC):
         Raises:
             WMTPError: the files cannot be read at all. One bad line among good ones is yielded as `BadExample` instead.
         """
+
+    def files(self, path: Path | None) -> Sequence[Path]:
+        """The files whose bytes decide `examples`: tokenised data is kept for as long as none of them changes.
+
+        The default is the file ``path``, or every file in the folder ``path``. A loader that reads something else says so here.
+        """
+        if path is None:
+            return ()
+        return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())

@@ -1,0 +1,196 @@
+"""Which rows an optimizer step sees: a pure function of data, config, seed and step, so that any step can be made again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Final, overload
+
+import numpy as np
+import torch
+from attrs import frozen
+from numpy.typing import NDArray
+
+from wmtp.config.schema import DataConfig, TrainDataConfig
+from wmtp.data.batch import PADDING, Batch
+from wmtp.data.dataset import TokenDataset
+from wmtp.data.packing import Rows, best_fit, in_order, one_each
+
+__all__ = ["EvalBatches", "StepBatches", "eval_batches"]
+
+#: batches of padded rows that are sorted by length together
+_WINDOW: Final = 64
+
+
+@frozen(kw_only=True, eq=False)
+class _Plan:
+    """The rows of an epoch in the order in which they are seen, and how long they are padded (None: batch by batch)."""
+
+    rows: Rows
+    length: int | None
+
+
+class StepBatches:
+    """The batches of a run.
+
+    With ``packing`` the documents of an epoch go into rows best fit first (the longest document first, each into the
+    fullest row that has room), and rows are shuffled. All batches of a run have the same length, ``max_length`` or, where
+    every row is shorter, the longest row, so that compiled kernels are made once. Without ``packing`` a row is one
+    document, rows of like length (sorted within some batches) share a batch, batches are shuffled, and a batch is as
+    long as its longest row. Lengths are rounded up to a multiple of 8, from 512 on of 64, but never beyond ``max_length``.
+    The last batch of an epoch may have fewer rows.
+
+    Args:
+        dataset: what is learned from.
+        config: ``[data.train]``.
+        seed: of the order.
+    """
+
+    def __init__(self, dataset: TokenDataset, config: TrainDataConfig, *, seed: int) -> None:
+        self._dataset = dataset
+        self._config = config
+        self._seed = seed
+        lengths = dataset.lengths
+        if not config.packing:
+            self._rows = one_each(np.arange(len(lengths)))
+        elif config.shuffle:
+            # Documents of equal length may change places, so one packing serves every epoch.
+            self._rows = best_fit(lengths, config.max_length)
+        else:
+            self._rows = in_order(lengths, config.max_length)
+        self._plan = lru_cache(maxsize=2)(self._make_plan)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in every epoch: packing gives each the same number of rows."""
+        return -(-len(self._rows) // self._config.batch_size)
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Optimizer steps in this epoch (from 0)."""
+        return self.steps_per_epoch
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of an optimizer step, and the step's number in it; all from 0."""
+        return divmod(step, self.steps_per_epoch)
+
+    def total_steps(self, epochs: float) -> int:
+        """Optimizer steps in so many epochs, rounded up, at least 1."""
+        return max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
+
+    def batch(self, step: int) -> Batch:
+        """All rows of optimizer step ``step`` (from 0), on the CPU."""
+        epoch, index = self.locate(step)
+        plan = self._plan(epoch if self._config.shuffle else 0)
+        size = self._config.batch_size
+        return _collate(self._dataset, plan.rows, index * size, size, plan.length, self._config.max_length)
+
+    def _make_plan(self, epoch: int) -> _Plan:
+        config, lengths = self._config, self._dataset.lengths
+        length = _common_length(self._rows, lengths, config)
+        if not config.shuffle:
+            return _Plan(rows=self._rows, length=length)
+        random = np.random.default_rng([self._seed, epoch])
+        if config.packing:
+            rows = self._rows.exchanged(lengths, random)
+            return _Plan(rows=rows.reordered(random.permutation(len(rows))), length=length)
+        return _Plan(rows=one_each(_batches_of_like_length(lengths, config.batch_size, random)), length=length)
+
+
+def _common_length(rows: Rows, lengths: NDArray[np.int64], config: TrainDataConfig) -> int | None:
+    return _rounded(int(rows.lengths(lengths).max()), config.max_length) if config.packing else None
+
+
+def _rounded(length: int, max_length: int) -> int:
+    multiple = 8 if max_length < 512 else 64
+    return min(max_length, -(-length // multiple) * multiple)
+
+
+def _batches_of_like_length(lengths: NDArray[np.int64], batch_size: int, random: np.random.Generator) -> NDArray[np.int64]:
+    order = random.permutation(len(lengths))
+    window = batch_size * _WINDOW
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        order[start : start + window] = part[np.argsort(lengths[part], kind="stable")]
+    full = len(order) // batch_size * batch_size  # only the last batch of an epoch may be smaller
+    batches = order[:full].reshape(-1, batch_size)
+    return np.concatenate([batches[random.permutation(len(batches))].ravel(), order[full:]])
+
+
+def _collate(dataset: TokenDataset, rows: Rows, first: int, count: int, length: int | None, max_length: int) -> Batch:
+    numbers = [rows.row(row) for row in range(first, min(first + count, len(rows)))]
+    if length is None:
+        length = _rounded(max(int(dataset.lengths[row].sum()) for row in numbers), max_length)
+    shape = (len(numbers), length)
+    input_ids = np.full(shape, dataset.pad_id, np.int64)
+    document = np.full(shape, PADDING, np.int64)
+    position = np.zeros(shape, np.int64)
+    learn = np.zeros(shape, np.bool_)
+    weight = np.zeros(shape, np.float32) if dataset.has_weights else None
+    documents = []
+    for row, members in enumerate(numbers):
+        start = 0
+        for number in members:
+            piece = dataset.document(int(number))
+            stop = start + len(piece.tokens)
+            input_ids[row, start:stop] = piece.tokens
+            document[row, start:stop] = len(documents)
+            position[row, start:stop] = np.arange(stop - start)
+            learn[row, start:stop] = piece.learn
+            if weight is not None and piece.weight is not None:
+                weight[row, start:stop] = piece.weight
+            documents.append(piece.document)
+            start = stop
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        document=torch.from_numpy(document),
+        position=torch.from_numpy(position),
+        learn=torch.from_numpy(learn),
+        weight=None if weight is None else torch.from_numpy(weight),
+        documents=documents,
+    )
+
+
+class EvalBatches(Sequence[Batch]):
+    """Every document once, in the order of the files; rows are made as ``[data.train]`` says. A batch is made when asked for.
+
+    Args:
+        dataset: what is measured.
+        config: ``[data]``.
+    """
+
+    def __init__(self, dataset: TokenDataset, config: DataConfig) -> None:
+        train = config.train
+        measured = config.eval
+        self._dataset = dataset
+        self._max_length = train.max_length
+        self._size = (measured.batch_size if measured else None) or train.micro_batch_size or train.batch_size
+        lengths = dataset.lengths
+        self._rows = in_order(lengths, train.max_length) if train.packing else one_each(np.arange(len(lengths)))
+        self._row_length = _common_length(self._rows, lengths, train)
+        self._count = -(-len(self._rows) // self._size)
+        if measured and measured.max_batches is not None:
+            self._count = min(self._count, measured.max_batches)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(self._count))
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(f"batch {index} of {self._count}")
+        first = index % self._count * self._size
+        return _collate(self._dataset, self._rows, first, self._size, self._row_length, self._max_length)
+
+
+def eval_batches(dataset: TokenDataset, config: DataConfig) -> Sequence[Batch]:
+    """The batches of an evaluation; see `EvalBatches`."""
+    return EvalBatches(dataset, config)

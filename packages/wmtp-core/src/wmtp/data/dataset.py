@@ -1,0 +1,196 @@
+"""The tokenised documents of one or several sources, cut to the length of a row."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from wmtp.data.batch import Document
+from wmtp.data.store import TokenStore
+
+__all__ = ["DatasetCounts", "TokenDataset", "TokenizedDocument"]
+
+
+@frozen(kw_only=True)
+class DatasetCounts:
+    """How the documents of the sources became the pieces of a data set.
+
+    Args:
+        documents: read from the sources.
+        truncated: cut to the length of a row; they have no end-of-sequence token.
+        split: cut into several pieces.
+        overlong: left out because they are longer than a row.
+        without_target: pieces left out because nothing in them would be learned.
+        bad: examples that could not be read.
+    """
+
+    documents: int
+    truncated: int
+    split: int
+    overlong: int
+    without_target: int
+    bad: int
+
+
+@frozen(kw_only=True, eq=False)
+class TokenizedDocument:
+    """One piece, of L tokens.
+
+    Args:
+        tokens: ``[L]`` int64.
+        learn: ``[L]`` bool, whether the token is one to learn.
+        weight: ``[L]`` float32; None where no document of the data set has weights.
+        document: where it is from.
+    """
+
+    tokens: NDArray[np.int64]
+    learn: NDArray[np.bool_]
+    weight: NDArray[np.float32] | None
+    document: Document
+
+
+@frozen(kw_only=True, eq=False)
+class _Pieces:
+    """For each piece: the document's number in the data set, its first token and the one after its last, in the document."""
+
+    index: NDArray[np.int64]
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+
+    def take(self, chosen: NDArray[Any]) -> _Pieces:
+        return _Pieces(index=self.index[chosen], start=self.start[chosen], stop=self.stop[chosen])
+
+
+class TokenDataset:
+    """Pieces of documents, none longer than a row; mostly whole documents.
+
+    Args:
+        stores: the sources, in order. A document's index counts through them.
+        max_length: tokens in a row.
+        overlong: what happens to longer documents.
+        learn_prompt: whether prompt tokens are learned too. The begin token never is.
+        begin_length: tokens before a prompt: 1 with a begin token, or 0.
+        pad_id: the id that fills rows.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        *,
+        max_length: int,
+        overlong: Literal["truncate", "skip", "split"],
+        learn_prompt: bool,
+        begin_length: int,
+        pad_id: int,
+    ) -> None:
+        self.pad_id = pad_id
+        self.has_weights = any(store.weights is not None for store in stores)
+        self._stores = stores
+        self._first_index = np.cumsum([0, *(len(store) for store in stores)])
+        self._learn_start = np.concatenate(
+            [np.full(len(store), begin_length) if learn_prompt else store.prompt_lengths for store in stores]
+        ).astype(np.int64)
+        lengths = np.concatenate([np.diff(store.starts) for store in stores])
+        self._pieces, self.counts = self._cut(lengths, max_length, overlong)
+
+    def _cut(self, lengths: NDArray[np.int64], max_length: int, overlong: str) -> tuple[_Pieces, DatasetCounts]:
+        long = lengths > max_length
+        index = np.arange(len(lengths), dtype=np.int64)
+        start, stop = np.zeros_like(lengths), lengths
+        if overlong == "truncate":
+            stop = np.minimum(lengths, max_length)
+        elif overlong == "skip":
+            index, start, stop = index[~long], start[~long], stop[~long]
+        else:
+            pieces = -(-lengths // max_length)
+            index = np.repeat(index, pieces)
+            start = (np.arange(len(index)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * max_length
+            stop = np.minimum(start + max_length, lengths[index])
+        # the first token of a piece follows nothing, so nothing predicts it
+        targets = stop - np.maximum(start + 1, self._learn_start[index])
+        useful = targets > 0
+        many = int(long.sum())
+        counts = DatasetCounts(
+            documents=len(lengths),
+            truncated=many if overlong == "truncate" else 0,
+            split=many if overlong == "split" else 0,
+            overlong=many if overlong == "skip" else 0,
+            without_target=int((~useful).sum()),
+            bad=sum(store.info.bad for store in self._stores),
+        )
+        return _Pieces(index=index[useful], start=start[useful], stop=stop[useful]), counts
+
+    def __len__(self) -> int:
+        return len(self._pieces.index)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens in each piece."""
+        return self._pieces.stop - self._pieces.start
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """The number of each piece's document in the data set."""
+        return self._pieces.index
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all pieces."""
+        return int(self.lengths.sum())
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens that head 1 learns: those to learn, without the first of each piece."""
+        pieces = self._pieces
+        return int((pieces.stop - np.maximum(pieces.start + 1, self._learn_start[pieces.index])).sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all tokens and of how they are cut: for caches of what a model makes of each token."""
+        digest = hashlib.sha256()
+        for store in self._stores:
+            digest.update(store.key.encode())
+        for column in (self._pieces.index, self._pieces.start, self._pieces.stop):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()
+
+    def document(self, number: int) -> TokenizedDocument:
+        """The piece with this number, from 0 to ``len(self) − 1``."""
+        pieces = self._pieces
+        index, start, stop = int(pieces.index[number]), int(pieces.start[number]), int(pieces.stop[number])
+        store, local = self._locate(index)
+        origin = int(store.starts[local])
+        weight = None
+        if self.has_weights:
+            weight = (
+                np.ones(stop - start, np.float32)
+                if store.weights is None
+                else np.array(store.weights[origin + start : origin + stop], np.float32)
+            )
+        return TokenizedDocument(
+            tokens=store.tokens[origin + start : origin + stop].astype(np.int64),
+            learn=np.arange(start, stop) >= self._learn_start[index],
+            weight=weight,
+            document=store.document(local, index, start),
+        )
+
+    def group(self, index: int) -> tuple[int, str]:
+        """The number of the source of a document, and the document's group in it."""
+        store, local = self._locate(index)
+        return self._stores.index(store), store.name(local)[1]
+
+    def select(self, chosen: NDArray[np.bool_]) -> TokenDataset:
+        """The data set of the pieces that ``chosen`` (a truth value each) marks; documents keep their index."""
+        other = copy.copy(self)
+        other._pieces = self._pieces.take(chosen)
+        return other
+
+    def _locate(self, index: int) -> tuple[TokenStore, int]:
+        source = int(np.searchsorted(self._first_index, index, side="right")) - 1
+        return self._stores[source], index - int(self._first_index[source])

@@ -1,0 +1,78 @@
+"""Takes values out of a record, each checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from wmtp.data.base import BadExample
+
+__all__ = ["bool_field", "number_field", "text_field", "type_name"]
+
+
+def type_name(value: Any) -> str:
+    """What a message calls the type of a value."""
+    names = {
+        list: "list",
+        dict: "object",
+        str: "string",
+        bool: "true/false",
+        int: "number",
+        float: "number",
+        type(None): "null",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def text_field(where: str, record: Mapping[str, Any], key: str) -> str:
+    """The string under ``key``, with ``\\n`` at every line's end.
+
+    Raises:
+        BadExample: it is missing or no string.
+    """
+    if key not in record:
+        raise BadExample(where, f'no "{key}"; the keys here are {", ".join(sorted(map(str, record))) or "none"}')
+    value = record[key]
+    if not isinstance(value, str):
+        raise BadExample(where, f'"{key}" must be a string, not {type_name(value)}')
+    return value.replace("\r\n", "\n")
+
+
+def bool_field(where: str, record: Mapping[str, Any], key: str) -> bool | None:
+    """The truth value under ``key``; None where it is missing or null.
+
+    Raises:
+        BadExample: it is something else.
+    """
+    value = record.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise BadExample(where, f'"{key}" must be true or false, not {type_name(value)} {value!r:.40}')
+    return value
+
+
+def number_field(where: str, record: Mapping[str, Any], key: str) -> float | None:
+    """The finite number under ``key``; None where it is missing or null.
+
+    Raises:
+        BadExample: it is something else.
+    """
+    value = record.get(key)
+    return None if value is None else finite_number(where, value, f'"{key}"')
+
+
+def finite_number(where: str, value: Any, name: str) -> float:
+    """``value`` as a float.
+
+    Raises:
+        BadExample: it is no number, NaN, or infinite.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadExample(where, f"{name} must be a number, not {type_name(value)} {value!r:.40}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadExample(where, f"{name} must be a finite number, not {number}")
+    return number

@@ -1,0 +1,149 @@
+"""From the config's data sets to the tokenised data that is learned from and measured."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from attrs import frozen
+
+from wmtp.config.schema import Config
+from wmtp.data.cache import token_store
+from wmtp.data.dataset import TokenDataset
+from wmtp.data.sources import eval_sources, require_sources, train_sources
+from wmtp.errors import WMTPError
+from wmtp.tokenizers.base import Tokenizer
+
+__all__ = ["PreparedData", "prepare_data"]
+
+_log = logging.getLogger("wmtp")
+
+
+@frozen(kw_only=True, eq=False)
+class PreparedData:
+    """The data of a run.
+
+    Args:
+        train: what is learned from.
+        eval: what is measured; None where the config asks for nothing.
+    """
+
+    train: TokenDataset
+    eval: TokenDataset | None
+
+
+def prepare_data(config: Config, tokenizer: Tokenizer, paths: Mapping[str, Path | None]) -> PreparedData:
+    """Read, tokenise (once, see `wmtp.data.cache`) and split the data.
+
+    Args:
+        config: the whole config.
+        tokenizer: what makes the tokens.
+        paths: for each data set that the config learns from or measures, the local place of its ``uri``.
+
+    Raises:
+        ConfigError: the config names data sets that are missing, or trains on one that is for evaluation only.
+        WMTPError: a data set cannot be read, is empty, or has nothing to learn; the message names it.
+    """
+    require_sources(config)
+    train_names, eval_names = train_sources(config), eval_sources(config)
+    train = _dataset(config, tokenizer, paths, train_names, "data.train")
+    if config.data.eval is None:
+        return PreparedData(train=train, eval=None)
+    if config.data.eval.holdout is not None:
+        train, held_out = split_by_group(train, config.data.eval.holdout, config.run.seed, train_names)
+        _log.info("data.eval: %s documents held out of %s", f"{len(held_out):,}", f"{len(held_out) + len(train):,}")
+        return PreparedData(train=train, eval=held_out)
+    return PreparedData(train=train, eval=_dataset(config, tokenizer, paths, eval_names, "data.eval"))
+
+
+def _dataset(
+    config: Config, tokenizer: Tokenizer, paths: Mapping[str, Path | None], names: Sequence[str], key: str
+) -> TokenDataset:
+    data = config.data.train
+    default = Path(config.run.output_dir) / ".cache" / "tokens"
+    cache_dir = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default
+    stores = [
+        token_store(
+            name, config.datasets[name], paths[name], tokenizer, cache_dir=cache_dir, on_bad_example=data.on_bad_example
+        )
+        for name in names
+    ]
+    options = {
+        "max_length": data.max_length,
+        "overlong": data.overlong,
+        "learn_prompt": data.learn_prompt,
+        "begin_length": 0 if tokenizer.bos_id is None else 1,
+        "pad_id": tokenizer.eos_id,
+    }
+    for name, store in zip(names, stores, strict=True):
+        alone = TokenDataset([store], **options)
+        _log.info("%s", _summary(f"{key}: {name}", alone))
+        if not len(alone):
+            raise WMTPError(f"datasets.{name}: {_nothing_to_learn(alone, data.max_length)}")
+    return TokenDataset(stores, **options)
+
+
+def _summary(title: str, dataset: TokenDataset) -> str:
+    counts = dataset.counts
+    parts = [f"{counts.documents:,} documents", f"{dataset.tokens:,} tokens", f"{dataset.learned_tokens:,} learned"]
+    for number, what in (
+        (counts.truncated, "truncated"),
+        (counts.split, "split"),
+        (counts.overlong, "too long and left out"),
+        (counts.without_target, "left out with nothing to learn"),
+        (counts.bad, "bad and left out"),
+    ):
+        if number:
+            parts.append(f"{number:,} {what}")
+    return f"{title}: {', '.join(parts)}"
+
+
+def _nothing_to_learn(dataset: TokenDataset, max_length: int) -> str:
+    counts = dataset.counts
+    said = f"none of its {counts.documents:,} documents has a token to learn after its first"
+    if counts.overlong:
+        return f"{said}; {counts.overlong:,} are longer than data.train.max_length = {max_length} and left out"
+    if counts.truncated:
+        return f"{said} once cut to data.train.max_length = {max_length}; raise it, or set data.train.learn_prompt = true"
+    return f"{said}; is it the right file?"
+
+
+def split_by_group(dataset: TokenDataset, share: float, seed: int, names: Sequence[str]) -> tuple[TokenDataset, TokenDataset]:
+    """Hold out about ``share`` of the documents, all answers to one problem together.
+
+    Groups are taken in the order of a hash of seed, data set and group until the share is reached; at least one group is
+    on each side.
+
+    Args:
+        dataset: what is split.
+        share: between 0 and 1.
+        seed: of the choice.
+        names: the data sets' names, in the order of ``dataset``'s sources.
+
+    Returns:
+        What is left to learn from, and what is held out.
+
+    Raises:
+        WMTPError: there is only one group.
+    """
+    indices = np.unique(dataset.indices)
+    numbers: dict[tuple[int, str], int] = {}
+    group_of = np.array([numbers.setdefault(dataset.group(int(index)), len(numbers)) for index in indices])
+    if len(numbers) < 2:
+        raise WMTPError(
+            f"data.eval.holdout: {', '.join(names)} has {len(indices)} document(s) in one group, which cannot be split;"
+            " give data.eval.sources instead"
+        )
+    order = sorted(
+        range(len(numbers)),
+        key=[hashlib.sha256(f"{seed}\0{names[source]}\0{group}".encode()).digest() for source, group in numbers].__getitem__,
+    )
+    documents = np.cumsum(np.bincount(group_of)[order])
+    taken = int(np.searchsorted(documents, share * len(indices))) + 1
+    held_out = np.zeros(len(numbers), bool)
+    held_out[order[: min(taken, len(numbers) - 1)]] = True
+    chosen = held_out[group_of][np.searchsorted(indices, dataset.indices)]
+    return dataset.select(~chosen), dataset.select(chosen)

@@ -1,0 +1,231 @@
+"""Tokenised documents on disk, read through memory maps.
+
+A store is a folder of plain arrays and ``store.json``, which is written last and records the size of every file. It keeps
+whole documents: begin token (where the tokenizer has one), prompt, completion, end token. How long a row may be, and whether
+prompts are learned, is decided when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+from attrs import asdict, frozen
+from numpy.typing import NDArray
+
+from wmtp.data.base import BadExample, Example
+from wmtp.data.batch import Document
+from wmtp.errors import WMTPError
+
+__all__ = ["StoreInfo", "StoreWriter", "TokenStore"]
+
+_INFO: Final = "store.json"
+_FLUSH_ITEMS: Final = 1 << 20
+_UNKNOWN: Final = -1
+
+
+@frozen(kw_only=True)
+class StoreInfo:
+    """What ``store.json`` says.
+
+    Args:
+        documents: their number.
+        tokens: their tokens, begin and end tokens included.
+        bad: how many examples could not be read.
+        bad_messages: the first of those, as messages.
+        token_type: numpy's name for the type of a token.
+        has_weights: whether any document has weights of its own.
+        sizes: bytes of every other file.
+    """
+
+    documents: int
+    tokens: int
+    bad: int
+    bad_messages: tuple[str, ...]
+    token_type: str
+    has_weights: bool
+    sizes: dict[str, int]
+
+
+class _Column:
+    """A file of numbers that is written piece by piece."""
+
+    def __init__(self, path: Path, typecode: str) -> None:
+        self._file = path.open("wb")
+        self._buffer = array(typecode)
+
+    def extend(self, values: Sequence[Any]) -> None:
+        self._buffer.extend(values)
+        if len(self._buffer) > _FLUSH_ITEMS:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._buffer.tofile(self._file)
+        del self._buffer[:]
+
+    def close(self) -> None:
+        self._flush()
+        self._file.close()
+
+
+class StoreWriter:
+    """Writes a store into an empty folder. Nothing counts until `close` has written ``store.json``.
+
+    Args:
+        folder: exists, empty.
+        vocab_size: decides whether a token takes two bytes or four.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self._folder = folder
+        self._token_type = "uint16" if vocab_size <= 1 << 16 else "uint32"
+        self._tokens = _Column(folder / "tokens.bin", "H" if self._token_type == "uint16" else "I")
+        self._columns = {
+            name: _Column(folder / f"{name}.bin", typecode)
+            for name, typecode in (
+                ("ends", "q"),
+                ("prompt_lengths", "q"),
+                ("is_correct", "b"),
+                ("reward", "d"),
+                ("name_ends", "q"),
+            )
+        }
+        self._names = (folder / "names.bin").open("wb")
+        self._weights: _Column | None = None
+        self._count = 0
+        self._end = 0
+        self._name_end = 0
+
+    def add(self, example: Example, tokens: Sequence[int], prompt_length: int, weights: Sequence[float] | None) -> None:
+        """Append a document.
+
+        Args:
+            example: where it is from.
+            tokens: all its tokens.
+            prompt_length: how many of them come before the completion.
+            weights: one for each token; None: 1 each.
+        """
+        if weights is not None and self._weights is None:
+            self._weights = _Column(self._folder / "weights.bin", "f")
+            self._weights.extend([1.0] * self._end)
+        if self._weights is not None:
+            self._weights.extend([1.0] * len(tokens) if weights is None else weights)
+        self._tokens.extend(tokens)
+        self._end += len(tokens)
+        name = json.dumps([example.id, example.group or example.id]).encode()
+        self._names.write(name)
+        self._name_end += len(name)
+        for column, value in (
+            ("ends", self._end),
+            ("prompt_lengths", prompt_length),
+            ("is_correct", _UNKNOWN if example.is_correct is None else int(example.is_correct)),
+            ("reward", float("nan") if example.reward is None else example.reward),
+            ("name_ends", self._name_end),
+        ):
+            self._columns[column].extend((value,))
+        self._count += 1
+
+    def close(self, bad: Sequence[BadExample], bad_count: int) -> None:
+        """Finish the store.
+
+        Args:
+            bad: the first examples that could not be read.
+            bad_count: how many there were.
+        """
+        for column in (self._tokens, *self._columns.values()):
+            column.close()
+        self._names.close()
+        if self._weights is not None:
+            self._weights.close()
+        info = StoreInfo(
+            documents=self._count,
+            tokens=self._end,
+            bad=bad_count,
+            bad_messages=tuple(str(problem) for problem in bad),
+            token_type=self._token_type,
+            has_weights=self._weights is not None,
+            sizes={file.name: file.stat().st_size for file in sorted(self._folder.iterdir())},
+        )
+        (self._folder / _INFO).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
+
+
+class TokenStore:
+    """A store that was written whole.
+
+    Args:
+        folder: what `StoreWriter` wrote.
+        key: the hash of all that decided its content.
+
+    Raises:
+        WMTPError: it is not whole.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.key = key
+        self.info = _read_info(folder)
+        self.tokens = _mapped(folder / "tokens.bin", self.info.token_type)
+        self.weights = _mapped(folder / "weights.bin", "float32") if self.info.has_weights else None
+        ends = _mapped(folder / "ends.bin", "int64")
+        self.starts = np.concatenate([[0], ends]).astype(np.int64)
+        self.prompt_lengths = _mapped(folder / "prompt_lengths.bin", "int64")
+        self._is_correct = _mapped(folder / "is_correct.bin", "int8")
+        self._reward = _mapped(folder / "reward.bin", "float64")
+        self._names = _mapped(folder / "names.bin", "uint8")
+        self._name_ends = _mapped(folder / "name_ends.bin", "int64")
+
+    @classmethod
+    def open_if_whole(cls, folder: Path, key: str) -> Self | None:
+        """The store; None where there is none, or it is not whole."""
+        try:
+            return cls(folder, key)
+        except WMTPError:
+            return None
+
+    def __len__(self) -> int:
+        return self.info.documents
+
+    def name(self, number: int) -> tuple[str, str]:
+        """Id and group of a document."""
+        start = int(self._name_ends[number - 1]) if number else 0
+        example_id, group = json.loads(self._names[start : int(self._name_ends[number])].tobytes())
+        return example_id, group
+
+    def document(self, number: int, index: int, start: int) -> Document:
+        """What is known of a document.
+
+        Args:
+            number: its number in this store.
+            index: its number in the data set.
+            start: where the piece starts.
+        """
+        example_id, group = self.name(number)
+        is_correct, reward = int(self._is_correct[number]), float(self._reward[number])
+        return Document(
+            index=index,
+            start=start,
+            id=example_id,
+            group=group,
+            is_correct=None if is_correct == _UNKNOWN else bool(is_correct),
+            reward=None if np.isnan(reward) else reward,
+        )
+
+
+def _read_info(folder: Path) -> StoreInfo:
+    try:
+        info = StoreInfo(**json.loads((folder / _INFO).read_text(encoding="utf-8")))
+        broken = [name for name, size in info.sizes.items() if (folder / name).stat().st_size != size]
+    except (OSError, ValueError, TypeError) as error:
+        raise WMTPError(f"{folder}: not a whole token store ({error}); delete the folder") from error
+    if broken:
+        raise WMTPError(f"{folder / broken[0]}: damaged, it has another size than when it was written; delete the folder")
+    return info
+
+
+def _mapped(path: Path, dtype: str) -> NDArray[Any]:
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r")

@@ -1,0 +1,58 @@
+"""A tokenizer without a vocabulary file: a token is a byte of UTF-8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from wmtp.tokenizers.base import Tokenizer
+from wmtp.tokenizers.saved import write_saved
+
+__all__ = ["BytesTokenizer"]
+
+EOS_ID: Final = 256
+BOS_ID: Final = 257
+
+
+class BytesTokenizer(Tokenizer):
+    """Ids 0..255 are the bytes of the text's UTF-8, 256 ends a sequence, 257 begins one: 258 tokens."""
+
+    @property
+    def vocab_size(self) -> int:
+        """258."""
+        return 258
+
+    @property
+    def eos_id(self) -> int:
+        """256."""
+        return EOS_ID
+
+    @property
+    def bos_id(self) -> int:
+        """257."""
+        return BOS_ID
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of ``text`` in UTF-8."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the bytes; what is no UTF-8 becomes U+FFFD, and begin and end leave nothing."""
+        return bytes(i for i in ids if i < EOS_ID).decode("utf-8", errors="replace")
+
+    def token(self, token_id: int) -> str:
+        """A printable ASCII character as itself, any other byte as ``<0x0A>``, and ``<eos>``, ``<bos>``."""
+        if token_id in (EOS_ID, BOS_ID):
+            return "<eos>" if token_id == EOS_ID else "<bos>"
+        if not 0 <= token_id < EOS_ID:
+            raise IndexError(f"token id {token_id} is outside 0..{BOS_ID}")
+        return chr(token_id) if 0x20 < token_id < 0x7F else f"<0x{token_id:02X}>"
+
+    def fingerprint(self) -> str:
+        """Always the same: there is nothing to choose."""
+        return f"bytes-eos{EOS_ID}-bos{BOS_ID}"
+
+    def save(self, folder: Path) -> None:
+        """Write the small file by which `wmtp.tokenizers.load.load_tokenizer` knows it again."""
+        write_saved(folder, "bytes")

@@ -1,0 +1,38 @@
+"""The small file beside a saved model that says which tokenizer it was trained with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from wmtp.errors import WMTPError
+
+__all__ = ["SAVED_NAME", "read_saved", "write_saved"]
+
+SAVED_NAME: Final = "wmtp_tokenizer.json"
+
+
+def write_saved(folder: Path, kind: str, **options: Any) -> None:
+    """Write the tokenizer's ``type`` and its options into a model folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SAVED_NAME).write_text(json.dumps({"type": kind, **options}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_saved(folder: Path) -> Mapping[str, Any] | None:
+    """What `write_saved` wrote; None where the folder has no such file.
+
+    Raises:
+        WMTPError: the file is damaged.
+    """
+    path = folder / SAVED_NAME
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WMTPError(f"{path}: not JSON ({error}); save the model again") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("type"), str):
+        raise WMTPError(f"{path}: has no 'type'; save the model again")
+    return saved
