@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from wmtp.data.base import BadExample
 
 __all__ = ["bool_field", "number_field", "text_field", "type_name"]
 
 
+_TYPE_NAMES: Final = {
+    list: "a list",
+    dict: "an object",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
 def type_name(value: Any) -> str:
     """What a message calls the type of a value."""
-    names = {
-        list: "list",
-        dict: "object",
-        str: "string",
-        bool: "true/false",
-        int: "number",
-        float: "number",
-        type(None): "null",
-    }
-    return names.get(type(value), type(value).__name__)
+    return _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
 def text_field(where: str, record: Mapping[str, Any], key: str) -> str:
@@ -47,7 +49,7 @@ def bool_field(where: str, record: Mapping[str, Any], key: str) -> bool | None:
     """
     value = record.get(key)
     if value is not None and not isinstance(value, bool):
-        raise BadExample(where, f'"{key}" must be true or false, not {type_name(value)} {value!r:.40}')
+        raise BadExample(where, f'"{key}" must be true or false, not {type_name(value)}')
     return value
 
 
@@ -68,7 +70,7 @@ def finite_number(where: str, value: Any, name: str) -> float:
         BadExample: it is no number, NaN, or infinite.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadExample(where, f"{name} must be a number, not {type_name(value)} {value!r:.40}")
+        raise BadExample(where, f"{name} must be a number, not {type_name(value)}")
     try:
         number = float(value)
     except OverflowError:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from wmtp.data.base import BadExample
+from wmtp.data.fields import type_name
 from wmtp.errors import WMTPError
 
 __all__ = ["COMPRESSIONS", "Record", "data_files", "open_binary", "read_records", "uncompressed_name"]
@@ -169,17 +170,12 @@ def _json(path: Path) -> Iterator[Record | BadExample]:
 
 def _record(where: str, value: Any) -> Record | BadExample:
     if not isinstance(value, dict):
-        return BadExample(where, f"not a JSON object but {_json_name(value)}")
+        return BadExample(where, f"not a JSON object but {type_name(value)}")
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         return BadExample(where, "half of a surrogate pair (\\ud800 to \\udfff) stands alone, which no text can hold")
     return where, value
-
-
-def _json_name(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
 
 
 def _parquet(path: Path) -> Iterator[Record]:

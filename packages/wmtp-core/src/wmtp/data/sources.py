@@ -37,9 +37,7 @@ def check_sources(config: Config) -> list[str]:
         problems.append("data.train.sources: names no data set; name what to learn from")
     for name in train:
         if name in measured:
-            problems.append(
-                f"data.eval.sources: '{name}' is learned from too; leave it out of one of them, or use data.eval.holdout"
-            )
+            problems.append(f"data.eval.sources: '{name}' is learned from too; leave it out of one, or use data.eval.holdout")
     if config.data.eval is not None:
         if config.data.eval.sources is not None and config.data.eval.holdout is not None:
             problems.append("data.eval.holdout: stands beside data.eval.sources; keep one of them")

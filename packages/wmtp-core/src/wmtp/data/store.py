@@ -84,16 +84,8 @@ class StoreWriter:
         self._folder = folder
         self._token_type = "uint16" if vocab_size <= 1 << 16 else "uint32"
         self._tokens = _Column(folder / "tokens.bin", "H" if self._token_type == "uint16" else "I")
-        self._columns = {
-            name: _Column(folder / f"{name}.bin", typecode)
-            for name, typecode in (
-                ("ends", "q"),
-                ("prompt_lengths", "q"),
-                ("is_correct", "b"),
-                ("reward", "d"),
-                ("name_ends", "q"),
-            )
-        }
+        typecodes = {"ends": "q", "prompt_lengths": "q", "is_correct": "b", "reward": "d", "name_ends": "q"}
+        self._columns = {name: _Column(folder / f"{name}.bin", typecode) for name, typecode in typecodes.items()}
         self._names = (folder / "names.bin").open("wb")
         self._weights: _Column | None = None
         self._count = 0

@@ -45,18 +45,14 @@ class JsonlLoader(ExampleLoader):
         text, prompt, completion = (keys[field] for field in ("text", "prompt", "completion"))
         if text in record and (prompt in record or completion in record):
             other = prompt if prompt in record else completion
-            raise BadExample(
-                where, f'has both "{text}" and "{other}"; a record has either "{text}" or "{prompt}" and "{completion}"'
-            )
+            raise BadExample(where, f'has both "{text}" and "{other}"; keep "{text}", or "{prompt}" and "{completion}"')
         if text in record:
             pair = ("", text_field(where, record, text))
         else:
             for key in (prompt, completion):
                 if key not in record:
-                    found = ", ".join(sorted(map(str, record))) or "none"
-                    raise BadExample(
-                        where, f'no "{key}"; needs "{prompt}" and "{completion}", or "{text}"; the keys here are {found}'
-                    )
+                    needed = f'needs "{prompt}" and "{completion}", or "{text}"'
+                    raise BadExample(where, f'no "{key}"; {needed}; the keys here are {", ".join(record) or "none"}')
             pair = (text_field(where, record, prompt), text_field(where, record, completion))
         example_id = _name(where, record, keys["id"]) or Path(where).name
         return Example(
