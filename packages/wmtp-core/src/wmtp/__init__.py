@@ -1,3 +1,61 @@
-"""WMTP: weighted multi-token-prediction fine-tuning of language models."""
+"""WMTP: weighted multi-token-prediction fine-tuning of language models.
+
+``wmtp.run("recipe.toml")`` does what ``wmtp run recipe.toml`` does. Importing this package is cheap: every name is loaded
+when it is first used.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wmtp.config.load import load_config
+    from wmtp.config.schema import Config
+    from wmtp.errors import ConfigError, PluginError, WMTPError
+    from wmtp.hookspecs import hookimpl
+    from wmtp.models import load_model
+    from wmtp.result import Result
+    from wmtp.runner import run
+
+    __version__: str
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "PluginError",
+    "Result",
+    "WMTPError",
+    "__version__",
+    "hookimpl",
+    "load_config",
+    "load_model",
+    "run",
+]
+
+_HOMES = {
+    "Config": "wmtp.config.schema",
+    "ConfigError": "wmtp.errors",
+    "PluginError": "wmtp.errors",
+    "Result": "wmtp.result",
+    "WMTPError": "wmtp.errors",
+    "hookimpl": "wmtp.hookspecs",
+    "load_config": "wmtp.config.load",
+    "load_model": "wmtp.models",
+    "run": "wmtp.runner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("wmtp-core")
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,351 @@
+"""Reads plain mappings into config classes, strictly.
+
+cattrs chooses the hook for each type; the hooks here replace its lenient ones (it turns 3.7 into 3 and "false" into True),
+know components, and gather every problem instead of stopping at the first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import math
+import re
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, MutableSequence, Sequence, Set
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import attrs
+import cattrs
+from cattrs.errors import StructureHandlerNotFoundError
+
+from wmtp.config.components import COMPONENT_KIND, KINDS
+from wmtp.config.problems import KeyPath, Problem, Problems, unknown_key
+from wmtp.config.schema import HeadsConfig, ModelConfig
+from wmtp.plugins.registry import Registry
+
+__all__ = ["make_converter"]
+
+_MISSING: Any = object()
+_SEQUENCES = (list, tuple, set, frozenset, Sequence, MutableSequence, Collection, Iterable, Set)
+_MAPPINGS = (dict, Mapping, MutableMapping)
+
+
+@attrs.frozen
+class _Kind:
+    """Marks a type as a component, read with the plugins' help.
+
+    Args:
+        kind: a key of `KINDS`.
+        default_type: what a table without ``type`` is; None where it must say.
+    """
+
+    kind: str
+    default_type: str | None = None
+
+
+def make_converter(registry: Registry) -> cattrs.Converter:
+    """The converter for one set of plugins. Its ``structure`` raises `Problems`."""
+    converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
+    for scalar, name in ((bool, "true or false"), (int, "a whole number"), (str, "a string")):
+        converter.register_structure_hook(scalar, _scalar(scalar, name))
+    converter.register_structure_hook(float, _float)
+    converter.register_structure_hook(Path, lambda value, _: Path(_scalar(str, "a path")(value, str)))
+    converter.register_structure_hook_func(lambda t: t is Any or t is object, lambda value, _: value)
+    converter.register_structure_hook_func(lambda t: get_origin(t) is Literal, _literal)
+    converter.register_structure_hook_func(lambda t: isinstance(t, type) and issubclass(t, enum.Enum), _enum)
+    converter.register_structure_hook_func(_is_union, lambda value, t: _union(converter, value, t))
+    converter.register_structure_hook_func(
+        lambda t: (get_origin(t) or t) in _SEQUENCES, lambda value, t: _sequence(converter, value, t)
+    )
+    converter.register_structure_hook_func(
+        lambda t: (get_origin(t) or t) in _MAPPINGS, lambda value, t: _mapping(converter, value, t)
+    )
+    converter.register_structure_hook_func(
+        lambda t: attrs.has(get_origin(t) or t) and isinstance(get_origin(t) or t, type),
+        lambda value, t: _table(converter, value, get_origin(t) or t),
+    )
+    converter.register_structure_hook_func(
+        lambda t: t is ModelConfig, lambda value, _: _model(converter, value)
+    )  # the hook registered last wins
+    converter.register_structure_hook_func(_is_component, lambda value, t: _component(converter, registry, value, t))
+    return converter
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return "a table"
+    if isinstance(value, list | tuple):
+        return "an array"
+    text = repr(value) if isinstance(value, str | int | float) else f"{value} ({type(value).__name__})"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _wrong(expected: str, value: Any) -> Problems:
+    quoted = isinstance(value, str) and expected in ("true or false", "a whole number", "a number")
+    return Problems.one(f"must be {expected}, not {_shown(value)}{' (a string: leave the quotes out)' if quoted else ''}")
+
+
+def _scalar(scalar: type, name: str) -> Callable[[Any, Any], Any]:
+    def read(value: Any, _: Any) -> Any:
+        if type(value) is not scalar:  # a bool is an int to isinstance
+            raise _wrong(name, value)
+        return value
+
+    return read
+
+
+def _float(value: Any, _: Any) -> float:
+    if type(value) not in (int, float):
+        raise _wrong("a number", value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise Problems.one("is too large for a number") from None
+    if math.isnan(number):
+        raise _wrong("a number", value)
+    return number
+
+
+def _literal(value: Any, type_: Any) -> Any:
+    choices = get_args(type_)
+    for choice in choices:
+        if type(choice) is type(value) and choice == value:
+            return choice
+    raise Problems.one(_not_a_choice(choices, value))
+
+
+def _enum(value: Any, type_: type[enum.Enum]) -> enum.Enum:
+    if type(value) is type_:
+        return value
+    for member in type_:
+        if type(member.value) is type(value) and member.value == value:
+            return member
+    raise Problems.one(_not_a_choice([member.value for member in type_], value))
+
+
+def _not_a_choice(choices: Iterable[Any], value: Any) -> str:
+    names = list(choices)
+    close = difflib.get_close_matches(value, [n for n in names if isinstance(n, str)], n=1) if isinstance(value, str) else []
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"must be one of {', '.join(_shown(name) for name in names)}, not {_shown(value)}{hint}"
+
+
+def _is_union(type_: Any) -> bool:
+    return get_origin(type_) is Union or isinstance(type_, types.UnionType)
+
+
+def _union(converter: cattrs.Converter, value: Any, type_: Any) -> Any:
+    """The first member that takes the value as it is; a whole number fits ``int`` before ``float``."""
+    members = get_args(type_)
+    if value is None and type(None) in members:
+        return None
+    members = sorted((m for m in members if m is not type(None)), key=lambda m: m is float)
+    failures: list[Problems] = []
+    for member in members:
+        try:
+            return converter.structure(value, member)
+        except Problems as problems:
+            failures.append(problems)
+    deepest = max(failures, key=lambda f: max(len(p.path) for p in f.problems))
+    if len(failures) == 1 or any(problem.path for problem in deepest.problems):
+        raise deepest
+    raise Problems.one(" or ".join(dict.fromkeys(failure.problems[0].message for failure in failures)))
+
+
+def _items(converter: cattrs.Converter, parts: Iterable[tuple[str | int, Any, Any]]) -> list[Any]:
+    """Read several values, and raise what is wrong with any of them."""
+    done: list[Any] = []
+    problems: list[Problem] = []
+    for key, value, type_ in parts:
+        try:
+            done.append(_read(converter, value, type_))
+        except Problems as found:
+            problems += (problem.under(key) for problem in found.problems)
+    if problems:
+        raise Problems(problems)
+    return done
+
+
+def _read(converter: cattrs.Converter, value: Any, type_: Any) -> Any:
+    try:
+        return converter.structure(value, type_)
+    except Problems:
+        raise
+    except StructureHandlerNotFoundError:
+        raise Problems.one(f"a value of type {type_} cannot be read from TOML") from None
+    except cattrs.BaseValidationError as error:
+        raise Problems.one("; ".join(cattrs.transform_error(error))) from None
+    except Exception as error:
+        raise Problems.one(_said(error)) from None
+
+
+def _sequence(converter: cattrs.Converter, value: Any, type_: Any) -> Any:
+    origin, arguments = get_origin(type_) or type_, get_args(type_)
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise _wrong("an array", value)
+    fixed = origin is tuple and arguments and arguments[-1] is not Ellipsis
+    if fixed and len(value) != len(arguments):
+        raise Problems.one(f"must have {len(arguments)} elements, not {len(value)}")
+    element_types = arguments if fixed else [arguments[0] if arguments else Any] * len(value)
+    ordered = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+    elements = _items(converter, zip(range(len(value)), ordered, element_types, strict=True))
+    if origin in (set, frozenset, Set):
+        return (set if origin is set else frozenset)(elements)
+    return elements if origin in (list, MutableSequence) else tuple(elements)
+
+
+def _mapping(converter: cattrs.Converter, value: Any, type_: Any) -> dict[Any, Any]:
+    arguments = get_args(type_)
+    table = _as_table(value)
+    element = arguments[1] if arguments else Any
+    return dict(zip(table, _items(converter, ((key, table[key], element) for key in table)), strict=True))
+
+
+def _as_table(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _wrong("a table", value)
+    if wrong := [key for key in value if not isinstance(key, str)]:
+        raise Problems.one(f"the key {wrong[0]!r} is no string")
+    return value
+
+
+def _table(converter: cattrs.Converter, value: Any, cls: type[Any]) -> Any:
+    """An attrs class: no unknown keys, no missing ones, every value checked, the class's own validators too."""
+    table = _as_table(value)
+    attrs.resolve_types(cls)
+    fields = {str(a.alias): a for a in attrs.fields(cls) if a.init}
+    problems = [Problem((key,), unknown_key(key, fields)) for key in table if key not in fields]
+    arguments: dict[str, Any] = {}
+    for key, attribute in fields.items():
+        if key not in table:
+            if attribute.default is attrs.NOTHING:
+                problems.append(Problem((key,), "required, and missing", at=()))
+            continue
+        try:
+            arguments[key] = _read(converter, table[key], _field_type(attribute))
+        except Problems as found:
+            problems += (problem.under(key) for problem in found.problems)
+    if not problems:
+        try:
+            return cls(**arguments)
+        except Exception as error:
+            raise Problems(_said_by_validators(cls, fields, arguments) or [Problem((), _said(error))]) from error
+    # What can be validated already is, so that all problems show at once.
+    raise Problems(problems + [p for p in _said_by_validators(cls, fields, arguments) if p.path[0] in arguments])
+
+
+def _said_by_validators(
+    cls: type[Any], fields: Mapping[str, attrs.Attribute[Any]], arguments: Mapping[str, Any]
+) -> list[Problem]:
+    """What each field's own validator says, one by one: attrs itself stops at the first."""
+    unfinished = object.__new__(cls)
+    values: dict[str, Any] = {}
+    for key, attribute in fields.items():
+        try:
+            value = arguments[key] if key in arguments else _default(attribute, unfinished)
+            if value is _MISSING:
+                continue
+            if attribute.converter is not None and not isinstance(attribute.converter, attrs.Converter):
+                value = attribute.converter(value)
+        except Exception:
+            continue
+        object.__setattr__(unfinished, attribute.name, value)
+        values[key] = value
+    problems: list[Problem] = []
+    for key, value in values.items():
+        if key in arguments and fields[key].validator is not None:
+            try:
+                fields[key].validator(unfinished, fields[key], value)  # type: ignore[misc]
+            except AttributeError:
+                continue  # it looks at a field that is itself wrong or missing
+            except Exception as error:
+                problems.append(Problem((key,), _said(error, fields[key].name)))
+    return problems
+
+
+def _default(attribute: attrs.Attribute[Any], instance: Any) -> Any:
+    if attribute.default is attrs.NOTHING:
+        return _MISSING
+    if isinstance(attribute.default, attrs.Factory):  # type: ignore[arg-type]
+        factory: Any = attribute.default
+        return factory.factory(instance) if factory.takes_self else factory.factory()
+    return attribute.default
+
+
+def _said(error: Exception, name: str | None = None) -> str:
+    """An exception's text on one line; attrs' own begin with the field's name, which the key says already."""
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    text = " ".join(text.split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"KeyError: {text}"
+    if name is None:
+        return text
+    return re.sub(r"^(must be [<>=]+ \S+): (\S+)$", r"\1, not \2", text.removeprefix(f"'{name}' "))
+
+
+def _field_type(attribute: attrs.Attribute[Any]) -> Any:
+    kind = attribute.metadata.get(COMPONENT_KIND)
+    if kind is None:
+        return attribute.type if attribute.type is not None else Any
+    default = attribute.default
+    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+        default = default.factory() if not default.takes_self else None  # type: ignore[union-attr]
+    default_type = getattr(default, "type", None)
+    return _with_component(attribute.type, Annotated[Any, _Kind(kind, default_type if isinstance(default_type, str) else None)])
+
+
+def _with_component(annotation: Any, leaf: Any) -> Any:
+    """The annotation of a component field, with `leaf` where it says what class the component has."""
+    origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
+    if _is_union(annotation) and type(None) in arguments:
+        rest = [argument for argument in arguments if argument is not type(None)]
+        return _with_component(rest[0], leaf) | None
+    if origin in _MAPPINGS:
+        return Mapping[str, leaf]
+    if origin in _SEQUENCES:
+        return list[leaf] if origin is list else tuple[leaf, ...]
+    return leaf
+
+
+def _is_component(type_: Any) -> bool:
+    return get_origin(type_) is Annotated and any(isinstance(mark, _Kind) for mark in type_.__metadata__)
+
+
+def _component(converter: cattrs.Converter, registry: Registry, value: Any, type_: Any) -> Any:
+    mark: _Kind = next(mark for mark in type_.__metadata__ if isinstance(mark, _Kind))
+    table = dict(_as_table(value))
+    name = table.pop("type", mark.default_type)
+    if name is None:
+        names = ", ".join(provided.type for provided in registry.of_kind(mark.kind)) or "none is installed"
+        raise Problems([Problem(("type",), f"required, and missing: which {KINDS[mark.kind]} it is; one of: {names}", at=())])
+    if not isinstance(name, str):
+        raise Problems([problem.under("type") for problem in _wrong("a string", name).problems])
+    provided = registry.find(mark.kind, name)
+    if provided is None:
+        at: KeyPath = ("type",) if "type" in value else ()
+        raise Problems([Problem((), registry.missing(mark.kind, name), at=at)])
+    return _read(converter, table, provided.cls)
+
+
+def _model(converter: cattrs.Converter, value: Any) -> ModelConfig:
+    """``heads`` is WMTP's; every other key of the table belongs to the loader."""
+    table = dict(_as_table(value))
+    heads = table.pop("heads", None)
+    parts: list[tuple[str, Any, Any]] = [("", table, Annotated[Any, _Kind("model_loaders")])]
+    if heads is not None:
+        parts.append(("heads", heads, HeadsConfig))
+    problems: list[Problem] = []
+    done: list[Any] = []
+    for key, part, type_ in parts:
+        try:
+            done.append(_read(converter, part, type_))
+        except Problems as found:
+            problems += (problem.under(key) if key else problem for problem in found.problems)
+    if problems:
+        raise Problems(problems)
+    return ModelConfig(loader=done[0], heads=done[1] if heads is not None else None)

@@ -1,0 +1,104 @@
+"""From TOML files, mappings and ``--set`` to a `Config`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from attrs import frozen
+
+from wmtp.config.converter import make_converter
+from wmtp.config.problems import Problem, Problems
+from wmtp.config.schema import Config
+from wmtp.config.sources import Document, FileSource, MappingSource, escape, parse_override
+from wmtp.config.tree import components, to_mapping
+from wmtp.errors import ConfigError
+from wmtp.plugins.loader import load_plugins
+from wmtp.plugins.registry import Registry
+
+__all__ = ["ConfigSource", "Loaded", "load", "load_config"]
+
+#: a TOML file, a mapping of the same shape, or a config made in Python
+ConfigSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Config
+
+
+@frozen(kw_only=True)
+class Loaded:
+    """A config, and what is needed to say where its values came from.
+
+    Args:
+        config: structurally right; not yet checked across sections.
+        registry: the plugins it was read with, and the classes that a `Config` from Python brought.
+        document: the merged sources.
+    """
+
+    config: Config
+    registry: Registry
+    document: Document
+
+
+def load_config(
+    sources: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str] = (), *, registry: Registry | None = None
+) -> Config:
+    """Read a config.
+
+    Args:
+        sources: TOML files, mappings or a `Config`; the later ones are laid over the earlier ones.
+        overrides: ``KEY=VALUE`` texts, as for ``--set``, laid over everything.
+        registry: the plugins; default: all that are installed.
+
+    Raises:
+        ConfigError: every problem at once, with file, line, key and a hint.
+        PluginError: two plugins provide a component of the same name.
+    """
+    return load(sources, overrides, registry=registry).config
+
+
+def load(
+    sources: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str] = (), *, registry: Registry | None = None
+) -> Loaded:
+    """As `load_config`, and keep what tells where each value came from."""
+    registry = registry if registry is not None else load_plugins()
+    registry.require_unambiguous()
+    if isinstance(sources, str | os.PathLike | Mapping | Config):
+        sources = [sources]
+    document = Document()
+    files: list[FileSource] = []
+    wrong: list[str] = []
+    for source in sources:
+        try:
+            if isinstance(source, Config):
+                registry = registry.with_classes((placed.kind, type(placed.config)) for placed in components(source))
+                document.merge(to_mapping(source, text=escape), MappingSource())
+            elif isinstance(source, Mapping):
+                document.merge(source, MappingSource())
+            else:
+                files.append(FileSource(source))
+                document.merge(files[-1].data, files[-1])
+        except ConfigError as error:
+            wrong += error.problems
+    for text in overrides:
+        try:
+            document.override(parse_override(text))
+        except ConfigError as error:
+            wrong += error.problems
+    if wrong:  # what is left would only give misleading errors
+        raise ConfigError(wrong)
+    if len(files) == 1:
+        document.origins[()] = files[0]  # where a missing section is missed
+    problems = document.expand(os.environ)
+    unexpanded = {problem.path for problem in problems}
+    try:
+        config = make_converter(registry).structure(document.data, Config)
+    except Problems as found:
+        problems += (problem for problem in found.problems if problem.path not in unexpanded)
+    else:
+        if not problems:
+            return Loaded(config=config, registry=registry, document=document)
+    raise located(document, problems)
+
+
+def located(document: Document, problems: Iterable[Problem]) -> ConfigError:
+    """The error for problems of a document, each with its place."""
+    return ConfigError(list(dict.fromkeys(document.locate(problem) for problem in problems)))

@@ -1,0 +1,62 @@
+"""What is wrong with a config, and with which of its keys."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Final
+
+from attrs import frozen
+
+__all__ = ["KeyPath", "Problem", "Problems", "dotted", "unknown_key"]
+
+#: where a value stands: names of tables and keys, and indices into arrays
+KeyPath = tuple[str | int, ...]
+
+_BARE: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
+
+
+def dotted(path: KeyPath) -> str:
+    """``models.base.uri``; a name that needs quotes in TOML gets them."""
+    parts = (str(part) if isinstance(part, int) or (part and set(part) <= _BARE) else f'"{part}"' for part in path)
+    return ".".join(parts)
+
+
+@frozen
+class Problem:
+    """One thing that is wrong.
+
+    Args:
+        path: the key that the message is about; empty for the whole config.
+        message: what is wrong; what to do.
+        at: the key to point at, where that is not ``path``: the ``type`` of a table, for instance.
+    """
+
+    path: KeyPath
+    message: str
+    at: KeyPath | None = None
+
+    def under(self, *parents: str | int) -> Problem:
+        """The same problem, seen from a table further out."""
+        return Problem((*parents, *self.path), self.message, (*parents, *self.at) if self.at is not None else None)
+
+
+class Problems(Exception):
+    """Several problems at once, with paths relative to the value that was being read."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(problem.message for problem in self.problems))
+
+    @classmethod
+    def one(cls, message: str, *path: str | int) -> Problems:
+        """A single problem."""
+        return cls([Problem(path, message)])
+
+
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """The message for a key that a table does not have."""
+    names = list(known)
+    if close := difflib.get_close_matches(name, names, n=1):
+        return f"unknown key; did you mean '{close[0]}'?"
+    return f"unknown key; keys: {', '.join(names)}" if names else "unknown key; this table has no keys"

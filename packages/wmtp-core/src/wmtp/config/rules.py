@@ -1,0 +1,255 @@
+"""What must hold between the sections of a config. Needs no torch: it runs before a GPU is paid for."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from wmtp.config.load import Loaded, located
+from wmtp.config.problems import KeyPath, Problem, dotted
+from wmtp.config.schema import Config
+from wmtp.config.tree import components, to_mapping
+from wmtp.errors import ConfigError
+from wmtp.plugins.loader import load_plugins
+from wmtp.plugins.registry import Registry
+from wmtp.storage.uris import backend_for, file_path, scheme_of
+
+__all__ = ["check", "check_loaded"]
+
+_MODELS: Final = ("base", "ref", "rm", "critic")
+_RUN_NAME: Final = re.compile(r"[\w][\w.+=@ -]*(?<! )")
+_SECRET_KEY: Final = re.compile(
+    r"(^|[_-])(password|passwd|secret|secret_key|api_?key|access_key|private_key|access_token|auth_token|hf_token)$",
+    re.IGNORECASE,
+)
+_SECRET_VALUE: Final = re.compile(
+    r"://[^/?#@\s:]*:[^/?#@\s]+@"  # user:password@host
+    r"|\b(hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,})"
+    r"|[?&](X-Amz-Signature|X-Amz-Security-Token|sig|signature|token|access_token|api_key)=",
+    re.IGNORECASE,
+)
+
+
+def check(config: Config, registry: Registry | None = None) -> None:
+    """Check what one class alone cannot: names that refer to other sections, files that must exist, numbers that must agree.
+
+    Args:
+        config: a config.
+        registry: the plugins; default: all that are installed.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    problems = list(_problems(config, registry if registry is not None else load_plugins()))
+    if problems:
+        raise ConfigError([f"{dotted(p.path)}: {p.message}" for p in problems])
+
+
+def check_loaded(loaded: Loaded) -> None:
+    """As `check`, with the file and line of each problem."""
+    if problems := list(_problems(loaded.config, loaded.registry)):
+        raise located(loaded.document, problems)
+
+
+def is_secret(key: str, value: str) -> bool:
+    """Whether a value looks like a password, a token or a signed address."""
+    return bool(_SECRET_KEY.search(key) or _SECRET_VALUE.search(value))
+
+
+def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
+    for rule in (_run, _models, _heads, _data, _length):
+        yield from rule(config)
+    yield from _secrets(to_mapping(config), ())
+    yield from _uris(config, registry)
+    for placed in components(config):
+        yield from _own_rules(placed.path, placed.config, registry)
+
+
+def _run(config: Config) -> Iterator[Problem]:
+    name = config.run.name
+    if name is not None and not (_RUN_NAME.fullmatch(name) and len(name.encode()) <= 200):
+        yield Problem(
+            ("run", "name"),
+            f"{name!r} cannot name a folder; use letters, digits, '.', '_' and '-', and begin with no '.' or '-'",
+        )
+    yield from _local_folder(config.run.output_dir, ("run", "output_dir"))
+    if config.data.cache_dir is not None:
+        yield from _local_folder(config.data.cache_dir, ("data", "cache_dir"))
+    yield from _local_folder(config.storage.cache_dir, ("storage", "cache_dir"))
+
+
+def _local_folder(uri: str, path: KeyPath) -> Iterator[Problem]:
+    try:
+        if scheme_of(uri) != "file":
+            yield Problem(path, f"{uri!r} is not on this machine; write the path of a local folder")
+        elif file_path(uri).exists() and not file_path(uri).is_dir():
+            yield Problem(path, f"{uri!r} is a file; write the path of a folder")
+    except ConfigError as error:
+        yield from (Problem(path, problem) for problem in error.problems)
+
+
+def _models(config: Config) -> Iterator[Problem]:
+    required: dict[str, str] = {}
+    for placed in components(config):
+        if placed.kind == "trainers":
+            for name in getattr(placed.config, "required_models", ()):
+                required[name] = placed.config.type
+    if "base" not in config.models:
+        yield Problem(("models", "base"), "required, and missing: the model that is trained", at=("models",))
+    for name, trainer in required.items():
+        if name not in config.models and name != "base":
+            yield Problem(("models", name), f"required by the trainer '{trainer}', and missing", at=("trainer",))
+    allowed = list(dict.fromkeys((*_MODELS, *required)))
+    for name, model in config.models.items():
+        if name not in allowed:
+            close = difflib.get_close_matches(name, allowed, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else f"; models: {', '.join(allowed)}"
+            yield Problem(("models", name), f"unknown model{hint}")
+        if name != "base" and model.heads is not None:
+            yield Problem(("models", name, "heads"), "only models.base has heads; remove this table")
+
+
+def _heads(config: Config) -> Iterator[Problem]:
+    base = config.models.get("base")
+    heads = base.heads if base is not None else None
+    if heads is None:
+        return
+    path = ("models", "base", "heads")
+    weights = heads.head_weights
+    if weights is not None:
+        if heads.decay is not None:
+            yield Problem((*path, "decay"), "stands beside head_weights; remove one of them")
+        if len(weights) != heads.horizon:
+            yield Problem(
+                (*path, "head_weights"), f"has {len(weights)} weights for horizon = {heads.horizon}; write one a head"
+            )
+        if not any(weights):
+            yield Problem((*path, "head_weights"), "are all 0, so nothing would be learned")
+        elif any(weight == float("inf") for weight in weights):
+            yield Problem((*path, "head_weights"), "must be finite")
+    if heads.horizon >= config.data.train.max_length:
+        yield Problem(
+            (*path, "horizon"), f"{heads.horizon} must be less than data.train.max_length = {config.data.train.max_length}"
+        )
+    steps = config.train.max_steps
+    if steps is not None and heads.warmup_steps >= steps:
+        yield Problem((*path, "warmup_steps"), f"{heads.warmup_steps} must be less than train.max_steps = {steps}")
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    train, evaluation = config.data.train, config.data.eval
+    for section, sources in (("train", train.sources), ("eval", evaluation.sources if evaluation is not None else None)):
+        path = ("data", section, "sources")
+        if sources is not None and not sources:
+            yield Problem(path, "names no data set; name one, or remove the key")
+        for index, name in enumerate(sources or ()):
+            if name not in config.datasets:
+                close = difflib.get_close_matches(name, config.datasets, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"datasets: {', '.join(config.datasets)}"
+                yield Problem((*path, index), f"there is no [datasets.{dotted((name,))}]; {hint}")
+            elif name in (sources or ())[:index]:
+                yield Problem((*path, index), f"'{name}' is named twice")
+    measured = (evaluation.sources if evaluation is not None else None) or ()
+    learned = train.sources if train.sources is not None else tuple(name for name in config.datasets if name not in measured)
+    if not learned and train.sources is None:
+        yield Problem(("data", "train"), "data.eval names all data sets, so nothing is left to learn from", at=("data", "eval"))
+    if both := [name for name in measured if name in learned]:
+        yield Problem(
+            ("data", "eval", "sources"),
+            f"{', '.join(both)} would be learned from too; use data.eval.holdout to measure on a share of the training data",
+        )
+    if evaluation is not None and (evaluation.sources is None) == (evaluation.holdout is None):
+        yield Problem(("data", "eval"), "needs exactly one of sources and holdout")
+    if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
+        yield Problem(
+            ("data", "train", "micro_batch_size"),
+            f"{train.micro_batch_size} must be at most data.train.batch_size = {train.batch_size}",
+        )
+    for name in learned:
+        dataset = config.datasets.get(name)
+        if dataset is not None and _evaluation_only(dataset) and not getattr(dataset, "allow_training", False):
+            yield Problem(
+                ("datasets", name),
+                f"'{dataset.type}' is for evaluation only: learning it makes its scores worthless. Name it in data.eval.sources"
+                f" or leave it out of data.train.sources; datasets.{dotted((name,))}.allow_training = true overrides this",
+            )
+
+
+def _evaluation_only(dataset: Any) -> bool:
+    return bool(getattr(dataset, "evaluation_only", False))
+
+
+def _length(config: Config) -> Iterator[Problem]:
+    schedule, train = config.schedule, config.train
+    if schedule.warmup_steps is not None and schedule.warmup_ratio is not None:
+        yield Problem(("schedule", "warmup_ratio"), "stands beside warmup_steps; remove one of them")
+    if train.max_steps is not None and schedule.warmup_steps is not None and schedule.warmup_steps > train.max_steps:
+        yield Problem(
+            ("schedule", "warmup_steps"), f"{schedule.warmup_steps} must be at most train.max_steps = {train.max_steps}"
+        )
+    stopping = train.early_stopping
+    if stopping is not None and stopping.metric.startswith("eval/"):
+        path = ("train", "early_stopping", "metric")
+        if config.data.eval is None:
+            yield Problem(path, f"'{stopping.metric}' is measured on [data.eval], which is missing", at=path[:2])
+        if train.eval_interval is None:
+            yield Problem(path, f"'{stopping.metric}' needs train.eval_interval: else it is measured only once", at=path[:2])
+    elif train.eval_interval is not None and config.data.eval is None:
+        yield Problem(("train", "eval_interval"), "there is nothing to measure on: [data.eval] is missing")
+
+
+def _secrets(value: Any, path: KeyPath) -> Iterator[Problem]:
+    if isinstance(value, dict):
+        for key, element in value.items():
+            yield from _secrets(element, (*path, key))
+    elif isinstance(value, list):
+        for index, element in enumerate(value):
+            yield from _secrets(element, (*path, index))
+    elif isinstance(value, str) and value and is_secret(str(path[-1]), value):
+        yield Problem(
+            path,
+            "looks like a secret, which would be saved with the run; remove it, and set the environment variable that the"
+            " service reads (AWS_*, MLFLOW_TRACKING_*, HF_TOKEN …)",
+        )
+
+
+def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
+    """Every ``uri`` of a component is an input: it must be there, or of a scheme that somebody serves."""
+    schemes = {scheme: provided.cls for provided in registry.of_kind("storages") for scheme in provided.cls.schemes}
+    if config.checkpoints.uri is not None:
+        yield from _uri(config.checkpoints.uri, ("checkpoints", "uri"), schemes, must_exist=False)
+    for placed in components(config):
+        uri = getattr(placed.config, "uri", None)
+        if isinstance(uri, str):
+            yield from _uri(uri, (*placed.path, "uri"), schemes, must_exist=True)
+
+
+def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) -> Iterator[Problem]:
+    try:
+        backend_for(uri, schemes)
+        if must_exist and scheme_of(uri) == "file" and not file_path(uri).exists():
+            relative = "" if str(file_path(uri)) == uri else f" (that is {file_path(uri)})"
+            yield Problem(path, f"{uri!r}{relative} does not exist")
+    except ConfigError as error:
+        yield from (Problem(path, problem) for problem in error.problems)
+
+
+def _own_rules(path: KeyPath, config: Any, registry: Registry) -> Iterator[Problem]:
+    """What a component's own ``check()`` says; see `wmtp.hookspecs`."""
+    if not callable(getattr(config, "check", None)):
+        return
+    try:
+        lines: Iterable[str] = list(config.check())
+    except Exception as error:
+        plugin = registry.provider(type(config))
+        owner = f"the plugin {plugin}" if plugin is not None else type(config).__qualname__
+        yield Problem(path, f"check() of '{config.type}' in {owner} failed: {type(error).__name__}: {error}")
+        return
+    for line in lines:
+        key, colon, message = str(line).partition(": ")
+        if colon and re.fullmatch(r"[\w.-]+", key):
+            yield Problem((*path, *key.split(".")), message)
+        else:
+            yield Problem(path, str(line))

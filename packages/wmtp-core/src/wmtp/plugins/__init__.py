@@ -1,0 +1,6 @@
+"""The plugin host: which installed packages provide which components."""
+
+from wmtp.plugins.loader import load_plugins
+from wmtp.plugins.registry import Plugin, Provided, Registry
+
+__all__ = ["Plugin", "Provided", "Registry", "load_plugins"]

@@ -1,0 +1,180 @@
+"""Finds plugins, and checks that each keeps its contract before any of its components is used.
+
+pluggy's own `load_setuptools_entrypoints` is not used: it drops the second of two distributions with the same entry name in
+silence, and one plugin that cannot be imported stops everything.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from importlib.metadata import EntryPoint, entry_points, version
+from types import ModuleType
+from typing import Any
+
+import attrs
+import pluggy
+
+from wmtp import hookspecs
+from wmtp.config.components import KINDS
+from wmtp.errors import ConfigError, PluginError
+from wmtp.plugins.registry import Plugin, Provided, Registry
+
+__all__ = ["GROUP", "load_plugins"]
+
+GROUP = "wmtp"
+_PREFIX = "wmtp_"
+_HOOKS = tuple(_PREFIX + kind for kind in KINDS)
+
+
+def load_plugins() -> Registry:
+    """Load the built-in components and those of every installed plugin.
+
+    The environment variable ``WMTP_PLUGINS`` (entry names, separated by commas) limits which installed plugins are loaded.
+    A plugin that cannot be used is listed in `Registry.broken`; only a config that needs it fails.
+
+    Raises:
+        ConfigError: ``WMTP_PLUGINS`` names a plugin that is not installed.
+    """
+    from wmtp.plugins import builtin
+
+    found, left_out = _selected(sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _distribution(entry))))
+    plugins: list[Plugin] = []
+    components: list[Provided] = []
+    for name, distribution, dist_version, source in [("wmtp-core", "wmtp-core", version("wmtp-core"), builtin), *found]:
+        plugin = Plugin(name=name, distribution=distribution, version=dist_version)
+        try:
+            with redirect_stdout(sys.stderr):  # an import that prints must not get into `--json`
+                module = source.load() if isinstance(source, EntryPoint) else source
+                classes = _components(module)
+            by_kind = {kind: tuple(cls.type for cls in of_kind) for kind, of_kind in classes.items() if of_kind}
+            plugin = attrs.evolve(plugin, components=by_kind)
+            components += [Provided(kind=kind, cls=cls, plugin=plugin) for kind in classes for cls in classes[kind]]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin may call sys.exit, or raise anything at all
+            plugin = attrs.evolve(plugin, reason=_reason(error))
+        plugins.append(plugin)
+    return Registry(plugins, components, left_out)
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.module
+
+
+def _selected(entries: list[EntryPoint]) -> tuple[list[tuple[str, str, str, EntryPoint]], list[str]]:
+    """The entry points to load, and the names of those that ``WMTP_PLUGINS`` leaves out."""
+    found = [(e.name, _distribution(e), e.dist.version if e.dist is not None else "unknown", e) for e in entries]
+    wanted = os.environ.get("WMTP_PLUGINS")
+    if wanted is None:
+        return found, []
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    installed = sorted({entry.name for entry in entries})
+    if unknown := [name for name in names if name not in installed and name != "wmtp-core"]:
+        known = ", ".join(installed) or "none"
+        raise ConfigError(
+            [f"WMTP_PLUGINS: no plugin '{name}' is installed{_hint(name, installed)}; installed: {known}" for name in unknown]
+        )
+    return [entry for entry in found if entry[0] in names], [name for name in installed if name not in names]
+
+
+def _components(plugin: Any) -> dict[str, list[type[Any]]]:
+    """Call the hooks of one plugin.
+
+    Raises:
+        PluginError: the plugin breaks the contract of `wmtp.hookspecs`.
+    """
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    try:
+        manager.register(plugin)
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"a hook takes no arguments: {' '.join(str(error).splitlines()[1:]) or error}") from None
+    callers = manager.get_hookcallers(plugin) or []
+    for caller in callers:
+        if not caller.has_spec():
+            raise PluginError(f"there is no hook '{caller.name}'{_hint(caller.name, _HOOKS)}; hooks: {', '.join(_HOOKS)}")
+    implemented = {caller.name for caller in callers}
+    if forgotten := [name for name in _HOOKS if inspect.isroutine(getattr(plugin, name, None)) and name not in implemented]:
+        raise PluginError(f"{forgotten[0]} lacks the decorator @wmtp.hookimpl")
+    if not callers:
+        name = plugin.__name__ if isinstance(plugin, ModuleType | type) else type(plugin).__name__
+        raise PluginError(f"{name} has no function with @wmtp.hookimpl")
+    classes: dict[str, list[type[Any]]] = {}
+    for caller in callers:
+        kind = caller.name.removeprefix(_PREFIX)
+        for implementation in caller.get_hookimpls():
+            if implementation.wrapper or implementation.hookwrapper:
+                raise PluginError(f"{caller.name} is a wrapper; a plugin only adds components")
+            classes.setdefault(kind, []).extend(_checked(caller.name, kind, implementation.function()))
+    return classes
+
+
+def _checked(hook: str, kind: str, returned: Any) -> Iterable[type[Any]]:
+    """What one hook returned, if it is an iterable of config classes."""
+    if isinstance(returned, type) or not isinstance(returned, Iterable) or isinstance(returned, str):
+        raise PluginError(f"{hook} must return a list of config classes, not {_describe(returned)}")
+    classes = list(returned)
+    for cls in classes:
+        if problem := _contract_problem(kind, cls):
+            raise PluginError(f"{hook}: {problem}")
+    return classes
+
+
+def _contract_problem(kind: str, cls: Any) -> str | None:
+    if not isinstance(cls, type):
+        return f"must return config classes, not {_describe(cls)}"
+    if not attrs.has(cls):
+        return f"{cls.__name__} is no attrs class; decorate it with @attrs.frozen(kw_only=True)"
+    if getattr(cls.__setattr__, "__name__", "") != "_frozen_setattrs":
+        return f"{cls.__name__} is not frozen; decorate it with @attrs.frozen(kw_only=True)"
+    names = {a.alias or a.name for a in attrs.fields(cls)}
+    if "type" in names:
+        return f'{cls.__name__}.type is a field; write `type = "name"` without an annotation, or with ClassVar'
+    type_ = getattr(cls, "type", None)
+    if not isinstance(type_, str) or not type_.strip():
+        return f'{cls.__name__} has no name: write `type = "my-{KINDS[kind].replace(" ", "-")}"` in it'
+    if not callable(getattr(cls, "build", None)):
+        return f"{cls.__name__} ('{type_}') has no method build()"
+    if kind == "model_loaders" and "heads" in names:
+        return f"{cls.__name__} ('{type_}') has a field 'heads', which is WMTP's own table in [models.base]"
+    if kind == "storages" and not _is_words(getattr(cls, "schemes", None)):
+        return f"{cls.__name__} ('{type_}') has no `schemes`, the URI schemes that it serves"
+    try:
+        attrs.resolve_types(cls)
+    except Exception as error:
+        return f"{cls.__name__} ('{type_}'): the types of its fields cannot be found: {error}"
+    return None
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, tuple | list | frozenset | set) and bool(value) and all(isinstance(word, str) for word in value)
+
+
+def _describe(value: Any) -> str:
+    return f"the class {value.__name__} itself" if isinstance(value, type) else f"{value!r:.60} ({type(value).__name__})"
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _reason(error: BaseException) -> str:
+    """One line: what went wrong, and where in the plugin's code."""
+    text = " ".join(str(error).split())
+    if isinstance(error, PluginError):
+        return text
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if isinstance(error, SyntaxError):
+        return text  # says its place itself
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    frames = [
+        f for f in frames if f.filename != __file__ and not f.filename.startswith(os.path.dirname(os.__file__) + "/importlib")
+    ]
+    return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text

@@ -1,0 +1,167 @@
+"""What the installed plugins provide, and who provides it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from attrs import field, frozen
+
+from wmtp.config.components import KINDS
+from wmtp.errors import PluginError
+
+__all__ = ["Plugin", "Provided", "Registry"]
+
+#: where well-known components are, for those who have not installed them
+_PACKAGES: Final[Mapping[str, Mapping[str, str]]] = {
+    "trainers": dict.fromkeys(
+        (
+            *("baseline-mtp", "critic-wmtp", "rho1-wmtp", "shuffled", "random-matched", "column"),
+            *("dft", "eaft", "focal", "entropy-top", "horizon-decay", "adamtp"),
+        ),
+        "wmtp-algos",
+    ),
+    "storages": dict.fromkeys(("s3", "gs", "az", "http", "https"), "wmtp-storage"),
+    "launchers": {"vessl": "wmtp-vessl"},
+}
+
+
+@frozen(kw_only=True)
+class Plugin:
+    """One entry point of the group ``wmtp``.
+
+    Args:
+        name: the entry point's name.
+        distribution: the package that it belongs to.
+        version: of that package.
+        components: kind → names; empty if the plugin is broken.
+        reason: why it is broken; None if it is not.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    components: Mapping[str, tuple[str, ...]] = field(factory=dict)
+    reason: str | None = None
+
+    @property
+    def status(self) -> str:
+        """``ok`` or ``broken``."""
+        return "ok" if self.reason is None else "broken"
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
+@frozen(kw_only=True)
+class Provided:
+    """One component: its config class and who provides it.
+
+    Args:
+        kind: a key of `wmtp.config.components.KINDS`.
+        cls: the config class.
+        plugin: None for a class that Python code uses without having registered it.
+    """
+
+    kind: str
+    cls: type[Any]
+    plugin: Plugin | None = None
+
+    @property
+    def type(self) -> str:
+        """The component's name in TOML."""
+        return self.cls.type
+
+
+class Registry:
+    """The components of all plugins that were loaded.
+
+    Args:
+        plugins: all of them, the broken ones too.
+        components: what the sound ones provide.
+        left_out: entry names that ``WMTP_PLUGINS`` left out.
+    """
+
+    def __init__(self, plugins: Iterable[Plugin], components: Iterable[Provided], left_out: Iterable[str] = ()) -> None:
+        self.plugins = tuple(plugins)
+        self.components = tuple(components)
+        self.left_out = tuple(left_out)
+        self._by_name: dict[tuple[str, str], list[Provided]] = {}
+        for provided in self.components:
+            self._by_name.setdefault((provided.kind, provided.type), []).append(provided)
+
+    @property
+    def broken(self) -> tuple[Plugin, ...]:
+        """The plugins that cannot be used."""
+        return tuple(plugin for plugin in self.plugins if plugin.reason is not None)
+
+    @property
+    def conflicts(self) -> tuple[str, ...]:
+        """One line for every component that more than one plugin provides."""
+        return tuple(
+            f"the {KINDS[kind]} '{type_}' is provided by {' and by '.join(str(p.plugin) for p in provided)}; uninstall"
+            " one of them, or name the entry points to load in the environment variable WMTP_PLUGINS"
+            for (kind, type_), provided in self._by_name.items()
+            if len(provided) > 1
+        )
+
+    def require_unambiguous(self) -> None:
+        """Raise if two plugins provide a component of the same kind and type.
+
+        Raises:
+            PluginError: naming both distributions and their versions.
+        """
+        if self.conflicts:
+            raise PluginError("\n".join(self.conflicts))
+
+    def find(self, kind: str, type_: str) -> Provided | None:
+        """The component of this kind and TOML name; None where no plugin provides it."""
+        found = self._by_name.get((kind, type_))
+        return found[0] if found else None
+
+    def of_kind(self, kind: str) -> tuple[Provided, ...]:
+        """All components of a kind, by name."""
+        return tuple(sorted((p for p in self.components if p.kind == kind), key=lambda p: p.type))
+
+    def named(self, type_: str) -> tuple[Provided, ...]:
+        """All components with this TOML name, of whatever kind."""
+        return tuple(provided for provided in self.components if provided.type == type_)
+
+    def provider(self, cls: type[Any]) -> Plugin | None:
+        """The plugin that provides a config class; None for a class that no plugin registered."""
+        return next((provided.plugin for provided in self.components if provided.cls is cls), None)
+
+    def with_classes(self, classes: Iterable[tuple[str, type[Any]]]) -> Registry:
+        """A registry that also knows (kind, class) pairs which Python code uses without a plugin; they hide namesakes."""
+        extra = [Provided(kind=kind, cls=cls) for kind, cls in dict.fromkeys(classes) if self.provider(cls) is None]
+        if not extra:
+            return self
+        hidden = {(provided.kind, provided.type) for provided in extra}
+        kept = (provided for provided in self.components if (provided.kind, provided.type) not in hidden)
+        return Registry(self.plugins, [*kept, *extra], self.left_out)
+
+    def missing(self, kind: str, type_: str) -> str:
+        """The message for a component that no plugin provides."""
+        names = [provided.type for provided in self.of_kind(kind)]
+        text = f"no plugin provides '{type_}'"
+        if close := difflib.get_close_matches(type_, names, n=1):
+            text += f"; did you mean '{close[0]}'?"
+        else:
+            text += ";"
+        text += f" installed: {', '.join(names) or 'none'}"
+        if others := sorted({KINDS[provided.kind] for provided in self.named(type_)}):
+            text += f"; '{type_}' is a {' and a '.join(others)}, not a {KINDS[kind]}"
+        return text + self.remedy(kind, type_)
+
+    def remedy(self, kind: str, type_: str) -> str:
+        """What may help where a component is missing: a package to install, or a plugin to repair."""
+        text = ""
+        package = _PACKAGES.get(kind, {}).get(type_)
+        if package is not None and all(plugin.distribution != package for plugin in self.plugins):
+            text += f"; it is in the package {package}: pip install {package}"
+        for plugin in self.broken:
+            text += f"; the plugin {plugin} is broken: {plugin.reason}"
+        if self.left_out:
+            text += f"; WMTP_PLUGINS leaves out {', '.join(self.left_out)}"
+        return text
