@@ -1,0 +1,162 @@
+"""Tokenizers that transformers opens."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.tokenizers.base import Tokenizer
+from wmtp.tokenizers.saved import write_saved
+
+__all__ = ["HF_FILES", "HfTokenizer"]
+
+#: a folder with one of these has a tokenizer for transformers
+HF_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+class HfTokenizer(Tokenizer):
+    """A tokenizer of transformers, used as it is: no token is added, no remote code runs, nothing is downloaded.
+
+    `encode` adds no space before a text, also where the tokenizer itself would: ``encode(a) + encode(b)`` decodes to ``a + b``.
+
+    Args:
+        path: a folder, or a ``.gguf`` file.
+        gguf_file: the ``.gguf`` file in the folder ``path``.
+        eos_token: the end-of-sequence token instead of the tokenizer's own.
+
+    Raises:
+        WMTPError: transformers finds no tokenizer there, or cannot open it.
+        ConfigError: there is no end-of-sequence token.
+    """
+
+    def __init__(self, path: Path, *, gguf_file: str | None = None, eos_token: str | None = None) -> None:
+        self._tokenizer = _open(path, gguf_file)
+        self._vocab: dict[str, int] = self._tokenizer.get_vocab()
+        self._eos_id = self._find_eos(path, eos_token)
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Backend):
+            raise WMTPError(
+                f"{path}: {type(self._tokenizer).__name__} is a slow tokenizer, which transformers runs without"
+                " the tokenizers package; convert it to tokenizer.json, or use type = 'hf-sentencepiece'"
+            )
+        spec = json.loads(backend.to_str())
+        spec["truncation"] = spec["padding"] = None
+        self._spec = json.dumps(_without_added_space(spec), sort_keys=True)
+        self._backend = Backend.from_str(self._spec)
+        begin = self._tokenizer.bos_token_id
+        added = self._tokenizer("a")["input_ids"]
+        self._bos_id = begin if isinstance(begin, int) and added[:1] == [begin] else None
+
+    def _find_eos(self, path: Path, eos_token: str | None) -> int:
+        if eos_token is not None:
+            if eos_token not in self._vocab:
+                raise ConfigError(f"tokenizer.eos_token: '{eos_token}' is not in the vocabulary of {path}")
+            self._tokenizer.eos_token = eos_token
+        found = self._tokenizer.eos_token
+        if found is None:
+            raise ConfigError(f"tokenizer.eos_token: {path} names no end-of-sequence token; name one of its vocabulary")
+        if found not in self._vocab:
+            raise ConfigError(f"tokenizer.eos_token: '{found}', which {path} names, is not in its vocabulary; name one that is")
+        return self._vocab[str(found)]
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included."""
+        return max(self._vocab.values()) + 1
+
+    @property
+    def eos_id(self) -> int:
+        """The tokenizer's own end-of-sequence token, or ``eos_token``."""
+        return self._eos_id
+
+    @property
+    def bos_id(self) -> int | None:
+        """The begin token, where the tokenizer puts one before a text by itself; else None, though one may have the name."""
+        return self._bos_id
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``. What reads as a special token in it, for instance of a chat template, becomes that token."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; special tokens leave nothing."""
+        return self._backend.decode([int(i) for i in ids if i not in (self._eos_id, self._bos_id)], skip_special_tokens=True)
+
+    def token(self, token_id: int) -> str:
+        """The vocabulary's own string."""
+        found = self._backend.id_to_token(token_id)
+        if found is None:
+            raise IndexError(f"token id {token_id} is not in the vocabulary")
+        return found
+
+    def fingerprint(self) -> str:
+        """A hash of vocabulary, merges and rules."""
+        return hashlib.sha256(self._spec.encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write what ``AutoTokenizer.from_pretrained(folder)`` opens, as it was read except for ``eos_token``."""
+        write_saved(folder, "hf-transformers")
+        self._tokenizer.save_pretrained(str(folder))
+
+
+def _open(path: Path, gguf_file: str | None) -> PreTrainedTokenizerBase:
+    if path.is_file() and path.suffix == ".gguf":
+        path, gguf_file = path.parent, path.name
+    if not path.is_dir():
+        raise WMTPError(f"{path}: {'not a folder or .gguf file' if path.exists() else 'no such folder or .gguf file'}")
+    if gguf_file is None and not any((path / name).is_file() for name in HF_FILES):
+        found = sorted(file.name for file in path.glob("*.gguf"))
+        if len(found) != 1:
+            reason = f"several .gguf files ({', '.join(found)}); set gguf_file" if found else f"none of {', '.join(HF_FILES)}"
+            raise WMTPError(f"{path}: holds no tokenizer that transformers can open: {reason}")
+        gguf_file = found[0]
+    if gguf_file is not None and not (path / gguf_file).is_file():
+        raise WMTPError(f"{path / gguf_file}: no such file")
+    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
+    except ImportError as error:
+        extra = "gguf" if gguf_file else "train"
+        raise WMTPError(
+            f"{path}: its tokenizer needs a package that is missing ({error}); pip install wmtp-core[{extra}]"
+        ) from error
+    except Exception as error:  # transformers and tokenizers raise many types for a damaged file
+        reason = str(error).strip().partition("\n")[0]
+        raise WMTPError(f"{path / (gguf_file or '')}: transformers cannot open this tokenizer ({reason})") from error
+
+
+def _without_added_space(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer (the content of its ``tokenizer.json``), but no rule adds a space before a text or takes it off."""
+    spec = copy.deepcopy(spec)
+    spec["normalizer"] = _dropped(spec.get("normalizer"), "normalizers", lambda rule: rule["type"] == "Prepend")
+    spec["decoder"] = _dropped(
+        spec.get("decoder"),
+        "decoders",
+        lambda rule: rule["type"] == "Strip" and rule.get("content") == " " and rule.get("start"),
+    )
+    for part in ("pre_tokenizer", "decoder"):
+        rule = spec.get(part)
+        for inner in [] if rule is None else (rule.get("pretokenizers") or rule.get("decoders") or [rule]):
+            if inner["type"] == "Metaspace":
+                inner["prepend_scheme"] = "never"
+                inner.pop("add_prefix_space", None)
+            elif inner["type"] == "ByteLevel":
+                inner["add_prefix_space"] = False
+    return spec
+
+
+def _dropped(rule: dict[str, Any] | None, inner: str, drop: Any) -> dict[str, Any] | None:
+    if rule is None or drop(rule):
+        return None
+    if rule["type"] == "Sequence":
+        kept = [part for part in rule[inner] if not drop(part)]
+        return {**rule, inner: kept}
+    return rule

@@ -1,0 +1,46 @@
+"""Opens the tokenizer of a model folder again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wmtp.errors import WMTPError
+from wmtp.tokenizers.base import Tokenizer
+from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers
+from wmtp.tokenizers.saved import read_saved
+
+__all__ = ["load_tokenizer"]
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model: the one that WMTP saved there, else the one that its files are for.
+
+    Args:
+        path: a model folder, a ``.gguf`` file, or a SentencePiece ``.model`` file.
+
+    Raises:
+        WMTPError: there is none, or it is damaged, or was made by another plugin's tokenizer.
+        ConfigError: it has no end-of-sequence token.
+    """
+    if not path.exists():
+        raise WMTPError(f"{path}: no such file or folder")
+    saved = read_saved(path) if path.is_dir() else None
+    if saved is not None:
+        match saved["type"]:
+            case Bytes.type:
+                return Bytes().build(path)
+            case HfTransformers.type:
+                return HfTransformers().build(path)
+            case HfSentencePiece.type:
+                return HfSentencePiece(eos_token=saved.get("eos_token")).build(path)
+            case other:
+                raise WMTPError(f"{path}: its tokenizer is a '{other}', which only the config that names it can open")
+    if path.suffix == ".model" or (path.is_dir() and _only_sentencepiece(path)):
+        return HfSentencePiece().build(path)
+    return HfTransformers().build(path)
+
+
+def _only_sentencepiece(folder: Path) -> bool:
+    from wmtp.tokenizers.hf import HF_FILES
+
+    return (folder / "tokenizer.model").is_file() and not any((folder / name).is_file() for name in HF_FILES)
