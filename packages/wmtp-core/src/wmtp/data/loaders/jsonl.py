@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.fields import bool_field, finite_number, number_field, text_field, type_name
-from wmtp.data.files import data_files, read_records
+from wmtp.data.files import data_files, parsed
 
 __all__ = ["FIELDS", "JsonlLoader"]
 
@@ -31,16 +31,9 @@ class JsonlLoader(ExampleLoader):
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
         """The records in the order of the files."""
-        for record in read_records(_given(path)):
-            if isinstance(record, BadExample):
-                yield record
-                continue
-            try:
-                yield self._example(*record)
-            except BadExample as bad:
-                yield bad
+        yield from parsed(_given(path), self._example)
 
-    def _example(self, where: str, record: Mapping[str, Any]) -> Example:
+    def _example(self, where: str, record: Mapping[str, Any]) -> Iterator[Example]:
         keys = self._keys
         text, prompt, completion = (keys[field] for field in ("text", "prompt", "completion"))
         if text in record and (prompt in record or completion in record):
@@ -55,7 +48,7 @@ class JsonlLoader(ExampleLoader):
                     raise BadExample(where, f'no "{key}"; {needed}; the keys here are {", ".join(record) or "none"}')
             pair = (text_field(where, record, prompt), text_field(where, record, completion))
         example_id = _name(where, record, keys["id"]) or Path(where).name
-        return Example(
+        yield Example(
             id=example_id,
             prompt=pair[0],
             completion=pair[1],

@@ -1,0 +1,70 @@
+"""Plain text: a document a file, or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from wmtp.data.base import BadExample, Example, ExampleLoader
+from wmtp.data.files import open_binary, readable, uncompressed_name
+from wmtp.errors import WMTPError
+
+__all__ = ["TextLoader"]
+
+
+class TextLoader(ExampleLoader):
+    """Reads text files; see `wmtp.data.config.TextFiles`.
+
+    Args:
+        pattern: names of the files that count in a folder.
+        document_separator: what stands between two documents of a file; None: a file is one document.
+    """
+
+    def __init__(self, pattern: str, document_separator: str | None) -> None:
+        self._pattern = pattern
+        self._separator = document_separator
+
+    def files(self, path: Path | None) -> Sequence[Path]:
+        """The file ``path``, or the matching files below that folder, sorted; hidden ones left out.
+
+        Raises:
+            WMTPError: there is none.
+        """
+        if path is None:
+            raise ValueError("this loader reads files, and was given no path")
+        if path.is_file():
+            return [path]
+        if not path.is_dir():
+            raise WMTPError(f"{path}: no such file or folder")
+        found = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+        chosen = {
+            relative.as_posix(): file
+            for relative, file in found.items()
+            if fnmatchcase(uncompressed_name(file), self._pattern) and not any(part.startswith(".") for part in relative.parts)
+        }
+        if not chosen:
+            raise WMTPError(f"{path}: holds no file named {self._pattern}; set pattern to the names of your text files")
+        return [chosen[name] for name in sorted(chosen)]
+
+    def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
+        """The documents in the order of the files' names. Documents without a character but white space are left out."""
+        for file in self.files(path):
+            name = file.name if path is None or file == path else file.relative_to(path).as_posix()
+            with readable(file), open_binary(file) as stream:
+                content = stream.read()
+            try:
+                text = content.decode("utf-8-sig").replace("\r\n", "\n")
+            except UnicodeDecodeError as error:
+                line = content.count(b"\n", 0, error.start) + 1
+                yield BadExample(f"{file}:{line}", f"not valid UTF-8 (byte {error.start + 1} of the file)")
+                continue
+            if self._separator is None:
+                yield Example(id=name, completion=text, where=str(file))
+                continue
+            line = 1
+            for part in text.split(self._separator):
+                if part.strip():
+                    place = line + part[: len(part) - len(part.lstrip())].count("\n")
+                    yield Example(id=f"{name}:{place}", completion=part, where=f"{file}:{place}")
+                line += part.count("\n") + self._separator.count("\n")
