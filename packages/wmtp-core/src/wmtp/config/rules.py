@@ -11,12 +11,13 @@ from wmtp.config.load import Loaded, located
 from wmtp.config.problems import KeyPath, Problem, dotted
 from wmtp.config.schema import Config
 from wmtp.config.tree import components, to_mapping
+from wmtp.data.sources import check_sources
 from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
 from wmtp.storage.uris import backend_for, file_path, scheme_of
 
-__all__ = ["check", "check_loaded"]
+__all__ = ["check", "check_loaded", "is_secret"]
 
 _MODELS: Final = ("base", "ref", "rm", "critic")
 _RUN_NAME: Final = re.compile(r"[\w][\w.+=@ -]*(?<! )")
@@ -139,46 +140,15 @@ def _heads(config: Config) -> Iterator[Problem]:
 
 
 def _data(config: Config) -> Iterator[Problem]:
-    train, evaluation = config.data.train, config.data.eval
-    for section, sources in (("train", train.sources), ("eval", evaluation.sources if evaluation is not None else None)):
-        path = ("data", section, "sources")
-        if sources is not None and not sources:
-            yield Problem(path, "names no data set; name one, or remove the key")
-        for index, name in enumerate(sources or ()):
-            if name not in config.datasets:
-                close = difflib.get_close_matches(name, config.datasets, n=1)
-                hint = f"did you mean '{close[0]}'?" if close else f"datasets: {', '.join(config.datasets)}"
-                yield Problem((*path, index), f"there is no [datasets.{dotted((name,))}]; {hint}")
-            elif name in (sources or ())[:index]:
-                yield Problem((*path, index), f"'{name}' is named twice")
-    measured = (evaluation.sources if evaluation is not None else None) or ()
-    learned = train.sources if train.sources is not None else tuple(name for name in config.datasets if name not in measured)
-    if not learned and train.sources is None:
-        yield Problem(("data", "train"), "data.eval names all data sets, so nothing is left to learn from", at=("data", "eval"))
-    if both := [name for name in measured if name in learned]:
-        yield Problem(
-            ("data", "eval", "sources"),
-            f"{', '.join(both)} would be learned from too; use data.eval.holdout to measure on a share of the training data",
-        )
-    if evaluation is not None and (evaluation.sources is None) == (evaluation.holdout is None):
-        yield Problem(("data", "eval"), "needs exactly one of sources and holdout")
+    for line in check_sources(config):
+        key, _, message = line.partition(": ")
+        yield Problem(tuple(key.split(".")), message)
+    train = config.data.train
     if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
         yield Problem(
             ("data", "train", "micro_batch_size"),
             f"{train.micro_batch_size} must be at most data.train.batch_size = {train.batch_size}",
         )
-    for name in learned:
-        dataset = config.datasets.get(name)
-        if dataset is not None and _evaluation_only(dataset) and not getattr(dataset, "allow_training", False):
-            yield Problem(
-                ("datasets", name),
-                f"'{dataset.type}' is for evaluation only: learning it makes its scores worthless. Name it in data.eval.sources"
-                f" or leave it out of data.train.sources; datasets.{dotted((name,))}.allow_training = true overrides this",
-            )
-
-
-def _evaluation_only(dataset: Any) -> bool:
-    return bool(getattr(dataset, "evaluation_only", False))
 
 
 def _length(config: Config) -> Iterator[Problem]:

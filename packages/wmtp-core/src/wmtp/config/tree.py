@@ -14,7 +14,7 @@ from wmtp.config.problems import KeyPath, dotted
 from wmtp.config.schema import Config, ModelConfig
 from wmtp.errors import ConfigError
 
-__all__ = ["Placed", "components", "dump_config", "flatten", "to_mapping"]
+__all__ = ["Placed", "components", "dump_config", "flat", "flatten", "plain_value", "to_mapping"]
 
 
 @attrs.frozen
@@ -87,6 +87,15 @@ def _table(config: Any, path: KeyPath, text: Callable[[str], str]) -> dict[str, 
     return table
 
 
+def plain_value(value: Any, *, is_component: bool = False) -> Any:
+    """One value as TOML has it.
+
+    Raises:
+        ConfigError: it has no form in TOML.
+    """
+    return _value(value, (), str, is_component)
+
+
 def _value(value: Any, path: KeyPath, text: Callable[[str], str], is_component: bool = False) -> Any:
     if isinstance(value, enum.Enum):
         return _value(value.value, path, text)
@@ -125,20 +134,25 @@ def dump_config(config: Config) -> str:
 
 def flatten(config: Config) -> dict[str, str]:
     """The config with one entry a value: ``{"optimizer.lr": "1e-05", …}``, in the order of the sections."""
-    flat: dict[str, str] = {}
+    return {key: _word(value) for key, value in flat(to_mapping(config)).items()}
+
+
+def flat(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables as one, with dotted keys; arrays of plain values stay whole."""
+    values: dict[str, Any] = {}
 
     def walk(value: Any, path: KeyPath) -> None:
-        if isinstance(value, dict) and value:
+        if isinstance(value, Mapping) and value:
             for key, element in value.items():
                 walk(element, (*path, key))
-        elif isinstance(value, list) and any(isinstance(element, dict) for element in value):
+        elif isinstance(value, list) and any(isinstance(element, Mapping) for element in value):
             for index, element in enumerate(value):
                 walk(element, (*path, index))
         else:
-            flat[dotted(path)] = _word(value)
+            values[dotted(path)] = value
 
-    walk(to_mapping(config), ())
-    return flat
+    walk(mapping, ())
+    return values
 
 
 def _word(value: Any) -> str:

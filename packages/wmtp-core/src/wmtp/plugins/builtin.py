@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wmtp.data.config import Jsonl, PythonSource
+from wmtp.data.config import CodeContests, HumanEval, Jsonl, Mbpp, PythonSource, TextFiles
 from wmtp.hookspecs import hookimpl
 from wmtp.launchers.config import LocalLauncher
 from wmtp.models.config import HfModel, MetaMtpModel, ScratchModel
@@ -39,7 +39,7 @@ def wmtp_tokenizers() -> list[type[Any]]:
 @hookimpl
 def wmtp_data_loaders() -> list[type[Any]]:
     """Files of examples, and well-known data sets."""
-    return [Jsonl, PythonSource]
+    return [Jsonl, Mbpp, CodeContests, HumanEval, PythonSource, TextFiles]
 
 
 @hookimpl

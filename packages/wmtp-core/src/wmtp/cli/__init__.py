@@ -1,0 +1,166 @@
+"""The command line. What a command needs is imported when it runs: ``wmtp --help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from wmtp.errors import ConfigError, WMTPError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments; default: those of the process.
+
+    Returns:
+        0 done; 1 the work failed; 2 the input is wrong.
+    """
+    try:
+        arguments = _parse(argv)
+    except SystemExit as stop:  # argparse has said what it had to say
+        return int(stop.code or 0)
+    wants_json: bool = arguments.json
+    _set_up_logging(verbose=arguments.verbose)
+    output = sys.stdout
+    try:
+        # whatever a library prints must not get between the braces
+        with contextlib.redirect_stdout(sys.stderr) if wants_json else contextlib.nullcontext():
+            answer, code = _run_command(arguments)
+        if wants_json:
+            print(json.dumps(_plain(answer), ensure_ascii=False), file=output)
+        output.flush()
+    except BrokenPipeError:  # for instance `wmtp show … | head`
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
+    """The command's answer for ``--json``, and the exit code."""
+    from wmtp.cli import commands
+
+    try:
+        return getattr(commands, arguments.command)(arguments)
+    except KeyboardInterrupt:
+        lines, code = ["interrupted"], 1
+    except ConfigError as error:
+        lines, code = list(error.problems), 2
+    except WMTPError as error:
+        lines, code = str(error).splitlines() or [type(error).__name__], 1
+    except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        text = " ".join(str(error).split())
+        lines, code = [f"{type(error).__name__}: {text}" if text else type(error).__name__], 1
+        if not arguments.debug:
+            print(f"error: {lines[0]}\nrun it again with --debug for the traceback", file=sys.stderr)
+            return {"error": lines[0], "problems": lines}, code
+    if arguments.debug:
+        traceback.print_exc()
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return {"error": "\n".join(lines), "problems": lines}, code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="wmtp",
+        description="Weighted multi-token-prediction fine-tuning of language models.",
+        epilog="Exit codes: 0 done, 1 the work failed, 2 the input is wrong.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--json", action="store_true", help="one JSON object on standard output, everything else on standard error"
+    )
+    common.add_argument("--verbose", action="store_true", help="say more")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument("files", nargs="*", metavar="FILE", help="TOML files; the later are laid over the earlier")
+    config.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="as optimizer.lr=1e-5; laid over the files",
+    )
+
+    def add(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[*parents, common], allow_abbrev=False)
+
+    run = add("run", "Train as the config says.", config)
+    run.add_argument("--run-name", metavar="NAME", help="the run's name, and that of its directory")
+    run.add_argument("--tags", default="", metavar="A,B", help="words for the tracker, besides run.tags")
+    run.add_argument("--resume", metavar="RUN_DIR|auto", help="go on with a run: this one, or the one with this name or config")
+    run.add_argument("--dry-run", action="store_true", help="everything but the training steps")
+    add("check", "Check the config, as run does before it starts.", config)
+    add("plugins", "List the plugins, what they provide, and which are broken.")
+    show = add("show", "Show a component's documentation, and its TOML with the defaults.")
+    show.add_argument("name", metavar="NAME", help='as in `type = "NAME"`')
+
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no files after the first option behind them
+    late_files = [word for word in rest if not word.startswith("-")]
+    if len(late_files) < len(rest) or (rest and not hasattr(arguments, "files")):
+        unknown = next((word for word in rest if word.startswith("-")), rest[0])
+        commands.choices[arguments.command].error(f"unrecognized argument: {unknown}")
+    if rest:
+        arguments.files += late_files
+    if hasattr(arguments, "files") and not arguments.files and getattr(arguments, "resume", None) in (None, "auto"):
+        commands.choices[arguments.command].error("name a TOML file")
+    return arguments
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import wmtp
+
+        print(f"wmtp {wmtp.__version__}")
+        parser.exit()
+
+
+def _set_up_logging(*, verbose: bool) -> None:
+    logger = logging.getLogger("wmtp")
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines())
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False
+
+
+class _Lines(logging.Formatter):
+    """Plain lines; only a warning says that it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: paths as text, and null for a number that is none."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(element) for key, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(element) for element in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)

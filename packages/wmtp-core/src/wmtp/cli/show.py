@@ -1,0 +1,104 @@
+"""A component's documentation, as ``wmtp show`` prints it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any, Final, Literal, get_args, get_origin
+
+import attrs
+import tomli_w
+
+from wmtp.config.components import COMPONENT_KIND, KINDS
+from wmtp.config.tree import plain_value
+from wmtp.errors import ConfigError
+from wmtp.plugins.registry import Provided, Registry
+
+__all__ = ["describe", "unknown"]
+
+#: where a component of each kind stands in TOML
+_TABLES: Final = {
+    "trainers": "[trainer]",
+    "model_loaders": "[models.base]",
+    "tokenizers": "[tokenizer]",
+    "data_loaders": "[datasets.NAME]",
+    "optimizers": "[optimizer]",
+    "trackers": "[tracker]",
+    "evaluators": "[[eval]]",
+    "launchers": "[launcher]",
+}
+
+
+def describe(provided: Provided) -> dict[str, Any]:
+    """What a component is, who provides it, and its TOML."""
+    kind = KINDS[provided.kind]
+    toml = _toml(provided)
+    documentation = inspect.cleandoc(provided.cls.__doc__ or "Without documentation.")
+    title = f"{provided.type}: {'an' if kind[0] in 'aeiou' else 'a'} {kind}, from {provided.plugin}"
+    return {
+        "kind": provided.kind,
+        "type": provided.type,
+        "distribution": provided.plugin.distribution if provided.plugin is not None else None,
+        "version": provided.plugin.version if provided.plugin is not None else None,
+        "documentation": documentation,
+        "toml": toml,
+        "text": f"{title}\n\n{documentation}\n\n{toml}",
+    }
+
+
+def unknown(name: str, registry: Registry) -> ConfigError:
+    """The error for a name that no component has."""
+    names = sorted({provided.type for provided in registry.components})
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"installed: {', '.join(names)}"
+    remedies = list(dict.fromkeys(registry.remedy(kind, name) for kind in KINDS))
+    return ConfigError(f"no plugin provides '{name}'; {hint}{max(remedies, key=len)}")
+
+
+def _toml(provided: Provided) -> str:
+    table = _TABLES.get(provided.kind)
+    if table is None:
+        schemes = ", ".join(f"{scheme}://" for scheme in getattr(provided.cls, "schemes", ()))
+        return f"# nothing to configure: it serves the URIs {schemes}"
+    lines = [table, f'type = "{provided.type}"']
+    attrs.resolve_types(provided.cls)
+    tables: list[str] = []
+    for attribute in attrs.fields(provided.cls):
+        if not attribute.init:
+            continue
+        key, default = str(attribute.alias), attribute.default
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+            default = None if default.takes_self else default.factory()  # type: ignore[union-attr]
+        kind = attribute.metadata.get(COMPONENT_KIND)
+        wanted = f"a {KINDS[kind]}" if kind is not None else _type_name(attribute.type)
+        if default is attrs.NOTHING:
+            lines.append(f"{key} = …  # required: {wanted}")
+        elif default is None:
+            lines.append(f"# {key} = …  # {wanted}")
+        else:
+            value = plain_value(default, is_component=kind is not None)
+            if isinstance(value, dict):
+                tables.append(f"# [{table.strip('[]')}.{key}]  # {wanted}")
+                tables += [f"# {line}" for line in tomli_w.dumps(value).splitlines()]
+            else:
+                line = tomli_w.dumps({key: value}).strip()
+                if isinstance(value, list):  # tomli_w gives every element a line
+                    line = " ".join(line.split()).replace("[ ", "[").replace(", ]", "]")
+                choices = f"  # {wanted}" if get_origin(attribute.type) is Literal else ""
+                lines.append(line + choices)
+    return "\n".join([*lines, *tables])
+
+
+def _type_name(type_: Any) -> str:
+    if get_origin(type_) is Literal:
+        return " or ".join(f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in get_args(type_))
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    if type_ in words:
+        return words[type_]
+    arguments = [argument for argument in get_args(type_) if argument is not type(None)]
+    if type(None) in get_args(type_):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    origin = get_origin(type_) or type_
+    if isinstance(origin, type) and issubclass(origin, tuple | list | set | frozenset):
+        return "an array"
+    return "a table" if isinstance(origin, type) and (attrs.has(origin) or hasattr(origin, "keys")) else str(type_)

@@ -1,0 +1,259 @@
+"""The run directory: made whole or not at all, used by one process at a time, found again for a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, Final
+
+import tomli
+
+from wmtp.config.rules import is_secret
+from wmtp.config.schema import Config
+from wmtp.config.sources import escape
+from wmtp.config.tree import components, dump_config, flat, to_mapping
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.plugins.registry import Registry
+from wmtp.storage.uris import file_path
+
+__all__ = [
+    "CONFIG_FILE",
+    "INFO_FILE",
+    "create",
+    "differences",
+    "find_unfinished",
+    "is_run_dir",
+    "lock",
+    "record",
+    "replace_text",
+]
+
+CONFIG_FILE: Final = "config.toml"
+INFO_FILE: Final = "run.json"
+_LOCK_FILE: Final = ".lock"
+
+#: keys that a resumed run may change: none of them changes what is computed
+_FREE_TO_CHANGE: Final = re.compile(
+    r"run\.(name|output_dir|tags)|(tracker|launcher|storage|eval)(\..*)?|checkpoints\.(save_interval|keep_last|save_final)"
+    r"|devices\.threads|data\.cache_dir|data\.train\.micro_batch_size|train\.log_interval"
+)
+
+
+def create(config: Config, registry: Registry, argv: Sequence[str]) -> Path:
+    """Make the directory of a new run, with ``config.toml`` and ``run.json`` in it.
+
+    Raises:
+        ConfigError: the name is taken, or nothing can be written there.
+    """
+    parent = file_path(config.run.output_dir)
+    draft = parent / f".new-{uuid.uuid4().hex}"
+    started = datetime.now().astimezone()
+    try:
+        draft.mkdir(parents=True)
+        (draft / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+        _write_json(draft / INFO_FILE, _facts(config, registry, argv, started))
+        names = [config.run.name] if config.run.name is not None else _free_names(config.trainer.type, started)
+        for name in names:
+            try:
+                draft.rename(parent / name)  # fails where a folder with something in it has the name
+                return parent / name
+            except OSError:
+                if not (parent / name).exists():
+                    raise
+        raise ConfigError(
+            f"run.name: {parent / str(config.run.name)} exists already; go on with that run by --resume auto,"
+            " or choose another name with --run-name"
+        )
+    except OSError as error:
+        raise ConfigError(f"run.output_dir: cannot write to {parent}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _free_names(trainer: str, started: datetime) -> Iterator[str]:
+    name = f"{re.sub(r'[^A-Za-z0-9_.+-]', '-', trainer)}-{started:%Y%m%d-%H%M%S}"
+    yield name
+    for number in range(2, 1000):
+        yield f"{name}-{number}"
+
+
+def _facts(config: Config, registry: Registry, argv: Sequence[str], started: datetime) -> dict[str, Any]:
+    return {
+        "status": "running",
+        "started": started.isoformat(timespec="seconds"),
+        "named": config.run.name is not None,
+        "seed": config.run.seed,
+        "argv": [_without_secret(argument) for argument in argv],
+        "git": _git(),
+        "python": sys.version.split()[0],
+        "versions": _versions(config, registry),
+    }
+
+
+def _versions(config: Config, registry: Registry) -> dict[str, str]:
+    """The versions of everything that decides the result, as far as it is installed."""
+    versions: dict[str, str] = {}
+    for name in ("wmtp-core", "torch", "transformers"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    for placed in components(config):
+        plugin = registry.provider(type(placed.config))
+        if plugin is not None:
+            versions[plugin.distribution] = plugin.version
+    return versions
+
+
+def _without_secret(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if equals and is_secret(key, value):
+        return f"{key}=***"
+    return "***" if is_secret("", argument) else argument
+
+
+def _git() -> dict[str, Any] | None:
+    """The commit of the current directory; None outside a repository."""
+    try:
+        commit = _output("git", "rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_output("git", "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, stdin=subprocess.DEVNULL)
+    return done.stdout.strip()
+
+
+def record(run_dir: Path, changes: Mapping[str, Any]) -> None:
+    """Add to ``run.json``."""
+    _write_json(run_dir / INFO_FILE, {**(_read_json(run_dir / INFO_FILE) or {}), **changes})
+
+
+def record_resume(run_dir: Path, config: Config, registry: Registry, argv: Sequence[str], changed: Sequence[str]) -> None:
+    """Note in ``run.json`` that the run goes on, with which versions and which allowed changes."""
+    facts = _facts(config, registry, argv, datetime.now().astimezone())
+    earlier = (_read_json(run_dir / INFO_FILE) or {}).get("resumed", [])
+    entry = {key: facts[key] for key in ("started", "argv", "git", "python", "versions")} | {"changed": list(changed)}
+    record(run_dir, {"status": "running", "resumed": [*earlier, entry]})
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    replace_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is never seen half written."""
+    draft = path.with_name(f".{path.name}.new")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def is_run_dir(path: Path) -> bool:
+    """Whether ``path`` holds a run."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def differences(run_dir: Path, config: Config) -> tuple[list[str], list[str]]:
+    """How ``config`` differs from the run's own: what a resume may not change, and what it may.
+
+    Returns:
+        two lists of ``key: old → new``.
+
+    Raises:
+        WMTPError: the run's ``config.toml`` is damaged.
+    """
+    path = run_dir / CONFIG_FILE
+    try:
+        old = flat(tomli.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise WMTPError(f"{path} cannot be read ({error}); the run cannot be resumed") from None
+    new = flat(to_mapping(config, text=escape))
+    refused: list[str] = []
+    allowed: list[str] = []
+    for key in dict.fromkeys((*old, *new)):
+        if old.get(key) != new.get(key):
+            line = f"{key}: {_shown(old, key)} → {_shown(new, key)}"
+            (allowed if _FREE_TO_CHANGE.fullmatch(key) else refused).append(line)
+    return refused, allowed
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    if key not in values:
+        return "not set"
+    return json.dumps(values[key], ensure_ascii=False, default=str)
+
+
+def find_unfinished(config: Config) -> Path | None:
+    """The newest run without a name of its own that has this config and has not come to its end."""
+    parent = file_path(config.run.output_dir)
+    found: list[tuple[str, int, Path]] = []
+    for path in parent.iterdir() if parent.is_dir() else ():
+        facts = _read_json(path / INFO_FILE)
+        if facts is None or facts.get("named") is not False or facts.get("status") in ("finished", "stopped"):
+            continue
+        try:
+            refused, _ = differences(path, config)
+        except WMTPError:
+            continue
+        if not refused:
+            found.append((str(facts.get("started")), (path / INFO_FILE).stat().st_mtime_ns, path))
+    return max(found)[2] if found else None
+
+
+@contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory for this process. The system frees it however the process ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    try:
+        file = open(run_dir / _LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - held until the run is over
+    except OSError as error:
+        raise ConfigError(f"{run_dir}: cannot be written to: {error.strerror}") from None
+    with file:
+        if not _try_lock(file):
+            file.seek(0)
+            raise ConfigError(
+                f"{run_dir}: another process is running there ({file.read().strip() or 'unknown'}); wait for it, or choose"
+                " another name with --run-name"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else 'this machine'}\n")
+        file.flush()
+        yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True

@@ -1,0 +1,177 @@
+"""The one way through: sources → config → checks → run directory → launcher → result."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from attrs import evolve
+
+from wmtp import run_dir as run_dirs
+from wmtp.config.load import ConfigSource, Loaded, load
+from wmtp.config.rules import check_loaded
+from wmtp.config.schema import Config
+from wmtp.config.tree import dump_config
+from wmtp.errors import ConfigError
+from wmtp.result import Result
+from wmtp.storage.uris import file_path
+
+__all__ = ["load_checked", "run"]
+
+logger = logging.getLogger("wmtp")
+
+
+@overload
+def run(
+    config: ConfigSource | Sequence[ConfigSource] | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    run_name: str | None = None,
+    tags: Iterable[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+    dry_run: Literal[False] = False,
+) -> Result: ...
+
+
+@overload
+def run(
+    config: ConfigSource | Sequence[ConfigSource] | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    run_name: str | None = None,
+    tags: Iterable[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+    dry_run: Literal[True],
+) -> Mapping[str, Any]: ...
+
+
+def run(
+    config: ConfigSource | Sequence[ConfigSource] | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    run_name: str | None = None,
+    tags: Iterable[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+) -> Result | Mapping[str, Any]:
+    """Do what ``wmtp run`` does.
+
+    Args:
+        config: a TOML file, a mapping, a `Config`, or a list of them, the later laid over the earlier. May be left out where
+            ``resume`` names a run directory: its own config is used.
+        overrides: ``KEY=VALUE`` texts, as for ``--set``.
+        run_name: in place of ``run.name``.
+        tags: added to ``run.tags``.
+        resume: a run directory to go on with, or ``"auto"``: the directory of ``run_name`` (``run.name``) if there is one,
+            else the newest unfinished run that has this config and no name of its own; a new run where there is none.
+        dry_run: do everything but the training steps, and return what was found.
+
+    Returns:
+        the result; for ``dry_run`` facts by name.
+
+    Raises:
+        ConfigError: the config is wrong, the name is taken, or the run to resume is missing or has another config.
+        WMTPError: the work failed.
+    """
+    loaded = load_checked(config, overrides=overrides, run_name=run_name, tags=tags, resume=resume)
+    checked = loaded.config
+    if dry_run:
+        from wmtp.training.run import dry_run as try_out
+
+        return try_out(checked)
+    launcher = checked.launcher.build()
+    directory = _directory_to_resume(checked, resume)
+    if resume == "auto":
+        logger.info("no run to resume; starting a new one" if directory is None else f"resuming {directory}")
+    is_resumed = directory is not None
+    if directory is None:
+        directory = run_dirs.create(checked, loaded.registry, sys.argv)
+    with run_dirs.lock(directory):
+        if is_resumed:
+            _take_up(directory, loaded)
+        return _launch(launcher, checked, directory, is_resumed)
+
+
+def load_checked(
+    config: ConfigSource | Sequence[ConfigSource] | None,
+    *,
+    overrides: Iterable[str] = (),
+    run_name: str | None = None,
+    tags: Iterable[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+) -> Loaded:
+    """Everything that comes before a run directory: what ``wmtp check`` does, and `run` does first. Arguments: see `run`.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    if isinstance(config, list | tuple) and not config:
+        config = None
+    if config is None:
+        if resume is None or resume == "auto":
+            raise ConfigError("no config: name a TOML file, or a run directory to resume")
+        config = Path(_existing_run(resume)) / run_dirs.CONFIG_FILE
+    loaded = load(config, overrides)
+    section = loaded.config.run
+    if run_name is not None:
+        section = evolve(section, name=run_name)
+        loaded.document.origins.pop(("run", "name"), None)  # a file that has another name is not to blame for this one
+    section = evolve(section, tags=(*section.tags, *(tag for tag in tags if tag not in section.tags)))
+    loaded = evolve(loaded, config=evolve(loaded.config, run=section))
+    check_loaded(loaded)
+    return loaded
+
+
+def _existing_run(resume: str | os.PathLike[str]) -> Path:
+    path = Path(resume).expanduser()
+    if not run_dirs.is_run_dir(path):
+        found = "holds no run (no config.toml)" if path.exists() else "does not exist"
+        raise ConfigError(f"--resume {os.fspath(resume)}: {found}")
+    return path.resolve()
+
+
+def _directory_to_resume(config: Config, resume: str | os.PathLike[str] | None) -> Path | None:
+    if resume is None:
+        return None
+    if resume != "auto":
+        return _existing_run(resume)
+    if config.run.name is None:
+        return run_dirs.find_unfinished(config)
+    path = file_path(config.run.output_dir) / config.run.name
+    return path if run_dirs.is_run_dir(path) else None
+
+
+def _take_up(directory: Path, loaded: Loaded) -> None:
+    """Check that the config is the run's own, and note what a resume may change."""
+    refused, changed = run_dirs.differences(directory, loaded.config)
+    if refused:
+        raise ConfigError(
+            [f"--resume {directory}: the config differs from the run's: {line}" for line in refused]
+            + [f"--resume {directory}: undo the differences, or start a new run under another --run-name"]
+        )
+    for line in changed:
+        logger.info("resumed with a change: %s", line)
+    run_dirs.record_resume(directory, loaded.config, loaded.registry, sys.argv, changed)
+    if changed:
+        run_dirs.replace_text(directory / run_dirs.CONFIG_FILE, dump_config(loaded.config))
+
+
+def _launch(launcher: Any, config: Config, directory: Path, resume: bool) -> Result:
+    status = "failed"
+    try:
+        result = launcher.launch(config, directory, resume=resume)
+        status = result.status
+        return result
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        try:
+            run_dirs.record(directory, {"status": status, "ended": datetime.now().astimezone().isoformat(timespec="seconds")})
+        except OSError as error:  # a full disk: what went wrong before matters more
+            logger.warning("%s could not be written: %s", directory / run_dirs.INFO_FILE, error)
