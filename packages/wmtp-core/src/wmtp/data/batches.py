@@ -16,6 +16,7 @@ from wmtp.config.schema import DataConfig, TrainDataConfig
 from wmtp.data.batch import PADDING, Batch
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.packing import Rows, best_fit, in_order, one_each
+from wmtp.errors import WMTPError
 
 __all__ = ["EvalBatches", "StepBatches", "eval_batches"]
 
@@ -52,6 +53,8 @@ class StepBatches:
         self._config = config
         self._seed = seed
         lengths = dataset.lengths
+        if not len(lengths):
+            raise WMTPError("data.train: there is no document to make batches of")
         if not config.packing:
             self._rows = one_each(np.arange(len(lengths)))
         elif config.shuffle:

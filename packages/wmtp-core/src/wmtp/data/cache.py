@@ -10,8 +10,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -63,10 +63,7 @@ def token_store(
     if store is None:
         if folder.exists():
             _log.warning("datasets.%s: the token cache %s is damaged; it is made again", name, folder)
-        try:
-            store = _build(name, loader, path, tokenizer, folder, on_bad_example)
-        except OSError as error:
-            raise WMTPError(f"datasets.{name}: the token cache {folder} cannot be written ({error})") from error
+        store = _build(name, loader, path, tokenizer, folder, on_bad_example)
     if store.info.bad and on_bad_example == "error":
         raise _bad_error(name, store.info.bad_messages, store.info.bad)
     return store
@@ -97,14 +94,16 @@ def cache_key(component: Component, loader: ExampleLoader, path: Path | None, to
 def _build(
     name: str, loader: ExampleLoader, path: Path | None, tokenizer: Tokenizer, folder: Path, on_bad_example: str
 ) -> TokenStore:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
     _log.info("datasets.%s: tokenising …", name)
     began = time.monotonic()
-    building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.parent)
+        building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
         tokens = _write(name, loader, path, tokenizer, building, on_bad_example)
-        _publish(building, folder)
+        with _writing(folder):
+            _publish(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     _log.info("datasets.%s: %s tokens made in %.1f s, kept in %s", name, f"{tokens:,}", time.monotonic() - began, folder)
@@ -121,25 +120,39 @@ def _write(
         try:
             if isinstance(example, BadExample):
                 raise example
+            if bad and on_bad_example == "error" and example.weights is None:
+                continue  # nothing will be kept: only look for more problems to report
             encoded, prompt_length, weights = encode_example(example, tokenizer)
-            if bad and on_bad_example == "error":
-                continue
-            writer.add(example, encoded, prompt_length, weights)
-            documents += 1
-            tokens += len(encoded)
         except BadExample as problem:
             bad_count += 1
             if len(bad) < _SHOWN:
                 bad.append(problem)
             if len(bad) == _SHOWN and on_bad_example == "error":
                 break
-    writer.close(bad, bad_count)
+            continue
+        with _writing(building):
+            writer.add(example, encoded, prompt_length, weights)
+        documents += 1
+        tokens += len(encoded)
+    with _writing(building):
+        writer.close(bad, bad_count)
     if bad and on_bad_example == "error":
         raise _bad_error(name, [str(problem) for problem in bad], bad_count)
     if not documents:
-        what = f"all {bad_count} examples are bad, the first: {bad[0]}" if bad else "it holds no example"
+        what = f"all {bad_count:,} examples are bad, the first: {bad[0]}" if bad else "it holds no example"
         raise WMTPError(f"datasets.{name}: {what}")
     return tokens
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WMTPError(
+            f"{folder.parent}: the token cache cannot be written ({error.strerror or error});"
+            " free some space, or set data.cache_dir"
+        ) from error
 
 
 def _publish(building: Path, folder: Path) -> None:

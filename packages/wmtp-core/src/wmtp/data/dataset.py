@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen
 from numpy.typing import NDArray
 
 from wmtp.data.batch import Document
@@ -19,14 +19,14 @@ __all__ = ["DatasetCounts", "TokenDataset", "TokenizedDocument"]
 
 @frozen(kw_only=True)
 class DatasetCounts:
-    """How the documents of the sources became the pieces of a data set.
+    """How the documents of the sources became the pieces of a data set; a holdout comes after that.
 
     Args:
         documents: read from the sources.
         truncated: cut to the length of a row; they have no end-of-sequence token.
         split: cut into several pieces.
         overlong: left out because they are longer than a row.
-        without_target: pieces left out because nothing in them would be learned.
+        without_target: pieces left out because nothing in them would be learned, or their text is not longer than a token.
         bad: examples that could not be read.
     """
 
@@ -62,6 +62,10 @@ class _Pieces:
     index: NDArray[np.int64]
     start: NDArray[np.int64]
     stop: NDArray[np.int64]
+    length: NDArray[np.int64] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "length", self.stop - self.start)
 
     def take(self, chosen: NDArray[Any]) -> _Pieces:
         return _Pieces(index=self.index[chosen], start=self.start[chosen], stop=self.stop[chosen])
@@ -90,6 +94,7 @@ class TokenDataset:
         pad_id: int,
     ) -> None:
         self.pad_id = pad_id
+        self._begin_length = begin_length
         self.has_weights = any(store.weights is not None for store in stores)
         self._stores = stores
         self._first_index = np.cumsum([0, *(len(store) for store in stores)])
@@ -114,7 +119,8 @@ class TokenDataset:
             stop = np.minimum(start + max_length, lengths[index])
         # the first token of a piece follows nothing, so nothing predicts it
         targets = stop - np.maximum(start + 1, self._learn_start[index])
-        useful = targets > 0
+        text_lengths = lengths - self._begin_length - 1
+        useful = (targets > 0) & (text_lengths[index] > 1)
         many = int(long.sum())
         counts = DatasetCounts(
             documents=len(lengths),
@@ -132,7 +138,7 @@ class TokenDataset:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens in each piece."""
-        return self._pieces.stop - self._pieces.start
+        return self._pieces.length
 
     @property
     def indices(self) -> NDArray[np.int64]:
@@ -180,10 +186,9 @@ class TokenDataset:
             document=store.document(local, index, start),
         )
 
-    def group(self, index: int) -> tuple[int, str]:
-        """The number of the source of a document, and the document's group in it."""
-        store, local = self._locate(index)
-        return self._stores.index(store), store.name(local)[1]
+    def group_hashes(self) -> Sequence[NDArray[np.uint64]]:
+        """For each source a hash of the group of each document."""
+        return [store.group_hashes for store in self._stores]
 
     def select(self, chosen: NDArray[np.bool_]) -> TokenDataset:
         """The data set of the pieces that ``chosen`` (a truth value each) marks; documents keep their index."""

@@ -159,7 +159,7 @@ def _json_lines(path: Path) -> Iterator[Record | BadExample]:
             except (ValueError, RecursionError) as error:
                 yield BadExample(where, f"not valid JSON: {error}")
             else:
-                yield _record(where, value)
+                yield _record(where, value, escapes=b"\\u" in line)
 
 
 def _json(path: Path) -> Iterator[Record | BadExample]:
@@ -176,14 +176,15 @@ def _json(path: Path) -> Iterator[Record | BadExample]:
     if not isinstance(items, list):
         raise WMTPError(f'{path}: neither a list of objects nor an object with such a list in "data"')
     for number, item in enumerate(items, start=1):
-        yield _record(f"{path}: item {number}", item)
+        yield _record(f"{path}: item {number}", item, escapes=b"\\u" in content)
 
 
-def _record(where: str, value: Any) -> Record | BadExample:
+def _record(where: str, value: Any, *, escapes: bool) -> Record | BadExample:
     if not isinstance(value, dict):
         return BadExample(where, f"not a JSON object but {type_name(value)}")
     try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if escapes:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         return BadExample(where, "half of a surrogate pair (\\ud800 to \\udfff) stands alone, which no text can hold")
     return where, value

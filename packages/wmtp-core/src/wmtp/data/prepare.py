@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from attrs import frozen
+from numpy.typing import NDArray
 
 from wmtp.config.schema import Config
 from wmtp.data.cache import token_store
@@ -129,21 +130,24 @@ def split_by_group(dataset: TokenDataset, share: float, seed: int, names: Sequen
     Raises:
         WMTPError: there is only one group.
     """
+    keys = np.concatenate(
+        [_mixed(hashes, f"{seed}\0{name}") for hashes, name in zip(dataset.group_hashes(), names, strict=True)]
+    )
     indices = np.unique(dataset.indices)
-    numbers: dict[tuple[int, str], int] = {}
-    group_of = np.array([numbers.setdefault(dataset.group(int(index)), len(numbers)) for index in indices])
-    if len(numbers) < 2:
+    groups, documents = np.unique(keys[indices], return_counts=True)
+    if len(groups) < 2:
         raise WMTPError(
             f"data.eval.holdout: {', '.join(names)} has {len(indices)} document(s) in one group, which cannot be split;"
             " give data.eval.sources instead"
         )
-    order = sorted(
-        range(len(numbers)),
-        key=[hashlib.sha256(f"{seed}\0{names[source]}\0{group}".encode()).digest() for source, group in numbers].__getitem__,
-    )
-    documents = np.cumsum(np.bincount(group_of)[order])
-    taken = int(np.searchsorted(documents, share * len(indices))) + 1
-    held_out = np.zeros(len(numbers), bool)
-    held_out[order[: min(taken, len(numbers) - 1)]] = True
-    chosen = held_out[group_of][np.searchsorted(indices, dataset.indices)]
-    return dataset.select(~chosen), dataset.select(chosen)
+    taken = int(np.searchsorted(np.cumsum(documents), share * len(indices))) + 1
+    held_out = keys[dataset.indices] <= groups[min(taken, len(groups) - 1) - 1]
+    return dataset.select(~held_out), dataset.select(held_out)
+
+
+def _mixed(hashes: NDArray[np.uint64], salt: str) -> NDArray[np.uint64]:
+    """Each hash made into another one by ``salt``: equal ones stay equal (the finalizer of SplitMix64)."""
+    mixed = hashes ^ np.uint64(int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8]))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

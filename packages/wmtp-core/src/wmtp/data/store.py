@@ -7,6 +7,7 @@ prompts are learned, is decided when it is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Sequence
@@ -84,7 +85,14 @@ class StoreWriter:
         self._folder = folder
         self._token_type = "uint16" if vocab_size <= 1 << 16 else "uint32"
         self._tokens = _Column(folder / "tokens.bin", "H" if self._token_type == "uint16" else "I")
-        typecodes = {"ends": "q", "prompt_lengths": "q", "is_correct": "b", "reward": "d", "name_ends": "q"}
+        typecodes = {
+            "ends": "q",
+            "prompt_lengths": "q",
+            "is_correct": "b",
+            "reward": "d",
+            "group_hashes": "Q",
+            "name_ends": "q",
+        }
         self._columns = {name: _Column(folder / f"{name}.bin", typecode) for name, typecode in typecodes.items()}
         self._names = (folder / "names.bin").open("wb")
         self._weights: _Column | None = None
@@ -108,7 +116,8 @@ class StoreWriter:
             self._weights.extend([1.0] * len(tokens) if weights is None else weights)
         self._tokens.extend(tokens)
         self._end += len(tokens)
-        name = json.dumps([example.id, example.group or example.id]).encode()
+        group = example.group or example.id
+        name = json.dumps([example.id, group]).encode()
         self._names.write(name)
         self._name_end += len(name)
         for column, value in (
@@ -116,6 +125,7 @@ class StoreWriter:
             ("prompt_lengths", prompt_length),
             ("is_correct", _UNKNOWN if example.is_correct is None else int(example.is_correct)),
             ("reward", float("nan") if example.reward is None else example.reward),
+            ("group_hashes", int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest())),
             ("name_ends", self._name_end),
         ):
             self._columns[column].extend((value,))
@@ -164,6 +174,7 @@ class TokenStore:
         ends = _mapped(folder / "ends.bin", "int64")
         self.starts = np.concatenate([[0], ends]).astype(np.int64)
         self.prompt_lengths = _mapped(folder / "prompt_lengths.bin", "int64")
+        self.group_hashes = _mapped(folder / "group_hashes.bin", "uint64")
         self._is_correct = _mapped(folder / "is_correct.bin", "int8")
         self._reward = _mapped(folder / "reward.bin", "float64")
         self._names = _mapped(folder / "names.bin", "uint8")
@@ -180,12 +191,6 @@ class TokenStore:
     def __len__(self) -> int:
         return self.info.documents
 
-    def name(self, number: int) -> tuple[str, str]:
-        """Id and group of a document."""
-        start = int(self._name_ends[number - 1]) if number else 0
-        example_id, group = json.loads(self._names[start : int(self._name_ends[number])].tobytes())
-        return example_id, group
-
     def document(self, number: int, index: int, start: int) -> Document:
         """What is known of a document.
 
@@ -194,7 +199,8 @@ class TokenStore:
             index: its number in the data set.
             start: where the piece starts.
         """
-        example_id, group = self.name(number)
+        name_start = int(self._name_ends[number - 1]) if number else 0
+        example_id, group = json.loads(self._names[name_start : int(self._name_ends[number])].tobytes())
         is_correct, reward = int(self._is_correct[number]), float(self._reward[number])
         return Document(
             index=index,

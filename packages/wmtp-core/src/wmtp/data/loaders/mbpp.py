@@ -31,10 +31,12 @@ class MbppLoader(ExampleLoader):
         found = data_files(path)
         if path.is_file():
             return found
-        matching = [file for file in found if Path(uncompressed_name(file)).stem == self._split]
+        matching = [file for file in found if Path(uncompressed_name(file)).stem.partition("-")[0] == self._split]
         if len(matching) != 1:
             names = ", ".join(file.name for file in found)
-            raise WMTPError(f"{path}: needs one file for the split '{self._split}' ({self._split}.jsonl); holds {names}")
+            raise WMTPError(
+                f"{path}: needs one file for the split '{self._split}' (such as {self._split}.jsonl); holds {names}"
+            )
         return matching
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:

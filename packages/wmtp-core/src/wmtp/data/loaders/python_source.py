@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
+from wmtp.data.files import readable
 from wmtp.errors import WMTPError
 
 __all__ = ["PythonSourceLoader"]
@@ -80,7 +81,7 @@ def _python_files(folder: Path) -> Iterator[Path]:
 
 
 def _functions(file: Path, name: str) -> list[Example]:
-    with tokenize.open(file) as stream:
+    with readable(file), tokenize.open(file) as stream:
         source = stream.read()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's source
