@@ -2,37 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from attrs import frozen
+from attrs import field, frozen
+from attrs.validators import min_len
 
 if TYPE_CHECKING:
     from wmtp.tracking.base import Tracker
 
 __all__ = ["JsonlTracker", "MLflowTracker"]
 
+_DATABASES = ("postgresql", "mysql", "mssql")
+
 
 @frozen(kw_only=True)
 class MLflowTracker:
     """Tracks the run in MLflow.
 
+    The config, tags, every metric, the config snapshot and the final model's location are tracked.
+
     Args:
-        tracking_uri: a local SQLite file (``sqlite:///…``) or a server (``http(s)://…``). Default: ``mlflow.db`` in
-            ``run.output_dir``. Credentials come from MLflow's own variables (``MLFLOW_TRACKING_TOKEN`` …).
-        experiment: the experiment's name.
-        log_artifacts: also upload the config snapshot and the final model.
+        tracking_uri: a local SQLite file (``sqlite:///…``), a server (``http(s)://…``) or one of MLflow's other databases
+            (``postgresql://…``, ``mysql+pymysql://…``). Default: ``mlflow.db`` in ``run.output_dir``. Credentials of a
+            server come from MLflow's own variables (``MLFLOW_TRACKING_TOKEN`` …).
+        experiment: the experiment's name; made if there is none.
+        log_artifacts: also upload ``run.json`` and the final model.
     """
 
     type = "mlflow"
     tracking_uri: str | None = None
-    experiment: str = "wmtp"
+    experiment: str = field(default="wmtp", validator=min_len(1))
     log_artifacts: bool = False
 
+    def check(self) -> Iterator[str]:
+        """What is wrong with the values, one line each: ``key: what is wrong; what to do``."""
+        if self.tracking_uri is not None and (problem := _uri_problem(self.tracking_uri)):
+            yield f"tracking_uri: {problem}"
+
     def build(self) -> Tracker:
-        """Make the tracker; imports mlflow."""
+        """Make the tracker."""
         from wmtp.tracking.mlflow import MLflow
 
         return MLflow(self)
+
+
+def _uri_problem(uri: str) -> str | None:
+    try:
+        parts = urlsplit(uri)
+        host = parts.hostname
+        _ = parts.port
+    except ValueError as error:
+        return f"{uri!r} is no URI ({error}); write sqlite:///PATH/mlflow.db, or the address of a server"
+    if parts.scheme in ("http", "https"):
+        if not host:
+            return f"{uri!r} names no host; write {parts.scheme}://HOST:PORT"
+        if parts.username is not None:
+            return (
+                f"the address of {host} holds a user name or a token, which would be saved with the config; "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, instead"
+            )
+        return None
+    if parts.scheme == "sqlite":
+        path = uri[len("sqlite:///") :]
+        if not uri.startswith("sqlite:///") or not path.strip("/") or path.endswith("/"):
+            return f"{uri!r} names no file; write sqlite:///PATH/mlflow.db, with four slashes for an absolute path"
+        return None
+    if parts.scheme.split("+")[0] in _DATABASES:
+        return None
+    if parts.scheme in ("", "file"):
+        path = (parts.path if parts.scheme else uri).rstrip("/")
+        return f"{uri!r} is a path, and MLflow no longer keeps runs in plain files; write sqlite:///{path}/mlflow.db"
+    if parts.scheme in ("s3", "gs", "az", "abfs", "abfss", "wasbs", "hdfs", "dbfs", "r2"):
+        return (
+            f"{uri!r} is object storage, where MLflow keeps artifacts but no runs; leave the key out for a local SQLite file, "
+            f"or write the address of a server (mlflow server --artifacts-destination {uri}), as in http://HOST:5000"
+        )
+    return (
+        f"MLflow cannot track to {parts.scheme}:; write sqlite:///PATH/mlflow.db, or the address of a server, http://HOST:5000"
+    )
 
 
 @frozen(kw_only=True)
