@@ -23,25 +23,34 @@ _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 @frozen(kw_only=True, eq=False)
 class Unembedding:
-    """How hidden states become logits: ``cap(scale · (h Wᵀ + b))``, with ``cap(z) = softcap · tanh(z / softcap)``.
+    """From hidden states to logits: ``softcap(scale · (hidden @ weight.T + bias))``.
 
     Args:
         weight: ``[V, D]``.
-        bias: ``[V]``, or None.
-        scale: a factor on the logits (Cohere, Granite).
-        softcap: soft limit of the logits (Gemma 2, arXiv 2408.00118), or None.
+        bias: ``[V]`` or None.
+        scale: the factor of the logits (Cohere, Granite), 1 for most models.
+        softcap: c in ``c · tanh(logits / c)`` (Gemma 2); None for most models.
+        divides: the model divides by ``1 / scale`` instead of multiplying, which rounds differently.
+        float32: the model turns its logits into fp32 before it scales and caps them.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    divides: bool = False
+    float32: bool = False
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[…, D]`` → ``[…, V]``, in the dtype of ``hidden``; the same operations in the same order as the model's own."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        """Logits ``[..., V]`` of hidden states ``[..., D]``, exactly as the model computes them."""
+        return self.transform(torch.nn.functional.linear(hidden, self.weight, self.bias))
+
+    def transform(self, logits: Tensor) -> Tensor:
+        """Scale and cap ``hidden @ weight.T + bias``."""
+        if self.float32:
+            logits = logits.float()
         if self.scale != 1.0:
-            logits = logits * self.scale
+            logits = logits / (1.0 / self.scale) if self.divides else logits * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
-from attrs.validators import ge, gt
+from attrs.validators import and_, deep_iterable, ge, gt, lt
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "Muon"]
 
 
 @frozen(kw_only=True)
@@ -27,17 +27,41 @@ class AdamW:
 
     type = "adamw"
     lr: float = field(default=2e-5, validator=gt(0.0))
-    betas: tuple[float, float] = field(default=(0.9, 0.95))
+    betas: tuple[float, float] = field(default=(0.9, 0.95), validator=deep_iterable(and_(ge(0.0), lt(1.0))))
     eps: float = field(default=1e-8, validator=gt(0.0))
     weight_decay: float = field(default=0.0, validator=ge(0.0))
-
-    @betas.validator
-    def _check_betas(self, _: object, value: tuple[float, float]) -> None:
-        if not all(0.0 <= beta < 1.0 for beta in value):
-            raise ValueError("both must be at least 0 and less than 1")
 
     def build(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
         """Make the optimizer for ``(name, parameter)`` pairs."""
         from wmtp.training.optimizers import build_adamw
 
         return build_adamw(self, parameters)
+
+
+@frozen(kw_only=True)
+class Muon:
+    """Muon (Jordan et al. 2024, scaled as in arXiv 2502.16982): orthogonalised momentum for the weight matrices of the layers.
+
+    Embeddings, unembeddings, biases and norms are learned by AdamW with the same learning rate, for which the update of a
+    matrix is scaled to the size of an AdamW update.
+
+    Args:
+        lr: the peak learning rate.
+        momentum: of the matrices' gradients.
+        weight_decay: of weight matrices.
+        betas: AdamW's, for everything else.
+        eps: AdamW's.
+    """
+
+    type = "muon"
+    lr: float = field(default=2e-5, validator=gt(0.0))
+    momentum: float = field(default=0.95, validator=[ge(0.0), lt(1.0)])
+    weight_decay: float = field(default=0.0, validator=ge(0.0))
+    betas: tuple[float, float] = field(default=(0.9, 0.95), validator=deep_iterable(and_(ge(0.0), lt(1.0))))
+    eps: float = field(default=1e-8, validator=gt(0.0))
+
+    def build(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        """Make the optimizer for ``(name, parameter)`` pairs."""
+        from wmtp.training.optimizers import build_muon
+
+        return build_muon(self, parameters)

@@ -73,12 +73,14 @@ class HiddenView:
     Args:
         batch: b rows.
         targets: ``[b, S, H]``.
+        stage: the name of the stage that the step belongs to.
         trunk: ``[b, S, D]``, the hidden states that feed the heads. They carry a gradient where the trunk learns: detach
             them to keep a module's loss out of the trunk.
     """
 
     batch: Batch
     targets: Targets
+    stage: str
     trunk: Tensor
 
 
@@ -94,6 +96,7 @@ class StepView:
         observations: what `Trainer.observe` returned, ``[B, S]`` or ``[B, S, H]``, 0 at padding. In
             `Trainer.auxiliary_losses` they carry a gradient; in `Trainer.token_weights` they are detached.
         step: the optimizer step, from 0.
+        stage: the name of the stage that the step belongs to.
         generator: random numbers that depend on the seed and the step only.
     """
 
@@ -102,6 +105,7 @@ class StepView:
     token_loss: Tensor | None
     observations: Mapping[str, Tensor]
     step: int
+    stage: str
     generator: torch.Generator
 
     def by_prediction(self, by_token: Tensor) -> Tensor:
@@ -131,7 +135,7 @@ class Trainer(ABC):
         return {}
 
     def token_weights(self, view: StepView) -> Tensor | None:
-        """The weights of one step: finite, ≥ 0, without gradient.
+        """The weights of one step: finite, ≥ 0, without gradient. Not called in a stage without ``model_loss``.
 
         Returns:
             ``[B, S]``: a weight for each token, placed at all its predictions; or ``[B, S, H]``: one for each prediction; or

@@ -1,0 +1,48 @@
+"""Which device computes, and in which precision."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+from wmtp.errors import ConfigError
+
+__all__ = ["autocast_context", "pick_device"]
+
+logger = logging.getLogger("wmtp")
+
+
+def pick_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
+    """The device that the config names, or the best there is.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(candidate for candidate in ("cuda", "mps", "cpu") if available[candidate])
+    elif not available[name]:
+        there = ", ".join(candidate for candidate, is_there in available.items() if is_there)
+        raise ConfigError(f'devices.device: this machine has no {name} that torch can use; there is {there}, or write "auto"')
+    return torch.device(name)
+
+
+def autocast_context(precision: Literal["fp32", "bf16"], device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """What makes the context in which the model computes.
+
+    bf16 keeps parameters, gradients and optimizer in fp32 and computes products in bf16. Where the device cannot, one line
+    says so, and fp32 is used.
+    """
+    if precision == "fp32":
+        return nullcontext
+    able = device.type == "cpu" or (
+        torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.amp.is_autocast_available(device.type)
+    )
+    if not able:
+        logger.warning("%s cannot compute in bf16; fp32 is used", device)
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,0 +1,51 @@
+"""Stopping when a metric no longer gets better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wmtp.config.schema import EarlyStoppingConfig
+
+__all__ = ["EarlyStopping"]
+
+
+class EarlyStopping:
+    """Counts measurements without progress.
+
+    Args:
+        config: what to watch; None never stops.
+    """
+
+    def __init__(self, config: EarlyStoppingConfig | None) -> None:
+        self._config = config
+        self._best: float | None = None
+        self._without_progress = 0
+
+    def should_stop(self, metrics: Mapping[str, float]) -> bool:
+        """Take the metrics of one logged step, and say whether they end the run."""
+        if self._config is None or self._config.metric not in metrics:
+            return False
+        value = metrics[self._config.metric]
+        sign = 1.0 if self._config.mode == "min" else -1.0
+        if self._best is None or sign * (self._best - value) > self._config.min_delta:
+            self._best = value
+            self._without_progress = 0
+        else:
+            self._without_progress += 1
+        return self.exhausted
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the patience has run out; still true after a resume."""
+        return self._config is not None and self._without_progress >= self._config.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"best": self._best, "without_progress": self._without_progress}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self._best = state["best"]
+        self._without_progress = state["without_progress"]

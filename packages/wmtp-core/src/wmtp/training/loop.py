@@ -1,0 +1,290 @@
+"""The training loop: the only one, and the same for every algorithm."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from attrs import define, field, frozen
+from torch import nn
+
+from wmtp.data.batch import PADDING, Batch
+from wmtp.errors import PluginError, WMTPError
+from wmtp.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from wmtp.training.early_stopping import EarlyStopping
+from wmtp.training.evaluate import evaluate
+from wmtp.training.interrupt import Interrupt, catch_signals
+from wmtp.training.metrics import MetricsFile
+from wmtp.training.progress import Progress
+from wmtp.training.schedule import learning_rate_factor
+from wmtp.training.stages import StagePlan, apply_stage
+from wmtp.training.step import StepLoss, StepOutput
+from wmtp.training.weights import BAD_WEIGHTS
+
+if TYPE_CHECKING:
+    from wmtp.config.schema import CheckpointConfig, ScheduleConfig, TrainConfig
+    from wmtp.data.batches import StepBatches
+    from wmtp.tracking import Tracker
+
+__all__ = ["Fit", "FitResult"]
+
+logger = logging.getLogger("wmtp")
+
+
+@frozen(kw_only=True)
+class FitResult:
+    """How the loop ended.
+
+    Args:
+        status: all steps done, stopped early, or interrupted by a signal.
+        steps: optimizer steps done, over all resumes.
+        metrics: the last value of every metric.
+        checkpoint: the newest checkpoint, if there is any.
+    """
+
+    status: Literal["finished", "stopped", "interrupted"]
+    steps: int
+    metrics: Mapping[str, float]
+    checkpoint: Path | None
+
+
+@frozen(kw_only=True, eq=False)
+class _Pending:
+    """A step whose numbers are still on the device."""
+
+    step: int
+    batch: Batch
+    output: StepOutput
+    gradient_norm: torch.Tensor
+    facts: Mapping[str, float | str]
+
+
+@define(kw_only=True, eq=False)
+class Fit:
+    """Everything that one run's loop works with.
+
+    Metrics are read from the device one step late, so that the device never waits for Python. What depends on them (a log
+    line, a checkpoint, an evaluation, early stopping) reads them first.
+    """
+
+    step_loss: StepLoss
+    modules: Mapping[str, nn.Module]
+    plan: StagePlan
+    batches: StepBatches
+    eval_batches: Sequence[Batch]
+    optimizer: torch.optim.Optimizer
+    schedule: ScheduleConfig
+    train: TrainConfig
+    checkpoints: CheckpointConfig
+    checkpoint_dir: Path
+    metrics_path: Path
+    tracker: Tracker
+    total_steps: int
+    resumed: Checkpoint | None = None
+
+    _step: int = field(default=0, init=False)
+    _last: dict[str, float] = field(factory=dict, init=False)
+    _pending: _Pending | None = field(default=None, init=False)
+    _early_stopping: EarlyStopping = field(init=False)
+    _metrics_file: MetricsFile = field(init=False)
+    _progress: Progress = field(init=False)
+    _tracker_failed: bool = field(default=False, init=False)
+
+    def run(self) -> FitResult:
+        """Train from the start, or from the checkpoint, to the end.
+
+        Raises:
+            WMTPError: the loss or the gradient became NaN or infinite, or the disk is full.
+            PluginError: the trainer breaks its contract.
+        """
+        self._early_stopping = EarlyStopping(self.train.early_stopping)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        if self.resumed is not None:
+            self._restore(self.resumed)
+        self._metrics_file = MetricsFile(self.metrics_path, self._step)
+        self._progress = Progress(self.total_steps, self._step)
+        self.step_loss.model.eval()  # the layers' eval mode: no dropout, so that one step has one value
+        try:
+            with catch_signals() as interrupt:
+                status = self._steps(interrupt)
+            if self.checkpoints.save_final or status == "interrupted":
+                self._save()
+        finally:
+            self._progress.close()
+            self._metrics_file.close()
+        newest = list_checkpoints(self.checkpoint_dir)
+        return FitResult(status=status, steps=self._step, metrics=self._last, checkpoint=newest[-1].path if newest else None)
+
+    def _steps(self, interrupt: Interrupt) -> Literal["finished", "stopped", "interrupted"]:
+        stage = None
+        if self._early_stopping.exhausted:
+            return "stopped"
+        while self._step < self.total_steps:
+            if interrupt.requested:
+                self._read_pending()
+                return "interrupted"
+            if (current := self.plan.at(self._step)) is not stage:
+                stage = current
+                apply_stage(stage, self.step_loss.model, self.modules, self.step_loss.trainer_name)
+                if len(self.plan.stages) > 1:
+                    logger.info("stage %s from step %d", stage.name, self._step)
+            self._optimizer_step()
+            last = self._step == self.total_steps
+            evaluates = bool(self.eval_batches) and (
+                last or (self.train.eval_interval is not None and self._step % self.train.eval_interval == 0)
+            )
+            saves = self.checkpoints.save_interval is not None and self._step % self.checkpoints.save_interval == 0
+            if not (evaluates or saves or last or self.train.early_stopping):
+                continue
+            measured = self._read_pending(evaluates=evaluates)
+            stops = self._early_stopping.should_stop(measured)
+            if saves:
+                self._save()
+            if stops:
+                logger.info("stopped early at step %d", self._step)
+                return "stopped"
+        return "finished"
+
+    def _optimizer_step(self) -> None:
+        began = time.monotonic()
+        stage = self.plan.at(self._step)
+        batch = self.batches.batch(self._step)
+        factor = learning_rate_factor(self.schedule, self._step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        output = self.step_loss(batch, self._step, stage)
+        learned = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not learned:
+            raise PluginError(f"{self.step_loss.trainer_name}: stage {stage.name!r}: the loss reaches no parameter that learns")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
+        if self.train.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(learned, self.train.max_grad_norm, norm)
+        # the numbers of the step before this one, now that the device has new work
+        self._read_pending()
+        self.optimizer.step()
+        epoch, _ = self.batches.locate(self._step)
+        self._step += 1
+        tokens = int((batch.document != PADDING).sum())
+        # the device may still be busy with this step, but then it was with the one before when this one began
+        rate = tokens / max(time.monotonic() - began, 1e-9)
+        facts = {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "epoch": float(epoch),
+            "tokens": float(tokens),
+            "tokens_per_second": rate,
+            "stage": stage.name,
+        }
+        self._pending = _Pending(step=self._step, batch=batch, output=output, gradient_norm=norm, facts=facts)
+
+    def _read_pending(self, *, evaluates: bool = False) -> dict[str, float]:
+        """Read, check and log the step whose numbers are still on the device; measure too if asked."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return {}
+        self._check(pending)
+        values: dict[str, float | str] = {name: float(value) for name, value in pending.output.metrics.items()}
+        values |= {"gradient_norm": float(pending.gradient_norm)} | dict(pending.facts)
+        logs = pending.step % self.train.log_interval == 0 or evaluates or pending.step == self.total_steps
+        if logs:
+            values |= _peak_memory(self.step_loss.device)
+        if evaluates:
+            values |= evaluate(self.step_loss.model, self.eval_batches, self.step_loss.device, self.step_loss.autocast)
+        if not logs:
+            return {}
+        numbers = {name: float(value) for name, value in values.items() if not isinstance(value, str) and math.isfinite(value)}
+        self._metrics_file.write(pending.step, values)
+        self._track(pending.step, numbers)
+        self._last |= numbers
+        self._progress.show(pending.step, numbers, always=evaluates)
+        return numbers
+
+    def _track(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Tell the tracker. Its mistakes never end a run: ``metrics.jsonl`` has everything."""
+        try:
+            self.tracker.log(step, numbers)
+        except Exception as error:
+            if not self._tracker_failed:
+                logger.warning("the tracker failed at step %d: %s; metrics.jsonl has everything", step, error)
+            self._tracker_failed = True
+
+    def _check(self, pending: _Pending) -> None:
+        if code := int(pending.output.bad_weights):
+            raise PluginError(f"{self.step_loss.trainer_name}: {BAD_WEIGHTS[code]} (step {pending.step})")
+        loss, norm = float(pending.output.loss), float(pending.gradient_norm)
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        ids = list(dict.fromkeys(document.id for document in pending.batch.documents))
+        shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+        saved = list_checkpoints(self.checkpoint_dir)
+        good = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
+        raise WMTPError(
+            f"step {pending.step}: the loss is {loss} and the gradient norm {norm}; the batch holds the examples {shown}; "
+            f"{good}"
+        )
+
+    def _save(self) -> None:
+        """Write a checkpoint of the steps done so far, unless there is one."""
+        saved = list_checkpoints(self.checkpoint_dir)
+        if saved and saved[-1].step == self._step:
+            return
+        self._read_pending()
+        state = {
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "trainer": self.step_loss.trainer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "early_stopping": self._early_stopping.state_dict(),
+            "last_metrics": dict(self._last),
+            "random": _random_state(),
+        }
+        try:
+            save_checkpoint(self.checkpoint_dir, self._step, self.step_loss.model, state)
+        except WMTPError as error:
+            good = f"; the last good checkpoint is {saved[-1].path}" if saved else ""
+            raise WMTPError(f"{error}{good}") from error
+        prune_checkpoints(self.checkpoint_dir, self.checkpoints.keep_last)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = load_checkpoint(checkpoint, self.step_loss.model, self.step_loss.device)
+        self._step = checkpoint.step
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        self.step_loss.trainer.load_state_dict(state["trainer"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._early_stopping.load_state_dict(state["early_stopping"])
+        self._last = dict(state["last_metrics"])
+        _set_random_state(state["random"])
+        logger.info("goes on from %s", checkpoint.path)
+
+
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    """GiB, since the start: of the GPU's allocator, or of the process."""
+    if device.type == "cuda":
+        return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

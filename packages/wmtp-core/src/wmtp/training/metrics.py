@@ -1,0 +1,70 @@
+"""``metrics.jsonl``: one object a logged step, whatever the tracker does."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from wmtp.errors import WMTPError
+
+__all__ = ["MetricsFile", "read_metrics"]
+
+
+class MetricsFile:
+    """Appends steps to ``metrics.jsonl``.
+
+    Args:
+        path: the file.
+        resumed_step: lines of later steps, which the interrupted run wrote after its last checkpoint, are taken out: the
+            resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step] if path.exists() else []
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        try:
+            partial.write_text("".join(_line(record) for record in kept))
+            partial.replace(path)
+            self._file = path.open("a")
+        except OSError as error:
+            raise WMTPError(f"{path} cannot be written: {error}") from error
+        self.path = path
+
+    def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Append one step.
+
+        Args:
+            step: optimizer steps done.
+            metrics: values by name; those that are not a number (a head without predictions) are left out.
+
+        Raises:
+            WMTPError: the disk is full, or the file cannot be written for another reason.
+        """
+        try:
+            self._file.write(_line({"step": step} | dict(metrics)))
+            self._file.flush()
+        except OSError as error:
+            raise WMTPError(f"{self.path} cannot be written: {error}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The objects of a ``metrics.jsonl``. A last line that a killed run left half-written is passed over."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _line(record: Mapping[str, float | str]) -> str:
+    known = {name: value for name, value in record.items() if isinstance(value, str) or math.isfinite(value)}
+    return json.dumps(known) + "\n"

@@ -1,0 +1,83 @@
+"""How the built-in optimizers are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from wmtp.training.optimizer_config import AdamW, Muon
+
+__all__ = ["build_adamw", "build_muon"]
+
+NamedParameters = Sequence[tuple[str, nn.Parameter]]
+
+
+def build_adamw(config: AdamW, parameters: NamedParameters) -> torch.optim.Optimizer:
+    """AdamW with one group that decays and one that does not."""
+    decayed = [p for _, p in parameters if p.ndim >= 2]
+    plain = [p for _, p in parameters if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=all(p.device.type in ("cpu", "cuda", "mps") and p.is_floating_point() for _, p in parameters),
+    )
+
+
+def build_muon(config: Muon, parameters: NamedParameters) -> torch.optim.Optimizer:
+    """Muon for the matrices of the layers, AdamW for the rest, as one optimizer."""
+    matrices, rest = [], []
+    for name, parameter in parameters:
+        # an embedding or unembedding is a table of vectors, not a map between two spaces of features
+        table = any(part in name for part in ("embed", "wte", "wpe", "lm_head", "unembedding"))
+        (matrices if parameter.ndim == 2 and not table else rest).append((name, parameter))
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(
+            torch.optim.Muon(
+                [p for _, p in matrices],
+                lr=config.lr,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    if rest:
+        parts.append(build_adamw(config, rest))  # type: ignore[arg-type]
+    return _Joined(parts)
+
+
+class _Joined(torch.optim.Optimizer):
+    """Several optimizers, each with parameters of its own, that step together."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = list(parts)
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        # the groups are shared with the parts, so that a learning rate set here is theirs
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step every part."""
+        for part in self.parts:
+            part.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear every part's gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts' states."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]

@@ -1,0 +1,206 @@
+"""One run on this machine, from a checked config to a saved model."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from wmtp.config.schema import Config
+from wmtp.config.tree import flatten
+from wmtp.errors import ConfigError
+from wmtp.result import Result
+from wmtp.storage.uris import file_path
+from wmtp.tracking import RunInfo
+from wmtp.training.checkpoint import list_checkpoints, remove_partial, write_folder
+from wmtp.training.devices import autocast_context, pick_device
+from wmtp.training.loop import Fit
+from wmtp.training.setup import load_extra_model, open_source, provenance
+from wmtp.training.stages import StagePlan
+from wmtp.training.step import StepLoss
+from wmtp.training.trainer import TrainerSetup
+
+if TYPE_CHECKING:
+    from wmtp.data.batches import StepBatches
+    from wmtp.data.dataset import TokenDataset
+    from wmtp.models.mtp import MTPModel
+    from wmtp.tokenizers import Tokenizer
+
+__all__ = ["checkpoint_folder", "planned_steps", "train"]
+
+logger = logging.getLogger("wmtp")
+
+_SAMPLE_TOKENS = 64
+
+
+def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
+    """Train in this process.
+
+    Args:
+        config: complete and checked.
+        run_dir: the run directory, locked by the caller.
+        resume: go on from the newest checkpoint there, if there is one.
+
+    Raises:
+        ConfigError: the config does not fit the model or the data.
+        WMTPError: files are missing or damaged, the disk is full, or the loss became infinite.
+    """
+    from wmtp.data.batches import StepBatches, eval_batches
+    from wmtp.data.prepare import prepare_data
+    from wmtp.models.build import build_model
+
+    if config.devices.threads is not None:
+        torch.set_num_threads(config.devices.threads)
+    device = pick_device(config.devices.device)
+    folder = checkpoint_folder(config, run_dir)
+    remove_partial(folder)
+    remove_partial(run_dir)
+    saved = list_checkpoints(folder)
+    if saved and not resume:
+        raise ConfigError(
+            f"checkpoints.uri: {folder} holds checkpoints of another run; choose another folder, or resume that run"
+        )
+
+    source = open_source(config)
+    data = prepare_data(config, source.tokenizer, source.dataset_paths)
+    batches = StepBatches(data.train, config.data.train, seed=config.run.seed)
+    total_steps = planned_steps(config, batches)
+
+    random.seed(config.run.seed)
+    torch.manual_seed(config.run.seed)
+    base = config.models["base"]
+    loaded = base.loader.build().load(source.model_path, dtype=torch.float32, seed=config.run.seed)
+    model = build_model(loaded, base.heads, config.run.seed).to(device)
+    if config.data.train.packing:
+        model.check_packing()
+
+    trainer = config.trainer.build()
+    name = provenance(config.trainer)
+    trainer.setup(
+        TrainerSetup(
+            hidden_size=model.hidden_size,
+            vocab_size=model.vocab_size,
+            horizon=model.horizon,
+            device=device,
+            seed=config.run.seed,
+            model=load_extra_model(config, source.place, device),
+        )
+    )
+    modules = {key: module.to(device) for key, module in trainer.modules().items()}
+    parameters = list(model.named_parameters())
+    parameters += [(f"{key}.{inner}", p) for key, module in modules.items() for inner, p in module.named_parameters()]
+
+    tracker = config.tracker.build()
+    tracker.start(
+        RunInfo(
+            name=run_dir.name,
+            run_dir=run_dir,
+            tags={"wmtp.trainer": config.trainer.type} | dict.fromkeys(config.run.tags, "true"),
+            params=flatten(config),
+            resumed_step=saved[-1].step if saved else None,
+        )
+    )
+    logger.info(
+        "%s: %s, %s parameters, H = %d, on %s; %d steps of %d rows",
+        name, source.model_info.architecture, f"{sum(p.numel() for _, p in parameters):,}", model.horizon, device,
+        total_steps, config.data.train.batch_size,
+    )  # fmt: skip
+    status = "failed"
+    saved_model: Path | None = None
+    try:
+        fit = Fit(
+            step_loss=StepLoss(
+                model=model,
+                trainer=trainer,
+                trainer_name=name,
+                micro_batch_size=config.data.train.micro_batch_size or config.data.train.batch_size,
+                normalizer=config.train.normalizer,
+                device=device,
+                autocast=autocast_context(config.devices.precision, device),
+                seed=config.run.seed,
+            ),
+            modules=modules,
+            plan=StagePlan.make(
+                trainer.stages(), warmup_steps=model.heads.warmup_steps, total_steps=total_steps, trainer_name=name
+            ),
+            batches=batches,
+            eval_batches=eval_batches(data.eval, config.data) if data.eval is not None else (),
+            optimizer=config.optimizer.build(parameters),
+            schedule=config.schedule,
+            train=config.train,
+            checkpoints=config.checkpoints,
+            checkpoint_dir=folder,
+            metrics_path=run_dir / "metrics.jsonl",
+            tracker=tracker,
+            total_steps=total_steps,
+            resumed=saved[-1] if saved else None,
+        )
+        outcome = fit.run()
+        if outcome.status != "interrupted":
+            saved_model = run_dir / "model"
+            write_folder(saved_model, lambda partial: _save_model(model, source.tokenizer, partial))
+            _show_sample(model, source.tokenizer, data.eval or data.train, device)
+        status = outcome.status
+    finally:
+        try:
+            tracker.finish(status, saved_model)
+        except Exception as error:
+            logger.warning("the tracker failed at the end: %s; metrics.jsonl has everything", error)
+    if (location := tracker.location()) is not None:
+        logger.info("tracking  %s", location)
+    return Result(
+        run_dir=run_dir,
+        model=saved_model,
+        checkpoint=outcome.checkpoint,
+        steps=outcome.steps,
+        metrics=outcome.metrics,
+        status=outcome.status,
+    )
+
+
+def checkpoint_folder(config: Config, run_dir: Path) -> Path:
+    """Where the checkpoints of a run are."""
+    return run_dir / "checkpoints" if config.checkpoints.uri is None else file_path(config.checkpoints.uri)
+
+
+def planned_steps(config: Config, batches: StepBatches) -> int:
+    """Optimizer steps of the whole job: what ``train.max_steps`` and ``train.epochs`` give, the smaller of both."""
+    limits = [] if config.train.max_steps is None else [config.train.max_steps]
+    if config.train.epochs is not None or not limits:
+        limits.append(batches.total_steps(config.train.epochs or 1.0))
+    return min(limits)
+
+
+def _save_model(model: MTPModel, tokenizer: Tokenizer, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+
+
+@torch.no_grad()
+def _show_sample(model: MTPModel, tokenizer: Tokenizer, dataset: TokenDataset, device: torch.device) -> None:
+    """Log how the trained model goes on from the first document's prompt, or from its first tokens."""
+    tokens, learned = dataset.document(0).tokens, dataset.document(0).learn
+    prompt_length = int(learned.argmax()) if not learned[0] else 0
+    longest = (model.max_positions or 10**9) - _SAMPLE_TOKENS
+    prompt = tokens[: min(prompt_length if prompt_length > 1 else len(tokens) // 3 + 1, max(1, longest))]
+    ids = torch.tensor(prompt, dtype=torch.int64, device=device)[None]
+    settings = {
+        "max_new_tokens": _SAMPLE_TOKENS,
+        "do_sample": False,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.eos_id,
+    }
+    generated = model.base.generate(ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
+    completion = tokenizer.decode(generated[0, ids.shape[1] :].tolist())
+    bar = "-" * 72
+    logger.info(
+        "a prompt, and how the trained model goes on (greedy):\n%s\n%s\n%s\n%s\n%s",
+        bar,
+        tokenizer.decode(prompt.tolist()),
+        bar,
+        completion,
+        bar,
+    )

@@ -1,0 +1,199 @@
+"""One optimizer step's loss and gradient, the same for every algorithm and however the step is split into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from wmtp.data.batch import Batch, Targets, align_targets
+from wmtp.errors import PluginError
+from wmtp.loss import Unembedding, token_losses, weighted_cross_entropy
+from wmtp.training.trainer import HiddenView, Stage, StepView, Trainer
+from wmtp.training.weights import (
+    Normalizer,
+    bad_weights,
+    head_statistics,
+    place_weights,
+    prediction_coefficients,
+    weight_statistics,
+)
+
+if TYPE_CHECKING:
+    from wmtp.models.mtp import MTPModel, MTPOutput
+
+__all__ = ["StepLoss", "StepOutput"]
+
+
+@frozen(kw_only=True, eq=False)
+class StepOutput:
+    """What one step gave. Nothing here has been read from the device yet.
+
+    Args:
+        loss: the whole loss, scalar.
+        bad_weights: see `wmtp.training.weights.bad_weights`.
+        metrics: scalars by name.
+    """
+
+    loss: Tensor
+    bad_weights: Tensor
+    metrics: Mapping[str, Tensor | float]
+
+
+@frozen(kw_only=True, eq=False)
+class StepLoss:
+    """Computes loss and gradient of whole optimizer steps.
+
+    Args:
+        model: the model; gradients are added to its parameters'.
+        trainer: the algorithm.
+        trainer_name: what messages call it.
+        micro_batch_size: rows that are computed at once.
+        normalizer: Z.
+        device: where the model is.
+        autocast: makes the context in which the model computes.
+        seed: the run's seed.
+    """
+
+    model: MTPModel
+    trainer: Trainer
+    trainer_name: str
+    micro_batch_size: int
+    normalizer: Normalizer
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[object]]
+    seed: int
+
+    def __call__(self, batch: Batch, step: int, stage: Stage) -> StepOutput:
+        """Add the gradient of one step's loss to the parameters' ``grad``.
+
+        Args:
+            batch: all rows of the step, on the CPU.
+            step: the optimizer step, from 0.
+            stage: the stage that the step belongs to.
+
+        Raises:
+            PluginError: the trainer breaks its contract.
+        """
+        packed = batch.packed
+        batch = batch.to(self.device)
+        targets = align_targets(batch, self.model.horizon)
+        rows = len(batch.input_ids)
+        pieces = [slice(start, min(start + self.micro_batch_size, rows)) for start in range(0, rows, self.micro_batch_size)]
+
+        # One micro-batch: its forward pass serves both phases. Several: the statistics of all are needed before the gradient of
+        # any, so what a trainer observes costs a forward pass of its own.
+        kept: tuple[MTPOutput, dict[str, Tensor]] | None = None
+        losses: Tensor | None = None
+        observations: dict[str, Tensor] = {}
+        if len(pieces) == 1:
+            kept = self._forward(batch, targets, packed, stage)
+            observations = {name: value.detach() for name, value in kept[1].items()}
+            if self.trainer.needs_token_loss:
+                losses = self._token_losses(kept[0], targets)
+        elif self.trainer.needs_token_loss or type(self.trainer).observe is not Trainer.observe:
+            losses, observations = self._survey(batch, targets, packed, pieces, stage)
+
+        view = StepView(
+            batch=batch,
+            targets=targets,
+            token_loss=losses,
+            observations=observations,
+            step=step,
+            stage=stage.name,
+            generator=torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63),
+        )
+        weights = place_weights(self.trainer.token_weights(view) if stage.model_loss else None, targets, self.trainer_name)
+        head_weights = torch.tensor(self.model.heads.resolved_head_weights(), device=self.device)
+        coefficients = prediction_coefficients(weights, targets.valid, head_weights, self.normalizer)
+        problem = bad_weights(weights, coefficients)
+        auxiliary, slopes = self._auxiliary(view)
+
+        if not stage.model_loss:
+            coefficients = torch.zeros_like(coefficients)
+            problem = torch.zeros_like(problem)  # a stage may have nothing to learn from the model loss
+        model_loss = torch.zeros((), device=self.device)
+        step_losses = []
+        for piece in pieces:
+            part = Targets(ids=targets.ids[piece], valid=targets.valid[piece])
+            output, observed = kept or self._forward(batch.rows(piece.start, piece.stop), part, packed, stage)
+            with self.autocast():
+                loss, piece_losses = weighted_cross_entropy(
+                    output.hidden, self._unembeddings(), part.ids, coefficients[piece], part.valid
+                )
+            model_loss += loss.detach()
+            step_losses.append(piece_losses)
+            # d aux / d parameters = Σ (d aux / d observation) · (d observation / d parameters)
+            total = loss + sum(
+                ((observed[name] * slope[piece]).sum() for name, slope in slopes.items()), start=loss.new_zeros(())
+            )
+            if total.requires_grad:
+                total.backward()
+
+        all_losses = torch.cat(step_losses)
+        whole = sum(auxiliary.values(), start=model_loss)
+        metrics: dict[str, Tensor | float] = {"loss": whole}
+        metrics |= head_statistics(all_losses, weights, targets.valid)
+        metrics |= weight_statistics(weights, targets.valid)
+        metrics |= {f"auxiliary/{name}": value for name, value in auxiliary.items()}
+        metrics |= self.trainer.metrics()
+        return StepOutput(loss=whole, bad_weights=problem, metrics=metrics)
+
+    def _unembeddings(self) -> list[Unembedding]:
+        return [self.model.unembedding(k) for k in range(1, self.model.horizon + 1)]
+
+    def _forward(self, batch: Batch, targets: Targets, packed: bool, stage: Stage) -> tuple[MTPOutput, dict[str, Tensor]]:
+        """The hidden states of one micro-batch, and what the trainer observes in them."""
+        with self.autocast():
+            output = self.model(batch.input_ids, batch.position, packed)
+            observed = dict(
+                self.trainer.observe(HiddenView(batch=batch, targets=targets, stage=stage.name, trunk=output.trunk))
+            )
+        rows, length, horizon = targets.ids.shape
+        for name, value in observed.items():
+            if value.shape not in ((rows, length), (rows, length, horizon)):
+                raise PluginError(
+                    f"{self.trainer_name}: observe returned {name!r} of shape {list(value.shape)}; it must be "
+                    f"[b, S] = {[rows, length]} or [b, S, H] = {[rows, length, horizon]}"
+                )
+        return output, observed
+
+    def _token_losses(self, output: MTPOutput, targets: Targets) -> Tensor:
+        with self.autocast():
+            return token_losses(output.hidden, self._unembeddings(), targets.ids, targets.valid)
+
+    @torch.no_grad()
+    def _survey(
+        self, batch: Batch, targets: Targets, packed: bool, pieces: list[slice], stage: Stage
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Token losses and observations of the whole step, by a forward pass without gradient."""
+        losses: list[Tensor] = []
+        observed: list[dict[str, Tensor]] = []
+        for piece in pieces:
+            part = Targets(ids=targets.ids[piece], valid=targets.valid[piece])
+            output, values = self._forward(batch.rows(piece.start, piece.stop), part, packed, stage)
+            observed.append(values)
+            if self.trainer.needs_token_loss:
+                losses.append(self._token_losses(output, part))
+        together = {name: torch.cat([values[name] for values in observed]) for name in observed[0]}
+        return (torch.cat(losses) if losses else None), together
+
+    def _auxiliary(self, view: StepView) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The auxiliary losses of the step, and their gradient with respect to each observation."""
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in view.observations.items()}
+        with torch.enable_grad():
+            terms = dict(self.trainer.auxiliary_losses(evolve(view, observations=leaves)))
+            for name, term in terms.items():
+                if term.numel() != 1:
+                    raise PluginError(
+                        f"{self.trainer_name}: auxiliary loss {name!r} has shape {list(term.shape)}; it must be a scalar"
+                    )
+            learned = [term.reshape(()) for term in terms.values() if term.requires_grad]
+            if learned:
+                torch.stack(learned).sum().backward()
+        slopes = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        return {name: term.detach().reshape(()) for name, term in terms.items()}, slopes

@@ -1,0 +1,150 @@
+"""From a trainer's weights to the coefficient of every prediction, and what is logged of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from wmtp.data.batch import Targets, shift_to_predictions
+from wmtp.errors import PluginError
+
+__all__ = [
+    "BAD_WEIGHTS",
+    "Normalizer",
+    "bad_weights",
+    "head_statistics",
+    "place_weights",
+    "prediction_coefficients",
+    "weight_statistics",
+]
+
+Normalizer = Literal["sum_w", "valid", "per_position"]
+
+
+def place_weights(weights: Tensor | None, targets: Targets, trainer: str) -> Tensor:
+    """Bring what `Trainer.token_weights` returned to one weight a prediction.
+
+    Args:
+        weights: ``[B, S]``, ``[B, S, H]`` or None.
+        targets: ``[B, S, H]``.
+        trainer: what messages call the trainer: its type, distribution and version.
+
+    Returns:
+        ``[B, S, H]`` fp32, 0 where not valid.
+
+    Raises:
+        PluginError: not a tensor, of another shape, not of floating point, or carrying a gradient.
+    """
+    valid = targets.valid
+    if weights is None:
+        return valid.float()
+    if not isinstance(weights, Tensor):
+        raise PluginError(f"{trainer}: token_weights returned a {type(weights).__name__}, not a tensor or None")
+    if weights.requires_grad:
+        raise PluginError(
+            f"{trainer}: token_weights returned weights that carry a gradient; detach them, or the model learns to change its "
+            f"weights instead of its predictions"
+        )
+    if not weights.is_floating_point():
+        raise PluginError(f"{trainer}: token_weights returned {weights.dtype}; weights are floating-point numbers")
+    rows, length, horizon = valid.shape
+    if weights.shape == (rows, length):
+        weights = shift_to_predictions(weights, horizon)
+    elif weights.shape != (rows, length, horizon):
+        raise PluginError(
+            f"{trainer}: token_weights returned shape {list(weights.shape)}; it must be [B, S] = {[rows, length]} "
+            f"or [B, S, H] = {[rows, length, horizon]}"
+        )
+    return torch.where(valid, weights.to(device=valid.device, dtype=torch.float32), 0.0)
+
+
+def prediction_coefficients(weights: Tensor, valid: Tensor, head_weights: Tensor, normalizer: Normalizer) -> Tensor:
+    """c[t, k] = α_k w[t, k] m[t, k] / Z, so that the loss is Σ c · CE.
+
+    Args:
+        weights: ``[B, S, H]``, of a whole optimizer step, 0 where not valid.
+        valid: ``[B, S, H]`` bool, m.
+        head_weights: ``[H]``, α.
+        normalizer: ``sum_w``: Z = Σ α w m; ``valid``: Z = Σ α m; ``per_position``: Σ_k α_k w m of each position, times the
+            number of positions, as an older implementation did.
+
+    Returns:
+        ``[B, S, H]``; 0 everywhere if Z is 0.
+    """
+    weighted = weights * head_weights
+    if normalizer == "sum_w":
+        total = weighted.sum()
+    elif normalizer == "valid":
+        total = (valid * head_weights).sum()
+    else:
+        at_position = weighted.sum(dim=-1, keepdim=True)
+        total = at_position * (at_position > 0).sum()
+    return torch.where(total > 0, weighted / total, 0.0)
+
+
+#: what `bad_weights` can find
+BAD_WEIGHTS = {
+    1: "token_weights returned NaN or infinite weights",
+    2: "token_weights returned negative weights",
+    3: "every prediction of the step has weight 0, so there is nothing to learn",
+}
+
+
+def bad_weights(weights: Tensor, coefficients: Tensor) -> Tensor:
+    """0 if the values of the weights are allowed, else a key of `BAD_WEIGHTS`.
+
+    Args:
+        weights: ``[B, S, H]``.
+        coefficients: ``[B, S, H]``, made from them.
+
+    Returns:
+        scalar int64, on the device, so that it can be read a step late.
+    """
+    code = torch.where((coefficients == 0).all(), 3, 0)
+    code = torch.where((weights < 0).any(), 2, code)
+    return torch.where(weights.isfinite().all(), code, 1)
+
+
+def weight_statistics(weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """What is logged of w over the valid predictions of a step.
+
+    Args:
+        weights: ``[B, S, H]``, 0 where not valid.
+        valid: ``[B, S, H]`` bool.
+
+    Returns:
+        mean, std, min, max; ``ess`` = (Σw)² / Σw², the effective number of predictions; ``ess_share`` = ess / number of valid
+        predictions; ``zero_share``, the share with weight 0.
+    """
+    w = weights.double()
+    count = valid.sum().double()
+    mean = w.sum() / count
+    square = w.square().sum()
+    ess = w.sum().square() / square
+    return {
+        "weight/mean": mean,
+        "weight/std": ((w - mean).square() * valid).sum().div(count).sqrt(),
+        "weight/min": torch.where(valid, w, torch.inf).min(),
+        "weight/max": torch.where(valid, w, -torch.inf).max(),
+        "weight/ess": ess,
+        "weight/ess_share": ess / count,
+        "weight/zero_share": ((weights == 0) & valid).sum() / count,
+    }
+
+
+def head_statistics(losses: Tensor, weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """The token losses of each head: their plain mean, and their mean by weight. NaN for a head without predictions.
+
+    Args:
+        losses: ``[B, S, H]``, 0 where not valid.
+        weights: ``[B, S, H]``, 0 where not valid.
+        valid: ``[B, S, H]`` bool.
+    """
+    over = (0, 1)
+    plain = losses.double().sum(over) / valid.sum(over)
+    weighted = (losses.double() * weights).sum(over) / weights.double().sum(over)
+    heads: Sequence[int] = range(1, valid.shape[-1] + 1)
+    return {f"loss/head_{k}": plain[k - 1] for k in heads} | {f"weighted_loss/head_{k}": weighted[k - 1] for k in heads}
