@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from attrs import frozen
@@ -18,47 +18,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from wmtp.errors import ConfigError
+from wmtp.loss import Unembedding
 
-__all__ = ["Anatomy", "LayerCall", "Unembedding", "dissect", "evaluating", "first_tensor", "record_call"]
+__all__ = ["Anatomy", "LayerCall", "Unembedding", "dissect", "evaluating", "first_tensor", "record_call", "seeded"]
 
 # What models call the factor of their logits, and their cap. Which one is used, and how, is found by trying.
 _SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 _SOFTCAP_NAMES = ("final_logit_softcapping", "softcap")
-
-
-@frozen(kw_only=True, eq=False)
-class Unembedding:
-    """From hidden states to logits: ``softcap(scale · (hidden @ weight.T + bias))``.
-
-    Args:
-        weight: ``[V, D]``.
-        bias: ``[V]`` or None.
-        scale: the factor of the logits (Cohere, Granite), 1 for most models.
-        softcap: c in ``c · tanh(logits / c)`` (Gemma 2); None for most models.
-        divides: the model divides by ``1 / scale`` instead of multiplying, which rounds differently.
-        float32: the model turns its logits into fp32 before it scales and caps them.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-    divides: bool = False
-    float32: bool = False
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., D]``, exactly as the model computes them."""
-        return self.transform(F.linear(hidden, self.weight, self.bias))
-
-    def transform(self, logits: Tensor) -> Tensor:
-        """Scale and cap ``hidden @ weight.T + bias``."""
-        if self.float32:
-            logits = logits.float()
-        if self.scale != 1.0:
-            logits = logits / (1.0 / self.scale) if self.divides else logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
 
 
 @frozen(kw_only=True, eq=False)
@@ -91,18 +57,27 @@ class Anatomy:
 
     Args:
         decoder: from token ids to the last hidden state, without the unembedding.
+        embedding: from token ids to what the decoder begins with.
+        output: the unembedding's weight ``[V, D]``, and a bias where it has one.
         layers: the decoder layers.
         tail: what the decoder does after the last layer, in order: for nearly all models one norm.
         scale, softcap, divides, float32: of the logits; see `Unembedding`.
     """
 
-    decoder: nn.Module
+    decoder: PreTrainedModel
+    embedding: nn.Embedding
+    output: nn.Linear
     layers: nn.ModuleList
     tail: tuple[nn.Module, ...]
     scale: float = 1.0
     softcap: float | None = None
     divides: bool = False
     float32: bool = False
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.output.in_features
 
     def unembedding(self, weight: Tensor, bias: Tensor | None) -> Unembedding:
         """An unembedding with this model's scale and cap."""
@@ -127,6 +102,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers on the CPU come from ``seed`` inside; the random state outside, also of other devices, stays."""
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 @contextmanager
@@ -158,29 +141,32 @@ def dissect(model: PreTrainedModel) -> Anatomy:
 
     if getattr(model.config, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder; a decoder-only causal language model is needed")
-    decoder = model.base_model
+    decoder = cast(PreTrainedModel, model.base_model)
     if decoder is model:
         raise refuse(f"no decoder was found at its attribute '{model.base_model_prefix}'")
-    unembedding = model.get_output_embeddings()
-    if unembedding is None or getattr(unembedding, "weight", None) is None or unembedding.weight.dim() != 2:
-        raise refuse("it has no unembedding (get_output_embeddings() gives no [V, D] weight)")
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise refuse("it has no token embedding (get_input_embeddings() gives none)")
+    if not isinstance(output, nn.Linear):
+        raise refuse("it has no unembedding (get_output_embeddings() gives no linear layer)")
     layers = _find_layers(model, decoder, refuse)
 
-    ids = _probe_ids(model)
+    # fixed ids rather than random ones: the caller's random state must not change
+    ids = (torch.arange(6, device=model.device) * 7919 + 1).remainder(embedding.num_embeddings).unsqueeze(0)
     with evaluating(model):
         try:
             expected = model(input_ids=ids, use_cache=False).logits
             tail, hidden = _find_tail(decoder, layers, ids, refuse)
         except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
             raise refuse(f"a trial run on {ids.shape[1]} tokens failed: {type(error).__name__}: {error}") from error
-        logits = F.linear(hidden, unembedding.weight, getattr(unembedding, "bias", None))
+        logits = F.linear(hidden, output.weight, output.bias)
         found = _find_transform(model, logits, expected)
     if found is None:
         raise refuse(
             "its logits are not those of its last hidden state times its unembedding, with or without a factor "
             f"({', '.join(_SCALE_NAMES)}) and a cap ({', '.join(_SOFTCAP_NAMES)}) from its config"
         )
-    return Anatomy(decoder=decoder, layers=layers, tail=tail, **found)
+    return Anatomy(decoder=decoder, embedding=embedding, output=output, layers=layers, tail=tail, **found)
 
 
 def _find_layers(model: PreTrainedModel, decoder: nn.Module, refuse: Callable[[str], ConfigError]) -> nn.ModuleList:
@@ -196,12 +182,6 @@ def _find_layers(model: PreTrainedModel, decoder: nn.Module, refuse: Callable[[s
     if len(outermost) > 1:
         raise refuse(f"several lists could be its decoder layers: {', '.join(outermost)}")
     return next(iter(outermost.values()))
-
-
-def _probe_ids(model: PreTrainedModel) -> Tensor:
-    # fixed ids rather than random ones: the caller's random state must not change
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    return (torch.arange(6, device=model.device) * 7919 + 1).remainder(vocab_size).unsqueeze(0)
 
 
 def _find_tail(

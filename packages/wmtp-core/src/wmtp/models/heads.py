@@ -59,11 +59,6 @@ class Maker:
     anatomy: Anatomy
     init: str
 
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        return self.base.get_output_embeddings().weight.shape[1]
-
     def layer(self) -> nn.Module:
         """A decoder layer: the last one's copy, or one from the model's own initialiser."""
         layer = self._duplicate(self.anatomy.layers[-1])
@@ -73,14 +68,16 @@ class Maker:
         """A fresh norm of the kind of the model's final one (RMS norm where it has none)."""
         if self.anatomy.tail:
             return self.initialise(self._duplicate(self.anatomy.tail[0]))
-        return self._placed(nn.RMSNorm(self.hidden_size))
+        return self._placed(nn.RMSNorm(self.anatomy.hidden_size))
 
     def linear(self, inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
         """A linear map from the model's own initialiser."""
-        return self.initialise(self._placed(nn.Linear(inputs, outputs, bias=bias)))
+        return self.initialise(nn.Linear(inputs, outputs, bias=bias))
 
     def initialise(self, module: M) -> M:
         """Give every parameter of ``module`` a new value from the model's own initialiser."""
+        # drawn on the CPU, so that a seed gives the same heads on every device
+        module.cpu()
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.fill_(torch.nan)
@@ -92,7 +89,7 @@ class Maker:
                     f"the initialiser of {type(self.base).__name__} gives {type(module).__name__}.{name} no value; "
                     'set models.base.heads.init = "copy"'
                 )
-        return module
+        return self._placed(module)
 
     def _duplicate(self, module: nn.Module) -> nn.Module:
         # layers hold the model's config: sharing it keeps a later change (of the attention kernel, say) in step
@@ -100,7 +97,7 @@ class Maker:
         return copy.deepcopy(module, {id(config): config}).requires_grad_(True)
 
     def _placed(self, module: M) -> M:
-        weight = self.base.get_output_embeddings().weight
+        weight = self.anatomy.output.weight
         return module.to(device=weight.device, dtype=weight.dtype)
 
 
@@ -138,9 +135,8 @@ class Linear(HeadKind):
     @staticmethod
     def build(maker: Maker, extra: int) -> nn.ModuleList:
         """See `HeadKind.build`."""
-        own = maker.base.get_output_embeddings()
-        vocab_size, hidden_size = own.weight.shape
-        heads = nn.ModuleList(maker.linear(hidden_size, vocab_size, bias=own.bias is not None) for _ in range(extra))
+        own = maker.anatomy.output
+        heads = nn.ModuleList(maker.linear(own.in_features, own.out_features, bias=own.bias is not None) for _ in range(extra))
         if maker.init == "copy":
             for head in heads:
                 head.load_state_dict(own.state_dict())
@@ -174,7 +170,7 @@ class Residual(HeadKind):
     @staticmethod
     def build(maker: Maker, extra: int) -> nn.ModuleList:
         """See `HeadKind.build`."""
-        size = maker.hidden_size
+        size = maker.anatomy.hidden_size
         heads = nn.ModuleList(ResidualBlock(maker.linear(size, size, bias=True)) for _ in range(extra))
         if maker.init == "copy":
             for parameter in heads.parameters():
@@ -212,8 +208,8 @@ class ChainedBlock(nn.Module):
     @classmethod
     def make(cls, maker: Maker) -> ChainedBlock:
         """A new one. ``copy`` starts the projection as a copy of the hidden states, blind to the embedding."""
-        size = maker.hidden_size
-        embedding_size = maker.base.get_input_embeddings().weight.shape[1]
+        size = maker.anatomy.hidden_size
+        embedding_size = maker.anatomy.embedding.embedding_dim
         if embedding_size != size:
             raise ConfigError(
                 f"models.base.heads.kind: 'chained' and 'shared' need embeddings as wide as the hidden states; this model's "
@@ -228,7 +224,8 @@ class ChainedBlock(nn.Module):
 
 
 class Chained(HeadKind):
-    """A chain: head k reads the hidden states of head k−1 and the embedding of token t+k−1 (DeepSeek-V3, arXiv 2412.19437, §2.2).
+    """A chain: head k reads the hidden states of head k−1 and the embedding of token t+k−1 (DeepSeek-V3,
+    arXiv 2412.19437, §2.2).
 
     At training the token is the real one, at inference the one that head k−1 predicted. Beyond the row's end the row's
     beginning is read, beyond a document's end the next document: no prediction made there is valid.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
-import torch
 from attrs import frozen
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call
+from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, seeded
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
 from wmtp.models.packing import packing_problem
 
@@ -68,9 +68,7 @@ class MTPModel(nn.Module):
         self.heads = heads
         self.kind = HEAD_KINDS[heads.kind]
         maker = Maker(base=base, anatomy=self.anatomy, init=heads.init)
-        device = base.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.extra_heads = self.kind.build(maker, heads.horizon - 1)
         if head_state is not None:
             _load_heads(self.extra_heads, head_state)
@@ -84,12 +82,12 @@ class MTPModel(nn.Module):
     @property
     def hidden_size(self) -> int:
         """D."""
-        return self.base.get_output_embeddings().weight.shape[1]
+        return self.anatomy.hidden_size
 
     @property
     def vocab_size(self) -> int:
         """V, the rows of the unembedding."""
-        return self.base.get_output_embeddings().weight.shape[0]
+        return self.anatomy.output.out_features
 
     @property
     def max_positions(self) -> int | None:
@@ -136,7 +134,7 @@ class MTPModel(nn.Module):
             trunk=trunk if joint else trunk.detach(),
             hidden=first if joint else first.detach(),
             input_ids=input_ids,
-            embed=_shared(self.base.get_input_embeddings(), joint),
+            embed=_shared(self.anatomy.embedding, joint),
             final_norm=self._tail(joint),
         )
         return MTPOutput(trunk=trunk, hidden=(first, *self.kind.run(self.extra_heads, given, self.horizon - 1)))
@@ -150,10 +148,9 @@ class MTPModel(nn.Module):
         if not 1 <= head <= self.horizon:
             raise ValueError(f"head must be in 1..{self.horizon}, not {head}")
         if head > 1 and self.heads.kind == "linear":
-            own = self.extra_heads[head - 2]
+            own = cast(nn.Linear, self.extra_heads[head - 2])
             return self.anatomy.unembedding(own.weight, own.bias)
-        shared = self.base.get_output_embeddings()
-        weight, bias = shared.weight, getattr(shared, "bias", None)
+        weight, bias = self.anatomy.output.weight, self.anatomy.output.bias
         if head > 1 and self.heads.trunk_gradient == "detach":
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         return self.anatomy.unembedding(weight, bias)

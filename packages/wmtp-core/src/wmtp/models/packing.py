@@ -19,7 +19,7 @@ def packing_problem(anatomy: Anatomy) -> str | None:
     decoder = anatomy.decoder
     name = type(decoder).__name__
     weight = next(decoder.parameters())
-    vocab_size = decoder.get_input_embeddings().weight.shape[0]
+    vocab_size = anatomy.embedding.num_embeddings
 
     def ids(start: int, count: int) -> Tensor:
         return (torch.arange(start, start + count, device=weight.device) * 7919).remainder(vocab_size).unsqueeze(0)

@@ -1,19 +1,39 @@
-"""Hugging Face folders."""
+"""Hugging Face folders, GGUF files, and what WMTP saves itself."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from wmtp.config.schema import HeadsConfig
+from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
+from wmtp.models.heads import HEAD_KINDS
+from wmtp.models.loaders import linear_heads
+from wmtp.models.loaders.describe import describe, empty_model
+from wmtp.models.loaders.files import opened_by_transformers, read_config, read_json, tensor_shapes, weight_files
+from wmtp.models.mtp import HEADS_CONFIG, HEADS_FORMAT, HEADS_WEIGHTS
 
-__all__ = ["HfLoader"]
+__all__ = ["HfLoader", "from_tensors"]
 
 
 class HfLoader(ModelLoader):
-    """Opens a folder."""
+    """Opens a folder of safetensors (or ``.bin``, without running any pickled code), or a GGUF file.
+
+    A folder that `wmtp.models.mtp.MTPModel.save_pretrained` wrote brings its extra heads, and so does one in the linear-head
+    layout (`wmtp.models.loaders.linear_heads`).
+
+    Args:
+        gguf_file: which ``.gguf`` file of the folder; None finds it.
+        attn_implementation: the attention kernel; None leaves it to transformers.
+    """
 
     def __init__(self, *, gguf_file: str | None = None, attn_implementation: str | None = None) -> None:
         self._gguf_file = gguf_file
@@ -21,10 +41,127 @@ class HfLoader(ModelLoader):
 
     def info(self, path: Path | None) -> ModelInfo:
         """See `ModelLoader.info`."""
-        raise NotImplementedError
+        folder, gguf_file = self._locate(path)
+        if gguf_file is not None:
+            return describe(empty_model(_gguf_config(folder, gguf_file)))
+        if linear_heads.is_layout(folder):
+            config, heads = linear_heads.read_config(folder)
+            return describe(empty_model(config), heads)
+        weight_files(folder)
+        return describe(empty_model(read_config(folder)), _saved_heads(folder))
 
     def load(self, path: Path | None, *, dtype: torch.dtype | None, seed: int) -> LoadedModel:
-        """See `ModelLoader.load`."""
-        return LoadedModel(
-            model=AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).eval()
-        )
+        """See `ModelLoader.load`. A ``dtype`` of None is that of the files."""
+        folder, gguf_file = self._locate(path)
+        options: dict[str, Any] = {"dtype": dtype or "auto"}
+        if self._attn_implementation is not None:
+            options["attn_implementation"] = self._attn_implementation
+        if gguf_file is not None:
+            return LoadedModel(model=_load_gguf(folder, gguf_file, options))
+        if linear_heads.is_layout(folder):
+            config, heads = linear_heads.read_config(folder)
+            base, extra = linear_heads.read_tensors(folder)
+            return LoadedModel(model=from_tensors(folder, config, base, options), heads=heads, head_state=extra)
+        weight_files(folder)
+        config = read_config(folder)
+        empty_model(config)
+        model = _from_pretrained(AutoModelForCausalLM, folder, folder, options | {"config": config})
+        heads = _saved_heads(folder)
+        state = None if heads is None else load_file(folder / HEADS_WEIGHTS)
+        return LoadedModel(model=model, heads=heads, head_state=state)
+
+    def _locate(self, path: Path | None) -> tuple[Path, str | None]:
+        """The folder, and the GGUF file in it if that is what to read."""
+        if path is None or not path.exists():
+            raise WMTPError(f"{path}: no such file or folder")
+        if path.is_file():
+            if path.suffix != ".gguf":
+                raise WMTPError(f"{path}: not a model folder and not a .gguf file")
+            return path.parent, path.name
+        if self._gguf_file is not None:
+            if not (path / self._gguf_file).is_file():
+                raise WMTPError(f"{path / self._gguf_file}: no such file")
+            return path, self._gguf_file
+        if not (path / "config.json").is_file():
+            files = sorted(file.name for file in path.glob("*.gguf"))
+            if len(files) == 1:
+                return path, files[0]
+            if files:
+                raise ConfigError(f"models.base.gguf_file: {path} holds several: {', '.join(files)}; name one of them")
+        return path, None
+
+
+def from_tensors(
+    source: Path, config: PreTrainedConfig, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> PreTrainedModel:
+    """The model of ``config`` with these weights; every tensor must be there and fit.
+
+    Args:
+        source: what messages call it.
+        config: of a causal language model.
+        tensors: named as in the model's own state dict.
+        options: for ``from_pretrained``.
+    """
+    model_class = type(empty_model(config))
+    return _from_pretrained(model_class, None, source, {"config": config, "state_dict": dict(tensors), **options})
+
+
+def _from_pretrained(model_class: Any, place: Path | None, source: Path, options: Mapping[str, Any]) -> PreTrainedModel:
+    # without these two flags transformers only warns, and trains random numbers in place of the missing tensors
+    strict = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    safe = {"local_files_only": True, "weights_only": True, "trust_remote_code": False} if place is not None else {}
+    model, found = opened_by_transformers(source, lambda: model_class.from_pretrained(place, **options, **strict, **safe))
+    problems = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    problems += [f"{name} is unexpected" for name in sorted(found["unexpected_keys"])]
+    problems += [
+        f"{name} has shape {list(shape)} in place of {list(wanted)}" for name, shape, wanted in sorted(found["mismatched_keys"])
+    ]
+    problems += [str(message) for message in found.get("error_msgs") or ()]
+    if problems:
+        raise WMTPError(f"{source}: the tensors do not fit {type(model).__name__}: {'; '.join(problems)}")
+    return model.eval()
+
+
+def _saved_heads(folder: Path) -> HeadsConfig | None:
+    """What ``mtp_heads.json`` says, checked against the tensors beside it."""
+    description, weights = folder / HEADS_CONFIG, folder / HEADS_WEIGHTS
+    if not description.exists() and not weights.exists():
+        return None
+    for file in (description, weights):
+        if not file.exists():
+            raise WMTPError(f"{file}: not there, but the folder holds the other part of its extra heads")
+    content = read_json(description)
+    if content.get("format") != HEADS_FORMAT:
+        raise WMTPError(f"{description}: format {content.get('format')!r} is not known to this version of WMTP")
+    kind, horizon = content.get("kind"), content.get("horizon")
+    if kind not in HEAD_KINDS or not isinstance(horizon, int) or horizon < 2:
+        raise WMTPError(f"{description}: kind {kind!r} and horizon {horizon!r} are not those of any heads")
+    tensor_shapes(weights)
+    return HeadsConfig(kind=kind, horizon=horizon)
+
+
+def _need_gguf() -> None:
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise WMTPError(f"reading a GGUF file needs {' and '.join(missing)}: pip install 'wmtp-core[gguf]'")
+
+
+def _gguf_config(folder: Path, gguf_file: str) -> PreTrainedConfig:
+    _need_gguf()
+    return opened_by_transformers(
+        folder / gguf_file, lambda: AutoConfig.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
+    )
+
+
+def _load_gguf(folder: Path, gguf_file: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    _need_gguf()
+    model = _from_pretrained(AutoModelForCausalLM, folder, folder / gguf_file, {**options, "gguf_file": gguf_file})
+    # the tensors are plain numbers by now: without the marks of the file that they came from, the model can be saved
+    for holder, marks in (
+        (model, ("hf_quantizer", "is_quantized", "quantization_method")),
+        (model.config, ("quantization_config", "_is_quantized")),
+    ):
+        for mark in marks:
+            if mark in vars(holder):
+                delattr(holder, mark)
+    return model

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from wmtp.errors import ConfigError
+from wmtp.models.anatomy import seeded
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.loaders.describe import describe, empty_model
 
@@ -50,10 +51,9 @@ class ScratchLoader(ModelLoader):
     def load(self, path: Path | None, *, dtype: torch.dtype, seed: int) -> LoadedModel:
         """See `ModelLoader.load`. Weights are drawn in fp32, so that ``dtype`` only rounds them."""
         config = self._config()
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             model: PreTrainedModel = _checked(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-        return LoadedModel(model=model.to(dtype).eval())
+        return LoadedModel(model=cast(PreTrainedModel, model.eval().type(dtype)))
 
     def _config(self) -> PreTrainedConfig:
         name = self._shape.architecture

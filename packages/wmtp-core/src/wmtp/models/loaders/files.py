@@ -1,0 +1,139 @@
+"""Model folders on disk: what is in them, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from wmtp.errors import WMTPError
+
+__all__ = ["config_from", "opened_by_transformers", "quiet", "read_config", "read_json", "tensor_shapes", "weight_files"]
+
+T = TypeVar("T")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        WMTPError: the file is missing or holds something else.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WMTPError(f"{file}: no such file; a model folder needs it") from error
+    except (OSError, ValueError) as error:
+        raise WMTPError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise WMTPError(f"{file}: holds no JSON object")
+    return value
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a Hugging Face folder.
+
+    Raises:
+        WMTPError: it is missing, damaged, or of an architecture that transformers does not have itself.
+    """
+    file = folder / "config.json"
+    content = read_json(file)
+    model_type = content.get("model_type")
+    if model_type is None:
+        raise WMTPError(f"{file}: has no model_type: not the config of a transformers model")
+    if model_type not in CONFIG_MAPPING:
+        reason = (
+            "its own code would have to run, which WMTP never does"
+            if "auto_map" in content
+            else "a newer transformers may know it"
+        )
+        raise WMTPError(f"{file}: the installed transformers has no architecture '{model_type}'; {reason}")
+    return opened_by_transformers(file, lambda: AutoConfig.from_pretrained(folder, local_files_only=True))
+
+
+def config_from(file: Path, content: dict[str, Any]) -> PreTrainedConfig:
+    """A config from the content of a JSON file; ``model_type`` is known."""
+    return opened_by_transformers(file, lambda: CONFIG_MAPPING[content["model_type"]].from_dict(content))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a folder's tensors: safetensors, or else PyTorch's ``.bin``; those of an index where there is one.
+
+    Raises:
+        WMTPError: there are none, one that the index names is not there, or one is damaged.
+    """
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        files = []
+        if (folder / single).is_file():
+            files = [folder / single]
+        elif (folder / index).is_file():
+            weight_map = read_json(folder / index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise WMTPError(f"{folder / index}: has no weight_map")
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+            for file in files:
+                if not file.is_file():
+                    raise WMTPError(f"{file}: not there, but {index} names it; fetch the model again")
+        if files:
+            if single.endswith(".safetensors"):
+                _check_shards(files, folder / index)
+            return files
+    raise WMTPError(f"{folder}: holds no weights (model.safetensors, its shards, pytorch_model.bin, or a .gguf file)")
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file, from its header.
+
+    Raises:
+        WMTPError: the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise WMTPError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
+
+
+def _check_shards(files: list[Path], index: Path) -> None:
+    present = {name: file for file in files for name in tensor_shapes(file)}
+    if len(files) == 1 and not index.is_file():
+        return
+    for name, shard in read_json(index)["weight_map"].items() if index.is_file() else ():
+        if name not in present:
+            raise WMTPError(f"{index.parent / shard}: lacks the tensor {name}, which {index.name} places there")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' own report and progress bars are off inside: what they would say is raised or logged by us."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def opened_by_transformers(path: Path, action: Callable[[], T]) -> T:
+    """Do ``action``; whatever transformers raises becomes one clear error about ``path``."""
+    try:
+        with quiet():
+            return action()
+    except (WMTPError, MemoryError):
+        raise
+    except Exception as error:
+        # its exceptions have no common base: OSError, ValueError, KeyError, UnpicklingError, dataclass validation …
+        raise WMTPError(f"{path}: transformers cannot open it: {type(error).__name__}: {error}") from error

@@ -1,0 +1,68 @@
+"""Whether a tokenizer belongs to a model, and whether two tokenizers are the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wmtp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wmtp.tokenizers.base import Tokenizer
+
+__all__ = ["check_vocabulary", "compare_tokenizers"]
+
+# models round their vocabulary up, for speed; by more than this none does
+_MOST_PADDING = 1024
+
+
+def check_vocabulary(model_vocab: int, tokenizer: Tokenizer, *, key: str = "models.base") -> None:
+    """Whether every id of ``tokenizer`` is one of the model's, and not far fewer.
+
+    Args:
+        model_vocab: V, the rows of the unembedding.
+        tokenizer: what makes the ids.
+        key: the config section that a message blames.
+
+    Raises:
+        ConfigError: the tokenizer is not this model's.
+    """
+    if tokenizer.vocab_size > model_vocab:
+        raise ConfigError(
+            f"{key}: the model has a vocabulary of {model_vocab}, the tokenizer one of {tokenizer.vocab_size}: its largest ids "
+            "would be outside the model; use the model's own tokenizer"
+        )
+    if model_vocab - tokenizer.vocab_size > _MOST_PADDING:
+        raise ConfigError(
+            f"{key}: the model has a vocabulary of {model_vocab}, the tokenizer one of only {tokenizer.vocab_size}: it is not "
+            "this model's tokenizer"
+        )
+
+
+def compare_tokenizers(first: Tokenizer, second: Tokenizer, *, key: str = "models.ref") -> None:
+    """Whether two models' tokenizers give every id the same meaning.
+
+    Args:
+        first: that of the base model.
+        second: that of the other model.
+        key: the config section of the other model.
+
+    Raises:
+        ConfigError: they differ; the message names the first id that they read differently.
+    """
+    if first.fingerprint() == second.fingerprint():
+        return
+    if first.vocab_size != second.vocab_size:
+        raise ConfigError(
+            f"{key}: its tokenizer has {second.vocab_size} tokens, that of the base model {first.vocab_size}; a model with the "
+            "base model's vocabulary is needed"
+        )
+    for token_id in range(first.vocab_size):
+        if first.token(token_id) != second.token(token_id):
+            raise ConfigError(
+                f"{key}: its tokenizer differs from the base model's: token {token_id} is {second.token(token_id)!r} in place "
+                f"of {first.token(token_id)!r}; a model with the base model's vocabulary is needed"
+            )
+    if first.eos_id != second.eos_id:
+        raise ConfigError(
+            f"{key}: its tokenizer ends a text with token {second.eos_id}, that of the base model with {first.eos_id}"
+        )
