@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
 from wmtp.models.base import ModelInfo
 
-__all__ = ["describe", "empty_model"]
+__all__ = ["describe", "empty_model", "require_causal"]
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -18,13 +18,21 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ConfigError: it is not a causal language model.
     """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
+    require_causal(config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def require_causal(config: PreTrainedConfig) -> None:
+    """Whether there is a causal language model of this architecture.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(
-            f"models.base: '{config.model_type}' is not a causal language model that transformers knows"
-        ) from error
+            f"models.base: transformers has no decoder-only causal language model of the architecture '{config.model_type}'"
+        )
 
 
 def describe(model: PreTrainedModel, heads: HeadsConfig | None = None) -> ModelInfo:

@@ -17,7 +17,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.heads import HEAD_KINDS
 from wmtp.models.loaders import linear_heads
-from wmtp.models.loaders.describe import describe, empty_model
+from wmtp.models.loaders.describe import describe, empty_model, require_causal
 from wmtp.models.loaders.files import opened_by_transformers, read_config, read_json, tensor_shapes, weight_files
 from wmtp.models.mtp import HEADS_CONFIG, HEADS_FORMAT, HEADS_WEIGHTS
 
@@ -64,7 +64,7 @@ class HfLoader(ModelLoader):
             return LoadedModel(model=from_tensors(folder, config, base, options), heads=heads, head_state=extra)
         weight_files(folder)
         config = read_config(folder)
-        empty_model(config)
+        require_causal(config)
         model = _from_pretrained(AutoModelForCausalLM, folder, folder, options | {"config": config})
         heads = _saved_heads(folder)
         state = None if heads is None else load_file(folder / HEADS_WEIGHTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from wmtp.errors import ConfigError
 from wmtp.models.anatomy import seeded
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
-from wmtp.models.loaders.describe import describe, empty_model
+from wmtp.models.loaders.describe import describe, empty_model, require_causal
 
 if TYPE_CHECKING:
     from wmtp.models.config import ScratchModel
@@ -46,14 +46,15 @@ class ScratchLoader(ModelLoader):
 
     def info(self, path: Path | None) -> ModelInfo:
         """See `ModelLoader.info`."""
-        return describe(empty_model(self._config()))
+        return describe(_checked(lambda: empty_model(self._config())))
 
     def load(self, path: Path | None, *, dtype: torch.dtype, seed: int) -> LoadedModel:
-        """See `ModelLoader.load`. Weights are drawn in fp32, so that ``dtype`` only rounds them."""
+        """See `ModelLoader.load`."""
         config = self._config()
+        require_causal(config)
         with seeded(seed):
-            model: PreTrainedModel = _checked(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-        return LoadedModel(model=cast(PreTrainedModel, model.eval().type(dtype)))
+            model: PreTrainedModel = _checked(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
+        return LoadedModel(model=model.eval())
 
     def _config(self) -> PreTrainedConfig:
         name = self._shape.architecture
@@ -100,5 +101,7 @@ def _checked(make: Any) -> Any:
     """Numbers that do not go together (a width that the heads do not divide, say) are the user's mistake."""
     try:
         return make()
+    except ConfigError:
+        raise
     except (ValueError, TypeError, AssertionError, RuntimeError, ZeroDivisionError, AttributeError) as error:
         raise ConfigError(f"models.base: transformers cannot make this model: {error}") from error
