@@ -31,7 +31,7 @@ def plain(hidden, unembeddings, ids, coefficients):
 
 def case(n=7, h=3, d=5, v=11, *, seed=0, bias=False, scale=1.0, softcap=None, shared=True, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    new = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
+    new = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     hidden = [new(n, d) for _ in range(h)]
     first = Unembedding(weight=new(v, d), bias=new(v) if bias else None, scale=scale, softcap=softcap)
     unembeddings = [first] * h if shared else [first, *(Unembedding(weight=new(v, d)) for _ in range(h - 1))]
@@ -75,7 +75,7 @@ def test_equals_the_plain_loop_in_value_and_gradient(monkeypatch, kwargs, chunk)
 
 def test_gradient_equals_finite_differences():
     hidden, unembeddings, ids, coefficients, valid = case(n=3, h=2, d=3, v=4, bias=True, softcap=2.0)
-    run = lambda: weighted_cross_entropy(hidden, unembeddings, ids, coefficients, valid)[0] * 1.7  # noqa: E731
+    run = lambda: weighted_cross_entropy(hidden, unembeddings, ids, coefficients, valid)[0] * 1.7
     wanted = leaves(hidden, unembeddings)
     for leaf, gradient in zip(wanted, torch.autograd.grad(run(), wanted), strict=True):
         flat = leaf.data.view(-1)

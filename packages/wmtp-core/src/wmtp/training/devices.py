@@ -11,7 +11,7 @@ import torch
 
 from wmtp.errors import ConfigError
 
-__all__ = ["autocast_context", "pick_device"]
+__all__ = ["autocast_context", "pick_device", "statistics_dtype"]
 
 logger = logging.getLogger("wmtp")
 
@@ -46,3 +46,8 @@ def autocast_context(precision: Literal["fp32", "bf16"], device: torch.device) -
         logger.warning("%s cannot compute in bf16; fp32 is used", device)
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """What sums over a batch are added in: fp64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64

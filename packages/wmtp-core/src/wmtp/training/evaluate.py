@@ -10,6 +10,7 @@ import torch
 
 from wmtp.data.batch import Batch, align_targets
 from wmtp.loss import token_losses
+from wmtp.training.devices import statistics_dtype
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
@@ -31,8 +32,9 @@ def evaluate(
         predictions, which is the training loss of uniform weights; ``eval/predictions``, the number for head 1. Heads without
         any valid prediction are left out.
     """
-    sums = torch.zeros(model.horizon, dtype=torch.float64, device=device)
-    counts = torch.zeros(model.horizon, dtype=torch.float64, device=device)
+    dtype = statistics_dtype(device)
+    sums = torch.zeros(model.horizon, dtype=dtype, device=device)
+    counts = torch.zeros(model.horizon, dtype=dtype, device=device)
     unembeddings = [model.unembedding(k) for k in range(1, model.horizon + 1)]
     for batch in batches:
         packed = batch.packed
@@ -41,9 +43,9 @@ def evaluate(
         with autocast():
             output = model(on_device.input_ids, on_device.position, packed)
             losses = token_losses(output.hidden, unembeddings, targets.ids, targets.valid)
-        sums += losses.double().sum((0, 1))
+        sums += losses.to(dtype).sum((0, 1))
         counts += targets.valid.sum((0, 1))
-    head_weights = torch.tensor(model.heads.resolved_head_weights(), dtype=torch.float64, device=device)
+    head_weights = torch.tensor(model.heads.resolved_head_weights(), dtype=dtype, device=device)
     total = (sums * head_weights).sum() / (counts * head_weights).sum()
     heads = {f"eval/loss/head_{k + 1}": sums[k] / counts[k] for k in range(model.horizon)}
     values = {name: float(value) for name, value in {"eval/loss": total, **heads}.items()}

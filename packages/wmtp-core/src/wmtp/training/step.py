@@ -13,6 +13,7 @@ from torch import Tensor
 from wmtp.data.batch import Batch, Targets, align_targets
 from wmtp.errors import PluginError
 from wmtp.loss import Unembedding, token_losses, weighted_cross_entropy
+from wmtp.training.devices import statistics_dtype
 from wmtp.training.trainer import HiddenView, Stage, StepView, Trainer
 from wmtp.training.weights import (
     Normalizer,
@@ -116,7 +117,7 @@ class StepLoss:
         if not stage.model_loss:
             coefficients = torch.zeros_like(coefficients)
             problem = torch.zeros_like(problem)  # a stage may have nothing to learn from the model loss
-        model_loss = torch.zeros((), device=self.device)
+        model_loss = torch.zeros((), dtype=statistics_dtype(self.device), device=self.device)
         step_losses = []
         for piece in pieces:
             part = Targets(ids=targets.ids[piece], valid=targets.valid[piece])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wmtp.data.batch import Targets, shift_to_predictions
 from wmtp.errors import PluginError
+from wmtp.training.devices import statistics_dtype
 
 __all__ = [
     "BAD_WEIGHTS",
@@ -72,9 +73,9 @@ def prediction_coefficients(weights: Tensor, valid: Tensor, head_weights: Tensor
             number of positions, as an older implementation did.
 
     Returns:
-        ``[B, S, H]``; 0 everywhere if Z is 0.
+        ``[B, S, H]`` fp32; 0 everywhere if Z is 0.
     """
-    weighted = weights * head_weights
+    weighted = weights.to(statistics_dtype(weights.device)) * head_weights
     if normalizer == "sum_w":
         total = weighted.sum()
     elif normalizer == "valid":
@@ -82,7 +83,7 @@ def prediction_coefficients(weights: Tensor, valid: Tensor, head_weights: Tensor
     else:
         at_position = weighted.sum(dim=-1, keepdim=True)
         total = at_position * (at_position > 0).sum()
-    return torch.where(total > 0, weighted / total, 0.0)
+    return torch.where(total > 0, weighted / total, 0.0).float()
 
 
 #: what `bad_weights` can find
@@ -119,8 +120,8 @@ def weight_statistics(weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
         mean, std, min, max; ``ess`` = (Σw)² / Σw², the effective number of predictions; ``ess_share`` = ess / number of valid
         predictions; ``zero_share``, the share with weight 0.
     """
-    w = weights.double()
-    count = valid.sum().double()
+    w = weights.to(statistics_dtype(weights.device))
+    count = valid.sum().to(w.dtype)
     mean = w.sum() / count
     square = w.square().sum()
     ess = w.sum().square() / square
@@ -144,7 +145,8 @@ def head_statistics(losses: Tensor, weights: Tensor, valid: Tensor) -> dict[str,
         valid: ``[B, S, H]`` bool.
     """
     over = (0, 1)
-    plain = losses.double().sum(over) / valid.sum(over)
-    weighted = (losses.double() * weights).sum(over) / weights.double().sum(over)
+    dtype = statistics_dtype(losses.device)
+    plain = losses.to(dtype).sum(over) / valid.sum(over)
+    weighted = (losses.to(dtype) * weights).sum(over) / weights.to(dtype).sum(over)
     heads: Sequence[int] = range(1, valid.shape[-1] + 1)
     return {f"loss/head_{k}": plain[k - 1] for k in heads} | {f"weighted_loss/head_{k}": weighted[k - 1] for k in heads}
