@@ -26,6 +26,7 @@ class ModelInfo:
         architecture: for instance ``LlamaForCausalLM``.
         parameters: their number, without extra heads; tied ones count once.
         layers: decoder layers.
+        layer_parameters: of one decoder layer.
         hidden_size: D.
         vocab_size: V, the rows of the unembedding.
         max_positions: the longest input; None where there is no limit.
@@ -35,6 +36,7 @@ class ModelInfo:
     architecture: str
     parameters: int
     layers: int
+    layer_parameters: int
     hidden_size: int
     vocab_size: int
     max_positions: int | None

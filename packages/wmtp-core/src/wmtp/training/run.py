@@ -18,6 +18,7 @@ from wmtp.tracking import RunInfo
 from wmtp.training.checkpoint import list_checkpoints, remove_partial, write_folder
 from wmtp.training.devices import autocast_context, pick_device
 from wmtp.training.loop import Fit
+from wmtp.training.memory import estimate_memory, head_parameters
 from wmtp.training.setup import load_extra_model, open_source, provenance
 from wmtp.training.stages import StagePlan
 from wmtp.training.step import StepLoss
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["checkpoint_folder", "planned_steps", "train"]
+__all__ = ["checkpoint_folder", "dry_run", "planned_steps", "train"]
 
 logger = logging.getLogger("wmtp")
 
 _SAMPLE_TOKENS = 64
+_SHOWN_CHARACTERS = 300
 
 
 def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
@@ -159,6 +161,47 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
         metrics=outcome.metrics,
         status=outcome.status,
     )
+
+
+def dry_run(config: Config) -> dict[str, str]:
+    """Everything but the weights and the training steps: metadata is read, the data is tokenised, memory is estimated.
+
+    Returns:
+        facts by name, to print.
+
+    Raises:
+        ConfigError: the config does not fit the model, the data or the machine.
+        WMTPError: files are missing or damaged.
+    """
+    from wmtp.data.batches import StepBatches
+    from wmtp.data.prepare import prepare_data
+    from wmtp.models.build import resolve_heads
+
+    device = pick_device(config.devices.device)
+    source = open_source(config)
+    info = source.model_info
+    heads = resolve_heads(config.models["base"].heads, info.heads)
+    data = prepare_data(config, source.tokenizer, source.dataset_paths)
+    batches = StepBatches(data.train, config.data.train, seed=config.run.seed)
+    total_steps = planned_steps(config, batches)
+    trainer = config.trainer.build()
+    name = provenance(config.trainer)
+    plan = StagePlan.make(trainer.stages(), warmup_steps=heads.warmup_steps, total_steps=total_steps, trainer_name=name)
+    first = batches.batch(0)
+    real = first.document[0] >= 0
+    sample = source.tokenizer.decode(first.input_ids[0][real].tolist())
+    return {
+        "trainer": name,
+        "model": f"{info.architecture}, {info.parameters:,} parameters, {info.layers} layers, width {info.hidden_size}",
+        "heads": f"{heads.horizon}, {heads.kind}, {head_parameters(info, heads):,} parameters",
+        "vocabulary": f"{info.vocab_size:,} in the model, {source.tokenizer.vocab_size:,} in the tokenizer",
+        "training data": f"{len(data.train):,} documents",
+        "evaluation data": "none" if data.eval is None else f"{len(data.eval):,} documents",
+        "steps": f"{total_steps:,} of {config.data.train.batch_size} rows",
+        "stages": ", ".join(f"{stage.name} to step {end:,}" for stage, end in zip(plan.stages, plan.ends, strict=True)),
+        "memory": f"{estimate_memory(config, info, heads)}, on {device}",
+        "first row": repr(sample if len(sample) <= _SHOWN_CHARACTERS else sample[:_SHOWN_CHARACTERS] + "…"),
+    }
 
 
 def checkpoint_folder(config: Config, run_dir: Path) -> Path:

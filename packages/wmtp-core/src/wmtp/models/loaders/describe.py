@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
@@ -45,8 +46,14 @@ def describe(model: PreTrainedModel, heads: HeadsConfig | None = None) -> ModelI
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=config.num_hidden_layers,
+        layer_parameters=_layer_parameters(model, config.num_hidden_layers),
         hidden_size=unembedding.weight.shape[1],
         vocab_size=unembedding.weight.shape[0],
         max_positions=getattr(config, "max_position_embeddings", None),
         heads=heads,
     )
+
+
+def _layer_parameters(model: PreTrainedModel, layers: int) -> int:
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers)
+    return max((sum(parameter.numel() for parameter in found[-1].parameters()) for found in lists), default=0)
