@@ -3,6 +3,13 @@
 A plugin is a module named by an entry point of the group ``wmtp``. Each hook takes no argument and returns an iterable of
 *config classes*: frozen attrs classes with a class variable ``type``, the component's name in TOML, and a method
 ``build`` that makes the component. A plugin module imports no torch; ``build`` does.
+
+Every key of the component's table is a field of the class, checked strictly against its annotation; attrs validators and
+``__attrs_post_init__`` may refuse values by raising ``ValueError``. A field ``uri`` names an input: it must exist, or be of a
+scheme that a storage backend serves. A field made with `wmtp.config.component` holds another component.
+
+A config class may also have a method ``check() -> Iterable[str]``, called by ``wmtp check`` and before every run: one line a
+problem, ``key: what is wrong; what to do``, where ``key`` is a key of its table. It imports no torch and touches no network.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ def wmtp_trainers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Algorithms: which predicted tokens matter, which extra modules learn, in which stages.
 
     ``build() -> wmtp.training.Trainer``. An optional class variable ``required_models`` names the ``[models.*]`` sections
-    that the algorithm needs besides ``base``, for instance ``("ref",)``.
+    that the algorithm needs besides ``base``, for instance ``("ref",)``; it may be a property.
 
     Example::
 

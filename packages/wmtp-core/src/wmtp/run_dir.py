@@ -44,7 +44,7 @@ _LOCK_FILE: Final = ".lock"
 
 #: keys that a resumed run may change: none of them changes what is computed
 _FREE_TO_CHANGE: Final = re.compile(
-    r"run\.(name|output_dir|tags)|(tracker|launcher|storage|eval)(\..*)?|checkpoints\.(save_interval|keep_last|save_final)"
+    r"run\.(output_dir|tags)|(tracker|launcher|storage|eval)(\..*)?|checkpoints\.(save_interval|keep_last|save_final)"
     r"|devices\.threads|data\.cache_dir|data\.train\.micro_batch_size|train\.log_interval"
 )
 
@@ -173,6 +173,19 @@ def is_run_dir(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
+def name_of(run_dir: Path) -> str | None:
+    """``run.name`` of the run in ``run_dir``; None if it had none of its own."""
+    return _snapshot(run_dir).get("run", {}).get("name")
+
+
+def _snapshot(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / CONFIG_FILE
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WMTPError(f"{path} cannot be read ({error}); the run cannot be resumed") from None
+
+
 def differences(run_dir: Path, config: Config) -> tuple[list[str], list[str]]:
     """How ``config`` differs from the run's own: what a resume may not change, and what it may.
 
@@ -182,11 +195,7 @@ def differences(run_dir: Path, config: Config) -> tuple[list[str], list[str]]:
     Raises:
         WMTPError: the run's ``config.toml`` is damaged.
     """
-    path = run_dir / CONFIG_FILE
-    try:
-        old = flat(tomli.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise WMTPError(f"{path} cannot be read ({error}); the run cannot be resumed") from None
+    old = flat(_snapshot(run_dir))
     new = flat(to_mapping(config, text=escape))
     refused: list[str] = []
     allowed: list[str] = []

@@ -112,12 +112,17 @@ def load_checked(
     """
     if isinstance(config, list | tuple) and not config:
         config = None
+    directory = _existing_run(resume) if resume is not None and resume != "auto" else None
+    if directory is not None and run_name is not None:
+        raise ConfigError("--run-name: a resumed run keeps its name; leave it out, or write --resume auto")
     if config is None:
-        if resume is None or resume == "auto":
+        if directory is None:
             raise ConfigError("no config: name a TOML file, or a run directory to resume")
-        config = Path(_existing_run(resume)) / run_dirs.CONFIG_FILE
+        config = directory / run_dirs.CONFIG_FILE
     loaded = load(config, overrides)
     section = loaded.config.run
+    if directory is not None:
+        section = evolve(section, name=run_dirs.name_of(directory))
     if run_name is not None:
         section = evolve(section, name=run_name)
         loaded.document.origins.pop(("run", "name"), None)  # a file that has another name is not to blame for this one

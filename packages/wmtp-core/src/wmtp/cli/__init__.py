@@ -54,25 +54,27 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
 
     try:
         return getattr(commands, arguments.command)(arguments)
-    except KeyboardInterrupt:
-        lines, code = ["interrupted"], 1
-    except ConfigError as error:
-        lines, code = list(error.problems), 2
-    except WMTPError as error:
-        lines, code = str(error).splitlines() or [type(error).__name__], 1
-    except Exception as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        text = " ".join(str(error).split())
-        lines, code = [f"{type(error).__name__}: {text}" if text else type(error).__name__], 1
-        if not arguments.debug:
-            print(f"error: {lines[0]}\nrun it again with --debug for the traceback", file=sys.stderr)
-            return {"error": lines[0], "problems": lines}, code
-    if arguments.debug:
-        traceback.print_exc()
+    except BrokenPipeError:
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        lines, code = _explained(error)
+        if arguments.debug:
+            traceback.print_exc()
+        elif not isinstance(error, KeyboardInterrupt | WMTPError):
+            print("run it again with --debug for the traceback of this error:", file=sys.stderr)
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
     return {"error": "\n".join(lines), "problems": lines}, code
+
+
+def _explained(error: BaseException) -> tuple[list[str], int]:
+    """The lines to print, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return ["interrupted"], 1
+    if isinstance(error, ConfigError):
+        return list(error.problems), 2
+    text = str(error) if isinstance(error, WMTPError) else " ".join(f"{type(error).__name__}: {error}".split())
+    return text.splitlines() or [type(error).__name__], 1
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -154,7 +154,11 @@ def _union(converter: cattrs.Converter, value: Any, type_: Any) -> Any:
     deepest = max(failures, key=lambda f: max(len(p.path) for p in f.problems))
     if len(failures) == 1 or any(problem.path for problem in deepest.problems):
         raise deepest
-    raise Problems.one(" or ".join(dict.fromkeys(failure.problems[0].message for failure in failures)))
+    messages = list(dict.fromkeys(failure.problems[0].message for failure in failures))
+    expected = [match[1] for message in messages if (match := re.fullmatch(r"must be (.+?), not .*", message, re.DOTALL))]
+    if len(expected) == len(messages):
+        raise _wrong(" or ".join(expected), value)
+    raise Problems.one(" or ".join(messages))
 
 
 def _items(converter: cattrs.Converter, parts: Iterable[tuple[str | int, Any, Any]]) -> list[Any]:

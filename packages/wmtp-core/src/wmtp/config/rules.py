@@ -124,7 +124,7 @@ def _heads(config: Config) -> Iterator[Problem]:
             yield Problem((*path, "decay"), "stands beside head_weights; remove one of them")
         if len(weights) != heads.horizon:
             yield Problem(
-                (*path, "head_weights"), f"has {len(weights)} weights for horizon = {heads.horizon}; write one a head"
+                (*path, "head_weights"), f"has {len(weights)} weights, but horizon = {heads.horizon}; write one a head"
             )
         if not any(weights):
             yield Problem((*path, "head_weights"), "are all 0, so nothing would be learned")

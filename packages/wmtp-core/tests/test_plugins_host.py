@@ -1,0 +1,187 @@
+"""Plugins as they are really installed: a module and a dist-info on the path of another process."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from wmtp.plugins import Registry
+
+CONFIG_CLASS = """
+import attrs, wmtp
+
+@attrs.frozen(kw_only=True)
+class Mine:
+    \"\"\"{type}'s documentation.\"\"\"
+    type = "{type}"
+    alpha: float = 1.0
+    must: str
+
+    def build(self):
+        pass
+
+@wmtp.hookimpl
+def wmtp_trainers():
+    return [Mine]
+"""
+
+HOOK = "import wmtp\n@wmtp.hookimpl\n"
+
+
+@pytest.fixture
+def site(tmp_path):
+    """Install a distribution, and run the command line with all that were installed."""
+
+    class Site:
+        def install(self, name, code, *, entry=None, version="1.0", target=None):
+            module = name.replace("-", "_")
+            (tmp_path / f"{module}.py").write_text(textwrap.dedent(code))
+            info = tmp_path / f"{module}-{version}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            (info / "entry_points.txt").write_text(f"[wmtp]\n{entry or name} = {target or module}\n")
+
+        def wmtp(self, *arguments, **environment):
+            env = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
+            return subprocess.run(
+                [sys.executable, "-m", "wmtp", *arguments], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60
+            )
+
+        def plugins(self, **environment):
+            done = self.wmtp("plugins", "--json", **environment)
+            return {(plugin["distribution"], plugin["name"]): plugin for plugin in json.loads(done.stdout)}
+
+        def reason(self, name):
+            plugin = self.plugins()[name, name]
+            assert plugin["status"] == "broken"
+            assert plugin["components"] == {}
+            return plugin["reason"]
+
+        def check(self, trainer, *more):
+            (tmp_path / "a.toml").write_text(
+                '[models.base]\ntype = "scratch"\nvocab_size = 300\n[datasets.py]\ntype = "python-source"\n'
+                f'[trainer]\ntype = "{trainer}"\nmust = "x"\n'
+            )
+            return self.wmtp("check", "a.toml", *more)
+
+    return Site()
+
+
+def test_a_sound_plugin_is_used_and_listed(site):
+    site.install("acme-mtp", "print('noise at import')\n" + CONFIG_CLASS.format(type="acme"), version="2.5")
+    plugin = site.plugins()["acme-mtp", "acme-mtp"]
+    assert plugin == {
+        "name": "acme-mtp",
+        "distribution": "acme-mtp",
+        "version": "2.5",
+        "status": "ok",
+        "reason": None,
+        "components": {"trainers": ["acme"]},
+    }
+    done = site.check("acme")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "ok")
+    assert "acme-mtp 2.5" in done.stdout
+    shown = site.wmtp("show", "acme").stdout
+    assert "acme: a trainer, from acme-mtp 2.5" in shown
+    assert "acme's documentation." in shown
+    assert "must = …  # required: text" in shown
+    assert "alpha = 1.0" in shown
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import nosuchmodule", "ModuleNotFoundError: No module named 'nosuchmodule' ("),
+        ("def f(:\n", "SyntaxError: "),
+        ("import sys; sys.exit('bye')", "SystemExit: bye ("),
+        ("raise BaseException('odd')", "BaseException: odd ("),
+        (HOOK + "def wmtp_trainer(): return []", "no hook 'wmtp_trainer'; did you mean 'wmtp_trainers'?"),
+        (HOOK + "def wmtp_trainers(config): return []", "a hook takes no arguments: "),
+        ("def wmtp_trainers(): return []", "wmtp_trainers lacks the decorator @wmtp.hookimpl"),
+        ("x = 1", "broken has no function with @wmtp.hookimpl"),
+        (HOOK + "def wmtp_trainers(): 1 / 0", "ZeroDivisionError: division by zero ("),
+        (HOOK + "def wmtp_trainers(): return None", "wmtp_trainers must return a list of config classes, not None"),
+        (HOOK + "def wmtp_trainers(): return int", "not the class int itself"),
+        (HOOK + "def wmtp_trainers(): return [3]", "must return config classes, not 3 (int)"),
+        (HOOK + "def wmtp_trainers(): return [int]", "int is no attrs class"),
+        ("import wmtp\n@wmtp.hookimpl(wrapper=True)\ndef wmtp_trainers(): return (yield)", "is a wrapper"),
+    ],
+)  # fmt: skip
+def test_a_broken_plugin_says_why(site, code, reason):
+    site.install("broken", code)
+    assert reason in site.reason("broken")
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("@attrs.define\nclass A:\n    type = 'a'\n    def build(self): pass", "A is not frozen"),
+        ("@attrs.frozen\nclass A:\n    def build(self): pass", "A has no name: write `type = \"my-trainer\"` in it"),
+        ("@attrs.frozen\nclass A:\n    type: str = 'a'\n    def build(self): pass", "A.type is a field"),
+        ("@attrs.frozen\nclass A:\n    type = 'a'", "A ('a') has no method build()"),
+        ("@attrs.frozen\nclass A:\n    type = 'a'\n    x: 'No'\n    def build(self): pass", "its fields cannot be found"),
+    ],
+)  # fmt: skip
+def test_a_class_that_breaks_the_contract(site, body, reason):
+    site.install("broken", f"import attrs, wmtp\n{body}\n@wmtp.hookimpl\ndef wmtp_trainers(): return [A]")
+    assert reason in site.reason("broken")
+
+
+def test_a_broken_plugin_stops_only_those_who_need_it(site):
+    site.install("acme", CONFIG_CLASS.format(type="acme"))
+    site.install("broken", "import nosuchmodule", version="0.3")
+    assert site.check("acme").returncode == 0
+    done = site.check("other")
+    assert done.returncode == 2
+    assert "a.toml:7: trainer: no plugin provides 'other'; installed: acme" in done.stderr
+    assert "the plugin broken 0.3 is broken: ModuleNotFoundError: No module named 'nosuchmodule'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_one_name_from_two_distributions_is_an_error_but_both_are_listed(site):
+    site.install("one", CONFIG_CLASS.format(type="same"), version="1.1")
+    site.install("two", CONFIG_CLASS.format(type="same"), version="2.2")
+    done = site.check("baseline-mtp")
+    assert done.returncode == 1
+    assert "the trainer 'same' is provided by one 1.1 and by two 2.2" in done.stderr
+    listed = site.wmtp("plugins")
+    assert listed.returncode == 1
+    assert "one 1.1: ok" in listed.stdout
+    assert "two 2.2: ok" in listed.stdout
+    assert "provided by one 1.1 and by two 2.2" in listed.stderr
+
+
+def test_two_distributions_with_one_entry_name_are_both_seen(site):
+    site.install("one", CONFIG_CLASS.format(type="first"), entry="shared")
+    site.install("two", CONFIG_CLASS.format(type="second"), entry="shared")
+    assert {("one", "shared"), ("two", "shared")} <= set(site.plugins())
+    assert site.check("first").returncode == site.check("second").returncode == 0
+
+
+def test_wmtp_plugins_limits_what_is_loaded(site):
+    site.install("one", CONFIG_CLASS.format(type="first"))
+    site.install("two", "raise SystemExit")
+    assert set(site.plugins(WMTP_PLUGINS="one")) == {("wmtp-core", "wmtp-core"), ("one", "one")}
+    assert set(site.plugins(WMTP_PLUGINS="")) == {("wmtp-core", "wmtp-core")}
+    done = site.wmtp("plugins", WMTP_PLUGINS="onne,two")
+    assert done.returncode == 2
+    assert "error: WMTP_PLUGINS: no plugin 'onne' is installed; did you mean 'one'?" in done.stderr
+
+
+def test_an_object_may_be_the_plugin(site):
+    code = CONFIG_CLASS.format(type="object").partition("@wmtp.hookimpl")[0] + (
+        "class Plugin:\n    @wmtp.hookimpl\n    def wmtp_trainers(self):\n        return [Mine]\nplugin = Plugin()\n"
+    )
+    site.install("obj", code, target="obj:plugin")
+    assert site.plugins()["obj", "obj"]["components"] == {"trainers": ["object"]}
+
+
+def test_a_well_known_component_names_its_package(site):
+    done = site.check("acme", "--set", "launcher.type=vessl")
+    assert "it is in the package wmtp-vessl: pip install wmtp-vessl" in done.stderr
+    assert Registry((), ()).missing("trainers", "rho1-wmtp") == (
+        "no plugin provides 'rho1-wmtp'; installed: none; it is in the package wmtp-algos: pip install wmtp-algos"
+    )
