@@ -27,6 +27,10 @@ class Here(Launcher):
             file.write(f"{resume}\\n")
         if self.do == "fail":
             raise wmtp.WMTPError("the disk is full")
+        if self.do in ("refuse", "refuse-late"):
+            if self.do == "refuse-late":
+                (run_dir / "metrics.jsonl").touch()
+            raise wmtp.ConfigError("data.train.max_length: is too long for the model")
         if self.do == "bug":
             raise ZeroDivisionError("two\\nlines")
         if self.do == "ctrl-c":
@@ -184,6 +188,14 @@ def test_exit_codes_and_errors(capsys, folder):
     assert "Traceback" not in err
 
 
+def test_a_config_that_the_model_refuses_does_not_take_the_name(capsys, folder):
+    code, answer, _ = run_json(capsys, "--run-name", "x", "--set", "launcher.do=refuse")
+    assert (code, answer["problems"]) == (2, ["data.train.max_length: is too long for the model"])
+    assert list((folder / "runs").iterdir()) == []
+    assert run_json(capsys, "--run-name", "x", "--set", "launcher.do=refuse-late")[0] == 2
+    assert (folder / "runs/x/metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -333,6 +345,14 @@ def test_secrets_never_reach_run_json(capsys, folder):
     facts = (Path(answer["run_dir"]) / "run.json").read_text()
     assert code == 0
     assert "hunter2" not in facts
+
+
+def test_secrets_on_the_command_line_are_not_kept(capsys, monkeypatch):
+    secrets = ["launcher.api_key=hunter2", "x=https://me:hunter2@host", "hf_abcdefghijklmnopqrstuvwxyz"]
+    monkeypatch.setattr(sys, "argv", ["wmtp", *secrets, "--set", "train.max_steps=3"])
+    _, answer, _ = run_json(capsys)
+    facts = json.loads((Path(answer["run_dir"]) / "run.json").read_text())
+    assert facts["argv"] == ["wmtp", "launcher.api_key=***", "x=***", "***", "--set", "train.max_steps=3"]
 
 
 def test_a_directory_that_cannot_be_written(capsys, folder):

@@ -1,5 +1,6 @@
 """What a wrong config says: the exact message of each kind of mistake."""
 
+import dataclasses
 import enum
 from typing import Any, Literal
 
@@ -173,6 +174,55 @@ def test_a_config_from_python_is_checked_as_strictly():
 def test_a_component_that_no_plugin_provides_works_from_python():
     config = attrs.evolve(loaded(), trainer=Rich(of=Needy(must="x")))
     assert load_config(config, ["trainer.of.must=y"]).trainer == Rich(of=Needy(must="y"))
+
+
+@dataclasses.dataclass
+class NoAttrs:
+    a: int = 1
+
+
+@attrs.frozen(kw_only=True)
+class Odd:
+    type = "odd"
+    _private: int = 1
+    made: int = attrs.field(init=False, default=7)
+    later: int = attrs.field(default=attrs.Factory(lambda self: self._private + 1, takes_self=True))
+    other: NoAttrs | None = None
+    nested: list[dict[str, tuple[int, ...]]] = attrs.field(factory=list)
+    word: str = attrs.field(default="a", validator=attrs.validators.in_(["a", "b"]))
+    limit: int = attrs.field(default=1)
+
+    @limit.validator
+    def _check(self, _: Any, value: int) -> None:
+        assert value < 5, "less\nplease"
+
+    def build(self) -> None:
+        """Nothing to build."""
+
+
+def test_unusual_fields():
+    odd = load_plugins().with_classes([("trainers", Odd)])
+
+    def read(**values):
+        return load_config([BASE, {"trainer": {"type": "odd", **values}}], registry=odd).trainer
+
+    assert read(private=3).later == 4
+    for values, message in [
+        ({"made": 1}, "trainer.made: unknown key"),
+        ({"other": {"a": 1}}, "cannot be read from TOML; use plain types and attrs classes"),
+        ({"nested": [{"a": [1, "x"]}]}, "trainer.nested.0.a.1: must be a whole number"),
+        ({"word": "c"}, "trainer.word: must be in ['a', 'b'] (got 'c')"),
+        ({"limit": 9}, "trainer.limit: less please"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            read(**values)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("sources", [3, None, [[1]], [None]])
+def test_what_is_no_source(sources):
+    with pytest.raises(ConfigError, match="a config is a TOML file, a mapping, a Config, or a list of them"):
+        load_config(sources)
 
 
 def test_two_components_of_one_name_are_an_error_that_names_both():

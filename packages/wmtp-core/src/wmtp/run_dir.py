@@ -173,6 +173,12 @@ def is_run_dir(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
+def remove_unused(run_dir: Path) -> None:
+    """Remove a run in which nothing was trained."""
+    if not any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "model")):
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
 def name_of(run_dir: Path) -> str | None:
     """``run.name`` of the run in ``run_dir``; None if it had none of its own."""
     return _snapshot(run_dir).get("run", {}).get("name")

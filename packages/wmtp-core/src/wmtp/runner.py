@@ -94,7 +94,12 @@ def run(
     with run_dirs.lock(directory):
         if is_resumed:
             _take_up(directory, loaded)
-        return _launch(launcher, checked, directory, is_resumed)
+        try:
+            return _launch(launcher, checked, directory, is_resumed)
+        except ConfigError:
+            if not is_resumed:  # else the name would be taken when the config is right
+                run_dirs.remove_unused(directory)
+            raise
 
 
 def load_checked(

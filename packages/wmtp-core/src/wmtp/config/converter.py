@@ -6,6 +6,7 @@ know components, and gather every problem instead of stopping at the first.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import enum
 import math
@@ -13,7 +14,7 @@ import re
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, MutableSequence, Sequence, Set
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
 import attrs
 import cattrs
@@ -65,11 +66,16 @@ def make_converter(registry: Registry) -> cattrs.Converter:
         lambda t: attrs.has(get_origin(t) or t) and isinstance(get_origin(t) or t, type),
         lambda value, t: _table(converter, value, get_origin(t) or t),
     )
+    converter.register_structure_hook_func(lambda t: dataclasses.is_dataclass(t) or is_typeddict(t), _unsupported)
     converter.register_structure_hook_func(
         lambda t: t is ModelConfig, lambda value, _: _model(converter, value)
     )  # the hook registered last wins
     converter.register_structure_hook_func(_is_component, lambda value, t: _component(converter, registry, value, t))
     return converter
+
+
+def _unsupported(_: Any, type_: Any) -> Any:
+    raise StructureHandlerNotFoundError("no attrs class", type_)
 
 
 def _shown(value: Any) -> str:
@@ -180,10 +186,10 @@ def _read(converter: cattrs.Converter, value: Any, type_: Any) -> Any:
         return converter.structure(value, type_)
     except Problems:
         raise
-    except StructureHandlerNotFoundError:
-        raise Problems.one(f"a value of type {type_} cannot be read from TOML") from None
-    except cattrs.BaseValidationError as error:
-        raise Problems.one("; ".join(cattrs.transform_error(error))) from None
+    except (StructureHandlerNotFoundError, cattrs.BaseValidationError):
+        raise Problems.one(
+            f"its class says {type_}, which cannot be read from TOML; use plain types and attrs classes"
+        ) from None
     except Exception as error:
         raise Problems.one(_said(error)) from None
 

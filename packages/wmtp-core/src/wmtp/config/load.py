@@ -63,6 +63,8 @@ def load(
     registry.require_unambiguous()
     if isinstance(sources, str | os.PathLike | Mapping | Config):
         sources = [sources]
+    if not isinstance(sources, Sequence) or any(not isinstance(s, str | os.PathLike | Mapping | Config) for s in sources):
+        raise ConfigError("a config is a TOML file, a mapping, a Config, or a list of them")
     document = Document()
     files: list[FileSource] = []
     wrong: list[str] = []

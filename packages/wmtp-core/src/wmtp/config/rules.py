@@ -22,7 +22,7 @@ __all__ = ["check", "check_loaded", "is_secret"]
 _MODELS: Final = ("base", "ref", "rm", "critic")
 _RUN_NAME: Final = re.compile(r"[\w][\w.+=@ -]*(?<! )")
 _SECRET_KEY: Final = re.compile(
-    r"(^|[_-])(password|passwd|secret|secret_key|api_?key|access_key|private_key|access_token|auth_token|hf_token)$",
+    r"(^|[._-])(password|passwd|secret|secret_key|api_?key|access_key|private_key|access_token|auth_token|hf_token)$",
     re.IGNORECASE,
 )
 _SECRET_VALUE: Final = re.compile(

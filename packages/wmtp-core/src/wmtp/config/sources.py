@@ -41,6 +41,8 @@ class FileSource:
             raise ConfigError(f"{self.name}: is a directory; name a TOML file") from None
         except OSError as error:
             raise ConfigError(f"{self.name}: cannot be read: {error.strerror}") from None
+        except ValueError:
+            raise ConfigError(f"{self.name!r} is no path: it holds a NUL character") from None
         try:
             self.text = raw.decode("utf-8-sig").replace("\r\n", "\n")  # Windows editors write a byte order mark
         except UnicodeDecodeError as error:
