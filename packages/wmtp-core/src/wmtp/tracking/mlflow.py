@@ -147,9 +147,9 @@ class MLflow(Tracker):
         params = {_key(name): _cut(redact(value), _PARAM_LENGTH) for name, value in run.params.items()}
         if run.resumed_step is not None:
             tags["wmtp.resumed_step"] = str(run.resumed_step)
-            if earlier := self._find(state_file):
-                self._reopen(earlier, params, tags)
-                return
+        if earlier := self._find(state_file):
+            self._reopen(earlier, params, tags)
+            return
         self._experiment_id = self._get_or_create_experiment()
         self._run_id = self._client.create_run(self._experiment_id, run_name=run.name, tags=tags).info.run_id
         _write_json(state_file, {"tracking_uri": redact(self._uri), "run_id": self._run_id})

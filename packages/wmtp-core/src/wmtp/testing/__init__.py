@@ -1,0 +1,54 @@
+"""Test suites for plugins. They need pytest.
+
+A plugin's test file is a subclass that says which config to test::
+
+    from wmtp.testing import TrainerTests
+    from my_package.plugin import MyTrainer
+
+    class TestMyTrainer(TrainerTests):
+        config = MyTrainer(alpha=2.0)
+
+Where a component needs a file, override the fixture ``path`` (``root`` for a storage backend)::
+
+    class TestDialogues(DataLoaderTests):
+        config = Dialogues(uri="unused")
+
+        @pytest.fixture
+        def path(self, tmp_path):
+            (tmp_path / "a.txt").write_text("Hello. / Hi.")
+            return tmp_path / "a.txt"
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from wmtp.testing.data import DataLoaderTests
+    from wmtp.testing.models import ModelLoaderTests
+    from wmtp.testing.storage import StorageTests
+    from wmtp.testing.trackers import TrackerTests
+    from wmtp.testing.trainers import TrainerTests
+
+__all__ = ["DataLoaderTests", "ModelLoaderTests", "StorageTests", "TrackerTests", "TrainerTests"]
+
+_HOMES = {
+    "DataLoaderTests": "wmtp.testing.data",
+    "ModelLoaderTests": "wmtp.testing.models",
+    "StorageTests": "wmtp.testing.storage",
+    "TrackerTests": "wmtp.testing.trackers",
+    "TrainerTests": "wmtp.testing.trainers",
+}
+
+# a failed assert of a suite then shows its values, as one in a test file does
+pytest.register_assert_rewrite("wmtp.testing.component", "wmtp.testing.steps", *_HOMES.values())
+
+
+def __getattr__(name: str) -> Any:
+    # a storage plugin's tests need no torch
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,139 @@
+"""The suite for storage backends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from wmtp.errors import WMTPError
+from wmtp.storage.base import Storage
+from wmtp.testing.component import ComponentTests
+
+__all__ = ["StorageTests"]
+
+
+class StorageTests(ComponentTests):
+    """What a storage backend must do.
+
+    Override the fixture ``root`` for anything but local files.
+    """
+
+    __test__ = False
+    kind = "storages"
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> str:
+        """The URI of an empty folder that a test may write to."""
+        return (tmp_path / "root").as_uri()
+
+    @pytest.fixture
+    def storage(self) -> Storage:
+        """The backend under test."""
+        return self.config.build()
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        """A folder to push, with names and sizes that are easily got wrong."""
+        folder = tmp_path / "source"
+        for name, content in {
+            "a": b"1",
+            "empty": b"",
+            "with space": b"2",
+            "ünï/100%": b"3",
+            "x/y/z#1": b"\0\xff" * 5000,
+        }.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return folder
+
+    @pytest.fixture
+    def cache(self, tmp_path: Path) -> Path:
+        """Where fetched files are kept; not there yet."""
+        return tmp_path / "cache"
+
+    def test_build_gives_a_storage(self, storage: Storage) -> None:
+        """``build()`` gives a `Storage`, and ``schemes`` are words in lower case."""
+        assert isinstance(storage, Storage)
+        assert all(scheme == scheme.lower() and scheme.isascii() for scheme in type(self.config).schemes)
+
+    @pytest.mark.parametrize("name", ["plain.bin", "with space", "ünï", "a/b/c", "100%", "#1?"])
+    @pytest.mark.parametrize("content", [b"", b"content"], ids=["empty", "full"])
+    def test_a_file_comes_back(
+        self, storage: Storage, root: str, cache: Path, tmp_path: Path, name: str, content: bytes
+    ) -> None:
+        """A pushed file exists, and is the same once localized."""
+        uri = f"{root}/{quote(name)}"
+        (tmp_path / "file").write_bytes(content)
+        assert not storage.exists(uri)
+        storage.push(tmp_path / "file", uri)
+        assert storage.exists(uri)
+        assert storage.localize(uri, cache).read_bytes() == content
+
+    def test_a_folder_comes_back(self, storage: Storage, root: str, cache: Path, folder: Path) -> None:
+        """A pushed folder exists and has every file, whether its URI ends with a slash or not."""
+        storage.push(folder, f"{root}/model")
+        for uri in (f"{root}/model", f"{root}/model/"):
+            assert storage.exists(uri)
+            assert _files(storage.localize(uri, cache)) == _files(folder)
+        assert storage.localize(f"{root}/model/a", cache).read_bytes() == b"1"
+
+    def test_localizing_again_sees_what_was_pushed_since(
+        self, storage: Storage, root: str, cache: Path, tmp_path: Path
+    ) -> None:
+        """A cache never hides a newer file, not even one of the same size."""
+        for content in (b"old", b"new"):
+            (tmp_path / "file").write_bytes(content)
+            storage.push(tmp_path / "file", f"{root}/file")
+            assert storage.localize(f"{root}/file", cache).read_bytes() == content
+
+    def test_a_push_replaces_a_folder_whole(self, storage: Storage, root: str, cache: Path, folder: Path) -> None:
+        """Files of the old folder do not stay beside the new ones."""
+        storage.push(folder, f"{root}/model")
+        (folder / "a").unlink()
+        (folder / "new").write_bytes(b"n")
+        storage.push(folder, f"{root}/model")
+        assert _files(storage.localize(f"{root}/model", cache)) == _files(folder)
+
+    def test_a_push_touches_no_neighbour(self, storage: Storage, root: str, cache: Path, folder: Path) -> None:
+        """``model`` and ``model-2`` share a beginning, and nothing else."""
+        storage.push(folder, f"{root}/model-2")
+        storage.push(folder / "a", f"{root}/model.bin")
+        storage.push(folder, f"{root}/model")
+        assert _files(storage.localize(f"{root}/model-2", cache)) == _files(folder)
+        assert storage.localize(f"{root}/model.bin", cache).read_bytes() == b"1"
+        assert not storage.exists(f"{root}/mod")
+
+    def test_a_failed_push_leaves_things_as_they_were(
+        self, storage: Storage, root: str, cache: Path, folder: Path, tmp_path: Path
+    ) -> None:
+        """The old folder stays whole; where there was none, there is none."""
+        storage.push(folder, f"{root}/model")
+        before = _files(folder)
+        (folder / "zz-dangling").symlink_to(tmp_path / "nowhere")
+        (folder / "a").write_bytes(b"changed")
+        for uri in (f"{root}/model", f"{root}/other"):
+            with pytest.raises(WMTPError, match=r"model|other"):
+                storage.push(folder, uri)
+        assert _files(storage.localize(f"{root}/model", cache)) == before
+        assert not storage.exists(f"{root}/other")
+
+    def test_pushing_what_is_not_there(self, storage: Storage, root: str, tmp_path: Path) -> None:
+        """The error names the path."""
+        with pytest.raises(WMTPError, match="no-such-file"):
+            storage.push(tmp_path / "no-such-file", f"{root}/x")
+        assert not storage.exists(f"{root}/x")
+
+    def test_localizing_what_is_not_there(self, storage: Storage, root: str, cache: Path) -> None:
+        """The error names the URI, and the cache stays empty."""
+        uri = f"{root}/no/such/file"
+        assert not storage.exists(uri)
+        with pytest.raises(WMTPError) as error:
+            storage.localize(uri, cache)
+        assert uri in str(error.value)
+        assert not cache.exists() or not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

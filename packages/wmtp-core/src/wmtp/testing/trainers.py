@@ -1,0 +1,251 @@
+"""The suite for trainers: what makes an algorithm fit for the one training loop."""
+
+from __future__ import annotations
+
+import io
+from contextlib import nullcontext
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from wmtp.config.schema import HeadsConfig
+from wmtp.data.batch import Targets, align_targets
+from wmtp.models.mtp import MTPModel
+from wmtp.testing.component import ComponentTests
+from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, Step, make_view, pad, random_step, tiny_model
+from wmtp.training.step import StepLoss
+from wmtp.training.trainer import Stage, Trainer, TrainerSetup
+from wmtp.training.weights import place_weights
+
+__all__ = ["TrainerTests"]
+
+_KINDS = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+
+
+class TrainerTests(ComponentTests):
+    """What a trainer must do.
+
+    The weights of a step are a function of that step's documents: padding, the split into micro-batches and what ran before
+    (but for `Trainer.state_dict`) have no influence. Override `make_model` if the trainer needs a special ``[models.*]``.
+    """
+
+    __test__ = False
+    kind = "trainers"
+
+    def make_model(self, name: str) -> nn.Module:
+        """The model ``[models.<name>]``: a tiny Llama with random weights."""
+        return tiny_model(seed=len(name)).eval().requires_grad_(False)
+
+    @pytest.fixture
+    def trainer(self) -> Trainer:
+        """A trainer that is set up."""
+        return self.make_trainer()
+
+    def make_trainer(self) -> Trainer:
+        """Build and set up a trainer; always the same."""
+        trainer = self.config.build()
+        assert isinstance(trainer, Trainer)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            trainer.setup(
+                TrainerSetup(
+                    hidden_size=HIDDEN_SIZE,
+                    vocab_size=VOCAB_SIZE,
+                    horizon=HORIZON,
+                    device=torch.device("cpu"),
+                    seed=0,
+                    model=self.make_model,
+                )
+            )
+        return trainer
+
+    # --- what it declares
+
+    def test_stages(self, trainer: Trainer) -> None:
+        """Only the last stage may be without an end; names are unique; what is frozen exists."""
+        stages = list(trainer.stages())
+        assert stages
+        assert all(isinstance(stage, Stage) for stage in stages)
+        assert all(stage.steps is not None and stage.steps > 0 for stage in stages[:-1])
+        assert len({stage.name for stage in stages}) == len(stages)
+        known = {"model", "heads", *trainer.modules()}
+        for stage in stages:
+            assert stage.frozen <= known, f"stage '{stage.name}' freezes {sorted(stage.frozen - known)}; known: {sorted(known)}"
+
+    def test_modules(self, trainer: Trainer) -> None:
+        """Modules are modules, keep their names, and start with finite weights."""
+        for name, module in trainer.modules().items():
+            assert isinstance(module, nn.Module), name
+            assert all(torch.isfinite(parameter).all() for parameter in module.parameters()), name
+        again = trainer.modules()
+        assert all(again[name] is module for name, module in trainer.modules().items()), "modules() makes new modules each time"
+
+    # --- the weights of one step
+
+    @_KINDS
+    @pytest.mark.parametrize("seed", range(3))
+    def test_weights_keep_the_contract(self, trainer: Trainer, packed: bool, seed: int) -> None:
+        """``[B, S]``, ``[B, S, H]`` or None; finite, ≥ 0 and without gradient; not all 0."""
+        step = random_step(seed, packed=packed)
+        for stage in _weighted_stages(trainer):
+            weights, valid = self._weights(trainer, step, stage=stage.name)
+            assert torch.isfinite(weights[valid]).all(), "a weight is NaN or infinite"
+            assert (weights[valid] >= 0).all(), "a weight is negative"
+            assert (weights[valid] > 0).any(), "all weights are 0"
+
+    @_KINDS
+    def test_weights_are_the_same_each_time(self, packed: bool) -> None:
+        """Random numbers come from ``view.generator`` only: a resumed run must get the same weights."""
+        step = random_step(0, packed=packed)
+        state = torch.get_rng_state()
+        first, _ = self._weights(self.make_trainer(), step)
+        assert torch.equal(torch.get_rng_state(), state), "torch's global random numbers were used; use view.generator"
+        torch.rand(5)
+        again, _ = self._weights(self.make_trainer(), step)
+        assert torch.equal(first, again)
+
+    @_KINDS
+    @pytest.mark.parametrize(("columns", "rows"), [(5, 0), (0, 2), (3, 1)])
+    def test_padding_changes_nothing(self, packed: bool, columns: int, rows: int) -> None:
+        """More padding, whatever it holds, leaves the weights of real tokens as they are."""
+        step = random_step(1, packed=packed)
+        weights, valid = self._weights(self.make_trainer(), step)
+        padded, padded_valid = self._weights(self.make_trainer(), pad(step, columns=columns, rows=rows))
+        torch.testing.assert_close(padded[padded_valid], weights[valid], msg=lambda text: f"padding changes weights: {text}")
+
+    @_KINDS
+    def test_inputs_stay_as_they_are(self, trainer: Trainer, packed: bool) -> None:
+        """The loop goes on using what it gave."""
+        view = make_view(trainer, random_step(2, packed=packed), stage=_weighted_stages(trainer)[0].name)
+        tensors = {
+            "input_ids": view.batch.input_ids,
+            "document": view.batch.document,
+            "position": view.batch.position,
+            "learn": view.batch.learn,
+            "weight": view.batch.weight,
+            "targets.ids": view.targets.ids,
+            "targets.valid": view.targets.valid,
+            "token_loss": view.token_loss,
+            **view.observations,
+        }
+        before = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
+        trainer.token_weights(view)
+        trainer.auxiliary_losses(view)
+        for name, tensor in before.items():
+            now = cast(Tensor, tensors[name])
+            assert torch.equal(now, tensor), f"{name} was changed in place"
+
+    def test_a_step_with_nothing_to_learn(self, trainer: Trainer) -> None:
+        """A batch of prompts only must not stop the run."""
+        step = random_step(3, packed=False)
+        step.batch.learn.zero_()
+        weights, valid = self._weights(trainer, step)
+        assert not valid.any()
+        assert torch.isfinite(weights).all()
+
+    # --- what it learns and keeps
+
+    @_KINDS
+    def test_auxiliary_losses(self, trainer: Trainer, packed: bool) -> None:
+        """Finite scalars; what they teach is finite too."""
+        for stage in trainer.stages():
+            view = make_view(trainer, random_step(4, packed=packed), stage=stage.name, with_gradient=True)
+            for name, loss in trainer.auxiliary_losses(view).items():
+                assert isinstance(loss, Tensor), name
+                assert loss.numel() == 1, f"{name} is no scalar"
+                assert torch.isfinite(loss).all(), f"{name} is {loss}"
+                if loss.requires_grad:
+                    loss.backward(retain_graph=True)
+        for name, module in trainer.modules().items():
+            for parameter in module.parameters():
+                assert parameter.grad is None or torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
+
+    def test_metrics_are_scalars(self, trainer: Trainer) -> None:
+        """What `Trainer.metrics` gives can be logged."""
+        self._weights(trainer, random_step(5, packed=True))
+        for name, value in trainer.metrics().items():
+            assert isinstance(name, str)
+            assert isinstance(value, int | float) or value.numel() == 1, name
+            assert not isinstance(value, Tensor) or not value.requires_grad, f"{name} keeps a graph alive; detach it"
+
+    def test_state_survives_a_checkpoint(self) -> None:
+        """A trainer that took over another's state goes on as that one would have."""
+        one, two = self.make_trainer(), self.make_trainer()
+        for number in range(3):
+            self._weights(one, random_step(number, packed=True), number=number)
+        file = io.BytesIO()
+        torch.save(one.state_dict(), file)
+        file.seek(0)
+        two.load_state_dict(torch.load(file, weights_only=True))
+        for number in range(3, 5):
+            step = random_step(number, packed=False)
+            left, _ = self._weights(one, step, number=number)
+            right, _ = self._weights(two, step, number=number)
+            assert torch.equal(left, right), "state_dict() does not hold everything that later weights depend on"
+
+    # --- the whole optimizer step, in the real loop
+
+    @_KINDS
+    def test_micro_batches_change_nothing(self, packed: bool) -> None:
+        """Loss and gradients of a step are the same however it is split."""
+        step = random_step(6, packed=packed, rows=6)
+        for stage in self.make_trainer().stages():
+            whole = self._learn(step, stage, micro_batch_size=6)
+            for size in (1, 4):
+                part = self._learn(step, stage, micro_batch_size=size)
+                assert part.keys() == whole.keys()
+                for name in whole:
+                    torch.testing.assert_close(
+                        part[name],
+                        whole[name],
+                        rtol=1e-4,
+                        atol=1e-5 * float(whole[name].abs().max()) + 1e-9,
+                        msg=lambda text, name=name, size=size: f"{name} depends on the micro-batch size ({size} or 6): {text}",
+                    )
+
+    def test_padding_changes_no_gradient(self) -> None:
+        """One more column of padding leaves loss and gradients as they are."""
+        step = random_step(7, packed=False)
+        stage = _weighted_stages(self.make_trainer())[0]
+        left = self._learn(step, stage, micro_batch_size=4)
+        right = self._learn(pad(step, columns=2, rows=0), stage, micro_batch_size=4)
+        for name in left:
+            torch.testing.assert_close(right[name], left[name], rtol=1e-4, atol=1e-5 * float(left[name].abs().max()) + 1e-9)
+
+    def _weights(self, trainer: Trainer, step: Step, *, number: int = 0, stage: str | None = None) -> tuple[Tensor, Tensor]:
+        """Weights as the loop places them, and which predictions are valid; ``[B, S, H]`` both."""
+        view = make_view(trainer, step, number=number, stage=stage or _weighted_stages(trainer)[0].name)
+        targets: Targets = align_targets(step.batch, HORIZON)
+        return place_weights(trainer.token_weights(view), targets, type(self.config).__name__), targets.valid
+
+    def _learn(self, step: Step, stage: Stage, *, micro_batch_size: int) -> dict[str, Tensor]:
+        """The loss and all gradients of one step."""
+        trainer = self.make_trainer()
+        base = cast(PreTrainedModel, tiny_model())
+        model = MTPModel(base, HeadsConfig(horizon=HORIZON), seed=0)
+        arguments: dict[str, Any] = {
+            "model": model,
+            "trainer": trainer,
+            "trainer_name": type(self.config).__name__,
+            "micro_batch_size": micro_batch_size,
+            "normalizer": "sum_w",
+            "device": torch.device("cpu"),
+            "autocast": nullcontext,
+            "seed": 0,
+        }
+        output = StepLoss(**arguments)(step.batch, 0, stage)
+        found = {"loss": output.loss.detach()}
+        parameters = [("model." + name, p) for name, p in model.named_parameters()]
+        parameters += [
+            (f"{name}.{inner}", p) for name, module in trainer.modules().items() for inner, p in module.named_parameters()
+        ]
+        found |= {name: p.grad for name, p in parameters if p.grad is not None}
+        return found
+
+
+def _weighted_stages(trainer: Trainer) -> list[Stage]:
+    """The stages in which weights are asked for."""
+    return [stage for stage in trainer.stages() if stage.model_loss] or [Stage()]
