@@ -1,0 +1,1 @@
+"""A WMTP plugin to start from."""
