@@ -159,6 +159,8 @@ def dissect(model: PreTrainedModel) -> Anatomy:
             tail, hidden = _find_tail(decoder, layers, ids, refuse)
         except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
             raise refuse(f"a trial run on {ids.shape[1]} tokens failed: {type(error).__name__}: {error}") from error
+        if hidden.shape[-1] != model.config.get_text_config(decoder=True).hidden_size:
+            raise refuse(f"its last hidden state is {hidden.shape[-1]} wide, and its layers are not")
         logits = F.linear(hidden, output.weight, output.bias)
         found = _find_transform(model, logits, expected)
     if found is None:
@@ -222,11 +224,11 @@ def _find_tail(
     if len(called) != len(layers) or any(a is not b for a, b in zip(called, layers, strict=True)):
         raise refuse(f"its {len(layers)} decoder layers are not run once each, in order")
     again = calls[0].repeat(last, calls[0].hidden_states)
-    if again.shape != hidden.shape or not torch.equal(again, output[0]):
+    if not torch.equal(again, output[0]):
         raise refuse("its last decoder layer, called again with the same arguments, gives another result")
     for module in tail:
         again = first_tensor(module(again))
-    if not torch.equal(again.view_as(hidden), hidden):
+    if again.numel() != hidden.numel() or not torch.equal(again.view_as(hidden), hidden):
         steps = ", ".join(type(module).__name__ for module in tail) or "nothing"
         raise refuse(f"its last hidden state is not that of its last layer followed by {steps}")
     return tuple(tail), hidden

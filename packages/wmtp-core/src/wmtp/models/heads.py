@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import WMTPError
 from wmtp.models.anatomy import Anatomy, LayerCall
 
 __all__ = ["HEAD_KINDS", "HeadInput", "HeadKind", "Maker"]
@@ -209,12 +209,6 @@ class ChainedBlock(nn.Module):
     def make(cls, maker: Maker) -> ChainedBlock:
         """A new one. ``copy`` starts the projection as a copy of the hidden states, blind to the embedding."""
         size = maker.anatomy.hidden_size
-        embedding_size = maker.anatomy.embedding.embedding_dim
-        if embedding_size != size:
-            raise ConfigError(
-                f"models.base.heads.kind: 'chained' and 'shared' need embeddings as wide as the hidden states; this model's "
-                f"are {embedding_size} and {size} wide; use 'block', 'linear' or 'residual'"
-            )
         projection = maker.linear(2 * size, size, bias=False)
         if maker.init == "copy":
             with torch.no_grad():

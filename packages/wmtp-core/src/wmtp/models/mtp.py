@@ -72,7 +72,8 @@ class MTPModel(nn.Module):
             self.extra_heads = self.kind.build(maker, heads.horizon - 1)
         if head_state is not None:
             _load_heads(self.extra_heads, head_state)
-        self.train(base.training)
+        self.training = base.training
+        self.extra_heads.train(base.training)
 
     @property
     def horizon(self) -> int:
