@@ -10,7 +10,7 @@ from attrs import field, frozen
 
 from wmtp.errors import WMTPError
 
-__all__ = ["BadExample", "Example", "ExampleLoader"]
+__all__ = ["BadExample", "Document", "Example", "ExampleLoader"]
 
 
 class BadExample(WMTPError):
@@ -53,6 +53,27 @@ class Example:
     reward: float | None = None
     weights: tuple[float, ...] | tuple[tuple[str, float], ...] | None = None
     where: str = ""
+
+
+@frozen(kw_only=True)
+class Document:
+    """What is known of one document, or of one piece of a document that was split.
+
+    Args:
+        index: its number in the tokenised data set; the same in every run with the same data and tokenizer.
+        start: where the piece starts, in tokens of the whole document.
+        id: the example's id.
+        group: the example's group.
+        is_correct: the example's label, where it has one.
+        reward: the example's reward, where it has one.
+    """
+
+    index: int
+    start: int
+    id: str
+    group: str
+    is_correct: bool | None = None
+    reward: float | None = None
 
 
 class ExampleLoader(ABC):

@@ -8,31 +8,12 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
+from wmtp.data.base import Document
+
 __all__ = ["PADDING", "Batch", "Document", "Targets", "align_targets", "shift_to_predictions"]
 
 #: the document number of places that are padding
 PADDING = -1
-
-
-@frozen(kw_only=True)
-class Document:
-    """What is known of one document, or of one piece of a document that was split.
-
-    Args:
-        index: its number in the tokenised data set; the same in every run with the same data and tokenizer.
-        start: where the piece starts, in tokens of the whole document.
-        id: the example's id.
-        group: the example's group.
-        is_correct: the example's label, where it has one.
-        reward: the example's reward, where it has one.
-    """
-
-    index: int
-    start: int
-    id: str
-    group: str
-    is_correct: bool | None = None
-    reward: float | None = None
 
 
 @frozen(kw_only=True, eq=False)

@@ -11,7 +11,7 @@ import numpy as np
 from attrs import field, frozen
 from numpy.typing import NDArray
 
-from wmtp.data.batch import Document
+from wmtp.data.base import Document
 from wmtp.data.store import TokenStore
 
 __all__ = ["DatasetCounts", "TokenDataset", "TokenizedDocument"]

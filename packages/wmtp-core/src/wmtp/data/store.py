@@ -18,8 +18,7 @@ import numpy as np
 from attrs import asdict, frozen
 from numpy.typing import NDArray
 
-from wmtp.data.base import BadExample, Example
-from wmtp.data.batch import Document
+from wmtp.data.base import BadExample, Document, Example
 from wmtp.errors import WMTPError
 
 __all__ = ["StoreInfo", "StoreWriter", "TokenStore"]
