@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -169,6 +170,29 @@ def test_wmtp_plugins_limits_what_is_loaded(site):
     done = site.wmtp("plugins", WMTP_PLUGINS="onne,two")
     assert done.returncode == 2
     assert "error: WMTP_PLUGINS: no plugin 'onne' is installed; did you mean 'one'?" in done.stderr
+
+
+def test_a_damaged_installation_locks_nobody_out(site, tmp_path):
+    site.install("acme", CONFIG_CLASS.format(type="acme"))
+    site.install("bent", "", version="3.0")
+    (tmp_path / "bent-3.0.dist-info/entry_points.txt").write_text("[wmtp]\nno equals sign\n")
+    site.install("nameless", "", version="1.0")
+    (tmp_path / "nameless-1.0.dist-info/METADATA").unlink()
+    site.install("other", "", version="1.0")
+    (tmp_path / "other-1.0.dist-info/entry_points.txt").write_bytes(b"\xff\xfe[")
+    plugins = site.plugins()
+    assert plugins["acme", "acme"]["status"] == "ok"
+    assert plugins["bent", "bent"]["reason"].startswith("its entry_points.txt is damaged")
+    assert plugins["unknown", "nameless"]["status"] == "broken"
+    assert site.check("acme").returncode == 0
+
+
+def test_the_first_of_two_copies_counts(site, tmp_path, monkeypatch):
+    site.install("acme", CONFIG_CLASS.format(type="acme"), version="2.0")
+    later = tmp_path / "later"
+    shutil.copytree(tmp_path, later, ignore=shutil.ignore_patterns("later"))
+    found = site.wmtp("plugins", "--json", PYTHONPATH=f"{tmp_path}{os.pathsep}{later}")
+    assert [plugin["name"] for plugin in json.loads(found.stdout)].count("acme") == 1
 
 
 def test_an_object_may_be_the_plugin(site):

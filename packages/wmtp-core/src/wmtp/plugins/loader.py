@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 from contextlib import redirect_stdout
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +29,8 @@ __all__ = ["GROUP", "load_plugins"]
 
 GROUP = "wmtp"
 _PREFIX = "wmtp_"
+_UNKNOWN = "unknown"
+_Entries = list[tuple[Plugin, metadata.EntryPoint | Exception]]
 _HOOKS = tuple(_PREFIX + kind for kind in KINDS)
 
 
@@ -43,14 +45,17 @@ def load_plugins() -> Registry:
     """
     from wmtp.plugins import builtin
 
-    found, left_out = _selected(sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, _distribution(entry))))
+    core = Plugin(name="wmtp-core", distribution="wmtp-core", version=metadata.version("wmtp-core"))
+    found, left_out = _selected(_installed())
     plugins: list[Plugin] = []
     components: list[Provided] = []
-    for name, distribution, dist_version, source in [("wmtp-core", "wmtp-core", version("wmtp-core"), builtin), *found]:
-        plugin = Plugin(name=name, distribution=distribution, version=dist_version)
+    for listed, source in [(core, builtin), *found]:
+        plugin = listed
         try:
+            if isinstance(source, Exception):
+                raise source
             with redirect_stdout(sys.stderr):  # an import that prints must not get into `--json`
-                module = source.load() if isinstance(source, EntryPoint) else source
+                module = source.load() if isinstance(source, metadata.EntryPoint) else source
                 classes = _components(module)
             by_kind = {kind: tuple(cls.type for cls in of_kind) for kind, of_kind in classes.items() if of_kind}
             plugin = attrs.evolve(plugin, components=by_kind)
@@ -63,24 +68,52 @@ def load_plugins() -> Registry:
     return Registry(plugins, components, left_out)
 
 
-def _distribution(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else entry.module
+def _installed() -> _Entries:
+    """The entry points of all distributions; an exception in place of those that cannot be read.
+
+    `importlib.metadata.entry_points` would raise for everybody where one package's ``entry_points.txt`` is damaged.
+    """
+    found: _Entries = []
+    seen: set[str] = set()
+    for distribution in metadata.distributions():
+        try:
+            if f"[{GROUP}]" not in (distribution.read_text("entry_points.txt") or ""):
+                continue
+        except Exception:
+            continue  # whose it is cannot be known
+        name, version = _identity(distribution)
+        if name in seen and name != _UNKNOWN:
+            continue  # a second copy further down the path, which Python would not import
+        seen.add(name)
+        try:
+            entries = list(distribution.entry_points.select(group=GROUP))
+            found += [(Plugin(name=entry.name, distribution=name, version=version), entry) for entry in entries]
+        except Exception as error:
+            damaged = PluginError(f"its entry_points.txt is damaged ({type(error).__name__}); install the package again")
+            found.append((Plugin(name=name, distribution=name, version=version), damaged))
+    return sorted(found, key=lambda pair: (pair[0].name, pair[0].distribution))
 
 
-def _selected(entries: list[EntryPoint]) -> tuple[list[tuple[str, str, str, EntryPoint]], list[str]]:
+def _identity(distribution: metadata.Distribution) -> tuple[str, str]:
+    try:
+        return distribution.metadata["Name"] or _UNKNOWN, distribution.version or _UNKNOWN
+    except Exception:  # no METADATA file, or one that cannot be read
+        return _UNKNOWN, _UNKNOWN
+
+
+def _selected(entries: _Entries) -> tuple[_Entries, list[str]]:
     """The entry points to load, and the names of those that ``WMTP_PLUGINS`` leaves out."""
-    found = [(e.name, _distribution(e), e.dist.version if e.dist is not None else "unknown", e) for e in entries]
     wanted = os.environ.get("WMTP_PLUGINS")
     if wanted is None:
-        return found, []
+        return entries, []
     names = [name.strip() for name in wanted.split(",") if name.strip()]
-    installed = sorted({entry.name for entry in entries})
+    installed = sorted({plugin.name for plugin, _ in entries})
     if unknown := [name for name in names if name not in installed and name != "wmtp-core"]:
         known = ", ".join(installed) or "none"
         raise ConfigError(
             [f"WMTP_PLUGINS: no plugin '{name}' is installed{_hint(name, installed)}; installed: {known}" for name in unknown]
         )
-    return [entry for entry in found if entry[0] in names], [name for name in installed if name not in names]
+    return [pair for pair in entries if pair[0].name in names], [name for name in installed if name not in names]
 
 
 def _components(plugin: Any) -> dict[str, list[type[Any]]]:
