@@ -1,5 +1,4 @@
 from wmtp.testing import TrainerTests
-
 from wmtp_example.plugin import RareToken
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from wmtp.training import StepView, Trainer
 
 __all__ = ["RareTokenTrainer"]
