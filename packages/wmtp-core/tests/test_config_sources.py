@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from wmtp.config.load import load_config
-from wmtp.config.sources import Document, FileSource, parse_override
+from wmtp.config.overrides import parse_override
+from wmtp.config.sources import Document
+from wmtp.config.toml_file import FileSource
 from wmtp.errors import ConfigError
 
 GOOD = """\

@@ -7,12 +7,10 @@ know components, and gather every problem instead of stopping at the first.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
-import math
 import re
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, MutableSequence, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, MutableSequence, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
@@ -20,6 +18,7 @@ import attrs
 import cattrs
 from cattrs.errors import StructureHandlerNotFoundError
 
+from wmtp.config import values
 from wmtp.config.components import COMPONENT_KIND, KINDS
 from wmtp.config.problems import KeyPath, Problem, Problems, unknown_key
 from wmtp.config.schema import HeadsConfig, ModelConfig
@@ -49,12 +48,12 @@ def make_converter(registry: Registry) -> cattrs.Converter:
     """The converter for one set of plugins. Its ``structure`` raises `Problems`."""
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     for scalar, name in ((bool, "true or false"), (int, "a whole number"), (str, "a string")):
-        converter.register_structure_hook(scalar, _scalar(scalar, name))
-    converter.register_structure_hook(float, _float)
-    converter.register_structure_hook(Path, lambda value, _: Path(_scalar(str, "a path")(value, str)))
+        converter.register_structure_hook(scalar, values.scalar(scalar, name))
+    converter.register_structure_hook(float, values.number)
+    converter.register_structure_hook(Path, lambda value, _: Path(values.scalar(str, "a path")(value, str)))
     converter.register_structure_hook_func(lambda t: t is Any or t is object, lambda value, _: value)
-    converter.register_structure_hook_func(lambda t: get_origin(t) is Literal, _literal)
-    converter.register_structure_hook_func(lambda t: isinstance(t, type) and issubclass(t, enum.Enum), _enum)
+    converter.register_structure_hook_func(lambda t: get_origin(t) is Literal, values.literal)
+    converter.register_structure_hook_func(lambda t: isinstance(t, type) and issubclass(t, enum.Enum), values.enum_member)
     converter.register_structure_hook_func(_is_union, lambda value, t: _union(converter, value, t))
     converter.register_structure_hook_func(
         lambda t: (get_origin(t) or t) in _SEQUENCES, lambda value, t: _sequence(converter, value, t)
@@ -76,69 +75,6 @@ def make_converter(registry: Registry) -> cattrs.Converter:
 
 def _unsupported(_: Any, type_: Any) -> Any:
     raise StructureHandlerNotFoundError("no attrs class", type_)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return "nothing"
-    if isinstance(value, Mapping):
-        return "a table"
-    if isinstance(value, list | tuple):
-        return "an array"
-    text = repr(value) if isinstance(value, str | int | float) else f"{value} ({type(value).__name__})"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _wrong(expected: str, value: Any) -> Problems:
-    quoted = isinstance(value, str) and expected in ("true or false", "a whole number", "a number")
-    return Problems.one(f"must be {expected}, not {_shown(value)}{' (a string: leave the quotes out)' if quoted else ''}")
-
-
-def _scalar(scalar: type, name: str) -> Callable[[Any, Any], Any]:
-    def read(value: Any, _: Any) -> Any:
-        if type(value) is not scalar:  # a bool is an int to isinstance
-            raise _wrong(name, value)
-        return value
-
-    return read
-
-
-def _float(value: Any, _: Any) -> float:
-    if type(value) not in (int, float):
-        raise _wrong("a number", value)
-    try:
-        number = float(value)
-    except OverflowError:
-        raise Problems.one("is too large for a number") from None
-    if math.isnan(number):
-        raise _wrong("a number", value)
-    return number
-
-
-def _literal(value: Any, type_: Any) -> Any:
-    choices = get_args(type_)
-    for choice in choices:
-        if type(choice) is type(value) and choice == value:
-            return choice
-    raise Problems.one(_not_a_choice(choices, value))
-
-
-def _enum(value: Any, type_: type[enum.Enum]) -> enum.Enum:
-    if type(value) is type_:
-        return value
-    for member in type_:
-        if type(member.value) is type(value) and member.value == value:
-            return member
-    raise Problems.one(_not_a_choice([member.value for member in type_], value))
-
-
-def _not_a_choice(choices: Iterable[Any], value: Any) -> str:
-    names = list(choices)
-    close = difflib.get_close_matches(value, [n for n in names if isinstance(n, str)], n=1) if isinstance(value, str) else []
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"must be one of {', '.join(_shown(name) for name in names)}, not {_shown(value)}{hint}"
 
 
 def _is_union(type_: Any) -> bool:
@@ -163,7 +99,7 @@ def _union(converter: cattrs.Converter, value: Any, type_: Any) -> Any:
     messages = list(dict.fromkeys(failure.problems[0].message for failure in failures))
     expected = [match[1] for message in messages if (match := re.fullmatch(r"must be (.+?), not .*", message, re.DOTALL))]
     if len(expected) == len(messages):
-        raise _wrong(" or ".join(expected), value)
+        raise values.wrong(" or ".join(expected), value)
     raise Problems.one(" or ".join(messages))
 
 
@@ -191,13 +127,13 @@ def _read(converter: cattrs.Converter, value: Any, type_: Any) -> Any:
             f"its class says {type_}, which cannot be read from TOML; use plain types and attrs classes"
         ) from None
     except Exception as error:
-        raise Problems.one(_said(error)) from None
+        raise Problems.one(values.said(error)) from None
 
 
 def _sequence(converter: cattrs.Converter, value: Any, type_: Any) -> Any:
     origin, arguments = get_origin(type_) or type_, get_args(type_)
     if not isinstance(value, list | tuple | set | frozenset):
-        raise _wrong("an array", value)
+        raise values.wrong("an array", value)
     fixed = origin is tuple and arguments and arguments[-1] is not Ellipsis
     if fixed and len(value) != len(arguments):
         raise Problems.one(f"must have {len(arguments)} elements, not {len(value)}")
@@ -218,7 +154,7 @@ def _mapping(converter: cattrs.Converter, value: Any, type_: Any) -> dict[Any, A
 
 def _as_table(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise _wrong("a table", value)
+        raise values.wrong("a table", value)
     if wrong := [key for key in value if not isinstance(key, str)]:
         raise Problems.one(f"the key {wrong[0]!r} is no string")
     return value
@@ -244,7 +180,7 @@ def _table(converter: cattrs.Converter, value: Any, cls: type[Any]) -> Any:
         try:
             return cls(**arguments)
         except Exception as error:
-            raise Problems(_said_by_validators(cls, fields, arguments) or [Problem((), _said(error))]) from error
+            raise Problems(_said_by_validators(cls, fields, arguments) or [Problem((), values.said(error))]) from error
     # What can be validated already is, so that all problems show at once.
     raise Problems(problems + [p for p in _said_by_validators(cls, fields, arguments) if p.path[0] in arguments])
 
@@ -254,7 +190,7 @@ def _said_by_validators(
 ) -> list[Problem]:
     """What each field's own validator says, one by one: attrs itself stops at the first."""
     unfinished = object.__new__(cls)
-    values: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for key, attribute in fields.items():
         try:
             value = arguments[key] if key in arguments else _default(attribute, unfinished)
@@ -265,16 +201,16 @@ def _said_by_validators(
         except Exception:
             continue
         object.__setattr__(unfinished, attribute.name, value)
-        values[key] = value
+        known[key] = value
     problems: list[Problem] = []
-    for key, value in values.items():
+    for key, value in known.items():
         if key in arguments and fields[key].validator is not None:
             try:
                 fields[key].validator(unfinished, fields[key], value)  # type: ignore[misc]
             except AttributeError:
                 continue  # it looks at a field that is itself wrong or missing
             except Exception as error:
-                problems.append(Problem((key,), _said(error, fields[key].name)))
+                problems.append(Problem((key,), values.said(error, fields[key].name)))
     return problems
 
 
@@ -285,17 +221,6 @@ def _default(attribute: attrs.Attribute[Any], instance: Any) -> Any:
         factory: Any = attribute.default
         return factory.factory(instance) if factory.takes_self else factory.factory()
     return attribute.default
-
-
-def _said(error: Exception, name: str | None = None) -> str:
-    """An exception's text on one line; attrs' own begin with the field's name, which the key says already."""
-    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-    text = " ".join(text.split()) or type(error).__name__
-    if isinstance(error, KeyError):
-        text = f"KeyError: {text}"
-    if name is None:
-        return text
-    return re.sub(r"^(must be [<>=]+ \S+): (\S+)$", r"\1, not \2", text.removeprefix(f"'{name}' "))
 
 
 def _field_type(attribute: attrs.Attribute[Any]) -> Any:
@@ -334,7 +259,7 @@ def _component(converter: cattrs.Converter, registry: Registry, value: Any, type
         names = ", ".join(provided.type for provided in registry.of_kind(mark.kind)) or "none is installed"
         raise Problems([Problem(("type",), f"required, and missing: which {KINDS[mark.kind]} it is; one of: {names}", at=())])
     if not isinstance(name, str):
-        raise Problems([problem.under("type") for problem in _wrong("a string", name).problems])
+        raise Problems([problem.under("type") for problem in values.wrong("a string", name).problems])
     provided = registry.find(mark.kind, name)
     if provided is None:
         at: KeyPath = ("type",) if "type" in value else ()

@@ -9,9 +9,11 @@ from typing import Any, TypeAlias
 from attrs import frozen
 
 from wmtp.config.converter import make_converter
+from wmtp.config.overrides import parse_override
 from wmtp.config.problems import Problem, Problems
 from wmtp.config.schema import Config
-from wmtp.config.sources import Document, FileSource, MappingSource, escape, parse_override
+from wmtp.config.sources import Document, MappingSource, escape
+from wmtp.config.toml_file import FileSource
 from wmtp.config.tree import components, to_mapping
 from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins

@@ -1,0 +1,99 @@
+"""Reads single values, strictly, and says what is wrong with them."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
+
+from wmtp.config.problems import Problems
+
+__all__ = ["enum_member", "literal", "number", "said", "scalar", "shown", "wrong"]
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return "a table"
+    if isinstance(value, list | tuple):
+        return "an array"
+    text = repr(value) if isinstance(value, str | int | float) else f"{value} ({type(value).__name__})"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def wrong(expected: str, value: Any) -> Problems:
+    """The problem of a value of another type."""
+    hint = ""
+    if isinstance(value, str) and re.fullmatch(r"true|false|[+-]?[0-9.]+(e[+-]?[0-9]+)?", value):
+        hint = " (a string: leave the quotes out)"
+    elif expected == "a string" and isinstance(value, int | float):
+        hint = " (put it in quotes)"
+    return Problems.one(f"must be {expected}, not {shown(value)}{hint}")
+
+
+def scalar(scalar: type, name: str) -> Callable[[Any, Any], Any]:
+    """A hook that takes exactly this type."""
+
+    def read(value: Any, _: Any) -> Any:
+        if type(value) is not scalar:  # a bool is an int to isinstance
+            raise wrong(name, value)
+        return value
+
+    return read
+
+
+def number(value: Any, _: Any) -> float:
+    """A number; a whole one will do."""
+    if type(value) not in (int, float):
+        raise wrong("a number", value)
+    try:
+        result = float(value)
+    except OverflowError:
+        raise Problems.one("is too large for a number") from None
+    if math.isnan(result):
+        raise wrong("a number", value)
+    return result
+
+
+def literal(value: Any, type_: Any) -> Any:
+    """One of the choices of a ``Literal``."""
+    choices = get_args(type_)
+    for choice in choices:
+        if type(choice) is type(value) and choice == value:
+            return choice
+    raise Problems.one(_not_a_choice(choices, value))
+
+
+def enum_member(value: Any, type_: type[enum.Enum]) -> enum.Enum:
+    """A member of an enum, by its value."""
+    if type(value) is type_:
+        return value
+    for member in type_:
+        if type(member.value) is type(value) and member.value == value:
+            return member
+    raise Problems.one(_not_a_choice([member.value for member in type_], value))
+
+
+def _not_a_choice(choices: Iterable[Any], value: Any) -> str:
+    names = list(choices)
+    close = difflib.get_close_matches(value, [n for n in names if isinstance(n, str)], n=1) if isinstance(value, str) else []
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"must be one of {', '.join(shown(name) for name in names)}, not {shown(value)}{hint}"
+
+
+def said(error: Exception, name: str | None = None) -> str:
+    """An exception's text on one line; attrs' own begin with the field's name, which the key says already."""
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    text = " ".join(text.split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"KeyError: {text}"
+    if name is None:
+        return text
+    return re.sub(r"^(must be [<>=]+ \S+): (\S+)$", r"\1, not \2", text.removeprefix(f"'{name}' "))
