@@ -208,10 +208,10 @@ def test_two_processes_at_once_agree(tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", SLOW_BUILD, path, tmp_path / "cache", "0.01"], stdout=subprocess.PIPE, text=True
         )
-        for _ in range(3)
+        for _ in range(2)
     ]
     said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert [process.returncode for process in processes] == [0, 0]
     assert len(set(said)) == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

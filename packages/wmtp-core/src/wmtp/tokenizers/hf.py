@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.tokenizers.base import Tokenizer
@@ -41,13 +41,7 @@ class HfTokenizer(Tokenizer):
         self._tokenizer = _open(path, gguf_file)
         self._vocab: dict[str, int] = self._tokenizer.get_vocab()
         self._eos_id = self._find_eos(path, eos_token)
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if not isinstance(backend, Backend):
-            raise WMTPError(
-                f"{path}: {type(self._tokenizer).__name__} is a slow tokenizer, which transformers runs without"
-                " the tokenizers package; convert it to tokenizer.json, or use type = 'hf-sentencepiece'"
-            )
-        spec = json.loads(backend.to_str())
+        spec = json.loads(_backend(self._tokenizer, path).to_str())
         spec["truncation"] = spec["padding"] = None
         self._spec = json.dumps(_without_added_space(spec), sort_keys=True)
         self._backend = Backend.from_str(self._spec)
@@ -122,7 +116,10 @@ def _open(path: Path, gguf_file: str | None) -> PreTrainedTokenizerBase:
         raise WMTPError(f"{path / gguf_file}: no such file")
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
+        opened = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
+        return opened if gguf_file is None else _own_tokens_only(opened, path)
+    except WMTPError:
+        raise
     except ImportError as error:
         extra = "gguf" if gguf_file else "train"
         raise WMTPError(
@@ -131,6 +128,29 @@ def _open(path: Path, gguf_file: str | None) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers and tokenizers raise many types for a damaged file
         reason = str(error).strip().partition("\n")[0]
         raise WMTPError(f"{path / (gguf_file or '')}: transformers cannot open this tokenizer ({reason})") from error
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase, path: Path) -> Backend:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Backend):
+        raise WMTPError(
+            f"{path}: {type(tokenizer).__name__} works without the tokenizers package, which is not supported;"
+            " convert it to tokenizer.json, or use type = 'hf-sentencepiece'"
+        )
+    return backend
+
+
+def _own_tokens_only(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedTokenizerBase:
+    """Without the tokens that transformers adds while it converts a GGUF file, for which the model has no embedding."""
+    spec = json.loads(_backend(tokenizer, path).to_str())
+    own = {entry if isinstance(entry, str) else entry[0] for entry in spec["model"]["vocab"]}  # Unigram: [piece, score]
+    kept = [token for token in spec["added_tokens"] if token["content"] in own]
+    if len(kept) == len(spec["added_tokens"]):
+        return tokenizer
+    spec["added_tokens"] = kept
+    names = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str) and token in own}
+    backend = Backend.from_str(json.dumps(spec))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **names)
 
 
 def _without_added_space(spec: dict[str, Any]) -> dict[str, Any]:
