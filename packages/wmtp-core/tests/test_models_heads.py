@@ -98,7 +98,9 @@ def test_head_1_gives_the_models_own_logits_bit_for_bit(shape: str, dtype: torch
     assert torch.equal(base(input_ids=ids, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize(("shape", "kind"), [("llama", kind) for kind in KINDS] + [(s, "block") for s in SHAPES if s != "llama"])
+@pytest.mark.parametrize(
+    ("shape", "kind"), [("llama", kind) for kind in KINDS] + [(s, "block") for s in SHAPES if s != "llama"]
+)
 def test_documents_in_one_row_are_as_if_alone(shape: str, kind: str):
     model = MTPModel(make(shape), HeadsConfig(horizon=3, kind=kind, init="random"), seed=0)
     documents = [tokens(1, length) for length in (4, 5, 7)]
