@@ -157,7 +157,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         try:
             expected = model(input_ids=ids, use_cache=False).logits
             tail, hidden = _find_tail(decoder, layers, ids, refuse)
-        except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
             raise refuse(f"a trial run on {ids.shape[1]} tokens failed: {type(error).__name__}: {error}") from error
         if hidden.shape[-1] != model.config.get_text_config(decoder=True).hidden_size:
             raise refuse(f"its last hidden state is {hidden.shape[-1]} wide, and its layers are not")
