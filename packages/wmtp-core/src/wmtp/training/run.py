@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 
 from wmtp.config.schema import Config
 from wmtp.config.tree import flatten
@@ -54,6 +55,7 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
     from wmtp.data.prepare import prepare_data
     from wmtp.models.build import build_model
 
+    transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
     if config.devices.threads is not None:
         torch.set_num_threads(config.devices.threads)
     device = pick_device(config.devices.device)

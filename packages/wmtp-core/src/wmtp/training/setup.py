@@ -102,9 +102,9 @@ def open_source(config: Config) -> Source:
 
 def _own_tokenizer() -> Component:
     """Where the config names no tokenizer: the one in the base model's folder."""
-    from wmtp.tokenizers.config import HfTokenizer
+    from wmtp.tokenizers.config import HfTransformers
 
-    return HfTokenizer()
+    return HfTransformers()
 
 
 def load_extra_model(config: Config, place: Place, device: torch.device) -> Callable[[str], nn.Module]:

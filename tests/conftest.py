@@ -1,0 +1,81 @@
+"""What the end-to-end tests share: a recipe that trains in a second, and the command line as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+RECIPE = """
+[run]
+output_dir = "{folder}/runs"
+[models.base]
+type = "scratch"
+vocab_size = 258
+hidden_size = 32
+layers = 2
+attention_heads = 2
+intermediate_size = 48
+max_positions = 128
+[models.base.heads]
+horizon = 3
+warmup_steps = 4
+[tokenizer]
+type = "bytes"
+[datasets.code]
+type = "jsonl"
+uri = "{folder}/code.jsonl"
+[data.train]
+max_length = 64
+batch_size = 4
+[data.eval]
+holdout = 0.2
+[trainer]
+type = "baseline-mtp"
+[optimizer]
+type = "adamw"
+lr = 3e-3
+[schedule]
+warmup_steps = 5
+[train]
+max_steps = 40
+eval_interval = 15
+[checkpoints]
+save_interval = 5
+[tracker]
+type = "jsonl"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe file beside its data; trains a tiny model in about a second."""
+    with (tmp_path / "code.jsonl").open("w") as file:
+        for i in range(60):
+            lines = "\n".join(f"    x{j} = {i * j % 17}" for j in range(i % 7 + 1))
+            file.write(json.dumps({"id": f"f{i}", "prompt": f"def f{i}():\n", "completion": lines}) + "\n")
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(folder=tmp_path))
+    return path
+
+
+@pytest.fixture
+def wmtp():
+    """Runs ``wmtp …`` in a process of its own and returns it when it has ended."""
+
+    def run(*arguments, **options):
+        return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=300, **options)
+
+    return run
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "wmtp", *map(str, arguments)]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -1,0 +1,132 @@
+"""A run that is killed and resumed equals one that was not, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import command, environment
+
+CLOCK = {"tokens_per_second", "peak_memory_gib"}
+
+
+def curve(run_dir):
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in CLOCK} for record in records]
+
+
+def steps_so_far(run_dir):
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def start_and_signal(arguments, run_dir, at_step, number):
+    """Start a run, and send it a signal once it has logged a step."""
+    process = subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    while steps_so_far(run_dir) < at_step and process.poll() is None:
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def tensors(folder):
+    from safetensors.torch import load_file
+
+    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def assert_equal_runs(one, other):
+    import torch
+
+    assert curve(one) == curve(other)
+    left, right = tensors(one / "model"), tensors(other / "model")
+    assert left.keys() == right.keys() == {"model.safetensors", "mtp_heads.safetensors"}
+    for file, values in left.items():
+        for name, tensor in values.items():
+            assert torch.equal(tensor, right[file][name]), (file, name)
+
+
+def test_killed_runs_resume_bit_for_bit(recipe, wmtp, tmp_path):
+    done = wmtp("run", recipe, "--run-name", "whole", "--json")
+    assert done.returncode == 0, done.stderr
+    whole, killed = tmp_path / "runs/whole", tmp_path / "runs/killed"
+    seed = random.randrange(10**6)
+    draw = random.Random(seed)
+    kills = sorted(draw.sample(range(6, 38), 3))
+    arguments = ("run", recipe, "--run-name", "killed", "--resume", "auto")
+    for at_step in kills:
+        code, _, _ = start_and_signal(arguments, killed, at_step, signal.SIGKILL)
+        assert code == -signal.SIGKILL, f"seed {seed}: it ended before it could be killed at {at_step}"
+        for checkpoint in (killed / "checkpoints").glob("step-*"):
+            facts = json.loads((checkpoint / "checkpoint.json").read_text())
+            assert {name: (checkpoint / name).stat().st_size for name in facts["files"]} == facts["files"]
+    last = wmtp(*arguments, "--json")
+    assert last.returncode == 0, last.stderr
+    answer = json.loads(last.stdout)
+    assert answer["steps"] == 40
+    assert answer["metrics"]["loss"] == curve(whole)[-1]["loss"]
+    assert_equal_runs(whole, killed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(recipe, wmtp, tmp_path, number):
+    overrides = ["--set", "checkpoints.save_interval=1000", "--set", "train.max_steps=60"]
+    arguments = ["run", recipe, *overrides, "--run-name", "x"]
+    code, _, err = start_and_signal(arguments, tmp_path / "runs/x", 8, number)
+    assert code == 1, err
+    assert "Traceback" not in err
+    assert "--resume" in err
+    (checkpoint,) = (tmp_path / "runs/x/checkpoints").glob("step-*")
+    assert int(checkpoint.name.partition("-")[2]) >= 8
+    assert not (tmp_path / "runs/x/model").exists()
+    resumed = wmtp("run", "--resume", tmp_path / "runs/x", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    whole = wmtp("run", recipe, *overrides, "--run-name", "whole", "--json")
+    assert whole.returncode == 0, whole.stderr
+    assert_equal_runs(tmp_path / "runs/whole", tmp_path / "runs/x")
+
+
+def test_a_finished_run_resumed_is_the_finished_run(recipe, wmtp, tmp_path):
+    arguments = ("run", recipe, "--run-name", "x", "--resume", "auto", "--json")
+    first = wmtp(*arguments)
+    before = curve(tmp_path / "runs/x")
+    second = wmtp(*arguments)
+    assert first.returncode == second.returncode == 0, second.stderr
+    assert curve(tmp_path / "runs/x") == before
+    assert json.loads(second.stdout)["metrics"] == json.loads(first.stdout)["metrics"]
+
+
+def test_resume_with_another_config_is_refused_by_name(recipe, wmtp, tmp_path):
+    assert wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=6").returncode == 0
+    again = wmtp("run", recipe, "--run-name", "x", "--resume", "auto", "--set", "optimizer.lr=1e-4")
+    assert again.returncode == 2
+    assert "optimizer.lr" in again.stderr
+    assert "train.max_steps" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+def test_two_runs_never_share_a_directory(recipe, wmtp, tmp_path):
+    arguments = command("run", recipe, "--run-name", "x", "--set", "train.max_steps=400")
+    first = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment())
+    try:
+        while not steps_so_far(tmp_path / "runs/x"):
+            assert first.poll() is None
+            time.sleep(0.01)
+        for extra in ([], ["--resume", "auto"]):
+            second = wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=400", *extra)
+            assert second.returncode in (1, 2)
+            assert "\nerror: " in f"\n{second.stderr}"
+            assert "Traceback" not in second.stderr
+    finally:
+        first.kill()
+        first.wait()
