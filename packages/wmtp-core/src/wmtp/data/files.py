@@ -15,7 +15,17 @@ from wmtp.data.base import BadExample, Example
 from wmtp.data.fields import type_name
 from wmtp.errors import WMTPError
 
-__all__ = ["COMPRESSIONS", "Record", "data_files", "open_binary", "parsed", "read_records", "readable", "uncompressed_name"]
+__all__ = [
+    "COMPRESSIONS",
+    "Record",
+    "data_files",
+    "given_path",
+    "open_binary",
+    "parsed",
+    "read_records",
+    "readable",
+    "uncompressed_name",
+]
 
 COMPRESSIONS: Final = (".gz", ".bz2", ".xz", ".zst")
 FORMATS: Final = (".jsonl", ".json", ".parquet")
@@ -23,6 +33,13 @@ _PARQUET_ROWS: Final = 256
 
 #: ``file:line`` and what stands there
 Record = tuple[str, Mapping[str, Any]]
+
+
+def given_path(path: Path | None) -> Path:
+    """The path, for a loader whose config always has a ``uri``."""
+    if path is None:
+        raise ValueError("this loader reads files, and was given no path")
+    return path
 
 
 def uncompressed_name(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.fields import text_field, type_name
-from wmtp.data.files import data_files, parsed
+from wmtp.data.files import data_files, given_path, parsed
 
 __all__ = ["LANGUAGES", "CodeContestsLoader"]
 
@@ -35,9 +35,7 @@ class CodeContestsLoader(ExampleLoader):
 
     def files(self, path: Path | None) -> Sequence[Path]:
         """The data files at ``path``."""
-        if path is None:
-            raise ValueError("this loader reads files, and was given no path")
-        return data_files(path)
+        return data_files(given_path(path))
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
         """The solutions, problem by problem: the right ones, then the wrong ones."""

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.fields import bool_field, finite_number, number_field, text_field, type_name
-from wmtp.data.files import data_files, parsed
+from wmtp.data.files import data_files, given_path, parsed
 
 __all__ = ["FIELDS", "JsonlLoader"]
 
@@ -27,11 +27,11 @@ class JsonlLoader(ExampleLoader):
 
     def files(self, path: Path | None) -> Sequence[Path]:
         """The data files at ``path``."""
-        return data_files(_given(path))
+        return data_files(given_path(path))
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
         """The records in the order of the files."""
-        yield from parsed(_given(path), self._example)
+        yield from parsed(given_path(path), self._example)
 
     def _example(self, where: str, record: Mapping[str, Any]) -> Iterator[Example]:
         keys = self._keys
@@ -58,12 +58,6 @@ class JsonlLoader(ExampleLoader):
             weights=_weights(where, record, keys["weights"]),
             where=where,
         )
-
-
-def _given(path: Path | None) -> Path:
-    if path is None:
-        raise ValueError("this loader reads files, and was given no path")
-    return path
 
 
 def _name(where: str, record: Mapping[str, Any], key: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.fields import text_field, type_name
-from wmtp.data.files import data_files, parsed, uncompressed_name
+from wmtp.data.files import data_files, given_path, parsed, uncompressed_name
 from wmtp.errors import WMTPError
 
 __all__ = ["MbppLoader", "mbpp_prompt"]
@@ -26,8 +26,7 @@ class MbppLoader(ExampleLoader):
 
     def files(self, path: Path | None) -> Sequence[Path]:
         """The file ``path``, or the split's file in that folder."""
-        if path is None:
-            raise ValueError("this loader reads files, and was given no path")
+        path = given_path(path)
         found = data_files(path)
         if path.is_file():
             return found

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
-from wmtp.data.files import open_binary, readable, uncompressed_name
+from wmtp.data.files import given_path, open_binary, readable, uncompressed_name
 from wmtp.errors import WMTPError
 
 __all__ = ["TextLoader"]
@@ -31,8 +31,7 @@ class TextLoader(ExampleLoader):
         Raises:
             WMTPError: there is none.
         """
-        if path is None:
-            raise ValueError("this loader reads files, and was given no path")
+        path = given_path(path)
         if path.is_file():
             return [path]
         if not path.is_dir():
@@ -48,9 +47,10 @@ class TextLoader(ExampleLoader):
         return [chosen[name] for name in sorted(chosen)]
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """The documents in the order of the files' names. Documents without a character but white space are left out."""
-        for file in self.files(path):
-            name = file.name if path is None or file == path else file.relative_to(path).as_posix()
+        """The documents in the order of the files' names. Nothing but white space between two separators is no document."""
+        root = given_path(path)
+        for file in self.files(root):
+            name = file.name if file == root else file.relative_to(root).as_posix()
             with readable(file), open_binary(file) as stream:
                 content = stream.read()
             try:
