@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from wmtp.data.config import Jsonl, PythonSource, TextFiles
+from wmtp.data.config import CodeContests, Jsonl, Mbpp, PythonSource, TextFiles
 from wmtp.models.config import HfModel, ScratchModel
 from wmtp.storage.config import FileStorage
 from wmtp.testing import DataLoaderTests, ModelLoaderTests, StorageTests, TrackerTests
@@ -73,9 +73,29 @@ class TestJsonl(DataLoaderTests):
         return tmp_path / "bad.jsonl"
 
 
+class TestMbpp(DataLoaderTests):
+    config = Mbpp(uri="mbpp", split="validation")
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        rows = [{"task_id": n, "text": "Add.", "code": "def f(a): ...", "test_list": ["assert f(1)"]} for n in (1, 2)]
+        (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path
+
+
+class TestCodeContests(DataLoaderTests):
+    config = CodeContests(uri="contests", languages=("python3", "cpp"), max_solutions=3)
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        solutions = {"language": [3, 2, 4], "solution": ["print(1)", "int main() {}", "class A {}"]}
+        row = {"name": "1_A", "description": "Print.", "solutions": solutions, "incorrect_solutions": solutions}
+        (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "name": "2_B"}) + "\n")
+        return tmp_path
+
+
 class TestText(DataLoaderTests):
     config = TextFiles(uri="data", document_separator="\n\n")
-    registered = False
 
     @pytest.fixture
     def path(self, tmp_path):

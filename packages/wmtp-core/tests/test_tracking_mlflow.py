@@ -134,6 +134,21 @@ def test_a_resume_goes_on_in_the_same_run_with_one_point_a_step(run):
     assert data.tags["wmtp.resumed_step"] == "5"
 
 
+def test_a_resume_from_before_the_first_checkpoint_is_the_same_run_too(run):
+    killed = MLflowTracker().build()
+    killed.start(run)
+    killed.log(1, {"loss": 1.0})
+    assert killed._sender.close(30) == 0
+    again = MLflowTracker().build()
+    again.start(run)
+    for step in (1, 2):
+        again.log(step, {"loss": float(step)})
+    again.finish("finished", None)
+    uri = default_uri(run)
+    assert history(uri, run, "loss") == [(1, 1.0), (2, 2.0)]
+    assert len(client(uri).search_runs([stored(uri, run).info.experiment_id])) == 1
+
+
 def test_a_resume_sends_what_an_earlier_attempt_could_not(run):
     uri = default_uri(run)
     killed = MLflowTracker().build()
@@ -318,8 +333,9 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory, empty_database):
     server = Server(tmp_path_factory.mktemp("server"))
+    shutil.copy(empty_database, server.folder / "m.db")
     server.start()
     yield server
     server.kill()

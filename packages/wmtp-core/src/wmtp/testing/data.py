@@ -58,6 +58,12 @@ class DataLoaderTests(ComponentTests):
         twice = [name for name, count in Counter(e.id for e in examples if isinstance(e, Example)).items() if count > 1]
         assert not twice, f"ids that name more than one example: {twice[:5]}"
 
+    def test_files_are_named(self, loader: ExampleLoader, path: Path | None) -> None:
+        """The files that decide the examples are there: the cache of tokens is kept for as long as they do not change."""
+        files = list(loader.files(path))
+        assert path is None or files, "files() names none, so a change of the data would go unnoticed"
+        assert all(file.is_file() for file in files), f"not a file: {[str(file) for file in files if not file.is_file()][:3]}"
+
     def test_reading_again_gives_the_same(self, loader: ExampleLoader, path: Path | None) -> None:
         """A resumed run reads the data again, and must find the same examples in the same order."""
         first = list(loader.examples(path))
