@@ -35,7 +35,7 @@ def test_a_full_disk_keeps_the_checkpoints_before_it(recipe, wmtp, tmp_path):
     try:
         run = wmtp("run", recipe, "--run-name", "x", "--set", f"checkpoints.uri={disk}/c", "--set", "checkpoints.keep_last=0")
         assert run.returncode == 1, run.stderr
-        assert "MiB are free there" in run.stderr
+        assert "could not be written: the disk is full" in run.stderr
         assert "Traceback" not in run.stderr
         saved = sorted((path.name for path in (disk / "c").iterdir()), key=lambda name: int(name.partition("-")[2]))
         assert saved, "the disk should have room for one checkpoint"
@@ -77,7 +77,7 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_looks_whole(tmp_pa
     script = """
 import os, signal, sys
 from pathlib import Path
-from wmtp.training.checkpoint import write_folder
+from wmtp.storage.atomic import write_folder
 def write(folder):
     (folder / "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -86,7 +86,8 @@ write_folder(Path(sys.argv[1]) / "step-7", write)
     done = subprocess.run([sys.executable, "-c", script, tmp_path], env=environment())
     assert done.returncode == -signal.SIGKILL
 
-    from wmtp.training.checkpoint import list_checkpoints, remove_partial
+    from wmtp.storage.atomic import remove_partial
+    from wmtp.training.checkpoint import list_checkpoints
 
     assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
     assert list_checkpoints(tmp_path) == []

@@ -106,14 +106,16 @@ def _flatten(
 ) -> tuple[list[tuple[Unembedding, int, int | None]], list[Tensor]]:
     """List all tensors once, for autograd; say for each head where its weight and bias stand in the list."""
     tensors = [h.reshape(-1, h.shape[-1]) for h in hidden]
-    place: dict[int, int] = {}
+    place: dict[tuple[bool, int], int] = {}
     shared: list[tuple[Unembedding, int, int | None]] = []
 
     def add(tensor: Tensor) -> int:
-        if id(tensor) not in place:
-            place[id(tensor)] = len(tensors)
+        # detached aliases of one weight are different objects
+        key = (True, id(tensor)) if tensor.requires_grad else (False, tensor.data_ptr())
+        if key not in place:
+            place[key] = len(tensors)
             tensors.append(tensor)
-        return place[id(tensor)]
+        return place[key]
 
     for unembedding in unembeddings:
         bias = None if unembedding.bias is None else add(unembedding.bias)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Final, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import attrs
 
@@ -28,8 +29,15 @@ KINDS: Final[dict[str, str]] = {
 class Component(Protocol):
     """A plugin's config class: frozen attrs, with its TOML name in ``type`` and a ``build`` that makes the component."""
 
-    type: ClassVar[str]
-    build: ClassVar[Any]
+    @property
+    def type(self) -> str:
+        """The component's name in TOML."""
+        ...
+
+    @property
+    def build(self) -> Callable[..., Any]:
+        """Makes the component; `wmtp.hookspecs` says of each kind with which arguments."""
+        ...
 
 
 def component(kind: str, **options: Any) -> Any:

@@ -55,7 +55,7 @@ def load_plugins() -> Registry:
             if isinstance(source, Exception):
                 raise source
             with redirect_stdout(sys.stderr):  # an import that prints must not get into `--json`
-                module = source.load() if isinstance(source, metadata.EntryPoint) else source
+                module = source if source is builtin else source.load()  # type: ignore[union-attr]
                 classes = _components(module)
             by_kind = {kind: tuple(cls.type for cls in of_kind) for kind, of_kind in classes.items() if of_kind}
             plugin = attrs.evolve(plugin, components=by_kind)

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from wmtp.errors import WMTPError
+from wmtp.storage.atomic import replace_path
 from wmtp.storage.base import Storage
 from wmtp.storage.uris import file_path
 
@@ -51,7 +52,7 @@ class File(Storage):
             target.parent.mkdir(parents=True, exist_ok=True)
             staging = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent))
             _copy(source, staging / "new")
-            _replace(staging / "new", target, staging / "old")
+            replace_path(staging / "new", target, staging / "old")
         except OSError as error:
             reason = error.strerror or str(error)
             raise WMTPError(f"{path} could not be copied to {uri}: {reason}; {target} is as it was") from error
@@ -88,16 +89,3 @@ def _copy(source: Path, target: Path) -> None:
     # some file systems report a full disk only here
     with target.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def _replace(new: Path, target: Path, aside: Path) -> None:
-    """Put ``new`` in the place of ``target``."""
-    if not target.is_dir():
-        new.replace(target)
-        return
-    target.rename(aside)
-    try:
-        new.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise

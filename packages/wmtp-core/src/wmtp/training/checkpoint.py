@@ -8,10 +8,9 @@ and the size of each file). It is written under a hidden name beside its place, 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,18 @@ from attrs import frozen
 from torch import nn
 
 from wmtp.errors import WMTPError
+from wmtp.storage.atomic import partial_path, write_folder
 
 __all__ = [
     "Checkpoint",
     "list_checkpoints",
     "load_checkpoint",
     "prune_checkpoints",
-    "remove_partial",
     "save_checkpoint",
-    "write_folder",
 ]
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)")
-_PARTIAL = re.compile(r"\.(.+)\.partial-(\d+)")
 
 
 @frozen(kw_only=True)
@@ -55,51 +52,6 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [Checkpoint(path=path, step=step) for step, path in sorted(found)]
-
-
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder that appears whole or not at all.
-
-    Args:
-        target: the folder; one that is there already is replaced once the new one is whole.
-        write: fills an empty folder.
-
-    Raises:
-        WMTPError: it could not be written. Nothing of it is left, and what stood at ``target`` still does.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        write(partial)
-        for path in sorted(partial.rglob("*")):
-            if path.is_file():
-                _flush(path)
-        _flush(partial)
-        replaced = target.parent / f".{target.name}.replaced.partial-{os.getpid()}"
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-        _flush(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        # safetensors and torch raise errors of their own where the disk is full
-        if isinstance(error, WMTPError) or not isinstance(error, Exception):
-            raise
-        free = shutil.disk_usage(target.parent).free
-        raise WMTPError(
-            f"{target} could not be written: {error} ({free / 2**20:,.0f} MiB are free there); nothing half-written is left"
-        ) from error
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove what a killed process left half-written in ``folder``. Only the owner of the run's lock may call this."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if _PARTIAL.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, state: Mapping[str, Any]) -> Checkpoint:
@@ -132,7 +84,7 @@ def prune_checkpoints(folder: Path, keep_last: int) -> None:
     if keep_last:
         for checkpoint in list_checkpoints(folder)[:-keep_last]:
             # renamed first, so that a kill in the middle leaves no half checkpoint under its name
-            doomed = checkpoint.path.with_name(f".{checkpoint.path.name}.partial-{os.getpid()}")
+            doomed = partial_path(checkpoint.path)
             checkpoint.path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
@@ -160,12 +112,3 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, device: torch.devi
         raise WMTPError(
             f"{checkpoint.path} cannot be read: {error}; remove this folder to go on from the checkpoint before it"
         ) from error
-
-
-def _flush(path: Path) -> None:
-    """Have the operating system write a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

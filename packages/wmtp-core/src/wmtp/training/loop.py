@@ -244,6 +244,7 @@ class Fit:
             "last_metrics": dict(self._last),
             "random": _random_state(),
         }
+        prune_checkpoints(self.checkpoint_dir, self.checkpoints.keep_last)  # fewer may be wanted since a resume
         try:
             save_checkpoint(self.checkpoint_dir, self._step, self.step_loss.model, state)
         except WMTPError as error:

@@ -14,9 +14,10 @@ from wmtp.config.schema import Config
 from wmtp.config.tree import flatten
 from wmtp.errors import ConfigError
 from wmtp.result import Result
+from wmtp.storage.atomic import remove_partial, write_folder
 from wmtp.storage.uris import file_path
 from wmtp.tracking import RunInfo
-from wmtp.training.checkpoint import list_checkpoints, remove_partial, write_folder
+from wmtp.training.checkpoint import list_checkpoints
 from wmtp.training.devices import autocast_context, pick_device
 from wmtp.training.loop import Fit
 from wmtp.training.memory import estimate_memory, head_parameters
@@ -220,6 +221,10 @@ def planned_steps(config: Config, batches: StepBatches) -> int:
 
 
 def _save_model(model: MTPModel, tokenizer: Tokenizer, folder: Path) -> None:
+    generation = model.base.generation_config
+    if generation is not None and generation.eos_token_id is None:
+        # a new model does not know yet where a text ends
+        generation.eos_token_id = model.base.config.eos_token_id = tokenizer.eos_id
     model.save_pretrained(folder)
     tokenizer.save(folder)
 

@@ -92,19 +92,22 @@ def open_source(config: Config) -> Source:
             f"data.train.max_length: {config.data.train.max_length}, but the model has positions for {longest} tokens; "
             f"write at most {longest}"
         )
-    tokenizer_config = config.tokenizer or _own_tokenizer()
-    own = place.path(tokenizer_config, "tokenizer")
-    tokenizer = tokenizer_config.build(path if own is None else own)
+    tokenizer = _open_tokenizer(config, place, path)
     check_vocabulary(info.vocab_size, tokenizer)
     datasets = {name: place.path(dataset, f"datasets.{name}") for name, dataset in config.datasets.items()}
     return Source(place=place, model_path=path, model_info=info, tokenizer=tokenizer, dataset_paths=datasets)
 
 
-def _own_tokenizer() -> Component:
-    """Where the config names no tokenizer: the one in the base model's folder."""
-    from wmtp.tokenizers.config import HfTransformers
+def _open_tokenizer(config: Config, place: Place, model_path: Path | None) -> Tokenizer:
+    """The tokenizer that the config names, or the one that lies beside the base model."""
+    from wmtp.tokenizers.load import load_tokenizer
 
-    return HfTransformers()
+    if config.tokenizer is not None:
+        own = place.path(config.tokenizer, "tokenizer")
+        return config.tokenizer.build(model_path if own is None else own)
+    if model_path is None:
+        raise ConfigError("tokenizer: a model from scratch brings none; add the table [tokenizer]")
+    return load_tokenizer(model_path)
 
 
 def load_extra_model(config: Config, place: Place, device: torch.device) -> Callable[[str], nn.Module]:

@@ -1,0 +1,83 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from wmtp.errors import WMTPError
+
+__all__ = ["partial_path", "remove_partial", "replace_path", "write_folder"]
+
+_PARTIAL = re.compile(r"\..+\.partial-\d+")
+_FULL_DISK = 2**20  # bytes free
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Make a folder that appears whole or not at all: it is filled under a hidden name, flushed to the disk, and renamed.
+
+    Args:
+        target: the folder; one that is there already is replaced once the new one is whole.
+        write: fills an empty folder.
+
+    Raises:
+        WMTPError: it could not be written. Nothing of it is left, and what stood at ``target`` still does.
+    """
+    staging = partial_path(target)
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        new = staging / "new"
+        new.mkdir(parents=True)
+        write(new)
+        for path in (*new.rglob("*"), new):
+            _flush(path)
+        replace_path(new, target, staging / "old")
+        _flush(target.parent)
+    except Exception as error:
+        if isinstance(error, WMTPError):
+            raise
+        # torch and safetensors say of a full disk only that they wrote less than they wanted to
+        full = staging.exists() and shutil.disk_usage(staging).free < _FULL_DISK
+        raise WMTPError(
+            f"{target} could not be written: {'the disk is full' if full else error}; nothing half-written is left"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def partial_path(target: Path) -> Path:
+    """Where this process writes ``target`` before it is whole, or puts it to remove it: a hidden name beside it."""
+    return target.parent / f".{target.name}.partial-{os.getpid()}"
+
+
+def replace_path(new: Path, target: Path, aside: Path) -> None:
+    """Put ``new`` in the place of ``target``. A folder in the way is put ``aside``: between two renames there is none."""
+    if not target.is_dir():
+        new.replace(target)
+        return
+    target.rename(aside)
+    try:
+        new.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed processes left half-written in ``folder``. Only for the owner of the run's lock."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if _PARTIAL.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system write a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
