@@ -14,7 +14,7 @@ from wmtp.config.tree import plain_value
 from wmtp.errors import ConfigError
 from wmtp.plugins.registry import Provided, Registry
 
-__all__ = ["describe", "unknown"]
+__all__ = ["describe", "type_name", "unknown"]
 
 #: where a component of each kind stands in TOML
 _TABLES: Final = {
@@ -70,7 +70,7 @@ def _toml(provided: Provided) -> str:
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
             default = None if default.takes_self else default.factory()  # type: ignore[union-attr]
         kind = attribute.metadata.get(COMPONENT_KIND)
-        wanted = f"a {KINDS[kind]}" if kind is not None else _type_name(attribute.type)
+        wanted = f"a {KINDS[kind]}" if kind is not None else type_name(attribute.type)
         if default is attrs.NOTHING:
             lines.append(f"{key} = …  # required: {wanted}")
         elif default is None:
@@ -89,7 +89,8 @@ def _toml(provided: Provided) -> str:
     return "\n".join([*lines, *tables])
 
 
-def _type_name(type_: Any) -> str:
+def type_name(type_: Any) -> str:
+    """What a person calls the type of a config field."""
     if get_origin(type_) is Literal:
         return " or ".join(f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in get_args(type_))
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -97,7 +98,7 @@ def _type_name(type_: Any) -> str:
         return words[type_]
     arguments = [argument for argument in get_args(type_) if argument is not type(None)]
     if type(None) in get_args(type_):
-        return " or ".join(_type_name(argument) for argument in arguments)
+        return " or ".join(type_name(argument) for argument in arguments)
     origin = get_origin(type_) or type_
     if isinstance(origin, type) and issubclass(origin, tuple | list | set | frozenset):
         return "an array"

@@ -1,0 +1,239 @@
+"""Writes the parts of the documentation that the code itself knows: the config reference and the hook reference.
+
+    uv run python docs/generate.py
+
+It replaces what stands between the markers in ``docs/config.md`` and ``docs/hooks.md``; ``tests/test_docs.py`` fails where
+they are out of date.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import tomli_w
+
+from wmtp import hookspecs
+from wmtp.cli.show import type_name
+from wmtp.config import schema
+from wmtp.config.components import COMPONENT_KIND, KINDS
+from wmtp.config.tree import plain_value
+from wmtp.plugins import Registry, load_plugins
+
+DOCS = Path(__file__).parent
+
+#: the plain sections of a config: its table, and its class
+SECTIONS = {
+    "[run]": schema.RunConfig,
+    "[models.NAME]": schema.ModelConfig,
+    "[models.base.heads]": schema.HeadsConfig,
+    "[data]": schema.DataConfig,
+    "[data.train]": schema.TrainDataConfig,
+    "[data.eval]": schema.EvalDataConfig,
+    "[schedule]": schema.ScheduleConfig,
+    "[train]": schema.TrainConfig,
+    "[train.early_stopping]": schema.EarlyStoppingConfig,
+    "[devices]": schema.DevicesConfig,
+    "[checkpoints]": schema.CheckpointConfig,
+    "[storage]": schema.StorageConfig,
+}
+
+#: kind → where its components stand in TOML, and what that section is
+TABLES = {
+    "trainers": ("[trainer]", "the algorithm"),
+    "model_loaders": ("[models.NAME]", "where a model comes from"),
+    "tokenizers": ("[tokenizer]", "default: the base model's own"),
+    "data_loaders": ("[datasets.NAME]", "the data sources, by names of your choice"),
+    "optimizers": ("[optimizer]", 'default: `type = "adamw"`'),
+    "trackers": ("[tracker]", 'default: `type = "mlflow"`'),
+    "launchers": ("[launcher]", 'default: `type = "local"`'),
+}
+
+#: kind → the class that `build` returns an instance of; optimizers are torch's own
+CONTRACTS = {
+    "trainers": ("wmtp.training", "Trainer"),
+    "model_loaders": ("wmtp.models", "ModelLoader"),
+    "tokenizers": ("wmtp.tokenizers", "Tokenizer"),
+    "data_loaders": ("wmtp.data", "ExampleLoader"),
+    "storages": ("wmtp.storage", "Storage"),
+    "trackers": ("wmtp.tracking", "Tracker"),
+    "launchers": ("wmtp.launchers", "Launcher"),
+}
+
+#: kind → what the contract's methods are given, or give
+VALUES = {
+    "trainers": ("TrainerSetup", "HiddenView", "StepView", "Stage"),
+    "model_loaders": ("ModelInfo", "LoadedModel"),
+    "data_loaders": ("Example", "BadExample"),
+    "trackers": ("RunInfo",),
+}
+
+_BOUNDS = {">=": "≥", "<=": "≤", ">": ">", "<": "<"}
+
+
+def config_reference(registry: Registry) -> str:
+    """Every section and every component of our own packages, as Markdown."""
+    parts = [f"### `{table}`\n\n{described(cls)}" for table, cls in SECTIONS.items()]
+    for kind, (table, remark) in TABLES.items():
+        parts.append(f"### {KINDS[kind].capitalize()}s: `{table}`\n\nChosen by `type`: {remark}.")
+        for provided in registry.of_kind(kind):
+            if provided.plugin is not None and provided.plugin.distribution in ("wmtp-core", "wmtp-algos"):
+                title = f'`type = "{provided.type}"` ({KINDS[kind]} of {provided.plugin.distribution})'
+                parts.append(f"#### {title}\n\n{described(provided.cls)}")
+    return "\n\n".join(parts)
+
+
+def described(cls: type[Any]) -> str:
+    """A config class: what it is, and a table of its keys."""
+    text, arguments = documentation(cls)
+    attrs.resolve_types(cls)
+    rows = []
+    for attribute in attrs.fields(cls):
+        if attribute.init:
+            meaning = cell(arguments[attribute.name])
+            rows.append(f"| `{attribute.alias}` | {shown_type(attribute)} | {shown_default(attribute)} | {meaning} |")
+    if not rows:
+        return f"{text}\n\nNo keys."
+    return "\n".join([text, "", "| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows])
+
+
+def documentation(obj: Any) -> tuple[str, dict[str, str]]:
+    """A docstring as Markdown without its ``Args:``, and those by name. Every other part stays."""
+    before, _, after = inspect.cleandoc(obj.__doc__ or "").partition("\nArgs:\n")
+    arguments: dict[str, str] = {}
+    name = ""
+    for line in after.splitlines():
+        if line and not line.startswith(" "):
+            break
+        if match := re.fullmatch(r" {4}(\w+): (.*)", line):
+            name = match[1]
+            arguments[name] = match[2]
+        elif line.strip():
+            arguments[name] += f" {line.strip()}"
+    return markdown(before).strip(), {key: markdown(value) for key, value in arguments.items()}
+
+
+def markdown(text: str) -> str:
+    """A docstring's double backquotes as single ones, and its paragraphs on lines of their own."""
+    paragraphs = text.replace("``", "`").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) if "    " not in paragraph else paragraph for paragraph in paragraphs)
+
+
+def cell(text: str) -> str:
+    """Text inside a table."""
+    return text.replace("|", "\\|")
+
+
+def shown_type(attribute: attrs.Attribute[Any]) -> str:
+    """The type and the bounds of a field."""
+    kind = attribute.metadata.get(COMPONENT_KIND)
+    if kind is not None:
+        return f"a {KINDS[kind]}"
+    bounds = ", ".join(_bounds(attribute.validator))
+    return cell(type_name(attribute.type)) + (f", {bounds}" if bounds else "")
+
+
+def _bounds(validator: Any) -> Iterator[str]:
+    inner = [getattr(validator, name, None) for name in ("validator", "member_validator", "value_validator")]
+    for other in (*inner, *getattr(validator, "_validators", ())):
+        if other is not None:
+            yield from _bounds(other)
+    if hasattr(validator, "bound"):
+        yield f"{_BOUNDS[validator.compare_op]} {'2³²' if validator.bound == 2**32 else validator.bound}"
+
+
+def shown_default(attribute: attrs.Attribute[Any]) -> str:
+    """The default as TOML has it."""
+    default: Any = attribute.default
+    if default is attrs.NOTHING:
+        return "required"
+    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+        default = default.factory()
+        if attrs.has(type(default)):
+            return "its own defaults"
+    if default is None:
+        return "–"
+    value = " ".join(tomli_w.dumps({"x": plain_value(default)}).split()).removeprefix("x = ").removesuffix("[x]") or "{}"
+    return f"`{value.replace('[ ', '[').replace(', ]', ']')}`"
+
+
+def hook_reference() -> str:
+    """Every hook, and the class that its components' ``build`` makes."""
+    from importlib import import_module
+
+    parts = []
+    for kind in KINDS:
+        hook = getattr(hookspecs, f"wmtp_{kind}")
+        text, _, example = inspect.cleandoc(hook.__doc__).partition("Example::\n")
+        parts.append(f"### `wmtp_{kind}()`\n\n{markdown(text).strip()}")
+        parts.append(f"```python\n{inspect.cleandoc(example)}\n```")
+        if kind in CONTRACTS:
+            module, name = CONTRACTS[kind]
+            base = getattr(import_module(module), name)
+            parts.append(contract(module, base))
+            for value in VALUES.get(kind, ()):
+                home = module if hasattr(import_module(module), value) else base.__module__
+                parts.append(fields(home, getattr(import_module(home), value)))
+    return "\n\n".join(parts)
+
+
+def contract(module: str, cls: type[Any]) -> str:
+    """The methods of a base class."""
+    text, _ = documentation(cls)
+    lines = [f"**`{module}.{cls.__name__}`** – {text}", ""]
+    for name, member in vars(cls).items():
+        if name.startswith("_") or not (inspect.isfunction(member) or isinstance(member, property)):
+            continue
+        function: Callable[..., Any] = member.fget if isinstance(member, property) else member  # type: ignore[assignment]
+        said, arguments = documentation(function)
+        needed = "required" if getattr(function, "__isabstractmethod__", False) else "optional"
+        signature = "" if isinstance(member, property) else re.sub(r"\bself(, )?", "", signature_of(function), count=1)
+        lines.append(f"- `{name}{signature}` ({needed}): {flattened(said)}")
+        lines += [f"  - `{argument}`: {meaning}" for argument, meaning in arguments.items()]
+    return "\n".join(lines)
+
+
+def fields(module: str, cls: type[Any]) -> str:
+    """What a value class holds."""
+    text, arguments = documentation(cls)
+    lines = [f"**`{module}.{cls.__name__}`** – {text}", ""]
+    return "\n".join([*lines, *(f"- `{name}`: {meaning}" for name, meaning in arguments.items())])
+
+
+def signature_of(function: Callable[..., Any]) -> str:
+    """The signature as it is written."""
+    return re.sub(r"""['"]""", "", str(inspect.signature(function)))
+
+
+def flattened(text: str) -> str:
+    """A docstring's paragraphs as one, for a list; ``Returns:`` and ``Raises:`` become sentences."""
+    return re.sub(r"\b(Returns|Raises): ", r"\1 ", " ".join(text.split()))
+
+
+def written(text: str, marker: str, content: str) -> str:
+    """``text`` with ``content`` between its two markers."""
+    begin, end = f"<!-- begin {marker}: written by docs/generate.py -->", f"<!-- end {marker} -->"
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"the markers of {marker} are missing")
+    return f"{head}{begin}\n\n{content}\n\n{end}{tail}"
+
+
+def pages() -> dict[Path, str]:
+    """The pages with generated parts, as they should be."""
+    config, hooks = DOCS / "config.md", DOCS / "hooks.md"
+    return {
+        config: written(config.read_text(encoding="utf-8"), "config", config_reference(load_plugins())),
+        hooks: written(hooks.read_text(encoding="utf-8"), "hooks", hook_reference()),
+    }
+
+
+if __name__ == "__main__":
+    for page, text in pages().items():
+        page.write_text(text, encoding="utf-8")
+        print(page)
