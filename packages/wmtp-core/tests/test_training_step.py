@@ -77,6 +77,7 @@ def step_loss(model, trainer, micro=99, normalizer="sum_w"):
             horizon=model.horizon,
             device=torch.device("cpu"),
             seed=0,
+            tokenizer=None,
             model=None,
         )
     )

@@ -4,6 +4,7 @@
 
 with coefficients c that already hold head weight, token weight and normaliser. The gradient of the hidden states and of the
 unembedding is computed together with the loss, chunk by chunk, so the logits of a chunk are made once and kept nowhere.
+A prediction whose coefficient is 0 costs its logits at most, and no product of the gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-__all__ = ["Unembedding", "token_losses", "weighted_cross_entropy"]
+__all__ = ["Unembedding", "token_losses", "token_statistics", "weighted_cross_entropy"]
 
 #: bytes of fp32 logits that are held at once
 _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
@@ -66,7 +67,8 @@ def weighted_cross_entropy(
         unembeddings: one a head; heads may share one, whose gradient is then accumulated once, in fp32.
         ids: ``[…, H]`` int64, the targets.
         coefficients: ``[…, H]``, without gradient; 0 where a prediction does not count.
-        valid: ``[…, H]`` bool, the predictions whose token loss is wanted. Must include every non-zero coefficient.
+        valid: ``[…, H]`` bool, the predictions whose token loss is wanted. Must include every non-zero coefficient; where
+            the token losses are known already, ``coefficients != 0`` saves the logits of the others too.
 
     Returns:
         the loss, a scalar with gradient; and the token losses ``[…, H]`` fp32, detached, 0 where not valid.
@@ -84,7 +86,6 @@ def weighted_cross_entropy(
     return loss, losses.view(ids.shape)
 
 
-@torch.no_grad()
 def token_losses(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding], ids: Tensor, valid: Tensor) -> Tensor:
     """The cross entropy of every valid prediction, without gradient.
 
@@ -97,8 +98,53 @@ def token_losses(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding], 
     Returns:
         ``[…, H]`` fp32 (fp64 for fp64 hidden states), 0 where not valid.
     """
-    zeros = torch.zeros_like(ids, dtype=torch.float32)
-    return weighted_cross_entropy([h.detach() for h in hidden], unembeddings, ids, zeros, valid)[1]
+    return token_statistics(hidden, unembeddings, ids, valid)[0]
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden: Sequence[Tensor],
+    unembeddings: Sequence[Unembedding],
+    ids: Tensor,
+    valid: Tensor,
+    *,
+    entropy: bool = False,
+    top_k: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The cross entropy of every valid prediction, and the entropy of what was predicted; without gradient.
+
+    Args:
+        hidden: one ``[…, D]`` a head.
+        unembeddings: one a head.
+        ids: ``[…, H]`` int64, the targets.
+        valid: ``[…, H]`` bool.
+        entropy: whether the entropy is wanted.
+        top_k: take it over the ``top_k`` most probable tokens, whose probabilities are made to add up to 1; None: over all.
+
+    Returns:
+        the token losses and the entropy in nats (None if not wanted), each ``[…, H]`` fp32 (fp64 for fp64 hidden states), 0
+        where not valid.
+    """
+    horizon = ids.shape[-1]
+    shared, tensors = _flatten([h.detach() for h in hidden], unembeddings)
+    compute, exact = _precision(tensors[0])
+    cast = _cast(shared, tensors, compute)
+    targets, wanted = ids.reshape(-1, horizon), valid.reshape(-1, horizon)
+    losses = torch.zeros(targets.shape, dtype=exact, device=ids.device)
+    entropies = torch.zeros_like(losses) if entropy else None
+    with torch.autocast(ids.device.type, enabled=False):
+        for k, (unembedding, weight, bias) in enumerate(shared):
+            for index in _rows(wanted[:, k]).split(_chunk_rows(tensors[weight])):
+                logits = _logits(tensors[k][index].to(compute), cast, unembedding, weight, bias, exact)
+                losses[index, k], normaliser = _cross_entropy(logits, targets[index, k])
+                if entropies is None:
+                    continue
+                if top_k is None:
+                    probabilities = logits.sub_(normaliser.unsqueeze(1)).exp_()
+                else:
+                    probabilities = logits.topk(min(top_k, logits.shape[1])).values.softmax(dim=1)
+                entropies[index, k] = torch.special.entr(probabilities).sum(dim=1)
+    return losses.view(ids.shape), None if entropies is None else entropies.view(ids.shape)
 
 
 def _flatten(
@@ -123,6 +169,46 @@ def _flatten(
     return shared, tensors
 
 
+def _precision(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """What products are computed in, and what logits become before anything is added up."""
+    device = hidden.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return compute, torch.promote_types(compute, torch.float32)
+
+
+def _cast(
+    shared: Sequence[tuple[Unembedding, int, int | None]], tensors: Sequence[Tensor], dtype: torch.dtype
+) -> dict[int, Tensor]:
+    """Every weight and bias once, in the precision of the products, by its place in the list."""
+    return {place: tensors[place].to(dtype) for _, *places in shared for place in places if place is not None}
+
+
+def _rows(wanted: Tensor) -> Tensor:
+    return wanted.nonzero().squeeze(1)
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    """How many rows of logits are made at once."""
+    return max(1, _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cuda"]) // (4 * weight.shape[0]))
+
+
+def _logits(
+    hidden: Tensor, cast: dict[int, Tensor], unembedding: Unembedding, weight: int, bias: int | None, exact: torch.dtype
+) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, cast[weight], None if bias is None else cast[bias]).to(exact)
+    if unembedding.scale != 1.0:
+        logits *= unembedding.scale
+    if unembedding.softcap is not None:
+        logits = logits.div_(unembedding.softcap).tanh_().mul_(unembedding.softcap)
+    return logits
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Token losses, and the logarithm of the sum of all exponentials."""
+    normaliser = torch.logsumexp(logits, dim=1)
+    return normaliser - logits.gather(1, target.unsqueeze(1)).squeeze(1), normaliser
+
+
 class _WeightedCrossEntropy(torch.autograd.Function):
     """Computes the gradients for an upstream gradient of 1 in the forward pass; the backward pass scales them."""
 
@@ -137,36 +223,26 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         horizon = ids.shape[1]
-        hidden = tensors[:horizon]
-        device = hidden[0].device.type
-        autocast = torch.is_autocast_enabled(device)
-        compute = torch.get_autocast_dtype(device) if autocast else hidden[0].dtype
-        exact = torch.promote_types(compute, torch.float32)
+        compute, exact = _precision(tensors[0])
+        cast = _cast(shared, tensors, compute)
         wanted = [with_gradient and needed for needed in ctx.needs_input_grad[5:]]
-
-        cast = {
-            place: tensors[place].to(compute) for _, weight, bias in shared for place in (weight, bias) if place is not None
-        }
         gradients: list[Tensor | None] = [
             torch.zeros_like(t, dtype=t.dtype if i < horizon else exact) if wanted[i] else None for i, t in enumerate(tensors)
         ]
         losses = torch.zeros(ids.shape, dtype=exact, device=ids.device)
-        with torch.autocast(device, enabled=False):
+        counts = valid & (coefficients != 0)
+        # asked for before anything is computed: on a GPU each of these waits until the device has nothing to do
+        rows = [(_rows(counts[:, k]), _rows(valid[:, k] & ~counts[:, k])) for k in range(horizon)]
+        with torch.autocast(ids.device.type, enabled=False):
             for k, (unembedding, weight, bias) in enumerate(shared):
-                rows = valid[:, k].nonzero().squeeze(1)
-                chunk = max(1, _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (4 * tensors[weight].shape[0]))
-                for index in rows.split(chunk):
-                    h = hidden[k][index].to(compute)
+                learned, only_measured = (group.split(_chunk_rows(tensors[weight])) for group in rows[k])
+                learns = wanted[k] or wanted[weight] or (bias is not None and wanted[bias])
+                for index in learned:
+                    h = tensors[k][index].to(compute)
                     target = ids[index, k]
-                    logits = torch.nn.functional.linear(h, cast[weight], None if bias is None else cast[bias]).to(exact)
-                    if unembedding.scale != 1.0:
-                        logits *= unembedding.scale
-                    if unembedding.softcap is not None:
-                        logits = logits.div_(unembedding.softcap).tanh_().mul_(unembedding.softcap)
-                    normaliser = torch.logsumexp(logits, dim=1)
-                    at_target = logits.gather(1, target.unsqueeze(1)).squeeze(1)
-                    losses[index, k] = normaliser - at_target
-                    if not (wanted[k] or wanted[weight] or (bias is not None and wanted[bias])):
+                    logits = _logits(h, cast, unembedding, weight, bias, exact)
+                    losses[index, k], normaliser = _cross_entropy(logits, target)
+                    if not learns:
                         continue
                     slope: Tensor | float = unembedding.scale
                     if unembedding.softcap is not None:
@@ -182,6 +258,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                         gradient[index] = (delta @ cast[weight]).to(gradient.dtype)
                     if (gradient := gradients[weight]) is not None:
                         _add_product(gradient, delta, h)
+                for index in only_measured:
+                    logits = _logits(tensors[k][index].to(compute), cast, unembedding, weight, bias, exact)
+                    losses[index, k], _ = _cross_entropy(logits, ids[index, k])
         ctx.gradients = [None if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
         ctx.mark_non_differentiable(losses)
         # NaN · 0 is NaN: an infinite token loss must show in the loss only where it counts

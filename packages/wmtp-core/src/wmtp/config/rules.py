@@ -17,7 +17,7 @@ from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
 from wmtp.storage.uris import backend_for, file_path, scheme_of
 
-__all__ = ["check", "check_loaded", "is_secret"]
+__all__ = ["check", "check_loaded", "is_secret", "required_models"]
 
 _MODELS: Final = ("base", "ref", "rm", "critic")
 _RUN_NAME: Final = re.compile(r"[\w][\w.+=@ -]*(?<! )")
@@ -91,16 +91,23 @@ def _local_folder(uri: str, path: KeyPath) -> Iterator[Problem]:
         yield from (Problem(path, problem) for problem in error.problems)
 
 
+def required_models(config: Config) -> dict[str, str]:
+    """The models that the trainers need besides ``base``: the name of each section → the type of a trainer that needs it."""
+    return {
+        name: placed.config.type
+        for placed in components(config)
+        if placed.kind == "trainers"
+        for name in getattr(placed.config, "required_models", ())
+        if name != "base"
+    }
+
+
 def _models(config: Config) -> Iterator[Problem]:
-    required: dict[str, str] = {}
-    for placed in components(config):
-        if placed.kind == "trainers":
-            for name in getattr(placed.config, "required_models", ()):
-                required[name] = placed.config.type
+    required = required_models(config)
     if "base" not in config.models:
         yield Problem(("models", "base"), "required, and missing: the model that is trained", at=("models",))
     for name, trainer in required.items():
-        if name not in config.models and name != "base":
+        if name not in config.models:
             yield Problem(("models", name), f"required by the trainer '{trainer}', and missing", at=("trainer",))
     allowed = list(dict.fromkeys((*_MODELS, *required)))
     for name, model in config.models.items():

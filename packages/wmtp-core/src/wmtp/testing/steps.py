@@ -24,11 +24,13 @@ class Step:
         batch: B rows of S tokens.
         trunk: ``[B, S, D]``.
         token_loss: ``[B, S, H]``; only its valid places count.
+        entropy: ``[B, S, H]``; likewise.
     """
 
     batch: Batch
     trunk: Tensor
     token_loss: Tensor
+    entropy: Tensor
 
 
 def random_step(seed: int, *, packed: bool, rows: int = 4, length: int = 12) -> Step:
@@ -74,6 +76,7 @@ def random_step(seed: int, *, packed: bool, rows: int = 4, length: int = 12) -> 
         batch=batch,
         trunk=torch.randn(*shape, HIDDEN_SIZE, generator=draw),
         token_loss=3 * torch.rand(*shape, HORIZON, generator=draw),
+        entropy=2 * torch.rand(*shape, HORIZON, generator=draw),
     )
 
 
@@ -96,7 +99,13 @@ def pad(step: Step, *, columns: int, rows: int) -> Step:
         learn=grown(batch.learn, False),
         weight=None if weight is None else grown(weight, 7.0),
     )
-    return evolve(step, batch=padded, trunk=grown(step.trunk, 5.0), token_loss=grown(step.token_loss, 2.0))
+    return evolve(
+        step,
+        batch=padded,
+        trunk=grown(step.trunk, 5.0),
+        token_loss=grown(step.token_loss, 2.0),
+        entropy=grown(step.entropy, 2.0),
+    )
 
 
 def make_view(trainer: Trainer, step: Step, *, number: int = 0, stage: str = "train", with_gradient: bool = False) -> StepView:
@@ -112,7 +121,9 @@ def make_view(trainer: Trainer, step: Step, *, number: int = 0, stage: str = "tr
     targets = align_targets(step.batch, HORIZON)
     real = step.batch.document != PADDING
     with torch.set_grad_enabled(with_gradient):
-        seen = trainer.observe(HiddenView(batch=step.batch, targets=targets, stage=stage, trunk=step.trunk.clone()))
+        seen = trainer.observe(
+            HiddenView(batch=step.batch, targets=targets, packed=step.batch.packed, stage=stage, trunk=step.trunk.clone())
+        )
         observations = {
             name: torch.where(real if value.ndim == 2 else real.unsqueeze(-1), value, 0.0) for name, value in seen.items()
         }
@@ -120,6 +131,7 @@ def make_view(trainer: Trainer, step: Step, *, number: int = 0, stage: str = "tr
         batch=step.batch,
         targets=targets,
         token_loss=torch.where(targets.valid, step.token_loss, 0.0) if trainer.needs_token_loss else None,
+        entropy=torch.where(targets.valid, step.entropy, 0.0) if trainer.needs_entropy else None,
         observations=observations,
         step=number,
         stage=stage,

@@ -16,6 +16,7 @@ from wmtp.data.batch import Targets, align_targets
 from wmtp.models.mtp import MTPModel
 from wmtp.testing.component import ComponentTests
 from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, Step, make_view, pad, random_step, tiny_model
+from wmtp.tokenizers.config import Bytes
 from wmtp.training.step import StepLoss
 from wmtp.training.trainer import Stage, Trainer, TrainerSetup
 from wmtp.training.weights import place_weights
@@ -35,9 +36,10 @@ class TrainerTests(ComponentTests):
     __test__ = False
     kind = "trainers"
 
-    def make_model(self, name: str) -> nn.Module:
+    def make_model(self, name: str) -> MTPModel:
         """The model ``[models.<name>]``: a tiny Llama with random weights."""
-        return tiny_model(seed=len(name)).eval().requires_grad_(False)
+        base = cast(PreTrainedModel, tiny_model(seed=len(name)))
+        return MTPModel(base, HeadsConfig(horizon=1), seed=0).eval().requires_grad_(False)
 
     @pytest.fixture
     def trainer(self) -> Trainer:
@@ -48,6 +50,10 @@ class TrainerTests(ComponentTests):
         """Build and set up a trainer; always the same."""
         trainer = self.config.build()
         assert isinstance(trainer, Trainer)
+
+        def open_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> MTPModel:
+            return self.make_model(name).to(dtype)
+
         with torch.random.fork_rng():
             torch.manual_seed(0)
             trainer.setup(
@@ -57,7 +63,8 @@ class TrainerTests(ComponentTests):
                     horizon=HORIZON,
                     device=torch.device("cpu"),
                     seed=0,
-                    model=self.make_model,
+                    tokenizer=Bytes().build(None),
+                    model=open_model,
                 )
             )
         return trainer

@@ -91,6 +91,7 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
             horizon=model.horizon,
             device=device,
             seed=config.run.seed,
+            tokenizer=source.tokenizer,
             model=load_extra_model(config, source.place, device),
         )
     )

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
-from torch import nn
 
 from wmtp.config.components import Component
-from wmtp.config.schema import Config, ModelConfig
-from wmtp.errors import ConfigError
+from wmtp.config.rules import required_models
+from wmtp.config.schema import Config, HeadsConfig, ModelConfig
+from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.base import ModelInfo
 from wmtp.plugins import load_plugins
 from wmtp.storage.uris import localize
 from wmtp.tokenizers import Tokenizer
+from wmtp.training.trainer import OpenModel
 
 if TYPE_CHECKING:
+    from wmtp.models.mtp import MTPModel
     from wmtp.storage import Storage
 
 __all__ = ["Place", "Source", "load_extra_model", "open_source", "provenance"]
@@ -77,7 +79,7 @@ def open_source(config: Config) -> Source:
     """Find the files that a config names, and check what can be checked without reading weights.
 
     Raises:
-        ConfigError: rows longer than the model's positions, or a tokenizer that is not the model's.
+        ConfigError: rows longer than a model's positions, or a tokenizer that is not that of every model.
         WMTPError: files are missing or damaged.
     """
     from wmtp.models.vocabulary import check_vocabulary
@@ -86,14 +88,11 @@ def open_source(config: Config) -> Source:
     base = config.models["base"]
     path = place.path(base.loader, "models.base")
     info = base.loader.build().info(path)
-    longest = info.max_positions
-    if longest is not None and config.data.train.max_length > longest:
-        raise ConfigError(
-            f"data.train.max_length: {config.data.train.max_length}, but the model has positions for {longest} tokens; "
-            f"write at most {longest}"
-        )
+    _check_length(info, config, "the model")
     tokenizer = _open_tokenizer(config, place, path)
     check_vocabulary(info.vocab_size, tokenizer)
+    for name in required_models(config):
+        _check_extra_model(name, config, place, tokenizer)
     datasets = {name: place.path(dataset, f"datasets.{name}") for name, dataset in config.datasets.items()}
     return Source(place=place, model_path=path, model_info=info, tokenizer=tokenizer, dataset_paths=datasets)
 
@@ -110,17 +109,59 @@ def _open_tokenizer(config: Config, place: Place, model_path: Path | None) -> To
     return load_tokenizer(model_path)
 
 
-def load_extra_model(config: Config, place: Place, device: torch.device) -> Callable[[str], nn.Module]:
-    """What a trainer calls to load ``[models.NAME]``: frozen, in eval mode, on ``device``."""
+def _check_length(info: ModelInfo, config: Config, model: str) -> None:
+    longest = info.max_positions
+    if longest is not None and config.data.train.max_length > longest:
+        raise ConfigError(
+            f"data.train.max_length: {config.data.train.max_length}, but {model} has positions for {longest} tokens; "
+            f"write at most {longest}"
+        )
 
-    def load(name: str) -> nn.Module:
+
+def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Tokenizer) -> None:
+    """Whether a model that a trainer needs is there, and reads the run's tokens as the base model does."""
+    from wmtp.models.vocabulary import check_vocabulary, compare_tokenizers
+
+    key = f"models.{name}"
+    loader = config.models[name].loader
+    path = place.path(loader, key)
+    info = loader.build().info(path)
+    if path is not None:
+        compare_tokenizers(tokenizer, _own_tokenizer(config, path, key), key=key)
+    check_vocabulary(info.vocab_size, tokenizer, key=key)
+    _check_length(info, config, f"[{key}]")
+
+
+def _own_tokenizer(config: Config, path: Path, key: str) -> Tokenizer:
+    """The tokenizer that lies beside a model."""
+    from wmtp.tokenizers.load import load_tokenizer
+    from wmtp.tokenizers.saved import read_saved
+
+    saved = read_saved(path) if path.is_dir() else None
+    try:
+        if saved is not None and config.tokenizer is not None and saved["type"] == config.tokenizer.type:
+            return config.tokenizer.build(path)  # of another plugin, perhaps, which only the config can name
+        return load_tokenizer(path)
+    except WMTPError as error:
+        raise ConfigError(
+            f"{key}: its vocabulary must be the base model's, and cannot be read: {error}; put the files of its tokenizer "
+            "beside the model"
+        ) from error
+
+
+def load_extra_model(config: Config, place: Place, device: torch.device) -> OpenModel:
+    """What a trainer calls to load ``[models.NAME]``; see `OpenModel`."""
+    from wmtp.models.build import build_model
+
+    def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = device) -> MTPModel:
         entry: ModelConfig | None = config.models.get(name)
         if entry is None:
             raise ConfigError(f"models.{name}: the trainer needs this model; add the table [models.{name}]")
-        loaded = entry.loader.build().load(
-            place.path(entry.loader, f"models.{name}"), dtype=torch.float32, seed=config.run.seed
-        )
-        return loaded.model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        loaded = entry.loader.build().load(place.path(entry.loader, f"models.{name}"), dtype=dtype, seed=config.run.seed)
+        model = build_model(loaded, HeadsConfig(horizon=1), config.run.seed)
+        if config.data.train.packing and model.packing_problem is not None:
+            raise ConfigError(f"data.train.packing: [models.{name}]: {model.packing_problem}; set data.train.packing = false")
+        return model.to(device).eval().requires_grad_(False)
 
     return load
 

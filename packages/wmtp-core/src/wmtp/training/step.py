@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wmtp.data.batch import Batch, Targets, align_targets
 from wmtp.errors import PluginError
-from wmtp.loss import Unembedding, token_losses, weighted_cross_entropy
+from wmtp.loss import Unembedding, token_statistics, weighted_cross_entropy
 from wmtp.training.devices import statistics_dtype
 from wmtp.training.trainer import HiddenView, Stage, StepView, Trainer
 from wmtp.training.weights import (
@@ -89,20 +89,22 @@ class StepLoss:
         # One micro-batch: its forward pass serves both phases. Several: the statistics of all are needed before the gradient of
         # any, so what a trainer observes costs a forward pass of its own.
         kept: tuple[MTPOutput, dict[str, Tensor]] | None = None
-        losses: Tensor | None = None
+        losses, entropy = None, None
         observations: dict[str, Tensor] = {}
         if len(pieces) == 1:
-            kept = self._forward(batch, targets, packed, stage)
+            output = self._forward(batch, packed)
+            kept = output, self._observe(output, batch, targets, packed, stage)
             observations = {name: value.detach() for name, value in kept[1].items()}
-            if self.trainer.needs_token_loss:
-                losses = self._token_losses(kept[0], targets)
-        elif self.trainer.needs_token_loss or type(self.trainer).observe is not Trainer.observe:
-            losses, observations = self._survey(batch, targets, packed, pieces, stage)
+            if self._needs_statistics:
+                losses, entropy = self._token_statistics(output, targets)
+        elif self._needs_statistics or type(self.trainer).observe is not Trainer.observe:
+            losses, entropy, observations = self._survey(batch, targets, packed, pieces, stage)
 
         view = StepView(
             batch=batch,
             targets=targets,
-            token_loss=losses,
+            token_loss=losses if self.trainer.needs_token_loss else None,
+            entropy=entropy,
             observations=observations,
             step=step,
             stage=stage.name,
@@ -121,10 +123,17 @@ class StepLoss:
         step_losses = []
         for piece in pieces:
             part = Targets(ids=targets.ids[piece], valid=targets.valid[piece])
-            output, observed = kept or self._forward(batch.rows(piece.start, piece.stop), part, packed, stage)
+            if kept is not None:
+                output, observed = kept
+            else:
+                rows_of_piece = batch.rows(piece.start, piece.stop)
+                output = self._forward(rows_of_piece, packed)
+                observed = self._observe(output, rows_of_piece, part, packed, stage) if slopes else {}
+            # where all token losses are known, only the predictions that teach something are computed again
+            computed = part.valid if losses is None else coefficients[piece] != 0
             with self.autocast():
                 loss, piece_losses = weighted_cross_entropy(
-                    output.hidden, self._unembeddings(), part.ids, coefficients[piece], part.valid
+                    output.hidden, self._unembeddings(), part.ids, coefficients[piece], computed
                 )
             model_loss += loss.detach()
             step_losses.append(piece_losses)
@@ -135,7 +144,7 @@ class StepLoss:
             if total.requires_grad:
                 total.backward()
 
-        all_losses = torch.cat(step_losses)
+        all_losses = torch.cat(step_losses) if losses is None else losses
         whole = sum(auxiliary.values(), start=model_loss)
         metrics: dict[str, Tensor | float] = {"loss": whole}
         metrics |= head_statistics(all_losses, weights, targets.valid)
@@ -147,13 +156,20 @@ class StepLoss:
     def _unembeddings(self) -> list[Unembedding]:
         return [self.model.unembedding(k) for k in range(1, self.model.horizon + 1)]
 
-    def _forward(self, batch: Batch, targets: Targets, packed: bool, stage: Stage) -> tuple[MTPOutput, dict[str, Tensor]]:
-        """The hidden states of one micro-batch, and what the trainer observes in them."""
+    @property
+    def _needs_statistics(self) -> bool:
+        return self.trainer.needs_token_loss or self.trainer.needs_entropy
+
+    def _forward(self, batch: Batch, packed: bool) -> MTPOutput:
+        """The hidden states of one micro-batch."""
         with self.autocast():
-            output = self.model(batch.input_ids, batch.position, packed)
-            observed = dict(
-                self.trainer.observe(HiddenView(batch=batch, targets=targets, stage=stage.name, trunk=output.trunk))
-            )
+            return self.model(batch.input_ids, batch.position, packed)
+
+    def _observe(self, output: MTPOutput, batch: Batch, targets: Targets, packed: bool, stage: Stage) -> dict[str, Tensor]:
+        """What the trainer observes in the hidden states of one micro-batch."""
+        view = HiddenView(batch=batch, targets=targets, packed=packed, stage=stage.name, trunk=output.trunk)
+        with self.autocast():
+            observed = dict(self.trainer.observe(view))
         rows, length, horizon = targets.ids.shape
         for name, value in observed.items():
             if value.shape not in ((rows, length), (rows, length, horizon)):
@@ -161,27 +177,38 @@ class StepLoss:
                     f"{self.trainer_name}: observe returned {name!r} of shape {list(value.shape)}; it must be "
                     f"[b, S] = {[rows, length]} or [b, S, H] = {[rows, length, horizon]}"
                 )
-        return output, observed
+        return observed
 
-    def _token_losses(self, output: MTPOutput, targets: Targets) -> Tensor:
+    def _token_statistics(self, output: MTPOutput, targets: Targets) -> tuple[Tensor, Tensor | None]:
         with self.autocast():
-            return token_losses(output.hidden, self._unembeddings(), targets.ids, targets.valid)
+            return token_statistics(
+                output.hidden,
+                self._unembeddings(),
+                targets.ids,
+                targets.valid,
+                entropy=self.trainer.needs_entropy,
+                top_k=self.trainer.entropy_top_k,
+            )
 
     @torch.no_grad()
     def _survey(
         self, batch: Batch, targets: Targets, packed: bool, pieces: list[slice], stage: Stage
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Token losses and observations of the whole step, by a forward pass without gradient."""
+    ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+        """Token losses, entropy and observations of the whole step, by a forward pass without gradient."""
         losses: list[Tensor] = []
+        entropies: list[Tensor] = []
         observed: list[dict[str, Tensor]] = []
         for piece in pieces:
+            rows = batch.rows(piece.start, piece.stop)
             part = Targets(ids=targets.ids[piece], valid=targets.valid[piece])
-            output, values = self._forward(batch.rows(piece.start, piece.stop), part, packed, stage)
-            observed.append(values)
-            if self.trainer.needs_token_loss:
-                losses.append(self._token_losses(output, part))
+            output = self._forward(rows, packed)
+            observed.append(self._observe(output, rows, part, packed, stage))
+            if self._needs_statistics:
+                loss, entropy = self._token_statistics(output, part)
+                losses.append(loss)
+                entropies += [] if entropy is None else [entropy]
         together = {name: torch.cat([values[name] for values in observed]) for name in observed[0]}
-        return (torch.cat(losses) if losses else None), together
+        return torch.cat(losses) if losses else None, torch.cat(entropies) if entropies else None, together
 
     def _auxiliary(self, view: StepView) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The auxiliary losses of the step, and their gradient with respect to each observation."""

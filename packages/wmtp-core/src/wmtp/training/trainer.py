@@ -15,8 +15,8 @@ micro-batch.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from attrs import frozen
@@ -24,7 +24,11 @@ from torch import Tensor, nn
 
 from wmtp.data.batch import Batch, Targets, shift_to_predictions
 
-__all__ = ["HiddenView", "Stage", "StepView", "Trainer", "TrainerSetup"]
+if TYPE_CHECKING:
+    from wmtp.models.mtp import MTPModel
+    from wmtp.tokenizers import Tokenizer
+
+__all__ = ["HiddenView", "OpenModel", "Stage", "StepView", "Trainer", "TrainerSetup"]
 
 
 @frozen(kw_only=True)
@@ -45,6 +49,24 @@ class Stage:
     model_loss: bool = True
 
 
+class OpenModel(Protocol):
+    """Loads another ``[models.*]``."""
+
+    def __call__(self, name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> MTPModel:
+        """The model of the section ``[models.<name>]``: head 1 alone, frozen, in eval mode.
+
+        Args:
+            name: a section that the config class has in ``required_models``: its vocabulary is then known to be the run's.
+            dtype: of its parameters.
+            device: where it computes; None: where the trained model does.
+
+        Raises:
+            ConfigError: the config has no such section, or this machine no such device.
+            WMTPError: the files are missing or damaged.
+        """
+        ...
+
+
 @frozen(kw_only=True, eq=False)
 class TrainerSetup:
     """What an algorithm is given once, before the first step.
@@ -55,7 +77,8 @@ class TrainerSetup:
         horizon: H.
         device: where the model is.
         seed: the run's seed.
-        model: loads another ``[models.*]`` by name, frozen, in eval mode, on ``device``.
+        tokenizer: what made the tokens.
+        model: loads another ``[models.*]`` by name.
     """
 
     hidden_size: int
@@ -63,7 +86,8 @@ class TrainerSetup:
     horizon: int
     device: torch.device
     seed: int
-    model: Callable[[str], nn.Module]
+    tokenizer: Tokenizer
+    model: OpenModel
 
 
 @frozen(kw_only=True, eq=False)
@@ -73,6 +97,7 @@ class HiddenView:
     Args:
         batch: b rows.
         targets: ``[b, S, H]``.
+        packed: whether some row of the step holds several documents; what another model's ``forward`` needs to know.
         stage: the name of the stage that the step belongs to.
         trunk: ``[b, S, D]``, the hidden states that feed the heads. They carry a gradient where the trunk learns: detach
             them to keep a module's loss out of the trunk.
@@ -80,6 +105,7 @@ class HiddenView:
 
     batch: Batch
     targets: Targets
+    packed: bool
     stage: str
     trunk: Tensor
 
@@ -93,6 +119,8 @@ class StepView:
         targets: ids and valid mask, ``[B, S, H]``.
         token_loss: CE[t, k], ``[B, S, H]`` fp32, detached, 0 where not valid. None unless the trainer's
             ``needs_token_loss`` is True.
+        entropy: of what head k predicts at t, in nats: ``[B, S, H]`` fp32, detached, 0 where not valid. None unless the
+            trainer's ``needs_entropy`` is True.
         observations: what `Trainer.observe` returned, ``[B, S]`` or ``[B, S, H]``, 0 at padding. In
             `Trainer.auxiliary_losses` they carry a gradient; in `Trainer.token_weights` they are detached.
         step: the optimizer step, from 0.
@@ -103,6 +131,7 @@ class StepView:
     batch: Batch
     targets: Targets
     token_loss: Tensor | None
+    entropy: Tensor | None
     observations: Mapping[str, Tensor]
     step: int
     stage: str
@@ -118,6 +147,10 @@ class Trainer(ABC):
 
     #: True where `token_weights` uses this step's cross entropy
     needs_token_loss: bool = False
+    #: True where `token_weights` uses the entropy of the model's own predictions
+    needs_entropy: bool = False
+    #: over how many of the most probable tokens that entropy is taken, their probabilities made to add up to 1; None: over all
+    entropy_top_k: int | None = None
 
     def setup(self, setup: TrainerSetup) -> None:
         """Called once, before anything else. Make modules and load other models here."""
@@ -131,7 +164,10 @@ class Trainer(ABC):
         return (Stage(),)
 
     def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
-        """Numbers per token, from the hidden states of one micro-batch: ``[b, S]`` or ``[b, S, H]`` each."""
+        """Numbers per token, from the hidden states of one micro-batch: ``[b, S]`` or ``[b, S, H]`` each.
+
+        Called once a micro-batch, and again for the gradient where auxiliary losses use the numbers.
+        """
         return {}
 
     def token_weights(self, view: StepView) -> Tensor | None:
