@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import wmtp
-from wmtp_algos.baseline_mtp_config import BaselineMTP
+from wmtp_algos import config
 
 __all__ = ["wmtp_trainers"]
 
@@ -11,4 +11,4 @@ __all__ = ["wmtp_trainers"]
 @wmtp.hookimpl
 def wmtp_trainers() -> list[type]:
     """The algorithms."""
-    return [BaselineMTP]
+    return [getattr(config, name) for name in config.__all__]

@@ -71,7 +71,9 @@ def _toml(provided: Provided) -> str:
             default = None if default.takes_self else default.factory()  # type: ignore[union-attr]
         kind = attribute.metadata.get(COMPONENT_KIND)
         wanted = f"a {KINDS[kind]}" if kind is not None else type_name(attribute.type)
-        if default is attrs.NOTHING:
+        if default is attrs.NOTHING and kind is not None:
+            tables += [f"[{table.strip('[]')}.{key}]", f"type = …  # required: {wanted}"]
+        elif default is attrs.NOTHING:
             lines.append(f"{key} = …  # required: {wanted}")
         elif default is None:
             lines.append(f"# {key} = …  # {wanted}")

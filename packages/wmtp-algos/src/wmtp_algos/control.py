@@ -1,0 +1,102 @@
+"""What all controls share: they are another trainer in everything but its weights."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wmtp.training import HiddenView, Stage, StepView, Trainer, TrainerSetup
+from wmtp.training.weights import place_weights
+
+__all__ = ["ControlTrainer"]
+
+
+class ControlTrainer(Trainer):
+    """Another trainer, the treatment, with other weights of the same size.
+
+    Modules, stages, observations, auxiliary losses, metrics and state are the treatment's. Its weights are changed for each
+    head alone, so that every head keeps its share of the loss.
+
+    Args:
+        treatment: any trainer.
+        name: what messages call it.
+    """
+
+    def __init__(self, treatment: Trainer, name: str) -> None:
+        self._treatment = treatment
+        self._name = name
+
+    @property
+    def needs_token_loss(self) -> bool:  # type: ignore[override]
+        """As the treatment."""
+        return self._treatment.needs_token_loss
+
+    @property
+    def needs_entropy(self) -> bool:  # type: ignore[override]
+        """As the treatment."""
+        return self._treatment.needs_entropy
+
+    @property
+    def entropy_top_k(self) -> int | None:  # type: ignore[override]
+        """As the treatment."""
+        return self._treatment.entropy_top_k
+
+    def setup(self, setup: TrainerSetup) -> None:
+        """See `Trainer.setup`."""
+        self._treatment.setup(setup)
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """See `Trainer.modules`."""
+        return self._treatment.modules()
+
+    def stages(self) -> Sequence[Stage]:
+        """See `Trainer.stages`."""
+        return self._treatment.stages()
+
+    def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
+        """See `Trainer.observe`."""
+        return self._treatment.observe(view)
+
+    def token_weights(self, view: StepView) -> Tensor:
+        """See `Trainer.token_weights`; ``[B, S, H]``."""
+        weights = place_weights(self._treatment.token_weights(view), view.targets, self._name)
+        changed = torch.zeros_like(weights)
+        for k in range(weights.shape[-1]):
+            valid = view.targets.valid[..., k]
+            treated = weights[..., k][valid]
+            # weights that are not allowed are left for the loop to refuse
+            allowed = (treated.isfinite() & (treated >= 0)).all()
+            changed[..., k][valid] = torch.where(allowed, self.replace(treated, view.generator), treated)
+        return changed
+
+    @abstractmethod
+    def replace(self, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """Other weights for one head.
+
+        Args:
+            weights: ``[n]``, the treatment's, of the head's valid predictions in the order of the data.
+            generator: on the CPU, where all random numbers must come from.
+
+        Returns:
+            ``[n]``.
+        """
+
+    def auxiliary_losses(self, view: StepView) -> Mapping[str, Tensor]:
+        """See `Trainer.auxiliary_losses`."""
+        return self._treatment.auxiliary_losses(view)
+
+    def metrics(self) -> Mapping[str, Tensor | float]:
+        """See `Trainer.metrics`."""
+        return self._treatment.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Trainer.state_dict`."""
+        return self._treatment.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Trainer.load_state_dict`."""
+        self._treatment.load_state_dict(state)

@@ -1,0 +1,114 @@
+"""rho1-wmtp: the excess loss against a reference model decides what is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wmtp.data.batch import align_targets
+from wmtp.errors import ConfigError
+from wmtp.loss import token_losses
+from wmtp.training import HiddenView, StepView, Trainer, TrainerSetup
+from wmtp_algos.selection import Groups
+
+if TYPE_CHECKING:
+    from wmtp.data.batch import Batch
+    from wmtp.models.mtp import MTPModel
+    from wmtp_algos.config import Rho1WMTP
+
+__all__ = ["Rho1WMTPTrainer", "next_token_losses"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Rho1WMTPTrainer(Trainer):
+    """Selective multi-token prediction by excess loss (Rho-1: Lin et al., arXiv 2404.07965, eq. 3 and 4; here at every head).
+
+    With the score s of each valid prediction, Δ[t, k] = CE[t, k] − CE_ref[t+k] or what ``score`` says:
+
+        token-skip   w = 1 where s is among the best share ``keep`` of its scope, else 0
+        weighted     w = min(max_weight, n · softmax(s / T))        over the n valid predictions of its scope
+
+    Args:
+        config: see `wmtp_algos.config.Rho1WMTP`.
+    """
+
+    def __init__(self, config: Rho1WMTP) -> None:
+        self._config = config
+        self._metrics: dict[str, Tensor] = {}
+        self.needs_token_loss = config.score != "reference"
+
+    def setup(self, setup: TrainerSetup) -> None:
+        """See `Trainer.setup`."""
+        device = setup.device
+        if self._config.reference_device is not None:
+            device = _device(self._config.reference_device)
+        self._reference = setup.model("ref", dtype=_DTYPES[self._config.reference_precision], device=device)
+
+    def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
+        """``reference_loss``: CE_ref of each token, ``[b, S]``."""
+        return {"reference_loss": next_token_losses(self._reference, view.batch, view.packed)}
+
+    def token_weights(self, view: StepView) -> Tensor:
+        """See `Trainer.token_weights`; ``[B, S, H]``."""
+        config = self._config
+        reference = view.by_prediction(view.observations["reference_loss"])
+        scores = -reference if view.token_loss is None else view.token_loss - reference
+        self._metrics = _means(view, reference, scores)
+        if config.score == "absolute":
+            scores = scores.abs()
+        groups = Groups.of(config.scope, view)
+        if config.mode == "token-skip":
+            weights = groups.top(scores, config.keep).float()
+        else:
+            if config.score != "reference":
+                scores = torch.where(scores.abs() < config.min_excess, 0.0, scores)
+            weights = groups.softmax(scores / config.temperature).clamp(max=config.max_weight)
+        # a score that is no number has no rank: let the loop say so
+        return torch.where(scores.isfinite(), weights, torch.nan)
+
+    def metrics(self) -> Mapping[str, Tensor]:
+        """``rho1/reference_loss`` and ``rho1/excess``: the means of CE_ref and Δ over the valid predictions."""
+        return self._metrics
+
+
+@torch.no_grad()
+def next_token_losses(model: MTPModel, batch: Batch, packed: bool) -> Tensor:
+    """A model's own next-token loss of each token, by one forward pass.
+
+    Args:
+        model: anywhere; it computes in the precision of its parameters.
+        batch: b rows.
+        packed: whether some row holds several documents; none of them sees another.
+
+    Returns:
+        ``[b, S]`` fp32 on the batch's device: −log P(x_j | x_<j) at place j, for every token to learn but the first of its
+        document, which follows nothing; 0 elsewhere.
+    """
+    targets = align_targets(batch, horizon=1)
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, enabled=False):
+        output = model(batch.input_ids.to(device), batch.position.to(device), packed)
+        losses = token_losses(output.hidden, [model.unembedding(1)], targets.ids.to(device), targets.valid.to(device))
+    by_token = torch.zeros(batch.input_ids.shape, device=batch.input_ids.device)
+    by_token[:, 1:] = losses[:, :-1, 0]  # what is predicted at j − 1 is token j
+    return by_token
+
+
+def _means(view: StepView, reference: Tensor, excess: Tensor) -> dict[str, Tensor]:
+    valid = view.targets.valid
+    means = {"rho1/reference_loss": torch.where(valid, reference, 0.0).sum() / valid.sum()}
+    if view.token_loss is not None:
+        means["rho1/excess"] = torch.where(valid, excess, 0.0).sum() / valid.sum()
+    return means
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= counts[device.type]:
+        raise ConfigError(f"rho1-wmtp: reference_device: this machine has no {name} that torch can use")
+    return device
