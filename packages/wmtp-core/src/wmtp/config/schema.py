@@ -69,6 +69,7 @@ class HeadsConfig:
         head_weights: α, one a head. Default 1 each.
         decay: instead of ``head_weights``: α_k = decay^(k−1).
         warmup_steps: for so many optimizer steps at the start only heads 2..H learn, on a frozen model.
+        lr_factor: heads 2..H learn with this multiple of ``optimizer.lr``; new heads stand more than a pretrained model.
     """
 
     horizon: int = field(default=4, validator=ge(1))
@@ -78,6 +79,7 @@ class HeadsConfig:
     head_weights: tuple[float, ...] | None = field(default=None, validator=optional(deep_iterable(ge(0.0))))
     decay: float | None = field(default=None, validator=optional([gt(0.0), le(1.0)]))
     warmup_steps: int = field(default=0, validator=ge(0))
+    lr_factor: float = field(default=1.0, validator=gt(0.0))
 
     def resolved_head_weights(self) -> tuple[float, ...]:
         """α of heads 1..H."""

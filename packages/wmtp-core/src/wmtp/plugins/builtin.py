@@ -8,7 +8,7 @@ from wmtp.data.config import CodeContests, HumanEval, Jsonl, Mbpp, PythonSource,
 from wmtp.hookspecs import hookimpl
 from wmtp.launchers.config import LocalLauncher
 from wmtp.models.config import HfModel, MetaMtpModel, ScratchModel
-from wmtp.storage.config import FileStorage
+from wmtp.storage.config import FileStorage, PackageStorage
 from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers
 from wmtp.tracking.config import JsonlTracker, MLflowTracker
 from wmtp.training.optimizer_config import AdamW, Muon
@@ -44,8 +44,8 @@ def wmtp_data_loaders() -> list[type[Any]]:
 
 @hookimpl
 def wmtp_storages() -> list[type[Any]]:
-    """Files of this machine."""
-    return [FileStorage]
+    """Files of this machine, and of its Python packages."""
+    return [FileStorage, PackageStorage]
 
 
 @hookimpl

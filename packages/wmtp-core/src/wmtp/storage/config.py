@@ -9,7 +9,7 @@ from attrs import frozen
 if TYPE_CHECKING:
     from wmtp.storage.base import Storage
 
-__all__ = ["FileStorage"]
+__all__ = ["FileStorage", "PackageStorage"]
 
 
 @frozen(kw_only=True)
@@ -24,3 +24,17 @@ class FileStorage:
         from wmtp.storage.file import File
 
         return File()
+
+
+@frozen(kw_only=True)
+class PackageStorage:
+    """Files that an installed Python package brings along: ``package://MODULE/PATH``."""
+
+    type = "package"
+    schemes = ("package",)
+
+    def build(self) -> Storage:
+        """Make the backend."""
+        from wmtp.storage.package import Package
+
+        return Package()

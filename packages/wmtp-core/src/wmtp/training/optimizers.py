@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 if TYPE_CHECKING:
     from wmtp.training.optimizer_config import AdamW, Muon
 
-__all__ = ["build_adamw", "build_muon"]
+__all__ = ["build_adamw", "build_muon", "scale_learning_rate"]
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -53,14 +53,33 @@ def build_muon(config: Muon, parameters: NamedParameters) -> torch.optim.Optimiz
     return _Joined(parts)
 
 
+def scale_learning_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Let some parameters learn at ``factor`` times the rate of their group, in groups of their own."""
+    chosen = {id(parameter) for parameter in parameters}
+    for part in optimizer.parts if isinstance(optimizer, _Joined) else [optimizer]:
+        for group in list(part.param_groups):
+            own = [p for p in group["params"] if id(p) in chosen]
+            rest = [p for p in group["params"] if id(p) not in chosen]
+            if own and rest:
+                group["params"] = rest
+                part.param_groups.append({**group, "params": own, "lr": group["lr"] * factor})
+            elif own:
+                group["lr"] = group["lr"] * factor
+    if isinstance(optimizer, _Joined):
+        optimizer.collect_groups()
+
+
 class _Joined(torch.optim.Optimizer):
     """Several optimizers, each with parameters of its own, that step together."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = list(parts)
         super().__init__([group for part in parts for group in part.param_groups], {})
-        # the groups are shared with the parts, so that a learning rate set here is theirs
-        self.param_groups = [group for part in parts for group in part.param_groups]
+        self.collect_groups()
+
+    def collect_groups(self) -> None:
+        """Share the parts' groups, so that a learning rate set here is theirs."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step every part."""
@@ -80,4 +99,4 @@ class _Joined(torch.optim.Optimizer):
         """Take back what `state_dict` gave."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.collect_groups()

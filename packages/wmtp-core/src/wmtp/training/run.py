@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from torch import nn
 
 from wmtp.config.schema import Config
 from wmtp.config.tree import flatten
@@ -21,6 +22,7 @@ from wmtp.training.checkpoint import list_checkpoints
 from wmtp.training.devices import autocast_context, pick_device
 from wmtp.training.loop import Fit
 from wmtp.training.memory import estimate_memory, head_parameters
+from wmtp.training.optimizers import scale_learning_rate
 from wmtp.training.setup import load_extra_model, open_source, provenance
 from wmtp.training.stages import StagePlan
 from wmtp.training.step import StepLoss
@@ -134,7 +136,7 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
             ),
             batches=batches,
             eval_batches=eval_batches(data.eval, config.data) if data.eval is not None else (),
-            optimizer=config.optimizer.build(parameters),
+            optimizer=_optimizer(config, model, parameters),
             schedule=config.schedule,
             train=config.train,
             checkpoints=config.checkpoints,
@@ -219,6 +221,13 @@ def planned_steps(config: Config, batches: StepBatches) -> int:
     if config.train.epochs is not None or not limits:
         limits.append(batches.total_steps(config.train.epochs or 1.0))
     return min(limits)
+
+
+def _optimizer(config: Config, model: MTPModel, parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    optimizer = config.optimizer.build(parameters)
+    if model.heads.lr_factor != 1.0:
+        scale_learning_rate(optimizer, model.extra_heads.parameters(), model.heads.lr_factor)
+    return optimizer
 
 
 def _save_model(model: MTPModel, tokenizer: Tokenizer, folder: Path) -> None:

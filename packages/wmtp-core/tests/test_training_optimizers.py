@@ -1,0 +1,101 @@
+"""Optimizers, learning-rate groups and schedules."""
+
+import math
+
+import pytest
+import torch
+
+from wmtp.config.schema import ScheduleConfig
+from wmtp.training.optimizer_config import AdamW, Muon
+from wmtp.training.optimizers import scale_learning_rate
+from wmtp.training.schedule import learning_rate_factor
+
+
+def parameters():
+    torch.manual_seed(0)
+    shapes = {"embed_tokens.weight": (6, 4), "layers.0.weight": (4, 4), "norm.weight": (4,), "extra_heads.0.weight": (4, 4)}
+    named = [(name, torch.nn.Parameter(torch.randn(shape))) for name, shape in shapes.items()]
+    for _, parameter in named:
+        parameter.grad = torch.randn_like(parameter)
+    return named
+
+
+@pytest.mark.parametrize("config", [AdamW(lr=0.1, weight_decay=0.5), Muon(lr=0.1, weight_decay=0.5)])
+def test_every_parameter_is_learned_once_and_only_matrices_decay(config):
+    named = parameters()
+    optimizer = config.build(named)
+    groups = [(id(p), group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(i for i, _ in groups) == sorted(id(p) for _, p in named)
+    decay = dict(groups)
+    assert {name: decay[id(p)] for name, p in named} == {name: 0.0 if name.startswith("norm") else 0.5 for name, _ in named}
+
+
+def test_adamw_equals_its_definition():
+    config = AdamW(lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+    named = parameters()
+    before = {name: p.detach().double().clone() for name, p in named}
+    optimizer = config.build(named)
+    optimizer.step()
+    for name, p in named:
+        g, old = p.grad.double(), before[name]
+        update = g / (g.abs() + 1e-6)  # after one step both corrected means are the gradient itself
+        decayed = old * (1 - 0.01 * 0.1) if p.ndim >= 2 else old
+        torch.testing.assert_close(p.detach().double(), decayed - 0.01 * update, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [AdamW(lr=0.1), Muon(lr=0.1)])
+def test_a_resumed_optimizer_goes_on_bit_for_bit(config):
+    def run(break_at):
+        named = parameters()
+        optimizer = config.build(named)
+        for step in range(4):
+            if step == break_at:
+                state = optimizer.state_dict()
+                optimizer = config.build(named)
+                optimizer.load_state_dict(state)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / (step + 1)
+            optimizer.step()
+        return [p.detach() for _, p in named]
+
+    for left, right in zip(run(None), run(2), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("config", [AdamW(lr=0.1), Muon(lr=0.1)])
+def test_heads_may_learn_faster(config):
+    named = parameters()
+    optimizer = config.build(named)
+    scale_learning_rate(optimizer, [p for name, p in named if name.startswith("extra_heads")], 20.0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: rates[id(p)] for name, p in named} == {
+        name: pytest.approx(2.0 if name.startswith("extra_heads") else 0.1) for name, _ in named
+    }
+    plain, fast = parameters(), parameters()
+    optimizers = [config.build(plain), config.build(fast)]
+    scale_learning_rate(optimizers[1], [fast[-1][1]], 3.0)
+    starts = [p.detach().clone() for _, p in plain]
+    for each in optimizers:
+        each.step()
+    torch.testing.assert_close(fast[-1][1] - starts[-1], 3 * (plain[-1][1] - starts[-1]))
+    assert torch.equal(fast[0][1], plain[0][1])
+
+
+@pytest.mark.parametrize("type_", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 4}, {"warmup_ratio": 0.2}])
+def test_schedules_rise_to_one_and_end_where_they_should(type_, warmup):
+    config = ScheduleConfig(type=type_, min_ratio=0.1, **warmup)
+    factors = [learning_rate_factor(config, step, 20) for step in range(20)]
+    rise = 4 if warmup else 0
+    assert factors[:rise] == [(step + 1) / 4 for step in range(rise)]
+    assert max(factors) == 1.0 == factors[rise]
+    assert all(a >= b for a, b in zip(factors[rise:], factors[rise + 1 :], strict=False))
+    assert factors[-1] == pytest.approx(1.0 if type_ == "constant" else 0.1)
+    middle = learning_rate_factor(ScheduleConfig(type="cosine"), 5, 21)
+    assert middle == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+
+
+@pytest.mark.parametrize("total", [1, 2])
+def test_runs_of_one_or_two_steps_have_a_rate(total):
+    for type_ in ("constant", "linear", "cosine"):
+        assert learning_rate_factor(ScheduleConfig(type=type_), 0, total) == 1.0
