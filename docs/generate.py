@@ -66,7 +66,7 @@ CONTRACTS = {
 
 #: kind → what the contract's methods are given, or give
 VALUES = {
-    "trainers": ("TrainerSetup", "HiddenView", "StepView", "Stage"),
+    "trainers": ("TrainerSetup", "HiddenView", "StepView", "Stage", "OpenModel"),
     "model_loaders": ("ModelInfo", "LoadedModel"),
     "data_loaders": ("Example", "BadExample"),
     "trackers": ("RunInfo",),
@@ -200,6 +200,8 @@ def contract(module: str, cls: type[Any]) -> str:
 def fields(module: str, cls: type[Any]) -> str:
     """What a value class holds."""
     text, arguments = documentation(cls)
+    if not arguments:  # a protocol of one call
+        text, arguments = f"{text} {documentation(cls.__call__)[0]}", documentation(cls.__call__)[1]
     lines = [f"**`{module}.{cls.__name__}`** – {text}", ""]
     return "\n".join([*lines, *(f"- `{name}`: {meaning}" for name, meaning in arguments.items())])
 
