@@ -168,7 +168,7 @@ def _json_lines(path: Path) -> Iterator[Record | BadExample]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8"))
+                value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))  # else a cut line's fault is in column 1 of the next
             except UnicodeDecodeError as error:
                 yield BadExample(where, f"not valid UTF-8 (byte {error.start + 1} of the line)")
             except json.JSONDecodeError as error:

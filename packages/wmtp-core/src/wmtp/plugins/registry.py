@@ -158,7 +158,8 @@ class Registry:
         """What may help where a component is missing: a package to install, or a plugin to repair."""
         text = ""
         package = _PACKAGES.get(kind, {}).get(type_)
-        if package is not None and all(plugin.distribution != package for plugin in self.plugins):
+        installed = {plugin.distribution for plugin in self.plugins} | set(self.left_out)
+        if package is not None and package not in installed:
             text += f"; it is in the package {package}: pip install {package}"
         for plugin in self.broken:
             text += f"; the plugin {plugin} is broken: {plugin.reason}"
