@@ -1,0 +1,282 @@
+"""rho1-wmtp against plain loops over documents, positions and heads, in float64."""
+
+import contextlib
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+
+from wmtp.config.schema import HeadsConfig
+from wmtp.data.batch import PADDING, Batch, Document
+from wmtp.models.config import ScratchModel
+from wmtp.models.mtp import MTPModel
+from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, make_view, pad, random_step, tiny_model
+from wmtp.training import Stage, TrainerSetup
+from wmtp.training.step import StepLoss
+from wmtp_algos import Rho1WMTP
+from wmtp_algos.rho1_wmtp import Rho1WMTPTrainer, next_token_losses
+
+
+def reference_model(dtype=torch.float64, seed=3):
+    return MTPModel(tiny_model(seed=seed), HeadsConfig(horizon=1), seed=0).to(dtype).eval().requires_grad_(False)
+
+
+def set_up(trainer, reference):
+    trainer.setup(
+        TrainerSetup(
+            hidden_size=HIDDEN_SIZE,
+            vocab_size=VOCAB_SIZE,
+            horizon=HORIZON,
+            device=torch.device("cpu"),
+            seed=0,
+            tokenizer=None,
+            model=lambda name, *, dtype, device: {"ref": reference}[name],
+        )
+    )
+    return trainer
+
+
+@torch.no_grad()
+def plain_reference_losses(model, batch):
+    """−log P(x_j | x_<j) by document and place in it: each document alone through the plain Hugging Face model."""
+    found = {}
+    for row, number in {(r, int(d)) for r in range(len(batch.document)) for d in batch.document[r] if d != PADDING}:
+        places = [s for s in range(batch.input_ids.shape[1]) if batch.document[row, s] == number]
+        ids = batch.input_ids[row, places]
+        logits = model.base(input_ids=ids[None]).logits[0].double()
+        for i in range(1, len(ids)):
+            found[row, places[i]] = -math.log(torch.softmax(logits[i - 1], dim=0)[ids[i]])
+    return found
+
+
+def plain_scores(step, reference_losses, score):
+    """The score of every valid (row, t, k), and the group it is in, for each scope."""
+    batch = step.batch
+    rows, length = batch.input_ids.shape
+    scores, groups = {}, {"batch": {}, "sequence": {}, "head": {}}
+    for b in range(rows):
+        for t in range(length):
+            for k in range(1, HORIZON + 1):
+                j = t + k
+                if j >= length or batch.document[b, j] != batch.document[b, t] or not batch.learn[b, j]:
+                    continue
+                excess = float(step.token_loss[b, t, k - 1]) - reference_losses[b, j]
+                scores[b, t, k] = {"excess": excess, "absolute": abs(excess), "reference": -reference_losses[b, j]}[score]
+                groups["batch"][b, t, k] = 0
+                groups["sequence"][b, t, k] = int(batch.document[b, t])
+                groups["head"][b, t, k] = k
+    return scores, groups
+
+
+def members_of(groups):
+    members = defaultdict(list)
+    for place, group in groups.items():
+        members[group].append(place)
+    return members.values()
+
+
+def plain_kept(scores, groups, keep):
+    kept = set()
+    for places in members_of(groups):
+        best = sorted(places, key=lambda place: (-scores[place], place))
+        kept |= set(best[: max(1, round(keep * len(places)))])
+    return {place: float(place in kept) for place in scores}
+
+
+def plain_softmax(scores, groups, temperature, min_excess, max_weight):
+    scores = {place: 0.0 if abs(s) < min_excess else s for place, s in scores.items()}
+    weights = {}
+    for places in members_of(groups):
+        total = sum(math.exp(scores[place] / temperature) for place in places)
+        for place in places:
+            weights[place] = min(max_weight, len(places) * math.exp(scores[place] / temperature) / total)
+    return weights
+
+
+def weights_of(config, step, reference):
+    trainer = set_up(Rho1WMTPTrainer(config), reference)
+    view = make_view(trainer, step)
+    weights = trainer.token_weights(view)
+    assert weights.shape == view.targets.valid.shape
+    return {(b, t, k + 1): float(weights[b, t, k]) for b, t, k in view.targets.valid.nonzero().tolist()}, trainer
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("seed", range(3))
+def test_reference_losses_are_those_of_each_document_alone(packed, seed):
+    batch = random_step(seed, packed=packed, length=20).batch
+    model = reference_model()
+    ours = next_token_losses(model, batch, batch.packed)
+    plain = plain_reference_losses(model, batch)
+    assert ours.shape == batch.input_ids.shape
+    for place, loss in plain.items():
+        expected = loss if batch.learn[place] else 0.0
+        assert float(ours[place]) == pytest.approx(expected, rel=1e-6, abs=1e-6), place
+    assert float(ours[:, 0].abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("scope", ["batch", "sequence", "head"])
+@pytest.mark.parametrize("score", ["excess", "absolute", "reference"])
+def test_selection_equals_the_loop(packed, scope, score):
+    reference = reference_model()
+    for seed in range(4):
+        for keep in (0.05, 0.37, 0.6, 1.0):
+            step = pad(random_step(seed, packed=packed), columns=seed % 3, rows=seed % 2)
+            ours, _ = weights_of(Rho1WMTP(mode="token-skip", scope=scope, score=score, keep=keep), step, reference)
+            scores, groups = plain_scores(step, plain_reference_losses(reference, step.batch), score)
+            assert ours == plain_kept(scores, groups[scope], keep)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("scope", ["batch", "sequence", "head"])
+@pytest.mark.parametrize("score", ["excess", "absolute", "reference"])
+def test_weights_equal_the_loop(packed, scope, score):
+    reference = reference_model()
+    for seed in range(6):
+        config = Rho1WMTP(scope=scope, score=score, temperature=0.4 + seed, min_excess=0.3 * seed, max_weight=1.5 + seed)
+        step = pad(random_step(seed, packed=packed), columns=seed % 3, rows=seed % 2)
+        ours, _ = weights_of(config, step, reference)
+        scores, groups = plain_scores(step, plain_reference_losses(reference, step.batch), score)
+        min_excess = 0.0 if score == "reference" else config.min_excess
+        expected = plain_softmax(scores, groups[scope], config.temperature, min_excess, config.max_weight)
+        assert ours == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence", "head"])
+def test_weights_have_mean_one_where_none_is_clipped(scope):
+    step = random_step(0, packed=True)
+    ours, _ = weights_of(Rho1WMTP(scope=scope, max_weight=math.inf), step, reference_model())
+    assert sum(ours.values()) / len(ours) == pytest.approx(1.0, rel=1e-6)
+    assert max(ours.values()) > 1.5
+
+
+def test_of_equal_scores_the_first_are_kept():
+    step = random_step(0, packed=False)
+    flat = step.token_loss.zero_()
+    reference = reference_model()
+    # scores that differ in nothing: every token has the same reference loss, log V
+    reference.unembedding(1).weight.zero_()
+    ours, _ = weights_of(Rho1WMTP(mode="token-skip", keep=0.5), step, reference)
+    assert flat.abs().sum() == 0
+    places = sorted(ours)
+    assert [ours[place] for place in places] == sorted((ours[place] for place in places), reverse=True)
+    assert sum(ours.values()) == round(0.5 * len(ours))
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.3, 0.5, 0.9, 1.0])
+def test_the_kept_share_is_of_valid_predictions(keep):
+    step = random_step(1, packed=True, rows=8, length=40)
+    for columns, rows in ((0, 0), (30, 0), (0, 9)):
+        ours, _ = weights_of(Rho1WMTP(mode="token-skip", keep=keep), pad(step, columns=columns, rows=rows), reference_model())
+        assert abs(sum(ours.values()) - keep * len(ours)) <= 1
+
+
+def test_metrics_are_means_over_valid_predictions():
+    step = random_step(2, packed=True)
+    reference = reference_model()
+    _, trainer = weights_of(Rho1WMTP(), pad(step, columns=4, rows=1), reference)
+    losses = plain_reference_losses(reference, step.batch)
+    excess, _ = plain_scores(step, losses, "excess")
+    by_reference, _ = plain_scores(step, losses, "reference")
+    metrics = {name: float(value) for name, value in trainer.metrics().items()}
+    assert metrics == pytest.approx(
+        {
+            "rho1/excess": sum(excess.values()) / len(excess),
+            "rho1/reference_loss": -sum(by_reference.values()) / len(by_reference),
+        },
+        rel=1e-5,
+    )
+
+
+class Recording(Rho1WMTPTrainer):
+    def token_weights(self, view):
+        self.valid = view.targets.valid
+        self.excess = view.token_loss - view.by_prediction(view.observations["reference_loss"])
+        return super().token_weights(view)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
+def test_a_model_that_is_its_own_reference_has_no_excess_at_head_1(packed, micro_batch_size):
+    model = MTPModel(tiny_model(), HeadsConfig(horizon=HORIZON), seed=0)
+    trainer = set_up(Recording(Rho1WMTP()), reference_model(torch.float32, seed=0))
+    run_step(model, trainer, random_step(0, packed=packed).batch, micro_batch_size)
+    assert trainer.excess[..., 0][trainer.valid[..., 0]].abs().max() < 2e-6
+    assert trainer.excess[..., 1][trainer.valid[..., 1]].abs().max() > 0.01
+
+
+def run_step(model, trainer, batch, micro_batch_size=4):
+    return StepLoss(
+        model=model,
+        trainer=trainer,
+        trainer_name="rho1-wmtp",
+        micro_batch_size=micro_batch_size,
+        normalizer="sum_w",
+        device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
+        seed=0,
+    )(batch, 0, Stage())
+
+
+def test_a_perfect_reference_has_no_loss():
+    """A model that knows the rule of a text, x_{j+1} = 7 x_j + 3, gives no loss to tokens by the rule, and much to others."""
+    shape = ScratchModel(
+        vocab_size=VOCAB_SIZE, hidden_size=64, layers=1, attention_heads=2, intermediate_size=8, max_positions=64
+    )
+    base = shape.build().load(None, dtype=torch.float32, seed=0).model
+    with torch.no_grad():
+        for layer in base.model.layers:  # what is left of the model is norm(embedding) · unembedding
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        base.model.embed_tokens.weight.copy_(torch.eye(VOCAB_SIZE, 64))
+        base.lm_head.weight.zero_()
+        for token in range(VOCAB_SIZE):
+            base.lm_head.weight[(7 * token + 3) % VOCAB_SIZE, token] = 2.0
+    reference = MTPModel(base, HeadsConfig(horizon=1), seed=0).eval()
+    ids = torch.tensor([[5] * 12])
+    for j in range(1, 12):
+        ids[0, j] = (7 * ids[0, j - 1] + 3) % VOCAB_SIZE
+    ids[0, 6] = (ids[0, 6] + 1) % VOCAB_SIZE  # one token, which breaks the rule, and so does the one after it
+    batch = Batch(
+        input_ids=ids,
+        document=torch.zeros_like(ids),
+        position=torch.arange(12)[None],
+        learn=torch.ones_like(ids, dtype=torch.bool),
+        documents=[Document(index=0, start=0, id="d", group="d")],
+    )
+    losses = next_token_losses(reference, batch, packed=False)[0]
+    assert [j for j in range(12) if losses[j] > 9] == [6, 7]
+    assert all(losses[j] < 1e-3 for j in range(12) if j not in (6, 7))
+
+
+def test_the_reference_runs_once_for_each_row_of_a_step():
+    rows = []
+    reference = reference_model(torch.float32)
+    reference.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    trainer = set_up(Rho1WMTPTrainer(Rho1WMTP()), reference)
+    model = MTPModel(tiny_model(), HeadsConfig(horizon=HORIZON), seed=0)
+    run_step(model, trainer, random_step(0, packed=True, rows=6).batch, micro_batch_size=4)
+    assert rows == [4, 2]
+
+
+def test_the_reference_computes_in_its_own_precision():
+    step = random_step(0, packed=True)
+    model = reference_model(torch.float32)
+    exact = next_token_losses(model, step.batch, True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(next_token_losses(model, step.batch, True), exact)
+    half = next_token_losses(reference_model(torch.bfloat16), step.batch, True)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, exact)
+    torch.testing.assert_close(half, exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("mode", ["weighted", "token-skip"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_reference_that_gives_no_numbers_is_no_ranking(mode, broken):
+    reference = reference_model()
+    reference.unembedding(1).weight.fill_(broken)
+    ours, _ = weights_of(Rho1WMTP(mode=mode), random_step(0, packed=False), reference)
+    assert any(math.isnan(weight) for weight in ours.values())

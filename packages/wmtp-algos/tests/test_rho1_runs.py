@@ -1,0 +1,155 @@
+"""rho1-wmtp and its controls as a user runs them: TOML, a command, real files."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from wmtp import load_config
+from wmtp.errors import ConfigError
+
+BASE = """
+[run]
+output_dir = "{folder}/runs"
+[models.base]
+type = "scratch"
+vocab_size = 258
+hidden_size = 32
+layers = 2
+attention_heads = 2
+intermediate_size = 48
+max_positions = 64
+[models.base.heads]
+horizon = 3
+[tokenizer]
+type = "bytes"
+[datasets.code]
+type = "jsonl"
+uri = "{folder}/code.jsonl"
+[data.train]
+max_length = 64
+batch_size = 4
+micro_batch_size = 3
+[optimizer]
+lr = 3e-3
+[train]
+max_steps = 8
+[checkpoints]
+save_interval = 4
+[tracker]
+type = "jsonl"
+"""
+
+
+def wmtp(*arguments):
+    done = subprocess.run([sys.executable, "-m", "wmtp", *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def succeeds(*arguments):
+    done = wmtp(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set, and a reference model that a baseline run left."""
+    folder = tmp_path_factory.mktemp("rho1")
+    with (folder / "code.jsonl").open("w") as file:
+        for i in range(40):
+            lines = "\n".join(f"    x{j} = {i * j % 17}" for j in range(i % 5 + 1))
+            file.write(json.dumps({"id": f"f{i}", "prompt": f"def f{i}():\n", "completion": lines}) + "\n")
+    (folder / "base.toml").write_text(BASE.format(folder=folder))
+    succeeds("run", folder / "base.toml", "--run-name", "reference", "--set", "trainer.type=baseline-mtp")
+    return folder
+
+
+def recipe(folder, name, *, trainer, model=None):
+    reference = f'[models.ref]\ntype = "hf"\nuri = "{model or folder / "runs/reference/model"}"\n'
+    path = folder / f"{name}.toml"
+    path.write_text(reference * (model != "") + trainer)
+    return path
+
+
+def metrics_of(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "weight/mean" in line]
+
+
+@pytest.mark.parametrize(
+    ("name", "trainer"),
+    [
+        ("weighted", '[trainer]\ntype = "rho1-wmtp"\nmode = "weighted"\n'),
+        ("skip", '[trainer]\ntype = "rho1-wmtp"\nmode = "token-skip"\nkeep = 0.25\nreference_precision = "bf16"\n'),
+        ("shuffled", '[trainer]\ntype = "shuffled"\n[trainer.of]\ntype = "rho1-wmtp"\nmode = "token-skip"\nkeep = 0.25\n'),
+    ],
+)
+def test_a_run_learns_by_the_reference(folder, name, trainer):
+    result = json.loads(
+        succeeds("run", folder / "base.toml", recipe(folder, name, trainer=trainer), "--run-name", name, "--json").stdout
+    )
+    assert result["steps"] == 8
+    steps = metrics_of(folder / "runs" / name)
+    assert len(steps) == 8
+    for step in steps:
+        if name == "weighted":
+            assert 0 < step["weight/mean"] <= 1.0 + 1e-6
+            assert step["weight/max"] <= 3.0
+            assert step["weight/std"] > 0.02
+        else:
+            assert step["weight/mean"] == pytest.approx(0.25, abs=0.01)
+            assert step["weight/zero_share"] == pytest.approx(0.75, abs=0.01)
+        assert step["rho1/reference_loss"] < steps[0]["loss/head_1"], "eight steps of training have taught the reference"
+
+
+def test_a_resumed_control_draws_what_the_whole_run_drew(folder):
+    whole, parts = folder / "runs/shuffled", folder / "runs/parts"
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "model")
+    shutil.rmtree(parts / "checkpoints/step-8")
+    succeeds("run", "--resume", parts)
+    assert [(line["step"], line["loss"]) for line in metrics_of(parts)] == [
+        (line["step"], line["loss"]) for line in metrics_of(whole)
+    ]
+
+
+@pytest.mark.parametrize("command", [["check"], ["run", "--dry-run"], ["run"]], ids=" ".join)
+def test_without_a_reference(folder, command):
+    path = recipe(folder, "none", model="", trainer='[trainer]\ntype = "rho1-wmtp"\n')
+    done = wmtp(*command, folder / "base.toml", path)
+    assert done.returncode == 2
+    assert "models.ref: required by the trainer 'rho1-wmtp', and missing" in done.stderr
+
+
+def test_a_control_needs_the_models_of_its_treatment(folder):
+    path = recipe(folder, "none", model="", trainer='[trainer]\ntype = "shuffled"\n[trainer.of]\ntype = "rho1-wmtp"\n')
+    done = wmtp("check", folder / "base.toml", path)
+    assert done.returncode == 2
+    assert "models.ref: required by the trainer 'rho1-wmtp', and missing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("keep = 0", "keep"),
+        ("keep = 0.0", "keep"),
+        ("keep = 1.5", "keep"),
+        ("keep = nan", "keep"),
+        ("temperature = 0.0", "temperature"),
+        ("max_weight = 0.5", "max_weight"),
+        ("min_excess = -0.1", "min_excess"),
+        ('mode = "skip"', "mode"),
+        ('scope = "row"', "scope"),
+        ('score = "signed"', "score"),
+        ('reference_device = "gpu"', "reference_device"),
+    ],
+)
+def test_values_that_make_no_sense(folder, setting, problem):
+    path = recipe(folder, "bad", trainer=f'[trainer]\ntype = "rho1-wmtp"\n{setting}\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config([folder / "base.toml", path])
+    assert f"bad.toml:6: trainer.{problem}: " in str(caught.value)

@@ -1,0 +1,179 @@
+"""The cheap weighters, and the controls, against their definitions."""
+
+import math
+
+import pytest
+import torch
+from attrs import evolve
+
+from wmtp.data.batch import PADDING
+from wmtp.errors import ConfigError
+from wmtp.testing.steps import HORIZON, VOCAB_SIZE, make_view, pad, random_step
+from wmtp.training import Trainer, TrainerSetup
+from wmtp_algos import DFT, EAFT, Column, EntropyTop, Focal, HorizonDecay, RandomMatched, Rho1WMTP, Shuffled
+from wmtp_algos.random_matched import RandomMatchedTrainer
+from wmtp_algos.shuffled import ShuffledTrainer
+
+
+def weights_of(trainer, step, **options):
+    """Each valid prediction's weight, by (row, t, k)."""
+    view = make_view(trainer, step, **options)
+    weights = trainer.token_weights(view)
+    if weights is None:
+        weights = torch.ones(view.targets.ids.shape)
+    elif weights.ndim == 2:
+        weights = view.by_prediction(weights)
+    return {(b, t, k + 1): float(weights[b, t, k]) for b, t, k in view.targets.valid.nonzero().tolist()}
+
+
+def steps():
+    return [pad(random_step(seed, packed=bool(seed % 2)), columns=seed, rows=seed % 2) for seed in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("config", "weight"),
+    [
+        (DFT(), lambda step, b, t, k: math.exp(-float(step.token_loss[b, t, k - 1]))),
+        (Focal(gamma=1.5), lambda step, b, t, k: (1 - math.exp(-float(step.token_loss[b, t, k - 1]))) ** 1.5),
+        (HorizonDecay(decay=0.5), lambda step, b, t, k: 0.5 ** (k - 1)),
+        (Column(), lambda step, b, t, k: float(step.batch.weight[b, t + k])),
+    ],
+    ids=lambda value: getattr(value, "type", ""),
+)
+def test_weights_are_the_formula(config, weight):
+    for step in steps():
+        ours = weights_of(config.build(), step)
+        assert ours == pytest.approx({place: weight(step, *place) for place in ours}, rel=1e-5)
+
+
+@pytest.mark.parametrize(("top_k", "vocab_size", "used"), [(20, VOCAB_SIZE, 20), (20, 7, 7)])
+def test_eaft_divides_by_the_largest_entropy_there_can_be(top_k, vocab_size, used):
+    trainer = EAFT(top_k=top_k).build()
+    setup = {"hidden_size": 8, "horizon": HORIZON, "device": torch.device("cpu"), "seed": 0, "tokenizer": None, "model": None}
+    trainer.setup(TrainerSetup(vocab_size=vocab_size, **setup))
+    assert trainer.needs_entropy
+    assert trainer.entropy_top_k == used
+    step = random_step(0, packed=True)
+    ours = weights_of(trainer, step)
+    assert ours == pytest.approx({(b, t, k): float(step.entropy[b, t, k - 1]) / math.log(used) for b, t, k in ours})
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence", "head"])
+def test_entropy_top_keeps_the_least_certain_of_each_group(scope):
+    for step in steps():
+        ours = weights_of(EntropyTop(keep=0.4, scope=scope).build(), step)
+        groups = {}
+        for b, t, k in ours:
+            group = {"batch": 0, "sequence": int(step.batch.document[b, t]), "head": k}[scope]
+            groups.setdefault(group, []).append((float(step.entropy[b, t, k - 1]), (b, t, k)))
+        for members in groups.values():
+            members.sort(reverse=True)
+            kept = max(1, round(0.4 * len(members)))
+            assert [ours[place] for _, place in members] == [1.0] * kept + [0.0] * (len(members) - kept)
+
+
+def test_column_refuses_data_without_weights():
+    step = random_step(0, packed=True)
+    step = evolve(step, batch=evolve(step.batch, weight=None))
+    with pytest.raises(ConfigError, match="'column' takes its weights from the data, but no document has any"):
+        Column().build().token_weights(make_view(Column().build(), step))
+
+
+# --- controls
+
+
+class Skewed(Trainer):
+    """A few large weights and many zeros, other ones at each head."""
+
+    def token_weights(self, view):
+        k = torch.arange(1, view.targets.ids.shape[-1] + 1)
+        return torch.where(view.targets.ids % 3 == 0, 0.0, (view.targets.ids.float() * k) ** 2 / 100)
+
+
+class ByToken(Trainer):
+    def token_weights(self, view):
+        return (view.batch.input_ids % 7).float()
+
+
+class Nothing(Trainer):
+    pass
+
+
+def by_head(weights):
+    return [torch.tensor([w for (_, _, k), w in sorted(weights.items()) if k == head + 1]) for head in range(HORIZON)]
+
+
+@pytest.mark.parametrize("treatment", [Skewed(), ByToken(), Nothing(), DFT().build()], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_shuffled_has_the_weights_of_each_head_in_another_order(treatment, packed):
+    step = random_step(3, packed=packed, rows=6, length=30)
+    treated, control = (
+        by_head(weights_of(trainer, step)) for trainer in (treatment, ShuffledTrainer(treatment, "trainer 'mine'"))
+    )
+    for before, after in zip(treated, control, strict=True):
+        assert torch.equal(before.sort().values, after.sort().values)
+        assert type(treatment) is Nothing or not torch.equal(before, after)
+
+
+def test_shuffled_puts_any_weight_anywhere_and_anew_in_each_step():
+    step = random_step(3, packed=True, rows=6, length=30)
+    orders = [by_head(weights_of(ShuffledTrainer(DFT().build(), ""), step, number=n))[0] for n in range(400)]
+    treated = by_head(weights_of(DFT().build(), step))[0]
+    mean = torch.stack(orders).mean(dim=0)
+    # the mean over many steps forgets the assignment: nothing of it is left but noise
+    standard_error = treated.std() / math.sqrt(len(orders))
+    assert (mean - treated.mean()).abs().max() < 5 * standard_error
+    assert len({tuple(order.tolist()) for order in orders}) == len(orders)
+
+
+@pytest.mark.parametrize("treatment", [Skewed(), ByToken(), Nothing(), DFT().build()], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_random_matched_has_mean_and_spread_of_each_head(treatment, packed):
+    for seed in range(5):
+        step = random_step(seed, packed=packed, rows=6, length=30)
+        treated, control = (
+            by_head(weights_of(trainer, step)) for trainer in (treatment, RandomMatchedTrainer(treatment, "trainer 'mine'"))
+        )
+        for before, after in zip(treated, control, strict=True):
+            assert (after >= 0).all()
+            assert float(after.double().mean()) == pytest.approx(float(before.double().mean()), rel=1e-5)
+            spread = float(before.double().std(correction=0))
+            assert float(after.double().std(correction=0)) == pytest.approx(spread, rel=1e-3, abs=1e-6)
+            if spread:
+                assert abs(float(torch.corrcoef(torch.stack([before, after]))[0, 1])) < 0.5
+
+
+@pytest.mark.parametrize("count", [1, 2, 50])
+@pytest.mark.parametrize("kind", ["zeros", "constant", "one of all"])
+def test_random_matched_at_the_ends(kind, count):
+    weights = {"zeros": torch.zeros(count), "constant": torch.full((count,), 2.5), "one of all": torch.eye(count)[0]}[kind]
+    drawn = RandomMatchedTrainer(Nothing(), "").replace(weights, torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.float32
+    torch.testing.assert_close(drawn.mean(), weights.mean())
+    torch.testing.assert_close(drawn.std(correction=0), weights.std(correction=0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("control", [ShuffledTrainer, RandomMatchedTrainer])
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_weights_that_are_not_allowed_stay_so(control, bad):
+    """A broken treatment must not become a sound control."""
+
+    class Broken(Trainer):
+        def token_weights(self, view):
+            return torch.where(view.batch.input_ids == view.batch.input_ids[0, -1], bad, 1.0)
+
+    step = random_step(0, packed=False)
+    values = weights_of(control(Broken(), ""), step).values()
+    assert any(math.isnan(v) if math.isnan(bad) else v == bad for v in values)
+
+
+def test_controls_name_the_treatment_and_its_distribution():
+    trainer = Shuffled(of=RandomMatched(of=Rho1WMTP())).build()
+    assert trainer._name == "trainer 'random-matched' (wmtp-algos 0.1.0)"
+
+
+def test_padding_has_no_weight():
+    step = pad(random_step(0, packed=True), columns=3, rows=1)
+    for trainer in (ShuffledTrainer(Skewed(), ""), RandomMatchedTrainer(Skewed(), "")):
+        view = make_view(trainer, step)
+        assert not trainer.token_weights(view)[step.batch.document == PADDING].any()
