@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmtp import loss as loss_module
-from wmtp.loss import Unembedding, token_losses, weighted_cross_entropy
+from wmtp.loss import Unembedding, token_losses, token_statistics, weighted_cross_entropy
 
 
 def plain(hidden, unembeddings, ids, coefficients):
@@ -151,3 +152,81 @@ def test_unembedding_logits_are_what_the_loss_uses():
     hidden, (u, *_), ids, coefficients, valid = case(bias=True, scale=0.7, softcap=3.0)
     every = torch.nn.functional.cross_entropy(u.logits(hidden[0]), ids[:, 0], reduction="none")
     torch.testing.assert_close(token_losses(hidden[:1], [u], ids[:, :1], valid[:, :1])[:, 0], every.detach() * valid[:, 0])
+
+
+# --- what is not learned costs nothing
+
+
+class Rows(TorchDispatchMode):
+    """Counts the rows of each kind of product with the unembedding ``[V, D]``."""
+
+    def __init__(self, v, d):
+        super().__init__()
+        self.v, self.d = v, d
+        self.logits = self.hidden_gradient = self.weight_gradient = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default):
+            left, right = args[-2:]
+            if right.shape == (self.d, self.v):
+                self.logits += len(left)
+            elif right.shape == (self.v, self.d):
+                self.hidden_gradient += len(left)
+            elif left.shape[0] == self.v:
+                self.weight_gradient += len(right)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"bias": True, "softcap": 2.0}, {"shared": False}], ids=str)
+def test_predictions_without_a_coefficient_cost_no_product_of_the_gradient(kwargs):
+    hidden, unembeddings, ids, coefficients, valid = case(n=40, d=5, v=11, **kwargs)
+    counted, asked = int((coefficients != 0).sum()), int(valid.sum())
+    assert 0 < counted < asked
+    with Rows(11, 5) as rows:
+        loss, losses = weighted_cross_entropy(hidden, unembeddings, ids, coefficients, valid)
+        loss.backward()
+    assert (rows.logits, rows.hidden_gradient, rows.weight_gradient) == (asked, counted, counted)
+    gradients = [leaf.grad.clone() for leaf in leaves(hidden, unembeddings)]
+
+    for leaf in leaves(hidden, unembeddings):
+        leaf.grad = None
+    with Rows(11, 5) as rows:
+        again, few = weighted_cross_entropy(hidden, unembeddings, ids, coefficients, coefficients != 0)
+        again.backward()
+    assert (rows.logits, rows.hidden_gradient, rows.weight_gradient) == (counted, counted, counted)
+    torch.testing.assert_close(again, loss)
+    torch.testing.assert_close(few, torch.where(coefficients != 0, losses, 0.0))
+    for leaf, gradient in zip(leaves(hidden, unembeddings), gradients, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
+
+    with Rows(11, 5) as rows:
+        token_losses(hidden, unembeddings, ids, valid)
+    assert (rows.logits, rows.hidden_gradient, rows.weight_gradient) == (asked, 0, 0)
+
+
+# --- entropy
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 10_000])
+@pytest.mark.parametrize("top_k", [None, 2, 4, 50])
+@pytest.mark.parametrize("kwargs", [{}, {"bias": True, "scale": 3.0, "softcap": 1.5}, {"shared": False}], ids=str)
+def test_entropy_equals_the_plain_loop(monkeypatch, kwargs, top_k, chunk):
+    hidden, unembeddings, ids, _, valid = case(**kwargs)
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 4 * 11 * chunk)
+    losses, entropy = token_statistics(hidden, unembeddings, ids, valid, entropy=True, top_k=top_k)
+    assert torch.equal(losses, token_losses(hidden, unembeddings, ids, valid))
+    assert not entropy.requires_grad
+    for k, unembedding in enumerate(unembeddings):
+        for i in range(len(ids)):
+            p = sorted(unembedding.logits(hidden[k][i]).softmax(dim=0).tolist(), reverse=True)[:top_k]
+            expected = -sum(x / sum(p) * math.log(x / sum(p)) for x in p) if valid[i, k] else 0.0
+            assert entropy[i, k].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_entropy_of_a_sure_prediction_is_0_and_of_a_blind_one_log_v():
+    weight = torch.eye(4) * 1000
+    hidden, ids, valid = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+    _, entropy = token_statistics([hidden], [Unembedding(weight=weight)], ids, valid.bool(), entropy=True)
+    assert entropy[:, 0].tolist() == pytest.approx([0.0, math.log(4)])
+    _, entropy = token_statistics([hidden], [Unembedding(weight=weight)], ids, valid.bool(), entropy=True, top_k=2)
+    assert entropy[:, 0].tolist() == pytest.approx([0.0, math.log(2)])

@@ -12,9 +12,11 @@ from wmtp import loss as loss_module
 from wmtp.config.schema import HeadsConfig
 from wmtp.data.batch import PADDING, Batch, Document
 from wmtp.errors import PluginError
+from wmtp.loss import weighted_cross_entropy
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
 from wmtp.training import Stage, Trainer, TrainerSetup
+from wmtp.training import step as step_module
 from wmtp.training.stages import StagePlan, apply_stage
 from wmtp.training.step import StepLoss
 
@@ -166,7 +168,18 @@ class Valued(Trainer):
         return {"value": ((value[real] - value[real].mean() - 1) ** 2).mean() + value[real].max()}
 
 
-TRAINERS = [Baseline, ByToken, ByPrediction, HardHalf, Valued]
+class Unsure(Trainer):
+    """Weighs by the entropy of the two most probable tokens; learns nothing of the rest."""
+
+    needs_entropy = True
+    entropy_top_k = 2
+
+    def token_weights(self, view):
+        assert view.token_loss is None
+        return torch.where(view.entropy > 0.5, view.entropy, 0.0)
+
+
+TRAINERS = [Baseline, ByToken, ByPrediction, HardHalf, Valued, Unsure]
 
 
 def reference(model, batch, weight_of, alpha, normalizer="sum_w"):
@@ -233,6 +246,64 @@ def test_padding_changes_nothing(trainer, packed):
     model = make_model()
     plain = gradients(model, trainer(), make_batch(packed=packed))
     assert_same(plain, gradients(model, trainer(), make_batch(packed=packed, pad_columns=5, pad_rows=2)))
+
+
+@pytest.mark.parametrize("micro", [2, 99])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_entropy_is_that_of_the_models_predictions(micro, top_k):
+    seen = []
+
+    class Looking(Trainer):
+        needs_entropy = True
+        entropy_top_k = top_k
+
+        def token_weights(self, view):
+            seen.append((view.entropy, view.targets.valid))
+
+    model, batch = make_model(), make_batch(packed=True)
+    gradients(model, Looking(), batch, micro=micro)
+    entropy, valid = seen[0]
+    output = model(batch.input_ids, batch.position, True)
+    for k in range(1, 4):
+        p = model.logits(output, k).detach().softmax(dim=-1).sort(descending=True).values[..., :top_k]
+        p = p / p.sum(dim=-1, keepdim=True)
+        expected = torch.where(valid[..., k - 1], -(p * p.log()).sum(dim=-1), 0.0)
+        torch.testing.assert_close(entropy[..., k - 1], expected)
+
+
+@pytest.mark.parametrize("micro", [2, 99])
+def test_what_is_known_of_the_losses_is_not_computed_again(monkeypatch, micro):
+    """With the losses known, the second pass makes logits of the predictions that teach something, and all are logged."""
+    computed = []
+
+    def counting(hidden, unembeddings, ids, coefficients, valid):
+        computed.append((int(valid.sum()), int((coefficients != 0).sum())))
+        return weighted_cross_entropy(hidden, unembeddings, ids, coefficients, valid)
+
+    monkeypatch.setattr(step_module, "weighted_cross_entropy", counting)
+    model, batch = make_model(), make_batch(packed=True)
+    output, _ = gradients(model, HardHalf(), batch, micro=micro)
+    assert all(asked == taught > 0 for asked, taught in computed)
+    baseline, _ = gradients(model, Baseline(), batch, micro=micro)
+    for k in (1, 2, 3):
+        torch.testing.assert_close(output.metrics[f"loss/head_{k}"], baseline.metrics[f"loss/head_{k}"])
+
+
+@pytest.mark.parametrize(("auxiliary", "calls"), [(False, [2, 2, 1]), (True, [2, 2, 1, 2, 2, 1])])
+def test_a_trainer_observes_again_only_for_a_gradient(auxiliary, calls):
+    rows = []
+
+    class Watching(Valued):
+        def observe(self, view):
+            rows.append(len(view.trunk))
+            assert view.packed
+            return super().observe(view)
+
+        def auxiliary_losses(self, view):
+            return super().auxiliary_losses(view) if auxiliary else {}
+
+    gradients(make_model(), Watching(), make_batch(packed=True), micro=2)
+    assert rows == calls
 
 
 def test_constant_weights_equal_the_baseline():

@@ -1,0 +1,190 @@
+"""The models that a trainer needs besides the base model: checked before anything is computed, and ready to run."""
+
+import shutil
+
+import attrs
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import wmtp
+from wmtp.config.schema import Config, DataConfig, ModelConfig, TrainDataConfig
+from wmtp.data.config import TextFiles
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.models.config import HfModel, ScratchModel
+from wmtp.tokenizers.config import Bytes
+from wmtp.training import Trainer
+from wmtp.training.run import dry_run
+from wmtp.training.setup import Place, load_extra_model, open_source
+
+WORDS = ["</s>", "def", "return", "x", "y", "+", "=", "1"]
+
+
+@attrs.frozen(kw_only=True)
+class NeedsReference:
+    type = "needs-reference"
+    required_models = ("ref",)
+
+    def build(self):
+        return Trainer()
+
+
+@attrs.frozen(kw_only=True)
+class Words:
+    """A tokenizer of another package, which only the config that names it can open."""
+
+    type = "words"
+
+    def build(self, path):
+        from wmtp.tokenizers.bytes import BytesTokenizer
+
+        class WordsTokenizer(BytesTokenizer):
+            def save(self, folder):
+                from wmtp.tokenizers.saved import write_saved
+
+                write_saved(folder, "words")
+
+        return WordsTokenizer()
+
+
+def save_model(folder, words=WORDS, *, vocab_size=None, max_positions=64):
+    """A tiny model with a tokenizer that knows ``words``."""
+    shape = {"hidden_size": 16, "layers": 1, "attention_heads": 2, "intermediate_size": 24, "max_positions": max_positions}
+    loaded = ScratchModel(vocab_size=vocab_size or len(words), **shape).build().load(None, dtype=torch.float32, seed=0)
+    loaded.model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[0]).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a.txt").write_text("def x = 1 return x + y")
+    return save_model(tmp_path / "base")
+
+
+def config_of(base, reference, tokenizer=None, **train):
+    return Config(
+        models={"base": ModelConfig(loader=HfModel(uri=str(base))), "ref": ModelConfig(loader=reference)},
+        tokenizer=tokenizer,
+        datasets={"code": TextFiles(uri=str(base.parent / "code"))},
+        data=DataConfig(
+            train=TrainDataConfig(**{"max_length": 32, "batch_size": 1} | train), cache_dir=str(base.parent / "tokens")
+        ),
+        trainer=NeedsReference(),
+        run=wmtp.config.schema.RunConfig(output_dir=str(base.parent / "runs")),
+    )
+
+
+def refused(base, reference, **options):
+    """The message with which both a run and a dry run refuse a reference."""
+    config = config_of(base, HfModel(uri=str(reference)), **options)
+    with pytest.raises(WMTPError) as caught:
+        dry_run(config)
+    with pytest.raises(type(caught.value)):
+        open_source(config)
+    return str(caught.value)
+
+
+def test_a_copy_of_the_base_model_is_a_reference(base):
+    assert dry_run(config_of(base, HfModel(uri=str(base))))["steps"] == "1 of 1 rows"
+
+
+def test_a_reference_with_more_rows_but_the_same_tokens(base, tmp_path):
+    padded = save_model(tmp_path / "ref", vocab_size=64)
+    open_source(config_of(base, HfModel(uri=str(padded))))
+
+
+def test_one_token_that_differs_is_named(base, tmp_path):
+    other = save_model(tmp_path / "ref", ["</s>", "def", "return", "x", "z", "+", "=", "1"])
+    assert "models.ref: its tokenizer differs from the base model's: token 4 is 'z' in place of 'y'" in refused(base, other)
+
+
+def test_a_larger_vocabulary(base, tmp_path):
+    other = save_model(tmp_path / "ref", [*WORDS, "z"])
+    assert "models.ref: its tokenizer has 9 tokens, that of the base model 8" in refused(base, other)
+
+
+def test_another_kind_of_tokenizer_with_as_many_tokens(tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a.txt").write_text("def x = 1 return x + y")
+    many = ["</s>", *(f"w{i}" for i in range(257))]
+    base = save_model(tmp_path / "base", many)
+    message = refused(base, save_model(tmp_path / "ref", many), tokenizer=Bytes())
+    assert "models.ref: its tokenizer" in message
+
+
+def test_a_model_with_too_few_rows_for_its_own_tokenizer(base, tmp_path):
+    small = save_model(tmp_path / "ref", vocab_size=5)
+    assert "models.ref: the model has a vocabulary of 5, the tokenizer one of 8" in refused(base, small)
+
+
+def test_too_few_positions(base, tmp_path):
+    short = save_model(tmp_path / "ref", max_positions=16)
+    message = refused(base, short)
+    assert "data.train.max_length: 32, but [models.ref] has positions for 16 tokens; write at most 16" in message
+
+
+def test_no_tokenizer_beside_it(base, tmp_path):
+    bare = save_model(tmp_path / "ref")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    message = refused(base, bare)
+    assert message.startswith("models.ref: its vocabulary must be the base model's, and cannot be read: ")
+    assert "put the files of its tokenizer beside the model" in message
+
+
+def test_no_weights(base, tmp_path):
+    empty = save_model(tmp_path / "ref")
+    (empty / "model.safetensors").unlink()
+    assert str(empty) in refused(base, empty)
+
+
+def test_a_tokenizer_of_another_package(tmp_path):
+    """It is named by the config, so it can be opened beside the reference too."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a.txt").write_text("def x")
+    many = ["</s>", *(f"w{i}" for i in range(257))]
+    base = save_model(tmp_path / "base", many)
+    reference = save_model(tmp_path / "ref", many)
+    for folder in (base, reference):
+        Words().build(None).save(folder)
+    open_source(config_of(base, HfModel(uri=str(reference)), tokenizer=Words()))
+    with pytest.raises(ConfigError, match="its tokenizer is a 'words', which only the config that names it can open"):
+        open_source(config_of(base, HfModel(uri=str(reference)), tokenizer=Bytes()))
+
+
+def test_a_model_for_a_trainer_is_frozen_and_has_head_1_alone(base):
+    config = config_of(base, HfModel(uri=str(base)))
+    load = load_extra_model(config, Place.of(config), torch.device("cpu"))
+    model = load("ref")
+    assert model.horizon == 1
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in load("ref", dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert next(load("ref", device=torch.device("meta")).parameters()).is_meta
+    with pytest.raises(ConfigError, match=r"models\.rm: the trainer needs this model; add the table \[models\.rm\]"):
+        load("rm")
+
+
+def test_a_reference_that_lets_documents_see_each_other(base, tmp_path):
+    """Packed rows need a model that keeps documents apart: Mamba's state goes on from one to the next."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path / "ref"
+    shutil.copytree(base, folder)
+    (folder / "model.safetensors").unlink()
+    MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(folder)
+    for packing in (True, False):
+        config = config_of(base, HfModel(uri=str(folder)), packing=packing)
+        load = load_extra_model(config, Place.of(config), torch.device("cpu"))
+        if not packing:
+            load("ref")
+            continue
+        with pytest.raises(ConfigError, match=r"data\.train\.packing: \[models\.ref\]: .*; set data\.train\.packing = false"):
+            load("ref")
