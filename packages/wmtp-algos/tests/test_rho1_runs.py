@@ -4,11 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from wmtp import load_config
+from wmtp.config.rules import check
 from wmtp.errors import ConfigError
+from wmtp_algos import Rho1WMTP
 
 BASE = """
 [run]
@@ -153,3 +156,12 @@ def test_values_that_make_no_sense(folder, setting, problem):
     with pytest.raises(ConfigError) as caught:
         load_config([folder / "base.toml", path])
     assert f"bad.toml:6: trainer.{problem}: " in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["weighted", "token-skip"])
+def test_the_recipe_over_the_quickstart(folder, monkeypatch, mode):
+    root = Path(__file__).resolve().parents[3]
+    monkeypatch.setenv("REFERENCE", str(folder / "runs/reference/model"))
+    config = load_config([root / "examples/quickstart.toml", root / f"configs/recipes/rho1-{mode}.toml"])
+    check(config)
+    assert config.trainer == Rho1WMTP(mode=mode), "the recipes show the defaults"
