@@ -39,6 +39,7 @@ def wmtp_trainers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
         import attrs
         import wmtp
 
+
         @attrs.frozen(kw_only=True)
         class EveryOtherToken:
             \"\"\"Learns every other token only.\"\"\"
@@ -48,7 +49,9 @@ def wmtp_trainers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 
             def build(self):
                 from my_package.trainer import EveryOtherTokenTrainer
+
                 return EveryOtherTokenTrainer(self.offset)
+
 
         @wmtp.hookimpl
         def wmtp_trainers():
@@ -72,7 +75,9 @@ def wmtp_model_loaders() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 
             def build(self):
                 from my_package.loader import MyFormatLoader
+
                 return MyFormatLoader()
+
 
         @wmtp.hookimpl
         def wmtp_model_loaders():
@@ -96,7 +101,9 @@ def wmtp_tokenizers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 
             def build(self, path):
                 from my_package.tokenizer import CharacterTokenizer
+
                 return CharacterTokenizer(self.alphabet)
+
 
         @wmtp.hookimpl
         def wmtp_tokenizers():
@@ -119,7 +126,9 @@ def wmtp_data_loaders() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 
             def build(self):
                 from my_package.dialogues import DialogueLoader
+
                 return DialogueLoader()
+
 
         @wmtp.hookimpl
         def wmtp_data_loaders():
@@ -142,7 +151,9 @@ def wmtp_storages() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 
             def build(self):
                 from my_package.archive import ArchiveStorage
+
                 return ArchiveStorage()
+
 
         @wmtp.hookimpl
         def wmtp_storages():
@@ -167,7 +178,9 @@ def wmtp_optimizers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 
             def build(self, parameters):
                 import torch
+
                 return torch.optim.SGD([p for _, p in parameters], lr=self.lr, momentum=self.momentum)
+
 
         @wmtp.hookimpl
         def wmtp_optimizers():
@@ -189,7 +202,9 @@ def wmtp_trackers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 
             def build(self):
                 from my_package.tracker import PrinterTracker
+
                 return PrinterTracker()
+
 
         @wmtp.hookimpl
         def wmtp_trackers():
@@ -211,7 +226,9 @@ def wmtp_evaluators() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 
             def build(self):
                 from my_package.surprise import SurpriseEvaluator
+
                 return SurpriseEvaluator()
+
 
         @wmtp.hookimpl
         def wmtp_evaluators():
@@ -234,7 +251,9 @@ def wmtp_launchers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 
             def build(self):
                 from my_package.slurm import SlurmLauncher
+
                 return SlurmLauncher(self.partition)
+
 
         @wmtp.hookimpl
         def wmtp_launchers():
