@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryEstimate", "estimate_memory", "head_parameters"]
 
-# Numbers that one layer keeps for its backward pass, per token and unit of width: attention's inputs and outputs (8), and a
-# gated feed-forward layer of 8/3 to 4 times the width (4 × 4).
-_KEPT_PER_LAYER = 24
+# Numbers that one decoder layer keeps for its backward pass, per token and unit of width: two norms (in fp32 under autocast
+# too), and queries, keys, values, their rotated copies, attention's output and the inputs of the products. A gated
+# feed-forward layer keeps four times its own width besides.
+_KEPT_BY_NORMS = 6
+_KEPT_BY_ATTENTION = 8
 
 
 @frozen(kw_only=True)
@@ -22,7 +24,7 @@ class MemoryEstimate:
     """Bytes on the device that trains. An estimate: activations depend on the architecture's details.
 
     Args:
-        parameters: of model and heads.
+        parameters: of model and heads; for bf16, with the copies that products use.
         gradients: of the same.
         optimizer: two running means a parameter (AdamW).
         activations: what the layers of one micro-batch keep for the backward pass.
@@ -72,12 +74,16 @@ def estimate_memory(config: Config, info: ModelInfo, heads: HeadsConfig) -> Memo
     data = config.data.train
     tokens = min(data.micro_batch_size or data.batch_size, data.batch_size) * data.max_length
     layers = info.layers + heads.horizon - 1
-    bytes_each = 2 if config.devices.precision == "bf16" else 4
+    width = info.hidden_size
+    half = config.devices.precision == "bf16"
+    # a layer's parameters are about 2.5 D² for attention and 3 D F for a gated feed-forward layer of width F
+    feed_forward = max(0.0, (info.layer_parameters / width - 2.5 * width) / 3)
+    kept = 4 * _KEPT_BY_NORMS * width + (2 if half else 4) * (_KEPT_BY_ATTENTION * width + 4 * feed_forward)
     return MemoryEstimate(
-        parameters=4 * parameters,
+        parameters=(6 if half else 4) * parameters,
         gradients=4 * parameters,
         optimizer=8 * parameters,
-        activations=_KEPT_PER_LAYER * tokens * layers * info.hidden_size * bytes_each,
+        activations=round(tokens * layers * kept),
     )
 
 
