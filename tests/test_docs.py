@@ -131,7 +131,10 @@ def test_every_config_file_passes(path, tmp_path, monkeypatch):
     make_inputs(tomllib.loads(text))
     sources = [path]
     if path.parent.name == "recipes":
-        sources = [ROOT / "configs" / "local.toml", path]
+        baseline = path.parent / "baseline.toml"  # the others change its trainer
+        environment_of(baseline.read_text(encoding="utf-8"), monkeypatch)
+        make_inputs(tomllib.loads(baseline.read_text(encoding="utf-8")))
+        sources = [ROOT / "configs" / "local.toml", baseline, path]
     elif path.parent.name == "configs":
         Path("train.jsonl").touch()
         sources = [path, tomllib.loads(BASE)]
