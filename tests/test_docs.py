@@ -89,7 +89,7 @@ def make_inputs(value):
     if isinstance(value, dict):
         for key, element in value.items():
             if key == "uri" and "://" not in element:
-                path = Path(re.sub(r"\$\{env:(\w+)(?::(\w*))?\}", lambda m: os.environ.get(m[1], m[2]), element))
+                path = Path(re.sub(r"\$\{env:(\w+)(?::([^}]*))?\}", lambda m: os.environ.get(m[1], m[2]), element))
                 if path.suffix:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.touch()
