@@ -94,3 +94,19 @@ def test_a_real_model_on_mbpp(tmp_path):
     answer = json.loads(run.stdout)
     assert answer["metrics"]["eval/loss/head_1"] < 3, "a pretrained model knows a lot"
     assert_opens_everywhere(tmp_path / answer["model"], [504, 1443, 28, 100, 7], 4, tmp_path)
+
+
+def test_evaluators_run_at_the_end_and_before_that_are_checked(recipe, wmtp, tmp_path):
+    overrides = ["--set", 'eval=[{type="perplexity"}]', "--set", "train.max_steps=6"]
+    run = wmtp("run", recipe, "--run-name", "x", "--json", *overrides)
+    assert run.returncode == 0, run.stderr
+    metrics = json.loads(run.stdout)["metrics"]
+    for k in (1, 2, 3):
+        assert metrics[f"perplexity/head_{k}"] == pytest.approx(2.718281828 ** metrics[f"eval/loss/head_{k}"], rel=1e-6)
+    written = json.loads((tmp_path / "runs/x/evaluation.json").read_text())
+    assert written == {name: value for name, value in metrics.items() if name.startswith("perplexity/")}
+
+    recipe.write_text(recipe.read_text().replace("[data.eval]\nholdout = 0.2\n", "").replace("eval_interval = 15\n", ""))
+    refused = wmtp("run", recipe, "--run-name", "y", *overrides)
+    assert refused.returncode == 2
+    assert "'perplexity' is measured on [data.eval], which is missing" in refused.stderr

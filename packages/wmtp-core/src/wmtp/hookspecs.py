@@ -216,7 +216,8 @@ def wmtp_trackers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 def wmtp_evaluators() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Measurements of a model, run by ``[[eval]]`` at the end of a run.
 
-    ``build() -> wmtp.evaluation.Evaluator``.
+    ``build() -> wmtp.evaluation.Evaluator``. A class variable ``needs_eval_data = True`` has the config refused where
+    ``[data.eval]`` is missing, instead of after the training.
 
     Example::
 

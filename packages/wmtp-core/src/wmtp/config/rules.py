@@ -159,6 +159,11 @@ def _data(config: Config) -> Iterator[Problem]:
             f"{train.micro_batch_size} must be at most data.train.batch_size = {train.batch_size}",
         )
 
+    if config.data.eval is None:
+        for index, evaluator in enumerate(config.eval):
+            if getattr(evaluator, "needs_eval_data", False):
+                yield Problem(("eval", index), f"'{evaluator.type}' is measured on [data.eval], which is missing; add it")
+
 
 def _length(config: Config) -> Iterator[Problem]:
     schedule, train = config.schedule, config.train

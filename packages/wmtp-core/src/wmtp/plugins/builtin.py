@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from wmtp.data.config import CodeContests, HumanEval, Jsonl, Mbpp, PythonSource, TextFiles
+from wmtp.evaluation.config import Perplexity
 from wmtp.hookspecs import hookimpl
 from wmtp.launchers.config import LocalLauncher
 from wmtp.models.config import HfModel, MetaMtpModel, ScratchModel
@@ -15,6 +16,7 @@ from wmtp.training.optimizer_config import AdamW, Muon
 
 __all__ = [
     "wmtp_data_loaders",
+    "wmtp_evaluators",
     "wmtp_launchers",
     "wmtp_model_loaders",
     "wmtp_optimizers",
@@ -64,3 +66,9 @@ def wmtp_trackers() -> list[type[Any]]:
 def wmtp_launchers() -> list[type[Any]]:
     """This machine."""
     return [LocalLauncher]
+
+
+@hookimpl
+def wmtp_evaluators() -> list[type[Any]]:
+    """The perplexity of every head."""
+    return [Perplexity]

@@ -15,7 +15,7 @@ from attrs import define, field, frozen
 from torch import nn
 
 from wmtp.data.batch import PADDING, Batch
-from wmtp.errors import PluginError, WMTPError
+from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.evaluate import evaluate
@@ -100,6 +100,7 @@ class Fit:
         """Train from the start, or from the checkpoint, to the end.
 
         Raises:
+            ConfigError: the training data is not that of the checkpoint.
             WMTPError: the loss or the gradient became NaN or infinite, or the disk is full.
             PluginError: the trainer breaks its contract.
         """
@@ -190,7 +191,7 @@ class Fit:
         if pending is None:
             return {}
         self._check(pending)
-        values: dict[str, float | str] = {name: float(value) for name, value in pending.output.metrics.items()}
+        values: dict[str, float | str] = {name: self._number(name, value) for name, value in pending.output.metrics.items()}
         values |= {"gradient_norm": float(pending.gradient_norm)} | dict(pending.facts)
         logs = pending.step % self.train.log_interval == 0 or evaluates or pending.step == self.total_steps
         if logs:
@@ -201,12 +202,21 @@ class Fit:
             return {}
         numbers = {name: float(value) for name, value in values.items() if not isinstance(value, str) and math.isfinite(value)}
         self._metrics_file.write(pending.step, values)
-        self._track(pending.step, numbers)
+        self.track(pending.step, numbers)
         self._last |= numbers
         self._progress.show(pending.step, numbers, always=evaluates)
         return numbers
 
-    def _track(self, step: int, numbers: Mapping[str, float]) -> None:
+    def _number(self, name: str, value: torch.Tensor | float) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            raise PluginError(
+                f"{self.step_loss.trainer_name}: the metric {name!r} is {shown}; a metric is one number"
+            ) from error
+
+    def track(self, step: int, numbers: Mapping[str, float]) -> None:
         """Tell the tracker. Its mistakes never end a run: ``metrics.jsonl`` has everything."""
         try:
             self.tracker.log(step, numbers)
@@ -237,6 +247,7 @@ class Fit:
             return
         self._read_pending()
         state = {
+            "data": self.batches.fingerprint,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "trainer": self.step_loss.trainer.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -254,6 +265,11 @@ class Fit:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = load_checkpoint(checkpoint, self.step_loss.model, self.step_loss.device)
+        if state["data"] != self.batches.fingerprint:
+            raise ConfigError(
+                f"datasets: the training data is not what it was when {checkpoint.path} was written: a file or the tokenizer "
+                f"has changed; bring it back, or start a new run under another --run-name"
+            )
         self._step = checkpoint.step
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])

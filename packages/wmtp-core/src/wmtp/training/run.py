@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from wmtp.config.schema import Config
 from wmtp.config.tree import flatten
 from wmtp.errors import ConfigError
+from wmtp.evaluation import Measured
 from wmtp.result import Result
 from wmtp.storage.atomic import remove_partial, write_folder
 from wmtp.storage.uris import file_path
@@ -23,7 +25,7 @@ from wmtp.training.devices import autocast_context, pick_device
 from wmtp.training.loop import Fit
 from wmtp.training.memory import estimate_memory, head_parameters
 from wmtp.training.optimizers import scale_learning_rate
-from wmtp.training.setup import load_extra_model, open_source, provenance
+from wmtp.training.setup import load_extra_model, open_source, open_token_numbers, provenance
 from wmtp.training.stages import StagePlan
 from wmtp.training.step import StepLoss
 from wmtp.training.trainer import TrainerSetup
@@ -95,6 +97,7 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
             seed=config.run.seed,
             tokenizer=source.tokenizer,
             model=load_extra_model(config, source.place, device),
+            token_numbers=open_token_numbers(config, source, data.train),
         )
     )
     modules = {key: module.to(device) for key, module in trainer.modules().items()}
@@ -118,6 +121,7 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
     )  # fmt: skip
     status = "failed"
     saved_model: Path | None = None
+    measurements: dict[str, float] = {}
     try:
         fit = Fit(
             step_loss=StepLoss(
@@ -150,6 +154,8 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
         if outcome.status != "interrupted":
             saved_model = run_dir / "model"
             write_folder(saved_model, lambda partial: _save_model(model, source.tokenizer, partial))
+            measurements = _measure(config, run_dir, fit, source.tokenizer)
+            fit.track(outcome.steps, measurements)
             _show_sample(model, source.tokenizer, data.eval or data.train, device)
         status = outcome.status
     finally:
@@ -164,7 +170,7 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
         model=saved_model,
         checkpoint=outcome.checkpoint,
         steps=outcome.steps,
-        metrics=outcome.metrics,
+        metrics={**outcome.metrics, **measurements},
         status=outcome.status,
     )
 
@@ -221,6 +227,26 @@ def planned_steps(config: Config, batches: StepBatches) -> int:
     if config.train.epochs is not None or not limits:
         limits.append(batches.total_steps(config.train.epochs or 1.0))
     return min(limits)
+
+
+def _measure(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer) -> dict[str, float]:
+    """What ``[[eval]]`` asks for, which goes into ``evaluation.json`` too."""
+    step = fit.step_loss
+    measured = Measured(
+        model=step.model,
+        tokenizer=tokenizer,
+        batches=fit.eval_batches,
+        device=step.device,
+        autocast=step.autocast,
+        seed=config.run.seed,
+    )
+    results: dict[str, float] = {}
+    for evaluator in config.eval:
+        found = evaluator.build().evaluate(measured)
+        results |= {f"{evaluator.type}/{name}": float(value) for name, value in found.items()}
+    if results:
+        (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
 
 
 def _optimizer(config: Config, model: MTPModel, parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:

@@ -1,0 +1,55 @@
+"""The contract of an evaluator. Importing it imports no torch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+if TYPE_CHECKING:
+    import torch
+
+    from wmtp.data.batch import Batch
+    from wmtp.models.mtp import MTPModel
+    from wmtp.tokenizers import Tokenizer
+
+__all__ = ["Evaluator", "Measured"]
+
+
+@frozen(kw_only=True, eq=False)
+class Measured:
+    """What an evaluator measures.
+
+    Args:
+        model: the trained model with all its heads, in eval mode.
+        tokenizer: its tokenizer.
+        batches: the rows of ``[data.eval]``, on the CPU; empty where the config has none.
+        device: where the model is.
+        autocast: makes the context in which the model computes.
+        seed: the run's seed.
+    """
+
+    model: MTPModel
+    tokenizer: Tokenizer
+    batches: Sequence[Batch]
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[object]]
+    seed: int
+
+
+class Evaluator(ABC):
+    """Measures a trained model."""
+
+    @abstractmethod
+    def evaluate(self, measured: Measured) -> Mapping[str, float]:
+        """Measure.
+
+        Returns:
+            numbers by name. They are logged as ``TYPE/NAME`` and written to ``evaluation.json``.
+
+        Raises:
+            WMTPError: it cannot be measured; the message says why.
+        """
