@@ -32,6 +32,7 @@ def set_up(trainer, reference):
             seed=0,
             tokenizer=None,
             model=lambda name, *, dtype, device: {"ref": reference}[name],
+            token_numbers=None,
         )
     )
     return trainer

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from wmtp import load_config
+from wmtp import load_config, run
 from wmtp.config.rules import check
 from wmtp.errors import ConfigError
-from wmtp_algos import Rho1WMTP
+from wmtp.training import run as training_run
+from wmtp_algos import Rho1WMTP, rho1_wmtp
+from wmtp_algos.rho1_wmtp import next_token_losses
 
 BASE = """
 [run]
@@ -165,3 +168,62 @@ def test_the_recipe_over_the_quickstart(folder, monkeypatch, mode):
     config = load_config([root / "examples/quickstart.toml", root / f"configs/recipes/rho1-{mode}.toml"])
     check(config)
     assert config.trainer == Rho1WMTP(mode=mode), "the recipes show the defaults"
+
+
+# --- the cache of reference losses
+
+
+def run_here(folder, name, reference, *settings, cache=True):
+    """A run in this process over two epochs; what each step weighed."""
+    trainer = f'[trainer]\ntype = "rho1-wmtp"\nreference_cache = {str(cache).lower()}\n'
+    path = recipe(folder, name, trainer=trainer, model=reference)
+    overrides = ["train.max_steps=12", 'checkpoints={"save_final"=false}', f"data.cache_dir={folder}/tokens", *settings]
+    run([folder / "base.toml", path], overrides=overrides, run_name=name)
+    return [(line["weight/std"], line["rho1/reference_loss"]) for line in metrics_of(folder / "runs" / name)]
+
+
+def test_cached_reference_losses(folder, tmp_path, monkeypatch):
+    """The first time they are what an online run computes; later they are found, without a reference in memory."""
+    reference = tmp_path / "reference"
+    shutil.copytree(folder / "runs/reference/model", reference)
+    files = lambda: len(list((folder / "tokens").glob("*.f32")))
+    forwards = []
+
+    def counted(*arguments):
+        forwards.append(1)
+        return next_token_losses(*arguments)
+
+    monkeypatch.setattr(rho1_wmtp, "next_token_losses", counted)
+    online = run_here(folder, "online", reference, cache=False)
+    assert files() == 0
+    one_epoch = run(folder / "runs/online/config.toml", overrides=["train.max_steps=99", "train.epochs=1"], dry_run=True)
+    epoch = int(one_epoch["steps"].split()[0])
+    assert 2 <= epoch < 10, "the runs should see tokens a second time"
+    forwards.clear()
+
+    first = run_here(folder, "first", reference)
+    assert files() == 1
+    assert first[:epoch] == online[:epoch]
+    for cached, computed in zip(first, online, strict=True):
+        assert cached == pytest.approx(computed, rel=1e-4)
+    assert epoch < len(forwards) <= 2 * epoch, "later epochs need no reference"
+    forwards.clear()
+
+    monkeypatch.setattr(training_run, "load_extra_model", lambda *_: None)  # the model must not even be loaded
+    second = run_here(folder, "second", reference)
+    assert second == first
+    assert not forwards
+    monkeypatch.undo()
+
+    # what decides the losses decides the file
+    run_here(folder, "other-data", reference, "data.train.max_length=48")
+    assert files() == 2
+    run_here(folder, "other-targets", reference, "data.train.learn_prompt=true")
+    assert files() == 3
+    run_here(folder, "other-precision", reference, "trainer.reference_precision=bf16")
+    assert files() == 4
+    weights = load_file(reference / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, reference / "model.safetensors", {"format": "pt"})
+    changed = run_here(folder, "other-reference", reference)
+    assert files() == 5
+    assert changed[0][1] != first[0][1]

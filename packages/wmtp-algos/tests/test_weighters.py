@@ -49,7 +49,8 @@ def test_weights_are_the_formula(config, weight):
 @pytest.mark.parametrize(("top_k", "vocab_size", "used"), [(20, VOCAB_SIZE, 20), (20, 7, 7)])
 def test_eaft_divides_by_the_largest_entropy_there_can_be(top_k, vocab_size, used):
     trainer = EAFT(top_k=top_k).build()
-    setup = {"hidden_size": 8, "horizon": HORIZON, "device": torch.device("cpu"), "seed": 0, "tokenizer": None, "model": None}
+    setup = {"hidden_size": 8, "horizon": HORIZON, "device": torch.device("cpu"), "seed": 0, "tokenizer": None}
+    setup |= {"model": None, "token_numbers": None}
     trainer.setup(TrainerSetup(vocab_size=vocab_size, **setup))
     assert trainer.needs_entropy
     assert trainer.entropy_top_k == used

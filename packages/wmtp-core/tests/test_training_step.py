@@ -81,6 +81,7 @@ def step_loss(model, trainer, micro=99, normalizer="sum_w"):
             seed=0,
             tokenizer=None,
             model=None,
+            token_numbers=None,
         )
     )
     return StepLoss(
@@ -454,6 +455,11 @@ def test_detached_heads_leave_the_trunk_the_gradient_of_head_one():
     name = "base.model.layers.0.mlp.up_proj.weight"
     assert not torch.allclose(found[name], joint[name])
     assert any(key.startswith("extra_heads.") for key in found)
+
+
+def test_a_stage_has_no_negative_length():
+    with pytest.raises(PluginError, match="stage 'a' has a negative number of steps"):
+        StagePlan.make([Stage(name="a", steps=-3), Stage()], warmup_steps=0, total_steps=5, trainer_name="x")
 
 
 def test_warm_up_teaches_the_heads_and_nothing_else():

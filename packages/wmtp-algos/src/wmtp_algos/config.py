@@ -68,6 +68,9 @@ class Rho1WMTP:
         max_weight: weighted: weights are clipped to this.
         reference_precision: of the reference's parameters and products; ``bf16`` needs half the memory.
         reference_device: where the reference computes: ``cpu``, ``cuda``, ``cuda:1`` … Default: where the model does.
+        reference_cache: keep CE_ref of every token beside the tokenised data (4 bytes a token), for later epochs and runs;
+            once all are known the reference is not even loaded. Other data, another tokenizer or a changed reference start
+            anew.
     """
 
     type = "rho1-wmtp"
@@ -81,6 +84,7 @@ class Rho1WMTP:
     max_weight: float = field(default=3.0, validator=ge(1.0))
     reference_precision: Literal["fp32", "bf16"] = "fp32"
     reference_device: str | None = field(default=None, validator=optional(matches_re(r"cpu|mps|cuda(:\d+)?")))
+    reference_cache: bool = False
 
     def build(self) -> Trainer:
         """Make the trainer."""

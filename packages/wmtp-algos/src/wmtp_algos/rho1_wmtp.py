@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Rho1WMTPTrainer", "next_token_losses"]
 
+_KNOWN = "next-token loss"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,14 +44,19 @@ class Rho1WMTPTrainer(Trainer):
 
     def setup(self, setup: TrainerSetup) -> None:
         """See `Trainer.setup`."""
-        device = setup.device
-        if self._config.reference_device is not None:
-            device = _device(self._config.reference_device)
-        self._reference = setup.model("ref", dtype=_DTYPES[self._config.reference_precision], device=device)
+        config = self._config
+        device = setup.device if config.reference_device is None else _device(config.reference_device)
+        self._known = setup.token_numbers("ref", f"{_KNOWN} {config.reference_precision}") if config.reference_cache else None
+        if self._known is None or not self._known.complete:
+            self._reference = setup.model("ref", dtype=_DTYPES[config.reference_precision], device=device)
 
     def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
         """``reference_loss``: CE_ref of each token, ``[b, S]``."""
-        return {"reference_loss": next_token_losses(self._reference, view.batch, view.packed)}
+
+        def compute() -> Tensor:
+            return next_token_losses(self._reference, view.batch, view.packed)
+
+        return {"reference_loss": compute() if self._known is None else self._known.get(view.batch, compute)}
 
     def token_weights(self, view: StepView) -> Tensor:
         """See `Trainer.token_weights`; ``[B, S, H]``."""

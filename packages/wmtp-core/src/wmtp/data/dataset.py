@@ -146,6 +146,11 @@ class TokenDataset:
         return self._pieces.index
 
     @property
+    def starts(self) -> NDArray[np.int64]:
+        """Where each piece starts, in tokens of its document."""
+        return self._pieces.start
+
+    @property
     def tokens(self) -> int:
         """Tokens in all pieces."""
         return int(self.lengths.sum())

@@ -18,7 +18,7 @@ from wmtp.data.sources import eval_sources, require_sources, train_sources
 from wmtp.errors import WMTPError
 from wmtp.tokenizers.base import Tokenizer
 
-__all__ = ["PreparedData", "prepare_data"]
+__all__ = ["PreparedData", "prepare_data", "token_cache_dir"]
 
 _log = logging.getLogger("wmtp")
 
@@ -60,12 +60,18 @@ def prepare_data(config: Config, tokenizer: Tokenizer, paths: Mapping[str, Path 
     return PreparedData(train=train, eval=_dataset(config, tokenizer, paths, eval_names, "data.eval"))
 
 
+def token_cache_dir(config: Config) -> Path:
+    """Where tokenised data is kept."""
+    if config.data.cache_dir is not None:
+        return Path(config.data.cache_dir).expanduser()
+    return Path(config.run.output_dir) / ".cache" / "tokens"
+
+
 def _dataset(
     config: Config, tokenizer: Tokenizer, paths: Mapping[str, Path | None], names: Sequence[str], key: str
 ) -> TokenDataset:
     data = config.data.train
-    default = Path(config.run.output_dir) / ".cache" / "tokens"
-    cache_dir = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default
+    cache_dir = token_cache_dir(config)
     stores = [
         token_store(
             name, config.datasets[name], paths[name], tokenizer, cache_dir=cache_dir, on_bad_example=data.on_bad_example

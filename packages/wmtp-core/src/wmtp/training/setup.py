@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from attrs import frozen
 
@@ -21,10 +24,12 @@ from wmtp.tokenizers import Tokenizer
 from wmtp.training.trainer import OpenModel
 
 if TYPE_CHECKING:
+    from wmtp.data.dataset import TokenDataset
+    from wmtp.data.token_numbers import TokenNumbers
     from wmtp.models.mtp import MTPModel
     from wmtp.storage import Storage
 
-__all__ = ["Place", "Source", "load_extra_model", "open_source", "provenance"]
+__all__ = ["Place", "Source", "load_extra_model", "open_source", "open_token_numbers", "provenance"]
 
 
 @frozen(kw_only=True, eq=False)
@@ -164,6 +169,33 @@ def load_extra_model(config: Config, place: Place, device: torch.device) -> Open
         return model.to(device).eval().requires_grad_(False)
 
     return load
+
+
+#: part of the name of every file of token numbers: raise it when the same model would give other numbers
+_NUMBERS_VERSION = 1
+
+
+def open_token_numbers(config: Config, source: Source, dataset: TokenDataset) -> Callable[[str, str], TokenNumbers]:
+    """What a trainer calls for `TrainerSetup.token_numbers`."""
+    from wmtp.data.prepare import token_cache_dir
+    from wmtp.data.token_numbers import TokenNumbers
+
+    def open_numbers(name: str, what: str) -> TokenNumbers:
+        loader = config.models[name].loader
+        options = attrs.asdict(loader)  # type: ignore[arg-type]
+        options.pop("uri", None)  # what the files hold counts, not where they are
+        path = source.place.path(loader, f"models.{name}")
+        parts = [_NUMBERS_VERSION, what, loader.type, options, dataset.fingerprint, source.tokenizer.fingerprint()]
+        # a trainer asks for the numbers of tokens to learn; a model from scratch is made by the seed
+        parts += [config.data.train.learn_prompt, config.run.seed if path is None else None]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode())
+        for file in [] if path is None else [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        return TokenNumbers(token_cache_dir(config) / f"{digest.hexdigest()[:40]}.f32", dataset)
+
+    return open_numbers
 
 
 def provenance(component: Component) -> str:

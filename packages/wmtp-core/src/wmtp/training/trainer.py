@@ -15,7 +15,7 @@ micro-batch.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from wmtp.data.batch import Batch, Targets, shift_to_predictions
 
 if TYPE_CHECKING:
+    from wmtp.data.token_numbers import TokenNumbers
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
@@ -79,6 +80,9 @@ class TrainerSetup:
         seed: the run's seed.
         tokenizer: what made the tokens.
         model: loads another ``[models.*]`` by name.
+        token_numbers: opens the file of what another ``[models.*]`` makes of each token of the training data, kept beside the
+            tokens: of the model of this name, computed as the second text says. Another text, other data, another tokenizer
+            or a changed model have another file.
     """
 
     hidden_size: int
@@ -88,6 +92,7 @@ class TrainerSetup:
     seed: int
     tokenizer: Tokenizer
     model: OpenModel
+    token_numbers: Callable[[str, str], TokenNumbers]
 
 
 @frozen(kw_only=True, eq=False)

@@ -1,0 +1,110 @@
+"""A number for each token of a data set, kept in a file from one run to the next."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmtp.data.dataset import TokenDataset
+from wmtp.errors import WMTPError
+from wmtp.storage.atomic import partial_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wmtp.data.batch import Batch
+
+__all__ = ["TokenNumbers"]
+
+_PART = 2**20
+_log = logging.getLogger("wmtp")
+
+
+class TokenNumbers:
+    """What a frozen model makes of each token, computed the first time that a token is met.
+
+    The file holds one fp32 number a token, NaN where none is known yet. What was computed stays, whenever the process ends;
+    processes that fill it at once do not disturb each other, because they write the same.
+
+    Args:
+        path: the file. Its name must stand for all that decides the numbers: data, tokenizer and model.
+        dataset: whose tokens they are.
+
+    Raises:
+        WMTPError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path, dataset: TokenDataset) -> None:
+        self._index, self._starts = dataset.indices, dataset.starts
+        self._offsets = np.cumsum(dataset.lengths) - dataset.lengths
+        expected = 4 * dataset.tokens
+        if path.exists() and path.stat().st_size != expected:
+            _log.warning("%s is damaged; it is made again", path)
+            path.unlink()
+        if not path.exists():
+            _make(path, dataset.tokens)
+        self._numbers = np.memmap(path, np.float32, "r+", shape=(dataset.tokens,))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every number is known."""
+        return not any(np.isnan(self._numbers[start : start + _PART]).any() for start in range(0, len(self._numbers), _PART))
+
+    def get(self, batch: Batch, compute: Callable[[], Tensor]) -> Tensor:
+        """The numbers of a batch's tokens.
+
+        Args:
+            batch: rows of the data set.
+            compute: gives all numbers of the batch, ``[B, S]``; called if one of them is not known, and remembered.
+
+        Returns:
+            ``[B, S]`` fp32 on the batch's device; at padding 0.
+        """
+        import torch
+
+        real = (batch.document >= 0).cpu().numpy()
+        places = self._places(batch)[real]
+        known = self._numbers[places]
+        if np.isnan(known).any():
+            computed = compute()
+            self._numbers[places] = computed.cpu().numpy()[real]
+            return computed
+        numbers = np.zeros(real.shape, np.float32)
+        numbers[real] = known
+        return torch.from_numpy(numbers).to(batch.input_ids.device)
+
+    def _places(self, batch: Batch) -> NDArray[np.int64]:
+        """Where in the file each token's number is, ``[B, S]``; nonsense at padding."""
+        first = np.array([self._first(document.index, document.start) for document in batch.documents], np.int64)
+        return first[batch.document.cpu().numpy()] + batch.position.cpu().numpy()
+
+    def _first(self, index: int, start: int) -> int:
+        piece = int(np.searchsorted(self._index, index))
+        while self._starts[piece] != start:  # the pieces of a split document follow each other
+            piece += 1
+        return int(self._offsets[piece])
+
+
+def _make(path: Path, count: int) -> None:
+    """Write a file that knows no number yet. It is written in full, so that no disk gets full later."""
+    new = partial_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new.open("wb") as file:
+            for start in range(0, count, _PART):
+                file.write(np.full(min(_PART, count - start), np.nan, np.float32).tobytes())
+        os.replace(new, path)
+    except OSError as error:
+        with suppress(OSError):
+            new.unlink()
+        raise WMTPError(
+            f"{path.parent}: the token cache cannot be written ({error.strerror or error}); free some space, or set "
+            "data.cache_dir"
+        ) from error
