@@ -9,7 +9,7 @@ from attrs import evolve
 from wmtp.data.batch import PADDING
 from wmtp.errors import ConfigError
 from wmtp.testing.steps import HORIZON, VOCAB_SIZE, make_view, pad, random_step
-from wmtp.training import Trainer, TrainerSetup
+from wmtp.training import Stage, Trainer, TrainerSetup
 from wmtp_algos import DFT, EAFT, Column, EntropyTop, Focal, HorizonDecay, RandomMatched, Rho1WMTP, Shuffled
 from wmtp_algos.random_matched import RandomMatchedTrainer
 from wmtp_algos.shuffled import ShuffledTrainer
@@ -178,3 +178,47 @@ def test_padding_has_no_weight():
     for trainer in (ShuffledTrainer(Skewed(), ""), RandomMatchedTrainer(Skewed(), "")):
         view = make_view(trainer, step)
         assert not trainer.token_weights(view)[step.batch.document == PADDING].any()
+
+
+@pytest.mark.parametrize("control", [ShuffledTrainer, RandomMatchedTrainer])
+def test_a_control_is_its_treatment_in_all_but_the_weights(control):
+    class Treatment(Trainer):
+        needs_token_loss = True
+        needs_entropy = True
+
+        def setup(self, setup):
+            self.entropy_top_k = setup
+
+        def modules(self):
+            return {"value": torch.nn.Identity()}
+
+        def stages(self):
+            return (Stage(name="value", steps=2, model_loss=False), Stage())
+
+        def observe(self, view):
+            return {"seen": view}
+
+        def auxiliary_losses(self, view):
+            return {"loss": view}
+
+        def metrics(self):
+            return {"mean": 1.0}
+
+        def state_dict(self):
+            return {"state": 2.0}
+
+        def load_state_dict(self, state):
+            self.state = state
+
+    treatment = Treatment()
+    trainer = control(treatment, "")
+    assert (trainer.needs_token_loss, trainer.needs_entropy, trainer.entropy_top_k) == (True, True, None)
+    trainer.setup(5)
+    assert trainer.entropy_top_k == 5, "a treatment may decide in setup"
+    assert list(trainer.modules()) == ["value"]
+    assert trainer.stages() == treatment.stages()
+    assert trainer.observe(1) == {"seen": 1}
+    assert trainer.auxiliary_losses(2) == {"loss": 2}
+    assert trainer.metrics() == {"mean": 1.0}
+    trainer.load_state_dict(trainer.state_dict())
+    assert treatment.state == {"state": 2.0}
