@@ -79,7 +79,8 @@ class TrainerSetup:
         device: where the model is.
         seed: the run's seed.
         tokenizer: what made the tokens.
-        model: loads another ``[models.*]`` by name.
+        model: loads another ``[models.*]``: ``model("ref", dtype=torch.bfloat16)`` is an `MTPModel` with head 1 alone, frozen,
+            in eval mode; see `OpenModel`.
         token_numbers: opens the file of what another ``[models.*]`` makes of each token of the training data, kept beside the
             tokens: of the model of this name, computed as the second text says. Another text, other data, another tokenizer
             or a changed model have another file.
