@@ -130,3 +130,49 @@ def test_two_runs_never_share_a_directory(recipe, wmtp, tmp_path):
     finally:
         first.kill()
         first.wait()
+
+
+def test_resume_with_other_data_is_refused(recipe, wmtp, tmp_path):
+    arguments = ("run", recipe, "--run-name", "x", "--resume", "auto")
+    code, _, _ = start_and_signal(arguments, tmp_path / "runs/x", 8, signal.SIGTERM)
+    assert code == 1
+    data = tmp_path / "code.jsonl"
+    original = data.read_text()
+    data.write_text(original.replace("x0 = 0", "x0 = 1"))
+    changed = wmtp(*arguments)
+    assert changed.returncode == 2
+    assert "error: datasets: the training data is not what it was" in changed.stderr
+    data.rename(tmp_path / "moved.jsonl").write_text(original)
+    moved = wmtp(*arguments, "--set", f"datasets.code.uri={tmp_path}/moved.jsonl")
+    assert moved.returncode == 2, "another uri is another config"
+    (tmp_path / "moved.jsonl").rename(data)
+    assert wmtp(*arguments).returncode == 0
+
+
+def test_a_resume_says_that_a_version_is_another(recipe, wmtp, tmp_path):
+    assert wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=6").returncode == 0
+    facts = tmp_path / "runs/x/run.json"
+    facts.write_text(facts.read_text().replace('"wmtp-algos": "', '"wmtp-algos": "0.0.'))
+    resume = ("run", "--resume", tmp_path / "runs/x")
+    assert "warning: resumed with another version" in wmtp(*resume).stderr
+    assert "another version" not in wmtp(*resume).stderr, "said once: now this version is the one it went on with"
+
+
+def test_damaged_metrics_are_named_at_a_resume(recipe, wmtp, tmp_path):
+    assert wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=6").returncode == 0
+    metrics = tmp_path / "runs/x/metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([lines[0], "[]", *lines[2:]]) + "\n")
+    again = wmtp("run", "--resume", tmp_path / "runs/x")
+    assert again.returncode == 1
+    assert f"error: {metrics}:2: not the metrics of a step" in again.stderr
+
+
+def test_the_name_of_a_run_that_could_not_start_stays_free(recipe, wmtp, tmp_path):
+    data = tmp_path / "code.jsonl"
+    original = data.read_text()
+    data.write_text(original + "{broken\n")
+    assert wmtp("run", recipe, "--run-name", "x").returncode == 1
+    data.write_text(original)
+    done = wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=6")
+    assert done.returncode == 0, done.stderr

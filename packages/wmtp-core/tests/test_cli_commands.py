@@ -26,6 +26,7 @@ class Here(Launcher):
         with open(run_dir / "launches", "a") as file:
             file.write(f"{resume}\\n")
         if self.do == "fail":
+            (run_dir / "metrics.jsonl").touch()
             raise wmtp.WMTPError("the disk is full")
         if self.do in ("refuse", "refuse-late"):
             if self.do == "refuse-late":
@@ -38,6 +39,8 @@ class Here(Launcher):
         if self.do == "wait":
             pathlib.Path("waiting").touch()
             import time; time.sleep(60)
+        if self.do == "break":
+            int("no number")
         status = "interrupted" if self.do == "stop" else "finished"
         model = None if status == "interrupted" else run_dir / "model"
         return wmtp.Result(
@@ -169,10 +172,11 @@ def test_exit_codes_and_errors(capsys, folder):
     assert err.splitlines()[-1] == "error: the disk is full"
     assert json.loads((folder / "runs/f/run.json").read_text())["status"] == "failed"
     code, answer, err = run_json(capsys, "--set", "launcher.do=bug")
-    assert (code, answer["error"]) == (1, "ZeroDivisionError: two lines")
+    assert code == 1
+    assert answer["error"].startswith("ZeroDivisionError: two lines (in here-plugin 1.5: ")
     assert err.splitlines()[-2:] == [
         "run it again with --debug for the traceback of this error:",
-        "error: ZeroDivisionError: two lines",
+        f"error: {answer['error']}",
     ]
     code, _, err = run_json(capsys, "--set", "launcher.do=bug", "--debug")
     assert code == 1
@@ -373,3 +377,12 @@ def test_python_does_the_same(folder):
         wmtp.run()
     assert set(wmtp.__all__) <= set(dir(wmtp))
     assert all(getattr(wmtp, name) is not None for name in wmtp.__all__ if name != "load_model")
+
+
+def test_an_unforeseen_error_names_the_plugin_and_its_line(capsys, folder):
+    code, _, err = cli(capsys, "run", "a.toml", "--run-name", "x", "--set", "launcher.do=break")
+    assert code == 1
+    line = next(n for n, text in enumerate(PLUGIN.splitlines(), start=1) if 'int("no number")' in text)
+    assert err.splitlines()[-1].startswith("error: ValueError: invalid literal")
+    assert err.splitlines()[-1].endswith(f"(in here-plugin 1.5: {folder / 'site/here_plugin.py'}:{line})")
+    assert not (folder / "runs/x").exists(), "nothing was trained, so the name stays free"

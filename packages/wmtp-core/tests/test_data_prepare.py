@@ -15,7 +15,7 @@ from wmtp.config.schema import Config, DataConfig, EvalDataConfig, ModelConfig, 
 from wmtp.data.base import Example, ExampleLoader
 from wmtp.data.config import HumanEval, Jsonl, PythonSource
 from wmtp.data.prepare import prepare_data
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.tokenizers.bytes import BytesTokenizer
 
 BOS, EOS = 257, 256
@@ -376,3 +376,49 @@ def mbpp():
     if not (path / "train.jsonl").is_file():
         pytest.skip("MBPP is not at hand; set WMTP_TEST_MBPP to its folder")
     return path
+
+
+@attrs.frozen(kw_only=True)
+class Odd:
+    """A plugin's data set that breaks the contract."""
+
+    type = "odd"
+    examples: object = None
+
+    def build(self):
+        return OddLoader(self.examples)
+
+
+class OddLoader(ExampleLoader):
+    def __init__(self, given):
+        self.given = given
+
+    def examples(self, path):
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "examples() returned None, not an iterator"),
+        ([{"prompt": "a", "completion": "b"}], "(dict), not an Example"),
+        ([Example(id=3, completion="abcd")], "an Example with 3 where a string belongs"),
+        ([Example(id="3", completion=b"abcd")], "an Example with b'abcd' where a string belongs"),
+        ([Example(id="3", completion="abcd", is_correct="yes")], "is_correct is 'yes'"),
+        ([Example(id="3", completion="abcd", reward=float("nan"))], "reward is nan"),
+        ([Example(id="3", completion="abcd", weights=(("ab", 1.0), 3.0))], "neither numbers nor (text, number) tuples"),
+    ],
+)
+def test_a_loader_that_yields_something_else_is_named(tmp_path, given, message):
+    with pytest.raises(PluginError) as caught:
+        prepare(tmp_path, {"d": Odd(examples=given)}, {"d": None})
+    assert str(caught.value).startswith("datasets.d: data loader ")
+    assert "OddLoader: " in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_weights_from_a_loader_are_finite_and_not_negative(tmp_path, weight):
+    given = [Example(id="3", completion="abc", weights=(1.0, weight, 1.0))]
+    with pytest.raises(WMTPError, match=f"3: has a weight of {weight}"):
+        prepare(tmp_path, {"d": Odd(examples=given)}, {"d": None})

@@ -29,6 +29,7 @@ from wmtp.storage.uris import file_path
 __all__ = [
     "CONFIG_FILE",
     "INFO_FILE",
+    "changed_versions",
     "create",
     "differences",
     "find_unfinished",
@@ -147,6 +148,14 @@ def record_resume(run_dir: Path, config: Config, registry: Registry, argv: Seque
     earlier = (_read_json(run_dir / INFO_FILE) or {}).get("resumed", [])
     entry = {key: facts[key] for key in ("started", "argv", "git", "python", "versions")} | {"changed": list(changed)}
     record(run_dir, {"status": "running", "resumed": [*earlier, entry]})
+
+
+def changed_versions(run_dir: Path, config: Config, registry: Registry) -> list[str]:
+    """What is installed in another version than when the run last went on: ``name: old → new``."""
+    facts = _read_json(run_dir / INFO_FILE) or {}
+    old = (facts.get("resumed") or [facts])[-1].get("versions", {})
+    new = _versions(config, registry)
+    return [f"{name}: {old[name]} → {new.get(name, 'not installed')}" for name in old if old[name] != new.get(name)]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -96,8 +96,8 @@ def run(
             _take_up(directory, loaded)
         try:
             return _launch(launcher, checked, directory, is_resumed)
-        except ConfigError:
-            if not is_resumed:  # else the name would be taken when the config is right
+        except Exception:
+            if not is_resumed:  # else the name would be taken when what was wrong is put right
                 run_dirs.remove_unused(directory)
             raise
 
@@ -166,6 +166,8 @@ def _take_up(directory: Path, loaded: Loaded) -> None:
         )
     for line in changed:
         logger.info("resumed with a change: %s", line)
+    for line in run_dirs.changed_versions(directory, loaded.config, loaded.registry):
+        logger.warning("resumed with another version, which may go on differently: %s", line)
     run_dirs.record_resume(directory, loaded.config, loaded.registry, sys.argv, changed)
     if changed:
         run_dirs.replace_text(directory / run_dirs.CONFIG_FILE, dump_config(loaded.config))

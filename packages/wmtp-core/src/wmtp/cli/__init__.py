@@ -73,8 +73,21 @@ def _explained(error: BaseException) -> tuple[list[str], int]:
         return ["interrupted"], 1
     if isinstance(error, ConfigError):
         return list(error.problems), 2
-    text = str(error) if isinstance(error, WMTPError) else " ".join(f"{type(error).__name__}: {error}".split())
-    return text.splitlines() or [type(error).__name__], 1
+    if isinstance(error, WMTPError):
+        return str(error).splitlines() or [type(error).__name__], 1
+    return [" ".join(f"{type(error).__name__}: {error}{_place_in_plugin(error)}".split())], 1
+
+
+def _place_in_plugin(error: BaseException) -> str:
+    """Which plugin's code an unforeseen error came through, and where; nothing if only wmtp's own and libraries' did."""
+    from wmtp.plugins import load_plugins
+
+    plugins = {provided.cls.__module__.partition(".")[0]: provided.plugin for provided in load_plugins().components}
+    plugins.pop("wmtp")
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if plugin := plugins.get(str(frame.f_globals.get("__name__")).partition(".")[0]):
+            return f" (in {plugin}: {frame.f_code.co_filename}:{line})"
+    return ""
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

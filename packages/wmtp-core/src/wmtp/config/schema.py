@@ -6,6 +6,7 @@ torch types: a config is checked on machines that have no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -213,7 +214,7 @@ class TrainConfig:
     """
 
     max_steps: int | None = field(default=None, validator=optional(ge(1)))
-    epochs: float | None = field(default=None, validator=optional(gt(0.0)))
+    epochs: float | None = field(default=None, validator=optional([gt(0.0), lt(math.inf)]))
     normalizer: Literal["sum_w", "valid", "per_position"] = "sum_w"
     max_grad_norm: float = field(default=1.0, validator=ge(0.0))
     log_interval: int = field(default=1, validator=ge(1))

@@ -65,6 +65,11 @@ class StepBatches:
         self._plan = lru_cache(maxsize=2)(self._make_plan)
 
     @property
+    def fingerprint(self) -> str:
+        """See `TokenDataset.fingerprint`: with the same config and seed, the same batches."""
+        return self._dataset.fingerprint
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in every epoch: packing gives each the same number of rows."""
         return -(-len(self._rows) // self._config.batch_size)

@@ -6,11 +6,12 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,13 +21,13 @@ import attrs
 from wmtp.config.components import Component
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.store import StoreWriter, TokenStore
-from wmtp.errors import WMTPError
+from wmtp.errors import PluginError, WMTPError
 from wmtp.tokenizers.base import Tokenizer
 
 __all__ = ["cache_key", "token_store"]
 
 #: part of every key: raise it when the same files would be read or tokenised differently
-_VERSION: Final = 1
+_VERSION: Final = 2
 _SHOWN: Final = 10
 _ABANDONED_SECONDS: Final = 24 * 3600
 _log = logging.getLogger("wmtp")
@@ -116,10 +117,14 @@ def _write(
     writer = StoreWriter(building, tokenizer.vocab_size)
     bad: list[BadExample] = []
     bad_count = documents = tokens = 0
-    for example in loader.examples(path):
+    examples = loader.examples(path)
+    if not isinstance(examples, Iterable):
+        raise PluginError(f"datasets.{name}: {_title(loader)}: examples() returned {examples!r:.60}, not an iterator")
+    for example in examples:
         try:
             if isinstance(example, BadExample):
                 raise example
+            _check_types(name, loader, example)
             if bad and on_bad_example == "error" and example.weights is None:
                 continue  # nothing will be kept: only look for more problems to report
             encoded, prompt_length, weights = encode_example(example, tokenizer)
@@ -139,7 +144,11 @@ def _write(
     if bad and on_bad_example == "error":
         raise _bad_error(name, [str(problem) for problem in bad], bad_count)
     if not documents:
-        what = f"all {bad_count:,} examples are bad, the first: {bad[0]}" if bad else "it holds no example"
+        what = (
+            f"all {bad_count:,} examples are bad, the first: {bad[0]}"
+            if bad
+            else f"it holds no example{f' ({path})' if path else ''}"
+        )
         raise WMTPError(f"datasets.{name}: {what}")
     return tokens
 
@@ -188,6 +197,41 @@ def _bad_error(name: str, messages: Sequence[str], count: int) -> WMTPError:
     )
 
 
+def _check_types(name: str, loader: ExampleLoader, example: Any) -> None:
+    """Raise if what a loader yielded is no `Example`, or one whose fields have other types than the class says.
+
+    Raises:
+        PluginError: naming the loader.
+    """
+    problem = None
+    if not isinstance(example, Example):
+        problem = f"{example!r:.60} ({type(example).__name__}), not an Example"
+    else:
+        texts = (example.id, example.prompt, example.completion, example.group, example.where)
+        if wrong := [value for value in texts if not isinstance(value, str)]:
+            problem = f"an Example with {wrong[0]!r:.60} where a string belongs"
+        elif example.is_correct not in (None, True, False):
+            problem = f"an Example whose is_correct is {example.is_correct!r:.60}, not True, False or None"
+        elif example.reward is not None and not (isinstance(example.reward, int | float) and math.isfinite(example.reward)):
+            problem = f"an Example whose reward is {example.reward!r:.60}, not a finite number or None"
+        elif example.weights is not None and not _are_weights(example.weights):
+            problem = f"an Example whose weights are {example.weights!r:.60}, neither numbers nor (text, number) tuples"
+    if problem is not None:
+        raise PluginError(f"datasets.{name}: {_title(loader)}: examples() yielded {problem}")
+
+
+def _title(loader: ExampleLoader) -> str:
+    return f"data loader {type(loader).__module__}.{type(loader).__qualname__}"
+
+
+def _are_weights(weights: Any) -> bool:
+    if not isinstance(weights, tuple | list):
+        return False
+    if weights and isinstance(weights[0], tuple):
+        return all(isinstance(pair, tuple) and [*map(type, pair)] in ([str, float], [str, int]) for pair in weights)
+    return all(isinstance(weight, int | float) for weight in weights)
+
+
 def encode_example(example: Example, tokenizer: Tokenizer) -> tuple[list[int], int, list[float] | None]:
     """The tokens of a document: begin token (where there is one), prompt, completion, end token.
 
@@ -215,6 +259,8 @@ def encode_example(example: Example, tokenizer: Tokenizer) -> tuple[list[int], i
     tokens = [*before, *completion, tokenizer.eos_id]
     if weights is None:
         return tokens, len(before), None
+    if wrong := [weight for weight in weights if not 0 <= weight < math.inf]:
+        raise BadExample(where, f"has a weight of {wrong[0]}; weights are finite and ≥ 0")
     if len(weights) == len(completion):
         weights.append(1.0)
     if len(weights) != len(completion) + 1:

@@ -163,10 +163,13 @@ class TokenDataset:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all tokens and of how they are cut: for caches of what a model makes of each token."""
+        """A hash of all documents and of how they are cut, wherever they were read from.
+
+        For caches of what a model makes of each token, and for a resume, which must go on with the same data.
+        """
         digest = hashlib.sha256()
         for store in self._stores:
-            digest.update(store.key.encode())
+            digest.update(store.info.digest.encode())
         for column in (self._pieces.index, self._pieces.start, self._pieces.stop):
             digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()

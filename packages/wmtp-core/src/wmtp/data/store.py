@@ -40,6 +40,7 @@ class StoreInfo:
         token_type: numpy's name for the type of a token.
         has_weights: whether any document has weights of its own.
         sizes: bytes of every other file.
+        digest: a hash of their content.
     """
 
     documents: int
@@ -49,6 +50,7 @@ class StoreInfo:
     token_type: str
     has_weights: bool
     sizes: dict[str, int]
+    digest: str
 
 
 class _Column:
@@ -142,6 +144,7 @@ class StoreWriter:
         self._names.close()
         if self._weights is not None:
             self._weights.close()
+        files = sorted(self._folder.iterdir())
         info = StoreInfo(
             documents=self._count,
             tokens=self._end,
@@ -149,7 +152,8 @@ class StoreWriter:
             bad_messages=tuple(str(problem) for problem in bad),
             token_type=self._token_type,
             has_weights=self._weights is not None,
-            sizes={file.name: file.stat().st_size for file in sorted(self._folder.iterdir())},
+            sizes={file.name: file.stat().st_size for file in files},
+            digest=_digest(files),
         )
         (self._folder / _INFO).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
 
@@ -209,6 +213,14 @@ class TokenStore:
             is_correct=None if is_correct == _UNKNOWN else bool(is_correct),
             reward=None if np.isnan(reward) else reward,
         )
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _read_info(folder: Path) -> StoreInfo:

@@ -29,7 +29,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -105,10 +105,10 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, device: torch.devi
         for name, size in facts["files"].items():
             actual = (checkpoint.path / name).stat().st_size
             if actual != size:
-                raise WMTPError(f"{checkpoint.path / name}: {actual:,} bytes, but {size:,} were written; the file is damaged")
+                raise ValueError(f"{checkpoint.path / name} has {actual:,} bytes, but {size:,} were written")
         load_model(model, str(checkpoint.path / "model.safetensors"), strict=True, device=str(device))
         return torch.load(checkpoint.path / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise WMTPError(
             f"{checkpoint.path} cannot be read: {error}; remove this folder to go on from the checkpoint before it"
         ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,8 @@ if TYPE_CHECKING:
     from wmtp.config.schema import EarlyStoppingConfig
 
 __all__ = ["EarlyStopping"]
+
+logger = logging.getLogger("wmtp")
 
 
 class EarlyStopping:
@@ -22,10 +26,14 @@ class EarlyStopping:
         self._config = config
         self._best: float | None = None
         self._without_progress = 0
+        self._missed = False
 
     def should_stop(self, metrics: Mapping[str, float]) -> bool:
         """Take the metrics of one logged step, and say whether they end the run."""
-        if self._config is None or self._config.metric not in metrics:
+        if self._config is None:
+            return False
+        if self._config.metric not in metrics:
+            self._say_missing(self._config.metric, metrics)
             return False
         value = metrics[self._config.metric]
         sign = 1.0 if self._config.mode == "min" else -1.0
@@ -35,6 +43,16 @@ class EarlyStopping:
         else:
             self._without_progress += 1
         return self.exhausted
+
+    def _say_missing(self, metric: str, metrics: Mapping[str, float]) -> None:
+        """Warn once, in a step that should have the metric. It may come later: a stage may have metrics of its own."""
+        alike = [name for name in metrics if name.startswith("eval/") == metric.startswith("eval/")]
+        if self._missed or self._best is not None or not alike:
+            return
+        self._missed = True
+        close = difflib.get_close_matches(metric, alike, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(alike)}"
+        logger.warning("train.early_stopping.metric: nothing has measured %r so far; %s", metric, hint)
 
     @property
     def exhausted(self) -> bool:

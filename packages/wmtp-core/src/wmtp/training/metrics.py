@@ -55,13 +55,23 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The objects of a ``metrics.jsonl``. A last line that a killed run left half-written is passed over."""
+    """The objects of a ``metrics.jsonl``. A last line that a killed run left half-written is passed over.
+
+    Raises:
+        WMTPError: another line is damaged.
+    """
     records = []
-    for line in path.read_text().splitlines():
+    lines = path.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+            record = json.loads(line)
+            if not isinstance(record["step"], int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise WMTPError(f"{path}:{number}: not the metrics of a step; remove this line") from None
+        records.append(record)
     return records
 
 

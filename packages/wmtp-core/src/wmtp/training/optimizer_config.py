@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ class AdamW:
     """
 
     type = "adamw"
-    lr: float = field(default=2e-5, validator=gt(0.0))
+    lr: float = field(default=2e-5, validator=[gt(0.0), lt(math.inf)])
     betas: tuple[float, float] = field(default=(0.9, 0.95), validator=deep_iterable(and_(ge(0.0), lt(1.0))))
     eps: float = field(default=1e-8, validator=gt(0.0))
     weight_decay: float = field(default=0.0, validator=ge(0.0))
@@ -54,7 +55,7 @@ class Muon:
     """
 
     type = "muon"
-    lr: float = field(default=2e-5, validator=gt(0.0))
+    lr: float = field(default=2e-5, validator=[gt(0.0), lt(math.inf)])
     momentum: float = field(default=0.95, validator=[ge(0.0), lt(1.0)])
     weight_decay: float = field(default=0.0, validator=ge(0.0))
     betas: tuple[float, float] = field(default=(0.9, 0.95), validator=deep_iterable(and_(ge(0.0), lt(1.0))))

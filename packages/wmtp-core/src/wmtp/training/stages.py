@@ -35,10 +35,12 @@ class StagePlan:
 
         Raises:
             ConfigError: the stages with a fixed length fill the whole run, so that the last one would never start.
-            PluginError: a stage other than the last has no length.
+            PluginError: a stage other than the last has no length, or one has a negative length.
         """
         if not stages or any(stage.steps is None for stage in stages[:-1]):
             raise PluginError(f"{trainer_name}: every stage but the last needs a number of steps")
+        if negative := [stage.name for stage in stages if stage.steps is not None and stage.steps < 0]:
+            raise PluginError(f"{trainer_name}: stage {negative[0]!r} has a negative number of steps")
         if warmup_steps:
             stages = [Stage(name="head-warmup", steps=warmup_steps, frozen=frozenset({"model"})), *stages]
         ends, end = [], 0
