@@ -86,3 +86,12 @@ def test_a_folder_that_cannot_be_written(dataset, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WMTPError, match=r"the token cache cannot be written \(.*\); free some space, or set data\.cache_dir"):
         TokenNumbers(tmp_path / "file" / "n.f32", dataset)
+
+
+def test_a_batch_of_which_a_part_is_known(dataset, tmp_path):
+    numbers = TokenNumbers(tmp_path / "n.f32", dataset)
+    known = batches(dataset, packing=False)[0]
+    numbers.get(known, lambda: number_of(known))
+    for batch in batches(dataset, packing=True):
+        assert torch.equal(numbers.get(batch, lambda batch=batch: number_of(batch)), number_of(batch))
+    assert numbers.complete
