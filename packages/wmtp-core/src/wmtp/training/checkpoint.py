@@ -29,7 +29,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-FORMAT = 2
+FORMAT = 1
 _NAME = re.compile(r"step-(\d+)")
 
 
