@@ -155,6 +155,18 @@ def test_one_name_from_two_distributions_is_an_error_but_both_are_listed(site):
     assert "provided by one 1.1 and by two 2.2" in listed.stderr
 
 
+def test_one_scheme_from_two_distributions_is_an_error_that_names_both(site):
+    storage = (
+        "import attrs, wmtp\n@attrs.frozen\nclass A:\n    type = '{0}'\n    schemes = ('mem',)\n    def build(self): pass\n"
+    )
+    hook = "@wmtp.hookimpl\ndef wmtp_storages(): return [A]\n"
+    site.install("one", storage.format("memory") + hook, version="1.1")
+    site.install("two", storage.format("ram") + hook, version="2.2")
+    done = site.check("baseline-mtp")
+    assert done.returncode == 1
+    assert "the storage of mem:// URIs is provided by one 1.1 and by two 2.2" in done.stderr
+
+
 def test_two_distributions_with_one_entry_name_are_both_seen(site):
     site.install("one", CONFIG_CLASS.format(type="first"), entry="shared")
     site.install("two", CONFIG_CLASS.format(type="second"), entry="shared")

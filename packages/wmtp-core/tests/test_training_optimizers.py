@@ -90,8 +90,11 @@ def test_schedules_rise_to_one_and_end_where_they_should(type_, warmup):
     assert factors[:rise] == [(step + 1) / 4 for step in range(rise)]
     assert max(factors) == 1.0 == factors[rise]
     assert all(a >= b for a, b in zip(factors[rise:], factors[rise + 1 :], strict=False))
-    assert factors[-1] == pytest.approx(1.0 if type_ == "constant" else 0.1)
-    middle = learning_rate_factor(ScheduleConfig(type="cosine"), 5, 21)
+    after_the_last = learning_rate_factor(config, 20, 20)
+    assert after_the_last == pytest.approx(1.0 if type_ == "constant" else 0.1)
+    assert factors[-1] >= after_the_last
+    assert learning_rate_factor(ScheduleConfig(type=type_), 19, 20) > 0, "the last step learns too"
+    middle = learning_rate_factor(ScheduleConfig(type="cosine"), 5, 20)
     assert middle == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
 
 

@@ -376,6 +376,24 @@ def test_weights_of_the_wrong_form_are_an_error_that_names_the_trainer(returned,
     assert "trainer 'mine' (mine 1.0)" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "returned", "words"),
+    [
+        ("observe", None, "observe returned a NoneType, not tensors by name"),
+        ("observe", {"value": [1.0]}, "observe returned a list as 'value', not a tensor"),
+        ("observe", {"value": torch.zeros(3)}, "observe returned 'value' of shape [3]"),
+        ("auxiliary_losses", {"value": 1.0}, "auxiliary_losses returned a float as 'value', not a tensor"),
+        ("auxiliary_losses", {"value": torch.zeros(2)}, "auxiliary loss 'value' has shape [2]; it must be a scalar"),
+    ],
+)
+def test_other_returns_of_the_wrong_form_name_the_trainer_too(method, returned, words):
+    bad = type("Bad", (Trainer,), {method: lambda self, view: returned})
+    with pytest.raises(PluginError) as error:
+        gradients(make_model(), bad(), make_batch(packed=False))
+    assert words in str(error.value)
+    assert "trainer 'mine' (mine 1.0)" in str(error.value)
+
+
 @pytest.mark.parametrize(("value", "code"), [(math.nan, 1), (math.inf, 1), (-1.0, 2), (0.0, 3), (1.0, 0)])
 def test_weights_with_bad_values_are_found_without_reading_the_device(value, code):
     class Bad(Trainer):

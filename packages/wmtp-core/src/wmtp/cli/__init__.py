@@ -56,7 +56,7 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
         return getattr(commands, arguments.command)(arguments)
     except BrokenPipeError:
         raise
-    except (KeyboardInterrupt, Exception) as error:
+    except (KeyboardInterrupt, SystemExit, Exception) as error:
         lines, code = _explained(error)
         if arguments.debug:
             traceback.print_exc()
@@ -71,6 +71,8 @@ def _explained(error: BaseException) -> tuple[list[str], int]:
     """The lines to print, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return ["interrupted"], 1
+    if isinstance(error, SystemExit):  # of a plugin; its code may be 0, as if the work were done
+        return [f"the work was ended by sys.exit({error.code!r}){_place_in_plugin(error)}"], 1
     if isinstance(error, ConfigError):
         return list(error.problems), 2
     if isinstance(error, WMTPError):

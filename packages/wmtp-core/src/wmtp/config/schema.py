@@ -169,7 +169,7 @@ class ScheduleConfig:
     """The learning rate over the optimizer steps of the whole job, as a factor of ``optimizer.lr``.
 
     Args:
-        type: ``constant``, or ``linear`` or ``cosine`` decay to ``min_ratio`` at the last step.
+        type: ``constant``, or ``linear`` or ``cosine`` decay to ``min_ratio`` at the end of the run.
         warmup_steps: optimizer steps of linear rise at the start.
         warmup_ratio: instead of ``warmup_steps``: a share of all steps.
         min_ratio: where the decay ends.

@@ -22,7 +22,6 @@ _PACKAGES: Final[Mapping[str, Mapping[str, str]]] = {
         ),
         "wmtp-algos",
     ),
-    "storages": dict.fromkeys(("s3", "gs", "az", "http", "https"), "wmtp-storage"),
     "launchers": {"vessl": "wmtp-vessl"},
 }
 
@@ -98,11 +97,15 @@ class Registry:
 
     @property
     def conflicts(self) -> tuple[str, ...]:
-        """One line for every component that more than one plugin provides."""
+        """One line for every component, and every URI scheme, that more than one plugin provides."""
+        claims = {f"{KINDS[kind]} '{type_}'": provided for (kind, type_), provided in self._by_name.items()}
+        for storage in self.of_kind("storages"):
+            for scheme in storage.cls.schemes:
+                claims.setdefault(f"storage of {scheme}:// URIs", []).append(storage)
         return tuple(
-            f"the {KINDS[kind]} '{type_}' is provided by {' and by '.join(str(p.plugin) for p in provided)}; uninstall"
-            " one of them, or name the entry points to load in the environment variable WMTP_PLUGINS"
-            for (kind, type_), provided in self._by_name.items()
+            f"the {what} is provided by {' and by '.join(str(p.plugin) for p in provided)}; uninstall one of them, or name the"
+            " entry points to load in the environment variable WMTP_PLUGINS"
+            for what, provided in claims.items()
             if len(provided) > 1
         )
 

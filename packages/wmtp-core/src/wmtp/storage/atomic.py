@@ -33,6 +33,8 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         new.mkdir(parents=True)
         write(new)
         for path in (*new.rglob("*"), new):
+            if path.is_file():  # safetensors makes files that nobody else can read
+                path.chmod(0o666 & ~_umask())
             _flush(path)
         replace_path(new, target, staging / "old")
         _flush(target.parent)
@@ -72,6 +74,13 @@ def remove_partial(folder: Path) -> None:
         for path in folder.iterdir():
             if _PARTIAL.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _umask() -> int:
+    """Which rights new files do not get. It can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _flush(path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from wmtp.config.schema import Config
 from wmtp.config.tree import flatten
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, PluginError
 from wmtp.evaluation import Measured
 from wmtp.result import Result
 from wmtp.storage.atomic import remove_partial, write_folder
@@ -28,7 +28,7 @@ from wmtp.training.optimizers import scale_learning_rate
 from wmtp.training.setup import load_extra_model, open_source, open_token_numbers, provenance
 from wmtp.training.stages import StagePlan
 from wmtp.training.step import StepLoss
-from wmtp.training.trainer import TrainerSetup
+from wmtp.training.trainer import Trainer, TrainerSetup
 
 if TYPE_CHECKING:
     from wmtp.data.batches import StepBatches
@@ -86,8 +86,7 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
     if config.data.train.packing:
         model.check_packing()
 
-    trainer = config.trainer.build()
-    name = provenance(config.trainer)
+    trainer, name = _build_trainer(config)
     trainer.setup(
         TrainerSetup(
             hidden_size=model.hidden_size,
@@ -161,10 +160,10 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
     finally:
         try:
             tracker.finish(status, saved_model)
+            if (location := tracker.location()) is not None:
+                logger.info("tracking  %s", location)
         except Exception as error:
             logger.warning("the tracker failed at the end: %s; metrics.jsonl has everything", error)
-    if (location := tracker.location()) is not None:
-        logger.info("tracking  %s", location)
     return Result(
         run_dir=run_dir,
         model=saved_model,
@@ -196,8 +195,7 @@ def dry_run(config: Config) -> dict[str, str]:
     data = prepare_data(config, source.tokenizer, source.dataset_paths)
     batches = StepBatches(data.train, config.data.train, seed=config.run.seed)
     total_steps = planned_steps(config, batches)
-    trainer = config.trainer.build()
-    name = provenance(config.trainer)
+    trainer, name = _build_trainer(config)
     plan = StagePlan.make(trainer.stages(), warmup_steps=heads.warmup_steps, total_steps=total_steps, trainer_name=name)
     first = batches.batch(0)
     real = first.document[0] >= 0
@@ -214,6 +212,14 @@ def dry_run(config: Config) -> dict[str, str]:
         "memory": f"{estimate_memory(config, info, heads)}, on {device}",
         "first row": repr(sample if len(sample) <= _SHOWN_CHARACTERS else sample[:_SHOWN_CHARACTERS] + "…"),
     }
+
+
+def _build_trainer(config: Config) -> tuple[Trainer, str]:
+    """The trainer, and what messages call it."""
+    trainer, name = config.trainer.build(), provenance(config.trainer)
+    if not isinstance(trainer, Trainer):
+        raise PluginError(f"{name}: build returned a {type(trainer).__name__}, not a wmtp.training.Trainer")
+    return trainer, name
 
 
 def checkpoint_folder(config: Config, run_dir: Path) -> Path:

@@ -14,8 +14,8 @@ __all__ = ["learning_rate_factor"]
 def learning_rate_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
     """The factor of the peak learning rate at one optimizer step.
 
-    A pure function of the step, so that a resumed run cannot differ. The warm-up ends, and the decay begins, at 1; the last
-    step of the decay has ``min_ratio``.
+    A pure function of the step, so that a resumed run cannot differ. The warm-up ends, and the decay begins, at 1; the decay
+    would be at ``min_ratio`` one step after the last, so that the last step still learns where that is 0.
 
     Args:
         schedule: its shape.
@@ -29,6 +29,6 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, total_steps: int) 
         return (step + 1) / warmup
     if schedule.type == "constant":
         return 1.0
-    progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    progress = (step - warmup) / max(1, total_steps - warmup)
     falling = 1.0 - progress if schedule.type == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return schedule.min_ratio + (1.0 - schedule.min_ratio) * falling

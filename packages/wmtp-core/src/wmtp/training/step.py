@@ -169,7 +169,7 @@ class StepLoss:
         """What the trainer observes in the hidden states of one micro-batch."""
         view = HiddenView(batch=batch, targets=targets, packed=packed, stage=stage.name, trunk=output.trunk)
         with self.autocast():
-            observed = dict(self.trainer.observe(view))
+            observed = self._tensors("observe", self.trainer.observe(view))
         rows, length, horizon = targets.ids.shape
         for name, value in observed.items():
             if value.shape not in ((rows, length), (rows, length, horizon)):
@@ -178,6 +178,15 @@ class StepLoss:
                     f"[b, S] = {[rows, length]} or [b, S, H] = {[rows, length, horizon]}"
                 )
         return observed
+
+    def _tensors(self, method: str, returned: object) -> dict[str, Tensor]:
+        """What a method of the trainer returned, which must be tensors by name."""
+        if not isinstance(returned, Mapping):
+            raise PluginError(f"{self.trainer_name}: {method} returned a {type(returned).__name__}, not tensors by name")
+        for name, value in returned.items():
+            if not isinstance(value, Tensor):
+                raise PluginError(f"{self.trainer_name}: {method} returned a {type(value).__name__} as {name!r}, not a tensor")
+        return dict(returned)
 
     def _token_statistics(self, output: MTPOutput, targets: Targets) -> tuple[Tensor, Tensor | None]:
         with self.autocast():
@@ -214,7 +223,7 @@ class StepLoss:
         """The auxiliary losses of the step, and their gradient with respect to each observation."""
         leaves = {name: value.detach().clone().requires_grad_() for name, value in view.observations.items()}
         with torch.enable_grad():
-            terms = dict(self.trainer.auxiliary_losses(evolve(view, observations=leaves)))
+            terms = self._tensors("auxiliary_losses", self.trainer.auxiliary_losses(evolve(view, observations=leaves)))
             for name, term in terms.items():
                 if term.numel() != 1:
                     raise PluginError(
