@@ -201,6 +201,9 @@ def test_a_control_is_its_treatment_in_all_but_the_weights(control):
         def auxiliary_losses(self, view):
             return {"loss": view}
 
+        def token_details(self, view):
+            return {"value": view}
+
         def metrics(self):
             return {"mean": 1.0}
 
@@ -219,6 +222,7 @@ def test_a_control_is_its_treatment_in_all_but_the_weights(control):
     assert trainer.stages() == treatment.stages()
     assert trainer.observe(1) == {"seen": 1}
     assert trainer.auxiliary_losses(2) == {"loss": 2}
+    assert trainer.token_details(3) == {"value": 3}
     assert trainer.metrics() == {"mean": 1.0}
     trainer.load_state_dict(trainer.state_dict())
     assert treatment.state == {"state": 2.0}

@@ -18,8 +18,8 @@ __all__ = ["ControlTrainer"]
 class ControlTrainer(Trainer):
     """Another trainer, the treatment, with other weights of the same size.
 
-    Modules, stages, observations, auxiliary losses, metrics and state are the treatment's. Its weights are changed for each
-    head alone, so that every head keeps its share of the loss.
+    Modules, stages, observations, auxiliary losses, details, metrics and state are the treatment's. Its weights are changed
+    for each head alone, so that every head keeps its share of the loss.
 
     Args:
         treatment: any trainer.
@@ -88,6 +88,10 @@ class ControlTrainer(Trainer):
     def auxiliary_losses(self, view: StepView) -> Mapping[str, Tensor]:
         """See `Trainer.auxiliary_losses`."""
         return self._treatment.auxiliary_losses(view)
+
+    def token_details(self, view: StepView) -> Mapping[str, Tensor]:
+        """See `Trainer.token_details`."""
+        return self._treatment.token_details(view)
 
     def metrics(self) -> Mapping[str, Tensor | float]:
         """See `Trainer.metrics`."""

@@ -171,6 +171,18 @@ class TrainerTests(ComponentTests):
             for parameter in module.parameters():
                 assert parameter.grad is None or torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
 
+    @_KINDS
+    def test_token_details(self, trainer: Trainer, packed: bool) -> None:
+        """Numbers for each token or for each prediction, in every stage."""
+        for stage in trainer.stages():
+            view = make_view(trainer, random_step(8, packed=packed), stage=stage.name)
+            if stage.model_loss:
+                trainer.token_weights(view)
+            for name, value in trainer.token_details(view).items():
+                assert isinstance(value, Tensor), f"token_details: {name} is no tensor"
+                allowed = (view.targets.ids.shape[:2], view.targets.ids.shape)
+                assert value.shape in allowed, f"token_details: {name} is {list(value.shape)}, not [B, S] or [B, S, H]"
+
     def test_metrics_are_scalars(self, trainer: Trainer) -> None:
         """What `Trainer.metrics` gives can be logged."""
         self._weights(trainer, random_step(5, packed=True))

@@ -189,6 +189,18 @@ class Trainer(ABC):
         """Further terms of the loss: scalars, computed from ``view.observations``."""
         return {}
 
+    def token_details(self, view: StepView) -> Mapping[str, Tensor]:
+        """What ``wmtp report`` shows of single tokens besides their weight and their loss: by default all observations.
+
+        Called only in steps whose texts are recorded, after `token_weights` with the same view: what that has computed can be
+        kept and returned here. Without an effect on training.
+
+        Returns:
+            by name (``reference_loss``, ``value``, ``advantage`` …) ``[B, S]``, a number for each token, or ``[B, S, H]``, one
+            for each prediction; NaN where there is none.
+        """
+        return view.observations
+
     def metrics(self) -> Mapping[str, Tensor | float]:
         """Numbers of the last step to log besides the loop's own. Tensors are read a step late, without waiting."""
         return {}
