@@ -1,0 +1,26 @@
+"""The repeated layers of a model with heads: what is checkpointed, compiled and sharded one by one, in this order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from wmtp.models.mtp import MTPModel
+
+__all__ = ["repeated_layers"]
+
+
+def repeated_layers(model: MTPModel) -> list[nn.Module]:
+    """The modules of about a layer's size that a forward pass calls one after another.
+
+    Args:
+        model: with any heads.
+
+    Returns:
+        the decoder layers of the trunk, the last layer (head 1's), and the module of each extra head, in the order in which
+        they are called; none holds another. Linear heads are not among them: they are unembeddings, which are never called
+        and belong to the loss.
+    """
+    return [*model.anatomy.layers, *(head for head in model.extra_heads if not isinstance(head, nn.Linear))]
