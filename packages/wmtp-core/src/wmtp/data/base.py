@@ -63,9 +63,10 @@ class Document:
         index: its number in the tokenised data set; the same in every run with the same data and tokenizer.
         start: where the piece starts, in tokens of the whole document.
         id: the example's id.
-        group: the example's group.
+        group: the example's group: the same in answers to one problem, within one data set.
         is_correct: the example's label, where it has one.
         reward: the example's reward, where it has one.
+        source: the data set's name in the config.
     """
 
     index: int
@@ -74,6 +75,7 @@ class Document:
     group: str
     is_correct: bool | None = None
     reward: float | None = None
+    source: str = ""
 
 
 class ExampleLoader(ABC):

@@ -16,6 +16,7 @@ from wmtp.config.schema import DataConfig, TrainDataConfig
 from wmtp.data.batch import PADDING, Batch
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.packing import Rows, best_fit, in_order, one_each
+from wmtp.data.units import UnitBatches
 from wmtp.errors import WMTPError
 
 __all__ = ["EvalBatches", "StepBatches", "eval_batches"]
@@ -26,10 +27,12 @@ _WINDOW: Final = 64
 
 @frozen(kw_only=True, eq=False)
 class _Plan:
-    """The rows of an epoch in the order in which they are seen, and how long they are padded (None: batch by batch)."""
+    """The rows of an epoch in the order in which they are seen, how long they are padded (None: batch by batch), and where
+    batches start (None: every ``batch_size`` rows)."""
 
     rows: Rows
     length: int | None
+    starts: NDArray[np.int64] | None = None
 
 
 class StepBatches:
@@ -46,16 +49,34 @@ class StepBatches:
         dataset: what is learned from.
         config: ``[data.train]``.
         seed: of the order.
+        units: for each piece of the data set a number: pieces with the same number are in one step, and those with −1 in none.
+            Where units have several pieces a batch may have fewer rows than ``batch_size``, if the next unit has no room.
+            Default: each for itself.
+
+    Raises:
+        ConfigError: a unit is too large for a batch.
+        WMTPError: there is no document.
     """
 
-    def __init__(self, dataset: TokenDataset, config: TrainDataConfig, *, seed: int) -> None:
+    def __init__(
+        self, dataset: TokenDataset, config: TrainDataConfig, *, seed: int, units: NDArray[np.int64] | None = None
+    ) -> None:
+        self._fingerprint = dataset.fingerprint
+        self._units = None
+        if units is not None:
+            dataset, units = dataset.select(units >= 0), units[units >= 0]
         self._dataset = dataset
         self._config = config
         self._seed = seed
         lengths = dataset.lengths
         if not len(lengths):
             raise WMTPError("data.train: there is no document to make batches of")
-        if not config.packing:
+        if units is not None and len(np.unique(units)) < len(units):
+            self._units = UnitBatches(
+                lengths, units, max_length=config.max_length, batch_size=config.batch_size, packing=config.packing
+            )
+            self._rows, _ = self._units.epoch(None)
+        elif not config.packing:
             self._rows = one_each(np.arange(len(lengths)))
         elif config.shuffle:
             # Documents of equal length may change places, so one packing serves every epoch.
@@ -66,13 +87,13 @@ class StepBatches:
 
     @property
     def fingerprint(self) -> str:
-        """See `TokenDataset.fingerprint`: with the same config and seed, the same batches."""
-        return self._dataset.fingerprint
+        """See `TokenDataset.fingerprint`: with the same config, seed and units, the same batches."""
+        return self._fingerprint
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in every epoch: packing gives each the same number of rows."""
-        return -(-len(self._rows) // self._config.batch_size)
+        return len(self._units) if self._units is not None else -(-len(self._rows) // self._config.batch_size)
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Optimizer steps in this epoch (from 0)."""
@@ -91,11 +112,15 @@ class StepBatches:
         epoch, index = self.locate(step)
         plan = self._plan(epoch if self._config.shuffle else 0)
         size = self._config.batch_size
-        return _collate(self._dataset, plan.rows, index * size, size, plan.length, self._config.max_length)
+        first, stop = (index * size, index * size + size) if plan.starts is None else map(int, plan.starts[index : index + 2])
+        return _collate(self._dataset, plan.rows, first, stop - first, plan.length, self._config.max_length)
 
     def _make_plan(self, epoch: int) -> _Plan:
         config, lengths = self._config, self._dataset.lengths
         length = _common_length(self._rows, lengths, config)
+        if self._units is not None:
+            rows, starts = self._units.epoch(np.random.default_rng([self._seed, epoch]) if config.shuffle else None)
+            return _Plan(rows=rows, length=length, starts=starts)
         if not config.shuffle:
             return _Plan(rows=self._rows, length=length)
         random = np.random.default_rng([self._seed, epoch])

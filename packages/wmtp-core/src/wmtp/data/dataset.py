@@ -81,6 +81,7 @@ class TokenDataset:
         learn_prompt: whether prompt tokens are learned too. The begin token never is.
         begin_length: tokens before a prompt: 1 with a begin token, or 0.
         pad_id: the id that fills rows.
+        names: what the config calls each source.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class TokenDataset:
         learn_prompt: bool,
         begin_length: int,
         pad_id: int,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.pad_id = pad_id
+        self.names = tuple(names) if names is not None else ("",) * len(stores)
         self._begin_length = begin_length
         self.has_weights = any(store.weights is not None for store in stores)
         self._stores = stores
@@ -156,10 +159,40 @@ class TokenDataset:
         return int(self.lengths.sum())
 
     @property
-    def learned_tokens(self) -> int:
-        """Tokens that head 1 learns: those to learn, without the first of each piece."""
+    def learned_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each piece that head 1 learns: those to learn, without the first of the piece."""
         pieces = self._pieces
-        return int((pieces.stop - np.maximum(pieces.start + 1, self._learn_start[pieces.index])).sum())
+        return pieces.stop - np.maximum(pieces.start + 1, self._learn_start[pieces.index])
+
+    @property
+    def learned_tokens(self) -> int:
+        """Tokens in all pieces that head 1 learns."""
+        return int(self.learned_lengths.sum())
+
+    @property
+    def sources(self) -> NDArray[np.int64]:
+        """The source of each piece: a place in ``names``."""
+        return np.searchsorted(self._first_index, self._pieces.index, side="right") - 1
+
+    @property
+    def is_correct(self) -> NDArray[np.int8]:
+        """The label of each piece's document: 1, 0, or -1 where it has none."""
+        return np.concatenate([store.is_correct for store in self._stores])[self._pieces.index]
+
+    @property
+    def rewards(self) -> NDArray[np.float64]:
+        """The reward of each piece's document; NaN where it has none."""
+        return np.concatenate([store.reward for store in self._stores])[self._pieces.index]
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """A number for the group of each piece's document: equal for answers to one problem of one source."""
+        numbers, first = [], 0
+        for hashes in self.group_hashes():
+            found, number = np.unique(hashes, return_inverse=True)
+            numbers.append(number + first)
+            first += len(found)
+        return np.concatenate(numbers)[self._pieces.index]
 
     @property
     def fingerprint(self) -> str:
@@ -178,7 +211,8 @@ class TokenDataset:
         """The piece with this number, from 0 to ``len(self) − 1``."""
         pieces = self._pieces
         index, start, stop = int(pieces.index[number]), int(pieces.start[number]), int(pieces.stop[number])
-        store, local = self._locate(index)
+        source = int(np.searchsorted(self._first_index, index, side="right")) - 1
+        store, local = self._stores[source], index - int(self._first_index[source])
         origin = int(store.starts[local])
         weight = None
         if self.has_weights:
@@ -191,7 +225,7 @@ class TokenDataset:
             tokens=store.tokens[origin + start : origin + stop].astype(np.int64),
             learn=np.arange(start, stop) >= self._learn_start[index],
             weight=weight,
-            document=store.document(local, index, start),
+            document=store.document(local, index, start, self.names[source]),
         )
 
     def group_hashes(self) -> Sequence[NDArray[np.uint64]]:
@@ -203,7 +237,3 @@ class TokenDataset:
         other = copy.copy(self)
         other._pieces = self._pieces.take(chosen)
         return other
-
-    def _locate(self, index: int) -> tuple[TokenStore, int]:
-        source = int(np.searchsorted(self._first_index, index, side="right")) - 1
-        return self._stores[source], index - int(self._first_index[source])

@@ -90,7 +90,7 @@ def _dataset(
         _log.info("%s", _summary(f"{key}: {name}", alone))
         if not len(alone):
             raise WMTPError(f"datasets.{name}: {_nothing_to_learn(alone, data.max_length)}")
-    return TokenDataset(stores, **options)
+    return TokenDataset(stores, names=names, **options)
 
 
 def _summary(title: str, dataset: TokenDataset) -> str:

@@ -178,8 +178,8 @@ class TokenStore:
         self.starts = np.concatenate([[0], ends]).astype(np.int64)
         self.prompt_lengths = _mapped(folder / "prompt_lengths.bin", "int64")
         self.group_hashes = _mapped(folder / "group_hashes.bin", "uint64")
-        self._is_correct = _mapped(folder / "is_correct.bin", "int8")
-        self._reward = _mapped(folder / "reward.bin", "float64")
+        self.is_correct = _mapped(folder / "is_correct.bin", "int8")  # 1, 0, or -1 where it is not known
+        self.reward = _mapped(folder / "reward.bin", "float64")  # NaN where it is not known
         self._names = _mapped(folder / "names.bin", "uint8")
         self._name_ends = _mapped(folder / "name_ends.bin", "int64")
 
@@ -194,22 +194,24 @@ class TokenStore:
     def __len__(self) -> int:
         return self.info.documents
 
-    def document(self, number: int, index: int, start: int) -> Document:
+    def document(self, number: int, index: int, start: int, source: str) -> Document:
         """What is known of a document.
 
         Args:
             number: its number in this store.
             index: its number in the data set.
             start: where the piece starts.
+            source: what the config calls this data set.
         """
         name_start = int(self._name_ends[number - 1]) if number else 0
         example_id, group = json.loads(self._names[name_start : int(self._name_ends[number])].tobytes())
-        is_correct, reward = int(self._is_correct[number]), float(self._reward[number])
+        is_correct, reward = int(self.is_correct[number]), float(self.reward[number])
         return Document(
             index=index,
             start=start,
             id=example_id,
             group=group,
+            source=source,
             is_correct=None if is_correct == _UNKNOWN else bool(is_correct),
             reward=None if np.isnan(reward) else reward,
         )

@@ -1,0 +1,106 @@
+"""Batches of documents that an algorithm wants to see together: pairs of answers to one problem, for instance."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmtp.data.packing import Numbers, Rows, best_fit, one_each
+from wmtp.errors import ConfigError
+
+__all__ = ["UnitBatches"]
+
+
+class UnitBatches:
+    """Puts units, documents that must be in one optimizer step, into rows and batches; every epoch has the same number.
+
+    The documents of a unit share a row where they fit into one (with ``packing``), else they get rows of their own in the same
+    batch. In each epoch units of equal size change places by chance.
+
+    Args:
+        lengths: tokens of each document.
+        units: for each document the number of its unit.
+        max_length: tokens in a row.
+        batch_size: the most rows of a batch.
+        packing: whether a row may hold several documents.
+
+    Raises:
+        ConfigError: a unit needs more rows than a batch has.
+    """
+
+    def __init__(self, lengths: Numbers, units: Numbers, *, max_length: int, batch_size: int, packing: bool) -> None:
+        order = np.argsort(units, kind="stable")
+        begins = np.flatnonzero(np.diff(units[order], prepend=np.iinfo(np.int64).min))
+        self._units = Rows(order, np.append(begins, len(order)))
+        self._counts = np.diff(self._units.starts)
+        self._totals = self._units.lengths(lengths)
+        fits = self._totals <= max_length if packing else self._counts == 1
+        # units that have a row of their own or share one, and rows of the others
+        self._small = np.flatnonzero(fits)
+        self._packed = best_fit(self._totals[fits], max_length) if packing else one_each(np.arange(len(self._small)))
+        self._large: list[Rows] = []
+        for unit in np.flatnonzero(~fits):
+            documents = self._units.row(int(unit))
+            rows = best_fit(lengths[documents], max_length) if packing else one_each(np.arange(len(documents)))
+            self._large.append(Rows(documents[rows.members], rows.starts))
+        # a bundle is what one batch must hold whole: a row of small units, or all rows of a large one
+        self._sizes = np.array([1] * len(self._packed) + [len(rows) for rows in self._large], np.int64)
+        if int(self._sizes.max()) > batch_size:
+            raise ConfigError(
+                f"data.train.batch_size: {batch_size}, but the trainer wants documents in one step that need "
+                f"{int(self._sizes.max())} rows; write at least that many"
+            )
+        self._pattern = best_fit(self._sizes, batch_size)
+        self._window = 0 if packing else batch_size * 64
+
+    def __len__(self) -> int:
+        return len(self._pattern)
+
+    def epoch(self, random: np.random.Generator | None) -> tuple[Rows, NDArray[np.int64]]:
+        """The rows of one epoch, and where each batch starts among them (and the last ends).
+
+        Args:
+            random: of the order; None: by the numbers of the documents.
+        """
+        packed = self._packed if random is None else self._packed.exchanged(self._totals[self._small], random)
+        rows = _joined([self._documents(packed), *self._large])
+        first_rows = np.concatenate([[0], np.cumsum(self._sizes)])
+        bundles = Rows(np.arange(len(rows)), first_rows)
+        pattern = self._pattern
+        if random is None:
+            leaders = np.minimum.reduceat(rows.members, rows.starts[:-1])
+            pattern = pattern.reordered(np.argsort(np.minimum.reduceat(leaders[first_rows[:-1]], pattern.starts[:-1])))
+        else:
+            pattern = self._dealt(self._order(random)).reordered(random.permutation(len(pattern)))
+        taken = bundles.reordered(pattern.members)
+        starts = np.concatenate([[0], np.cumsum(pattern.lengths(self._sizes))])
+        return rows.reordered(taken.members), starts
+
+    def _documents(self, packed: Rows) -> Rows:
+        """Rows of small units as rows of documents."""
+        units = self._small[packed.members]
+        ends = np.concatenate([[0], np.cumsum(self._counts[units])])
+        return Rows(self._units.reordered(units).members, ends[packed.starts])
+
+    def _order(self, random: np.random.Generator) -> NDArray[np.int64]:
+        """All bundles in a random order, in which neighbours have rows of about the same length where rows are padded."""
+        order = random.permutation(len(self._sizes))
+        if self._window:
+            lengths = np.concatenate([self._totals[self._small], np.delete(self._totals, self._small)])
+            for start in range(0, len(order), self._window):
+                part = order[start : start + self._window]
+                order[start : start + self._window] = part[np.argsort(lengths[part], kind="stable")]
+        return order
+
+    def _dealt(self, order: NDArray[np.int64]) -> Rows:
+        """The pattern of batches, its places for bundles of each size filled in this order."""
+        places = self._sizes[self._pattern.members]
+        members = np.empty_like(order)
+        members[np.argsort(places, kind="stable")] = order[np.argsort(self._sizes[order], kind="stable")]
+        return Rows(members, self._pattern.starts)
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    """All rows of the parts, one part after the other."""
+    sizes = np.concatenate([np.diff(part.starts) for part in parts])
+    return Rows(np.concatenate([part.members for part in parts]), np.concatenate([[0], np.cumsum(sizes)]))
