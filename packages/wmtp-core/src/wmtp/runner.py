@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -18,6 +19,8 @@ from wmtp.config.rules import check_loaded
 from wmtp.config.schema import Config
 from wmtp.config.tree import dump_config
 from wmtp.errors import ConfigError
+from wmtp.launchers.cluster import Nodes, Worker
+from wmtp.launchers.local import Local
 from wmtp.result import Result
 from wmtp.storage.uris import file_path
 
@@ -85,6 +88,19 @@ def run(
 
         return try_out(checked)
     launcher = checked.launcher.build()
+    if isinstance(launcher, Local):
+        if (worker := Worker.of()) is not None:
+            return _run_as_one_of_several(loaded, resume, worker)
+        if (nodes := Nodes.of()).rank:
+            return launcher.follow(checked, nodes)
+    with _prepared(loaded, resume) as (directory, is_resumed):
+        return _recorded(directory, lambda: launcher.launch(checked, directory, resume=is_resumed))
+
+
+@contextmanager
+def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator[tuple[Path, bool]]:
+    """The run directory, locked, and whether there was one to go on with. One in which nothing was trained is removed."""
+    checked = loaded.config
     directory = _directory_to_resume(checked, resume)
     if resume == "auto":
         logger.info("no run to resume; starting a new one" if directory is None else f"resuming {directory}")
@@ -95,11 +111,25 @@ def run(
         if is_resumed:
             _take_up(directory, loaded)
         try:
-            return _launch(launcher, checked, directory, is_resumed)
+            yield directory, is_resumed
         except Exception:
             if not is_resumed:  # else the name would be taken when what was wrong is put right
                 run_dirs.remove_unused(directory)
             raise
+
+
+def _run_as_one_of_several(loaded: Loaded, resume: str | os.PathLike[str] | None, worker: Worker) -> Result:
+    """Train in this process, one of those that torchrun or a cluster has started: rank 0 has the run directory."""
+    from wmtp.distributed.start import joined
+    from wmtp.training.run import train
+
+    with joined(loaded.config, worker) as ranks, ExitStack() as stack:
+        directory, is_resumed = ranks.on_main(lambda: stack.enter_context(_prepared(loaded, resume)))
+
+        def work() -> Result:
+            return train(loaded.config, directory, resume=is_resumed, ranks=ranks)
+
+        return _recorded(directory, work) if ranks.is_main else work()
 
 
 def load_checked(
@@ -173,10 +203,11 @@ def _take_up(directory: Path, loaded: Loaded) -> None:
         run_dirs.replace_text(directory / run_dirs.CONFIG_FILE, dump_config(loaded.config))
 
 
-def _launch(launcher: Any, config: Config, directory: Path, resume: bool) -> Result:
+def _recorded(directory: Path, work: Callable[[], Result]) -> Result:
+    """Do the work, and write into ``run.json`` how it ended."""
     status = "failed"
     try:
-        result = launcher.launch(config, directory, resume=resume)
+        result = work()
         status = result.status
         return result
     except KeyboardInterrupt:

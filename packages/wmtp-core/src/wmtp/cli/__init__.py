@@ -15,7 +15,7 @@ from typing import Any
 
 from wmtp.errors import ConfigError, WMTPError
 
-__all__ = ["main"]
+__all__ = ["main", "set_up_logging"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,13 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has said what it had to say
         return int(stop.code or 0)
     wants_json: bool = arguments.json
-    _set_up_logging(verbose=arguments.verbose)
+    set_up_logging(verbose=arguments.verbose, rank=_rank())
     output = sys.stdout
     try:
         # whatever a library prints must not get between the braces
-        with contextlib.redirect_stdout(sys.stderr) if wants_json else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if _rank():  # rank 0 says it all
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            elif wants_json:
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             answer, code = _run_command(arguments)
-        if wants_json:
+        if wants_json and not _rank():
             print(json.dumps(_plain(answer), ensure_ascii=False), file=output)
         output.flush()
     except BrokenPipeError:  # for instance `wmtp show … | head`
@@ -58,12 +62,15 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
         raise
     except (KeyboardInterrupt, SystemExit, Exception) as error:
         lines, code = _explained(error)
+        if getattr(error, "said_by_main", False):  # rank 0 has the same error
+            return {"error": "\n".join(lines), "problems": lines}, code
         if arguments.debug:
             traceback.print_exc()
         elif not isinstance(error, KeyboardInterrupt | WMTPError):
             print("run it again with --debug for the traceback of this error:", file=sys.stderr)
+    rank = f"rank {_rank()}: " if _rank() else ""
     for line in lines:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {rank}{line}", file=sys.stderr)
     return {"error": "\n".join(lines), "problems": lines}, code
 
 
@@ -153,23 +160,34 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _set_up_logging(*, verbose: bool) -> None:
+def set_up_logging(*, verbose: bool, rank: int = 0) -> None:
+    """Lines on standard error: of rank 0 all, of other ranks warnings, which say whose they are."""
     logger = logging.getLogger("wmtp")
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Lines())
+    handler.setFormatter(_Lines(f"rank {rank}: " if rank else ""))
     logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.setLevel(logging.WARNING if rank else logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
 
 
 class _Lines(logging.Formatter):
     """Plain lines; only a warning says that it is one."""
 
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self._prefix = prefix
+
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+        return f"{record.levelname.lower()}: {self._prefix}{text}" if record.levelno >= logging.WARNING else text
+
+
+def _rank() -> int:
+    """This process's number among those that torchrun started; 0 where it did not."""
+    number = os.environ.get("RANK", "")
+    return int(number) if os.environ.get("LOCAL_RANK") and number.isdecimal() else 0
 
 
 def _plain(value: Any) -> Any:

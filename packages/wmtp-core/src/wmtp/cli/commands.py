@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import Namespace
 from typing import Any
@@ -10,6 +11,8 @@ from wmtp.config.schema import Config
 from wmtp.config.tree import components
 from wmtp.data.sources import eval_sources, train_sources
 from wmtp.plugins import Registry, load_plugins
+
+logger = logging.getLogger("wmtp")
 
 __all__ = ["check", "plugins", "run", "show"]
 
@@ -54,7 +57,7 @@ def run(arguments: Namespace) -> tuple[Any, int]:
         }
         _print_facts(facts)
     if result.status == "interrupted":
-        print(f"interrupted; go on with: wmtp run --resume {result.run_dir}", file=sys.stderr)
+        logger.info("interrupted; go on with: wmtp run --resume %s", result.run_dir)
         return answer, 1
     return answer, 0
 

@@ -25,6 +25,7 @@ __all__ = [
     "DevicesConfig",
     "EarlyStoppingConfig",
     "EvalDataConfig",
+    "FsdpConfig",
     "HeadsConfig",
     "ModelConfig",
     "RunConfig",
@@ -223,6 +224,24 @@ class TrainConfig:
 
 
 @frozen(kw_only=True)
+class FsdpConfig:
+    """How several processes hold one model (FSDP2: parameters, gradients and optimizer are divided among them).
+
+    Used with several processes; with one only where this table is written.
+
+    Args:
+        strategy: ``full`` gathers each layer when it computes and frees it again; ``grad-op`` keeps the gathered layers
+            from the forward to the backward pass: more memory, less to send; ``none`` keeps everything on every device, and
+            adds up gradients: for models that are small for their device.
+        reduce_every_micro_batch: true adds up gradients after each micro-batch, and so holds only a share of them; false
+            once a step: less to send, but each device holds all gradients meanwhile.
+    """
+
+    strategy: Literal["full", "grad-op", "none"] = "full"
+    reduce_every_micro_batch: bool = False
+
+
+@frozen(kw_only=True)
 class DevicesConfig:
     """What computes, and in which precision.
 
@@ -231,11 +250,15 @@ class DevicesConfig:
         precision: ``fp32``; ``bf16`` keeps parameters and optimizer in fp32 and computes in bf16 (autocast). Where a
             device cannot do bf16, fp32 is used and one line says so.
         threads: CPU threads. Default: torch's.
+        fsdp: how several processes hold one model. Default, with several: FSDP with its defaults.
+        timeout: seconds. Several processes end when one of them does nothing for so long.
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: int | None = field(default=None, validator=optional(ge(1)))
+    fsdp: FsdpConfig | None = None
+    timeout: float = field(default=600.0, validator=[gt(0.0), lt(math.inf)])
 
 
 @frozen(kw_only=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from wmtp.data.batch import Batch
+    from wmtp.distributed.ranks import Ranks
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
@@ -30,6 +31,8 @@ class Measured:
         device: where the model is.
         autocast: makes the context in which the model computes.
         seed: the run's seed.
+        ranks: the processes of the run. Each of them measures, and rank 0's numbers are kept. Where the model is divided
+            among them, all must call it equally often; `wmtp.training.evaluate.evaluate` shares the batches.
     """
 
     model: MTPModel
@@ -38,6 +41,7 @@ class Measured:
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
     seed: int
+    ranks: Ranks | None = None
 
 
 class Evaluator(ABC):

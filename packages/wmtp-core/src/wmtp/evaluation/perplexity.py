@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from wmtp.distributed.ranks import ALONE
 from wmtp.evaluation.base import Evaluator, Measured
 from wmtp.training.evaluate import evaluate
 
@@ -16,6 +17,7 @@ class PerplexityEvaluator(Evaluator):
 
     def evaluate(self, measured: Measured) -> Mapping[str, float]:
         """``head_k`` for every head that has a valid prediction; see `Evaluator.evaluate`."""
-        losses = evaluate(measured.model, measured.batches, measured.device, measured.autocast)
+        ranks = measured.ranks or ALONE
+        losses = evaluate(measured.model, measured.batches, measured.device, measured.autocast, ranks)
         prefix = "eval/loss/"
         return {name.removeprefix(prefix): math.exp(loss) for name, loss in losses.items() if name.startswith(prefix)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from attrs import frozen
+from attrs import field, frozen
 
 if TYPE_CHECKING:
     from wmtp.launchers.base import Launcher
@@ -12,14 +12,25 @@ if TYPE_CHECKING:
 __all__ = ["LocalLauncher"]
 
 
+def _processes(_: object, __: object, value: object) -> None:
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f'must be "auto" or >= 1, not {value}')
+
+
 @frozen(kw_only=True)
 class LocalLauncher:
-    """Runs on this machine, in this process."""
+    """Runs on this machine; with several processes by torchrun, or in those that torchrun or a cluster has started already.
+
+    Args:
+        processes: on each machine, one a device. ``auto``: as many as there are GPUs that torch can use; 1 on a CPU. Several
+            processes on a CPU talk by gloo, which is good for trying things out. Started by ``torchrun``, this is not used.
+    """
 
     type = "local"
+    processes: Literal["auto"] | int = field(default="auto", validator=_processes)
 
     def build(self) -> Launcher:
         """Make the launcher."""
         from wmtp.launchers.local import Local
 
-        return Local()
+        return Local(self.processes)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from wmtp.errors import ConfigError
 from wmtp.launchers.base import Launcher
+from wmtp.launchers.cluster import Nodes, Worker
 
 if TYPE_CHECKING:
     from wmtp.config.schema import Config
@@ -15,10 +17,53 @@ __all__ = ["Local"]
 
 
 class Local(Launcher):
-    """Trains in this process."""
+    """Trains in this process, or starts several.
+
+    Args:
+        processes: on this machine; ``auto``: one a GPU.
+    """
+
+    def __init__(self, processes: Literal["auto"] | int) -> None:
+        self._processes = processes
 
     def launch(self, config: Config, run_dir: Path, *, resume: bool) -> Result:
         """Train here; see `Launcher.launch`."""
         from wmtp.training.run import train
 
-        return train(config, run_dir, resume=resume)
+        nodes = Nodes.of()
+        count = self._count(config)
+        if count * nodes.count > 1:
+            from wmtp.launchers.torchrun import launch
+
+            return launch(config, nodes, count, run_dir=run_dir, resume=resume)
+        if config.devices.fsdp is None:
+            return train(config, run_dir, resume=resume)
+        from wmtp.distributed.start import joined
+
+        with joined(config, Worker(rank=0, world=1, local_rank=0)) as ranks:
+            return train(config, run_dir, resume=resume, ranks=ranks)
+
+    def follow(self, config: Config, nodes: Nodes) -> Result:
+        """Start the processes of a machine that is not the first: the first one has the run directory."""
+        from wmtp.launchers.torchrun import launch
+
+        return launch(config, nodes, self._count(config), run_dir=None, resume=False)
+
+    def _count(self, config: Config) -> int:
+        """Processes on this machine.
+
+        Raises:
+            ConfigError: it has not so many devices.
+        """
+        from wmtp.training.devices import count_devices, pick_device
+
+        device = pick_device(config.devices.device)
+        available = count_devices(device)
+        if self._processes == "auto":
+            return available or 1
+        if available is not None and self._processes > available:
+            raise ConfigError(
+                f"launcher.processes: {self._processes}, but this machine has {available} {device.type} device"
+                f'{"s" if available > 1 else ""} that torch can use; write at most {available}, or "auto"'
+            )
+        return self._processes

@@ -11,13 +11,17 @@ import torch
 
 from wmtp.errors import ConfigError
 
-__all__ = ["autocast_context", "pick_device", "statistics_dtype"]
+__all__ = ["autocast_context", "count_devices", "pick_device", "statistics_dtype"]
 
 logger = logging.getLogger("wmtp")
 
 
-def pick_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
+def pick_device(name: Literal["auto", "cpu", "cuda", "mps"], local_rank: int | None = None) -> torch.device:
     """The device that the config names, or the best there is.
+
+    Args:
+        name: see ``devices.device``.
+        local_rank: of several processes on this machine, each of which computes on a GPU of its own; None for one process.
 
     Raises:
         ConfigError: it is not there.
@@ -28,7 +32,23 @@ def pick_device(name: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     elif not available[name]:
         there = ", ".join(candidate for candidate, is_there in available.items() if is_there)
         raise ConfigError(f'devices.device: this machine has no {name} that torch can use; there is {there}, or write "auto"')
-    return torch.device(name)
+    if local_rank is None or name == "cpu":
+        return torch.device(name)
+    available = count_devices(torch.device(name)) or 0
+    if local_rank >= available:
+        raise ConfigError(
+            f"launcher.processes: process {local_rank} of this machine (from 0) has no {name} device of its own: there are "
+            f"{available}; start at most one process a device"
+        )
+    device = torch.device(name, local_rank)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def count_devices(device: torch.device) -> int | None:
+    """How many devices of this kind there are, each for a process of its own; None: a CPU serves any number."""
+    return None if device.type == "cpu" else torch.cuda.device_count() if device.type == "cuda" else 1
 
 
 def autocast_context(precision: Literal["fp32", "bf16"], device: torch.device) -> Callable[[], AbstractContextManager[object]]:

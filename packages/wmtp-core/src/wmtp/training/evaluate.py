@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
+from attrs import evolve
 
 from wmtp.data.batch import Batch, align_targets
+from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.loss import token_losses
 from wmtp.training.devices import statistics_dtype
 
@@ -21,11 +23,19 @@ __all__ = ["evaluate"]
 @torch.no_grad()
 def evaluate(
     model: MTPModel,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Mean token losses over all valid predictions, whatever the batches.
+
+    Args:
+        model: in eval mode.
+        batches: on the CPU, the same on every rank.
+        device: where the model is.
+        autocast: makes the context in which the model computes.
+        ranks: the processes that share the batches; every one of them must call this, and gets all of the result.
 
     Returns:
         ``eval/loss/head_k``, the unweighted mean of head k; ``eval/loss``, their mean over all heads by α and number of
@@ -36,7 +46,8 @@ def evaluate(
     sums = torch.zeros(model.horizon, dtype=dtype, device=device)
     counts = torch.zeros(model.horizon, dtype=dtype, device=device)
     unembeddings = [model.unembedding(k) for k in range(1, model.horizon + 1)]
-    for batch in batches:
+    for batch in _share(batches, ranks):
+        ranks.tick("evaluation")
         packed = batch.packed
         on_device = batch.to(device)
         targets = align_targets(on_device, model.horizon)
@@ -45,8 +56,19 @@ def evaluate(
             losses = token_losses(output.hidden, unembeddings, targets.ids, targets.valid)
         sums += losses.to(dtype).sum((0, 1))
         counts += targets.valid.sum((0, 1))
+    ranks.sum(sums)
+    ranks.sum(counts)
     head_weights = torch.tensor(model.heads.resolved_head_weights(), dtype=dtype, device=device)
     total = (sums * head_weights).sum() / (counts * head_weights).sum()
     heads = {f"eval/loss/head_{k + 1}": sums[k] / counts[k] for k in range(model.horizon)}
     values = {name: float(value) for name, value in {"eval/loss": total, **heads}.items()}
     return {name: value for name, value in values.items() if value == value} | {"eval/predictions": float(counts[0])}
+
+
+def _share(batches: Sequence[Batch], ranks: Ranks) -> Iterator[Batch]:
+    """Every ``world``-th batch; as many on every rank, so where they do not suffice one with nothing to measure."""
+    for first in range(0, len(batches), ranks.world):
+        if (index := first + ranks.rank) < len(batches):
+            yield batches[index]
+        else:
+            yield evolve(batches[0], learn=torch.zeros_like(batches[0].learn))

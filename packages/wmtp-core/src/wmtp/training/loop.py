@@ -15,10 +15,12 @@ from attrs import define, field, frozen
 from torch import nn
 
 from wmtp.data.batch import PADDING, Batch
+from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.evaluate import evaluate
+from wmtp.training.gradients import clip_gradients, gradient_norm
 from wmtp.training.interrupt import Interrupt, catch_signals
 from wmtp.training.metrics import MetricsFile
 from wmtp.training.progress import Progress
@@ -88,12 +90,13 @@ class Fit:
     total_steps: int
     resumed: Checkpoint | None = None
 
+    _ranks: Ranks = field(init=False)
     _step: int = field(default=0, init=False)
     _last: dict[str, float] = field(factory=dict, init=False)
     _pending: _Pending | None = field(default=None, init=False)
     _early_stopping: EarlyStopping = field(init=False)
-    _metrics_file: MetricsFile = field(init=False)
-    _progress: Progress = field(init=False)
+    _metrics_file: MetricsFile | None = field(default=None, init=False)
+    _progress: Progress | None = field(default=None, init=False)
     _tracker_failed: bool = field(default=False, init=False)
 
     def run(self) -> FitResult:
@@ -104,13 +107,13 @@ class Fit:
             WMTPError: the loss or the gradient became NaN or infinite, or the disk is full.
             PluginError: the trainer breaks its contract.
         """
+        self._ranks = self.step_loss.ranks
         self._early_stopping = EarlyStopping(self.train.early_stopping)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         if self.resumed is not None:
             self._restore(self.resumed)
-        self._metrics_file = MetricsFile(self.metrics_path, self._step)
-        self._progress = Progress(self.total_steps, self._step)
+        self._ranks.on_main(self._open_metrics)
         self.step_loss.model.eval()  # the layers' eval mode: no dropout, so that one step has one value
         try:
             with catch_signals() as interrupt:
@@ -118,17 +121,27 @@ class Fit:
             if self.checkpoints.save_final or status == "interrupted":
                 self._save()
         finally:
-            self._progress.close()
-            self._metrics_file.close()
-        newest = list_checkpoints(self.checkpoint_dir)
+            if self._progress is not None:
+                self._progress.close()
+            if self._metrics_file is not None:
+                self._metrics_file.close()
+        newest = self._saved()
         return FitResult(status=status, steps=self._step, metrics=self._last, checkpoint=newest[-1].path if newest else None)
+
+    def _open_metrics(self) -> None:
+        self._metrics_file = MetricsFile(self.metrics_path, self._step)
+        self._progress = Progress(self.total_steps, self._step)
+
+    def _saved(self) -> list[Checkpoint]:
+        """The checkpoints that rank 0 sees."""
+        return self._ranks.on_main(lambda: list_checkpoints(self.checkpoint_dir))
 
     def _steps(self, interrupt: Interrupt) -> Literal["finished", "stopped", "interrupted"]:
         stage = None
         if self._early_stopping.exhausted:
             return "stopped"
         while self._step < self.total_steps:
-            if interrupt.requested:
+            if self._ranks.any(interrupt.requested is not None):
                 self._read_pending()
                 return "interrupted"
             if (current := self.plan.at(self._step)) is not stage:
@@ -145,7 +158,7 @@ class Fit:
             if not (evaluates or saves or last or self.train.early_stopping):
                 continue
             measured = self._read_pending(evaluates=evaluates)
-            stops = self._early_stopping.should_stop(measured)
+            stops = self._ranks.any(self._early_stopping.should_stop(measured))
             if saves:
                 self._save()
             if stops:
@@ -165,9 +178,9 @@ class Fit:
         learned = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not learned:
             raise PluginError(f"{self.step_loss.trainer_name}: stage {stage.name!r}: the loss reaches no parameter that learns")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
+        norm = gradient_norm(learned)
         if self.train.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(learned, self.train.max_grad_norm, norm)
+            clip_gradients(learned, self.train.max_grad_norm, norm)
         # the numbers of the step before this one, now that the device has new work
         self._read_pending()
         self.optimizer.step()
@@ -195,17 +208,25 @@ class Fit:
         values |= {"gradient_norm": float(pending.gradient_norm)} | dict(pending.facts)
         logs = pending.step % self.train.log_interval == 0 or evaluates or pending.step == self.total_steps
         if logs:
-            values |= _peak_memory(self.step_loss.device)
+            values |= {"peak_memory_gib": self._ranks.max(_peak_memory(self.step_loss.device))}
         if evaluates:
-            values |= evaluate(self.step_loss.model, self.eval_batches, self.step_loss.device, self.step_loss.autocast)
+            values |= evaluate(
+                self.step_loss.model, self.eval_batches, self.step_loss.device, self.step_loss.autocast, self._ranks
+            )
         if not logs:
             return {}
         numbers = {name: float(value) for name, value in values.items() if not isinstance(value, str) and math.isfinite(value)}
-        self._metrics_file.write(pending.step, values)
-        self.track(pending.step, numbers)
         self._last |= numbers
-        self._progress.show(pending.step, numbers, always=evaluates)
+        if self._ranks.is_main:
+            self._write(pending.step, values, numbers, evaluates=evaluates)
         return numbers
+
+    def _write(self, step: int, values: Mapping[str, float | str], numbers: Mapping[str, float], *, evaluates: bool) -> None:
+        assert self._metrics_file is not None
+        assert self._progress is not None
+        self._metrics_file.write(step, values)
+        self.track(step, numbers)
+        self._progress.show(step, numbers, always=evaluates)
 
     def _number(self, name: str, value: torch.Tensor | float) -> float:
         try:
@@ -233,7 +254,7 @@ class Fit:
             return
         ids = list(dict.fromkeys(document.id for document in pending.batch.documents))
         shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
-        saved = list_checkpoints(self.checkpoint_dir)
+        saved = self._saved()
         good = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
         raise WMTPError(
             f"step {pending.step}: the loss is {loss} and the gradient norm {norm}; the batch holds the examples {shown}; "
@@ -242,7 +263,7 @@ class Fit:
 
     def _save(self) -> None:
         """Write a checkpoint of the steps done so far, unless there is one."""
-        saved = list_checkpoints(self.checkpoint_dir)
+        saved = self._saved()
         if saved and saved[-1].step == self._step:
             return
         self._read_pending()
@@ -255,16 +276,17 @@ class Fit:
             "last_metrics": dict(self._last),
             "random": _random_state(),
         }
-        prune_checkpoints(self.checkpoint_dir, self.checkpoints.keep_last)  # fewer may be wanted since a resume
+        folder, keep = self.checkpoint_dir, self.checkpoints.keep_last
+        self._ranks.on_main(lambda: prune_checkpoints(folder, keep))  # fewer may be wanted since a resume
         try:
-            save_checkpoint(self.checkpoint_dir, self._step, self.step_loss.model, state)
+            self._ranks.on_main(lambda: save_checkpoint(folder, self._step, self.step_loss.model, state))
         except WMTPError as error:
             good = f"; the last good checkpoint is {saved[-1].path}" if saved else ""
             raise WMTPError(f"{error}{good}") from error
-        prune_checkpoints(self.checkpoint_dir, self.checkpoints.keep_last)
+        self._ranks.on_main(lambda: prune_checkpoints(folder, keep))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        state = load_checkpoint(checkpoint, self.step_loss.model, self.step_loss.device)
+        state = self._ranks.together(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.step_loss.device))
         if state["data"] != self.batches.fingerprint:
             raise ConfigError(
                 f"datasets: the training data is not what it was when {checkpoint.path} was written: a file or the tokenizer "
@@ -281,15 +303,15 @@ class Fit:
         logger.info("goes on from %s", checkpoint.path)
 
 
-def _peak_memory(device: torch.device) -> dict[str, float]:
+def _peak_memory(device: torch.device) -> float:
     """GiB, since the start: of the GPU's allocator, or of the process."""
     if device.type == "cuda":
-        return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+        return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
     import sys
 
     unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _random_state() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,18 +15,20 @@ from torch import nn
 
 from wmtp.config.schema import Config
 from wmtp.config.tree import flatten
-from wmtp.errors import ConfigError, PluginError
+from wmtp.distributed.ranks import ALONE, Ranks
+from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.evaluation import Measured
 from wmtp.result import Result
 from wmtp.storage.atomic import remove_partial, write_folder
 from wmtp.storage.uris import file_path
 from wmtp.tracking import RunInfo
-from wmtp.training.checkpoint import list_checkpoints
+from wmtp.tracking.jsonl import Jsonl
+from wmtp.training.checkpoint import Checkpoint, list_checkpoints
 from wmtp.training.devices import autocast_context, pick_device
 from wmtp.training.loop import Fit
 from wmtp.training.memory import estimate_memory, head_parameters
 from wmtp.training.optimizers import scale_learning_rate
-from wmtp.training.setup import load_extra_model, open_source, open_token_numbers, provenance
+from wmtp.training.setup import load_base_model, load_extra_model, open_source, open_token_numbers, provenance
 from wmtp.training.stages import StagePlan
 from wmtp.training.step import StepLoss
 from wmtp.training.trainer import Trainer, TrainerSetup
@@ -33,6 +36,7 @@ from wmtp.training.trainer import Trainer, TrainerSetup
 if TYPE_CHECKING:
     from wmtp.data.batches import StepBatches
     from wmtp.data.dataset import TokenDataset
+    from wmtp.data.prepare import PreparedData
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
@@ -44,13 +48,14 @@ _SAMPLE_TOKENS = 64
 _SHOWN_CHARACTERS = 300
 
 
-def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
+def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) -> Result:
     """Train in this process.
 
     Args:
         config: complete and checked.
         run_dir: the run directory, locked by the caller.
         resume: go on from the newest checkpoint there, if there is one.
+        ranks: the processes that train together; each of them calls this with the same arguments. Rank 0 writes.
 
     Raises:
         ConfigError: the config does not fit the model or the data.
@@ -58,65 +63,54 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
     """
     from wmtp.data.batches import StepBatches, eval_batches
     from wmtp.data.prepare import prepare_data
-    from wmtp.models.build import build_model
 
     transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
     if config.devices.threads is not None:
         torch.set_num_threads(config.devices.threads)
-    device = pick_device(config.devices.device)
+    device = ranks.together(lambda: pick_device(config.devices.device, ranks.local_rank if ranks.world > 1 else None))
     folder = checkpoint_folder(config, run_dir)
-    remove_partial(folder)
-    remove_partial(run_dir)
-    saved = list_checkpoints(folder)
-    if saved and not resume:
-        raise ConfigError(
-            f"checkpoints.uri: {folder} holds checkpoints of another run; choose another folder, or resume that run"
-        )
+    saved = ranks.on_main(lambda: _tidy(folder, run_dir, resume=resume))
+    if saved:
+        ranks.together(lambda: _see(saved[-1].path))
 
-    source = open_source(config)
-    data = prepare_data(config, source.tokenizer, source.dataset_paths)
+    source = ranks.one_by_machine_first(lambda: open_source(config))
+    data = ranks.one_by_machine_first(lambda: prepare_data(config, source.tokenizer, source.dataset_paths))
+    _compare_data(data, ranks)
     batches = StepBatches(data.train, config.data.train, seed=config.run.seed)
     total_steps = planned_steps(config, batches)
 
     random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
-    base = config.models["base"]
-    loaded = base.loader.build().load(source.model_path, dtype=torch.float32, seed=config.run.seed)
-    model = build_model(loaded, base.heads, config.run.seed).to(device)
-    if config.data.train.packing:
-        model.check_packing()
-
+    model = ranks.together(lambda: load_base_model(config, source)).to(device)
     trainer, name = _build_trainer(config)
-    trainer.setup(
-        TrainerSetup(
-            hidden_size=model.hidden_size,
-            vocab_size=model.vocab_size,
-            horizon=model.horizon,
-            device=device,
-            seed=config.run.seed,
-            tokenizer=source.tokenizer,
-            model=load_extra_model(config, source.place, device),
-            token_numbers=open_token_numbers(config, source, data.train),
-        )
+    setup = TrainerSetup(
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        horizon=model.horizon,
+        device=device,
+        seed=config.run.seed,
+        tokenizer=source.tokenizer,
+        model=load_extra_model(config, source.place, device),
+        token_numbers=open_token_numbers(config, source, data.train),
     )
+    ranks.one_by_machine_first(lambda: trainer.setup(setup))
     modules = {key: module.to(device) for key, module in trainer.modules().items()}
     parameters = list(model.named_parameters())
     parameters += [(f"{key}.{inner}", p) for key, module in modules.items() for inner, p in module.named_parameters()]
 
-    tracker = config.tracker.build()
-    tracker.start(
-        RunInfo(
-            name=run_dir.name,
-            run_dir=run_dir,
-            tags={"wmtp.trainer": config.trainer.type} | dict.fromkeys(config.run.tags, "true"),
-            params=flatten(config),
-            resumed_step=saved[-1].step if saved else None,
-        )
+    tracker = config.tracker.build() if ranks.is_main else Jsonl()
+    run_info = RunInfo(
+        name=run_dir.name,
+        run_dir=run_dir,
+        tags={"wmtp.trainer": config.trainer.type} | dict.fromkeys(config.run.tags, "true"),
+        params=flatten(config),
+        resumed_step=saved[-1].step if saved else None,
     )
+    ranks.on_main(lambda: tracker.start(run_info))
     logger.info(
-        "%s: %s, %s parameters, H = %d, on %s; %d steps of %d rows",
-        name, source.model_info.architecture, f"{sum(p.numel() for _, p in parameters):,}", model.horizon, device,
-        total_steps, config.data.train.batch_size,
+        "%s: %s, %s parameters, H = %d, on %s%s; %d steps of %d rows",
+        name, source.model_info.architecture, f"{sum(p.numel() for _, p in parameters):,}", model.horizon,
+        f"{ranks.world} × " if ranks.world > 1 else "", device, total_steps, config.data.train.batch_size,
     )  # fmt: skip
     status = "failed"
     saved_model: Path | None = None
@@ -132,6 +126,7 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
                 device=device,
                 autocast=autocast_context(config.devices.precision, device),
                 seed=config.run.seed,
+                ranks=ranks,
             ),
             modules=modules,
             plan=StagePlan.make(
@@ -152,10 +147,12 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
         outcome = fit.run()
         if outcome.status != "interrupted":
             saved_model = run_dir / "model"
-            write_folder(saved_model, lambda partial: _save_model(model, source.tokenizer, partial))
+            target = saved_model
+            ranks.on_main(lambda: write_folder(target, lambda partial: _save_model(model, source.tokenizer, partial)))
             measurements = _measure(config, run_dir, fit, source.tokenizer)
             fit.track(outcome.steps, measurements)
-            _show_sample(model, source.tokenizer, data.eval or data.train, device)
+            if ranks.is_main:
+                _show_sample(model, source.tokenizer, data.eval or data.train, device)
         status = outcome.status
     finally:
         try:
@@ -172,6 +169,37 @@ def train(config: Config, run_dir: Path, *, resume: bool) -> Result:
         metrics={**outcome.metrics, **measurements},
         status=outcome.status,
     )
+
+
+def _tidy(folder: Path, run_dir: Path, *, resume: bool) -> list[Checkpoint]:
+    """Remove what killed processes left, and list the checkpoints to go on from."""
+    remove_partial(folder)
+    remove_partial(run_dir)
+    saved = list_checkpoints(folder)
+    if saved and not resume:
+        raise ConfigError(
+            f"checkpoints.uri: {folder} holds checkpoints of another run; choose another folder, or resume that run"
+        )
+    return saved
+
+
+def _see(path: Path) -> None:
+    if not path.is_dir():
+        raise WMTPError(f"{path} is not there; all machines must see the checkpoints: put them on a file system they share")
+
+
+def _compare_data(data: PreparedData, ranks: Ranks) -> None:
+    """Whether every rank reads the same data.
+
+    Raises:
+        ConfigError: one does not; the message names it.
+    """
+    found = ranks.objects((socket.gethostname(), data.train.fingerprint, data.eval and data.eval.fingerprint))
+    for rank, (host, *fingerprints) in enumerate(found):
+        if fingerprints != list(found[0][1:]):
+            raise ConfigError(
+                f"datasets: rank {rank} ({host}) reads other data than rank 0 ({found[0][0]}); give all the same files"
+            )
 
 
 def dry_run(config: Config) -> dict[str, str]:
@@ -245,12 +273,13 @@ def _measure(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer) -> d
         device=step.device,
         autocast=step.autocast,
         seed=config.run.seed,
+        ranks=step.ranks,
     )
     results: dict[str, float] = {}
     for evaluator in config.eval:
         found = evaluator.build().evaluate(measured)
         results |= {f"{evaluator.type}/{name}": float(value) for name, value in found.items()}
-    if results:
+    if results and step.ranks.is_main:
         (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.storage import Storage
 
-__all__ = ["Place", "Source", "load_extra_model", "open_source", "open_token_numbers", "provenance"]
+__all__ = ["Place", "Source", "load_base_model", "load_extra_model", "open_source", "open_token_numbers", "provenance"]
 
 
 @frozen(kw_only=True, eq=False)
@@ -152,6 +152,23 @@ def _own_tokenizer(config: Config, path: Path, key: str) -> Tokenizer:
             f"{key}: its vocabulary must be the base model's, and cannot be read: {error}; put the files of its tokenizer "
             "beside the model"
         ) from error
+
+
+def load_base_model(config: Config, source: Source) -> MTPModel:
+    """The model that is trained, with its heads, on the CPU.
+
+    Raises:
+        ConfigError: the heads do not fit the model, or its rows cannot hold several documents.
+        WMTPError: the files are missing or damaged.
+    """
+    from wmtp.models.build import build_model
+
+    base = config.models["base"]
+    loaded = base.loader.build().load(source.model_path, dtype=torch.float32, seed=config.run.seed)
+    model = build_model(loaded, base.heads, config.run.seed)
+    if config.data.train.packing:
+        model.check_packing()
+    return model
 
 
 def load_extra_model(config: Config, place: Place, device: torch.device) -> OpenModel:

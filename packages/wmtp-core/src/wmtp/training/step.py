@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from attrs import evolve, frozen
-from torch import Tensor
+from torch import Tensor, nn
 
 from wmtp.data.batch import Batch, Targets, align_targets
+from wmtp.distributed.ranks import ALONE, Ranks
+from wmtp.distributed.share import Share
 from wmtp.errors import PluginError
 from wmtp.loss import Unembedding, token_statistics, weighted_cross_entropy
 from wmtp.training.devices import statistics_dtype
@@ -58,6 +60,7 @@ class StepLoss:
         device: where the model is.
         autocast: makes the context in which the model computes.
         seed: the run's seed.
+        ranks: the processes that share the rows of a step.
     """
 
     model: MTPModel
@@ -68,12 +71,13 @@ class StepLoss:
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
     seed: int
+    ranks: Ranks = ALONE
 
     def __call__(self, batch: Batch, step: int, stage: Stage) -> StepOutput:
         """Add the gradient of one step's loss to the parameters' ``grad``.
 
         Args:
-            batch: all rows of the step, on the CPU.
+            batch: all rows of the step, on the CPU, the same on every rank.
             step: the optimizer step, from 0.
             stage: the stage that the step belongs to.
 
@@ -81,9 +85,13 @@ class StepLoss:
             PluginError: the trainer breaks its contract.
         """
         packed = batch.packed
-        batch = batch.to(self.device)
-        targets = align_targets(batch, self.model.horizon)
-        rows = len(batch.input_ids)
+        share = Share(ranks=self.ranks, rows=len(batch.input_ids))
+        own = share.batch(batch).to(self.device)
+        own_targets = align_targets(own, self.model.horizon)
+        alone = self.ranks.world == 1
+        batch = own if alone else batch.to(self.device)
+        targets = own_targets if alone else align_targets(batch, self.model.horizon)
+        rows = share.count
         pieces = [slice(start, min(start + self.micro_batch_size, rows)) for start in range(0, rows, self.micro_batch_size)]
 
         # One micro-batch: its forward pass serves both phases. Several: the statistics of all are needed before the gradient of
@@ -92,13 +100,17 @@ class StepLoss:
         losses, entropy = None, None
         observations: dict[str, Tensor] = {}
         if len(pieces) == 1:
-            output = self._forward(batch, packed)
-            kept = output, self._observe(output, batch, targets, packed, stage)
+            output = self._forward(own, packed)
+            kept = output, self._observe(output, own, own_targets, packed, stage)
             observations = {name: value.detach() for name, value in kept[1].items()}
             if self._needs_statistics:
-                losses, entropy = self._token_statistics(output, targets)
+                losses, entropy = self._token_statistics(output, own_targets)
         elif self._needs_statistics or type(self.trainer).observe is not Trainer.observe:
-            losses, entropy, observations = self._survey(batch, targets, packed, pieces, stage)
+            losses, entropy, observations = self._survey(own, own_targets, packed, pieces, stage)
+        # what a trainer sees are the rows of all ranks
+        losses = None if losses is None else share.gather(losses)
+        entropy = None if entropy is None else share.gather(entropy)
+        observations = {name: share.gather(value) for name, value in observations.items()}
 
         view = StepView(
             batch=batch,
@@ -119,32 +131,36 @@ class StepLoss:
         if not stage.model_loss:
             coefficients = torch.zeros_like(coefficients)
             problem = torch.zeros_like(problem)  # a stage may have nothing to learn from the model loss
+        own_coefficients = share.take(coefficients)
+        own_slopes = {name: share.take(slope) for name, slope in slopes.items()}
         model_loss = torch.zeros((), dtype=statistics_dtype(self.device), device=self.device)
         step_losses = []
         for piece in pieces:
-            part = Targets(ids=targets.ids[piece], valid=targets.valid[piece])
+            part = Targets(ids=own_targets.ids[piece], valid=own_targets.valid[piece])
             if kept is not None:
                 output, observed = kept
             else:
-                rows_of_piece = batch.rows(piece.start, piece.stop)
+                rows_of_piece = own.rows(piece.start, piece.stop)
                 output = self._forward(rows_of_piece, packed)
                 observed = self._observe(output, rows_of_piece, part, packed, stage) if slopes else {}
             # where all token losses are known, only the predictions that teach something are computed again
-            computed = part.valid if losses is None else coefficients[piece] != 0
+            computed = part.valid if losses is None else own_coefficients[piece] != 0
             with self.autocast():
                 loss, piece_losses = weighted_cross_entropy(
-                    output.hidden, self._unembeddings(), part.ids, coefficients[piece], computed
+                    output.hidden, self._unembeddings(), part.ids, own_coefficients[piece], computed
                 )
             model_loss += loss.detach()
             step_losses.append(piece_losses)
             # d aux / d parameters = Σ (d aux / d observation) · (d observation / d parameters)
             total = loss + sum(
-                ((observed[name] * slope[piece]).sum() for name, slope in slopes.items()), start=loss.new_zeros(())
+                ((observed[name] * slope[piece]).sum() for name, slope in own_slopes.items()), start=loss.new_zeros(())
             )
             if total.requires_grad:
                 total.backward()
+        self.ranks.sum(model_loss)
+        self.ranks.sum_gradients(self._whole_parameters())
 
-        all_losses = torch.cat(step_losses) if losses is None else losses
+        all_losses = share.gather(torch.cat(step_losses)) if losses is None else losses
         whole = sum(auxiliary.values(), start=model_loss)
         metrics: dict[str, Tensor | float] = {"loss": whole}
         metrics |= head_statistics(all_losses, weights, targets.valid)
@@ -152,6 +168,11 @@ class StepLoss:
         metrics |= {f"auxiliary/{name}": value for name, value in auxiliary.items()}
         metrics |= self.trainer.metrics()
         return StepOutput(loss=whole, bad_weights=problem, metrics=metrics)
+
+    def _whole_parameters(self) -> list[nn.Parameter]:
+        """Those that every rank holds in full: their gradients must be added up."""
+        modules = (self.model, *self.trainer.modules().values())
+        return [parameter for module in modules for parameter in module.parameters()]
 
     def _unembeddings(self) -> list[Unembedding]:
         return [self.model.unembedding(k) for k in range(1, self.model.horizon + 1)]
@@ -231,6 +252,7 @@ class StepLoss:
                     )
             learned = [term.reshape(()) for term in terms.values() if term.requires_grad]
             if learned:
-                torch.stack(learned).sum().backward()
-        slopes = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+                # every rank computes these terms, and their gradients of parameters are added up over the ranks
+                (torch.stack(learned).sum() / self.ranks.world).backward()
+        slopes = {name: leaf.grad * self.ranks.world for name, leaf in leaves.items() if leaf.grad is not None}
         return {name: term.detach().reshape(()) for name, term in terms.items()}, slopes

@@ -1,0 +1,237 @@
+"""The processes of a run, and what they tell each other.
+
+One process (a *rank*) computes on one device. Everything that decides how a run goes on (signals, early stopping, errors
+before the first step) is agreed by all ranks, so that none waits for one that has left.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+from torch import Tensor, nn
+
+from wmtp.errors import ConfigError, PluginError, WMTPError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["ALONE", "Ranks", "Watch"]
+
+T = TypeVar("T")
+
+#: numbers in one bucket of gradients that are added up together
+_BUCKET = 2**25
+
+
+class Watch(Protocol):
+    """What is told how far this rank is; see `wmtp.distributed.monitor`."""
+
+    def tick(self, done: str) -> None:
+        """Something was done."""
+
+    def pause(self) -> None:
+        """What comes now may take any time."""
+
+
+@frozen(kw_only=True)
+class _Failure:
+    """What went wrong on one rank."""
+
+    rank: int
+    host: str
+    kind: type[WMTPError]
+    lines: tuple[str, ...]
+
+    def error(self, *, named: bool) -> WMTPError:
+        name = f"rank {self.rank} ({self.host}): " if named else ""
+        lines = [f"{name}{line}" for line in self.lines]
+        return ConfigError(lines) if self.kind is ConfigError else self.kind("\n".join(lines))
+
+
+@frozen(kw_only=True, eq=False)
+class Ranks:
+    """The processes of this run, seen from one of them. The default is a run of one process, which talks to nobody.
+
+    Args:
+        rank: this process, from 0; rank 0 writes files and logs.
+        world: how many there are.
+        local_rank: this process among those of its machine, from 0.
+        control: a group for small messages between the CPUs.
+        patient: the same, where another rank may rightly need long: reading data, loading a model.
+        watch: is told how far this rank is.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    control: ProcessGroup | None = None
+    patient: ProcessGroup | None = None
+    watch: Watch | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def tick(self, done: str) -> None:
+        """Something was done: this rank is alive. See `wmtp.distributed.monitor`."""
+        if self.watch is not None:
+            self.watch.tick(done)
+
+    # --- numbers
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The ``values`` of all ranks, one after another along the first dimension. Shapes must be equal everywhere."""
+        if self.world == 1:
+            return values
+        sent = values.contiguous()
+        sent = sent.view(torch.uint8) if sent.dtype == torch.bool else sent
+        found = sent.new_empty((self.world * len(sent), *sent.shape[1:]))
+        dist.all_gather_into_tensor(found, sent)
+        return found.view(torch.bool) if values.dtype == torch.bool else found
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the gradients of parameters that every rank holds in full.
+
+        A parameter that no rank has a gradient for keeps none; one that only some have a gradient for counts as 0 elsewhere.
+        """
+        if self.world == 1:
+            return
+        learns = [parameter for parameter in parameters if parameter.requires_grad]
+        has = torch.tensor([parameter.grad is not None for parameter in learns], dtype=torch.uint8)
+        dist.all_reduce(has, dist.ReduceOp.MAX, group=self.control)
+        gradients = []
+        for parameter, somewhere in zip(learns, has.tolist(), strict=True):
+            if somewhere and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                gradients.append(parameter.grad)
+        under_way = []
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        for bucket, flat, work in under_way:
+            work.wait()
+            for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on some rank."""
+        return bool(self.max(float(flag)))
+
+    def max(self, value: float) -> float:
+        """The largest ``value`` of all ranks."""
+        if self.world == 1:
+            return value
+        number = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
+        return float(number)
+
+    # --- objects, and errors that all ranks must know
+
+    def objects(self, value: T) -> list[T]:
+        """The ``value`` of every rank, in their order."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self.patient)
+        return found
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do ``work`` on rank 0 only; every rank gets what it returned, or the error that it raised."""
+        if self.world == 1:
+            return work()
+        value, error = self._attempt(work) if self.is_main else (None, None)
+        sent: list[Any] = [value, error and self._failure(error)]
+        dist.broadcast_object_list(sent, src=0, group=self.patient)
+        if error is not None:
+            raise error
+        if sent[1] is not None:
+            raise _heard(sent[1].error(named=False))
+        return sent[0] if not self.is_main else value  # type: ignore[return-value]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do ``work`` on every rank. If it fails on one, it fails on all, with an error that names the rank."""
+        value, error = self._attempt(work)
+        self._raise_if_any(error)
+        return value  # type: ignore[return-value]
+
+    def one_by_machine_first(self, work: Callable[[], T]) -> T:
+        """As `together`, but on each machine one rank goes first: it fills the caches that the others then find filled."""
+        value, error = self._attempt(work) if self.local_rank == 0 else (None, None)
+        self._raise_if_any(error)
+        if self.local_rank != 0:
+            value, error = self._attempt(work)
+        if self.world > 1:
+            self._raise_if_any(error)
+        return value  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def _attempt(self, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        try:
+            return work(), None
+        except Exception as error:
+            if self.world == 1:
+                raise
+            return None, error
+
+    def _failure(self, error: Exception) -> _Failure:
+        if isinstance(error, ConfigError):
+            kind, lines = ConfigError, tuple(error.problems)
+        elif isinstance(error, WMTPError):
+            kind, lines = (PluginError if isinstance(error, PluginError) else WMTPError), (str(error),)
+        else:
+            kind, lines = WMTPError, (f"{type(error).__name__}: {error}",)
+        return _Failure(rank=self.rank, host=socket.gethostname(), kind=kind, lines=lines)
+
+    def _raise_if_any(self, error: Exception | None) -> None:
+        if self.world == 1:
+            return
+        failures = [found for found in self.objects(error and self._failure(error)) if found is not None]
+        if not failures:
+            return
+        everywhere = len(failures) == self.world and len({failure.lines for failure in failures}) == 1
+        if error is not None and (everywhere or (len(failures) == 1 and not isinstance(error, WMTPError))):
+            raise error if self.is_main or not everywhere else _heard(error)
+        raised = failures[0].error(named=not everywhere)
+        raise raised if self.is_main else _heard(raised)
+
+
+#: a run of one process
+ALONE = Ranks()
+
+
+def _heard(error: Exception) -> Exception:
+    """Mark an error that rank 0 has too, and says."""
+    error.said_by_main = True  # type: ignore[attr-defined]
+    return error
+
+
+def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for alike in by_dtype.values():
+        bucket: list[Tensor] = []
+        for gradient in alike:
+            bucket.append(gradient)
+            if sum(one.numel() for one in bucket) >= _BUCKET:
+                yield bucket
+                bucket = []
+        if bucket:
+            yield bucket

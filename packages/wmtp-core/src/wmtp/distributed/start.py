@@ -1,0 +1,118 @@
+"""Joins the processes of a run, and leaves them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import metadata
+
+import torch
+import torch.distributed as dist
+
+from wmtp.config.schema import Config
+from wmtp.config.sources import escape
+from wmtp.config.tree import flat, to_mapping
+from wmtp.distributed.monitor import LostRankError, Monitor
+from wmtp.distributed.ranks import Ranks
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.launchers.cluster import Worker
+from wmtp.training.devices import pick_device
+
+__all__ = ["joined"]
+
+#: how long others may read data and load models
+_PATIENCE = timedelta(hours=4)
+Report = Callable[[str], None]
+_COMPARED = ("wmtp-core", "torch", "transformers")
+
+
+@contextmanager
+def joined(config: Config, worker: Worker, *, parent: int | None = None, report: Report | None = None) -> Iterator[Ranks]:
+    """Join the other processes, which must have the same config.
+
+    Args:
+        config: complete and checked.
+        worker: this process; a world of one needs no others, and no variables.
+        parent: the process that started this one; this one ends when that one is gone.
+        report: told that another rank is lost, just before this process is ended. Default: a log line.
+
+    Raises:
+        ConfigError: another rank has another config, or this machine has not the device.
+        LostRankError: another rank is gone or hangs.
+        WMTPError: the others are not there in time.
+    """
+    several = worker.world > 1
+    device = pick_device(config.devices.device, worker.local_rank if several else None)
+    if device.type == "mps":
+        raise ConfigError('devices.device: "mps" computes in one process without [devices.fsdp]')
+    timeout = timedelta(seconds=config.devices.timeout)
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=None if several else dist.HashStore(),
+            rank=worker.rank,
+            world_size=worker.world,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" and device.index is not None else None,
+        )
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise WMTPError(f"rank {worker.rank} cannot join the other processes at {place}: {error}") from error
+    monitor = None
+    if several:
+        monitor = Monitor(rank=worker.rank, world=worker.world, timeout=config.devices.timeout, parent=parent)
+        monitor.report = report or monitor.report
+    try:
+        ranks = Ranks(
+            rank=worker.rank,
+            world=worker.world,
+            local_rank=worker.local_rank,
+            control=control,
+            patient=patient,
+            watch=monitor,
+        )
+        _compare(config, ranks)
+        yield ranks
+        ranks.barrier()
+    except Exception as error:
+        if monitor is not None and _of_a_collective(error) and (explained := monitor.explain()) is not None:
+            raise LostRankError(explained) from error
+        raise
+    finally:
+        if monitor is not None:
+            monitor.stop()
+    dist.destroy_process_group()
+
+
+def _of_a_collective(error: BaseException | None) -> bool:
+    """Whether it may come from a message that another rank did not answer."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _compare(config: Config, ranks: Ranks) -> None:
+    """Whether all ranks run the same."""
+    own = {name: metadata.version(name) for name in _COMPARED} | flat(to_mapping(config, text=escape))
+    found = ranks.objects((socket.gethostname(), own))
+    main_host, main = found[0]
+    problems = [
+        f"rank {rank} ({host}) differs from rank 0 ({main_host}): {key}: {other.get(key)!r} in place of {main.get(key)!r}"
+        for rank, (host, other) in enumerate(found)
+        for key in dict.fromkeys((*main, *other))
+        if other.get(key) != main.get(key)
+    ]
+    if problems:
+        error = ConfigError([*problems, "start every process with the same files and the same --set"])
+        error.said_by_main = not ranks.is_main  # type: ignore[attr-defined]
+        raise error
+    if ranks.world > 1:
+        logging.getLogger("wmtp").info("%d processes on %d machines", ranks.world, len({host for host, _ in found}))

@@ -1,0 +1,216 @@
+"""Starts the processes of this machine by torchrun, and makes one answer of theirs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wmtp.config.load import load
+from wmtp.config.tree import dump_config
+from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.launchers.cluster import Nodes, interface_of, own_address
+from wmtp.result import Result
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from wmtp.config.schema import Config
+
+__all__ = ["launch", "read_result", "write_failure", "write_result"]
+
+logger = logging.getLogger("wmtp")
+
+#: seconds that processes have to write a checkpoint after a signal before they are killed
+_GRACE = 600
+_KINDS: Mapping[str, type[WMTPError]] = {"config": ConfigError, "plugin": PluginError, "work": WMTPError, "lost": WMTPError}
+
+
+def launch(config: Config, nodes: Nodes, count: int, *, run_dir: Path | None, resume: bool) -> Result:
+    """Train in ``count`` processes on each machine, and wait for them.
+
+    Args:
+        config: complete and checked.
+        nodes: the machines.
+        count: processes on this one.
+        run_dir: the run directory; None on a machine that is not the first.
+        resume: whether to go on from the newest checkpoint there.
+
+    Raises:
+        ConfigError, PluginError, WMTPError: as one of the processes said, or one of them died.
+        KeyboardInterrupt: a signal ended them before they could write a checkpoint.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="wmtp-") as folder:
+        job = Path(folder)
+        _write_job(job, config, run_dir, resume=resume)
+        options: dict[str, Any] = {
+            "min_nodes": nodes.count,
+            "max_nodes": nodes.count,
+            "nproc_per_node": count,
+            "run_id": "wmtp",
+            "max_restarts": 0,
+            "monitor_interval": 0.1,
+            **_rendezvous(nodes),
+        }
+        known = {field.name for field in fields(LaunchConfig)}
+        options |= {name: value for name, value in {"shutdown_timeout": _GRACE}.items() if name in known}
+        _quiet()
+        failed: ChildFailedError | None = None
+        interrupted = False
+        try:
+            elastic_launch(LaunchConfig(**options), sys.executable)("-m", "wmtp.launchers.worker", folder)
+        except ChildFailedError as error:
+            failed = error
+        except SignalException:
+            interrupted = True
+        except RuntimeError as error:  # the other machines are not there
+            raise WMTPError(f"launcher: the processes could not be started: {error}") from error
+        if (result := read_result(job)) is not None:
+            return result
+        if interrupted:
+            raise KeyboardInterrupt
+        raise _explained(job, failed, run_dir)
+
+
+def _write_job(job: Path, config: Config, run_dir: Path | None, *, resume: bool) -> None:
+    """What the processes are told: a config that they read from TOML, as every process of the run does."""
+    text = dump_config(config)
+    (job / "config.toml").write_text(text, encoding="utf-8")
+    try:
+        same = load(job / "config.toml").config == config
+    except ConfigError as error:
+        raise ConfigError(
+            [
+                *error.problems,
+                "launcher.processes: several processes read TOML; install its plugins, or write 1",
+            ]
+        ) from error
+    if not same:
+        raise ConfigError("launcher.processes: the config cannot be written as TOML for several processes; write 1")
+    facts = {
+        "run_dir": None if run_dir is None else str(run_dir.absolute()),
+        "resume": resume,
+        "parent": os.getpid(),
+        "verbose": logger.isEnabledFor(logging.DEBUG),
+    }
+    (job / "job.json").write_text(json.dumps(facts))
+
+
+def _rendezvous(nodes: Nodes) -> dict[str, Any]:
+    """How the processes find each other."""
+    if nodes.count == 1:
+        # nothing leaves this machine, so its name need not be known to anybody
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+    address = own_address(nodes)
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_of(address)) is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    # with the static rendezvous the first machine listens, and need not find out by its name that it is the first
+    return {
+        "rdzv_backend": "static",
+        "rdzv_endpoint": f"{nodes.address}:{nodes.port}",
+        "rdzv_configs": {"rank": nodes.rank, "timeout": 900},
+        "local_addr": address,
+    }
+
+
+def _quiet() -> None:
+    """torchrun's own reports are off: the processes' errors come from here, once."""
+    for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which says so at length
+    # the modules' own loggers were given levels of their own
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+# --- what processes leave in the job's folder
+
+
+def write_result(job: Path, result: Result) -> None:
+    """Rank 0 tells how the run ended."""
+    facts = {
+        "run_dir": str(result.run_dir),
+        "model": None if result.model is None else str(result.model),
+        "checkpoint": None if result.checkpoint is None else str(result.checkpoint),
+        "steps": result.steps,
+        "metrics": dict(result.metrics),
+        "status": result.status,
+    }
+    draft = job / "result.json.new"
+    draft.write_text(json.dumps(facts))
+    draft.replace(job / "result.json")
+
+
+def read_result(job: Path) -> Result | None:
+    """What rank 0 told, if it came to an end."""
+    try:
+        facts = json.loads((job / "result.json").read_text())
+    except OSError:
+        return None
+    path = lambda value: None if value is None else Path(value)  # noqa: E731
+    return Result(
+        run_dir=Path(facts["run_dir"]),
+        model=path(facts["model"]),
+        checkpoint=path(facts["checkpoint"]),
+        steps=facts["steps"],
+        metrics=facts["metrics"],
+        status=facts["status"],
+    )
+
+
+def write_failure(job: Path, rank: int, kind: str, lines: list[str]) -> None:
+    """A rank tells what went wrong; the first to tell is believed."""
+    draft = job / f"rank-{rank}.json.new"
+    draft.write_text(json.dumps({"rank": rank, "kind": kind, "lines": lines}))
+    draft.replace(job / f"failure-{rank}.json")
+
+
+def _explained(job: Path, failed: ChildFailedError | None, run_dir: Path | None) -> WMTPError:
+    """One error from all that the processes left."""
+    files = sorted(job.glob("failure-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    told = [json.loads(file.read_text()) for file in files]
+    # that another rank is lost says less than what the lost one said, or how it was killed
+    own = [failure for failure in told if failure["kind"] != "lost"]
+    where = "" if run_dir is None else f"; {_last_checkpoint(run_dir)}"
+    if own:
+        lines = own[0]["lines"]
+        return ConfigError(lines) if own[0]["kind"] == "config" else _KINDS[own[0]["kind"]]("\n".join(lines))
+    killed = [
+        (rank, failure) for rank, failure in (failed.failures if failed is not None else {}).items() if failure.exitcode < 0
+    ]
+    hung = [failure for failure in told if failure["kind"] == "lost"]
+    for rank, failure in sorted(killed, key=lambda pair: pair[1].timestamp):
+        # the launcher itself ends the others by SIGTERM, and by SIGKILL those that do not listen
+        if failure.exitcode != -signal.SIGTERM and not hung:
+            name = signal.Signals(-failure.exitcode).name
+            return WMTPError(f"rank {rank} (process {failure.pid}) was killed by {name}{_memory_hint(name)}{where}")
+    if hung:
+        return WMTPError("\n".join(hung[0]["lines"]) + where)
+    codes = {rank: failure.exitcode for rank, failure in (failed.failures if failed is not None else {}).items()}
+    return WMTPError(f"the processes ended without a result (exit codes by rank: {codes}){where}")
+
+
+def _memory_hint(name: str) -> str:
+    return ", as the system does where memory runs out" if name == "SIGKILL" else ""
+
+
+def _last_checkpoint(run_dir: Path) -> str:
+    from wmtp.training.checkpoint import list_checkpoints
+
+    saved = list_checkpoints(run_dir / "checkpoints")
+    if not saved:
+        return "there is no checkpoint yet"
+    return f"the last checkpoint is {saved[-1].path}; go on with: wmtp run --resume {run_dir}"

@@ -1,0 +1,69 @@
+"""One process of a run: ``python -m wmtp.launchers.worker FOLDER``, as `wmtp.launchers.torchrun` starts it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from wmtp.config.load import load
+from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.launchers.cluster import Worker
+from wmtp.launchers.torchrun import write_failure, write_result
+
+__all__ = ["main"]
+
+logger = logging.getLogger("wmtp")
+
+
+def main(folder: str) -> int:
+    """Train as rank ``RANK``; what went wrong is left for the launcher."""
+    from wmtp.cli import set_up_logging
+    from wmtp.distributed.monitor import LostRankError
+    from wmtp.distributed.start import joined
+    from wmtp.training.run import train
+
+    job = Path(folder)
+    facts = json.loads((job / "job.json").read_text())
+    worker = Worker.of()
+    assert worker is not None
+    set_up_logging(verbose=facts["verbose"], rank=worker.rank)
+    try:
+        config = load(job / "config.toml").config
+        report = lambda line: write_failure(job, worker.rank, "lost", [line])  # noqa: E731
+        with joined(config, worker, parent=facts["parent"], report=report) as ranks:
+            place = ranks.on_main(lambda: (facts["run_dir"], facts["resume"]))
+            result = train(config, Path(place[0]), resume=place[1], ranks=ranks)
+            if worker.local_rank == 0:
+                write_result(job, result)
+        return 0
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # others are ended now, and this one has something to say
+        if isinstance(error, KeyboardInterrupt):
+            return 1
+        kind, lines = _described(error)
+        if isinstance(error, LostRankError):
+            kind = "lost"
+        if kind == "bug":
+            traceback.print_exc()
+            kind = "work"
+        if not getattr(error, "said_by_main", False):
+            write_failure(job, worker.rank, kind, lines)
+        sys.stderr.flush()
+        os._exit(1)  # a collective that waits for a lost rank must not keep this one
+
+
+def _described(error: BaseException) -> tuple[str, list[str]]:
+    if isinstance(error, ConfigError):
+        return "config", list(error.problems)
+    if isinstance(error, WMTPError):
+        return "plugin" if isinstance(error, PluginError) else "work", str(error).splitlines()
+    return "bug", [" ".join(f"{type(error).__name__}: {error}".split())]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))
