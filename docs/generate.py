@@ -51,6 +51,7 @@ TABLES = {
     "optimizers": ("[optimizer]", 'default: `type = "adamw"`'),
     "trackers": ("[tracker]", 'default: `type = "mlflow"`'),
     "launchers": ("[launcher]", 'default: `type = "local"`'),
+    "storages": ("[storage.TYPE]", "the table's name; those without one have their defaults"),
 }
 
 #: kind → the class that `build` returns an instance of; optimizers are torch's own
@@ -81,8 +82,9 @@ def config_reference(registry: Registry) -> str:
     for kind, (table, remark) in TABLES.items():
         parts.append(f"### {KINDS[kind].capitalize()}s: `{table}`\n\nChosen by `type`: {remark}.")
         for provided in registry.of_kind(kind):
-            if provided.plugin is not None and provided.plugin.distribution in ("wmtp-core", "wmtp-algos"):
-                title = f'`type = "{provided.type}"` ({KINDS[kind]} of {provided.plugin.distribution})'
+            if provided.plugin is not None and provided.plugin.distribution in ("wmtp-core", "wmtp-algos", "wmtp-storage"):
+                name = f"[storage.{provided.type}]" if kind == "storages" else f'type = "{provided.type}"'
+                title = f"`{name}` ({KINDS[kind]} of {provided.plugin.distribution})"
                 parts.append(f"#### {title}\n\n{described(provided.cls)}")
     return "\n\n".join(parts)
 

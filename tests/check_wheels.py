@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "wmtp-example"
-PROJECTS = (ROOT / "packages" / "wmtp-core", ROOT / "packages" / "wmtp-algos", EXAMPLE)
+PROJECTS = (*(ROOT / "packages" / f"wmtp-{name}" for name in ("core", "algos", "storage")), EXAMPLE)
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]
 # what a user's shell does not have: the workspace's environment and path
 ENVIRONMENT = {
@@ -67,11 +67,14 @@ def check(condition: bool, message: str) -> None:
 
 
 def build(wheels: Path) -> list[Path]:
-    """Build the wheels of wmtp-algos, wmtp-core and wmtp-example, from their source distributions."""
+    """Build the wheels of our packages and of wmtp-example, from their source distributions."""
     for project in PROJECTS:
         run("uv", "build", "--quiet", "--no-config", "--out-dir", wheels, project, cwd=wheels.parent)
     found = sorted(wheels.glob("*.whl"))
-    check([path.name.split("-")[0] for path in found] == ["wmtp_algos", "wmtp_core", "wmtp_example"], f"built {found}")
+    check(
+        [path.name.split("-")[0] for path in found] == ["wmtp_algos", "wmtp_core", "wmtp_example", "wmtp_storage"],
+        f"built {found}",
+    )
     return found
 
 
@@ -123,14 +126,22 @@ def check_light(wmtp: Environment, example: Path) -> None:
     wmtp("wmtp", "check", "example.toml")
 
 
+def check_storage(wmtp: Environment) -> None:
+    """wmtp-storage beside wmtp-core alone: its backends are found, and need no torch."""
+    listed = components(wmtp("wmtp", "plugins", "--json"))
+    check(listed["wmtp-storage"]["components"] == {"storages": ["s3", "gs", "az", "http"]}, f"listed: {listed}")
+    check("acceleration" in wmtp("wmtp", "show", "s3"), "wmtp show s3 does not show its keys")
+
+
 def main() -> None:
     """Build, install, use."""
     with tempfile.TemporaryDirectory(prefix="wmtp-wheels-") as temporary:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary).resolve()
         wheels = folder / "wheels"
         wheels.mkdir(parents=True)
-        algos, core, example = build(wheels)
+        algos, core, example, storage = build(wheels)
         check_light(Environment(folder / "light", core), example)
+        check_storage(Environment(folder / "storage", core, storage))
         check_training(Environment(folder / "train", core, algos, example, "pytest"))
     print("check_wheels: all is well")
 

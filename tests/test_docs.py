@@ -302,7 +302,9 @@ def project(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("words", "text"), messages())
-def test_every_message_is_what_the_command_says(words, text, project, capsys):
+def test_every_message_is_what_the_command_says(words, text, project, capsys, monkeypatch):
+    while "=" in words[0]:  # as a shell takes NAME=VALUE before a command
+        monkeypatch.setenv(*words.pop(0).split("=", 1))
     if "first" in words:
         assert main(["run", "recipe.toml", "--run-name", "first"]) == 0
         capsys.readouterr()
@@ -335,7 +337,7 @@ def test_the_tutorial_gives_a_plugin(tmp_path):
         return done.stdout
 
     expected = next(match["text"] for match in BLOCK.finditer(text) if match["text"].startswith("wmtp-late"))
-    assert run("wmtp", "plugins").endswith(expected)
+    assert expected in run("wmtp", "plugins")
     assert "power = 0.5" in run("wmtp", "show", "late-tokens")
     run("wmtp", "check", "recipe.toml")
     assert " passed" in run("pytest", "-q", "-p", "no:cacheprovider", "tests")

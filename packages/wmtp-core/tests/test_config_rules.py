@@ -11,7 +11,7 @@ from wmtp.config.components import component
 from wmtp.config.load import load
 from wmtp.config.rules import check, check_loaded
 from wmtp.errors import ConfigError
-from wmtp.plugins import load_plugins
+from wmtp.plugins import Registry, load_plugins
 
 
 @attrs.frozen(kw_only=True)
@@ -43,7 +43,10 @@ class Easy:
         """Nothing to build."""
 
 
-REGISTRY = load_plugins().with_classes([("trainers", Picky), ("trainers", Easy)])
+INSTALLED = load_plugins()
+# as where wmtp-core is installed alone
+ALONE = Registry(INSTALLED.plugins, [p for p in INSTALLED.components if p.cls.__module__.startswith("wmtp.")])
+REGISTRY = ALONE.with_classes([("trainers", Picky), ("trainers", Easy)])
 GOOD = {
     "models": {"base": {"type": "scratch", "vocab_size": 300}},
     "datasets": {"py": {"type": "python-source"}},

@@ -26,6 +26,7 @@ _TABLES: Final = {
     "trackers": "[tracker]",
     "evaluators": "[[eval]]",
     "launchers": "[launcher]",
+    "storages": "[storage.TYPE]",
 }
 
 
@@ -56,12 +57,14 @@ def unknown(name: str, registry: Registry) -> ConfigError:
 
 
 def _toml(provided: Provided) -> str:
-    table = _TABLES.get(provided.kind)
-    if table is None:
-        schemes = ", ".join(f"{scheme}://" for scheme in getattr(provided.cls, "schemes", ()))
-        return f"# nothing to configure: it serves the URIs {schemes}"
-    lines = [table, f'type = "{provided.type}"']
+    table = _TABLES[provided.kind].replace("TYPE", provided.type)
     attrs.resolve_types(provided.cls)
+    lines = [table, f'type = "{provided.type}"']
+    if provided.kind == "storages":
+        schemes = ", ".join(f"{scheme}://" for scheme in provided.cls.schemes)
+        lines = [f"# it serves the URIs {schemes}", table]
+        if not any(attribute.init for attribute in attrs.fields(provided.cls)):
+            return f"# nothing to configure: it serves the URIs {schemes}"
     tables: list[str] = []
     for attribute in attrs.fields(provided.cls):
         if not attribute.init:

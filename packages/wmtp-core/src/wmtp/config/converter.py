@@ -21,7 +21,7 @@ from cattrs.errors import StructureHandlerNotFoundError
 from wmtp.config import values
 from wmtp.config.components import COMPONENT_KIND, KINDS
 from wmtp.config.problems import KeyPath, Problem, Problems, unknown_key
-from wmtp.config.schema import HeadsConfig, ModelConfig
+from wmtp.config.schema import HeadsConfig, ModelConfig, StorageConfig
 from wmtp.plugins.registry import Registry
 
 __all__ = ["make_converter"]
@@ -69,6 +69,7 @@ def make_converter(registry: Registry) -> cattrs.Converter:
     converter.register_structure_hook_func(
         lambda t: t is ModelConfig, lambda value, _: _model(converter, value)
     )  # the hook registered last wins
+    converter.register_structure_hook_func(lambda t: t is StorageConfig, lambda value, _: _storage(converter, registry, value))
     converter.register_structure_hook_func(_is_component, lambda value, t: _component(converter, registry, value, t))
     return converter
 
@@ -284,3 +285,35 @@ def _model(converter: cattrs.Converter, value: Any) -> ModelConfig:
     if problems:
         raise Problems(problems)
     return ModelConfig(loader=done[0], heads=done[1] if heads is not None else None)
+
+
+def _storage(converter: cattrs.Converter, registry: Registry, value: Any) -> StorageConfig:
+    """Every table in ``[storage]`` belongs to the backend whose type is its name."""
+    table = dict(_as_table(value))
+    names = [provided.type for provided in registry.of_kind("storages")]
+    attrs.resolve_types(StorageConfig)
+    own = {str(a.alias): a.type for a in attrs.fields(StorageConfig) if COMPONENT_KIND not in a.metadata}
+    problems: list[Problem] = []
+    plain: dict[str, Any] = {}
+    backends: list[Any] = []
+    for key, element in table.items():
+        try:
+            if key in own:
+                plain[key] = _read(converter, element, own[key])
+            elif registry.find("storages", key) is None:
+                missing = f"{unknown_key(key, [*own, *names])}{registry.remedy('storages', key)}"
+                raise Problems.one(missing)
+            else:
+                backends.append(_backend(converter, key, element))
+        except Problems as found:
+            problems += (problem.under(key) for problem in found.problems)
+    if problems:
+        raise Problems(problems)
+    return StorageConfig(**plain, backends=tuple(backends))
+
+
+def _backend(converter: cattrs.Converter, name: str, value: Any) -> Any:
+    table = dict(_as_table(value))
+    if table.setdefault("type", name) != name:
+        raise Problems([Problem(("type",), f"{table['type']!r}, but the table is named '{name}'; remove this line")])
+    return _read(converter, table, Annotated[Any, _Kind("storages")])

@@ -280,13 +280,21 @@ class CheckpointConfig:
 
 @frozen(kw_only=True)
 class StorageConfig:
-    """Where remote files are kept after they were fetched.
+    """Where remote files are kept after they were fetched, and how the storage backends work.
 
     Args:
         cache_dir: default ``~/.cache/wmtp``.
+        backends: their options. In TOML each backend has a table of its own, ``[storage.s3]`` for ``s3``; those without one
+            have their defaults.
     """
 
     cache_dir: str = "~/.cache/wmtp"
+    backends: tuple[Component, ...] = component("storages", default=())
+
+    def __attrs_post_init__(self) -> None:
+        types = [backend.type for backend in self.backends]
+        if twice := sorted({name for name in types if types.count(name) > 1}):
+            raise ValueError(f"two configs of one storage backend: {', '.join(twice)}")
 
 
 @frozen(kw_only=True)

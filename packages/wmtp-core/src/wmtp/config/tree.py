@@ -11,7 +11,7 @@ import attrs
 
 from wmtp.config.components import COMPONENT_KIND
 from wmtp.config.problems import KeyPath, dotted
-from wmtp.config.schema import Config, ModelConfig
+from wmtp.config.schema import Config, ModelConfig, StorageConfig
 from wmtp.errors import ConfigError
 
 __all__ = ["Placed", "components", "dump_config", "flat", "flatten", "plain_value", "to_mapping"]
@@ -39,6 +39,8 @@ def components(config: Any, path: KeyPath = ()) -> Iterator[Placed]:
         kind = attribute.metadata.get(COMPONENT_KIND)
         # the keys of a model's loader stand in the model's own table
         here = path if isinstance(config, ModelConfig) and attribute.name == "loader" else (*path, str(attribute.alias))
+        if isinstance(config, StorageConfig) and attribute.name == "backends":
+            here, value = path, {backend.type: backend for backend in value}
         yield from _inside(value, here, kind)
 
 
@@ -82,6 +84,9 @@ def _table(config: Any, path: KeyPath, text: Callable[[str], str]) -> dict[str, 
         is_component = COMPONENT_KIND in attribute.metadata
         if isinstance(config, ModelConfig) and attribute.name == "loader":
             table.update(_value(value, path, text, is_component))
+        elif isinstance(config, StorageConfig) and attribute.name == "backends":
+            # the table's name is the backend's type
+            table.update({backend.type: _table(backend, (*path, backend.type), text) for backend in value})
         else:
             table[str(attribute.alias)] = _value(value, here, text, is_component)
     return table

@@ -22,6 +22,7 @@ _PACKAGES: Final[Mapping[str, Mapping[str, str]]] = {
         ),
         "wmtp-algos",
     ),
+    "storages": dict.fromkeys(("s3", "gs", "az", "http"), "wmtp-storage"),
     "launchers": {"vessl": "wmtp-vessl"},
 }
 

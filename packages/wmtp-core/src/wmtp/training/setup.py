@@ -19,6 +19,7 @@ from wmtp.config.schema import Config, HeadsConfig, ModelConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.base import ModelInfo
 from wmtp.plugins import load_plugins
+from wmtp.storage.backends import build_backends
 from wmtp.storage.uris import localize
 from wmtp.tokenizers import Tokenizer
 from wmtp.training.trainer import OpenModel
@@ -47,9 +48,7 @@ class Place:
     @classmethod
     def of(cls, config: Config) -> Place:
         """Build the storage backends of all plugins."""
-        built = [provided.cls() for provided in load_plugins().of_kind("storages")]
-        backends = {scheme: storage.build() for storage in built for scheme in storage.schemes}
-        return cls(backends=backends, cache_dir=Path(config.storage.cache_dir).expanduser())
+        return cls(backends=build_backends(config.storage), cache_dir=Path(config.storage.cache_dir).expanduser())
 
     def path(self, component: Any, key: str) -> Path | None:
         """The local path of a component's ``uri``; None where it has none.

@@ -1,0 +1,69 @@
+"""What the clients of all stores have in common: time limits, retries, proxies, certificates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wmtp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
+    from wmtp_storage.config import RemoteStorage
+
+__all__ = ["ca_bundle", "client_options", "retry_config"]
+
+_CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+
+
+def client_options(config: RemoteStorage, *, allow_http: bool, headers: Mapping[str, str] | None = None) -> ClientConfig:
+    """The options of obstore's HTTP client.
+
+    A request as a whole has no time limit: a large range on a slow line takes as long as it takes. One that stalls does.
+    """
+    options: dict[str, Any] = {
+        "allow_http": allow_http,
+        "connect_timeout": timedelta(seconds=config.connect_timeout),
+        "read_timeout": timedelta(seconds=config.read_timeout),
+        "timeout": timedelta(days=1),
+        "pool_max_idle_per_host": str(config.max_connections),
+        "user_agent": "wmtp-storage",
+    }
+    if config.proxy is not None:
+        options["proxy_url"] = config.proxy
+        if excluded := os.environ.get("NO_PROXY", os.environ.get("no_proxy")):
+            options["proxy_excludes"] = excluded
+    if (bundle := ca_bundle(config)) is not None:
+        options["root_certificate"] = bundle.read_bytes()
+    if headers:
+        options["default_headers"] = dict(headers)
+    return options  # type: ignore[return-value]
+
+
+def ca_bundle(config: RemoteStorage) -> Path | None:
+    """The file of additional certificates; None where nothing names one.
+
+    Raises:
+        ConfigError: the file that is named is not there.
+    """
+    named = [("ca_bundle", config.ca_bundle), *((name, os.environ.get(name)) for name in _CA_VARIABLES)]
+    for name, value in named:
+        if value:
+            path = Path(value).expanduser()
+            if not path.is_file():
+                raise ConfigError(f"{name}: {value!r} is no file; write the path of a PEM file with certificates")
+            return path
+    return None
+
+
+def retry_config(config: RemoteStorage) -> RetryConfig:
+    """Retries with backoff and jitter: of server errors, 429, time-outs and lost connections."""
+    return {
+        "max_retries": config.max_retries,
+        "retry_timeout": timedelta(seconds=config.retry_timeout),
+        "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2},
+    }

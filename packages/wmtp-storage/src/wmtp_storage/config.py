@@ -1,0 +1,180 @@
+"""The config classes of the backends: the keys of ``[storage.s3]`` and its siblings. Secrets are not among them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from attrs import field, frozen
+from attrs.validators import ge, gt
+
+if TYPE_CHECKING:
+    from wmtp.storage import Storage
+
+__all__ = ["AzureStorage", "GoogleStorage", "HTTPStorage", "RemoteStorage", "S3Storage"]
+
+_Config = TypeVar("_Config", bound=type)
+
+
+def _with_shared_keys(cls: _Config) -> _Config:
+    """Add the keys that all backends have to the docstring, which is where ``wmtp show`` and the reference find them."""
+    shared = inspect.cleandoc(RemoteStorage.__doc__ or "").partition("\nArgs:\n")[2]
+    own = inspect.cleandoc(cls.__doc__ or "").rstrip()
+    cls.__doc__ = f"{own}\n{shared}" if "\nArgs:\n" in own else f"{own}\n\nArgs:\n{shared}"
+    return cls
+
+
+@frozen(kw_only=True)
+class RemoteStorage:
+    """What every backend of this package can be told.
+
+    Args:
+        max_connections: so many requests at once, at most; how many there are follows the throughput.
+        max_memory: so many MB of file contents in memory at once, at most. The process itself needs some 70 MB beside it.
+        max_retries: tries of a request after the first that failed.
+        retry_timeout: seconds after which a request that keeps failing is given up, however many tries are left.
+        connect_timeout: seconds to reach the server.
+        read_timeout: seconds without a single byte after which a request is started again.
+        proxy: the address of an HTTP proxy. Default: what ``HTTPS_PROXY``, ``HTTP_PROXY`` and ``NO_PROXY`` say.
+        ca_bundle: a PEM file with certificates to trust besides the system's. Default: what ``AWS_CA_BUNDLE``,
+            ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE`` names.
+    """
+
+    max_connections: int = field(default=32, validator=ge(1))
+    max_memory: int = field(default=128, validator=ge(16))
+    max_retries: int = field(default=10, validator=ge(0))
+    retry_timeout: float = field(default=300.0, validator=gt(0.0))
+    connect_timeout: float = field(default=10.0, validator=gt(0.0))
+    read_timeout: float = field(default=30.0, validator=gt(0.0))
+    proxy: str | None = None
+    ca_bundle: str | None = None
+
+    def check(self) -> Iterable[str]:
+        """What is wrong between the keys."""
+        endpoint = getattr(self, "endpoint", None)
+        for key, address in (("endpoint", endpoint), ("proxy", self.proxy)):
+            if address is not None and (urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname):
+                yield f"{key}: {address!r} is no address; write https://HOST or http://HOST:PORT"
+
+
+@_with_shared_keys
+@frozen(kw_only=True)
+class S3Storage(RemoteStorage):
+    """Amazon S3 and what speaks its protocol: ``s3://BUCKET/KEY``.
+
+    Credentials: ``AWS_ACCESS_KEY_ID`` and its siblings, the shared credentials and config files (``AWS_PROFILE``), web
+    identity, single sign-on, container and instance metadata, as botocore finds them.
+
+    Args:
+        endpoint: the address of another server than Amazon's. Default: ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``, or
+            ``endpoint_url`` of the profile.
+        region: default: the bucket is asked where it is.
+        profile: of the shared files. Default: ``AWS_PROFILE``.
+        anonymous: send no credentials: for public buckets.
+        acceleration: through S3 Transfer Acceleration, which the bucket must have enabled.
+        requester_pays: agree to pay for the transfer from a bucket whose owner does not.
+        addressing: ``virtual`` puts the bucket into the host's name, ``path`` into the path. ``auto``: virtual on Amazon's
+            servers where the bucket's name allows it, else path.
+    """
+
+    type = "s3"
+    schemes: ClassVar[tuple[str, ...]] = ("s3",)
+    endpoint: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    anonymous: bool = False
+    acceleration: bool = False
+    requester_pays: bool = False
+    addressing: Literal["auto", "virtual", "path"] = "auto"
+
+    def check(self) -> Iterable[str]:
+        """See `RemoteStorage.check`."""
+        yield from super().check()
+        if self.acceleration and self.endpoint is not None:
+            yield "acceleration: is a host of Amazon's; remove endpoint, or acceleration"
+        if self.acceleration and self.addressing == "path":
+            yield "acceleration: has the bucket in the host's name; remove addressing, or acceleration"
+
+    def build(self) -> Storage:
+        """Make the backend."""
+        from wmtp_storage.backend import ObjectStorage
+        from wmtp_storage.s3 import s3_store
+
+        return ObjectStorage(self, s3_store)
+
+
+@_with_shared_keys
+@frozen(kw_only=True)
+class GoogleStorage(RemoteStorage):
+    """Google Cloud Storage: ``gs://BUCKET/KEY``.
+
+    Credentials: ``GOOGLE_APPLICATION_CREDENTIALS``, ``GOOGLE_SERVICE_ACCOUNT``, those of ``gcloud auth application-default
+    login``, or the instance's metadata.
+
+    Args:
+        endpoint: the address of another server than Google's. Default: ``GOOGLE_BASE_URL``.
+        anonymous: send no credentials: for public buckets.
+    """
+
+    type = "gs"
+    schemes: ClassVar[tuple[str, ...]] = ("gs",)
+    endpoint: str | None = None
+    anonymous: bool = False
+
+    def build(self) -> Storage:
+        """Make the backend."""
+        from wmtp_storage.backend import ObjectStorage
+        from wmtp_storage.gs import gs_store
+
+        return ObjectStorage(self, gs_store)
+
+
+@_with_shared_keys
+@frozen(kw_only=True)
+class AzureStorage(RemoteStorage):
+    """Azure Blob Storage: ``az://CONTAINER/BLOB``, or ``abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/BLOB``.
+
+    Credentials: ``AZURE_STORAGE_ACCOUNT_KEY``, ``AZURE_STORAGE_SAS_TOKEN``, ``AZURE_CLIENT_ID`` with its siblings, workload
+    identity, the machine's managed identity, or those of ``az login`` where ``use_azure_cli`` says so.
+
+    Args:
+        account: the storage account. Default: ``AZURE_STORAGE_ACCOUNT_NAME``.
+        endpoint: the address of another server than Azure's, with the account in its path where the server wants it so.
+        anonymous: send no credentials: for public containers.
+        use_azure_cli: ask the program ``az`` for a token.
+    """
+
+    type = "az"
+    schemes: ClassVar[tuple[str, ...]] = ("az", "abfs", "abfss")
+    account: str | None = None
+    endpoint: str | None = None
+    anonymous: bool = False
+    use_azure_cli: bool = False
+
+    def build(self) -> Storage:
+        """Make the backend."""
+        from wmtp_storage.azure import azure_store
+        from wmtp_storage.backend import ObjectStorage
+
+        return ObjectStorage(self, azure_store)
+
+
+@_with_shared_keys
+@frozen(kw_only=True)
+class HTTPStorage(RemoteStorage):
+    """Web servers: ``https://HOST/PATH``. Credentials: ``~/.netrc``, or a signature in the URL itself.
+
+    A folder is read where the server lists it (WebDAV), or where it holds a ``.wmtp-manifest.json``, as fetched folders do.
+    """
+
+    type = "http"
+    schemes: ClassVar[tuple[str, ...]] = ("http", "https")
+
+    def build(self) -> Storage:
+        """Make the backend."""
+        from wmtp_storage.backend import ObjectStorage
+        from wmtp_storage.web import http_store
+
+        return ObjectStorage(self, http_store)

@@ -1,0 +1,105 @@
+"""What an error of obstore means: whether to try again, and what to tell the user."""
+
+from __future__ import annotations
+
+import re
+
+from attrs import frozen
+from obstore.exceptions import (
+    GenericError,
+    InvalidPathError,
+    NotFoundError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+
+from wmtp.errors import WMTPError
+
+__all__ = ["Failure", "explained", "understand"]
+
+_STATUS = re.compile(r"non-2xx status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
+_CREDENTIALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthFailure", "InvalidClientTokenId")
+_CLOCK = ("RequestTimeTooSkewed",)
+_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "TemporaryRedirect", "IllegalLocationConstraintException")
+
+
+@frozen
+class Failure:
+    """An error of a store, understood.
+
+    Args:
+        status: of the HTTP answer; None where there was none.
+        code: what the store calls it (``NoSuchKey``); empty where it does not say.
+        message: what the store says of it.
+        is_transient: whether the same request may succeed when it is sent again.
+    """
+
+    status: int | None
+    code: str
+    message: str
+    is_transient: bool
+
+
+def understand(error: BaseException) -> Failure:
+    """Take an error apart."""
+    text = str(error)
+    status = int(match[1]) if (match := _STATUS.search(text)) else None
+    code = match[1] if (match := _CODE.search(text)) else ""
+    said = match[1] if (match := _MESSAGE.search(text)) else ""
+    if status is not None:
+        transient = status >= 500 or status in (408, 425, 429) or code in ("RequestTimeout", "SlowDown")
+        return Failure(status, code, said, transient)
+    if isinstance(error, PreconditionError):
+        return Failure(412, code, said, False)
+    # without an answer it is the connection that failed, or what came is no answer to the question
+    return Failure(None, code, said or _first_line(text), isinstance(error, GenericError))
+
+
+def explained(error: BaseException, uri: object, what: str = "read") -> WMTPError:
+    """What to tell the user of an error.
+
+    Args:
+        error: what was raised, by obstore most likely.
+        uri: what it is about.
+        what: ``read``, ``written``, …: what could not be done.
+    """
+    if isinstance(error, WMTPError):
+        return error
+    if (provider := "External AWS credential provider: ") in (text := str(error)):
+        reason = re.sub(r"^\w+: ", "", text.partition("\n")[0].partition(provider)[2])
+        return WMTPError(f"{uri} could not be {what}: {reason}")
+    failure = understand(error)
+    said = ": ".join(filter(None, (failure.code, failure.message)))
+    could_not = f"{uri} could not be {what}"
+    if failure.code == "NoSuchBucket":
+        return WMTPError(f"{could_not}: there is no such bucket")
+    if failure.code in _EXPIRED:
+        return WMTPError(f"{could_not}: the credentials have expired ({said}); renew them, and run it again: it goes on")
+    if failure.code in _CREDENTIALS:
+        return WMTPError(f"{could_not}: the credentials are wrong ({said})")
+    if failure.code in _CLOCK:
+        return WMTPError(f"{could_not}: this machine's clock is wrong ({said})")
+    if failure.code in _REGION or failure.status in (301, 307):
+        return WMTPError(f"{could_not}: the bucket is in another region ({said}); remove storage.s3.region, or correct it")
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or failure.status in (401, 403):
+        return WMTPError(f"{could_not}: permission denied{f' ({said})' if said else ''}")
+    if isinstance(error, NotFoundError | FileNotFoundError) or failure.status == 404:
+        return WMTPError(f"{could_not}: it does not exist")
+    if failure.status == 412:
+        return WMTPError(f"{could_not}: it was changed in the meantime")
+    if isinstance(error, InvalidPathError | ValueError):
+        return WMTPError(f"{could_not}: a name in it cannot be that of a file: {_first_line(str(error))}")
+    status = f"HTTP status {failure.status}" if failure.status is not None else ""
+    return WMTPError(f"{could_not}: {': '.join(filter(None, (status, said)))}")
+
+
+def _first_line(text: str) -> str:
+    """Without obstore's tree of causes, and without a query that may be a signature."""
+    line = text.partition("\n")[0].strip()
+    cause = re.findall(r'(?:error: |message: |source: )"([^"]+)"', text)
+    line = f"{line} ({cause[-1]})" if cause and cause[-1] not in line else line
+    return re.sub(r"\?[^\s)]*", "", line)

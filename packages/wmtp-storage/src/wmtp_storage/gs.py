@@ -1,0 +1,30 @@
+"""Google Cloud Storage."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from obstore.store import GCSStore
+
+from wmtp_storage.client import client_options, retry_config
+
+if TYPE_CHECKING:
+    from wmtp_storage.config import GoogleStorage
+    from wmtp_storage.uris import RemoteURI
+
+__all__ = ["gs_store"]
+
+
+def gs_store(config: GoogleStorage, uri: RemoteURI) -> GCSStore:
+    """The store of a bucket. obstore itself looks for credentials in Google's standard places."""
+    options: dict[str, Any] = {"skip_signature": True} if config.anonymous else {}
+    endpoint = config.endpoint or os.environ.get("GOOGLE_BASE_URL")
+    if endpoint is not None:
+        options["base_url"] = endpoint.rstrip("/")
+    return GCSStore(
+        uri.authority,
+        config=options,  # type: ignore[arg-type]
+        client_options=client_options(config, allow_http=(endpoint or "").startswith("http://")),
+        retry_config=retry_config(config),
+    )

@@ -1,0 +1,169 @@
+"""Uploads a file or a folder, so that what is there afterwards is whole or as it was."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Coroutine, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import obstore
+from attrs import frozen
+
+from wmtp.errors import WMTPError
+from wmtp_storage.aio import Budget, run, together
+from wmtp_storage.failures import explained
+
+if TYPE_CHECKING:
+    from wmtp_storage.backend import ObjectStorage
+    from wmtp_storage.uris import RemoteURI
+
+__all__ = ["INCOMPLETE", "push", "remove"]
+
+#: stands in a folder while it is written or replaced: who finds it must not read the folder
+INCOMPLETE = ".wmtp-incomplete"
+
+_PART = 8 * 2**20
+#: S3 copies no larger objects in one request
+_LARGEST_COPY = 5 * 10**9
+
+
+@frozen
+class _File:
+    path: Path
+    name: str
+    size: int
+
+
+def push(storage: ObjectStorage, path: Path, uri: RemoteURI) -> None:
+    """Upload ``path``; see `wmtp.storage.Storage.push`.
+
+    A file is one object, which appears whole. A new folder has the object `INCOMPLETE` in it until it is whole. The files of a
+    folder that is there already are uploaded beside it, and copied into it by the store once all of them are up.
+
+    Raises:
+        WMTPError: it could not be uploaded; the message says what is at ``uri`` now.
+    """
+    what = f"{path} cannot be uploaded to {uri}:"
+    if not uri.key and not path.is_dir():
+        raise WMTPError(f"{what} write the file's name too: {uri.at(path.name)}")
+    files = _local_files(path, what)
+    if path.is_dir():
+        if storage.head(uri) is not None:
+            raise WMTPError(f"{what} an object is there; remove it, or write another name")
+        _push_folder(storage, path, files, uri)
+        return
+    if next(storage.objects(uri), None) is not None:
+        raise WMTPError(f"{what} a folder is there; write the file's name too: {uri.at(path.name)}")
+    _run(_upload(storage, files, uri.key, uri), f"{uri} is as it was")
+
+
+def remove(storage: ObjectStorage, uri: RemoteURI, keys: Iterable[str]) -> None:
+    """Delete objects.
+
+    Raises:
+        WMTPError: some of them could not be deleted.
+    """
+    try:
+        obstore.delete(storage.store(uri), list(keys))
+    except FileNotFoundError:  # somebody else was quicker
+        pass
+    except (obstore.exceptions.BaseError, OSError) as error:
+        raise explained(error, uri, "deleted") from error
+
+
+def _local_files(path: Path, what: str) -> list[_File]:
+    """What is to be uploaded, all of it known to be there and readable before anything is."""
+    if not path.exists():
+        raise WMTPError(f"{what} {path} does not exist")
+    found = [path]
+    if path.is_dir():
+        found = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+    files = []
+    for file in found:
+        if not file.is_file():
+            raise WMTPError(f"{what} {file} is {'a link to nothing' if file.is_symlink() else 'no file'}")
+        try:
+            with file.open("rb"):
+                files.append(_File(file, file.relative_to(path).as_posix() if file != path else "", file.stat().st_size))
+        except OSError as error:
+            raise WMTPError(f"{what} {file}: {error.strerror}") from error
+    if not files:
+        raise WMTPError(f"{what} it holds no files, and an object store keeps no empty folders")
+    return files
+
+
+def _push_folder(storage: ObjectStorage, path: Path, files: list[_File], uri: RemoteURI) -> None:
+    there = {found.key for found in storage.objects(uri)}
+    marker = uri.at(INCOMPLETE).key
+    wanted = {uri.at(file.name).key for file in files}
+    if not there:
+        put_marker(storage, uri)
+        try:
+            _run(_upload(storage, files, uri.key, uri), f"nothing is at {uri}")
+        except BaseException:
+            remove(storage, uri, [*wanted, marker])
+            raise
+        remove(storage, uri, [marker])
+        return
+    staging = f"{uri.key}.partial-{secrets.token_hex(8)}" if uri.key else f".partial-{secrets.token_hex(8)}"
+    copied = [file for file in files if file.size <= _LARGEST_COPY]
+    try:
+        _run(_upload(storage, copied, staging, uri), f"{uri} is as it was")
+        put_marker(storage, uri)
+        half = f"{uri} is half replaced, and will not be read: upload it again"
+        _run(_copy(storage, copied, staging, uri), half)
+        _run(_upload(storage, [file for file in files if file.size > _LARGEST_COPY], uri.key, uri), half)
+        remove(storage, uri, [*(there - wanted - {marker}), marker])
+    finally:
+        remove(storage, uri, [f"{staging}/{file.name}" for file in copied])
+
+
+def _run(work: Coroutine[Any, Any, None], state: str) -> None:
+    """Run it; an error says what is at the URI now."""
+    try:
+        run(work)
+    except WMTPError as error:
+        raise WMTPError(f"{error}; {state}") from error
+
+
+def put_marker(storage: ObjectStorage, uri: RemoteURI) -> None:
+    """Say that the folder must not be read."""
+    text = b"This folder is being written, or was left half-written.\n"
+    try:
+        obstore.put(storage.store(uri), uri.at(INCOMPLETE).key, text)
+    except (obstore.exceptions.BaseError, OSError) as error:
+        raise explained(error, uri, "written") from error
+
+
+async def _upload(storage: ObjectStorage, files: list[_File], prefix: str, uri: RemoteURI) -> None:
+    """Upload files, small ones side by side, large ones in parts, within the bounds of the config."""
+    config, store = storage.config, storage.store(uri)
+    parts = max(2, min(config.max_connections, config.max_memory * 2**20 // _PART))
+    room = Budget(parts)
+
+    async def one(file: _File) -> None:
+        # a large file takes half of the room: two of them keep the line busy while one ends
+        share = max(1, min(parts // 2, -(-file.size // _PART)))
+        async with room.share(share):
+            key = "/".join(filter(None, (prefix, file.name)))
+            try:
+                await obstore.put_async(store, key, file.path, chunk_size=_PART, max_concurrency=share)
+            except (obstore.exceptions.BaseError, OSError) as error:
+                raise explained(error, f"{file.path} to {uri.at(file.name)}", "uploaded") from error
+
+    await together(one(file) for file in sorted(files, key=lambda file: file.size))
+
+
+async def _copy(storage: ObjectStorage, files: list[_File], prefix: str, uri: RemoteURI) -> None:
+    store, room = storage.store(uri), Budget(storage.config.max_connections)
+
+    async def one(file: _File) -> None:
+        async with room.share(1):
+            try:
+                await obstore.copy_async(store, f"{prefix}/{file.name}", uri.at(file.name).key)
+            except (obstore.exceptions.BaseError, OSError) as error:
+                raise explained(error, uri.at(file.name), "replaced") from error
+
+    await together(one(file) for file in files)

