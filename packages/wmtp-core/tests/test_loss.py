@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wmtp import loss as loss_module
 from wmtp.loss import Unembedding, token_losses, token_statistics, weighted_cross_entropy
+from wmtp.loss import plain as loss_module
 
 
 def plain(hidden, unembeddings, ids, coefficients):
@@ -89,12 +90,37 @@ def test_gradient_equals_finite_differences():
             assert gradient.view(-1)[i].item() == pytest.approx((above - below) / 2e-6, rel=1e-6, abs=1e-8)
 
 
-def test_a_second_backward_is_refused_rather_than_wrong():
+@pytest.mark.parametrize("kwargs", [{}, {"bias": True, "scale": 3.0, "softcap": 1.5}, {"shared": False}], ids=str)
+def test_gradcheck(kwargs):
+    hidden, unembeddings, ids, coefficients, valid = case(n=3, h=2, d=3, v=4, **kwargs)
+
+    def run(*tensors):
+        first = evolve(unembeddings[0], weight=tensors[2], bias=tensors[3] if "bias" in kwargs else None)
+        second = first if unembeddings[1] is unembeddings[0] else evolve(first, weight=tensors[-1])
+        return weighted_cross_entropy(tensors[:2], [first, second], ids, coefficients, valid)[0]
+
+    assert torch.autograd.gradcheck(run, leaves(hidden, unembeddings))
+
+
+def test_a_kept_graph_gives_the_same_gradient_again():
     hidden, unembeddings, ids, coefficients, valid = case()
     loss, _ = weighted_cross_entropy(hidden, unembeddings, ids, coefficients, valid)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="can be taken once"):
+    wanted = leaves(hidden, unembeddings)
+    first = torch.autograd.grad(2 * loss, wanted, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    again = torch.autograd.grad(loss, wanted, retain_graph=True)
+    last = torch.autograd.grad(2 * loss, wanted)
+    for gradients in (first, [2 * gradient for gradient in again], last):
+        torch.testing.assert_close(gradients, type(gradients)(kept))
+    with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+def test_a_second_derivative_is_refused():
+    hidden, unembeddings, ids, coefficients, valid = case()
+    loss, _ = weighted_cross_entropy(hidden, unembeddings, ids, coefficients, valid)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden[:1], create_graph=True)
 
 
 @settings(deadline=None, max_examples=30)

@@ -8,10 +8,10 @@ import torch
 from attrs import evolve
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wmtp import loss as loss_module
 from wmtp.config.schema import HeadsConfig
 from wmtp.data.batch import PADDING, Batch, Document
 from wmtp.errors import PluginError
+from wmtp.loss import plain as loss_module
 from wmtp.loss import weighted_cross_entropy
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel

@@ -1,0 +1,154 @@
+"""The kernels of the loss against the plain implementation, in Triton's interpreter, which runs without a GPU.
+
+Triton decides when it is imported whether it interprets, so these tests run in a process of their own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+if not INTERPRETED:
+
+    def test_the_kernels_in_the_interpreter():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(
+            command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-8000:]
+        assert " passed" in done.stdout
+
+else:
+    from attrs import evolve
+
+    from wmtp.loss import Unembedding, fused, plain
+    from wmtp.loss.problem import Problem, flatten
+
+    def problem(n=9, h=3, d=6, v=37, *, seed=0, bias=False, scale=1.0, softcap=None, own=(), dtype=torch.float32, **kwargs):
+        """Random predictions, of which some have a coefficient, some are measured, and the rest hold NaN."""
+        g = torch.Generator().manual_seed(seed)
+        new = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
+        shared = Unembedding(weight=new(v, d), bias=new(v) if bias else None, scale=scale, softcap=softcap)
+        unembeddings = [Unembedding(weight=new(v, d)) if k in own else shared for k in range(h)]
+        hidden = [new(n, d) for _ in range(h)]
+        valid = torch.rand(n, h, generator=g) > 0.3
+        coefficients = torch.rand(n, h, generator=g) * valid * (torch.rand(n, h, generator=g) > 0.3)
+        hidden = [torch.where(valid[:, k : k + 1], x, torch.nan) for k, x in enumerate(hidden)]
+        heads, tensors = flatten(hidden, unembeddings)
+        return Problem(
+            tensors=tensors,
+            heads=heads,
+            ids=torch.randint(v, (n, h), generator=g),
+            valid=valid,
+            compute=dtype,
+            coefficients=coefficients,
+            wanted=[True] * len(tensors),
+            **kwargs,
+        )
+
+    def same(case, rtol=2e-5, atol=2e-6):
+        """Both implementations give the same; returns what the fused one gave."""
+        mine, reference = fused.compute(case), plain.compute(case)
+        for name in ("losses", "lse", "entropy"):
+            ours, theirs = getattr(mine, name), getattr(reference, name)
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        for place, (ours, theirs) in enumerate(zip(mine.gradients, reference.gradients, strict=True)):
+            assert (ours is None) == (theirs is None)
+            if ours is not None and theirs is not None:
+                assert ours.dtype == theirs.dtype
+                torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=lambda text, i=place: f"tensor {i}: {text}")
+        return mine
+
+    CASES = [
+        {},
+        {"bias": True},
+        {"scale": 0.5},
+        {"softcap": 2.0},
+        {"bias": True, "scale": 3.0, "softcap": 1.5},
+        {"own": (0, 1, 2)},
+        {"own": (1,)},
+        {"n": 1},
+        {"v": 2, "d": 1},
+        {"v": 128, "d": 64},
+        {"h": 1, "n": 5},
+    ]
+
+    @pytest.fixture(params=[1, 4, 1000])
+    def rows(request, monkeypatch):
+        """Chunks of so many rows."""
+        monkeypatch.setattr(fused, "chunk_rows", lambda vocabulary, itemsize: request.param)
+        return request.param
+
+    @pytest.fixture(params=["whole rows", "blocks"])
+    def reading(request, monkeypatch):
+        """Whether a row is read at once, or in blocks of 16, of which the last may be short."""
+        if request.param == "blocks":
+            monkeypatch.setattr(fused, "_WHOLE_ROW", 0)
+            monkeypatch.setattr(fused, "_BLOCK", 16)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_equals_the_plain_implementation(case, rows, reading):
+        same(problem(**case))
+
+    @pytest.mark.parametrize("entropy", [{"entropy": True}, {"entropy": True, "top_k": 4}])
+    @pytest.mark.parametrize("case", [{}, {"bias": True, "scale": 3.0, "softcap": 1.5}], ids=str)
+    def test_statistics(case, entropy, reading, monkeypatch):
+        monkeypatch.setattr(fused, "chunk_rows", lambda vocabulary, itemsize: 4)
+        same(evolve(problem(**case, **entropy), coefficients=None, wanted=()))
+
+    @pytest.mark.parametrize("case", [{}, {"softcap": 2.0}, {"own": (1,)}], ids=str)
+    def test_a_second_pass_with_known_sums(case, rows, reading):
+        first = problem(**case)
+        same(evolve(first, lse=plain.compute(first).lse))
+
+    @pytest.mark.parametrize("few", [True, False])
+    @pytest.mark.parametrize("case", [{}, {"own": (1,)}], ids=str)
+    def test_what_the_host_was_told(case, few, rows):
+        found = problem(**case)
+        counts = found.valid.sum(0).tolist()
+        learned = int((found.coefficients != 0).sum())
+        extra = 0 if few else 5
+        told = evolve(found, at_most=learned + extra, valid_counts=[count + extra for count in counts])
+        assert not same(told).broken
+        assert not same(evolve(told, lse=plain.compute(found).lse)).broken
+        if few and not case:
+            assert fused.compute(evolve(told, at_most=learned - 1)).broken
+            assert fused.compute(evolve(told, valid_counts=[counts[0] - 1, *counts[1:]])).broken
+
+    def test_nothing_to_do():
+        found = problem()
+        nothing = torch.zeros_like(found.valid)
+        for counts in (None, [0, 0, 0]):
+            answer = same(evolve(found, valid=nothing, coefficients=found.coefficients * 0, valid_counts=counts, at_most=0))
+            assert all(gradient.count_nonzero() == 0 for gradient in answer.gradients)
+
+    def test_only_what_is_wanted(rows):
+        found = problem(bias=True)
+        for place in range(5):
+            same(evolve(found, wanted=[i == place for i in range(5)]))
+
+    def test_bf16(reading):
+        same(problem(n=40, d=16, v=50, dtype=torch.bfloat16), rtol=2e-2, atol=2e-2)
+
+    def test_strided_hidden_states():
+        found = problem()
+        strided = [x.T.contiguous().T for x in found.tensors[:3]]
+        same(evolve(found, tensors=[*strided, *found.tensors[3:]]))
+
+    @pytest.mark.parametrize("wrong", [-1, 37, 10**6])
+    def test_a_target_outside_the_vocabulary_is_nan(wrong, reading):
+        found = problem()
+        k = int(found.valid[0].nonzero()[0])
+        found.ids[0, k] = wrong
+        losses = fused.compute(found).losses
+        assert losses[0, k].isnan()
+        assert losses.isnan().sum() == 1
