@@ -198,6 +198,15 @@ def test_a_control_is_its_treatment_in_all_but_the_weights(control):
         def observe(self, view):
             return {"seen": view}
 
+        def check_data(self, data):
+            return [data]
+
+        def units(self, data, stage):
+            return [data, stage]
+
+        def learning_rates(self):
+            return {"value": 1.0}
+
         def auxiliary_losses(self, view):
             return {"loss": view}
 
@@ -220,6 +229,9 @@ def test_a_control_is_its_treatment_in_all_but_the_weights(control):
     assert trainer.entropy_top_k == 5, "a treatment may decide in setup"
     assert list(trainer.modules()) == ["value"]
     assert trainer.stages() == treatment.stages()
+    assert trainer.check_data("x") == ["x"]
+    assert trainer.units("x", Stage()) == ["x", Stage()]
+    assert trainer.learning_rates() == {"value": 1.0}
     assert trainer.observe(1) == {"seen": 1}
     assert trainer.auxiliary_losses(2) == {"loss": 2}
     assert trainer.token_details(3) == {"value": 3}

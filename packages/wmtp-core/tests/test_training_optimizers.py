@@ -7,7 +7,7 @@ import torch
 
 from wmtp.config.schema import ScheduleConfig
 from wmtp.training.optimizer_config import AdamW, Muon
-from wmtp.training.optimizers import scale_learning_rate
+from wmtp.training.optimizers import change_learning_rate
 from wmtp.training.schedule import learning_rate_factor
 
 
@@ -66,14 +66,14 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(config):
 def test_heads_may_learn_faster(config):
     named = parameters()
     optimizer = config.build(named)
-    scale_learning_rate(optimizer, [p for name, p in named if name.startswith("extra_heads")], 20.0)
+    change_learning_rate(optimizer, [p for name, p in named if name.startswith("extra_heads")], lambda lr: 20.0 * lr)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: rates[id(p)] for name, p in named} == {
         name: pytest.approx(2.0 if name.startswith("extra_heads") else 0.1) for name, _ in named
     }
     plain, fast = parameters(), parameters()
     optimizers = [config.build(plain), config.build(fast)]
-    scale_learning_rate(optimizers[1], [fast[-1][1]], 3.0)
+    change_learning_rate(optimizers[1], [fast[-1][1]], lambda lr: 3.0 * lr)
     starts = [p.detach().clone() for _, p in plain]
     for each in optimizers:
         each.step()

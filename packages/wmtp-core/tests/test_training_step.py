@@ -404,6 +404,16 @@ def test_weights_with_bad_values_are_found_without_reading_the_device(value, cod
     assert int(output.bad_weights) == code
 
 
+def test_a_step_without_weight_may_teach_by_its_auxiliary_losses():
+    class Zero(Valued):
+        def token_weights(self, view):
+            return torch.zeros(view.batch.input_ids.shape)
+
+    output, found = gradients(make_model(), Zero(), make_batch(packed=False))
+    assert int(output.bad_weights) == 0
+    assert found["value.weight"].abs().max() > 0
+
+
 def test_values_at_places_that_do_not_count_are_never_looked_at():
     class Poisoned(Trainer):
         def token_weights(self, view):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wmtp.training import HiddenView, Stage, StepView, Trainer, TrainerSetup
 from wmtp.training.weights import place_weights
+
+if TYPE_CHECKING:
+    from wmtp.data.dataset import TokenDataset
 
 __all__ = ["ControlTrainer"]
 
@@ -18,8 +23,8 @@ __all__ = ["ControlTrainer"]
 class ControlTrainer(Trainer):
     """Another trainer, the treatment, with other weights of the same size.
 
-    Modules, stages, observations, auxiliary losses, details, metrics and state are the treatment's. Its weights are changed
-    for each head alone, so that every head keeps its share of the loss.
+    Modules, stages, documents, observations, auxiliary losses, details, metrics and state are the treatment's. Its weights
+    are changed for each head alone, so that every head keeps its share of the loss.
 
     Args:
         treatment: any trainer.
@@ -56,6 +61,18 @@ class ControlTrainer(Trainer):
     def stages(self) -> Sequence[Stage]:
         """See `Trainer.stages`."""
         return self._treatment.stages()
+
+    def check_data(self, data: TokenDataset) -> Sequence[str]:
+        """See `Trainer.check_data`."""
+        return self._treatment.check_data(data)
+
+    def units(self, data: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
+        """See `Trainer.units`."""
+        return self._treatment.units(data, stage)
+
+    def learning_rates(self) -> Mapping[str, float]:
+        """See `Trainer.learning_rates`."""
+        return self._treatment.learning_rates()
 
     def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
         """See `Trainer.observe`."""

@@ -20,10 +20,12 @@ class EarlyStopping:
 
     Args:
         config: what to watch; None never stops.
+        key: what a message calls it.
     """
 
-    def __init__(self, config: EarlyStoppingConfig | None) -> None:
+    def __init__(self, config: EarlyStoppingConfig | None, key: str = "train.early_stopping.metric") -> None:
         self._config = config
+        self._key = key
         self._best: float | None = None
         self._without_progress = 0
         self._missed = False
@@ -52,7 +54,7 @@ class EarlyStopping:
         self._missed = True
         close = difflib.get_close_matches(metric, alike, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(alike)}"
-        logger.warning("train.early_stopping.metric: nothing has measured %r so far; %s", metric, hint)
+        logger.warning("%s: nothing has measured %r so far; %s", self._key, metric, hint)
 
     @property
     def exhausted(self) -> bool:

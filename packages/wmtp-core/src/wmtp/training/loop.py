@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import nn
 
 from wmtp.data.batch import PADDING, Batch
@@ -25,13 +25,13 @@ from wmtp.training.interrupt import Interrupt, catch_signals
 from wmtp.training.metrics import MetricsFile
 from wmtp.training.progress import Progress
 from wmtp.training.schedule import learning_rate_factor
-from wmtp.training.stages import StagePlan, apply_stage
+from wmtp.training.stages import StageBatches, StagePlan, apply_stage
 from wmtp.training.step import StepLoss, StepOutput
+from wmtp.training.trainer import Stage
 from wmtp.training.weights import BAD_WEIGHTS
 
 if TYPE_CHECKING:
     from wmtp.config.schema import CheckpointConfig, ScheduleConfig, TrainConfig
-    from wmtp.data.batches import StepBatches
     from wmtp.tracking import Tracker
 
 __all__ = ["Fit", "FitResult"]
@@ -78,7 +78,7 @@ class Fit:
     step_loss: StepLoss
     modules: Mapping[str, nn.Module]
     plan: StagePlan
-    batches: StepBatches
+    batches: StageBatches
     eval_batches: Sequence[Batch]
     optimizer: torch.optim.Optimizer
     schedule: ScheduleConfig
@@ -95,6 +95,9 @@ class Fit:
     _last: dict[str, float] = field(factory=dict, init=False)
     _pending: _Pending | None = field(default=None, init=False)
     _early_stopping: EarlyStopping = field(init=False)
+    _stage: Stage | None = field(default=None, init=False)
+    _stage_stopping: EarlyStopping = field(factory=lambda: EarlyStopping(None), init=False)
+    _resumed_stage: Mapping[str, Any] | None = field(default=None, init=False)
     _metrics_file: MetricsFile | None = field(default=None, init=False)
     _progress: Progress | None = field(default=None, init=False)
     _tracker_failed: bool = field(default=False, init=False)
@@ -137,18 +140,13 @@ class Fit:
         return self._ranks.on_main(lambda: list_checkpoints(self.checkpoint_dir))
 
     def _steps(self, interrupt: Interrupt) -> Literal["finished", "stopped", "interrupted"]:
-        stage = None
         if self._early_stopping.exhausted:
             return "stopped"
         while self._step < self.total_steps:
             if self._ranks.any(interrupt.requested is not None):
                 self._read_pending()
                 return "interrupted"
-            if (current := self.plan.at(self._step)) is not stage:
-                stage = current
-                apply_stage(stage, self.step_loss.model, self.modules, self.step_loss.trainer_name)
-                if len(self.plan.stages) > 1:
-                    logger.info("stage %s from step %d", stage.name, self._step)
+            self._enter(self.plan.at(self._step))
             self._optimizer_step()
             last = self._step == self.total_steps
             evaluates = bool(self.eval_batches) and (
@@ -166,10 +164,38 @@ class Fit:
                 return "stopped"
         return "finished"
 
+    def _enter(self, stage: Stage) -> None:
+        """Let learn what the stage of the next step lets learn, if it is another one than before."""
+        if stage is self._stage:
+            return
+        if len(self.plan.stages) > 1:
+            logger.info("stage %s from step %d", stage.name, self._step)
+        apply_stage(stage, self.step_loss.model, self.modules, self.step_loss.trainer_name)
+        self._stage = stage
+        self._stage_stopping = EarlyStopping(stage.until, f"stage {stage.name!r} of {self.step_loss.trainer_name}")
+        if self._resumed_stage is not None and self._resumed_stage["name"] == stage.name:
+            self._stage_stopping.load_state_dict(self._resumed_stage["stopping"])
+        self._resumed_stage = None
+
+    def _watch(self, pending: _Pending, numbers: Mapping[str, float]) -> None:
+        """End the stage of a step early, if its numbers say so.
+
+        The step after it is always the stage's too: it may have been under way when the numbers were read. So where a stage
+        ends does not depend on what else made the loop read them sooner.
+        """
+        current = self.plan.index(pending.step - 1)
+        stage, end = self.plan.stages[current], pending.step + 1
+        if stage is not self._stage or stage.until is None:
+            return
+        if self._ranks.any(self._stage_stopping.should_stop(numbers)) and end < self.plan.ends[current]:
+            logger.info("stage %s ends early, at step %d", stage.name, end)
+            self.plan = self.plan.ended(end)
+
     def _optimizer_step(self) -> None:
         began = time.monotonic()
         stage = self.plan.at(self._step)
-        batch = self.batches.batch(self._step)
+        batches, index = self.batches.at(self.plan, self._step)
+        batch = batches.batch(index)
         factor = learning_rate_factor(self.schedule, self._step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -184,7 +210,7 @@ class Fit:
         # the numbers of the step before this one, now that the device has new work
         self._read_pending()
         self.optimizer.step()
-        epoch, _ = self.batches.locate(self._step)
+        epoch, _ = batches.locate(index)
         self._step += 1
         tokens = int((batch.document != PADDING).sum())
         # the device may still be busy with this step, but then it was with the one before when this one began
@@ -206,6 +232,7 @@ class Fit:
         self._check(pending)
         values: dict[str, float | str] = {name: self._number(name, value) for name, value in pending.output.metrics.items()}
         values |= {"gradient_norm": float(pending.gradient_norm)} | dict(pending.facts)
+        self._watch(pending, _finite(values))
         logs = pending.step % self.train.log_interval == 0 or evaluates or pending.step == self.total_steps
         if logs:
             values |= {"peak_memory_gib": self._ranks.max(_peak_memory(self.step_loss.device))}
@@ -215,7 +242,7 @@ class Fit:
             )
         if not logs:
             return {}
-        numbers = {name: float(value) for name, value in values.items() if not isinstance(value, str) and math.isfinite(value)}
+        numbers = _finite(values)
         self._last |= numbers
         if self._ranks.is_main:
             self._write(pending.step, values, numbers, evaluates=evaluates)
@@ -256,9 +283,12 @@ class Fit:
         shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
         saved = self._saved()
         good = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
+        terms = {name: float(value) for name, value in pending.output.metrics.items() if name.startswith("auxiliary/")}
+        terms = {name: value for name, value in terms.items() if not math.isfinite(value)}
+        blamed = "".join(f"; {name} of {self.step_loss.trainer_name} is {value}" for name, value in terms.items())
         raise WMTPError(
-            f"step {pending.step}: the loss is {loss} and the gradient norm {norm}; the batch holds the examples {shown}; "
-            f"{good}"
+            f"step {pending.step}: the loss is {loss} and the gradient norm {norm}{blamed}; the batch holds the examples "
+            f"{shown}; {good}"
         )
 
     def _save(self) -> None:
@@ -273,6 +303,8 @@ class Fit:
             "trainer": self.step_loss.trainer.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "early_stopping": self._early_stopping.state_dict(),
+            "stage_ends": list(self.plan.ends),
+            "stage": {"name": self._stage.name if self._stage else None, "stopping": self._stage_stopping.state_dict()},
             "last_metrics": dict(self._last),
             "random": _random_state(),
         }
@@ -298,9 +330,16 @@ class Fit:
         self.step_loss.trainer.load_state_dict(state["trainer"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._early_stopping.load_state_dict(state["early_stopping"])
+        self.plan = evolve(self.plan, ends=tuple(state["stage_ends"]))
+        self._resumed_stage = state["stage"]
         self._last = dict(state["last_metrics"])
         _set_random_state(state["random"])
         logger.info("goes on from %s", checkpoint.path)
+
+
+def _finite(values: Mapping[str, float | str]) -> dict[str, float]:
+    """The values that are numbers."""
+    return {name: float(value) for name, value in values.items() if not isinstance(value, str) and math.isfinite(value)}
 
 
 def _peak_memory(device: torch.device) -> float:

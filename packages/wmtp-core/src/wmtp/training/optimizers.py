@@ -11,7 +11,7 @@ from torch import nn
 if TYPE_CHECKING:
     from wmtp.training.optimizer_config import AdamW, Muon
 
-__all__ = ["build_adamw", "build_muon", "scale_learning_rate"]
+__all__ = ["build_adamw", "build_muon", "change_learning_rate"]
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -53,8 +53,10 @@ def build_muon(config: Muon, parameters: NamedParameters) -> torch.optim.Optimiz
     return _Joined(parts)
 
 
-def scale_learning_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Let some parameters learn at ``factor`` times the rate of their group, in groups of their own."""
+def change_learning_rate(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], change: Callable[[float], float]
+) -> None:
+    """Let some parameters learn at the rate that ``change`` makes of their group's, in groups of their own."""
     chosen = {id(parameter) for parameter in parameters}
     for part in optimizer.parts if isinstance(optimizer, _Joined) else [optimizer]:
         for group in list(part.param_groups):
@@ -62,9 +64,9 @@ def scale_learning_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[n
             rest = [p for p in group["params"] if id(p) not in chosen]
             if own and rest:
                 group["params"] = rest
-                part.param_groups.append({**group, "params": own, "lr": group["lr"] * factor})
+                part.param_groups.append({**group, "params": own, "lr": change(group["lr"])})
             elif own:
-                group["lr"] = group["lr"] * factor
+                group["lr"] = change(group["lr"])
     if isinstance(optimizer, _Joined):
         optimizer.collect_groups()
 

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,9 @@ from wmtp.training.checkpoint import Checkpoint, list_checkpoints
 from wmtp.training.devices import autocast_context, pick_device
 from wmtp.training.loop import Fit
 from wmtp.training.memory import estimate_memory, head_parameters
-from wmtp.training.optimizers import scale_learning_rate
+from wmtp.training.optimizers import change_learning_rate
 from wmtp.training.setup import load_base_model, load_extra_model, open_source, open_token_numbers, provenance
-from wmtp.training.stages import StagePlan
+from wmtp.training.stages import StageBatches, StagePlan, check_data
 from wmtp.training.step import StepLoss
 from wmtp.training.trainer import Trainer, TrainerSetup
 
@@ -76,13 +77,15 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     source = ranks.one_by_machine_first(lambda: open_source(config))
     data = ranks.one_by_machine_first(lambda: prepare_data(config, source.tokenizer, source.dataset_paths))
     _compare_data(data, ranks)
-    batches = StepBatches(data.train, config.data.train, seed=config.run.seed)
-    total_steps = planned_steps(config, batches)
+    total_steps = planned_steps(config, StepBatches(data.train, config.data.train, seed=config.run.seed))
+    trainer, name = _build_trainer(config)
+    check_data(trainer, data.train)
 
     random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
     model = ranks.together(lambda: load_base_model(config, source)).to(device)
-    trainer, name = _build_trainer(config)
+    plan = StagePlan.make(trainer.stages(), warmup_steps=model.heads.warmup_steps, total_steps=total_steps, trainer_name=name)
+    batches = StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
     setup = TrainerSetup(
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
@@ -129,12 +132,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
                 ranks=ranks,
             ),
             modules=modules,
-            plan=StagePlan.make(
-                trainer.stages(), warmup_steps=model.heads.warmup_steps, total_steps=total_steps, trainer_name=name
-            ),
+            plan=plan,
             batches=batches,
             eval_batches=eval_batches(data.eval, config.data) if data.eval is not None else (),
-            optimizer=_optimizer(config, model, parameters),
+            optimizer=_optimizer(config, model, parameters, trainer, modules),
             schedule=config.schedule,
             train=config.train,
             checkpoints=config.checkpoints,
@@ -224,7 +225,9 @@ def dry_run(config: Config) -> dict[str, str]:
     batches = StepBatches(data.train, config.data.train, seed=config.run.seed)
     total_steps = planned_steps(config, batches)
     trainer, name = _build_trainer(config)
+    check_data(trainer, data.train)
     plan = StagePlan.make(trainer.stages(), warmup_steps=heads.warmup_steps, total_steps=total_steps, trainer_name=name)
+    StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
     first = batches.batch(0)
     real = first.document[0] >= 0
     sample = source.tokenizer.decode(first.input_ids[0][real].tolist())
@@ -284,10 +287,18 @@ def _measure(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer) -> d
     return results
 
 
-def _optimizer(config: Config, model: MTPModel, parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+def _optimizer(
+    config: Config,
+    model: MTPModel,
+    parameters: list[tuple[str, nn.Parameter]],
+    trainer: Trainer,
+    modules: Mapping[str, nn.Module],
+) -> torch.optim.Optimizer:
     optimizer = config.optimizer.build(parameters)
     if model.heads.lr_factor != 1.0:
-        scale_learning_rate(optimizer, model.extra_heads.parameters(), model.heads.lr_factor)
+        change_learning_rate(optimizer, model.extra_heads.parameters(), lambda lr: lr * model.heads.lr_factor)
+    for module, rate in trainer.learning_rates().items():
+        change_learning_rate(optimizer, modules[module].parameters(), lambda _, rate=rate: rate)
     return optimizer
 
 

@@ -18,6 +18,7 @@ from wmtp.loss import Unembedding, token_statistics, weighted_cross_entropy
 from wmtp.training.devices import statistics_dtype
 from wmtp.training.trainer import HiddenView, Stage, StepView, Trainer
 from wmtp.training.weights import (
+    NO_WEIGHT,
     Normalizer,
     bad_weights,
     head_statistics,
@@ -131,6 +132,8 @@ class StepLoss:
         if not stage.model_loss:
             coefficients = torch.zeros_like(coefficients)
             problem = torch.zeros_like(problem)  # a stage may have nothing to learn from the model loss
+        elif slopes:
+            problem = torch.where(problem == NO_WEIGHT, 0, problem)  # there is something else to learn
         own_coefficients = share.take(coefficients)
         own_slopes = {name: share.take(slope) for name, slope in slopes.items()}
         model_loss = torch.zeros((), dtype=statistics_dtype(self.device), device=self.device)

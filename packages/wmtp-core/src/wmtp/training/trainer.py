@@ -18,13 +18,17 @@ from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from attrs import frozen
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from wmtp.config.schema import EarlyStoppingConfig
 from wmtp.data.batch import Batch, Targets, shift_to_predictions
 
 if TYPE_CHECKING:
+    from wmtp.data.dataset import TokenDataset
     from wmtp.data.token_numbers import TokenNumbers
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
@@ -42,12 +46,17 @@ class Stage:
         frozen: what does not learn: ``model`` (trunk, head 1, embeddings), ``heads`` (heads 2..H), or names of
             `Trainer.modules`.
         model_loss: whether the weighted multi-token loss is part of the loss; False: only the auxiliary losses are.
+        until: ends the stage before its ``steps`` when a metric of its steps no longer gets better; ``patience`` counts
+            optimizer steps. What follows starts then: stages of fixed length are as long as before, and the last lasts to the
+            end of the run. A metric of single batches is noisy: better watch a running mean of `Trainer.metrics`. Not for the
+            last stage.
     """
 
     name: str = "train"
     steps: int | None = None
     frozen: frozenset[str] = frozenset()
     model_loss: bool = True
+    until: EarlyStoppingConfig | None = None
 
 
 class OpenModel(Protocol):
@@ -168,6 +177,36 @@ class Trainer(ABC):
     def stages(self) -> Sequence[Stage]:
         """The parts of the run, in order; only the last may be without ``steps``."""
         return (Stage(),)
+
+    def check_data(self, data: TokenDataset) -> Sequence[str]:
+        """What is wrong with the training data for this algorithm. Called before any model is read, and by ``--dry-run``.
+
+        Args:
+            data: what is learned from: labels, rewards, groups, lengths of all pieces, as arrays.
+
+        Returns:
+            one line a problem, ``datasets.NAME: what is wrong; what to do``; the run does not start.
+        """
+        return ()
+
+    def units(self, data: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
+        """Which documents a stage learns from, and which of them must be in one step. Called once a stage, before `setup`.
+
+        Stages with the same answer go on in one order of the data; a stage with another one starts an order of its own.
+
+        Args:
+            data: what is learned from.
+            stage: the head warm-up of the config is one too.
+
+        Returns:
+            a number for each piece of ``data``: pieces with the same number are in one optimizer step, pieces with −1 in none.
+            None: all pieces, each for itself.
+        """
+        return None
+
+    def learning_rates(self) -> Mapping[str, float]:
+        """Peak learning rates of `modules` that do not learn with ``optimizer.lr``, by name. The schedule is that of all."""
+        return {}
 
     def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
         """Numbers per token, from the hidden states of one micro-batch: ``[b, S]`` or ``[b, S, H]`` each.

@@ -14,6 +14,7 @@ from wmtp.training.devices import statistics_dtype
 
 __all__ = [
     "BAD_WEIGHTS",
+    "NO_WEIGHT",
     "Normalizer",
     "bad_weights",
     "head_statistics",
@@ -87,10 +88,11 @@ def prediction_coefficients(weights: Tensor, valid: Tensor, head_weights: Tensor
 
 
 #: what `bad_weights` can find
+NO_WEIGHT = 3
 BAD_WEIGHTS = {
     1: "token_weights returned NaN or infinite weights",
     2: "token_weights returned negative weights",
-    3: "every prediction of the step has weight 0, so there is nothing to learn",
+    NO_WEIGHT: "every prediction of the step has weight 0, so there is nothing to learn",
 }
 
 
@@ -104,7 +106,7 @@ def bad_weights(weights: Tensor, coefficients: Tensor) -> Tensor:
     Returns:
         scalar int64, on the device, so that it can be read a step late.
     """
-    code = torch.where((coefficients == 0).all(), 3, 0)
+    code = torch.where((coefficients == 0).all(), NO_WEIGHT, 0)
     code = torch.where((weights < 0).any(), 2, code)
     return torch.where(weights.isfinite().all(), code, 1)
 
