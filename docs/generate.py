@@ -39,6 +39,7 @@ SECTIONS = {
     "[train.early_stopping]": schema.EarlyStoppingConfig,
     "[devices]": schema.DevicesConfig,
     "[checkpoints]": schema.CheckpointConfig,
+    "[report]": schema.ReportConfig,
     "[storage]": schema.StorageConfig,
 }
 

@@ -49,6 +49,8 @@ def assert_equal_runs(one, other):
     import torch
 
     assert curve(one) == curve(other)
+    for name in ("weights.jsonl", "samples.jsonl"):
+        assert (one / name).read_text() == (other / name).read_text() != ""
     left, right = tensors(one / "model"), tensors(other / "model")
     assert left.keys() == right.keys() == {"model.safetensors", "mtp_heads.safetensors"}
     for file, values in left.items():
@@ -165,7 +167,7 @@ def test_damaged_metrics_are_named_at_a_resume(recipe, wmtp, tmp_path):
     metrics.write_text("\n".join([lines[0], "[]", *lines[2:]]) + "\n")
     again = wmtp("run", "--resume", tmp_path / "runs/x")
     assert again.returncode == 1
-    assert f"error: {metrics}:2: not the metrics of a step" in again.stderr
+    assert f"error: {metrics}:2: not the record of a step" in again.stderr
 
 
 def test_the_name_of_a_run_that_could_not_start_stays_free(recipe, wmtp, tmp_path):

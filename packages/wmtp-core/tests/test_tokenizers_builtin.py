@@ -17,6 +17,7 @@ from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers
 from wmtp.tokenizers.hf import HfTokenizer
 from wmtp.tokenizers.load import load_tokenizer
 from wmtp.tokenizers.sentencepiece import SentencePieceTokenizer
+from wmtp.tokenizers.texts import token_texts
 
 CORPUS = ["def add(a, b):\n    return a + b\n", "hello  world, how are you", "  indented\n\ttabs", "the quick brown fox"] * 30
 TEXTS = ["def f(x):\n", "    return x\n", "  two  spaces", "hello", " hello", "äöü 日本", "\n", "\ta", ""]
@@ -95,6 +96,19 @@ def test_texts_encoded_apart_decode_to_their_concatenation(tokenizer, first, sec
     assert tokenizer.eos_id not in ids
     framed = [tokenizer.eos_id, *ids, tokenizer.eos_id]
     assert tokenizer.decode(framed if tokenizer.bos_id is None else [tokenizer.bos_id, *framed]) == first + second
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "👩‍🔬 é한글 \u0000</script>&lt;", "a  b \n\n c"])
+def test_each_token_has_its_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    texts = token_texts(tokenizer, [*ids, tokenizer.eos_id])
+    assert len(texts) == len(ids) + 1
+    assert texts[-1] == tokenizer.token(tokenizer.eos_id)
+    assert "".join(texts[:-1]) == text
+    for end in range(len(ids)):  # cut anywhere, inside a character too
+        cut = token_texts(tokenizer, ids[:end])
+        assert len(cut) == end
+        assert text.startswith("".join(cut).rstrip("\ufffd"))
 
 
 def test_every_token_has_a_name_of_its_own(tokenizer):

@@ -539,3 +539,80 @@ def test_evaluation_equals_plain_means_whatever_the_batches():
     expected = reference(model, batch, lambda *_: 1.0, [1.0, 0.5, 0.25])
     assert whole["eval/loss"] == pytest.approx(float(expected), rel=1e-6)
     assert parts == pytest.approx(whole, rel=1e-9)
+
+
+class Detailed(Trainer):
+    """Weights that differ, and details of both shapes, one of them with a gradient."""
+
+    def observe(self, view):
+        return {"norm": view.trunk.norm(dim=-1)}
+
+    def token_weights(self, view):
+        self.seen = view
+        return view.observations["norm"] + 1.0
+
+    def token_details(self, view):
+        assert view is self.seen, "the view of the weights"
+        return {"norm": view.observations["norm"], "ids": view.targets.ids.float().requires_grad_()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_recorded_of_tokens_is_what_the_loss_was_made_of(packed):
+    batch = make_batch(packed=packed)
+    recorded = []
+    for micro in (99, 2):
+        model, trainer = make_model(), Detailed()
+        loss = step_loss(model, trainer, micro=micro)
+        plain, _ = gradients(make_model(), Detailed(), batch, micro=micro)
+        output = loss(batch, 3, Stage(), histogram=True, tokens=True)
+        torch.testing.assert_close(output.loss, plain.loss, rtol=0, atol=0)
+        assert (plain.tokens, plain.weight_histogram) == (None, None)
+        record = output.tokens
+        valid, weights, losses = record.valid, record.weights, record.losses
+        assert not any(value.requires_grad for value in (weights, losses))
+        expected = float((weights * losses).sum() / weights.sum())
+        assert float(output.loss) == pytest.approx(expected, rel=1e-6)
+        norm = record.details["norm"]
+        for row, place, head in valid.nonzero().tolist():
+            assert float(weights[row, place, head]) == pytest.approx(float(norm[row, place + head + 1]) + 1.0)
+        assert int(output.weight_histogram.sum()) == int(valid.sum())
+        recorded.append(record)
+    torch.testing.assert_close(recorded[0].losses, recorded[1].losses)
+    torch.testing.assert_close(recorded[0].weights, recorded[1].weights)
+
+
+def test_a_stage_without_weights_records_none():
+    class Unasked(Trainer):
+        def observe(self, view):
+            return {"norm": view.trunk.norm(dim=-1)}
+
+        def auxiliary_losses(self, view):
+            return {"norm": view.observations["norm"].mean()}
+
+        def token_weights(self, view):
+            raise AssertionError
+
+    output = step_loss(make_model(), Unasked())(
+        make_batch(packed=True), 0, Stage(model_loss=False), histogram=True, tokens=True
+    )
+    assert output.weight_histogram is None
+    assert output.tokens.weights is None
+    assert output.tokens.details.keys() == {"norm"}
+    assert (output.tokens.losses[output.tokens.valid] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda view: None, "token_details returned a NoneType, not tensors by name"),
+        (lambda view: {"value": [1.0]}, "token_details returned a list as 'value', not a tensor"),
+        (lambda view: {"value": torch.zeros(3)}, r"token_details returned 'value' of shape \[3\]; it must be \[b, S\] = "),
+    ],
+)
+def test_wrong_details_name_the_trainer(returned, said):
+    class Wrong(Trainer):
+        def token_details(self, view):
+            return returned(view)
+
+    with pytest.raises(PluginError, match=rf"^trainer 'mine' \(mine 1.0\): {said}"):
+        step_loss(make_model(), Wrong())(make_batch(packed=False), 0, Stage(), tokens=True)

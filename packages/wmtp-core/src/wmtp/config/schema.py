@@ -28,6 +28,7 @@ __all__ = [
     "FsdpConfig",
     "HeadsConfig",
     "ModelConfig",
+    "ReportConfig",
     "RunConfig",
     "ScheduleConfig",
     "StorageConfig",
@@ -279,6 +280,24 @@ class CheckpointConfig:
 
 
 @frozen(kw_only=True)
+class ReportConfig:
+    """What is recorded for ``wmtp report`` besides the metrics.
+
+    Args:
+        weight_interval: optimizer steps between two records of how the weights are distributed; 0 records none. Default:
+            about 200 in a run.
+        samples: from how many documents the tokens are recorded, with weight and loss of each; 0 records none.
+        sample_interval: optimizer steps between two such records. Default: about 16 in a run.
+        sample_tokens: at most so many tokens of a document, its first.
+    """
+
+    weight_interval: int | None = field(default=None, validator=optional(ge(0)))
+    samples: int = field(default=4, validator=ge(0))
+    sample_interval: int | None = field(default=None, validator=optional(ge(1)))
+    sample_tokens: int = field(default=256, validator=ge(2))
+
+
+@frozen(kw_only=True)
 class StorageConfig:
     """Where remote files are kept after they were fetched, and how the storage backends work.
 
@@ -313,6 +332,7 @@ class Config:
         train: length, normaliser, clipping, intervals.
         devices: device and precision.
         checkpoints: what is kept.
+        report: what is recorded for ``wmtp report``.
         tracker: default MLflow in a local SQLite file.
         launcher: default this machine.
         storage: the cache of remote files.
@@ -330,6 +350,7 @@ class Config:
     train: TrainConfig = Factory(TrainConfig)
     devices: DevicesConfig = Factory(DevicesConfig)
     checkpoints: CheckpointConfig = Factory(CheckpointConfig)
+    report: ReportConfig = Factory(ReportConfig)
     tracker: Component = component("trackers", factory=MLflowTracker)
     launcher: Component = component("launchers", factory=LocalLauncher)
     storage: StorageConfig = Factory(StorageConfig)

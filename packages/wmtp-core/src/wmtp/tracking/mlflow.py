@@ -20,7 +20,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.storage.uris import redact
 from wmtp.tracking.base import RunInfo, Tracker
 from wmtp.tracking.sender import Sender
-from wmtp.training.metrics import read_metrics
+from wmtp.training.metrics import read_steps
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -227,7 +227,7 @@ class MLflow(Tracker):
         """Log the steps up to ``last_step`` that an earlier attempt could not send."""
         if not file.exists():
             return
-        for row in read_metrics(file):
+        for row in read_steps(file):
             step = int(row["step"])
             if step <= last_step:
                 self.log(

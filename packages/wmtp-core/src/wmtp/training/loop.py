@@ -22,7 +22,7 @@ from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.evaluate import evaluate
 from wmtp.training.gradients import clip_gradients, gradient_norm
 from wmtp.training.interrupt import Interrupt, catch_signals
-from wmtp.training.metrics import MetricsFile
+from wmtp.training.metrics import StepFile
 from wmtp.training.progress import Progress
 from wmtp.training.schedule import learning_rate_factor
 from wmtp.training.stages import StageBatches, StagePlan, apply_stage
@@ -33,6 +33,7 @@ from wmtp.training.weights import BAD_WEIGHTS
 if TYPE_CHECKING:
     from wmtp.config.schema import CheckpointConfig, ScheduleConfig, TrainConfig
     from wmtp.tracking import Tracker
+    from wmtp.training.recording import Recorder, Recording
 
 __all__ = ["Fit", "FitResult"]
 
@@ -65,6 +66,7 @@ class _Pending:
     output: StepOutput
     gradient_norm: torch.Tensor
     facts: Mapping[str, float | str]
+    recording: Recording
 
 
 @define(kw_only=True, eq=False)
@@ -86,6 +88,7 @@ class Fit:
     checkpoints: CheckpointConfig
     checkpoint_dir: Path
     metrics_path: Path
+    recorder: Recorder
     tracker: Tracker
     total_steps: int
     resumed: Checkpoint | None = None
@@ -98,7 +101,7 @@ class Fit:
     _stage: Stage | None = field(default=None, init=False)
     _stage_stopping: EarlyStopping = field(factory=lambda: EarlyStopping(None), init=False)
     _resumed_stage: Mapping[str, Any] | None = field(default=None, init=False)
-    _metrics_file: MetricsFile | None = field(default=None, init=False)
+    _metrics_file: StepFile | None = field(default=None, init=False)
     _progress: Progress | None = field(default=None, init=False)
     _tracker_failed: bool = field(default=False, init=False)
 
@@ -128,11 +131,13 @@ class Fit:
                 self._progress.close()
             if self._metrics_file is not None:
                 self._metrics_file.close()
+            self.recorder.close()
         newest = self._saved()
         return FitResult(status=status, steps=self._step, metrics=self._last, checkpoint=newest[-1].path if newest else None)
 
     def _open_metrics(self) -> None:
-        self._metrics_file = MetricsFile(self.metrics_path, self._step)
+        self._metrics_file = StepFile(self.metrics_path, self._step)
+        self.recorder.open(self.metrics_path.parent, self._step)
         self._progress = Progress(self.total_steps, self._step)
 
     def _saved(self) -> list[Checkpoint]:
@@ -200,7 +205,9 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
-        output = self.step_loss(batch, self._step, stage)
+        epoch, _ = batches.locate(index)
+        recording = self.recorder.recording(self._step, batch, epoch=epoch, epoch_steps=batches.steps_per_epoch)
+        output = self.step_loss(batch, self._step, stage, histogram=recording.weights, tokens=bool(recording.documents))
         learned = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not learned:
             raise PluginError(f"{self.step_loss.trainer_name}: stage {stage.name!r}: the loss reaches no parameter that learns")
@@ -210,7 +217,6 @@ class Fit:
         # the numbers of the step before this one, now that the device has new work
         self._read_pending()
         self.optimizer.step()
-        epoch, _ = batches.locate(index)
         self._step += 1
         tokens = int((batch.document != PADDING).sum())
         # the device may still be busy with this step, but then it was with the one before when this one began
@@ -222,7 +228,9 @@ class Fit:
             "tokens_per_second": rate,
             "stage": stage.name,
         }
-        self._pending = _Pending(step=self._step, batch=batch, output=output, gradient_norm=norm, facts=facts)
+        self._pending = _Pending(
+            step=self._step, batch=batch, output=output, gradient_norm=norm, facts=facts, recording=recording
+        )
 
     def _read_pending(self, *, evaluates: bool = False) -> dict[str, float]:
         """Read, check and log the step whose numbers are still on the device; measure too if asked."""
@@ -230,6 +238,7 @@ class Fit:
         if pending is None:
             return {}
         self._check(pending)
+        self.recorder.write(pending.step, str(pending.facts["stage"]), pending.batch, pending.recording, pending.output)
         values: dict[str, float | str] = {name: self._number(name, value) for name, value in pending.output.metrics.items()}
         values |= {"gradient_norm": float(pending.gradient_norm)} | dict(pending.facts)
         self._watch(pending, _finite(values))

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one object a logged step, whatever the tracker does."""
+"""Files of one object a step, such as ``metrics.jsonl``: they are right whatever the tracker does, and after a resume."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from wmtp.errors import WMTPError
 
-__all__ = ["MetricsFile", "read_metrics"]
+__all__ = ["StepFile", "read_steps"]
 
 
-class MetricsFile:
-    """Appends steps to ``metrics.jsonl``.
+class StepFile:
+    """Appends steps to a file of JSON lines.
 
     Args:
         path: the file.
@@ -23,7 +24,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step] if path.exists() else []
+        kept = [line for line in read_steps(path) if line["step"] <= resumed_step] if path.exists() else []
         partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
             partial.write_text("".join(_line(record) for record in kept))
@@ -33,18 +34,18 @@ class MetricsFile:
             raise WMTPError(f"{path} cannot be written: {error}") from error
         self.path = path
 
-    def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one step.
 
         Args:
             step: optimizer steps done.
-            metrics: values by name; those that are not a number (a head without predictions) are left out.
+            values: by name; those that are not a number (a head without predictions) are left out.
 
         Raises:
             WMTPError: the disk is full, or the file cannot be written for another reason.
         """
         try:
-            self._file.write(_line({"step": step} | dict(metrics)))
+            self._file.write(_line({"step": step} | dict(values)))
             self._file.flush()
         except OSError as error:
             raise WMTPError(f"{self.path} cannot be written: {error}") from error
@@ -54,8 +55,8 @@ class MetricsFile:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The objects of a ``metrics.jsonl``. A last line that a killed run left half-written is passed over.
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The objects of a `StepFile`. A last line that a killed run left half-written is passed over.
 
     Raises:
         WMTPError: another line is damaged.
@@ -70,11 +71,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except (ValueError, TypeError, KeyError):
             if number == len(lines):
                 break
-            raise WMTPError(f"{path}:{number}: not the metrics of a step; remove this line") from None
+            raise WMTPError(f"{path}:{number}: not the record of a step; remove this line") from None
         records.append(record)
     return records
 
 
-def _line(record: Mapping[str, float | str]) -> str:
-    known = {name: value for name, value in record.items() if isinstance(value, str) or math.isfinite(value)}
+def _line(record: Mapping[str, Any]) -> str:
+    known = {name: value for name, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
     return json.dumps(known) + "\n"

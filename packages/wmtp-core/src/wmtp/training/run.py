@@ -29,6 +29,7 @@ from wmtp.training.devices import autocast_context, pick_device
 from wmtp.training.loop import Fit
 from wmtp.training.memory import estimate_memory, head_parameters
 from wmtp.training.optimizers import change_learning_rate
+from wmtp.training.recording import Recorder
 from wmtp.training.setup import load_base_model, load_extra_model, open_source, open_token_numbers, provenance
 from wmtp.training.stages import StageBatches, StagePlan, check_data
 from wmtp.training.step import StepLoss
@@ -141,6 +142,12 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             checkpoints=config.checkpoints,
             checkpoint_dir=folder,
             metrics_path=run_dir / "metrics.jsonl",
+            recorder=Recorder(
+                config.report,
+                source.tokenizer,
+                total_steps=total_steps,
+                followed=batches.at(plan, total_steps - 1)[0].batch(0),
+            ),
             tracker=tracker,
             total_steps=total_steps,
             resumed=saved[-1] if saved else None,

@@ -16,6 +16,7 @@ from wmtp.distributed.share import Share
 from wmtp.errors import PluginError
 from wmtp.loss import Unembedding, token_statistics, weighted_cross_entropy
 from wmtp.training.devices import statistics_dtype
+from wmtp.training.recording import TokenRecord, weight_histogram
 from wmtp.training.trainer import HiddenView, Stage, StepView, Trainer
 from wmtp.training.weights import (
     NO_WEIGHT,
@@ -41,11 +42,15 @@ class StepOutput:
         loss: the whole loss, scalar.
         bad_weights: see `wmtp.training.weights.bad_weights`.
         metrics: scalars by name.
+        weight_histogram: see `wmtp.training.recording.weight_histogram`; None if not asked for, or the stage has no weights.
+        tokens: None if not asked for.
     """
 
     loss: Tensor
     bad_weights: Tensor
     metrics: Mapping[str, Tensor | float]
+    weight_histogram: Tensor | None = None
+    tokens: TokenRecord | None = None
 
 
 @frozen(kw_only=True, eq=False)
@@ -74,13 +79,15 @@ class StepLoss:
     seed: int
     ranks: Ranks = ALONE
 
-    def __call__(self, batch: Batch, step: int, stage: Stage) -> StepOutput:
+    def __call__(self, batch: Batch, step: int, stage: Stage, *, histogram: bool = False, tokens: bool = False) -> StepOutput:
         """Add the gradient of one step's loss to the parameters' ``grad``.
 
         Args:
             batch: all rows of the step, on the CPU, the same on every rank.
             step: the optimizer step, from 0.
             stage: the stage that the step belongs to.
+            histogram: whether the distribution of weights is wanted.
+            tokens: whether the numbers of every token are wanted.
 
         Raises:
             PluginError: the trainer breaks its contract.
@@ -170,7 +177,16 @@ class StepLoss:
         metrics |= weight_statistics(weights, targets.valid)
         metrics |= {f"auxiliary/{name}": value for name, value in auxiliary.items()}
         metrics |= self.trainer.metrics()
-        return StepOutput(loss=whole, bad_weights=problem, metrics=metrics)
+        recorded = weights if stage.model_loss else None
+        return StepOutput(
+            loss=whole,
+            bad_weights=problem,
+            metrics=metrics,
+            weight_histogram=weight_histogram(recorded, targets.valid) if histogram and recorded is not None else None,
+            tokens=TokenRecord(weights=recorded, losses=all_losses, valid=targets.valid, details=self._token_details(view))
+            if tokens
+            else None,
+        )
 
     def _whole_parameters(self) -> list[nn.Parameter]:
         """Those that every rank holds in full: their gradients must be added up."""
@@ -193,15 +209,24 @@ class StepLoss:
         """What the trainer observes in the hidden states of one micro-batch."""
         view = HiddenView(batch=batch, targets=targets, packed=packed, stage=stage.name, trunk=output.trunk)
         with self.autocast():
-            observed = self._tensors("observe", self.trainer.observe(view))
+            return self._token_tensors("observe", self.trainer.observe(view), targets)
+
+    @torch.no_grad()
+    def _token_details(self, view: StepView) -> dict[str, Tensor]:
+        """What the trainer knows of single tokens."""
+        return self._token_tensors("token_details", self.trainer.token_details(view), view.targets)
+
+    def _token_tensors(self, method: str, returned: object, targets: Targets) -> dict[str, Tensor]:
+        """What a method of the trainer returned, which must be numbers for each token or each prediction."""
+        values = self._tensors(method, returned)
         rows, length, horizon = targets.ids.shape
-        for name, value in observed.items():
+        for name, value in values.items():
             if value.shape not in ((rows, length), (rows, length, horizon)):
                 raise PluginError(
-                    f"{self.trainer_name}: observe returned {name!r} of shape {list(value.shape)}; it must be "
+                    f"{self.trainer_name}: {method} returned {name!r} of shape {list(value.shape)}; it must be "
                     f"[b, S] = {[rows, length]} or [b, S, H] = {[rows, length, horizon]}"
                 )
-        return observed
+        return values
 
     def _tensors(self, method: str, returned: object) -> dict[str, Tensor]:
         """What a method of the trainer returned, which must be tensors by name."""
