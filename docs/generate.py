@@ -66,13 +66,20 @@ CONTRACTS = {
     "launchers": ("wmtp.launchers", "Launcher"),
 }
 
+#: kind → contracts beside that one, for components that do more
+FURTHER_CONTRACTS = {"launchers": ("RemoteLauncher",)}
+
 #: kind → what the contract's methods are given, or give
 VALUES = {
     "trainers": ("TrainerSetup", "HiddenView", "StepView", "Stage", "OpenModel"),
     "model_loaders": ("ModelInfo", "LoadedModel"),
     "data_loaders": ("Example", "BadExample"),
     "trackers": ("RunInfo",),
+    "launchers": ("LaunchPlan", "RunStatus"),
 }
+
+#: whose components stand in the reference
+OURS = ("wmtp-core", "wmtp-algos", "wmtp-storage", "wmtp-vessl")
 
 _BOUNDS = {">=": "≥", "<=": "≤", ">": ">", "<": "<"}
 
@@ -83,7 +90,7 @@ def config_reference(registry: Registry) -> str:
     for kind, (table, remark) in TABLES.items():
         parts.append(f"### {KINDS[kind].capitalize()}s: `{table}`\n\nChosen by `type`: {remark}.")
         for provided in registry.of_kind(kind):
-            if provided.plugin is not None and provided.plugin.distribution in ("wmtp-core", "wmtp-algos", "wmtp-storage"):
+            if provided.plugin is not None and provided.plugin.distribution in OURS:
                 name = f"[storage.{provided.type}]" if kind == "storages" else f'type = "{provided.type}"'
                 title = f"`{name}` ({KINDS[kind]} of {provided.plugin.distribution})"
                 parts.append(f"#### {title}\n\n{described(provided.cls)}")
@@ -178,6 +185,7 @@ def hook_reference() -> str:
             module, name = CONTRACTS[kind]
             base = getattr(import_module(module), name)
             parts.append(contract(module, base))
+            parts += [contract(module, getattr(import_module(module), other)) for other in FURTHER_CONTRACTS.get(kind, ())]
             for value in VALUES.get(kind, ()):
                 home = module if hasattr(import_module(module), value) else base.__module__
                 parts.append(fields(home, getattr(import_module(home), value)))

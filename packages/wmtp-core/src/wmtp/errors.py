@@ -1,22 +1,27 @@
-"""The three exceptions that WMTP raises on purpose. The command line prints them as one clear line, without a traceback."""
+"""The exceptions that WMTP raises on purpose. The command line prints them as one clear line, without a traceback."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
-__all__ = ["ConfigError", "PluginError", "WMTPError"]
+__all__ = ["AuthenticationError", "ConfigError", "PlatformError", "PluginError", "WMTPError"]
 
 
 class WMTPError(Exception):
-    """The work failed: a file is damaged, a disk is full, a loss became infinite. The command line exits with 1."""
+    """The work failed: a file is damaged, a disk is full, a loss became infinite."""
+
+    exit_code: ClassVar[int] = 1  #: of the command line
 
 
 class ConfigError(WMTPError):
-    """What the user wrote is wrong. The command line prints every problem on a line of its own and exits with 2.
+    """What the user wrote is wrong. The command line prints every problem on a line of its own.
 
     Args:
         problems: one line each, in the form ``file:line: dotted.key: what is wrong; what to do`` (file and line where known).
     """
+
+    exit_code: ClassVar[int] = 2
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -24,4 +29,16 @@ class ConfigError(WMTPError):
 
 
 class PluginError(WMTPError):
-    """A plugin breaks its contract. The message names the distribution and its version. The command line exits with 1."""
+    """A plugin breaks its contract. The message names the distribution and its version."""
+
+
+class AuthenticationError(WMTPError):
+    """A service to launch on does not know the user, or lets them do less than this. Raised by launchers."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class PlatformError(WMTPError):
+    """A service to launch on cannot be reached, or does not do what it was asked. Raised by launchers."""
+
+    exit_code: ClassVar[int] = 4

@@ -10,6 +10,9 @@ scheme that a storage backend serves. A field made with `wmtp.config.component` 
 
 A config class may also have a method ``check() -> Iterable[str]``, called by ``wmtp check`` and before every run: one line a
 problem, ``key: what is wrong; what to do``, where ``key`` is a key of its table. It imports no torch and touches no network.
+
+Values that look like secrets are refused, because configs are kept and shown. A table named ``secrets`` holds the *names* that
+secrets have on a service.
 """
 
 from __future__ import annotations
@@ -241,7 +244,8 @@ def wmtp_evaluators() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 def wmtp_launchers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Places where a run happens.
 
-    ``build() -> wmtp.launchers.Launcher``.
+    ``build() -> wmtp.launchers.Launcher``; a class variable ``remote = True`` says that it is a `RemoteLauncher`, which
+    hands the run to a service: ``wmtp launch``, ``status``, ``logs``, ``cancel`` and ``metrics`` use it.
 
     Example::
 

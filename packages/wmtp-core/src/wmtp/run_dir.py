@@ -33,8 +33,10 @@ __all__ = [
     "create",
     "differences",
     "find_unfinished",
+    "git",
     "is_run_dir",
     "lock",
+    "lock_file",
     "record",
     "replace_text",
 ]
@@ -95,7 +97,7 @@ def _facts(config: Config, registry: Registry, argv: Sequence[str], started: dat
         "named": config.run.name is not None,
         "seed": config.run.seed,
         "argv": [_without_secret(argument) for argument in argv],
-        "git": _git(),
+        "git": git(),
         "python": sys.version.split()[0],
         "versions": _versions(config, registry),
     }
@@ -123,7 +125,7 @@ def _without_secret(argument: str) -> str:
     return "***" if is_secret("", argument) else argument
 
 
-def _git() -> dict[str, Any] | None:
+def git() -> dict[str, Any] | None:
     """The commit of the current directory; None outside a repository."""
     try:
         commit = _output("git", "rev-parse", "HEAD")
@@ -256,7 +258,7 @@ def lock(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"{run_dir}: cannot be written to: {error.strerror}") from None
     with file:
-        if not _try_lock(file):
+        if not lock_file(file):
             file.seek(0)
             raise ConfigError(
                 f"{run_dir}: another process is running there ({file.read().strip() or 'unknown'}); wait for it, or choose"
@@ -268,7 +270,8 @@ def lock(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _try_lock(file: IO[str]) -> bool:
+def lock_file(file: IO[str]) -> bool:
+    """Lock an open file for this process, without waiting. Returns whether it could be."""
     try:
         if sys.platform == "win32":
             import msvcrt

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from wmtp.errors import ConfigError, WMTPError
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; default: those of the process.
 
     Returns:
-        0 done; 1 the work failed; 2 the input is wrong.
+        0 done; 1 the work failed; 2 the input is wrong; 3 a service refuses the user; 4 a service fails.
     """
     try:
         arguments = _parse(argv)
@@ -81,9 +81,9 @@ def _explained(error: BaseException) -> tuple[list[str], int]:
     if isinstance(error, SystemExit):  # of a plugin; its code may be 0, as if the work were done
         return [f"the work was ended by sys.exit({error.code!r}){_place_in_plugin(error)}"], 1
     if isinstance(error, ConfigError):
-        return list(error.problems), 2
+        return list(error.problems), error.exit_code
     if isinstance(error, WMTPError):
-        return str(error).splitlines() or [type(error).__name__], 1
+        return str(error).splitlines() or [type(error).__name__], error.exit_code
     return [" ".join(f"{type(error).__name__}: {error}{_place_in_plugin(error)}".split())], 1
 
 
@@ -103,7 +103,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="wmtp",
         description="Weighted multi-token-prediction fine-tuning of language models.",
-        epilog="Exit codes: 0 done, 1 the work failed, 2 the input is wrong.",
+        epilog="Exit codes: 0 done, 1 the work failed, 2 the input is wrong; of a service to launch on: 3 it refuses the user,"
+        " 4 it fails.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
@@ -138,8 +139,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("plugins", "List the plugins, what they provide, and which are broken.")
     show = add("show", "Show a component's documentation, and its TOML with the defaults.")
     show.add_argument("name", metavar="NAME", help='as in `type = "NAME"`')
+    _add_remote(add, config)
 
-    arguments, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["launch"]:  # an option with an optional value would take the file that stands behind it
+        words = ["--dry-run-server" if word == "--dry-run=server" else word for word in words]
+    arguments, rest = parser.parse_known_args(words)
     # argparse takes no files after the first option behind them
     late_files = [word for word in rest if not word.startswith("-")]
     if len(late_files) < len(rest) or (rest and not hasattr(arguments, "files")):
@@ -150,6 +155,38 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if hasattr(arguments, "files") and not arguments.files and getattr(arguments, "resume", None) in (None, "auto"):
         commands.choices[arguments.command].error("name a TOML file")
     return arguments
+
+
+def _add_remote(add: Callable[..., argparse.ArgumentParser], config: argparse.ArgumentParser) -> None:
+    """The commands for runs on a service."""
+    launch = add("launch", "Hand a run to a service, having shown what is sent.", config)
+    launch.add_argument("--on", metavar="NAME", help="the launcher; default: what [launcher] says")
+    launch.add_argument(
+        "--dry-run",
+        action="store_const",
+        const="local",
+        help="only print what would be sent; --dry-run=server also asks the service whether it would take it",
+    )
+    launch.add_argument("--dry-run-server", action="store_const", const="server", dest="dry_run", help=argparse.SUPPRESS)
+    launch.add_argument("--watch", action="store_true", help="print its log until it is over; fails where the run fails")
+    launch.add_argument("--again", action="store_true", help="also where the same plan is running already")
+    known = argparse.ArgumentParser(add_help=False)
+    known.add_argument("run", metavar="RUN", help="the id that wmtp launch printed, or run.name")
+    known.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="a TOML file with [launcher], for a run from elsewhere"
+    )
+    add("status", "How far a launched run is.", known)
+    logs = add("logs", "Print the log of a launched run.", known)
+    logs.add_argument("--follow", "-f", action="store_true", help="go on until the run is over")
+    logs.add_argument("--tail", type=_natural, metavar="N", help="only the last N lines of what there is")
+    add("cancel", "End a launched run.", known)
+    add("metrics", "What the machine of a launched run does: of the service, and of the run itself.", known)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of lines")
+    return int(text)
 
 
 class _Version(argparse.Action):

@@ -7,6 +7,8 @@ import sys
 from argparse import Namespace
 from typing import Any
 
+from wmtp.cli.facts import print_facts
+from wmtp.cli.remote import cancel, launch, logs, metrics, status
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
 from wmtp.data.sources import eval_sources, train_sources
@@ -14,7 +16,7 @@ from wmtp.plugins import Registry, load_plugins
 
 logger = logging.getLogger("wmtp")
 
-__all__ = ["check", "plugins", "run", "show"]
+__all__ = ["cancel", "check", "launch", "logs", "metrics", "plugins", "run", "show", "status"]
 
 
 def run(arguments: Namespace) -> tuple[Any, int]:
@@ -32,7 +34,7 @@ def run(arguments: Namespace) -> tuple[Any, int]:
             dry_run=True,
         )
         if not arguments.json:
-            _print_facts(dict(facts))
+            print_facts(dict(facts))
             print("ok: nothing was trained")
         return dict(facts), 0
     result = run_config(
@@ -55,7 +57,7 @@ def run(arguments: Namespace) -> tuple[Any, int]:
             "checkpoint": result.checkpoint,
             **{name: f"{result.metrics[name]:.4g}" for name in _headline(result.metrics)},
         }
-        _print_facts(facts)
+        print_facts(facts)
     if result.status == "interrupted":
         logger.info("interrupted; go on with: wmtp run --resume %s", result.run_dir)
         return answer, 1
@@ -74,7 +76,7 @@ def check(arguments: Namespace) -> tuple[Any, int]:
     loaded = load_checked(arguments.files, overrides=arguments.overrides)
     facts = _summary(loaded.config, loaded.registry)
     if not arguments.json:
-        _print_facts(facts)
+        print_facts(facts)
         print("ok")
     return {"ok": True, "summary": facts}, 0
 
@@ -113,13 +115,6 @@ def _summary(config: Config, registry: Registry) -> dict[str, str]:
 def _with_uri(component: Any) -> str:
     uri = getattr(component, "uri", None)
     return component.type if uri is None else f"{component.type} {uri}"
-
-
-def _print_facts(facts: dict[str, Any]) -> None:
-    width = max(map(len, facts), default=0)
-    for name, value in facts.items():
-        if value is not None:
-            print(f"{name:<{width}}  {value}")
 
 
 def plugins(arguments: Namespace) -> tuple[Any, int]:

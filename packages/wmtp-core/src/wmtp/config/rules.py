@@ -66,6 +66,22 @@ def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
     yield from _uris(config, registry)
     for placed in components(config):
         yield from _own_rules(placed.path, placed.config, registry)
+    if getattr(config.launcher, "remote", False):
+        yield from _remote(config, registry)
+
+
+def _remote(config: Config, registry: Registry) -> Iterator[Problem]:
+    """What a service asks of the whole config."""
+    plugin = registry.provider(type(config.launcher)) or type(config.launcher).__qualname__
+    try:
+        lines = list(config.launcher.build().check(config))
+    except Exception as error:
+        what = f"check() of the launcher '{config.launcher.type}' of {plugin} failed: {type(error).__name__}: {error}"
+        yield Problem(("launcher",), what)
+        return
+    for line in lines:
+        key, _, message = str(line).partition(": ")
+        yield Problem(tuple(key.split(".")), message)
 
 
 def _run(config: Config) -> Iterator[Problem]:
@@ -185,13 +201,14 @@ def _length(config: Config) -> Iterator[Problem]:
 
 
 def _secrets(value: Any, path: KeyPath) -> Iterator[Problem]:
+    """A table named ``secrets`` holds the names that secrets have on a service, not their values."""
     if isinstance(value, dict):
         for key, element in value.items():
             yield from _secrets(element, (*path, key))
     elif isinstance(value, list):
         for index, element in enumerate(value):
             yield from _secrets(element, (*path, index))
-    elif isinstance(value, str) and value and is_secret(str(path[-1]), value):
+    elif isinstance(value, str) and value and is_secret("" if "secrets" in path[:-1] else str(path[-1]), value):
         yield Problem(
             path,
             "looks like a secret, which would be saved with the run; remove it, and set the environment variable that the"
@@ -204,10 +221,11 @@ def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
     schemes = {scheme: provided.cls for provided in registry.of_kind("storages") for scheme in provided.cls.schemes}
     if config.checkpoints.uri is not None:
         yield from _uri(config.checkpoints.uri, ("checkpoints", "uri"), schemes, must_exist=False)
+    is_remote = getattr(config.launcher, "remote", False)  # then a path is one of the other machine
     for placed in components(config):
         uri = getattr(placed.config, "uri", None)
         if isinstance(uri, str):
-            yield from _uri(uri, (*placed.path, "uri"), schemes, must_exist=True)
+            yield from _uri(uri, (*placed.path, "uri"), schemes, must_exist=not is_remote)
 
 
 def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) -> Iterator[Problem]:

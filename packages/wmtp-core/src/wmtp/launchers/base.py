@@ -1,16 +1,22 @@
-"""The contract of a launcher."""
+"""The contracts of launchers: one that trains, and one that has another place train."""
 
 from __future__ import annotations
 
+import enum
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
+
+from attrs import field, frozen
+
+from wmtp.errors import ConfigError
 
 if TYPE_CHECKING:
     from wmtp.config.schema import Config
     from wmtp.result import Result
 
-__all__ = ["Launcher"]
+__all__ = ["LaunchPlan", "Launcher", "RemoteLauncher", "RunState", "RunStatus"]
 
 
 class Launcher(ABC):
@@ -25,3 +31,146 @@ class Launcher(ABC):
             run_dir: the run directory; it holds ``config.toml`` and ``run.json`` already.
             resume: whether to go on from the newest checkpoint of that directory.
         """
+
+
+class RunState(enum.Enum):
+    """How far a run on a service is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self not in (RunState.WAITING, RunState.RUNNING)
+
+
+@frozen(kw_only=True)
+class RunStatus:
+    """What a service says about a run.
+
+    Args:
+        state: how far it is.
+        word: the service's own word for that.
+        reason: why, where the service says so.
+        url: where to look at it in a browser.
+    """
+
+    state: RunState
+    word: str
+    reason: str | None = None
+    url: str | None = None
+
+
+@frozen(kw_only=True)
+class LaunchPlan:
+    """What will be sent, before anything is.
+
+    Args:
+        text: all of it, in the service's own format. It holds no secret: it is printed, kept, and may be shared.
+        digest: the same for plans that would do the same.
+        warnings: what is allowed and yet unwise, one line each: ``dotted.key: what may go wrong; what to do``.
+        facts: what a person wants to see first, by name.
+        record: what is kept with the run's id, by name: for instance the digest of the image.
+    """
+
+    text: str
+    digest: str
+    warnings: tuple[str, ...] = ()
+    facts: Mapping[str, str] = field(factory=dict)
+    record: Mapping[str, str | None] = field(factory=dict)
+
+
+class RemoteLauncher(Launcher):
+    """Hands a run to a service. ``wmtp launch``, ``status``, ``logs``, ``cancel`` and ``metrics`` work through it.
+
+    Its config class has the class variable ``remote = True``: files of the config are then those of the other place, and
+    need not exist here. `build` and `plan` import no torch and touch no network.
+
+    Any method but `check` and `plan` may raise `wmtp.errors.AuthenticationError`, `wmtp.errors.PlatformError`, and
+    `wmtp.ConfigError` for what the service refuses.
+    """
+
+    @final
+    def launch(self, config: Config, run_dir: Path, *, resume: bool) -> Result:
+        """Refused: ``wmtp run`` trains; see `Launcher.launch`."""
+        name = config.launcher.type
+        raise ConfigError(
+            f"launcher.type: '{name}' hands the run to a service; write wmtp launch --on {name} with these files, or train"
+            " here with --set launcher.type=local"
+        )
+
+    def check(self, config: Config) -> Iterable[str]:
+        """What is wrong with ``config`` for this place, one line a problem: ``dotted.key: what is wrong; what to do``."""
+        return ()
+
+    @abstractmethod
+    def plan(self, config: Config) -> LaunchPlan:
+        """What would be sent: from the config alone, the same for the same config.
+
+        Args:
+            config: complete and checked.
+        """
+
+    def validate(self, config: Config, plan: LaunchPlan) -> Sequence[str]:
+        """Ask the service whether it would take the plan: names that must exist, limits. Nothing is started.
+
+        Returns:
+            what could not be asked, one line each.
+
+        Raises:
+            ConfigError: what the service refuses, with what it has instead.
+        """
+        return ()
+
+    def find(self, plan: LaunchPlan) -> Sequence[str] | None:
+        """Ids of runs of this very plan that the service has and that are not over, whoever started them.
+
+        None, the default, where the service cannot be asked: then a plan whose answer was lost is not sent again unasked.
+        """
+        return None
+
+    @abstractmethod
+    def submit(self, plan: LaunchPlan) -> str:
+        """Start the run, once: a request whose answer is lost is not repeated.
+
+        Returns:
+            the run's id.
+        """
+
+    @abstractmethod
+    def status(self, run: str) -> RunStatus:
+        """How far a run is.
+
+        Args:
+            run: its id.
+        """
+
+    @abstractmethod
+    def logs(self, run: str, *, tail: int | None, follow: bool) -> Iterator[str]:
+        """The lines that the run printed, each once and in order.
+
+        Args:
+            run: its id.
+            tail: only so many from the end of what there is; None: all.
+            follow: go on with new lines until the run is over, through lost connections.
+        """
+
+    @abstractmethod
+    def cancel(self, run: str) -> None:
+        """Ask the service to end a run. A run that is over already stays as it is.
+
+        Args:
+            run: its id.
+        """
+
+    def metrics(self, run: str) -> Mapping[str, float]:
+        """The latest measurements of the machine that the service has, by name: ``gpu/0/utilization (%)``.
+
+        Args:
+            run: its id.
+        """
+        return {}

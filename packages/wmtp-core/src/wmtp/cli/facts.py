@@ -1,0 +1,16 @@
+"""How commands print what they found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["print_facts"]
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """One line a fact, the values under each other; None is left out."""
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        if value is not None:
+            print(f"{name:<{width}}  {value}")

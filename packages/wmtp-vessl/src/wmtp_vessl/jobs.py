@@ -1,0 +1,210 @@
+"""The launcher for VESSL Cloud Jobs, by VESSL's program ``vesslctl``.
+
+Nothing of it was tried against the service: flags and fields are those that public scripts use.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from wmtp.config.schema import Config
+from wmtp.errors import AuthenticationError, ConfigError, PlatformError
+from wmtp.launchers.base import LaunchPlan, RemoteLauncher, RunState, RunStatus
+from wmtp_vessl import rules
+from wmtp_vessl.config import VesslLauncher
+from wmtp_vessl.render import COMMAND, environment
+
+__all__ = ["VesslJobs", "newer_lines"]
+
+logger = logging.getLogger("wmtp")
+
+_STATES: Final = {
+    "succeeded": RunState.SUCCEEDED,
+    "completed": RunState.SUCCEEDED,
+    "failed": RunState.FAILED,
+    "terminated": RunState.CANCELLED,
+    "cancelled": RunState.CANCELLED,
+    "running": RunState.RUNNING,
+    "terminating": RunState.RUNNING,
+}
+_MOST_LINES: Final = 1000  # vesslctl gives no more at once
+_TIMEOUT: Final = 120.0  # seconds
+_NO_LOGIN: Final = re.compile(
+    r"\b(401|403)\b|unauthori[sz]ed|unauthenticated|forbidden|not logged in|auth login", re.IGNORECASE
+)
+
+
+class VesslJobs(RemoteLauncher):
+    """VESSL Cloud Jobs, by ``vesslctl``, which has its own login (``vesslctl auth login``).
+
+    Args:
+        settings: the launcher's config.
+    """
+
+    def __init__(self, settings: VesslLauncher) -> None:
+        self._settings = settings
+
+    def check(self, config: Config) -> Iterable[str]:
+        """Paths, sizes; see `RemoteLauncher.check`."""
+        return rules.problems(config, self._settings)
+
+    def plan(self, config: Config) -> LaunchPlan:
+        """The command line of ``vesslctl``; see `RemoteLauncher.plan`."""
+        settings = self._settings
+        values = environment(config, settings)
+        text = values["WMTP_CONFIG"]
+        # how vesslctl takes commas and line ends in --env is not known; base64 has neither
+        values["WMTP_CONFIG"] = f"base64:{base64.b64encode(text.encode()).decode()}"
+        volumes = {target: str(source) for target, source in settings.mounts.items()}
+        if settings.cache.mode != "none":
+            volumes[settings.cache.path] = str(settings.cache.source)
+        parts = [(target, *source.partition("://")[::2]) for target, source in volumes.items()]
+        options = [
+            ("--resource-spec", settings.preset),
+            ("--image", settings.image),
+            *((f"--{kind}-volume", f"{volume}:{target}") for target, kind, volume in parts),
+            *(("--tag", tag) for tag in dict.fromkeys((*config.run.tags, *settings.tags))),
+            *(("--env", f"{name}={value}") for name, value in values.items()),
+            ("--cmd", f"cd /app && {COMMAND}"),
+        ]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()
+        word = re.sub(r"[^a-z0-9]+", "-", (config.run.name or f"wmtp-{config.trainer.type}").lower()).strip("-")
+        lines = [f"  {option} {shlex.quote(value)}" for option, value in [("--name", f"{word}-{digest[:12]}"), *options]]
+        shown = [f"# {line}".rstrip() for line in ("WMTP_CONFIG, as text:", "", *text.splitlines())]
+        return LaunchPlan(
+            text="\n".join([*shown, " \\\n".join(["vesslctl job create", *lines])]) + "\n",
+            digest=digest,
+            warnings=tuple(rules.warnings(config, settings)),
+            facts={"resource spec": f"{settings.preset}, {settings.gpus} GPUs", "image": settings.image},
+            record={"image": settings.image, "image_digest": settings.digest},
+        )
+
+    def validate(self, config: Config, plan: LaunchPlan) -> Sequence[str]:
+        """The login and the resource spec; see `RemoteLauncher.validate`."""
+        _vesslctl("auth", "status")
+        specs = [str(spec.get("slug")) for spec in _tables(_vesslctl("resource-spec", "list", "--usable-only", "-o", "json"))]
+        if self._settings.preset not in specs:
+            raise ConfigError(
+                f"launcher.preset: VESSL Cloud has no usable resource spec '{self._settings.preset}'; there are:"
+                f" {', '.join(sorted(specs)) or 'none'}"
+            )
+        return ["VESSL Cloud has no validator of jobs to ask; login and resource spec were checked"]
+
+    def find(self, plan: LaunchPlan) -> Sequence[str] | None:
+        """Living jobs with the plan's name; see `RemoteLauncher.find`."""
+        name = _name(plan)
+        jobs = [job for job in _tables(_vesslctl("job", "list", "-o", "json")) if job.get("name") == name]
+        return [str(job["slug"]) for job in jobs if "slug" in job and not _state(job)[0].is_over]
+
+    def submit(self, plan: LaunchPlan) -> str:
+        """Run the command; see `RemoteLauncher.submit`."""
+        before = self.find(plan) or ()
+        _, *arguments = shlex.split(plan.text, comments=True)
+        _vesslctl(*arguments)
+        for _ in range(10):  # a new job is listed a moment later
+            new = [slug for slug in self.find(plan) or () if slug not in before]
+            if new:
+                return new[0]
+            time.sleep(self._settings.poll_interval)
+        raise PlatformError(f"vesslctl made the job {_name(plan)}, and does not list it; see 'vesslctl job list'")
+
+    def status(self, run: str) -> RunStatus:
+        """See `RemoteLauncher.status`."""
+        try:
+            job = json.loads(_vesslctl("job", "show", run, "-o", "json"))
+        except ValueError:
+            raise PlatformError(f"vesslctl job show {run} printed no JSON") from None
+        state, word = _state(job)
+        return RunStatus(state=state, word=word)
+
+    def logs(self, run: str, *, tail: int | None, follow: bool) -> Iterator[str]:
+        """By asking again and again for the last lines: following is reported to fail. See `RemoteLauncher.logs`."""
+        shown: list[str] = []
+        is_first = True
+        quiet = 0
+        while quiet < 2:
+            is_over = not follow or self.status(run).state.is_over
+            lines = _vesslctl("job", "logs", "--limit", str(_MOST_LINES), run).splitlines()
+            new, may_lack = newer_lines(shown, lines)
+            if may_lack and shown:
+                logger.warning("more than %d lines came at once: some are missing here", _MOST_LINES)
+            shown = lines
+            yield from new[max(0, len(new) - tail) :] if is_first and tail is not None else new
+            is_first = False
+            if not follow:
+                return
+            quiet = quiet + 1 if is_over and not new else 0
+            if quiet < 2:
+                time.sleep(self._settings.poll_interval)
+
+    def cancel(self, run: str) -> None:
+        """See `RemoteLauncher.cancel`."""
+        _vesslctl("job", "terminate", run)
+
+
+def newer_lines(shown: Sequence[str], lines: Sequence[str]) -> tuple[list[str], bool]:
+    """What of the last ``lines`` of a log is behind those that were ``shown``, the last lines a moment ago.
+
+    Returns:
+        the lines, and whether there may be others between.
+    """
+    for common in range(min(len(shown), len(lines)), 0, -1):
+        if list(shown[len(shown) - common :]) == list(lines[:common]):
+            return list(lines[common:]), False
+    return list(lines), len(lines) >= _MOST_LINES
+
+
+def _name(plan: LaunchPlan) -> str:
+    words = shlex.split(plan.text, comments=True)
+    return words[words.index("--name") + 1]
+
+
+def _state(job: Mapping[str, Any]) -> tuple[RunState, str]:
+    word = str(job.get("workloadState") or job.get("state") or job.get("status") or "unknown")
+    return _STATES.get(word.lower(), RunState.WAITING), word
+
+
+def _tables(text: str) -> list[Mapping[str, Any]]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise PlatformError(f"vesslctl printed no JSON: {text[:100]!r}") from None
+    return [element for element in value if isinstance(element, Mapping)] if isinstance(value, list) else []
+
+
+def _vesslctl(*arguments: str) -> str:
+    """Standard output of the program.
+
+    Raises:
+        ConfigError: it is not installed.
+        AuthenticationError: nobody is logged in.
+        PlatformError: it failed.
+    """
+    program = shutil.which("vesslctl")
+    if program is None:
+        raise ConfigError('launcher.backend: "jobs" needs the program vesslctl, which is not on PATH; see docs/vessl.md')
+    what = f"vesslctl {' '.join(arguments[:2])}"
+    try:
+        done = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT, stdin=subprocess.DEVNULL, errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        raise PlatformError(f"{what} did not end within {_TIMEOUT:g} s") from None
+    except OSError as error:
+        raise PlatformError(f"{what} could not be run: {error}") from None
+    if done.returncode != 0:
+        said = " ".join((done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1].split())[:300]
+        if _NO_LOGIN.search(done.stderr):
+            raise AuthenticationError(f"{what}: {said}; run 'vesslctl auth login'")
+        raise PlatformError(f"{what} failed with {done.returncode}: {said}")
+    return done.stdout

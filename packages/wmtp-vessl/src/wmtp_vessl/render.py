@@ -1,0 +1,130 @@
+"""From a config to what is sent: pure, offline, the same for the same config, and without a secret."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any, Final
+
+import tomli_w
+import yaml
+from attrs import evolve
+
+from wmtp.config.schema import Config
+from wmtp.config.sources import escape
+from wmtp.config.tree import to_mapping
+from wmtp.launchers.base import LaunchPlan
+from wmtp.launchers.config import LocalLauncher
+from wmtp_vessl.config import VesslLauncher, seconds
+
+__all__ = ["COMMAND", "KEYS", "TAG", "WORKDIR", "body", "container_config", "environment", "plan_of", "run_yaml"]
+
+#: the keys of a run YAML; the service knows no others
+KEYS: Final = (
+    *("name", "description", "tags", "resources", "image", "import", "mount", "export", "run", "env", "ports"),
+    *("interactive", "service_account_name", "termination_protection"),
+)
+WORKDIR: Final = "/app"
+#: what the container runs: one line of POSIX shell that becomes a Python process
+COMMAND: Final = "exec wmtp start"
+#: how a run is recognised as one of a plan: a tag with the beginning of its digest
+TAG: Final = "wmtp-plan-{}"
+
+
+def container_config(config: Config) -> Config:
+    """The config as the container has it: it trains there, and its cache is where the launcher puts one."""
+    launcher: VesslLauncher = config.launcher  # type: ignore[assignment]
+    inside = evolve(config, launcher=LocalLauncher())
+    if launcher.cache.mode != "none":
+        inside = evolve(inside, storage=evolve(inside.storage, cache_dir=launcher.cache.path))
+    return inside
+
+
+def environment(config: Config, launcher: VesslLauncher) -> dict[str, str]:
+    """The variables of the container, but for secrets."""
+    values = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in launcher.env.items()}
+    values["WMTP_VERSION"] = version("wmtp-core")
+    values["WMTP_GPUS"] = str(launcher.gpus)
+    if launcher.max_runtime is not None:
+        values["WMTP_MAX_RUNTIME"] = str(seconds(launcher.max_runtime))
+    values["WMTP_CONFIG"] = tomli_w.dumps(to_mapping(container_config(config), text=escape))
+    return values
+
+
+def run_yaml(config: Config, launcher: VesslLauncher) -> dict[str, Any]:
+    """The run YAML of VESSL Runs, as a mapping: of its 14 keys those that say something."""
+    resources: dict[str, Any] = {"cluster": launcher.cluster, "preset": launcher.preset}
+    if launcher.node_names:
+        resources["node_names"] = list(launcher.node_names)
+    if launcher.spot:
+        resources["spot"] = True
+    env: dict[str, Any] = dict(environment(config, launcher))
+    env |= {name: {"secret": secret} for name, secret in launcher.secrets.items()}
+    mounts, imports = _plain(launcher.mounts), _plain(launcher.imports)
+    if launcher.cache.mode != "none":
+        (mounts if launcher.cache.mode == "mount" else imports)[launcher.cache.path] = _plain(launcher.cache.source)
+    spec: dict[str, Any] = {
+        "name": config.run.name or f"wmtp-{config.trainer.type}",
+        "description": launcher.description,
+        "tags": list(dict.fromkeys((*config.run.tags, *launcher.tags))),
+        "resources": resources,
+        "image": {"url": launcher.image, "credential_name": launcher.image_credential}
+        if launcher.image_credential
+        else launcher.image,
+        "import": imports,
+        "mount": mounts,
+        "export": _plain(launcher.exports),
+        "run": [{"command": COMMAND, "workdir": WORKDIR}],
+        "env": env,
+        "ports": [{"name": port.name, "type": port.type, "port": port.port} for port in launcher.ports],
+        "interactive": {
+            "max_runtime": launcher.max_runtime or "24h",
+            "jupyter": {"idle_timeout": launcher.idle_timeout},
+        }
+        if launcher.interactive
+        else None,
+        "service_account_name": launcher.service_account,
+    }
+    spec = {key: value for key, value in spec.items() if value not in (None, [], {})}
+    return spec | {"termination_protection": launcher.termination_protection}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(element) for key, element in value.items()}
+    return [_plain(element) for element in value] if isinstance(value, list | tuple) else value
+
+
+def plan_of(config: Config, launcher: VesslLauncher, spec: dict[str, Any], *, warnings: list[str]) -> LaunchPlan:
+    """The plan for a spec: it gets a tag by which the service's list of runs shows whose it is."""
+    digest = hashlib.sha256(yaml.safe_dump(spec, sort_keys=False).encode()).hexdigest()
+    tagged = spec | {"tags": [*spec.get("tags", []), TAG.format(digest[:12])]}
+    ordered = {key: tagged[key] for key in KEYS if key in tagged}
+    return LaunchPlan(
+        text=yaml.dump(ordered, Dumper=_Readable, default_flow_style=False, sort_keys=False, allow_unicode=True),
+        digest=digest,
+        warnings=tuple(warnings),
+        facts={
+            "cluster": launcher.cluster,
+            "preset": f"{launcher.preset}, {launcher.gpus} GPUs",
+            "image": launcher.image,
+        },
+        record={"image": launcher.image, "image_digest": launcher.digest},
+    )
+
+
+class _Readable(yaml.SafeDumper):
+    """Writes a text of several lines as one: the config is there to be read."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Readable.add_representer(str, _text)
+
+
+def body(plan: LaunchPlan) -> str:
+    """What is sent for a plan: the same YAML in the form in which VESSL's own client sends what it reads from a file."""
+    return yaml.dump(yaml.safe_load(plan.text), default_flow_style=False, sort_keys=False)

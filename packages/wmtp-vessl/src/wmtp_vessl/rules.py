@@ -1,0 +1,88 @@
+"""What a config must be like to run on VESSL, told from the config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from wmtp.config.problems import dotted
+from wmtp.config.schema import Config
+from wmtp.config.tree import components
+from wmtp.errors import ConfigError
+from wmtp.storage.uris import scheme_of
+from wmtp_vessl.config import VesslLauncher
+from wmtp_vessl.render import WORKDIR, environment
+
+__all__ = ["problems", "warnings"]
+
+#: Linux hands a variable to a process only up to 128 KiB
+_LONGEST_VARIABLE = 100_000
+
+
+def problems(config: Config, launcher: VesslLauncher) -> Iterator[str]:
+    """One line each: ``dotted.key: what is wrong; what to do``."""
+    for key, path in _local_paths(config):
+        if not _is_inside(path, (WORKDIR, *launcher.mounts, *launcher.imports, launcher.cache.path)):
+            yield (
+                f"{key}: {path!r} is not in the container: it has {WORKDIR} and what [launcher] mounts or imports; write a path"
+                f" there, or a URI such as s3://bucket/{PurePosixPath(path).name or 'folder'}"
+            )
+    text = environment(config, launcher)["WMTP_CONFIG"]
+    if "$(" in text:
+        yield "launcher: the config holds '$(', which the service would take for a variable; write it differently"
+    if len(text.encode()) > _LONGEST_VARIABLE:
+        yield f"launcher: the config has {len(text.encode()):,} bytes, and the container takes {_LONGEST_VARIABLE:,}"
+
+
+def _local_paths(config: Config) -> Iterator[tuple[str, str]]:
+    """Every path of the container that the config names; relative ones are in its working folder."""
+    yield "run.output_dir", config.run.output_dir
+    if config.data.cache_dir is not None:
+        yield "data.cache_dir", config.data.cache_dir
+    if config.checkpoints.uri is not None and _is_file(config.checkpoints.uri):
+        yield "checkpoints.uri", config.checkpoints.uri
+    for placed in components(config):
+        uri: Any = getattr(placed.config, "uri", None)
+        if isinstance(uri, str) and _is_file(uri):
+            yield dotted((*placed.path, "uri")), uri
+
+
+def _is_file(uri: str) -> bool:
+    try:
+        return scheme_of(uri) == "file"
+    except ConfigError:  # said already, by the check of every URI
+        return False
+
+
+def _is_inside(path: str, folders: tuple[str, ...]) -> bool:
+    plain = PurePosixPath(path.removeprefix("file://"))
+    if ".." in plain.parts or path.startswith("~"):
+        return False
+    return not plain.is_absolute() or any(plain.is_relative_to(folder) for folder in folders)
+
+
+def warnings(config: Config, launcher: VesslLauncher) -> Iterator[str]:
+    """What is allowed and yet unwise."""
+    if launcher.digest is None:
+        yield (
+            f"launcher.image: {launcher.image} is named without a digest: it may be another image tomorrow; write"
+            f" {launcher.image.rpartition(':')[0] or launcher.image}@sha256:…"
+        )
+    for target, source in launcher.mounts.items():
+        if str(source).startswith("volume://") or (not isinstance(source, str) and "volume" in source):
+            yield f"launcher.mounts: {target}: VESSL's managed storage is reported to refuse mounted volumes; use imports"
+    if launcher.cache.mode == "mount" and str(launcher.cache.source).startswith("volume://"):
+        yield (
+            "launcher.cache: VESSL's managed storage is reported to refuse mounted volumes; mount nfs or hostpath, or use"
+            ' mode = "import"'
+        )
+    if config.checkpoints.uri is None and not launcher.exports:
+        yield "checkpoints.uri: checkpoints stay in the container and are lost with it; write s3://…, or [launcher.exports]"
+    uses_s3 = any(str(getattr(placed.config, "uri", "")).startswith("s3://") for placed in components(config))
+    uses_s3 = uses_s3 or str(config.checkpoints.uri).startswith("s3://")
+    if uses_s3 and not any(name.startswith("AWS_") for name in (*launcher.secrets, *launcher.env)):
+        yield (
+            "launcher.secrets: the config has s3:// URIs, and no AWS_… variable is given to the container; name"
+            " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY unless the machines have a role of their own"
+        )

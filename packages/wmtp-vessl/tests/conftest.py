@@ -1,0 +1,55 @@
+"""What the tests share: the service on 127.0.0.1, the two files of a launch, the command line."""
+
+import sys
+import threading
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from vessl_service import Api, Files, Handler
+
+from wmtp.cli import main
+
+
+@pytest.fixture
+def api(monkeypatch, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.api = Api()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("VESSL_API_HOST", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("VESSL_ACCESS_TOKEN", Api.token)
+    monkeypatch.setenv("VESSL_DEFAULT_ORGANIZATION", "lab")
+    monkeypatch.setenv("VESSL_DEFAULT_PROJECT", "mtp")
+    yield server.api
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path):
+    """No settings of the person who runs the tests, and no records."""
+    for name in ("VESSL_ACCESS_TOKEN", "VESSL_DEFAULT_ORGANIZATION", "VESSL_DEFAULT_PROJECT", "VESSL_API_HOST",
+                 "VESSL_CREDENTIALS_FILE", "VESSL_CONFIG_PATH", "XDG_STATE_HOME"):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WMTP_STATE_DIR", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def files(tmp_path):
+    return Files(tmp_path)
+
+
+@pytest.fixture
+def wmtp(capfd):
+    """Runs a command in this process: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        code = main([*map(str, arguments)])
+        said = capfd.readouterr()
+        return code, said.out, said.err
+
+    return run
