@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "wmtp-example"
-PROJECTS = (*(ROOT / "packages" / f"wmtp-{name}" for name in ("core", "algos", "storage")), EXAMPLE)
+PROJECTS = (*(ROOT / "packages" / f"wmtp-{name}" for name in ("core", "algos", "storage", "vessl")), EXAMPLE)
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]
 # what a user's shell does not have: the workspace's environment and path
 ENVIRONMENT = {
@@ -72,7 +72,8 @@ def build(wheels: Path) -> list[Path]:
         run("uv", "build", "--quiet", "--no-config", "--out-dir", wheels, project, cwd=wheels.parent)
     found = sorted(wheels.glob("*.whl"))
     check(
-        [path.name.split("-")[0] for path in found] == ["wmtp_algos", "wmtp_core", "wmtp_example", "wmtp_storage"],
+        [path.name.split("-")[0] for path in found]
+        == ["wmtp_algos", "wmtp_core", "wmtp_example", "wmtp_storage", "wmtp_vessl"],
         f"built {found}",
     )
     return found
@@ -133,15 +134,41 @@ def check_storage(wmtp: Environment) -> None:
     check("acceleration" in wmtp("wmtp", "show", "s3"), "wmtp show s3 does not show its keys")
 
 
+def check_vessl(wmtp: Environment) -> None:
+    """wmtp-vessl on a laptop: a plan is printed without torch."""
+    listed = components(wmtp("wmtp", "plugins", "--json"))
+    check(listed["wmtp-vessl"]["components"] == {"launchers": ["vessl"]}, f"listed: {listed}")
+    check("max_runtime" in wmtp("wmtp", "show", "vessl"), "wmtp show vessl does not show its keys")
+    settings = 'type = "vessl"\ncluster = "c"\npreset = "p"\ngpus = 1\nimage = "i:1"\n'
+    (wmtp.work / "vessl.toml").write_text(f"[launcher]\n{settings}")
+    (wmtp.work / "example.toml").write_text((EXAMPLE / "example.toml").read_text())
+    plan = wmtp("wmtp", "launch", "--on", "vessl", "--dry-run", "vessl.toml", "example.toml")
+    check("command: exec wmtp start" in plan, f"planned: {plan}")
+
+
 def main() -> None:
     """Build, install, use."""
     with tempfile.TemporaryDirectory(prefix="wmtp-wheels-") as temporary:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary).resolve()
         wheels = folder / "wheels"
         wheels.mkdir(parents=True)
-        algos, core, example, storage = build(wheels)
+        algos, core, example, storage, vessl = build(wheels)
         check_light(Environment(folder / "light", core), example)
         check_storage(Environment(folder / "storage", core, storage))
+        laptop = Environment(folder / "vessl", core, vessl)
+        run(
+            "uv",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-config",
+            "--no-deps",
+            "--python",
+            laptop.bin / "python",
+            example,
+            cwd=folder,
+        )
+        check_vessl(laptop)
         check_training(Environment(folder / "train", core, algos, example, "pytest"))
     print("check_wheels: all is well")
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from wmtp.data.config import CodeContests, Jsonl, Mbpp, PythonSource, TextFiles
+from wmtp.launchers.config import LocalLauncher
 from wmtp.models.config import HfModel, ScratchModel
 from wmtp.storage.config import FileStorage
-from wmtp.testing import DataLoaderTests, ModelLoaderTests, StorageTests, TrackerTests
+from wmtp.testing import DataLoaderTests, LauncherTests, ModelLoaderTests, StorageTests, TrackerTests
 from wmtp.tracking.config import JsonlTracker, MLflowTracker
 
 LLAMA = ScratchModel(vocab_size=61, hidden_size=16, layers=2, attention_heads=2, intermediate_size=24, max_positions=32)
@@ -17,6 +18,10 @@ LLAMA = ScratchModel(vocab_size=61, hidden_size=16, layers=2, attention_heads=2,
 
 class TestFileStorage(StorageTests):
     config = FileStorage()
+
+
+class TestLocalLauncher(LauncherTests):
+    config = LocalLauncher(processes=2)
 
 
 class TestJsonlTracker(TrackerTests):

@@ -1,5 +1,6 @@
 """What the tests share: the service on 127.0.0.1, the two files of a launch, the command line."""
 
+import json
 import sys
 import threading
 from http.server import ThreadingHTTPServer
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from vessl_service import Api, Files, Handler
+from vessl_service import VESSLCTL, Api, Files, Handler
 
 from wmtp.cli import main
 
@@ -26,6 +27,18 @@ def api(monkeypatch, tmp_path):
     yield server.api
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def vesslctl(tmp_path, monkeypatch):
+    """The program vesslctl on PATH; the jobs that it has made."""
+    program = tmp_path / "bin" / "vesslctl"
+    program.parent.mkdir()
+    program.write_text(VESSLCTL)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    monkeypatch.setenv("STUB_STATE", str(tmp_path / "jobs.json"))
+    return lambda: json.loads((tmp_path / "jobs.json").read_text())
 
 
 @pytest.fixture(autouse=True)

@@ -3,47 +3,12 @@
 import base64
 import json
 import shlex
-import stat
-import sys
 
 import pytest
 import tomli
 from vessl_service import LAUNCHER
 
 from wmtp_vessl.jobs import newer_lines
-
-VESSLCTL = f"""#!{sys.executable}
-import json, os, pathlib, sys
-state = pathlib.Path(os.environ["STUB_STATE"])
-jobs = json.loads(state.read_text()) if state.exists() else []
-with open(str(state) + ".calls", "a") as calls:
-    calls.write(json.dumps(sys.argv[1:]) + "\\n")
-words = sys.argv[1:]
-if os.environ.get("STUB_FAILS"):
-    sys.exit(os.environ["STUB_FAILS"])
-if words[:2] == ["auth", "status"]:
-    print("logged in")
-elif words[:2] == ["resource-spec", "list"]:
-    print(json.dumps([{{"slug": "a100x4"}}, {{"slug": "a100x1"}}]))
-elif words[:2] == ["job", "create"]:
-    name = words[words.index("--name") + 1]
-    jobs.append({{"slug": f"job-{{len(jobs)}}", "name": name, "workloadState": "running", "argv": words, "log": []}})
-    print("created")
-elif words[:2] == ["job", "list"]:
-    print(json.dumps(jobs))
-elif words[:2] == ["job", "show"]:
-    print(json.dumps(next(job for job in jobs if job["slug"] == words[2])))
-elif words[:2] == ["job", "logs"]:
-    job = next(job for job in jobs if job["slug"] == words[-1])
-    print("".join(line + "\\n" for line in job["log"]), end="")
-    job["log"].append(f"line {{len(job['log'])}}")
-    if len(job["log"]) > 5:
-        job["log"].pop()
-        job["workloadState"] = "succeeded"
-elif words[:2] == ["job", "terminate"]:
-    next(job for job in jobs if job["slug"] == words[2])["workloadState"] = "terminated"
-state.write_text(json.dumps(jobs))
-"""
 
 JOBS = "\n".join(
     line for line in LAUNCHER.partition("[launcher.secrets]")[0].splitlines() if not line.startswith("cluster")
@@ -55,15 +20,9 @@ backend = "jobs"
 
 
 @pytest.fixture
-def jobs(tmp_path, monkeypatch, files):
-    program = tmp_path / "bin" / "vesslctl"
-    program.parent.mkdir()
-    program.write_text(VESSLCTL)
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
-    monkeypatch.setenv("STUB_STATE", str(tmp_path / "jobs.json"))
+def jobs(vesslctl, files):
     files.write(JOBS)
-    return lambda: json.loads((tmp_path / "jobs.json").read_text())
+    return vesslctl
 
 
 def test_the_plan_is_a_command_line(wmtp, files, jobs, monkeypatch):

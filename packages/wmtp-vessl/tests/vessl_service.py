@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler
@@ -95,7 +96,7 @@ class Api:
             case "GET", ["organizations", _, "projects", "mtp", "run_executions"]:
                 wanted = query.get("statuses", [""])[0].split(",")
                 return 200, {"results": [run for run in self.runs.values() if run["status"] in wanted]}
-            case _, ["organizations", _, "projects", "mtp", "run_executions", run, *rest] if int(run) in self.runs:
+            case _, ["organizations", _, "projects", "mtp", "run_executions", run, *rest] if run in map(str, self.runs):
                 return self.answer_run(method, int(run), rest, query)
         return 404, {"code": "NotFound", "message": f"Nothing is at {path}."}
 
@@ -168,6 +169,41 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+VESSLCTL = f"""#!{sys.executable}
+import json, os, pathlib, sys
+state = pathlib.Path(os.environ["STUB_STATE"])
+jobs = json.loads(state.read_text()) if state.exists() else []
+with open(str(state) + ".calls", "a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+words = sys.argv[1:]
+if os.environ.get("STUB_FAILS"):
+    sys.exit(os.environ["STUB_FAILS"])
+if words[:2] == ["auth", "status"]:
+    print("logged in")
+elif words[:2] == ["resource-spec", "list"]:
+    print(json.dumps([{{"slug": "a100x4"}}, {{"slug": "a100x1"}}]))
+elif words[:2] == ["job", "create"]:
+    name = words[words.index("--name") + 1]
+    jobs.append({{"slug": f"job-{{len(jobs)}}", "name": name, "workloadState": "running", "argv": words, "log": []}})
+    print("created")
+elif words[:2] == ["job", "list"]:
+    print(json.dumps(jobs))
+elif words[:2] == ["job", "show"]:
+    found = [job for job in jobs if job["slug"] == words[2]]
+    print(json.dumps(found[0]) if found else sys.exit(f"Error: job {{words[2]}} not found"))
+elif words[:2] == ["job", "logs"]:
+    job = next(job for job in jobs if job["slug"] == words[-1])
+    print("".join(line + "\\n" for line in job["log"]), end="")
+    job["log"].append(f"line {{len(job['log'])}}")
+    if len(job["log"]) > 5:
+        job["log"].pop()
+        job["workloadState"] = "succeeded" if job["workloadState"] == "running" else job["workloadState"]
+elif words[:2] == ["job", "terminate"]:
+    next(job for job in jobs if job["slug"] == words[2])["workloadState"] = "terminated"
+state.write_text(json.dumps(jobs))
+"""
 
 
 class Files:

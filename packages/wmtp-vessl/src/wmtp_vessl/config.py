@@ -97,7 +97,7 @@ class Cache:
 class VesslLauncher:
     """Runs on VESSL. ``wmtp launch`` shows what it sends; ``wmtp launch --dry-run`` sends nothing.
 
-    In the container ``wmtp start`` fetches what the config names, starts the processes and uploads what they leave.
+    In the container what the config names is fetched, the processes are started, and what they leave is uploaded.
 
     Args:
         backend: ``runs``: VESSL Runs, by its HTTP interface; ``jobs``: VESSL Cloud Jobs, by the program ``vesslctl``.

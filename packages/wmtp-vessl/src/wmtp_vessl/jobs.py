@@ -22,6 +22,7 @@ from wmtp.errors import AuthenticationError, ConfigError, PlatformError
 from wmtp.launchers.base import LaunchPlan, RemoteLauncher, RunState, RunStatus
 from wmtp_vessl import rules
 from wmtp_vessl.config import VesslLauncher
+from wmtp_vessl.errors import NotFoundError
 from wmtp_vessl.render import COMMAND, environment
 
 __all__ = ["VesslJobs", "newer_lines"]
@@ -39,6 +40,7 @@ _STATES: Final = {
 }
 _MOST_LINES: Final = 1000  # vesslctl gives no more at once
 _TIMEOUT: Final = 120.0  # seconds
+_NOT_FOUND: Final = re.compile(r"\b404\b|not found", re.IGNORECASE)
 _NO_LOGIN: Final = re.compile(
     r"\b(401|403)\b|unauthori[sz]ed|unauthenticated|forbidden|not logged in|auth login", re.IGNORECASE
 )
@@ -124,6 +126,8 @@ class VesslJobs(RemoteLauncher):
             job = json.loads(_vesslctl("job", "show", run, "-o", "json"))
         except ValueError:
             raise PlatformError(f"vesslctl job show {run} printed no JSON") from None
+        except NotFoundError as error:
+            raise ConfigError(f"VESSL Cloud has no job {run}: {error}") from None
         state, word = _state(job)
         return RunStatus(state=state, word=word)
 
@@ -206,5 +210,7 @@ def _vesslctl(*arguments: str) -> str:
         said = " ".join((done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1].split())[:300]
         if _NO_LOGIN.search(done.stderr):
             raise AuthenticationError(f"{what}: {said}; run 'vesslctl auth login'")
+        if _NOT_FOUND.search(done.stderr):
+            raise NotFoundError(f"{what}: {said}")
         raise PlatformError(f"{what} failed with {done.returncode}: {said}")
     return done.stdout

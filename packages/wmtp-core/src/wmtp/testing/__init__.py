@@ -28,15 +28,17 @@ import pytest
 
 if TYPE_CHECKING:
     from wmtp.testing.data import DataLoaderTests
+    from wmtp.testing.launchers import LauncherTests
     from wmtp.testing.models import ModelLoaderTests
     from wmtp.testing.storage import StorageTests
     from wmtp.testing.trackers import TrackerTests
     from wmtp.testing.trainers import TrainerTests
 
-__all__ = ["DataLoaderTests", "ModelLoaderTests", "StorageTests", "TrackerTests", "TrainerTests"]
+__all__ = ["DataLoaderTests", "LauncherTests", "ModelLoaderTests", "StorageTests", "TrackerTests", "TrainerTests"]
 
 _HOMES = {
     "DataLoaderTests": "wmtp.testing.data",
+    "LauncherTests": "wmtp.testing.launchers",
     "ModelLoaderTests": "wmtp.testing.models",
     "StorageTests": "wmtp.testing.storage",
     "TrackerTests": "wmtp.testing.trackers",
