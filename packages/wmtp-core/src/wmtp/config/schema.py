@@ -248,15 +248,24 @@ class DevicesConfig:
 
     Args:
         device: ``auto`` takes cuda, then mps, then cpu.
-        precision: ``fp32``; ``bf16`` keeps parameters and optimizer in fp32 and computes in bf16 (autocast). Where a
-            device cannot do bf16, fp32 is used and one line says so.
+        precision: ``fp32``; ``bf16`` keeps parameters and optimizer in fp32 and computes in bf16 (autocast);
+            ``bf16-params`` keeps the model in bf16, and fp32 copies of its parameters for the optimizer: faster, with less
+            memory for activations. Checkpoints hold the fp32 copies, ``model/`` the bf16 parameters. Where a device cannot
+            do bf16, fp32 is used and one line says so.
+        activation_checkpointing: what a layer keeps for its backward pass. ``none``: everything; ``selective``: the results
+            of matrix products and of attention, the rest is computed again; ``full``: its input alone. Less memory for more
+            time, the same gradients.
+        compile: whether layers are compiled (torch.compile), one for all: the first steps take a minute more, the others
+            less time and memory.
         threads: CPU threads. Default: torch's.
         fsdp: how several processes hold one model. Default, with several: FSDP with its defaults.
         timeout: seconds. Several processes end when one of them does nothing for so long.
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "bf16-params"] = "fp32"
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    compile: bool = False
     threads: int | None = field(default=None, validator=optional(ge(1)))
     fsdp: FsdpConfig | None = None
     timeout: float = field(default=600.0, validator=[gt(0.0), lt(math.inf)])

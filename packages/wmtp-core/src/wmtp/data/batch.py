@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from attrs import evolve, frozen
@@ -44,24 +44,24 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """The rows from ``start`` to ``stop``; document numbers keep their meaning."""
-        return evolve(
-            self,
-            input_ids=self.input_ids[start:stop],
-            document=self.document[start:stop],
-            position=self.position[start:stop],
-            learn=self.learn[start:stop],
-            weight=None if self.weight is None else self.weight[start:stop],
-        )
+        return self._each(lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``; copies from pinned memory do not block."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which `to` a GPU does not block."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return evolve(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            document=self.document.to(device, non_blocking=True),
-            position=self.position.to(device, non_blocking=True),
-            learn=self.learn.to(device, non_blocking=True),
-            weight=None if self.weight is None else self.weight.to(device, non_blocking=True),
+            input_ids=change(self.input_ids),
+            document=change(self.document),
+            position=change(self.position),
+            learn=change(self.learn),
+            weight=None if self.weight is None else change(self.weight),
         )
 
 

@@ -11,9 +11,11 @@ import torch
 
 from wmtp.errors import ConfigError
 
-__all__ = ["autocast_context", "count_devices", "pick_device", "statistics_dtype"]
+__all__ = ["Precision", "autocast_context", "count_devices", "pick_device", "pick_precision", "statistics_dtype"]
 
 logger = logging.getLogger("wmtp")
+
+Precision = Literal["fp32", "bf16", "bf16-params"]
 
 
 def pick_device(name: Literal["auto", "cpu", "cuda", "mps"], local_rank: int | None = None) -> torch.device:
@@ -51,19 +53,20 @@ def count_devices(device: torch.device) -> int | None:
     return None if device.type == "cpu" else torch.cuda.device_count() if device.type == "cuda" else 1
 
 
-def autocast_context(precision: Literal["fp32", "bf16"], device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    """What makes the context in which the model computes.
-
-    bf16 keeps parameters, gradients and optimizer in fp32 and computes products in bf16. Where the device cannot, one line
-    says so, and fp32 is used.
-    """
-    if precision == "fp32":
-        return nullcontext
+def pick_precision(precision: Precision, device: torch.device) -> Precision:
+    """The precision that the config names, or fp32, and one line that says so, where the device cannot do bf16."""
     able = device.type == "cpu" or (
         torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.amp.is_autocast_available(device.type)
     )
-    if not able:
+    if precision != "fp32" and not able:
         logger.warning("%s cannot compute in bf16; fp32 is used", device)
+        return "fp32"
+    return precision
+
+
+def autocast_context(precision: Precision, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """What makes the context in which the model computes: all but ``fp32`` computes products in bf16."""
+    if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 

@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,9 @@ from wmtp.training.evaluate import evaluate
 from wmtp.training.gradients import clip_gradients, gradient_norm
 from wmtp.training.interrupt import Interrupt, catch_signals
 from wmtp.training.metrics import StepFile
+from wmtp.training.prefetch import Prefetcher
 from wmtp.training.progress import Progress
+from wmtp.training.readback import Readback
 from wmtp.training.schedule import learning_rate_factor
 from wmtp.training.stages import StageBatches, StagePlan, apply_stage
 from wmtp.training.step import StepLoss, StepOutput
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["Fit", "FitResult"]
 
 logger = logging.getLogger("wmtp")
+
+# what is read with the metrics and is none: names that no metric of a trainer has
+_LOSS, _BAD_WEIGHTS = "\0loss", "\0bad weights"
 
 
 @frozen(kw_only=True)
@@ -64,7 +70,7 @@ class _Pending:
     step: int
     batch: Batch
     output: StepOutput
-    gradient_norm: torch.Tensor
+    numbers: Readback
     facts: Mapping[str, float | str]
     recording: Recording
 
@@ -98,6 +104,7 @@ class Fit:
     _last: dict[str, float] = field(factory=dict, init=False)
     _pending: _Pending | None = field(default=None, init=False)
     _early_stopping: EarlyStopping = field(init=False)
+    _ahead: Prefetcher = field(init=False)
     _stage: Stage | None = field(default=None, init=False)
     _stage_stopping: EarlyStopping = field(factory=lambda: EarlyStopping(None), init=False)
     _resumed_stage: Mapping[str, Any] | None = field(default=None, init=False)
@@ -120,6 +127,7 @@ class Fit:
         if self.resumed is not None:
             self._restore(self.resumed)
         self._ranks.on_main(self._open_metrics)
+        self._ahead = Prefetcher(self._make_batch, self.total_steps, pin=self.step_loss.device.type == "cuda")
         self.step_loss.model.eval()  # the layers' eval mode: no dropout, so that one step has one value
         try:
             with catch_signals() as interrupt:
@@ -127,6 +135,7 @@ class Fit:
             if self.checkpoints.save_final or status == "interrupted":
                 self._save()
         finally:
+            self._ahead.close()
             if self._progress is not None:
                 self._progress.close()
             if self._metrics_file is not None:
@@ -195,16 +204,21 @@ class Fit:
         if self._ranks.any(self._stage_stopping.should_stop(numbers)) and end < self.plan.ends[current]:
             logger.info("stage %s ends early, at step %d", stage.name, end)
             self.plan = self.plan.ended(end)
+            self._ahead.forget()  # batches of steps that are another stage's now
+
+    def _make_batch(self, step: int) -> Batch:
+        batches, index = self.batches.at(self.plan, step)
+        return batches.batch(index)
 
     def _optimizer_step(self) -> None:
         began = time.monotonic()
         stage = self.plan.at(self._step)
-        batches, index = self.batches.at(self.plan, self._step)
-        batch = batches.batch(index)
+        batch = self._ahead.batch(self._step)
         factor = learning_rate_factor(self.schedule, self._step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
+        batches, index = self.batches.at(self.plan, self._step)
         epoch, _ = batches.locate(index)
         recording = self.recorder.recording(self._step, batch, epoch=epoch, epoch_steps=batches.steps_per_epoch)
         output = self.step_loss(batch, self._step, stage, histogram=recording.weights, tokens=bool(recording.documents))
@@ -214,6 +228,8 @@ class Fit:
         norm = gradient_norm(learned)
         if self.train.max_grad_norm:
             clip_gradients(learned, self.train.max_grad_norm, norm)
+        # on their way before the optimizer's work is given to the device, and read a step later
+        numbers = Readback({**output.metrics, "gradient_norm": norm, _LOSS: output.loss, _BAD_WEIGHTS: output.bad_weights})
         # the numbers of the step before this one, now that the device has new work
         self._read_pending()
         self.optimizer.step()
@@ -228,19 +244,19 @@ class Fit:
             "tokens_per_second": rate,
             "stage": stage.name,
         }
-        self._pending = _Pending(
-            step=self._step, batch=batch, output=output, gradient_norm=norm, facts=facts, recording=recording
-        )
+        self._pending = _Pending(step=self._step, batch=batch, output=output, numbers=numbers, facts=facts, recording=recording)
 
     def _read_pending(self, *, evaluates: bool = False) -> dict[str, float]:
         """Read, check and log the step whose numbers are still on the device; measure too if asked."""
         pending, self._pending = self._pending, None
         if pending is None:
             return {}
-        self._check(pending)
+        measured = pending.numbers.read()
+        self._check(pending, measured)
         self.recorder.write(pending.step, str(pending.facts["stage"]), pending.batch, pending.recording, pending.output)
-        values: dict[str, float | str] = {name: self._number(name, value) for name, value in pending.output.metrics.items()}
-        values |= {"gradient_norm": float(pending.gradient_norm)} | dict(pending.facts)
+        metrics = {name: value for name, value in measured.items() if name not in (_LOSS, _BAD_WEIGHTS)}
+        values: dict[str, float | str] = {name: self._number(name, value) for name, value in metrics.items()}
+        values |= dict(pending.facts)
         self._watch(pending, _finite(values))
         logs = pending.step % self.train.log_interval == 0 or evaluates or pending.step == self.total_steps
         if logs:
@@ -282,17 +298,17 @@ class Fit:
                 logger.warning("the tracker failed at step %d: %s; metrics.jsonl has everything", step, error)
             self._tracker_failed = True
 
-    def _check(self, pending: _Pending) -> None:
-        if code := int(pending.output.bad_weights):
+    def _check(self, pending: _Pending, measured: Mapping[str, torch.Tensor | float]) -> None:
+        if code := int(measured[_BAD_WEIGHTS]):
             raise PluginError(f"{self.step_loss.trainer_name}: {BAD_WEIGHTS[code]} (step {pending.step})")
-        loss, norm = float(pending.output.loss), float(pending.gradient_norm)
+        loss, norm = float(measured[_LOSS]), float(measured["gradient_norm"])
         if math.isfinite(loss) and math.isfinite(norm):
             return
         ids = list(dict.fromkeys(document.id for document in pending.batch.documents))
         shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
         saved = self._saved()
         good = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
-        terms = {name: float(value) for name, value in pending.output.metrics.items() if name.startswith("auxiliary/")}
+        terms = {name: float(value) for name, value in measured.items() if name.startswith("auxiliary/")}
         terms = {name: value for name, value in terms.items() if not math.isfinite(value)}
         blamed = "".join(f"; {name} of {self.step_loss.trainer_name} is {value}" for name, value in terms.items())
         raise WMTPError(
@@ -320,14 +336,21 @@ class Fit:
         folder, keep = self.checkpoint_dir, self.checkpoints.keep_last
         self._ranks.on_main(lambda: prune_checkpoints(folder, keep))  # fewer may be wanted since a resume
         try:
-            self._ranks.on_main(lambda: save_checkpoint(folder, self._step, self.step_loss.model, state))
+            with self._learned_weights():
+                self._ranks.on_main(lambda: save_checkpoint(folder, self._step, self.step_loss.model, state))
         except WMTPError as error:
             good = f"; the last good checkpoint is {saved[-1].path}" if saved else ""
             raise WMTPError(f"{error}{good}") from error
         self._ranks.on_main(lambda: prune_checkpoints(folder, keep))
 
+    def _learned_weights(self) -> AbstractContextManager[None]:
+        """A checkpoint holds the weights as the optimizer has them, so it fits runs in any precision."""
+        masters = self.step_loss.master_weights
+        return nullcontext() if masters is None else masters.in_place()
+
     def _restore(self, checkpoint: Checkpoint) -> None:
-        state = self._ranks.together(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.step_loss.device))
+        with self._learned_weights():
+            state = self._ranks.together(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.step_loss.device))
         if state["data"] != self.batches.fingerprint:
             raise ConfigError(
                 f"datasets: the training data is not what it was when {checkpoint.path} was written: a file or the tokenizer "

@@ -24,9 +24,11 @@ from wmtp.storage.atomic import remove_partial, write_folder
 from wmtp.storage.uris import file_path
 from wmtp.tracking import RunInfo
 from wmtp.tracking.jsonl import Jsonl
+from wmtp.training.acceleration import checkpoint_activations, compile_layers
 from wmtp.training.checkpoint import Checkpoint, list_checkpoints
-from wmtp.training.devices import autocast_context, pick_device
+from wmtp.training.devices import autocast_context, pick_device, pick_precision
 from wmtp.training.loop import Fit
+from wmtp.training.master_weights import MasterWeights
 from wmtp.training.memory import estimate_memory, head_parameters
 from wmtp.training.optimizers import change_learning_rate
 from wmtp.training.recording import Recorder
@@ -85,6 +87,11 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
     model = ranks.together(lambda: load_base_model(config, source)).to(device)
+    precision = pick_precision(config.devices.precision, device)
+    master_weights = MasterWeights(model) if precision == "bf16-params" else None
+    checkpoint_activations(model, config.devices.activation_checkpointing)
+    if config.devices.compile:
+        compile_layers(model)
     plan = StagePlan.make(trainer.stages(), warmup_steps=model.heads.warmup_steps, total_steps=total_steps, trainer_name=name)
     batches = StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
     setup = TrainerSetup(
@@ -128,15 +135,16 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
                 micro_batch_size=config.data.train.micro_batch_size or config.data.train.batch_size,
                 normalizer=config.train.normalizer,
                 device=device,
-                autocast=autocast_context(config.devices.precision, device),
+                autocast=autocast_context(precision, device),
                 seed=config.run.seed,
                 ranks=ranks,
+                master_weights=master_weights,
             ),
             modules=modules,
             plan=plan,
             batches=batches,
             eval_batches=eval_batches(data.eval, config.data) if data.eval is not None else (),
-            optimizer=_optimizer(config, model, parameters, trainer, modules),
+            optimizer=_optimizer(config, model, parameters, trainer, modules, master_weights),
             schedule=config.schedule,
             train=config.train,
             checkpoints=config.checkpoints,
@@ -300,10 +308,18 @@ def _optimizer(
     parameters: list[tuple[str, nn.Parameter]],
     trainer: Trainer,
     modules: Mapping[str, nn.Module],
+    master_weights: MasterWeights | None,
 ) -> torch.optim.Optimizer:
+    of_heads = list(model.extra_heads.parameters())
+    if master_weights is not None:
+        names, plain = zip(*parameters, strict=True)
+        parameters = list(zip(names, master_weights.replace(plain), strict=True))
+        of_heads = master_weights.replace(of_heads)
     optimizer = config.optimizer.build(parameters)
+    if master_weights is not None:
+        master_weights.follow(optimizer)
     if model.heads.lr_factor != 1.0:
-        change_learning_rate(optimizer, model.extra_heads.parameters(), lambda lr: lr * model.heads.lr_factor)
+        change_learning_rate(optimizer, of_heads, lambda lr: lr * model.heads.lr_factor)
     for module, rate in trainer.learning_rates().items():
         change_learning_rate(optimizer, modules[module].parameters(), lambda _, rate=rate: rate)
     return optimizer

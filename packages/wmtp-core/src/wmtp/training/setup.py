@@ -170,11 +170,12 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
     return model
 
 
-def load_extra_model(config: Config, place: Place, device: torch.device) -> OpenModel:
+def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> OpenModel:
     """What a trainer calls to load ``[models.NAME]``; see `OpenModel`."""
     from wmtp.models.build import build_model
+    from wmtp.training.acceleration import compile_layers
 
-    def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = device) -> MTPModel:
+    def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = trained_on) -> MTPModel:
         entry: ModelConfig | None = config.models.get(name)
         if entry is None:
             raise ConfigError(f"models.{name}: the trainer needs this model; add the table [models.{name}]")
@@ -182,7 +183,10 @@ def load_extra_model(config: Config, place: Place, device: torch.device) -> Open
         model = build_model(loaded, HeadsConfig(horizon=1), config.run.seed)
         if config.data.train.packing and model.packing_problem is not None:
             raise ConfigError(f"data.train.packing: [models.{name}]: {model.packing_problem}; set data.train.packing = false")
-        return model.to(device).eval().requires_grad_(False)
+        model = model.to(device).eval().requires_grad_(False)
+        if config.devices.compile and device == trained_on:
+            compile_layers(model)
+        return model
 
     return load
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
 from wmtp.data.batch import Batch, Targets, align_targets
@@ -16,6 +16,7 @@ from wmtp.distributed.share import Share
 from wmtp.errors import PluginError
 from wmtp.loss import Unembedding, token_statistics, weighted_cross_entropy
 from wmtp.training.devices import statistics_dtype
+from wmtp.training.master_weights import MasterWeights
 from wmtp.training.recording import TokenRecord, weight_histogram
 from wmtp.training.trainer import HiddenView, Stage, StepView, Trainer
 from wmtp.training.weights import (
@@ -67,6 +68,7 @@ class StepLoss:
         autocast: makes the context in which the model computes.
         seed: the run's seed.
         ranks: the processes that share the rows of a step.
+        master_weights: the copies of the model's parameters that gradients are added to; None: the parameters themselves.
     """
 
     model: MTPModel
@@ -78,6 +80,13 @@ class StepLoss:
     autocast: Callable[[], AbstractContextManager[object]]
     seed: int
     ranks: Ranks = ALONE
+    master_weights: MasterWeights | None = None
+    _head_weights: Tensor = field(init=False)
+
+    @_head_weights.default
+    def _(self) -> Tensor:
+        # once: bringing numbers from Python to a GPU waits for it
+        return torch.tensor(self.model.heads.resolved_head_weights(), device=self.device)
 
     def __call__(self, batch: Batch, step: int, stage: Stage, *, histogram: bool = False, tokens: bool = False) -> StepOutput:
         """Add the gradient of one step's loss to the parameters' ``grad``.
@@ -131,8 +140,7 @@ class StepLoss:
             generator=torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63),
         )
         weights = place_weights(self.trainer.token_weights(view) if stage.model_loss else None, targets, self.trainer_name)
-        head_weights = torch.tensor(self.model.heads.resolved_head_weights(), device=self.device)
-        coefficients = prediction_coefficients(weights, targets.valid, head_weights, self.normalizer)
+        coefficients = prediction_coefficients(weights, targets.valid, self._head_weights, self.normalizer)
         problem = bad_weights(weights, coefficients)
         auxiliary, slopes = self._auxiliary(view)
 
@@ -191,7 +199,8 @@ class StepLoss:
     def _whole_parameters(self) -> list[nn.Parameter]:
         """Those that every rank holds in full: their gradients must be added up."""
         modules = (self.model, *self.trainer.modules().values())
-        return [parameter for module in modules for parameter in module.parameters()]
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        return parameters if self.master_weights is None else self.master_weights.replace(parameters)
 
     def _unembeddings(self) -> list[Unembedding]:
         return [self.model.unembedding(k) for k in range(1, self.model.horizon + 1)]

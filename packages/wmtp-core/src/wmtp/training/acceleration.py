@@ -1,0 +1,109 @@
+"""Activation checkpointing and compilation, layer by layer. Sharding comes after both (`wmtp.models.layers`).
+
+Both replace a layer's ``forward`` and leave the layer itself, its hooks and its name where they are: state dicts do not
+change, and what is recorded of a layer's call (`wmtp.models.anatomy.record_call`) stays outside of the compiled code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from wmtp.models.layers import repeated_layers
+
+if TYPE_CHECKING:
+    from wmtp.models.mtp import MTPModel
+
+__all__ = ["checkpoint_activations", "compile_layers"]
+
+#: Variants of one layer's code before torch gives up compiling it. Stages, evaluation, packing and ragged rows each ask for
+#: one; torch's own limit, 8, is less than what a run with several stages needs.
+_VARIANTS = 64
+
+
+def checkpoint_activations(model: MTPModel, mode: Literal["none", "full", "selective"]) -> None:
+    """Let every repeated layer keep less for its backward pass, and compute the rest again there.
+
+    Args:
+        model: in place.
+        mode: ``full`` keeps a layer's input alone; ``selective`` keeps the results of matrix products and of attention too,
+            so that only what is cheap is computed again; ``none`` leaves the model as it is.
+    """
+    if mode == "none":
+        return
+    for layer in repeated_layers(model):
+        layer.forward = MethodType(_CHECKPOINTED[mode], layer)
+
+
+def compile_layers(model: MTPModel) -> None:
+    """Compile the repeated layers and what follows the last one (the final norm, which every head applies).
+
+    The layers of a model share their code, so it is compiled once for all of them, when it first runs; again where something
+    is different: what learns, no gradient at all, other shapes.
+
+    Args:
+        model: in place, after `checkpoint_activations`.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 8 * _VARIANTS)
+    for layer in (*repeated_layers(model), *model.anatomy.tail):
+        plain = layer.forward
+        layer.forward = partial(_uncached, torch.compile(plain), plain)
+
+
+def _uncached(compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Generating text has a cache, which grows with each token, and as many shapes: it goes the plain way."""
+    return (compiled if kwargs.get("past_key_values") is None else plain)(*args, **kwargs)
+
+
+# Functions of the module rather than closures: torch.compile knows a layer's code by its function, and one function is
+# compiled once for all layers.
+
+
+def _full(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(partial(type(self).forward, self), *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _selective(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(
+        partial(type(self).forward, self),
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=_selective_contexts,
+        **kwargs,
+    )
+
+
+_CHECKPOINTED: dict[str, Callable[..., Any]] = {"full": _full, "selective": _selective}
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    expensive = operator in _KEPT
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_aten = torch.ops.aten
+_KEPT = frozenset(
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten.bmm.default,
+        _aten.linear.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.higher_order.flex_attention,
+    }
+)

@@ -1,0 +1,71 @@
+"""Parameters in bf16, learned through copies in fp32 (Micikevicius et al., arXiv 1710.03740, §3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["MasterWeights"]
+
+
+class MasterWeights:
+    """An fp32 copy of every parameter of a model, which the optimizer sees in the parameter's place.
+
+    bf16 has 8 significant bits: an update smaller than 1/256 of a weight, as nearly all of a fine-tuning are, would be lost. So
+    the optimizer works on the copies. A backward pass adds each gradient to the copy's own, in fp32, the sum over micro-batches
+    too, and frees the bf16 one; after every step of the optimizer the copies are rounded into the parameters.
+
+    Args:
+        model: whose fp32 parameters become bf16. Buffers (rotary frequencies, say) stay as they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._masters: dict[nn.Parameter, nn.Parameter] = {}
+        self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                self._places.append((module, name, parameter))  # a tied one has several places, and one copy
+                if parameter not in self._masters:
+                    self._masters[parameter] = nn.Parameter(parameter.detach().float())
+        for parameter, master in self._masters.items():
+            parameter.grad = None
+            parameter.data = master.detach().to(torch.bfloat16)
+            parameter.register_post_accumulate_grad_hook(self._take_gradient)
+
+    def replace(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """The copies of parameters; a parameter that has none stays."""
+        return [self._masters.get(parameter, parameter) for parameter in parameters]
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Round the copies into the parameters after every step of ``optimizer``."""
+        optimizer.register_step_post_hook(lambda *_: self.publish())
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the copies into the parameters."""
+        torch._foreach_copy_(list(self._masters), list(self._masters.values()))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The copies are the model's parameters inside: to be saved, or to be read into. Afterwards they are published."""
+        for module, name, parameter in self._places:
+            module._parameters[name] = self._masters[parameter]
+        try:
+            yield
+        finally:
+            for module, name, parameter in self._places:
+                module._parameters[name] = parameter
+            self.publish()
+
+    @torch.no_grad()
+    def _take_gradient(self, parameter: nn.Parameter) -> None:
+        master, gradient = self._masters[parameter], parameter.grad
+        assert gradient is not None
+        if master.grad is None:
+            master.grad = gradient.to(master.dtype)
+        else:
+            master.grad += gradient
+        parameter.grad = None
