@@ -12,6 +12,7 @@ from wmtp_algos import (
     EAFT,
     BaselineMTP,
     Column,
+    CriticWMTP,
     EntropyTop,
     Focal,
     HorizonDecay,
@@ -59,6 +60,28 @@ class TestEAFT(TrainerTests):
 
 class TestEntropyTop(TrainerTests):
     config = EntropyTop(scope="head")
+
+
+class TestCritic(TrainerTests):
+    config = CriticWMTP()
+
+
+class TestCriticThatLearnsByPairs(TrainerTests):
+    config = CriticWMTP(
+        critic="model", value_loss="pairwise", value_learns=True, delta="td", whitening="batch", pair_length_ratio=20.0
+    )
+
+
+class TestCriticOnAll(TrainerTests):
+    config = CriticWMTP(train_on="all", value_learns=True, gamma=0.97, gae_lambda=0.5, ema_decay=0.5)
+
+
+class TestShuffledCritic(TrainerTests):
+    config = Shuffled(of=CriticWMTP(value_learns=True))
+
+
+class TestRandomMatchedCritic(TrainerTests):
+    config = RandomMatched(of=CriticWMTP(value_loss="pairwise"))
 
 
 class TestShuffledRho1(TrainerTests):

@@ -14,12 +14,14 @@ from wmtp_algos.config import (
     Rho1WMTP,
     Shuffled,
 )
+from wmtp_algos.critic_config import CriticWMTP
 
 __all__ = [
     "DFT",
     "EAFT",
     "BaselineMTP",
     "Column",
+    "CriticWMTP",
     "EntropyTop",
     "Focal",
     "HorizonDecay",

@@ -81,21 +81,27 @@ class ControlTrainer(Trainer):
     def token_weights(self, view: StepView) -> Tensor:
         """See `Trainer.token_weights`; ``[B, S, H]``."""
         weights = place_weights(self._treatment.token_weights(view), view.targets, self._name)
+        weighed = self._treatment.weighed(view)
+        places = view.targets.valid if weighed is None else view.targets.valid & weighed
         changed = torch.zeros_like(weights)
         for k in range(weights.shape[-1]):
-            valid = view.targets.valid[..., k]
+            valid = places[..., k]
             treated = weights[..., k][valid]
             # weights that are not allowed are left for the loop to refuse
             allowed = (treated.isfinite() & (treated >= 0)).all()
             changed[..., k][valid] = torch.where(allowed, self.replace(treated, view.generator), treated)
         return changed
 
+    def weighed(self, view: StepView) -> Tensor | None:
+        """See `Trainer.weighed`."""
+        return self._treatment.weighed(view)
+
     @abstractmethod
     def replace(self, weights: Tensor, generator: torch.Generator) -> Tensor:
         """Other weights for one head.
 
         Args:
-            weights: ``[n]``, the treatment's, of the head's valid predictions in the order of the data.
+            weights: ``[n]``, the treatment's, of the head's predictions that it weighs, in the order of the data.
             generator: on the CPU, where all random numbers must come from.
 
         Returns:

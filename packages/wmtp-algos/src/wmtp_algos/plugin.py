@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import wmtp
-from wmtp_algos import config
+from wmtp_algos import config, critic_config
 
 __all__ = ["wmtp_trainers"]
 
@@ -11,4 +11,4 @@ __all__ = ["wmtp_trainers"]
 @wmtp.hookimpl
 def wmtp_trainers() -> list[type]:
     """The algorithms."""
-    return [getattr(config, name) for name in config.__all__]
+    return [getattr(module, name) for module in (config, critic_config) for name in module.__all__]

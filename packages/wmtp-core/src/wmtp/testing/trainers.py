@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, NoReturn, cast
 
@@ -192,19 +193,34 @@ class TrainerTests(ComponentTests):
             assert not isinstance(value, Tensor) or not value.requires_grad, f"{name} keeps a graph alive; detach it"
 
     def test_state_survives_a_checkpoint(self) -> None:
-        """A trainer that took over another's state goes on as that one would have."""
+        """A trainer that took over another's state goes on as that one would have, in every stage."""
         one, two = self.make_trainer(), self.make_trainer()
         for number in range(3):
-            self._weights(one, random_step(number, packed=True), number=number)
+            for stage in one.stages():
+                self._use(one, random_step(number, packed=True), stage, number=number)
         file = io.BytesIO()
         torch.save(one.state_dict(), file)
         file.seek(0)
         two.load_state_dict(torch.load(file, weights_only=True))
         for number in range(3, 5):
-            step = random_step(number, packed=False)
-            left, _ = self._weights(one, step, number=number)
-            right, _ = self._weights(two, step, number=number)
-            assert torch.equal(left, right), "state_dict() does not hold everything that later weights depend on"
+            for stage in one.stages():
+                step = random_step(number, packed=False)
+                left, right = (self._use(trainer, step, stage, number=number) for trainer in (one, two))
+                assert left.keys() == right.keys()
+                for name, value in left.items():
+                    torch.testing.assert_close(
+                        right[name], value, rtol=0, atol=0, equal_nan=True,
+                        msg=f"state_dict() does not hold everything that later {name} depend on",
+                    )  # fmt: skip
+
+    def _use(self, trainer: Trainer, step: Step, stage: Stage, *, number: int) -> dict[str, Tensor]:
+        """Everything that the loop asks for in one step."""
+        view = make_view(trainer, step, number=number, stage=stage.name)
+        found = {}
+        if stage.model_loss:
+            found["weights"] = place_weights(trainer.token_weights(view), view.targets, type(self.config).__name__)
+        found |= {f"auxiliary losses ({name})": loss.detach() for name, loss in trainer.auxiliary_losses(view).items()}
+        return found | {f"metrics ({name})": torch.as_tensor(value) for name, value in trainer.metrics().items()}
 
     # --- the whole optimizer step, in the real loop
 
@@ -216,24 +232,30 @@ class TrainerTests(ComponentTests):
             whole = self._learn(step, stage, micro_batch_size=6)
             for size in (1, 4):
                 part = self._learn(step, stage, micro_batch_size=size)
-                assert part.keys() == whole.keys()
-                for name in whole:
-                    torch.testing.assert_close(
-                        part[name],
-                        whole[name],
-                        rtol=1e-4,
-                        atol=1e-5 * float(whole[name].abs().max()) + 1e-9,
-                        msg=lambda text, name=name, size=size: f"{name} depends on the micro-batch size ({size} or 6): {text}",
-                    )
+                _assert_same(part, whole, f"depends on the micro-batch size ({size} or 6)")
 
-    def test_padding_changes_no_gradient(self) -> None:
-        """One more column of padding leaves loss and gradients as they are."""
-        step = random_step(7, packed=False)
-        stage = _weighted_stages(self.make_trainer())[0]
-        left = self._learn(step, stage, micro_batch_size=4)
-        right = self._learn(pad(step, columns=2, rows=0), stage, micro_batch_size=4)
-        for name in left:
-            torch.testing.assert_close(right[name], left[name], rtol=1e-4, atol=1e-5 * float(left[name].abs().max()) + 1e-9)
+    @_KINDS
+    def test_padding_changes_no_gradient(self, packed: bool) -> None:
+        """More columns of padding leave loss and gradients as they are."""
+        step = random_step(7, packed=packed)
+        for stage in self.make_trainer().stages():
+            left = self._learn(step, stage, micro_batch_size=4)
+            right = self._learn(pad(step, columns=2, rows=0), stage, micro_batch_size=4)
+            _assert_same(right, left, "depends on the amount of padding")
+
+    @_KINDS
+    def test_constant_weights_equal_the_baseline(self, packed: bool) -> None:
+        """With constant weights in place of its own, and no auxiliary loss, the model learns as from a plain trainer, and
+        nothing reaches the trainer's modules: observing leaves the model alone, and modules learn by auxiliary losses only."""
+        step = random_step(6, packed=packed)
+        for stage in _weighted_stages(self.make_trainer()):
+            trainer = self.make_trainer()
+            trainer.token_weights = lambda view: torch.full(view.batch.input_ids.shape, 2.5)  # type: ignore[method-assign]
+            trainer.auxiliary_losses = lambda view: {}  # type: ignore[method-assign]
+            ours = self._learn(step, stage, micro_batch_size=2, trainer=trainer)
+            plain = self._learn(step, stage, micro_batch_size=2, trainer=Trainer())
+            assert ours.keys() == plain.keys(), "the model loss reaches the trainer's modules"
+            _assert_same(ours, plain, "is not what uniform weights give")
 
     def _weights(self, trainer: Trainer, step: Step, *, number: int = 0, stage: str | None = None) -> tuple[Tensor, Tensor]:
         """Weights as the loop places them, and which predictions are valid; ``[B, S, H]`` both."""
@@ -241,9 +263,9 @@ class TrainerTests(ComponentTests):
         targets: Targets = align_targets(step.batch, HORIZON)
         return place_weights(trainer.token_weights(view), targets, type(self.config).__name__), targets.valid
 
-    def _learn(self, step: Step, stage: Stage, *, micro_batch_size: int) -> dict[str, Tensor]:
+    def _learn(self, step: Step, stage: Stage, *, micro_batch_size: int, trainer: Trainer | None = None) -> dict[str, Tensor]:
         """The loss and all gradients of one step."""
-        trainer = self.make_trainer()
+        trainer = trainer or self.make_trainer()
         base = cast(PreTrainedModel, tiny_model())
         model = MTPModel(base, HeadsConfig(horizon=HORIZON), seed=0)
         arguments: dict[str, Any] = {
@@ -264,6 +286,20 @@ class TrainerTests(ComponentTests):
         ]
         found |= {name: p.grad for name, p in parameters if p.grad is not None}
         return found
+
+
+def _assert_same(ours: Mapping[str, Tensor], expected: Mapping[str, Tensor], problem: str) -> None:
+    """Compare loss and gradients, up to rounding: a gradient may be a sum of large terms that cancel."""
+    assert ours.keys() == expected.keys()
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            ours[name],
+            tensor,
+            rtol=1e-4,
+            atol=1e-5 * float(tensor.abs().max()) + 1e-7 * largest,
+            msg=lambda text, name=name: f"{name} {problem}: {text}",
+        )
 
 
 def _no_numbers(model: str, what: str) -> NoReturn:

@@ -224,6 +224,16 @@ class Trainer(ABC):
         """
         return None
 
+    def weighed(self, view: StepView) -> Tensor | None:
+        """Which valid predictions the weights are about, where some are none of the algorithm's business and have weight 0.
+
+        A control deals out weights among these only.
+
+        Returns:
+            ``[B, S, H]`` bool; None: all valid ones.
+        """
+        return None
+
     def auxiliary_losses(self, view: StepView) -> Mapping[str, Tensor]:
         """Further terms of the loss: scalars, computed from ``view.observations``."""
         return {}
