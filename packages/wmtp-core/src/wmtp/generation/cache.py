@@ -1,0 +1,70 @@
+"""A key-value cache whose rows have lengths of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+__all__ = ["RowCache"]
+
+
+class RowCache(Cache):
+    """Keys and values of one or more layers: the token at position p of a row is always in slot p.
+
+    So nothing has to be moved or masked out when a row's draft is rejected: its slots are written again by what comes next,
+    and until then no query looks at them, because a query at position p sees slots 0..p only.
+
+    Args:
+        capacity: slots of a row.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(layers=[])
+        self._capacity = capacity
+        self._store: dict[int, tuple[Tensor, Tensor]] = {}
+        self._slots = torch.zeros(0)
+        self._start: int | None = None
+        self._width = 0
+
+    def place(self, slots: Tensor, start: int | None, width: int) -> None:
+        """Say where the next `update` of every layer writes.
+
+        Args:
+            slots: ``[B, T]`` int64, consecutive in each row.
+            start: the first slot where it is the same in all rows; else None.
+            width: how many slots attention looks at: more than any of ``slots``.
+        """
+        self._slots, self._start, self._width = slots, start, width
+
+    def place_as(self, other: RowCache) -> None:
+        """Write where ``other`` wrote last."""
+        self.place(other._slots, other._start, other._width)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write keys and values ``[B, heads, T, d]`` of one layer; what it returns is transformers' contract."""
+        if layer_idx not in self._store:
+            rows, heads, _, _ = key_states.shape
+            self._store[layer_idx] = (
+                key_states.new_zeros(rows, heads, self._capacity, key_states.shape[-1]),
+                value_states.new_zeros(rows, heads, self._capacity, value_states.shape[-1]),
+            )
+        stored = self._store[layer_idx]
+        tokens = key_states.shape[2]
+        for kept, new in zip(stored, (key_states, value_states), strict=True):
+            if self._start is not None:
+                kept[:, :, self._start : self._start + tokens] = new
+            else:
+                row = torch.arange(len(new), device=new.device)[:, None]
+                kept[row, :, self._slots] = new.transpose(1, 2)
+        return stored[0][:, :, : self._width], stored[1][:, :, : self._width]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots before the tokens that are being read; only models that are given no positions ask."""
+        return self._width - self._slots.shape[-1]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        self._store = {index: (keys[rows], values[rows]) for index, (keys, values) in self._store.items()}

@@ -1,0 +1,279 @@
+"""Decoding against plain loops without any cache, and against transformers' own generate."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from wmtp.config.schema import HeadsConfig
+from wmtp.errors import ConfigError
+from wmtp.generation import Sampling, generate, stream
+from wmtp.generation import decoder as decoders
+from wmtp.generation.sampling import draw, probabilities
+from wmtp.models.mtp import MTPModel
+
+KINDS = ("block", "linear", "residual", "chained", "shared")
+PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3], [20, 21], [30, 31] * 8]
+EOS = 3
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def _llama(**changes: object) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**SMALL | changes))
+
+
+def _gpt2(**changes: object) -> PreTrainedModel:
+    options = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+    return GPT2LMHeadModel(GPT2Config(**options | changes, bos_token_id=None, eos_token_id=None))
+
+
+def _qwen3(**changes: object) -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**SMALL | {"head_dim": 8} | changes))
+
+
+ARCHITECTURES = {"llama": _llama, "gpt2": _gpt2, "qwen3": _qwen3}
+
+
+def _model(architecture: str = "llama", kind: str = "block", horizon: int = 4, **changes: object) -> MTPModel:
+    torch.manual_seed(0)
+    base = ARCHITECTURES[architecture](**changes).eval()
+    model = MTPModel(base, HeadsConfig(horizon=horizon, kind=kind, init="copy"), seed=1).eval()  # type: ignore[arg-type]
+    with torch.no_grad():  # heads that are nearly head 1's own: some drafts are right in a text that repeats itself
+        for parameter in model.extra_heads.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.02)
+    return model
+
+
+@torch.no_grad()
+def _plain_greedy(model: MTPModel, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count:
+        tokens.append(int(model.base(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
+
+
+@torch.no_grad()
+def _plain_drafts(model: MTPModel, tokens: list[int]) -> list[int]:
+    """The drafts after ``tokens``, of which the last is head 1's own; every head's pass is made anew."""
+    drafts: list[int] = []
+    for k in range(2, model.horizon + 1):
+        ids = torch.tensor([tokens + drafts])
+        drafts.append(int(model.logits(model(ids), k)[0, len(tokens) - 2].argmax()))
+    return drafts
+
+
+def _plain_speculation(model: MTPModel, prompt: list[int], count: int) -> tuple[int, list[int], list[int]]:
+    """Steps, and for heads 2..H how many drafts were tested and accepted, when the text is the greedy one."""
+    text = prompt + _plain_greedy(model, prompt, count)
+    steps, tested, accepted, known = 0, [0] * (model.horizon - 1), [0] * (model.horizon - 1), len(prompt) + 1
+    while known < len(text):
+        drafts = _plain_drafts(model, text[:known])
+        steps += 1
+        for head, draft in enumerate(drafts):
+            if known >= len(text):
+                break
+            tested[head] += 1
+            right = draft == text[known]
+            accepted[head] += right
+            known += 1
+            if not right:
+                break
+        else:
+            known += 1
+    return steps, tested, accepted
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_and_drafts_are_those_of_plain_loops(architecture: str, kind: str) -> None:
+    model = _model(architecture, kind)
+    expected = [_plain_greedy(model, prompt, 16) for prompt in PROMPTS]
+    settings = {"max_new_tokens": 16, "eos_id": EOS}
+    plain = generate(model, PROMPTS, **settings)
+    assert [list(row.tokens) for row in plain] == expected
+    assert [row.drafts.steps for row in plain] == [len(tokens) - 1 for tokens in expected]
+    together = generate(model, PROMPTS, **settings, speculative=True)
+    alone = [generate(model, [prompt], **settings, speculative=True)[0] for prompt in PROMPTS]
+    assert [list(row.tokens) for row in together] == expected
+    assert alone == together
+    for row, prompt in list(zip(together, PROMPTS, strict=True))[2:5]:
+        steps, tested, accepted = _plain_speculation(model, prompt, 16)
+        assert (row.drafts.steps, list(row.drafts.tested), list(row.drafts.accepted)) == (steps, tested, accepted)
+    for row, tokens in zip(plain, expected, strict=True):
+        assert row.finish == ("eos" if tokens[-1] == EOS else "length")
+
+
+def test_some_drafts_are_accepted_at_every_head_and_some_are_not() -> None:
+    rows = generate(_model("gpt2", "linear"), PROMPTS, max_new_tokens=40, eos_id=None, speculative=True)
+    tested = [sum(row.drafts.tested[k] for row in rows) for k in range(3)]
+    accepted = [sum(row.drafts.accepted[k] for row in rows) for k in range(3)]
+    assert all(0 < a < t for a, t in zip(accepted, tested, strict=True)), (tested, accepted)
+    for row in rows:
+        assert len(row.tokens) - 1 <= row.drafts.steps + sum(row.drafts.accepted)
+        assert row.tokens_per_forward > 0.99
+
+
+def test_it_is_what_transformers_generates() -> None:
+    model = _model("llama", "chained")
+    for prompt, row in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=20, eos_id=EOS, speculative=True), strict=True):
+        settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": EOS, "pad_token_id": 0}
+        whole = model.base.generate(torch.tensor([prompt]), **settings)[0].tolist()  # type: ignore[operator]
+        assert list(row.tokens) == whole[len(prompt) :]
+
+
+@pytest.mark.parametrize("horizon", [2, 3, 6])
+@pytest.mark.parametrize("kind", ["block", "shared"])
+def test_other_horizons_and_eager_attention(horizon: int, kind: str) -> None:
+    model = _model("llama", kind, horizon)
+    expected = [_plain_greedy(model, prompt, 15) for prompt in PROMPTS]
+    model.base.set_attn_implementation("eager")
+    rows = generate(model, PROMPTS, max_new_tokens=15, eos_id=EOS, speculative=True)
+    assert [list(row.tokens) for row in rows] == expected
+
+
+def test_tied_tokens_are_the_same_at_every_batch_size_and_with_speculation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model("llama", "block")
+    with torch.no_grad():  # every token has a twin: its logit is the same but for rounding
+        model.anatomy.output.weight[1::2] = model.anatomy.output.weight[:-1:2] * (1 + 1e-7)
+    expected = [_plain_greedy(model, prompt, 20) for prompt in PROMPTS]
+    read_alone = []
+    original = decoders.CachedDecoder.last_logits_alone
+    monkeypatch.setattr(
+        decoders.CachedDecoder, "last_logits_alone", lambda self, ids: read_alone.append(len(ids)) or original(self, ids)
+    )
+    for prompts, texts in ((PROMPTS, expected), ([PROMPTS[0]], [expected[0]]), (PROMPTS[1:3], expected[1:3])):
+        for speculative in (False, True):
+            rows = generate(model, prompts, max_new_tokens=20, eos_id=EOS, speculative=speculative)
+            assert [list(row.tokens) for row in rows] == texts
+    assert read_alone
+
+
+def test_streamed_tokens_are_the_generated_ones() -> None:
+    model = _model("gpt2", "residual")
+    whole = generate(model, [PROMPTS[0]], max_new_tokens=30, eos_id=EOS)[0]
+    pieces = list(stream(model, PROMPTS[0], max_new_tokens=30, eos_id=EOS, speculative=True))
+    assert [token for piece in pieces for token in piece] == list(whole.tokens)
+    assert len(pieces) <= len(whole.tokens)
+
+
+def test_the_context_ends_a_text_and_a_stop_does() -> None:
+    for architecture in ("llama", "gpt2"):
+        model = _model(architecture, "block")
+        for speculative in (False, True):
+            row = generate(model, [[7] * 55], max_new_tokens=40, eos_id=None, speculative=speculative)[0]
+            assert (len(row.tokens), row.finish) == (9, "context")
+            stopped = generate(
+                model, [[7] * 5], max_new_tokens=40, eos_id=None, speculative=speculative, stop=lambda tokens: len(tokens) >= 6
+            )[0]
+            assert (len(stopped.tokens), stopped.finish) == (6, "stop")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1] * 64], {}, "has 64 tokens, and the model's context is 64"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1, 97]], {}, "outside the model's vocabulary of 97"),
+        ([[1]], {"max_new_tokens": 0}, "at least 1"),
+        ([], {}, "no prompt"),
+    ],
+)
+def test_bad_requests(prompts: list[list[int]], options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generate(_model(), prompts, **{"max_new_tokens": 4, "eos_id": None, **options})  # type: ignore[arg-type]
+
+
+def test_speculation_needs_extra_heads() -> None:
+    model = _model(horizon=1)
+    with pytest.raises(ConfigError, match="no extra heads"):
+        generate(model, [[1]], max_new_tokens=4, eos_id=None, speculative=True)
+    assert generate(model, [[1]], max_new_tokens=4, eos_id=None)
+
+
+def test_a_sliding_window_that_would_matter_is_refused() -> None:
+    base = MistralForCausalLM(MistralConfig(**SMALL | {"sliding_window": 16})).eval()
+    model = MTPModel(base, HeadsConfig(horizon=3), seed=1).eval()
+    rows = generate(model, [[5, 6, 7]], max_new_tokens=12, eos_id=None, speculative=True)
+    assert list(rows[0].tokens) == _plain_greedy(model, [5, 6, 7], 12)
+    with pytest.raises(ConfigError, match="attends to the last 16 tokens only"):
+        generate(model, [[5, 6, 7]], max_new_tokens=30, eos_id=None)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = _model("gpt2", "chained")
+    model.train()
+    state = torch.get_rng_state()
+    generate(model, PROMPTS, max_new_tokens=4, eos_id=None, speculative=True, sampling=Sampling(temperature=1.0))
+    assert model.training and model.base.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all("forward" not in vars(layer) for layer in model.anatomy.layers)
+
+
+@pytest.mark.parametrize("kind", ["block", "linear", "shared"])
+def test_sampling_has_head_1s_distribution(kind: str) -> None:
+    """The first three new tokens of many rows against their exact joint probabilities (chi-square)."""
+    model = _model("llama", kind, 4, vocab_size=5, initializer_range=0.5)
+    sampling = Sampling(temperature=0.8, top_p=0.9, seed=5)
+    prompt, rows = [1, 2, 4], 3000
+    joint = {}
+    with torch.no_grad():
+        firsts = probabilities(model.base(torch.tensor([prompt])).logits[0, -1], sampling)
+        for a in range(5):
+            seconds = probabilities(model.base(torch.tensor([[*prompt, a]])).logits[0, -1], sampling)
+            for b in range(5):
+                thirds = probabilities(model.base(torch.tensor([[*prompt, a, b]])).logits[0, -1], sampling)
+                joint |= {(a, b, c): float(firsts[a] * seconds[b] * thirds[c]) for c in range(5)}
+    generated = generate(
+        model, [prompt] * rows, max_new_tokens=3, eos_id=None, speculative=True, sampling=sampling
+    )
+    tested, accepted = (sum(getattr(row.drafts, name)[0] for row in generated) for name in ("tested", "accepted"))
+    assert 0.02 < accepted / tested < 0.98  # both ways of going on are tried
+    counts = dict.fromkeys(joint, 0)
+    for row in generated:
+        counts[row.tokens] += 1
+    assert not [tokens for tokens, probability in joint.items() if probability == 0 and counts[tokens]]
+    likely = [tokens for tokens, probability in joint.items() if probability * rows >= 5]
+    rest = rows - sum(counts[tokens] for tokens in likely), rows * (1 - sum(joint[tokens] for tokens in likely))
+    cells = [(counts[tokens], joint[tokens] * rows) for tokens in likely] + ([rest] if rest[1] >= 5 else [])
+    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+    freedom = len(cells) - 1
+    # Wilson-Hilferty: above this with a probability of 1e-4
+    assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3, (statistic, freedom)
+
+
+def test_a_rows_draws_do_not_depend_on_its_batch() -> None:
+    model = _model("llama", "block")
+    settings = {"max_new_tokens": 12, "eos_id": EOS, "sampling": Sampling(temperature=1.0, seed=3), "speculative": True}
+    together = generate(model, PROMPTS, **settings)
+    assert [generate(model, [p], rows=[n], **settings)[0] for n, p in enumerate(PROMPTS)] == together
+    assert generate(model, [PROMPTS[0]], rows=[7], **settings)[0].tokens != together[0].tokens
+
+
+def test_probabilities_and_draws() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    nucleus = probabilities(logits, Sampling(temperature=1.0, top_p=0.8))
+    torch.testing.assert_close(nucleus, torch.tensor([0.625, 0.375, 0.0, 0.0]))
+    torch.testing.assert_close(probabilities(logits, Sampling(temperature=0.5)), torch.softmax(2 * logits, -1))
+    uniform = torch.from_numpy(np.linspace(0, 1, 1001)[:-1])
+    drawn = draw(nucleus.expand(1000, -1), uniform)
+    assert drawn.bincount(minlength=4).tolist() == [625, 375, 0, 0]
+    assert draw(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([1.0 - 1e-17])).tolist() == [1]
