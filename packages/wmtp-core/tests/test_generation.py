@@ -154,7 +154,8 @@ def test_tied_tokens_are_the_same_at_every_batch_size_and_with_speculation(monke
     model = _model("llama", "block")
     with torch.no_grad():  # every token has a twin: its logit is the same but for rounding
         model.anatomy.output.weight[1::2] = model.anatomy.output.weight[:-1:2] * (1 + 1e-7)
-    expected = [_plain_greedy(model, prompt, 20) for prompt in PROMPTS]
+    # which twin a plain loop takes is rounding too: what counts is that it is always the same one
+    expected = [list(generate(model, [prompt], max_new_tokens=20, eos_id=EOS)[0].tokens) for prompt in PROMPTS]
     read_alone = []
     original = decoders.CachedDecoder.last_logits_alone
     monkeypatch.setattr(
@@ -223,7 +224,8 @@ def test_the_model_is_left_as_it_was() -> None:
     model.train()
     state = torch.get_rng_state()
     generate(model, PROMPTS, max_new_tokens=4, eos_id=None, speculative=True, sampling=Sampling(temperature=1.0))
-    assert model.training and model.base.training
+    assert model.training
+    assert model.base.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all("forward" not in vars(layer) for layer in model.anatomy.layers)
 
@@ -242,9 +244,7 @@ def test_sampling_has_head_1s_distribution(kind: str) -> None:
             for b in range(5):
                 thirds = probabilities(model.base(torch.tensor([[*prompt, a, b]])).logits[0, -1], sampling)
                 joint |= {(a, b, c): float(firsts[a] * seconds[b] * thirds[c]) for c in range(5)}
-    generated = generate(
-        model, [prompt] * rows, max_new_tokens=3, eos_id=None, speculative=True, sampling=sampling
-    )
+    generated = generate(model, [prompt] * rows, max_new_tokens=3, eos_id=None, speculative=True, sampling=sampling)
     tested, accepted = (sum(getattr(row.drafts, name)[0] for row in generated) for name in ("tested", "accepted"))
     assert 0.02 < accepted / tested < 0.98  # both ways of going on are tried
     counts = dict.fromkeys(joint, 0)

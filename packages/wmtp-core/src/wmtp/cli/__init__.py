@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from wmtp.cli import use
 from wmtp.errors import ConfigError, WMTPError
 
 __all__ = ["main", "set_up_logging"]
@@ -57,7 +58,8 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
     from wmtp.cli import commands
 
     try:
-        return getattr(commands, arguments.command)(arguments)
+        command = getattr(arguments, "run_command", None) or getattr(commands, arguments.command)
+        return command(arguments)
     except BrokenPipeError:
         raise
     except (KeyboardInterrupt, SystemExit, Exception) as error:
@@ -140,6 +142,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     show = add("show", "Show a component's documentation, and its TOML with the defaults.")
     show.add_argument("name", metavar="NAME", help='as in `type = "NAME"`')
     _add_remote(add, config)
+
+    use.add_arguments(add)
 
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:  # an option with an optional value would take the file that stands behind it

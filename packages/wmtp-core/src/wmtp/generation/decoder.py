@@ -161,8 +161,8 @@ def open_decoder(model: MTPModel, longest: int, capacity: int) -> CachedDecoder:
     slides = getattr(config, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
     if window and slides and longest > window:
         raise ConfigError(
-            f"{name} attends to the last {window} tokens only, which is not supported beyond that length: prompt and new tokens "
-            f"would be up to {longest}; ask for less"
+            f"{name} attends to the last {window} tokens only, which is not supported beyond that length: prompt and new "
+            f"tokens would be up to {longest}; ask for less"
         )
     if not model.__dict__.get("_decodes_in_pieces"):
         _try_out(model, name)

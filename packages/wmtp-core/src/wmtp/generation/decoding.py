@@ -13,8 +13,8 @@ Ties. A forward pass over several tokens rounds differently from one over a sing
 rows. Where head 1's two best logits lie within `TIE` of their largest, either could win by rounding alone; for fp32 and fp64
 such a token is chosen by reading that row's tokens once more, alone and without a cache. The choice then depends on the tokens
 only, so that the text is the same at every batch size, with and without speculation, as long as rounding changes no logit by
-more than half of `TIE`. In bf16 and fp16, rounding is so coarse that this would be done for too many tokens: it is left out, and
-the text may differ in such places.
+more than half of `TIE`. In bf16 and fp16, rounding is so coarse that this would be done for too many tokens: it is left out,
+and the text may differ in such places.
 """
 
 from __future__ import annotations
@@ -316,4 +316,6 @@ def _check_request(model: MTPModel, prompts: Sequence[Sequence[int]], max_new_to
                 f"{name} has {len(prompt)} tokens, and the model's context is {longest}: shorten it to at most {longest - 1}"
             )
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise ConfigError(f"{name} has token ids outside the model's vocabulary of {vocab_size}; use the model's own tokenizer")
+            raise ConfigError(
+                f"{name} has token ids outside the model's vocabulary of {vocab_size}; use the model's own tokenizer"
+            )

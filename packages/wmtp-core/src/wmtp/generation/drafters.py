@@ -137,9 +137,7 @@ class ChainDrafter(Drafter):
         for ahead, (block, cache) in enumerate(zip(self._blocks, self._caches, strict=True), start=1):
             cache.place(slots, None, width)
             embedding = self._model.anatomy.embedding(tokens[rows, slots + ahead])
-            hidden = self._final_norm(
-                cast(ChainedBlock, block)(hidden, embedding, self._decoder.with_cache(call, cache))
-            )
+            hidden = self._final_norm(cast(ChainedBlock, block)(hidden, embedding, self._decoder.with_cache(call, cache)))
             drafts.append(choose(ahead + 1, self._logits(ahead + 1, _at(hidden, index))))
             tokens[rows[:, 0], last + ahead + 1] = drafts[-1]
         return torch.stack(drafts, dim=1)

@@ -34,7 +34,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> MTPMode
     """
     from wmtp.models.loaders.hf import HfLoader
 
-    return build_model(HfLoader().load(Path(path), dtype=dtype, seed=0), None, seed=0)
+    model = build_model(HfLoader().load(Path(path), dtype=dtype, seed=0), None, seed=0)
+    model.source = Path(path)
+    return model
 
 
 def build_model(loaded: LoadedModel, heads: HeadsConfig | None, seed: int) -> MTPModel:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 from attrs import frozen
 from safetensors import SafetensorError
@@ -19,6 +19,9 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, seeded
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
 from wmtp.models.packing import packing_problem
+
+if TYPE_CHECKING:
+    from wmtp.tokenizers import Tokenizer
 
 __all__ = ["HEADS_CONFIG", "HEADS_FORMAT", "HEADS_WEIGHTS", "MTPModel", "MTPOutput"]
 
@@ -73,6 +76,8 @@ class MTPModel(nn.Module):
             self.extra_heads = self.kind.build(maker, heads.horizon - 1)
         if head_state is not None:
             _load_heads(self.extra_heads, head_state)
+        self.source: Path | None = None  #: the file or folder that it was opened from
+        self._tokenizer: Tokenizer | None = None
         self.training = base.training
         self.extra_heads.train(base.training)
 
@@ -160,6 +165,75 @@ class MTPModel(nn.Module):
     def logits(self, output: MTPOutput, head: int) -> Tensor:
         """Logits ``[B, S, V]`` of one head (1..H), for inference; a loss should go by chunks."""
         return self.unembedding(head).logits(output.hidden[head - 1])
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the model's files.
+
+        Raises:
+            WMTPError: it has no files, or none of a tokenizer lies there.
+            ConfigError: it is not this model's.
+        """
+        from wmtp.models.vocabulary import check_vocabulary
+        from wmtp.tokenizers.load import load_tokenizer
+
+        if self._tokenizer is None:
+            if self.source is None:
+                raise WMTPError("this model was not opened from files, so it has no tokenizer; give token ids")
+            self._tokenizer = load_tokenizer(self.source)
+            check_vocabulary(self.vocab_size, self._tokenizer, key=str(self.source))
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor,
+        *,
+        max_new_tokens: int = 128,
+        speculative: bool = False,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        eos_id: int | None = None,
+    ) -> Any:
+        """Go on after one prompt or several.
+
+        Args:
+            prompts: a text, or the token ids of one (``[S]``); or several of them, which are decoded as one batch. Texts get
+                the tokenizer's begin token, as in training; ids are taken as they are.
+            max_new_tokens: the most tokens that are added.
+            speculative: whether heads 2..H draft (`wmtp.generation`); the text is the same, the wait is not.
+            temperature: 0 is greedy.
+            top_p: of nucleus sampling.
+            seed: of the draws.
+            stop: texts that end a completion; they are not part of it. Texts only.
+            eos_id: the token that ends a text. Default: the tokenizer's.
+
+        Returns:
+            a `wmtp.generation.Generation`, whose ``str()`` is the completion; a list of them for several prompts.
+
+        Raises:
+            ConfigError: a prompt is empty, too long or not of this vocabulary; speculation without extra heads.
+            WMTPError: texts are given, and the model has no tokenizer.
+        """
+        from wmtp.generation import Sampling, generate
+        from wmtp.generation.text import generate_texts
+
+        try:
+            sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        except ValueError as error:
+            raise ConfigError(str(error.args[0])) from None
+        items = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+        is_one = isinstance(items, str) or (len(items) > 0 and isinstance(items[0], int))
+        several: Any = [items] if is_one else list(items)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "speculative": speculative, "sampling": sampling}
+        if all(isinstance(item, str) for item in several) and several:
+            found = generate_texts(self, self.tokenizer, several, stop=stop, **options)
+        else:
+            if eos_id is None and (self._tokenizer is not None or self.source is not None):
+                eos_id = self.tokenizer.eos_id
+            found = generate(self, several, eos_id=eos_id, **options)
+        return found[0] if is_one else found
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a folder that plain transformers opens as the base model, and `wmtp.models.load_model` with all heads.

@@ -1,0 +1,114 @@
+"""The commands that use a trained model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wmtp.errors import ConfigError
+
+__all__ = ["add_arguments", "generate"]
+
+
+def add_arguments(add: Callable[..., ArgumentParser]) -> None:
+    """Describe the commands to argparse.
+
+    Args:
+        add: makes the parser of a command from its name and a line about it.
+    """
+    command = add("generate", "Let a model go on with a text.")
+    command.set_defaults(run_command=generate)
+    command.add_argument("model", metavar="MODEL", help="a run directory, a model folder, a .gguf file, or a URI of one")
+    command.add_argument("--prompt", metavar="TEXT", help="what to go on with")
+    command.add_argument("--prompt-file", metavar="FILE", help="a file with it; - reads standard input")
+    command.add_argument("--max-new-tokens", type=_count, default=128, metavar="N", help="default 128")
+    command.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the most probable token")
+    command.add_argument("--top-p", type=float, default=1.0, help="of nucleus sampling; default 1")
+    command.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+    command.add_argument("--speculative", action="store_true", help="let heads 2..H draft: the same text, sooner")
+    _add_place(command)
+
+
+def _add_place(command: ArgumentParser) -> None:
+    command.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto")
+    command.add_argument("--precision", choices=("fp32", "bf16"), help="of the parameters; default: as saved")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def generate(arguments: Namespace) -> tuple[Any, int]:
+    """``wmtp generate``."""
+    prompt = _prompt(arguments)
+    from wmtp.generation import Sampling, stream
+    from wmtp.generation.text import StopAt, TextStream, cut, encode_prompt
+    from wmtp.models.opening import open_model
+    from wmtp.training.devices import pick_device
+
+    try:
+        sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
+    except ValueError as error:
+        raise ConfigError(f"--temperature, --top-p, --seed: {error.args[0]}") from None
+    opened = open_model(arguments.model, device=pick_device(arguments.device), precision=arguments.precision)
+    stops: list[str] = arguments.stop
+    steps: list[list[int]] = []
+    started = time.perf_counter()
+
+    def taken() -> Any:
+        for step in stream(
+            opened.model,
+            encode_prompt(opened.tokenizer, prompt),
+            max_new_tokens=arguments.max_new_tokens,
+            eos_id=opened.tokenizer.eos_id,
+            speculative=arguments.speculative,
+            sampling=sampling,
+            stop=StopAt(opened.tokenizer, stops) if stops else None,
+        ):
+            steps.append(step)
+            yield step
+
+    text = ""
+    for piece in TextStream(opened.tokenizer).pieces(taken()):
+        text += piece
+        if not arguments.json and not stops:  # a stop text may begin in what would be printed already
+            print(piece, end="", flush=True)
+    seconds = time.perf_counter() - started
+    text = cut(text, stops)
+    if not arguments.json:
+        print(text if stops else "")
+    tokens = sum(map(len, steps))
+    per_forward = (tokens - 1) / (len(steps) - 1) if len(steps) > 1 else None
+    print(
+        f"{tokens} tokens in {seconds:.2f} s"
+        + (f", {per_forward:.2f} a forward pass" if per_forward and arguments.speculative else ""),
+        file=sys.stderr,
+    )
+    answer = {
+        "prompt": prompt,
+        "text": text,
+        "tokens": [token for step in steps for token in step],
+        "seconds": seconds,
+        "tokens_per_forward": per_forward,
+        "speculative": arguments.speculative,
+        "seed": arguments.seed,
+    }
+    return answer, 0
+
+
+def _prompt(arguments: Namespace) -> str:
+    if (arguments.prompt is None) == (arguments.prompt_file is None):
+        raise ConfigError("give either --prompt TEXT or --prompt-file FILE")
+    if arguments.prompt is not None:
+        return arguments.prompt
+    try:
+        return sys.stdin.read() if arguments.prompt_file == "-" else Path(arguments.prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt-file {arguments.prompt_file}: cannot be read as text: {error}") from None

@@ -1,0 +1,116 @@
+"""Opens what a user names on the command line: a run, a model folder, a GGUF file, or a URI of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from attrs import frozen
+
+from wmtp.config.schema import StorageConfig
+from wmtp.errors import ConfigError
+from wmtp.models.build import build_model
+from wmtp.models.vocabulary import check_vocabulary
+from wmtp.run_dir import CONFIG_FILE, is_run_dir
+from wmtp.storage.backends import build_backends
+from wmtp.storage.uris import localize, scheme_of
+
+if TYPE_CHECKING:
+    from wmtp.config.schema import Config
+    from wmtp.models.base import ModelLoader
+    from wmtp.models.mtp import MTPModel
+    from wmtp.tokenizers import Tokenizer
+
+__all__ = ["OpenedModel", "find_model", "open_model"]
+
+
+@frozen(kw_only=True, eq=False)
+class OpenedModel:
+    """A model that is ready to use.
+
+    Args:
+        name: what the user called it.
+        path: the local file or folder.
+        model: in eval mode, on its device.
+        tokenizer: its own.
+        run_dir: the run that it is from; None for a model that stands alone.
+    """
+
+    name: str
+    path: Path
+    model: MTPModel
+    tokenizer: Tokenizer
+    run_dir: Path | None
+
+
+def find_model(name: str) -> tuple[Path, Path | None]:
+    """The local path of the model that ``name`` means, and the run directory where it is a run.
+
+    Raises:
+        ConfigError: there is nothing of that name, or the run has not saved a model yet.
+        WMTPError: it could not be fetched.
+    """
+    if scheme_of(name) != "file":
+        storage = StorageConfig()
+        return localize(name, build_backends(storage), Path(storage.cache_dir).expanduser()), None
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise ConfigError(f"{name}: no such run, model folder or .gguf file")
+    if not is_run_dir(path):
+        return path, None
+    model = path / "model"
+    if not model.is_dir():
+        raise ConfigError(f"{name}: this run has saved no model yet; finish it with: wmtp run --resume {name}")
+    return model, path
+
+
+def open_model(
+    name: str, *, device: torch.device, precision: Literal["fp32", "bf16"] | None = None, config: Config | None = None
+) -> OpenedModel:
+    """Open a model and its tokenizer.
+
+    Args:
+        name: a run directory, a model folder (as WMTP, Hugging Face or Meta write it), a ``.gguf`` file, or a URI of those.
+        device: where it shall be.
+        precision: of the parameters. Default: as saved.
+        config: the run's, or one with a ``[tokenizer]``, which is used in place of the one beside the model.
+
+    Raises:
+        ConfigError: there is no such model, or the tokenizer is not the model's.
+        WMTPError: files are missing or damaged.
+    """
+    path, run_dir = find_model(name)
+    dtype = None if precision is None else {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    loaded = _loader(path).load(path, dtype=dtype, seed=0)  # type: ignore[arg-type]
+    model = build_model(loaded, None, seed=0).to(device).eval().requires_grad_(False)
+    tokenizer = _tokenizer(path, run_dir, config)
+    check_vocabulary(model.vocab_size, tokenizer, key=name)
+    return OpenedModel(name=name, path=path, model=model, tokenizer=tokenizer, run_dir=run_dir)
+
+
+def _loader(path: Path) -> ModelLoader:
+    from wmtp.models.loaders.hf import HfLoader
+    from wmtp.models.loaders.meta import MetaMtpLoader
+
+    is_meta = (path / "params.json").is_file() and not (path / "config.json").is_file()
+    return MetaMtpLoader() if is_meta else HfLoader()
+
+
+def _tokenizer(path: Path, run_dir: Path | None, config: Config | None) -> Tokenizer:
+    from wmtp.config.load import load
+    from wmtp.tokenizers.load import load_tokenizer
+    from wmtp.tokenizers.saved import read_saved
+
+    saved = read_saved(path) if path.is_dir() else None
+    if saved is not None and saved["type"] in ("bytes", "hf-transformers", "hf-sentencepiece"):
+        return load_tokenizer(path)
+    if config is None and run_dir is not None:
+        config = load(run_dir / CONFIG_FILE).config
+    if config is not None and config.tokenizer is not None:
+        uri = getattr(config.tokenizer, "uri", None)
+        own = (
+            path if uri is None else localize(uri, build_backends(config.storage), Path(config.storage.cache_dir).expanduser())
+        )
+        return config.tokenizer.build(own)
+    return load_tokenizer(path)
