@@ -35,7 +35,7 @@ def test_a_dry_run_prints_the_run_yaml_offline(wmtp, files, monkeypatch):
     assert spec["run"] == [{"command": "exec wmtp start", "workdir": "/app"}]
     assert spec["env"]["AWS_SECRET_ACCESS_KEY"] == {"secret": "aws-key"}
     assert spec["env"]["TOKENIZERS_PARALLELISM"] == "false"
-    assert spec["env"]["WMTP_GPUS"] == "4"
+    assert tomli.loads(spec["env"]["WMTP_CONFIG"])["launcher"] == {"type": "local", "processes": 4}
     assert spec["termination_protection"] is False
     assert '\n    type = "baseline-mtp"\n' in out  # the config is there to be read
     assert wmtp("launch", "--on", "vessl", "--dry-run", *files)[1] == out
@@ -265,6 +265,11 @@ MISTAKES = {
         'name = "first"',
         'output_dir = "/data/runs"',
         "run.output_dir: '/data/runs' is not in the container",
+    ),
+    "more processes than GPUs": (
+        "gpus = 4",
+        "gpus = 4\nprocesses = 8",
+        "launcher.processes: 8 processes need 8 GPUs, and gpus = 4",
     ),
     "a variable of the launcher": (
         'NCCL_DEBUG = "WARN"',

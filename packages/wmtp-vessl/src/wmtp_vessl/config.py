@@ -21,7 +21,7 @@ SECRET_NAME = re.compile(r"KEY(?!BOARD|WORD)|TOKEN(?!IZ)|SECRET|PASSW(OR)?D|CRED
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DURATION = re.compile(r"(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 #: variables that the launcher itself sets
-_OWN = re.compile(r"WMTP_(CONFIG|VERSION|GPUS|MAX_RUNTIME)")
+_OWN = re.compile(r"WMTP_(CONFIG|VERSION|MAX_RUNTIME)")
 
 #: the forms that VESSL's run YAML has for what is copied in, mounted, and copied out
 _URI_SCHEMES = {
@@ -97,7 +97,7 @@ class Cache:
 class VesslLauncher:
     """Runs on VESSL. ``wmtp launch`` shows what it sends; ``wmtp launch --dry-run`` sends nothing.
 
-    In the container what the config names is fetched, the processes are started, and what they leave is uploaded.
+    In the container ``wmtp start`` fetches what the config names, starts the processes and uploads what they leave.
 
     Args:
         backend: ``runs``: VESSL Runs, by its HTTP interface; ``jobs``: VESSL Cloud Jobs, by the program ``vesslctl``.
@@ -105,7 +105,8 @@ class VesslLauncher:
         project: default: ``VESSL_DEFAULT_PROJECT``, else what ``vessl configure`` wrote.
         cluster: which cluster; for ``jobs`` it may be left empty.
         preset: which of its machines; for ``jobs`` the slug of the resource spec.
-        gpus: how many GPUs that machine has; the run gets a process for each.
+        gpus: how many GPUs of that machine the run wants.
+        processes: that train together. Default: one a GPU.
         image: the container image, best by digest: ``registry/name@sha256:…``.
         image_credential: the name, on VESSL, of what the registry asks for.
         env: variables of the container. Secrets do not belong here: what is sent is kept and shown by the service.
@@ -136,6 +137,7 @@ class VesslLauncher:
     cluster: str = ""
     preset: str = field(validator=min_len(1))
     gpus: int = field(validator=ge(0))
+    processes: int | None = field(default=None, validator=optional(ge(1)))
     image: str = field(validator=_image)
     image_credential: str | None = None
     env: Mapping[str, str | int | float | bool] = Factory(dict)
@@ -163,6 +165,8 @@ class VesslLauncher:
 
     def check(self) -> Iterator[str]:
         """What is wrong within this table."""
+        if self.gpus and self.processes is not None and self.processes > self.gpus:
+            yield f"processes: {self.processes} processes need {self.processes} GPUs, and gpus = {self.gpus}"
         if self.backend == "runs" and not self.cluster:
             yield "cluster: required, and empty: the name of a cluster; the service lists them with --dry-run=server"
         yield from self._check_variables()

@@ -23,7 +23,7 @@ from wmtp.launchers.base import LaunchPlan, RemoteLauncher, RunState, RunStatus
 from wmtp_vessl import rules
 from wmtp_vessl.config import VesslLauncher
 from wmtp_vessl.errors import NotFoundError
-from wmtp_vessl.render import COMMAND, environment
+from wmtp_vessl.render import COMMAND, container_config, environment
 
 __all__ = ["VesslJobs", "newer_lines"]
 
@@ -55,6 +55,10 @@ class VesslJobs(RemoteLauncher):
 
     def __init__(self, settings: VesslLauncher) -> None:
         self._settings = settings
+
+    def inside(self, config: Config) -> Config:
+        """With a process for each GPU, and the cache; see `RemoteLauncher.inside`."""
+        return container_config(config, self._settings)
 
     def check(self, config: Config) -> Iterable[str]:
         """Paths, sizes; see `RemoteLauncher.check`."""

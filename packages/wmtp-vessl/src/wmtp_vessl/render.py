@@ -32,10 +32,10 @@ COMMAND: Final = "exec wmtp start"
 TAG: Final = "wmtp-plan-{}"
 
 
-def container_config(config: Config) -> Config:
+def container_config(config: Config, launcher: VesslLauncher) -> Config:
     """The config as the container has it: it trains there, and its cache is where the launcher puts one."""
-    launcher: VesslLauncher = config.launcher  # type: ignore[assignment]
-    inside = evolve(config, launcher=LocalLauncher())
+    processes = launcher.processes or launcher.gpus or "auto"
+    inside = evolve(config, launcher=LocalLauncher(processes=processes))
     if launcher.cache.mode != "none":
         inside = evolve(inside, storage=evolve(inside.storage, cache_dir=launcher.cache.path))
     return inside
@@ -45,10 +45,9 @@ def environment(config: Config, launcher: VesslLauncher) -> dict[str, str]:
     """The variables of the container, but for secrets."""
     values = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in launcher.env.items()}
     values["WMTP_VERSION"] = version("wmtp-core")
-    values["WMTP_GPUS"] = str(launcher.gpus)
     if launcher.max_runtime is not None:
         values["WMTP_MAX_RUNTIME"] = str(seconds(launcher.max_runtime))
-    values["WMTP_CONFIG"] = tomli_w.dumps(to_mapping(container_config(config), text=escape))
+    values["WMTP_CONFIG"] = tomli_w.dumps(to_mapping(container_config(config, launcher), text=escape))
     return values
 
 

@@ -16,7 +16,7 @@ from wmtp_vessl.config import VesslLauncher
 from wmtp_vessl.credentials import Credentials
 from wmtp_vessl.errors import NotFoundError
 from wmtp_vessl.logs import LogReader
-from wmtp_vessl.render import TAG, body, plan_of, run_yaml
+from wmtp_vessl.render import TAG, body, container_config, plan_of, run_yaml
 
 if TYPE_CHECKING:
     from wmtp_vessl.client import Client
@@ -58,6 +58,10 @@ class VesslRuns(RemoteLauncher):
 
         credentials = Credentials.find(self._settings.organization, self._settings.project)
         return Client(credentials, backoff=min(0.5, self._settings.poll_interval))
+
+    def inside(self, config: Config) -> Config:
+        """With a process for each GPU, and the cache; see `RemoteLauncher.inside`."""
+        return container_config(config, self._settings)
 
     def check(self, config: Config) -> Iterable[str]:
         """Paths, sizes; see `RemoteLauncher.check`."""

@@ -137,6 +137,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--tags", default="", metavar="A,B", help="words for the tracker, besides run.tags")
     run.add_argument("--resume", metavar="RUN_DIR|auto", help="go on with a run: this one, or the one with this name or config")
     run.add_argument("--dry-run", action="store_true", help="everything but the training steps")
+    start = add("start", "In a container: fetch what the config names, check it, and train on all devices.", config)
+    start.add_argument("--dry-run", action="store_true", help="only say what would be done")
     add("check", "Check the config, as run does before it starts.", config)
     add("plugins", "List the plugins, what they provide, and which are broken.")
     show = add("show", "Show a component's documentation, and its TOML with the defaults.")
@@ -157,6 +159,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         arguments.files += late_files
     if hasattr(arguments, "files") and not arguments.files and getattr(arguments, "resume", None) in (None, "auto"):
+        if arguments.command == "start":  # its config may be in the environment
+            return arguments
         commands.choices[arguments.command].error("name a TOML file")
     return arguments
 

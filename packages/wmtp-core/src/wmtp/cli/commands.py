@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from argparse import Namespace
 from typing import Any
 
 from wmtp.cli.facts import print_facts
 from wmtp.cli.remote import cancel, launch, logs, metrics, status
+from wmtp.cli.run import report
+from wmtp.cli.start import start
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
 from wmtp.data.sources import eval_sources, train_sources
 from wmtp.plugins import Registry, load_plugins
 
-logger = logging.getLogger("wmtp")
-
-__all__ = ["cancel", "check", "launch", "logs", "metrics", "plugins", "run", "show", "status"]
+__all__ = ["cancel", "check", "launch", "logs", "metrics", "plugins", "run", "show", "start", "status"]
 
 
 def run(arguments: Namespace) -> tuple[Any, int]:
@@ -40,33 +39,7 @@ def run(arguments: Namespace) -> tuple[Any, int]:
     result = run_config(
         arguments.files, overrides=arguments.overrides, run_name=arguments.run_name, tags=tags, resume=arguments.resume
     )
-    answer = {
-        "run_dir": result.run_dir,
-        "model": result.model,
-        "checkpoint": result.checkpoint,
-        "steps": result.steps,
-        "metrics": dict(result.metrics),
-        "status": result.status,
-    }
-    if not arguments.json:
-        facts = {
-            "status": f"{result.status} after {result.steps} steps",
-            "run": result.run_dir,
-            "model": result.model,
-            "metrics": result.run_dir / "metrics.jsonl",
-            "checkpoint": result.checkpoint,
-            **{name: f"{result.metrics[name]:.4g}" for name in _headline(result.metrics)},
-        }
-        print_facts(facts)
-    if result.status == "interrupted":
-        logger.info("interrupted; go on with: wmtp run --resume %s", result.run_dir)
-        return answer, 1
-    return answer, 0
-
-
-def _headline(metrics: Any) -> list[str]:
-    """The losses: of training, of evaluation, and of each head."""
-    return [name for name in metrics if name.removeprefix("eval/").startswith("loss")]
+    return report(result, to_stdout=not arguments.json)
 
 
 def check(arguments: Namespace) -> tuple[Any, int]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from wmtp.errors import ConfigError
 
@@ -102,6 +102,12 @@ class RemoteLauncher(Launcher):
             f"launcher.type: '{name}' hands the run to a service; write wmtp launch --on {name} with these files, or train"
             " here with --set launcher.type=local"
         )
+
+    def inside(self, config: Config) -> Config:
+        """The config as the other place has it, where it is run by the local launcher."""
+        from wmtp.launchers.config import LocalLauncher
+
+        return evolve(config, launcher=LocalLauncher())
 
     def check(self, config: Config) -> Iterable[str]:
         """What is wrong with ``config`` for this place, one line a problem: ``dotted.key: what is wrong; what to do``."""

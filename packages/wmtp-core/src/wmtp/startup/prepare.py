@@ -1,0 +1,169 @@
+"""Brings what a config names to this machine, and checks it before a GPU waits for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from attrs import evolve, frozen
+
+from wmtp.config.problems import dotted
+from wmtp.config.schema import Config, StorageConfig
+from wmtp.config.tree import components
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.storage.uris import localize, redact, scheme_of
+
+__all__ = ["Fetch", "fetched", "needed", "verify"]
+
+logger = logging.getLogger("wmtp")
+
+#: these are on the machine, or in the image, already
+_LOCAL: Final = ("file", "package")
+#: which folder takes what a section of the config names
+_FOLDERS: Final = {"models": "models", "datasets": "datasets", "tokenizer": "models"}
+
+
+@frozen(kw_only=True)
+class Fetch:
+    """One thing to fetch.
+
+    Args:
+        key: the config section that names it.
+        uri: where it is.
+        folder: where fetched things of its kind are kept.
+    """
+
+    key: str
+    uri: str
+    folder: Path
+
+
+def needed(config: Config, home: Path) -> list[Fetch]:
+    """What is not on this machine.
+
+    Args:
+        config: complete.
+        home: models go to ``models`` in it and data to ``datasets``, unless ``storage.cache_dir`` is a cache for both.
+    """
+    own_cache = config.storage.cache_dir if config.storage.cache_dir != StorageConfig().cache_dir else None
+    found = []
+    for placed in components(config):
+        uri = getattr(placed.config, "uri", None)
+        if not isinstance(uri, str) or scheme_of(uri) in _LOCAL or placed.path[0] not in _FOLDERS:
+            continue
+        folder = Path(own_cache).expanduser() if own_cache is not None else home / _FOLDERS[str(placed.path[0])]
+        found.append(Fetch(key=dotted(placed.path), uri=uri, folder=folder))
+    return found
+
+
+def fetched(config: Config, wanted: Iterable[Fetch]) -> Config:
+    """Fetch, and return the config with the local paths in place of the URIs: the training processes fetch nothing.
+
+    Raises:
+        ConfigError: no plugin serves a URI.
+        WMTPError: something is not there, or could not be read; what was fetched stays, and is not fetched again.
+    """
+    from wmtp.storage.backends import build_backends
+
+    backends = build_backends(config.storage)
+    paths: dict[str, Path] = {}
+    for fetch in wanted:
+        fetch.folder.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        paths[fetch.key] = localize(fetch.uri, backends, fetch.folder, key=f"{fetch.key}.uri")
+        logger.info("%s: %s is at %s (%.1f s)", fetch.key, redact(fetch.uri), paths[fetch.key], time.monotonic() - began)
+
+    def local(key: str, component: Any) -> Any:
+        return evolve(component, uri=str(paths[key])) if key in paths else component
+
+    models = {name: evolve(m, loader=local(dotted(("models", name)), m.loader)) for name, m in config.models.items()}
+    datasets = {name: local(dotted(("datasets", name)), dataset) for name, dataset in config.datasets.items()}
+    return evolve(config, models=models, datasets=datasets, tokenizer=local("tokenizer", config.tokenizer))
+
+
+def verify(config: Config) -> None:
+    """Check the models before anything is trained: files whole, vocabularies of one size.
+
+    Raises:
+        ConfigError: the vocabularies differ; the message names all of them.
+        WMTPError: a file is missing or cut short; the message names it.
+    """
+    sizes: dict[str, int] = {}
+    for name, model in config.models.items():
+        uri = getattr(model.loader, "uri", None)
+        path = Path(uri).expanduser() if isinstance(uri, str) and scheme_of(uri) == "file" else None
+        if path is not None:
+            _check_files(f"models.{name}", path)
+        size = _stated_vocabulary(path) if path is not None else None
+        if size is not None:
+            sizes[name] = size
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        raise ConfigError(
+            f"models: the vocabularies differ ({shown}); reference and reward model must be made for that of base"
+        )
+    if sizes:
+        logger.info("models: %s whole, vocabulary %s", ", ".join(sizes), f"{next(iter(sizes.values())):,}")
+
+
+def _check_files(key: str, path: Path) -> None:
+    for file in _files(key, path):
+        if file.suffix == ".safetensors":
+            _check_safetensors(key, file)
+        elif file.stat().st_size == 0 and file.suffix in (".bin", ".pth", ".gguf", ".json", ".model"):
+            raise WMTPError(f"{key}: {file} is empty; fetch it again")
+
+
+def _files(key: str, path: Path) -> Iterator[Path]:
+    if not path.exists():
+        raise WMTPError(f"{key}: {path} is not there")
+    if path.is_file():
+        yield path
+        return
+    yield from (file for file in sorted(path.iterdir()) if file.is_file())
+    for index in sorted(path.glob("*.index.json")):
+        for name in sorted(set(_read(key, index).get("weight_map", {}).values())):
+            if not (path / str(name)).is_file():
+                raise WMTPError(f"{key}: {path / str(name)} is not there, but {index.name} names it; the folder is not whole")
+
+
+def _check_safetensors(key: str, file: Path) -> None:
+    """Whether the file is as long as its header says (https://huggingface.co/docs/safetensors: 8 bytes, JSON, tensors)."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length <= size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        if 8 + length + max(ends, default=0) != size:
+            raise ValueError(f"it has {size:,} bytes in place of {8 + length + max(ends, default=0):,}")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise WMTPError(f"{key}: {file} is not whole: {error}; fetch it again") from None
+
+
+def _stated_vocabulary(path: Path) -> int | None:
+    """What ``config.json`` (Hugging Face) or ``params.json`` (Meta) says; None where nothing is said."""
+    for name in ("config.json", "params.json"):
+        if path.is_dir() and (path / name).is_file():
+            content = _read("models", path / name)
+            text = content.get("text_config")
+            size = content.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
+            if isinstance(size, int) and size > 0:
+                return size
+    return None
+
+
+def _read(key: str, file: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WMTPError(f"{key}: {file} cannot be read as JSON: {error}") from None
+    if not isinstance(value, Mapping):
+        raise WMTPError(f"{key}: {file} holds no JSON object")
+    return value
