@@ -88,12 +88,10 @@ else:
         monkeypatch.setattr(fused, "chunk_rows", lambda vocabulary, itemsize: request.param)
         return request.param
 
-    @pytest.fixture(params=["whole rows", "blocks"])
+    @pytest.fixture(params=[8192, 16])
     def reading(request, monkeypatch):
-        """Whether a row is read at once, or in blocks of 16, of which the last may be short."""
-        if request.param == "blocks":
-            monkeypatch.setattr(fused, "_WHOLE_ROW", 0)
-            monkeypatch.setattr(fused, "_BLOCK", 16)
+        """How much of a row is read at once: all, or blocks of which the last may be short."""
+        monkeypatch.setattr(fused, "_blocks", lambda logits, largest=0: {"BLOCK": request.param, "num_warps": 1})
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_equals_the_plain_implementation(case, rows, reading):
@@ -136,8 +134,28 @@ else:
         for place in range(5):
             same(evolve(found, wanted=[i == place for i in range(5)]))
 
+    def test_logits_far_above_those_of_earlier_blocks(monkeypatch):
+        monkeypatch.setattr(fused, "_blocks", lambda logits, largest=0: {"BLOCK": 4, "num_warps": 1})
+        found = problem(n=20, v=37)
+        found.tensors[3][9:] *= 30
+        found.tensors[3][22:] *= 10
+        found.tensors[3][35:] *= 30
+        same(found, rtol=1e-4, atol=1e-3)
+
     def test_bf16(reading):
         same(problem(n=40, d=16, v=50, dtype=torch.bfloat16), rtol=2e-2, atol=2e-2)
+
+    @pytest.mark.parametrize("factor", [1.0, 0.0, -2.5])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("may_change", [True, False])
+    def test_scaling(factor, dtype, may_change):
+        gradient = torch.randn(83, 101)
+        expected = (gradient * factor).to(dtype)
+        kept = gradient.clone()
+        scaled = fused.scaled(gradient, torch.tensor(factor), dtype, may_change)
+        # the interpreter rounds to bf16 by cutting off
+        torch.testing.assert_close(scaled, expected, rtol=0 if dtype == torch.float32 else 2**-7, atol=0)
+        assert may_change or torch.equal(gradient, kept)
 
     def test_strided_hidden_states():
         found = problem()

@@ -1,6 +1,20 @@
-"""The loss of multi-token prediction: see docs/loss.md."""
+"""The weighted loss of multi-token prediction, with gradient and without logits; usable by itself: docs/loss.md.
+
+`mtp_loss` is the whole of it. The others are its parts, for a caller that makes the coefficients itself.
+"""
 
 from wmtp.loss.cross_entropy import TokenPass, token_losses, token_pass, token_statistics, weighted_cross_entropy
+from wmtp.loss.mtp import IGNORED, MTPLoss, mtp_loss
 from wmtp.loss.unembedding import Unembedding
 
-__all__ = ["TokenPass", "Unembedding", "token_losses", "token_pass", "token_statistics", "weighted_cross_entropy"]
+__all__ = [
+    "IGNORED",
+    "MTPLoss",
+    "TokenPass",
+    "Unembedding",
+    "mtp_loss",
+    "token_losses",
+    "token_pass",
+    "token_statistics",
+    "weighted_cross_entropy",
+]

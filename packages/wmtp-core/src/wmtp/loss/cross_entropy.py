@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import define
 from torch import Tensor
 
 from wmtp.loss.problem import HeadLayout, Problem, flatten, precision
-from wmtp.loss.solve import solve
+from wmtp.loss.solve import scaled, solve
 from wmtp.loss.unembedding import Unembedding
 
 __all__ = ["TokenPass", "token_losses", "token_pass", "token_statistics", "weighted_cross_entropy"]
 
 
-@frozen(kw_only=True, eq=False)
+@define(kw_only=True, eq=False, slots=False)  # torch.compile traces no frozen classes of attrs
 class TokenPass:
     """What a pass over the predictions without gradient gives, for statistics, weights, and a second pass.
 
@@ -187,8 +187,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         unit = None
         if compute == torch.float16:
-            # coefficients of 1 / Z would leave the range of fp16
-            unit = coefficients.abs().max().float()
+            # coefficients of 1 / Z, times probabilities, would leave the range of fp16
+            unit = coefficients.abs().max().float() / 256
             coefficients = torch.where(unit > 0, coefficients / unit, 0.0)
         answer = solve(
             Problem(
@@ -225,23 +225,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         factor = upstream if unit is None else upstream * unit
         may_change = not torch.compiler.is_compiling() and not _graph_is_kept()
         found = iter(saved)
-        gradients: list[Tensor | None] = []
-        for wanted, dtype in zip(ctx.wanted, ctx.dtypes, strict=True):
-            gradient = next(found) if wanted else None
-            if gradient is None:
-                gradients.append(None)
-            elif may_change and gradient.dtype == dtype:
-                gradients.append(gradient.mul_(factor.to(dtype)))
-            else:
-                gradients.append((gradient * factor).to(dtype) if gradient.dtype == dtype else _scaled(gradient, factor, dtype))
+        gradients = [
+            scaled(next(found), factor, dtype, may_change) if wanted else None
+            for wanted, dtype in zip(ctx.wanted, ctx.dtypes, strict=True)
+        ]
         return (None,) * 10 + tuple(gradients)
-
-
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient · factor`` in another precision, without a copy between."""
-    if torch.compiler.is_compiling():
-        return (gradient * factor).to(dtype)
-    return torch.mul(gradient, factor.to(gradient.dtype), out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _graph_is_kept() -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor
 from wmtp.loss import kernels
 from wmtp.loss.problem import Answer, HeadLayout, Problem
 
-__all__ = ["chunk_rows", "compute"]
+__all__ = ["chunk_rows", "compute", "scaled"]
 
 _kernels: Any = kernels  # the decorator of Triton hides what it returns
 
@@ -38,10 +38,6 @@ _FEW_ROWS = 2048
 
 # chunks that are started before the host looks at counts that it was not told
 _AHEAD = 2
-
-# a row of up to this many logits is kept in registers
-_WHOLE_ROW = 65536
-_BLOCK = 32768
 
 
 @frozen(kw_only=True, eq=False)
@@ -75,7 +71,9 @@ def chunk_rows(vocabulary: int, itemsize: int) -> int:
     """How many rows of logits are made at once."""
     row = _stride(vocabulary, itemsize) * itemsize
     rows = max(_CHUNK_BYTES // row, min(_FEW_ROWS, _LARGE_CHUNK_BYTES // row), 1)
-    return rows - rows % 256 if rows > 256 else rows
+    # products of 2048 and 3072 rows fill the multiprocessors best
+    step = next(step for step in (1024, 128, 1) if rows >= step)
+    return rows - rows % step
 
 
 def compute(problem: Problem) -> Answer:
@@ -244,20 +242,25 @@ class _State:
 
         learns = [place for place in places if problem.wants(place)]
         gradient = learned and (bool(learns) or problem.wants(layout.weight) or problem.wants(layout.bias))
-        self._softmax(predictions, start, stop, logits, gradient)
+        factors = self._softmax(predictions, start, stop, logits, gradient)
         if not gradient:
             return
         if layout.bias is not None and problem.wants(layout.bias):
             total = logits.sum(0, dtype=torch.float32)
             self.sums[layout.bias] = self.sums[layout.bias] + total if layout.bias in self.sums else total
         if problem.wants(layout.weight):
+            if factors is not None:
+                _kernels.scale_kernel[(count,)](hidden, factors, width, BLOCK=block)
             self._add_product(layout.weight, logits, hidden)
         if learns:
-            torch.mm(logits, weight, out=hidden)  # the hidden states have served
+            scale = factors is not None
+            rows = self._hidden_gradient(logits, weight, scale)
             for slot, place in enumerate(places):
-                target = self.gradients[place]
-                if target is not None:
-                    _kernels.scatter_kernel[(count,)](hidden, target, order, kind, slot, positions, width, BLOCK=block)
+                to = self.gradients[place]
+                if to is not None:
+                    _kernels.scatter_kernel[(count,)](
+                        rows, factors, to, order, kind, slot, positions, width, SCALE=scale, BLOCK=block
+                    )
 
     def all_gradients(self) -> list[Tensor | None]:
         """Of every tensor, once all chunks are through."""
@@ -271,43 +274,37 @@ class _State:
                 gradients.append(torch.zeros_like(self.problem.tensors[place], dtype=torch.float32))
         return gradients
 
-    def _softmax(self, predictions: _List, start: int, stop: int, logits: Tensor, gradient: bool) -> None:
-        layout, places = predictions.layout, predictions.places
-        order, kind = predictions.order[start:stop], predictions.kind[start:stop]
-        flat = slice(places.start, places.stop)
-        known = self.problem.lse is not None
-        entropies = None if self.entropies is None else self.entropies[flat].view(-1)
-        if known and not gradient:
-            return
-        vocabulary = logits.shape[1]
-        whole = vocabulary <= _WHOLE_ROW and not known
-        block = triton.next_power_of_2(vocabulary)
-        if entropies is not None and self.problem.top_k is not None:
-            top = logits.topk(min(self.problem.top_k, vocabulary), sorted=False).values.float() * layout.scale
-            if layout.softcap is not None:
-                top = torch.tanh(top / layout.softcap) * layout.softcap
-            entropies[order] = torch.where(kind < 2, torch.special.entr(top.softmax(dim=1)).sum(dim=1), 0.0)
-        _kernels.softmax_kernel[(stop - start,)](
-            logits,
-            logits.stride(0),
-            vocabulary,
-            order,
-            kind,
-            predictions.targets[start:stop],
-            predictions.coefficients[start:stop],
-            self.losses[flat].view(-1),
-            self.lse[flat].view(-1),
-            entropies,
-            float(layout.scale),
-            float(layout.softcap or 1.0),
-            SOFTCAP=layout.softcap is not None,
-            GRADIENT=gradient,
-            KNOWN=known,
-            ENTROPY=entropies is not None and self.problem.top_k is None,
-            WHOLE=whole,
-            BLOCK=block if whole else min(block, _BLOCK),
-            num_warps=_warps(block if whole else min(block, _BLOCK)),
-        )
+    def _softmax(self, predictions: _List, start: int, stop: int, logits: Tensor, gradient: bool) -> Tensor | None:
+        """From logits to token losses and, in place, their gradient: divided by the factors ``[rows]``, if there are any."""
+        problem, layout, places = self.problem, predictions.layout, predictions.places
+        heads, part = slice(places.start, places.stop), slice(start, stop)
+        order, kind, targets = predictions.order[part], predictions.kind[part], predictions.targets[part]
+        lse = self.lse[heads].view(-1)
+        losses = self.losses[heads].view(-1)
+        rows = logits, logits.stride(0), logits.shape[1], order, kind, targets
+        form = {"scale": float(layout.scale), "softcap": float(layout.softcap or 1.0), "SOFTCAP": layout.softcap is not None}
+        grid = (stop - start,)
+        known = problem.lse is not None
+        if gradient and not known and logits.dtype != torch.float16 and not problem.wants(layout.bias):
+            factors = self._buffer("factors", stop - start, 1, self.losses).view(-1)
+            coefficients = predictions.coefficients[part]
+            _kernels.single_pass_kernel[grid](*rows, coefficients, factors, losses, lse, **form, **_blocks(logits))
+            return factors
+        if not known:
+            entropies = None if self.entropies is None else self.entropies[heads].view(-1)
+            entropy = entropies is not None and problem.top_k is None
+            _kernels.measure_kernel[grid](*rows, losses, lse, entropies, **form, ENTROPY=entropy, **_blocks(logits))
+            if entropies is not None and problem.top_k is not None:
+                entropies[order] = torch.where(kind < 2, _top_entropy(logits, layout, problem.top_k), 0.0)
+        if gradient:
+            _kernels.gradient_kernel[grid](*rows, predictions.coefficients[part], lse, **form, **_blocks(logits, 16384))
+        return None
+
+    def _hidden_gradient(self, delta: Tensor, weight: Tensor, scale: bool) -> Tensor:
+        """``delta · weight``; in fp32 where it is scaled before it is rounded."""
+        exact = scale and _adds_in_fp32(delta)
+        rows = self._buffer("gradient", len(delta), weight.shape[1], self.losses if exact else weight)
+        return torch.mm(delta, weight, out_dtype=torch.float32, out=rows) if exact else torch.mm(delta, weight, out=rows)
 
     def _add_product(self, place: int, delta: Tensor, hidden: Tensor) -> None:
         """``sums[place] += deltaᵀ · hidden``, added in fp32 within the product where the library can."""
@@ -317,7 +314,7 @@ class _State:
             total = self.sums[place] = torch.empty(delta.shape[1], hidden.shape[1], dtype=torch.float32, device=delta.device)
         if delta.dtype == torch.float32:
             torch.mm(delta.T, hidden, out=total) if first else total.addmm_(delta.T, hidden)
-        elif delta.is_cuda and torch.version.hip is None:
+        elif _adds_in_fp32(delta):
             if first:
                 torch.mm(delta.T, hidden, out_dtype=torch.float32, out=total)
             else:
@@ -335,6 +332,23 @@ class _State:
         return kept[: rows * columns].view(rows, columns)
 
 
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, may_change: bool) -> Tensor:
+    """``gradient · factor`` in a precision; in place where that is allowed and possible."""
+    same = may_change and gradient.dtype == dtype
+    out = gradient if same else torch.empty_like(gradient, dtype=dtype)
+    if gradient.numel() > 0:
+        block = 4096
+        grid = (triton.cdiv(gradient.numel(), block),)
+        _kernels.finish_kernel[grid](gradient, out, factor, gradient.numel(), SAME=same, BLOCK=block)
+    return out
+
+
+def _adds_in_fp32(operand: Tensor) -> bool:
+    """Whether products of such operands can come out in fp32."""
+    half = operand.dtype in (torch.bfloat16, torch.float16)
+    return half and operand.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(operand.device)[0] >= 8
+
+
 def _rows_of(weight: Tensor) -> int:
     return chunk_rows(len(weight), weight.element_size())
 
@@ -345,5 +359,15 @@ def _stride(vocabulary: int, itemsize: int) -> int:
     return -(-vocabulary // step) * step
 
 
-def _warps(block: int) -> int:
-    return min(max(block // 1024, 4), 32)
+def _blocks(logits: Tensor, largest: int = 8192) -> dict[str, int]:
+    """How much of a row is read at once, and by how many warps: measured, see docs/performance.md."""
+    block = min(triton.next_power_of_2(logits.shape[1]), largest)
+    return {"BLOCK": block, "num_warps": max(block // 1024, 1)}
+
+
+def _top_entropy(logits: Tensor, layout: HeadLayout, top_k: int) -> Tensor:
+    """Of each row, over its most probable tokens."""
+    top = logits.topk(min(top_k, logits.shape[1]), sorted=False).values.float() * layout.scale
+    if layout.softcap is not None:
+        top = torch.tanh(top / layout.softcap) * layout.softcap
+    return torch.special.entr(top.softmax(dim=1)).sum(dim=1)

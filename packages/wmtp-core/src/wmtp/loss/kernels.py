@@ -15,10 +15,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["gather_kernel", "scatter_kernel", "softmax_kernel"]
+__all__ = [
+    "finish_kernel",
+    "gather_kernel",
+    "gradient_kernel",
+    "measure_kernel",
+    "scale_kernel",
+    "scatter_kernel",
+    "single_pass_kernel",
+]
 
 _COEFFICIENT = tl.constexpr(0)
 _PADDING = tl.constexpr(2)
+
+# how far a logit may stand above the reference that exponentials are written relative to: exp(30) is 1e13
+_HEADROOM = tl.constexpr(30.0)
 
 
 @triton.jit
@@ -36,8 +47,31 @@ def gather_kernel(hidden, stride, rows, order, kind, slot, positions, width, BLO
 
 
 @triton.jit
-def scatter_kernel(rows, gradient, order, kind, slot, positions, width, BLOCK: tl.constexpr) -> None:
-    """``gradient[order[i]] = rows[i]`` for the predictions of one head that have a coefficient."""
+def scale_kernel(rows, factors, width, BLOCK: tl.constexpr) -> None:
+    """``rows[i] *= factors[i]``."""
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factors + row)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        values = tl.load(rows + row * width + columns, mask=columns < width).to(tl.float32) * factor
+        tl.store(rows + row * width + columns, values.to(rows.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def finish_kernel(source, out, factor, size, SAME: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """``out = source · factor``; with ``SAME`` they are one, and a factor of 1 leaves it alone."""
+    scale = tl.load(factor).to(tl.float32)
+    if (not SAME) | (scale != 1.0):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(source + at, mask=at < size).to(tl.float32) * scale
+        tl.store(out + at, values.to(out.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def scatter_kernel(
+    rows, factors, gradient, order, kind, slot, positions, width, SCALE: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """``gradient[order[i]] = rows[i] (· factors[i])`` for the predictions of one head that have a coefficient."""
     row = tl.program_id(0).to(tl.int64)
     prediction = tl.load(order + row)
     if (prediction // positions == slot) & (tl.load(kind + row) == _COEFFICIENT):
@@ -46,6 +80,8 @@ def scatter_kernel(rows, gradient, order, kind, slot, positions, width, BLOCK: t
             columns = start + tl.arange(0, BLOCK)
             inside = columns < width
             values = tl.load(rows + row * width + columns, mask=inside)
+            if SCALE:
+                values = values.to(tl.float32) * tl.load(factors + row)
             tl.store(target + columns, values.to(gradient.dtype.element_ty), mask=inside)
 
 
@@ -58,16 +94,60 @@ def _transform(logits, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _delta(z, probability, columns, target, coefficient, scale, softcap, SOFTCAP: tl.constexpr):
-    # d CE / d logits = softmax − onehot
-    delta = (probability - tl.where(columns == target, 1.0, 0.0)) * (coefficient * scale)
-    if SOFTCAP:
-        delta *= 1.0 - (z / softcap) * (z / softcap)
-    return delta
+def _target_logit(logits, target, vocabulary, scale, softcap, SOFTCAP: tl.constexpr):
+    """A target outside the vocabulary makes the loss NaN."""
+    possible = tl.where(target < 0, vocabulary, target) < vocabulary
+    return _transform(tl.load(logits + target, mask=possible, other=float("nan")), scale, softcap, SOFTCAP)
 
 
 @triton.jit
-def softmax_kernel(
+def measure_kernel(
+    logits,
+    stride,
+    vocabulary,
+    order,
+    kind,
+    targets,
+    losses,
+    lses,
+    entropies,
+    scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Token loss, logarithm of the sum of the exponentials, and, with ``ENTROPY``, entropy of one row of logits."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    if tl.load(kind + row) != _PADDING:
+        prediction = tl.load(order + row)
+        z_target = _target_logit(logits, tl.load(targets + row), vocabulary, scale, softcap, SOFTCAP)
+        top = -float("inf")
+        total = 0.0
+        moment = 0.0  # Σ exp(z − top) · (z − top)
+        for start in range(0, vocabulary, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < vocabulary
+            z = _transform(tl.load(logits + columns, mask=inside, other=0.0), scale, softcap, SOFTCAP)
+            z = tl.where(inside, z, -float("inf"))
+            new = tl.maximum(top, tl.max(z, axis=0))
+            e = tl.exp(z - new)
+            if ENTROPY:
+                moved = tl.where(total > 0.0, total * (top - new), 0.0)
+                moment = (moment + moved) * tl.exp(top - new)
+                moment += tl.sum(tl.where(e > 0.0, e * (z - new), 0.0), axis=0)
+            total = total * tl.exp(top - new) + tl.sum(e, axis=0)
+            top = new
+        lse = top + tl.log(total)
+        tl.store(losses + prediction, lse - z_target)
+        tl.store(lses + prediction, lse)
+        if ENTROPY:
+            tl.store(entropies + prediction, tl.log(total) - moment / total)
+
+
+@triton.jit
+def gradient_kernel(
     logits,
     stride,
     vocabulary,
@@ -75,81 +155,94 @@ def softmax_kernel(
     kind,
     targets,
     coefficients,
-    losses,
     lses,
-    entropies,
     scale,
     softcap,
     SOFTCAP: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    KNOWN: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One row of logits: its token loss, the logarithm of the sum of its exponentials, and, in place, its gradient.
+    """Turn one row of logits into its gradient, in place: c · (softmax − onehot); 0 where there is no coefficient."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    counts = tl.load(kind + row) == _COEFFICIENT
+    target = tl.load(targets + row)
+    coefficient = tl.load(coefficients + row)
+    lse = tl.load(lses + tl.load(order + row))
+    read = tl.where(counts, vocabulary, 0)
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = _transform(tl.load(logits + columns, mask=columns < read, other=0.0), scale, softcap, SOFTCAP)
+        delta = (tl.exp(z - lse) - tl.where(columns == target, 1.0, 0.0)) * (coefficient * scale)
+        if SOFTCAP:
+            delta *= 1.0 - (z / softcap) * (z / softcap)
+        delta = tl.where(counts, delta, 0.0)
+        tl.store(logits + columns, delta.to(logits.dtype.element_ty), mask=columns < vocabulary)
 
-    ``GRADIENT``: the logits become the gradient. ``KNOWN``: lses are given, and no losses are written. ``ENTROPY``: the
-    entropy is written too. ``WHOLE``: a block holds the whole row, which is then read once.
+
+@triton.jit
+def single_pass_kernel(
+    logits,
+    stride,
+    vocabulary,
+    order,
+    kind,
+    targets,
+    coefficients,
+    factors,
+    losses,
+    lses,
+    scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Both in one pass over the logits: they become a multiple of their gradient, and ``factors`` say which.
+
+    With s = Σ exp(z − r) for a reference r, the gradient c · (softmax − onehot) is (c / s) · (exp(z − r) − s · onehot). What is
+    in brackets can be written before s is known, but for the target's own place, and the factor c / s goes into the products'
+    other operand. The reference is the highest logit of the first block. Where a later one stands far above it, what was
+    written is scaled down to the new reference: seldom, and in any case right.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    prediction = tl.load(order + row)
     group = tl.load(kind + row)
+    counts = group == _COEFFICIENT
     target = tl.load(targets + row)
-    columns = tl.arange(0, BLOCK)
-    lse = 0.0
-    total = 1.0
-    z = tl.zeros((BLOCK,), tl.float32)
-    e = z
+    z_target = 0.0
+    reference = -float("inf")
+    total = 0.0
     if group != _PADDING:
-        if KNOWN:
-            lse = tl.load(lses + prediction)
-        else:
-            # a target outside the vocabulary makes the loss NaN
-            possible = tl.where(target < 0, vocabulary, target) < vocabulary
-            z_target = _transform(tl.load(logits + target, mask=possible, other=float("nan")), scale, softcap, SOFTCAP)
-            if WHOLE:
-                inside = columns < vocabulary
-                z = _transform(tl.load(logits + columns, mask=inside, other=0.0), scale, softcap, SOFTCAP)
-                z = tl.where(inside, z, -float("inf"))
-                top = tl.max(z, axis=0)
-                e = tl.exp(z - top)
-                total = tl.sum(e, axis=0)
-                if ENTROPY:
-                    moment = tl.sum(tl.where(e > 0.0, e * (z - top), 0.0), axis=0)
-            else:
-                top = -float("inf")
-                total = 0.0
-                moment = 0.0  # Σ exp(z − top) · (z − top)
-                for start in range(0, vocabulary, BLOCK):
-                    inside = start + columns < vocabulary
-                    z = _transform(tl.load(logits + start + columns, mask=inside, other=0.0), scale, softcap, SOFTCAP)
-                    z = tl.where(inside, z, -float("inf"))
-                    new = tl.maximum(top, tl.max(z, axis=0))
-                    e = tl.exp(z - new)
-                    if ENTROPY:
-                        moved = tl.where(total > 0.0, total * (top - new), 0.0)
-                        moment = (moment + moved) * tl.exp(top - new)
-                        moment += tl.sum(tl.where(e > 0.0, e * (z - new), 0.0), axis=0)
-                    total = total * tl.exp(top - new) + tl.sum(e, axis=0)
-                    top = new
-            lse = top + tl.log(total)
-            tl.store(losses + prediction, lse - z_target)
-            tl.store(lses + prediction, lse)
-            if ENTROPY:
-                tl.store(entropies + prediction, tl.log(total) - moment / total)
-    if GRADIENT:
-        coefficient = tl.load(coefficients + row)
-        if WHOLE:
-            delta = _delta(z, e * (1.0 / total), columns, target, coefficient, scale, softcap, SOFTCAP)
-            delta = tl.where(group == _COEFFICIENT, delta, 0.0)
-            tl.store(logits + columns, delta.to(logits.dtype.element_ty), mask=columns < vocabulary)
-        else:
-            read = tl.where(group == _COEFFICIENT, vocabulary, 0)
-            for start in range(0, vocabulary, BLOCK):
-                at = start + columns
-                z = _transform(tl.load(logits + at, mask=at < read, other=0.0), scale, softcap, SOFTCAP)
-                delta = _delta(z, tl.exp(z - lse), at, target, coefficient, scale, softcap, SOFTCAP)
-                delta = tl.where(group == _COEFFICIENT, delta, 0.0)
-                tl.store(logits + at, delta.to(logits.dtype.element_ty), mask=at < vocabulary)
+        z_target = _target_logit(logits, target, vocabulary, scale, softcap, SOFTCAP)
+    read = tl.where(group == _PADDING, 0, vocabulary)
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = _transform(tl.load(logits + columns, mask=columns < read, other=0.0), scale, softcap, SOFTCAP)
+        z = tl.where(columns < vocabulary, z, -float("inf"))
+        high = tl.max(z, axis=0)
+        if high > reference + _HEADROOM:
+            shrink = tl.exp(reference - high)
+            tl.debug_barrier()  # what is read here may have been written by other threads
+            for earlier in range(0, start, BLOCK):
+                before = earlier + tl.arange(0, BLOCK)
+                written = tl.load(logits + before).to(tl.float32) * shrink
+                tl.store(logits + before, written.to(logits.dtype.element_ty))
+            total *= shrink
+            reference = high
+        e = tl.exp(z - reference)
+        total += tl.sum(e, axis=0)
+        if SOFTCAP:
+            e *= 1.0 - (z / softcap) * (z / softcap)
+        e = tl.where(counts, e, 0.0)
+        tl.store(logits + columns, e.to(logits.dtype.element_ty), mask=columns < vocabulary)
+    if group != _PADDING:
+        prediction = tl.load(order + row)
+        lse = reference + tl.log(total)
+        tl.store(losses + prediction, lse - z_target)
+        tl.store(lses + prediction, lse)
+    tl.debug_barrier()  # the target's place is written a second time, by another thread
+    at_target = tl.exp(z_target - reference) - total
+    if SOFTCAP:
+        at_target *= 1.0 - (z_target / softcap) * (z_target / softcap)
+    fits = tl.where(target < 0, vocabulary, target) < tl.where(counts, vocabulary, 0)
+    tl.store(logits + target, at_target.to(logits.dtype.element_ty), mask=fits)
+    tl.store(factors + row, tl.where(counts, tl.load(coefficients + row) * scale / total, 0.0))

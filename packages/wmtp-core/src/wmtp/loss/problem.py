@@ -1,11 +1,14 @@
-"""What the two implementations of the loss are asked, and what they answer."""
+"""What the two implementations of the loss are asked, and what they answer.
+
+The classes are not frozen because torch.compile traces no frozen classes of attrs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from attrs import frozen
+from attrs import define
 from torch import Tensor
 
 from wmtp.loss.unembedding import Unembedding
@@ -13,7 +16,7 @@ from wmtp.loss.unembedding import Unembedding
 __all__ = ["Answer", "HeadLayout", "Problem", "flatten", "precision"]
 
 
-@frozen
+@define(slots=False)
 class HeadLayout:
     """Where the tensors of one head stand in `Problem.tensors`, and how its logits are transformed.
 
@@ -30,7 +33,7 @@ class HeadLayout:
     softcap: float | None
 
 
-@frozen(kw_only=True, eq=False)
+@define(kw_only=True, eq=False, slots=False)
 class Problem:
     """N positions with H predictions each.
 
@@ -82,7 +85,7 @@ class Problem:
         }
 
 
-@frozen(kw_only=True, eq=False)
+@define(kw_only=True, eq=False, slots=False)
 class Answer:
     """What was computed.
 

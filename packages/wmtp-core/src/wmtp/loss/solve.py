@@ -10,7 +10,7 @@ from torch import Tensor
 from wmtp.loss import plain
 from wmtp.loss.problem import Answer, HeadLayout, Problem
 
-__all__ = ["implementation", "solve"]
+__all__ = ["implementation", "scaled", "solve"]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -31,6 +31,27 @@ def solve(problem: Problem) -> Answer:
         from wmtp.loss import fused  # imports Triton
 
         return fused.compute(problem)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, may_change: bool) -> Tensor:
+    """``gradient · factor`` in a precision.
+
+    Args:
+        gradient: of `Answer`.
+        factor: scalar, on the same device.
+        dtype: of what is returned.
+        may_change: ``gradient`` is not needed again.
+    """
+    if torch.compiler.is_compiling():
+        return (gradient * factor).to(dtype)
+    if implementation(gradient.device, gradient.dtype) == "fused":
+        from wmtp.loss import fused
+
+        return fused.scaled(gradient, factor, dtype, may_change)
+    factor = factor.to(gradient.dtype)
+    if may_change and gradient.dtype == dtype:
+        return gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _through_operator(problem: Problem) -> Answer:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from attrs import frozen
+from attrs import define
 from torch import Tensor
 
 __all__ = ["Unembedding"]
 
 
-@frozen(kw_only=True, eq=False)
+@define(kw_only=True, eq=False, slots=False)  # torch.compile traces no frozen classes of attrs
 class Unembedding:
     """From hidden states to logits: ``softcap(scale · (hidden @ weight.T + bias))``.
 
