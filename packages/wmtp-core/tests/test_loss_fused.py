@@ -82,7 +82,7 @@ else:
         {"h": 1, "n": 5},
     ]
 
-    @pytest.fixture(params=[1, 4, 1000])
+    @pytest.fixture(params=[3, 1000])
     def rows(request, monkeypatch):
         """Chunks of so many rows."""
         monkeypatch.setattr(fused, "chunk_rows", lambda vocabulary, itemsize: request.param)
@@ -136,14 +136,16 @@ else:
 
     def test_logits_far_above_those_of_earlier_blocks(monkeypatch):
         monkeypatch.setattr(fused, "_blocks", lambda logits, largest=0: {"BLOCK": 4, "num_warps": 1})
-        found = problem(n=20, v=37)
+        found = problem(n=4, v=37)
         found.tensors[3][9:] *= 30
         found.tensors[3][22:] *= 10
         found.tensors[3][35:] *= 30
         same(found, rtol=1e-4, atol=1e-3)
+        found.tensors[3][35:] *= 30
+        same(evolve(found, coefficients=None, wanted=(), entropy=True), rtol=1e-4, atol=1e-3)
 
     def test_bf16(reading):
-        same(problem(n=40, d=16, v=50, dtype=torch.bfloat16), rtol=2e-2, atol=2e-2)
+        same(problem(n=12, d=16, v=50, dtype=torch.bfloat16), rtol=2e-2, atol=2e-2)
 
     @pytest.mark.parametrize("factor", [1.0, 0.0, -2.5])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 """The loss as others use it: one function, inside compiled, checkpointed and sharded models."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -230,9 +231,7 @@ dist.destroy_process_group()
 
 
 def test_under_fsdp_the_gathered_unembedding_is_a_plain_tensor():
-    here = __file__.rpartition("/")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env={"HERE": here, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    env = os.environ | {"HERE": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "this is a DTensor" in done.stdout

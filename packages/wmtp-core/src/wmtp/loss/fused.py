@@ -218,7 +218,7 @@ class _State:
     entropies: Tensor | None
     gradients: list[Tensor | None]
     sums: dict[int, Tensor] = Factory(dict)
-    buffers: dict[str, Tensor] = Factory(dict)
+    buffers: dict[tuple[str, torch.dtype], Tensor] = Factory(dict)
 
     def run(self, predictions: _List, start: int, stop: int, learned: bool) -> None:
         """Compute one chunk of a list."""
@@ -326,9 +326,10 @@ class _State:
 
     def _buffer(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
         """One piece of memory for all chunks."""
-        kept = self.buffers.get(name)
+        key = name, like.dtype
+        kept = self.buffers.get(key)
         if kept is None or len(kept) < rows * columns:
-            kept = self.buffers[name] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+            kept = self.buffers[key] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
         return kept[: rows * columns].view(rows, columns)
 
 

@@ -31,6 +31,9 @@ _PADDING = tl.constexpr(2)
 # how far a logit may stand above the reference that exponentials are written relative to: exp(30) is 1e13
 _HEADROOM = tl.constexpr(30.0)
 
+# a sum of exponentials above this may have lost some
+_LARGEST = tl.constexpr(1e30)
+
 
 @triton.jit
 def gather_kernel(hidden, stride, rows, order, kind, slot, positions, width, BLOCK: tl.constexpr) -> None:
@@ -94,6 +97,14 @@ def _transform(logits, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _block(logits, start, vocabulary, scale, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Some logits of a row, −∞ behind its end."""
+    columns = start + tl.arange(0, BLOCK)
+    z = _transform(tl.load(logits + columns, mask=columns < vocabulary, other=0.0), scale, softcap, SOFTCAP)
+    return tl.where(columns < vocabulary, z, -float("inf"))
+
+
+@triton.jit
 def _target_logit(logits, target, vocabulary, scale, softcap, SOFTCAP: tl.constexpr):
     """A target outside the vocabulary makes the loss NaN."""
     possible = tl.where(target < 0, vocabulary, target) < vocabulary
@@ -123,22 +134,32 @@ def measure_kernel(
     if tl.load(kind + row) != _PADDING:
         prediction = tl.load(order + row)
         z_target = _target_logit(logits, tl.load(targets + row), vocabulary, scale, softcap, SOFTCAP)
-        top = -float("inf")
-        total = 0.0
-        moment = 0.0  # Σ exp(z − top) · (z − top)
-        for start in range(0, vocabulary, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < vocabulary
-            z = _transform(tl.load(logits + columns, mask=inside, other=0.0), scale, softcap, SOFTCAP)
-            z = tl.where(inside, z, -float("inf"))
-            new = tl.maximum(top, tl.max(z, axis=0))
-            e = tl.exp(z - new)
+        # relative to the highest logit of the first block, each lane adds up for itself
+        z = _block(logits, 0, vocabulary, scale, softcap, SOFTCAP, BLOCK)
+        top = tl.max(z, axis=0)
+        sums = tl.exp(z - top)
+        moments = tl.where(sums > 0.0, sums * (z - top), 0.0)  # Σ exp(z − top) · (z − top)
+        for start in range(BLOCK, vocabulary, BLOCK):
+            z = _block(logits, start, vocabulary, scale, softcap, SOFTCAP, BLOCK)
+            e = tl.exp(z - top)
+            sums += e
             if ENTROPY:
-                moved = tl.where(total > 0.0, total * (top - new), 0.0)
-                moment = (moment + moved) * tl.exp(top - new)
-                moment += tl.sum(tl.where(e > 0.0, e * (z - new), 0.0), axis=0)
-            total = total * tl.exp(top - new) + tl.sum(e, axis=0)
-            top = new
+                moments += tl.where(e > 0.0, e * (z - top), 0.0)
+        total = tl.sum(sums, axis=0)
+        moment = tl.sum(moments, axis=0)
+        if (total < _LARGEST) == 0:
+            # a later logit stands so far above that its exponential has no number: relative to the highest of all, then
+            top = -float("inf")
+            for start in range(0, vocabulary, BLOCK):
+                top = tl.maximum(top, tl.max(_block(logits, start, vocabulary, scale, softcap, SOFTCAP, BLOCK), axis=0))
+            total = 0.0
+            moment = 0.0
+            for start in range(0, vocabulary, BLOCK):
+                z = _block(logits, start, vocabulary, scale, softcap, SOFTCAP, BLOCK)
+                e = tl.exp(z - top)
+                total += tl.sum(e, axis=0)
+                if ENTROPY:
+                    moment += tl.sum(tl.where(e > 0.0, e * (z - top), 0.0), axis=0)
         lse = top + tl.log(total)
         tl.store(losses + prediction, lse - z_target)
         tl.store(lses + prediction, lse)
@@ -210,7 +231,7 @@ def single_pass_kernel(
     target = tl.load(targets + row)
     z_target = 0.0
     reference = -float("inf")
-    total = 0.0
+    sums = tl.zeros((BLOCK,), tl.float32)
     if group != _PADDING:
         z_target = _target_logit(logits, target, vocabulary, scale, softcap, SOFTCAP)
     read = tl.where(group == _PADDING, 0, vocabulary)
@@ -226,14 +247,15 @@ def single_pass_kernel(
                 before = earlier + tl.arange(0, BLOCK)
                 written = tl.load(logits + before).to(tl.float32) * shrink
                 tl.store(logits + before, written.to(logits.dtype.element_ty))
-            total *= shrink
+            sums *= shrink
             reference = high
         e = tl.exp(z - reference)
-        total += tl.sum(e, axis=0)
+        sums += e
         if SOFTCAP:
             e *= 1.0 - (z / softcap) * (z / softcap)
         e = tl.where(counts, e, 0.0)
         tl.store(logits + columns, e.to(logits.dtype.element_ty), mask=columns < vocabulary)
+    total = tl.sum(sums, axis=0)
     if group != _PADDING:
         prediction = tl.load(order + row)
         lse = reference + tl.log(total)
