@@ -5,44 +5,59 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterable
-from concurrent.futures import Future
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from concurrent.futures import Future, as_completed
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 __all__ = ["Budget", "run", "together"]
 
-_T = TypeVar("_T")
 
+def run(*works: Coroutine[Any, Any, None]) -> None:
+    """Run coroutines to their ends, each in a thread with a loop of its own: the caller's may run one, as in a notebook.
 
-def run(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine to its end, in a thread of its own: the caller's may have a loop already, as in a notebook.
-
-    Ctrl-C cancels it; what it does in its ``finally`` blocks is waited for.
+    The first that fails cancels the others, and so does Ctrl-C; what they do in their ``finally`` blocks is waited for.
     """
-    done: Future[_T] = Future()
-    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[_T]]] = Future()
-
-    async def main() -> _T:
-        task = asyncio.ensure_future(work)
-        started.set_result((asyncio.get_running_loop(), task))
-        return await task
-
-    def thread() -> None:
-        try:
-            done.set_result(asyncio.run(main()))
-        except BaseException as error:
-            done.set_exception(error)
-
-    worker = threading.Thread(target=thread, name="wmtp-storage", daemon=True)
-    worker.start()
+    workers = [_Worker(work) for work in works]
     try:
-        return done.result()
-    except BaseException:  # of the work, or Ctrl-C here
-        loop, task = started.result()
-        if worker.is_alive() and not task.done():
-            loop.call_soon_threadsafe(task.cancel)
-        worker.join()
-        raise
+        for done in as_completed([worker.done for worker in workers]):
+            done.result()
+    finally:  # after an error of the work, or Ctrl-C here
+        for worker in workers:
+            worker.cancel()
+        for worker in workers:
+            worker.thread.join()
+
+
+class _Worker:
+    """A coroutine in a thread of its own."""
+
+    def __init__(self, work: Coroutine[Any, Any, None]) -> None:
+        self._work = work
+        self._task: asyncio.Task[None] | None = None
+        self._cancelled = False
+        self.done: Future[None] = Future()
+        self.thread = threading.Thread(target=self._run, name="wmtp-storage", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.done.set_result(asyncio.run(self._main()))
+        except BaseException as error:
+            self.done.set_exception(error)
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.ensure_future(self._work)
+        if self._cancelled:
+            self._task.cancel()
+        await self._task
+
+    def cancel(self) -> None:
+        """Have it end soon; nothing if it has ended."""
+        self._cancelled = True
+        if self._task is not None and not self._task.done():
+            with suppress(RuntimeError):  # the loop was closed just now
+                self._loop.call_soon_threadsafe(self._task.cancel)
 
 
 async def together(works: Iterable[Coroutine[Any, Any, None]]) -> None:

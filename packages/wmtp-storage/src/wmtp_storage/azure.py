@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 from obstore.store import AzureStore
 
 from wmtp.errors import ConfigError
-from wmtp_storage.client import client_options, retry_config
+from wmtp_storage.client import Opened, client_options, opened
 
 if TYPE_CHECKING:
     from wmtp_storage.config import AzureStorage
     from wmtp_storage.uris import RemoteURI
 
-__all__ = ["azure_store"]
+__all__ = ["open_azure"]
 
 
-def azure_store(config: AzureStorage, uri: RemoteURI) -> AzureStore:
+def open_azure(config: AzureStorage, uri: RemoteURI) -> Opened:
     """The store of a container. obstore itself looks for credentials in Azure's standard places.
 
     Raises:
@@ -35,9 +35,12 @@ def azure_store(config: AzureStorage, uri: RemoteURI) -> AzureStore:
     endpoint = config.endpoint
     if endpoint is not None:
         options["endpoint"] = endpoint.rstrip("/")
-    return AzureStore(
-        container,
-        config=options,  # type: ignore[arg-type]
-        client_options=client_options(config, allow_http=(endpoint or "").startswith("http://")),
-        retry_config=retry_config(config),
+    return opened(
+        config,
+        lambda retries: AzureStore(
+            container,
+            config=options,  # type: ignore[arg-type]
+            client_options=client_options(config, allow_http=(endpoint or "").startswith("http://")),
+            retry_config=retries,
+        ),
     )

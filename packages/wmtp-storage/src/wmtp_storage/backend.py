@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
 from attrs import frozen
 
-from wmtp.errors import WMTPError
-from wmtp.storage import Storage
-from wmtp.storage.atomic import write_folder
+from wmtp.storage import Fetched, Storage, StoredFile
 from wmtp_storage.failures import explained
-from wmtp_storage.push import push
+from wmtp_storage.fetch import fetch_into
+from wmtp_storage.localize import localize
+from wmtp_storage.push import push, remove
 from wmtp_storage.uris import RemoteURI, parse
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
+    from wmtp_storage.client import Opened
     from wmtp_storage.config import RemoteStorage
 
 __all__ = ["ObjectStorage", "StoredObject"]
@@ -37,14 +39,27 @@ class StoredObject:
         name: its path in the folder that was listed.
         size: bytes.
         etag: what the store calls this version of its content; None where it calls it nothing.
-        version: of the object, where the store keeps several.
+        modified: when its content was last written.
     """
 
     key: str
     name: str
     size: int
     etag: str | None
-    version: str | None = None
+    modified: datetime
+
+    @property
+    def identity(self) -> str:
+        """Differs where the content does."""
+        return self.etag if self.etag is not None else f"modified {self.modified.isoformat()}"
+
+    def differs_from(self, meta: ObjectMeta) -> bool:
+        """Whether this is no longer the version that an answer is of."""
+        if meta["size"] != self.size:
+            return True
+        if self.etag is not None and meta["e_tag"] is not None:
+            return meta["e_tag"].strip('"') != self.etag.strip('"')  # Azure quotes it in some answers only
+        return meta["last_modified"] != self.modified
 
 
 class ObjectStorage(Storage):
@@ -52,17 +67,17 @@ class ObjectStorage(Storage):
 
     Args:
         config: the backend's options.
-        opener: makes the store that holds a URI.
+        opener: opens what holds a URI: a bucket, a container, a host.
     """
 
-    def __init__(self, config: _Config, opener: Callable[[_Config, RemoteURI], ObjectStore]) -> None:
+    def __init__(self, config: _Config, opener: Callable[[_Config, RemoteURI], Opened]) -> None:
         self.config = config
-        self._opener: Callable[[Any, RemoteURI], ObjectStore] = opener
-        self._stores: dict[tuple[str, str, str], ObjectStore] = {}
+        self._opener: Callable[[Any, RemoteURI], Opened] = opener
+        self._open: dict[tuple[str, str, str], Opened] = {}
         self._lock = threading.Lock()
 
-    def store(self, uri: RemoteURI) -> ObjectStore:
-        """The store that holds ``uri``, its credentials found, its region known.
+    def opened(self, uri: RemoteURI) -> Opened:
+        """What holds ``uri``, its credentials found, its region known.
 
         Raises:
             ConfigError: the options do not fit the URI.
@@ -70,15 +85,19 @@ class ObjectStorage(Storage):
         """
         place = (uri.scheme, uri.authority, uri.query)
         with self._lock:
-            if place not in self._stores:
+            if place not in self._open:
                 try:
-                    self._stores[place] = self._opener(self.config, uri)
-                except obstore.exceptions.BaseError as error:
+                    self._open[place] = self._opener(self.config, uri)
+                except (obstore.exceptions.BaseError, ValueError) as error:
                     raise explained(error, uri, "opened") from error
-            return self._stores[place]
+            return self._open[place]
+
+    def store(self, uri: RemoteURI) -> ObjectStore:
+        """The store that holds ``uri``; it tries failed requests again by itself. Raises as `opened`."""
+        return self.opened(uri).store
 
     def objects(self, uri: RemoteURI) -> Iterator[StoredObject]:
-        """The objects of a folder, by pages of a thousand; markers of folders are left out.
+        """The objects of a folder, by pages of a thousand.
 
         Raises:
             WMTPError: the store could not be asked.
@@ -89,27 +108,43 @@ class ObjectStorage(Storage):
                 for meta in page:
                     # some stores take the prefix as a text, and give its neighbours too
                     if meta["path"].startswith(prefix):
-                        yield StoredObject(
-                            meta["path"], meta["path"][len(prefix) :], meta["size"], meta["e_tag"], meta["version"]
-                        )
+                        yield _stored(meta, meta["path"][len(prefix) :])
         except (obstore.exceptions.BaseError, OSError, ValueError) as error:
             raise explained(error, uri, "listed") from error
 
     def head(self, uri: RemoteURI) -> StoredObject | None:
-        """The object that has exactly this key; None where there is none.
+        """The object that has exactly this key; None where there is none, and for a URI that ends with a slash.
 
         Raises:
             WMTPError: the store could not be asked.
         """
-        if not uri.key:
+        if not uri.key or uri.is_folder:
             return None
         try:
-            meta = obstore.head(self.store(uri), uri.key)
+            return _stored(obstore.head(self.store(uri), uri.key), PurePosixPath(uri.key).name)
         except FileNotFoundError:
             return None
         except (obstore.exceptions.BaseError, OSError, ValueError) as error:
             raise explained(error, uri) from error
-        return StoredObject(uri.key, PurePosixPath(uri.key).name, meta["size"], meta["e_tag"], meta["version"])
+
+    def gives_ranges(self, uri: RemoteURI, objects: Sequence[StoredObject]) -> bool:
+        """Whether parts of objects can be had: simple web servers send whole ones only.
+
+        Raises:
+            WMTPError: the server could not be asked.
+        """
+        probe = next((stored for stored in objects if stored.size > 1), None)
+        if probe is None or not uri.scheme.startswith("http"):
+            return True
+        try:
+            obstore.get_range(self.store(uri), probe.key, start=0, end=1)
+        except FileNotFoundError:  # changed since; whoever fetches it will see
+            return True
+        except (obstore.exceptions.BaseError, OSError, ValueError) as error:
+            if "NotPartial" in str(error):
+                return False
+            raise explained(error, uri) from error
+        return True
 
     def exists(self, uri: str) -> bool:
         """Whether an object or a folder of objects is there; see `Storage.exists`."""
@@ -117,32 +152,30 @@ class ObjectStorage(Storage):
         return self.head(place) is not None or next(self.objects(place), None) is not None
 
     def localize(self, uri: str, cache_dir: Path) -> Path:
-        """Fetch into the cache; see `Storage.localize`."""
-        place = parse(uri)
-        single = self.head(place)
-        found = [single] if single is not None else list(self.objects(place))
-        if not found:
-            raise WMTPError(f"{uri}: there is no such object, and no folder of this name")
-        identity = repr([(stored.key, stored.size, stored.etag) for stored in found])
-        target = cache_dir / hashlib.sha256(f"{place}\n{identity}".encode()).hexdigest()[:32]
-        name = PurePosixPath(place.key).name or place.authority
+        """Fetch into the cache, or use what is there; see `Storage.localize`."""
+        return localize(self, parse(uri), cache_dir)
 
-        def download(folder: Path) -> None:
-            for stored in found:
-                path = folder / name if single is not None else folder / name / stored.name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    answer = obstore.get(self.store(place), stored.key, options={"if_match": stored.etag})
-                    with path.open("wb") as file:
-                        for piece in answer.stream(min_chunk_size=2**20):
-                            file.write(piece)
-                except (obstore.exceptions.BaseError, OSError) as error:
-                    raise explained(error, place.at(stored.name)) from error
-
-        if not target.exists():
-            write_folder(target, download)
-        return target / name
+    def fetch(self, uri: str, target: Path, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Fetched:
+        """Fetch into a folder; see `Storage.fetch`."""
+        return fetch_into(self, parse(uri), target, include, exclude)
 
     def push(self, path: Path, uri: str) -> None:
         """Upload; see `Storage.push`."""
         push(self, path, parse(uri))
+
+    def files(self, uri: str) -> Iterator[StoredFile]:
+        """List; see `Storage.files`."""
+        place = parse(uri)
+        single = self.head(place)
+        for stored in self.objects(place) if single is None else (single,):
+            yield StoredFile(name=stored.name, size=stored.size, identity=stored.identity)
+
+    def remove(self, uri: str) -> None:
+        """Delete; see `Storage.remove`."""
+        place = parse(uri)
+        single = self.head(place)
+        remove(self, place, [stored.key for stored in ([single] if single is not None else self.objects(place))])
+
+
+def _stored(meta: ObjectMeta, name: str) -> StoredObject:
+    return StoredObject(meta["path"], name, meta["size"], meta["e_tag"], meta["last_modified"])

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attrs import frozen
+
 from wmtp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
+    from wmtp_storage.backend import StoredObject
+    from wmtp_storage.checksums import StoreChecksum
     from wmtp_storage.config import RemoteStorage
 
-__all__ = ["ca_bundle", "client_options", "retry_config"]
+    #: what the store knows of an object's content; asked again, with True, where that did not match what came
+    Checksum = Callable[[StoredObject, bool], StoreChecksum | None]
+
+__all__ = ["Opened", "ca_bundle", "client_options", "opened"]
 
 _CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
@@ -60,10 +67,32 @@ def ca_bundle(config: RemoteStorage) -> Path | None:
     return None
 
 
-def retry_config(config: RemoteStorage) -> RetryConfig:
-    """Retries with backoff and jitter: of server errors, 429, time-outs and lost connections."""
-    return {
+@frozen
+class Opened:
+    """A store, opened twice, and what else it can tell.
+
+    Args:
+        store: tries a failed request again by itself.
+        reader: does not: whoever reads from it goes on where it failed.
+        checksum: of an object's content, as the store knows it.
+    """
+
+    store: ObjectStore
+    reader: ObjectStore
+    checksum: Checksum
+
+
+def opened(config: RemoteStorage, store: Callable[[RetryConfig], ObjectStore], checksum: Checksum | None = None) -> Opened:
+    """Open a store.
+
+    Args:
+        config: of the backend.
+        store: makes it. Retries are made with backoff and jitter: of server errors, 429, time-outs and lost connections.
+        checksum: see `Opened`; None for a store that tells none.
+    """
+    retries: RetryConfig = {
         "max_retries": config.max_retries,
         "retry_timeout": timedelta(seconds=config.retry_timeout),
         "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2},
     }
+    return Opened(store(retries), store({"max_retries": 0}), checksum if checksum is not None else lambda *_: None)

@@ -75,6 +75,7 @@ class S3Storage(RemoteStorage):
         anonymous: send no credentials: for public buckets.
         acceleration: through S3 Transfer Acceleration, which the bucket must have enabled.
         requester_pays: agree to pay for the transfer from a bucket whose owner does not.
+        md5_etags: whether an ETag that looks like an MD5 is one, as on Amazon's servers for all but encrypted objects.
         addressing: ``virtual`` puts the bucket into the host's name, ``path`` into the path. ``auto``: virtual on Amazon's
             servers where the bucket's name allows it, else path.
     """
@@ -87,6 +88,7 @@ class S3Storage(RemoteStorage):
     anonymous: bool = False
     acceleration: bool = False
     requester_pays: bool = False
+    md5_etags: bool = True
     addressing: Literal["auto", "virtual", "path"] = "auto"
 
     def check(self) -> Iterable[str]:
@@ -100,9 +102,9 @@ class S3Storage(RemoteStorage):
     def build(self) -> Storage:
         """Make the backend."""
         from wmtp_storage.backend import ObjectStorage
-        from wmtp_storage.s3 import s3_store
+        from wmtp_storage.s3 import open_s3
 
-        return ObjectStorage(self, s3_store)
+        return ObjectStorage(self, open_s3)
 
 
 @_with_shared_keys
@@ -126,9 +128,9 @@ class GoogleStorage(RemoteStorage):
     def build(self) -> Storage:
         """Make the backend."""
         from wmtp_storage.backend import ObjectStorage
-        from wmtp_storage.gs import gs_store
+        from wmtp_storage.gs import open_gs
 
-        return ObjectStorage(self, gs_store)
+        return ObjectStorage(self, open_gs)
 
 
 @_with_shared_keys
@@ -155,10 +157,10 @@ class AzureStorage(RemoteStorage):
 
     def build(self) -> Storage:
         """Make the backend."""
-        from wmtp_storage.azure import azure_store
+        from wmtp_storage.azure import open_azure
         from wmtp_storage.backend import ObjectStorage
 
-        return ObjectStorage(self, azure_store)
+        return ObjectStorage(self, open_azure)
 
 
 @_with_shared_keys
@@ -175,6 +177,6 @@ class HTTPStorage(RemoteStorage):
     def build(self) -> Storage:
         """Make the backend."""
         from wmtp_storage.backend import ObjectStorage
-        from wmtp_storage.web import http_store
+        from wmtp_storage.web import open_http
 
-        return ObjectStorage(self, http_store)
+        return ObjectStorage(self, open_http)

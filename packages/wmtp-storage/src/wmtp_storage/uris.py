@@ -22,12 +22,14 @@ class RemoteURI:
         authority: the bucket, the container, or host and port.
         key: the path inside, decoded, without slashes at its ends; empty for a whole bucket.
         query: of an HTTP URL, without its ``?``; it may hold a signature.
+        is_folder: whether the URI ends with a slash, and so never names a file.
     """
 
     scheme: str
     authority: str
     key: str
     query: str = ""
+    is_folder: bool = False
 
     def __str__(self) -> str:
         """For messages: without the query, which may be a secret."""
@@ -58,9 +60,10 @@ def parse(uri: str) -> RemoteURI:
     if wrong := re.search(r"%(?![0-9A-Fa-f]{2})", path):
         raise ConfigError(f"{shown}: '%' in a name must be written %25 (at character {wrong.start() + 1} of the path)")
     try:
-        key = unquote(path, errors="strict").removesuffix("/")
+        decoded = unquote(path, errors="strict")
     except UnicodeDecodeError:
         raise ConfigError(f"{shown}: what its %-escapes stand for is no UTF-8 text") from None
+    key = decoded.removesuffix("/")
     parts = key.split("/") if key else []
     if ".." in parts or "." in parts:
         raise ConfigError(f"{shown}: '.' and '..' mean nothing in an object store; write the path out")
@@ -68,4 +71,4 @@ def parse(uri: str) -> RemoteURI:
         raise ConfigError(f"{shown}: there is nothing between two slashes; write one '/'")
     if control := re.search(r"[\x00-\x1f\x7f]", key):
         raise ConfigError(f"{shown}: holds the control character {control[0]!r}, which no file is named by")
-    return RemoteURI(scheme, authority, key, query)
+    return RemoteURI(scheme, authority, key, query, is_folder=decoded.endswith("/"))

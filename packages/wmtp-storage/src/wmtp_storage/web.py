@@ -9,22 +9,25 @@ from typing import TYPE_CHECKING
 from obstore.store import HTTPStore
 
 from wmtp.errors import ConfigError
-from wmtp_storage.client import client_options, retry_config
+from wmtp_storage.client import Opened, client_options, opened
 
 if TYPE_CHECKING:
     from wmtp_storage.config import HTTPStorage
     from wmtp_storage.uris import RemoteURI
 
-__all__ = ["http_store"]
+__all__ = ["open_http"]
 
 
-def http_store(config: HTTPStorage, uri: RemoteURI) -> HTTPStore:
+def open_http(config: HTTPStorage, uri: RemoteURI) -> Opened:
     """The store of a host. A query, which may be a signature, goes along with every request."""
     query = f"?{uri.query}" if uri.query else ""
-    return HTTPStore(
-        f"{uri.scheme}://{uri.authority}/{query}",
-        client_options=client_options(config, allow_http=uri.scheme == "http", headers=_login(uri.authority)),
-        retry_config=retry_config(config),
+    return opened(
+        config,
+        lambda retries: HTTPStore(
+            f"{uri.scheme}://{uri.authority}/{query}",
+            client_options=client_options(config, allow_http=uri.scheme == "http", headers=_login(uri.authority)),
+            retry_config=retries,
+        ),
     )
 
 

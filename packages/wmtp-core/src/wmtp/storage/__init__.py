@@ -1,6 +1,6 @@
 """How URIs become local files."""
 
-from wmtp.storage.base import Storage
+from wmtp.storage.base import Fetched, Storage, StoredFile
 from wmtp.storage.uris import backend_for, localize
 
-__all__ = ["Storage", "backend_for", "localize"]
+__all__ = ["Fetched", "Storage", "StoredFile", "backend_for", "localize"]

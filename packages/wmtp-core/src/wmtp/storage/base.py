@@ -3,13 +3,58 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["Storage"]
+from attrs import frozen
+
+from wmtp.errors import WMTPError
+
+__all__ = ["Fetched", "Storage", "StoredFile"]
+
+
+@frozen(kw_only=True)
+class StoredFile:
+    """A file in a storage.
+
+    Args:
+        name: its path in the folder that was asked for, with ``/``; the file's own name where the URI names a file.
+        size: bytes.
+        identity: changes with the content; an ETag, for instance.
+    """
+
+    name: str
+    size: int
+    identity: str
+
+
+@frozen(kw_only=True)
+class Fetched:
+    """What `Storage.fetch` did.
+
+    Args:
+        uri: where from, without anything secret.
+        target: the folder.
+        files: how many are there now.
+        size: their bytes.
+        transferred: bytes that had to come over the line; the others were there already.
+        seconds: how long it took.
+    """
+
+    uri: str
+    target: Path
+    files: int
+    size: int
+    transferred: int
+    seconds: float
 
 
 class Storage(ABC):
-    """Serves the URIs of some schemes."""
+    """Serves the URIs of some schemes.
+
+    A backend must have `exists`, `localize` and `push`. The other methods have defaults: `fetch` copies what `localize` gives;
+    `files` and `remove` say that the backend cannot do it.
+    """
 
     @abstractmethod
     def exists(self, uri: str) -> bool:
@@ -34,3 +79,38 @@ class Storage(ABC):
         Raises:
             WMTPError: it could not be written; the message names the URI.
         """
+
+    def fetch(self, uri: str, target: Path, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Fetched:
+        """Bring the file or folder at ``uri`` into the folder ``target``, with a manifest beside it.
+
+        Files appear under their names when all of them are whole and verified; other files in ``target`` stay. Called again
+        after a failure it goes on, where the backend can.
+
+        Args:
+            uri: as for `localize`.
+            target: a folder; it is made.
+            include: patterns; where there are any, a file's name must match one.
+            exclude: patterns of names to leave out.
+
+        Raises:
+            WMTPError: nothing is there, it could not be read or written; the message names the URI or the path.
+        """
+        from wmtp.storage.copying import copy_into
+
+        return copy_into(self, uri, target, include, exclude)
+
+    def files(self, uri: str) -> Iterator[StoredFile]:
+        """The files of the folder at ``uri``, or the file itself; none where nothing is there.
+
+        Raises:
+            WMTPError: the backend cannot tell, or could not be asked.
+        """
+        raise WMTPError(f"{uri}: {type(self).__name__} cannot list files")
+
+    def remove(self, uri: str) -> None:
+        """Delete the file or folder at ``uri``; nothing happens where there is none.
+
+        Raises:
+            WMTPError: the backend cannot, or failed.
+        """
+        raise WMTPError(f"{uri}: {type(self).__name__} cannot delete")

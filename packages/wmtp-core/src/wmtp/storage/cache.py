@@ -1,0 +1,220 @@
+"""The cache of remote files: an entry for each URI and identity of what was there, used in place."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from wmtp.errors import WMTPError
+from wmtp.storage.lock import FileLock
+from wmtp.storage.manifest import Manifest, verify
+
+__all__ = ["Cache", "CacheEntry", "CacheInfo"]
+
+_MARKER: Final = "complete.json"
+_FILES: Final = "files"
+_LENGTH: Final = 32  # hexadecimal digits of an entry's name
+
+#: locks of the entries that this process uses: nobody may remove them before it ends
+_in_use: dict[Path, FileLock] = {}
+
+
+@frozen(kw_only=True)
+class CacheInfo:
+    """What ``wmtp cache list`` says of an entry.
+
+    Args:
+        path: its folder.
+        uri: where it is from; None for one that is not complete.
+        size: bytes on the disk.
+        files: how many.
+        last_used: seconds since 1970.
+        is_in_use: whether a process uses or fills it.
+    """
+
+    path: Path
+    uri: str | None
+    size: int
+    files: int
+    last_used: float
+    is_in_use: bool
+
+
+@frozen
+class CacheEntry:
+    """The files of a URI, as they were at one time.
+
+    Args:
+        folder: where it is.
+    """
+
+    folder: Path
+
+    @property
+    def files(self) -> Path:
+        """The folder with the file or the folder that was fetched."""
+        return self.folder / _FILES
+
+    def lock(self) -> FileLock:
+        """Held alone by who fills or removes the entry, shared by who uses it.
+
+        Raises:
+            WMTPError: nothing can be written there.
+        """
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WMTPError(f"the cache {self.folder.parent} cannot be written to: {error.strerror}") from error
+        return FileLock(self.folder.with_suffix(".lock"))
+
+    def manifest(self) -> Manifest | None:
+        """What is in it; None unless it is complete."""
+        try:
+            return Manifest.read(self.folder / _MARKER)
+        except WMTPError:  # damaged: it is filled anew
+            return None
+
+    def is_complete(self) -> bool:
+        """Whether all files are there, with their sizes."""
+        manifest = self.manifest()
+        return manifest is not None and all(_size(self.files / file.name) == file.size for file in manifest.files)
+
+    def complete(self, manifest: Manifest) -> None:
+        """Say that all of it is there, and on the disk.
+
+        Args:
+            manifest: its names are relative to `files`.
+        """
+        manifest.write(self.folder / _MARKER)
+
+    def use(self, lock: FileLock) -> None:
+        """Keep the entry until this process ends, and note that it was used."""
+        os.utime(self.folder / _MARKER)
+        lock.acquire(shared=True)
+        previous = _in_use.pop(self.folder, None)
+        _in_use[self.folder] = lock
+        if previous is not None:
+            previous.release()
+
+
+class Cache:
+    """All entries of a folder.
+
+    Args:
+        folder: where they are; it need not be there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def entry(self, uri: str, identity: str) -> CacheEntry:
+        """The entry of what is at ``uri``.
+
+        Args:
+            uri: without anything secret.
+            identity: of what is there now; another content has another.
+        """
+        digest = hashlib.sha256(f"{uri}\n{identity}".encode()).hexdigest()
+        return CacheEntry(self.folder / digest[:_LENGTH])
+
+    def entries(self) -> Iterator[CacheEntry]:
+        """Those that are there, complete or not."""
+        if self.folder.is_dir():
+            for path in sorted(self.folder.iterdir()):
+                if path.is_dir() and len(path.name) == _LENGTH and not set(path.name) - set("0123456789abcdef"):
+                    yield CacheEntry(path)
+
+    def list(self) -> list[CacheInfo]:
+        """What is there, the last used first."""
+        found = [_info(entry) for entry in self.entries()]
+        return sorted(found, key=lambda info: info.last_used, reverse=True)
+
+    def verify(self) -> list[str]:
+        """Read all files of complete entries; one line for each that differs from what was fetched."""
+        problems = []
+        for entry in self.entries():
+            manifest = entry.manifest()
+            if manifest is not None:
+                problems += verify(entry.files, manifest.files)
+        return problems
+
+    def prune(self, max_size: int) -> list[CacheInfo]:
+        """Remove what failed fetches left, and then the entries whose last use is longest ago, until the others fit.
+
+        What a process uses or fills now stays.
+
+        Args:
+            max_size: bytes.
+
+        Returns:
+            what was removed.
+        """
+        entries = {info.path: info for info in self.list()}
+        size = sum(info.size for info in entries.values())
+        removed = []
+        for info in sorted(entries.values(), key=lambda info: (info.uri is not None, info.last_used)):
+            if info.uri is not None and size <= max_size:
+                break
+            if _remove(CacheEntry(info.path)):
+                removed.append(info)
+                size -= info.size
+        return removed
+
+
+def _remove(entry: CacheEntry) -> bool:
+    if entry.folder in _in_use:
+        return False
+    lock = entry.lock()
+    if not lock.acquire(wait=False):
+        lock.release()
+        return False
+    (entry.folder / _MARKER).unlink(missing_ok=True)  # first: what is left of it is never taken for whole
+    shutil.rmtree(entry.folder, ignore_errors=True)
+    lock.remove()
+    return True
+
+
+def _info(entry: CacheEntry) -> CacheInfo:
+    manifest = entry.manifest()
+    paths = [path for path in entry.folder.rglob("*") if path.is_file()]
+    marker = entry.folder / _MARKER
+    return CacheInfo(
+        path=entry.folder,
+        uri=None if manifest is None else manifest.uri,
+        size=sum(_size(path) for path in paths),
+        files=len(paths) if manifest is None else len(manifest.files),
+        last_used=(marker if marker.exists() else entry.folder).stat().st_mtime if entry.folder.exists() else time.time(),
+        is_in_use=_is_in_use(entry),
+    )
+
+
+def _is_in_use(entry: CacheEntry) -> bool:
+    if entry.folder in _in_use:
+        return True
+    lock = entry.lock()
+    try:
+        return not lock.acquire(wait=False)
+    finally:
+        lock.release()
+
+
+def _size(path: Path) -> int:
+    """Bytes; -1 where there is no such file."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+@atexit.register
+def _release() -> None:
+    for lock in _in_use.values():
+        lock.release()

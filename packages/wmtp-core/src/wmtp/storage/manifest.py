@@ -1,0 +1,167 @@
+"""``.wmtp-manifest.json``: what was fetched into a folder, and by which checksums it can be told later that it is still so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+from attrs import frozen
+
+from wmtp.errors import WMTPError
+
+__all__ = ["MANIFEST", "Manifest", "ManifestFile", "hash_file", "verify"]
+
+#: its name in the folder
+MANIFEST: Final = ".wmtp-manifest.json"
+
+_VERSION = 1
+_BLOCK = 2**22  # bytes read at once
+
+
+@frozen(kw_only=True)
+class ManifestFile:
+    """One file.
+
+    Args:
+        name: its path in the folder, with ``/``.
+        size: bytes.
+        hash: ``ALGORITHM:HEX`` of its content, made while it was fetched.
+        etag: what the store called this version of it; None where it has no name for it.
+        checked: the store's own checksum that the content was compared with; None where the store has none.
+    """
+
+    name: str
+    size: int
+    hash: str
+    etag: str | None = None
+    checked: str | None = None
+
+
+@frozen(kw_only=True)
+class Manifest:
+    """What was fetched.
+
+    Args:
+        uri: where from, without anything secret.
+        files: by name.
+        identity: of the whole; two fetches of the same content have the same.
+    """
+
+    uri: str
+    files: tuple[ManifestFile, ...]
+    identity: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    def dumps(self) -> str:
+        """As JSON."""
+        return json.dumps({"version": _VERSION, **attrs.asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write it; the file appears whole."""
+        draft = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        draft.write_text(self.dumps(), encoding="utf-8")
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+
+    @classmethod
+    def loads(cls, text: str | bytes, where: object) -> Manifest:
+        """Read one.
+
+        Args:
+            text: JSON.
+            where: what messages call it.
+
+        Raises:
+            WMTPError: it is damaged, or of a later version of WMTP.
+        """
+        try:
+            table: dict[str, Any] = json.loads(text)
+            if table.pop("version") != _VERSION:
+                raise WMTPError(f"{where} was written by another version of WMTP; fetch again")
+            files = tuple(ManifestFile(**file) for file in table.pop("files"))
+            return cls(files=files, **table)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise WMTPError(f"{where} is damaged; fetch again") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest | None:
+        """Read one; None where there is none. Raises as `loads`."""
+        try:
+            return cls.loads(path.read_bytes(), path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def hash_file(path: Path, algorithm: str) -> str:
+    """``ALGORITHM:HEX`` of a file.
+
+    Args:
+        path: the file.
+        algorithm: ``crc64nvme``, or what `hashlib` has.
+
+    Raises:
+        WMTPError: the algorithm cannot be had here.
+        OSError: the file cannot be read.
+    """
+    if algorithm == "crc64nvme":
+        return f"{algorithm}:{_crc64nvme(path):016x}"
+    try:
+        with path.open("rb") as file:
+            return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
+    except ValueError:
+        raise WMTPError(
+            f"{path}: its checksum is of the kind {algorithm!r}, which this version of WMTP does not know"
+        ) from None
+
+
+def _crc64nvme(path: Path) -> int:
+    try:
+        from awscrt.checksums import crc64nvme
+    except ImportError:
+        raise WMTPError(f"{path}: its checksum is made by the package awscrt; install the package wmtp-storage") from None
+    value = 0
+    buffer = memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            value = crc64nvme(buffer[:count], value)
+    return value
+
+
+def verify(folder: Path, files: Iterable[ManifestFile], progress: Callable[[int], None] = lambda _: None) -> list[str]:
+    """Compare files with what the manifest says of them, several at once.
+
+    Args:
+        folder: where they are.
+        files: what they should be.
+        progress: called with the size of each file that was read.
+
+    Returns:
+        One line for each file that is missing or differs.
+    """
+
+    def problem(file: ManifestFile) -> str | None:
+        path = folder / file.name
+        try:
+            if path.stat().st_size != file.size:
+                return f"{path}: has {path.stat().st_size} bytes in place of {file.size}"
+            found = hash_file(path, file.hash.partition(":")[0])
+        except FileNotFoundError:
+            return f"{path}: is missing"
+        except OSError as error:
+            return f"{path}: cannot be read: {error.strerror}"
+        progress(file.size)
+        return None if found == file.hash else f"{path}: its content was changed or damaged"
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return [line for line in pool.map(problem, files) if line is not None]

@@ -1,0 +1,112 @@
+"""What is to be fetched from a URI."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+import obstore
+from attrs import evolve, frozen
+
+from wmtp.errors import WMTPError
+from wmtp.storage.copying import is_wanted
+from wmtp.storage.manifest import MANIFEST
+from wmtp_storage.push import INCOMPLETE
+
+if TYPE_CHECKING:
+    from wmtp_storage.backend import ObjectStorage, StoredObject
+    from wmtp_storage.uris import RemoteURI
+
+__all__ = ["STATE_FOLDER", "Listing", "list_objects"]
+
+#: in the target: what a transfer has so far
+STATE_FOLDER = ".wmtp-fetch"
+
+
+@frozen
+class Listing:
+    """The objects of a URI.
+
+    Args:
+        objects: by name.
+        is_folder: whether the URI names a folder; else there is one object.
+    """
+
+    objects: tuple[StoredObject, ...]
+    is_folder: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of all objects."""
+        return sum(stored.size for stored in self.objects)
+
+    @property
+    def identity(self) -> str:
+        """Differs where the name, size or content of an object does."""
+        return "\n".join(f"{stored.name}\t{stored.size}\t{stored.identity}" for stored in self.objects)
+
+
+def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Listing:
+    """Ask the store what is at ``uri``.
+
+    Args:
+        storage: the backend.
+        uri: an object or a folder.
+        include: patterns; where there are any, a file's name in the folder must match one.
+        exclude: patterns of names to leave out.
+
+    Raises:
+        WMTPError: nothing is there, a folder is half-written, or its names cannot be those of files.
+    """
+    single = storage.head(uri)
+    if single is not None:
+        return Listing((single,), is_folder=False)
+    found = list(storage.objects(uri))
+    if any(stored.name == INCOMPLETE for stored in found):
+        raise WMTPError(f"{uri}: the folder is half-written: whoever uploads to it has not ended, or failed; upload it again")
+    if not found:
+        raise WMTPError(_nothing_at(storage, uri))
+    found = [stored for stored in found if stored.name != MANIFEST and not stored.name.startswith(f"{STATE_FOLDER}/")]
+    found = [stored for stored in _without_markers(storage, uri, found) if is_wanted(stored.name, include, exclude)]
+    if not found:
+        what = "matches the patterns" if include or exclude else "is a file"
+        raise WMTPError(f"{uri}: of what is there nothing {what}")
+    return Listing(tuple(sorted(found, key=lambda stored: stored.name)), is_folder=True)
+
+
+def _without_markers(storage: ObjectStorage, uri: RemoteURI, found: list[StoredObject]) -> list[StoredObject]:
+    """Leave out empty objects that consoles make to show a folder (``models/``): obstore lists them without their slash."""
+    folders = {str(parent) for stored in found for parent in PurePosixPath(stored.name).parents} - {"."}
+    kept = []
+    for stored in found:
+        if stored.name in folders:
+            if stored.size:
+                inside = next(other.name for other in found if other.name.startswith(f"{stored.name}/"))
+                raise WMTPError(
+                    f"{uri}: {stored.name!r} is an object, and a folder too, for {inside!r}; no disk can hold both. Leave one"
+                    " out with --exclude, or rename it"
+                )
+            continue
+        if stored.size == 0 and storage.head(uri.at(stored.name)) is None:
+            continue
+        kept.append(stored)
+    return kept
+
+
+def _nothing_at(storage: ObjectStorage, uri: RemoteURI) -> str:
+    """The message for a URI that names nothing, with the names that come close."""
+    if not uri.key:
+        return f"{uri}: the bucket is empty"
+    folder, _, name = uri.key.rpartition("/")
+    parent = evolve(uri, key=folder)
+    try:
+        beside = obstore.list_with_delimiter(storage.store(uri), prefix=folder or None)
+    except Exception:  # the answer is for a hint only
+        return f"{uri}: nothing is there"
+    names = [PurePosixPath(path).name for path in (*beside["common_prefixes"], *(each["path"] for each in beside["objects"]))]
+    if not names:
+        return f"{uri}: nothing is there; {parent} holds nothing either"
+    close = difflib.get_close_matches(name, names, n=3) or sorted(names)[:5]
+    return f"{uri}: nothing is there; in {parent} there is: {', '.join(close)}"

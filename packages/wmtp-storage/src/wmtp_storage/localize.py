@@ -1,0 +1,76 @@
+"""Fetches into the cache, and uses what is there in place."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from attrs import evolve
+
+from wmtp.errors import WMTPError
+from wmtp.storage.cache import Cache, CacheEntry
+from wmtp.storage.manifest import Manifest, ManifestFile
+from wmtp_storage.fetch import Fetching, listings
+from wmtp_storage.listing import STATE_FOLDER, Listing
+
+if TYPE_CHECKING:
+    from wmtp_storage.backend import ObjectStorage
+    from wmtp_storage.uris import RemoteURI
+
+__all__ = ["localize"]
+
+
+def localize(storage: ObjectStorage, uri: RemoteURI, cache_dir: Path) -> Path:
+    """The path in the cache of what is at ``uri``; see `wmtp.storage.Storage.localize`.
+
+    Several processes that ask for the same do the work once: the others wait.
+    """
+    cache = Cache(cache_dir)
+    name = PurePosixPath(uri.key).name or uri.authority
+
+    for listing in listings(storage, uri):
+        entry = cache.entry(str(uri), listing.identity)
+        lock = entry.lock()
+        try:
+            lock.acquire(shared=True, waiting_for=f"fetches {uri}")
+            if not entry.is_complete():
+                lock.acquire(waiting_for=f"fetches {uri}")
+            if not (entry.is_complete() or _fill(storage, uri, listing, cache, entry, name)):
+                lock.release()
+                continue
+            entry.use(lock)
+        except OSError as error:
+            lock.release()
+            raise WMTPError(f"the cache {cache_dir} cannot be written to: {error.strerror or error}") from error
+        except BaseException:
+            lock.release()
+            raise
+        return entry.files / name
+    raise AssertionError("listings() ends with an error")
+
+
+def _fill(storage: ObjectStorage, uri: RemoteURI, listing: Listing, cache: Cache, entry: CacheEntry, name: str) -> bool:
+    """Fetch into an entry that is locked; False where the objects changed meanwhile."""
+    folder, prefix = (entry.files / name, f"{name}/") if listing.is_folder else (entry.files, "")
+    state = entry.folder / STATE_FOLDER
+    state.mkdir(parents=True, exist_ok=True)
+    fetching = Fetching(storage, uri, listing, folder, state, {}, _others(cache, entry, str(uri), prefix))
+    if not fetching.transfer():
+        return False
+    files = fetching.commit()
+    entry.complete(Manifest(uri=str(uri), files=tuple(evolve(file, name=prefix + file.name) for file in files)))
+    shutil.rmtree(state, ignore_errors=True)
+    return True
+
+
+def _others(cache: Cache, entry: CacheEntry, uri: str, prefix: str) -> Mapping[str, list[tuple[Path, ManifestFile]]]:
+    """Files of other entries of this URI: those that did not change since are linked, not fetched."""
+    found: dict[str, list[tuple[Path, ManifestFile]]] = {}
+    for other in cache.entries():
+        manifest = other.manifest() if other.folder != entry.folder else None
+        if manifest is not None and manifest.uri == uri:
+            for file in manifest.files:
+                found.setdefault(file.name.removeprefix(prefix), []).append((other.files / file.name, file))
+    return found

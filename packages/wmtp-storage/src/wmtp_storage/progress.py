@@ -1,0 +1,105 @@
+"""What a person sees of a transfer: a bar for each file on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wmtp_storage.listing import Listing
+    from wmtp_storage.work import Part
+
+__all__ = ["Progress"]
+
+logger = logging.getLogger("wmtp.storage")
+
+_LINE_INTERVAL = 10.0  # seconds between two lines in a log
+_REDRAWN = 0.2  # seconds between two pictures on a terminal
+_SHOWN = 6  # files on a terminal at once
+_RECENT = 5.0  # seconds that the rate is taken over
+
+
+class Progress:
+    """Shows how far a transfer is.
+
+    Args:
+        uri: what is fetched.
+        listing: all of it.
+        parts: the files that are not whole yet.
+    """
+
+    def __init__(self, uri: str, listing: Listing, parts: Sequence[Part]) -> None:
+        self._uri, self._parts = uri, parts
+        self._total = listing.size
+        missing = sum(end - start for part in parts for start, end in part.missing)
+        self._done = self._total - missing
+        self._files = len(listing.objects)
+        self._is_terminal = sys.stderr.isatty()
+        self._lines = 0
+        self._began = self._shown = time.monotonic()
+        self._first = self._done
+        self._recent: list[tuple[float, int]] = [(self._began, self._done)]
+        if missing < self._total:
+            logger.info("%s: %s of %s are here already", uri, _bytes(self._done), _bytes(self._total))
+
+    def show(self, count: int) -> None:
+        """Note that so many bytes came, and show it now and then."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._shown >= (_REDRAWN if self._is_terminal else _LINE_INTERVAL):
+            self._shown = now
+            self._recent = [*(point for point in self._recent if now - point[0] <= _RECENT), (now, self._done)]
+            if self._is_terminal:
+                self._draw()
+            else:
+                logger.info("%s: %s", self._uri, self._summary())
+
+    def _summary(self) -> str:
+        (first, before), now = self._recent[0], time.monotonic()
+        rate = (self._done - before) / max(now - first, 1e-3)
+        share = 100 * self._done / self._total if self._total else 100.0
+        left = f"{_time((self._total - self._done) / rate)} left" if rate > 0 else "stalled"
+        return f"{_bytes(self._done)} of {_bytes(self._total)} ({share:.0f} %), {_bytes(rate)}/s, {left}"
+
+    def _draw(self) -> None:
+        """Paint over what was painted before."""
+        running = [part for part in self._parts if part.is_open][:_SHOWN]
+        lines = [f"{self._uri}: {self._summary()}"]
+        for part in running:
+            size = part.stored.size
+            done = size - sum(end - start for start, end in part.missing)
+            lines.append(f"  {'█' * (20 * done // size):<20} {100 * done // size:3d} %  {_bytes(size):>9}  {part.stored.name}")
+        up = f"\x1b[{self._lines}A" if self._lines else ""
+        sys.stderr.write(up + "".join(f"\r\x1b[K{line}\n" for line in lines) + "\x1b[J")
+        sys.stderr.flush()
+        self._lines = len(lines)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        if self._is_terminal and self._lines:
+            sys.stderr.write(f"\x1b[{self._lines}A\x1b[J")
+            sys.stderr.flush()
+        if kind is None:
+            seconds = time.monotonic() - self._began
+            came = self._done - self._first
+            logger.debug("%s: %d files, %s in %s", self._uri, self._files, _bytes(came), _time(seconds))
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,181 @@
+"""Who asks S3, and what is asked besides what obstore can: checksums, which it does not show."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from attrs import Factory, field, frozen
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials as BotoCredentials
+from botocore.credentials import RefreshableCredentials
+from botocore.exceptions import BotoCoreError
+from botocore.httpsession import URLLib3Session
+from botocore.session import Session
+from botocore.utils import get_environ_proxies
+
+from wmtp.errors import ConfigError, WMTPError
+from wmtp_storage.checksums import StoreChecksum, etag_md5, from_headers
+from wmtp_storage.client import ca_bundle
+
+if TYPE_CHECKING:
+    from obstore.store import S3Credential
+
+    from wmtp_storage.backend import StoredObject
+    from wmtp_storage.config import S3Storage
+
+__all__ = ["Credentials", "S3Questions", "aws_session", "http_session"]
+
+logger = logging.getLogger("wmtp.storage")
+
+#: credentials are asked for again after so long: files may be rewritten, and sessions renewed, while a transfer runs
+_CREDENTIALS_AGE = timedelta(minutes=5)
+#: smaller objects are compared with the MD5 that their ETag is, without another request
+_SMALL = 8 * 2**20
+
+
+def aws_session(config: S3Storage) -> Session:
+    """The AWS tools' configuration.
+
+    Raises:
+        ConfigError: the profile does not exist.
+    """
+    session = Session(profile=config.profile)
+    profile = session.profile
+    if profile is not None and profile not in session.available_profiles:
+        where = f"profile: {profile!r}" if config.profile else f"AWS_PROFILE: {profile!r}"
+        known = ", ".join(session.available_profiles) or "none"
+        raise ConfigError(f"{where} is in none of the shared AWS files; profiles there: {known}")
+    return session
+
+
+def http_session(config: S3Storage, url: str) -> URLLib3Session:
+    """A connection for single questions, through the same proxy and with the same certificates as all others."""
+    bundle = ca_bundle(config)
+    proxies = {"http": config.proxy, "https": config.proxy} if config.proxy else get_environ_proxies(url)
+    verify: Any = str(bundle) if bundle else True
+    return URLLib3Session(verify=verify, proxies=proxies, timeout=(config.connect_timeout, config.read_timeout))
+
+
+class Credentials:
+    """Asks botocore for credentials, in obstore's form. It finds and renews them as the AWS tools do.
+
+    Args:
+        config: of the backend.
+    """
+
+    def __init__(self, config: S3Storage) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._found: Any = None
+        self()  # what is missing is said before any work is done
+
+    def __call__(self) -> S3Credential:
+        """Credentials, and when to ask for them again."""
+        with self._lock:
+            try:
+                # those of files and the environment are read anew, those with a life of their own renew themselves
+                if not isinstance(self._found, RefreshableCredentials):
+                    self._found = aws_session(self._config).get_credentials()
+                frozen = None if self._found is None else self._found.get_frozen_credentials()
+            except BotoCoreError as error:
+                raise WMTPError(f"no credentials for S3: {error}") from error
+        if frozen is None or frozen.access_key is None:
+            raise WMTPError(
+                "no credentials for S3: neither the environment (AWS_ACCESS_KEY_ID), nor the shared AWS files, nor the metadata"
+                " of a container or instance has any; for a public bucket set storage.s3.anonymous = true"
+            )
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.now(UTC) + _CREDENTIALS_AGE,
+        }
+
+    def frozen(self) -> BotoCredentials:
+        """As botocore's signer wants them."""
+        found = self()
+        return BotoCredentials(found["access_key_id"], found["secret_access_key"], found.get("token"))
+
+
+@frozen
+class S3Questions:
+    """Asks for the checksums of objects.
+
+    Args:
+        config: of the backend.
+        address: of the bucket.
+        region: of the bucket.
+        credentials: None to ask anonymously.
+    """
+
+    config: S3Storage
+    address: str
+    region: str
+    credentials: Credentials | None
+    _session: URLLib3Session = field(
+        init=False, default=Factory(lambda self: http_session(self.config, self.address), takes_self=True)
+    )
+
+    def checksum(self, stored: StoredObject, did_not_match: bool = False) -> StoreChecksum | None:
+        """What S3 knows of an object's content; None where it has no checksum that can be computed here.
+
+        Args:
+            stored: the object.
+            did_not_match: what was given before did not match: look more closely.
+        """
+        found = etag_md5(stored.etag)
+        if not did_not_match and stored.size <= _SMALL and found is not None and found[1] is None:
+            return StoreChecksum("md5", found[0]) if self.config.md5_etags else None
+        try:
+            headers = self._head(stored)
+            parts = _part_count(headers)
+            sizes = None
+            if parts is not None:
+                sizes = self._exact_sizes(stored, parts) if did_not_match else self._part_sizes(stored, parts)
+        except BotoCoreError as error:
+            raise WMTPError(f"{stored.key}: its checksum could not be asked for: {error}") from error
+        if not self.config.md5_etags:
+            headers = {name: value for name, value in headers.items() if name != "etag"}
+        return from_headers(headers, sizes)
+
+    def _part_sizes(self, stored: StoredObject, parts: int) -> list[int] | None:
+        """All parts but the last are of one size, in what every known tool uploads."""
+        first = int(self._head(stored, part=1).get("content-length", 0))
+        if not first or -(-stored.size // first) != parts:
+            return self._exact_sizes(stored, parts)
+        return [first] * (parts - 1) + [stored.size - first * (parts - 1)]
+
+    def _exact_sizes(self, stored: StoredObject, parts: int) -> list[int] | None:
+        sizes = [int(self._head(stored, part=number).get("content-length", 0)) for number in range(1, parts + 1)]
+        return sizes if sum(sizes) == stored.size else None
+
+    def _head(self, stored: StoredObject, part: int | None = None) -> Mapping[str, str]:
+        url = f"{self.address}/{quote(stored.key)}" + (f"?partNumber={part}" if part is not None else "")
+        headers: dict[str, Any] = {"x-amz-checksum-mode": "ENABLED"}
+        if stored.etag is not None:
+            headers["If-Match"] = stored.etag
+        if self.config.requester_pays:
+            headers["x-amz-request-payer"] = "requester"
+        request = AWSRequest("HEAD", url, headers=headers)
+        if self.credentials is not None:
+            S3SigV4Auth(self.credentials.frozen(), "s3", self.region).add_auth(request)
+        answer = self._session.send(request.prepare())
+        if not 200 <= answer.status_code < 300:
+            logger.debug("%s: asked for its checksum, the server answered %s", stored.key, answer.status_code)
+            return {}
+        return {name.lower(): value for name, value in answer.headers.items()}
+
+
+def _part_count(headers: Mapping[str, str]) -> int | None:
+    """Of how many parts an object was uploaded; None for one that came as a whole."""
+    found = etag_md5(headers.get("etag"))
+    if found is not None and found[1] is not None:
+        return found[1]
+    counts = [value.partition("-")[2] for name, value in headers.items() if name.startswith("x-amz-checksum-")]
+    return next((int(count) for count in counts if count.isdigit()), None)

@@ -1,0 +1,63 @@
+"""How many requests run at once: as many as make the transfer faster, fewer where the store says that it is too much."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+__all__ = ["Throttle"]
+
+_FIRST = 16
+_INTERVAL = 0.4  # seconds between two decisions
+_GAIN = 1.05  # more requests must bring so much more throughput
+_PATIENCE = 10  # decisions without gain until more requests are tried again
+#: a request costs about as much as so many bytes: what small objects gain from more requests is counted, too
+_REQUEST = 2**17
+
+
+class Throttle:
+    """Doubles the number of requests while that pays, and halves it when the store asks for less.
+
+    Args:
+        most: never more requests than this.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.limit = min(_FIRST, most)
+        self._most = most
+        self._lock = threading.Lock()
+        self._settled = self.limit
+        self._best = 0.0
+        self._waited = 0
+        self._amount = 0
+        self._since = time.monotonic()
+        self._slowed = 0.0
+
+    def count(self, amount: int, *, is_request: bool = False) -> None:
+        """Bytes that came in; ``is_request`` where a request began with them."""
+        with self._lock:
+            self._amount += amount + (_REQUEST if is_request else 0)
+
+    def decide(self) -> None:
+        """Look at the throughput now and then, and change the limit."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._since < _INTERVAL:
+                return
+            rate = self._amount / (now - self._since)
+            self._amount, self._since = 0, now
+            self._waited += 1
+            if rate > self._best * _GAIN or self._waited >= _PATIENCE:
+                self._best, self._waited, self._settled = rate, 0, self.limit
+                self.limit = min(self._most, self.limit * 2)
+            else:
+                self.limit = self._settled
+
+    def slow_down(self) -> None:
+        """The store is overloaded. Many answers that say so at once count as one."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._slowed > _INTERVAL:
+                self._slowed = now
+                self.limit = self._settled = max(1, self.limit // 2)
+                self._best, self._waited = float("inf"), 0

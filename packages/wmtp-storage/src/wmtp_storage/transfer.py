@@ -1,0 +1,297 @@
+"""Moves the bytes of objects into files: ranges side by side, written where they belong, verified at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import obstore
+from awscrt.checksums import crc64nvme
+from obstore.exceptions import NotFoundError, PreconditionError
+
+from wmtp.errors import WMTPError
+from wmtp_storage.aio import run
+from wmtp_storage.checksums import etag_md5
+from wmtp_storage.failures import explained, understand
+from wmtp_storage.journal import Journal, Segment, whole_checksum
+from wmtp_storage.throttle import Throttle
+from wmtp_storage.work import Part, Range, Work
+
+if TYPE_CHECKING:
+    from wmtp_storage.backend import ObjectStorage
+    from wmtp_storage.checksums import StoreChecksum
+    from wmtp_storage.uris import RemoteURI
+
+__all__ = ["Changed", "Transfer"]
+
+logger = logging.getLogger("wmtp.storage")
+
+#: event loops, each in a thread: while one writes to the disk, the other takes from the line
+_LOOPS = 2
+_PIECE = 2**20  # bytes written at once, at most
+_SMALLEST_PIECE = 2**16
+#: what a connection holds beside the piece that is being written: the next one, and what the client has read ahead
+_HELD = 2
+_MAX_BACKOFF = 15.0  # seconds
+_TICK = 0.1  # seconds between two looks at how it goes
+#: threads that compare files with checksums, or wait for what the store says of them
+_VERIFIERS = 8
+#: a file may be found damaged so often before the store itself is held to be so
+_ATTEMPTS = 2
+
+
+class Changed(Exception):
+    """An object is no longer what it was when it was listed."""
+
+
+class _Broken(Exception):
+    """What the server sent is not what it was asked for."""
+
+
+class Transfer:
+    """Fetches files.
+
+    Args:
+        storage: the backend.
+        uri: the folder or file that the objects are of.
+        parts: the files, with what they have already.
+        journal: where what was written is noted.
+        progress: called now and then with the bytes that came in since the last call.
+    """
+
+    def __init__(
+        self,
+        storage: ObjectStorage,
+        uri: RemoteURI,
+        parts: Iterable[Part],
+        journal: Journal,
+        progress: Callable[[int], None],
+    ) -> None:
+        config = storage.config
+        self._uri = uri
+        self._opened = storage.opened(uri)
+        self._config = config
+        self._parts = list(parts)
+        self._journal = journal
+        self._progress = progress
+        self._work = Work(part for part in self._parts if part.missing)
+        self._throttle = Throttle(min(config.max_connections, config.max_memory * 2**20 // (_HELD * _SMALLEST_PIECE)))
+        self._pool = ThreadPoolExecutor(max_workers=_VERIFIERS, thread_name_prefix="wmtp-verify")
+        self._stopped = threading.Event()
+        self._expected: dict[Part, Future[StoreChecksum | None]] = {}
+        self._left = set(self._parts)
+        self._failed: BaseException | None = None
+        self._unreported = 0
+        self.received = 0
+
+    def run(self) -> None:
+        """Fetch and verify all files.
+
+        Raises:
+            Changed: an object is no longer the one that was listed.
+            WMTPError: a file could not be read, written, or is not what the store says that it is.
+        """
+        try:
+            for part in self._parts:
+                # asked at the beginning, not when the last byte has come
+                self._expected[part] = self._pool.submit(self._opened.checksum, part.stored, False)
+            for part in self._parts:
+                if not part.missing:
+                    self._pool.submit(self._verify, part)
+            run(*(self._manage(number) for number in range(_LOOPS)))
+        finally:
+            self._stopped.set()
+            self._pool.shutdown(cancel_futures=True)
+            for part in self._parts:
+                part.close()
+            self._report()
+
+    async def _manage(self, number: int) -> None:
+        """Keep as many workers busy in this loop as the throttle allows, until all is done."""
+        workers: set[asyncio.Task[None]] = set()
+        try:
+            while not self._is_done():
+                mine = max(self._throttle.limit // _LOOPS + (number < self._throttle.limit % _LOOPS), 1 - number)
+                while len(workers) < mine and (running := self._work.take(self._throttle.limit)) is not None:
+                    workers.add(asyncio.create_task(self._worker(running)))
+                if not workers:
+                    await asyncio.sleep(_TICK / 5)
+                    continue
+                ended, workers = await asyncio.wait(workers, timeout=_TICK, return_when=asyncio.FIRST_COMPLETED)
+                for worker in ended:
+                    worker.result()
+                if number == 0:
+                    self._throttle.decide()
+                    self._report()
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    def _is_done(self) -> bool:
+        if self._failed is not None:
+            raise self._failed
+        return not self._left
+
+    def _report(self) -> None:
+        count, self._unreported = self._unreported, 0
+        self._progress(count)
+
+    async def _worker(self, running: Range | None) -> None:
+        """Fetch one range after the other, as long as there are any and the throttle allows it."""
+        while running is not None:
+            await self._fetch(running)
+            if self._work.done(running):
+                running.part.close()
+                self._pool.submit(self._verify, running.part)
+            if self._work.active >= self._throttle.limit:
+                return
+            running = self._work.take(self._throttle.limit)
+
+    async def _fetch(self, running: Range) -> None:
+        """Fetch a range, going on where it broke off; a try that brought bytes begins the count of failures anew."""
+        failures, since = 0, time.monotonic()
+        name = self._uri.at(running.part.stored.name) if running.part.stored.key != self._uri.key else self._uri
+        while running.position < running.end:
+            before = running.position
+            try:
+                await self._read(running)
+                continue
+            except (PreconditionError, NotFoundError, FileNotFoundError) as error:
+                raise Changed(running.part.stored.name) from error
+            except (obstore.exceptions.BaseError, _Broken) as caught:
+                error: Exception = caught
+            if running.position > before and running.part.has_ranges:
+                failures, since = 0, time.monotonic()
+            failures += 1
+            failure = understand(error)
+            if failure.status == 416:  # it is shorter than it was
+                raise Changed(running.part.stored.name) from error
+            if not (failure.is_transient or isinstance(error, _Broken)):
+                raise explained(error, name) from error
+            if failure.status in (429, 503):
+                self._throttle.slow_down()
+            waited = time.monotonic() - since
+            if failures > self._config.max_retries or waited > self._config.retry_timeout:
+                reason = str(error) if isinstance(error, _Broken) else str(explained(error, name)).partition(": ")[2]
+                raise WMTPError(
+                    f"{name} could not be read: {reason}; given up after {failures} tries in {waited:.0f} s. What came is kept:"
+                    " run it again to go on"
+                ) from error
+            logger.debug("%s at byte %d: %s; trying again", name, running.position, failure.message or error)
+            await asyncio.sleep(random.uniform(0.1, 1) * min(_MAX_BACKOFF, 0.2 * 2 ** (failures - 1)))
+
+    async def _read(self, running: Range) -> None:
+        """Send one request, and write what comes."""
+        part, stored = running.part, running.part.stored
+        begin, end = running.position, running.end
+        is_whole = begin == 0 and end == stored.size
+        options: dict[str, Any] = {} if is_whole else {"range": (begin, end)}
+        if stored.etag is not None and not stored.etag.startswith("W/"):  # a weak one never matches
+            options["if_match"] = stored.etag
+        self._throttle.count(0, is_request=True)
+        answer = await obstore.get_async(self._opened.reader, stored.key, options=options)  # type: ignore[arg-type]
+        if stored.differs_from(answer.meta):
+            raise Changed(stored.name)
+        if answer.range != (begin, end):
+            raise _Broken(f"the server sent bytes {answer.range[0]} to {answer.range[1]} in place of {begin} to {end}")
+        md5 = hashlib.md5(usedforsecurity=False) if is_whole and etag_md5(stored.etag) is not None else None
+        written = crc = 0
+        try:
+            async for piece in answer.stream(min_chunk_size=self._piece()):
+                view = memoryview(piece)
+                start, count = self._work.reserve(running, len(view))
+                if count < len(view) and running.end == end:
+                    raise _Broken("the server sent more bytes than it was asked for")
+                view = view[:count]
+                self._write(part, view, start)
+                crc, written = crc64nvme(view, crc), written + count  # type: ignore[arg-type]
+                if md5 is not None:
+                    md5.update(view)
+                self.received += count
+                self._unreported += count
+                self._throttle.count(count)
+                if running.position >= running.end:
+                    break
+        finally:
+            if written and (part.has_ranges or written == stored.size):
+                segment = Segment(begin, begin + written, crc)
+                part.segments.append(segment)
+                self._journal.add(stored.name, segment)
+            elif written:
+                self._work.restart(running)
+        if running.position < running.end:
+            raise _Broken("the server sent fewer bytes than it was asked for")
+        if md5 is not None and written == stored.size:
+            part.md5 = md5.hexdigest()
+
+    def _piece(self) -> int:
+        """Bytes written at once: few connections hold large pieces, many hold small ones."""
+        room = self._config.max_memory * 2**20 // (_HELD * self._throttle.limit)
+        return max(_SMALLEST_PIECE, min(_PIECE, room))
+
+    def _write(self, part: Part, view: memoryview, position: int) -> None:
+        try:
+            part.write(view, position)
+        except OSError as error:
+            raise WMTPError(
+                f"{part.path} could not be written: {error.strerror or error}. What came is kept: make room, and run it again"
+                " to go on"
+            ) from error
+
+    def _verify(self, part: Part) -> None:
+        """All bytes of a file are there: compare it with what the store says of it, beside the transfer of others."""
+        try:
+            if self._is_verified(part):
+                self._left.discard(part)
+        except OSError as error:
+            self._failed = WMTPError(f"{part.path} could not be written or read: {error.strerror or error}")
+        except BaseException as error:
+            self._failed = error
+
+    def _is_verified(self, part: Part) -> bool:
+        """Whether a file is what the store says that it is; one that differs is fetched once more.
+
+        Raises:
+            WMTPError: it differs again.
+        """
+        stored = part.stored
+        part.open()  # an empty file is made here
+        part.close()
+        part.hash = whole_checksum(part.segments)
+        expected = self._expected[part].result()
+        if expected is None or self._matches(part, expected):
+            part.checked = None if expected is None else str(expected)
+            return True
+        closer = self._opened.checksum(stored, True)
+        if closer != expected and (closer is None or self._matches(part, closer)):
+            part.checked = None if closer is None else str(closer)
+            return True
+        name = self._uri.at(stored.name)
+        part.attempts += 1
+        if part.attempts >= _ATTEMPTS:
+            raise WMTPError(
+                f"{name}: what was received does not match the store's checksum ({expected}), and neither did it when it was"
+                " fetched once more: the object is damaged, or something changes it on its way"
+            )
+        logger.warning("%s was damaged on its way (its %s differs); fetching it again", name, expected)
+        part.segments.clear()
+        part.md5 = part.hash = None
+        part.path.unlink()  # it may be linked to a file that somebody uses
+        self._journal.add_file(stored.name, stored.size, stored.identity)
+        self._work.add(part)
+        return False
+
+    def _matches(self, part: Part, expected: StoreChecksum) -> bool:
+        if expected.part_sizes is None and expected.algorithm == "crc64nvme":
+            return part.hash == int.from_bytes(expected.value, "big")
+        if expected.part_sizes is None and expected.algorithm == "md5" and part.md5 is not None:
+            return part.md5 == expected.value.hex()
+        return expected.matches(part.path, self._stopped.is_set)
