@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from wmtp.cli import use
+from wmtp.cli import files, use
 from wmtp.errors import ConfigError, WMTPError
 
 __all__ = ["main", "set_up_logging"]
@@ -144,8 +144,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     show = add("show", "Show a component's documentation, and its TOML with the defaults.")
     show.add_argument("name", metavar="NAME", help='as in `type = "NAME"`')
     _add_remote(add, config)
-
     use.add_arguments(add)
+    files.add_arguments(add)
 
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:  # an option with an optional value would take the file that stands behind it

@@ -11,7 +11,7 @@ from attrs import frozen
 from wmtp.config.converter import make_converter
 from wmtp.config.overrides import parse_override
 from wmtp.config.problems import Problem, Problems
-from wmtp.config.schema import Config
+from wmtp.config.schema import Config, StorageConfig
 from wmtp.config.sources import Document, MappingSource, escape
 from wmtp.config.toml_file import FileSource
 from wmtp.config.tree import components, to_mapping
@@ -19,7 +19,7 @@ from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
 
-__all__ = ["ConfigSource", "Loaded", "load", "load_config"]
+__all__ = ["ConfigSource", "Loaded", "load", "load_config", "load_storage"]
 
 #: a TOML file, a mapping of the same shape, or a config made in Python
 ConfigSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Config
@@ -61,6 +61,40 @@ def load(
     sources: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str] = (), *, registry: Registry | None = None
 ) -> Loaded:
     """As `load_config`, and keep what tells where each value came from."""
+    document, registry, problems = _merged(sources, overrides, registry)
+    unexpanded = {problem.path for problem in problems}
+    try:
+        config = make_converter(registry).structure(document.data, Config)
+    except Problems as found:
+        problems += (problem for problem in found.problems if problem.path not in unexpanded)
+    else:
+        if not problems:
+            return Loaded(config=config, registry=registry, document=document)
+    raise located(document, problems)
+
+
+def load_storage(sources: Sequence[ConfigSource], overrides: Iterable[str] = ()) -> StorageConfig:
+    """The section ``[storage]`` of files that may lack all others. Arguments and errors: see `load_config`."""
+    document, registry, problems = _merged(sources, overrides, None)
+    problems = [problem for problem in problems if problem.path[:1] == ("storage",)]
+    try:
+        config = make_converter(registry).structure(document.data.get("storage", {}), StorageConfig)
+    except Problems as found:
+        problems += (problem.under("storage") for problem in found.problems)
+    else:
+        for backend in config.backends:
+            for line in backend.check() if hasattr(backend, "check") else ():
+                key, _, message = line.partition(": ")
+                problems.append(Problem(("storage", backend.type, key), message))
+        if not problems:
+            return config
+    raise located(document, problems)
+
+
+def _merged(
+    sources: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str], registry: Registry | None
+) -> tuple[Document, Registry, list[Problem]]:
+    """All sources as one mapping, the plugins, and which references to the environment could not be replaced."""
     registry = registry if registry is not None else load_plugins()
     registry.require_unambiguous()
     if isinstance(sources, str | os.PathLike | Mapping | Config):
@@ -91,16 +125,7 @@ def load(
         raise ConfigError(wrong)
     if len(files) == 1:
         document.origins[()] = files[0]  # where a missing section is missed
-    problems = document.expand(os.environ)
-    unexpanded = {problem.path for problem in problems}
-    try:
-        config = make_converter(registry).structure(document.data, Config)
-    except Problems as found:
-        problems += (problem for problem in found.problems if problem.path not in unexpanded)
-    else:
-        if not problems:
-            return Loaded(config=config, registry=registry, document=document)
-    raise located(document, problems)
+    return document, registry, document.expand(os.environ)
 
 
 def located(document: Document, problems: Iterable[Problem]) -> ConfigError:

@@ -50,12 +50,10 @@ class Manifest:
     Args:
         uri: where from, without anything secret.
         files: by name.
-        identity: of the whole; two fetches of the same content have the same.
     """
 
     uri: str
     files: tuple[ManifestFile, ...]
-    identity: str = ""
 
     @property
     def size(self) -> int:

@@ -1,0 +1,167 @@
+"""The commands for files: ``wmtp fetch``, ``wmtp push`` and ``wmtp cache``, for every storage backend."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from wmtp.errors import ConfigError, WMTPError
+
+if TYPE_CHECKING:
+    from wmtp.storage.base import Storage
+    from wmtp.storage.cache import Cache
+
+__all__ = ["add_arguments", "cache", "fetch", "push"]
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Describe the commands to argparse."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--config", action="append", default=[], metavar="FILE", help="a TOML file whose [storage] counts")
+    options.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as storage.s3.acceleration=true"
+    )
+    command = add("fetch", "Bring a file or folder into a local folder, whole and verified; go on where it broke off.", options)
+    command.set_defaults(run_command=fetch)
+    command.add_argument("uri", metavar="URI", nargs="?", help="s3://BUCKET/MODEL, https://…, a path")
+    command.add_argument("dir", metavar="DIR", nargs="?", help="the folder to fetch into")
+    command.add_argument(
+        "--verify", action="store_true", help="fetch nothing: compare the files in DIR with what was fetched into it"
+    )
+    for name, text in (("include", "fetch files only whose name matches"), ("exclude", "leave out files whose name matches")):
+        command.add_argument(
+            f"--{name}", action="append", default=[], metavar="PATTERN", help=f"{text}, as '*.safetensors'; may be repeated"
+        )
+    command = add("push", "Copy a local file or folder to a URI.", options)
+    command.set_defaults(run_command=push)
+    command.add_argument("path", metavar="PATH")
+    command.add_argument("uri", metavar="URI")
+    command = add("cache", "List, verify or prune the cache of fetched files.", options)
+    command.set_defaults(run_command=cache)
+    command.add_argument("action", choices=("list", "verify", "prune"))
+    command.add_argument("--max-size", metavar="SIZE", help="prune: what may stay, as 200GB; the last used stays")
+    command.add_argument("--cache-dir", metavar="DIR", help="default: storage.cache_dir")
+
+
+def fetch(arguments: argparse.Namespace) -> tuple[Any, int]:
+    """``wmtp fetch``."""
+    if arguments.verify:
+        return _verify(arguments)
+    if arguments.uri is None or arguments.dir is None:
+        raise ConfigError("wmtp fetch: write where from and where to: wmtp fetch URI DIR")
+    done = _backend(arguments).fetch(
+        arguments.uri, Path(arguments.dir).expanduser(), include=arguments.include, exclude=arguments.exclude
+    )
+    if not arguments.json:
+        rate = f", {_bytes(done.transferred / done.seconds)}/s" if done.transferred and done.seconds else ""
+        print(
+            f"{done.target}: {done.files} files, {_bytes(done.size)}, whole and verified; {_bytes(done.transferred)} came in"
+            f" {done.seconds:.1f} s{rate}"
+        )
+    return attrs.asdict(done), 0
+
+
+def _verify(arguments: argparse.Namespace) -> tuple[Any, int]:
+    from wmtp.storage.manifest import MANIFEST, Manifest, verify
+    from wmtp.storage.uris import redact
+
+    if arguments.uri is None:
+        raise ConfigError("wmtp fetch --verify: write which folder: wmtp fetch --verify DIR")
+    folder = Path(arguments.dir if arguments.dir is not None else arguments.uri).expanduser()
+    manifest = Manifest.read(folder / MANIFEST)
+    if manifest is None:
+        raise WMTPError(f"{folder}: there is no {MANIFEST}, so it is not known what should be there; fetch into it")
+    uri = redact(arguments.uri).partition("?")[0].rstrip("/")
+    if arguments.dir is not None and uri != manifest.uri.rstrip("/"):
+        raise WMTPError(f"{folder} was fetched from {manifest.uri}, not from {uri}")
+    problems = verify(folder, manifest.files)
+    for problem in problems:
+        print(problem) if not arguments.json else None
+    if not problems and not arguments.json:
+        print(f"{folder}: {len(manifest.files)} files, {_bytes(manifest.size)}, as they were fetched from {manifest.uri}")
+    answer = {"target": folder, "uri": manifest.uri, "files": len(manifest.files), "size": manifest.size, "problems": problems}
+    return answer, 1 if problems else 0
+
+
+def push(arguments: argparse.Namespace) -> tuple[Any, int]:
+    """``wmtp push``."""
+    from wmtp.storage.uris import redact
+
+    began = time.monotonic()
+    path = Path(arguments.path).expanduser()
+    _backend(arguments).push(path, arguments.uri)
+    seconds = time.monotonic() - began
+    if not arguments.json:
+        print(f"{redact(arguments.uri)}: whole, in {seconds:.1f} s")
+    return {"path": path, "uri": redact(arguments.uri), "seconds": seconds}, 0
+
+
+def _backend(arguments: argparse.Namespace) -> Storage:
+    from wmtp.config.load import load_storage
+    from wmtp.storage.backends import build_backends
+    from wmtp.storage.uris import backend_for
+
+    return backend_for(arguments.uri, build_backends(load_storage(arguments.config, arguments.overrides)))
+
+
+def cache(arguments: argparse.Namespace) -> tuple[Any, int]:
+    """``wmtp cache``."""
+    from wmtp.config.load import load_storage
+    from wmtp.storage.cache import Cache
+
+    if (arguments.max_size is not None) != (arguments.action == "prune"):
+        raise ConfigError("wmtp cache: --max-size SIZE says how much 'prune' leaves: wmtp cache prune --max-size 200GB")
+    folder = arguments.cache_dir or load_storage(arguments.config, arguments.overrides).cache_dir
+    return {"list": _list, "verify": _verify_cache, "prune": _prune}[arguments.action](
+        Cache(Path(folder).expanduser()), arguments
+    )
+
+
+def _list(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int]:
+    entries = cache.list()
+    for entry in [] if arguments.json else entries:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+        what = entry.uri or "not complete: another fetch goes on with it, or prune removes it"
+        print(f"{_bytes(entry.size):>9}  {used}  {'in use' if entry.is_in_use else '      '}  {entry.path.name[:8]}  {what}")
+    if not arguments.json:
+        print(f"{cache.folder}: {len(entries)} entries, {_bytes(sum(entry.size for entry in entries))}")
+    return {"cache_dir": cache.folder, "entries": [attrs.asdict(entry) for entry in entries]}, 0
+
+
+def _verify_cache(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int]:
+    problems = cache.verify()
+    if not arguments.json:
+        print("\n".join(problems) or f"{cache.folder}: all is as it was fetched")
+    return {"cache_dir": cache.folder, "problems": problems}, 1 if problems else 0
+
+
+def _prune(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int]:
+    removed = cache.prune(_size(arguments.max_size))
+    left = sum(entry.size for entry in cache.list())
+    if not arguments.json:
+        print(f"{cache.folder}: {len(removed)} entries removed, {_bytes(left)} left")
+    return {"cache_dir": cache.folder, "removed": [attrs.asdict(entry) for entry in removed], "size": left}, 0
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?|)B?", text.strip(), re.IGNORECASE)
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    if match is None:
+        raise ConfigError(f"--max-size: {text!r} is no size; write, for instance, 200GB or 1.5TB")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
