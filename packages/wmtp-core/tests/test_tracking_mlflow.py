@@ -75,6 +75,8 @@ def test_a_whole_run_in_the_default_sqlite_file(run, tmp_path):
     for step in range(1, 50):
         tracker.log(step, {"loss": 1 / step, "loss/head_1": step, "lr@weird//name": 1.0})
     tracker.log(50, {"nan": math.nan, "inf": math.inf})
+    (run.run_dir / "report.html").write_text("page")
+    tracker.log_artifact(run.run_dir / "report.html")
     tracker.finish("finished", model)
     tracker.finish("finished", model)
 
@@ -93,6 +95,7 @@ def test_a_whole_run_in_the_default_sqlite_file(run, tmp_path):
     assert sorted(p.relative_to(artifacts).as_posix() for p in artifacts.rglob("*") if p.is_file()) == [
         "config.toml",
         "model/weights",
+        "report.html",
         "run.json",
     ]
     location = tracker.location()

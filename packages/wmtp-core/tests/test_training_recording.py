@@ -13,8 +13,9 @@ from wmtp.data.batch import PADDING, Batch, Document, align_targets
 from wmtp.testing.steps import HORIZON, VOCAB_SIZE, make_view, random_step
 from wmtp.tokenizers.bytes import BytesTokenizer
 from wmtp.training import Trainer
-from wmtp.training.recording import WEIGHT_BINS, Recorder, TokenRecord, weight_histogram
+from wmtp.training.recording import Recorder, TokenRecord, weight_histogram
 from wmtp.training.step import StepOutput
+from wmtp.training.weight_bins import WEIGHT_BINS
 
 
 def plain_histogram(weights, valid):
@@ -85,7 +86,7 @@ def write(recorder, step, batches, record):
     output = StepOutput(
         loss=torch.zeros(()),
         bad_weights=torch.zeros(()),
-        metrics={},
+        metrics={"weight/mean": torch.tensor(1.5)},
         weight_histogram=None if record.weights is None else weight_histogram(record.weights, record.valid),
         tokens=record,
     )
@@ -106,6 +107,7 @@ def test_every_number_stands_at_its_token(tmp_path, packed, seed):
     write(recorded, 0, [batch], record)
     recorded.close()
     (line,) = lines(tmp_path / "samples.jsonl")
+    assert line["mean_weight"] == 1.5
     shown = {document["index"]: document for document in line["documents"]}
     for number, document in enumerate(batch.documents):
         places = [(row, place) for row, place in (batch.document == number).nonzero().tolist()]

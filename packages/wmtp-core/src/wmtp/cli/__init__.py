@@ -143,6 +143,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("plugins", "List the plugins, what they provide, and which are broken.")
     show = add("show", "Show a component's documentation, and its TOML with the defaults.")
     show.add_argument("name", metavar="NAME", help='as in `type = "NAME"`')
+    report = add("report", "Write one HTML page that shows a run, or compares several.")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories, of runs in any state")
+    report.add_argument(
+        "--output", metavar="FILE", help="the page; default: report.html in the run directory, of several runs in this folder"
+    )
     _add_remote(add, config)
     use.add_arguments(add)
     files.add_arguments(add)

@@ -8,14 +8,14 @@ from typing import Any
 
 from wmtp.cli.facts import print_facts
 from wmtp.cli.remote import cancel, launch, logs, metrics, status
-from wmtp.cli.run import report
+from wmtp.cli.run import report as report_run
 from wmtp.cli.start import start
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
 from wmtp.data.sources import eval_sources, train_sources
 from wmtp.plugins import Registry, load_plugins
 
-__all__ = ["cancel", "check", "launch", "logs", "metrics", "plugins", "run", "show", "start", "status"]
+__all__ = ["cancel", "check", "launch", "logs", "metrics", "plugins", "report", "run", "show", "start", "status"]
 
 
 def run(arguments: Namespace) -> tuple[Any, int]:
@@ -39,7 +39,7 @@ def run(arguments: Namespace) -> tuple[Any, int]:
     result = run_config(
         arguments.files, overrides=arguments.overrides, run_name=arguments.run_name, tags=tags, resume=arguments.resume
     )
-    return report(result, to_stdout=not arguments.json)
+    return report_run(result, to_stdout=not arguments.json)
 
 
 def check(arguments: Namespace) -> tuple[Any, int]:
@@ -131,3 +131,13 @@ def show(arguments: Namespace) -> tuple[Any, int]:
     if not arguments.json:
         print("\n\n".join(answer["text"] for answer in answers))
     return {"name": arguments.name, "components": answers}, 0
+
+
+def report(arguments: Namespace) -> tuple[Any, int]:
+    """``wmtp report``."""
+    from wmtp.report import write_report
+
+    page = write_report(arguments.runs, arguments.output)
+    if not arguments.json:
+        print(page)
+    return {"report": page}, 0

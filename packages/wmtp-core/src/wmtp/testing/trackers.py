@@ -44,7 +44,11 @@ class TrackerTests(ComponentTests):
         tracker.start(run)
         for step in range(1, 30):
             tracker.log(step, {"loss": 1 / step, "loss/head_1": 1 / step, "weight/mean": 1.0})
+        report = run.run_dir / "report.html"
+        report.write_text("<!doctype html>")
+        tracker.log_artifact(report)
         tracker.finish("finished", model)
+        assert report.read_text() == "<!doctype html>"
         location = tracker.location()
         assert location is None or (location.strip() and "\n" not in location)
         assert capfd.readouterr().out == ""

@@ -51,6 +51,12 @@ class Tracker(ABC):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the metrics of one optimizer step."""
 
+    def log_artifact(self, file: Path) -> None:
+        """Take a file of the run, such as the page of ``wmtp report``, to keep it with the run. By default it is left alone.
+
+        Called before `finish`. The file stays as it is until `finish` returns.
+        """
+
     @abstractmethod
     def finish(self, status: Literal["finished", "stopped", "interrupted", "failed"], model: Path | None) -> None:
         """Close the run: send what is left, and say where the model is."""

@@ -21,7 +21,7 @@ _DATABASES = ("postgresql", "mysql", "mssql")
 class MLflowTracker:
     """Tracks the run in MLflow.
 
-    The config, tags, every metric, the config snapshot and the final model's location are tracked.
+    The config, tags, every metric, the config snapshot, the page of ``wmtp report`` and the final model's place are tracked.
 
     Args:
         tracking_uri: a local SQLite file (``sqlite:///…``), a server (``http(s)://…``) or one of MLflow's other databases

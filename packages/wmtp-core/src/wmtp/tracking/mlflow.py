@@ -74,6 +74,7 @@ class MLflow(Tracker):
         self._run_id = ""
         #: metric → the last step that an earlier attempt sent
         self._sent_before: Mapping[str, int] = {}
+        self._artifacts: list[Path] = []
 
     def start(self, run: RunInfo) -> None:
         """Open or reopen the MLflow run; see `Tracker.start`. Waits for a server that does not answer at most some seconds."""
@@ -111,6 +112,10 @@ class MLflow(Tracker):
         points = (_Point(_key(name), float(value), now, step) for name, value in metrics.items())
         self._sender.put([point for point in points if step > self._sent_before.get(point.key, -1)])
 
+    def log_artifact(self, file: Path) -> None:
+        """Upload the file when the run ends."""
+        self._artifacts.append(file)
+
     def finish(self, status: Literal["finished", "stopped", "interrupted", "failed"], model: Path | None) -> None:
         """Send what is left, upload what was asked for and close the MLflow run. A second call does nothing."""
         if self._sender is None:
@@ -124,6 +129,8 @@ class MLflow(Tracker):
             self._client.set_tag(self._run_id, "wmtp.status", status)
             if model is not None:
                 self._client.set_tag(self._run_id, "wmtp.model", str(model.resolve()))
+            for file in self._artifacts:
+                self._upload(file)
             if self._config.log_artifacts:
                 self._upload(self._run_dir / "run.json")
                 if model is not None:

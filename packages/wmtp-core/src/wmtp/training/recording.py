@@ -1,7 +1,8 @@
 """What a run writes down for ``wmtp report`` besides its metrics: how weights are distributed, and texts token by token.
 
 ``weights.jsonl`` has one object a recorded step: ``counts``, for each head how many predictions had a weight in each of the
-`WEIGHT_BINS`. ``samples.jsonl`` has one object a step from which texts are recorded: ``stage``, and ``documents``, a list of
+`WEIGHT_BINS`. ``samples.jsonl`` has one object a step from which texts are recorded: ``stage``; ``mean_weight``, of the whole
+step; and ``documents``, a list of
 
 - ``index``, ``start``, ``id``, ``is_correct``, ``reward``: see `wmtp.data.Document`;
 - ``tokens``: the text of each token;
@@ -24,19 +25,14 @@ from torch import Tensor
 from wmtp.data.batch import PADDING, Batch
 from wmtp.tokenizers.texts import token_texts
 from wmtp.training.metrics import StepFile
+from wmtp.training.weight_bins import BINS_PER_OCTAVE, HALF_BINS, WEIGHT_BINS
 
 if TYPE_CHECKING:
     from wmtp.config.schema import ReportConfig
     from wmtp.tokenizers import Tokenizer
     from wmtp.training.step import StepOutput
 
-__all__ = ["WEIGHT_BINS", "Recorder", "Recording", "TokenRecord", "weight_histogram"]
-
-#: bins of a factor 2^(1/4), around 2^(i/4) for i from −_HALF to _HALF: 1 is the middle of a bin
-_PER_OCTAVE: Final = 4
-_HALF: Final = 8 * _PER_OCTAVE
-#: the weight in the middle of each bin: 0 itself; less than all that follow; 2^−8 … 2^8; more
-WEIGHT_BINS: Final = (0.0, *(2.0 ** (i / _PER_OCTAVE) for i in range(-_HALF - 1, _HALF + 2)))
+__all__ = ["Recorder", "Recording", "TokenRecord", "weight_histogram"]
 
 #: how often by default, in a whole run
 _DISTRIBUTIONS: Final = 200
@@ -54,8 +50,8 @@ def weight_histogram(weights: Tensor, valid: Tensor) -> Tensor:
         ``[H, len(WEIGHT_BINS)]`` int64, on the device of the weights; nothing waits for the device.
     """
     horizon, bins = weights.shape[-1], len(WEIGHT_BINS)
-    place = (weights.float().log2() * _PER_OCTAVE).nan_to_num(nan=0.0).round().clamp(-_HALF - 1, _HALF + 1)
-    index = torch.where(weights > 0, place.to(torch.int64) + _HALF + 2, 0)
+    place = (weights.float().log2() * BINS_PER_OCTAVE).nan_to_num(nan=0.0).round().clamp(-HALF_BINS - 1, HALF_BINS + 1)
+    index = torch.where(weights > 0, place.to(torch.int64) + HALF_BINS + 2, 0)
     index += torch.arange(horizon, device=index.device) * bins
     counts = torch.zeros(horizon * bins, dtype=torch.int64, device=index.device)
     return counts.scatter_add_(0, index.flatten(), valid.flatten().to(torch.int64)).view(horizon, bins)
@@ -199,7 +195,8 @@ class Recorder:
             file.write(step, {"counts": output.weight_histogram.tolist()})
         if recording.documents and output.tokens is not None and (file := self._files.get("samples")):
             documents = [self._document(batch, place, output.tokens) for place in recording.documents]
-            file.write(step, {"stage": stage, "documents": documents})
+            mean = None if output.tokens.weights is None else float(output.metrics["weight/mean"])
+            file.write(step, {"stage": stage, "mean_weight": mean, "documents": documents})
 
     def _document(self, batch: Batch, place: _Place, record: TokenRecord) -> dict[str, Any]:
         row, inside = place.row, slice(place.start, place.stop)

@@ -19,10 +19,11 @@ from wmtp.config.tree import flatten
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.evaluation import Measured
+from wmtp.report import write_report
 from wmtp.result import Result
 from wmtp.storage.atomic import remove_partial, write_folder
 from wmtp.storage.uris import file_path
-from wmtp.tracking import RunInfo
+from wmtp.tracking import RunInfo, Tracker
 from wmtp.tracking.jsonl import Jsonl
 from wmtp.training.acceleration import checkpoint_activations, compile_layers
 from wmtp.training.checkpoint import Checkpoint, list_checkpoints
@@ -171,6 +172,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
                 _show_sample(model, source.tokenizer, data.eval or data.train, device)
         status = outcome.status
     finally:
+        if ranks.is_main:
+            _report(run_dir, status, tracker)
         try:
             tracker.finish(status, saved_model)
             if (location := tracker.location()) is not None:
@@ -279,6 +282,14 @@ def planned_steps(config: Config, batches: StepBatches) -> int:
     if config.train.epochs is not None or not limits:
         limits.append(batches.total_steps(config.train.epochs or 1.0))
     return min(limits)
+
+
+def _report(run_dir: Path, status: str, tracker: Tracker) -> None:
+    """Write the page that shows the run. A run that has ended, however, is not to fail by this."""
+    try:
+        tracker.log_artifact(write_report([run_dir], status=status))
+    except Exception as error:
+        logger.warning("no report was written: %s; see wmtp report %s", error, run_dir)
 
 
 def _measure(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer) -> dict[str, float]:

@@ -1,0 +1,231 @@
+// Lays out the page from the data in it.
+"use strict";
+
+(() => {
+  const { element, number, color } = Charts;
+  const { runs, bins } = JSON.parse(document.getElementById("data").textContent);
+  const root = document.getElementById("report");
+  const state = { hidden: new Set(), smooth: 0, head: null, by: "weight", document: 0, step: null };
+  const visible = () => runs.filter((_, i) => !state.hidden.has(i));
+  const paintRuns = () => runs.forEach((run, i) => { run.color = color(i); });
+  const redraws = [];
+  const redraw = () => { paintRuns(); redraws.forEach(one => one()); };
+  const title = name => name.replace("peak_memory_gib", "peak memory (GiB)").replaceAll("_", " ");
+
+  function section(id, heading, ...children) {
+    const made = element("section", { id }, element("h2", {}, heading), ...children);
+    root.append(made);
+    return made;
+  }
+
+  // --- head of the page
+
+  function header() {
+    const chips = element("div", { class: "chips" });
+    const draw = () => chips.replaceChildren(...runs.map((run, i) => element("button", {
+      class: state.hidden.has(i) ? "chip off" : "chip", "aria-pressed": String(!state.hidden.has(i)), title: "show or hide this run",
+      disabled: runs.length === 1,
+      onclick: () => {
+        if (state.hidden.has(i)) state.hidden.delete(i); else if (visible().length > 1) state.hidden.add(i);
+        redraw();
+      },
+    }, element("i", { class: "dot", style: `background:${run.color}` }), run.name,
+    element("span", { class: `badge ${run.status}` }, run.status))));
+    redraws.push(draw);
+    const smooth = element("input", { type: "range", min: "0", max: "0.98", step: "0.02", value: "0", "aria-label": "smoothing",
+      oninput: event => { state.smooth = Number(event.target.value); redraw(); } });
+    root.append(element("header", { class: "top" },
+      element("h1", {}, runs.length > 1 ? `${runs.length} runs compared` : runs[0].name),
+      element("div", { class: "tools" }, chips, element("label", {}, "smooth curves ", smooth))));
+  }
+
+  // --- facts
+
+  function facts() {
+    const names = [...new Set(runs.flatMap(run => Object.keys(run.facts)))];
+    const measured = [...new Set(runs.flatMap(run => Object.keys(run.evaluation)))];
+    const last = name => run => {
+      const curve = run.curves[name];
+      return curve ? number(curve[1][curve[1].length - 1]) : "–";
+    };
+    const long = ["git", "versions", "command"];
+    const fact = name => [name, run => run.facts[name] ?? "–"];
+    const rows = [
+      ...names.filter(name => !long.includes(name)).map(fact),
+      ...["loss", "eval/loss", "eval/loss/head_1"].filter(name => runs.some(run => run.curves[name]))
+        .map(name => [`last ${title(name)}`, last(name)]),
+      ...measured.map(name => [title(name), run => number(run.evaluation[name] ?? null)]),
+      ...names.filter(name => long.includes(name)).map(fact),
+    ];
+    if (runs.length === 1) {
+      const list = element("dl", { class: "wide" }, ...rows.map(([name, value]) =>
+        element("div", { class: long.includes(name) ? "long" : null }, element("dt", {}, name), element("dd", {}, value(runs[0])))));
+      section("facts", "Run", list, ...configs());
+      return;
+    }
+    const table = element("table", { class: "facts" },
+      element("tr", {}, element("th"), ...runs.map(run => element("th", { scope: "col" }, run.name))),
+      ...rows.map(([name, value]) => element("tr", {}, element("th", { scope: "row" }, name),
+        ...runs.map(run => element("td", {}, value(run))))));
+    section("facts", "Runs", element("div", { class: "wide" }, table), ...configs());
+  }
+
+  function configs() {
+    const keys = [...new Set(runs.flatMap(run => Object.keys(run.config)))];
+    const differs = key => new Set(runs.map(run => run.config[key])).size > 1;
+    const table = chosen => element("div", { class: "wide" }, element("table", { class: "facts" }, ...chosen.map(key =>
+      element("tr", {}, element("th", { scope: "row" }, key), ...runs.map(run => element("td", {}, run.config[key] ?? "–"))))));
+    const different = keys.filter(differs);
+    return [
+      ...(runs.length > 1 ? [element("details", { open: different.length <= 12 },
+        element("summary", {}, `What differs in the configs (${different.length})`), table(different))] : []),
+      element("details", {}, element("summary", {}, runs.length > 1 ? "All of the configs" : "The whole config"), table(keys)),
+    ];
+  }
+
+  // --- curves
+
+  const GROUPS = [
+    ["loss", "Loss of every head", name => /^(loss|eval\/loss)(\/|$)/.test(name)],
+    ["weights", "Weights", name => /^(weight|weighted_loss)\//.test(name)],
+    ["more", "What the algorithm measures", name => name.includes("/") && !name.startsWith("eval/")],
+    ["machine", "Speed and optimizer", () => true],
+  ];
+  // what says nothing as a curve
+  const LEFT_OUT = new Set(["tokens", "epoch", "eval/predictions", "weight/ess"]);
+
+  function curves() {
+    const names = [...new Set(runs.flatMap(run => Object.keys(run.curves)))].filter(name => !LEFT_OUT.has(name));
+    const left = new Set(names);
+    for (const [id, heading, belongs] of GROUPS) {
+      const mine = [...left].filter(belongs);
+      mine.forEach(name => left.delete(name));
+      if (id === "loss" && !mine.length) section(id, heading, element("p", { class: "soft" }, "No step has been logged yet."));
+      if (mine.length) {
+        const grid = element("div", { class: "grid" });
+        section(id, heading, grid);
+        redraws.push(() => { Charts.clear(grid); charts(mine).forEach(one => drawChart(grid, ...one)); });
+      }
+      if (id === "loss") {
+        texts();
+        distributions();
+      }
+    }
+  }
+
+  // one run: the heads share a chart; several: each metric has its own
+  function charts(names) {
+    if (runs.length > 1) return names.map(name => [title(name), [name]]);
+    const found = new Map();
+    for (const name of names) {
+      const group = name.replace(/(^|\/)loss(\/head_\d+)?$/, "$1loss").replace(/\/head_\d+$/, "");
+      if (!found.has(group)) found.set(group, []);
+      found.get(group).push(name);
+    }
+    return [...found].map(([group, members]) => [title(group), members]);
+  }
+
+  function drawChart(grid, heading, names) {
+    const place = element("div", { class: "plot" });
+    grid.append(element("figure", {}, element("figcaption", {}, heading), place));
+    const several = runs.length > 1;
+    const chosen = visible().flatMap(run => names.filter(name => run.curves[name]).map(name => {
+      const head = /head_(\d+)$/.exec(name);
+      return {
+        label: several ? run.name : head ? `head ${head[1]}` : names.length > 1 ? "all heads" : "value",
+        color: several ? run.color : head ? color(Number(head[1]) - 1) : names.length > 1 ? Charts.css("--ink") : color(0),
+        steps: run.curves[name][0], values: run.curves[name][1],
+      };
+    }));
+    Charts.lines(place, chosen, state.smooth, several ? [] : runs[0].stages);
+  }
+
+  function distributions() {
+    const known = () => visible().filter(run => run.weights.length);
+    if (!runs.some(run => run.weights.length)) return;
+    const heads = Math.max(...runs.filter(run => run.weights.length).map(run => run.weights[0][1].length));
+    const grid = element("div", { class: "grid large" });
+    section("distribution", "Distribution of weights over training",
+      element("div", { class: "tools" }, headSelect(heads, "all heads")),
+      element("p", { class: "soft" }, "The stronger the colour, the more predictions had this weight. The axis is logarithmic; weight 0 stands apart below it."),
+      grid);
+    redraws.push(() => {
+      Charts.clear(grid);
+      for (const run of known()) {
+        const place = element("div", { class: "plot" });
+        grid.append(element("figure", {}, element("figcaption", {}, run.name), place));
+        Charts.distribution(place, run.weights, bins, state.head === null ? null : Math.min(state.head, run.weights[0][1].length - 1),
+          runs.length > 1 ? run.color : color(0));
+      }
+    });
+  }
+
+  // --- texts
+
+  function select(label, options, value, onchange) {
+    const box = element("select", { onchange: event => onchange(event.target.value) }, ...options.map(([key, text]) =>
+      element("option", { value: key, selected: String(key) === String(value) }, text)));
+    return element("label", {}, `${label} `, box);
+  }
+
+  function headSelect(heads, all) {
+    const place = element("span");
+    redraws.push(() => place.replaceChildren(select("head", [["", all], ...Array.from({ length: heads }, (_, k) =>
+      [k, `head ${k + 1}`])], state.head ?? "", value => { state.head = value === "" ? null : Number(value); redraw(); })));
+    return place;
+  }
+
+  function texts() {
+    const entries = Texts.index(runs);
+    if (!entries.length) {
+      section("texts", "Texts", element("p", { class: "soft" }, "No texts were recorded: see report.samples in the config."));
+      return;
+    }
+    state.document = Texts.best(entries);
+    const heads = Math.max(...entries.map(entry => entry.document.loss.length));
+    const tip = element("div", { class: "tip", hidden: true, role: "tooltip" });
+    document.body.append(tip);
+    const tools = element("div", { class: "tools" }), panels = element("div", { class: runs.length > 1 ? "panels" : "" });
+    const headPlace = headSelect(heads, "mean of all heads");
+    section("texts", "Texts, each token coloured by the weight it got", tools, panels);
+    const label = ({ document, steps }) => `${document.id}${document.start ? ` (from token ${document.start})` : ""} · ${
+      steps.length > 1 ? `${steps.length} steps` : `step ${steps[0]}`}`;
+    const draw = () => {
+      const entry = entries[state.document];
+      const places = entry.steps;
+      if (!places.includes(state.step)) state.step = places[places.length - 1];
+      const slider = element("input", { type: "range", min: "0", max: String(places.length - 1), "aria-label": "step",
+        value: String(places.indexOf(state.step)), disabled: places.length === 1,
+        oninput: event => { state.step = places[Number(event.target.value)]; stepName.textContent = state.step.toLocaleString("en"); drawPanels(); } });
+      const stepName = element("b", {}, state.step.toLocaleString("en"));
+      tools.replaceChildren(
+        select("document", entries.map((one, i) => [i, label(one)]), state.document,
+          value => { state.document = Number(value); state.step = null; redraw(); }),
+        element("label", {}, "step ", slider, " ", stepName), headPlace,
+        select("colour", Texts.names(runs).map(name => [name, Texts.words(name)]), state.by,
+          value => { state.by = value; redraw(); }));
+      drawPanels();
+    };
+    const drawPanels = () => {
+      tip.hidden = true;
+      const entry = entries[state.document];
+      const shown = [...entry.runs].filter(([run]) => !state.hidden.has(run));
+      panels.replaceChildren(...shown.map(([run, records]) => Texts.panel(runs[run], Texts.nearest(records, state.step), state, tip)));
+      if (!shown.length) panels.append(element("p", { class: "soft" }, "No run that is shown recorded this document."));
+    };
+    redraws.push(draw);
+    addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
+  }
+
+  // weights that are all the same show nothing
+  const weighs = run => run.samples.some(record => record.documents.some(document =>
+    document.weight && new Set(document.weight.flat().filter(weight => weight !== null)).size > 1));
+  if (!runs.some(weighs)) state.by = "loss";
+  paintRuns();
+  header();
+  facts();
+  curves();
+  redraw();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  document.documentElement.dataset.ready = "true";
+})();

@@ -1,0 +1,87 @@
+"""The page: one file that needs nothing else, and asks nobody for anything."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.report.collect import collect
+from wmtp.run_dir import is_run_dir, replace_text
+from wmtp.training.weight_bins import WEIGHT_BINS
+
+__all__ = ["write_report"]
+
+_SCRIPTS: Final = ("uPlot.iife.min.js", "charts.js", "texts.js", "report.js")
+_STYLES: Final = ("uPlot.min.css", "report.css")
+
+
+def write_report(runs: Sequence[str | Path], output: str | Path | None = None, *, status: str | None = None) -> Path:
+    """Write the page of one run, or of several to compare.
+
+    Args:
+        runs: run directories.
+        output: the file. Default: ``report.html`` in the run directory; of several runs in the current one.
+        status: of the runs, in place of what their ``run.json`` says.
+
+    Returns:
+        the file.
+
+    Raises:
+        ConfigError: a directory holds no run.
+        WMTPError: a file of a run is damaged, or the page cannot be written.
+    """
+    folders = list(dict.fromkeys(Path(run).expanduser().resolve() for run in runs))
+    if problems := [problem for folder in folders if (problem := _problem(folder))]:
+        raise ConfigError(problems)
+    page = (folders[0] if len(folders) == 1 else Path.cwd()) / "report.html" if output is None else Path(output).expanduser()
+    if page.is_dir():
+        raise ConfigError(f"--output {page}: is a folder; name a file in it")
+    content = build_page([collect(folder, status=status) for folder in folders])
+    try:
+        replace_text(page, content)
+    except OSError as error:
+        raise WMTPError(f"{page} cannot be written: {error.strerror or error}") from error
+    return page
+
+
+def _problem(run: Path) -> str | None:
+    if is_run_dir(run):
+        return None
+    if not run.exists():
+        return f"{run}: does not exist"
+    inside = sorted(path.name for path in run.iterdir() if is_run_dir(path)) if run.is_dir() else []
+    hint = f"; it holds the runs {', '.join(inside[:10])}: name some of them" if inside else ""
+    return f"{run}: holds no run (no config.toml){hint}"
+
+
+def build_page(runs: Sequence[dict[str, Any]]) -> str:
+    """The HTML of what `wmtp.report.collect.collect` gave for each run."""
+    data = json.dumps({"runs": runs, "bins": WEIGHT_BINS}, separators=(",", ":"), allow_nan=False)
+    data = data.replace("<", "\\u003c")  # no text can end the script element
+    title = html.escape(" · ".join(run["name"] for run in runs))
+    scripts = "".join(f"<script>\n{_asset(name)}\n</script>\n" for name in _SCRIPTS)
+    styles = "".join(f"<style>\n{_asset(name)}\n</style>\n" for name in _STYLES)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
+<title>{title} · WMTP</title>
+{styles}</head>
+<body>
+<main id="report"></main>
+<noscript>This page needs JavaScript; all of it is in this file.</noscript>
+<script type="application/json" id="data">{data}</script>
+{scripts}</body>
+</html>
+"""
+
+
+def _asset(name: str) -> str:
+    return (resources.files("wmtp.report") / "assets" / name).read_text(encoding="utf-8")
