@@ -42,7 +42,8 @@ class CriticWMTP:
             needs the base model's vocabulary.
         value_loss: ``lambda-return``: squared distance of V to the λ-return of the reward; ``pairwise``: −log σ(mean V of a
             correct document − mean V of an incorrect one), over pairs of answers to one problem (the data's ``group``), of
-            about equal length. Pairs are put into the same step; documents without a partner are left out of the stage.
+            about equal length. Pairs are put into the same step; documents without a partner are left out of the stage. It
+            teaches V no scale, so in advantages the value after the last token stands for R.
         pair_length_ratio: pairwise: the longer of a pair is at most this many times as long as the other.
         value_steps: optimizer steps of stage ``value``, at most.
         value_patience: ends the stage after so many steps in which the running mean of its loss got no better. Default: never.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from wmtp.config.schema import EarlyStoppingConfig
 from wmtp.data.batch import PADDING
+from wmtp.errors import ConfigError
 from wmtp.training import HiddenView, Stage, StepView, Trainer, TrainerSetup
+from wmtp.training.modules import load_module
 from wmtp_algos import advantage as maths
 from wmtp_algos.critic_data import check_rewards, correct_documents, is_correct, reward_of
 from wmtp_algos.pairs import pair_documents, pairs_of_step, pairwise_accuracy, pairwise_loss
@@ -89,8 +91,32 @@ class CriticWMTPTrainer(Trainer):
             self._critic = setup.model("critic")
             hidden_size = self._critic.hidden_size
         self._value_head = ValueHead(hidden_size, config.value_width, setup.seed)
+        if config.value_head is not None:
+            learned = setup.fetch(config.value_head, "trainer.value_head")
+            for name, module in self.modules().items():
+                load_module(module, name, learned)
+        if config.reward == "model":
+            self._scores = self._score(setup)
         self._moments = RunningMean(config.ema_decay if config.whitening == "ema" else 0.0, 2, setup.device)
         self._value_loss = RunningMean(_LOSS_DECAY, 1, setup.device)
+
+    def _score(self, setup: TrainerSetup) -> Callable[[Document], float]:
+        """The reward model's scores, whitened over all documents."""
+        config = self._config
+        numbers = setup.reward_scores(
+            "rm",
+            template=config.reward_template,
+            dtype=torch.bfloat16 if config.reward_precision == "bf16" else torch.float32,
+            batch_size=config.reward_batch_size,
+        )
+        scores = numbers.values.astype(np.float64)
+        mean, std = float(scores.mean()), float(scores.std())
+        if scores.min() == scores.max():
+            raise ConfigError(
+                f"models.rm: gives all {len(scores):,} documents the same score, {mean:g}, so there is no value to learn; use "
+                "another reward model, or trainer.reward = 'verifiable'"
+            )
+        return lambda document: (numbers.of(document) - mean) / std
 
     @property
     def _module_names(self) -> tuple[str, ...]:
@@ -172,8 +198,13 @@ class CriticWMTPTrainer(Trainer):
     # --- what both need
 
     def _advantages(self, view: StepView) -> Tensor:
-        config = self._config
-        value, reward = view.observations["value"].detach(), self._rewards(view.batch)
+        """A of each token, ``[B, S]`` fp32.
+
+        Pairs teach only differences of V, so its zero and its scale are not those of the reward. Then the value after the last
+        token stands for the reward.
+        """
+        config, value = self._config, view.observations["value"].detach()
+        reward = value if config.value_loss == "pairwise" else self._rewards(view.batch)
         return maths.advantages(
             value, reward, view.batch.document, gamma=config.gamma, lam=config.gae_lambda, delta=config.delta
         )
@@ -185,7 +216,7 @@ class CriticWMTPTrainer(Trainer):
         )
 
     def _reward(self, document: Document) -> float:
-        return reward_of(document)
+        return reward_of(document) if self._config.reward == "verifiable" else self._scores(document)
 
     def _learned(self, batch: Batch) -> Tensor:
         """Which tokens stage ``train`` learns, ``[B, S]`` bool."""
@@ -221,8 +252,9 @@ class CriticWMTPTrainer(Trainer):
         mean = maths.document_means(value, states, batch.document, count)
         spread = maths.document_means((value - maths.by_token(mean, batch.document)).square(), states, batch.document, count)
         seen = maths.document_means(states.float(), states, batch.document, count)  # 1, or 0 for a document without any state
+        comparable = self._config.value_loss == "lambda-return"  # pairs teach no scale
         return {
-            "critic/explained_variance": 1 - unexplained / variance,
+            "critic/explained_variance": 1 - unexplained / variance if comparable else torch.full_like(variance, torch.nan),
             "critic/value_std_within": (spread.sqrt().sum() / seen.sum()),
             "critic/value_position_correlation": maths.correlation(value, batch.position.to(value.dtype), states),
         }

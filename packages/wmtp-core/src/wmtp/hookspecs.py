@@ -36,6 +36,9 @@ def wmtp_trainers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     ``build() -> wmtp.training.Trainer``. An optional class variable ``required_models`` names the ``[models.*]`` sections
     that the algorithm needs besides ``base``, for instance ``("ref",)``; it may be a property. Before a run starts, each of
     them is known to be there and to have the base model's vocabulary; `Trainer.setup` loads it with ``setup.model("ref")``.
+    ``reward_models`` likewise names sequence classifiers with one output and a vocabulary of their own, whose scores of the
+    training data `Trainer.setup` asks for with ``setup.reward_scores("rm", …)``. ``uri_keys`` names further fields that are
+    inputs, as ``uri`` is; ``setup.fetch`` gives their local path.
 
     Example::
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+from attrs import frozen
+
 from wmtp.config.load import Loaded, located
 from wmtp.config.problems import KeyPath, Problem, dotted
 from wmtp.config.schema import Config
@@ -17,7 +19,7 @@ from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
 from wmtp.storage.uris import backend_for, file_path, scheme_of
 
-__all__ = ["check", "check_loaded", "is_secret", "required_models"]
+__all__ = ["Need", "check", "check_loaded", "is_secret", "required_models"]
 
 _MODELS: Final = ("base", "ref", "rm", "critic")
 _RUN_NAME: Final = re.compile(r"[\w][\w.+=@ -]*(?<! )")
@@ -107,13 +109,27 @@ def _local_folder(uri: str, path: KeyPath) -> Iterator[Problem]:
         yield from (Problem(path, problem) for problem in error.problems)
 
 
-def required_models(config: Config) -> dict[str, str]:
-    """The models that the trainers need besides ``base``: the name of each section → the type of a trainer that needs it."""
+@frozen
+class Need:
+    """Why a model besides ``base`` is needed.
+
+    Args:
+        trainer: the type of a trainer that needs it.
+        scores_texts: it is a reward model, with a vocabulary of its own; else it reads the base model's tokens.
+    """
+
+    trainer: str
+    scores_texts: bool
+
+
+def required_models(config: Config) -> dict[str, Need]:
+    """The models that the trainers need besides ``base``, by the name of their section."""
     return {
-        name: placed.config.type
+        name: Need(placed.config.type, scores_texts)
         for placed in components(config)
         if placed.kind == "trainers"
-        for name in getattr(placed.config, "required_models", ())
+        for key, scores_texts in (("required_models", False), ("reward_models", True))
+        for name in getattr(placed.config, key, ())
         if name != "base"
     }
 
@@ -122,9 +138,9 @@ def _models(config: Config) -> Iterator[Problem]:
     required = required_models(config)
     if "base" not in config.models:
         yield Problem(("models", "base"), "required, and missing: the model that is trained", at=("models",))
-    for name, trainer in required.items():
+    for name, need in required.items():
         if name not in config.models:
-            yield Problem(("models", name), f"required by the trainer '{trainer}', and missing", at=("trainer",))
+            yield Problem(("models", name), f"required by the trainer '{need.trainer}', and missing", at=("trainer",))
     allowed = list(dict.fromkeys((*_MODELS, *required)))
     for name, model in config.models.items():
         if name not in allowed:
@@ -223,9 +239,10 @@ def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
         yield from _uri(config.checkpoints.uri, ("checkpoints", "uri"), schemes, must_exist=False)
     is_remote = getattr(config.launcher, "remote", False)  # then a path is one of the other machine
     for placed in components(config):
-        uri = getattr(placed.config, "uri", None)
-        if isinstance(uri, str):
-            yield from _uri(uri, (*placed.path, "uri"), schemes, must_exist=not is_remote)
+        for key in ("uri", *getattr(placed.config, "uri_keys", ())):
+            uri = getattr(placed.config, key, None)
+            if isinstance(uri, str):
+                yield from _uri(uri, (*placed.path, key), schemes, must_exist=not is_remote)
 
 
 def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) -> Iterator[Problem]:

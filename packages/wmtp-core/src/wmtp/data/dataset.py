@@ -47,12 +47,14 @@ class TokenizedDocument:
         learn: ``[L]`` bool, whether the token is one to learn.
         weight: ``[L]`` float32; None where no document of the data set has weights.
         document: where it is from.
+        prompt_length: how many of the tokens come before the completion, the begin token included.
     """
 
     tokens: NDArray[np.int64]
     learn: NDArray[np.bool_]
     weight: NDArray[np.float32] | None
     document: Document
+    prompt_length: int
 
 
 @frozen(kw_only=True, eq=False)
@@ -226,7 +228,15 @@ class TokenDataset:
             learn=np.arange(start, stop) >= self._learn_start[index],
             weight=weight,
             document=store.document(local, index, start, self.names[source]),
+            prompt_length=int(np.clip(store.prompt_lengths[local] - start, 0, stop - start)),
         )
+
+    def number_of(self, document: Document) -> int:
+        """The number of the piece that `document` gave."""
+        number = int(np.searchsorted(self.indices, document.index))
+        while self.starts[number] != document.start:  # the pieces of a split document follow each other
+            number += 1
+        return number
 
     def group_hashes(self) -> Sequence[NDArray[np.uint64]]:
         """For each source a hash of the group of each document."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from wmtp.data.batch import Batch
 
-__all__ = ["TokenNumbers"]
+__all__ = ["TokenNumbers", "numbers_file"]
 
 _PART = 2**20
 _log = logging.getLogger("wmtp")
@@ -42,15 +42,9 @@ class TokenNumbers:
     """
 
     def __init__(self, path: Path, dataset: TokenDataset) -> None:
-        self._index, self._starts = dataset.indices, dataset.starts
+        self._dataset = dataset
         self._offsets = np.cumsum(dataset.lengths) - dataset.lengths
-        expected = 4 * dataset.tokens
-        if path.exists() and path.stat().st_size != expected:
-            _log.warning("%s is damaged; it is made again", path)
-            path.unlink()
-        if not path.exists():
-            _make(path, dataset.tokens)
-        self._numbers = np.memmap(path, np.float32, "r+", shape=(dataset.tokens,))
+        self._numbers = numbers_file(path, dataset.tokens)
 
     @property
     def complete(self) -> bool:
@@ -82,14 +76,22 @@ class TokenNumbers:
 
     def _places(self, batch: Batch) -> NDArray[np.int64]:
         """Where in the file each token's number is, ``[B, S]``; nonsense at padding."""
-        first = np.array([self._first(document.index, document.start) for document in batch.documents], np.int64)
+        first = self._offsets[[self._dataset.number_of(document) for document in batch.documents]]
         return first[batch.document.cpu().numpy()] + batch.position.cpu().numpy()
 
-    def _first(self, index: int, start: int) -> int:
-        piece = int(np.searchsorted(self._index, index))
-        while self._starts[piece] != start:  # the pieces of a split document follow each other
-            piece += 1
-        return int(self._offsets[piece])
+
+def numbers_file(path: Path, count: int) -> np.memmap[tuple[int], np.dtype[np.float32]]:
+    """A file of fp32 numbers, NaN where none is known yet. One of another size is damaged, and made again.
+
+    Raises:
+        WMTPError: the file cannot be made.
+    """
+    if path.exists() and path.stat().st_size != 4 * count:
+        _log.warning("%s is damaged; it is made again", path)
+        path.unlink()
+    if not path.exists():
+        _make(path, count)
+    return np.memmap(path, np.float32, "r+", shape=(count,))
 
 
 def _make(path: Path, count: int) -> None:

@@ -16,7 +16,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.saved import write_saved
 
-__all__ = ["HF_FILES", "HfTokenizer"]
+__all__ = ["HF_FILES", "HfTokenizer", "open_auto_tokenizer"]
 
 #: a folder with one of these has a tokenizer for transformers
 HF_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -38,7 +38,7 @@ class HfTokenizer(Tokenizer):
     """
 
     def __init__(self, path: Path, *, gguf_file: str | None = None, eos_token: str | None = None) -> None:
-        self._tokenizer = _open(path, gguf_file)
+        self._tokenizer = open_auto_tokenizer(path, gguf_file)
         self._vocab: dict[str, int] = self._tokenizer.get_vocab()
         self._eos_id = self._find_eos(path, eos_token)
         spec = json.loads(_backend(self._tokenizer, path).to_str())
@@ -101,7 +101,12 @@ class HfTokenizer(Tokenizer):
         self._tokenizer.save_pretrained(str(folder))
 
 
-def _open(path: Path, gguf_file: str | None) -> PreTrainedTokenizerBase:
+def open_auto_tokenizer(path: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """What ``AutoTokenizer`` opens, without the network and without code of others.
+
+    Raises:
+        WMTPError: there is no tokenizer, or it is damaged.
+    """
     if path.is_file() and path.suffix == ".gguf":
         path, gguf_file = path.parent, path.name
     if not path.is_dir():

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wmtp.training.trainer import HiddenView, OpenModel, Stage, StepView, Trainer, TrainerSetup
+    from wmtp.training.trainer import HiddenView, OpenModel, RewardScores, Stage, StepView, Trainer, TrainerSetup
 
-__all__ = ["HiddenView", "OpenModel", "Stage", "StepView", "Trainer", "TrainerSetup"]
+__all__ = ["HiddenView", "OpenModel", "RewardScores", "Stage", "StepView", "Trainer", "TrainerSetup"]
 
 
 def __getattr__(name: str) -> Any:

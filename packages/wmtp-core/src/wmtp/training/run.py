@@ -31,8 +31,10 @@ from wmtp.training.devices import autocast_context, pick_device, pick_precision
 from wmtp.training.loop import Fit
 from wmtp.training.master_weights import MasterWeights
 from wmtp.training.memory import estimate_memory, head_parameters
+from wmtp.training.modules import save_modules
 from wmtp.training.optimizers import change_learning_rate
 from wmtp.training.recording import Recorder
+from wmtp.training.reward_scores import open_reward_scores
 from wmtp.training.setup import load_base_model, load_extra_model, open_source, open_token_numbers, provenance
 from wmtp.training.stages import StageBatches, StagePlan, check_data
 from wmtp.training.step import StepLoss
@@ -104,6 +106,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         tokenizer=source.tokenizer,
         model=load_extra_model(config, source.place, device),
         token_numbers=open_token_numbers(config, source, data.train),
+        reward_scores=open_reward_scores(config, source, data.train, device),
+        fetch=source.place.fetch,
     )
     ranks.one_by_machine_first(lambda: trainer.setup(setup))
     modules = {key: module.to(device) for key, module in trainer.modules().items()}
@@ -165,7 +169,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         if outcome.status != "interrupted":
             saved_model = run_dir / "model"
             target = saved_model
-            ranks.on_main(lambda: write_folder(target, lambda partial: _save_model(model, source.tokenizer, partial)))
+            ranks.on_main(lambda: write_folder(target, lambda partial: _save_model(model, modules, source.tokenizer, partial)))
             measurements = _measure(config, run_dir, fit, source.tokenizer)
             fit.track(outcome.steps, measurements)
             if ranks.is_main:
@@ -336,12 +340,13 @@ def _optimizer(
     return optimizer
 
 
-def _save_model(model: MTPModel, tokenizer: Tokenizer, folder: Path) -> None:
+def _save_model(model: MTPModel, modules: Mapping[str, nn.Module], tokenizer: Tokenizer, folder: Path) -> None:
     generation = model.base.generation_config
     if generation is not None and generation.eos_token_id is None:
         # a new model does not know yet where a text ends
         generation.eos_token_id = model.base.config.eos_token_id = tokenizer.eos_id
     model.save_pretrained(folder)
+    save_modules(modules, folder)
     tokenizer.save(folder)
 
 

@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.storage import Storage
 
-__all__ = ["Place", "Source", "load_base_model", "load_extra_model", "open_source", "open_token_numbers", "provenance"]
+__all__ = [
+    "Place",
+    "Source",
+    "load_base_model",
+    "load_extra_model",
+    "numbers_path",
+    "open_source",
+    "open_token_numbers",
+    "provenance",
+]
 
 
 @frozen(kw_only=True, eq=False)
@@ -57,7 +66,15 @@ class Place:
             WMTPError: nothing is there, or it could not be fetched.
         """
         uri = getattr(component, "uri", None)
-        return None if uri is None else localize(uri, self.backends, self.cache_dir, key=f"{key}.uri")
+        return None if uri is None else self.fetch(uri, f"{key}.uri")
+
+    def fetch(self, uri: str, key: str) -> Path:
+        """The local path of a URI.
+
+        Raises:
+            WMTPError: nothing is there, or it could not be fetched.
+        """
+        return localize(uri, self.backends, self.cache_dir, key=key)
 
 
 @frozen(kw_only=True, eq=False)
@@ -95,8 +112,11 @@ def open_source(config: Config) -> Source:
     _check_length(info, config, "the model")
     tokenizer = _open_tokenizer(config, place, path)
     check_vocabulary(info.vocab_size, tokenizer)
-    for name in required_models(config):
-        _check_extra_model(name, config, place, tokenizer)
+    for name, kind in required_models(config).items():
+        if kind.scores_texts:
+            _check_reward_model(name, config, place)
+        else:
+            _check_extra_model(name, config, place, tokenizer)
     datasets = {name: place.path(dataset, f"datasets.{name}") for name, dataset in config.datasets.items()}
     return Source(place=place, model_path=path, model_info=info, tokenizer=tokenizer, dataset_paths=datasets)
 
@@ -134,6 +154,17 @@ def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Token
         compare_tokenizers(tokenizer, _own_tokenizer(config, path, key), key=key)
     check_vocabulary(info.vocab_size, tokenizer, key=key)
     _check_length(info, config, f"[{key}]")
+
+
+def _check_reward_model(name: str, config: Config, place: Place) -> None:
+    """Whether a model that scores texts is there; it has a vocabulary of its own."""
+    from wmtp.models.config import HfModel
+    from wmtp.models.reward import check_reward_model
+
+    loader = config.models[name].loader
+    if not isinstance(loader, HfModel):
+        raise ConfigError(f"models.{name}.type: {loader.type!r} loads no reward model; write 'hf'")
+    check_reward_model(place.path(loader, f"models.{name}") or Path(), f"models.{name}")
 
 
 def _own_tokenizer(config: Config, path: Path, key: str) -> Tokenizer:
@@ -191,31 +222,46 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> 
     return load
 
 
-#: part of the name of every file of token numbers: raise it when the same model would give other numbers
+#: part of the name of every file of numbers: raise it when the same model would give other numbers
 _NUMBERS_VERSION = 1
 
 
 def open_token_numbers(config: Config, source: Source, dataset: TokenDataset) -> Callable[[str, str], TokenNumbers]:
     """What a trainer calls for `TrainerSetup.token_numbers`."""
-    from wmtp.data.prepare import token_cache_dir
     from wmtp.data.token_numbers import TokenNumbers
 
     def open_numbers(name: str, what: str) -> TokenNumbers:
-        loader = config.models[name].loader
-        options = attrs.asdict(loader)  # type: ignore[arg-type]
-        options.pop("uri", None)  # what the files hold counts, not where they are
-        path = source.place.path(loader, f"models.{name}")
-        parts = [_NUMBERS_VERSION, what, loader.type, options, dataset.fingerprint, source.tokenizer.fingerprint()]
-        # a trainer asks for the numbers of tokens to learn; a model from scratch is made by the seed
-        parts += [config.data.train.learn_prompt, config.run.seed if path is None else None]
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode())
-        for file in [] if path is None else [path] if path.is_file() else sorted(path.rglob("*")):
-            if file.is_file():
-                with file.open("rb") as stream:
-                    digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-        return TokenNumbers(token_cache_dir(config) / f"{digest.hexdigest()[:40]}.f32", dataset)
+        return TokenNumbers(numbers_path(config, source, dataset, name, what, "f32"), dataset)
 
     return open_numbers
+
+
+def numbers_path(config: Config, source: Source, dataset: TokenDataset, name: str, what: str, suffix: str) -> Path:
+    """The file of what a model makes of the data. Its name stands for the content of both.
+
+    Args:
+        config: names the model and the folder of the token cache.
+        source: resolves the model's URI.
+        dataset: the data.
+        name: of the section ``[models.NAME]``.
+        what: what is computed, and how.
+        suffix: of the file.
+    """
+    from wmtp.data.prepare import token_cache_dir
+
+    loader = config.models[name].loader
+    options = attrs.asdict(loader)  # type: ignore[arg-type]
+    options.pop("uri", None)  # what the files hold counts, not where they are
+    path = source.place.path(loader, f"models.{name}")
+    parts = [_NUMBERS_VERSION, what, loader.type, options, dataset.fingerprint, source.tokenizer.fingerprint()]
+    # a trainer asks for the numbers of tokens to learn; a model from scratch is made by the seed
+    parts += [config.data.train.learn_prompt, config.run.seed if path is None else None]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode())
+    for file in [] if path is None else [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file():
+            with file.open("rb") as stream:
+                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return token_cache_dir(config) / f"{digest.hexdigest()[:40]}.{suffix}"
 
 
 def provenance(component: Component) -> str:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -29,11 +30,12 @@ from wmtp.data.batch import Batch, Targets, shift_to_predictions
 
 if TYPE_CHECKING:
     from wmtp.data.dataset import TokenDataset
+    from wmtp.data.document_numbers import DocumentNumbers
     from wmtp.data.token_numbers import TokenNumbers
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["HiddenView", "OpenModel", "Stage", "StepView", "Trainer", "TrainerSetup"]
+__all__ = ["HiddenView", "OpenModel", "RewardScores", "Stage", "StepView", "Trainer", "TrainerSetup"]
 
 
 @frozen(kw_only=True)
@@ -77,6 +79,29 @@ class OpenModel(Protocol):
         ...
 
 
+class RewardScores(Protocol):
+    """Scores the training data with a reward model."""
+
+    def __call__(self, name: str, *, template: str, dtype: torch.dtype, batch_size: int) -> DocumentNumbers:
+        """The scores of all documents by the section ``[models.<name>]``, computed now unless they are kept beside the tokens.
+
+        Args:
+            name: a section that the config class has in ``reward_models``.
+            template: what the model reads, with ``{prompt}`` and ``{completion}``.
+            dtype: of its parameters.
+            batch_size: documents that are scored at once.
+
+        Raises:
+            ConfigError: it is no sequence classifier with one output.
+            WMTPError: files are missing or damaged, or a score is not a finite number.
+        """
+        ...
+
+
+def _no_data(*_: object, **__: object) -> NoReturn:
+    raise NotImplementedError("this setup comes without training data and files")
+
+
 @frozen(kw_only=True, eq=False)
 class TrainerSetup:
     """What an algorithm is given once, before the first step.
@@ -93,6 +118,8 @@ class TrainerSetup:
         token_numbers: opens the file of what another ``[models.*]`` makes of each token of the training data, kept beside the
             tokens: of the model of this name, computed as the second text says. Another text, other data, another tokenizer
             or a changed model have another file.
+        reward_scores: the scores that a reward model gives to the training data; see `RewardScores`.
+        fetch: the local path of a URI; the second text is the key that a message blames.
     """
 
     hidden_size: int
@@ -103,6 +130,8 @@ class TrainerSetup:
     tokenizer: Tokenizer
     model: OpenModel
     token_numbers: Callable[[str, str], TokenNumbers]
+    reward_scores: RewardScores = _no_data
+    fetch: Callable[[str, str], Path] = _no_data
 
 
 @frozen(kw_only=True, eq=False)

@@ -21,7 +21,7 @@ from wmtp.models.loaders.describe import describe, empty_model, require_causal
 from wmtp.models.loaders.files import opened_by_transformers, read_config, read_json, tensor_shapes, weight_files
 from wmtp.models.mtp import HEADS_CONFIG, HEADS_FORMAT, HEADS_WEIGHTS
 
-__all__ = ["HfLoader", "from_tensors"]
+__all__ = ["HfLoader", "from_tensors", "strict_from_pretrained"]
 
 
 class HfLoader(ModelLoader):
@@ -66,7 +66,7 @@ class HfLoader(ModelLoader):
         config = read_config(folder)
         require_causal(config)
         weight_files(folder)
-        model = _from_pretrained(AutoModelForCausalLM, folder, folder, options | {"config": config})
+        model = strict_from_pretrained(AutoModelForCausalLM, folder, folder, options | {"config": config})
         heads = _saved_heads(folder)
         state = None if heads is None else load_file(folder / HEADS_WEIGHTS)
         return LoadedModel(model=model, heads=heads, head_state=state)
@@ -104,10 +104,21 @@ def from_tensors(
         options: for ``from_pretrained``.
     """
     model_class = type(empty_model(config))
-    return _from_pretrained(model_class, None, source, {"config": config, "state_dict": dict(tensors), **options})
+    return strict_from_pretrained(model_class, None, source, {"config": config, "state_dict": dict(tensors), **options})
 
 
-def _from_pretrained(model_class: Any, place: Path | None, source: Path, options: Mapping[str, Any]) -> PreTrainedModel:
+def strict_from_pretrained(model_class: Any, place: Path | None, source: Path, options: Mapping[str, Any]) -> PreTrainedModel:
+    """``model_class.from_pretrained``, in which every tensor must be there and fit.
+
+    Args:
+        model_class: of transformers.
+        place: the folder; None where ``options`` bring the tensors.
+        source: what messages call it.
+        options: for ``from_pretrained``.
+
+    Raises:
+        WMTPError: a tensor is missing, unexpected or of another shape.
+    """
     # without these two flags transformers only warns, and trains random numbers in place of the missing tensors
     strict = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     safe = {"local_files_only": True, "weights_only": True, "trust_remote_code": False} if place is not None else {}
@@ -156,7 +167,7 @@ def _gguf_config(folder: Path, gguf_file: str) -> PreTrainedConfig:
 
 def _load_gguf(folder: Path, gguf_file: str, options: Mapping[str, Any]) -> PreTrainedModel:
     _need_gguf()
-    model = _from_pretrained(AutoModelForCausalLM, folder, folder / gguf_file, {**options, "gguf_file": gguf_file})
+    model = strict_from_pretrained(AutoModelForCausalLM, folder, folder / gguf_file, {**options, "gguf_file": gguf_file})
     # the tensors are plain numbers by now: without the marks of the file that they came from, the model can be saved
     for holder, marks in (
         (model, ("hf_quantizer", "is_quantized", "quantization_method")),
