@@ -19,7 +19,7 @@ if importlib.util.find_spec("triton") is None:
 if not INTERPRETED:
 
     def test_the_kernels_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", __file__]
         done = subprocess.run(
             command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
         )

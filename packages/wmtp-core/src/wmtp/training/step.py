@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from wmtp.data.batch import Batch, Targets, align_targets
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.distributed.share import Share
 from wmtp.errors import PluginError
-from wmtp.loss import Unembedding, token_statistics, weighted_cross_entropy
+from wmtp.loss import TokenPass, Unembedding, token_pass, weighted_cross_entropy
 from wmtp.training.devices import statistics_dtype
 from wmtp.training.master_weights import MasterWeights
 from wmtp.training.recording import TokenRecord, weight_histogram
@@ -103,27 +103,31 @@ class StepLoss:
         """
         packed = batch.packed
         share = Share(ranks=self.ranks, rows=len(batch.input_ids))
-        own = share.batch(batch).to(self.device)
+        rows = share.count
+        pieces = [slice(start, min(start + self.micro_batch_size, rows)) for start in range(0, rows, self.micro_batch_size)]
+        on_host = share.batch(batch)
+        # counted on the CPU, so that a GPU is never asked how many predictions there are
+        counts = [_valid_counts(on_host.rows(piece.start, piece.stop), self.model.horizon) for piece in pieces]
+        own = on_host.to(self.device)
         own_targets = align_targets(own, self.model.horizon)
         alone = self.ranks.world == 1
         batch = own if alone else batch.to(self.device)
         targets = own_targets if alone else align_targets(batch, self.model.horizon)
-        rows = share.count
-        pieces = [slice(start, min(start + self.micro_batch_size, rows)) for start in range(0, rows, self.micro_batch_size)]
 
         # One micro-batch: its forward pass serves both phases. Several: the statistics of all are needed before the gradient of
         # any, so what a trainer observes costs a forward pass of its own.
         kept: tuple[MTPOutput, dict[str, Tensor]] | None = None
-        losses, entropy = None, None
+        losses, entropy, known = None, None, None
         observations: dict[str, Tensor] = {}
         if len(pieces) == 1:
             output = self._forward(own, packed)
             kept = output, self._observe(output, own, own_targets, packed, stage)
             observations = {name: value.detach() for name, value in kept[1].items()}
             if self._needs_statistics:
-                losses, entropy = self._token_statistics(output, own_targets)
+                known = self._token_pass(output, own_targets, counts[0])
+                losses, entropy = known.losses, known.entropy
         elif self._needs_statistics or type(self.trainer).observe is not Trainer.observe:
-            losses, entropy, observations = self._survey(own, own_targets, packed, pieces, stage)
+            losses, entropy, observations = self._survey(own, own_targets, packed, pieces, counts, stage)
         # what a trainer sees are the rows of all ranks
         losses = None if losses is None else share.gather(losses)
         entropy = None if entropy is None else share.gather(entropy)
@@ -139,7 +143,8 @@ class StepLoss:
             stage=stage.name,
             generator=torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63),
         )
-        weights = place_weights(self.trainer.token_weights(view) if stage.model_loss else None, targets, self.trainer_name)
+        given = self.trainer.token_weights(view) if stage.model_loss else None
+        weights = place_weights(given, targets, self.trainer_name)
         coefficients = prediction_coefficients(weights, targets.valid, self._head_weights, self.normalizer)
         problem = bad_weights(weights, coefficients)
         auxiliary, slopes = self._auxiliary(view)
@@ -153,7 +158,7 @@ class StepLoss:
         own_slopes = {name: share.take(slope) for name, slope in slopes.items()}
         model_loss = torch.zeros((), dtype=statistics_dtype(self.device), device=self.device)
         step_losses = []
-        for piece in pieces:
+        for piece, valid_counts in zip(pieces, counts, strict=True):
             part = Targets(ids=own_targets.ids[piece], valid=own_targets.valid[piece])
             if kept is not None:
                 output, observed = kept
@@ -162,10 +167,17 @@ class StepLoss:
                 output = self._forward(rows_of_piece, packed)
                 observed = self._observe(output, rows_of_piece, part, packed, stage) if slopes else {}
             # where all token losses are known, only the predictions that teach something are computed again
-            computed = part.valid if losses is None else own_coefficients[piece] != 0
+            computed = part.valid if losses is None or known is not None else own_coefficients[piece] != 0
             with self.autocast():
                 loss, piece_losses = weighted_cross_entropy(
-                    output.hidden, self._unembeddings(), part.ids, own_coefficients[piece], computed
+                    output.hidden,
+                    self._unembeddings(),
+                    part.ids,
+                    own_coefficients[piece],
+                    computed,
+                    known=known,
+                    at_most=self._at_most(given, valid_counts, stage),
+                    valid_counts=valid_counts,
                 )
             model_loss += loss.detach()
             step_losses.append(piece_losses)
@@ -246,34 +258,41 @@ class StepLoss:
                 raise PluginError(f"{self.trainer_name}: {method} returned a {type(value).__name__} as {name!r}, not a tensor")
         return dict(returned)
 
-    def _token_statistics(self, output: MTPOutput, targets: Targets) -> tuple[Tensor, Tensor | None]:
+    def _token_pass(self, output: MTPOutput, targets: Targets, valid_counts: Sequence[int]) -> TokenPass:
         with self.autocast():
-            return token_statistics(
+            return token_pass(
                 output.hidden,
                 self._unembeddings(),
                 targets.ids,
                 targets.valid,
                 entropy=self.trainer.needs_entropy,
                 top_k=self.trainer.entropy_top_k,
+                valid_counts=valid_counts,
             )
+
+    def _at_most(self, given: Tensor | None, valid_counts: Sequence[int], stage: Stage) -> int | None:
+        """How many predictions of a micro-batch may have a weight; None where only the device knows."""
+        if not stage.model_loss:
+            return 0
+        return sum(valid_counts) if given is None else None
 
     @torch.no_grad()
     def _survey(
-        self, batch: Batch, targets: Targets, packed: bool, pieces: list[slice], stage: Stage
+        self, batch: Batch, targets: Targets, packed: bool, pieces: list[slice], counts: list[list[int]], stage: Stage
     ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
         """Token losses, entropy and observations of the whole step, by a forward pass without gradient."""
         losses: list[Tensor] = []
         entropies: list[Tensor] = []
         observed: list[dict[str, Tensor]] = []
-        for piece in pieces:
+        for piece, valid_counts in zip(pieces, counts, strict=True):
             rows = batch.rows(piece.start, piece.stop)
             part = Targets(ids=targets.ids[piece], valid=targets.valid[piece])
             output = self._forward(rows, packed)
             observed.append(self._observe(output, rows, part, packed, stage))
             if self._needs_statistics:
-                loss, entropy = self._token_statistics(output, part)
-                losses.append(loss)
-                entropies += [] if entropy is None else [entropy]
+                found = self._token_pass(output, part, valid_counts)
+                losses.append(found.losses)
+                entropies += [] if found.entropy is None else [found.entropy]
         together = {name: torch.cat([values[name] for values in observed]) for name in observed[0]}
         return torch.cat(losses) if losses else None, torch.cat(entropies) if entropies else None, together
 
@@ -293,3 +312,8 @@ class StepLoss:
                 (torch.stack(learned).sum() / self.ranks.world).backward()
         slopes = {name: leaf.grad * self.ranks.world for name, leaf in leaves.items() if leaf.grad is not None}
         return {name: term.detach().reshape(()) for name, term in terms.items()}, slopes
+
+
+def _valid_counts(batch: Batch, horizon: int) -> list[int]:
+    """How many predictions of each head there are in a batch on the CPU."""
+    return align_targets(batch, horizon).valid.sum((0, 1)).tolist()
