@@ -255,6 +255,9 @@ class DevicesConfig:
         activation_checkpointing: what a layer keeps for its backward pass. ``none``: everything; ``selective``: the results
             of matrix products and of attention, the rest is computed again; ``full``: its input alone. Less memory for more
             time, the same gradients.
+        attention: ``auto``: on GPUs, packed rows by flex attention, which computes no block of tokens that its mask leaves
+            nothing of, for models that attend to all that came before and nothing else; ``transformers``: always the
+            model's own (see ``models.base.attn_implementation``).
         compile: whether layers are compiled (torch.compile), one for all: the first steps take a minute more, the others
             less time and memory.
         threads: CPU threads. Default: torch's.
@@ -265,6 +268,7 @@ class DevicesConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16", "bf16-params"] = "fp32"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    attention: Literal["auto", "transformers"] = "auto"
     compile: bool = False
     threads: int | None = field(default=None, validator=optional(ge(1)))
     fsdp: FsdpConfig | None = None

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, seeded
+from wmtp.models.attention import causal_mask, document_mask, use_block_attention
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
 from wmtp.models.packing import packing_problem
 
@@ -69,6 +70,7 @@ class MTPModel(nn.Module):
         self.anatomy: Anatomy = dissect(base)
         self.packing_problem = packing_problem(self.anatomy)
         self.base = base
+        self.block_attention = False
         self.heads = heads
         self.kind = HEAD_KINDS[heads.kind]
         maker = Maker(base=base, anatomy=self.anatomy, init=heads.init)
@@ -110,6 +112,11 @@ class MTPModel(nn.Module):
         if self.packing_problem is not None:
             raise ConfigError(f"data.train.packing: {self.packing_problem}; set data.train.packing = false")
 
+    def use_block_attention(self) -> bool:
+        """Attend by `wmtp.models.attention` from now on, where this architecture can; whether it does."""
+        self.block_attention = use_block_attention(self.anatomy)
+        return self.block_attention
+
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, packed: bool = False) -> MTPOutput:
         """Run trunk and heads.
 
@@ -124,10 +131,13 @@ class MTPModel(nn.Module):
         Raises:
             ConfigError: ``packed``, and the architecture cannot keep documents apart.
         """
-        arguments = {"input_ids": input_ids, "use_cache": False}
+        arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
         if packed:
             self.check_packing()
+            assert position_ids is not None
             arguments["position_ids"] = position_ids
+        if self.block_attention:
+            arguments["attention_mask"] = document_mask(position_ids) if packed else causal_mask(input_ids.device)
         with record_call(self.anatomy.layers[-1]) as calls:
             first = self.anatomy.decoder(**arguments).last_hidden_state
         call = calls[0]

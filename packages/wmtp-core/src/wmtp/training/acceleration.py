@@ -1,7 +1,7 @@
-"""Activation checkpointing and compilation, layer by layer. Sharding comes after both (`wmtp.models.layers`).
+"""Activation checkpointing and compilation, layer by layer, and faster attention. Sharding comes after (`wmtp.models.layers`).
 
-Both replace a layer's ``forward`` and leave the layer itself, its hooks and its name where they are: state dicts do not
-change, and what is recorded of a layer's call (`wmtp.models.anatomy.record_call`) stays outside of the compiled code.
+The first two replace a layer's ``forward`` and leave the layer itself, its hooks and its name where they are: state dicts do
+not change, and what is recorded of a layer's call (`wmtp.models.anatomy.record_call`) stays outside of the compiled code.
 """
 
 from __future__ import annotations
@@ -18,13 +18,31 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from wmtp.models.layers import repeated_layers
 
 if TYPE_CHECKING:
+    from wmtp.config.schema import DevicesConfig
     from wmtp.models.mtp import MTPModel
 
-__all__ = ["checkpoint_activations", "compile_layers"]
+__all__ = ["accelerate", "checkpoint_activations", "compile_layers"]
 
 #: Variants of one layer's code before torch gives up compiling it. Stages, evaluation, packing and ragged rows each ask for
 #: one; torch's own limit, 8, is less than what a run with several stages needs.
 _VARIANTS = 64
+
+
+def accelerate(model: MTPModel, devices: DevicesConfig, *, learns: bool = True) -> None:
+    """Do to a model what ``[devices]`` says, in the order in which it must be done.
+
+    Args:
+        model: in place, where it computes.
+        devices: the config section.
+        learns: whether it has a backward pass at all.
+    """
+    device = next(model.parameters()).device
+    if devices.attention == "auto" and device.type == "cuda":
+        model.use_block_attention()
+    if learns:
+        checkpoint_activations(model, devices.activation_checkpointing)
+    if devices.compile:
+        compile_layers(model)
 
 
 def checkpoint_activations(model: MTPModel, mode: Literal["none", "full", "selective"]) -> None:

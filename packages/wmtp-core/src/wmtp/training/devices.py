@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wmtp.errors import ConfigError
 
-__all__ = ["Precision", "autocast_context", "count_devices", "pick_device", "pick_precision", "statistics_dtype"]
+__all__ = [
+    "Precision",
+    "autocast_context",
+    "count_devices",
+    "pick_device",
+    "pick_precision",
+    "prefer_fast_attention",
+    "statistics_dtype",
+]
 
 logger = logging.getLogger("wmtp")
 
@@ -69,6 +78,20 @@ def autocast_context(precision: Precision, device: torch.device) -> Callable[[],
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@contextmanager
+def prefer_fast_attention(device: torch.device) -> Iterator[None]:
+    """On Hopper GPUs attention without a mask goes to cuDNN first inside, which torch's own order has after flash attention.
+
+    What cuDNN cannot compute goes where it goes otherwise.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        yield
+        return
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        yield
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:

@@ -25,9 +25,9 @@ from wmtp.storage.atomic import remove_partial, write_folder
 from wmtp.storage.uris import file_path
 from wmtp.tracking import RunInfo, Tracker
 from wmtp.tracking.jsonl import Jsonl
-from wmtp.training.acceleration import checkpoint_activations, compile_layers
+from wmtp.training.acceleration import accelerate
 from wmtp.training.checkpoint import Checkpoint, list_checkpoints
-from wmtp.training.devices import autocast_context, pick_device, pick_precision
+from wmtp.training.devices import autocast_context, pick_device, pick_precision, prefer_fast_attention
 from wmtp.training.loop import Fit
 from wmtp.training.master_weights import MasterWeights
 from wmtp.training.memory import estimate_memory, head_parameters
@@ -92,9 +92,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     model = ranks.together(lambda: load_base_model(config, source)).to(device)
     precision = pick_precision(config.devices.precision, device)
     master_weights = MasterWeights(model) if precision == "bf16-params" else None
-    checkpoint_activations(model, config.devices.activation_checkpointing)
-    if config.devices.compile:
-        compile_layers(model)
+    accelerate(model, config.devices)
     plan = StagePlan.make(trainer.stages(), warmup_steps=model.heads.warmup_steps, total_steps=total_steps, trainer_name=name)
     batches = StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
     setup = TrainerSetup(
@@ -165,7 +163,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             total_steps=total_steps,
             resumed=saved[-1] if saved else None,
         )
-        outcome = fit.run()
+        with prefer_fast_attention(device):
+            outcome = fit.run()
         if outcome.status != "interrupted":
             saved_model = run_dir / "model"
             target = saved_model

@@ -204,7 +204,7 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
 def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> OpenModel:
     """What a trainer calls to load ``[models.NAME]``; see `OpenModel`."""
     from wmtp.models.build import build_model
-    from wmtp.training.acceleration import compile_layers
+    from wmtp.training.acceleration import accelerate
 
     def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = trained_on) -> MTPModel:
         entry: ModelConfig | None = config.models.get(name)
@@ -215,8 +215,8 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> 
         if config.data.train.packing and model.packing_problem is not None:
             raise ConfigError(f"data.train.packing: [models.{name}]: {model.packing_problem}; set data.train.packing = false")
         model = model.to(device).eval().requires_grad_(False)
-        if config.devices.compile and device == trained_on:
-            compile_layers(model)
+        if device == trained_on:
+            accelerate(model, config.devices, learns=False)
         return model
 
     return load

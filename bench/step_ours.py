@@ -1,0 +1,216 @@
+"""WMTP's rows of ``bench/step.py``: the real loop, on data in memory."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from step_shape import Shape
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from wmtp.config.schema import CheckpointConfig, DevicesConfig, HeadsConfig, ReportConfig, ScheduleConfig, TrainConfig
+from wmtp.data.batch import Batch, Document
+from wmtp.models.base import LoadedModel
+from wmtp.models.build import build_model
+from wmtp.models.mtp import MTPModel
+from wmtp.training import StepView, Trainer, TrainerSetup
+from wmtp.training.acceleration import accelerate
+from wmtp.training.devices import autocast_context, prefer_fast_attention
+from wmtp.training.loop import Fit
+from wmtp.training.master_weights import MasterWeights
+from wmtp.training.optimizer_config import AdamW
+from wmtp.training.recording import Recorder
+from wmtp.training.stages import StagePlan
+from wmtp.training.step import StepLoss
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class _DataWeights(Trainer):
+    """Weights that are known before the step."""
+
+    def token_weights(self, view: StepView) -> Tensor:
+        assert view.batch.weight is not None
+        return view.batch.weight
+
+
+class _Rows:
+    """The rows of `Shape.rows` as a run's batches."""
+
+    fingerprint = "bench"
+    steps_per_epoch = 10**6
+
+    def __init__(self, shape: Shape, documents_a_row: int) -> None:
+        self._made = [_batch(shape, step, documents_a_row) for step in range(2)]
+
+    def batch(self, step: int) -> Batch:
+        return self._made[step % 2]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        return 0, step
+
+    def at(self, _: StagePlan, step: int) -> tuple[_Rows, int]:
+        return self, step
+
+
+def _batch(shape: Shape, step: int, documents_a_row: int) -> Batch:
+    ids, weights = shape.rows(step)
+    part = -(-shape.length // documents_a_row)
+    place = torch.arange(shape.length).expand_as(ids)
+    number = place // part + documents_a_row * torch.arange(shape.batch).unsqueeze(1)
+    return Batch(
+        input_ids=ids,
+        document=number,
+        position=(place % part).contiguous(),
+        learn=torch.ones_like(ids, dtype=torch.bool),
+        weight=weights,
+        documents=[Document(index=i, start=0, id=str(i), group=str(i)) for i in range(shape.batch * documents_a_row)],
+    )
+
+
+class _Clock:
+    """A tracker that keeps the time at which the numbers of each step arrived."""
+
+    def __init__(self) -> None:
+        self.times: dict[int, float] = {}
+        self.losses: dict[int, float] = {}
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self.times[step] = time.perf_counter()
+        self.losses[step] = numbers["loss"]
+
+
+def _model(shape: Shape, horizon: int) -> MTPModel:
+    with DEVICE:
+        base = LlamaForCausalLM(shape.config()).eval()
+    return build_model(LoadedModel(model=base), HeadsConfig(horizon=horizon), 0)
+
+
+def _run(
+    shape: Shape,
+    warmup: int,
+    steps: int,
+    *,
+    trainer: Trainer | None = None,
+    precision: str = "bf16-params",
+    checkpointing: str = "none",
+    documents_a_row: int = 1,
+    known: object = None,
+) -> float:
+    with prefer_fast_attention(DEVICE):
+        model = _model(shape, shape.horizon)
+        masters = MasterWeights(model) if precision == "bf16-params" else None
+        accelerate(model, DevicesConfig(activation_checkpointing=checkpointing, compile=True))
+        trainer = trainer or _DataWeights()
+
+        def reference(_: str, *, dtype: torch.dtype, device: torch.device | None = None) -> MTPModel:
+            other = _model(shape, 1).to(dtype).requires_grad_(False)
+            accelerate(other, DevicesConfig(compile=True), learns=False)
+            return other
+
+        trainer.setup(
+            TrainerSetup(
+                hidden_size=shape.hidden,
+                vocab_size=shape.vocab,
+                horizon=shape.horizon,
+                device=DEVICE,
+                seed=0,
+                tokenizer=None,
+                model=reference,
+                token_numbers=lambda *_: known,
+            )
+        )
+        parameters = list(model.parameters())
+        if masters is not None:
+            parameters = masters.replace(parameters)
+        optimizer = AdamW(lr=1e-5).build([(str(i), parameter) for i, parameter in enumerate(parameters)])
+        if masters is not None:
+            masters.follow(optimizer)
+        clock = _Clock()
+        rows = _Rows(shape, documents_a_row)
+        with tempfile.TemporaryDirectory() as folder:
+            total = warmup + steps + 1
+            fit = Fit(
+                step_loss=StepLoss(
+                    model=model,
+                    trainer=trainer,
+                    trainer_name="bench",
+                    micro_batch_size=shape.batch,
+                    normalizer="sum_w",
+                    device=DEVICE,
+                    autocast=autocast_context("bf16", DEVICE),
+                    seed=0,
+                    master_weights=masters,
+                ),
+                modules={},
+                plan=StagePlan.make(trainer.stages(), warmup_steps=0, total_steps=total, trainer_name="bench"),
+                batches=rows,
+                eval_batches=(),
+                optimizer=optimizer,
+                schedule=ScheduleConfig(type="constant"),
+                train=TrainConfig(),
+                checkpoints=CheckpointConfig(save_final=False),
+                checkpoint_dir=Path(folder) / "checkpoints",
+                metrics_path=Path(folder) / "metrics.jsonl",
+                recorder=Recorder(ReportConfig(weight_interval=0, samples=0), None, total_steps=total, followed=rows.batch(0)),
+                tracker=clock,
+                total_steps=total,
+            )
+            fit.run()
+    return (clock.times[warmup + steps] - clock.times[warmup]) / steps
+
+
+def baseline(shape: Shape, warmup: int, steps: int) -> float:
+    """Weights known before the step."""
+    return _run(shape, warmup, steps)
+
+
+def selective(shape: Shape, warmup: int, steps: int) -> float:
+    """With selective activation checkpointing."""
+    return _run(shape, warmup, steps, checkpointing="selective")
+
+
+def full(shape: Shape, warmup: int, steps: int) -> float:
+    """With full activation checkpointing."""
+    return _run(shape, warmup, steps, checkpointing="full")
+
+
+def autocast(shape: Shape, warmup: int, steps: int) -> float:
+    """fp32 parameters under autocast."""
+    return _run(shape, warmup, steps, precision="bf16")
+
+
+def packed(shape: Shape, warmup: int, steps: int) -> float:
+    """Four documents a row, kept apart."""
+    return _run(shape, warmup, steps, documents_a_row=4)
+
+
+class _Known:
+    """Reference losses of all tokens, as `wmtp.data.token_numbers.TokenNumbers` has them."""
+
+    complete = True
+
+    def __init__(self, shape: Shape) -> None:
+        self._losses = 5 + torch.rand(shape.batch, shape.length)
+
+    def get(self, batch: Batch, _: object) -> Tensor:
+        return self._losses.to(batch.input_ids.device, non_blocking=True)
+
+
+def rho1_cached(shape: Shape, warmup: int, steps: int) -> float:
+    """rho1, token-skip, reference losses from the cache."""
+    from wmtp_algos.config import Rho1WMTP
+
+    trainer = Rho1WMTP(mode="token-skip", reference_cache=True).build()
+    return _run(shape, warmup, steps, trainer=trainer, known=_Known(shape))
+
+
+def rho1_online(shape: Shape, warmup: int, steps: int) -> float:
+    """rho1, token-skip, reference losses by a forward pass of a model of the same size."""
+    from wmtp_algos.config import Rho1WMTP
+
+    return _run(shape, warmup, steps, trainer=Rho1WMTP(mode="token-skip", reference_precision="bf16").build())

@@ -1,0 +1,129 @@
+"""Attention that keeps the documents of a packed row apart without computing what it masks.
+
+transformers hands a layer's mask to whatever attention function is registered with it. Ours takes two masks of its own beside
+those of transformers: `document_mask`, which flex attention computes block by block, and `causal_mask`, which says that there
+is nothing to mask but the future. Both are known without asking the device anything, which transformers' own are not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from wmtp.models.anatomy import Anatomy, evaluating
+
+__all__ = ["BLOCK", "causal_mask", "document_mask", "use_block_attention"]
+
+_NAME = "wmtp"
+#: tokens of a block that is computed or left out as a whole
+BLOCK = 128
+
+
+def document_mask(position_ids: Tensor) -> BlockMask:
+    """Causal attention inside each document.
+
+    Args:
+        position_ids: ``[B, S]``, the place of each token in its document, from 0. Every 0 begins a document.
+
+    Returns:
+        what a layer takes as its mask.
+    """
+    document = (position_ids == 0).cumsum(dim=1)
+    rows, length = document.shape
+    count = -(-length // BLOCK)
+    # Numbers of documents only rise along a row, so the first and the last of each block say all. What is beyond the row's end
+    # counts as another document.
+    padded = torch.nn.functional.pad(document, (0, count * BLOCK - length), value=length + 1)
+    blocks = padded.view(rows, count, BLOCK)
+    first, last = blocks[..., 0], blocks[..., -1]
+    place = torch.arange(count, device=document.device)
+    before = place.unsqueeze(1) > place
+    # whole: one document from the key block's start to the query block's end
+    whole = before & (first.unsqueeze(1) == last.unsqueeze(2))
+    some = (before | (place.unsqueeze(1) == place)) & (last.unsqueeze(1) >= first.unsqueeze(2)) & ~whole
+
+    def same_document(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document[row, query] == document[row, key])
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=same_document, seq_lengths=(length, length)
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block has, and which: ``[B, 1, count]`` and ``[B, 1, count, count]``."""
+    chosen = blocks.unsqueeze(1).to(torch.int32)
+    return chosen.sum(dim=-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+
+def causal_mask(device: torch.device) -> Tensor:
+    """What says that a row is one document: a mask of no size, which no architecture reads."""
+    return torch.empty((0, 0, 0, 0), dtype=torch.bool, device=device)
+
+
+def use_block_attention(anatomy: Anatomy) -> bool:
+    """Let a model attend by our function, if it gives what its own does.
+
+    Left as they are: models whose attention is not torch's scaled dot product (because the config or the architecture says
+    so), those with windows or chunks, and those that a trial on a few tokens shows to do something else with a mask.
+
+    Returns:
+        whether it does now.
+    """
+    decoder = anatomy.decoder
+    config = decoder.config.get_text_config(decoder=True)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    other = [kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"]
+    if config._attn_implementation != "sdpa" or any(windows) or other:
+        return False
+    ids = (torch.arange(9, device=decoder.device) * 7919 + 1).remainder(anatomy.embedding.num_embeddings).unsqueeze(0)
+    positions = torch.cat([torch.arange(4), torch.arange(5)]).to(decoder.device).unsqueeze(0)
+    with evaluating(decoder), torch.compiler.set_stance("force_eager"):
+        try:
+            plain = [decoder(ids, use_cache=False), decoder(ids, position_ids=positions, use_cache=False)]
+            decoder.set_attn_implementation(_NAME)
+            ours = [
+                decoder(ids, attention_mask=causal_mask(ids.device), use_cache=False),
+                decoder(ids, attention_mask=document_mask(positions), position_ids=positions, use_cache=False),
+            ]
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError):
+            decoder.set_attn_implementation("sdpa")
+            return False
+    for a, b in zip(plain, ours, strict=True):
+        expected, found = a.last_hidden_state.float(), b.last_hidden_state.float()
+        tolerance = (1e-4 if decoder.dtype == torch.float32 else 0.05) * float(expected.abs().max())
+        if not torch.allclose(found, expected, rtol=0, atol=tolerance):
+            decoder.set_attn_implementation("sdpa")
+            return False
+    return True
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """See `transformers.AttentionInterface`; queries, keys and values are ``[B, heads, S, D]``."""
+    if isinstance(attention_mask, BlockMask) and not query.is_cuda:  # flex attention has no backward pass there
+        rows, _, length, _ = query.shape
+        attention_mask = create_mask(attention_mask.mask_mod, rows, 1, length, length, device=str(query.device))
+    if not isinstance(attention_mask, BlockMask):
+        nothing = attention_mask is not None and attention_mask.numel() == 0
+        return sdpa_attention_forward(module, query, key, value, None if nothing else attention_mask, **kwargs)
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise NotImplementedError("attention with a cap, sinks or a bias")
+    groups = query.shape[1] // key.shape[1]
+    if groups & (groups - 1):  # what flex attention's kernel has no form of
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention
+    attended = attend(query, key, value, block_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=True)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+_compiled_flex_attention = torch.compile(flex_attention)
+AttentionInterface.register(_NAME, _attend)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
