@@ -252,12 +252,12 @@ MISTAKES = {
         "must be the name of a secret on VESSL",
     ),
     "paths outside": (
-        "/app/models/llama",
+        "s3://wmtp/models/llama",
         "/home/me/llama",
         "models.base.uri: '/home/me/llama' is not in the container",
     ),
     "paths that climb": (
-        "/app/models/llama",
+        "s3://wmtp/models/llama",
         "/app/../etc",
         "is not in the container",
     ),
@@ -369,6 +369,16 @@ def test_an_image_without_digest_is_a_warning(wmtp, files, api):
     code, _, err = wmtp("launch", "--dry-run", *files)
     assert code == 0
     assert "warning: launcher.image: registry.example/wmtp:latest is named without a digest" in err
+
+
+def test_what_is_allowed_and_yet_unwise(wmtp, files):
+    files.write(LAUNCHER.partition("[launcher.secrets]")[0].replace("gpus = 4", 'gpus = 4\nmounts = { "/x" = "volume://a/b" }'),
+                RECIPE.replace("s3://wmtp/models/llama", "/app/llama").partition("[checkpoints]")[0])  # fmt: skip
+    code, _, err = wmtp("launch", "--dry-run", *files)
+    assert code == 0
+    said = [line for line in err.splitlines() if line.startswith("warning: ")]
+    for part in ("refuse mounted volumes", "'/app/llama' must be in the image", "are lost with it", "no AWS_… variable"):
+        assert any(part in line for line in said), (part, err)
 
 
 def test_on_names_the_launcher(wmtp, files):

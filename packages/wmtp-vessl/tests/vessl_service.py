@@ -19,14 +19,14 @@ name = "first"
 tags = ["test"]
 [models.base]
 type = "hf"
-uri = "/app/models/llama"
+uri = "s3://wmtp/models/llama"
 [datasets.code]
 type = "jsonl"
-uri = "/app/datasets/code.jsonl"
+uri = "s3://wmtp/datasets/code.jsonl"
 [trainer]
 type = "baseline-mtp"
 [checkpoints]
-uri = "/app/checkpoints"
+uri = "s3://wmtp/checkpoints"
 """
 
 LAUNCHER = f"""
@@ -77,6 +77,10 @@ class Api:
                 return 200, {"username": "me", "organizations": [{"name": "lab"}, {"name": "other"}]}
             case _, ["organizations", organization, *_] if organization not in ("lab", "other"):
                 return 404, {"code": "NotFound", "message": f"Organization {organization} not found."}
+            case "GET", ["organizations", organization]:
+                return 200, {"id": 1, "name": organization}
+            case "GET", ["organizations", _, "projects", "mtp"]:
+                return 200, {"id": 2, "name": "mtp"}
             case "GET", ["organizations", _, "projects"]:
                 return 200, {"results": [{"name": "mtp"}]}
             case "GET", ["organizations", _, "clusters"]:
@@ -92,7 +96,7 @@ class Api:
                 tags = [{"id": 1, "name": tag} for tag in spec.get("tags", [])]
                 self.runs[number] = {"id": number, "status": "queued", "tags": tags}
                 self.bodies.append(body)
-                return 201, {"run_execution": self.runs[number], "run_spec": {"title": spec["name"]}}
+                return 200, {"run_execution": self.runs[number], "run_spec": {"title": spec["name"]}}
             case "GET", ["organizations", _, "projects", "mtp", "run_executions"]:
                 wanted = query.get("statuses", [""])[0].split(",")
                 return 200, {"results": [run for run in self.runs.values() if run["status"] in wanted]}

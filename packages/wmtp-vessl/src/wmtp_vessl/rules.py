@@ -77,6 +77,14 @@ def warnings(config: Config, launcher: VesslLauncher) -> Iterator[str]:
             "launcher.cache: VESSL's managed storage is reported to refuse mounted volumes; mount nfs or hostpath, or use"
             ' mode = "import"'
         )
+    brought = (*launcher.mounts, *launcher.imports, launcher.cache.path)
+    for placed in components(config):
+        uri = getattr(placed.config, "uri", None)
+        if isinstance(uri, str) and _is_file(uri) and not any(PurePosixPath(uri).is_relative_to(path) for path in brought):
+            yield (
+                f"{dotted((*placed.path, 'uri'))}: {uri!r} must be in the image: nothing is mounted or imported there; a"
+                " URI such as s3://… is fetched"
+            )
     if config.checkpoints.uri is None and not launcher.exports:
         yield "checkpoints.uri: checkpoints stay in the container and are lost with it; write s3://…, or [launcher.exports]"
     uses_s3 = any(str(getattr(placed.config, "uri", "")).startswith("s3://") for placed in components(config))

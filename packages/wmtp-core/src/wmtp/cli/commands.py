@@ -7,7 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 from wmtp.cli.facts import print_facts
-from wmtp.cli.remote import cancel, launch, logs, metrics, status
+from wmtp.cli.remote import cancel, dry_run_facts, launch, logs, metrics, status
 from wmtp.cli.run import report as report_run
 from wmtp.cli.start import start
 from wmtp.config.schema import Config
@@ -48,6 +48,8 @@ def check(arguments: Namespace) -> tuple[Any, int]:
 
     loaded = load_checked(arguments.files, overrides=arguments.overrides)
     facts = _summary(loaded.config, loaded.registry)
+    if getattr(loaded.config.launcher, "remote", False):
+        facts |= dry_run_facts(loaded.config)
     if not arguments.json:
         print_facts(facts)
         print("ok")

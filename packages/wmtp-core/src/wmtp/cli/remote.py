@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from wmtp.cli.facts import print_facts
+from wmtp.config.schema import Config
+from wmtp.config.tree import components
 from wmtp.launchers.base import LaunchPlan, RemoteLauncher, RunState
 from wmtp.launchers.records import Record
 from wmtp.launchers.remote import find_launched, remote_launcher, submit
 
-__all__ = ["cancel", "launch", "logs", "metrics", "status"]
+__all__ = ["cancel", "dry_run_facts", "launch", "logs", "metrics", "status"]
 
 logger = logging.getLogger("wmtp")
 
@@ -63,6 +65,35 @@ def _ended(answer: Mapping[str, Any], launcher: RemoteLauncher, run: str) -> tup
     reason = f": {status.reason}" if status.reason else ""
     print(f"run {run}: {status.word}{reason}", file=sys.stderr)
     return {**answer, "state": status.state.value, "reason": status.reason}, 0 if status.state is RunState.SUCCEEDED else 1
+
+
+def dry_run_facts(config: Config) -> dict[str, str]:
+    """What ``wmtp check`` says of a config for a service, step by step: all that can be told here, without a GPU.
+
+    The warnings of the plan are logged.
+    """
+    from wmtp.startup.start import steps
+
+    launcher = remote_launcher(config.launcher)
+    plan = launcher.plan(config)
+    for warning in plan.warnings:
+        logger.warning("%s", warning)
+    inside = launcher.inside(config)
+    placed = list(components(config))
+    fsdp = config.devices.fsdp
+    processes = getattr(inside.launcher, "processes", "auto")
+    settings = [f"{processes} processes" if processes != "auto" else "a process for each GPU"]
+    settings += [f"FSDP {fsdp.strategy}" if fsdp is not None else "FSDP by default", config.devices.precision]
+    settings += [f"activation checkpointing {config.devices.activation_checkpointing}", f"timeout {config.devices.timeout:g} s"]
+    return {
+        "1 config": "every key is known, every value has its type",
+        "2 paths": f"in {launcher.home} or mounted there, or a URI that is served",
+        "3 components": f"{len(placed)}, all provided: {', '.join(sorted({p.config.type for p in placed}))}",
+        "4 devices": ", ".join(settings),
+        "5 pipeline": f"plan {plan.digest[:12]}, {len(plan.text.encode()):,} bytes; in the container:",
+        **{f"  {name}": value for name, value in steps(inside, launcher.home).items()},
+        **{f"on {config.launcher.type}: {name}": value for name, value in plan.facts.items()},
+    }
 
 
 def status(arguments: Namespace) -> tuple[Any, int]:

@@ -92,7 +92,12 @@ class RemoteLauncher(Launcher):
 
     Any method but `check` and `plan` may raise `wmtp.errors.AuthenticationError`, `wmtp.errors.PlatformError`, and
     `wmtp.ConfigError` for what the service refuses.
+
+    Attributes:
+        home: the working folder of the image, where ``wmtp start`` runs.
     """
+
+    home = Path("/app")
 
     @final
     def launch(self, config: Config, run_dir: Path, *, resume: bool) -> Result:

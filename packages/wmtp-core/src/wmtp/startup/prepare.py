@@ -12,6 +12,7 @@ from typing import Any, Final
 from attrs import evolve, frozen
 
 from wmtp.config.problems import dotted
+from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, StorageConfig
 from wmtp.config.tree import components
 from wmtp.errors import ConfigError, WMTPError
@@ -49,11 +50,14 @@ def needed(config: Config, home: Path) -> list[Fetch]:
         config: complete.
         home: models go to ``models`` in it and data to ``datasets``, unless ``storage.cache_dir`` is a cache for both.
     """
+    trained_with = ("base", *required_models(config))  # a cluster's file may name models that this trainer does not need
     own_cache = config.storage.cache_dir if config.storage.cache_dir != StorageConfig().cache_dir else None
     found = []
     for placed in components(config):
         uri = getattr(placed.config, "uri", None)
         if not isinstance(uri, str) or scheme_of(uri) in _LOCAL or placed.path[0] not in _FOLDERS:
+            continue
+        if placed.path[0] == "models" and placed.path[1] not in trained_with:
             continue
         folder = Path(own_cache).expanduser() if own_cache is not None else home / _FOLDERS[str(placed.path[0])]
         found.append(Fetch(key=dotted(placed.path), uri=uri, folder=folder))

@@ -14,7 +14,7 @@ import tomli
 from attrs import evolve
 
 from wmtp.config.load import load
-from wmtp.config.rules import check_loaded
+from wmtp.config.rules import check_loaded, required_models
 from wmtp.config.schema import Config
 from wmtp.errors import ConfigError
 from wmtp.result import Result
@@ -94,7 +94,8 @@ def steps(config: Config, home: Path) -> dict[str, str]:
     processes = getattr(config.launcher, "processes", 1)
     found = {"fetch": f"{len(wanted)} to {', '.join(folders)}" if wanted else "nothing"}
     found |= {f"  {fetch.key}": redact(fetch.uri) for fetch in wanted}
-    found["verify"] = f"{', '.join(config.models)}: files whole, vocabularies of one size"
+    models = ["base", *required_models(config)]
+    found["verify"] = f"{', '.join(models)}: files whole, vocabularies of one size"
     found["processes"] = "one a GPU" if processes == "auto" else str(processes)
     found["run"] = f"{config.run.output_dir}/{config.run.name or '…'}, resumed where it was begun"
     found["checkpoints"] = config.checkpoints.uri or "in the run directory"

@@ -1,0 +1,41 @@
+# What is done by hand now and then; `just` lists it. CI runs .ci/run.
+
+image := env("WMTP_IMAGE", "registry.example/wmtp:0.1.0")
+
+default:
+    @just --list
+
+# the environment for working on WMTP
+setup:
+    uv sync --group smollm2
+
+test *arguments:
+    uv run pytest {{arguments}}
+
+lint:
+    uv run ruff format --check .
+    uv run ruff check .
+    uv run pyright
+    uv run hadolint Dockerfile
+
+# the generated parts of the documentation
+docs:
+    uv run python docs/generate.py
+
+# all that CI runs
+ci:
+    .ci/run
+
+build:
+    docker build -t {{image}} .
+
+push: build
+    docker push {{image}}
+    docker inspect --format '{{{{index .RepoDigests 0}}' {{image}}
+
+# what would be sent to VESSL
+plan *files="configs/vessl-minitest.toml":
+    uv run wmtp launch --on vessl --dry-run {{files}}
+
+minitest:
+    uv run wmtp launch --on vessl --watch configs/vessl-minitest.toml
