@@ -10,6 +10,7 @@ from wmtp.training import Stage, Trainer
 from wmtp_algos import (
     DFT,
     EAFT,
+    AdaMTP,
     BaselineMTP,
     Column,
     CriticWMTP,
@@ -82,6 +83,10 @@ class TestShuffledCritic(TrainerTests):
 
 class TestRandomMatchedCritic(TrainerTests):
     config = RandomMatched(of=CriticWMTP(value_loss="pairwise"))
+
+
+class TestAdaMTP(TrainerTests):
+    config = AdaMTP()
 
 
 class TestShuffledRho1(TrainerTests):

@@ -10,7 +10,7 @@ from wmtp.data.batch import PADDING
 from wmtp.errors import ConfigError
 from wmtp.testing.steps import HORIZON, VOCAB_SIZE, make_view, pad, random_step
 from wmtp.training import Stage, Trainer, TrainerSetup
-from wmtp_algos import DFT, EAFT, Column, EntropyTop, Focal, HorizonDecay, RandomMatched, Rho1WMTP, Shuffled
+from wmtp_algos import DFT, EAFT, AdaMTP, Column, EntropyTop, Focal, HorizonDecay, RandomMatched, Rho1WMTP, Shuffled
 from wmtp_algos.random_matched import RandomMatchedTrainer
 from wmtp_algos.shuffled import ShuffledTrainer
 
@@ -71,6 +71,23 @@ def test_entropy_top_keeps_the_least_certain_of_each_group(scope):
             members.sort(reverse=True)
             kept = max(1, round(0.4 * len(members)))
             assert [ours[place] for _, place in members] == [1.0] * kept + [0.0] * (len(members) - kept)
+
+
+@pytest.mark.parametrize(("confidence", "min_depth"), [(0.3, 1), (0.6, 2), (0.0, 1), (1.0, 1)])
+def test_adamtp_learns_up_to_the_first_head_that_is_not_sure(confidence, min_depth):
+    cut = 0
+    for step in steps():
+        ours = weights_of(AdaMTP(confidence=confidence, min_depth=min_depth).build(), step)
+        for (b, t, k), weight in ours.items():
+            depth = 1
+            while depth < HORIZON:
+                counts = (b, t, depth) in ours
+                if counts and math.exp(-float(step.token_loss[b, t, depth - 1])) < confidence:
+                    break
+                depth += 1
+            assert weight == float(k <= max(depth, min_depth))
+            cut += weight == 0
+    assert (cut > 0) is (confidence > 0)
 
 
 def test_column_refuses_data_without_weights():

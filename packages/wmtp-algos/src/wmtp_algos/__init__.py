@@ -5,6 +5,7 @@ from __future__ import annotations
 from wmtp_algos.config import (
     DFT,
     EAFT,
+    AdaMTP,
     BaselineMTP,
     Column,
     EntropyTop,
@@ -19,6 +20,7 @@ from wmtp_algos.critic_config import CriticWMTP
 __all__ = [
     "DFT",
     "EAFT",
+    "AdaMTP",
     "BaselineMTP",
     "Column",
     "CriticWMTP",

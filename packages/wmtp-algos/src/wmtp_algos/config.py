@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DFT",
     "EAFT",
+    "AdaMTP",
     "BaselineMTP",
     "Column",
     "EntropyTop",
@@ -146,6 +147,30 @@ class HorizonDecay:
         from wmtp_algos.horizon_decay import HorizonDecayTrainer
 
         return HorizonDecayTrainer(self.decay)
+
+
+@frozen(kw_only=True)
+class AdaMTP:
+    """Learns as far ahead as the text is predictable: w = 1 where k ≤ d_t, else 0, as AdaMTP (arXiv 2608.00434) masks heads.
+
+    How the paper finds d_t was not available to us. This is WMTP's own reading: d_t = 1 + the number of heads, from the first
+    on, that all give their targets at least the probability ``confidence``. The first head that is not sure is the last that
+    learns there. With new heads, warm them up first (``warmup_steps`` in ``[models.base.heads]``), as the paper does.
+
+    Args:
+        confidence: what counts as sure; 0 gives the baseline.
+        min_depth: so many heads learn everywhere.
+    """
+
+    type = "adamtp"
+    confidence: float = field(default=0.5, validator=[ge(0.0), le(1.0)])
+    min_depth: int = field(default=1, validator=ge(1))
+
+    def build(self) -> Trainer:
+        """Make the trainer."""
+        from wmtp_algos.adamtp import AdaMTPTrainer
+
+        return AdaMTPTrainer(self.confidence, self.min_depth)
 
 
 @frozen(kw_only=True)
