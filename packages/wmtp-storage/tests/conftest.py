@@ -1,3 +1,16 @@
+"""A real S3 server for the tests, and a proxy before it that does to answers what networks do."""
+
+import contextlib
+import http.client
+import random
+import re
+import socket
+import socketserver
+import struct
+import threading
+import time
+from urllib.parse import urlsplit
+
 import pytest
 
 from wmtp_storage.testing import s3_server
@@ -13,3 +26,145 @@ def s3(s3_server, monkeypatch):
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture
+def faulty(s3):
+    """Makes proxies before the S3 server."""
+    with contextlib.ExitStack() as stack:
+        yield lambda faults, **options: stack.enter_context(FaultyProxy(s3.endpoint, faults, **options))
+
+
+_SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+
+
+class FaultyProxy:
+    """Passes requests on to a server, and spoils some of the answers to GETs of objects.
+
+    Args:
+        endpoint: of the server.
+        faults: what may happen to an answer.
+        seed: of the schedule.
+        share: of the answers that are spoiled.
+        most: so many are spoiled at most; None for no limit.
+        stall: seconds that a stalled answer takes.
+        on_get: called before each GET of an object with its number.
+    """
+
+    def __init__(self, endpoint, faults, *, seed=0, share=0.5, most=None, stall=1.0, on_get=lambda number: None):
+        self._server = urlsplit(endpoint)
+        self._faults, self._share, self._left, self._stall, self._on_get = list(faults), share, most, stall, on_get
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+        self._gets = 0
+        self.requests = []
+        self.done = []
+
+    def __enter__(self):
+        proxy = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    proxy._serve(self.request)
+
+        class Server(socketserver.ThreadingTCPServer):
+            allow_reuse_address = daemon_threads = True
+            request_queue_size = 128
+
+            def handle_error(self, request, address):
+                pass
+
+        self._listener = Server(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._listener.server_address[1]}"
+        threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._listener.shutdown()
+        self._listener.server_close()
+
+    def _serve(self, client):
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        upstream = http.client.HTTPConnection(self._server.hostname, self._server.port)
+        data = b""
+        while True:
+            while b"\r\n\r\n" not in data:
+                received = client.recv(2**16)
+                if not received:
+                    return
+                data += received
+            head, data = data.split(b"\r\n\r\n", 1)
+            first, *lines = head.decode("latin-1").split("\r\n")
+            method, path, _ = first.split(" ")
+            headers = [line.split(": ", 1) if ": " in line else line.split(":", 1) for line in lines]
+            length = int(next((value for name, value in headers if name.lower() == "content-length"), 0))
+            while len(data) < length:
+                data += client.recv(2**16)
+            body, data = data[:length], data[length:]
+            fault = self._choose(method, path)
+            if fault == "whole":
+                headers = [(name, value) for name, value in headers if name.lower() != "range"]
+            upstream.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+            for name, value in headers:
+                upstream.putheader(name, value)
+            upstream.endheaders(body)
+            answer = upstream.getresponse()
+            content = answer.read()
+            if not self._answer(client, method, answer, content, fault):
+                return
+
+    def _choose(self, method, path):
+        with self._lock:
+            self.requests.append((method, path))
+            if method != "GET" or "list-type" in path:
+                return None
+            self._gets += 1
+            number = self._gets
+            fault = None
+            if self._faults and self._left != 0 and self._random.random() < self._share:
+                fault = self._random.choice(self._faults)
+                self._left = None if self._left is None else self._left - 1
+                self.done.append(fault)
+        self._on_get(number)
+        return fault
+
+    def _answer(self, client, method, answer, content, fault):
+        """Whether the connection goes on."""
+        status, headers = answer.status, dict(answer.getheaders())
+        headers = {name: value for name, value in headers.items() if name.lower() not in ("transfer-encoding", "connection")}
+        if status >= 300 or method == "HEAD":
+            fault = None
+        length = len(content) if method != "HEAD" else int(headers.get("Content-Length", 0))
+        if fault in ("500", "503", "429"):
+            content = _SLOW_DOWN
+            status, headers, length = int(fault), {"Content-Type": "application/xml"}, len(content)
+        if fault == "corrupt" and content:
+            where = self._random.randrange(len(content))
+            content = content[:where] + bytes([content[where] ^ 0x10]) + content[where + 1 :]
+        if fault == "other-etag":
+            headers["Etag"] = headers["ETag"] = '"0123456789abcdef0123456789abcdef"'
+        if fault == "shifted" and "Content-Range" in headers:
+            start, end, size = map(int, re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", headers["Content-Range"]).groups())
+            headers["Content-Range"] = f"bytes {start + 1}-{end + 1}/{size + 1}"
+        if fault == "short" and content:
+            content = content[: self._random.randrange(len(content))]
+            length = len(content)
+        headers["Content-Length"] = str(length)
+        lines = [f"HTTP/1.1 {status} {answer.reason}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        if fault == "garbage":
+            client.sendall(b"\0\1\2 this is no HTTP\r\n\r\n")
+            return False
+        client.sendall("\r\n".join(lines).encode("latin-1"))
+        if method == "HEAD":
+            return True
+        if fault in ("cut", "reset", "stall"):
+            client.sendall(content[: self._random.randrange(len(content) + 1)])
+            if fault == "stall":
+                time.sleep(self._stall)
+            if fault == "reset":
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+            return False
+        client.sendall(content)
+        return True

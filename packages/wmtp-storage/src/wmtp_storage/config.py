@@ -32,6 +32,7 @@ class RemoteStorage:
 
     Args:
         max_connections: so many requests at once, at most; how many there are follows the throughput.
+        chunk_size: so many MB are asked for by one request, at most.
         max_memory: so many MB of file contents in memory at once, at most. The process itself needs some 70 MB beside it.
         max_retries: tries of a request after the first that failed.
         retry_timeout: seconds after which a request that keeps failing is given up, however many tries are left.
@@ -42,7 +43,8 @@ class RemoteStorage:
             ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE`` names.
     """
 
-    max_connections: int = field(default=32, validator=ge(1))
+    max_connections: int = field(default=64, validator=ge(1))
+    chunk_size: float = field(default=32.0, validator=gt(0.0))
     max_memory: int = field(default=128, validator=ge(16))
     max_retries: int = field(default=10, validator=ge(0))
     retry_timeout: float = field(default=300.0, validator=gt(0.0))

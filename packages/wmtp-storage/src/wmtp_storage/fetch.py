@@ -72,17 +72,32 @@ def fetch_into(storage: ObjectStorage, uri: RemoteURI, target: Path, include: Se
             received += fetching.received
             if is_there:
                 files = fetching.commit(before=lambda: (target / MANIFEST).unlink(missing_ok=True))
+                files += _still_there(target, manifest, uri, files, is_part=bool(include or exclude))
                 Manifest(uri=str(uri), files=files).write(target / MANIFEST)
                 shutil.rmtree(state, ignore_errors=True)
                 return Fetched(
                     uri=str(uri),
                     target=target,
-                    files=len(files),
+                    files=len(listing.objects),
                     size=listing.size,
                     transferred=received,
                     seconds=time.monotonic() - began,
                 )
     raise AssertionError("listings() ends with an error")
+
+
+def _still_there(
+    target: Path, before: Manifest | None, uri: RemoteURI, files: tuple[ManifestFile, ...], *, is_part: bool
+) -> tuple[ManifestFile, ...]:
+    """Files of an earlier fetch that this one was not asked for; those that the store no longer has are named."""
+    if before is None or before.uri != str(uri):
+        return ()
+    names = {file.name for file in files}
+    others = tuple(file for file in before.files if file.name not in names and (target / file.name).is_file())
+    if is_part or not others:
+        return others
+    logger.warning("%s no longer has what stays in %s: %s", uri, target, ", ".join(file.name for file in others))
+    return ()
 
 
 @contextmanager

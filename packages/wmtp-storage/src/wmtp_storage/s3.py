@@ -45,7 +45,7 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
     address, is_virtual = _address(config, bucket, endpoint, region)
     credentials = None if config.anonymous else Credentials(config)
     options: dict[str, Any] = {
-        "endpoint": address,
+        "aws_endpoint_url_s3": address,  # obstore lets the variable of this name win over "endpoint"
         "virtual_hosted_style_request": is_virtual,
         "region": region,
         "skip_signature": config.anonymous,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials as BotoCredentials
 from botocore.credentials import RefreshableCredentials
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import BotoCoreError, HTTPClientError
 from botocore.httpsession import URLLib3Session
 from botocore.session import Session
 from botocore.utils import get_environ_proxies
@@ -162,10 +164,20 @@ class S3Questions:
             headers["If-Match"] = stored.etag
         if self.config.requester_pays:
             headers["x-amz-request-payer"] = "requester"
-        request = AWSRequest("HEAD", url, headers=headers)
-        if self.credentials is not None:
-            S3SigV4Auth(self.credentials.frozen(), "s3", self.region).add_auth(request)
-        answer = self._session.send(request.prepare())
+        for failures in range(self.config.max_retries + 1):
+            request = AWSRequest("HEAD", url, headers=headers)
+            if self.credentials is not None:
+                S3SigV4Auth(self.credentials.frozen(), "s3", self.region).add_auth(request)
+            try:
+                answer = self._session.send(request.prepare())
+                if answer.status_code != 429 and answer.status_code < 500:
+                    break
+            except HTTPClientError:
+                if failures == self.config.max_retries:
+                    raise
+            time.sleep(random.uniform(0.1, 1) * min(15.0, 0.2 * 2**failures))
+        else:
+            raise WMTPError(f"{stored.key}: its checksum could not be asked for: HTTP status {answer.status_code}")
         if not 200 <= answer.status_code < 300:
             logger.debug("%s: asked for its checksum, the server answered %s", stored.key, answer.status_code)
             return {}

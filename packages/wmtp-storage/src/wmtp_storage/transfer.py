@@ -39,7 +39,7 @@ _PIECE = 2**20  # bytes written at once, at most
 _SMALLEST_PIECE = 2**16
 #: what a connection holds beside the piece that is being written: the next one, and what the client has read ahead
 _HELD = 2
-_MAX_BACKOFF = 15.0  # seconds
+_FIRST_BACKOFF, _MAX_BACKOFF = 0.2, 15.0  # seconds
 _TICK = 0.1  # seconds between two looks at how it goes
 #: threads that compare files with checksums, or wait for what the store says of them
 _VERIFIERS = 8
@@ -81,7 +81,7 @@ class Transfer:
         self._parts = list(parts)
         self._journal = journal
         self._progress = progress
-        self._work = Work(part for part in self._parts if part.missing)
+        self._work = Work((part for part in self._parts if part.missing), int(config.chunk_size * 2**20) or 1)
         self._throttle = Throttle(min(config.max_connections, config.max_memory * 2**20 // (_HELD * _SMALLEST_PIECE)))
         self._pool = ThreadPoolExecutor(max_workers=_VERIFIERS, thread_name_prefix="wmtp-verify")
         self._stopped = threading.Event()
@@ -186,7 +186,7 @@ class Transfer:
                     " run it again to go on"
                 ) from error
             logger.debug("%s at byte %d: %s; trying again", name, running.position, failure.message or error)
-            await asyncio.sleep(random.uniform(0.1, 1) * min(_MAX_BACKOFF, 0.2 * 2 ** (failures - 1)))
+            await asyncio.sleep(random.uniform(0.1, 1) * min(_MAX_BACKOFF, _FIRST_BACKOFF * 2 ** (failures - 1)))
 
     async def _read(self, running: Range) -> None:
         """Send one request, and write what comes."""
@@ -274,6 +274,11 @@ class Transfer:
         if closer != expected and (closer is None or self._matches(part, closer)):
             part.checked = None if closer is None else str(closer)
             return True
+        # nothing of it is kept: which of its bytes are wrong is not known
+        part.segments.clear()
+        part.md5 = part.hash = None
+        part.path.unlink()  # it may be linked to a file that somebody uses
+        self._journal.add_file(stored.name, stored.size, stored.identity)
         name = self._uri.at(stored.name)
         part.attempts += 1
         if part.attempts >= _ATTEMPTS:
@@ -282,10 +287,6 @@ class Transfer:
                 " fetched once more: the object is damaged, or something changes it on its way"
             )
         logger.warning("%s was damaged on its way (its %s differs); fetching it again", name, expected)
-        part.segments.clear()
-        part.md5 = part.hash = None
-        part.path.unlink()  # it may be linked to a file that somebody uses
-        self._journal.add_file(stored.name, stored.size, stored.identity)
         self._work.add(part)
         return False
 

@@ -21,7 +21,6 @@ __all__ = ["Part", "Range", "Work"]
 
 #: a connection is worth opening for so many bytes
 _SMALLEST = 4 * 2**20
-_LARGEST = 32 * 2**20
 #: a range that will take this long (seconds) is shared with a worker that has nothing to do
 _TOO_SLOW = 1.0
 #: smaller files are not allocated beforehand
@@ -129,9 +128,12 @@ class Work:
 
     Args:
         parts: the files; small ones go first, ranges of one file in their order.
+        chunk: bytes of a range, at most.
     """
 
-    def __init__(self, parts: Iterable[Part]) -> None:
+    def __init__(self, parts: Iterable[Part], chunk: int) -> None:
+        self._largest = chunk
+        self._smallest = min(_SMALLEST, chunk)
         self._lock = threading.Lock()
         self._running: set[Range] = set()
         self._gaps: deque[tuple[Part, int, int]] = deque()
@@ -162,8 +164,8 @@ class Work:
         with self._lock:
             if self._gaps:
                 part, start, end = self._gaps.popleft()
-                size = min(_LARGEST, max(_SMALLEST, self.left // (2 * workers)))
-                if part.has_ranges and end - start > size + _SMALLEST:
+                size = min(self._largest, max(self._smallest, self.left // (2 * workers)))
+                if part.has_ranges and end - start > size + self._smallest // 4:
                     self._gaps.appendleft((part, start + size, end))
                     self._open[part] += 1
                     end = start + size
@@ -185,7 +187,7 @@ class Work:
             when, where = running.began
             return (running.end - running.position) * (now - when) / max(1, running.position - where)
 
-        shared = [each for each in self._running if each.part.has_ranges and each.end - each.position >= 2 * _SMALLEST]
+        shared = [each for each in self._running if each.part.has_ranges and each.end - each.position >= 2 * self._smallest]
         slowest = max(shared, key=seconds_left, default=None)
         return slowest if slowest is not None and seconds_left(slowest) > _TOO_SLOW else None
 

@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from wmtp.cli import files, use
+from wmtp.cli import files as file_commands
+from wmtp.cli import use
 from wmtp.errors import ConfigError, WMTPError
 
 __all__ = ["main", "set_up_logging"]
@@ -150,7 +151,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     _add_remote(add, config)
     use.add_arguments(add)
-    files.add_arguments(add)
+    file_commands.add_arguments(add)
 
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:  # an option with an optional value would take the file that stands behind it
@@ -158,11 +159,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(words)
     # argparse takes no files after the first option behind them
     late_files = [word for word in rest if not word.startswith("-")]
-    if len(late_files) < len(rest) or (rest and not hasattr(arguments, "files")):
+    files = getattr(arguments, "files", getattr(arguments, "words", None))
+    if len(late_files) < len(rest) or (rest and files is None):
         unknown = next((word for word in rest if word.startswith("-")), rest[0])
         commands.choices[arguments.command].error(f"unrecognized argument: {unknown}")
-    if rest:
-        arguments.files += late_files
+    if rest and files is not None:
+        files += late_files
     if hasattr(arguments, "files") and not arguments.files and getattr(arguments, "resume", None) in (None, "auto"):
         if arguments.command == "start":  # its config may be in the environment
             return arguments

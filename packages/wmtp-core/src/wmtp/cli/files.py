@@ -31,8 +31,8 @@ def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     command = add("fetch", "Bring a file or folder into a local folder, whole and verified; go on where it broke off.", options)
     command.set_defaults(run_command=fetch)
-    command.add_argument("uri", metavar="URI", nargs="?", help="s3://BUCKET/MODEL, https://…, a path")
-    command.add_argument("dir", metavar="DIR", nargs="?", help="the folder to fetch into")
+    command.usage = "wmtp fetch [OPTION]… URI DIR"
+    command.add_argument("words", metavar="URI DIR", nargs="*", help="s3://BUCKET/MODEL, https://…, a path; a folder")
     command.add_argument(
         "--verify", action="store_true", help="fetch nothing: compare the files in DIR with what was fetched into it"
     )
@@ -55,11 +55,10 @@ def fetch(arguments: argparse.Namespace) -> tuple[Any, int]:
     """``wmtp fetch``."""
     if arguments.verify:
         return _verify(arguments)
-    if arguments.uri is None or arguments.dir is None:
-        raise ConfigError("wmtp fetch: write where from and where to: wmtp fetch URI DIR")
-    done = _backend(arguments).fetch(
-        arguments.uri, Path(arguments.dir).expanduser(), include=arguments.include, exclude=arguments.exclude
-    )
+    if len(arguments.words) != 2:
+        raise ConfigError(f"wmtp fetch: write where from and where to: wmtp fetch URI DIR; found {len(arguments.words)} words")
+    uri, folder = arguments.words
+    done = _backend(uri, arguments).fetch(uri, Path(folder).expanduser(), include=arguments.include, exclude=arguments.exclude)
     if not arguments.json:
         rate = f", {_bytes(done.transferred / done.seconds)}/s" if done.transferred and done.seconds else ""
         print(
@@ -73,14 +72,14 @@ def _verify(arguments: argparse.Namespace) -> tuple[Any, int]:
     from wmtp.storage.manifest import MANIFEST, Manifest, verify
     from wmtp.storage.uris import redact
 
-    if arguments.uri is None:
+    if len(arguments.words) not in (1, 2):
         raise ConfigError("wmtp fetch --verify: write which folder: wmtp fetch --verify DIR")
-    folder = Path(arguments.dir if arguments.dir is not None else arguments.uri).expanduser()
+    folder = Path(arguments.words[-1]).expanduser()
     manifest = Manifest.read(folder / MANIFEST)
     if manifest is None:
         raise WMTPError(f"{folder}: there is no {MANIFEST}, so it is not known what should be there; fetch into it")
-    uri = redact(arguments.uri).partition("?")[0].rstrip("/")
-    if arguments.dir is not None and uri != manifest.uri.rstrip("/"):
+    uri = redact(arguments.words[0]).partition("?")[0].rstrip("/")
+    if len(arguments.words) == 2 and uri != manifest.uri.rstrip("/"):
         raise WMTPError(f"{folder} was fetched from {manifest.uri}, not from {uri}")
     problems = verify(folder, manifest.files)
     for problem in problems:
@@ -97,19 +96,19 @@ def push(arguments: argparse.Namespace) -> tuple[Any, int]:
 
     began = time.monotonic()
     path = Path(arguments.path).expanduser()
-    _backend(arguments).push(path, arguments.uri)
+    _backend(arguments.uri, arguments).push(path, arguments.uri)
     seconds = time.monotonic() - began
     if not arguments.json:
         print(f"{redact(arguments.uri)}: whole, in {seconds:.1f} s")
     return {"path": path, "uri": redact(arguments.uri), "seconds": seconds}, 0
 
 
-def _backend(arguments: argparse.Namespace) -> Storage:
+def _backend(uri: str, arguments: argparse.Namespace) -> Storage:
     from wmtp.config.load import load_storage
     from wmtp.storage.backends import build_backends
     from wmtp.storage.uris import backend_for
 
-    return backend_for(arguments.uri, build_backends(load_storage(arguments.config, arguments.overrides)))
+    return backend_for(uri, build_backends(load_storage(arguments.config, arguments.overrides)))
 
 
 def cache(arguments: argparse.Namespace) -> tuple[Any, int]:
