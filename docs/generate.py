@@ -38,6 +38,7 @@ SECTIONS = {
     "[train]": schema.TrainConfig,
     "[train.early_stopping]": schema.EarlyStoppingConfig,
     "[devices]": schema.DevicesConfig,
+    "[devices.fsdp]": schema.FsdpConfig,
     "[checkpoints]": schema.CheckpointConfig,
     "[report]": schema.ReportConfig,
     "[storage]": schema.StorageConfig,

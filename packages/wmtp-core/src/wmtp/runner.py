@@ -86,6 +86,8 @@ def run(
     if dry_run:
         from wmtp.training.run import dry_run as try_out
 
+        if isinstance(launcher := checked.launcher.build(), Local):
+            launcher.count(checked)
         return try_out(checked)
     launcher = checked.launcher.build()
     if isinstance(launcher, Local):

@@ -62,7 +62,7 @@ def is_secret(key: str, value: str) -> bool:
 
 
 def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
-    for rule in (_run, _models, _heads, _data, _length):
+    for rule in (_run, _models, _heads, _data, _length, _devices):
         yield from rule(config)
     yield from _secrets(to_mapping(config), ())
     yield from _uris(config, registry)
@@ -214,6 +214,14 @@ def _length(config: Config) -> Iterator[Problem]:
             yield Problem(path, f"'{stopping.metric}' needs train.eval_interval: else it is measured only once", at=path[:2])
     elif train.eval_interval is not None and config.data.eval is None:
         yield Problem(("train", "eval_interval"), "there is nothing to measure on: [data.eval] is missing")
+
+
+def _devices(config: Config) -> Iterator[Problem]:
+    processes = getattr(config.launcher, "processes", 1)
+    if config.devices.device == "mps" and isinstance(processes, int) and processes > 1:
+        yield Problem(("launcher", "processes"), f'{processes}, but devices.device = "mps" computes in one process; write 1')
+    if config.devices.device == "mps" and config.devices.fsdp is not None:
+        yield Problem(("devices", "fsdp"), 'divides a model among GPUs or CPU processes, not with devices.device = "mps"')
 
 
 def _secrets(value: Any, path: KeyPath) -> Iterator[Problem]:

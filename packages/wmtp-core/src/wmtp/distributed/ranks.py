@@ -83,6 +83,11 @@ class Ranks:
         if self.watch is not None:
             self.watch.tick(done)
 
+    def pause(self) -> None:
+        """What comes now may take any time."""
+        if self.watch is not None:
+            self.watch.pause()
+
     # --- numbers
 
     def gather(self, values: Tensor) -> Tensor:

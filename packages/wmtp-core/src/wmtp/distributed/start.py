@@ -83,6 +83,8 @@ def joined(config: Config, worker: Worker, *, parent: int | None = None, report:
     except Exception as error:
         if monitor is not None and _of_a_collective(error) and (explained := monitor.explain()) is not None:
             raise LostRankError(explained) from error
+        if not several:
+            dist.destroy_process_group()  # among several it could wait for one that waits for this one
         raise
     finally:
         if monitor is not None:

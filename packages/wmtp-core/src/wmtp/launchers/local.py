@@ -31,7 +31,7 @@ class Local(Launcher):
         from wmtp.training.run import train
 
         nodes = Nodes.of()
-        count = self._count(config)
+        count = self.count(config)
         if count * nodes.count > 1:
             from wmtp.launchers.torchrun import launch
 
@@ -47,9 +47,9 @@ class Local(Launcher):
         """Start the processes of a machine that is not the first: the first one has the run directory."""
         from wmtp.launchers.torchrun import launch
 
-        return launch(config, nodes, self._count(config), run_dir=None, resume=False)
+        return launch(config, nodes, self.count(config), run_dir=None, resume=False)
 
-    def _count(self, config: Config) -> int:
+    def count(self, config: Config) -> int:
         """Processes on this machine.
 
         Raises:

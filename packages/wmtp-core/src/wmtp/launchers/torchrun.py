@@ -80,7 +80,7 @@ def launch(config: Config, nodes: Nodes, count: int, *, run_dir: Path | None, re
             return result
         if interrupted:
             raise KeyboardInterrupt
-        raise _explained(job, failed, run_dir)
+        raise _explained(job, failed, "" if run_dir is None else f"; {_last_checkpoint(config, run_dir)}")
 
 
 def _write_job(job: Path, config: Config, run_dir: Path | None, *, resume: bool) -> None:
@@ -178,13 +178,18 @@ def write_failure(job: Path, rank: int, kind: str, lines: list[str]) -> None:
     draft.replace(job / f"failure-{rank}.json")
 
 
-def _explained(job: Path, failed: ChildFailedError | None, run_dir: Path | None) -> WMTPError:
-    """One error from all that the processes left."""
+def _explained(job: Path, failed: ChildFailedError | None, where: str) -> WMTPError:
+    """One error from all that the processes left.
+
+    Args:
+        job: where they left it.
+        failed: what torchrun knows of them.
+        where: what to say of checkpoints, where the error of a process does not.
+    """
     files = sorted(job.glob("failure-*.json"), key=lambda path: path.stat().st_mtime_ns)
     told = [json.loads(file.read_text()) for file in files]
     # that another rank is lost says less than what the lost one said, or how it was killed
     own = [failure for failure in told if failure["kind"] != "lost"]
-    where = "" if run_dir is None else f"; {_last_checkpoint(run_dir)}"
     if own:
         lines = own[0]["lines"]
         return ConfigError(lines) if own[0]["kind"] == "config" else _KINDS[own[0]["kind"]]("\n".join(lines))
@@ -207,10 +212,11 @@ def _memory_hint(name: str) -> str:
     return ", as the system does where memory runs out" if name == "SIGKILL" else ""
 
 
-def _last_checkpoint(run_dir: Path) -> str:
+def _last_checkpoint(config: Config, run_dir: Path) -> str:
     from wmtp.training.checkpoint import list_checkpoints
+    from wmtp.training.run import checkpoint_folder
 
-    saved = list_checkpoints(run_dir / "checkpoints")
+    saved = list_checkpoints(checkpoint_folder(config, run_dir))
     if not saved:
         return "there is no checkpoint yet"
     return f"the last checkpoint is {saved[-1].path}; go on with: wmtp run --resume {run_dir}"

@@ -76,6 +76,8 @@ class Maker:
 
     def initialise(self, module: M) -> M:
         """Give every parameter of ``module`` a new value from the model's own initialiser."""
+        if self.anatomy.output.weight.is_meta:  # the numbers come from another process
+            return self._placed(module)
         # drawn on the CPU, so that a seed gives the same heads on every device
         module.cpu()
         with torch.no_grad():

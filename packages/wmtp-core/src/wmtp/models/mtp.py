@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from attrs import frozen
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,8 +30,7 @@ HEADS_CONFIG = "mtp_heads.json"
 HEADS_FORMAT = 1
 
 
-@frozen(kw_only=True, eq=False)
-class MTPOutput:
+class MTPOutput(NamedTuple):
     """What the model computes, short of logits.
 
     Args:
@@ -57,6 +55,8 @@ class MTPModel(nn.Module):
             give no gradient to any parameter of the base: it learns exactly as it does with head 1 alone.
         head_state: the tensors of `extra_heads`, from a file; None makes new heads as ``heads.init`` says.
         seed: of new heads; the global random state stays as it is.
+        known: what there is to find out about ``base`` (its anatomy, and why rows may not hold several documents), where it
+            is on the meta device and cannot be tried out. See `wmtp.models.blueprint`.
 
     Raises:
         ConfigError: the architecture cannot get heads; the message says why.
@@ -64,11 +64,17 @@ class MTPModel(nn.Module):
     """
 
     def __init__(
-        self, base: PreTrainedModel, heads: HeadsConfig, *, head_state: Mapping[str, Tensor] | None = None, seed: int
+        self,
+        base: PreTrainedModel,
+        heads: HeadsConfig,
+        *,
+        head_state: Mapping[str, Tensor] | None = None,
+        seed: int,
+        known: tuple[Anatomy, str | None] | None = None,
     ) -> None:
         super().__init__()
-        self.anatomy: Anatomy = dissect(base)
-        self.packing_problem = packing_problem(self.anatomy)
+        self.anatomy: Anatomy = dissect(base) if known is None else known[0]
+        self.packing_problem = packing_problem(self.anatomy) if known is None else known[1]
         self.base = base
         self.block_attention = False
         self.heads = heads
@@ -245,25 +251,27 @@ class MTPModel(nn.Module):
             found = generate(self, several, eos_id=eos_id, **options)
         return found[0] if is_one else found
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a folder that plain transformers opens as the base model, and `wmtp.models.load_model` with all heads.
 
         Args:
             folder: made if it is not there.
+            state: the state dict with whole tensors, where this process holds only a part of them.
 
         Raises:
             WMTPError: it could not be written in full: the disk is full, say.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.base.save_pretrained(folder)
+            base = None if state is None else _within(state, "base.")
+            self.base.save_pretrained(folder, state_dict=base)
             if self.horizon > 1:
-                self._save_heads(folder)
+                self._save_heads(folder, self.extra_heads.state_dict() if state is None else _within(state, "extra_heads."))
         except (OSError, SafetensorError) as error:
             raise WMTPError(f"{folder}: the model could not be written: {error}") from error
 
-    def _save_heads(self, folder: Path) -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.extra_heads.state_dict().items()}
+    def _save_heads(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / HEADS_WEIGHTS, metadata={"format": "pt"})
         description = {"format": HEADS_FORMAT, "kind": self.heads.kind, "horizon": self.horizon}
         (folder / HEADS_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -277,6 +285,10 @@ class MTPModel(nn.Module):
             return hidden
 
         return apply
+
+
+def _within(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _shared(module: nn.Module, joint: bool) -> Callable[[Tensor], Tensor]:

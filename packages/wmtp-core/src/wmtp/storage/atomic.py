@@ -5,23 +5,35 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from wmtp.errors import WMTPError
 
-__all__ = ["partial_path", "remove_partial", "replace_path", "write_folder"]
+__all__ = ["making_folder", "partial_path", "remove_partial", "replace_path", "write_folder"]
 
 _PARTIAL = re.compile(r"\..+\.partial-\d+")
 _FULL_DISK = 2**20  # bytes free
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder that appears whole or not at all: it is filled under a hidden name, flushed to the disk, and renamed.
+    """Make a folder that appears whole or not at all; see `making_folder`.
+
+    Args:
+        target: the folder.
+        write: fills an empty folder.
+    """
+    with making_folder(target) as new:
+        write(new)
+
+
+@contextmanager
+def making_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to fill. At the end it is flushed to the disk and renamed to ``target``: that is whole, or not there.
 
     Args:
         target: the folder; one that is there already is replaced once the new one is whole.
-        write: fills an empty folder.
 
     Raises:
         WMTPError: it could not be written. Nothing of it is left, and what stood at ``target`` still does.
@@ -31,7 +43,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     try:
         new = staging / "new"
         new.mkdir(parents=True)
-        write(new)
+        yield new
         for path in (*new.rglob("*"), new):
             if path.is_file():  # safetensors makes files that nobody else can read
                 path.chmod(0o666 & ~_umask())

@@ -45,7 +45,6 @@ def evaluate(
     dtype = statistics_dtype(device)
     sums = torch.zeros(model.horizon, dtype=dtype, device=device)
     counts = torch.zeros(model.horizon, dtype=dtype, device=device)
-    unembeddings = [model.unembedding(k) for k in range(1, model.horizon + 1)]
     for batch in _share(batches, ranks):
         ranks.tick("evaluation")
         packed = batch.packed
@@ -53,6 +52,8 @@ def evaluate(
         targets = align_targets(on_device, model.horizon)
         with autocast():
             output = model(on_device.input_ids, on_device.position, packed)
+            # where the model is divided, its unembedding is whole only now
+            unembeddings = [model.unembedding(k) for k in range(1, model.horizon + 1)]
             losses = token_losses(output.hidden, unembeddings, targets.ids, targets.valid)
         sums += losses.to(dtype).sum((0, 1))
         counts += targets.valid.sum((0, 1))

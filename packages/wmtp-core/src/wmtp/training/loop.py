@@ -132,6 +132,7 @@ class Fit:
         try:
             with catch_signals() as interrupt:
                 status = self._steps(interrupt)
+            self._ranks.pause()
             if self.checkpoints.save_final or status == "interrupted":
                 self._save()
         finally:
@@ -162,6 +163,7 @@ class Fit:
                 return "interrupted"
             self._enter(self.plan.at(self._step))
             self._optimizer_step()
+            self._ranks.tick(f"step {self._step}")
             last = self._step == self.total_steps
             evaluates = bool(self.eval_batches) and (
                 last or (self.train.eval_interval is not None and self._step % self.train.eval_interval == 0)
@@ -318,6 +320,7 @@ class Fit:
 
     def _save(self) -> None:
         """Write a checkpoint of the steps done so far, unless there is one."""
+        self._ranks.pause()  # files take their time
         saved = self._saved()
         if saved and saved[-1].step == self._step:
             return
@@ -326,7 +329,6 @@ class Fit:
             "data": self.batches.fingerprint,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "trainer": self.step_loss.trainer.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "early_stopping": self._early_stopping.state_dict(),
             "stage_ends": list(self.plan.ends),
             "stage": {"name": self._stage.name if self._stage else None, "stopping": self._stage_stopping.state_dict()},
@@ -337,7 +339,7 @@ class Fit:
         self._ranks.on_main(lambda: prune_checkpoints(folder, keep))  # fewer may be wanted since a resume
         try:
             with self._learned_weights():
-                self._ranks.on_main(lambda: save_checkpoint(folder, self._step, self.step_loss.model, state))
+                save_checkpoint(folder, self._step, self.step_loss.model, self.optimizer, state, self._ranks)
         except WMTPError as error:
             good = f"; the last good checkpoint is {saved[-1].path}" if saved else ""
             raise WMTPError(f"{error}{good}") from error
@@ -350,7 +352,7 @@ class Fit:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         with self._learned_weights():
-            state = self._ranks.together(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.step_loss.device))
+            state = self._ranks.together(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer))
         if state["data"] != self.batches.fingerprint:
             raise ConfigError(
                 f"datasets: the training data is not what it was when {checkpoint.path} was written: a file or the tokenizer "
@@ -360,7 +362,6 @@ class Fit:
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         self.step_loss.trainer.load_state_dict(state["trainer"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self._early_stopping.load_state_dict(state["early_stopping"])
         self.plan = evolve(self.plan, ends=tuple(state["stage_ends"]))
         self._resumed_stage = state["stage"]

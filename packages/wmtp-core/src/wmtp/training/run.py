@@ -6,17 +6,21 @@ import json
 import logging
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from wmtp.config.schema import Config
+from wmtp.config.schema import Config, FsdpConfig
 from wmtp.config.tree import flatten
 from wmtp.distributed.ranks import ALONE, Ranks
+from wmtp.distributed.sharding import Sharding, spread, whole_state
 from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.evaluation import Measured
 from wmtp.report import write_report
@@ -27,7 +31,7 @@ from wmtp.tracking import RunInfo, Tracker
 from wmtp.tracking.jsonl import Jsonl
 from wmtp.training.acceleration import accelerate
 from wmtp.training.checkpoint import Checkpoint, list_checkpoints
-from wmtp.training.devices import autocast_context, pick_device, pick_precision, prefer_fast_attention
+from wmtp.training.devices import Precision, autocast_context, pick_device, pick_precision, prefer_fast_attention
 from wmtp.training.loop import Fit
 from wmtp.training.master_weights import MasterWeights
 from wmtp.training.memory import estimate_memory, head_parameters
@@ -35,7 +39,7 @@ from wmtp.training.modules import save_modules
 from wmtp.training.optimizers import change_learning_rate
 from wmtp.training.recording import Recorder
 from wmtp.training.reward_scores import open_reward_scores
-from wmtp.training.setup import load_base_model, load_extra_model, open_source, open_token_numbers, provenance
+from wmtp.training.setup import Source, load_base_model, load_extra_model, open_source, open_token_numbers, provenance
 from wmtp.training.stages import StageBatches, StagePlan, check_data
 from wmtp.training.step import StepLoss
 from wmtp.training.trainer import Trainer, TrainerSetup
@@ -85,14 +89,18 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     _compare_data(data, ranks)
     total_steps = planned_steps(config, StepBatches(data.train, config.data.train, seed=config.run.seed))
     trainer, name = _build_trainer(config)
-    check_data(trainer, data.train)
+    ranks.together(lambda: check_data(trainer, data.train))
+    if ranks.world > config.data.train.batch_size:
+        logger.info(
+            "data.train.batch_size: %d rows a step for %d processes: some compute for nothing; a larger batch uses them all",
+            config.data.train.batch_size, ranks.world,
+        )  # fmt: skip
 
     random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
-    model = ranks.together(lambda: load_base_model(config, source)).to(device)
     precision = pick_precision(config.devices.precision, device)
-    master_weights = MasterWeights(model) if precision == "bf16-params" else None
-    accelerate(model, config.devices)
+    fsdp = config.devices.fsdp or (FsdpConfig() if ranks.world > 1 else None)
+    model, master_weights = _load_model(config, source, ranks, device, precision, fsdp)
     plan = StagePlan.make(trainer.stages(), warmup_steps=model.heads.warmup_steps, total_steps=total_steps, trainer_name=name)
     batches = StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
     setup = TrainerSetup(
@@ -142,6 +150,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
                 seed=config.run.seed,
                 ranks=ranks,
                 master_weights=master_weights,
+                sharding=None if fsdp is None else Sharding(config=fsdp),
             ),
             modules=modules,
             plan=plan,
@@ -168,10 +177,16 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         if outcome.status != "interrupted":
             saved_model = run_dir / "model"
             target = saved_model
-            ranks.on_main(lambda: write_folder(target, lambda partial: _save_model(model, modules, source.tokenizer, partial)))
-            measurements = _measure(config, run_dir, fit, source.tokenizer)
-            fit.track(outcome.steps, measurements)
-            if ranks.is_main:
+            state = whole_state(model, ranks)
+
+            def save(partial: Path) -> None:
+                _save_model(model, modules, source.tokenizer, partial, state)
+
+            ranks.on_main(lambda: write_folder(target, save))
+            state = None
+            with _ready_to_measure(fit.step_loss):
+                measurements = _measure(config, run_dir, fit, source.tokenizer)
+                fit.track(outcome.steps, measurements)
                 _show_sample(model, source.tokenizer, data.eval or data.train, device)
         status = outcome.status
     finally:
@@ -191,6 +206,31 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         metrics={**outcome.metrics, **measurements},
         status=outcome.status,
     )
+
+
+def _load_model(
+    config: Config, source: Source, ranks: Ranks, device: torch.device, precision: Precision, fsdp: FsdpConfig | None
+) -> tuple[MTPModel, MasterWeights | None]:
+    """The model on its devices, ready to learn, and the fp32 copies of its parameters, where it needs any."""
+    if fsdp is None:
+        model = load_base_model(config, source).to(device)
+        masters = MasterWeights(model) if precision == "bf16-params" else None
+        accelerate(model, config.devices)
+        return model, masters
+
+    def load() -> MTPModel:
+        loaded = load_base_model(config, source)
+        if device.type == "cuda" and config.devices.attention == "auto":
+            loaded.use_block_attention()  # found out by trying, which the empty models of the other ranks cannot
+        return loaded
+
+    def prepare(model: MTPModel) -> None:
+        accelerate(model, config.devices)
+
+    model = spread(load, ranks, device, fsdp, precision, prepare)
+    # a divided model's own parameters are the fp32 copies: what is gathered of them is bf16
+    whole = not isinstance(model, FSDPModule)
+    return model, MasterWeights(model) if whole and precision == "bf16-params" else None
 
 
 def _tidy(folder: Path, run_dir: Path, *, resume: bool) -> list[Checkpoint]:
@@ -295,6 +335,17 @@ def _report(run_dir: Path, status: str, tracker: Tracker) -> None:
         logger.warning("no report was written: %s; see wmtp report %s", error, run_dir)
 
 
+@contextmanager
+def _ready_to_measure(step: StepLoss) -> Iterator[None]:
+    """A divided model can be called part by part inside: what is the root's own is gathered, and layers may be bf16."""
+    if not isinstance(step.model, FSDPModule):
+        yield
+        return
+    step.model.unshard()
+    with step.autocast():
+        yield
+
+
 def _measure(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer) -> dict[str, float]:
     """What ``[[eval]]`` asks for, which goes into ``evaluation.json`` too."""
     step = fit.step_loss
@@ -332,6 +383,8 @@ def _optimizer(
     optimizer = config.optimizer.build(parameters)
     if master_weights is not None:
         master_weights.follow(optimizer)
+    # groups of their own, however many ranks there are: a fused step takes parameters of one kind, and these are never divided
+    change_learning_rate(optimizer, [p for module in modules.values() for p in module.parameters()], lambda lr: lr)
     if model.heads.lr_factor != 1.0:
         change_learning_rate(optimizer, of_heads, lambda lr: lr * model.heads.lr_factor)
     for module, rate in trainer.learning_rates().items():
@@ -339,12 +392,18 @@ def _optimizer(
     return optimizer
 
 
-def _save_model(model: MTPModel, modules: Mapping[str, nn.Module], tokenizer: Tokenizer, folder: Path) -> None:
+def _save_model(
+    model: MTPModel,
+    modules: Mapping[str, nn.Module],
+    tokenizer: Tokenizer,
+    folder: Path,
+    state: Mapping[str, Tensor] | None,
+) -> None:
     generation = model.base.generation_config
     if generation is not None and generation.eos_token_id is None:
         # a new model does not know yet where a text ends
         generation.eos_token_id = model.base.config.eos_token_id = tokenizer.eos_id
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state)
     save_modules(modules, folder)
     tokenizer.save(folder)
 
@@ -362,6 +421,7 @@ def _show_sample(model: MTPModel, tokenizer: Tokenizer, dataset: TokenDataset, d
         "do_sample": False,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.eos_id,
+        "synced_gpus": isinstance(model, FSDPModule) and dist.get_world_size() > 1,
     }
     generated = model.base.generate(ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
     completion = tokenizer.decode(generated[0, ids.shape[1] :].tolist())

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from attrs import evolve, field, frozen
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from wmtp.data.batch import Batch, Targets, align_targets
 from wmtp.distributed.ranks import ALONE, Ranks
+from wmtp.distributed.sharding import Sharding
 from wmtp.distributed.share import Share
 from wmtp.errors import PluginError
 from wmtp.loss import TokenPass, Unembedding, token_pass, weighted_cross_entropy
@@ -69,6 +71,7 @@ class StepLoss:
         seed: the run's seed.
         ranks: the processes that share the rows of a step.
         master_weights: the copies of the model's parameters that gradients are added to; None: the parameters themselves.
+        sharding: how they hold the model; None: one process that holds it whole.
     """
 
     model: MTPModel
@@ -81,6 +84,7 @@ class StepLoss:
     seed: int
     ranks: Ranks = ALONE
     master_weights: MasterWeights | None = None
+    sharding: Sharding | None = None
     _head_weights: Tensor = field(init=False)
 
     @_head_weights.default
@@ -120,6 +124,7 @@ class StepLoss:
         losses, entropy, known = None, None, None
         observations: dict[str, Tensor] = {}
         if len(pieces) == 1:
+            self._announce(last=True)
             output = self._forward(own, packed)
             kept = output, self._observe(output, own, own_targets, packed, stage)
             observations = {name: value.detach() for name, value in kept[1].items()}
@@ -164,6 +169,7 @@ class StepLoss:
                 output, observed = kept
             else:
                 rows_of_piece = own.rows(piece.start, piece.stop)
+                self._announce(last=piece.stop == rows)
                 output = self._forward(rows_of_piece, packed)
                 observed = self._observe(output, rows_of_piece, part, packed, stage) if slopes else {}
             # where all token losses are known, only the predictions that teach something are computed again
@@ -187,6 +193,8 @@ class StepLoss:
             )
             if total.requires_grad:
                 total.backward()
+        if self.sharding is not None:
+            self.sharding.release(self.model)
         self.ranks.sum(model_loss)
         self.ranks.sum_gradients(self._whole_parameters())
 
@@ -212,7 +220,14 @@ class StepLoss:
         """Those that every rank holds in full: their gradients must be added up."""
         modules = (self.model, *self.trainer.modules().values())
         parameters = [parameter for module in modules for parameter in module.parameters()]
-        return parameters if self.master_weights is None else self.master_weights.replace(parameters)
+        if self.master_weights is not None:
+            parameters = self.master_weights.replace(parameters)
+        return [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+
+    def _announce(self, *, last: bool) -> None:
+        """Tell a divided model which micro-batch comes."""
+        if self.sharding is not None:
+            self.sharding.micro_batch(self.model, last=last)
 
     def _unembeddings(self) -> list[Unembedding]:
         return [self.model.unembedding(k) for k in range(1, self.model.horizon + 1)]

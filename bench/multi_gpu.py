@@ -1,0 +1,368 @@
+"""One run on several GPUs of one machine, with any number of them: ``python bench/multi_gpu.py [--parts equal,scaling,…]``.
+
+Every figure comes from ``wmtp run`` on real text (the standard library's own Python), by what it writes into
+``metrics.jsonl``. Parts, each left out where the machine cannot do it, with the reason:
+
+- ``equal``: ten steps of a small model on all GPUs against one GPU without FSDP, in fp32 and in bf16. ``--check`` runs
+  this part alone, and ends with 1 if they differ by more than rounding.
+- ``scaling``: tokens per second and MFU of a ~1B Llama shape on 1, 2, 4 … GPUs, with as many rows a GPU.
+- ``large``: a Llama-7B shape with H = 4 block heads, built divided; fewer layers where the GPUs are too small for all.
+- ``checkpoint``: saved on all GPUs, resumed on half of them.
+- ``algorithms``: ``baseline-mtp``, ``rho1-wmtp`` (a 2.7B-shaped reference) and ``critic-wmtp``, 20 steps each of the large
+  shape.
+
+NVLink multicast (NVLS) stays off, which some shared machines cannot do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# bf16 without sparsity, as the data sheets have it
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40": 181.0, "B200": 2250.0}
+LENGTH = 2048
+
+
+def shape(name: str, layers: int | None = None) -> dict[str, int]:
+    shapes = {
+        "small": {"hidden_size": 256, "layers": 4, "attention_heads": 8, "kv_heads": 8, "intermediate_size": 704},
+        "1B": {"hidden_size": 2048, "layers": 16, "attention_heads": 32, "kv_heads": 8, "intermediate_size": 8192},
+        "2.7B": {"hidden_size": 2560, "layers": 32, "attention_heads": 32, "kv_heads": 32, "intermediate_size": 6912},
+        "7B": {"hidden_size": 4096, "layers": 32, "attention_heads": 32, "kv_heads": 32, "intermediate_size": 11008},
+    }
+    found = dict(shapes[name]) | {"vocab_size": 1024 if name == "small" else 32000, "max_positions": LENGTH}
+    return found | ({"layers": layers} if layers is not None else {})
+
+
+def layer_parameters(model: dict[str, int]) -> int:
+    width, kv = model["hidden_size"], model["hidden_size"] * model["kv_heads"] // model["attention_heads"]
+    return 2 * width * width + 2 * width * kv + 3 * width * model["intermediate_size"]
+
+
+def parameters(model: dict[str, int], horizon: int = 4) -> int:
+    return (model["layers"] + horizon - 1) * layer_parameters(model) + 2 * model["vocab_size"] * model["hidden_size"]
+
+
+def flops_per_token(model: dict[str, int], horizon: int = 4) -> float:
+    """Forward and backward: 6 a parameter of a product, the unembedding once a head, and causal attention."""
+    layers = model["layers"] + horizon - 1
+    products = layers * layer_parameters(model) + horizon * model["vocab_size"] * model["hidden_size"]
+    return 6 * products + 6 * layers * LENGTH * model["hidden_size"]
+
+
+def toml(table: dict[str, object]) -> str:
+    lines = []
+
+    def write(values: dict[str, object], path: str) -> None:
+        plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
+        if path:
+            lines.append(f"[{path}]")
+        lines.extend(f"{key} = {json.dumps(value)}" for key, value in plain.items())
+        for key, value in values.items():
+            if isinstance(value, dict):
+                write(value, f"{path}.{key}" if path else key)
+
+    write(table, "")
+    return "\n".join(lines) + "\n"
+
+
+class Bench:
+    """Runs ``wmtp run`` and keeps what it printed.
+
+    Args:
+        folder: for run directories; each is removed once its numbers are read.
+        device: ``cuda``, or ``cpu`` to try the script out.
+        count: devices.
+    """
+
+    def __init__(self, folder: Path, device: str, count: int) -> None:
+        self.folder, self.device, self.count = folder, device, count
+
+    def config(self, model: dict[str, int], gpus: int, rows: int, **changes: object) -> dict[str, object]:
+        small = model["vocab_size"] < 32000
+        config: dict[str, object] = {
+            "run": {"output_dir": str(self.folder / "runs")},
+            "models": {"base": {"type": "scratch", **model, "heads": {"horizon": 4, "init": "random"}}},
+            "tokenizer": {"type": "bytes"} if small else {"type": "hf-transformers", "uri": str(tokenizer(self.folder))},
+            "datasets": {"text": {"type": "jsonl", "uri": str(text(self.folder))}},
+            "data": {
+                "train": {
+                    "max_length": LENGTH if self.device == "cuda" else 128,
+                    "batch_size": rows,
+                    "micro_batch_size": max(1, rows // gpus),
+                    "overlong": "split",
+                    "learn_prompt": True,
+                }
+            },
+            "trainer": {"type": "baseline-mtp"},
+            "optimizer": {"type": "adamw", "lr": 3e-4},
+            "schedule": {"type": "constant"},
+            "train": {"max_steps": 10},
+            "devices": {"device": self.device, "precision": "bf16", "fsdp": {"strategy": "full"}},
+            "checkpoints": {"save_final": False},
+            "tracker": {"type": "jsonl"},
+            "launcher": {"type": "local", "processes": gpus},
+        }
+        return merged(config, changes)
+
+    def run(self, name: str, config: dict[str, object], *options: str) -> tuple[list[dict[str, float]], Path]:
+        """The lines of ``metrics.jsonl``, and the run directory."""
+        file = self.folder / f"{name}.toml"
+        file.write_text(toml(config))
+        began = time.monotonic()
+        command = [sys.executable, "-m", "wmtp", "run", file, "--run-name", name, "--json", *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NCCL_NVLS_ENABLE": "0"})
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
+        run_dir = Path(json.loads(done.stdout)["run_dir"])
+        print(f"# {name}: {time.monotonic() - began:.0f} s", flush=True)
+        return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()], run_dir
+
+
+def merged(left: dict[str, object], right: dict[str, object]) -> dict[str, object]:
+    out = dict(left)
+    for key, value in right.items():
+        before = out.get(key)
+        if value is None:
+            out.pop(key, None)
+        elif (
+            isinstance(value, dict) and isinstance(before, dict) and value.get("type", before.get("type")) == before.get("type")
+        ):
+            out[key] = merged(before, value)
+        else:
+            out[key] = value
+    return out
+
+
+def tensors(run_dir: Path) -> dict[str, object]:
+    from safetensors.torch import load_file
+
+    return {
+        f"{file.name}:{name}": tensor
+        for file in sorted((run_dir / "model").glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def difference(one: Path, other: Path) -> float:
+    """‖a − b‖ / ‖a − start‖ would need the start; this is ‖a − b‖ / ‖a‖ over all parameters."""
+    import torch
+
+    left, right = tensors(one), tensors(other)
+    assert left.keys() == right.keys()
+    apart = sum(float((left[n].double() - right[n].double()).square().sum()) for n in left)  # type: ignore[attr-defined]
+    size = sum(float(left[n].double().square().sum()) for n in left)  # type: ignore[attr-defined]
+    return float(torch.tensor(apart / size).sqrt())
+
+
+def equal(bench: Bench) -> bool:
+    """Ten steps on all GPUs with FSDP2, and on one without."""
+    good = True
+    for precision, bound in (("fp32", 1e-4), ("bf16", 2e-3)):
+        runs = []
+        for name, gpus, fsdp in (("one", 1, None), ("all", bench.count, {"strategy": "full"})):
+            changes = {"devices": {"precision": precision, "fsdp": fsdp}, "data": {"train": {"micro_batch_size": 2}}}
+            runs.append(bench.run(f"equal-{precision}-{name}", bench.config(shape("small"), gpus, 8, **changes)))
+        (left, one), (right, every) = runs
+        losses = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(left, right, strict=True))
+        apart = difference(one, every)
+        fine = losses < bound and apart < bound
+        good &= fine
+        print(
+            f"equal {precision}: {bench.count} GPU(s) with FSDP2 against 1 without, 10 steps: losses differ by {losses:.1e}, "
+            f"parameters by {apart:.1e} (at most {bound:g}): {'ok' if fine else 'NOT EQUAL'}; losses "
+            f"{left[0]['loss']:.4f} … {left[-1]['loss']:.4f}",
+            flush=True,
+        )
+    return good
+
+
+def speed(bench: Bench, label: str, name: str, model: dict[str, int], gpus: int, rows: int, **changes: object) -> float:
+    """Print one line of figures; returns tokens per second."""
+    changes = merged({"devices": {"compile": bench.device == "cuda", "precision": "bf16-params"}}, changes)
+    metrics, _ = bench.run(name, bench.config(model, gpus, rows, **changes))
+    later = sorted(line["tokens_per_second"] for line in metrics[len(metrics) // 2 :])
+    rate = later[len(later) // 2]
+    peak = max(line["peak_memory_gib"] for line in metrics)
+    mfu = ""
+    if (chip := chip_name()) in PEAK_TFLOPS:
+        mfu = f", MFU {rate * flops_per_token(model) / gpus / PEAK_TFLOPS[chip] / 1e12:.1%}"
+    estimate = 16 * parameters(model) / gpus / 2**30
+    print(
+        f"{label}: {gpus} GPU(s), {rows} rows of {LENGTH}: {rate:,.0f} tokens/s, {rate / gpus:,.0f} a GPU{mfu}; peak "
+        f"{peak:.1f} GiB a GPU, of which {estimate:.1f} estimated for parameters, gradients and optimizer",
+        flush=True,
+    )
+    return rate
+
+
+def chip_name() -> str:
+    import torch
+
+    full = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    return next((name for name in PEAK_TFLOPS if name in full), full)
+
+
+def counts(most: int) -> list[int]:
+    return [n for n in (1, 2, 4, 8) if n <= most]
+
+
+def scaling(bench: Bench) -> bool:
+    model = shape("1B") if bench.device == "cuda" else shape("small")
+    rates = {n: speed(bench, "scaling 1B", f"scaling-{n}", model, n, 8 * n) for n in counts(bench.count)}
+    for n, rate in rates.items():
+        if n > 1:
+            print(f"scaling: {n} GPUs give {rate / rates[1] / n:.2f} of linear", flush=True)
+    return True
+
+
+def large_shape(bench: Bench, extra: float = 0.0) -> dict[str, int]:
+    """The 7B shape, or as many of its layers as the GPUs hold: 16 bytes a parameter, divided, in 70 % of what there is."""
+    import torch
+
+    full = shape("7B")
+    if bench.device != "cuda":
+        return shape("small")
+    memory = 0.7 * torch.cuda.get_device_properties(0).total_memory - extra
+    room = memory * bench.count / 16
+    layers = int((room - parameters({**full, "layers": 0})) // layer_parameters(full))
+    if layers < full["layers"]:
+        print(f"# the 7B shape does not fit {bench.count} GPU(s): {layers} of its 32 layers are taken", flush=True)
+    return shape("7B", min(full["layers"], max(2, layers)))
+
+
+def large(bench: Bench) -> bool:
+    model = large_shape(bench)
+    checkpointed = {"devices": {"activation_checkpointing": "full"}}
+    label = f"large ({parameters(model) / 1e9:.1f}B, {model['layers']} layers)"
+    speed(bench, label, "large", model, bench.count, 4 * bench.count, **checkpointed)
+    return True
+
+
+def checkpoint(bench: Bench) -> bool:
+    """Saved on all GPUs after 5 steps, resumed on half of them; against ten steps in one go."""
+    half = max(1, bench.count // 2)
+    changes = {"devices": {"precision": "fp32"}, "checkpoints": {"save_interval": 5, "keep_last": 0, "save_final": True}}
+    config = bench.config(shape("small"), bench.count, 8, **changes)
+    whole, one = bench.run("checkpoint-whole", config)
+    _, parts = bench.run("checkpoint-parts", config)
+    import shutil
+
+    shutil.rmtree(parts / "checkpoints/step-10")
+    shutil.rmtree(parts / "model")
+    resumed, _ = bench.run("checkpoint-parts", merged(config, {"launcher": {"processes": half}}), "--resume", "auto")
+    losses = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(whole, resumed, strict=True))
+    apart = difference(one, parts)
+    fine = losses < 1e-4 and apart < 1e-4
+    print(
+        f"checkpoint: saved on {bench.count}, resumed on {half} GPU(s): losses differ by {losses:.1e}, parameters by "
+        f"{apart:.1e}: {'ok' if fine else 'NOT EQUAL'}",
+        flush=True,
+    )
+    return fine
+
+
+def algorithms(bench: Bench) -> bool:
+    reference = shape("2.7B") if bench.device == "cuda" else shape("small")
+    model = large_shape(bench, extra=2.0 * parameters(reference, horizon=1))
+    checkpointed = {"train": {"max_steps": 20}, "devices": {"activation_checkpointing": "full"}}
+    trainers = {
+        "baseline-mtp": {},
+        "rho1-wmtp": {
+            "trainer": {"type": "rho1-wmtp", "reference_precision": "bf16"},
+            "models": {"ref": {"type": "scratch", **reference}},
+        },
+        "critic-wmtp": {"trainer": {"type": "critic-wmtp", "value_steps": 10}},
+    }
+    for name, changes in trainers.items():
+        speed(
+            bench,
+            f"20 steps of {name}",
+            f"algorithm-{name}",
+            model,
+            bench.count,
+            4 * bench.count,
+            **merged(checkpointed, changes),
+        )
+    return True
+
+
+def text(folder: Path) -> Path:
+    """The standard library's own modules, in pieces; whether a piece has a docstring stands for its being correct."""
+    file = folder / "text.jsonl"
+    if file.exists():
+        return file
+    with file.open("w") as out:
+        for source in sorted(Path(os.__file__).parent.glob("*.py")):
+            code = source.read_text(errors="replace")
+            for number, start in enumerate(range(0, len(code), 4 * LENGTH)):
+                piece = code[start : start + 4 * LENGTH]
+                if len(piece) > 200:
+                    record = {"id": f"{source.name}-{number}", "prompt": piece[:50], "completion": piece[50:]}
+                    out.write(json.dumps(record | {"is_correct": '"""' in piece}) + "\n")
+    return file
+
+
+def tokenizer(folder: Path) -> Path:
+    """One of 32,000 tokens, made of that text: no released one is at hand everywhere."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    target = folder / "tokenizer"
+    if target.exists():
+        return target
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    pieces = (json.loads(line)["completion"] for line in text(folder).read_text().splitlines())
+    initial = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=32000, special_tokens=["</s>"], initial_alphabet=initial))
+    target.mkdir()
+    made.save(str(target / "tokenizer.json"))
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": None}
+    (target / "tokenizer_config.json").write_text(json.dumps(facts))
+    return target
+
+
+PARTS = {"equal": equal, "scaling": scaling, "large": large, "checkpoint": checkpoint, "algorithms": algorithms}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--check", action="store_true", help="the part equal alone")
+    parser.add_argument("--gpus", type=int, help="use so many; default: all")
+    parser.add_argument("--cpu", type=int, metavar="N", help="N processes on the CPU and small shapes, to try the script out")
+    parser.add_argument("--folder", type=Path, help="where runs are written; default: a temporary folder")
+    arguments = parser.parse_args()
+    import torch
+
+    found = torch.cuda.device_count()
+    if not arguments.cpu and not found:
+        print("error: torch sees no GPU; --cpu 2 tries the script out", file=sys.stderr)
+        return 2
+    count = arguments.cpu or arguments.gpus or found
+    print(
+        f"# {count} × {'CPU process' if arguments.cpu else torch.cuda.get_device_name(0)}, torch {torch.__version__}",
+        flush=True,
+    )
+    good = True
+    with tempfile.TemporaryDirectory(prefix="wmtp-bench-") as temporary:
+        bench = Bench(arguments.folder or Path(temporary), "cpu" if arguments.cpu else "cuda", count)
+        bench.folder.mkdir(parents=True, exist_ok=True)
+        for part in ["equal"] if arguments.check else arguments.parts.split(","):
+            try:
+                good &= PARTS[part](bench)
+            except RuntimeError as error:
+                print(f"{part}: FAILED: {error}", flush=True)
+                good = False
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,86 @@
+"""All of a model but its numbers: enough for another process to build it empty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from attrs import frozen
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from wmtp.config.schema import HeadsConfig
+from wmtp.errors import WMTPError
+from wmtp.models.anatomy import Anatomy
+from wmtp.models.mtp import MTPModel
+
+__all__ = ["Blueprint"]
+
+_PARTS = ("decoder", "embedding", "output", "layers")
+_LOGITS = ("scale", "softcap", "divides", "float32")
+
+
+@frozen(kw_only=True, eq=False)
+class Blueprint:
+    """What `MTPModel` found out about a model by running it once, which an empty one cannot tell.
+
+    Args:
+        model_class: of the base.
+        config: of the base.
+        parts: the path in the base of each part of its anatomy.
+        tail: the paths of what follows the last layer.
+        logits: how logits are scaled and capped.
+        packing_problem: why rows may not hold several documents.
+        block_attention: whether it attends by `wmtp.models.attention`; the config says so too.
+        heads: which heads it has.
+    """
+
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    parts: Mapping[str, str]
+    tail: tuple[str, ...]
+    logits: Mapping[str, Any]
+    packing_problem: str | None
+    block_attention: bool
+    heads: HeadsConfig
+
+    @classmethod
+    def of(cls, model: MTPModel) -> Blueprint:
+        """Describe a model."""
+        anatomy = model.anatomy
+        paths = {id(module): path for path, module in model.base.named_modules()}
+        return cls(
+            model_class=type(model.base),
+            config=model.base.config,
+            parts={part: paths[id(getattr(anatomy, part))] for part in _PARTS},
+            tail=tuple(paths[id(module)] for module in anatomy.tail),
+            logits={name: getattr(anatomy, name) for name in _LOGITS},
+            packing_problem=model.packing_problem,
+            block_attention=model.block_attention,
+            heads=model.heads,
+        )
+
+    def build(self) -> MTPModel:
+        """The model on the meta device: no memory for its weights.
+
+        Raises:
+            WMTPError: it computes numbers when it is built that it keeps where no other process can fill them in.
+        """
+        with torch.device("meta"):
+            base = self.model_class(self.config).eval()
+        parts: dict[str, Any] = {part: base.get_submodule(path) for part, path in self.parts.items()}
+        anatomy = Anatomy(**parts, tail=tuple(map(base.get_submodule, self.tail)), **self.logits)
+        hidden = [
+            f"{path}.{name}"
+            for path, module in base.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, torch.Tensor) and value.is_meta
+        ]
+        if hidden:
+            raise WMTPError(
+                f"{self.model_class.__name__} cannot be divided among processes: it keeps tensors outside its parameters and "
+                f"buffers ({', '.join(hidden)}); set launcher.processes = 1"
+            )
+        model = MTPModel(base, self.heads, seed=0, known=(anatomy, self.packing_problem))
+        model.block_attention = self.block_attention
+        return model

@@ -1,0 +1,231 @@
+"""Several processes, by gloo on the CPU: the same result as one, and a clear end when one of them dies."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import command, environment
+
+HERE = Path(__file__).parent
+TWO = ("--set", "launcher.processes=2")
+
+
+def curve(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_so_far(run_dir):
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def start(*arguments, env=None):
+    return subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | (env or {})
+    )
+
+
+def wait_for_step(process, run_dir, step):
+    while steps_so_far(run_dir) < step and process.poll() is None:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+
+
+def workers(process):
+    """The process of each rank that a launcher has started."""
+    found = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
+        found[int(variables["RANK"])] = int(pid)
+    return found
+
+
+def errors(text):
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def assert_whole(run_dir):
+    found = list((run_dir / "checkpoints").glob("step-*"))
+    for checkpoint in found:
+        facts = json.loads((checkpoint / "checkpoint.json").read_text())
+        assert {name: (checkpoint / name).stat().st_size for name in facts["files"]} == facts["files"]
+    return found
+
+
+def test_two_ranks_do_the_same_step_as_one_for_every_trainer_kind_of_head_and_strategy():
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "ranks/steps.py"]
+    run = subprocess.run(
+        arguments, capture_output=True, text=True, env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, timeout=500
+    )
+    assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if "[rank0]" in line or "Error" in line)
+    assert "all equal" in run.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(recipe, wmtp, tmp_path):
+    overrides = ("--set", "train.max_steps=2000", "--set", "data.train.batch_size=3")
+    whole = wmtp("run", recipe, "--run-name", "whole", "--set", "train.max_steps=90", *overrides[2:],
+                 "--set", "schedule.type=constant", "--set", "train.eval_interval=50")  # fmt: skip
+    assert whole.returncode == 0, whole.stderr
+    expected = curve(tmp_path / "runs/whole")
+
+    arguments = ("run", recipe, "--run-name", "x", "--resume", "auto", *overrides, "--set", "schedule.type=constant",
+                 "--set", "train.eval_interval=50")  # fmt: skip
+    run_dir = tmp_path / "runs/x"
+    process = start(*arguments, *TWO)
+    wait_for_step(process, run_dir, 12)
+    rank_1 = workers(process)[1]
+    os.kill(rank_1, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (line,) = errors(err)
+    assert f"rank 1 (process {rank_1}) was killed by SIGKILL" in line
+    assert "--resume" in line
+    assert "Traceback" not in err
+    assert_whole(run_dir)
+
+    for ranks in (("--set", "launcher.processes=1"), TWO):
+        done = steps_so_far(run_dir)
+        process = start(*arguments, *ranks)
+        wait_for_step(process, run_dir, done + 3)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert not errors(err), err
+        assert f"go on with: wmtp run --resume {run_dir}" in err
+        assert int(max(assert_whole(run_dir), key=lambda path: path.stat().st_mtime).name[5:]) == steps_so_far(run_dir)
+
+    found = curve(run_dir)
+    compared = min(len(found), len(expected))
+    assert compared > 15
+    for left, right in zip(found[:compared], expected[:compared], strict=True):
+        assert left["step"] == right["step"]
+        for name in right.keys() - {"tokens_per_second", "peak_memory_gib", "stage"}:
+            assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), (left["step"], name)
+
+
+def test_ranks_with_another_config_are_named(recipe, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        start("run", recipe, "--set", f"optimizer.lr={lr}", env=variables | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank, lr in (("0", "0.001"), ("1", "0.002"))
+    ]
+    (_, said), (_, silent) = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert any("rank 1" in line and "optimizer.lr: 0.002 in place of 0.001" in line for line in errors(said)), said
+    assert not errors(silent), "said once"
+    assert not list((tmp_path / "runs").glob("*/config.toml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["launcher.processes=0"], ["launcher.processes", ">= 1"]),
+        (["launcher.processes=2", 'devices.device="cuda"'], ["devices.device", "no cuda"]),
+        (["launcher.processes=2", 'devices.device="mps"'], ["launcher.processes", "mps"]),
+        (['devices.fsdp.strategy="half"'], ["devices.fsdp.strategy", "grad-op"]),
+        (["devices.timeout=0"], ["devices.timeout"]),
+    ],
+)
+def test_mistakes_end_before_any_process_is_started(recipe, wmtp, tmp_path, overrides, words):
+    run = wmtp("run", recipe, "--run-name", "x", *(part for override in overrides for part in ("--set", override)))
+    assert run.returncode == 2, run.stderr
+    assert any(all(word in line for word in words) for line in errors(run.stderr)), run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "runs/x").exists()
+
+
+def _namespaces():
+    """Two network namespaces with a cable between them; None where that is not allowed."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return None
+    names = [f"wmtp-{os.getpid()}-{number}" for number in range(2)]
+    steps = [["ip", "netns", "add", name] for name in names]
+    steps.append(["ip", "link", "add", "w0", "netns", names[0], "type", "veth", "peer", "name", "w1", "netns", names[1]])
+    for number, name in enumerate(names):
+        inside = ["ip", "-n", name]
+        steps.append([*inside, "addr", "add", f"10.99.7.{number + 1}/24", "dev", f"w{number}"])
+        steps += [[*inside, "link", "set", link, "up"] for link in (f"w{number}", "lo")]
+    for step in steps:
+        if subprocess.run(step, capture_output=True).returncode:
+            _remove(names)
+            return None
+    return names
+
+
+def _remove(names):
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_machines_with_one_process_each_equal_one(recipe, wmtp, tmp_path):
+    names = _namespaces()
+    if names is None:
+        pytest.skip("network namespaces need root and iproute2")
+    try:
+        arguments = command("run", recipe, "--run-name", "two", "--set", "train.max_steps=8")
+        variables = {"WMTP_NNODES": "2", "WMTP_MASTER_ADDR": "10.99.7.1"}
+        processes = [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment() | variables | {"WMTP_NODE_RANK": str(number)},
+            )
+            for number, name in enumerate(names)
+        ]
+        ended = [process.communicate(timeout=200) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], ended
+        one = wmtp("run", recipe, "--run-name", "one", "--set", "train.max_steps=8")
+        assert one.returncode == 0, one.stderr
+        for left, right in zip(curve(tmp_path / "runs/two"), curve(tmp_path / "runs/one"), strict=True):
+            assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
+            assert left["gradient_norm"] == pytest.approx(right["gradient_norm"], rel=1e-4)
+    finally:
+        _remove(names)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_divided_by_one_learns_as_one_that_is_whole(recipe, wmtp, tmp_path, precision):
+    settings = (
+        "--set",
+        "train.max_steps=6",
+        "--set",
+        f"devices.precision={precision}",
+        "--set",
+        "data.train.micro_batch_size=1",
+    )
+    for name, extra in (("whole", ()), ("divided", ("--set", 'devices.fsdp.strategy="grad-op"'))):
+        run = wmtp("run", recipe, "--run-name", name, *settings, *extra)
+        assert run.returncode == 0, run.stderr
+    for left, right in zip(curve(tmp_path / "runs/divided"), curve(tmp_path / "runs/whole"), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-6 if precision == "fp32" else 1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_rank_that_hangs_is_named_and_ends_the_others(recipe, tmp_path):
+    process = start("run", recipe, "--run-name", "x", *TWO, "--set", "train.max_steps=2000", "--set", "devices.timeout=4")
+    wait_for_step(process, tmp_path / "runs/x", 6)
+    rank_1 = workers(process)[1]
+    os.kill(rank_1, signal.SIGSTOP)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (line,) = errors(err)
+    assert "rank 1 (" in line
+    assert f"process {rank_1}" in line
+    assert "step-5" in line
+    assert not Path(f"/proc/{rank_1}").exists()
+    assert assert_whole(tmp_path / "runs/x")
