@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 import attrs
 
 from wmtp.config.components import Component
+from wmtp.config.tree import components
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.store import StoreWriter, TokenStore
 from wmtp.errors import PluginError, WMTPError
@@ -75,12 +76,18 @@ def cache_key(component: Component, loader: ExampleLoader, path: Path | None, to
 
     Where the files are does not matter: ``uri`` is not part of it.
     """
-    config = attrs.asdict(component)  # type: ignore[arg-type]
-    config.pop("uri", None)
-    parts: list[Any] = [_VERSION, component.type, config, tokenizer.fingerprint(), tokenizer.bos_id, tokenizer.eos_id]
+    loaders = [loader]
+    inside = list(components(component))
+    configs: list[Any] = []
+    for each in (component, *(placed.config for placed in inside)):
+        config = attrs.asdict(each, filter=lambda attribute, _: attribute.name != "uri")  # type: ignore[arg-type]
+        configs.append([each.type, config])
+    loaders += [placed.config.build() for placed in inside if placed.kind == "data_loaders"]
+    parts: list[Any] = [_VERSION, configs, tokenizer.fingerprint(), tokenizer.bos_id, tokenizer.eos_id]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode())
-    with suppress(TypeError, OSError):  # a class made in an interactive session has no file
-        digest.update(Path(inspect.getfile(type(loader))).read_bytes())
+    for each in loaders:
+        with suppress(TypeError, OSError):  # a class made in an interactive session has no file
+            digest.update(Path(inspect.getfile(type(each))).read_bytes())
     for file in loader.files(path):
         try:
             with file.open("rb") as stream:

@@ -8,11 +8,13 @@ from typing import Literal
 from attrs import field, frozen
 from attrs.validators import deep_iterable, deep_mapping, ge, in_, instance_of, min_len, optional
 
+from wmtp.config.components import Component, component
 from wmtp.data.base import ExampleLoader
 from wmtp.data.loaders.code_contests import LANGUAGES
 from wmtp.data.loaders.jsonl import FIELDS
+from wmtp.data.mutations import KINDS, Kind
 
-__all__ = ["CodeContests", "HumanEval", "Jsonl", "Mbpp", "PythonSource", "TextFiles"]
+__all__ = ["CodeContests", "HumanEval", "Jsonl", "Mbpp", "Mutated", "PythonSource", "TextFiles"]
 
 
 @frozen(kw_only=True)
@@ -155,3 +157,33 @@ class TextFiles:
         from wmtp.data.loaders.text import TextLoader
 
         return TextLoader(self.pattern, self.document_separator)
+
+
+@frozen(kw_only=True)
+class Mutated:
+    """Python code of another source, and copies of it with a mistake: for algorithms that learn from right and wrong.
+
+    Each example is followed by its wrong copies, which differ from it in one place: another comparison, a number that is off
+    by one, ``or`` for ``and``, a negated condition, another operator, exchanged arguments, a statement that is missing. All
+    else is letter by letter the same, so that nothing but the mistake tells right from wrong, and lengths are about equal.
+    Originals have ``is_correct = true``, copies false, and both the group of the original. Whether a copy *does* something
+    else is not tried out: most do.
+
+    Args:
+        of: the other source, in the table ``[datasets.NAME.of]``.
+        copies: wrong copies of each example, all different; fewer where the code has fewer places.
+        kinds: of mistakes; those that are possible in an example are equally likely.
+        seed: of the choice.
+    """
+
+    type = "mutated"
+    of: Component = component("data_loaders")
+    copies: int = field(default=1, validator=ge(1))
+    kinds: tuple[Kind, ...] = field(default=KINDS, validator=min_len(1))
+    seed: int = field(default=0, validator=ge(0))
+
+    def build(self) -> ExampleLoader:
+        """Make the loader."""
+        from wmtp.data.loaders.mutated import MutatedLoader
+
+        return MutatedLoader(self.of.build(), self.copies, self.kinds, self.seed)

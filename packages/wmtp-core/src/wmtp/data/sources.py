@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from wmtp.config.components import Component
+from wmtp.config.problems import KeyPath, dotted
 from wmtp.config.schema import Config
+from wmtp.config.tree import components
 from wmtp.data.base import ExampleLoader
 from wmtp.errors import ConfigError
 
-__all__ = ["check_sources", "eval_sources", "train_sources"]
+__all__ = ["check_sources", "eval_sources", "read_from", "train_sources"]
 
 
 def train_sources(config: Config) -> tuple[str, ...]:
@@ -20,6 +23,14 @@ def train_sources(config: Config) -> tuple[str, ...]:
 def eval_sources(config: Config) -> tuple[str, ...]:
     """Names of the data sets that are only measured."""
     return () if config.data.eval is None else config.data.eval.sources or ()
+
+
+def read_from(dataset: Component, path: KeyPath) -> tuple[Component, KeyPath]:
+    """What names the files of a data set, and where it stands in the config: the source inside a transform, or itself."""
+    for placed in components(dataset, path):
+        if placed.kind == "data_loaders":
+            return read_from(placed.config, placed.path)
+    return dataset, path
 
 
 def check_sources(config: Config) -> list[str]:
@@ -47,10 +58,11 @@ def check_sources(config: Config) -> list[str]:
         if name in config.datasets:
             component = config.datasets[name]
             loader: ExampleLoader = component.build()
-            if loader.evaluation_only and not getattr(component, "allow_training", False):
+            source, place = read_from(component, ("datasets", name))
+            if loader.evaluation_only and not getattr(source, "allow_training", False):
                 problems.append(
-                    f"datasets.{name}: '{component.type}' is for evaluation only, training on it would make its results"
-                    f" worthless; name other data sets in data.train.sources, or set datasets.{name}.allow_training = true"
+                    f"{dotted(place)}: '{source.type}' is for evaluation only, training on it would make its results"
+                    f" worthless; name other data sets in data.train.sources, or set {dotted(place)}.allow_training = true"
                 )
     return problems
 

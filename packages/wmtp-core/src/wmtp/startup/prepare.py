@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from attrs import evolve, frozen
 
-from wmtp.config.problems import dotted
+from wmtp.config.problems import KeyPath, dotted
 from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, StorageConfig
 from wmtp.config.tree import components
@@ -81,12 +81,16 @@ def fetched(config: Config, wanted: Iterable[Fetch]) -> Config:
         paths[fetch.key] = localize(fetch.uri, backends, fetch.folder, key=f"{fetch.key}.uri")
         logger.info("%s: %s is at %s (%.1f s)", fetch.key, redact(fetch.uri), paths[fetch.key], time.monotonic() - began)
 
-    def local(key: str, component: Any) -> Any:
-        return evolve(component, uri=str(paths[key])) if key in paths else component
+    def local(path: KeyPath, component: Any) -> Any:
+        if dotted(path) in paths:
+            component = evolve(component, uri=str(paths[dotted(path)]))
+        inside = {placed.path[len(path)]: placed for placed in components(component, path) if len(placed.path) == len(path) + 1}
+        return evolve(component, **{str(key): local(placed.path, placed.config) for key, placed in inside.items()})
 
-    models = {name: evolve(m, loader=local(dotted(("models", name)), m.loader)) for name, m in config.models.items()}
-    datasets = {name: local(dotted(("datasets", name)), dataset) for name, dataset in config.datasets.items()}
-    return evolve(config, models=models, datasets=datasets, tokenizer=local("tokenizer", config.tokenizer))
+    models = {name: evolve(m, loader=local(("models", name), m.loader)) for name, m in config.models.items()}
+    datasets = {name: local(("datasets", name), dataset) for name, dataset in config.datasets.items()}
+    tokenizer = None if config.tokenizer is None else local(("tokenizer",), config.tokenizer)
+    return evolve(config, models=models, datasets=datasets, tokenizer=tokenizer)
 
 
 def verify(config: Config) -> None:

@@ -14,8 +14,10 @@ import torch
 from attrs import frozen
 
 from wmtp.config.components import Component
+from wmtp.config.problems import dotted
 from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, HeadsConfig, ModelConfig
+from wmtp.data.sources import read_from
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.base import ModelInfo
 from wmtp.plugins import load_plugins
@@ -117,7 +119,10 @@ def open_source(config: Config) -> Source:
             _check_reward_model(name, config, place)
         else:
             _check_extra_model(name, config, place, tokenizer)
-    datasets = {name: place.path(dataset, f"datasets.{name}") for name, dataset in config.datasets.items()}
+    datasets = {}
+    for name, dataset in config.datasets.items():
+        component, where = read_from(dataset, ("datasets", name))
+        datasets[name] = place.path(component, dotted(where))
     return Source(place=place, model_path=path, model_info=info, tokenizer=tokenizer, dataset_paths=datasets)
 
 

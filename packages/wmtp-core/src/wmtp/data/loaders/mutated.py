@@ -1,0 +1,71 @@
+"""Python code, and copies of it with a mistake."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from attrs import evolve
+
+from wmtp.data.base import BadExample, Example, ExampleLoader
+from wmtp.data.mutations import Kind, mutants
+
+__all__ = ["MutatedLoader"]
+
+_log = logging.getLogger("wmtp")
+
+
+class MutatedLoader(ExampleLoader):
+    """Reads what another loader reads, and adds wrong copies; see `wmtp.data.config.Mutated`.
+
+    Args:
+        of: the other loader.
+        copies: wrong copies of each example.
+        kinds: of mistakes.
+        seed: of the choice.
+    """
+
+    def __init__(self, of: ExampleLoader, copies: int, kinds: tuple[Kind, ...], seed: int) -> None:
+        self._of = of
+        self._copies = copies
+        self._kinds = kinds
+        self._seed = seed
+        self.evaluation_only = of.evaluation_only
+
+    def files(self, path: Path | None) -> Sequence[Path]:
+        """Those of the other loader."""
+        return self._of.files(path)
+
+    def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
+        """Each example, then its wrong copies. One that is known to be wrong has none."""
+        total = unchanged = 0
+        for example in self._of.examples(path):
+            if isinstance(example, BadExample) or example.is_correct is False:
+                yield example
+                continue
+            # by the example, not by its place: others that come or go change nothing
+            draw = random.Random(f"{self._seed}\0{example.id}\0{example.completion}")
+            wrong = mutants(example.prompt, example.completion, count=self._copies, kinds=self._kinds, draw=draw)
+            if wrong is None:
+                yield BadExample(
+                    example.where or example.id, "no Python code that this Python can read, so it has no wrong copy"
+                )
+                continue
+            group = example.group or example.id
+            yield evolve(example, is_correct=True, group=group)
+            for number, code in enumerate(wrong, start=1):
+                yield evolve(
+                    example,
+                    id=f"{example.id} (wrong {number})",
+                    completion=code,
+                    group=group,
+                    is_correct=False,
+                    reward=None,
+                    weights=None,
+                )
+            total += 1
+            unchanged += not wrong
+        if unchanged:
+            _log.info("%d of %d examples have nothing that can be made wrong, and no wrong copy", unchanged, total)
