@@ -135,6 +135,9 @@ def test_every_config_file_passes(path, tmp_path, monkeypatch):
         environment_of(baseline.read_text(encoding="utf-8"), monkeypatch)
         make_inputs(tomllib.loads(baseline.read_text(encoding="utf-8")))
         sources = [ROOT / "configs" / "local.toml", baseline, path]
+    elif path.parent.name == "production":
+        shared = path.parent / "llama-7b.toml"
+        sources = [shared, path.parent / "baseline.toml" if path == shared else path]
     elif path.parent.name == "configs":
         Path("train.jsonl").touch()
         sources = [path, tomllib.loads(BASE)]

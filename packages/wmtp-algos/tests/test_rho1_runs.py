@@ -113,8 +113,10 @@ def test_a_run_learns_by_the_reference(folder, name, trainer):
 
 
 def test_a_resumed_control_draws_what_the_whole_run_drew(folder):
-    whole, parts = folder / "runs/shuffled", folder / "runs/parts"
-    shutil.copytree(whole, parts)
+    trainer = '[trainer]\ntype = "shuffled"\n[trainer.of]\ntype = "rho1-wmtp"\nmode = "token-skip"\nkeep = 0.25\n'
+    succeeds("run", folder / "base.toml", recipe(folder, "whole", trainer=trainer), "--run-name", "parts")
+    whole, parts = folder / "runs/whole", folder / "runs/parts"
+    shutil.copytree(parts, whole)
     shutil.rmtree(parts / "model")
     shutil.rmtree(parts / "checkpoints/step-8")
     succeeds("run", "--resume", parts)
