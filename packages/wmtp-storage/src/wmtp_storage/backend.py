@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
-from attrs import frozen
+from attrs import evolve, frozen
+from obstore.exceptions import NotSupportedError
 
+from wmtp.errors import WMTPError
 from wmtp.storage import Fetched, Storage, StoredFile
-from wmtp_storage.failures import explained
+from wmtp.storage.manifest import MANIFEST, Manifest
+from wmtp_storage.failures import explained, understand
 from wmtp_storage.fetch import fetch_into
 from wmtp_storage.localize import localize
 from wmtp_storage.push import push, remove
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ObjectStorage", "StoredObject"]
 
+#: what web servers answer that cannot list a folder, or may not
+_LISTS_NOTHING = (400, 403, 404, 405, 501)
+
 _Config = TypeVar("_Config", bound="RemoteStorage")
 
 
@@ -40,6 +47,7 @@ class StoredObject:
         size: bytes.
         etag: what the store calls this version of its content; None where it calls it nothing.
         modified: when its content was last written.
+        hash: ``crc64nvme:HEX`` of its content, where a manifest beside it says so.
     """
 
     key: str
@@ -47,6 +55,7 @@ class StoredObject:
     size: int
     etag: str | None
     modified: datetime
+    hash: str | None = None
 
     @property
     def identity(self) -> str:
@@ -103,14 +112,38 @@ class ObjectStorage(Storage):
             WMTPError: the store could not be asked.
         """
         prefix = f"{uri.key}/" if uri.key else ""
+        if uri.scheme.startswith("http") and (manifest := self._manifest(uri)) is not None:
+            yield from self._of_manifest(uri, manifest)
+            return
         try:
             for page in obstore.list(self.store(uri), prefix=uri.key or None, chunk_size=1000):
                 for meta in page:
                     # some stores take the prefix as a text, and give its neighbours too
                     if meta["path"].startswith(prefix):
                         yield _stored(meta, meta["path"][len(prefix) :])
+        except FileNotFoundError:
+            return
         except (obstore.exceptions.BaseError, OSError, ValueError) as error:
+            if uri.scheme.startswith("http") and understand(error).status in _LISTS_NOTHING:
+                return
             raise explained(error, uri, "listed") from error
+
+    def _manifest(self, uri: RemoteURI) -> Manifest | None:
+        """What a web server's folder holds, as whoever put it there noted it."""
+        place = uri.at(MANIFEST)
+        try:
+            return Manifest.loads(bytes(obstore.get(self.store(uri), place.key).bytes()), place)
+        except FileNotFoundError:
+            return None
+        except (obstore.exceptions.BaseError, OSError, ValueError) as error:
+            raise explained(error, place) from error
+
+    def _of_manifest(self, uri: RemoteURI, manifest: Manifest) -> Iterator[StoredObject]:
+        with ThreadPoolExecutor(max_workers=min(16, self.config.max_connections)) as pool:
+            for file, stored in zip(manifest.files, pool.map(lambda f: self.head(uri.at(f.name)), manifest.files), strict=True):
+                if stored is None:
+                    raise WMTPError(f"{uri.at(file.name)} is in the folder's {MANIFEST}, and does not exist")
+                yield evolve(stored, name=file.name, hash=file.hash)
 
     def head(self, uri: RemoteURI) -> StoredObject | None:
         """The object that has exactly this key; None where there is none, and for a URI that ends with a slash.
@@ -140,9 +173,9 @@ class ObjectStorage(Storage):
             obstore.get_range(self.store(uri), probe.key, start=0, end=1)
         except FileNotFoundError:  # changed since; whoever fetches it will see
             return True
+        except NotSupportedError:
+            return False
         except (obstore.exceptions.BaseError, OSError, ValueError) as error:
-            if "NotPartial" in str(error):
-                return False
             raise explained(error, uri) from error
         return True
 

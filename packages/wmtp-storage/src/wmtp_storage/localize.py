@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["localize"]
 
+_CLOCK_TICK = 2.0  # seconds
+
 
 def localize(storage: ObjectStorage, uri: RemoteURI, cache_dir: Path) -> Path:
     """The path in the cache of what is at ``uri``; see `wmtp.storage.Storage.localize`.
@@ -31,7 +35,7 @@ def localize(storage: ObjectStorage, uri: RemoteURI, cache_dir: Path) -> Path:
     name = PurePosixPath(uri.key).name or uri.authority
 
     for listing in listings(storage, uri):
-        entry = cache.entry(str(uri), listing.identity)
+        entry = cache.entry(str(uri), _identity(uri, listing))
         lock = entry.lock()
         try:
             lock.acquire(shared=True, waiting_for=f"fetches {uri}")
@@ -51,12 +55,26 @@ def localize(storage: ObjectStorage, uri: RemoteURI, cache_dir: Path) -> Path:
     raise AssertionError("listings() ends with an error")
 
 
+def _identity(uri: RemoteURI, listing: Listing) -> str:
+    """What the entry is named by.
+
+    Web servers name versions by seconds: what was written just now may be written again without another name. It gets an entry
+    that nobody finds again.
+    """
+    newest = max(stored.modified.timestamp() for stored in listing.objects)
+    if uri.scheme.startswith("http") and time.time() - newest < _CLOCK_TICK:
+        return f"{listing.identity}\n{uuid.uuid4()}"
+    return listing.identity
+
+
 def _fill(storage: ObjectStorage, uri: RemoteURI, listing: Listing, cache: Cache, entry: CacheEntry, name: str) -> bool:
     """Fetch into an entry that is locked; False where the objects changed meanwhile."""
     folder, prefix = (entry.files / name, f"{name}/") if listing.is_folder else (entry.files, "")
     state = entry.folder / STATE_FOLDER
     state.mkdir(parents=True, exist_ok=True)
-    fetching = Fetching(storage, uri, listing, folder, state, {}, _others(cache, entry, str(uri), prefix))
+    # a web server's name for a version is not certain enough to take a file of another entry for the same
+    others = {} if uri.scheme.startswith("http") else _others(cache, entry, str(uri), prefix)
+    fetching = Fetching(storage, uri, listing, folder, state, {}, others)
     if not fetching.transfer():
         return False
     files = fetching.commit()

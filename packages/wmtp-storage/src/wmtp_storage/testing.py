@@ -46,12 +46,14 @@ class S3Server:
         access_key_id: of its only user.
         secret_access_key: of its only user.
         process: the server; it ends with this process.
+        webdav: the address at which the same server speaks WebDAV.
     """
 
     endpoint: str
     access_key_id: str
     secret_access_key: str
     process: subprocess.Popen[bytes]
+    webdav: str
 
     @property
     def environment(self) -> dict[str, str]:
@@ -108,16 +110,15 @@ _numbers = itertools.count()
 def start_s3_server() -> S3Server:
     """The server of this process; it is started where there is none yet, and stopped when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="wmtp-s3-"))
-    ports = _free_ports(10)
-    names = ("s3", "s3.grpc", "filer", "filer.grpc", "master", "master.grpc", "volume", "volume.grpc", "admin", "admin.grpc")
+    ports = _free_ports(11)
+    names = [f"{part}{kind}" for part in ("s3", "filer", "master", "volume", "admin") for kind in ("", ".grpc")] + ["webdav"]
     flags = [
         f"-{name.partition('.')[0]}.port{'.grpc' if '.' in name else ''}={port}"
         for name, port in zip(names, ports, strict=True)
     ]
-    server = S3Server(f"http://127.0.0.1:{ports[0]}", "test", "testtest", None)  # type: ignore[arg-type]
     command = [
         *(_weed(), "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", *flags),
-        *("-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
+        *("-admin.ui=false", f"-webdav.cacheDir={folder}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
         *(f"-filer.localSocket={folder}/filer.sock", f"-s3.domainName={','.join(DOMAINS)}", "-s3.autoCreateBucket=false"),
     ]
     with (folder / "log").open("wb") as log:
@@ -130,8 +131,10 @@ def start_s3_server() -> S3Server:
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
     atexit.register(_stop, process, folder)
-    _wait(server.endpoint, process, folder / "log")
-    return S3Server(server.endpoint, server.access_key_id, server.secret_access_key, process)
+    addresses = [f"http://127.0.0.1:{port}" for port in (ports[0], ports[-1])]
+    for address in addresses:
+        _wait(address, process, folder / "log")
+    return S3Server(addresses[0], "test", "testtest", process, addresses[1])
 
 
 @pytest.fixture(scope="session")

@@ -18,15 +18,14 @@ from obstore.exceptions import NotFoundError, PreconditionError
 
 from wmtp.errors import WMTPError
 from wmtp_storage.aio import run
-from wmtp_storage.checksums import etag_md5
+from wmtp_storage.checksums import StoreChecksum, etag_md5
 from wmtp_storage.failures import explained, understand
 from wmtp_storage.journal import Journal, Segment, whole_checksum
 from wmtp_storage.throttle import Throttle
 from wmtp_storage.work import Part, Range, Work
 
 if TYPE_CHECKING:
-    from wmtp_storage.backend import ObjectStorage
-    from wmtp_storage.checksums import StoreChecksum
+    from wmtp_storage.backend import ObjectStorage, StoredObject
     from wmtp_storage.uris import RemoteURI
 
 __all__ = ["Changed", "Transfer"]
@@ -101,7 +100,7 @@ class Transfer:
         try:
             for part in self._parts:
                 # asked at the beginning, not when the last byte has come
-                self._expected[part] = self._pool.submit(self._opened.checksum, part.stored, False)
+                self._expected[part] = self._pool.submit(self._checksum, part.stored)
             for part in self._parts:
                 if not part.missing:
                     self._pool.submit(self._verify, part)
@@ -246,6 +245,11 @@ class Transfer:
                 " to go on"
             ) from error
 
+    def _checksum(self, stored: StoredObject) -> StoreChecksum | None:
+        if stored.hash is not None and stored.hash.startswith("crc64nvme:"):
+            return StoreChecksum("crc64nvme", bytes.fromhex(stored.hash.partition(":")[2]))
+        return self._opened.checksum(stored, False)
+
     def _verify(self, part: Part) -> None:
         """All bytes of a file are there: compare it with what the store says of it, beside the transfer of others."""
         try:
@@ -270,7 +274,7 @@ class Transfer:
         if expected is None or self._matches(part, expected):
             part.checked = None if expected is None else str(expected)
             return True
-        closer = self._opened.checksum(stored, True)
+        closer = self._opened.checksum(stored, True) if stored.hash is None else expected
         if closer != expected and (closer is None or self._matches(part, closer)):
             part.checked = None if closer is None else str(closer)
             return True
