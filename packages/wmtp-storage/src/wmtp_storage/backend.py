@@ -19,7 +19,7 @@ from wmtp.storage.manifest import MANIFEST, Manifest
 from wmtp_storage.failures import explained, understand
 from wmtp_storage.fetch import fetch_into
 from wmtp_storage.localize import localize
-from wmtp_storage.push import push, remove
+from wmtp_storage.push import push, remove, remove_leftovers
 from wmtp_storage.uris import RemoteURI, parse
 
 if TYPE_CHECKING:
@@ -208,6 +208,12 @@ class ObjectStorage(Storage):
         place = parse(uri)
         single = self.head(place)
         remove(self, place, [stored.key for stored in ([single] if single is not None else self.objects(place))])
+
+    def tidy(self, uri: str) -> None:
+        """See `Storage.tidy`: ends uploads that were left unfinished, and removes folders that were never whole."""
+        place = parse(uri)
+        remove_leftovers(self, place)
+        self.opened(place).abort_uploads(place.key)
 
 
 def _stored(meta: ObjectMeta, name: str) -> StoredObject:

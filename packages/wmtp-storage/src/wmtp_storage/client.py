@@ -75,24 +75,37 @@ class Opened:
         store: tries a failed request again by itself.
         reader: does not: whoever reads from it goes on where it failed.
         checksum: of an object's content, as the store knows it.
+        abort_uploads: ends what was never uploaded to its end in a folder, which is given by its key.
     """
 
     store: ObjectStore
     reader: ObjectStore
     checksum: Checksum
+    abort_uploads: Callable[[str], None]
 
 
-def opened(config: RemoteStorage, store: Callable[[RetryConfig], ObjectStore], checksum: Checksum | None = None) -> Opened:
+def opened(
+    config: RemoteStorage,
+    store: Callable[[RetryConfig], ObjectStore],
+    checksum: Checksum | None = None,
+    abort_uploads: Callable[[str], None] | None = None,
+) -> Opened:
     """Open a store.
 
     Args:
         config: of the backend.
         store: makes it. Retries are made with backoff and jitter: of server errors, 429, time-outs and lost connections.
         checksum: see `Opened`; None for a store that tells none.
+        abort_uploads: see `Opened`; None for a store that forgets them by itself.
     """
     retries: RetryConfig = {
         "max_retries": config.max_retries,
         "retry_timeout": timedelta(seconds=config.retry_timeout),
         "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2},
     }
-    return Opened(store(retries), store({"max_retries": 0}), checksum if checksum is not None else lambda *_: None)
+    return Opened(
+        store=store(retries),
+        reader=store({"max_retries": 0}),
+        checksum=checksum if checksum is not None else lambda *_: None,
+        abort_uploads=abort_uploads if abort_uploads is not None else lambda _: None,
+    )

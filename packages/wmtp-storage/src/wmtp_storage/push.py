@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Coroutine, Iterable
 from pathlib import Path
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from wmtp_storage.backend import ObjectStorage
     from wmtp_storage.uris import RemoteURI
 
-__all__ = ["INCOMPLETE", "push", "remove"]
+__all__ = ["INCOMPLETE", "push", "remove", "remove_leftovers"]
 
 #: stands in a folder while it is written or replaced: who finds it must not read the folder
 INCOMPLETE = ".wmtp-incomplete"
 
+_STAGING = re.compile(r"\.partial-[0-9a-f]{16}$")
 _PART = 8 * 2**20
 #: S3 copies no larger objects in one request
 _LARGEST_COPY = 5 * 10**9
@@ -71,6 +73,20 @@ def remove(storage: ObjectStorage, uri: RemoteURI, keys: Iterable[str]) -> None:
         pass
     except (obstore.exceptions.BaseError, OSError) as error:
         raise explained(error, uri, "deleted") from error
+
+
+def remove_leftovers(storage: ObjectStorage, uri: RemoteURI) -> None:
+    """Remove the folders inside ``uri`` that a killed `push` left: those that were never whole, and those beside their target.
+
+    Raises:
+        WMTPError: some of it could not be removed.
+    """
+    half: dict[str, bool] = {}
+    objects = list(storage.objects(uri))
+    for found in objects:
+        folder, _, name = found.name.partition("/")
+        half[folder] = half.get(folder, False) or name == INCOMPLETE or _STAGING.search(folder) is not None
+    remove(storage, uri, [found.key for found in objects if half[found.name.partition("/")[0]]])
 
 
 def _local_files(path: Path, what: str) -> list[_File]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -15,6 +16,7 @@ from obstore.store import S3Store
 from wmtp.errors import ConfigError
 from wmtp_storage.client import Opened, client_options, opened
 from wmtp_storage.s3_questions import Credentials, S3Questions, aws_session, http_session
+from wmtp_storage.s3_uploads import abort_uploads
 
 if TYPE_CHECKING:
     from botocore.session import Session
@@ -63,7 +65,7 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
         )
 
     questions = S3Questions(config, address if is_virtual else f"{address}/{quote(bucket)}", region, credentials)
-    return opened(config, store, questions.checksum)
+    return opened(config, store, questions.checksum, partial(abort_uploads, questions))
 
 
 def _configured_endpoint(session: Session) -> str | None:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from attrs import Factory, field, frozen
 from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSRequest
+from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.credentials import Credentials as BotoCredentials
 from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import BotoCoreError, HTTPClientError
@@ -107,7 +107,7 @@ class Credentials:
 
 @frozen
 class S3Questions:
-    """Asks for the checksums of objects.
+    """Asks what obstore does not: for the checksums of objects, for instance.
 
     Args:
         config: of the backend.
@@ -146,6 +146,29 @@ class S3Questions:
             headers = {name: value for name, value in headers.items() if name != "etag"}
         return from_headers(headers, sizes)
 
+    def send(self, method: str, url: str, headers: Mapping[str, str] | None = None) -> AWSResponse:
+        """Send a signed request without a body; again, with backoff and jitter, where the server is busy or cannot be reached.
+
+        Raises:
+            BotoCoreError: the server could not be reached.
+        """
+        for failures in range(self.config.max_retries + 1):
+            request = AWSRequest(method, url, headers=dict(headers or {}))
+            if self.config.requester_pays:
+                request.headers["x-amz-request-payer"] = "requester"
+            if self.credentials is not None:
+                S3SigV4Auth(self.credentials.frozen(), "s3", self.region).add_auth(request)
+            is_last = failures == self.config.max_retries
+            try:
+                answer = self._session.send(request.prepare())
+                if is_last or (answer.status_code != 429 and answer.status_code < 500):
+                    return answer
+            except HTTPClientError:
+                if is_last:
+                    raise
+            time.sleep(random.uniform(0.1, 1) * min(15.0, 0.2 * 2**failures))
+        raise AssertionError("the last try returns or raises")
+
     def _part_sizes(self, stored: StoredObject, parts: int) -> list[int] | None:
         """All parts but the last are of one size, in what every known tool uploads."""
         first = int(self._head(stored, part=1).get("content-length", 0))
@@ -162,21 +185,8 @@ class S3Questions:
         headers: dict[str, Any] = {"x-amz-checksum-mode": "ENABLED"}
         if stored.etag is not None:
             headers["If-Match"] = stored.etag
-        if self.config.requester_pays:
-            headers["x-amz-request-payer"] = "requester"
-        for failures in range(self.config.max_retries + 1):
-            request = AWSRequest("HEAD", url, headers=headers)
-            if self.credentials is not None:
-                S3SigV4Auth(self.credentials.frozen(), "s3", self.region).add_auth(request)
-            try:
-                answer = self._session.send(request.prepare())
-                if answer.status_code != 429 and answer.status_code < 500:
-                    break
-            except HTTPClientError:
-                if failures == self.config.max_retries:
-                    raise
-            time.sleep(random.uniform(0.1, 1) * min(15.0, 0.2 * 2**failures))
-        else:
+        answer = self.send("HEAD", url, headers)
+        if answer.status_code == 429 or answer.status_code >= 500:
             raise WMTPError(f"{stored.key}: its checksum could not be asked for: HTTP status {answer.status_code}")
         if not 200 <= answer.status_code < 300:
             logger.debug("%s: asked for its checksum, the server answered %s", stored.key, answer.status_code)

@@ -114,3 +114,10 @@ class Storage(ABC):
             WMTPError: the backend cannot, or failed.
         """
         raise WMTPError(f"{uri}: {type(self).__name__} cannot delete")
+
+    def tidy(self, uri: str) -> None:
+        """Remove what pushes that were killed left half-written in the folder ``uri``. Only for who writes there alone.
+
+        Raises:
+            WMTPError: it could not be removed; the message names the URI.
+        """

@@ -14,6 +14,8 @@ from wmtp.storage.uris import file_path
 
 __all__ = ["File"]
 
+_PARTIAL = ".part"
+
 
 class File(Storage):
     """Local files and folders. Nothing is fetched: `localize` gives the path itself."""
@@ -50,7 +52,7 @@ class File(Storage):
         staging = None
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent))
+            staging = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=_PARTIAL, dir=target.parent))
             _copy(source, staging / "new")
             replace_path(staging / "new", target, staging / "old")
         except OSError as error:
@@ -59,6 +61,12 @@ class File(Storage):
         finally:
             if staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)
+
+    def tidy(self, uri: str) -> None:
+        """See `Storage.tidy`."""
+        folder = file_path(uri)
+        for path in folder.glob(f".*{_PARTIAL}") if folder.is_dir() else ():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_push(path: Path, uri: str, source: Path, target: Path) -> None:

@@ -134,6 +134,15 @@ class StorageTests(ComponentTests):
         assert uri in str(error.value)
         assert not cache.exists() or not [path for path in cache.rglob("*") if path.is_file()]
 
+    def test_tidying_leaves_what_is_whole(self, storage: Storage, root: str, cache: Path, folder: Path) -> None:
+        """There is nothing half-written here."""
+        storage.tidy(root)
+        storage.push(folder, f"{root}/model")
+        storage.push(folder / "a", f"{root}/file")
+        storage.tidy(root)
+        assert _files(storage.localize(f"{root}/model", cache)) == _files(folder)
+        assert storage.localize(f"{root}/file", cache).read_bytes() == b"1"
+
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

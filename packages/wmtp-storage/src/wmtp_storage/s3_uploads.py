@@ -1,0 +1,72 @@
+"""Uploads to S3 that were left unfinished: their parts are invisible, and are paid for until somebody aborts them.
+
+obstore has no call for that.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urlencode
+from xml.etree import ElementTree
+
+from botocore.exceptions import BotoCoreError
+
+from wmtp.errors import WMTPError
+
+if TYPE_CHECKING:
+    from wmtp_storage.s3_questions import S3Questions
+
+__all__ = ["abort_uploads"]
+
+logger = logging.getLogger("wmtp.storage")
+
+
+def abort_uploads(questions: S3Questions, folder: str) -> None:
+    """Abort the unfinished uploads of the objects in a folder.
+
+    Who may write objects may not be allowed to ask for unfinished uploads, and not every store knows the question: one line
+    says so then.
+
+    Args:
+        questions: of the bucket.
+        folder: its key; empty for the whole bucket.
+
+    Raises:
+        WMTPError: the store could not be reached, or did not abort one.
+    """
+    prefix = f"{folder}/" if folder else ""
+    try:
+        for key, upload in _unfinished(questions, prefix):
+            url = f"{questions.address}/{quote(key)}?{urlencode({'uploadId': upload})}"
+            answer = questions.send("DELETE", url)
+            if answer.status_code not in (200, 204, 404):
+                raise WMTPError(f"{key}: an unfinished upload could not be aborted: HTTP status {answer.status_code}")
+            logger.info("%s: an upload that never ended was aborted", key)
+    except BotoCoreError as error:
+        raise WMTPError(f"{prefix}: unfinished uploads could not be asked for: {error}") from error
+
+
+def _unfinished(questions: S3Questions, prefix: str) -> list[tuple[str, str]]:
+    """Key and number of each."""
+    found: list[tuple[str, str]] = []
+    after: dict[str, str] = {}
+    while True:
+        answer = questions.send("GET", f"{questions.address}?{urlencode({'uploads': '', 'prefix': prefix, **after})}")
+        if answer.status_code != 200:
+            logger.warning(
+                "unfinished uploads of killed runs, if there are any, stay: the store does not tell them (HTTP status %d)",
+                answer.status_code,
+            )
+            return []
+        page = ElementTree.fromstring(answer.content)
+
+        def text(element: ElementTree.Element, name: str) -> str:
+            return element.findtext(f"{{*}}{name}") or ""
+
+        for upload in page.findall("{*}Upload"):
+            if text(upload, "Key").startswith(prefix):
+                found.append((text(upload, "Key"), text(upload, "UploadId")))
+        if text(page, "IsTruncated") != "true":
+            return found
+        after = {"key-marker": text(page, "NextKeyMarker"), "upload-id-marker": text(page, "NextUploadIdMarker")}
