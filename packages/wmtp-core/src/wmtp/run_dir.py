@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
@@ -29,6 +29,7 @@ from wmtp.storage.uris import file_path
 __all__ = [
     "CONFIG_FILE",
     "INFO_FILE",
+    "adopt",
     "changed_versions",
     "create",
     "differences",
@@ -58,13 +59,44 @@ def create(config: Config, registry: Registry, argv: Sequence[str]) -> Path:
     Raises:
         ConfigError: the name is taken, or nothing can be written there.
     """
-    parent = file_path(config.run.output_dir)
-    draft = parent / f".new-{uuid.uuid4().hex}"
     started = datetime.now().astimezone()
-    try:
-        draft.mkdir(parents=True)
+
+    def write(draft: Path) -> None:
         (draft / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
         _write_json(draft / INFO_FILE, _facts(config, registry, argv, started))
+
+    return _make(config, started, write)
+
+
+def adopt(config: Config, fetch: Callable[[Path], None]) -> Path:
+    """Make the directory of a run that was begun on another machine.
+
+    Args:
+        config: what it is resumed with; for its name and place.
+        fetch: puts the files of the run's directory into a folder.
+
+    Raises:
+        ConfigError: nothing can be written there.
+        WMTPError: the files could not be fetched, or are those of no run.
+    """
+
+    def write(draft: Path) -> None:
+        fetch(draft)
+        if not is_run_dir(draft):
+            raise WMTPError(
+                f"the files fetched for {config.run.name or 'the run'} are those of no run: {CONFIG_FILE} is missing"
+            )
+
+    return _make(config, datetime.now().astimezone(), write)
+
+
+def _make(config: Config, started: datetime, write: Callable[[Path], None]) -> Path:
+    """A run directory that appears whole or not at all."""
+    parent = file_path(config.run.output_dir)
+    draft = parent / f".new-{uuid.uuid4().hex}"
+    try:
+        draft.mkdir(parents=True)
+        write(draft)
         names = [config.run.name] if config.run.name is not None else _free_names(config.trainer.type, started)
         for name in names:
             try:

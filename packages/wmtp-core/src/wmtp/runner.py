@@ -23,6 +23,7 @@ from wmtp.launchers.cluster import Nodes, Worker
 from wmtp.launchers.local import Local
 from wmtp.result import Result
 from wmtp.storage.uris import file_path
+from wmtp.training.remote_checkpoints import remote_checkpoints
 
 __all__ = ["load_checked", "run"]
 
@@ -183,9 +184,20 @@ def _directory_to_resume(config: Config, resume: str | os.PathLike[str] | None) 
     if resume != "auto":
         return _existing_run(resume)
     if config.run.name is None:
-        return run_dirs.find_unfinished(config)
-    path = file_path(config.run.output_dir) / config.run.name
-    return path if run_dirs.is_run_dir(path) else None
+        found = run_dirs.find_unfinished(config)
+    else:
+        path = file_path(config.run.output_dir) / config.run.name
+        found = path if run_dirs.is_run_dir(path) else None
+    return found if found is not None else _begun_elsewhere(config)
+
+
+def _begun_elsewhere(config: Config) -> Path | None:
+    """A directory here for the run whose checkpoints are at ``checkpoints.uri``; None where there are none."""
+    remote = remote_checkpoints(config)
+    if remote is None or not remote.steps():
+        return None
+    logger.info("%s holds checkpoints of this run, begun elsewhere", remote.uri)
+    return run_dirs.adopt(config, remote.fetch_run)
 
 
 def _take_up(directory: Path, loaded: Loaded) -> None:

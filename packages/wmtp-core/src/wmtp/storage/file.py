@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from wmtp.errors import WMTPError
 from wmtp.storage.atomic import replace_path
-from wmtp.storage.base import Storage
+from wmtp.storage.base import Storage, StoredFile
 from wmtp.storage.uris import file_path
 
 __all__ = ["File"]
@@ -61,6 +62,28 @@ class File(Storage):
         finally:
             if staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)
+
+    def files(self, uri: str) -> Iterator[StoredFile]:
+        """See `Storage.files`. What a killed `push` left is not among them."""
+        path = file_path(uri)
+        found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        for file in found:
+            inside = file.relative_to(path)
+            if not any(part.startswith(".") and part.endswith(_PARTIAL) for part in inside.parts):
+                facts = file.stat()
+                identity = f"{facts.st_ino}-{facts.st_mtime_ns}-{facts.st_size}"
+                yield StoredFile(name=inside.as_posix() if file != path else path.name, size=facts.st_size, identity=identity)
+
+    def remove(self, uri: str) -> None:
+        """See `Storage.remove`."""
+        path = file_path(uri)
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise WMTPError(f"{uri} could not be removed: {error.strerror}") from error
 
     def tidy(self, uri: str) -> None:
         """See `Storage.tidy`."""

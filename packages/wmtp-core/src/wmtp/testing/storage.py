@@ -134,6 +134,34 @@ class StorageTests(ComponentTests):
         assert uri in str(error.value)
         assert not cache.exists() or not [path for path in cache.rglob("*") if path.is_file()]
 
+    def test_files_are_listed(self, storage: Storage, root: str, folder: Path) -> None:
+        """Those of a folder with their paths in it, and nothing of what is beside it; a file by its own name."""
+        storage.push(folder, f"{root}/model")
+        storage.push(folder, f"{root}/model-2")
+        sizes = {name: len(content) for name, content in _files(folder).items()}
+        for uri in (f"{root}/model", f"{root}/model/"):
+            assert {file.name: file.size for file in storage.files(uri)} == sizes
+        assert [(file.name, file.size) for file in storage.files(f"{root}/model/a")] == [("a", 1)]
+        assert list(storage.files(f"{root}/nothing")) == []
+        before = {file.name: file.identity for file in storage.files(f"{root}/model")}
+        (folder / "a").write_bytes(b"2")
+        storage.push(folder / "a", f"{root}/model/a")
+        after = {file.name: file.identity for file in storage.files(f"{root}/model")}
+        assert {name for name in after if after[name] != before[name]} == {"a"}
+
+    def test_what_is_removed_is_gone(self, storage: Storage, root: str, cache: Path, folder: Path) -> None:
+        """A file, or a folder with all that is in it; neighbours stay, and what is not there is no error."""
+        for name in ("model", "model-2"):
+            storage.push(folder, f"{root}/{name}")
+        storage.remove(f"{root}/model-2/a")
+        storage.remove(f"{root}/model")
+        storage.remove(f"{root}/model")
+        assert not storage.exists(f"{root}/model")
+        left = _files(folder)
+        del left["a"]
+        assert {file.name for file in storage.files(root)} == {f"model-2/{name}" for name in left}
+        assert _files(storage.localize(f"{root}/model-2", cache)) == left
+
     def test_tidying_leaves_what_is_whole(self, storage: Storage, root: str, cache: Path, folder: Path) -> None:
         """There is nothing half-written here."""
         storage.tidy(root)

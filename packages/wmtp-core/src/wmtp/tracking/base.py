@@ -57,6 +57,9 @@ class Tracker(ABC):
         Called before `finish`. The file stays as it is until `finish` returns.
         """
 
+    def saved(self, step: int) -> None:
+        """A checkpoint of so many steps was written: what is known so far should survive this machine. Returns at once."""
+
     @abstractmethod
     def finish(self, status: Literal["finished", "stopped", "interrupted", "failed"], model: Path | None) -> None:
         """Close the run: send what is left, and say where the model is."""

@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,10 +116,12 @@ def save_checkpoint(
     return Checkpoint(path=target, step=step)
 
 
-def prune_checkpoints(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints; 0 keeps all."""
+def prune_checkpoints(folder: Path, keep_last: int, needed: Collection[int] = ()) -> None:
+    """Remove all but the newest ``keep_last`` checkpoints, and those of the steps ``needed``; 0 keeps all."""
     if keep_last:
         for checkpoint in list_checkpoints(folder)[:-keep_last]:
+            if checkpoint.step in needed:
+                continue
             # renamed first, so that a kill in the middle leaves no half checkpoint under its name
             doomed = partial_path(checkpoint.path)
             checkpoint.path.rename(doomed)

@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from wmtp.config.schema import CheckpointConfig, ScheduleConfig, TrainConfig
     from wmtp.tracking import Tracker
     from wmtp.training.recording import Recorder, Recording
+    from wmtp.training.remote_checkpoints import CheckpointUpload
 
 __all__ = ["Fit", "FitResult"]
 
@@ -98,6 +99,7 @@ class Fit:
     tracker: Tracker
     total_steps: int
     resumed: Checkpoint | None = None
+    upload: CheckpointUpload | None = None
 
     _ranks: Ranks = field(init=False)
     _step: int = field(default=0, init=False)
@@ -293,11 +295,14 @@ class Fit:
 
     def track(self, step: int, numbers: Mapping[str, float]) -> None:
         """Tell the tracker. Its mistakes never end a run: ``metrics.jsonl`` has everything."""
+        self._tell(lambda: self.tracker.log(step, numbers))
+
+    def _tell(self, tell: Callable[[], None]) -> None:
         try:
-            self.tracker.log(step, numbers)
+            tell()
         except Exception as error:
             if not self._tracker_failed:
-                logger.warning("the tracker failed at step %d: %s; metrics.jsonl has everything", step, error)
+                logger.warning("the tracker failed at step %d: %s; metrics.jsonl has everything", self._step, error)
             self._tracker_failed = True
 
     def _check(self, pending: _Pending, measured: Mapping[str, torch.Tensor | float]) -> None:
@@ -335,15 +340,23 @@ class Fit:
             "last_metrics": dict(self._last),
             "random": _random_state(),
         }
-        folder, keep = self.checkpoint_dir, self.checkpoints.keep_last
-        self._ranks.on_main(lambda: prune_checkpoints(folder, keep))  # fewer may be wanted since a resume
+        self._ranks.on_main(self._prune)  # fewer may be wanted since a resume
         try:
+            folder, model = self.checkpoint_dir, self.step_loss.model
             with self._learned_weights():
-                save_checkpoint(folder, self._step, self.step_loss.model, self.optimizer, state, self._ranks)
+                saved_now = save_checkpoint(folder, self._step, model, self.optimizer, state, self._ranks)
         except WMTPError as error:
             good = f"; the last good checkpoint is {saved[-1].path}" if saved else ""
             raise WMTPError(f"{error}{good}") from error
-        self._ranks.on_main(lambda: prune_checkpoints(folder, keep))
+        if self.upload is not None:
+            self.upload.put(saved_now)
+        self._ranks.on_main(self._prune)
+        if self._ranks.is_main:
+            self._tell(lambda: self.tracker.saved(self._step))
+
+    def _prune(self) -> None:
+        needed = self.upload.needed if self.upload is not None else ()
+        prune_checkpoints(self.checkpoint_dir, self.checkpoints.keep_last, needed)
 
     def _learned_weights(self) -> AbstractContextManager[None]:
         """A checkpoint holds the weights as the optimizer has them, so it fits runs in any precision."""

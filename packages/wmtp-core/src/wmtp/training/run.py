@@ -7,7 +7,7 @@ import logging
 import random
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from wmtp.evaluation import Measured
 from wmtp.report import write_report
 from wmtp.result import Result
 from wmtp.storage.atomic import remove_partial, write_folder
-from wmtp.storage.uris import file_path
+from wmtp.storage.uris import file_path, scheme_of
 from wmtp.tracking import RunInfo, Tracker
 from wmtp.tracking.jsonl import Jsonl
 from wmtp.training.acceleration import accelerate
@@ -39,6 +39,7 @@ from wmtp.training.modules import save_modules
 from wmtp.training.optimizers import change_learning_rate
 from wmtp.training.recording import Recorder
 from wmtp.training.reward_scores import open_reward_scores
+from wmtp.training.remote_checkpoints import CheckpointUpload, RemoteCheckpoints, remote_checkpoints
 from wmtp.training.setup import Source, load_base_model, load_extra_model, open_source, open_token_numbers, provenance
 from wmtp.training.stages import StageBatches, StagePlan, check_data
 from wmtp.training.step import StepLoss
@@ -80,7 +81,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         torch.set_num_threads(config.devices.threads)
     device = ranks.together(lambda: pick_device(config.devices.device, ranks.local_rank if ranks.world > 1 else None))
     folder = checkpoint_folder(config, run_dir)
-    saved = ranks.on_main(lambda: _tidy(folder, run_dir, resume=resume))
+    remote = remote_checkpoints(config)
+    saved = ranks.on_main(lambda: _tidy(folder, run_dir, remote, resume=resume))
     if saved:
         ranks.together(lambda: _see(saved[-1].path))
 
@@ -134,6 +136,11 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         name, source.model_info.architecture, f"{sum(p.numel() for _, p in parameters):,}", model.horizon,
         f"{ranks.world} × " if ranks.world > 1 else "", device, total_steps, config.data.train.batch_size,
     )  # fmt: skip
+    upload = None
+    if remote is not None and ranks.is_main:
+        upload = CheckpointUpload(remote, run_dir, config.checkpoints.keep_last)
+        if saved:  # it may have been written by a process that was killed before it was uploaded
+            upload.put(saved[-1])
     status = "failed"
     saved_model: Path | None = None
     measurements: dict[str, float] = {}
@@ -171,6 +178,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             tracker=tracker,
             total_steps=total_steps,
             resumed=saved[-1] if saved else None,
+            upload=upload,
         )
         with prefer_fast_attention(device):
             outcome = fit.run()
@@ -188,7 +196,13 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
                 measurements = _measure(config, run_dir, fit, source.tokenizer)
                 fit.track(outcome.steps, measurements)
                 _show_sample(model, source.tokenizer, data.eval or data.train, device)
+        ranks.on_main(lambda: upload.finish(saved_model) if upload is not None else None)
         status = outcome.status
+    except Exception:
+        if upload is not None:  # what was saved before must not be lost too
+            with suppress(WMTPError):  # it has been said
+                upload.finish()
+        raise
     finally:
         if ranks.is_main:
             _report(run_dir, status, tracker)
@@ -233,15 +247,21 @@ def _load_model(
     return model, MasterWeights(model) if whole and precision == "bf16-params" else None
 
 
-def _tidy(folder: Path, run_dir: Path, *, resume: bool) -> list[Checkpoint]:
-    """Remove what killed processes left, and list the checkpoints to go on from."""
+def _tidy(folder: Path, run_dir: Path, remote: RemoteCheckpoints | None, *, resume: bool) -> list[Checkpoint]:
+    """Remove what killed processes left, and list the checkpoints to go on from; the newest may have to be fetched."""
     remove_partial(folder)
     remove_partial(run_dir)
     saved = list_checkpoints(folder)
-    if saved and not resume:
+    uploaded = remote.steps() if remote is not None else []
+    if (saved or uploaded) and not resume:
+        where = folder if remote is None else remote.uri
         raise ConfigError(
-            f"checkpoints.uri: {folder} holds checkpoints of another run; choose another folder, or resume that run"
+            f"checkpoints.uri: {where} holds checkpoints of another run; choose another folder, or resume that run"
         )
+    if remote is not None:
+        remote.tidy()
+        if uploaded and (not saved or uploaded[-1] > saved[-1].step):
+            saved = [*saved, remote.fetch(uploaded[-1], folder)]
     return saved
 
 
@@ -315,8 +335,9 @@ def _build_trainer(config: Config) -> tuple[Trainer, str]:
 
 
 def checkpoint_folder(config: Config, run_dir: Path) -> Path:
-    """Where the checkpoints of a run are."""
-    return run_dir / "checkpoints" if config.checkpoints.uri is None else file_path(config.checkpoints.uri)
+    """Where the checkpoints of a run are written on this machine."""
+    uri = config.checkpoints.uri
+    return run_dir / "checkpoints" if uri is None or scheme_of(uri) != "file" else file_path(uri)
 
 
 def planned_steps(config: Config, batches: StepBatches) -> int:

@@ -1,0 +1,205 @@
+"""Checkpoints in an object store: a real S3 server, runs in processes of their own, killed and taken up on another machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from wmtp.errors import WMTPError
+from wmtp.storage.file import File
+from wmtp.training.checkpoint import Checkpoint
+from wmtp.training.remote_checkpoints import CheckpointUpload, RemoteCheckpoints
+from wmtp_storage import S3Storage
+from wmtp_storage.testing import s3_server
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import command, environment
+
+__all__ = ["s3_server"]
+
+
+@pytest.fixture
+def place(s3_server, monkeypatch):
+    """An empty folder in a bucket, and how a process finds it."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3_server.bucket()}/checkpoints/this-run"
+
+
+def names(storage, uri):
+    """What is directly in a folder."""
+    return sorted({file.name.partition("/")[0] for file in storage.files(uri)})
+
+
+def losses(run_dir):
+    return [(row["step"], row["loss"]) for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())]
+
+
+def test_a_run_goes_on_on_another_machine_bit_for_bit(recipe, wmtp, place, tmp_path):
+    """Machine A is killed in the middle of training. Machine B has nothing but the recipe and the URI."""
+    uri = f"checkpoints.uri={place}"
+    whole = wmtp("run", recipe, "--run-name", "whole", "--json", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    words = ["run", recipe, "--run-name", "one", "--set", uri, "--set", "checkpoints.keep_last=1"]
+    storage = S3Storage().build()
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen(
+            command(*words, "--set", f"run.output_dir={tmp_path}/a"), env=environment(), stderr=log, cwd=tmp_path
+        )
+        while not RemoteCheckpoints(storage, place).steps():
+            assert first.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    second = wmtp(*words, "--set", f"run.output_dir={tmp_path}/b", "--resume", "auto", "--json", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "begun elsewhere" in second.stderr
+    ours, reference = tmp_path / "b" / "one", tmp_path / "runs" / "whole"
+    assert losses(ours) == losses(reference)
+    for name in ("model.safetensors", "mtp_heads.safetensors"):
+        assert (ours / "model" / name).read_bytes() == (reference / "model" / name).read_bytes()
+    assert names(storage, place) == ["model", "run", "step-40", "step-40.json"]
+    assert (storage.localize(f"{place}/model", tmp_path / "cache") / "model.safetensors").read_bytes() == (
+        reference / "model" / "model.safetensors"
+    ).read_bytes()
+
+    again = wmtp(*words, "--set", f"run.output_dir={tmp_path}/c", cwd=tmp_path)
+    assert again.returncode == 2
+    assert f"{place} holds checkpoints of another run" in again.stderr
+    assert not (tmp_path / "c" / "one").exists()
+
+    other = wmtp(*words, "--set", f"run.output_dir={tmp_path}/d", "--set", "optimizer.lr=1", "--resume", "auto", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "optimizer.lr" in other.stderr
+
+
+def test_a_run_fails_loudly_if_its_last_checkpoint_did_not_arrive(recipe, wmtp, place, tmp_path):
+    bucket = place.removeprefix("s3://").partition("/")[0]
+    missing = f"s3://{bucket}-gone/run"
+    words = ["run", recipe, "--run-name", "one", "--set", f"checkpoints.uri={missing}", "--set", "storage.s3.max_retries=0"]
+    done = wmtp(*words, "--set", "train.max_steps=6", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "no such bucket" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_signal_waits_for_the_upload(recipe, place, tmp_path):
+    words = ["run", recipe, "--run-name", "one", "--set", f"checkpoints.uri={place}", "--set", "train.max_steps=100000"]
+    run = subprocess.Popen(
+        command(*words, "--set", "train.eval_interval=1000"), env=environment(), stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    storage = S3Storage().build()
+    while not RemoteCheckpoints(storage, place).steps():
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.terminate()
+    _, said = run.communicate(timeout=60)
+    saved = max(int(path.name.partition("-")[2]) for path in (tmp_path / "runs/one/checkpoints").iterdir())
+    assert f"step-{saved}.json" in names(storage, place), said
+
+
+class Line(File):
+    """Local files as a store, over a line that can be held up or cut."""
+
+    def __init__(self):
+        self.open = True
+        self.broken: set[str] = set()
+
+    def push(self, path, uri):
+        while not self.open:
+            time.sleep(0.005)
+        if any(part in uri for part in self.broken):
+            raise WMTPError(f"{uri}: the line is cut")
+        super().push(path, uri)
+
+
+@pytest.fixture
+def line():
+    return Line()
+
+
+@pytest.fixture
+def remote(line, tmp_path):
+    return RemoteCheckpoints(line, (tmp_path / "store").as_uri())
+
+
+def checkpoint(tmp_path, step):
+    folder = tmp_path / "run" / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True)
+    (folder / "state").write_bytes(os.urandom(1000))
+    (tmp_path / "run" / "metrics.jsonl").write_text(f"up to {step}\n")
+    return Checkpoint(path=folder, step=step)
+
+
+def test_training_does_not_wait_and_waiting_checkpoints_make_way_for_newer_ones(line, remote, tmp_path):
+    line.open = False
+    upload = CheckpointUpload(remote, tmp_path / "run", keep_last=0)
+    for step in range(1, 6):
+        upload.put(checkpoint(tmp_path, step))
+        while step == 1 and upload.needed != {1}:
+            time.sleep(0.005)
+        time.sleep(0.02)
+    assert upload.needed == {1, 5}  # what is on its way and what will be must stay on the disk
+    line.open = True
+    upload.finish()
+    assert remote.steps() == [1, 5]
+    assert upload.needed == set()
+
+
+def test_a_checkpoint_that_did_not_arrive_is_none_and_the_ones_before_stay(line, remote, tmp_path, caplog):
+    remote.upload(checkpoint(tmp_path, 1), tmp_path / "run", 1)
+    second = checkpoint(tmp_path, 2)
+    for part in ("/step-2", "/run/", "step-2.json"):
+        line.broken = {part}
+        with pytest.raises(WMTPError, match="the line is cut"):
+            remote.upload(second, tmp_path / "run", 1)
+        assert remote.steps() == [1]
+    line.broken = set()
+    remote.tidy()
+    assert names(line, remote.uri) == ["run", "step-1", "step-1.json"]
+    fetched = remote.fetch(1, tmp_path / "here")
+    assert (fetched.path / "state").read_bytes() == (tmp_path / "run/checkpoints/step-1/state").read_bytes()
+
+
+def test_only_the_newest_checkpoint_must_arrive(line, remote, tmp_path, caplog):
+    upload = CheckpointUpload(remote, tmp_path / "run", keep_last=1)
+    line.broken = {"step-1"}
+    upload.put(checkpoint(tmp_path, 1))
+    while upload.needed:
+        time.sleep(0.005)
+    line.broken = set()
+    upload.put(checkpoint(tmp_path, 2))
+    upload.finish()
+    assert remote.steps() == [2]
+
+    upload = CheckpointUpload(remote, tmp_path / "run", keep_last=1)
+    line.broken = {"step-3"}
+    upload.put(checkpoint(tmp_path, 3))
+    with pytest.raises(WMTPError, match=r"step-3 was not uploaded to file:.*the line is cut"):
+        upload.finish()
+    assert remote.steps() == [2]
+
+
+def test_another_content_than_was_uploaded_is_refused(line, remote, tmp_path):
+    remote.upload(checkpoint(tmp_path, 1), tmp_path / "run", 1)
+    (tmp_path / "store" / "step-1" / "state").write_bytes(b"cut")
+    with pytest.raises(WMTPError, match=r"step-1 is not what was uploaded"):
+        remote.fetch(1, tmp_path / "here")
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_uploads_that_were_killed_are_aborted(s3_server, place):
+    """Their parts are invisible, and paid for."""
+    bucket, _, folder = place.removeprefix("s3://").partition("/")
+    client = s3_server.client()
+    for key in (f"{folder}/step-1/state", "elsewhere/object"):
+        started = client.create_multipart_upload(Bucket=bucket, Key=key)
+        client.upload_part(Bucket=bucket, Key=key, UploadId=started["UploadId"], PartNumber=1, Body=b"x" * 100)
+    RemoteCheckpoints(S3Storage().build(), place).tidy()
+    left = client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+    assert [upload["Key"] for upload in left] == ["elsewhere/object"]
