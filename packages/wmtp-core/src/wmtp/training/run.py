@@ -38,8 +38,8 @@ from wmtp.training.memory import estimate_memory, head_parameters
 from wmtp.training.modules import save_modules
 from wmtp.training.optimizers import change_learning_rate
 from wmtp.training.recording import Recorder
-from wmtp.training.reward_scores import open_reward_scores
 from wmtp.training.remote_checkpoints import CheckpointUpload, RemoteCheckpoints, remote_checkpoints
+from wmtp.training.reward_scores import open_reward_scores
 from wmtp.training.setup import Source, load_base_model, load_extra_model, open_source, open_token_numbers, provenance
 from wmtp.training.stages import StageBatches, StagePlan, check_data
 from wmtp.training.step import StepLoss
