@@ -42,6 +42,6 @@ inside wmtp check configs/vessl-minitest.toml
 inside wmtp check configs/vessl.toml
 step "wmtp start: the quickstart for some steps"
 inside wmtp start examples/quickstart.toml --set train.max_steps=8 --set run.name=try --set train.eval_interval=4 \
-  --set data.eval.max_batches=1
+  --set data.eval.max_batches=1 --set schedule.warmup_steps=2
 inside sh -euc 'ls runs/try runs/try/model; wc -l runs/try/metrics.jsonl'
 step "done"
