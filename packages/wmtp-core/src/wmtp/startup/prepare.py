@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, StorageConfig
 from wmtp.config.tree import components
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.storage.uris import localize, redact, scheme_of
+from wmtp.storage.uris import file_path, localize, redact, scheme_of
 
 __all__ = ["Fetch", "fetched", "needed", "verify"]
 
@@ -64,8 +65,11 @@ def needed(config: Config, home: Path) -> list[Fetch]:
     return found
 
 
-def fetched(config: Config, wanted: Iterable[Fetch]) -> Config:
-    """Fetch, and return the config with the local paths in place of the URIs: the training processes fetch nothing.
+def fetched(config: Config, wanted: Iterable[Fetch], home: Path) -> Config:
+    """Fetch, and return the config with local paths in place of the URIs: the training processes fetch nothing.
+
+    The paths are links in ``inputs``, relative to ``home`` and the same in every container, wherever the cache has the files: a
+    run that goes on elsewhere has the config that it had.
 
     Raises:
         ConfigError: no plugin serves a URI.
@@ -78,8 +82,11 @@ def fetched(config: Config, wanted: Iterable[Fetch]) -> Config:
     for fetch in wanted:
         fetch.folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        paths[fetch.key] = localize(fetch.uri, backends, fetch.folder, key=f"{fetch.key}.uri")
-        logger.info("%s: %s is at %s (%.1f s)", fetch.key, redact(fetch.uri), paths[fetch.key], time.monotonic() - began)
+        there = localize(fetch.uri, backends, fetch.folder, key=f"{fetch.key}.uri")
+        suffix = "".join(there.suffixes) if there.is_file() else ""  # by which a loader may know the format
+        paths[fetch.key] = Path("inputs", f"{fetch.key}{suffix}")
+        _link(home / paths[fetch.key], there)
+        logger.info("%s: %s is at %s (%.1f s)", fetch.key, redact(fetch.uri), there, time.monotonic() - began)
 
     def local(path: KeyPath, component: Any) -> Any:
         if dotted(path) in paths:
@@ -93,6 +100,18 @@ def fetched(config: Config, wanted: Iterable[Fetch]) -> Config:
     return evolve(config, models=models, datasets=datasets, tokenizer=tokenizer)
 
 
+def _link(link: Path, target: Path) -> None:
+    """Make a link, in place of an older one."""
+    draft = link.with_name(f".{link.name}.{os.getpid()}")
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(target.absolute())
+        draft.replace(link)
+    except OSError as error:
+        raise WMTPError(f"{link}: the link to {target} could not be made: {error.strerror or error}") from None
+
+
 def verify(config: Config) -> None:
     """Check the models before anything is trained: files whole, vocabularies of one size.
 
@@ -103,7 +122,7 @@ def verify(config: Config) -> None:
     sizes: dict[str, int] = {}
     for name, model in config.models.items():
         uri = getattr(model.loader, "uri", None)
-        path = Path(uri).expanduser() if isinstance(uri, str) and scheme_of(uri) == "file" else None
+        path = file_path(uri) if isinstance(uri, str) and scheme_of(uri) == "file" else None
         if path is not None:
             _check_files(f"models.{name}", path)
         size = _stated_vocabulary(path) if path is not None else None

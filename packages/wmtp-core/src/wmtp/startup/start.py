@@ -51,7 +51,7 @@ def start(files: Sequence[str], overrides: Iterable[str] = ()) -> Result:
         config = read_config(files, overrides)
         wanted = needed(config, home)
         check_machine(config, list(dict.fromkeys(fetch.folder for fetch in wanted)))
-        ready = fetched(config, wanted)
+        ready = fetched(config, wanted, home)
         verify(ready)
         with sampled(home):
             return run(ready, resume="auto")
