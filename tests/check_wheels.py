@@ -92,17 +92,20 @@ def check_training(wmtp: Environment) -> None:
     (wmtp.work / "example.toml").write_text((EXAMPLE / "example.toml").read_text())
     listed = components(wmtp("wmtp", "plugins", "--json"))
     check(set(listed) == {"wmtp-core", "wmtp-algos", "wmtp-example"}, f"listed: {sorted(listed)}")
-    check(listed["wmtp-example"]["components"] == {"trainers": ["rare-token"]}, f"listed: {listed['wmtp-example']}")
+    check(listed["wmtp-example"]["components"] == {"trainers": ["loss-truncation"]}, f"listed: {listed['wmtp-example']}")
     check("baseline-mtp" in listed["wmtp-algos"]["components"]["trainers"], f"listed: {listed['wmtp-algos']}")
-    check("max_weight" in wmtp("wmtp", "show", "rare-token"), "wmtp show rare-token does not show its keys")
+    check("warmup_steps" in wmtp("wmtp", "show", "loss-truncation"), "wmtp show loss-truncation does not show its keys")
     wmtp("wmtp", "check", "example.toml")
-    wmtp("wmtp", "check", "example.toml", "--set", "trainer.powr=1", expect=2)
+    wmtp("wmtp", "check", "example.toml", "--set", "trainer.drap=0.1", expect=2)
 
     result = json.loads(wmtp("wmtp", "run", "example.toml", "--json"))
     check(result["steps"] == 20, f"result: {result}")
     run_dir = Path(result["run_dir"])
     check(run_dir.is_relative_to(wmtp.work), f"{run_dir} is not inside {wmtp.work}")
     check((run_dir / "metrics.jsonl").read_text().count("\n") >= 4, "metrics.jsonl is too short")
+    check("truncation/threshold" in (run_dir / "metrics.jsonl").read_text(), "the plugin's metrics are missing")
+    page = Path(wmtp("wmtp", "report", run_dir).strip())
+    check("uPlot" in page.read_text() and "document_loss" in page.read_text(), f"{page} is not whole")
     load = (
         "import sys; from transformers import AutoModelForCausalLM as A; m = A.from_pretrained(sys.argv[1]); "
         "print(type(m).__name__, 'wmtp' in sys.modules)"

@@ -103,10 +103,8 @@ def test_every_toml_block_is_a_config_or_a_part_of_one(mark, text, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     environment_of(text, monkeypatch)
     mapping = tomllib.loads(text)
-    if mark.startswith("file: ") and mark != "file: recipe.toml":
-        return  # the tutorial's pyproject.toml; its recipe needs the plugin and has a test of its own
-    if mark == "file: recipe.toml":
-        mapping["trainer"] = {"type": "baseline-mtp"}
+    if mark.startswith("file: "):
+        return  # the tutorial's files have a test of their own
     Path("train.jsonl").touch()
     make_inputs(mapping)
     if mark == "fragment":
@@ -124,7 +122,7 @@ def test_every_toml_block_is_a_config_or_a_part_of_one(mark, text, tmp_path, mon
 @pytest.mark.parametrize("path", [*(ROOT / "examples").rglob("*.toml"), *(ROOT / "configs").rglob("*.toml")], ids=page_id)
 def test_every_config_file_passes(path, tmp_path, monkeypatch):
     text = path.read_text(encoding="utf-8")
-    if path.name == "pyproject.toml" or 'type = "rare-token"' in text:
+    if path.name == "pyproject.toml" or 'type = "loss-truncation"' in text:
         return  # the example plugin is installed and run by check_wheels.py
     monkeypatch.chdir(tmp_path)
     environment_of(text, monkeypatch)
@@ -318,16 +316,22 @@ def test_every_message_is_what_the_command_says(words, text, project, capsys, mo
     assert errors == text or re.fullmatch(expected, errors), errors
 
 
-def test_the_tutorial_gives_a_plugin(tmp_path):
-    """Its files, installed as pip would, are listed, checked, and pass their own tests."""
+def test_the_tutorial_gives_the_example_plugin(tmp_path):
+    """Its files are those of examples/wmtp-example; installed as pip would, they are listed, checked, and pass their tests."""
     text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    example = ROOT / "examples" / "wmtp-example"
+    files = {}
     for match in BLOCK.finditer(text):
         if (match["mark"] or "").startswith("file: "):
-            path = tmp_path / match["mark"].removeprefix("file: ")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(match["text"], encoding="utf-8")
+            files[match["mark"].removeprefix("file: ")] = match["text"]
+    there = {path.relative_to(example).as_posix() for path in example.rglob("*.*") if "__pycache__" not in path.parts}
+    assert files.keys() == {name for name in there if Path(name).suffix in (".py", ".toml")}
+    for name, content in files.items():
+        assert content == (example / name).read_text(encoding="utf-8"), name
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
     project = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]
-    installed = tmp_path / "src" / "wmtp_late-0.1.0.dist-info"
+    installed = tmp_path / "src" / "wmtp_example-0.1.0.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     (installed / "entry_points.txt").write_text("[wmtp]\n" + "".join(
@@ -339,8 +343,8 @@ def test_the_tutorial_gives_a_plugin(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    expected = next(match["text"] for match in BLOCK.finditer(text) if match["text"].startswith("wmtp-late"))
+    expected = next(match["text"] for match in BLOCK.finditer(text) if match["text"].startswith("wmtp-example"))
     assert expected in run("wmtp", "plugins")
-    assert "power = 0.5" in run("wmtp", "show", "late-tokens")
-    run("wmtp", "check", "recipe.toml")
+    assert "drop = 0.1" in run("wmtp", "show", "loss-truncation")
+    run("wmtp", "check", "example.toml")
     assert " passed" in run("pytest", "-q", "-p", "no:cacheprovider", "tests")

@@ -1,1 +1,1 @@
-"""A WMTP plugin to start from."""
+"""loss-truncation for WMTP: examples that the model finds hardest to explain are left out."""

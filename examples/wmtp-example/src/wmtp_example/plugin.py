@@ -5,36 +5,43 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import attrs
+from attrs.validators import ge, gt, lt
 
 import wmtp
 
 if TYPE_CHECKING:
-    from wmtp_example.trainer import RareTokenTrainer
+    from wmtp.training import Trainer
 
-__all__ = ["RareToken", "wmtp_trainers"]
+__all__ = ["LossTruncation", "wmtp_trainers"]
 
 
 @attrs.frozen(kw_only=True)
-class RareToken:
-    """Learns more from tokens that are rare in the batch.
+class LossTruncation:
+    """Leaves out the documents with the highest loss (Kang and Hashimoto, ACL 2020, arXiv 2004.14589).
+
+    The log loss asks a model to explain every document, wrong and garbled ones too. Here a document whose loss is above the
+    (1 − drop) quantile of the last documents is not learned: w = 0, else 1.
 
     Args:
-        power: p in w = (n / count)^p; 0 is plain multi-token prediction, 1 gives every distinct token the same total weight.
-        max_weight: weights are cut off there, in units of their mean.
+        drop: c, about this share of documents is left out.
+        window: of so many last documents the quantile is taken.
+        warmup_steps: optimizer steps at the start in which all is learned. What a model without training finds hard says
+            nothing yet (the paper's "hotstart").
     """
 
-    type = "rare-token"
-    power: float = attrs.field(default=0.5, validator=[attrs.validators.ge(0.0), attrs.validators.le(1.0)])
-    max_weight: float = attrs.field(default=5.0, validator=attrs.validators.ge(1.0))
+    type = "loss-truncation"
+    drop: float = attrs.field(default=0.1, validator=[ge(0.0), lt(1.0)])
+    window: int = attrs.field(default=1000, validator=gt(0))
+    warmup_steps: int = attrs.field(default=100, validator=ge(0))
 
-    def build(self) -> RareTokenTrainer:
+    def build(self) -> Trainer:
         """Make the trainer; only this imports torch."""
-        from wmtp_example.trainer import RareTokenTrainer
+        from wmtp_example.trainer import LossTruncationTrainer
 
-        return RareTokenTrainer(self.power, self.max_weight)
+        return LossTruncationTrainer(self)
 
 
 @wmtp.hookimpl
 def wmtp_trainers() -> list[type]:
     """The algorithms of this package."""
-    return [RareToken]
+    return [LossTruncation]

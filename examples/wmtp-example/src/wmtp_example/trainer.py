@@ -1,37 +1,70 @@
-"""rare-token: an algorithm of a few lines."""
+"""loss-truncation: documents with a loss above a running quantile are not learned."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from wmtp.training import StepView, Trainer
 
-__all__ = ["RareTokenTrainer"]
+if TYPE_CHECKING:
+    from wmtp_example.plugin import LossTruncation
+
+__all__ = ["LossTruncationTrainer"]
 
 
-class RareTokenTrainer(Trainer):
-    """Weighs a token by how rare it is among the n learned tokens of the step.
+class LossTruncationTrainer(Trainer):
+    """Loss truncation (Kang and Hashimoto, arXiv 2004.14589), at all heads.
 
-    w[b, j] = min((n / count(x[b, j]))^p / mean, max_weight), where the mean is over the learned tokens.
+        ℓ_d = mean of CE[t, k] over the valid predictions of document d        (the paper: of its next-token predictions)
+        w   = 1 where ℓ_d ≤ q, else 0          q the (1 − drop) quantile of ℓ over the last ``window`` documents, this step's
+                                               among them; the document with the lowest loss of a step is always learned
 
     Args:
-        power: p.
-        max_weight: the largest weight.
+        config: see `wmtp_example.plugin.LossTruncation`.
     """
 
-    def __init__(self, power: float, max_weight: float) -> None:
-        self.power = power
-        self.max_weight = max_weight
+    needs_token_loss = True
+
+    def __init__(self, config: LossTruncation) -> None:
+        self._config = config
+        self._last = torch.zeros(0)  # ℓ of the last documents
+        self._metrics: dict[str, Tensor] = {}
 
     def token_weights(self, view: StepView) -> Tensor | None:
         """One weight a token, ``[B, S]``. The view holds the whole step, whatever the micro-batches are."""
-        learn = view.batch.learn
-        tokens = view.batch.input_ids[learn]
-        weights = torch.zeros(learn.shape, device=tokens.device)
-        if len(tokens) == 0:
-            return weights
-        _, number, count = torch.unique(tokens, return_inverse=True, return_counts=True)
-        rarity = (len(tokens) / count[number]) ** self.power
-        weights[learn] = (rarity / rarity.mean()).clamp(max=self.max_weight)
-        return weights
+        assert view.token_loss is not None
+        number = view.batch.document.clamp(min=0)  # padding has no valid prediction
+        count = torch.zeros(len(view.batch.documents), device=number.device)
+        total = torch.zeros_like(count)
+        count.index_add_(0, number.flatten(), view.targets.valid.sum(dim=-1).flatten().float())
+        total.index_add_(0, number.flatten(), view.token_loss.sum(dim=-1).flatten().float())
+        losses = (total / count)[count > 0]  # of the documents that learn anything
+        self._last = torch.cat([self._last.to(losses.device), losses])[-self._config.window :]
+        self._losses = total / count
+        self._metrics = {}
+        if len(losses) == 0 or view.step < self._config.warmup_steps:
+            return None
+        threshold = torch.quantile(self._last, 1 - self._config.drop)
+        learned = self._losses <= torch.maximum(threshold, losses.min())
+        self._metrics = {"truncation/threshold": threshold, "truncation/dropped": 1 - learned[count > 0].float().mean()}
+        return learned.float()[number]
+
+    def token_details(self, view: StepView) -> Mapping[str, Tensor]:
+        """``document_loss``: ℓ of the token's document, for ``wmtp report``."""
+        return {"document_loss": self._losses[view.batch.document.clamp(min=0)]}
+
+    def metrics(self) -> Mapping[str, Tensor]:
+        """``truncation/threshold``: q; ``truncation/dropped``: the share of the step's documents that is left out."""
+        return self._metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses of the last documents, from which a resumed run goes on."""
+        return {"last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self._last = state["last"]

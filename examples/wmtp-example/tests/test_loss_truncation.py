@@ -1,0 +1,38 @@
+"""The contract of trainers, and what makes this one: against plain Python."""
+
+import torch
+
+from wmtp.testing import TrainerTests
+from wmtp.testing.steps import make_view, random_step
+from wmtp_example.plugin import LossTruncation
+
+
+class TestLossTruncation(TrainerTests):
+    config = LossTruncation(drop=0.3, window=7, warmup_steps=0)
+
+
+def test_documents_above_the_quantile_of_the_last_ones_are_left_out():
+    trainer = LossTruncation(drop=0.25, window=6, warmup_steps=1).build()
+    last = []
+    for number in range(8):
+        view = make_view(trainer, random_step(number, packed=True), number=number)
+        assert view.token_loss is not None
+        losses = {}
+        for document in range(len(view.batch.documents)):
+            inside = view.targets.valid & (view.batch.document == document).unsqueeze(-1)
+            if inside.any():
+                losses[document] = float(view.token_loss[inside].mean())
+        last = (last + list(losses.values()))[-6:]
+        weights = trainer.token_weights(view)
+        if number == 0:
+            assert weights is None, "all is learned during the warm-up"
+            continue
+        assert weights is not None
+        ordered = sorted(last)
+        place = 0.75 * (len(ordered) - 1)
+        low = ordered[int(place)]
+        threshold = low + (place - int(place)) * (ordered[min(int(place) + 1, len(ordered) - 1)] - low)
+        for document, loss in losses.items():
+            found = weights[view.batch.document == document]
+            expected = float(loss <= threshold or loss == min(losses.values()))
+            assert torch.equal(found, torch.full_like(found, expected))
