@@ -48,6 +48,8 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, may_change: boo
         from wmtp.loss import fused
 
         return fused.scaled(gradient, factor, dtype, may_change)
+    if factor.device.type == "cpu" and float(factor) == 1.0:
+        return gradient.to(dtype, copy=not may_change)
     factor = factor.to(gradient.dtype)
     if may_change and gradient.dtype == dtype:
         return gradient.mul_(factor)
