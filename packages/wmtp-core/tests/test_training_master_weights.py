@@ -1,5 +1,8 @@
 """bf16 parameters with fp32 copies: what the optimizer sees, what is saved, and that small updates are not lost."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -97,3 +100,13 @@ def test_frozen_parameters_give_the_copies_no_gradient():
     learned = {name for (name, _), copy in zip(parameters, copies, strict=True) if copy.grad is not None}
     assert learned
     assert all(name.startswith("extra_heads") for name in learned)
+
+
+def test_a_model_and_its_copies_are_freed():
+    model = nn.Linear(2, 2)
+    masters = MasterWeights(model)
+    model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+    alive = [weakref.ref(model.weight), weakref.ref(masters)]
+    del model, masters
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]

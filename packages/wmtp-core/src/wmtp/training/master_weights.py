@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["MasterWeights"]
 
@@ -30,10 +32,17 @@ class MasterWeights:
                 self._places.append((module, name, parameter))  # a tied one has several places, and one copy
                 if parameter not in self._masters:
                     self._masters[parameter] = nn.Parameter(parameter.detach().float())
+        # a parameter must not keep its copies alive: torch's hooks are nothing that Python's collector can look into
+        own = weakref.ref(self)
+
+        def take_gradient(parameter: Tensor) -> None:
+            if (masters := own()) is not None:
+                masters._take_gradient(parameter)
+
         for parameter, master in self._masters.items():
             parameter.grad = None
             parameter.data = master.detach().to(torch.bfloat16)
-            parameter.register_post_accumulate_grad_hook(self._take_gradient)
+            parameter.register_post_accumulate_grad_hook(take_gradient)
 
     def replace(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """The copies of parameters; a parameter that has none stays."""
@@ -61,8 +70,8 @@ class MasterWeights:
             self.publish()
 
     @torch.no_grad()
-    def _take_gradient(self, parameter: nn.Parameter) -> None:
-        master, gradient = self._masters[parameter], parameter.grad
+    def _take_gradient(self, parameter: Tensor) -> None:
+        master, gradient = self._masters[cast(nn.Parameter, parameter)], parameter.grad
         assert gradient is not None
         if master.grad is None:
             master.grad = gradient.to(master.dtype)
