@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from wmtp.config.schema import DataConfig, EvalDataConfig, TrainDataConfig
 from wmtp.data.base import Example
-from wmtp.data.batch import PADDING, align_targets
+from wmtp.data.batch import PADDING, Batch, align_targets
 from wmtp.data.batches import StepBatches, eval_batches
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.packing import best_fit, in_order
@@ -328,3 +328,13 @@ def test_nothing_to_batch_is_said(tmp_path):
     dataset = make_dataset(tmp_path, [(0, 1)])
     with pytest.raises(WMTPError, match="no document"):
         StepBatches(dataset, TrainDataConfig(max_length=16), seed=0)
+
+
+def test_a_batch_elsewhere_keeps_its_rows_on_the_cpu_too():
+    values = torch.arange(12).view(3, 4)
+    batch = Batch(input_ids=values, document=values, position=values, learn=values > 3, documents=())
+    assert batch.to(torch.device("cpu")).host is None
+    moved = batch.to(torch.device("meta")).rows(1, 3)
+    assert moved.input_ids.is_meta
+    assert moved.host is not None
+    assert torch.equal(moved.host.position, values[1:])

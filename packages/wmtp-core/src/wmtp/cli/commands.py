@@ -7,6 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 from wmtp.cli.facts import print_facts
+from wmtp.cli.memory import memory_outlook
 from wmtp.cli.remote import cancel, dry_run_facts, launch, logs, metrics, status
 from wmtp.cli.run import report as report_run
 from wmtp.cli.start import start
@@ -48,12 +49,15 @@ def check(arguments: Namespace) -> tuple[Any, int]:
 
     loaded = load_checked(arguments.files, overrides=arguments.overrides)
     facts = _summary(loaded.config, loaded.registry)
+    facts["memory"], warnings = memory_outlook(loaded.config)
     if getattr(loaded.config.launcher, "remote", False):
         facts |= dry_run_facts(loaded.config)
     if not arguments.json:
         print_facts(facts)
         print("ok")
-    return {"ok": True, "summary": facts}, 0
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return {"ok": True, "summary": facts, "warnings": warnings}, 0
 
 
 def _summary(config: Config, registry: Registry) -> dict[str, str]:

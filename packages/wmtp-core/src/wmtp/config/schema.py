@@ -260,6 +260,8 @@ class DevicesConfig:
             model's own (see ``models.base.attn_implementation``).
         compile: whether layers are compiled (torch.compile), one for all: the first steps take a minute more, the others
             less time and memory.
+        memory_gib: memory of each device, for the estimate of ``wmtp check``, which warns where a run will hardly fit. Default:
+            ``wmtp run --dry-run`` asks the device itself.
         threads: CPU threads. Default: torch's.
         fsdp: how several processes hold one model. Default, with several: FSDP with its defaults.
         timeout: seconds. Several processes end when one of them does nothing for so long.
@@ -270,6 +272,7 @@ class DevicesConfig:
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     attention: Literal["auto", "transformers"] = "auto"
     compile: bool = False
+    memory_gib: float | None = field(default=None, validator=optional(gt(0.0)))
     threads: int | None = field(default=None, validator=optional(ge(1)))
     fsdp: FsdpConfig | None = None
     timeout: float = field(default=600.0, validator=[gt(0.0), lt(math.inf)])

@@ -27,6 +27,7 @@ class Batch:
         learn: ``[B, S]`` bool, whether the token is one to learn (not prompt, not padding; end-of-sequence is).
         weight: ``[B, S]`` float32, the data's own weight of each token; None where no document has any.
         documents: what is known of each document in the batch.
+        host: the same rows on the CPU, where these are on another device: to look something up without waiting for it.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class Batch:
     learn: Tensor
     documents: Sequence[Document]
     weight: Tensor | None = None
+    host: Batch | None = None
 
     @property
     def packed(self) -> bool:
@@ -44,11 +46,13 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """The rows from ``start`` to ``stop``; document numbers keep their meaning."""
-        return self._each(lambda tensor: tensor[start:stop])
+        part = self._each(lambda tensor: tensor[start:stop])
+        return part if self.host is None else evolve(part, host=self.host.rows(start, stop))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``; copies from pinned memory do not block."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return moved if device.type == "cpu" else evolve(moved, host=self)
 
     def pinned(self) -> Batch:
         """The same batch in page-locked memory, from which `to` a GPU does not block."""

@@ -63,8 +63,9 @@ class TokenNumbers:
         """
         import torch
 
-        real = (batch.document >= 0).cpu().numpy()
-        places = self._places(batch)[real]
+        host = batch.host or batch  # a look-up must not wait for the device
+        real = (host.document >= 0).cpu().numpy()
+        places = self._places(host)[real]
         known = self._numbers[places]
         if np.isnan(known).any():
             computed = compute()
@@ -72,7 +73,8 @@ class TokenNumbers:
             return computed
         numbers = np.zeros(real.shape, np.float32)
         numbers[real] = known
-        return torch.from_numpy(numbers).to(batch.input_ids.device)
+        found, device = torch.from_numpy(numbers), batch.input_ids.device
+        return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
     def _places(self, batch: Batch) -> NDArray[np.int64]:
         """Where in the file each token's number is, ``[B, S]``; nonsense at padding."""

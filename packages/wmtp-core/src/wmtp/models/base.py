@@ -31,6 +31,8 @@ class ModelInfo:
         vocab_size: V, the rows of the unembedding.
         max_positions: the longest input; None where there is no limit.
         heads: the extra heads that the model brings; None for an ordinary model.
+        feed_forward_size: the inner width of the feed-forward layers, for the memory estimate; None where it is not known.
+        kv_size: numbers in the keys of a token, in one layer; likewise.
     """
 
     architecture: str
@@ -41,6 +43,8 @@ class ModelInfo:
     vocab_size: int
     max_positions: int | None
     heads: HeadsConfig | None = None
+    feed_forward_size: int | None = None
+    kv_size: int | None = None
 
 
 @frozen(kw_only=True, eq=False)

@@ -1,44 +1,61 @@
-"""How much memory a run will need, before it is started."""
+"""How much memory a run will need on each device, before it is started, and what to change if that is too much. Torch-free."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from attrs import frozen
+from attrs import evolve, frozen
+
+from wmtp.errors import WMTPError
 
 if TYPE_CHECKING:
-    from wmtp.config.schema import Config, HeadsConfig
+    from wmtp.config.schema import Config, DevicesConfig, HeadsConfig
     from wmtp.models.base import ModelInfo
 
-__all__ = ["MemoryEstimate", "estimate_memory", "head_parameters"]
+__all__ = [
+    "MemoryEstimate",
+    "cheaper_settings",
+    "describe_shortage",
+    "estimate_memory",
+    "explain_out_of_memory",
+    "head_parameters",
+    "too_large",
+]
 
-# Numbers that one decoder layer keeps for its backward pass, per token and unit of width: two norms (in fp32 under autocast
-# too), and queries, keys, values, their rotated copies, attention's output and the inputs of the products. A gated
-# feed-forward layer keeps four times its own width besides.
-_KEPT_BY_NORMS = 6
-_KEPT_BY_ATTENTION = 8
+#: what the loss takes for a chunk of logits and what is made of it
+_LOSS_CHUNK = 0.75 * 2**30
+#: what a GPU's driver and torch's libraries take, and what is lost between pieces of memory
+_RESERVED = 1.5 * 2**30
 
 
 @frozen(kw_only=True)
 class MemoryEstimate:
-    """Bytes on the device that trains. An estimate: activations depend on the architecture's details.
+    """Bytes on each device that trains, at the moment when most is taken.
+
+    An estimate: what layers keep depends on details of the architecture. The constants are those of Llama's layers.
 
     Args:
-        parameters: of model and heads; for bf16, with the copies that products use.
-        gradients: of the same.
+        parameters: of model and heads, with fp32 copies, and the bf16 copies that products use under autocast.
+        gradients: of the same; without micro-batches they come as activations go, and are counted where they are more.
         optimizer: two running means a parameter (AdamW).
         activations: what the layers of one micro-batch keep for the backward pass.
+        loss: hidden states of all heads, the unembedding's gradient, and a chunk of logits.
+        other_models: the parameters of reference models and the like.
     """
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
+    loss: int
+    other_models: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.loss + self.other_models
 
     def __str__(self) -> str:
         parts = {
@@ -46,8 +63,10 @@ class MemoryEstimate:
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "activations": self.activations,
+            "loss": self.loss,
+            "other models": self.other_models,
         }
-        return f"about {_size(self.total)}: " + ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
+        return f"about {_size(self.total)}: " + ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
 
 
 def head_parameters(info: ModelInfo, heads: HeadsConfig) -> int:
@@ -62,29 +81,174 @@ def head_parameters(info: ModelInfo, heads: HeadsConfig) -> int:
     }[heads.kind]
 
 
-def estimate_memory(config: Config, info: ModelInfo, heads: HeadsConfig) -> MemoryEstimate:
-    """What training needs on its device.
+def estimate_memory(
+    config: Config, info: ModelInfo, heads: HeadsConfig, *, world: int = 1, others: Mapping[str, ModelInfo] | None = None
+) -> MemoryEstimate:
+    """What training needs on each device.
 
     Args:
-        config: for the size of a micro-batch and the precision.
+        config: for rows, precision, checkpointing and how processes share a model.
         info: of the base model.
         heads: the heads that it gets.
+        world: processes of the job.
+        others: further models that the trainer loads, by name.
     """
+    devices, data = config.devices, config.data.train
     parameters = info.parameters + head_parameters(info, heads)
-    data = config.data.train
-    tokens = min(data.micro_batch_size or data.batch_size, data.batch_size) * data.max_length
-    layers = info.layers + heads.horizon - 1
+    rows = -(-data.batch_size // world)
+    micro = min(data.micro_batch_size or rows, rows)
+    tokens = micro * data.max_length
+    half = devices.precision != "fp32"
+    compute, residual = (2 if half else 4), (2 if devices.precision == "bf16-params" else 4)
     width = info.hidden_size
-    half = config.devices.precision == "bf16"
-    # a layer's parameters are about 2.5 D² for attention and 3 D F for a gated feed-forward layer of width F
-    feed_forward = max(0.0, (info.layer_parameters / width - 2.5 * width) / 3)
-    kept = 4 * _KEPT_BY_NORMS * width + (2 if half else 4) * (_KEPT_BY_ATTENTION * width + 4 * feed_forward)
+
+    shared = world > 1 and (devices.fsdp is None or devices.fsdp.strategy != "none")
+    share = world if shared else 1
+    copies = {"fp32": 0, "bf16": 2 * parameters, "bf16-params": 2 * parameters}[devices.precision]
+    if shared:  # what is gathered of the others' shares: all of it, or two layers and the largest table at a time
+        some = 2 * info.layer_parameters + info.vocab_size * width
+        keeps_all = devices.fsdp is not None and devices.fsdp.strategy == "grad-op"
+        copies = compute * (parameters if keeps_all else min(parameters, some))
+
+    layers = info.layers + (heads.horizon - 1 if heads.kind in ("block", "chained", "shared") else 0)
+    kept, working = _kept_by_layer(devices, info, compute, residual)
+    activations = round(tokens * (layers * kept + working))
+    # of each head the final norm's input, its output and that one's gradient
+    loss = tokens * heads.horizon * width * (residual + 2 * compute)
+    loss += (4 + compute) * info.vocab_size * width + min(_LOSS_CHUNK, 6 * tokens * info.vocab_size)
+    gradients = 4 * parameters // share
+    if micro == rows:
+        gradients = max(0, gradients - activations)
     return MemoryEstimate(
-        parameters=(6 if half else 4) * parameters,
-        gradients=4 * parameters,
-        optimizer=8 * parameters,
-        activations=round(tokens * layers * kept),
+        parameters=4 * parameters // share + copies,
+        gradients=gradients,
+        optimizer=8 * parameters // share,
+        activations=activations,
+        loss=round(loss),
+        other_models=_other_models(config, others or {}),
     )
+
+
+def _kept_by_layer(devices: DevicesConfig, info: ModelInfo, compute: int, residual: int) -> tuple[float, float]:
+    """Bytes a token that a layer keeps, and that the layer at work takes besides.
+
+    Counted in what autograd saves of a Llama layer. A gated feed-forward layer of width F keeps its two inputs, the activation
+    and their product; attention its queries, keys, values and result; what the products read is kept in their precision, and
+    what norms read in that of the residual stream.
+    """
+    width = info.hidden_size
+    ffn, kv = info.feed_forward_size, info.kv_size
+    if ffn is None:  # a layer's parameters are about 2.5 D² for attention and 3 D F for a gated feed-forward layer
+        ffn = max(0.0, (info.layer_parameters / width - 2.5 * width) / 3)
+    if kv is None:
+        kv = width / 4
+    if devices.compile:
+        everything = compute * (5 * width + 2 * kv + 3 * ffn) + residual * width
+    else:
+        norms = {2: 8, 4: 16}[residual] * width
+        everything = compute * ((7 if residual > 2 else 6) * width + 2 * kv + 4 * ffn) + norms
+    if devices.activation_checkpointing == "none":
+        return everything, compute * 2 * ffn
+    if devices.activation_checkpointing == "selective":
+        kept = compute * ((3 if devices.compile else 4) * width + 2 * kv + 2 * ffn) + residual * width
+        return kept, everything - kept + compute * 2 * ffn
+    return residual * width, everything + compute * 2 * ffn
+
+
+def _other_models(config: Config, others: Mapping[str, ModelInfo]) -> int:
+    """Those that compute where the trained model does; `wmtp_algos` names their precision and place so."""
+    trainer = config.trainer
+    if getattr(trainer, "reference_device", None) not in (None, config.devices.device):
+        return 0
+    size = 2 if getattr(trainer, "reference_precision", "fp32") == "bf16" else 4
+    return sum(size * info.parameters for info in others.values())
+
+
+def too_large(estimate: MemoryEstimate, device_bytes: int) -> str | None:
+    """A warning, if a run will hardly fit.
+
+    Args:
+        estimate: of the run.
+        device_bytes: memory of the device.
+    """
+    if estimate.total <= device_bytes - _RESERVED:
+        return None
+    return f"the device has {_size(device_bytes)}, of which {_size(_RESERVED)} are taken by the driver and between pieces"
+
+
+def cheaper_settings(
+    config: Config, info: ModelInfo, heads: HeadsConfig, *, world: int = 1, others: Mapping[str, ModelInfo] | None = None
+) -> list[tuple[str, int]]:
+    """The three single settings that make the estimate smallest, each with the total that it gives."""
+    devices, data = config.devices, config.data.train
+    rows = -(-data.batch_size // world)
+    micro = min(data.micro_batch_size or rows, rows)
+    tried: dict[str, Config] = {}
+    for smaller in {max(1, micro // 2), 1} - {micro}:
+        tried[f"data.train.micro_batch_size = {smaller}"] = evolve(
+            config, data=evolve(config.data, train=evolve(data, micro_batch_size=smaller))
+        )
+    modes = ["none", "selective", "full"]
+    for mode in modes[modes.index(devices.activation_checkpointing) + 1 :]:
+        tried[f'devices.activation_checkpointing = "{mode}"'] = evolve(
+            config, devices=evolve(devices, activation_checkpointing=mode)
+        )
+    if devices.precision != "bf16-params":
+        tried['devices.precision = "bf16-params"'] = evolve(config, devices=evolve(devices, precision="bf16-params"))
+    if not devices.compile:
+        tried["devices.compile = true"] = evolve(config, devices=evolve(devices, compile=True))
+    if data.max_length > 2:
+        half = data.max_length // 2
+        tried[f"data.train.max_length = {half}"] = evolve(config, data=evolve(config.data, train=evolve(data, max_length=half)))
+    if devices.fsdp is not None and devices.fsdp.strategy != "full" and world > 1:
+        tried['devices.fsdp.strategy = "full"'] = evolve(
+            config, devices=evolve(devices, fsdp=evolve(devices.fsdp, strategy="full"))
+        )
+    now = estimate_memory(config, info, heads, world=world, others=others).total
+    totals = {key: estimate_memory(other, info, heads, world=world, others=others).total for key, other in tried.items()}
+    # one value of each key: the one that helps most
+    best: dict[str, tuple[str, int]] = {}
+    for setting, total in sorted(totals.items(), key=lambda entry: entry[1]):
+        best.setdefault(setting.partition(" = ")[0], (setting, total))
+    return [(setting, total) for setting, total in best.values() if total < now][:3]
+
+
+def describe_shortage(settings: list[tuple[str, int]]) -> str:
+    """What messages say of `cheaper_settings`."""
+    return "; what helps most: " + ", ".join(f"{key} (about {_size(total)})" for key, total in settings) if settings else ""
+
+
+@contextmanager
+def explain_out_of_memory(
+    config: Config,
+    info: ModelInfo,
+    heads: HeadsConfig,
+    *,
+    device: object,
+    world: int = 1,
+    others: Mapping[str, ModelInfo] | None = None,
+) -> Iterator[None]:
+    """Turn a lack of memory inside into an error that says what was expected and what helps.
+
+    Args:
+        config, info, heads, world, others: see `estimate_memory`.
+        device: what the message calls the device.
+
+    Raises:
+        WMTPError: in place of torch's error.
+    """
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # torch has a class of its own for GPUs alone; on a CPU it depends on the system what it says
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        estimate = estimate_memory(config, info, heads, world=world, others=others)
+        what = describe_shortage(cheaper_settings(config, info, heads, world=world, others=others))
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WMTPError(f"{device} is out of memory: expected was {estimate}{what}; torch says: {first}") from error
 
 
 def _size(number: float) -> str:

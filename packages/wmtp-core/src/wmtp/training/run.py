@@ -8,6 +8,7 @@ import random
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from wmtp.config.schema import Config, FsdpConfig
+from wmtp.config.rules import required_models
+from wmtp.config.schema import Config, FsdpConfig, HeadsConfig
 from wmtp.config.tree import flatten
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.distributed.sharding import Sharding, spread, whole_state
@@ -31,10 +33,17 @@ from wmtp.tracking import RunInfo, Tracker
 from wmtp.tracking.jsonl import Jsonl
 from wmtp.training.acceleration import accelerate
 from wmtp.training.checkpoint import Checkpoint, list_checkpoints
-from wmtp.training.devices import Precision, autocast_context, pick_device, pick_precision, prefer_fast_attention
+from wmtp.training.devices import (
+    Precision,
+    autocast_context,
+    count_devices,
+    pick_device,
+    pick_precision,
+    prefer_fast_attention,
+)
 from wmtp.training.loop import Fit
 from wmtp.training.master_weights import MasterWeights
-from wmtp.training.memory import estimate_memory, head_parameters
+from wmtp.training.memory import estimate_memory, explain_out_of_memory, head_parameters, too_large
 from wmtp.training.modules import save_modules
 from wmtp.training.optimizers import change_learning_rate
 from wmtp.training.recording import Recorder
@@ -75,6 +84,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     """
     from wmtp.data.batches import StepBatches, eval_batches
     from wmtp.data.prepare import prepare_data
+    from wmtp.models.build import resolve_heads
 
     transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
     if config.devices.threads is not None:
@@ -102,7 +112,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     torch.manual_seed(config.run.seed)
     precision = pick_precision(config.devices.precision, device)
     fsdp = config.devices.fsdp or (FsdpConfig() if ranks.world > 1 else None)
-    model, master_weights = _load_model(config, source, ranks, device, precision, fsdp)
+    heads = resolve_heads(config.models["base"].heads, source.model_info.heads)
+    explained = partial(explain_out_of_memory, config, source.model_info, heads, device=device, world=ranks.world)
+    with explained():
+        model, master_weights = _load_model(config, source, ranks, device, precision, fsdp)
     plan = StagePlan.make(trainer.stages(), warmup_steps=model.heads.warmup_steps, total_steps=total_steps, trainer_name=name)
     batches = StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
     setup = TrainerSetup(
@@ -180,7 +193,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             resumed=saved[-1] if saved else None,
             upload=upload,
         )
-        with prefer_fast_attention(device):
+        with prefer_fast_attention(device), explained():
             outcome = fit.run()
         if outcome.status != "interrupted":
             saved_model = run_dir / "model"
@@ -321,9 +334,26 @@ def dry_run(config: Config) -> dict[str, str]:
         "evaluation data": "none" if data.eval is None else f"{len(data.eval):,} documents",
         "steps": f"{total_steps:,} of {config.data.train.batch_size} rows",
         "stages": ", ".join(f"{stage.name} to step {end:,}" for stage, end in zip(plan.stages, plan.ends, strict=True)),
-        "memory": f"{estimate_memory(config, info, heads)}, on {device}",
+        "memory": _memory(config, source, heads, device),
         "first row": repr(sample if len(sample) <= _SHOWN_CHARACTERS else sample[:_SHOWN_CHARACTERS] + "…"),
     }
+
+
+def _memory(config: Config, source: Source, heads: HeadsConfig, device: torch.device) -> str:
+    """The estimate, and whether it is more than the device has."""
+    others = {
+        name: config.models[name].loader.build().info(source.place.path(config.models[name].loader, f"models.{name}"))
+        for name in required_models(config)
+    }
+    processes = getattr(config.launcher, "processes", 1)
+    world = processes if isinstance(processes, int) else count_devices(device) or 1
+    estimate = estimate_memory(config, source.model_info, heads, world=world, others=others)
+    given = config.devices.memory_gib
+    there = round(given * 2**30) if given else None
+    if there is None and device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    shortage = None if there is None else too_large(estimate, there)
+    return f"{estimate}; on each of {world} × {device.type}" + (f"; it will hardly fit: {shortage}" if shortage else "")
 
 
 def _build_trainer(config: Config) -> tuple[Trainer, str]:

@@ -51,7 +51,17 @@ def describe(model: PreTrainedModel, heads: HeadsConfig | None = None) -> ModelI
         vocab_size=unembedding.weight.shape[0],
         max_positions=getattr(config, "max_position_embeddings", None),
         heads=heads,
+        feed_forward_size=getattr(config, "intermediate_size", None),
+        kv_size=_kv_size(config),
     )
+
+
+def _kv_size(config: PreTrainedConfig) -> int | None:
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return None
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return (getattr(config, "num_key_value_heads", None) or heads) * size
 
 
 def _layer_parameters(model: PreTrainedModel, layers: int) -> int:

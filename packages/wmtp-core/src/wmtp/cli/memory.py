@@ -1,0 +1,39 @@
+"""What ``wmtp check`` says of memory. Imports no torch."""
+
+from __future__ import annotations
+
+from wmtp.config.rules import required_models
+from wmtp.config.schema import Config, HeadsConfig
+from wmtp.models.outline import outline
+from wmtp.training.memory import cheaper_settings, describe_shortage, estimate_memory, too_large
+
+__all__ = ["memory_outlook"]
+
+
+def memory_outlook(config: Config) -> tuple[str, list[str]]:
+    """The estimate for each device, and a warning where a run will hardly fit on it.
+
+    Args:
+        config: checked.
+    """
+    base = config.models["base"]
+    info = outline(base.loader)
+    if info is None:
+        return f"no estimate: the shape of {base.loader.type} models is read by wmtp run --dry-run, which says it", []
+    heads = base.heads or HeadsConfig()
+    processes = getattr(config.launcher, "processes", 1)
+    world = processes if isinstance(processes, int) else 1
+    names = list(required_models(config))
+    found = {name: outline(config.models[name].loader) for name in names if name in config.models}
+    others = {name: other for name, other in found.items() if other is not None}
+    estimate = estimate_memory(config, info, heads, world=world, others=others)
+    text = f"{estimate}; on each of {world} devices" if world > 1 else f"{estimate}; on one device"
+    if unknown := [name for name in names if name not in others]:
+        text += f", without [models.{'], [models.'.join(unknown)}]"
+    if config.devices.memory_gib is None:
+        return text, []
+    shortage = too_large(estimate, round(config.devices.memory_gib * 2**30))
+    if shortage is None:
+        return text, []
+    helps = cheaper_settings(config, info, heads, world=world, others=others)
+    return text, [f"devices.memory_gib: the run will hardly fit: {shortage}{describe_shortage(helps)}"]

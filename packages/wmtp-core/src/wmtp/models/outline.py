@@ -1,0 +1,73 @@
+"""A model's metadata without torch or transformers, where its numbers lie at hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from wmtp.config.components import Component
+from wmtp.errors import WMTPError
+from wmtp.models.base import ModelInfo
+from wmtp.models.config import HfModel, ScratchModel
+from wmtp.storage.uris import file_path, scheme_of
+
+__all__ = ["outline"]
+
+#: architectures of transformers whose layers are Llama's: attention without bias, and a gated feed-forward layer
+_LIKE_LLAMA = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "smollm3"})
+
+
+def outline(loader: Component) -> ModelInfo | None:
+    """What `wmtp.models.base.ModelLoader.info` will say of a model, nearly; None where it cannot be told.
+
+    It can for models from scratch and for Hugging Face folders on this machine, of architectures built as Llama is. Biases,
+    and norms inside of attention, are left out: far less than 1 % of the parameters.
+    """
+    if isinstance(loader, ScratchModel):
+        fields = {
+            "model_type": loader.architecture,
+            "vocab_size": loader.vocab_size,
+            "hidden_size": loader.hidden_size,
+            "num_hidden_layers": loader.layers,
+            "num_attention_heads": loader.attention_heads,
+            "num_key_value_heads": loader.kv_heads or loader.attention_heads,
+            "intermediate_size": loader.intermediate_size,
+            "max_position_embeddings": loader.max_positions,
+            "tie_word_embeddings": loader.tie_embeddings,
+            **loader.options,
+        }
+        return _outline(fields)
+    if isinstance(loader, HfModel):
+        try:
+            if scheme_of(loader.uri) != "file":
+                return None
+            return _outline(json.loads((file_path(loader.uri) / "config.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, WMTPError):
+            return None  # what is wrong with it is said by those who must read it
+    return None
+
+
+def _outline(fields: Mapping[str, Any]) -> ModelInfo | None:
+    if fields.get("model_type") not in _LIKE_LLAMA:
+        return None
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    numbers = [fields.get(name) for name in names]
+    if not all(isinstance(number, int) and number > 0 for number in numbers):
+        return None
+    vocab, width, layers, heads, ffn = numbers
+    head_size = fields.get("head_dim") or width // heads
+    queries, kv = heads * head_size, (fields.get("num_key_value_heads") or heads) * head_size
+    layer = 2 * width * queries + 2 * width * kv + 3 * width * ffn + 2 * width
+    tables = 1 if fields.get("tie_word_embeddings") else 2
+    return ModelInfo(
+        architecture=fields["model_type"],
+        parameters=layers * layer + tables * vocab * width + width,
+        layers=layers,
+        layer_parameters=layer,
+        hidden_size=width,
+        vocab_size=vocab,
+        max_positions=fields.get("max_position_embeddings"),
+        feed_forward_size=ffn,
+        kv_size=kv,
+    )

@@ -1,0 +1,83 @@
+"""Whole runs with the speed options: resumed as if never interrupted, and out of memory."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from attrs import frozen
+from safetensors.torch import load_file
+
+import wmtp
+from wmtp.errors import WMTPError
+from wmtp.training import Trainer
+from wmtp.training.optimizer_config import AdamW
+
+
+def config(folder, **sections):
+    (folder / "texts").mkdir(exist_ok=True)
+    for number in range(6):
+        (folder / "texts" / f"{number}.py").write_text(
+            f'def f{number}(x):\n    """Adds {number}."""\n    return x + {number}\n'
+        )
+    return {
+        "run": {"output_dir": str(folder / "runs"), "name": "one"},
+        "models": {
+            "base": {"type": "scratch", "vocab_size": 320, "hidden_size": 16, "layers": 2, "attention_heads": 2}
+            | {"intermediate_size": 24, "max_positions": 64, "heads": {"horizon": 3}}
+        },
+        "tokenizer": {"type": "bytes"},
+        "datasets": {"code": {"type": "python-source", "uri": str(folder / "texts")}},
+        "data": {"train": {"max_length": 48, "batch_size": 4}},
+        "trainer": {"type": "baseline-mtp"},
+        "optimizer": {"type": "adamw", "lr": 1e-3},
+        "train": {"max_steps": 4, "epochs": 100.0},
+        "checkpoints": {"save_interval": 2, "keep_last": 0},
+        "tracker": {"type": "jsonl"},
+        "report": {"samples": 0},
+        "devices": {"device": "cpu", "precision": "bf16-params", "activation_checkpointing": "selective"},
+    } | sections
+
+
+def losses(run_dir):
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_with_bf16_parameters_is_resumed_as_if_it_had_never_stopped(tmp_path):
+    whole = wmtp.run(config(tmp_path))
+    expected, checkpoint = losses(whole.run_dir), load_file(whole.checkpoint / "model.safetensors")
+    assert len(expected) == 4
+    assert all(tensor.dtype == torch.float32 for tensor in checkpoint.values()), "a checkpoint holds the fp32 copies"
+    saved = load_file(whole.model / "model.safetensors")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in saved.values()), "model/ is what every forward pass computed with"
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, checkpoint[f"base.{name}"].bfloat16()), name
+
+    shutil.rmtree(whole.run_dir / "checkpoints" / "step-4")
+    shutil.rmtree(whole.run_dir / "model")
+    again = wmtp.run(config(tmp_path), resume=whole.run_dir)
+    assert losses(again.run_dir) == expected
+    resumed = load_file(again.checkpoint / "model.safetensors")
+    assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in resumed.items())
+
+
+class _Hungry(Trainer):
+    def token_weights(self, view):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@frozen(kw_only=True)
+class _HungryConfig:
+    type = "hungry"
+
+    def build(self):
+        return _Hungry()
+
+
+def test_a_run_out_of_memory_says_what_was_expected_and_what_helps(tmp_path):
+    from attrs import evolve
+
+    from wmtp.config.load import load_config
+
+    with pytest.raises(WMTPError, match=r"cpu is out of memory: expected was about .*what helps most: .*\(about "):
+        wmtp.run(evolve(load_config(config(tmp_path)), trainer=_HungryConfig(), optimizer=AdamW()))
