@@ -122,6 +122,22 @@ else:
             assert fused.compute(evolve(told, at_most=learned - 1)).broken
             assert fused.compute(evolve(told, valid_counts=[counts[0] - 1, *counts[1:]])).broken
 
+    def test_products_are_as_long_as_they_must_be(monkeypatch):
+        """With known sums, or where the host was told, nothing without a coefficient gets a product of the gradient."""
+        chunks = []
+        run = fused._State.run
+        monkeypatch.setattr(fused._State, "run", lambda self, *args: chunks.append(args[1:]) or run(self, *args))
+        monkeypatch.setattr(fused, "_AHEAD", 0)
+        found = problem(n=20)
+        counts, learned = found.valid.sum(0).tolist(), int((found.coefficients != 0).sum())
+        for extra in ({}, {"at_most": learned, "valid_counts": counts}):
+            for known in (False, True):
+                chunks.clear()
+                fused.compute(evolve(found, **extra, lse=plain.compute(found).lse if known else None))
+                assert sum(stop - start for start, stop, gradient in chunks if gradient) == learned
+                rest = sum(stop - start for start, stop, gradient in chunks if not gradient)
+                assert rest == (0 if known else sum(counts) - learned)
+
     def test_nothing_to_do():
         found = problem()
         nothing = torch.zeros_like(found.valid)
