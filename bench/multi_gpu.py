@@ -84,6 +84,7 @@ class Bench:
 
     def __init__(self, folder: Path, device: str, count: int) -> None:
         self.folder, self.device, self.count = folder, device, count
+        self.length = LENGTH if device == "cuda" else 128
 
     def config(self, model: dict[str, int], gpus: int, rows: int, **changes: object) -> dict[str, object]:
         small = model["vocab_size"] < 32000
@@ -94,7 +95,7 @@ class Bench:
             "datasets": {"text": {"type": "jsonl", "uri": str(text(self.folder))}},
             "data": {
                 "train": {
-                    "max_length": LENGTH if self.device == "cuda" else 128,
+                    "max_length": self.length,
                     "batch_size": rows,
                     "micro_batch_size": max(1, rows // gpus),
                     "overlong": "split",
@@ -176,8 +177,8 @@ def equal(bench: Bench) -> bool:
         fine = losses < bound and apart < bound
         good &= fine
         print(
-            f"equal {precision}: {bench.count} GPU(s) with FSDP2 against 1 without, 10 steps: losses differ by {losses:.1e}, "
-            f"parameters by {apart:.1e} (at most {bound:g}): {'ok' if fine else 'NOT EQUAL'}; losses "
+            f"equal {precision}: {bench.count} device(s) with FSDP2 against 1 without, 10 steps: losses differ by "
+            f"{losses:.1e}, parameters by {apart:.1e} (at most {bound:g}): {'ok' if fine else 'NOT EQUAL'}; losses "
             f"{left[0]['loss']:.4f} … {left[-1]['loss']:.4f}",
             flush=True,
         )
@@ -196,8 +197,8 @@ def speed(bench: Bench, label: str, name: str, model: dict[str, int], gpus: int,
         mfu = f", MFU {rate * flops_per_token(model) / gpus / PEAK_TFLOPS[chip] / 1e12:.1%}"
     estimate = 16 * parameters(model) / gpus / 2**30
     print(
-        f"{label}: {gpus} GPU(s), {rows} rows of {LENGTH}: {rate:,.0f} tokens/s, {rate / gpus:,.0f} a GPU{mfu}; peak "
-        f"{peak:.1f} GiB a GPU, of which {estimate:.1f} estimated for parameters, gradients and optimizer",
+        f"{label}: {gpus} device(s), {rows} rows of {bench.length}: {rate:,.0f} tokens/s, {rate / gpus:,.0f} each{mfu}; peak "
+        f"{peak:.1f} GiB a device, of which {estimate:.1f} estimated for parameters, gradients and optimizer",
         flush=True,
     )
     return rate
@@ -234,7 +235,7 @@ def large_shape(bench: Bench, extra: float = 0.0) -> dict[str, int]:
     room = memory * bench.count / 16
     layers = int((room - parameters({**full, "layers": 0})) // layer_parameters(full))
     if layers < full["layers"]:
-        print(f"# the 7B shape does not fit {bench.count} GPU(s): {layers} of its 32 layers are taken", flush=True)
+        print(f"# the 7B shape does not fit {bench.count} device(s): {layers} of its 32 layers are taken", flush=True)
     return shape("7B", min(full["layers"], max(2, layers)))
 
 
@@ -262,7 +263,7 @@ def checkpoint(bench: Bench) -> bool:
     apart = difference(one, parts)
     fine = losses < 1e-4 and apart < 1e-4
     print(
-        f"checkpoint: saved on {bench.count}, resumed on {half} GPU(s): losses differ by {losses:.1e}, parameters by "
+        f"checkpoint: saved on {bench.count}, resumed on {half} device(s): losses differ by {losses:.1e}, parameters by "
         f"{apart:.1e}: {'ok' if fine else 'NOT EQUAL'}",
         flush=True,
     )

@@ -61,6 +61,18 @@ def assert_whole(run_dir):
     return found
 
 
+def assert_same_model(one, other):
+    from safetensors.torch import load_file
+
+    files = sorted(path.name for path in one.glob("*.safetensors"))
+    assert files == sorted(path.name for path in other.glob("*.safetensors"))
+    for file in files:
+        left, right = load_file(one / file), load_file(other / file)
+        assert left.keys() == right.keys()
+        for name, tensor in left.items():
+            assert (tensor - right[name]).abs().max() < 1e-4, (file, name)
+
+
 def test_two_ranks_do_the_same_step_as_one_for_every_trainer_kind_of_head_and_strategy():
     arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "ranks/steps.py"]
     run = subprocess.run(
@@ -85,7 +97,7 @@ def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(reci
     wait_for_step(process, run_dir, 12)
     rank_1 = workers(process)[1]
     os.kill(rank_1, signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=400)
     assert process.returncode == 1
     (line,) = errors(err)
     assert f"rank 1 (process {rank_1}) was killed by SIGKILL" in line
@@ -98,7 +110,7 @@ def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(reci
         process = start(*arguments, *ranks)
         wait_for_step(process, run_dir, done + 3)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=400)
         assert process.returncode == 1
         assert not errors(err), err
         assert f"go on with: wmtp run --resume {run_dir}" in err
@@ -122,7 +134,7 @@ def test_ranks_with_another_config_are_named(recipe, tmp_path):
         start("run", recipe, "--set", f"optimizer.lr={lr}", env=variables | {"RANK": rank, "LOCAL_RANK": rank})
         for rank, lr in (("0", "0.001"), ("1", "0.002"))
     ]
-    (_, said), (_, silent) = [process.communicate(timeout=120) for process in processes]
+    (_, said), (_, silent) = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert any("rank 1" in line and "optimizer.lr: 0.002 in place of 0.001" in line for line in errors(said)), said
     assert not errors(silent), "said once"
@@ -175,7 +187,8 @@ def test_two_machines_with_one_process_each_equal_one(recipe, wmtp, tmp_path):
     if names is None:
         pytest.skip("network namespaces need root and iproute2")
     try:
-        arguments = command("run", recipe, "--run-name", "two", "--set", "train.max_steps=8")
+        measured = ("--set", "train.max_steps=8", "--set", 'eval=[{type="perplexity"}]')
+        arguments = command("run", recipe, "--run-name", "two", *measured)
         variables = {"WMTP_NNODES": "2", "WMTP_MASTER_ADDR": "10.99.7.1"}
         processes = [
             subprocess.Popen(
@@ -187,13 +200,16 @@ def test_two_machines_with_one_process_each_equal_one(recipe, wmtp, tmp_path):
             )
             for number, name in enumerate(names)
         ]
-        ended = [process.communicate(timeout=200) for process in processes]
+        ended = [process.communicate(timeout=400) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], ended
-        one = wmtp("run", recipe, "--run-name", "one", "--set", "train.max_steps=8")
+        one = wmtp("run", recipe, "--run-name", "one", *measured)
         assert one.returncode == 0, one.stderr
         for left, right in zip(curve(tmp_path / "runs/two"), curve(tmp_path / "runs/one"), strict=True):
             assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
             assert left["gradient_norm"] == pytest.approx(right["gradient_norm"], rel=1e-4)
+        evaluation = [json.loads((tmp_path / f"runs/{name}/evaluation.json").read_text()) for name in ("two", "one")]
+        assert evaluation[0] == pytest.approx(evaluation[1], rel=1e-5)
+        assert_same_model(tmp_path / "runs/two/model", tmp_path / "runs/one/model")
     finally:
         _remove(names)
 
@@ -221,7 +237,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_others(recipe, tmp_path):
     wait_for_step(process, tmp_path / "runs/x", 6)
     rank_1 = workers(process)[1]
     os.kill(rank_1, signal.SIGSTOP)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=400)
     assert process.returncode == 1
     (line,) = errors(err)
     assert "rank 1 (" in line

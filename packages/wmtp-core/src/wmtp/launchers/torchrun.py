@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -49,6 +50,7 @@ def launch(config: Config, nodes: Nodes, count: int, *, run_dir: Path | None, re
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     with tempfile.TemporaryDirectory(prefix="wmtp-") as folder:
@@ -74,7 +76,7 @@ def launch(config: Config, nodes: Nodes, count: int, *, run_dir: Path | None, re
             failed = error
         except SignalException:
             interrupted = True
-        except RuntimeError as error:  # the other machines are not there
+        except (RuntimeError, RendezvousError) as error:  # the other machines are not there
             raise WMTPError(f"launcher: the processes could not be started: {error}") from error
         if (result := read_result(job)) is not None:
             return result
@@ -197,9 +199,10 @@ def _explained(job: Path, failed: ChildFailedError | None, where: str) -> WMTPEr
         (rank, failure) for rank, failure in (failed.failures if failed is not None else {}).items() if failure.exitcode < 0
     ]
     hung = [failure for failure in told if failure["kind"] == "lost"]
+    first_told = min((file.stat().st_mtime for file in files), default=math.inf)
     for rank, failure in sorted(killed, key=lambda pair: pair[1].timestamp):
-        # the launcher itself ends the others by SIGTERM, and by SIGKILL those that do not listen
-        if failure.exitcode != -signal.SIGTERM and not hung:
+        # the launcher itself ends the others by SIGTERM, and later by SIGKILL those that do not listen
+        if failure.exitcode != -signal.SIGTERM and failure.timestamp <= first_told:
             name = signal.Signals(-failure.exitcode).name
             return WMTPError(f"rank {rank} (process {failure.pid}) was killed by {name}{_memory_hint(name)}{where}")
     if hung:
