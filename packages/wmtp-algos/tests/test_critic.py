@@ -288,6 +288,21 @@ def test_the_head_warm_up_learns_the_same_documents_without_a_value():
     assert trainer.auxiliary_losses(view) == {}
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan, -math.inf, 1e38])
+@pytest.mark.parametrize("whitening", ["ema", "batch"])
+def test_a_value_that_explodes_gives_weights_that_the_loop_refuses(value, whitening):
+    """Not weights of 1: the run must end, and say whose weights they are."""
+    trainer = make(whitening=whitening)
+    view = make_view(trainer, random_step(0, packed=True))
+    broken = view.observations["value"].clone()
+    broken[view.batch.learn] = value
+    broken[0] = -broken[0]
+    weights = view.by_prediction(trainer.token_weights(evolve(view, observations={"value": broken})))
+    assert value == 1e38 or not torch.isfinite(weights[trainer.weighed(view)]).all()
+    if value == 1e38:
+        assert torch.isfinite(weights[trainer.weighed(view)]).all(), "large, but numbers: clipped"
+
+
 def test_details_for_the_report():
     trainer = make()
     view = make_view(trainer, random_step(2, packed=True))

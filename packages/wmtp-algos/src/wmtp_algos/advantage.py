@@ -111,13 +111,13 @@ def advantage_weights(
     Args:
         advantage: any shape.
         mean: of the advantages, scalar.
-        std: of the advantages, scalar; where it is 0, so is z.
+        std: of the advantages, scalar; where it is 0, so is z; where it is NaN, as for values that are no numbers, all is.
         beta: β, the temperature.
         min_weight: w_min.
         max_weight: w_max.
     """
     centred = advantage - mean
-    z = torch.where(std > 0, centred / std, torch.zeros_like(centred))
+    z = torch.where(std == 0, torch.zeros_like(centred), centred / std)
     return (z / beta).exp().clamp(min_weight, max_weight).to(advantage.dtype)
 
 
