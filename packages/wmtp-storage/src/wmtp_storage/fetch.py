@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -206,7 +204,6 @@ class Fetching:
                 path = self._folder / part.stored.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 part.path.replace(path)
-            _flush(self._folder)
         except OSError as error:
             raise WMTPError(f"{self._folder} could not be written: {error.strerror or error}") from error
         files = self._present | {part.stored.name: _manifest_file(part) for part in self._parts}
@@ -340,16 +337,3 @@ def _allocated(path: Path) -> int:
         return path.stat().st_blocks * 512
     except OSError:
         return 0
-
-
-def _flush(folder: Path) -> None:
-    """Have all that was written to this file system on the disk: what is called whole must be so after a loss of power, too."""
-    if sys.platform != "linux":
-        os.sync()
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    finally:
-        os.close(descriptor)

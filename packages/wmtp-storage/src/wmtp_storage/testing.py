@@ -107,8 +107,12 @@ _numbers = itertools.count()
 
 
 @functools.cache
-def start_s3_server() -> S3Server:
-    """The server of this process; it is started where there is none yet, and stopped when the process ends."""
+def start_s3_server(certificate: Path | None = None) -> S3Server:
+    """The server of this process; it is started where there is none yet, and stopped when the process ends.
+
+    Args:
+        certificate: a PEM file with a key and a certificate for 127.0.0.1: the server speaks TLS.
+    """
     folder = Path(tempfile.mkdtemp(prefix="wmtp-s3-"))
     ports = _free_ports(11)
     names = [f"{part}{kind}" for part in ("s3", "filer", "master", "volume", "admin") for kind in ("", ".grpc")] + ["webdav"]
@@ -121,6 +125,9 @@ def start_s3_server() -> S3Server:
         *("-admin.ui=false", f"-webdav.cacheDir={folder}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
         *(f"-filer.localSocket={folder}/filer.sock", f"-s3.domainName={','.join(DOMAINS)}", "-s3.autoCreateBucket=false"),
     ]
+    if certificate is not None:
+        (tls,) = _free_ports(1)
+        command += [f"-s3.port.https={tls}", f"-s3.cert.file={certificate}", f"-s3.key.file={certificate}"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -134,7 +141,8 @@ def start_s3_server() -> S3Server:
     addresses = [f"http://127.0.0.1:{port}" for port in (ports[0], ports[-1])]
     for address in addresses:
         _wait(address, process, folder / "log")
-    return S3Server(addresses[0], "test", "testtest", process, addresses[1])
+    endpoint = addresses[0] if certificate is None else f"https://127.0.0.1:{tls}"
+    return S3Server(endpoint, "test", "testtest", process, addresses[1])
 
 
 @pytest.fixture(scope="session")

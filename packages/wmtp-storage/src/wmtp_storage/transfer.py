@@ -254,6 +254,7 @@ class Transfer:
         """All bytes of a file are there: compare it with what the store says of it, beside the transfer of others."""
         try:
             if self._is_verified(part):
+                part.flush()
                 self._left.discard(part)
         except OSError as error:
             self._failed = WMTPError(f"{part.path} could not be written or read: {error.strerror or error}")

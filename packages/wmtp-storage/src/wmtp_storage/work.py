@@ -98,6 +98,14 @@ class Part:
                 raise
             self._descriptor = descriptor
 
+    def flush(self) -> None:
+        """Have a preallocated file on the disk: after a loss of power it would have its size, and not its content."""
+        if self.stored.size >= _ALLOCATED:
+            self.open()
+            assert self._descriptor is not None
+            os.fsync(self._descriptor)
+            self.close()
+
     def close(self) -> None:
         """Close the file."""
         with self._lock:
