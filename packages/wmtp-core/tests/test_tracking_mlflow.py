@@ -272,7 +272,7 @@ def test_runs_that_start_at_once_share_one_experiment_and_say_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        ("s3://bucket/mlruns", "mlflow server --artifacts-destination s3://bucket/mlruns"),
+        ("s3:///mlruns", "names no bucket"),
         ("./mlruns", "write sqlite:///./mlruns/mlflow.db"),
         ("/data/mlruns/", "write sqlite:////data/mlruns/mlflow.db"),
         ("file:///data/mlruns", "write sqlite:////data/mlruns/mlflow.db"),

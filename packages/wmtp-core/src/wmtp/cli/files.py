@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from wmtp.storage.base import Storage
     from wmtp.storage.cache import Cache
 
-__all__ = ["add_arguments", "cache", "fetch", "push"]
+__all__ = ["add_arguments", "backend", "cache", "fetch", "push"]
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Describe the commands to argparse."""
+    """Describe the commands to argparse, ``wmtp runs`` among them, which has the same options."""
+    from wmtp.cli import runs
+
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--config", action="append", default=[], metavar="FILE", help="a TOML file whose [storage] counts")
     options.add_argument(
@@ -49,6 +51,7 @@ def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("action", choices=("list", "verify", "prune"))
     command.add_argument("--max-size", metavar="SIZE", help="prune: what may stay, as 200GB; the last used stays")
     command.add_argument("--cache-dir", metavar="DIR", help="default: storage.cache_dir")
+    runs.add_arguments(add, options)
 
 
 def fetch(arguments: argparse.Namespace) -> tuple[Any, int]:
@@ -58,7 +61,7 @@ def fetch(arguments: argparse.Namespace) -> tuple[Any, int]:
     if len(arguments.words) != 2:
         raise ConfigError(f"wmtp fetch: write where from and where to: wmtp fetch URI DIR; found {len(arguments.words)} words")
     uri, folder = arguments.words
-    done = _backend(uri, arguments).fetch(uri, Path(folder).expanduser(), include=arguments.include, exclude=arguments.exclude)
+    done = backend(uri, arguments).fetch(uri, Path(folder).expanduser(), include=arguments.include, exclude=arguments.exclude)
     if not arguments.json:
         rate = f", {_bytes(done.transferred / done.seconds)}/s" if done.transferred and done.seconds else ""
         print(
@@ -96,14 +99,15 @@ def push(arguments: argparse.Namespace) -> tuple[Any, int]:
 
     began = time.monotonic()
     path = Path(arguments.path).expanduser()
-    _backend(arguments.uri, arguments).push(path, arguments.uri)
+    backend(arguments.uri, arguments).push(path, arguments.uri)
     seconds = time.monotonic() - began
     if not arguments.json:
         print(f"{redact(arguments.uri)}: whole, in {seconds:.1f} s")
     return {"path": path, "uri": redact(arguments.uri), "seconds": seconds}, 0
 
 
-def _backend(uri: str, arguments: argparse.Namespace) -> Storage:
+def backend(uri: str, arguments: argparse.Namespace) -> Storage:
+    """What serves ``uri``, with the options that ``--config`` and ``--set`` give it."""
     from wmtp.config.load import load_storage
     from wmtp.storage.backends import build_backends
     from wmtp.storage.uris import backend_for

@@ -17,7 +17,7 @@ from wmtp.data.sources import check_sources
 from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
-from wmtp.storage.uris import backend_for, file_path, scheme_of
+from wmtp.storage.uris import PACKAGES, backend_for, file_path, scheme_of
 
 __all__ = ["Need", "check", "check_loaded", "is_secret", "required_models"]
 
@@ -245,6 +245,9 @@ def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
     schemes = {scheme: provided.cls for provided in registry.of_kind("storages") for scheme in provided.cls.schemes}
     if config.checkpoints.uri is not None:
         yield from _uri(config.checkpoints.uri, ("checkpoints", "uri"), schemes, must_exist=False)
+    tracking = getattr(config.tracker, "tracking_uri", None)
+    if isinstance(tracking, str) and tracking.partition("://")[0] in PACKAGES.keys() - {"http", "https"}:
+        yield from _uri(tracking, ("tracker", "tracking_uri"), schemes, must_exist=False)
     is_remote = getattr(config.launcher, "remote", False)  # then a path is one of the other machine
     for placed in components(config):
         for key in ("uri", *getattr(placed.config, "uri_keys", ())):

@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes
 from wmtp.errors import ConfigError
 from wmtp.storage.base import Storage
 
-__all__ = ["backend_for", "file_path", "localize", "redact", "scheme_of"]
+__all__ = ["PACKAGES", "backend_for", "file_path", "localize", "redact", "scheme_of"]
 
 #: scheme → the package whose storage backend serves it
 PACKAGES: Final[Mapping[str, str]] = dict.fromkeys(

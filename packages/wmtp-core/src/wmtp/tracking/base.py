@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from attrs import frozen
+from attrs import field, frozen
+
+from wmtp.storage.base import Storage
 
 __all__ = ["RunInfo", "Tracker"]
 
@@ -23,6 +25,7 @@ class RunInfo:
         tags: ``run.tags`` and facts such as the versions and the git commit.
         params: the config, flat: ``{"optimizer.lr": "0.001", …}``.
         resumed_step: the step of the checkpoint that the run goes on from; None for a new run.
+        backends: the storage backends by the scheme that they serve, for a tracker that keeps something at a URI.
     """
 
     name: str
@@ -30,6 +33,7 @@ class RunInfo:
     tags: Mapping[str, str]
     params: Mapping[str, str]
     resumed_step: int | None = None
+    backends: Mapping[str, Storage] = field(factory=dict)
 
 
 class Tracker(ABC):

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["JsonlTracker", "MLflowTracker"]
 
+#: MLflow keeps no runs there; `wmtp.tracking.mirror` does
+_STORES = ("s3", "gs", "az", "abfs", "abfss")
 _DATABASES = ("postgresql", "mysql", "mssql")
 
 
@@ -26,7 +28,8 @@ class MLflowTracker:
     Args:
         tracking_uri: a local SQLite file (``sqlite:///…``), a server (``http(s)://…``) or one of MLflow's other databases
             (``postgresql://…``, ``mysql+pymysql://…``). Default: ``mlflow.db`` in ``run.output_dir``. Credentials of a
-            server come from MLflow's own variables (``MLFLOW_TRACKING_TOKEN`` …).
+            server come from MLflow's own variables (``MLFLOW_TRACKING_TOKEN`` …). With an object store (``s3://…``) the run
+            is tracked on its own machine and copied there at each checkpoint and the end; ``wmtp runs pull`` merges runs.
         experiment: the experiment's name; made if there is none.
         log_artifacts: also upload ``run.json`` and the final model.
     """
@@ -43,6 +46,10 @@ class MLflowTracker:
 
     def build(self) -> Tracker:
         """Make the tracker."""
+        if self.tracking_uri is not None and urlsplit(self.tracking_uri).scheme in _STORES:
+            from wmtp.tracking.mirror import MirroredMLflow
+
+            return MirroredMLflow(self)
         from wmtp.tracking.mlflow import MLflow
 
         return MLflow(self)
@@ -74,11 +81,8 @@ def _uri_problem(uri: str) -> str | None:
     if parts.scheme in ("", "file"):
         path = (parts.path if parts.scheme else uri).rstrip("/")
         return f"{uri!r} is a path, and MLflow no longer keeps runs in plain files; write sqlite:///{path}/mlflow.db"
-    if parts.scheme in ("s3", "gs", "az", "abfs", "abfss", "wasbs", "hdfs", "dbfs", "r2"):
-        return (
-            f"{uri!r} is object storage, where MLflow keeps artifacts but no runs; leave the key out for a local SQLite file, "
-            f"or write the address of a server (mlflow server --artifacts-destination {uri}), as in http://HOST:5000"
-        )
+    if parts.scheme in _STORES:
+        return None if host else f"{uri!r} names no bucket; write {parts.scheme}://BUCKET/PATH"
     return (
         f"MLflow cannot track to {parts.scheme}:; write sqlite:///PATH/mlflow.db, or the address of a server, http://HOST:5000"
     )

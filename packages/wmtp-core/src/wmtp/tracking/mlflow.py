@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from wmtp.tracking.config import MLflowTracker
 
-__all__ = ["MLflow"]
+__all__ = ["ENVIRONMENT", "MLflow", "database_lock"]
 
 logger = logging.getLogger("wmtp")
 
@@ -42,7 +42,7 @@ _KEY_LENGTH: Final = 250
 _PATIENCE: Final = 10.0
 
 #: Quiet, no telemetry, and answers within seconds: MLflow's own retries take minutes. A variable that is set already wins.
-_ENVIRONMENT: Final = {
+ENVIRONMENT: Final = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -82,7 +82,7 @@ class MLflow(Tracker):
             raise ConfigError(problems)
         self._uri = self._config.tracking_uri or f"sqlite:///{run.run_dir.resolve().parent / 'mlflow.db'}"
         self._run_dir = run.run_dir
-        for name, value in _ENVIRONMENT.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
             from mlflow import MlflowClient
@@ -91,7 +91,7 @@ class MLflow(Tracker):
                 f"the mlflow tracker needs the package mlflow: {error}; install wmtp-core[train], or set tracker.type = 'jsonl'"
             ) from error
         try:
-            with _alone(_sqlite_file(self._uri)):
+            with database_lock(_sqlite_file(self._uri)):
                 self._client = MlflowClient(self._uri)
                 self._open(run)
         except WMTPError:
@@ -269,7 +269,7 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 @contextmanager
-def _alone(database: Path | None) -> Iterator[None]:
+def database_lock(database: Path | None) -> Iterator[None]:
     """Two processes that both bring a new database up to date break it: MLflow's own lock covers only a part."""
     if database is None:
         yield

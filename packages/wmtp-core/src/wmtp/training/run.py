@@ -142,6 +142,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         tags={"wmtp.trainer": config.trainer.type} | dict.fromkeys(config.run.tags, "true"),
         params=flatten(config),
         resumed_step=saved[-1].step if saved else None,
+        backends=source.place.backends,
     )
     ranks.on_main(lambda: tracker.start(run_info))
     logger.info(

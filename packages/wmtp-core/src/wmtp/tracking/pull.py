@@ -1,0 +1,165 @@
+"""Merges the runs that many machines tracked to an object store into one MLflow database."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+from wmtp.errors import WMTPError
+from wmtp.tracking.mirror import ARTIFACTS, DATABASE
+from wmtp.tracking.mlflow import ENVIRONMENT, database_lock
+
+if TYPE_CHECKING:
+    from wmtp.storage import Storage
+
+__all__ = ["Pulled", "pull"]
+
+
+@frozen(kw_only=True)
+class Pulled:
+    """What `pull` did.
+
+    Args:
+        database: the MLflow database with all runs.
+        new: ids of runs that were not there before.
+        changed: ids of runs that went on since.
+        unchanged: how many were there already as they are.
+    """
+
+    database: Path
+    new: list[str]
+    changed: list[str]
+    unchanged: int
+
+
+def pull(storage: Storage, uri: str, database: Path) -> Pulled:
+    """Bring all runs at a URI into one database, each as it was tracked: its id, parameters, metrics, tags and artifacts.
+
+    Runs that did not change since the last pull are not read again. Runs of the database that are not at the URI stay.
+
+    Args:
+        storage: serves the URI.
+        uri: what the runs had as ``tracker.tracking_uri``.
+        database: an SQLite file; made if it is not there. Artifacts go to ``mlflow-artifacts`` beside it.
+
+    Raises:
+        WMTPError: there are no runs, or one cannot be read; those before it are merged.
+    """
+    uri = uri.rstrip("/")
+    found = {}
+    for file in storage.files(uri):
+        run_id, _, name = file.name.partition("/")
+        if name == DATABASE:
+            found[run_id] = file.identity
+    if not found:
+        raise WMTPError(f"{uri}: there are no runs; write what was tracker.tracking_uri in their config")
+    database = database.absolute()
+    record = database.parent / f".{database.name}.pulled.json"
+    with database_lock(database):
+        seen = json.loads(record.read_text()) if record.exists() and database.exists() else {}
+        _make_current(database)
+        new, changed = [], []
+        for run_id, identity in sorted(found.items()):
+            if seen.get(f"{uri}/{run_id}") == identity:
+                continue
+            with tempfile.TemporaryDirectory(prefix="wmtp-") as temporary:
+                storage.fetch(f"{uri}/{run_id}", Path(temporary))
+                was_there = _merge(Path(temporary), run_id, database, f"{uri}/{run_id}")
+            (changed if was_there else new).append(run_id)
+            seen[f"{uri}/{run_id}"] = identity
+            record.write_text(json.dumps(seen, indent=2) + "\n")
+    return Pulled(database=database, new=new, changed=changed, unchanged=len(found) - len(new) - len(changed))
+
+
+def _make_current(database: Path) -> None:
+    """Make a database, or bring one to the form that the installed MLflow knows.
+
+    Raises:
+        WMTPError: it is of a newer MLflow, or damaged.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        MlflowClient(f"sqlite:///{database}").search_experiments(max_results=1)
+    except MlflowException:
+        command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{database}"]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            reason = next(iter(done.stderr.strip().splitlines()[-1:]), "")
+            raise WMTPError(
+                f"{database} cannot be brought to the form of the installed MLflow: {reason}; was it written by a newer one?"
+            ) from None
+
+
+def _merge(fetched: Path, run_id: str, database: Path, uri: str) -> bool:
+    """Put one run into the database, in place of what it has of it. Returns whether it had it."""
+    source = fetched / DATABASE
+    artifacts = database.parent / "mlflow-artifacts" / run_id / ARTIFACTS
+    try:
+        _make_current(source)
+        with closing(sqlite3.connect(source)) as connection:
+            row = connection.execute(
+                "SELECT experiments.name FROM runs JOIN experiments USING (experiment_id) WHERE run_uuid = ?", [run_id]
+            ).fetchone()
+    except sqlite3.DatabaseError as error:
+        raise WMTPError(f"{uri}/{DATABASE} is damaged: {error}") from error
+    if row is None:
+        raise WMTPError(f"{uri}/{DATABASE} does not hold the run {run_id}")
+    experiment_id = _experiment(database, row[0])
+    if (fetched / ARTIFACTS).is_dir():
+        shutil.copytree(fetched / ARTIFACTS, artifacts, dirs_exist_ok=True)
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("ATTACH DATABASE ? AS pulled", [str(source)])
+        with connection:  # all of the run, or nothing
+            was_there = connection.execute("SELECT 1 FROM main.runs WHERE run_uuid = ?", [run_id]).fetchone() is not None
+            for table, columns in _tables_of_runs(connection):
+                names = ", ".join(f'"{column}"' for column in columns)
+                connection.execute(f'DELETE FROM main."{table}" WHERE run_uuid = ?', [run_id])
+                connection.execute(
+                    f'INSERT INTO main."{table}" ({names}) SELECT {names} FROM pulled."{table}" WHERE run_uuid = ?', [run_id]
+                )
+            connection.execute(
+                "UPDATE main.runs SET experiment_id = ?, artifact_uri = ? WHERE run_uuid = ?",
+                [experiment_id, artifacts.as_uri(), run_id],
+            )
+    return was_there
+
+
+def _tables_of_runs(connection: sqlite3.Connection) -> list[tuple[str, list[str]]]:
+    """The tables that say something of a run, and the columns that both databases have; ``runs`` itself first."""
+    found = []
+    for (table,) in connection.execute("SELECT name FROM pulled.sqlite_master WHERE type = 'table'").fetchall():
+        both = [
+            [row[1] for row in connection.execute(f"SELECT * FROM pragma_table_info('{table}', '{schema}')")]
+            for schema in ("pulled", "main")
+        ]
+        columns = [column for column in both[0] if column in both[1]]
+        if "run_uuid" in columns:
+            found.append((table, columns))
+    return sorted(found, key=lambda entry: entry[0] != "runs")
+
+
+def _experiment(database: Path, name: str) -> int:
+    """The number of the experiment with this name in the database; it is made if there is none."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{database}")
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return int(client.create_experiment(name, artifact_location=(database.parent / "mlflow-artifacts").as_uri()))
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return int(found.experiment_id)
