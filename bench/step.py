@@ -77,7 +77,11 @@ def main() -> None:
             batch=given.batch,
         )
         print(f"\nV = {vocab:,}: {shape.operations / 1e9:.2f} GFLOP a token")
-        print(f"{'row':<18}{'tokens/s':>10}{'ms':>8}{'MFU %':>8}{'peak GiB':>10}{'vs best peer':>14}{'start s':>9}", flush=True)
+        print(
+            f"{'row':<18}{'tokens/s':>10}{'ms':>8}{'MFU %':>8}{'peak GiB':>10}{'estimate':>10}"
+            f"{'vs best peer':>14}{'start s':>9}",
+            flush=True,
+        )
         best: float | None = None
         # peers first: every other row is shown against the best of them that can weigh
         for row in sorted(given.rows, key=lambda row: list(ROWS).index(row) < list(ROWS).index("trainer-liger")):
@@ -90,11 +94,13 @@ def main() -> None:
                 result["mfu"] = speed * shape.operations / peak if peak else float("nan")
                 if row in ("trainer-liger", "loop-liger", "naive"):
                     best = max(best or 0.0, speed)
+                gib = step_ours.estimated_gib(row, shape)
+                estimate = "-" if gib is None else f"{gib:.1f}"
                 ratio = f"{speed / best:.3f}" if best else "-"
                 seconds = time.monotonic() - began - given.steps * result["seconds"]
                 print(
                     f"{row:<18}{speed:>10,.0f}{1e3 * result['seconds']:>8.1f}{100 * result['mfu']:>8.1f}"
-                    f"{result['peak_gib']:>10.1f}{ratio:>14}{seconds:>9.0f}",
+                    f"{result['peak_gib']:>10.1f}{estimate:>10}{ratio:>14}{seconds:>9.0f}",
                     flush=True,
                 )
             results.append({"row": row, "vocab": vocab, "device": name, "batch": given.batch, "length": given.length} | result)

@@ -12,16 +12,20 @@ from step_shape import Shape
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from wmtp.config.load import load_config
 from wmtp.config.schema import CheckpointConfig, DevicesConfig, HeadsConfig, ReportConfig, ScheduleConfig, TrainConfig
 from wmtp.data.batch import Batch, Document
 from wmtp.models.base import LoadedModel
 from wmtp.models.build import build_model
+from wmtp.models.config import ScratchModel
 from wmtp.models.mtp import MTPModel
+from wmtp.models.outline import outline
 from wmtp.training import StepView, Trainer, TrainerSetup
 from wmtp.training.acceleration import accelerate
 from wmtp.training.devices import autocast_context, prefer_fast_attention
 from wmtp.training.loop import Fit
 from wmtp.training.master_weights import MasterWeights
+from wmtp.training.memory import estimate_memory
 from wmtp.training.optimizer_config import AdamW
 from wmtp.training.recording import Recorder
 from wmtp.training.stages import StagePlan
@@ -88,6 +92,44 @@ def _model(shape: Shape, horizon: int) -> MTPModel:
     with DEVICE:
         base = LlamaForCausalLM(shape.config()).eval()
     return build_model(LoadedModel(model=base), HeadsConfig(horizon=horizon), 0)
+
+
+def estimated_gib(row: str, shape: Shape) -> float | None:
+    """What ``wmtp check`` says of a row's memory, beside which the measured peak stands; None for the peers."""
+    if row not in _SETTINGS:
+        return None
+    config = load_config(
+        {
+            "models": {"base": {"type": "scratch", "vocab_size": shape.vocab}},
+            "tokenizer": {"type": "bytes"},
+            "datasets": {"code": {"type": "python-source"}},
+            "data": {"train": {"max_length": shape.length, "batch_size": shape.batch}},
+            "trainer": {"type": "baseline-mtp"},
+            "devices": {"precision": "bf16-params", "compile": True} | _SETTINGS[row],
+        }
+    )
+    model = ScratchModel(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        layers=shape.layers,
+        attention_heads=shape.attention_heads,
+        kv_heads=shape.kv_heads,
+        intermediate_size=shape.ffn,
+        max_positions=max(shape.length, 2048),
+    )
+    info = outline(model)
+    assert info is not None
+    return estimate_memory(config, info, HeadsConfig(horizon=shape.horizon)).total / 2**30
+
+
+#: what the rows without other models have in ``[devices]``
+_SETTINGS: dict[str, dict[str, str]] = {
+    "ours": {},
+    "ours-selective": {"activation_checkpointing": "selective"},
+    "ours-full": {"activation_checkpointing": "full"},
+    "ours-autocast": {"precision": "bf16"},
+    "ours-packed": {},
+}
 
 
 def _run(
