@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any, Final, Literal, get_args, get_origin
+import types
+from typing import Any, Final, Literal, Union, get_args, get_origin
 
 import attrs
 import tomli_w
@@ -102,7 +103,7 @@ def type_name(type_: Any) -> str:
     if type_ in words:
         return words[type_]
     arguments = [argument for argument in get_args(type_) if argument is not type(None)]
-    if type(None) in get_args(type_):
+    if get_origin(type_) in (Union, types.UnionType):
         return " or ".join(type_name(argument) for argument in arguments)
     origin = get_origin(type_) or type_
     if isinstance(origin, type) and issubclass(origin, tuple | list | set | frozenset):
