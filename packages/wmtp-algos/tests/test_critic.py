@@ -12,6 +12,8 @@ from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, make_view, pad,
 from wmtp.training import Stage, TrainerSetup
 from wmtp_algos import CriticWMTP
 from wmtp_algos.pairs import pair_documents, pairs_of_step, pairwise_accuracy, pairwise_loss
+from wmtp_algos.random_matched import RandomMatchedTrainer
+from wmtp_algos.shuffled import ShuffledTrainer
 
 
 def make(**options):
@@ -286,6 +288,17 @@ def test_the_head_warm_up_learns_the_same_documents_without_a_value():
         right = step.batch.documents[int(step.batch.document[tuple(place)])].is_correct
         assert float(weights[tuple(place)]) == float(right)
     assert trainer.auxiliary_losses(view) == {}
+
+
+@pytest.mark.parametrize("control", [ShuffledTrainer, RandomMatchedTrainer])
+def test_a_control_gives_no_weight_to_documents_that_are_not_learned(control):
+    treatment = make(value_learns=True)
+    view = make_view(treatment, random_step(1, packed=True, rows=6, length=17))
+    weights = control(treatment, "x").token_weights(view)
+    learned = treatment.weighed(view)
+    assert (weights[~learned] == 0).all()
+    assert (weights[learned] > 0).all()
+    assert (view.targets.valid & ~learned).any()
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, -math.inf, 1e38])
