@@ -223,7 +223,8 @@ def wmtp_evaluators() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Measurements of a model, run by ``[[eval]]`` at the end of a run.
 
     ``build() -> wmtp.evaluation.Evaluator``. A class variable ``needs_eval_data = True`` has the config refused where
-    ``[data.eval]`` is missing, instead of after the training.
+    ``[data.eval]`` is missing, instead of after the training. ``one_process = True`` leaves it out, with a warning, where a run
+    has several processes; ``executes_code = True`` has it refused unless the user says ``--allow-code-execution``.
 
     Example::
 

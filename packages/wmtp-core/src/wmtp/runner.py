@@ -19,6 +19,7 @@ from wmtp.config.rules import check_loaded
 from wmtp.config.schema import Config
 from wmtp.config.tree import dump_config
 from wmtp.errors import ConfigError
+from wmtp.evaluation.consent import code_execution_allowed, require_consent
 from wmtp.launchers.cluster import Nodes, Worker
 from wmtp.launchers.local import Local
 from wmtp.result import Result
@@ -84,6 +85,7 @@ def run(
     """
     loaded = load_checked(config, overrides=overrides, run_name=run_name, tags=tags, resume=resume)
     checked = loaded.config
+    require_consent(checked.eval, code_execution_allowed())
     if dry_run:
         from wmtp.training.run import dry_run as try_out
 

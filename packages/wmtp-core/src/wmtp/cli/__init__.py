@@ -13,8 +13,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from wmtp.cli import evaluate, use
 from wmtp.cli import files as file_commands
-from wmtp.cli import use
 from wmtp.errors import ConfigError, WMTPError
 
 __all__ = ["main", "set_up_logging"]
@@ -138,6 +138,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--tags", default="", metavar="A,B", help="words for the tracker, besides run.tags")
     run.add_argument("--resume", metavar="RUN_DIR|auto", help="go on with a run: this one, or the one with this name or config")
     run.add_argument("--dry-run", action="store_true", help="everything but the training steps")
+    run.add_argument(
+        "--allow-code-execution", action="store_true", help="let [[eval]] run code that the model writes, in a sandbox"
+    )
     start = add("start", "In a container: fetch what the config names, check it, and train on all devices.", config)
     start.add_argument("--dry-run", action="store_true", help="only say what would be done")
     add("check", "Check the config, as run does before it starts.", config)
@@ -150,6 +153,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output", metavar="FILE", help="the page; default: report.html in the run directory, of several runs in this folder"
     )
     _add_remote(add, config)
+
+    evaluate.add_arguments(add, config)
     use.add_arguments(add)
     file_commands.add_arguments(add)
 

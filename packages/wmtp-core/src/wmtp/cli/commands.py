@@ -14,6 +14,7 @@ from wmtp.cli.start import start
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
 from wmtp.data.sources import eval_sources, train_sources
+from wmtp.evaluation.consent import allow_code_execution
 from wmtp.plugins import Registry, load_plugins
 
 __all__ = ["cancel", "check", "launch", "logs", "metrics", "plugins", "report", "run", "show", "start", "status"]
@@ -21,6 +22,11 @@ __all__ = ["cancel", "check", "launch", "logs", "metrics", "plugins", "report", 
 
 def run(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp run``."""
+    with allow_code_execution(arguments.allow_code_execution):
+        return _run(arguments)
+
+
+def _run(arguments: Namespace) -> tuple[Any, int]:
     from wmtp.runner import run as run_config
 
     tags = [tag.strip() for tag in arguments.tags.split(",") if tag.strip()]

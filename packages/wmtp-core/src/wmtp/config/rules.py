@@ -19,7 +19,7 @@ from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
 from wmtp.storage.uris import PACKAGES, backend_for, file_path, scheme_of
 
-__all__ = ["Need", "check", "check_loaded", "is_secret", "required_models"]
+__all__ = ["Need", "check", "check_loaded", "component_problems", "is_secret", "required_models"]
 
 _MODELS: Final = ("base", "ref", "rm", "critic")
 _RUN_NAME: Final = re.compile(r"[\w][\w.+=@ -]*(?<! )")
@@ -65,11 +65,16 @@ def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
     for rule in (_run, _models, _heads, _data, _length, _devices):
         yield from rule(config)
     yield from _secrets(to_mapping(config), ())
+    yield from component_problems(config, registry)
+    if getattr(config.launcher, "remote", False):
+        yield from _remote(config, registry)
+
+
+def component_problems(config: Config, registry: Registry) -> Iterator[Problem]:
+    """What is wrong with single components: inputs that are not there, and what their own ``check()`` says."""
     yield from _uris(config, registry)
     for placed in components(config):
         yield from _own_rules(placed.path, placed.config, registry)
-    if getattr(config.launcher, "remote", False):
-        yield from _remote(config, registry)
 
 
 def _remote(config: Config, registry: Registry) -> Iterator[Problem]:

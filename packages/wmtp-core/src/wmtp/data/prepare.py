@@ -15,10 +15,10 @@ from wmtp.config.schema import Config
 from wmtp.data.cache import token_store
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.sources import eval_sources, require_sources, train_sources
-from wmtp.errors import WMTPError
+from wmtp.errors import ConfigError, WMTPError
 from wmtp.tokenizers.base import Tokenizer
 
-__all__ = ["PreparedData", "prepare_data", "token_cache_dir"]
+__all__ = ["PreparedData", "prepare_data", "prepare_eval_data", "token_cache_dir"]
 
 _log = logging.getLogger("wmtp")
 
@@ -58,6 +58,25 @@ def prepare_data(config: Config, tokenizer: Tokenizer, paths: Mapping[str, Path 
         _log.info("data.eval: %s documents held out of %s", f"{len(held_out):,}", f"{len(held_out) + len(train):,}")
         return PreparedData(train=train, eval=held_out)
     return PreparedData(train=train, eval=_dataset(config, tokenizer, paths, eval_names, "data.eval"))
+
+
+def prepare_eval_data(config: Config, tokenizer: Tokenizer, paths: Mapping[str, Path | None]) -> TokenDataset:
+    """As `prepare_data`, for the evaluation data alone; a holdout needs the training data that it is taken from.
+
+    Raises:
+        ConfigError: ``[data.eval]`` is missing or wrong.
+        WMTPError: as for `prepare_data`.
+    """
+    if config.data.eval is None or config.data.eval.holdout is not None:
+        held_out = prepare_data(config, tokenizer, paths).eval
+        if held_out is None:
+            raise ConfigError("data.eval: missing: it says what is measured")
+        return held_out
+    names = eval_sources(config)
+    if wrong := [name for name in names if name not in config.datasets] or ([] if names else ["(none)"]):
+        there = ", ".join(config.datasets)
+        raise ConfigError([f"data.eval.sources: there is no [datasets.{name}]; there are: {there}" for name in wrong])
+    return _dataset(config, tokenizer, paths, names, "data.eval")
 
 
 def token_cache_dir(config: Config) -> Path:

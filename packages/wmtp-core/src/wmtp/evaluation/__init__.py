@@ -1,5 +1,5 @@
 """Measurements of a trained model."""
 
-from wmtp.evaluation.base import Evaluator, Measured
+from wmtp.evaluation.base import Estimate, Evaluator, Measured
 
-__all__ = ["Evaluator", "Measured"]
+__all__ = ["Estimate", "Evaluator", "Measured"]

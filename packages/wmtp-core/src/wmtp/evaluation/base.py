@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import frozen
@@ -17,7 +18,28 @@ if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["Evaluator", "Measured"]
+__all__ = ["Estimate", "Evaluator", "Measured"]
+
+
+@frozen(kw_only=True)
+class Estimate:
+    """A number with its uncertainty. ``float()`` of it is the number.
+
+    Args:
+        value: the number.
+        low, high: its 95 % bootstrap interval over what was measured.
+        n: over how many units that is.
+        unit: what those are: documents, prompts, problems, repetitions.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str
+
+    def __float__(self) -> float:
+        return self.value
 
 
 @frozen(kw_only=True, eq=False)
@@ -33,6 +55,8 @@ class Measured:
         seed: the run's seed.
         ranks: the processes of the run. Each of them measures, and rank 0's numbers are kept. Where the model is divided
             among them, all must call it equally often; `wmtp.training.evaluate.evaluate` shares the batches.
+        output_dir: where an evaluator may keep files of its own; None: nowhere.
+        allow_code_execution: whether the user has said on the command line that code which the model wrote may run.
     """
 
     model: MTPModel
@@ -42,17 +66,20 @@ class Measured:
     autocast: Callable[[], AbstractContextManager[object]]
     seed: int
     ranks: Ranks | None = None
+    output_dir: Path | None = None
+    allow_code_execution: bool = False
 
 
 class Evaluator(ABC):
     """Measures a trained model."""
 
     @abstractmethod
-    def evaluate(self, measured: Measured) -> Mapping[str, float]:
+    def evaluate(self, measured: Measured) -> Mapping[str, float | Estimate]:
         """Measure.
 
         Returns:
-            numbers by name. They are logged as ``TYPE/NAME`` and written to ``evaluation.json``.
+            numbers by name. They are logged as ``TYPE/NAME`` and written to ``evaluation.json``; what is known of their
+            uncertainty to ``evaluation-details.json``. A name with a further ``/`` in it is a detail, and goes only there.
 
         Raises:
             WMTPError: it cannot be measured; the message says why.

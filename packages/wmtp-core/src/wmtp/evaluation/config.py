@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, Literal
 
-from attrs import frozen
+from attrs import field, frozen
+from attrs.validators import deep_iterable, ge, gt, le, min_len, optional
 
 if TYPE_CHECKING:
     from wmtp.evaluation.base import Evaluator
 
-__all__ = ["Perplexity"]
+__all__ = ["InferenceSpeed", "PassAtK", "PassAtKSettings", "Perplexity", "Speculative", "TokenAccuracy"]
 
 
 @frozen(kw_only=True)
 class Perplexity:
-    """The perplexity of every head: exp of its mean token loss on ``[data.eval]``, over valid predictions only."""
+    """The perplexity of every head: exp of its mean token loss on ``[data.eval]``, over valid predictions only.
+
+    In ``evaluation-details.json`` also by the predicted token's place in its document and by how common it is.
+    """
 
     type = "perplexity"
     needs_eval_data = True
@@ -24,3 +29,181 @@ class Perplexity:
         from wmtp.evaluation.perplexity import PerplexityEvaluator
 
         return PerplexityEvaluator()
+
+
+@frozen(kw_only=True)
+class TokenAccuracy:
+    """How often the most probable token of every head is the right one, over valid predictions of ``[data.eval]`` only.
+
+    In ``evaluation-details.json`` also by the predicted token's place in its document and by how common it is.
+    """
+
+    type = "token-accuracy"
+    needs_eval_data = True
+
+    def build(self) -> Evaluator:
+        """Make the evaluator."""
+        from wmtp.evaluation.perplexity import TokenAccuracyEvaluator
+
+        return TokenAccuracyEvaluator()
+
+
+@frozen(kw_only=True)
+class Speculative:
+    """Self-speculative decoding of prompts from ``[data.eval]``: accepted drafts, tokens per forward pass, speed-up.
+
+    Args:
+        prompts: how many.
+        batch_size: prompts that are decoded together, with and without speculation.
+        max_new_tokens: of each prompt.
+        temperature: 0 is greedy.
+        top_p: of nucleus sampling.
+    """
+
+    type = "speculative"
+    one_process = True
+    needs_eval_data = True
+    prompts: int = field(default=16, validator=ge(1))
+    batch_size: int = field(default=1, validator=ge(1))
+    max_new_tokens: int = field(default=128, validator=ge(2))
+    temperature: float = field(default=0.0, validator=ge(0.0))
+    top_p: float = field(default=1.0, validator=[gt(0.0), le(1.0)])
+
+    def build(self) -> Evaluator:
+        """Make the evaluator."""
+        from wmtp.evaluation.decoding import SpeculativeEvaluator
+
+        return SpeculativeEvaluator(self)
+
+
+@frozen(kw_only=True)
+class InferenceSpeed:
+    """Tokens per second of reading prompts and of decoding after them, one token a forward pass, and memory.
+
+    Args:
+        batch_size: prompts at once.
+        prompt_length: tokens of a prompt.
+        new_tokens: decoded after it.
+        repeats: measurements.
+    """
+
+    type = "inference-speed"
+    one_process = True
+    batch_size: int = field(default=1, validator=ge(1))
+    prompt_length: int = field(default=128, validator=ge(1))
+    new_tokens: int = field(default=64, validator=ge(2))
+    repeats: int = field(default=5, validator=ge(1))
+
+    def build(self) -> Evaluator:
+        """Make the evaluator."""
+        from wmtp.evaluation.decoding import InferenceSpeedEvaluator
+
+        return InferenceSpeedEvaluator(self)
+
+
+@frozen(kw_only=True)
+class PassAtKSettings:
+    """What a preset decides.
+
+    Args:
+        samples: n.
+        temperatures: each gets n samples.
+        top_p: of nucleus sampling.
+        k: of pass@k.
+        max_new_tokens: of a completion.
+    """
+
+    samples: int
+    temperatures: tuple[float, ...]
+    top_p: float
+    k: tuple[int, ...]
+    max_new_tokens: int
+
+
+_PRESETS: Final = {
+    "greedy": PassAtKSettings(samples=1, temperatures=(0.0,), top_p=1.0, k=(1,), max_new_tokens=512),
+    "human-eval": PassAtKSettings(samples=200, temperatures=(0.2, 0.8), top_p=0.95, k=(1, 10, 100), max_new_tokens=512),
+    "meta-mtp": PassAtKSettings(
+        samples=1000, temperatures=(0.5, 0.6, 0.7, 0.8, 0.9), top_p=0.95, k=(1, 10, 100), max_new_tokens=512
+    ),
+}
+
+
+@frozen(kw_only=True)
+class PassAtK:
+    """pass@k: the share of programming problems that one of k solutions solves, by the unbiased estimate over n samples.
+
+    Solutions are code that the model wrote. They run only if you say ``--allow-code-execution``, each in a sandbox.
+
+    Args:
+        dataset: ``humaneval``, ``mbpp`` or ``code-contests``.
+        uri: its files. Default for ``humaneval``: those of the package ``human-eval``.
+        split: of ``mbpp``: ``test``, ``validation`` or ``train``.
+        shots: of ``mbpp``: 3 is the prompt of its paper, 0 a docstring of task and tests.
+        max_problems: the first so many. Default: all.
+        max_tests: of ``code-contests``: at most so many tests a problem. Default: all.
+        preset: settings named after whom they compare with: ``greedy`` (n = 1, T = 0), ``human-eval`` (arXiv
+            2107.03374: n = 200, T = 0.2 and 0.8, top-p 0.95) or ``meta-mtp`` (arXiv 2404.19737, appendix F: n = 1000, T from
+            0.5 to 0.9, the best one for each k). The keys below take precedence over it.
+        samples: n, solutions of a problem.
+        temperatures: each gets n samples; 0 is greedy.
+        top_p: of nucleus sampling.
+        k: of pass@k; none above n.
+        max_new_tokens: of a solution.
+        batch_size: solutions that are written together.
+        speculative: whether heads 2..H draft.
+        timeout: seconds for a solution and its tests.
+        memory_mb: address space of a solution's process.
+        workers: sandboxes at once. Default: the number of processors.
+        isolation: ``auto`` needs Linux namespaces; ``process`` does with limits only, which a hostile solution can get around.
+    """
+
+    type = "pass-at-k"
+    one_process = True
+    executes_code = True
+    dataset: Literal["humaneval", "mbpp", "code-contests"] = "humaneval"
+    uri: str | None = None
+    split: Literal["train", "validation", "test"] = "test"
+    shots: Literal[0, 3] = 3
+    max_problems: int | None = field(default=None, validator=optional(ge(1)))
+    max_tests: int | None = field(default=None, validator=optional(ge(1)))
+    preset: Literal["greedy", "human-eval", "meta-mtp"] = "greedy"
+    samples: int | None = field(default=None, validator=optional(ge(1)))
+    temperatures: tuple[float, ...] | None = field(default=None, validator=optional([min_len(1), deep_iterable(ge(0.0))]))
+    top_p: float | None = field(default=None, validator=optional([gt(0.0), le(1.0)]))
+    k: tuple[int, ...] | None = field(default=None, validator=optional([min_len(1), deep_iterable(ge(1))]))
+    max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
+    batch_size: int = field(default=16, validator=ge(1))
+    speculative: bool = False
+    timeout: float = field(default=10.0, validator=gt(0.0))
+    memory_mb: int = field(default=1024, validator=ge(64))
+    workers: int | None = field(default=None, validator=optional(ge(1)))
+    isolation: Literal["auto", "process"] = "auto"
+
+    def resolved(self) -> PassAtKSettings:
+        """The preset with the keys that are given."""
+        preset = _PRESETS[self.preset]
+        samples = self.samples if self.samples is not None else preset.samples
+        return PassAtKSettings(
+            samples=samples,
+            temperatures=self.temperatures if self.temperatures is not None else preset.temperatures,
+            top_p=self.top_p if self.top_p is not None else preset.top_p,
+            k=self.k if self.k is not None else tuple(k for k in preset.k if k <= samples),
+            max_new_tokens=self.max_new_tokens if self.max_new_tokens is not None else preset.max_new_tokens,
+        )
+
+    def check(self) -> Iterator[str]:
+        """What does not go together."""
+        settings = self.resolved()
+        if self.uri is None and self.dataset != "humaneval":
+            yield f"uri: required for the data set '{self.dataset}': say where its files are"
+        if max(settings.k, default=0) > settings.samples:
+            yield f"k: {max(settings.k)} is more than the {settings.samples} samples of a problem; raise samples"
+        if settings.samples > 1 and 0.0 in settings.temperatures:
+            yield f"temperatures: 0 gives {settings.samples} times the same solution; write samples = 1 or other ones"
+
+    def build(self) -> Evaluator:
+        """Make the evaluator."""
+        from wmtp.evaluation.pass_at_k import PassAtKEvaluator
+
+        return PassAtKEvaluator(self)

@@ -1,23 +1,28 @@
-"""The perplexity of every head."""
+"""The perplexity and the accuracy of every head."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-from wmtp.distributed.ranks import ALONE
-from wmtp.evaluation.base import Evaluator, Measured
-from wmtp.training.evaluate import evaluate
+import numpy as np
 
-__all__ = ["PerplexityEvaluator"]
+from wmtp.evaluation.base import Estimate, Evaluator, Measured
+from wmtp.evaluation.tokens import correct, losses, token_results
+
+__all__ = ["PerplexityEvaluator", "TokenAccuracyEvaluator"]
 
 
 class PerplexityEvaluator(Evaluator):
     """exp of the mean cross entropy of head k, in nats per token, exact over any batch size."""
 
-    def evaluate(self, measured: Measured) -> Mapping[str, float]:
-        """``head_k`` for every head that has a valid prediction; see `Evaluator.evaluate`."""
-        ranks = measured.ranks or ALONE
-        losses = evaluate(measured.model, measured.batches, measured.device, measured.autocast, ranks)
-        prefix = "eval/loss/"
-        return {name.removeprefix(prefix): math.exp(loss) for name, loss in losses.items() if name.startswith(prefix)}
+    def evaluate(self, measured: Measured) -> Mapping[str, Estimate]:
+        """``head_k`` for every head that has a valid prediction, and by bucket; see `wmtp.evaluation.tokens.token_results`."""
+        return token_results(measured, losses, np.exp)
+
+
+class TokenAccuracyEvaluator(Evaluator):
+    """How often head k's most probable token is the right one, exact over any batch size."""
+
+    def evaluate(self, measured: Measured) -> Mapping[str, Estimate]:
+        """``head_k`` for every head that has a valid prediction, and by bucket; see `wmtp.evaluation.tokens.token_results`."""
+        return token_results(measured, correct)

@@ -46,7 +46,7 @@ class RowCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write keys and values ``[B, heads, T, d]`` of one layer; what it returns is transformers' contract."""
         if layer_idx not in self._store:
-            rows, heads, _, _ = key_states.shape
+            rows, heads = key_states.shape[:2]
             self._store[layer_idx] = (
                 key_states.new_zeros(rows, heads, self._capacity, key_states.shape[-1]),
                 value_states.new_zeros(rows, heads, self._capacity, value_states.shape[-1]),

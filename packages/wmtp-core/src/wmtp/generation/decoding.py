@@ -130,7 +130,8 @@ class _Batch:
         self._model, self._eos, self._sampling, self._stop = model, eos_id, sampling, stop
         weight = model.anatomy.output.weight
         self._device = weight.device
-        self._exact = sampling.greedy and weight.dtype in (torch.float32, torch.float64)
+        coarse = torch.is_autocast_enabled(weight.device.type) or weight.dtype not in (torch.float32, torch.float64)
+        self._exact = sampling.greedy and not coarse
         self._extra = model.horizon - 1 if speculative else 0
         self._most_new = max_new_tokens
         longest = model.max_positions or 2**62

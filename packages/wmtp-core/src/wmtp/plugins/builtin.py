@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from wmtp.data.config import CodeContests, HumanEval, Jsonl, Mbpp, Mutated, PythonSource, TextFiles
-from wmtp.evaluation.config import Perplexity
+from wmtp.evaluation.config import InferenceSpeed, PassAtK, Perplexity, Speculative, TokenAccuracy
 from wmtp.hookspecs import hookimpl
 from wmtp.launchers.config import LocalLauncher
 from wmtp.models.config import HfModel, MetaMtpModel, ScratchModel
@@ -70,5 +70,5 @@ def wmtp_launchers() -> list[type[Any]]:
 
 @hookimpl
 def wmtp_evaluators() -> list[type[Any]]:
-    """The perplexity of every head."""
-    return [Perplexity]
+    """Losses and accuracies of every head, decoding, and the correctness of code that the model writes."""
+    return [Perplexity, TokenAccuracy, Speculative, InferenceSpeed, PassAtK]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import socket
@@ -25,6 +24,8 @@ from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.distributed.sharding import Sharding, spread, whole_state
 from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.evaluation import Measured
+from wmtp.evaluation.consent import code_execution_allowed
+from wmtp.evaluation.measure import measure
 from wmtp.report import write_report
 from wmtp.result import Result
 from wmtp.storage.atomic import remove_partial, write_folder
@@ -399,7 +400,7 @@ def _ready_to_measure(step: StepLoss) -> Iterator[None]:
 
 
 def _measure(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer) -> dict[str, float]:
-    """What ``[[eval]]`` asks for, which goes into ``evaluation.json`` too."""
+    """What ``[[eval]]`` asks for, which goes into the run directory's files too."""
     step = fit.step_loss
     measured = Measured(
         model=step.model,
@@ -409,14 +410,10 @@ def _measure(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer) -> d
         autocast=step.autocast,
         seed=config.run.seed,
         ranks=step.ranks,
+        output_dir=run_dir / "evaluation",
+        allow_code_execution=code_execution_allowed(),
     )
-    results: dict[str, float] = {}
-    for evaluator in config.eval:
-        found = evaluator.build().evaluate(measured)
-        results |= {f"{evaluator.type}/{name}": float(value) for name, value in found.items()}
-    if results and step.ranks.is_main:
-        (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    return measure(config.eval, measured, run_dir if step.ranks.is_main else None)
 
 
 def _optimizer(

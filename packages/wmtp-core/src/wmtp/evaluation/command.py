@@ -1,0 +1,165 @@
+"""Measures a model that is there already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from wmtp.config.load import Loaded, load, located
+from wmtp.config.problems import Problem
+from wmtp.config.rules import component_problems
+from wmtp.config.schema import Config
+from wmtp.config.tree import flatten
+from wmtp.errors import ConfigError
+from wmtp.evaluation.base import Measured
+from wmtp.evaluation.consent import require_consent
+from wmtp.evaluation.measure import measure
+from wmtp.models.opening import OpenedModel, find_model, open_model
+from wmtp.plugins import load_plugins
+from wmtp.run_dir import CONFIG_FILE
+from wmtp.storage.uris import file_path
+from wmtp.tracking import RunInfo
+from wmtp.training.devices import autocast_context, pick_device
+
+__all__ = ["Evaluated", "evaluate_model"]
+
+
+@frozen(kw_only=True)
+class Evaluated:
+    """What `evaluate_model` found.
+
+    Args:
+        model: the model's path.
+        folder: where the result files are.
+        numbers: the numbers by name.
+    """
+
+    model: Path
+    folder: Path
+    numbers: Mapping[str, float]
+
+
+@frozen(kw_only=True)
+class _NoTrainer:
+    """Stands in a config that trains nothing."""
+
+    type = "none"
+
+    def build(self) -> Any:
+        """Never called."""
+        raise AssertionError
+
+
+def evaluate_model(
+    name: str,
+    files: Sequence[str] = (),
+    *,
+    overrides: Iterable[str] = (),
+    output: str | None = None,
+    allow_code_execution: bool = False,
+) -> Evaluated:
+    """Do what ``wmtp eval`` does.
+
+    Args:
+        name: a run directory, or a model as `wmtp.models.opening.open_model` takes it.
+        files: TOML files laid over the run's config; for a model that stands alone, what to measure and on which data.
+        overrides: ``KEY=VALUE`` texts laid over those.
+        output: the folder for results. Default: the run directory, or ``evaluations/NAME``.
+        allow_code_execution: whether evaluators may run code that the model wrote.
+
+    Raises:
+        ConfigError: there is no such model, nothing to measure, or the config is wrong.
+        WMTPError: something cannot be read, measured or written.
+    """
+    path, run_dir = find_model(name)
+    loaded = _config(path, run_dir, files, overrides)
+    config = loaded.config
+    problems = [problem for problem in component_problems(config, loaded.registry) if problem.path[0] == "eval"]
+    if not config.eval:
+        raise ConfigError(
+            "nothing to measure: name a TOML file with [[eval]] tables, or write --set 'eval=[{type=\"perplexity\"}]'; "
+            f"installed: {', '.join(sorted(p.type for p in loaded.registry.of_kind('evaluators')))}"
+        )
+    if config.data.eval is None:
+        problems += [
+            Problem(("eval", number), f"'{evaluator.type}' is measured on [data.eval], which is missing; add it")
+            for number, evaluator in enumerate(config.eval)
+            if getattr(evaluator, "needs_eval_data", False)
+        ]
+    if problems:
+        raise located(loaded.document, problems)
+    require_consent(config.eval, allow_code_execution)
+
+    device = pick_device(config.devices.device)
+    opened = open_model(name, device=device, config=config)
+    if config.devices.precision == "bf16-params":
+        opened.model.to(torch.bfloat16)
+    folder = file_path(output) if output is not None else run_dir or Path("evaluations") / path.name
+    measured = Measured(
+        model=opened.model,
+        tokenizer=opened.tokenizer,
+        batches=_batches(config, opened),
+        device=device,
+        autocast=autocast_context("bf16" if config.devices.precision == "bf16" else "fp32", device),
+        seed=config.run.seed,
+        output_dir=folder / "evaluation",
+        allow_code_execution=allow_code_execution,
+    )
+    numbers = measure(config.eval, measured, folder)
+    _track(config, folder, run_dir, numbers)
+    return Evaluated(model=path, folder=folder, numbers=numbers)
+
+
+def _config(path: Path, run_dir: Path | None, files: Sequence[str], overrides: Iterable[str]) -> Loaded:
+    if run_dir is not None:
+        return load([run_dir / CONFIG_FILE, *files], overrides)
+    # what a whole config needs and a measurement does not; the files may say it nevertheless
+    base = {
+        "models": {"base": {"type": "hf", "uri": str(path)}},
+        "trainer": {"type": _NoTrainer.type},
+        "tracker": {"type": "jsonl"},
+        "datasets": {"python": {"type": "python-source"}},
+    }
+    registry = load_plugins().with_classes([("trainers", _NoTrainer)])
+    return load([base, *files], overrides, registry=registry)
+
+
+def _batches(config: Config, opened: OpenedModel) -> Sequence[Any]:
+    from wmtp.data.batches import eval_batches
+    from wmtp.data.prepare import prepare_eval_data
+    from wmtp.data.sources import eval_sources, train_sources
+    from wmtp.training.setup import Place
+
+    if config.data.eval is None:
+        return ()
+    place = Place.of(config)
+    names = train_sources(config) if config.data.eval.holdout is not None else eval_sources(config)
+    paths = {name: place.path(config.datasets[name], f"datasets.{name}") for name in names if name in config.datasets}
+    return eval_batches(prepare_eval_data(config, opened.tokenizer, paths), config.data)
+
+
+def _track(config: Config, folder: Path, run_dir: Path | None, numbers: Mapping[str, float]) -> None:
+    """Tell the tracker: in the run's own record, at its last step, or in one for this model."""
+    place = run_dir or folder
+    step = last_step(place / "metrics.jsonl")
+    tracker = config.tracker.build()
+    tags = {"wmtp.evaluation": "true"}
+    tracker.start(RunInfo(name=place.name, run_dir=place, tags=tags, params=flatten(config), resumed_step=step))
+    try:
+        tracker.log(step or 0, numbers)
+    finally:
+        tracker.finish("finished", None)
+
+
+def last_step(metrics: Path) -> int | None:
+    """The step of the last line of a run's ``metrics.jsonl``; None where there is none."""
+    try:
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        return int(json.loads(lines[-1])["step"])
+    except (OSError, ValueError, KeyError, IndexError):
+        return None

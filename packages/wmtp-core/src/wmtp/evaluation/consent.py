@@ -1,0 +1,46 @@
+"""Whether code that a model wrote may run: never because a config says so, only because the user does, for this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from wmtp.errors import ConfigError
+
+__all__ = ["allow_code_execution", "code_execution_allowed", "require_consent"]
+
+_allowed: ContextVar[bool] = ContextVar("wmtp_code_execution", default=False)
+
+
+@contextmanager
+def allow_code_execution(allowed: bool) -> Iterator[None]:
+    """Inside, code that a model wrote may run in a sandbox, if ``allowed``."""
+    token = _allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def code_execution_allowed() -> bool:
+    """What `allow_code_execution` said."""
+    return _allowed.get()
+
+
+def require_consent(evaluators: Iterable[Any], allowed: bool) -> None:
+    """Refuse before any work is done what would be refused after it.
+
+    Raises:
+        ConfigError: an evaluator runs code that the model wrote (its config class says ``executes_code = True``), and the user
+            has not allowed it.
+    """
+    problems = [
+        f"eval.{number}: '{evaluator.type}' runs code that the model writes, in a sandbox; say --allow-code-execution on the "
+        "command line if that is what you want"
+        for number, evaluator in enumerate(evaluators)
+        if getattr(evaluator, "executes_code", False) and not allowed
+    ]
+    if problems:
+        raise ConfigError(problems)

