@@ -261,7 +261,7 @@ class DevicesConfig:
         compile: whether layers are compiled (torch.compile), one for all: the first steps take a minute more, the others
             less time and memory.
         memory_gib: memory of each device, for the estimate of ``wmtp check``, which warns where a run will hardly fit. Default:
-            ``wmtp run --dry-run`` asks the device itself.
+            ``wmtp run FILE --dry-run`` asks the device itself.
         threads: CPU threads. Default: torch's.
         fsdp: how several processes hold one model. Default, with several: FSDP with its defaults.
         timeout: seconds. Several processes end when one of them does nothing for so long.
