@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="MB of a large file")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--tools", nargs="*", help="only these")
     parser.add_argument("--peers", nargs="*", type=Path, default=[Path(sys.executable)])
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="wmtp-bench-"))
@@ -236,6 +237,7 @@ def main() -> None:
             environment.pop(name, None)
         target = work / "target"
         tools = commands(endpoint, bucket[tls], prefix, str(target), str(work / "ca.pem") if tls else "", options.peers)
+        tools = {name: command for name, command in tools.items() if not options.tools or name in options.tools}
         for number in range(1 if results else 0, options.repeats + 1):
             for name, command in tools.items():
                 target.mkdir()

@@ -37,7 +37,7 @@ _LOOPS = 2
 _PIECE = 2**20  # bytes written at once, at most
 _SMALLEST_PIECE = 2**16
 #: what a connection holds beside the piece that is being written: the next one, and what the client has read ahead
-_HELD = 2
+_HELD = 4
 _FIRST_BACKOFF, _MAX_BACKOFF = 0.2, 15.0  # seconds
 _TICK = 0.1  # seconds between two looks at how it goes
 #: threads that compare files with checksums, or wait for what the store says of them
