@@ -160,17 +160,17 @@ def test_a_stage_ends_by_its_metric_and_each_stage_has_its_documents(make_config
     assert [line["epoch"] for line in lines] == [0.0] * 5 + [1.0] * 2 + [0.0] * 5 + [1.0] * 2
 
 
-@pytest.mark.parametrize("kept", [3, 6, 9])
+@pytest.mark.parametrize("kept", [3, 5, 6, 9])
 def test_a_resume_ends_the_stage_where_the_whole_run_did(make_config, kept):
-    """Killed after step 3, after step 6 (when the end is decided but not reached), and after the stage."""
-    parts = wmtp.run(make_config(), run_name="parts").run_dir
+    """Killed after step 3, in the middle of the patience, when the end is decided but not reached, and after the stage."""
+    parts = wmtp.run(make_config(save_interval=1), run_name="parts").run_dir
     whole = parts.with_name("whole")
     shutil.copytree(parts, whole)
     shutil.rmtree(parts / "model")
     for folder in (parts / "checkpoints").iterdir():
         if int(folder.name.partition("-")[2]) > kept:
             shutil.rmtree(folder)
-    wmtp.run(make_config(), run_name="parts", resume="auto")
+    wmtp.run(make_config(save_interval=1), run_name="parts", resume="auto")
     strip = lambda lines: [
         {k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_gib")} for line in lines
     ]
