@@ -94,7 +94,7 @@ class S3Server:
         return S3Store(
             bucket,
             config={
-                "endpoint": self.endpoint,
+                "aws_endpoint_url_s3": self.endpoint,  # obstore lets the variable of this name win over "endpoint"
                 "access_key_id": self.access_key_id,
                 "secret_access_key": self.secret_access_key,
                 "region": "us-east-1",
