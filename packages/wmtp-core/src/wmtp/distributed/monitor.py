@@ -82,6 +82,11 @@ class Monitor:
         self._thread = threading.Thread(target=self._watch, name="wmtp-monitor", daemon=True)
         self._thread.start()
 
+    @property
+    def running(self) -> bool:
+        """Whether the next thing must be done in time."""
+        return self._since is not None
+
     def tick(self, done: str) -> None:
         """Something was done; from now on the next thing must be done in time."""
         self._steps += 1

@@ -31,6 +31,11 @@ _BUCKET = 2**25
 class Watch(Protocol):
     """What is told how far this rank is; see `wmtp.distributed.monitor`."""
 
+    @property
+    def running(self) -> bool:
+        """Whether the next thing must be done in time."""
+        ...
+
     def tick(self, done: str) -> None:
         """Something was done."""
 
@@ -81,6 +86,11 @@ class Ranks:
     def tick(self, done: str) -> None:
         """Something was done: this rank is alive. See `wmtp.distributed.monitor`."""
         if self.watch is not None:
+            self.watch.tick(done)
+
+    def still_at_it(self, done: str) -> None:
+        """A part of a step was done: as `tick`, but only while steps are done."""
+        if self.watch is not None and self.watch.running:
             self.watch.tick(done)
 
     def pause(self) -> None:
@@ -143,6 +153,11 @@ class Ranks:
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
         return float(number)
 
+    @property
+    def _messages(self) -> ProcessGroup | None:
+        """While steps are done nobody may be long in answering; before and after, reading and writing take their time."""
+        return self.control if self.watch is not None and self.watch.running else self.patient
+
     # --- objects, and errors that all ranks must know
 
     def objects(self, value: T) -> list[T]:
@@ -150,7 +165,7 @@ class Ranks:
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value, group=self.patient)
+        dist.all_gather_object(found, value, group=self._messages)
         return found
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -159,7 +174,7 @@ class Ranks:
             return work()
         value, error = self._attempt(work) if self.is_main else (None, None)
         sent: list[Any] = [value, error and self._failure(error)]
-        dist.broadcast_object_list(sent, src=0, group=self.patient)
+        dist.broadcast_object_list(sent, src=0, group=self._messages)
         if error is not None:
             raise error
         if sent[1] is not None:

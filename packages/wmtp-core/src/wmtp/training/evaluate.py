@@ -46,7 +46,7 @@ def evaluate(
     sums = torch.zeros(model.horizon, dtype=dtype, device=device)
     counts = torch.zeros(model.horizon, dtype=dtype, device=device)
     for batch in _share(batches, ranks):
-        ranks.tick("evaluation")
+        ranks.still_at_it("evaluation")
         packed = batch.packed
         on_device = batch.to(device)
         targets = align_targets(on_device, model.horizon)

@@ -134,9 +134,9 @@ class Fit:
         try:
             with catch_signals() as interrupt:
                 status = self._steps(interrupt)
-            self._ranks.pause()
             if self.checkpoints.save_final or status == "interrupted":
                 self._save()
+            self._ranks.pause()
         finally:
             self._ahead.close()
             if self._progress is not None:
@@ -325,7 +325,6 @@ class Fit:
 
     def _save(self) -> None:
         """Write a checkpoint of the steps done so far, unless there is one."""
-        self._ranks.pause()  # files take their time
         saved = self._saved()
         if saved and saved[-1].step == self._step:
             return
