@@ -107,7 +107,7 @@ write_folder(Path(sys.argv[1]) / "step-7", write)
         (['devices.device="mps"'], ["devices.device"]),
         (["models.base.heads.head_weights=[1.0]"], ["head_weights"]),
         (["models.base.heads.horizon=1"], ["warmup_steps"]),
-        (['tracker={type="mlflow", tracking_uri="s3://bucket/mlruns"}'], ["tracker.tracking_uri", "SQLite"]),
+        (['tracker={type="mlflow", tracking_uri="hdfs://host/mlruns"}'], ["tracker.tracking_uri", "sqlite:///PATH"]),
     ],
 )
 def test_a_mistake_in_the_config_is_one_line_and_exit_2(recipe, wmtp, overrides, words):

@@ -352,7 +352,7 @@ def test_where_the_page_goes(tmp_path, capsys, monkeypatch):
 
 @in_browser
 def test_a_real_run_writes_its_page(recipe, wmtp, tmp_path):
-    done = wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=8")
+    done = wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=8", "--set", "data.train.max_length=128")
     assert done.returncode == 0, done.stderr
     found = browse(tmp_path / "runs/x/report.html", ask(".token") + ".join('')")
     assert found.startswith("<bos>def f")

@@ -88,8 +88,14 @@ def warnings(config: Config, launcher: VesslLauncher) -> Iterator[str]:
     if config.checkpoints.uri is None and not launcher.exports:
         yield "checkpoints.uri: checkpoints stay in the container and are lost with it; write s3://…, or [launcher.exports]"
     uses_s3 = any(str(getattr(placed.config, "uri", "")).startswith("s3://") for placed in components(config))
-    uses_s3 = uses_s3 or str(config.checkpoints.uri).startswith("s3://")
-    if uses_s3 and not any(name.startswith("AWS_") for name in (*launcher.secrets, *launcher.env)):
+    places = (config.checkpoints.uri, getattr(config.tracker, "tracking_uri", None))
+    uses_s3 = uses_s3 or any(str(place).startswith("s3://") for place in places)
+    # jobs take no secrets by name
+    if (
+        uses_s3
+        and launcher.backend == "runs"
+        and not any(name.startswith("AWS_") for name in (*launcher.secrets, *launcher.env))
+    ):
         yield (
             "launcher.secrets: the config has s3:// URIs, and no AWS_… variable is given to the container; name"
             " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY unless the machines have a role of their own"

@@ -29,7 +29,7 @@ class MLflowTracker:
         tracking_uri: a local SQLite file (``sqlite:///…``), a server (``http(s)://…``) or one of MLflow's other databases
             (``postgresql://…``, ``mysql+pymysql://…``). Default: ``mlflow.db`` in ``run.output_dir``. Credentials of a
             server come from MLflow's own variables (``MLFLOW_TRACKING_TOKEN`` …). With an object store (``s3://…``) the run
-            is tracked on its own machine and copied there at each checkpoint and the end; ``wmtp runs pull`` merges runs.
+            is tracked on its own machine and copied there at each checkpoint and the end; ``wmtp runs pull URI`` merges runs.
         experiment: the experiment's name; made if there is none.
         log_artifacts: also upload ``run.json`` and the final model.
     """
