@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from wmtp.config.schema import HeadsConfig
-from wmtp.errors import WMTPError
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.export.meta import _width, write_meta
 from wmtp.models import build_model
 from wmtp.models.config import MetaMtpModel
+from wmtp.models.mtp import MTPModel
 
 PARAMS = {
     "dim": 32,
@@ -205,3 +210,93 @@ def test_files_that_are_missing_or_damaged(tmp_path: Path):
     file.unlink()
     with pytest.raises(WMTPError, match=r"holds no consolidated\.pth"):
         load(tmp_path)
+
+
+def test_export_gives_the_file_back(tmp_path: Path):
+    for name, params in (("grouped", PARAMS), ("one group", VARIANTS["no n_kv_heads"])):
+        state = make_state(params)
+        model = build_model(load(write(tmp_path / name, params, state)), None, seed=0)
+        target = tmp_path / f"{name} again"
+        target.mkdir()
+        write_meta(model, target)
+        again = torch.load(target / "consolidated.pth", weights_only=True)
+        assert again.keys() == state.keys()
+        assert not [key for key in state if not torch.equal(again[key], state[key])]
+        written = json.loads((target / "params.json").read_text())
+        # several multiples give the same width
+        assert written | {"multiple_of": 16} == {**params, "n_kv_heads": params.get("n_kv_heads", 4)}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_exported_heads_are_the_models(tmp_path: Path, tied: bool):
+    """By the plain forward pass, which knows nothing of transformers' names and order of rows."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "initializer_range": 0.2}
+    config = LlamaConfig(
+        **sizes,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-4,
+        rope_parameters={"rope_type": "default", "rope_theta": 700.0},
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(1)
+    model = MTPModel(LlamaForCausalLM(config).eval(), HeadsConfig(horizon=3, init="random"), seed=5).eval()
+    write_meta(model, tmp_path)
+    state = torch.load(tmp_path / "consolidated.pth", weights_only=True)
+    params = json.loads((tmp_path / "params.json").read_text())
+    ids = [3, 60, 7, 7, 0, 41, 12]
+    with torch.no_grad():
+        output = model(torch.tensor([ids]))
+    for head, expected in enumerate(plain_logits(state, params, ids), start=1):
+        torch.testing.assert_close(model.logits(output, head)[0].double(), expected, rtol=1e-5, atol=1e-5)
+    again = build_model(load(tmp_path), None, seed=0).state_dict()
+    assert not [name for name, tensor in model.state_dict().items() if not torch.equal(again[name], tensor)]
+
+
+@given(dim=st.integers(8, 9000), ffn=st.integers(1, 40000))
+def test_metas_formula_gives_the_width(dim: int, ffn: int):
+    params = _width(dim, ffn)
+    hidden = int(2 * (4 * dim) / 3)
+    if "ffn_dim_multiplier" in params:
+        hidden = int(params["ffn_dim_multiplier"] * hidden)
+    multiple = params["multiple_of"]
+    assert multiple * ((hidden + multiple - 1) // multiple) == ffn
+    assert _width(4096, 11008) == {"multiple_of": 256}  # Llama 2 7B
+
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4}
+CANNOT_HOLD = {
+    "linear": (LlamaConfig(**SMALL), HeadsConfig(kind="linear"), "kind 'linear', and the layout has decoder layers"),
+    "one head": (LlamaConfig(**SMALL), HeadsConfig(horizon=1), r"no extra heads \(H = 1\)"),
+    "biases": (
+        LlamaConfig(**SMALL, attention_bias=True),
+        HeadsConfig(),
+        r"no place for .*model\.layers\.0\.self_attn\.q_proj\.bias",
+    ),
+    "activation": (LlamaConfig(**SMALL, hidden_act="gelu"), HeadsConfig(), "activation is 'gelu'"),
+    "head size": (
+        LlamaConfig(**SMALL, head_dim=16),
+        HeadsConfig(),
+        "heads are 16 wide, and the layout's are dim / n_heads = 8",
+    ),
+    "positions": (
+        LlamaConfig(**SMALL, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        HeadsConfig(),
+        r"scaled \(rope_type 'linear'\)",
+    ),
+    "architecture": (
+        MistralConfig(**SMALL, num_key_value_heads=2),
+        HeadsConfig(),
+        "it is for LlamaForCausalLM, and this is a MistralForCausalLM",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_HOLD)
+def test_what_the_layout_cannot_hold_is_refused(tmp_path: Path, case: str):
+    config, heads, message = CANNOT_HOLD[case]
+    base = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ConfigError, match=message):
+        write_meta(MTPModel(base, heads, seed=0), tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -9,9 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wmtp.errors import ConfigError
+import attrs
 
-__all__ = ["add_arguments", "generate"]
+from wmtp.errors import ConfigError
+from wmtp.export import FORMATS
+
+__all__ = ["add_arguments", "export", "generate"]
+
+_MODEL_HELP = "a run directory, a model folder, a .gguf file, or a URI of one"
 
 
 def add_arguments(add: Callable[..., ArgumentParser]) -> None:
@@ -22,7 +27,7 @@ def add_arguments(add: Callable[..., ArgumentParser]) -> None:
     """
     command = add("generate", "Let a model go on with a text.")
     command.set_defaults(run_command=generate)
-    command.add_argument("model", metavar="MODEL", help="a run directory, a model folder, a .gguf file, or a URI of one")
+    command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     command.add_argument("--prompt", metavar="TEXT", help="what to go on with")
     command.add_argument("--prompt-file", metavar="FILE", help="a file with it; - reads standard input")
     command.add_argument("--max-new-tokens", type=_count, default=128, metavar="N", help="default 128")
@@ -32,6 +37,12 @@ def add_arguments(add: Callable[..., ArgumentParser]) -> None:
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     command.add_argument("--speculative", action="store_true", help="let heads 2..H draft: the same text, sooner")
     _add_place(command)
+    command = add("export", "Write a model in the layout of other tools, with a model card.")
+    command.set_defaults(run_command=export)
+    command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    command.add_argument("folder", metavar="DIR", help="a folder that is not there yet, or is empty")
+    formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    command.add_argument("--format", required=True, choices=tuple(FORMATS), help=formats)
 
 
 def _add_place(command: ArgumentParser) -> None:
@@ -112,3 +123,14 @@ def _prompt(arguments: Namespace) -> str:
         return sys.stdin.read() if arguments.prompt_file == "-" else Path(arguments.prompt_file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompt-file {arguments.prompt_file}: cannot be read as text: {error}") from None
+
+
+def export(arguments: Namespace) -> tuple[Any, int]:
+    """``wmtp export``."""
+    from wmtp.export.command import export_model
+
+    done = export_model(arguments.model, arguments.folder, format=arguments.format)
+    if not arguments.json:
+        for name, size in done.files.items():
+            print(f"{size:>14,}  {done.folder / name}")
+    return attrs.asdict(done), 0

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["OpenedModel", "find_model", "open_model"]
+__all__ = ["OpenedModel", "find_model", "find_tokenizer", "load_weights", "open_model"]
 
 
 @frozen(kw_only=True, eq=False)
@@ -82,11 +82,24 @@ def open_model(
     """
     path, run_dir = find_model(name)
     dtype = None if precision is None else {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    loaded = _loader(path).load(path, dtype=dtype, seed=0)  # type: ignore[arg-type]
-    model = build_model(loaded, None, seed=0).to(device).eval().requires_grad_(False)
-    tokenizer = _tokenizer(path, run_dir, config)
+    model = load_weights(path, dtype).to(device)
+    tokenizer = find_tokenizer(path, run_dir, config)
     check_vocabulary(model.vocab_size, tokenizer, key=name)
     return OpenedModel(name=name, path=path, model=model, tokenizer=tokenizer, run_dir=run_dir)
+
+
+def load_weights(path: Path, dtype: torch.dtype | None = None) -> MTPModel:
+    """The model at a local path with all its heads: on the CPU, in eval mode, without gradients.
+
+    Args:
+        path: a model folder, or a ``.gguf`` file.
+        dtype: of the parameters. Default: as saved.
+
+    Raises:
+        WMTPError: files are missing or damaged.
+    """
+    loaded = _loader(path).load(path, dtype=dtype, seed=0)  # type: ignore[arg-type]
+    return build_model(loaded, None, seed=0).eval().requires_grad_(False)
 
 
 def _loader(path: Path) -> ModelLoader:
@@ -97,7 +110,12 @@ def _loader(path: Path) -> ModelLoader:
     return MetaMtpLoader() if is_meta else HfLoader()
 
 
-def _tokenizer(path: Path, run_dir: Path | None, config: Config | None) -> Tokenizer:
+def find_tokenizer(path: Path, run_dir: Path | None, config: Config | None = None) -> Tokenizer:
+    """The tokenizer of the model at ``path``: the one beside it, or the one that the config of its run names.
+
+    Raises:
+        WMTPError: there is none, or it is damaged.
+    """
     from wmtp.config.load import load
     from wmtp.tokenizers.load import load_tokenizer
     from wmtp.tokenizers.saved import read_saved

@@ -19,10 +19,10 @@ from wmtp.models.loaders.describe import describe, empty_model
 from wmtp.models.loaders.files import opened_by_transformers, read_json
 from wmtp.models.loaders.hf import from_tensors
 
-__all__ = ["MetaMtpLoader"]
+__all__ = ["BLOCK_NAMES", "OUTSIDE_NAMES", "MetaMtpLoader"]
 
-# Meta's name inside a block → that of a Llama decoder layer
-_BLOCK = {
+#: Meta's name inside a block → that of a Llama decoder layer
+BLOCK_NAMES = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
@@ -33,7 +33,8 @@ _BLOCK = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+#: Meta's name outside of the blocks → that of a Llama model
+OUTSIDE_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 # a buffer that some files hold; it follows from the parameters
 _COMPUTED = "rope.freqs"
 
@@ -84,14 +85,14 @@ class MetaMtpLoader(ModelLoader):
         for name, tensor in tensors.items():
             group, _, rest = name.removesuffix(".weight").partition(".")
             index, _, part = rest.partition(".")
-            if group in _OUTSIDE:
-                base[f"{_OUTSIDE[group]}.weight"] = tensor.to(dtype)
+            if group in OUTSIDE_NAMES:
+                base[f"{OUTSIDE_NAMES[group]}.weight"] = tensor.to(dtype)
                 continue
             value = _rotate_half_rows(part, tensor, shape).to(dtype)
             if group == "layers":
-                base[f"model.layers.{index}.{_BLOCK[part]}.weight"] = value
+                base[f"model.layers.{index}.{BLOCK_NAMES[part]}.weight"] = value
             else:
-                extra[f"{index}.{_BLOCK[part]}.weight"] = value
+                extra[f"{index}.{BLOCK_NAMES[part]}.weight"] = value
         assert path is not None
         model = from_tensors(path, _config(shape), base, {"dtype": dtype})
         return LoadedModel(model=model, heads=_heads(shape), head_state=extra or None)

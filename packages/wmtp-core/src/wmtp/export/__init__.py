@@ -1,0 +1,12 @@
+"""Models for others: plain Hugging Face, Meta's multi-token layout, draft heads for a serving engine. Imports no torch."""
+
+from typing import Final
+
+__all__ = ["FORMATS"]
+
+#: what ``wmtp export --format`` takes, and what it is
+FORMATS: Final = {
+    "hf": "a plain Hugging Face folder, head 1 only",
+    "meta": "Meta's params.json and consolidated.pth with extra_heads",
+    "medusa": "heads 2..H as a Medusa draft model for vLLM",
+}

@@ -1,0 +1,227 @@
+"""The model card of an export: what is known of the model from its run, and plainly what is not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import tomli
+import tomli_w
+
+from wmtp.errors import WMTPError
+from wmtp.evaluation.measure import DETAILS_FILE
+from wmtp.models.mtp import MTPModel
+from wmtp.run_dir import CONFIG_FILE, INFO_FILE
+from wmtp.storage.uris import redact
+from wmtp.tokenizers import Tokenizer
+from wmtp.tokenizers.bytes import BytesTokenizer
+from wmtp.training.metrics import read_steps
+
+__all__ = ["model_card"]
+
+#: what of the config decides what was learned; where things lie and who is told is nobody else's business
+_SETTINGS: Final = ("models", "tokenizer", "datasets", "data", "trainer", "optimizer", "schedule", "train")
+_NO_RUN: Final = "Not recorded: the model was exported from a model folder without its run directory."
+
+_USE: Final = {
+    "hf": """\
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+```
+
+The folder holds head 1 alone, the model's own next-token head: an ordinary model of its architecture.""",
+    "meta": """\
+`consolidated.pth` is a plain mapping from names to tensors: `torch.load(file, weights_only=True)`. Heads 2..H are in
+`extra_heads`; `n_layers` counts every head. WMTP opens the folder again with `type = "meta-mtp"`.""",
+    "medusa": """\
+This folder holds the draft heads only. The model that they belong to is its `--format hf` export:
+
+```sh
+vllm serve HF_EXPORT --speculative-config '{{"method": "medusa", "model": "THIS_FOLDER", "num_speculative_tokens": {extra}}}'
+```
+
+`num_speculative_tokens` may be less than {extra}, never more.""",
+}
+_PROOF: Final = {
+    "hf": "The logits of such an export in plain transformers are tested to be those of head 1.",
+    "meta": "Names, shapes and the forward pass of this layout are tested against a plain implementation of Meta's published\n"
+    "description, not against Meta's own weights or code.",
+    "medusa": "Names, shapes and the forward pass of this layout are tested against a plain re-implementation of vLLM's\n"
+    "`MedusaModel`; the folder was not run inside vLLM.",
+}
+
+_UNKNOWN: Final = """\
+Nothing is known of this model beyond what stands here: not its safety, not its biases, not how it does on other data or
+in other languages. The base model's own limits, and its licence and that of the data, apply; WMTP does not record them."""
+
+
+def model_card(model: MTPModel, *, format: str, run_dir: Path | None, source: Path, tokenizer: Tokenizer | None) -> str:
+    """The text of ``README.md``.
+
+    Args:
+        model: what was exported.
+        format: a key of `wmtp.export.FORMATS`.
+        run_dir: the run that trained it; None where it is not known.
+        source: the model's path.
+        tokenizer: the one in the export; None where there is none.
+
+    Raises:
+        WMTPError: a file of the run is damaged.
+    """
+    title = run_dir.name if run_dir is not None else source.stem if source.is_file() else source.name
+    parts = [
+        "---\n" + ("library_name: transformers\n" if format == "hf" else "") + "tags:\n- wmtp\n- multi-token-prediction\n---",
+        f"# {title}",
+        *_what(model, format, tokenizer),
+        "## Use",
+        _USE[format].format(extra=model.horizon - 1),
+        "## Training",
+        *(_training(run_dir) if run_dir is not None else [_NO_RUN]),
+        "## Evaluation",
+        *(_evaluation(run_dir) if run_dir is not None else ["No results are recorded."]),
+        "## Limits",
+        _PROOF[format],
+        _UNKNOWN,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(model: MTPModel, format: str, tokenizer: Tokenizer | None) -> Iterator[str]:
+    count = sum(parameter.numel() for parameter in model.base.parameters())
+    extra = sum(parameter.numel() for parameter in model.extra_heads.parameters())
+    heads = (
+        f"H = {model.horizon}: head 1 and {model.horizon - 1} more of kind `{model.heads.kind}` with {extra:,} parameters"
+        if model.horizon > 1
+        else "H = 1, no extra heads"
+    )
+    dtype = str(model.anatomy.output.weight.dtype).removeprefix("torch.")
+    lines = [
+        f"- architecture: {type(model.base).__name__}, {count:,} parameters, {dtype}",
+        f"- heads of the model that was exported: {heads}",
+        f"- format of this folder: `{format}`, written by `wmtp export`",
+    ]
+    if format != "medusa":
+        lines.append(f"- tokenizer: {_tokenizer(tokenizer, model.vocab_size)}")
+    yield "\n".join(lines)
+
+
+def _tokenizer(tokenizer: Tokenizer | None, rows: int) -> str:
+    if tokenizer is None:
+        return "none was found beside the model; it is not in this folder"
+    if isinstance(tokenizer, BytesTokenizer):
+        end = f"the bytes of the text in UTF-8; {tokenizer.eos_id} ends a text"
+        return end + ("" if tokenizer.bos_id is None else f", {tokenizer.bos_id} begins it") + ". transformers has none like it"
+    return f"{tokenizer.vocab_size:,} tokens (the model has {rows:,} rows for them)"
+
+
+def _training(run_dir: Path) -> Iterator[str]:
+    config = _config(run_dir / CONFIG_FILE)
+    info = _json(run_dir / INFO_FILE)
+    metrics = run_dir / "metrics.jsonl"
+    steps = read_steps(metrics) if metrics.exists() else []
+    versions = ", ".join(f"{name} {version}" for name, version in info.get("versions", {}).items())
+    trainer = config.get("trainer", {}).get("type", "unknown")
+    base = config.get("models", {}).get("base", {})
+    yield "\n".join(
+        [
+            f"- trainer: `{trainer}`",
+            f"- started from: {_component(base)}",
+            f"- steps: {steps[-1]['step']:,}" if steps else "- steps: not recorded",
+            f"- state of the run: {info.get('status', 'unknown')}",
+            f"- seed: {info.get('seed', 'not recorded')}",
+            f"- software: {versions or 'not recorded'}",
+        ]
+    )
+    yield "### Data sets"
+    datasets = config.get("datasets", {})
+    used = config.get("data", {}).get("train", {}).get("sources", datasets)
+    yield "\n".join(f"- `{name}`: {_component(datasets[name])}" for name in used if name in datasets) or "Not recorded."
+    yield "### Metrics"
+    yield from _metrics(steps)
+    yield "### Settings"
+    yield f"```toml\n{tomli_w.dumps({key: _public(config[key]) for key in _SETTINGS if key in config})}```"
+
+
+def _metrics(steps: list[dict[str, Any]]) -> Iterator[str]:
+    last: dict[str, tuple[float, int]] = {}
+    for record in steps:
+        for name, value in record.items():
+            if name.removeprefix("eval/").startswith("loss") and isinstance(value, int | float):
+                last[name] = (value, record["step"])
+    if not last:
+        yield "Not recorded."
+        return
+    yield "Cross entropy in nats a token, of the last step at which each was logged; `eval/` is on data held out from training."
+    rows = [f"| {name} | {value:.4f} | {step:,} |" for name, (value, step) in last.items()]
+    yield "\n".join(["| metric | value | step |", "| --- | --- | --- |", *rows])
+
+
+def _evaluation(run_dir: Path) -> Iterator[str]:
+    details = _json(run_dir / DETAILS_FILE)
+    rows = []
+    settings = []
+    for label, measured in details.items():
+        for name, result in measured.get("results", {}).items():
+            if "/" not in name:  # the others are details of these
+                rows.append(f"| {label} | {name} | {_number(result.get('value'))} | {_interval(result)} | {_units(result)} |")
+        settings.append(
+            f"- {label}: seed {measured.get('seed')}, {measured.get('device')}, {measured.get('dtype')}; "
+            f"`{json.dumps(_public(measured.get('settings', {})))}`"
+        )
+    if not rows:
+        yield "No results are recorded."
+        return
+    yield "By `wmtp eval`; the intervals are 95 % bootstrap intervals over n units."
+    header = ["| evaluator | measure | value | 95 % interval | n |", "| --- | --- | --- | --- | --- |"]
+    yield "\n".join([*header, *rows])
+    yield "\n".join(settings)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) and math.isfinite(value) else "–"
+
+
+def _interval(result: Mapping[str, Any]) -> str:
+    return f"{_number(result['low'])} to {_number(result['high'])}" if {"low", "high"} <= result.keys() else "not known"
+
+
+def _units(result: Mapping[str, Any]) -> str:
+    return f"{result['n']:,} {result.get('unit', '')}".strip() if "n" in result else "not known"
+
+
+def _component(table: Mapping[str, Any]) -> str:
+    uri = table.get("uri")
+    return f"`{table.get('type', 'unknown')}`" + (f", `{_public(uri)}`" if uri is not None else "")
+
+
+def _public(value: Any) -> Any:
+    """Without what a URI may hold to open it: a user, a password, a signature."""
+    if isinstance(value, Mapping):
+        return {key: _public(element) for key, element in value.items()}
+    if isinstance(value, list):
+        return [_public(element) for element in value]
+    return redact(value).partition("?")[0] if isinstance(value, str) and "://" in value else value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WMTPError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise WMTPError(f"{path} holds no JSON object")
+    return value
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WMTPError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,119 @@
+"""Writes a model in the layout of others, with a model card."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from attrs import frozen
+
+from wmtp.errors import ConfigError
+from wmtp.export import FORMATS
+from wmtp.export.card import model_card
+from wmtp.export.medusa import write_medusa
+from wmtp.export.meta import write_meta
+from wmtp.models.mtp import MTPModel
+from wmtp.models.opening import find_model, find_tokenizer, load_weights
+from wmtp.models.vocabulary import check_vocabulary
+from wmtp.run_dir import is_run_dir
+from wmtp.storage.atomic import write_folder
+from wmtp.tokenizers import Tokenizer
+from wmtp.tokenizers.hf import HF_FILES, HfTokenizer
+from wmtp.tokenizers.saved import SAVED_NAME
+from wmtp.tokenizers.sentencepiece import MODEL_NAME
+
+__all__ = ["Exported", "export_model"]
+
+_log = logging.getLogger("wmtp")
+_MODEL_FILES = ("config.json", "params.json")
+
+
+@frozen(kw_only=True)
+class Exported:
+    """What `export_model` wrote.
+
+    Args:
+        model: the local path of what was exported.
+        folder: where it is now.
+        format: a key of `wmtp.export.FORMATS`.
+        horizon: H of the model; in format ``hf`` only head 1 is in the folder.
+        files: the files and their sizes in bytes.
+    """
+
+    model: Path
+    folder: Path
+    format: str
+    horizon: int
+    files: Mapping[str, int]
+
+
+def export_model(name: str, folder: str | Path, *, format: str) -> Exported:
+    """Do what ``wmtp export`` does: the folder appears whole or not at all.
+
+    Args:
+        name: a run directory, a model folder, a ``.gguf`` file, or a URI of one.
+        folder: a folder that is not there yet, or is empty.
+        format: a key of `wmtp.export.FORMATS`.
+
+    Raises:
+        ConfigError: there is no such model or format, the format cannot hold the model, or the folder is not empty.
+        WMTPError: something cannot be read or written.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format: {format!r} is none of {', '.join(FORMATS)}")
+    target = Path(folder).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: exists already and is no empty folder; name a new one")
+    path, run_dir = find_model(name)
+    if run_dir is None and path.name == "model" and is_run_dir(path.parent):
+        run_dir = path.parent
+    if path.is_dir() and not any((path / file).is_file() for file in _MODEL_FILES) and not any(path.glob("*.gguf")):
+        raise ConfigError(f"{name}: no model: the folder holds none of {', '.join(_MODEL_FILES)} or a .gguf file")
+    model = load_weights(path)
+    tokenizer = None if format == "medusa" else _tokenizer(name, path, run_dir, model)
+    write: dict[str, Callable[[Path], None]] = {
+        "hf": lambda draft: _write_hf(model, tokenizer, draft),
+        "meta": lambda draft: _write_meta(model, tokenizer, path, draft),
+        "medusa": lambda draft: write_medusa(model, draft),
+    }
+
+    def fill(draft: Path) -> None:
+        write[format](draft)
+        card = model_card(model, format=format, run_dir=run_dir, source=path, tokenizer=tokenizer)
+        (draft / "README.md").write_text(card, encoding="utf-8")
+
+    write_folder(target, fill)
+    files = {file.relative_to(target).as_posix(): file.stat().st_size for file in sorted(target.rglob("*")) if file.is_file()}
+    return Exported(model=path, folder=target, format=format, horizon=model.horizon, files=files)
+
+
+def _tokenizer(name: str, path: Path, run_dir: Path | None, model: MTPModel) -> Tokenizer | None:
+    known = (SAVED_NAME, MODEL_NAME, *HF_FILES)
+    if run_dir is None and path.is_dir() and not any((path / file).is_file() for file in known):
+        _log.warning("%s: no tokenizer lies beside the model, so there is none in the export", name)
+        return None
+    tokenizer = find_tokenizer(path, run_dir)
+    check_vocabulary(model.vocab_size, tokenizer, key=name)
+    return tokenizer
+
+
+def _write_hf(model: MTPModel, tokenizer: Tokenizer | None, folder: Path) -> None:
+    model.base.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    if isinstance(tokenizer, HfTokenizer):  # transformers' own files say all of it
+        (folder / SAVED_NAME).unlink()
+
+
+def _write_meta(model: MTPModel, tokenizer: Tokenizer | None, source: Path, folder: Path) -> None:
+    write_meta(model, folder)
+    if tokenizer is None:
+        return
+    tokenizer.save(folder)
+    if not (folder / MODEL_NAME).is_file():
+        if source.is_dir() and (source / MODEL_NAME).is_file():
+            shutil.copyfile(source / MODEL_NAME, folder / MODEL_NAME)
+        else:
+            _log.warning("Meta's own code reads a SentencePiece %s, and this model's tokenizer has none", MODEL_NAME)
