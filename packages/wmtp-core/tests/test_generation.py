@@ -23,6 +23,7 @@ from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
 from wmtp.generation import Sampling, generate, stream
 from wmtp.generation import decoder as decoders
+from wmtp.generation.drafters import make_drafter
 from wmtp.generation.sampling import draw, probabilities
 from wmtp.models.mtp import MTPModel
 
@@ -120,6 +121,37 @@ def test_greedy_text_and_drafts_are_those_of_plain_loops(architecture: str, kind
         assert (row.drafts.steps, list(row.drafts.tested), list(row.drafts.accepted)) == (steps, tested, accepted)
     for row, tokens in zip(plain, expected, strict=True):
         assert row.finish == ("eos" if tokens[-1] == EOS else "length")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_drafts_after_any_run_of_accepted_ones_are_those_of_a_full_pass(kind: str) -> None:
+    """Whatever was accepted before, up to all drafts several times in a row, every head's logits are those without a cache."""
+    horizon = 4
+    model = _model("llama", kind, horizon)
+    text = (torch.arange(64) * 37 + 11).remainder(97).tolist()
+    decoder = decoders.CachedDecoder(model, 80)
+    drafter = make_drafter(model, decoder)
+    slots = torch.arange(6)[None]
+    read, last = decoder.read(torch.tensor([text[:6]]), slots, 0, 6), 5
+    for accepted in (3, 3, 0, 3, 1, 3, 3, 2, 0, 0, 3, 3):
+        drafts = [token if place < accepted else (token + 1) % 97 for place, token in enumerate(text[last + 2 : last + 5])]
+        seen: list[torch.Tensor] = []
+
+        def choose(
+            head: int, logits: torch.Tensor, drafts: list[int] = drafts, seen: list[torch.Tensor] = seen
+        ) -> torch.Tensor:
+            seen.append(logits[0])
+            return torch.tensor([drafts[head - 2]])
+
+        known = torch.tensor([text[: last + 2] + [0] * (80 - last)])
+        assert drafter.draft(read, torch.tensor([last]), known, choose).tolist() == [drafts]
+        output = model(torch.tensor([text[: last + 2] + drafts]))
+        for head, logits in enumerate(seen, start=2):
+            torch.testing.assert_close(logits, model.logits(output, head)[0, last], rtol=1e-4, atol=1e-4)
+        slots = torch.arange(last + 1, last + 1 + horizon)[None]
+        read = decoder.read(torch.tensor([[text[last + 1], *drafts]]), slots, last + 1, last + 1 + horizon)
+        last += 1 + accepted
 
 
 def test_some_drafts_are_accepted_at_every_head_and_some_are_not() -> None:
