@@ -357,3 +357,17 @@ def test_a_real_run_writes_its_page(recipe, wmtp, tmp_path):
     found = browse(tmp_path / "runs/x/report.html", ask(".token") + ".join('')")
     assert found.startswith("<bos>def f")
     assert found.endswith("<eos>")
+
+
+@in_browser
+def test_what_was_measured_stands_with_its_interval(tmp_path):
+    runs = [make_run(tmp_path, name) for name in ("one", "two")]
+    (runs[0] / "evaluation.json").write_text('{"perplexity/head_1": 3.25, "plain/number": 7.0}')
+    result = {"value": 3.25, "low": 3.0, "high": 3.5, "n": 48, "unit": "documents"}
+    details = {"perplexity": {"settings": {}, "results": {"head_1": result}}, "plain": {"results": {"number": {"value": 7.0}}}}
+    (runs[0] / "evaluation-details.json").write_text(json.dumps(details))
+    for shown in (runs[:1], runs):
+        page = write_report(shown, tmp_path / "page.html")
+        found = browse(page, ask("#facts dd, #facts td") + ".join('|')")
+        assert "|3.25 [3, 3.5], 48 documents|" in found
+        assert "|7|" in found

@@ -47,8 +47,19 @@ def collect(run_dir: Path, *, status: str | None = None) -> dict[str, Any]:
         "curves": _curves(metrics),
         "stages": _stages(metrics),
         "evaluation": _json(run_dir / "evaluation.json") or {},
+        "estimates": _estimates(_json(run_dir / "evaluation-details.json") or {}),
         "weights": _distributions(_steps(run_dir / "weights.jsonl")),
         "samples": _thinned(_steps(run_dir / "samples.jsonl")),
+    }
+
+
+def _estimates(details: dict[str, Any]) -> dict[str, Any]:
+    """The interval of each number that has one, and over what it was measured."""
+    return {
+        f"{kind}/{name}": {key: result[key] for key in ("low", "high", "n", "unit")}
+        for kind, measured in details.items()
+        for name, result in measured["results"].items()
+        if "low" in result
     }
 
 

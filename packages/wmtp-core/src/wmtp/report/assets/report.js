@@ -48,13 +48,19 @@
       const curve = run.curves[name];
       return curve ? number(curve[1][curve[1].length - 1]) : "–";
     };
+    // a number with its 95 % interval, and over how much it was measured
+    const estimated = name => run => {
+      const found = run.estimates[name];
+      const value = number(run.evaluation[name] ?? null);
+      return found ? `${value} [${number(found.low)}, ${number(found.high)}], ${found.n} ${found.unit}` : value;
+    };
     const long = ["git", "versions", "command"];
     const fact = name => [name, run => run.facts[name] ?? "–"];
     const rows = [
       ...names.filter(name => !long.includes(name)).map(fact),
       ...["loss", "eval/loss", "eval/loss/head_1"].filter(name => runs.some(run => run.curves[name]))
         .map(name => [`last ${title(name)}`, last(name)]),
-      ...measured.map(name => [title(name), run => number(run.evaluation[name] ?? null)]),
+      ...measured.map(name => [title(name), estimated(name)]),
       ...names.filter(name => long.includes(name)).map(fact),
     ];
     if (runs.length === 1) {
