@@ -122,6 +122,8 @@ def start_s3_server(certificate: Path | None = None) -> S3Server:
     ]
     command = [
         *(_weed(), "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", *flags),
+        # some volumes for each bucket, which are empty files: by itself it allows as many as the free disk could fill
+        "-volume.max=5000",
         *("-admin.ui=false", f"-webdav.cacheDir={folder}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
         *(f"-filer.localSocket={folder}/filer.sock", f"-s3.domainName={','.join(DOMAINS)}", "-s3.autoCreateBucket=false"),
     ]
