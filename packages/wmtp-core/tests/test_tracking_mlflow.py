@@ -371,7 +371,9 @@ def test_a_server_that_goes_away_and_comes_back_loses_nothing(server, run, caplo
     assert tracker.location() == f"{server.uri}/#/experiments/{found.info.experiment_id}/runs/{run_id(run)}"
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2, messages
-    assert messages[0].startswith(f"MLflow at {server.uri} is away: Connection refused; training goes on")
+    # refused, or cut in the middle of a request, as it happens
+    assert messages[0].startswith(f"MLflow at {server.uri} is away: ")
+    assert "; training goes on" in messages[0]
     assert messages[1].startswith(f"MLflow at {server.uri} is back")
 
 
