@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import tomli
 import tomli_w
 
-from wmtp.errors import WMTPError
 from wmtp.evaluation.measure import DETAILS_FILE
 from wmtp.models.mtp import MTPModel
 from wmtp.run_dir import CONFIG_FILE, INFO_FILE
+from wmtp.run_files import read_object, read_snapshot
 from wmtp.storage.uris import redact
 from wmtp.tokenizers import Tokenizer
 from wmtp.tokenizers.bytes import BytesTokenizer
@@ -120,8 +119,8 @@ def _tokenizer(tokenizer: Tokenizer | None, rows: int) -> str:
 
 
 def _training(run_dir: Path) -> Iterator[str]:
-    config = _config(run_dir / CONFIG_FILE)
-    info = _json(run_dir / INFO_FILE)
+    config = read_snapshot(run_dir / CONFIG_FILE)
+    info = read_object(run_dir / INFO_FILE)
     metrics = run_dir / "metrics.jsonl"
     steps = read_steps(metrics) if metrics.exists() else []
     versions = ", ".join(f"{name} {version}" for name, version in info.get("versions", {}).items())
@@ -162,7 +161,7 @@ def _metrics(steps: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _evaluation(run_dir: Path) -> Iterator[str]:
-    details = _json(run_dir / DETAILS_FILE)
+    details = read_object(run_dir / DETAILS_FILE)
     rows = []
     settings = []
     for label, measured in details.items():
@@ -206,22 +205,3 @@ def _public(value: Any) -> Any:
     if isinstance(value, list):
         return [_public(element) for element in value]
     return redact(value).partition("?")[0] if isinstance(value, str) and "://" in value else value
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WMTPError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise WMTPError(f"{path} holds no JSON object")
-    return value
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        return tomli.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WMTPError(f"{path} cannot be read: {error}") from error

@@ -9,11 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-import tomli
-
 from wmtp.config.tree import flat
-from wmtp.errors import WMTPError
 from wmtp.run_dir import CONFIG_FILE, INFO_FILE
+from wmtp.run_files import read_object, read_snapshot
 from wmtp.training.metrics import read_steps
 
 __all__ = ["collect"]
@@ -36,8 +34,8 @@ def collect(run_dir: Path, *, status: str | None = None) -> dict[str, Any]:
     Raises:
         WMTPError: a file is damaged.
     """
-    info = _json(run_dir / INFO_FILE) or {}
-    config = _config(run_dir / CONFIG_FILE)
+    info = read_object(run_dir / INFO_FILE)
+    config = read_snapshot(run_dir / CONFIG_FILE)
     metrics = _steps(run_dir / "metrics.jsonl")
     return {
         "name": run_dir.name,
@@ -46,8 +44,8 @@ def collect(run_dir: Path, *, status: str | None = None) -> dict[str, Any]:
         "config": {key: _word(value) for key, value in flat(config).items()},
         "curves": _curves(metrics),
         "stages": _stages(metrics),
-        "evaluation": _json(run_dir / "evaluation.json") or {},
-        "estimates": _estimates(_json(run_dir / "evaluation-details.json") or {}),
+        "evaluation": read_object(run_dir / "evaluation.json"),
+        "estimates": _estimates(read_object(run_dir / "evaluation-details.json")),
         "weights": _distributions(_steps(run_dir / "weights.jsonl")),
         "samples": _thinned(_steps(run_dir / "samples.jsonl")),
     }
@@ -65,25 +63,6 @@ def _estimates(details: dict[str, Any]) -> dict[str, Any]:
 
 def _steps(path: Path) -> list[dict[str, Any]]:
     return read_steps(path) if path.exists() else []
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WMTPError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise WMTPError(f"{path} holds no JSON object")
-    return value
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        return tomli.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WMTPError(f"{path} cannot be read: {error}") from error
 
 
 def _word(value: Any) -> str:

@@ -1,0 +1,42 @@
+"""Reads the files of a run for those who show it: what is not there is nothing, what is damaged is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from wmtp.errors import WMTPError
+
+__all__ = ["read_object", "read_snapshot"]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is no file.
+
+    Raises:
+        WMTPError: it cannot be read, or holds something else; the message names it.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WMTPError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise WMTPError(f"{path} holds no JSON object")
+    return value
+
+
+def read_snapshot(path: Path) -> dict[str, Any]:
+    """The config in a run's ``config.toml``, as plain tables.
+
+    Raises:
+        WMTPError: it cannot be read; the message names it.
+    """
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WMTPError(f"{path} cannot be read: {error}") from error
