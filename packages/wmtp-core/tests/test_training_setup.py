@@ -15,7 +15,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.config import HfModel, ScratchModel
 from wmtp.tokenizers.config import Bytes
 from wmtp.training import Trainer
-from wmtp.training.run import dry_run
+from wmtp.training.dry_run import dry_run
 from wmtp.training.setup import Place, load_extra_model, open_source
 
 WORDS = ["</s>", "def", "return", "x", "y", "+", "=", "1"]

@@ -87,7 +87,7 @@ def run(
     checked = loaded.config
     require_consent(checked.eval, code_execution_allowed())
     if dry_run:
-        from wmtp.training.run import dry_run as try_out
+        from wmtp.training.dry_run import dry_run as try_out
 
         if isinstance(launcher := checked.launcher.build(), Local):
             launcher.count(checked)

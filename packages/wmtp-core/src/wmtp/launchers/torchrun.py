@@ -217,7 +217,7 @@ def _memory_hint(name: str) -> str:
 
 def _last_checkpoint(config: Config, run_dir: Path) -> str:
     from wmtp.training.checkpoint import list_checkpoints
-    from wmtp.training.run import checkpoint_folder
+    from wmtp.training.resumption import checkpoint_folder
 
     saved = list_checkpoints(checkpoint_folder(config, run_dir))
     if not saved:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,28 +21,24 @@ from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.evaluate import evaluate
 from wmtp.training.gradients import clip_gradients, gradient_norm
 from wmtp.training.interrupt import Interrupt, catch_signals
-from wmtp.training.metrics import StepFile
 from wmtp.training.prefetch import Prefetcher
-from wmtp.training.progress import Progress
-from wmtp.training.readback import Readback
+from wmtp.training.random_state import random_state, set_random_state
 from wmtp.training.schedule import learning_rate_factor
 from wmtp.training.stages import StageBatches, StagePlan, apply_stage
-from wmtp.training.step import StepLoss, StepOutput
+from wmtp.training.step import StepLoss
+from wmtp.training.step_log import StepLog
+from wmtp.training.step_numbers import PendingStep, finite, peak_memory, send_numbers
 from wmtp.training.trainer import Stage
-from wmtp.training.weights import BAD_WEIGHTS
 
 if TYPE_CHECKING:
     from wmtp.config.schema import CheckpointConfig, ScheduleConfig, TrainConfig
     from wmtp.tracking import Tracker
-    from wmtp.training.recording import Recorder, Recording
+    from wmtp.training.recording import Recorder
     from wmtp.training.remote_checkpoints import CheckpointUpload
 
 __all__ = ["Fit", "FitResult"]
 
 logger = logging.getLogger("wmtp")
-
-# what is read with the metrics and is none: names that no metric of a trainer has
-_LOSS, _BAD_WEIGHTS = "\0loss", "\0bad weights"
 
 
 @frozen(kw_only=True)
@@ -62,18 +56,6 @@ class FitResult:
     steps: int
     metrics: Mapping[str, float]
     checkpoint: Path | None
-
-
-@frozen(kw_only=True, eq=False)
-class _Pending:
-    """A step whose numbers are still on the device."""
-
-    step: int
-    batch: Batch
-    output: StepOutput
-    numbers: Readback
-    facts: Mapping[str, float | str]
-    recording: Recording
 
 
 @define(kw_only=True, eq=False)
@@ -104,15 +86,13 @@ class Fit:
     _ranks: Ranks = field(init=False)
     _step: int = field(default=0, init=False)
     _last: dict[str, float] = field(factory=dict, init=False)
-    _pending: _Pending | None = field(default=None, init=False)
+    _pending: PendingStep | None = field(default=None, init=False)
     _early_stopping: EarlyStopping = field(init=False)
     _ahead: Prefetcher = field(init=False)
     _stage: Stage | None = field(default=None, init=False)
     _stage_stopping: EarlyStopping = field(factory=lambda: EarlyStopping(None), init=False)
     _resumed_stage: Mapping[str, Any] | None = field(default=None, init=False)
-    _metrics_file: StepFile | None = field(default=None, init=False)
-    _progress: Progress | None = field(default=None, init=False)
-    _tracker_failed: bool = field(default=False, init=False)
+    _log: StepLog | None = field(default=None, init=False)
 
     def run(self) -> FitResult:
         """Train from the start, or from the checkpoint, to the end.
@@ -128,7 +108,7 @@ class Fit:
             group.setdefault("initial_lr", group["lr"])
         if self.resumed is not None:
             self._restore(self.resumed)
-        self._ranks.on_main(self._open_metrics)
+        self._ranks.on_main(self._open_files)
         self._ahead = Prefetcher(self._make_batch, self.total_steps, pin=self.step_loss.device.type == "cuda")
         self.step_loss.model.eval()  # the layers' eval mode: no dropout, so that one step has one value
         try:
@@ -139,22 +119,23 @@ class Fit:
             self._ranks.pause()
         finally:
             self._ahead.close()
-            if self._progress is not None:
-                self._progress.close()
-            if self._metrics_file is not None:
-                self._metrics_file.close()
+            if self._log is not None:
+                self._log.close()
             self.recorder.close()
-        newest = self._saved()
-        return FitResult(status=status, steps=self._step, metrics=self._last, checkpoint=newest[-1].path if newest else None)
+        return FitResult(status=status, steps=self._step, metrics=self._last, checkpoint=self._newest())
 
-    def _open_metrics(self) -> None:
-        self._metrics_file = StepFile(self.metrics_path, self._step)
+    def _open_files(self) -> None:
         self.recorder.open(self.metrics_path.parent, self._step)
-        self._progress = Progress(self.total_steps, self._step)
+        self._log = StepLog(self.metrics_path, self.tracker, start=self._step, total=self.total_steps)
 
     def _saved(self) -> list[Checkpoint]:
         """The checkpoints that rank 0 sees."""
         return self._ranks.on_main(lambda: list_checkpoints(self.checkpoint_dir))
+
+    def _newest(self) -> Path | None:
+        """Where the newest checkpoint is."""
+        saved = self._saved()
+        return saved[-1].path if saved else None
 
     def _steps(self, interrupt: Interrupt) -> Literal["finished", "stopped", "interrupted"]:
         if self._early_stopping.exhausted:
@@ -195,7 +176,7 @@ class Fit:
             self._stage_stopping.load_state_dict(self._resumed_stage["stopping"])
         self._resumed_stage = None
 
-    def _watch(self, pending: _Pending, numbers: Mapping[str, float]) -> None:
+    def _watch(self, pending: PendingStep, numbers: Mapping[str, float]) -> None:
         """End the stage of a step early, if its numbers say so.
 
         The step after it is always the stage's too: it may have been under way when the numbers were read. So where a stage
@@ -233,7 +214,7 @@ class Fit:
         if self.train.max_grad_norm:
             clip_gradients(learned, self.train.max_grad_norm, norm)
         # on their way before the optimizer's work is given to the device, and read a step later
-        numbers = Readback({**output.metrics, "gradient_norm": norm, _LOSS: output.loss, _BAD_WEIGHTS: output.bad_weights})
+        numbers = send_numbers(output, norm)
         # the numbers of the step before this one, now that the device has new work
         self._read_pending()
         self.optimizer.step()
@@ -248,80 +229,37 @@ class Fit:
             "tokens_per_second": rate,
             "stage": stage.name,
         }
-        self._pending = _Pending(step=self._step, batch=batch, output=output, numbers=numbers, facts=facts, recording=recording)
+        self._pending = PendingStep(
+            step=self._step, batch=batch, output=output, numbers=numbers, facts=facts, recording=recording
+        )
 
     def _read_pending(self, *, evaluates: bool = False) -> dict[str, float]:
         """Read, check and log the step whose numbers are still on the device; measure too if asked."""
         pending, self._pending = self._pending, None
         if pending is None:
             return {}
-        measured = pending.numbers.read()
-        self._check(pending, measured)
+        values = pending.read(self.step_loss.trainer_name, self._newest)
         self.recorder.write(pending.step, str(pending.facts["stage"]), pending.batch, pending.recording, pending.output)
-        metrics = {name: value for name, value in measured.items() if name not in (_LOSS, _BAD_WEIGHTS)}
-        values: dict[str, float | str] = {name: self._number(name, value) for name, value in metrics.items()}
-        values |= dict(pending.facts)
-        self._watch(pending, _finite(values))
+        self._watch(pending, finite(values))
         logs = pending.step % self.train.log_interval == 0 or evaluates or pending.step == self.total_steps
         if logs:
-            values |= {"peak_memory_gib": self._ranks.max(_peak_memory(self.step_loss.device))}
+            values |= {"peak_memory_gib": self._ranks.max(peak_memory(self.step_loss.device))}
         if evaluates:
             values |= evaluate(
                 self.step_loss.model, self.eval_batches, self.step_loss.device, self.step_loss.autocast, self._ranks
             )
         if not logs:
             return {}
-        numbers = _finite(values)
+        numbers = finite(values)
         self._last |= numbers
-        if self._ranks.is_main:
-            self._write(pending.step, values, numbers, evaluates=evaluates)
+        if self._log is not None:
+            self._log.write(pending.step, values, numbers, shown=evaluates)
         return numbers
 
-    def _write(self, step: int, values: Mapping[str, float | str], numbers: Mapping[str, float], *, evaluates: bool) -> None:
-        assert self._metrics_file is not None
-        assert self._progress is not None
-        self._metrics_file.write(step, values)
-        self.track(step, numbers)
-        self._progress.show(step, numbers, always=evaluates)
-
-    def _number(self, name: str, value: torch.Tensor | float) -> float:
-        try:
-            return float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-            raise PluginError(
-                f"{self.step_loss.trainer_name}: the metric {name!r} is {shown}; a metric is one number"
-            ) from error
-
     def track(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Tell the tracker. Its mistakes never end a run: ``metrics.jsonl`` has everything."""
-        self._tell(lambda: self.tracker.log(step, numbers))
-
-    def _tell(self, tell: Callable[[], None]) -> None:
-        try:
-            tell()
-        except Exception as error:
-            if not self._tracker_failed:
-                logger.warning("the tracker failed at step %d: %s; metrics.jsonl has everything", self._step, error)
-            self._tracker_failed = True
-
-    def _check(self, pending: _Pending, measured: Mapping[str, torch.Tensor | float]) -> None:
-        if code := int(measured[_BAD_WEIGHTS]):
-            raise PluginError(f"{self.step_loss.trainer_name}: {BAD_WEIGHTS[code]} (step {pending.step})")
-        loss, norm = float(measured[_LOSS]), float(measured["gradient_norm"])
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        ids = list(dict.fromkeys(document.id for document in pending.batch.documents))
-        shown = ", ".join(ids[:20]) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
-        saved = self._saved()
-        good = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
-        terms = {name: float(value) for name, value in measured.items() if name.startswith("auxiliary/")}
-        terms = {name: value for name, value in terms.items() if not math.isfinite(value)}
-        blamed = "".join(f"; {name} of {self.step_loss.trainer_name} is {value}" for name, value in terms.items())
-        raise WMTPError(
-            f"step {pending.step}: the loss is {loss} and the gradient norm {norm}{blamed}; the batch holds the examples "
-            f"{shown}; {good}"
-        )
+        """Tell the tracker of what was measured after the loop."""
+        if self._log is not None:
+            self._log.track(step, numbers)
 
     def _save(self) -> None:
         """Write a checkpoint of the steps done so far, unless there is one."""
@@ -337,7 +275,7 @@ class Fit:
             "stage_ends": list(self.plan.ends),
             "stage": {"name": self._stage.name if self._stage else None, "stopping": self._stage_stopping.state_dict()},
             "last_metrics": dict(self._last),
-            "random": _random_state(),
+            "random": random_state(),
         }
         self._ranks.on_main(self._prune)  # fewer may be wanted since a resume
         try:
@@ -350,8 +288,8 @@ class Fit:
         if self.upload is not None:
             self.upload.put(saved_now)
         self._ranks.on_main(self._prune)
-        if self._ranks.is_main:
-            self._tell(lambda: self.tracker.saved(self._step))
+        if self._log is not None:
+            self._log.saved(self._step)
 
     def _prune(self) -> None:
         needed = self.upload.needed if self.upload is not None else ()
@@ -378,36 +316,5 @@ class Fit:
         self.plan = evolve(self.plan, ends=tuple(state["stage_ends"]))
         self._resumed_stage = state["stage"]
         self._last = dict(state["last_metrics"])
-        _set_random_state(state["random"])
+        set_random_state(state["random"])
         logger.info("goes on from %s", checkpoint.path)
-
-
-def _finite(values: Mapping[str, float | str]) -> dict[str, float]:
-    """The values that are numbers."""
-    return {name: float(value) for name, value in values.items() if not isinstance(value, str) and math.isfinite(value)}
-
-
-def _peak_memory(device: torch.device) -> float:
-    """GiB, since the start: of the GPU's allocator, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,19 +1,49 @@
-"""How the built-in optimizers are made."""
+"""How a run's optimizer is made, and how the built-in ones are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from wmtp.config.schema import Config
+    from wmtp.models.mtp import MTPModel
+    from wmtp.training.master_weights import MasterWeights
     from wmtp.training.optimizer_config import AdamW, Muon
+    from wmtp.training.trainer import Trainer
 
-__all__ = ["build_adamw", "build_muon", "change_learning_rate"]
+__all__ = ["build_adamw", "build_muon", "build_optimizer", "change_learning_rate"]
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
+
+
+def build_optimizer(
+    config: Config,
+    model: MTPModel,
+    parameters: list[tuple[str, nn.Parameter]],
+    trainer: Trainer,
+    modules: Mapping[str, nn.Module],
+    master_weights: MasterWeights | None,
+) -> torch.optim.Optimizer:
+    """The optimizer of everything that learns, with the learning rates that the heads and the trainer ask for."""
+    of_heads = list(model.extra_heads.parameters())
+    if master_weights is not None:
+        names, plain = zip(*parameters, strict=True)
+        parameters = list(zip(names, master_weights.replace(plain), strict=True))
+        of_heads = master_weights.replace(of_heads)
+    optimizer = config.optimizer.build(parameters)
+    if master_weights is not None:
+        master_weights.follow(optimizer)
+    # groups of their own, however many ranks there are: a fused step takes parameters of one kind, and these are never divided
+    change_learning_rate(optimizer, [p for module in modules.values() for p in module.parameters()], lambda lr: lr)
+    if model.heads.lr_factor != 1.0:
+        change_learning_rate(optimizer, of_heads, lambda lr: lr * model.heads.lr_factor)
+    for module, rate in trainer.learning_rates().items():
+        change_learning_rate(optimizer, modules[module].parameters(), lambda _, rate=rate: rate)
+    return optimizer
 
 
 def build_adamw(config: AdamW, parameters: NamedParameters) -> torch.optim.Optimizer:

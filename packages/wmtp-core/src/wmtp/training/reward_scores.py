@@ -12,7 +12,7 @@ import torch
 
 from wmtp.data.document_numbers import DocumentNumbers
 from wmtp.errors import WMTPError
-from wmtp.training.setup import numbers_path
+from wmtp.training.cached_numbers import numbers_path
 from wmtp.training.trainer import RewardScores
 
 if TYPE_CHECKING:

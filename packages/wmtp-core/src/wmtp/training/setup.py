@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import torch
 from attrs import frozen
 
@@ -18,28 +15,27 @@ from wmtp.config.problems import dotted
 from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, HeadsConfig, ModelConfig
 from wmtp.data.sources import read_from
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.models.base import ModelInfo
 from wmtp.plugins import load_plugins
 from wmtp.storage.backends import build_backends
 from wmtp.storage.uris import localize
 from wmtp.tokenizers import Tokenizer
-from wmtp.training.trainer import OpenModel
+from wmtp.training.trainer import OpenModel, Trainer
 
 if TYPE_CHECKING:
-    from wmtp.data.dataset import TokenDataset
-    from wmtp.data.token_numbers import TokenNumbers
+    from wmtp.data.batches import StepBatches
     from wmtp.models.mtp import MTPModel
     from wmtp.storage import Storage
 
 __all__ = [
     "Place",
     "Source",
+    "build_trainer",
     "load_base_model",
     "load_extra_model",
-    "numbers_path",
     "open_source",
-    "open_token_numbers",
+    "planned_steps",
     "provenance",
 ]
 
@@ -227,48 +223,6 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> 
     return load
 
 
-#: part of the name of every file of numbers: raise it when the same model would give other numbers
-_NUMBERS_VERSION = 1
-
-
-def open_token_numbers(config: Config, source: Source, dataset: TokenDataset) -> Callable[[str, str], TokenNumbers]:
-    """What a trainer calls for `TrainerSetup.token_numbers`."""
-    from wmtp.data.token_numbers import TokenNumbers
-
-    def open_numbers(name: str, what: str) -> TokenNumbers:
-        return TokenNumbers(numbers_path(config, source, dataset, name, what, "f32"), dataset)
-
-    return open_numbers
-
-
-def numbers_path(config: Config, source: Source, dataset: TokenDataset, name: str, what: str, suffix: str) -> Path:
-    """The file of what a model makes of the data. Its name stands for the content of both.
-
-    Args:
-        config: names the model and the folder of the token cache.
-        source: resolves the model's URI.
-        dataset: the data.
-        name: of the section ``[models.NAME]``.
-        what: what is computed, and how.
-        suffix: of the file.
-    """
-    from wmtp.data.prepare import token_cache_dir
-
-    loader = config.models[name].loader
-    options = attrs.asdict(loader)  # type: ignore[arg-type]
-    options.pop("uri", None)  # what the files hold counts, not where they are
-    path = source.place.path(loader, f"models.{name}")
-    parts = [_NUMBERS_VERSION, what, loader.type, options, dataset.fingerprint, source.tokenizer.fingerprint()]
-    # a trainer asks for the numbers of tokens to learn; a model from scratch is made by the seed
-    parts += [config.data.train.learn_prompt, config.run.seed if path is None else None]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode())
-    for file in [] if path is None else [path] if path.is_file() else sorted(path.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as stream:
-                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return token_cache_dir(config) / f"{digest.hexdigest()[:40]}.{suffix}"
-
-
 def provenance(component: Component) -> str:
     """What messages call a component: its type and who provides it."""
     plugin = load_plugins().provider(type(component))
@@ -280,3 +234,19 @@ def provenance(component: Component) -> str:
     except metadata.PackageNotFoundError:
         return f"trainer '{component.type}' ({module})"
     return f"trainer '{component.type}' ({module} {version})"
+
+
+def build_trainer(config: Config) -> tuple[Trainer, str]:
+    """The trainer, and what messages call it."""
+    trainer, name = config.trainer.build(), provenance(config.trainer)
+    if not isinstance(trainer, Trainer):
+        raise PluginError(f"{name}: build returned a {type(trainer).__name__}, not a wmtp.training.Trainer")
+    return trainer, name
+
+
+def planned_steps(config: Config, batches: StepBatches) -> int:
+    """Optimizer steps of the whole job: what ``train.max_steps`` and ``train.epochs`` give, the smaller of both."""
+    limits = [] if config.train.max_steps is None else [config.train.max_steps]
+    if config.train.epochs is not None or not limits:
+        limits.append(batches.total_steps(config.train.epochs or 1.0))
+    return min(limits)

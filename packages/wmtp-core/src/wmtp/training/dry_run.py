@@ -1,0 +1,75 @@
+"""A run without the weights and the steps: what can be known of it before a device is paid for."""
+
+from __future__ import annotations
+
+import torch
+
+from wmtp.config.rules import required_models
+from wmtp.config.schema import Config, HeadsConfig
+from wmtp.training.devices import count_devices, pick_device
+from wmtp.training.memory import estimate_memory, head_parameters, too_large
+from wmtp.training.setup import Source, build_trainer, open_source, planned_steps
+from wmtp.training.stages import StageBatches, StagePlan, check_data
+
+__all__ = ["dry_run"]
+
+_SHOWN_CHARACTERS = 300
+
+
+def dry_run(config: Config) -> dict[str, str]:
+    """Everything but the weights and the training steps: metadata is read, the data is tokenised, memory is estimated.
+
+    Returns:
+        facts by name, to print.
+
+    Raises:
+        ConfigError: the config does not fit the model, the data or the machine.
+        WMTPError: files are missing or damaged.
+    """
+    from wmtp.data.batches import StepBatches
+    from wmtp.data.prepare import prepare_data
+    from wmtp.models.build import resolve_heads
+
+    device = pick_device(config.devices.device)
+    source = open_source(config)
+    info = source.model_info
+    heads = resolve_heads(config.models["base"].heads, info.heads)
+    data = prepare_data(config, source.tokenizer, source.dataset_paths)
+    batches = StepBatches(data.train, config.data.train, seed=config.run.seed)
+    total_steps = planned_steps(config, batches)
+    trainer, name = build_trainer(config)
+    check_data(trainer, data.train)
+    plan = StagePlan.make(trainer.stages(), warmup_steps=heads.warmup_steps, total_steps=total_steps, trainer_name=name)
+    StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
+    first = batches.batch(0)
+    real = first.document[0] >= 0
+    sample = source.tokenizer.decode(first.input_ids[0][real].tolist())
+    return {
+        "trainer": name,
+        "model": f"{info.architecture}, {info.parameters:,} parameters, {info.layers} layers, width {info.hidden_size}",
+        "heads": f"{heads.horizon}, {heads.kind}, {head_parameters(info, heads):,} parameters",
+        "vocabulary": f"{info.vocab_size:,} in the model, {source.tokenizer.vocab_size:,} in the tokenizer",
+        "training data": f"{len(data.train):,} documents",
+        "evaluation data": "none" if data.eval is None else f"{len(data.eval):,} documents",
+        "steps": f"{total_steps:,} of {config.data.train.batch_size} rows",
+        "stages": ", ".join(f"{stage.name} to step {end:,}" for stage, end in zip(plan.stages, plan.ends, strict=True)),
+        "memory": _memory(config, source, heads, device),
+        "first row": repr(sample if len(sample) <= _SHOWN_CHARACTERS else sample[:_SHOWN_CHARACTERS] + "…"),
+    }
+
+
+def _memory(config: Config, source: Source, heads: HeadsConfig, device: torch.device) -> str:
+    """The estimate, and whether it is more than the device has."""
+    others = {
+        name: config.models[name].loader.build().info(source.place.path(config.models[name].loader, f"models.{name}"))
+        for name in required_models(config)
+    }
+    processes = getattr(config.launcher, "processes", 1)
+    world = processes if isinstance(processes, int) else count_devices(device) or 1
+    estimate = estimate_memory(config, source.model_info, heads, world=world, others=others)
+    given = config.devices.memory_gib
+    there = round(given * 2**30) if given else None
+    if there is None and device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    shortage = None if there is None else too_large(estimate, there)
+    return f"{estimate}; on each of {world} × {device.type}" + (f"; it will hardly fit: {shortage}" if shortage else "")

@@ -1,0 +1,123 @@
+"""What is done with a model that has learned: it is saved, measured and shown, and the run is reported."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from wmtp.config.schema import Config
+from wmtp.evaluation import Measured
+from wmtp.evaluation.consent import code_execution_allowed
+from wmtp.evaluation.measure import measure
+from wmtp.report import write_report
+from wmtp.tracking import Tracker
+from wmtp.training.loop import Fit
+from wmtp.training.modules import save_modules
+
+if TYPE_CHECKING:
+    from wmtp.data.dataset import TokenDataset
+    from wmtp.models.mtp import MTPModel
+    from wmtp.tokenizers import Tokenizer
+
+__all__ = ["finish_tracking", "measure_model", "report", "save_model", "show_sample"]
+
+logger = logging.getLogger("wmtp")
+
+_SAMPLE_TOKENS = 64
+
+
+def save_model(
+    model: MTPModel,
+    modules: Mapping[str, nn.Module],
+    tokenizer: Tokenizer,
+    folder: Path,
+    state: Mapping[str, Tensor] | None,
+) -> None:
+    """Write what a run has learned into ``folder``.
+
+    Args:
+        model: with its heads.
+        modules: what the trainer has learned besides, by name.
+        tokenizer: goes along.
+        folder: the model's.
+        state: the whole tensors of a divided model; None for one that is not divided.
+    """
+    generation = model.base.generation_config
+    if generation is not None and generation.eos_token_id is None:
+        # a new model does not know yet where a text ends
+        generation.eos_token_id = model.base.config.eos_token_id = tokenizer.eos_id
+    model.save_pretrained(folder, state)
+    save_modules(modules, folder)
+    tokenizer.save(folder)
+
+
+def measure_model(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer) -> dict[str, float]:
+    """What ``[[eval]]`` asks for, which goes into the run directory's files too."""
+    step = fit.step_loss
+    measured = Measured(
+        model=step.model,
+        tokenizer=tokenizer,
+        batches=fit.eval_batches,
+        device=step.device,
+        autocast=step.autocast,
+        seed=config.run.seed,
+        ranks=step.ranks,
+        output_dir=run_dir / "evaluation",
+        allow_code_execution=code_execution_allowed(),
+    )
+    return measure(config.eval, measured, run_dir if step.ranks.is_main else None)
+
+
+@torch.no_grad()
+def show_sample(model: MTPModel, tokenizer: Tokenizer, dataset: TokenDataset, device: torch.device) -> None:
+    """Log how the trained model goes on from the first document's prompt, or from its first tokens."""
+    tokens, learned = dataset.document(0).tokens, dataset.document(0).learn
+    prompt_length = int(learned.argmax()) if not learned[0] else 0
+    longest = (model.max_positions or 10**9) - _SAMPLE_TOKENS
+    prompt = tokens[: min(prompt_length if prompt_length > 1 else len(tokens) // 3 + 1, max(1, longest))]
+    ids = torch.tensor(prompt, dtype=torch.int64, device=device)[None]
+    settings = {
+        "max_new_tokens": _SAMPLE_TOKENS,
+        "do_sample": False,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.eos_id,
+        "synced_gpus": isinstance(model, FSDPModule) and dist.get_world_size() > 1,
+    }
+    generated = model.base.generate(ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
+    completion = tokenizer.decode(generated[0, ids.shape[1] :].tolist())
+    bar = "-" * 72
+    logger.info(
+        "a prompt, and how the trained model goes on (greedy):\n%s\n%s\n%s\n%s\n%s",
+        bar,
+        tokenizer.decode(prompt.tolist()),
+        bar,
+        completion,
+        bar,
+    )
+
+
+def report(run_dir: Path, status: str, tracker: Tracker) -> None:
+    """Write the page that shows the run. A run that has ended, however, is not to fail by this."""
+    try:
+        tracker.log_artifact(write_report([run_dir], status=status))
+    except Exception as error:
+        logger.warning("no report was written: %s; see wmtp report %s", error, run_dir)
+
+
+def finish_tracking(
+    tracker: Tracker, status: Literal["finished", "stopped", "interrupted", "failed"], saved_model: Path | None
+) -> None:
+    """Tell the tracker that the run has ended, and say where it can be seen."""
+    try:
+        tracker.finish(status, saved_model)
+        if (location := tracker.location()) is not None:
+            logger.info("tracking  %s", location)
+    except Exception as error:
+        logger.warning("the tracker failed at the end: %s; metrics.jsonl has everything", error)

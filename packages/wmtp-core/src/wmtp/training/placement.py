@@ -1,0 +1,60 @@
+"""The model on the devices of its run: whole or divided, in the run's precision, ready to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from wmtp.config.schema import Config, FsdpConfig
+from wmtp.distributed.ranks import Ranks
+from wmtp.distributed.sharding import spread
+from wmtp.training.acceleration import accelerate
+from wmtp.training.devices import Precision
+from wmtp.training.master_weights import MasterWeights
+from wmtp.training.setup import Source, load_base_model
+
+if TYPE_CHECKING:
+    from wmtp.models.mtp import MTPModel
+    from wmtp.training.step import StepLoss
+
+__all__ = ["place_model", "ready_to_measure"]
+
+
+def place_model(
+    config: Config, source: Source, ranks: Ranks, device: torch.device, precision: Precision, fsdp: FsdpConfig | None
+) -> tuple[MTPModel, MasterWeights | None]:
+    """The model on its devices, ready to learn, and the fp32 copies of its parameters, where it needs any."""
+    if fsdp is None:
+        model = load_base_model(config, source).to(device)
+        masters = MasterWeights(model) if precision == "bf16-params" else None
+        accelerate(model, config.devices)
+        return model, masters
+
+    def load() -> MTPModel:
+        loaded = load_base_model(config, source)
+        if device.type == "cuda" and config.devices.attention == "auto":
+            loaded.use_block_attention()  # found out by trying, which the empty models of the other ranks cannot
+        return loaded
+
+    def prepare(model: MTPModel) -> None:
+        accelerate(model, config.devices)
+
+    model = spread(load, ranks, device, fsdp, precision, prepare)
+    # a divided model's own parameters are the fp32 copies: what is gathered of them is bf16
+    whole = not isinstance(model, FSDPModule)
+    return model, MasterWeights(model) if whole and precision == "bf16-params" else None
+
+
+@contextmanager
+def ready_to_measure(step: StepLoss) -> Iterator[None]:
+    """A divided model can be called part by part inside: what is the root's own is gathered, and layers may be bf16."""
+    if not isinstance(step.model, FSDPModule):
+        yield
+        return
+    step.model.unshard()
+    with step.autocast():
+        yield
