@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -189,6 +190,59 @@ def test_rights_cannot_be_won_back(sandbox: Sandbox) -> None:
         "    try: os.setuid(0); won.append('root')\n    except OSError: pass\n    return won, os.getuid() != 0\n"
     )
     assert _attempt(sandbox, code) == "([], True)"
+
+
+ESCAPE = """
+import ctypes, os, time
+libc = ctypes.CDLL(None)
+for _ in range(2):  # in a session of its own, deaf to its parent's death, and so is its child
+    libc.prctl(15, b"escaped-%(mark)d", 0, 0, 0)
+    libc.prctl(1, 0, 0, 0, 0)
+    try: os.setsid()
+    except OSError: pass
+    if os.fork() != 0: break
+os.close(1)
+time.sleep(60)
+"""
+
+
+def _running(mark: int) -> list[str]:
+    """Processes of `ESCAPE`."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):
+            if place.read_text().strip() == f"escaped-{mark}":
+                found.append(place.parent.name)
+    return found
+
+
+def _survivors(mark: int) -> list[str]:
+    """Those that are left after some time to die."""
+    for _ in range(50):
+        if not _running(mark):
+            break
+        time.sleep(0.1)
+    return _running(mark)
+
+
+def test_nothing_outlives_its_sandbox() -> None:
+    mark = os.getpid() % 100_000
+    sandbox = Sandbox(Limits(seconds=1))
+    assert sandbox.run_program(ESCAPE % {"mark": mark}, "", "").detail == "timed out"
+    assert _survivors(mark) == []
+
+
+def test_a_sandbox_ends_with_the_process_that_started_it() -> None:
+    mark = 100_000 + os.getpid() % 100_000
+    code = ESCAPE % {"mark": mark}
+    owner = f"from wmtp.sandbox import Limits, Sandbox\nSandbox(Limits(seconds=60)).run_program({code!r}, '', '')"
+    with subprocess.Popen([sys.executable, "-c", owner]) as process:
+        deadline = time.monotonic() + 20
+        while not _running(mark) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert _running(mark)
+        process.kill()
+    assert _survivors(mark) == []
 
 
 def test_the_isolation_in_force_is_said(sandbox: Sandbox) -> None:

@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import resource
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE, _DETACH = 1, 2, 4, 32
 _SET_PDEATHSIG, _CAPBSET_DROP, _SET_SECUREBITS, _SET_NO_NEW_PRIVS = 1, 24, 28, 38
 _COLLECTIONS = ((list, "l"), (tuple, "t"), (set, "e"), (frozenset, "z"))
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41}
+_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219}
+_JOIN_SESSION_KEYRING = 1
 
 
 def _must(result: int, what: str) -> None:
@@ -35,8 +38,13 @@ def _mount(libc: Any, source: str | None, target: str, kind: str | None, flags: 
     _must(libc.mount(*texts[:3], flags, texts[3]), "mount " + target)
 
 
-def shut_in(request: dict[str, Any]) -> None:
-    """Enter new namespaces and a new root folder. Returns in the first process of the new process namespace."""
+def shut_in(request: dict[str, Any], lifeline: int) -> None:
+    """Enter new namespaces and a new root folder. Returns in the first process of the new process namespace.
+
+    This process itself stays outside as its guard: once the lifeline is closed, by whoever holds its other end or by that one's
+    death, it kills the first process, and with it the kernel kills the whole namespace. The code inside has no means against
+    that, while it can leave its process group and forget the signal of its parent's death.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
     uid, gid = os.getuid(), os.getgid()
@@ -47,13 +55,25 @@ def shut_in(request: dict[str, Any]) -> None:
         for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {uid} 1"), ("gid_map", f"1000 {gid} 1")):
             with open("/proc/self/" + name, "w") as file:
                 file.write(text)
+    ended, ending = os.pipe()  # a process that has unshared cannot have threads
+    os.set_blocking(ending, False)
+    signal.set_wakeup_fd(ending)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     first = os.fork()  # a process namespace begins with the next child
     if first:
         for number in request["pipes"]:
             os.close(number)
+        if lifeline in select.select([lifeline, ended], [], [])[0]:
+            os.kill(first, signal.SIGKILL)
         _, status = os.waitpid(first, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in (lifeline, ended, ending):
+        os.close(number)
     libc.prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # a session's keys (Kerberos tickets, say) are inherited; where the kernel has no keys, there is nothing to leave
+    libc.syscall(_KEYCTL[os.uname().machine], _JOIN_SESSION_KEYRING, None)
     _new_root(libc, request)
     _drop_rights(libc, request["uid"] if is_root else None)
     libc.prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user forgets it
@@ -277,10 +297,13 @@ def judge(request: dict[str, Any], code: str) -> None:
 
 def main() -> None:
     """Read the request from the pipe whose number is the argument, shut in, and run."""
-    with os.fdopen(int(sys.argv[1]), "rb") as pipe:
-        request = json.loads(pipe.read())
+    lifeline = int(sys.argv[1])
+    with os.fdopen(lifeline, "rb", closefd=False) as pipe:
+        request = json.loads(pipe.readline())
     if request["isolate"]:
-        shut_in(request)
+        shut_in(request, lifeline)
+    else:
+        os.close(lifeline)
     set_limits(request["limits"])
     sys.argv = ["solution"]
     code = request["code"]

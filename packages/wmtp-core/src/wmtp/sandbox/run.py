@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, BinaryIO, Final, Literal
 
 from attrs import frozen
 
@@ -28,6 +28,7 @@ _PYTHON: Final = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 _MESSAGE: Final = 16 * 2**20  # bytes of one argument list or result
 #: all that a sandbox sees of the machine, besides its Python
 _VISIBLE: Final = ("/usr", "/lib", "/lib64", "/bin", "/dev/null", "/dev/zero", "/dev/urandom")
+_GUARD_SECONDS: Final = 10.0
 _UIDS: Final = itertools.count(os.getpid() % 10_000)
 
 Isolation = Literal["namespaces", "process"]
@@ -223,13 +224,21 @@ class Sandbox:
             )
         finally:
             os.close(reading)
-        stack.callback(_end, process)
-        with os.fdopen(writing, "wb") as pipe, contextlib.suppress(BrokenPipeError):
-            pipe.write(json.dumps(request).encode())
+        lifeline = os.fdopen(writing, "wb")
+        stack.callback(_end, process, lifeline, guarded=self.isolation == "namespaces")
+        with contextlib.suppress(BrokenPipeError):
+            lifeline.write(json.dumps(request).encode() + b"\n")
+            lifeline.flush()
         return process
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], lifeline: BinaryIO, *, guarded: bool) -> None:
+    """End a sandbox with all that it started: its guard does that (see `wmtp.sandbox.child.shut_in`), if there is one."""
+    with contextlib.suppress(BrokenPipeError):  # what it had not read of its request
+        lifeline.close()
+    if guarded:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GUARD_SECONDS)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
