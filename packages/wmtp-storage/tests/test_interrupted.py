@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from wmtp.errors import WMTPError
+from wmtp.storage.cache import Cache, CacheEntry
 from wmtp.storage.manifest import MANIFEST, Manifest, verify
 from wmtp_storage import S3Storage
 from wmtp_storage.journal import read_journal
@@ -210,21 +211,33 @@ def test_a_target_that_cannot_be_written(model, tmp_path):
             S3Storage().build().localize(model, disk / "cache")
 
 
-def test_many_ask_the_cache_for_the_same(faulty, model, tmp_path):
+def test_many_ask_the_cache_for_the_same(faulty, model, tmp_path, monkeypatch):
+    """All find it empty at the same moment; one fetches it, and the others have it as soon as that is done, in use or not."""
     proxy = faulty(())
     paths = []
+    together, is_complete, waited = threading.Barrier(4), CacheEntry.is_complete, threading.local()
+
+    def is_complete_for_none_at_first(entry):
+        there = is_complete(entry)
+        if not hasattr(waited, "done"):
+            waited.done = True
+            together.wait(timeout=60)
+        return there
 
     def localize():
         storage = S3Storage(endpoint=proxy.endpoint, region="us-east-1", chunk_size=16 / 1024).build()
         paths.append(storage.localize(model, tmp_path / "cache"))
 
-    threads = [threading.Thread(target=localize) for _ in range(4)]
+    monkeypatch.setattr(CacheEntry, "is_complete", is_complete_for_none_at_first)
+    threads = [threading.Thread(target=localize, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
-    assert len(set(paths)) == 1
+        thread.join(timeout=60)
     assert len(paths) == 4
+    assert len(set(paths)) == 1
     gets = [path for method, path in proxy.requests if method == "GET" and "list-type" not in path]
     assert len(gets) < 1.5 * (850 / 16 + 3)
+    assert [entry.is_in_use for entry in Cache(tmp_path / "cache").list()] == [True]
+    assert Cache(tmp_path / "cache").prune(0) == []
     shutil.rmtree(tmp_path / "cache")

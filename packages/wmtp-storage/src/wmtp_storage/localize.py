@@ -38,9 +38,7 @@ def localize(storage: ObjectStorage, uri: RemoteURI, cache_dir: Path) -> Path:
         entry = cache.entry(str(uri), _identity(uri, listing))
         lock = entry.lock()
         try:
-            lock.acquire(shared=True, waiting_for=f"fetches {uri}")
-            if not entry.is_complete():
-                lock.acquire(waiting_for=f"fetches {uri}")
+            lock.acquire(shared=True, waiting_for=f"removes {uri} from the cache")
             if not (entry.is_complete() or _fill(storage, uri, listing, cache, entry, name)):
                 lock.release()
                 continue
@@ -68,7 +66,13 @@ def _identity(uri: RemoteURI, listing: Listing) -> str:
 
 
 def _fill(storage: ObjectStorage, uri: RemoteURI, listing: Listing, cache: Cache, entry: CacheEntry, name: str) -> bool:
-    """Fetch into an entry that is locked; False where the objects changed meanwhile."""
+    """Fetch into an entry, or wait for another that does; False where the objects changed meanwhile."""
+    with entry.filling() as filling:
+        filling.acquire(waiting_for=f"fetches {uri}")
+        return entry.is_complete() or _fetch(storage, uri, listing, cache, entry, name)
+
+
+def _fetch(storage: ObjectStorage, uri: RemoteURI, listing: Listing, cache: Cache, entry: CacheEntry, name: str) -> bool:
     folder, prefix = (entry.files / name, f"{name}/") if listing.is_folder else (entry.files, "")
     state = entry.folder / STATE_FOLDER
     state.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import atexit
 import hashlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,12 @@ __all__ = ["Cache", "CacheEntry", "CacheInfo"]
 
 _MARKER: Final = "complete.json"
 _FILES: Final = "files"
+_FILLING: Final = "filling.lock"
 _LENGTH: Final = 32  # hexadecimal digits of an entry's name
 
 #: locks of the entries that this process uses: nobody may remove them before it ends
 _in_use: dict[Path, FileLock] = {}
+_in_use_guard = threading.Lock()
 
 
 @frozen(kw_only=True)
@@ -64,7 +67,7 @@ class CacheEntry:
         return self.folder / _FILES
 
     def lock(self) -> FileLock:
-        """Held alone by who fills or removes the entry, shared by who uses it.
+        """Held alone by who removes the entry, shared by who fills or uses it.
 
         Raises:
             WMTPError: nothing can be written there.
@@ -74,6 +77,18 @@ class CacheEntry:
         except OSError as error:
             raise WMTPError(f"the cache {self.folder.parent} cannot be written to: {error.strerror}") from error
         return FileLock(self.folder.with_suffix(".lock"))
+
+    def filling(self) -> FileLock:
+        """Held alone by who fills the entry, for no longer than that. To be taken by who has the other lock already.
+
+        It is a lock of its own because who has filled an entry goes on to use it, perhaps for days: whoever waits to fill it
+        must be told when it is full, not when it is free.
+
+        Raises:
+            OSError: nothing can be written there.
+        """
+        self.folder.mkdir(exist_ok=True)
+        return FileLock(self.folder / _FILLING)
 
     def manifest(self) -> Manifest | None:
         """What is in it; None unless it is complete."""
@@ -96,11 +111,15 @@ class CacheEntry:
         manifest.write(self.folder / _MARKER)
 
     def use(self, lock: FileLock) -> None:
-        """Keep the entry until this process ends, and note that it was used."""
+        """Keep the entry until this process ends, and note that it was used.
+
+        Args:
+            lock: held already, shared.
+        """
         os.utime(self.folder / _MARKER)
-        lock.acquire(shared=True)
-        previous = _in_use.pop(self.folder, None)
-        _in_use[self.folder] = lock
+        with _in_use_guard:
+            previous = _in_use.get(self.folder)
+            _in_use[self.folder] = lock
         if previous is not None:
             previous.release()
 
