@@ -146,7 +146,8 @@ def wmtp_data_loaders() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 def wmtp_storages() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Storage backends for URIs of some schemes.
 
-    ``build() -> wmtp.storage.Storage``. The class variable ``schemes`` lists the URI schemes that it serves.
+    ``build() -> wmtp.storage.Storage``. The class variable ``schemes`` lists the URI schemes that it serves. An optional static
+    method ``check_uri(uri)`` raises `wmtp.ConfigError` for a URI that cannot be one of the backend's; it touches no network.
 
     Example::
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import tomli
 
 from wmtp.errors import WMTPError
 
-__all__ = ["read_object", "read_snapshot"]
+__all__ = ["UPLOADED_FILES", "read_object", "read_snapshot"]
+
+#: below ``checkpoints.uri``: the folder with the files of the run directory
+UPLOADED_FILES: Final = "run"
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -126,7 +127,15 @@ class ObjectStorage(Storage):
         except (obstore.exceptions.BaseError, OSError, ValueError) as error:
             if uri.scheme.startswith("http") and understand(error).status in _LISTS_NOTHING:
                 return
-            raise explained(error, uri, "listed") from error
+            raise self._not_listed(error, uri) from error
+
+    def _not_listed(self, error: Exception, uri: RemoteURI) -> WMTPError:
+        """What to tell the user, with names that come close where there is no such bucket."""
+        close: list[str] = []
+        if understand(error).code == "NoSuchBucket":
+            close = difflib.get_close_matches(uri.authority, self.opened(uri).buckets(), n=3)
+        explanation = explained(error, uri, "listed")
+        return WMTPError(f"{explanation}; there is: {', '.join(close)}") if close else explanation
 
     def _manifest(self, uri: RemoteURI) -> Manifest | None:
         """What a web server's folder holds, as whoever put it there noted it."""

@@ -76,12 +76,14 @@ class Opened:
         reader: does not: whoever reads from it goes on where it failed.
         checksum: of an object's content, as the store knows it.
         abort_uploads: ends what was never uploaded to its end in a folder, which is given by its key.
+        buckets: the names of the buckets that these credentials may see, as far as they may: for hints.
     """
 
     store: ObjectStore
     reader: ObjectStore
     checksum: Checksum
     abort_uploads: Callable[[str], None]
+    buckets: Callable[[], list[str]]
 
 
 def opened(
@@ -89,6 +91,7 @@ def opened(
     store: Callable[[RetryConfig], ObjectStore],
     checksum: Checksum | None = None,
     abort_uploads: Callable[[str], None] | None = None,
+    buckets: Callable[[], list[str]] = list,
 ) -> Opened:
     """Open a store.
 
@@ -97,6 +100,7 @@ def opened(
         store: makes it. Retries are made with backoff and jitter: of server errors, 429, time-outs and lost connections.
         checksum: see `Opened`; None for a store that tells none.
         abort_uploads: see `Opened`; None for a store that forgets them by itself.
+        buckets: see `Opened`.
     """
     retries: RetryConfig = {
         "max_retries": config.max_retries,
@@ -108,4 +112,5 @@ def opened(
         reader=store({"max_retries": 0}),
         checksum=checksum if checksum is not None else lambda *_: None,
         abort_uploads=abort_uploads if abort_uploads is not None else lambda _: None,
+        buckets=buckets,
     )

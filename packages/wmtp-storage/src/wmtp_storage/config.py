@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 from attrs import field, frozen
 from attrs.validators import ge, gt
 
+from wmtp_storage.uris import parse
+
 if TYPE_CHECKING:
     from wmtp.storage import Storage
 
@@ -52,6 +54,11 @@ class RemoteStorage:
     read_timeout: float = field(default=30.0, validator=gt(0.0))
     proxy: str | None = None
     ca_bundle: str | None = None
+
+    @staticmethod
+    def check_uri(uri: str) -> None:
+        """See `wmtp.hookspecs.wmtp_storages`."""
+        parse(uri)
 
     def check(self) -> Iterable[str]:
         """What is wrong between the keys."""

@@ -96,17 +96,18 @@ def _without_markers(storage: ObjectStorage, uri: RemoteURI, found: list[StoredO
 
 
 def _nothing_at(storage: ObjectStorage, uri: RemoteURI) -> str:
-    """The message for a URI that names nothing, with the names that come close."""
+    """The message for a URI that names nothing, with the names that come close in the nearest folder that is there."""
     if not uri.key:
         return f"{uri}: the bucket is empty"
-    folder, _, name = uri.key.rpartition("/")
-    parent = evolve(uri, key=folder)
-    try:
-        beside = obstore.list_with_delimiter(storage.store(uri), prefix=folder or None)
-    except Exception:  # the answer is for a hint only
-        return f"{uri}: nothing is there"
-    names = [PurePosixPath(path).name for path in (*beside["common_prefixes"], *(each["path"] for each in beside["objects"]))]
-    if not names:
-        return f"{uri}: nothing is there; {parent} holds nothing either"
-    close = difflib.get_close_matches(name, names, n=3) or sorted(names)[:5]
-    return f"{uri}: nothing is there; in {parent} there is: {', '.join(close)}"
+    steps = uri.key.split("/")
+    for depth in reversed(range(len(steps))):
+        parent = evolve(uri, key="/".join(steps[:depth]), is_folder=False)
+        try:
+            beside = obstore.list_with_delimiter(storage.store(uri), prefix=parent.key or None)
+        except Exception:  # the answer is for a hint only
+            return f"{uri}: nothing is there"
+        paths = (*beside["common_prefixes"], *(each["path"] for each in beside["objects"]))
+        if names := [PurePosixPath(path).name for path in paths]:
+            close = difflib.get_close_matches(steps[depth], names, n=3) or sorted(names)[:5]
+            return f"{uri}: nothing is there; in {parent} there is: {', '.join(close)}"
+    return f"{uri}: nothing is there; the bucket is empty"

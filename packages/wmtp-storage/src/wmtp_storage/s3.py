@@ -64,8 +64,14 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
             credential_provider=credentials,
         )
 
-    questions = S3Questions(config, address if is_virtual else f"{address}/{quote(bucket)}", region, credentials)
-    return opened(config, store, questions.checksum, partial(abort_uploads, questions))
+    questions = S3Questions(
+        config,
+        address=address if is_virtual else f"{address}/{quote(bucket)}",
+        service=endpoint or _service(region),
+        region=region,
+        credentials=credentials,
+    )
+    return opened(config, store, questions.checksum, partial(abort_uploads, questions), questions.buckets)
 
 
 def _configured_endpoint(session: Session) -> str | None:
@@ -90,7 +96,7 @@ def _address(config: S3Storage, bucket: str, endpoint: str | None, region: str) 
     if endpoint is None:
         # with a dot in it, the bucket's host would not match Amazon's certificate
         is_virtual |= config.addressing == "auto" and "." not in bucket
-        endpoint = f"https://s3.{region}.amazonaws.com{'.cn' if region.startswith('cn-') else ''}"
+        endpoint = _service(region)
     if not is_virtual:
         return endpoint.rstrip("/"), False
     parts = urlsplit(endpoint)
@@ -98,9 +104,14 @@ def _address(config: S3Storage, bucket: str, endpoint: str | None, region: str) 
     return urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", "")), True
 
 
+def _service(region: str) -> str:
+    """The address of Amazon's S3."""
+    return f"https://s3.{region}.amazonaws.com{'.cn' if region.startswith('cn-') else ''}"
+
+
 def _find_region(config: S3Storage, bucket: str, guess: str) -> str:
     """Ask where a bucket is. Amazon tells anybody, even where it refuses; where it cannot be reached, the guess stands."""
-    url = f"https://s3.{guess}.amazonaws.com{'.cn' if guess.startswith('cn-') else ''}/{quote(bucket)}"
+    url = f"{_service(guess)}/{quote(bucket)}"
     try:
         answer = http_session(config, url).send(AWSRequest("HEAD", url).prepare())
     except BotoCoreError as error:

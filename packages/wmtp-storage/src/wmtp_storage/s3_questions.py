@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
+from xml.etree import ElementTree
 
 from attrs import Factory, field, frozen
 from botocore.auth import S3SigV4Auth
@@ -112,12 +113,14 @@ class S3Questions:
     Args:
         config: of the backend.
         address: of the bucket.
+        service: the address of the server, without a bucket.
         region: of the bucket.
         credentials: None to ask anonymously.
     """
 
     config: S3Storage
     address: str
+    service: str
     region: str
     credentials: Credentials | None
     _session: URLLib3Session = field(
@@ -145,6 +148,17 @@ class S3Questions:
         if not self.config.md5_etags:
             headers = {name: value for name, value in headers.items() if name != "etag"}
         return from_headers(headers, sizes)
+
+    def buckets(self) -> list[str]:
+        """The names of the buckets of whoever asks; empty where they may not be known."""
+        try:
+            answer = self.send("GET", f"{self.service.rstrip('/')}/")
+            if answer.status_code != 200:
+                return []
+            return [name.text or "" for name in ElementTree.fromstring(answer.content).iterfind("{*}Buckets/{*}Bucket/{*}Name")]
+        except (BotoCoreError, ElementTree.ParseError) as error:
+            logger.debug("the buckets could not be asked for: %s", error)
+            return []
 
     def send(self, method: str, url: str, headers: Mapping[str, str] | None = None) -> AWSResponse:
         """Send a signed request without a body; again, with backoff and jitter, where the server is busy or cannot be reached.

@@ -147,10 +147,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("plugins", "List the plugins, what they provide, and which are broken.")
     show = add("show", "Show a component's documentation, and its TOML with the defaults.")
     show.add_argument("name", metavar="NAME", help='as in `type = "NAME"`')
-    report = add("report", "Write one HTML page that shows a run, or compares several.")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories, of runs in any state")
+    options = file_commands.storage_options()
+    report = add("report", "Write one HTML page that shows a run, or compares several.", options)
     report.add_argument(
-        "--output", metavar="FILE", help="the page; default: report.html in the run directory, of several runs in this folder"
+        "runs", nargs="+", metavar="RUN", help="run directories, of runs in any state; or their checkpoints.uri"
+    )
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the page; default: report.html in the run directory, of several runs or of a URI in this folder",
     )
     _add_remote(add, config)
 

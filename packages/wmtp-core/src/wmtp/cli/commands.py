@@ -147,9 +147,10 @@ def show(arguments: Namespace) -> tuple[Any, int]:
 
 def report(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp report``."""
+    from wmtp.config.load import load_storage
     from wmtp.report import write_report
 
-    page = write_report(arguments.runs, arguments.output)
+    page = write_report(arguments.runs, arguments.output, storage=load_storage(arguments.config, arguments.overrides))
     if not arguments.json:
         print(page)
     return {"report": page}, 0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wmtp.storage.base import Storage
     from wmtp.storage.cache import Cache
 
-__all__ = ["add_arguments", "backend", "cache", "fetch", "push"]
+__all__ = ["add_arguments", "backend", "cache", "fetch", "push", "storage_options"]
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -26,11 +26,7 @@ def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Describe the commands to argparse, ``wmtp runs`` among them, which has the same options."""
     from wmtp.cli import runs
 
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--config", action="append", default=[], metavar="FILE", help="a TOML file whose [storage] counts")
-    options.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as storage.s3.acceleration=true"
-    )
+    options = storage_options()
     command = add("fetch", "Bring a file or folder into a local folder, whole and verified; go on where it broke off.", options)
     command.set_defaults(run_command=fetch)
     command.usage = "wmtp fetch [OPTION]… URI DIR"
@@ -52,6 +48,16 @@ def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--max-size", metavar="SIZE", help="prune: what may stay, as 200GB; the last used stays")
     command.add_argument("--cache-dir", metavar="DIR", help="default: storage.cache_dir")
     runs.add_arguments(add, options)
+
+
+def storage_options() -> argparse.ArgumentParser:
+    """The options by which a command without a config is told how to reach a store."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--config", action="append", default=[], metavar="FILE", help="a TOML file whose [storage] counts")
+    options.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as storage.s3.acceleration=true"
+    )
+    return options
 
 
 def fetch(arguments: argparse.Namespace) -> tuple[Any, int]:
@@ -135,7 +141,7 @@ def _list(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int]:
         what = entry.uri or "not complete: another fetch goes on with it, or prune removes it"
         print(f"{_bytes(entry.size):>9}  {used}  {'in use' if entry.is_in_use else '      '}  {entry.path.name[:8]}  {what}")
     if not arguments.json:
-        print(f"{cache.folder}: {len(entries)} entries, {_bytes(sum(entry.size for entry in entries))}")
+        print(f"{cache.folder}: {_entries(len(entries))}, {_bytes(sum(entry.size for entry in entries))}")
     return {"cache_dir": cache.folder, "entries": [attrs.asdict(entry) for entry in entries]}, 0
 
 
@@ -147,11 +153,17 @@ def _verify_cache(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int
 
 
 def _prune(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int]:
-    removed = cache.prune(_size(arguments.max_size))
+    most = _size(arguments.max_size)
+    removed = cache.prune(most)
     left = sum(entry.size for entry in cache.list())
     if not arguments.json:
-        print(f"{cache.folder}: {len(removed)} entries removed, {_bytes(left)} left")
+        why = ": more than --max-size, for running processes use it" if left > most else ""
+        print(f"{cache.folder}: {_entries(len(removed))} removed, {_bytes(left)} left{why}")
     return {"cache_dir": cache.folder, "removed": [attrs.asdict(entry) for entry in removed], "size": left}, 0
+
+
+def _entries(count: int) -> str:
+    return f"{count} entr{'y' if count == 1 else 'ies'}"
 
 
 def _size(text: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 
+from wmtp.cli.files import storage_options
 from wmtp.errors import ConfigError
 from wmtp.export import FORMATS
 
@@ -25,7 +26,7 @@ def add_arguments(add: Callable[..., ArgumentParser]) -> None:
     Args:
         add: makes the parser of a command from its name and a line about it.
     """
-    command = add("generate", "Let a model go on with a text.")
+    command = add("generate", "Let a model go on with a text.", storage_options())
     command.set_defaults(run_command=generate)
     command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     command.add_argument("--prompt", metavar="TEXT", help="what to go on with")
@@ -37,7 +38,7 @@ def add_arguments(add: Callable[..., ArgumentParser]) -> None:
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     command.add_argument("--speculative", action="store_true", help="let heads 2..H draft: the same text, sooner")
     _add_place(command)
-    command = add("export", "Write a model in the layout of other tools, with a model card.")
+    command = add("export", "Write a model in the layout of other tools, with a model card.", storage_options())
     command.set_defaults(run_command=export)
     command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     command.add_argument("folder", metavar="DIR", help="a folder that is not there yet, or is empty")
@@ -59,6 +60,7 @@ def _count(text: str) -> int:
 def generate(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp generate``."""
     prompt = _prompt(arguments)
+    from wmtp.config.load import load_storage
     from wmtp.generation import Sampling, stream
     from wmtp.generation.text import StopAt, TextStream, cut, encode_prompt
     from wmtp.models.opening import open_model
@@ -68,7 +70,12 @@ def generate(arguments: Namespace) -> tuple[Any, int]:
         sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
     except ValueError as error:
         raise ConfigError(f"--temperature, --top-p, --seed: {error.args[0]}") from None
-    opened = open_model(arguments.model, device=pick_device(arguments.device), precision=arguments.precision)
+    opened = open_model(
+        arguments.model,
+        device=pick_device(arguments.device),
+        precision=arguments.precision,
+        storage=load_storage(arguments.config, arguments.overrides),
+    )
     stops: list[str] = arguments.stop
     steps: list[list[int]] = []
     started = time.perf_counter()
@@ -127,9 +134,11 @@ def _prompt(arguments: Namespace) -> str:
 
 def export(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp export``."""
+    from wmtp.config.load import load_storage
     from wmtp.export.command import export_model
 
-    done = export_model(arguments.model, arguments.folder, format=arguments.format)
+    storage = load_storage(arguments.config, arguments.overrides)
+    done = export_model(arguments.model, arguments.folder, format=arguments.format, storage=storage)
     if not arguments.json:
         for name, size in done.files.items():
             print(f"{size:>14,}  {done.folder / name}")

@@ -263,7 +263,9 @@ def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
 
 def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) -> Iterator[Problem]:
     try:
-        backend_for(uri, schemes)
+        check = getattr(backend_for(uri, schemes), "check_uri", None)
+        if check is not None:
+            check(uri)
         if must_exist and scheme_of(uri) == "file" and not file_path(uri).exists():
             relative = "" if str(file_path(uri)) == uri else f" (that is {file_path(uri)})"
             yield Problem(path, f"{uri!r}{relative} does not exist")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from wmtp.config.load import Loaded, load, located
+from wmtp.config.load import Loaded, load, load_storage, located
 from wmtp.config.problems import Problem
 from wmtp.config.rules import component_problems
 from wmtp.config.schema import Config
@@ -22,7 +22,8 @@ from wmtp.evaluation.measure import measure
 from wmtp.models.opening import OpenedModel, find_model, open_model
 from wmtp.plugins import load_plugins
 from wmtp.run_dir import CONFIG_FILE
-from wmtp.storage.uris import file_path
+from wmtp.storage.backends import build_backends
+from wmtp.storage.uris import file_path, scheme_of
 from wmtp.tracking import RunInfo
 from wmtp.training.devices import autocast_context, pick_device
 
@@ -76,7 +77,8 @@ def evaluate_model(
         ConfigError: there is no such model, nothing to measure, or the config is wrong.
         WMTPError: something cannot be read, measured or written.
     """
-    path, run_dir = find_model(name)
+    is_remote = scheme_of(name) != "file"
+    path, run_dir = find_model(name, load_storage(files, overrides) if is_remote else None)
     loaded = _config(path, run_dir, files, overrides)
     config = loaded.config
     problems = [problem for problem in component_problems(config, loaded.registry) if problem.path[0] == "eval"]
@@ -149,7 +151,10 @@ def _track(config: Config, folder: Path, run_dir: Path | None, numbers: Mapping[
     step = last_step(place / "metrics.jsonl")
     tracker = config.tracker.build()
     tags = {"wmtp.evaluation": "true"}
-    tracker.start(RunInfo(name=place.name, run_dir=place, tags=tags, params=flatten(config), resumed_step=step))
+    backends = build_backends(config.storage)
+    tracker.start(
+        RunInfo(name=place.name, run_dir=place, tags=tags, params=flatten(config), resumed_step=step, backends=backends)
+    )
     try:
         tracker.log(step or 0, numbers)
     finally:

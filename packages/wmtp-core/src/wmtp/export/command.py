@@ -9,6 +9,7 @@ from pathlib import Path
 
 from attrs import frozen
 
+from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError
 from wmtp.export import FORMATS
 from wmtp.export.card import model_card
@@ -49,13 +50,14 @@ class Exported:
     files: Mapping[str, int]
 
 
-def export_model(name: str, folder: str | Path, *, format: str) -> Exported:
+def export_model(name: str, folder: str | Path, *, format: str, storage: StorageConfig | None = None) -> Exported:
     """Do what ``wmtp export`` does: the folder appears whole or not at all.
 
     Args:
         name: a run directory, a model folder, a ``.gguf`` file, or a URI of one.
         folder: a folder that is not there yet, or is empty.
         format: a key of `wmtp.export.FORMATS`.
+        storage: how to reach the store of a URI. Default: as without a config.
 
     Raises:
         ConfigError: there is no such model or format, the format cannot hold the model, or the folder is not empty.
@@ -66,7 +68,7 @@ def export_model(name: str, folder: str | Path, *, format: str) -> Exported:
     target = Path(folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: exists already and is no empty folder; name a new one")
-    path, run_dir = find_model(name)
+    path, run_dir = find_model(name, storage)
     if run_dir is None and path.name == "model" and is_run_dir(path.parent):
         run_dir = path.parent
     if path.is_dir() and not any((path / file).is_file() for file in _MODEL_FILES) and not any(path.glob("*.gguf")):

@@ -11,6 +11,7 @@ from attrs import frozen
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError
 from wmtp.models.build import build_model
+from wmtp.models.remote import localize_model
 from wmtp.models.vocabulary import check_vocabulary
 from wmtp.run_dir import CONFIG_FILE, is_run_dir
 from wmtp.storage.backends import build_backends
@@ -44,16 +45,20 @@ class OpenedModel:
     run_dir: Path | None
 
 
-def find_model(name: str) -> tuple[Path, Path | None]:
+def find_model(name: str, storage: StorageConfig | None = None) -> tuple[Path, Path | None]:
     """The local path of the model that ``name`` means, and the run directory where it is a run.
+
+    Args:
+        name: as for `open_model`.
+        storage: how to reach the store of a URI. Default: as without a config.
 
     Raises:
         ConfigError: there is nothing of that name, or the run has not saved a model yet.
         WMTPError: it could not be fetched.
     """
     if scheme_of(name) != "file":
-        storage = StorageConfig()
-        return localize(name, build_backends(storage), Path(storage.cache_dir).expanduser()), None
+        storage = storage or StorageConfig()
+        return localize_model(name, build_backends(storage), Path(storage.cache_dir).expanduser()), None
     path = Path(name).expanduser()
     if not path.exists():
         raise ConfigError(f"{name}: no such run, model folder or .gguf file")
@@ -66,7 +71,12 @@ def find_model(name: str) -> tuple[Path, Path | None]:
 
 
 def open_model(
-    name: str, *, device: torch.device, precision: Literal["fp32", "bf16"] | None = None, config: Config | None = None
+    name: str,
+    *,
+    device: torch.device,
+    precision: Literal["fp32", "bf16"] | None = None,
+    config: Config | None = None,
+    storage: StorageConfig | None = None,
 ) -> OpenedModel:
     """Open a model and its tokenizer.
 
@@ -75,12 +85,13 @@ def open_model(
         device: where it shall be.
         precision: of the parameters. Default: as saved.
         config: the run's, or one with a ``[tokenizer]``, which is used in place of the one beside the model.
+        storage: how to reach the store of a URI. Default: as the config says.
 
     Raises:
         ConfigError: there is no such model, or the tokenizer is not the model's.
         WMTPError: files are missing or damaged.
     """
-    path, run_dir = find_model(name)
+    path, run_dir = find_model(name, storage if storage is not None or config is None else config.storage)
     dtype = None if precision is None else {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = load_weights(path, dtype).to(device)
     tokenizer = find_tokenizer(path, run_dir, config)

@@ -9,9 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
+from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.report.collect import collect
 from wmtp.run_dir import is_run_dir, replace_text
+from wmtp.run_files import UPLOADED_FILES
+from wmtp.storage.backends import build_backends
+from wmtp.storage.uris import backend_for, file_path, localize, redact, scheme_of
 from wmtp.training.weight_bins import WEIGHT_BINS
 
 __all__ = ["write_report"]
@@ -20,13 +24,20 @@ _SCRIPTS: Final = ("uPlot.iife.min.js", "charts.js", "texts.js", "report.js")
 _STYLES: Final = ("uPlot.min.css", "report.css")
 
 
-def write_report(runs: Sequence[str | Path], output: str | Path | None = None, *, status: str | None = None) -> Path:
+def write_report(
+    runs: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    status: str | None = None,
+    storage: StorageConfig | None = None,
+) -> Path:
     """Write the page of one run, or of several to compare.
 
     Args:
-        runs: run directories.
-        output: the file. Default: ``report.html`` in the run directory; of several runs in the current one.
+        runs: run directories, or the URIs that were their ``checkpoints.uri``.
+        output: the file. Default: ``report.html`` in the run directory; of several runs, or of a URI, in the current one.
         status: of the runs, in place of what their ``run.json`` says.
+        storage: how to reach the store of a URI. Default: as without a config.
 
     Returns:
         the file.
@@ -35,10 +46,12 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None, *
         ConfigError: a directory holds no run.
         WMTPError: a file of a run is damaged, or the page cannot be written.
     """
-    folders = list(dict.fromkeys(Path(run).expanduser().resolve() for run in runs))
+    is_remote = any(scheme_of(str(run)) != "file" for run in runs)
+    folders = list(dict.fromkeys(_local(str(run), storage or StorageConfig()) for run in runs))
     if problems := [problem for folder in folders if (problem := _problem(folder))]:
         raise ConfigError(problems)
-    page = (folders[0] if len(folders) == 1 else Path.cwd()) / "report.html" if output is None else Path(output).expanduser()
+    beside = Path.cwd() if is_remote or len(folders) > 1 else folders[0]
+    page = beside / "report.html" if output is None else Path(output).expanduser()
     if page.is_dir():
         raise ConfigError(f"--output {page}: is a folder; name a file in it")
     content = build_page([collect(folder, status=status) for folder in folders])
@@ -47,6 +60,16 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None, *
     except OSError as error:
         raise WMTPError(f"{page} cannot be written: {error.strerror or error}") from error
     return page
+
+
+def _local(run: str, storage: StorageConfig) -> Path:
+    """The folder of a run's files on this machine."""
+    if scheme_of(run) == "file":
+        return file_path(run).resolve()
+    backends, uri = build_backends(storage), f"{run.rstrip('/')}/{UPLOADED_FILES}"
+    if not backend_for(run, backends).exists(uri):
+        raise ConfigError(f"{redact(run)} holds no run; write a checkpoints.uri, below which is the folder {UPLOADED_FILES!r}")
+    return localize(uri, backends, Path(storage.cache_dir).expanduser())
 
 
 def _problem(run: Path) -> str | None:

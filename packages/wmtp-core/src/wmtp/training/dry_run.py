@@ -8,6 +8,7 @@ from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, HeadsConfig
 from wmtp.training.devices import count_devices, pick_device
 from wmtp.training.memory import estimate_memory, head_parameters, too_large
+from wmtp.training.remote_checkpoints import remote_checkpoints
 from wmtp.training.setup import Source, build_trainer, open_source, planned_steps
 from wmtp.training.stages import StageBatches, StagePlan, check_data
 
@@ -31,6 +32,8 @@ def dry_run(config: Config) -> dict[str, str]:
     from wmtp.models.build import resolve_heads
 
     device = pick_device(config.devices.device)
+    if (remote := remote_checkpoints(config)) is not None:
+        remote.steps()  # a bucket that is not there, or may not be read, is better known now
     source = open_source(config)
     info = source.model_info
     heads = resolve_heads(config.models["base"].heads, info.heads)

@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from wmtp.errors import WMTPError
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.run_files import UPLOADED_FILES
 from wmtp.storage import Storage
 from wmtp.storage.atomic import write_folder
 from wmtp.storage.backends import build_backends
@@ -34,7 +35,9 @@ __all__ = ["CheckpointUpload", "RemoteCheckpoints", "remote_checkpoints"]
 logger = logging.getLogger("wmtp")
 
 _MARKER: Final = re.compile(r"step-(\d+)\.json")
-_RUN_FILES: Final = "run"
+_UNFINISHED: Final = re.compile(r"step-\d+")
+#: the name of a folder that a killed upload of another left beside its target
+_LEFT: Final = re.compile(r".*\.partial-[0-9a-f]{16}")
 #: seconds between two lines that say that the end of an upload is waited for
 _SAYS_SO_EVERY: Final = 30.0
 
@@ -99,11 +102,29 @@ class RemoteCheckpoints:
         Raises:
             WMTPError: they could not be read.
         """
-        self._storage.fetch(f"{self.uri}/{_RUN_FILES}", run_dir)
+        self._storage.fetch(f"{self.uri}/{UPLOADED_FILES}", run_dir)
 
     def _names(self) -> set[str]:
         """What is directly in the folder."""
         return {file.name.partition("/")[0] for file in self._storage.files(self.uri)}
+
+    def check_is_free(self) -> None:
+        """Whether a new run may write there: the folder is its own, and what lies in it under its names is replaced.
+
+        Raises:
+            ConfigError: another run's checkpoints are there, or what no run left there.
+            WMTPError: the store could not be asked.
+        """
+        names = self._names()
+        if any(map(_MARKER.fullmatch, names)):
+            raise ConfigError(
+                f"checkpoints.uri: {self.uri} holds checkpoints of another run; choose another folder, or resume that run"
+            )
+        # without a complete checkpoint these are of a run that was killed early
+        foreign = sorted(n for n in names if n != UPLOADED_FILES and not _UNFINISHED.fullmatch(n) and not _LEFT.fullmatch(n))
+        if foreign:
+            shown = ", ".join(foreign[:5]) + (" …" if len(foreign) > 5 else "")
+            raise ConfigError(f"checkpoints.uri: {self.uri} holds something else ({shown}); name a folder of this run alone")
 
     def tidy(self) -> None:
         """Remove what a killed run left half-uploaded. Only for the run that writes there.
@@ -114,7 +135,7 @@ class RemoteCheckpoints:
         self._storage.tidy(self.uri)
         complete = {f"step-{step}" for step in self.steps()}
         for name in self._names():
-            if re.fullmatch(r"step-\d+", name) and name not in complete:
+            if _UNFINISHED.fullmatch(name) and name not in complete:
                 self._storage.remove(f"{self.uri}/{name}")
 
     def upload(self, checkpoint: Checkpoint, run_dir: Path, keep_last: int) -> None:
@@ -135,7 +156,7 @@ class RemoteCheckpoints:
                 if path.is_file() and not path.name.startswith("."):
                     # a copy: the run goes on writing to some of them
                     copied = shutil.copyfile(path, Path(temporary, path.name))
-                    self._storage.push(copied, f"{self.uri}/{_RUN_FILES}/{path.name}")
+                    self._storage.push(copied, f"{self.uri}/{UPLOADED_FILES}/{path.name}")
             marker = Path(temporary, f"{name}.json")
             marker.write_text(json.dumps({"step": checkpoint.step, "files": _sizes(checkpoint.path)}, indent=2) + "\n")
             self._storage.push(marker, f"{self.uri}/{marker.name}")

@@ -47,13 +47,14 @@ def _tidy(folder: Path, run_dir: Path, remote: RemoteCheckpoints | None, *, resu
     remove_partial(folder)
     remove_partial(run_dir)
     saved = list_checkpoints(folder)
-    uploaded = remote.steps() if remote is not None else []
-    if (saved or uploaded) and not resume:
-        where = folder if remote is None else remote.uri
+    if saved and not resume:
         raise ConfigError(
-            f"checkpoints.uri: {where} holds checkpoints of another run; choose another folder, or resume that run"
+            f"checkpoints.uri: {folder} holds checkpoints of another run; choose another folder, or resume that run"
         )
+    if remote is not None and not resume:
+        remote.check_is_free()
     if remote is not None:
+        uploaded = remote.steps()
         remote.tidy()
         if uploaded and (not saved or uploaded[-1] > saved[-1].step):
             saved = [*saved, remote.fetch(uploaded[-1], folder)]

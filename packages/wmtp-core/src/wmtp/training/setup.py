@@ -17,6 +17,7 @@ from wmtp.config.schema import Config, HeadsConfig, ModelConfig
 from wmtp.data.sources import read_from
 from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.models.base import ModelInfo
+from wmtp.models.remote import LOADERS, localize_model
 from wmtp.plugins import load_plugins
 from wmtp.storage.backends import build_backends
 from wmtp.storage.uris import localize
@@ -64,6 +65,8 @@ class Place:
             WMTPError: nothing is there, or it could not be fetched.
         """
         uri = getattr(component, "uri", None)
+        if uri is not None and key.startswith("models.") and component.type in LOADERS:
+            return localize_model(uri, self.backends, self.cache_dir, key=f"{key}.uri")
         return None if uri is None else self.fetch(uri, f"{key}.uri")
 
     def fetch(self, uri: str, key: str) -> Path:

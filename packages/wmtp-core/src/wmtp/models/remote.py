@@ -1,0 +1,43 @@
+"""Whether a URI names a model, asked before a folder of who knows what is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from wmtp.errors import ConfigError
+from wmtp.storage import Storage
+from wmtp.storage.uris import backend_for, localize, redact, scheme_of
+
+__all__ = ["LOADERS", "localize_model"]
+
+#: the model loaders whose folders are known by the files below
+LOADERS = ("hf", "meta-mtp")
+_FILES = ("config.json", "params.json")
+_SHOWN = 5
+
+
+def localize_model(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *, key: str | None = None) -> Path:
+    """As `wmtp.storage.uris.localize`, for a model that `LOADERS` load.
+
+    Raises:
+        ConfigError: the folder holds no model; the message names folders in it that do.
+        WMTPError: nothing is there, or it could not be read.
+    """
+    storage = backend_for(uri, backends, key=key)
+    if scheme_of(uri) != "file" and type(storage).files is not Storage.files:  # else it cannot tell
+        names = [file.name for file in storage.files(uri)]
+        beside = {name for name in names if "/" not in name}
+        # a single file, or nothing at all, is for others to judge
+        is_folder = bool(names) and beside != {uri.rstrip("/").rpartition("/")[2]}
+        if is_folder and not any(name in _FILES or name.endswith(".gguf") for name in beside):
+            raise ConfigError(f"{key}: {_no_model(uri, names)}" if key else _no_model(uri, names))
+    return localize(uri, backends, cache_dir, key=key)
+
+
+def _no_model(uri: str, names: list[str]) -> str:
+    inside = sorted({name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in _FILES})
+    more = f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else ""
+    place = redact(uri).rstrip("/")
+    hint = f"; it has models in it: {', '.join(f'{place}/{folder}' for folder in inside[:_SHOWN])}{more}" if inside else ""
+    return f"{redact(uri)} is no model: the folder has no {' or '.join(_FILES)}, nor a .gguf file{hint}"
