@@ -90,7 +90,7 @@ def model(folder):
 
 
 def test_a_recipe_with_everything_in_a_store(recipe, here, tmp_path, capsys):
-    """Begun on machine A, which is killed; finished on machine B, which has the recipe and the credentials, and nothing else."""
+    """Begun on machine A, which is killed; finished on machine B, which has the recipe and credentials, nothing else."""
     for name in ("base%20model", "ref"):
         assert wmtp(capsys, "push", model(tmp_path / "made"), f"s3://{here}/models/{name}")[0] == 0
     for name in ("code.jsonl", "eval/a.jsonl"):
@@ -181,7 +181,12 @@ def test_mistakes_are_told_before_anything_is_fetched(recipe, here, tmp_path, ca
     assert (code, said) == (
         2, f"error: checkpoints.uri: {models} holds something else (large, tiny); name a folder of this run alone\n"
     )  # fmt: skip
-    wrong = ("models.base.uri=s3:/x", f"models.ref.uri=s3://{here}/../x", "datasets.code.uri=s3://", "checkpoints.uri=s3://b/x?y")
+    wrong = (
+        "models.base.uri=s3:/x",
+        f"models.ref.uri=s3://{here}/../x",
+        "datasets.code.uri=s3://",
+        "checkpoints.uri=s3://b/x?y",
+    )
     code, said = fails(*wrong, command=("check", recipe))
     assert code == 2
     assert said.count("error: ") == len(wrong)
