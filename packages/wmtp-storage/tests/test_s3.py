@@ -10,7 +10,7 @@ import pytest
 import trustme
 
 from wmtp.errors import ConfigError, WMTPError
-from wmtp_storage import S3Storage
+from wmtp_storage import S3Storage, s3_credentials
 from wmtp_storage.uris import parse
 
 
@@ -235,3 +235,40 @@ def test_anonymous_sends_no_signature(faulty, s3):
 def test_a_bundle_that_is_not_there(s3):
     with pytest.raises(ConfigError, match="ca_bundle: '/no/such' is no file"):
         S3Storage(ca_bundle="/no/such").build().exists("s3://b/x")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"AWS_SESSION_TOKEN": "t"},
+        {"AWS_SECURITY_TOKEN": "t", "AWS_DEFAULT_REGION": "eu-west-1"},
+        {"AWS_ENDPOINT_URL": "http://a:1"},
+        {"AWS_ENDPOINT_URL_S3": "http://b:2", "AWS_ENDPOINT_URL": "http://a:1", "AWS_REGION": "eu-north-1"},
+        {"AWS_SESSION_TOKEN": "", "AWS_ENDPOINT_URL_S3": ""},
+    ],
+)
+def test_where_the_environment_is_all_that_there_is_botocore_finds_the_same(monkeypatch, variables):
+    """It need not be imported then: credentials, endpoint and region are those that it would find."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    nothing = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+    for name, value in (nothing | {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"} | variables).items():
+        monkeypatch.setenv(name, value)
+    config = S3Storage()
+    assert s3_credentials.is_in_environment(config)
+    found = s3_credentials.Credentials(config)(), s3_credentials.endpoint_and_region(config)
+    monkeypatch.setattr(s3_credentials, "is_in_environment", lambda config: False)
+    by_botocore = s3_credentials.Credentials(config)(), s3_credentials.endpoint_and_region(config)
+    names = ("access_key_id", "secret_access_key", "token")
+    assert [found[0].get(name) for name in names] == [by_botocore[0].get(name) for name in names]
+    assert found[1] == by_botocore[1]
+
+
+def test_a_profile_or_a_shared_file_is_looked_at(monkeypatch, tmp_path, s3):
+    assert s3_credentials.is_in_environment(S3Storage())
+    assert not s3_credentials.is_in_environment(S3Storage(profile="lab"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    assert s3_credentials.is_in_environment(S3Storage())
+    (tmp_path / "config").write_text("[default]\nregion = eu-west-1\n")
+    assert not s3_credentials.is_in_environment(S3Storage())

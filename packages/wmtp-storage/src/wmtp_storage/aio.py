@@ -5,27 +5,29 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterable
-from concurrent.futures import Future, as_completed
+from concurrent.futures import Future, wait
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 __all__ = ["Budget", "run", "together"]
 
+_GLANCE = 0.5  # seconds between two looks for Ctrl-C
 
-def run(*works: Coroutine[Any, Any, None]) -> None:
-    """Run coroutines to their ends, each in a thread with a loop of its own: the caller's may run one, as in a notebook.
 
-    The first that fails cancels the others, and so does Ctrl-C; what they do in their ``finally`` blocks is waited for.
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end, in a thread with a loop of its own: the caller's may run one, as in a notebook.
+
+    Ctrl-C cancels it; what it does in its ``finally`` blocks is waited for.
     """
-    workers = [_Worker(work) for work in works]
+    worker = _Worker(work)
     try:
-        for done in as_completed([worker.done for worker in workers]):
-            done.result()
-    finally:  # after an error of the work, or Ctrl-C here
-        for worker in workers:
-            worker.cancel()
-        for worker in workers:
-            worker.thread.join()
+        # Python misses a Ctrl-C that comes in the moment in which a wait begins: it is seen at its end
+        while not wait([worker.done], timeout=_GLANCE).done:
+            pass
+        worker.done.result()
+    finally:
+        worker.cancel()
+        worker.thread.join()
 
 
 class _Worker:

@@ -6,16 +6,19 @@ import base64
 import hashlib
 import re
 import zlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
 from attrs import frozen
 from awscrt.checksums import crc32c, crc64nvme
 
-__all__ = ["StoreChecksum", "etag_md5", "from_headers"]
+__all__ = ["PartDigests", "StoreChecksum", "etag_md5", "from_headers"]
 
-_BLOCK = 2**20  # bytes read at once
+_BLOCK = 2**18  # bytes read at once
 _MD5: Final = re.compile(r'"?([0-9a-f]{32})(?:-(\d+))?"?')
 
 
@@ -63,23 +66,65 @@ class StoreChecksum:
         return self.algorithm if self.part_sizes is None else f"{self.algorithm} of parts"
 
     def matches(self, path: Path, is_stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Read a file, and compare. Where ``is_stopped`` says so it ends early; the answer is then of no use."""
-        return self._of(path, is_stopped) == self.value
+        """Read a file, and compare, where there are no parts. Ends early where ``is_stopped``; that answer is of no use."""
+        return _digest(self.algorithm, path, 0, path.stat().st_size, is_stopped) == self.value
 
-    def _of(self, path: Path, is_stopped: Callable[[], bool]) -> bytes:
-        make = _ALGORITHMS[self.algorithm]
-        whole = make()
-        buffer = memoryview(bytearray(_BLOCK))
-        with path.open("rb", buffering=0) as file:
-            for size in self.part_sizes or ():
-                part, left = make(), size
-                while not is_stopped() and (count := file.readinto(buffer[: min(left, _BLOCK)])):
-                    part.update(buffer[:count])
-                    left -= count
-                whole.update(part.digest())
-            while self.part_sizes is None and not is_stopped() and (count := file.readinto(buffer)):
-                whole.update(buffer[:count])
-        return whole.digest()
+
+class PartDigests:
+    """The checksums of an object's parts, each begun when its bytes are on the disk, whatever is still missing of others.
+
+    Args:
+        checksum: of the parts' checksums.
+        path: the file.
+        pool: where they are computed: as many at once as there are threads.
+        is_stopped: whether nobody wants them any more.
+    """
+
+    def __init__(self, checksum: StoreChecksum, path: Path, pool: Executor, is_stopped: Callable[[], bool]) -> None:
+        self.checksum = checksum
+        self._path, self._pool, self._is_stopped = path, pool, is_stopped
+        self._bounds = list(accumulate(checksum.part_sizes or (), initial=0))
+        self._digests: dict[int, Future[bytes]] = {}
+
+    def begin(self, start: int, end: int, missing: Sequence[tuple[int, int]]) -> None:
+        """Begin those that a stretch of the file has made whole.
+
+        Args:
+            start: its first byte.
+            end: the byte after its last.
+            missing: stretches of the file that are not there.
+        """
+        bounds = self._bounds
+        for number in range(bisect_right(bounds, start) - 1, bisect_left(bounds, end)):
+            first, last = bounds[number], bounds[number + 1]
+            if number not in self._digests and not any(gap < last and gap_end > first for gap, gap_end in missing):
+                self._digests[number] = self._pool.submit(
+                    _digest, self.checksum.algorithm, self._path, first, last, self._is_stopped
+                )
+
+    def match(self) -> bool:
+        """Whether they are those of the store, for a file that is whole.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        self.begin(0, self._bounds[-1], ())
+        whole = _ALGORITHMS[self.checksum.algorithm]()
+        for number in range(len(self._bounds) - 1):
+            whole.update(self._digests[number].result())
+        return whole.digest() == self.checksum.value
+
+
+def _digest(algorithm: str, path: Path, start: int, end: int, is_stopped: Callable[[], bool]) -> bytes:
+    """The checksum of a stretch of a file."""
+    digest = _ALGORITHMS[algorithm]()
+    buffer = memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while start < end and not is_stopped() and (count := file.readinto(buffer[: end - start])):
+            digest.update(buffer[:count])
+            start += count
+    return digest.digest()
 
 
 def etag_md5(etag: str | None) -> tuple[bytes, int | None] | None:

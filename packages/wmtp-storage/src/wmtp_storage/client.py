@@ -75,6 +75,7 @@ class Opened:
         store: tries a failed request again by itself.
         reader: does not: whoever reads from it goes on where it failed.
         checksum: of an object's content, as the store knows it.
+        listed_checksum: what the listing says of it already; None where the store must be asked.
         abort_uploads: ends what was never uploaded to its end in a folder, which is given by its key.
         buckets: the names of the buckets that these credentials may see, as far as they may: for hints.
     """
@@ -82,6 +83,7 @@ class Opened:
     store: ObjectStore
     reader: ObjectStore
     checksum: Checksum
+    listed_checksum: Callable[[StoredObject], StoreChecksum | None]
     abort_uploads: Callable[[str], None]
     buckets: Callable[[], list[str]]
 
@@ -90,6 +92,7 @@ def opened(
     config: RemoteStorage,
     store: Callable[[RetryConfig], ObjectStore],
     checksum: Checksum | None = None,
+    listed_checksum: Callable[[StoredObject], StoreChecksum | None] | None = None,
     abort_uploads: Callable[[str], None] | None = None,
     buckets: Callable[[], list[str]] = list,
 ) -> Opened:
@@ -99,6 +102,7 @@ def opened(
         config: of the backend.
         store: makes it. Retries are made with backoff and jitter: of server errors, 429, time-outs and lost connections.
         checksum: see `Opened`; None for a store that tells none.
+        listed_checksum: see `Opened`; None for a store whose listing tells none.
         abort_uploads: see `Opened`; None for a store that forgets them by itself.
         buckets: see `Opened`.
     """
@@ -111,6 +115,7 @@ def opened(
         store=store(retries),
         reader=store({"max_retries": 0}),
         checksum=checksum if checksum is not None else lambda *_: None,
+        listed_checksum=listed_checksum if listed_checksum is not None else lambda _: None,
         abort_uploads=abort_uploads if abort_uploads is not None else lambda _: None,
         buckets=buckets,
     )

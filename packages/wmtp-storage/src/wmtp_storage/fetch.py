@@ -200,10 +200,10 @@ class Fetching:
         """
         try:
             before()
+            for folder in {(self._folder / part.stored.name).parent for part in self._parts}:
+                folder.mkdir(parents=True, exist_ok=True)
             for part in self._parts:
-                path = self._folder / part.stored.name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part.path.replace(path)
+                part.path.replace(self._folder / part.stored.name)
         except OSError as error:
             raise WMTPError(f"{self._folder} could not be written: {error.strerror or error}") from error
         files = self._present | {part.stored.name: _manifest_file(part) for part in self._parts}

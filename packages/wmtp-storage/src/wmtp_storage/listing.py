@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -60,10 +61,12 @@ def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] 
     Raises:
         WMTPError: nothing is there, a folder is half-written, or its names cannot be those of files.
     """
-    single = storage.head(uri)
-    if single is not None:
-        return Listing((single,), is_folder=False)
-    found = list(storage.objects(uri))
+    with ThreadPoolExecutor(max_workers=1) as pool:  # over a long line one question after the other takes twice as long
+        listed = pool.submit(lambda: list(storage.objects(uri)))
+        single = storage.head(uri)
+        if single is not None:
+            return Listing((single,), is_folder=False)
+        found = listed.result()
     if any(stored.name == INCOMPLETE for stored in found):
         raise WMTPError(f"{uri}: the folder is half-written: whoever uploads to it has not ended, or failed; upload it again")
     if not found:

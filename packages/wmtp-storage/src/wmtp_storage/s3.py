@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from botocore.awsrequest import AWSRequest
-from botocore.configprovider import ConfiguredEndpointProvider
-from botocore.exceptions import BotoCoreError
 from obstore.store import S3Store
 
 from wmtp.errors import ConfigError
+from wmtp_storage.checksums import StoreChecksum, etag_md5
 from wmtp_storage.client import Opened, client_options, opened
-from wmtp_storage.s3_questions import Credentials, S3Questions, aws_session, http_session
-from wmtp_storage.s3_uploads import abort_uploads
+from wmtp_storage.s3_credentials import Credentials, endpoint_and_region
 
 if TYPE_CHECKING:
-    from botocore.session import Session
     from obstore.store import RetryConfig
 
+    from wmtp_storage.backend import StoredObject
     from wmtp_storage.config import S3Storage
+    from wmtp_storage.s3_questions import S3Questions
     from wmtp_storage.uris import RemoteURI
 
 __all__ = ["open_s3"]
 
 logger = logging.getLogger("wmtp.storage")
+
+#: smaller objects are compared with the MD5 that their ETag is, without another request
+_SMALL = 8 * 2**20
 
 
 def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
@@ -38,9 +39,7 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
         WMTPError: there are no credentials.
     """
     bucket = uri.authority
-    session = aws_session(config)
-    endpoint = config.endpoint or _configured_endpoint(session)
-    region = config.region or os.environ.get("AWS_REGION") or session.get_config_variable("region")
+    endpoint, region = endpoint_and_region(config)
     if endpoint is None and config.region is None:
         region = _find_region(config, bucket, region or "us-east-1")
     region = region or "us-east-1"
@@ -64,24 +63,35 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
             credential_provider=credentials,
         )
 
-    questions = S3Questions(
-        config,
-        address=address if is_virtual else f"{address}/{quote(bucket)}",
-        service=endpoint or _service(region),
-        region=region,
-        credentials=credentials,
-    )
-    return opened(config, store, questions.checksum, partial(abort_uploads, questions), questions.buckets)
+    @functools.cache
+    def questions() -> S3Questions:
+        from wmtp_storage.s3_questions import S3Questions
+
+        return S3Questions(
+            config,
+            address=address if is_virtual else f"{address}/{quote(bucket)}",
+            service=endpoint or _service(region),
+            region=region,
+            credentials=credentials,
+        )
+
+    def abort_uploads(folder: str) -> None:
+        from wmtp_storage.s3_uploads import abort_uploads
+
+        abort_uploads(questions(), folder)
+
+    def checksum(stored: StoredObject, did_not_match: bool) -> StoreChecksum | None:
+        return questions().checksum(stored, did_not_match)
+
+    return opened(config, store, checksum, partial(_listed_checksum, config), abort_uploads, lambda: questions().buckets())
 
 
-def _configured_endpoint(session: Session) -> str | None:
-    """What the environment and the shared files say, with the AWS tools' precedence."""
-    if session.get_config_variable("ignore_configured_endpoint_urls"):
-        return None
-    provider = ConfiguredEndpointProvider(
-        full_config=session.full_config, scoped_config=session.get_scoped_config(), client_name="s3"
-    )
-    return provider.provide() or os.environ.get("AWS_ENDPOINT")
+def _listed_checksum(config: S3Storage, stored: StoredObject) -> StoreChecksum | None:
+    """What the ETag of a small object says of its content; None where it says nothing, or S3 may know something cheaper."""
+    found = etag_md5(stored.etag)
+    if config.md5_etags and stored.size <= _SMALL and found is not None and found[1] is None:
+        return StoreChecksum("md5", found[0])
+    return None
 
 
 def _address(config: S3Storage, bucket: str, endpoint: str | None, region: str) -> tuple[str, bool]:
@@ -111,6 +121,11 @@ def _service(region: str) -> str:
 
 def _find_region(config: S3Storage, bucket: str, guess: str) -> str:
     """Ask where a bucket is. Amazon tells anybody, even where it refuses; where it cannot be reached, the guess stands."""
+    from botocore.awsrequest import AWSRequest
+    from botocore.exceptions import BotoCoreError
+
+    from wmtp_storage.s3_questions import http_session
+
     url = f"{_service(guess)}/{quote(bucket)}"
     try:
         answer = http_session(config, url).send(AWSRequest("HEAD", url).prepare())

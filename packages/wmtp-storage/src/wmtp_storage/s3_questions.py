@@ -1,13 +1,11 @@
-"""Who asks S3, and what is asked besides what obstore can: checksums, which it does not show."""
+"""What is asked of S3 besides what obstore can: checksums, which it does not show."""
 
 from __future__ import annotations
 
 import logging
 import random
-import threading
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 from xml.etree import ElementTree
@@ -16,45 +14,22 @@ from attrs import Factory, field, frozen
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.credentials import Credentials as BotoCredentials
-from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import BotoCoreError, HTTPClientError
 from botocore.httpsession import URLLib3Session
-from botocore.session import Session
 from botocore.utils import get_environ_proxies
 
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import WMTPError
 from wmtp_storage.checksums import StoreChecksum, etag_md5, from_headers
 from wmtp_storage.client import ca_bundle
 
 if TYPE_CHECKING:
-    from obstore.store import S3Credential
-
     from wmtp_storage.backend import StoredObject
     from wmtp_storage.config import S3Storage
+    from wmtp_storage.s3_credentials import Credentials
 
-__all__ = ["Credentials", "S3Questions", "aws_session", "http_session"]
+__all__ = ["S3Questions", "http_session"]
 
 logger = logging.getLogger("wmtp.storage")
-
-#: credentials are asked for again after so long: files may be rewritten, and sessions renewed, while a transfer runs
-_CREDENTIALS_AGE = timedelta(minutes=5)
-#: smaller objects are compared with the MD5 that their ETag is, without another request
-_SMALL = 8 * 2**20
-
-
-def aws_session(config: S3Storage) -> Session:
-    """The AWS tools' configuration.
-
-    Raises:
-        ConfigError: the profile does not exist.
-    """
-    session = Session(profile=config.profile)
-    profile = session.profile
-    if profile is not None and profile not in session.available_profiles:
-        where = f"profile: {profile!r}" if config.profile else f"AWS_PROFILE: {profile!r}"
-        known = ", ".join(session.available_profiles) or "none"
-        raise ConfigError(f"{where} is in none of the shared AWS files; profiles there: {known}")
-    return session
 
 
 def http_session(config: S3Storage, url: str) -> URLLib3Session:
@@ -63,47 +38,6 @@ def http_session(config: S3Storage, url: str) -> URLLib3Session:
     proxies = {"http": config.proxy, "https": config.proxy} if config.proxy else get_environ_proxies(url)
     verify: Any = str(bundle) if bundle else True
     return URLLib3Session(verify=verify, proxies=proxies, timeout=(config.connect_timeout, config.read_timeout))
-
-
-class Credentials:
-    """Asks botocore for credentials, in obstore's form. It finds and renews them as the AWS tools do.
-
-    Args:
-        config: of the backend.
-    """
-
-    def __init__(self, config: S3Storage) -> None:
-        self._config = config
-        self._lock = threading.Lock()
-        self._found: Any = None
-        self()  # what is missing is said before any work is done
-
-    def __call__(self) -> S3Credential:
-        """Credentials, and when to ask for them again."""
-        with self._lock:
-            try:
-                # those of files and the environment are read anew, those with a life of their own renew themselves
-                if not isinstance(self._found, RefreshableCredentials):
-                    self._found = aws_session(self._config).get_credentials()
-                frozen = None if self._found is None else self._found.get_frozen_credentials()
-            except BotoCoreError as error:
-                raise WMTPError(f"no credentials for S3: {error}") from error
-        if frozen is None or frozen.access_key is None:
-            raise WMTPError(
-                "no credentials for S3: neither the environment (AWS_ACCESS_KEY_ID), nor the shared AWS files, nor the metadata"
-                " of a container or instance has any; for a public bucket set storage.s3.anonymous = true"
-            )
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-            "expires_at": datetime.now(UTC) + _CREDENTIALS_AGE,
-        }
-
-    def frozen(self) -> BotoCredentials:
-        """As botocore's signer wants them."""
-        found = self()
-        return BotoCredentials(found["access_key_id"], found["secret_access_key"], found.get("token"))
 
 
 @frozen
@@ -134,9 +68,6 @@ class S3Questions:
             stored: the object.
             did_not_match: what was given before did not match: look more closely.
         """
-        found = etag_md5(stored.etag)
-        if not did_not_match and stored.size <= _SMALL and found is not None and found[1] is None:
-            return StoreChecksum("md5", found[0]) if self.config.md5_etags else None
         try:
             headers = self._head(stored)
             parts = _part_count(headers)
@@ -171,7 +102,7 @@ class S3Questions:
             if self.config.requester_pays:
                 request.headers["x-amz-request-payer"] = "requester"
             if self.credentials is not None:
-                S3SigV4Auth(self.credentials.frozen(), "s3", self.region).add_auth(request)
+                S3SigV4Auth(_for_botocore(self.credentials), "s3", self.region).add_auth(request)
             is_last = failures == self.config.max_retries
             try:
                 answer = self._session.send(request.prepare())
@@ -215,3 +146,8 @@ def _part_count(headers: Mapping[str, str]) -> int | None:
         return found[1]
     counts = [value.partition("-")[2] for name, value in headers.items() if name.startswith("x-amz-checksum-")]
     return next((int(count) for count in counts if count.isdigit()), None)
+
+
+def _for_botocore(credentials: Credentials) -> BotoCredentials:
+    found = credentials()
+    return BotoCredentials(found["access_key_id"], found["secret_access_key"], found.get("token"))

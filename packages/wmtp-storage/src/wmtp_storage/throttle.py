@@ -8,6 +8,8 @@ import time
 __all__ = ["Throttle"]
 
 _FIRST = 16
+#: small objects are all latency: one more request at the beginning for so many objects
+_OBJECTS = 8
 _INTERVAL = 0.4  # seconds between two decisions
 _GAIN = 1.05  # more requests must bring so much more throughput
 _PATIENCE = 10  # decisions without gain until more requests are tried again
@@ -20,22 +22,25 @@ class Throttle:
 
     Args:
         most: never more requests than this.
+        objects: how many there are to fetch.
     """
 
-    def __init__(self, most: int) -> None:
-        self.limit = min(_FIRST, most)
+    def __init__(self, most: int, objects: int = 1) -> None:
+        self.limit = min(max(_FIRST, objects // _OBJECTS), most)
         self._most = most
         self._lock = threading.Lock()
         self._settled = self.limit
         self._best = 0.0
         self._waited = 0
-        self._amount = 0
+        self._amount = self._bytes = 0
+        self.rate = 0.0
         self._since = time.monotonic()
         self._slowed = 0.0
 
     def count(self, amount: int, *, is_request: bool = False) -> None:
         """Bytes that came in; ``is_request`` where a request began with them."""
         with self._lock:
+            self._bytes += amount
             self._amount += amount + (_REQUEST if is_request else 0)
 
     def decide(self) -> None:
@@ -45,7 +50,8 @@ class Throttle:
             if now - self._since < _INTERVAL:
                 return
             rate = self._amount / (now - self._since)
-            self._amount, self._since = 0, now
+            self.rate = self._bytes / (now - self._since)  # bytes a second, of all requests
+            self._amount, self._bytes, self._since = 0, 0, now
             self._waited += 1
             if rate > self._best * _GAIN or self._waited >= _PATIENCE:
                 self._best, self._waited, self._settled = rate, 0, self.limit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import random
 import threading
 import time
@@ -18,7 +19,7 @@ from obstore.exceptions import NotFoundError, PreconditionError
 
 from wmtp.errors import WMTPError
 from wmtp_storage.aio import run
-from wmtp_storage.checksums import StoreChecksum, etag_md5
+from wmtp_storage.checksums import PartDigests, StoreChecksum, etag_md5
 from wmtp_storage.failures import explained, understand
 from wmtp_storage.journal import Journal, Segment, whole_checksum
 from wmtp_storage.throttle import Throttle
@@ -32,15 +33,15 @@ __all__ = ["Changed", "Transfer"]
 
 logger = logging.getLogger("wmtp.storage")
 
-#: event loops, each in a thread: while one writes to the disk, the other takes from the line
-_LOOPS = 2
 _PIECE = 2**20  # bytes written at once, at most
 _SMALLEST_PIECE = 2**16
+_FIRST_PIECE = 2**18
+_MOMENT = 1 / 64  # seconds between two pieces of a connection
 #: what a connection holds beside the piece that is being written: the next one, and what the client has read ahead
 _HELD = 4
 _FIRST_BACKOFF, _MAX_BACKOFF = 0.2, 15.0  # seconds
 _TICK = 0.1  # seconds between two looks at how it goes
-#: threads that compare files with checksums, or wait for what the store says of them
+#: threads that ask the store for checksums, compare files with them, and wait for the disk
 _VERIFIERS = 8
 #: a file may be found damaged so often before the store itself is held to be so
 _ATTEMPTS = 2
@@ -81,10 +82,15 @@ class Transfer:
         self._journal = journal
         self._progress = progress
         self._work = Work((part for part in self._parts if part.missing), int(config.chunk_size * 2**20) or 1)
-        self._throttle = Throttle(min(config.max_connections, config.max_memory * 2**20 // (_HELD * _SMALLEST_PIECE)))
+        most = min(config.max_connections, config.max_memory * 2**20 // (_HELD * _SMALLEST_PIECE))
+        self._throttle = Throttle(most, len(self._parts))
         self._pool = ThreadPoolExecutor(max_workers=_VERIFIERS, thread_name_prefix="wmtp-verify")
         self._stopped = threading.Event()
+        self._hashers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="wmtp-hash")
+        #: what the listing says already, and what the store was asked for
+        self._told: dict[Part, StoreChecksum] = {}
         self._expected: dict[Part, Future[StoreChecksum | None]] = {}
+        self._digests: dict[Part, PartDigests] = {}
         self._left = set(self._parts)
         self._failed: BaseException | None = None
         self._unreported = 0
@@ -99,26 +105,28 @@ class Transfer:
         """
         try:
             for part in self._parts:
-                # asked at the beginning, not when the last byte has come
-                self._expected[part] = self._pool.submit(self._checksum, part.stored)
+                if (told := self._listed_checksum(part.stored)) is not None:
+                    self._told[part] = told
+                else:  # asked at the beginning, not when the last byte has come
+                    self._expected[part] = self._pool.submit(self._opened.checksum, part.stored, False)
             for part in self._parts:
                 if not part.missing:
                     self._pool.submit(self._verify, part)
-            run(*(self._manage(number) for number in range(_LOOPS)))
+            run(self._manage())
         finally:
             self._stopped.set()
-            self._pool.shutdown(cancel_futures=True)
+            for pool in (self._pool, self._hashers):
+                pool.shutdown(cancel_futures=True)
             for part in self._parts:
                 part.close()
             self._report()
 
-    async def _manage(self, number: int) -> None:
-        """Keep as many workers busy in this loop as the throttle allows, until all is done."""
+    async def _manage(self) -> None:
+        """Keep as many workers busy as the throttle allows, until all is done."""
         workers: set[asyncio.Task[None]] = set()
         try:
             while not self._is_done():
-                mine = max(self._throttle.limit // _LOOPS + (number < self._throttle.limit % _LOOPS), 1 - number)
-                while len(workers) < mine and (running := self._work.take(self._throttle.limit)) is not None:
+                while len(workers) < self._throttle.limit and (running := self._work.take(self._throttle.limit)) is not None:
                     workers.add(asyncio.create_task(self._worker(running)))
                 if not workers:
                     await asyncio.sleep(_TICK / 5)
@@ -126,9 +134,8 @@ class Transfer:
                 ended, workers = await asyncio.wait(workers, timeout=_TICK, return_when=asyncio.FIRST_COMPLETED)
                 for worker in ended:
                     worker.result()
-                if number == 0:
-                    self._throttle.decide()
-                    self._report()
+                self._throttle.decide()
+                self._report()
         finally:
             for worker in workers:
                 worker.cancel()
@@ -146,10 +153,16 @@ class Transfer:
     async def _worker(self, running: Range | None) -> None:
         """Fetch one range after the other, as long as there are any and the throttle allows it."""
         while running is not None:
+            begin = running.position
             await self._fetch(running)
-            if self._work.done(running):
-                running.part.close()
-                self._pool.submit(self._verify, running.part)
+            part = running.part
+            if not self._work.done(running):
+                self._look_ahead(part, begin, running.end)
+            elif self._is_as_told(part):
+                part.close()
+                self._left.discard(part)
+            else:
+                self._pool.submit(self._verify, part)
             if self._work.active >= self._throttle.limit:
                 return
             running = self._work.take(self._throttle.limit)
@@ -232,9 +245,10 @@ class Transfer:
             part.md5 = md5.hexdigest()
 
     def _piece(self) -> int:
-        """Bytes written at once: few connections hold large pieces, many hold small ones."""
+        """Bytes written at once: what a connection brings in a moment, as far as the memory for all of them allows it."""
         room = self._config.max_memory * 2**20 // (_HELD * self._throttle.limit)
-        return max(_SMALLEST_PIECE, min(_PIECE, room))
+        wanted = int(self._throttle.rate / self._throttle.limit * _MOMENT) if self._throttle.rate else _FIRST_PIECE
+        return max(_SMALLEST_PIECE, min(_PIECE, wanted, room))
 
     def _write(self, part: Part, view: memoryview, position: int) -> None:
         try:
@@ -245,10 +259,44 @@ class Transfer:
                 " to go on"
             ) from error
 
-    def _checksum(self, stored: StoredObject) -> StoreChecksum | None:
+    def _listed_checksum(self, stored: StoredObject) -> StoreChecksum | None:
+        """What is known of an object's content without asking for it."""
         if stored.hash is not None and stored.hash.startswith("crc64nvme:"):
             return StoreChecksum("crc64nvme", bytes.fromhex(stored.hash.partition(":")[2]))
-        return self._opened.checksum(stored, False)
+        return self._opened.listed_checksum(stored)
+
+    def _is_as_told(self, part: Part) -> bool:
+        """Whether a small file is what the listing says of it: that needs no thread, no question and no look at the disk."""
+        told = self._told.get(part)
+        if told is None or part.is_flushed:
+            return False
+        part.hash = whole_checksum(part.segments)
+        if self._compared(part, told):
+            part.checked = str(told)
+            return True
+        return False
+
+    def _look_ahead(self, part: Part, start: int, end: int) -> None:
+        """Have what can be done for a file before its last byte is there done beside the transfer, for a range that came.
+
+        Args:
+            part: the file.
+            start: the range's first byte.
+            end: the byte after its last.
+        """
+        if part.is_flushed:
+            self._pool.submit(part.begin_flush, start, end)
+        expected = self._expected.get(part)
+        if expected is not None and expected.done() and expected.exception() is None:
+            checksum = expected.result()
+            if checksum is not None and checksum.part_sizes is not None:
+                self._digests_of(part, checksum).begin(start, end, part.missing)
+
+    def _digests_of(self, part: Part, checksum: StoreChecksum) -> PartDigests:
+        """The checksums of a file's parts, as far as they were begun."""
+        if part not in self._digests:
+            self._digests[part] = PartDigests(checksum, part.path, self._hashers, self._stopped.is_set)
+        return self._digests[part]
 
     def _verify(self, part: Part) -> None:
         """All bytes of a file are there: compare it with what the store says of it, beside the transfer of others."""
@@ -271,7 +319,7 @@ class Transfer:
         part.open()  # an empty file is made here
         part.close()
         part.hash = whole_checksum(part.segments)
-        expected = self._expected[part].result()
+        expected = self._told[part] if part in self._told else self._expected[part].result()
         if expected is None or self._matches(part, expected):
             part.checked = None if expected is None else str(expected)
             return True
@@ -281,6 +329,7 @@ class Transfer:
             return True
         # nothing of it is kept: which of its bytes are wrong is not known
         part.segments.clear()
+        self._digests.pop(part, None)
         part.md5 = part.hash = None
         part.path.unlink()  # it may be linked to a file that somebody uses
         self._journal.add_file(stored.name, stored.size, stored.identity)
@@ -296,8 +345,21 @@ class Transfer:
         return False
 
     def _matches(self, part: Part, expected: StoreChecksum) -> bool:
+        compared = self._compared(part, expected)
+        if compared is not None:
+            return compared
+        if expected.part_sizes is None:
+            return expected.matches(part.path, self._stopped.is_set)
+        digests = self._digests_of(part, expected)
+        if digests.checksum != expected:  # the store was asked once more, and said something else
+            del self._digests[part]
+            digests = self._digests_of(part, expected)
+        return digests.match()
+
+    def _compared(self, part: Part, expected: StoreChecksum) -> bool | None:
+        """Whether a file matches, where that is known from what came; None where it must be read."""
         if expected.part_sizes is None and expected.algorithm == "crc64nvme":
             return part.hash == int.from_bytes(expected.value, "big")
         if expected.part_sizes is None and expected.algorithm == "md5" and part.md5 is not None:
             return part.md5 == expected.value.hex()
-        return expected.matches(part.path, self._stopped.is_set)
+        return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,23 @@ _SMALLEST = 4 * 2**20
 _TOO_SLOW = 1.0
 #: smaller files are not allocated beforehand
 _ALLOCATED = 2**20
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+def _write_back(descriptor: int, start: int, count: int) -> None:
+    """Have Linux begin to write a stretch of a file to the disk, and wait for nothing; elsewhere nothing."""
+    if (begin := _sync_file_range()) is not None:
+        begin(descriptor, start, count, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    import ctypes
+
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
 
 
 @define(eq=False)
@@ -68,6 +86,11 @@ class Part:
         """Whether something is being written to it."""
         return self._descriptor is not None
 
+    @property
+    def is_flushed(self) -> bool:
+        """Whether it is preallocated: after a loss of power it would have its size, and not its content."""
+        return self.stored.size >= _ALLOCATED
+
     def write(self, piece: memoryview, position: int) -> None:
         """Write bytes where they belong.
 
@@ -86,21 +109,30 @@ class Part:
         with self._lock:
             if self._descriptor is not None:
                 return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 if os.fstat(descriptor).st_size != self.stored.size:
                     os.ftruncate(descriptor, self.stored.size)
-                    if self.stored.size >= _ALLOCATED and hasattr(os, "posix_fallocate"):
+                    if self.is_flushed and hasattr(os, "posix_fallocate"):
                         os.posix_fallocate(descriptor, 0, self.stored.size)
             except OSError:
                 os.close(descriptor)
                 raise
             self._descriptor = descriptor
 
+    def begin_flush(self, start: int, end: int) -> None:
+        """Have a stretch of it written to the disk from now on, so that `flush` has little left to wait for."""
+        with self._lock:
+            if self._descriptor is not None:
+                _write_back(self._descriptor, start, end - start)
+
     def flush(self) -> None:
-        """Have a preallocated file on the disk: after a loss of power it would have its size, and not its content."""
-        if self.stored.size >= _ALLOCATED:
+        """Have a preallocated file on the disk."""
+        if self.is_flushed:
             self.open()
             assert self._descriptor is not None
             os.fsync(self._descriptor)

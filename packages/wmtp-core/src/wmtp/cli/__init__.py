@@ -56,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
     """The command's answer for ``--json``, and the exit code."""
-    from wmtp.cli import commands
-
     try:
-        command = getattr(arguments, "run_command", None) or getattr(commands, arguments.command)
+        command = getattr(arguments, "run_command", None)
+        if command is None:
+            from wmtp.cli import commands
+
+            command = getattr(commands, arguments.command)
         return command(arguments)
     except BrokenPipeError:
         raise
