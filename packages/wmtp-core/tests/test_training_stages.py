@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -14,7 +16,10 @@ import wmtp
 from wmtp.config.schema import EarlyStoppingConfig
 from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.training import Stage, Trainer
-from wmtp.training.stages import StageBatches, StagePlan
+from wmtp.training.stages import StageBatches, StagePlan, apply_stage
+
+sys.path.insert(0, str(Path(__file__).parent))
+from one_step import Baseline, Valued, gradients, make_batch, make_model, step_loss
 
 THREE = [Stage(name="a", steps=4, until=EarlyStoppingConfig(metric="a")), Stage(name="b", steps=3), Stage(name="c")]
 
@@ -44,6 +49,38 @@ def test_stages_that_share_documents_go_on_in_one_order():
     assert at == [(first, 0), (first, 1), (first, 2), (first, 3), (second, 0), (second, 1), (second, 2), (first, 4), (first, 5)]
     sooner = plan().ended(2)
     assert [batches.at(sooner, step) for step in (1, 2, 4, 5)] == [(first, 1), (second, 0), (second, 2), (first, 2)]
+
+
+# --- what learns in a stage
+
+
+def test_a_stage_has_no_negative_length():
+    with pytest.raises(PluginError, match="stage 'a' has a negative number of steps"):
+        StagePlan.make([Stage(name="a", steps=-3), Stage()], warmup_steps=0, total_steps=5, trainer_name="x")
+
+
+def test_warm_up_teaches_the_heads_and_nothing_else():
+    model, batch = make_model(), make_batch(packed=False)
+    plan = StagePlan.make([Stage()], warmup_steps=2, total_steps=5, trainer_name="x")
+    assert [plan.at(step).name for step in range(5)] == ["head-warmup"] * 2 + ["train"] * 3
+    apply_stage(plan.at(0), model, {}, "x")
+    _, found = gradients(model, Baseline(), batch)
+    assert found
+    assert all(name.startswith("extra_heads.") for name in found)
+    apply_stage(plan.at(2), model, {}, "x")
+    _, found = gradients(model, Baseline(), batch)
+    assert any(name.startswith("base.") for name in found)
+
+
+def test_a_stage_without_model_loss_teaches_only_the_modules():
+    model, batch, trainer = make_model(), make_batch(packed=False), Valued()
+    stage = Stage(name="value", frozen=frozenset({"model", "heads"}), model_loss=False)
+    step_loss(model, trainer)
+    apply_stage(stage, model, trainer.modules(), "x")
+    trainer.setup = lambda setup: None
+    output, found = gradients(model, trainer, batch, stage=stage)
+    assert set(found) == {"value.weight", "value.bias"}
+    torch.testing.assert_close(output.loss.double(), output.metrics["auxiliary/value"].double())
 
 
 # --- runs

@@ -1,0 +1,111 @@
+"""What the loop gives to a trainer, what it takes back, and what it says of anything else."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from wmtp.errors import PluginError
+from wmtp.training import Stage, Trainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from one_step import Valued, gradients, make_batch, make_model, step_loss
+
+
+@pytest.mark.parametrize(("auxiliary", "calls"), [(False, [2, 2, 1]), (True, [2, 2, 1, 2, 2, 1])])
+def test_a_trainer_observes_again_only_for_a_gradient(auxiliary, calls):
+    rows = []
+
+    class Watching(Valued):
+        def observe(self, view):
+            rows.append(len(view.trunk))
+            assert view.packed
+            return super().observe(view)
+
+        def auxiliary_losses(self, view):
+            return super().auxiliary_losses(view) if auxiliary else {}
+
+    gradients(make_model(), Watching(), make_batch(packed=True), micro=2)
+    assert rows == calls
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (lambda v: v.batch.input_ids[:, :3].float(), "shape [5, 3]; it must be [B, S] = [5, 14]"),
+        (lambda v: torch.ones(v.batch.input_ids.shape, requires_grad=True), "carry a gradient"),
+        (lambda v: v.batch.input_ids, "torch.int64; weights are floating-point"),
+        (lambda v: 1.0, "returned a float"),
+    ],
+)
+def test_weights_of_the_wrong_form_are_an_error_that_names_the_trainer(returned, words):
+    class Bad(Trainer):
+        def token_weights(self, view):
+            return returned(view)
+
+    with pytest.raises(PluginError) as error:
+        gradients(make_model(), Bad(), make_batch(packed=False))
+    assert words in str(error.value)
+    assert "trainer 'mine' (mine 1.0)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "returned", "words"),
+    [
+        ("observe", None, "observe returned a NoneType, not tensors by name"),
+        ("observe", {"value": [1.0]}, "observe returned a list as 'value', not a tensor"),
+        ("observe", {"value": torch.zeros(3)}, "observe returned 'value' of shape [3]"),
+        ("auxiliary_losses", {"value": 1.0}, "auxiliary_losses returned a float as 'value', not a tensor"),
+        ("auxiliary_losses", {"value": torch.zeros(2)}, "auxiliary loss 'value' has shape [2]; it must be a scalar"),
+    ],
+)
+def test_other_returns_of_the_wrong_form_name_the_trainer_too(method, returned, words):
+    bad = type("Bad", (Trainer,), {method: lambda self, view: returned})
+    with pytest.raises(PluginError) as error:
+        gradients(make_model(), bad(), make_batch(packed=False))
+    assert words in str(error.value)
+    assert "trainer 'mine' (mine 1.0)" in str(error.value)
+
+
+@pytest.mark.parametrize(("value", "code"), [(math.nan, 1), (math.inf, 1), (-1.0, 2), (0.0, 3), (1.0, 0)])
+def test_weights_with_bad_values_are_found_without_reading_the_device(value, code):
+    class Bad(Trainer):
+        def token_weights(self, view):
+            return torch.full(view.batch.input_ids.shape, value)
+
+    output, _ = gradients(make_model(), Bad(), make_batch(packed=False))
+    assert int(output.bad_weights) == code
+
+
+def test_the_view_gives_every_algorithm_the_same_random_numbers_for_the_same_step():
+    drawn = []
+
+    class Draws(Trainer):
+        def token_weights(self, view):
+            drawn.append(torch.rand(3, generator=view.generator))
+
+    model, batch = make_model(), make_batch(packed=False)
+    for micro in (99, 1):
+        gradients(model, Draws(), batch, micro=micro)
+    step_loss(model, Draws())(batch, 4, Stage())
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda view: None, "token_details returned a NoneType, not tensors by name"),
+        (lambda view: {"value": [1.0]}, "token_details returned a list as 'value', not a tensor"),
+        (lambda view: {"value": torch.zeros(3)}, r"token_details returned 'value' of shape \[3\]; it must be \[b, S\] = "),
+    ],
+)
+def test_wrong_details_name_the_trainer(returned, said):
+    class Wrong(Trainer):
+        def token_details(self, view):
+            return returned(view)
+
+    with pytest.raises(PluginError, match=rf"^trainer 'mine' \(mine 1.0\): {said}"):
+        step_loss(make_model(), Wrong())(make_batch(packed=False), 0, Stage(), tokens=True)
