@@ -6,7 +6,8 @@ Every figure comes from ``wmtp run`` on real text (the standard library's own Py
 - ``equal``: ten steps of a small model on all GPUs against one GPU without FSDP, in fp32 and in bf16. ``--check`` runs
   this part alone, and ends with 1 if they differ by more than rounding.
 - ``scaling``: tokens per second and MFU of a ~1B Llama shape on 1, 2, 4 … GPUs, with as many rows a GPU.
-- ``large``: a Llama-7B shape with H = 4 block heads, built divided; fewer layers where the GPUs are too small for all.
+- ``large``: a Llama-7B shape with H = 4 block heads, built divided; as many of its layers as the GPUs hold by the estimate of
+  ``wmtp check``, which stands beside each measured peak.
 - ``checkpoint``: saved on all GPUs, resumed on half of them.
 - ``algorithms``: ``baseline-mtp``, ``rho1-wmtp`` (a 2.7B-shaped reference) and ``critic-wmtp``, 20 steps each of the large
   shape.
@@ -24,10 +25,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from wmtp.config import load_config
+from wmtp.config.rules import required_models
+from wmtp.config.schema import HeadsConfig
+from wmtp.models.outline import outline
+from wmtp.training.memory import MemoryEstimate, estimate_memory, too_large
 
 # bf16 without sparsity, as the data sheets have it
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40": 181.0, "B200": 2250.0}
 LENGTH = 2048
+#: rows a device of the large shape, and how it is run
+ROWS = 4
+LARGE: dict[str, Any] = {"devices": {"activation_checkpointing": "full"}}
 
 
 def shape(name: str, layers: int | None = None) -> dict[str, int]:
@@ -85,6 +96,8 @@ class Bench:
     def __init__(self, folder: Path, device: str, count: int) -> None:
         self.folder, self.device, self.count = folder, device, count
         self.length = LENGTH if device == "cuda" else 128
+        #: what is timed runs so
+        self.fast: dict[str, Any] = {"devices": {"compile": device == "cuda", "precision": "bf16-params"}}
 
     def config(self, model: dict[str, int], gpus: int, rows: int, **changes: object) -> dict[str, object]:
         small = model["vocab_size"] < 32000
@@ -187,21 +200,32 @@ def equal(bench: Bench) -> bool:
 
 def speed(bench: Bench, label: str, name: str, model: dict[str, int], gpus: int, rows: int, **changes: object) -> float:
     """Print one line of figures; returns tokens per second."""
-    changes = merged({"devices": {"compile": bench.device == "cuda", "precision": "bf16-params"}}, changes)
-    metrics, _ = bench.run(name, bench.config(model, gpus, rows, **changes))
+    config = bench.config(model, gpus, rows, **merged(bench.fast, changes))
+    metrics, _ = bench.run(name, config)
     later = sorted(line["tokens_per_second"] for line in metrics[len(metrics) // 2 :])
     rate = later[len(later) // 2]
     peak = max(line["peak_memory_gib"] for line in metrics)
     mfu = ""
     if (chip := chip_name()) in PEAK_TFLOPS:
         mfu = f", MFU {rate * flops_per_token(model) / gpus / PEAK_TFLOPS[chip] / 1e12:.1%}"
-    estimate = 16 * parameters(model) / gpus / 2**30
+    # a GPU's peak is that of torch's allocator; a CPU's that of the whole process, with Python and torch in it
     print(
         f"{label}: {gpus} device(s), {rows} rows of {bench.length}: {rate:,.0f} tokens/s, {rate / gpus:,.0f} each{mfu}; peak "
-        f"{peak:.1f} GiB a device, of which {estimate:.1f} estimated for parameters, gradients and optimizer",
+        f"{peak:.2f} GiB a device, wmtp check says {estimate(config)}",
         flush=True,
     )
     return rate
+
+
+def estimate(config: dict[str, object]) -> MemoryEstimate:
+    """What ``wmtp check`` prints for one of the devices."""
+    loaded = load_config(config)
+    others = {name: outline(loaded.models[name].loader) for name in required_models(loaded)}
+    base = loaded.models["base"]
+    info = outline(base.loader)
+    assert info is not None
+    found = {name: other for name, other in others.items() if other is not None}
+    return estimate_memory(loaded, info, base.heads or HeadsConfig(), world=loaded.launcher.processes, others=found)
 
 
 def chip_name() -> str:
@@ -224,26 +248,28 @@ def scaling(bench: Bench) -> bool:
     return True
 
 
-def large_shape(bench: Bench, extra: float = 0.0) -> dict[str, int]:
-    """The 7B shape, or as many of its layers as the GPUs hold: 16 bytes a parameter, divided, in 70 % of what there is."""
+def large_shape(bench: Bench, **changes: object) -> dict[str, int]:
+    """The 7B shape, or as many of its layers as the GPUs hold by the estimate of ``wmtp check``."""
     import torch
 
-    full = shape("7B")
     if bench.device != "cuda":
         return shape("small")
-    memory = 0.7 * torch.cuda.get_device_properties(0).total_memory - extra
-    room = memory * bench.count / 16
-    layers = int((room - parameters({**full, "layers": 0})) // layer_parameters(full))
-    if layers < full["layers"]:
-        print(f"# the 7B shape does not fit {bench.count} device(s): {layers} of its 32 layers are taken", flush=True)
-    return shape("7B", min(full["layers"], max(2, layers)))
+    # a tenth is left: the estimate has not been held against several GPUs yet
+    memory = int(0.9 * torch.cuda.get_device_properties(0).total_memory)
+    most, settings = shape("7B")["layers"], merged(bench.fast, LARGE | changes)
+    for layers in range(most, 1, -1):
+        expected = estimate(bench.config(shape("7B", layers), bench.count, ROWS * bench.count, **settings))
+        if too_large(expected, memory) is None:
+            break
+    if layers < most:
+        print(f"# the 7B shape does not fit {bench.count} device(s): {layers} of its {most} layers are taken", flush=True)
+    return shape("7B", layers)
 
 
 def large(bench: Bench) -> bool:
     model = large_shape(bench)
-    checkpointed = {"devices": {"activation_checkpointing": "full"}}
     label = f"large ({parameters(model) / 1e9:.1f}B, {model['layers']} layers)"
-    speed(bench, label, "large", model, bench.count, 4 * bench.count, **checkpointed)
+    speed(bench, label, "large", model, bench.count, ROWS * bench.count, **LARGE)
     return True
 
 
@@ -272,9 +298,7 @@ def checkpoint(bench: Bench) -> bool:
 
 def algorithms(bench: Bench) -> bool:
     reference = shape("2.7B") if bench.device == "cuda" else shape("small")
-    model = large_shape(bench, extra=2.0 * parameters(reference, horizon=1))
-    checkpointed = {"train": {"max_steps": 20}, "devices": {"activation_checkpointing": "full"}}
-    trainers = {
+    trainers: dict[str, dict[str, object]] = {
         "baseline-mtp": {},
         "rho1-wmtp": {
             "trainer": {"type": "rho1-wmtp", "reference_precision": "bf16"},
@@ -282,16 +306,11 @@ def algorithms(bench: Bench) -> bool:
         },
         "critic-wmtp": {"trainer": {"type": "critic-wmtp", "value_steps": 10}},
     }
+    model = large_shape(bench, **trainers["rho1-wmtp"])  # it takes the most
     for name, changes in trainers.items():
-        speed(
-            bench,
-            f"20 steps of {name}",
-            f"algorithm-{name}",
-            model,
-            bench.count,
-            4 * bench.count,
-            **merged(checkpointed, changes),
-        )
+        rows = ROWS * bench.count
+        steps = {"train": {"max_steps": 20}}
+        speed(bench, f"20 steps of {name}", f"algorithm-{name}", model, bench.count, rows, **LARGE, **steps, **changes)
     return True
 
 
