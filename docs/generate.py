@@ -52,6 +52,7 @@ TABLES = {
     "data_loaders": ("[datasets.NAME]", "the data sources, by names of your choice"),
     "optimizers": ("[optimizer]", 'default: `type = "adamw"`'),
     "trackers": ("[tracker]", 'default: `type = "mlflow"`'),
+    "evaluators": ("[[eval]]", "one table for each measurement"),
     "launchers": ("[launcher]", 'default: `type = "local"`'),
     "storages": ("[storage.TYPE]", "the table's name; those without one have their defaults"),
 }
@@ -64,6 +65,7 @@ CONTRACTS = {
     "data_loaders": ("wmtp.data", "ExampleLoader"),
     "storages": ("wmtp.storage", "Storage"),
     "trackers": ("wmtp.tracking", "Tracker"),
+    "evaluators": ("wmtp.evaluation", "Evaluator"),
     "launchers": ("wmtp.launchers", "Launcher"),
 }
 
@@ -76,6 +78,7 @@ VALUES = {
     "model_loaders": ("ModelInfo", "LoadedModel"),
     "data_loaders": ("Example", "BadExample"),
     "trackers": ("RunInfo",),
+    "evaluators": ("Measured", "Estimate"),
     "launchers": ("LaunchPlan", "RunStatus"),
 }
 

@@ -77,6 +77,7 @@ WEIGHTS = {"models": {"base": {"heads": {"horizon": 3}}}}
         (["run.name=.."], "--set run.name: '..' cannot name a folder"),
         (["run.name="], "--set run.name: '' cannot name a folder"),
         (["run.output_dir=s3://b/x"], "--set run.output_dir: 's3://b/x' is not on this machine"),
+        (["checkpoints.uri=/etc/hostname"], "--set checkpoints.uri: '/etc/hostname' is a file; write the path of a folder"),
         (["models.reff.type=scratch", "models.reff.vocab_size=3"], "models.reff: unknown model; did you mean 'ref'?"),
         (["models.zzz.type=scratch", "models.zzz.vocab_size=3"], "models.zzz: unknown model; models: base, ref, rm, critic"),
         (

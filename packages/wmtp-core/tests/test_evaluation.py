@@ -184,6 +184,8 @@ def test_a_plugins_plain_numbers_do_and_its_mistakes_are_named(model: MTPModel) 
     }  # fmt: skip
     with pytest.raises(PluginError, match="evaluator 'numbers'"):
         measure([Config(found=[1])], _measured(model), None)
+    with pytest.raises(PluginError, match=r"^evaluator '[\w-]+' \(.*\): evaluate returned None as 'a', not a number"):
+        measure([Config(found={"a": None})], _measured(model), None)
 
 
 def test_code_needs_the_users_word(model: MTPModel) -> None:

@@ -236,6 +236,15 @@ def test_a_module_learns_at_its_own_rate_and_only_in_its_stage(make_config):
     assert torch.equal(weights[9], weights[12])
 
 
+def test_checkpoints_that_cannot_be_written_are_found_before_the_training(make_config, tmp_path):
+    (tmp_path / "file").touch()
+    config = make_config()
+    config = attrs.evolve(config, checkpoints=attrs.evolve(config.checkpoints, uri=str(tmp_path / "file/inside")))
+    with pytest.raises(ConfigError, match=r"^checkpoints.uri: cannot write to .*file/inside: Not a directory$"):
+        wmtp.run(config, run_name="x")
+    assert not (tmp_path / "runs/x/metrics.jsonl").exists()
+
+
 def test_problems_of_the_data_come_before_the_model(make_config):
     with pytest.raises(ConfigError, match=r"^datasets.code: has no labels; add some$"):
         wmtp.run(make_config(problem="has no labels; add some"), run_name="x")

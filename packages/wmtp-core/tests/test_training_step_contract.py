@@ -59,14 +59,48 @@ def test_weights_of_the_wrong_form_are_an_error_that_names_the_trainer(returned,
         ("observe", {"value": torch.zeros(3)}, "observe returned 'value' of shape [3]"),
         ("auxiliary_losses", {"value": 1.0}, "auxiliary_losses returned a float as 'value', not a tensor"),
         ("auxiliary_losses", {"value": torch.zeros(2)}, "auxiliary loss 'value' has shape [2]; it must be a scalar"),
+        ("metrics", [1.0], "metrics returned a list, not numbers by name"),
+        ("metrics", {"loss": 5.0}, "metrics returned 'loss', which is the loop's own metric"),
+        ("metrics", {"loss/head_1": 5.0}, "metrics returned 'loss/head_1', which is the loop's own metric"),
     ],
 )
 def test_other_returns_of_the_wrong_form_name_the_trainer_too(method, returned, words):
-    bad = type("Bad", (Trainer,), {method: lambda self, view: returned})
+    bad = type("Bad", (Trainer,), {method: lambda self, *view: returned})
     with pytest.raises(PluginError) as error:
         gradients(make_model(), bad(), make_batch(packed=False))
     assert words in str(error.value)
     assert "trainer 'mine' (mine 1.0)" in str(error.value)
+
+
+_SHARED = {
+    "view.token_loss": lambda v: v.token_loss.masked_fill_(~v.targets.valid, -math.inf),
+    "view.targets.valid": lambda v: v.targets.valid.zero_(),
+    "view.batch.learn": lambda v: v.batch.learn.logical_not_(),
+}
+_SEEN = {"view.observations['seen']": lambda v: v.observations["seen"].add_(1)}  # for auxiliary losses they are copies
+
+
+@pytest.mark.parametrize("micro", [5, 2])
+@pytest.mark.parametrize(
+    ("method", "name", "change"),
+    [(method, *item) for method in ("token_weights", "auxiliary_losses") for item in _SHARED.items()]
+    + [("token_weights", *item) for item in _SEEN.items()],
+)
+def test_a_trainer_cannot_change_what_the_loop_goes_on_to_use(method, name, change, micro):
+    class Changing(Trainer):
+        needs_token_loss = True
+
+        def observe(self, view):
+            return {"seen": view.trunk.detach().mean(dim=-1)}
+
+    def changing(self, view):
+        change(view)
+        return {} if method == "auxiliary_losses" else None
+
+    setattr(Changing, method, changing)
+    with pytest.raises(PluginError) as error:
+        gradients(make_model(), Changing(), make_batch(packed=False), micro=micro)
+    assert str(error.value).startswith(f"trainer 'mine' (mine 1.0): it changed {name} in place")
 
 
 @pytest.mark.parametrize(("value", "code"), [(math.nan, 1), (math.inf, 1), (-1.0, 2), (0.0, 3), (1.0, 0)])

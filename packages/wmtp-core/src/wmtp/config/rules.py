@@ -101,6 +101,8 @@ def _run(config: Config) -> Iterator[Problem]:
     yield from _local_folder(config.run.output_dir, ("run", "output_dir"))
     if config.data.cache_dir is not None:
         yield from _local_folder(config.data.cache_dir, ("data", "cache_dir"))
+    if (uri := config.checkpoints.uri) is not None and "://" not in uri and not getattr(config.launcher, "remote", False):
+        yield from _local_folder(uri, ("checkpoints", "uri"))
     yield from _local_folder(config.storage.cache_dir, ("storage", "cache_dir"))
 
 

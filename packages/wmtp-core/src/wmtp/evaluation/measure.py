@@ -17,6 +17,7 @@ import torch
 from wmtp.errors import PluginError, WMTPError
 from wmtp.evaluation.base import Estimate, Evaluator, Measured
 from wmtp.run_dir import replace_text
+from wmtp.training.setup import provenance
 
 __all__ = ["DETAILS_FILE", "NUMBERS_FILE", "measure"]
 
@@ -51,19 +52,22 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
         if getattr(config, "one_process", False) and measured.ranks is not None and measured.ranks.world > 1:
             logger.warning("%s: decodes, which one process does alone: measure the saved model with wmtp eval RUN", label)
             continue
-        evaluator = config.build()
+        evaluator, name = config.build(), provenance(config, "evaluator")
         if not isinstance(evaluator, Evaluator):
-            raise PluginError(f"evaluator '{config.type}': build returned a {type(evaluator).__name__}, not an Evaluator")
+            raise PluginError(f"{name}: build returned a {type(evaluator).__name__}, not an Evaluator")
         started = time.perf_counter()
         found = evaluator.evaluate(measured)
         if not isinstance(found, Mapping):
-            raise PluginError(f"evaluator '{config.type}': evaluate returned a {type(found).__name__}, not numbers by name")
-        own = {f"{label}/{name}": float(value) for name, value in found.items() if "/" not in name}
+            raise PluginError(f"{name}: evaluate returned a {type(found).__name__}, not numbers by name")
+        for key, value in found.items():
+            if not isinstance(key, str) or not hasattr(value, "__float__"):
+                raise PluginError(f"{name}: evaluate returned {value!r:.60} as {key!r}, not a number")
+        own = {f"{label}/{key}": float(value) for key, value in found.items() if "/" not in key}
         numbers |= own
         if folder is not None:
             details = _details(config, measured, found, time.perf_counter() - started)
             _write(folder, own, label, details)
-        logger.info("%s: %s", label, ", ".join(f"{name} {_text(found[name])}" for name in found if "/" not in name))
+        logger.info("%s: %s", label, ", ".join(f"{key} {_text(found[key])}" for key in found if "/" not in key))
     return numbers
 
 

@@ -41,7 +41,7 @@ def dry_run(config: Config) -> dict[str, str]:
     batches = StepBatches(data.train, config.data.train, seed=config.run.seed)
     total_steps = planned_steps(config, batches)
     trainer, name = build_trainer(config)
-    check_data(trainer, data.train)
+    check_data(trainer, data.train, name)
     plan = StagePlan.make(trainer.stages(), warmup_steps=heads.warmup_steps, total_steps=total_steps, trainer_name=name)
     StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
     first = batches.batch(0)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.training.master_weights import MasterWeights
     from wmtp.training.optimizer_config import AdamW, Muon
-    from wmtp.training.trainer import Trainer
 
 __all__ = ["build_adamw", "build_muon", "build_optimizer", "change_learning_rate"]
 
@@ -24,8 +23,8 @@ def build_optimizer(
     config: Config,
     model: MTPModel,
     parameters: list[tuple[str, nn.Parameter]],
-    trainer: Trainer,
     modules: Mapping[str, nn.Module],
+    rates: Mapping[str, float],
     master_weights: MasterWeights | None,
 ) -> torch.optim.Optimizer:
     """The optimizer of everything that learns, with the learning rates that the heads and the trainer ask for."""
@@ -41,7 +40,7 @@ def build_optimizer(
     change_learning_rate(optimizer, [p for module in modules.values() for p in module.parameters()], lambda lr: lr)
     if model.heads.lr_factor != 1.0:
         change_learning_rate(optimizer, of_heads, lambda lr: lr * model.heads.lr_factor)
-    for module, rate in trainer.learning_rates().items():
+    for module, rate in rates.items():
         change_learning_rate(optimizer, modules[module].parameters(), lambda _, rate=rate: rate)
     return optimizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,14 @@ def find_checkpoints(
 
 def _tidy(folder: Path, run_dir: Path, remote: RemoteCheckpoints | None, *, resume: bool) -> list[Checkpoint]:
     """Remove what killed processes left, and list the checkpoints to go on from; the newest may have to be fetched."""
+    if folder.parent != run_dir:  # the run directory is known to be writable
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            draft = folder / f".new-{uuid.uuid4().hex}"
+            draft.mkdir()
+            draft.rmdir()
+        except OSError as error:  # found out now, not when there are steps to save
+            raise ConfigError(f"checkpoints.uri: cannot write to {folder}: {error.strerror or error}") from None
     remove_partial(folder)
     remove_partial(run_dir)
     saved = list_checkpoints(folder)

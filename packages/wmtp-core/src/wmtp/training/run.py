@@ -21,6 +21,7 @@ from wmtp.storage.atomic import write_folder
 from wmtp.tracking import RunInfo
 from wmtp.tracking.jsonl import Jsonl
 from wmtp.training.cached_numbers import open_token_numbers
+from wmtp.training.contract import checked_modules, checked_rates
 from wmtp.training.devices import autocast_context, pick_device, pick_precision, prefer_fast_attention
 from wmtp.training.finish import finish_tracking, measure_model, report, save_model, show_sample
 from wmtp.training.loop import Fit
@@ -70,7 +71,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     compare_data(data, ranks)
     total_steps = planned_steps(config, StepBatches(data.train, config.data.train, seed=config.run.seed))
     trainer, name = build_trainer(config)
-    ranks.together(lambda: check_data(trainer, data.train))
+    ranks.together(lambda: check_data(trainer, data.train, name))
     if ranks.world > config.data.train.batch_size:
         logger.info(
             "data.train.batch_size: %d rows a step for %d processes: some compute for nothing; a larger batch uses them all",
@@ -100,7 +101,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         fetch=source.place.fetch,
     )
     ranks.one_by_machine_first(lambda: trainer.setup(setup))
-    modules = {key: module.to(device) for key, module in trainer.modules().items()}
+    modules = {key: module.to(device) for key, module in checked_modules(trainer, name).items()}
+    rates = checked_rates(trainer, name, modules)
     parameters = list(model.named_parameters())
     parameters += [(f"{key}.{inner}", p) for key, module in modules.items() for inner, p in module.named_parameters()]
 
@@ -146,7 +148,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             plan=plan,
             batches=batches,
             eval_batches=eval_batches(data.eval, config.data) if data.eval is not None else (),
-            optimizer=build_optimizer(config, model, parameters, trainer, modules, master_weights),
+            optimizer=build_optimizer(config, model, parameters, modules, rates, master_weights),
             schedule=config.schedule,
             train=config.train,
             checkpoints=config.checkpoints,

@@ -226,17 +226,17 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> 
     return load
 
 
-def provenance(component: Component) -> str:
-    """What messages call a component: its type and who provides it."""
+def provenance(component: Component, kind: str = "trainer") -> str:
+    """What messages call a component: its kind, its type and who provides it."""
     plugin = load_plugins().provider(type(component))
     if plugin is not None:
-        return f"trainer '{component.type}' ({plugin})"
+        return f"{kind} '{component.type}' ({plugin})"
     module = type(component).__module__
     try:
         version = metadata.version(module.partition(".")[0])
     except metadata.PackageNotFoundError:
-        return f"trainer '{component.type}' ({module})"
-    return f"trainer '{component.type}' ({module} {version})"
+        return f"{kind} '{component.type}' ({module})"
+    return f"{kind} '{component.type}' ({module} {version})"
 
 
 def build_trainer(config: Config) -> tuple[Trainer, str]:

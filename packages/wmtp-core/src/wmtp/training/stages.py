@@ -140,13 +140,19 @@ class StageBatches:
         return batches, before + step - starts[current]
 
 
-def check_data(trainer: Trainer, dataset: TokenDataset) -> None:
+def check_data(trainer: Trainer, dataset: TokenDataset, trainer_name: str) -> None:
     """Raise what the trainer finds wrong with the training data.
 
     Raises:
         ConfigError: it found something.
+        PluginError: what it found is no list of texts.
     """
-    if problems := list(trainer.check_data(dataset)):
+    problems = trainer.check_data(dataset)
+    if not isinstance(problems, list | tuple) or not all(isinstance(problem, str) for problem in problems):
+        raise PluginError(
+            f"{trainer_name}: check_data returned {problems!r:.60}; it must be one text for each problem, in a list"
+        )
+    if problems:
         raise ConfigError(problems)
 
 

@@ -17,6 +17,7 @@ from wmtp.distributed.sharding import Sharding
 from wmtp.distributed.share import Share
 from wmtp.errors import PluginError
 from wmtp.loss import TokenPass, Unembedding, token_pass, weighted_cross_entropy
+from wmtp.training.contract import check_unchanged, checked_metrics, versions
 from wmtp.training.devices import statistics_dtype
 from wmtp.training.master_weights import MasterWeights
 from wmtp.training.recording import TokenRecord, weight_histogram
@@ -148,11 +149,13 @@ class StepLoss:
             stage=stage.name,
             generator=torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63),
         )
+        seen = versions(view)
         given = self.trainer.token_weights(view) if stage.model_loss else None
         weights = place_weights(given, targets, self.trainer_name)
         coefficients = prediction_coefficients(weights, targets.valid, self._head_weights, self.normalizer)
         problem = bad_weights(weights, coefficients)
         auxiliary, slopes = self._auxiliary(view)
+        check_unchanged(view, seen, self.trainer_name)
 
         if not stage.model_loss:
             coefficients = torch.zeros_like(coefficients)
@@ -204,7 +207,7 @@ class StepLoss:
         metrics |= head_statistics(all_losses, weights, targets.valid)
         metrics |= weight_statistics(weights, targets.valid)
         metrics |= {f"auxiliary/{name}": value for name, value in auxiliary.items()}
-        metrics |= self.trainer.metrics()
+        metrics |= checked_metrics(self.trainer, self.trainer_name, metrics)
         recorded = weights if stage.model_loss else None
         return StepOutput(
             loss=whole,
