@@ -35,6 +35,13 @@ def faulty(s3):
         yield lambda faults, **options: stack.enter_context(FaultyProxy(s3.endpoint, faults, **options))
 
 
+@pytest.fixture
+def refusing(s3):
+    """Makes proxies before the S3 server that refuse; see `RefusingProxy`."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *refusal, **options: stack.enter_context(RefusingProxy(s3.endpoint, *refusal, **options))
+
+
 _SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
 
@@ -167,4 +174,43 @@ class FaultyProxy:
             client.close()
             return False
         client.sendall(content)
+        return True
+
+
+class RefusingProxy(FaultyProxy):
+    """Passes so many requests on, and refuses all that follow. As on Amazon's servers the answer to a HEAD has no body.
+
+    Args:
+        endpoint: of the server.
+        status: of the refusals.
+        code: what they are called.
+        message: what they say.
+        after: so many requests are passed on before.
+        most: so many are refused, and then none; None for no end.
+        only: requests with another method are passed on, and not counted.
+    """
+
+    def __init__(self, endpoint, status, code, message, *, after=0, most=None, only=None):
+        super().__init__(endpoint, ())
+        self.refusal = (status, f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode())
+        self.after, self.most, self.only, self.passed, self.refused = after, most, only, 0, 0
+
+    def _choose(self, method, path):
+        with self._lock:
+            self.requests.append((method, path))
+            if self.only not in (None, method):
+                return None
+            if self.passed < self.after or self.refused == self.most:
+                self.passed += 1
+                return None
+            self.refused += 1
+            return "refuse"
+
+    def _answer(self, client, method, answer, content, fault):
+        if fault != "refuse":
+            return super()._answer(client, method, answer, content, fault)
+        status, body = self.refusal
+        length = 0 if method == "HEAD" else len(body)
+        client.sendall(f"HTTP/1.1 {status} No\r\nContent-Type: application/xml\r\nContent-Length: {length}\r\n\r\n".encode())
+        client.sendall(body[:length])
         return True

@@ -186,7 +186,7 @@ def files(s3, tmp_path, monkeypatch):
 
 
 def test_credentials_and_endpoint_of_a_profile(files, monkeypatch):
-    with pytest.raises(WMTPError, match="permission denied"):
+    with pytest.raises(WMTPError, match="the credentials are wrong"):
         S3Storage().build().exists(files)
     assert S3Storage(profile="lab").build().exists(files)
     monkeypatch.setenv("AWS_PROFILE", "lab")

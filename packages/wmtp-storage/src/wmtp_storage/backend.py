@@ -167,7 +167,18 @@ class ObjectStorage(Storage):
         except FileNotFoundError:
             return None
         except (obstore.exceptions.BaseError, OSError, ValueError) as error:
-            raise explained(error, uri) from error
+            raise explained(self._with_reason(error, uri), uri) from error
+
+    def _with_reason(self, error: Exception, uri: RemoteURI) -> Exception:
+        """The answer to a HEAD has a status and no reason: a question whose answer has one fails likewise."""
+        failure = understand(error)
+        if failure.status in (None, 404) or failure.code or uri.scheme.startswith("http"):
+            return error
+        try:
+            next(iter(obstore.list(self.store(uri), prefix=uri.key, chunk_size=1)), None)
+        except (obstore.exceptions.BaseError, OSError, ValueError) as reason:
+            return reason if understand(reason).code else error
+        return error
 
     def gives_ranges(self, uri: RemoteURI, objects: Sequence[StoredObject]) -> bool:
         """Whether parts of objects can be had: simple web servers send whole ones only.

@@ -24,6 +24,7 @@ _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 _CREDENTIALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthFailure", "InvalidClientTokenId")
 _CLOCK = ("RequestTimeTooSkewed",)
+_MOVED = "Received redirect without LOCATION"
 _REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "TemporaryRedirect", "IllegalLocationConstraintException")
 
 
@@ -50,6 +51,8 @@ def understand(error: BaseException) -> Failure:
     status = int(match[1]) if (match := _STATUS.search(text)) else None
     code = match[1] if (match := _CODE.search(text)) else ""
     said = match[1] if (match := _MESSAGE.search(text)) else ""
+    if status is None and _MOVED in text:  # obstore keeps what the server said of it to itself
+        status = 301
     if status is not None:
         transient = status >= 500 or status in (408, 425, 429) or code in ("RequestTimeout", "SlowDown")
         return Failure(status, code, said, transient)
@@ -84,7 +87,8 @@ def explained(error: BaseException, uri: object, what: str = "read") -> WMTPErro
     if failure.code in _CLOCK:
         return WMTPError(f"{could_not}: this machine's clock is wrong ({said})")
     if failure.code in _REGION or failure.status in (301, 307):
-        return WMTPError(f"{could_not}: the bucket is in another region ({said}); remove storage.s3.region, or correct it")
+        where = f" ({said})" if said else ""
+        return WMTPError(f"{could_not}: the bucket is in another region{where}; remove storage.s3.region, or correct it")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or failure.status in (401, 403):
         return WMTPError(f"{could_not}: permission denied{f' ({said})' if said else ''}")
     if isinstance(error, NotFoundError | FileNotFoundError) or failure.status == 404:

@@ -67,16 +67,20 @@ def aws_session(config: S3Storage) -> Session:
     """The AWS tools' configuration.
 
     Raises:
-        ConfigError: the profile does not exist.
+        ConfigError: the profile does not exist, or the shared files are damaged.
     """
+    from botocore.exceptions import BotoCoreError
     from botocore.session import Session
 
     session = Session(profile=config.profile)
     profile = session.profile
-    if profile is not None and profile not in session.available_profiles:
+    try:
+        profiles = session.available_profiles
+    except BotoCoreError as error:  # a file that is no INI file
+        raise ConfigError(f"the shared AWS files cannot be read: {' '.join(str(error).split())}") from error
+    if profile is not None and profile not in profiles:
         where = f"profile: {profile!r}" if config.profile else f"AWS_PROFILE: {profile!r}"
-        known = ", ".join(session.available_profiles) or "none"
-        raise ConfigError(f"{where} is in none of the shared AWS files; profiles there: {known}")
+        raise ConfigError(f"{where} is in none of the shared AWS files; profiles there: {', '.join(profiles) or 'none'}")
     return session
 
 
@@ -92,13 +96,13 @@ class Credentials:
         self._lock = threading.Lock()
         self._found: Any = None
         self._given: S3Credential | None = None
-        self._given_at = 0.0
+        self._given_until = 0.0
         self()  # what is missing is said before any work is done
 
     def __call__(self) -> S3Credential:
         """Credentials, and when to ask for them again."""
         with self._lock:
-            if self._given is not None and time.monotonic() - self._given_at < _CREDENTIALS_AGE.total_seconds() / 2:
+            if self._given is not None and time.monotonic() < self._given_until:
                 return self._given  # to look for them costs more than a request does
             keys = self._environment() if is_in_environment(self._config) else self._look()
             if keys is None or keys[0] is None:
@@ -106,12 +110,15 @@ class Credentials:
                     "no credentials for S3: neither the environment (AWS_ACCESS_KEY_ID), nor the shared AWS files, nor the"
                     " metadata of a container or instance has any; for a public bucket set storage.s3.anonymous = true"
                 )
-            self._given_at = time.monotonic()
+            now = datetime.now(UTC)
+            ends = getattr(self._found, "_expiry_time", None) or now + _CREDENTIALS_AGE  # botocore has no other name for it
+            age = max(timedelta(0), min(_CREDENTIALS_AGE, ends - now))
+            self._given_until = time.monotonic() + age.total_seconds() / 2
             self._given = {
                 "access_key_id": keys[0],
                 "secret_access_key": keys[1],
                 "token": keys[2],
-                "expires_at": datetime.now(UTC) + _CREDENTIALS_AGE,
+                "expires_at": now + age,
             }
             return self._given
 
@@ -121,12 +128,16 @@ class Credentials:
 
     def _look(self) -> tuple[str, str, str | None] | None:
         from botocore.credentials import RefreshableCredentials
-        from botocore.exceptions import BotoCoreError
+        from botocore.exceptions import SSOError
 
         try:
             # those of files and the environment are read anew, those with a life of their own renew themselves
             if not isinstance(self._found, RefreshableCredentials):
                 self._found = aws_session(self._config).get_credentials()
             return None if self._found is None else tuple(self._found.get_frozen_credentials())[:3]
-        except BotoCoreError as error:
-            raise WMTPError(f"no credentials for S3: {error}") from error
+        except WMTPError:
+            raise
+        except Exception as error:  # a service that refuses, a program that fails, a file that is gone, no JSON
+            said = " ".join(str(error).split()) or type(error).__name__
+            hint = "; log in with: aws sso login" if isinstance(error, SSOError) and "aws sso login" not in said else ""
+            raise WMTPError(f"no credentials for S3: {said}{hint}") from error

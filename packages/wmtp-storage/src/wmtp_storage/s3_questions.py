@@ -133,6 +133,11 @@ class S3Questions:
         answer = self.send("HEAD", url, headers)
         if answer.status_code == 429 or answer.status_code >= 500:
             raise WMTPError(f"{stored.key}: its checksum could not be asked for: HTTP status {answer.status_code}")
+        if answer.status_code in (400, 401, 403) and part is None:
+            raise WMTPError(
+                f"{stored.key}: its checksum could not be asked for: HTTP status {answer.status_code}: permission denied, or"
+                " the credentials have expired. What came is kept: run it again to go on"
+            )
         if not 200 <= answer.status_code < 300:
             logger.debug("%s: asked for its checksum, the server answered %s", stored.key, answer.status_code)
             return {}
