@@ -171,4 +171,4 @@ def test_fewer_requests_at_once_where_the_store_says_that_it_is_too_much():
     throttle = Throttle(64)
     throttle.slow_down()
     throttle.slow_down()  # of the same moment: it counts once
-    assert throttle.limit == 8
+    assert throttle.limit == 4

@@ -7,12 +7,12 @@ import time
 
 __all__ = ["Throttle"]
 
-_FIRST = 16
+_FIRST = 8
 #: small objects are all latency: one more request at the beginning for so many objects
 _OBJECTS = 8
-_INTERVAL = 0.4  # seconds between two decisions
-_GAIN = 1.05  # more requests must bring so much more throughput
-_PATIENCE = 10  # decisions without gain until more requests are tried again
+_INTERVAL = 0.25  # seconds between two decisions
+_GAIN = 1.2  # more requests must bring so much more throughput
+_PATIENCE = 16  # decisions without gain until more requests are tried again
 #: a request costs about as much as so many bytes: what small objects gain from more requests is counted, too
 _REQUEST = 2**17
 

@@ -36,7 +36,7 @@ logger = logging.getLogger("wmtp.storage")
 _PIECE = 2**20  # bytes written at once, at most
 _SMALLEST_PIECE = 2**16
 _FIRST_PIECE = 2**18
-_MOMENT = 1 / 64  # seconds between two pieces of a connection
+_MOMENT = 1 / 128  # seconds between two pieces of a connection
 #: what a connection holds beside the piece that is being written: the next one, and what the client has read ahead
 _HELD = 4
 _FIRST_BACKOFF, _MAX_BACKOFF = 0.2, 15.0  # seconds
