@@ -35,7 +35,7 @@ class RemoteStorage:
     Args:
         max_connections: so many requests at once, at most; how many there are follows the throughput.
         chunk_size: so many MB are asked for by one request, at most.
-        max_memory: so many MB of file contents in memory at once, at most. The process itself needs some 75 MB beside it.
+        max_memory: so many MB of file contents in memory at once, at most. The process itself needs less than 128 MB beside it.
         max_retries: tries of a request after the first that failed.
         retry_timeout: seconds after which a request that keeps failing is given up, however many tries are left.
         connect_timeout: seconds to reach the server.
