@@ -56,9 +56,22 @@ class FaultyProxy:
         most: so many are spoiled at most; None for no limit.
         stall: seconds that a stalled answer takes.
         on_get: called before each GET of an object with its number.
+        edit: changes the content of an answer, given the path and the content.
     """
 
-    def __init__(self, endpoint, faults, *, seed=0, share=0.5, most=None, stall=1.0, on_get=lambda number: None):
+    def __init__(
+        self,
+        endpoint,
+        faults,
+        *,
+        seed=0,
+        share=0.5,
+        most=None,
+        stall=1.0,
+        on_get=lambda number: None,
+        edit=lambda path, content: content,
+    ):
+        self._edit = edit
         self._server = urlsplit(endpoint)
         self._faults, self._share, self._left, self._stall, self._on_get = list(faults), share, most, stall, on_get
         self._random = random.Random(seed)
@@ -117,7 +130,7 @@ class FaultyProxy:
                 upstream.putheader(name, value)
             upstream.endheaders(body)
             answer = upstream.getresponse()
-            content = answer.read()
+            content = self._edit(path, answer.read())
             if not self._answer(client, method, answer, content, fault):
                 return
 

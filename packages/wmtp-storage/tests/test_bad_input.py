@@ -58,6 +58,61 @@ def test_a_name_that_cannot_be_a_files(bucket, put, tmp_path):
     assert not (tmp_path / "out/good").exists()
 
 
+def test_names_that_only_look_dangerous(bucket, put, tmp_path):
+    names = [
+        "%2e%2e/x",
+        "..%2fx",
+        "..x",
+        "-rf",
+        "$HOME",
+        "`id`",
+        " x ",
+        "x.",
+        "con",
+        "🙂",
+        "x" * 255,
+        "B",
+        "b",
+        "e\u0301",
+        "\u00e9",
+    ]
+    put(**{f"m/{name}": name.encode() for name in names} | {"m/.wmtp-fetch": b"1", "m/.wmtp-fetch/journal": b"2"})
+    STORAGE.fetch(f"s3://{bucket}/m", tmp_path / "out")
+    assert files(tmp_path / "out") == {name: name.encode() for name in names}
+    assert files(STORAGE.localize(f"s3://{bucket}/m", tmp_path / "cache")) == files(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "cache"}
+    assert not list((tmp_path / "out").glob(".wmtp-fetch"))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "./x", "a//x", "..", "a\\..\\x"])
+def test_a_store_that_lists_names_outside_the_folder(bucket, put, faulty, tmp_path, name):
+    """Amazon's servers take such names; this one does not, so the proxy says that it did."""
+    put(**{"m/good": b"1", "m/replaced": b"2"})
+    proxy = faulty((), edit=lambda path, content: content.replace(b"m/replaced", f"m/{name}".encode()))
+    storage = S3Storage(endpoint=proxy.endpoint, region="us-east-1", max_retries=0).build()
+    for fetch in (
+        lambda: storage.fetch(f"s3://{bucket}/m", tmp_path / "out"),
+        lambda: storage.localize(f"s3://{bucket}/m", tmp_path / "c"),
+    ):
+        with pytest.raises(WMTPError):
+            fetch()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name in ("x", "good", "..\\x")]
+
+
+def test_names_that_this_disk_cannot_hold(bucket, put, tmp_path):
+    put(**{"m/d/" + "y" * 256 + "/z": b"1", "m/a": b"2", "n/A": b"1", "n/a": b"2"})
+    with pytest.raises(WMTPError, match=r"/m: the name 'd/yy.*/z' has a part of more than 255 bytes.*--exclude"):
+        STORAGE.fetch(f"s3://{bucket}/m", tmp_path / "out")
+    STORAGE.fetch(f"s3://{bucket}/m", tmp_path / "out", exclude=["d/*"])
+    assert files(tmp_path / "out") == {"a": b"2"}
+    # as if the disk knew no difference between large and small letters
+    (tmp_path / "mac/.WMTP-FETCH").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"n has 'A' and 'a', which are the same name on the disk of"):
+        STORAGE.fetch(f"s3://{bucket}/n", tmp_path / "mac")
+    STORAGE.fetch(f"s3://{bucket}/n", tmp_path / "mac", exclude=["A"])
+    assert files(tmp_path / "mac") == {"a": b"2"}
+
+
 def test_what_is_not_there(bucket, put, s3, tmp_path):
     put(**{"models/llama-7b/x": b"1", "models/llama-13b/x": b"1", "other": b"1"})
     with pytest.raises(WMTPError, match=rf"s3://{bucket}/models/lama-7b: nothing is there; in .*/models there is: llama-7b"):
@@ -163,6 +218,14 @@ def test_a_folder_of_a_web_server_is_read_by_its_manifest(web, tmp_path):
     storage.fetch(f"{web}/", tmp_path / "out")
     assert set(files(tmp_path / "out")) == set(names)
     assert {file.checked for file in Manifest.read(tmp_path / "out" / MANIFEST).files} == {"crc64nvme"}
+    for name in ("../outside", "/outside", "a/../../outside", "."):
+        Manifest(uri="s3://b/m", files=(ManifestFile(name=name, size=1, hash="crc64nvme:0"),)).write(
+            tmp_path / "web/sub" / MANIFEST
+        )
+        with pytest.raises(WMTPError, match=r"sub/.wmtp-manifest.json names .*which is no file in its folder"):
+            storage.fetch(f"{web}/sub/", tmp_path / "outside-not")
+        assert not (tmp_path / "outside").exists()
+    (tmp_path / "web/sub" / MANIFEST).unlink()
     (tmp_path / "web/sub/y").write_bytes(b"z")
     with pytest.raises(WMTPError, match="sub/y: what was received does not match the store's checksum"):
         storage.fetch(f"{web}/", tmp_path / "again")

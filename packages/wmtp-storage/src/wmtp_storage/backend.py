@@ -148,6 +148,8 @@ class ObjectStorage(Storage):
             raise explained(error, place) from error
 
     def _of_manifest(self, uri: RemoteURI, manifest: Manifest) -> Iterator[StoredObject]:
+        if wrong := next((file.name for file in manifest.files if {"", ".", ".."} & set(file.name.split("/"))), None):
+            raise WMTPError(f"{uri.at(MANIFEST)} names {wrong!r}, which is no file in its folder")
         with ThreadPoolExecutor(max_workers=min(16, self.config.max_connections)) as pool:
             for file, stored in zip(manifest.files, pool.map(lambda f: self.head(uri.at(f.name)), manifest.files), strict=True):
                 if stored is None:

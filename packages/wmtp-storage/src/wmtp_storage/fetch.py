@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -256,6 +257,15 @@ class Fetching:
                 raise ConfigError(
                     f"{path} is a file, but {self._uri} has a folder of this name; remove it, or choose another folder"
                 )
+        if (self._state.parent / self._state.name.upper()).exists():  # a disk to which large and small letters are the same
+            alike: dict[str, str] = {}
+            for stored in self.listing.objects:
+                other = alike.setdefault(unicodedata.normalize("NFC", stored.name).casefold(), stored.name)
+                if other != stored.name:
+                    raise ConfigError(
+                        f"{self._uri} has {other!r} and {stored.name!r}, which are the same name on the disk of {self._folder};"
+                        " leave one out with --exclude, or choose a folder on another disk"
+                    )
         for stored in self.listing.objects:
             path = self._folder / stored.name
             if path.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
@@ -24,6 +25,7 @@ __all__ = ["STATE_FOLDER", "Listing", "list_objects"]
 
 #: in the target: what a transfer has so far
 STATE_FOLDER = ".wmtp-fetch"
+_LONGEST = 255  # bytes of a file's name
 
 
 @frozen
@@ -71,12 +73,25 @@ def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] 
         raise WMTPError(f"{uri}: the folder is half-written: whoever uploads to it has not ended, or failed; upload it again")
     if not found:
         raise WMTPError(_nothing_at(storage, uri))
-    found = [stored for stored in found if stored.name != MANIFEST and not stored.name.startswith(f"{STATE_FOLDER}/")]
+    found = [stored for stored in found if stored.name != MANIFEST and stored.name.partition("/")[0] != STATE_FOLDER]
     found = [stored for stored in _without_markers(storage, uri, found) if is_wanted(stored.name, include, exclude)]
+    for stored in found:
+        if problem := _name_problem(stored.name):
+            raise WMTPError(f"{uri}: the name {stored.name!r} {problem}; leave it out with --exclude, or rename it")
     if not found:
         what = "matches the patterns" if include or exclude else "is a file"
         raise WMTPError(f"{uri}: of what is there nothing {what}")
     return Listing(tuple(sorted(found, key=lambda stored: stored.name)), is_folder=True)
+
+
+def _name_problem(name: str) -> str | None:
+    """Why no file can have this name inside a folder. Whoever wrote it may want it to lie outside."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\0" in name:
+        return "cannot be that of a file in a folder"
+    if any(len(os.fsencode(part)) > _LONGEST for part in parts):
+        return f"has a part of more than {_LONGEST} bytes, which disks do not take"
+    return None
 
 
 def _without_markers(storage: ObjectStorage, uri: RemoteURI, found: list[StoredObject]) -> list[StoredObject]:

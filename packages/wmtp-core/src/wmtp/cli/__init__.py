@@ -67,6 +67,7 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
         raise
     except (KeyboardInterrupt, SystemExit, Exception) as error:
         lines, code = _explained(error)
+        lines = [_with_origin(line) for line in lines]
         if getattr(error, "said_by_main", False):  # rank 0 has the same error
             return {"error": "\n".join(lines), "problems": lines}, code
         if arguments.debug:
@@ -90,6 +91,14 @@ def _explained(error: BaseException) -> tuple[list[str], int]:
     if isinstance(error, WMTPError):
         return str(error).splitlines() or [type(error).__name__], error.exit_code
     return [" ".join(f"{type(error).__name__}: {error}{_place_in_plugin(error)}".split())], 1
+
+
+def _with_origin(line: str) -> str:
+    """A path in the cache says nothing to a user without the URI that was fetched."""
+    from wmtp.storage.cache import origin
+
+    uri = origin(line)
+    return line if uri is None or uri in line else f"{line} (fetched from {uri})"
 
 
 def _place_in_plugin(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from wmtp.errors import WMTPError
 from wmtp.storage.lock import FileLock
 from wmtp.storage.manifest import Manifest, verify
 
-__all__ = ["Cache", "CacheEntry", "CacheInfo"]
+__all__ = ["Cache", "CacheEntry", "CacheInfo", "origin"]
 
 _MARKER: Final = "complete.json"
 _FILES: Final = "files"
@@ -186,6 +186,14 @@ class Cache:
                 removed.append(info)
                 size -= info.size
         return removed
+
+
+def origin(text: str) -> str | None:
+    """The URI of an entry in use that a path in ``text`` is in, for messages; None where there is none."""
+    with _in_use_guard:
+        folders = [folder for folder in _in_use if str(folder) in text]
+    manifests = [CacheEntry(folder).manifest() for folder in folders]
+    return next((manifest.uri for manifest in manifests if manifest is not None), None)
 
 
 def _remove(entry: CacheEntry) -> bool:
