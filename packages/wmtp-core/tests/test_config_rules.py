@@ -1,6 +1,6 @@
 """What must hold between sections."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ class Picky:
     hi: float = 1.0
     of: Any = component("trainers", default=None)
 
-    def check(self) -> Iterator[str]:
+    def check(self) -> Iterable[str]:
+        return "hi: a text" if self.hi == 15 else self._problems()
+
+    def _problems(self) -> Iterator[str]:
         if self.lo > self.hi:
             yield "lo: is above hi; lower it"
         if self.hi == 13:
@@ -114,6 +117,7 @@ WEIGHTS = {"models": {"base": {"heads": {"horizon": 3}}}}
         (["datasets.j={type = 'jsonl', uri = 'https://me:pw@host/x'}"], "datasets.j.uri: looks like a secret"),
         (["run.tags=['hf_abcdefghijklmnopqrstuvwx']"], "run.tags.0: looks like a secret"),
         (["trainer={type = 'picky', lo = 2}"], "trainer.lo: is above hi; lower it"),
+        (["trainer={type = 'picky', hi = 15}"], "check() of 'picky' in Picky failed: TypeError: it must give one line"),
         (["trainer={type = 'picky', hi = 13}"], "trainer: check() of 'picky' in Picky failed: KeyError: 'thirteen'"),
         (["trainer={type = 'picky', hi = 14}"], "trainer: is out of luck: never 14"),
         (["trainer={type = 'easy', of = {type = 'picky', lo = 2}}"], "trainer.of.lo: is above hi; lower it"),

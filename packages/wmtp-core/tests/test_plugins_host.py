@@ -123,6 +123,12 @@ def test_a_broken_plugin_says_why(site, code, reason):
         ("@attrs.frozen\nclass A:\n    def build(self): pass", "A has no name: write `type = \"my-trainer\"` in it"),
         ("@attrs.frozen\nclass A:\n    type: str = 'a'\n    def build(self): pass", "A.type is a field"),
         ("@attrs.frozen\nclass A:\n    type = 'a'", "A ('a') has no method build()"),
+        ("@attrs.frozen\nclass A:\n    type = 'a'\n    def build(self, x): pass", "('a'): build is called as build(self),"),
+        (
+            "@attrs.frozen\nclass A:\n    type = 'a'\n    required_models = 'ref'\n    def build(self): pass",
+            "A ('a'): required_models is a text; write ('ref',)",
+        ),
+        ("@attrs.frozen\nclass A:\n    type = 'a'\n    x = attrs.field()\n    def build(self): pass", "'x' has no type"),
         ("@attrs.frozen\nclass A:\n    type = 'a'\n    x: 'No'\n    def build(self): pass", "its fields cannot be found"),
     ],
 )  # fmt: skip

@@ -280,7 +280,10 @@ def _own_rules(path: KeyPath, config: Any, registry: Registry) -> Iterator[Probl
     if not callable(getattr(config, "check", None)):
         return
     try:
-        lines: Iterable[str] = list(config.check())
+        found = config.check()
+        if isinstance(found, str):
+            raise TypeError(f"it must give one line for each problem, in a list, not the text {found!r:.60}")
+        lines: Iterable[str] = list(found)
     except Exception as error:
         plugin = registry.provider(type(config))
         owner = f"the plugin {plugin}" if plugin is not None else type(config).__qualname__

@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from importlib import metadata
 from types import ModuleType
@@ -30,6 +30,7 @@ __all__ = ["GROUP", "load_plugins"]
 GROUP = "wmtp"
 _PREFIX = "wmtp_"
 _UNKNOWN = "unknown"
+_BUILD_ARGUMENTS = {"tokenizers": ("path",), "optimizers": ("parameters",)}  # of the others: none
 _Entries = list[tuple[Plugin, metadata.EntryPoint | Exception]]
 _HOOKS = tuple(_PREFIX + kind for kind in KINDS)
 
@@ -174,15 +175,35 @@ def _contract_problem(kind: str, cls: Any) -> str | None:
         return f'{cls.__name__} has no name: write `type = "my-{KINDS[kind].replace(" ", "-")}"` in it'
     if not callable(getattr(cls, "build", None)):
         return f"{cls.__name__} ('{type_}') has no method build()"
+    if not _takes(cls, _BUILD_ARGUMENTS.get(kind, ())):
+        arguments = ", ".join(("self", *_BUILD_ARGUMENTS.get(kind, ())))
+        return f"{cls.__name__} ('{type_}'): build is called as build({arguments}), and takes something else"
+    for key in ("required_models", "reward_models", "uri_keys"):
+        if isinstance(words := getattr(cls, key, ()), str):
+            return f"{cls.__name__} ('{type_}'): {key} is a text; write ({words!r},)"
     if kind == "model_loaders" and "heads" in names:
         return f"{cls.__name__} ('{type_}') has a field 'heads', which is WMTP's own table in [models.base]"
     if kind == "storages" and not _is_words(getattr(cls, "schemes", None)):
         return f"{cls.__name__} ('{type_}') has no `schemes`, the URI schemes that it serves"
+    if untyped := [a.name for a in attrs.fields(cls) if a.init and a.type is None]:
+        return f"{cls.__name__} ('{type_}'): the field '{untyped[0]}' has no type, so nothing could be checked; write one"
     try:
         attrs.resolve_types(cls)
     except Exception as error:
         return f"{cls.__name__} ('{type_}'): the types of its fields cannot be found: {error}"
     return None
+
+
+def _takes(cls: type[Any], arguments: Sequence[str]) -> bool:
+    """Whether ``build`` can be called with so many arguments."""
+    bound = isinstance(inspect.getattr_static(cls, "build"), staticmethod | classmethod)
+    try:
+        inspect.signature(cls.build).bind(*(() if bound else ("self",)), *arguments)
+    except TypeError:
+        return False
+    except ValueError:  # a callable that does not tell
+        return True
+    return True
 
 
 def _is_words(value: Any) -> bool:
