@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
+import os
+import shutil
 import sys
 import time
+import unicodedata
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -61,20 +66,32 @@ class Progress:
     def _summary(self) -> str:
         (first, before), now = self._recent[0], time.monotonic()
         rate = (self._done - before) / max(now - first, 1e-3)
-        share = 100 * self._done / self._total if self._total else 100.0
-        left = f"{_time((self._total - self._done) / rate)} left" if rate > 0 else "stalled"
-        return f"{_bytes(self._done)} of {_bytes(self._total)} ({share:.0f} %), {_bytes(rate)}/s, {left}"
+        done = min(self._done, self._total)  # what was damaged came twice
+        share = 100 * done / self._total if self._total else 100.0
+        left = f"{_time((self._total - done) / rate)} left" if rate > 0 else "stalled"
+        files = ""
+        if self._files > 1:
+            whole = self._files - sum(bool(part.missing) for part in self._parts)
+            files = f", {whole} of {self._files} files"
+        return f"{_bytes(done)} of {_bytes(self._total)} ({share:.0f} %), {_bytes(rate)}/s, {left}{files}"
 
     def _draw(self) -> None:
-        """Paint over what was painted before."""
-        running = [part for part in self._parts if part.is_open][:_SHOWN]
-        lines = [f"{self._uri}: {self._summary()}"]
-        for part in running:
+        """Paint over what was painted before. A line that the terminal breaks in two could not be painted over."""
+        columns, rows = shutil.get_terminal_size()
+        with contextlib.suppress(OSError, ValueError):
+            columns, rows = os.get_terminal_size(sys.stderr.fileno())
+        columns = (columns or 80) - 1
+        summary = self._summary()
+        lines = [_cut_front(self._uri, columns - len(summary) - 2) + f": {summary}" if columns > len(summary) + 6 else summary]
+        bar = 20 if columns >= 60 else 6
+        running = (part for part in self._parts if part.is_open)
+        for part in itertools.islice(running, max(0, min(_SHOWN, (rows or 24) - 2))):
             size = part.stored.size
             done = size - sum(end - start for start, end in part.missing)
-            lines.append(f"  {'█' * (20 * done // size):<20} {100 * done // size:3d} %  {_bytes(size):>9}  {part.stored.name}")
+            begin = f"  {'█' * (bar * done // size):<{bar}} {100 * done // size:3d} %  {_bytes(size):>9}  "
+            lines.append(begin + _cut_front(part.stored.name, columns - len(begin)))
         up = f"\x1b[{self._lines}A" if self._lines else ""
-        sys.stderr.write(up + "".join(f"\r\x1b[K{line}\n" for line in lines) + "\x1b[J")
+        sys.stderr.write(up + "".join(f"\r\x1b[K{line[:columns]}\n" for line in lines) + "\x1b[J")
         sys.stderr.flush()
         self._lines = len(lines)
 
@@ -89,6 +106,24 @@ class Progress:
             seconds = time.monotonic() - self._began
             came = self._done - self._first
             logger.debug("%s: %d files, %s in %s", self._uri, self._files, _bytes(came), _time(seconds))
+
+
+def _cut_front(text: str, columns: int) -> str:
+    """The end of a text, which tells names apart, in so many columns; what is no letter of any script is not printed."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    if sum(map(_width, shown)) <= columns:
+        return shown
+    end: list[str] = []
+    for letter in reversed(shown):
+        columns -= _width(letter)
+        if columns < 1:
+            break
+        end.append(letter)
+    return "…" + "".join(reversed(end))
+
+
+def _width(letter: str) -> int:
+    return 0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
 def _bytes(count: float) -> str:

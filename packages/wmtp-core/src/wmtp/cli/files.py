@@ -74,7 +74,8 @@ def fetch(arguments: argparse.Namespace) -> tuple[Any, int]:
     if not arguments.json:
         rate = f", {_bytes(done.transferred / done.seconds)}/s" if done.transferred and done.seconds else ""
         print(
-            f"{done.target}: {done.files} files, {_bytes(done.size)}, whole and verified; {_bytes(done.transferred)} came in"
+            f"{done.target}: {done.files} {'file' if done.files == 1 else 'files'}, {_bytes(done.size)}, whole and verified;"
+            f" {_bytes(done.transferred)} came in"
             f" {done.seconds:.1f} s{rate}"
         )
     return attrs.asdict(done), 0

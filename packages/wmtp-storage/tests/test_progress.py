@@ -1,0 +1,81 @@
+"""What a person sees of ``wmtp fetch``: on terminals of two widths, and in a log."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+
+KB = 2**10
+
+
+@pytest.fixture
+def model(s3):
+    bucket = s3.bucket()
+    for number in range(12):
+        s3.store(bucket).put(f"a/folder/{'deep/' * 5}model-{number:05d}-of-00012.safetensors", bytes(100 * KB))
+    return f"s3://{bucket}/a"
+
+
+@pytest.fixture
+def words(faulty, model, tmp_path):
+    """The command, over a line that takes a while."""
+    proxy = faulty((), edit=lambda path, content: time.sleep(0.05 * ("list-type" not in path)) or content)
+    options = {"endpoint": proxy.endpoint, "region": "us-east-1", "max_connections": 2, "chunk_size": 0.02}
+    sets = [word for name, value in options.items() for word in ("--set", f"storage.s3.{name}={value}")]
+    return [sys.executable, "-m", "wmtp", "fetch", model, str(tmp_path / "out"), *sets]
+
+
+def on_terminal(words, columns):
+    """Everything that a command writes on a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True)
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            data = os.read(ours, 2**16)
+        except OSError:  # the other end is closed
+            break
+        if not data:
+            break
+        written += data
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, written
+    return written.decode()
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_on_a_terminal_no_line_is_broken_in_two(words, columns):
+    written = on_terminal(words, columns)
+    *pictures, last = written.split("\x1b[J")
+    assert len(pictures) > 3
+    above, files = 0, []
+    for picture in pictures[:-1]:
+        up = re.match(r"\x1b\[(\d+)A", picture)
+        assert (int(up[1]) if up else 0) == above, "each picture is painted over the one before"
+        lines = re.sub(r"\x1b\[\d*[AK]|\r", "", picture).splitlines()
+        above = len(lines)
+        assert all(len(line) < columns for line in lines)
+        assert above < 10
+        files += [line for line in lines[1:] if line.endswith("safetensors")]
+    assert files, "each with its own bar"
+    assert re.fullmatch(rf"\x1b\[{above}A", pictures[-1]), "nothing of it stays"
+    assert re.match(r"\S+: 12 files, 1.2 MB, whole and verified", last.strip())
+    assert ("of 12 files" in written) == (columns > 40)
+
+
+def test_in_a_log_there_are_plain_lines_and_one_object(words):
+    done = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stderr + done.stdout
+    answer = json.loads(done.stdout)
+    assert (answer["files"], answer["size"], answer["transferred"]) == (12, 1200 * KB, 1200 * KB)
