@@ -234,6 +234,23 @@ def test_environment(monkeypatch):
     assert (run.name, run.output_dir) == ("/data-d:e", "${env:ROOT}")
 
 
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password", "MY_APIKEY", "CREDENTIALS"])
+def test_a_secret_does_not_come_in_by_its_variable(monkeypatch, name):
+    monkeypatch.setenv(name, "harmless-looking")
+    write("a.toml", GOOD + f'[run]\ntags = ["${{env:{name}}}", "${{env:{name}:default}}"]\n')
+    found = problems("a.toml")
+    assert len(found) == 2
+    assert all(f"'{name}' names a secret, which would be saved with the run" in problem for problem in found)
+    assert "harmless-looking" not in str(found)
+
+
+def test_variables_that_only_sound_like_secrets(monkeypatch):
+    for name in ("TOKENIZERS_PARALLELISM", "KEYBOARD", "AWS_ACCESS_KEY_ID", "TOKENIZER"):
+        monkeypatch.setenv(name, "x")
+        write("a.toml", GOOD + f'[run]\nname = "${{env:{name}}}"\n')
+        assert load_config("a.toml").run.name == "x"
+
+
 def test_environment_mistakes_come_with_all_the_others():
     write("a.toml", GOOD + '[run]\nname = "${env:UNSET}"\ntags = ["${env:}", "${env:A:{x}}", "${env:"]\nseed = -1\n')
     found = problems("a.toml")

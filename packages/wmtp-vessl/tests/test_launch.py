@@ -50,6 +50,17 @@ def test_what_the_container_gets_is_the_config_with_another_launcher(wmtp, files
         outside.models, outside.trainer, outside.train, outside.run)  # fmt: skip
 
 
+def test_every_character_comes_through(wmtp, files):
+    odd = "a\x85b\u2028c\u00e9\U0001f642\x07 # x: 'y' \"z\"\n  indented\ttab "
+    quoted = json.dumps(odd, ensure_ascii=False)
+    code, out, _ = wmtp("launch", "--dry-run", *files, "--set", f"launcher.env.ODD={quoted}", "--set", f"run.tags=[{quoted}]")
+    spec = yaml.safe_load(out)
+    assert code == 0
+    assert spec["env"]["ODD"] == odd
+    assert odd in spec["tags"]
+    assert tomli.loads(spec["env"]["WMTP_CONFIG"])["run"]["tags"] == [odd]
+
+
 def test_every_key_of_the_yaml_can_be_reached(wmtp, files):
     files.write(LAUNCHER.replace("[launcher.env]", """
 description = "A run"

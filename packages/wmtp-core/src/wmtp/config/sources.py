@@ -18,6 +18,9 @@ __all__ = ["Document", "MappingSource", "escape"]
 #: sections whose ``type`` is a plain key: changing it keeps the table's other keys
 _PLAIN_SECTIONS: Final = frozenset({"run", "data", "schedule", "train", "devices", "checkpoints", "storage"})
 _REFERENCE: Final = re.compile(r"\$(?P<escaped>\$+\{env:)|\$\{env:(?:(?P<inner>[^{}]*)\})?")
+_SECRET_VARIABLE: Final = re.compile(
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS|PRIVATE|SECRET)_?KEY)$", re.IGNORECASE
+)
 _REFERENCE_START: Final = re.compile(r"\$+\{env:")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -147,6 +150,9 @@ class Document:
             name, colon, default = match["inner"].partition(":")
             if not _NAME.fullmatch(name):
                 problems.append(Problem(path, f"'{name}' is no name of an environment variable, in {match[0]}"))
+            elif _SECRET_VARIABLE.search(name):  # its value may look like anything
+                advice = "services read such variables themselves: leave it out, or, if it is none, call it something else"
+                problems.append(Problem(path, f"'{name}' names a secret, which would be saved with the run; {advice}"))
             elif name in environment:
                 return environment[name]
             elif not colon:
