@@ -97,6 +97,28 @@ def test_ctrl_c_ends_soon_and_can_go_on(faulty, model, tmp_path):
     assert is_whole(tmp_path / "out")
 
 
+FORK = """
+import os, sys
+from wmtp_storage import S3Storage
+if sys.argv[2] == "used":
+    S3Storage().build().exists(sys.argv[1])
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(S3Storage().build().exists(sys.argv[1]), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("parent", ["used", "not"])
+def test_a_fork_of_a_process_that_used_a_store_does_not_hang(model, parent):
+    """obstore's threads are not in the child: it would wait for ever."""
+    done = subprocess.run([sys.executable, "-c", FORK, model, parent], capture_output=True, text=True, timeout=60)
+    if parent == "used":
+        assert "it is a fork of one that has used an object store; start processes by another method" in done.stderr
+    assert (done.returncode, done.stdout) == ((1, "") if parent == "used" else (0, "True\n"))
+
+
 class Killed(BaseException):
     """What a kill is to code that is in the middle of something."""
 

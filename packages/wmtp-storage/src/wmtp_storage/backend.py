@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,19 @@ __all__ = ["ObjectStorage", "StoredObject"]
 #: what web servers answer that cannot list a folder, or may not
 _LISTS_NOTHING = (400, 403, 404, 405, 501)
 
+#: whether a store was opened, and whether that was in the process that this one is a fork of
+_is_used = _is_forked = False
+
 _Config = TypeVar("_Config", bound="RemoteStorage")
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = _is_used
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 @frozen
@@ -91,8 +104,15 @@ class ObjectStorage(Storage):
 
         Raises:
             ConfigError: the options do not fit the URI.
-            WMTPError: there are no credentials.
+            WMTPError: there are no credentials, or this process is a fork of one that used a store.
         """
+        global _is_used
+        if _is_forked:  # obstore's threads are not in this process: whatever is asked of it would never be answered
+            raise WMTPError(
+                f"{uri} cannot be reached from this process: it is a fork of one that has used an object store; start processes"
+                " by another method, for instance multiprocessing.set_start_method('spawn')"
+            )
+        _is_used = True
         place = (uri.scheme, uri.authority, uri.query)
         with self._lock:
             if place not in self._open:
