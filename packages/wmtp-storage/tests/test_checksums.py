@@ -4,11 +4,12 @@ import hashlib
 import itertools
 import random
 import re
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from wmtp_storage.checksums import PartDigests, StoreChecksum
+from wmtp_storage.checksums import PartDigests, StoreChecksum, from_headers
 
 PART_SIZES = [(5000,), (1000, 1000, 1000, 7), (1, 4096, 300000, 2), (100,) * 30]
 
@@ -62,3 +63,55 @@ def gaps(segments, size):
     for start, end in segments:
         there[start:end] = b"\1" * (end - start)
     return [match.span() for match in re.finditer(b"\0+", there)]
+
+
+CONTENT = b"0123456789" * 7
+
+
+@pytest.mark.parametrize(
+    ("headers", "sizes", "expected"),
+    [
+        ({"x-amz-checksum-sha256": "cGFzcw=="}, None, StoreChecksum("sha256", b"pass")),
+        # the cheapest of several; a checksum of parts only where their sizes are known, all of them
+        (
+            {"x-amz-checksum-sha256": "cGFzcw==", "x-amz-checksum-crc32c": "AAAAAQ=="},
+            None,
+            StoreChecksum("crc32c", b"\0\0\0\1"),
+        ),
+        ({"x-amz-checksum-sha256": "cGFzcw==-2"}, (5, 3), StoreChecksum("sha256", b"pass", (5, 3))),
+        ({"x-amz-checksum-sha256": "cGFzcw==-2"}, None, None),
+        ({"x-amz-checksum-sha256": "cGFzcw==-3"}, (5, 3), None),
+        ({"etag": f'"{"0a" * 16}"'}, None, StoreChecksum("md5", b"\x0a" * 16)),
+        ({"etag": f'"{"0a" * 16}-2"'}, (5, 3), StoreChecksum("md5", b"\x0a" * 16, (5, 3))),
+        ({"etag": f'"{"0a" * 16}-2"'}, (8,), None),
+        ({"etag": f'"{"0a" * 16}-2"'}, None, None),
+        ({"etag": f'"{"0a" * 16}"', "x-amz-server-side-encryption": "AES256"}, None, StoreChecksum("md5", b"\x0a" * 16)),
+        # encrypted with a key of somebody's, an ETag is no MD5, whatever it looks like
+        ({"etag": f'"{"0a" * 16}"', "x-amz-server-side-encryption": "aws:kms"}, None, None),
+        ({"etag": f'"{"0a" * 16}"', "x-amz-server-side-encryption-customer-algorithm": "AES256"}, None, None),
+        ({"etag": f'"{"0A" * 16}"'}, None, None),
+        ({"etag": '"of-another-kind"'}, None, None),
+        ({}, None, None),
+    ],
+)
+def test_what_the_headers_say(headers, sizes, expected):
+    assert from_headers(headers, sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "digest"),
+    [
+        ("md5", hashlib.md5(CONTENT).digest()),
+        ("sha1", hashlib.sha1(CONTENT).digest()),
+        ("sha256", hashlib.sha256(CONTENT).digest()),
+        ("crc32", zlib.crc32(CONTENT).to_bytes(4, "big")),
+        ("crc32c", bytes.fromhex("e3069283")),  # of 123456789: RFC 3720's check value
+        ("crc64nvme", bytes.fromhex("ae8b14860a799888")),  # of 123456789: the catalogue's check value
+    ],
+)
+def test_each_algorithm(tmp_path, algorithm, digest):
+    path = tmp_path / "file"
+    path.write_bytes(b"123456789" if "crc32c" in algorithm or "crc64" in algorithm else CONTENT)
+    assert StoreChecksum(algorithm, digest).matches(path)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert not StoreChecksum(algorithm, digest).matches(path)

@@ -40,6 +40,8 @@ def test_a_signature_stays_and_is_not_shown():
         ("https:///x", "names no host"),
         ("s3://bucket/a/../b", "'.' and '..' mean nothing"),
         ("s3://bucket/a/%2e%2e/b", "'.' and '..' mean nothing"),
+        ("s3://bucket/./b", "'.' and '..' mean nothing"),
+        ("s3://bucket/a/.", "'.' and '..' mean nothing"),
         ("s3://bucket/a//b", "nothing between two slashes"),
         ("s3://bucket/a#1", "'#' %23"),
         ("s3://bucket/a?b", "'?' must be written %3F"),
