@@ -128,8 +128,11 @@ def test_a_recipe_with_everything_in_a_store(recipe, here, tmp_path, capsys):
     (tmp_path / "eval.toml").write_text(
         f'[datasets.x]\ntype = "jsonl"\nuri = "s3://{here}/data/eval/a.jsonl"\n[data.eval]\nsources = ["x"]\n'
         f'[[eval]]\ntype = "perplexity"\n[storage]\ncache_dir = "{tmp_path}/cache"\n'
+        f'[storage.s3]\nendpoint = "{os.environ["AWS_ENDPOINT_URL_S3"]}"\n'
     )
-    code, printed, said = wmtp(capsys, "eval", f"{one}/model", tmp_path / "eval.toml", "--json")
+    with pytest.MonkeyPatch.context() as patch:  # the file alone says where the store is
+        patch.delenv("AWS_ENDPOINT_URL_S3")
+        code, printed, said = wmtp(capsys, "eval", f"{one}/model", tmp_path / "eval.toml", "--json")
     assert code == 0, said
     assert json.loads(printed)["metrics"].keys() == {"perplexity/head_1", "perplexity/head_2"}
     assert len(list((tmp_path / "cache").glob("*/complete.json"))) == 2, "model and data, in the cache that the file names"

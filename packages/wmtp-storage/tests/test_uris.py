@@ -61,5 +61,6 @@ def test_what_is_wrong_is_said(uri, message):
 
 
 def test_a_place_in_a_folder():
+    assert str(parse("s3://bucket/")) == str(parse("s3://bucket")) == "s3://bucket"
     assert RemoteURI("s3", "b", "").at("x").key == "x"
     assert RemoteURI("s3", "b", "a").at("").key == "a"

@@ -42,6 +42,16 @@ class Estimate:
         return self.value
 
 
+def _fetch(uri: str, key: str) -> Path:
+    """Without options for any storage backend."""
+    from wmtp.config.schema import StorageConfig
+    from wmtp.storage.backends import build_backends
+    from wmtp.storage.uris import localize
+
+    storage = StorageConfig()
+    return localize(uri, build_backends(storage), Path(storage.cache_dir).expanduser(), key=key)
+
+
 @frozen(kw_only=True, eq=False)
 class Measured:
     """What an evaluator measures.
@@ -57,6 +67,7 @@ class Measured:
             among them, all must call it equally often; `wmtp.training.evaluate.evaluate` shares the batches.
         output_dir: where an evaluator may keep files of its own; None: nowhere.
         allow_code_execution: whether the user has said on the command line that code which the model wrote may run.
+        fetch: the local path of a URI, given with the key that it comes from; it follows ``[storage]``.
     """
 
     model: MTPModel
@@ -68,6 +79,7 @@ class Measured:
     ranks: Ranks | None = None
     output_dir: Path | None = None
     allow_code_execution: bool = False
+    fetch: Callable[[str, str], Path] = _fetch
 
 
 class Evaluator(ABC):

@@ -26,6 +26,7 @@ from wmtp.storage.backends import build_backends
 from wmtp.storage.uris import file_path, scheme_of
 from wmtp.tracking import RunInfo
 from wmtp.training.devices import autocast_context, pick_device
+from wmtp.training.setup import Place
 
 __all__ = ["Evaluated", "evaluate_model"]
 
@@ -111,6 +112,7 @@ def evaluate_model(
         seed=config.run.seed,
         output_dir=folder / "evaluation",
         allow_code_execution=allow_code_execution,
+        fetch=Place.of(config).fetch,
     )
     numbers = measure(config.eval, measured, folder)
     _track(config, folder, run_dir, numbers)
@@ -135,7 +137,6 @@ def _batches(config: Config, opened: OpenedModel) -> Sequence[Any]:
     from wmtp.data.batches import eval_batches
     from wmtp.data.prepare import prepare_eval_data
     from wmtp.data.sources import eval_sources, train_sources
-    from wmtp.training.setup import Place
 
     if config.data.eval is None:
         return ()

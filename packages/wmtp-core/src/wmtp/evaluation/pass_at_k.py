@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from attrs import frozen
 
-from wmtp.config.schema import StorageConfig
 from wmtp.errors import WMTPError
 from wmtp.evaluation.base import Estimate, Evaluator, Measured
 from wmtp.evaluation.bootstrap import Bootstrap
@@ -24,8 +23,6 @@ from wmtp.generation import Sampling
 from wmtp.generation.text import encode_prompt, generate_texts
 from wmtp.run_dir import replace_text
 from wmtp.sandbox import Limits, Outcome, Sandbox
-from wmtp.storage.backends import build_backends
-from wmtp.storage.uris import localize
 
 if TYPE_CHECKING:
     from wmtp.evaluation.config import PassAtK
@@ -79,7 +76,7 @@ class PassAtKEvaluator(Evaluator):
         settings, config = self._settings, self._config
         sandbox = Sandbox(Limits(seconds=config.timeout, memory_mb=config.memory_mb), isolation=config.isolation)
         logger.info("pass-at-k: isolation in force: %s", sandbox.describe())
-        problems = self._problems()
+        problems = self._problems(measured)
         results: dict[str, float | Estimate] = {}
         for temperature in settings.temperatures:
             folder = self._folder(measured, temperature)
@@ -97,10 +94,9 @@ class PassAtKEvaluator(Evaluator):
                 results[f"pass_at_{k}_best"] = max(ours, key=float)
         return results
 
-    def _problems(self) -> list[Problem]:
-        config, storage = self._config, StorageConfig()
-        place = Path(storage.cache_dir).expanduser()
-        path = None if config.uri is None else localize(config.uri, build_backends(storage), place, key="eval.uri")
+    def _problems(self, measured: Measured) -> list[Problem]:
+        config = self._config
+        path = None if config.uri is None else measured.fetch(config.uri, "eval.uri")
         match config.dataset:
             case "humaneval":
                 problems = human_eval(path)

@@ -91,7 +91,7 @@ class MirroredMLflow(Tracker):
         if self._thread is not None:
             self._thread.join()
         if not self._try_to_copy():
-            logger.warning("the run's tracking is in %s; copy it with: wmtp push", self._folder)
+            logger.warning("the run's tracking is in %s; copy it with: wmtp run --resume %s", self._folder, self._folder.parent)
 
     def location(self) -> str | None:
         """The commands that show the run."""

@@ -20,6 +20,7 @@ from wmtp.report import write_report
 from wmtp.tracking import Tracker
 from wmtp.training.loop import Fit
 from wmtp.training.modules import save_modules
+from wmtp.training.setup import Place
 
 if TYPE_CHECKING:
     from wmtp.data.dataset import TokenDataset
@@ -71,6 +72,7 @@ def measure_model(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer)
         ranks=step.ranks,
         output_dir=run_dir / "evaluation",
         allow_code_execution=code_execution_allowed(),
+        fetch=Place.of(config).fetch,
     )
     return measure(config.eval, measured, run_dir if step.ranks.is_main else None)
 
