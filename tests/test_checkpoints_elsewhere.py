@@ -13,6 +13,7 @@ import pytest
 from wmtp.errors import WMTPError
 from wmtp.storage.file import File
 from wmtp.training.checkpoint import Checkpoint
+from wmtp.training.checkpoint_facts import write_facts
 from wmtp.training.remote_checkpoints import CheckpointUpload, RemoteCheckpoints
 from wmtp_storage import S3Storage
 from wmtp_storage.testing import s3_server
@@ -132,6 +133,7 @@ def checkpoint(tmp_path, step):
     folder = tmp_path / "run" / "checkpoints" / f"step-{step}"
     folder.mkdir(parents=True)
     (folder / "state").write_bytes(os.urandom(1000))
+    write_facts(folder, step, {})
     (tmp_path / "run" / "metrics.jsonl").write_text(f"up to {step}\n")
     return Checkpoint(path=folder, step=step)
 
@@ -191,6 +193,21 @@ def test_another_content_than_was_uploaded_is_refused(line, remote, tmp_path):
     with pytest.raises(WMTPError, match=r"step-1 is not what was uploaded"):
         remote.fetch(1, tmp_path / "here")
     assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_checkpoint_that_was_damaged_in_the_store_is_refused_by_its_uri(line, remote, tmp_path):
+    remote.upload(checkpoint(tmp_path, 1), tmp_path / "run", 0)
+    stored = tmp_path / "store/step-1/state"
+    content = bytearray(stored.read_bytes())
+    content[500] ^= 1
+    stored.write_bytes(content)
+    with pytest.raises(WMTPError) as error:
+        remote.fetch(1, tmp_path / "here")
+    uri = f"{remote.uri}/step-1"
+    assert str(error.value).startswith(
+        f"{uri} is damaged: state: its content was changed or damaged; remove {uri}.json to go on"
+    )
+    assert not list((tmp_path / "here").glob("step-*"))
 
 
 def test_uploads_that_were_killed_are_aborted(s3_server, place):

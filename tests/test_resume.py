@@ -178,3 +178,82 @@ def test_the_name_of_a_run_that_could_not_start_stays_free(recipe, wmtp, tmp_pat
     data.write_text(original)
     done = wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=6")
     assert done.returncode == 0, done.stderr
+
+
+def flip(path, place):
+    """Change one byte."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_refused_by_name(recipe, wmtp, tmp_path):
+    """And once the folder is gone, as the message says, the run goes on from the one before it, here of an earlier version."""
+    from wmtp.training.checkpoint_facts import check_files
+
+    done = wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=15", "--set", "checkpoints.keep_last=0")
+    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / "runs/x"
+    expected = curve(run_dir)
+    newest = run_dir / "checkpoints/step-15"
+    files = sorted(newest.iterdir())
+    assert {path.suffix for path in files} == {".json", ".pt", ".safetensors"}
+    for path in files:
+        whole = path.read_bytes()
+        for place in (0, len(whole) // 3, len(whole) // 2, len(whole) - 2):
+            flip(path, place)
+            with pytest.raises(ValueError, match=path.name):
+                check_files(newest)
+            path.write_bytes(whole)
+    facts = newest / "checkpoint.json"
+    whole = facts.read_text()
+    facts.write_text(whole.replace('"hashes"', '"hushes"'))
+    with pytest.raises(ValueError, match=r"checkpoint\.json is damaged"):
+        check_files(newest)
+    facts.write_text(whole)
+    check_files(newest)
+
+    tensors = next(path for path in files if path.suffix == ".safetensors")
+    flip(tensors, -1000)
+    refused = wmtp("run", "--resume", run_dir)
+    assert refused.returncode == 1
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{tensors}: its content was changed or damaged; remove this folder to go on from step-10" in line
+    for path in files:
+        path.unlink()
+    newest.rmdir()
+    old = run_dir / "checkpoints/step-10/checkpoint.json"
+    known = json.loads(old.read_text())
+    old.write_text(json.dumps({name: known[name] for name in ("format", "step", "files")}))
+    again = wmtp("run", "--resume", run_dir)
+    assert again.returncode == 0, again.stderr
+    assert "step-10" in again.stderr
+    assert curve(run_dir) == expected
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_other_evaluation_data_is_named_and_refused_where_it_decides_the_end(recipe, tmp_path, caplog, stops):
+    import wmtp as library
+    from wmtp.errors import ConfigError
+
+    held = tmp_path / "held.jsonl"
+    held.write_text((tmp_path / "code.jsonl").read_text().splitlines()[3] + "\n")
+    text = recipe.read_text().replace("holdout = 0.2", 'sources = ["held"]')
+    text = text.replace("max_length = 64", 'max_length = 64\nsources = ["code"]')
+    text = text.replace("eval_interval = 15", "eval_interval = 4").replace("max_steps = 40", "max_steps = 8")
+    text += f'[datasets.held]\ntype = "jsonl"\nuri = "{held}"\n'
+    if stops:
+        text += "[train.early_stopping]\npatience = 9\n"
+    recipe.write_text(text)
+    result = library.run(recipe, run_name="x")
+    with caplog.at_level("WARNING", logger="wmtp"):
+        assert library.run(resume=result.run_dir).steps == 8
+    assert "evaluation data" not in caplog.text
+    held.write_text((tmp_path / "code.jsonl").read_text().splitlines()[5] + "\n")
+    if stops:
+        with pytest.raises(ConfigError, match=r"datasets: the evaluation data is not what it was .* compares eval/loss with"):
+            library.run(resume=result.run_dir)
+        return
+    with caplog.at_level("WARNING", logger="wmtp"):
+        assert library.run(resume=result.run_dir).steps == 8
+    assert f"datasets: the evaluation data is not what it was when {result.checkpoint} was written" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +32,7 @@ class ManifestFile:
     Args:
         name: its path in the folder, with ``/``.
         size: bytes.
-        hash: ``ALGORITHM:HEX`` of its content, made while it was fetched.
+        hash: ``ALGORITHM:HEX`` of its content; empty where only the size is known.
         etag: what the store called this version of it; None where it has no name for it.
         checked: the store's own checksum that the content was compared with; None where the store has none.
     """
@@ -106,14 +107,16 @@ def hash_file(path: Path, algorithm: str) -> str:
 
     Args:
         path: the file.
-        algorithm: ``crc64nvme``, or what `hashlib` has.
+        algorithm: ``crc32``, ``crc64nvme``, or what `hashlib` has.
 
     Raises:
         WMTPError: the algorithm cannot be had here.
         OSError: the file cannot be read.
     """
+    if algorithm == "crc32":
+        return f"{algorithm}:{_rolling(path, zlib.crc32):08x}"
     if algorithm == "crc64nvme":
-        return f"{algorithm}:{_crc64nvme(path):016x}"
+        return f"{algorithm}:{_rolling(path, _crc64nvme(path)):016x}"
     try:
         with path.open("rb") as file:
             return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
@@ -123,16 +126,20 @@ def hash_file(path: Path, algorithm: str) -> str:
         ) from None
 
 
-def _crc64nvme(path: Path) -> int:
+def _crc64nvme(path: Path) -> Callable[[memoryview, int], int]:
     try:
         from awscrt.checksums import crc64nvme
     except ImportError:
         raise WMTPError(f"{path}: its checksum is made by the package awscrt; install the package wmtp-storage") from None
+    return crc64nvme
+
+
+def _rolling(path: Path, update: Callable[[memoryview, int], int]) -> int:
     value = 0
     buffer = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            value = crc64nvme(buffer[:count], value)
+            value = update(buffer[:count], value)
     return value
 
 
@@ -153,7 +160,7 @@ def verify(folder: Path, files: Iterable[ManifestFile], progress: Callable[[int]
         try:
             if path.stat().st_size != file.size:
                 return f"{path}: has {path.stat().st_size} bytes in place of {file.size}"
-            found = hash_file(path, file.hash.partition(":")[0])
+            found = hash_file(path, file.hash.partition(":")[0]) if file.hash else ""
         except FileNotFoundError:
             return f"{path}: is missing"
         except OSError as error:

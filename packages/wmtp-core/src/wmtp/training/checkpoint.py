@@ -3,13 +3,12 @@
 ``checkpoints/step-N/`` holds safetensors files with the tensors of model and optimizer, each rank's part in one file
 (``torch.distributed.checkpoint``; the header of each file says which part of which tensor it holds, so that nothing is
 unpickled), ``state.pt`` (everything else: modules of the trainer, random-number generators, the loop's own state; read with
-``weights_only=True``) and ``checkpoint.json`` (the step and the size of each file). It is written under a hidden name beside
-its place, flushed to disk, and renamed.
+``weights_only=True``) and ``checkpoint.json`` (the step, and the size and checksum of each file). It is written under a hidden
+name beside its place, flushed to disk, and renamed; when it is read, what is not as it was written is refused.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import warnings
@@ -28,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.errors import WMTPError
 from wmtp.storage.atomic import making_folder, partial_path
+from wmtp.training.checkpoint_facts import check_files, hash_files, write_facts
 
 __all__ = [
     "Checkpoint",
@@ -37,7 +37,6 @@ __all__ = [
     "save_checkpoint",
 ]
 
-FORMAT = 1
 _NAME = re.compile(r"step-(\d+)")
 #: stands in ``state.pt`` for a tensor of the optimizer that is in a safetensors file
 _ELSEWHERE = "tensor elsewhere"
@@ -99,16 +98,19 @@ def save_checkpoint(
             except CheckpointException as error:  # no Exception, and it says at length what went wrong on each rank
                 raise next(iter(error.failures.values()))[0] from None
 
-        def finish() -> None:
+        def hash_own() -> dict[str, str]:
+            own = f"shard-{ranks.rank + 1:05}-"  # so the writer names them; what it may name otherwise, rank 0 reads
+            return hash_files(partial, [path.name for path in partial.iterdir() if path.name.startswith(own)])
+
+        def finish(hashes: Mapping[str, str]) -> None:
             torch.save({**state, "optimizer": skeleton}, partial / "state.pt")
-            sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-            facts = {"format": FORMAT, "step": step, "files": sizes}
-            (partial / "checkpoint.json").write_text(json.dumps(facts, indent=2) + "\n")
+            write_facts(partial, step, hashes)
             stack.close()
 
         try:
             ranks.together(write_tensors)
-            ranks.on_main(finish)
+            parts = ranks.objects(ranks.together(hash_own))
+            ranks.on_main(lambda: finish({name: value for part in parts for name, value in part.items()}))
         except Exception as error:
             if ranks.is_main or isinstance(error, WMTPError):
                 raise  # there a full disk gets its name, and what was written is removed
@@ -128,10 +130,13 @@ def prune_checkpoints(folder: Path, keep_last: int, needed: Collection[int] = ()
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Read the tensors into ``model`` and ``optimizer``, and return the rest of the state, on the CPU.
 
-    Every rank reads its own parts, whoever wrote them.
+    Every rank reads its own parts, whoever wrote them. The ranks share the work of comparing the files with their checksums,
+    so none may use what it has read before all have.
 
     Raises:
         WMTPError: a file is missing, damaged or of another model; the message names it.
@@ -139,13 +144,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.o
     from safetensors import SafetensorError
 
     try:
-        facts = json.loads((checkpoint.path / "checkpoint.json").read_text())
-        if facts["format"] != FORMAT:
-            raise WMTPError(f"{checkpoint.path}: format {facts['format']}, but this version of wmtp reads format {FORMAT}")
-        for name, size in facts["files"].items():
-            actual = (checkpoint.path / name).stat().st_size
-            if actual != size:
-                raise ValueError(f"{checkpoint.path / name} has {actual:,} bytes, but {size:,} were written")
+        check_files(checkpoint.path, ranks.rank, ranks.world)
         state = torch.load(checkpoint.path / "state.pt", map_location="cpu", weights_only=True)
         tensors = _model_tensors(model)
         # what the optimizer keeps of each parameter is made as it would make it, divided or whole, and then filled
@@ -154,9 +153,9 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.o
         optimizer.load_state_dict(restored)
         return state
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise WMTPError(
-            f"{checkpoint.path} cannot be read: {error}; remove this folder to go on from the checkpoint before it"
-        ) from error
+        older = [other.path.name for other in list_checkpoints(checkpoint.path.parent) if other.step < checkpoint.step]
+        then = f"go on from {older[-1]}" if older else "begin anew: there is no older one here"
+        raise WMTPError(f"{checkpoint.path} cannot be read: {error}; remove this folder to {then}") from error
 
 
 @contextmanager

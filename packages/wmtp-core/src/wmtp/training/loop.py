@@ -71,6 +71,7 @@ class Fit:
     plan: StagePlan
     batches: StageBatches
     eval_batches: Sequence[Batch]
+    eval_data: str | None = None
     optimizer: torch.optim.Optimizer
     schedule: ScheduleConfig
     train: TrainConfig
@@ -269,6 +270,7 @@ class Fit:
         self._read_pending()
         state = {
             "data": self.batches.fingerprint,
+            "eval_data": self.eval_data,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "trainer": self.step_loss.trainer.state_dict(),
             "early_stopping": self._early_stopping.state_dict(),
@@ -302,12 +304,13 @@ class Fit:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         with self._learned_weights():
-            state = self._ranks.together(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer))
+            state = self._ranks.together(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer, self._ranks))
         if state["data"] != self.batches.fingerprint:
             raise ConfigError(
                 f"datasets: the training data is not what it was when {checkpoint.path} was written: a file or the tokenizer "
                 f"has changed; bring it back, or start a new run under another --run-name"
             )
+        self._compare_eval_data(checkpoint, state)
         self._step = checkpoint.step
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
@@ -318,3 +321,16 @@ class Fit:
         self._last = dict(state["last_metrics"])
         set_random_state(state["random"])
         logger.info("goes on from %s", checkpoint.path)
+
+    def _compare_eval_data(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+        """Other evaluation data changes nothing that is learned, unless it decides when the run ends."""
+        if state.get("eval_data", self.eval_data) == self.eval_data:  # earlier versions did not keep it
+            return
+        what = f"the evaluation data is not what it was when {checkpoint.path} was written"
+        stopping = self.train.early_stopping
+        if stopping is not None and stopping.metric.startswith("eval/"):
+            raise ConfigError(
+                f"datasets: {what}, and train.early_stopping compares {stopping.metric} with what was measured then; bring it "
+                f"back, or start a new run under another --run-name"
+            )
+        logger.warning("datasets: %s; eval/… from step %d on cannot be compared with the values before", what, checkpoint.step)

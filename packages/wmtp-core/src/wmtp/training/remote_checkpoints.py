@@ -25,6 +25,7 @@ from wmtp.storage import Storage
 from wmtp.storage.atomic import write_folder
 from wmtp.storage.backends import build_backends
 from wmtp.storage.uris import backend_for, scheme_of
+from wmtp.training.checkpoint_facts import check_files
 
 if TYPE_CHECKING:
     from wmtp.config.schema import Config
@@ -82,15 +83,22 @@ class RemoteCheckpoints:
         """
         from wmtp.training.checkpoint import Checkpoint
 
-        target = folder / f"step-{step}"
-        logger.info("fetching %s/step-%d", self.uri, step)
+        target, uri = folder / f"step-{step}", f"{self.uri}/step-{step}"
+        logger.info("fetching %s", uri)
 
         def write(partial: Path) -> None:
-            self._storage.fetch(f"{self.uri}/step-{step}", partial)
+            self._storage.fetch(uri, partial)
             with tempfile.TemporaryDirectory(prefix="wmtp-") as temporary:
-                self._storage.fetch(f"{self.uri}/step-{step}.json", Path(temporary))
+                self._storage.fetch(f"{uri}.json", Path(temporary))
                 marker = json.loads(Path(temporary, f"step-{step}.json").read_text())
-            _check(partial, marker["files"], f"{self.uri}/step-{step}")
+            _check(partial, marker["files"], uri)
+            try:
+                check_files(partial)
+            except (OSError, ValueError) as error:
+                what = str(error).replace(f"{partial}/", "")
+                raise WMTPError(
+                    f"{uri} is damaged: {what}; remove {uri}.json to go on from the checkpoint before it"
+                ) from error
 
         folder.mkdir(parents=True, exist_ok=True)
         write_folder(target, write)

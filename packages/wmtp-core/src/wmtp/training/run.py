@@ -148,6 +148,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             plan=plan,
             batches=batches,
             eval_batches=eval_batches(data.eval, config.data) if data.eval is not None else (),
+            eval_data=None if data.eval is None else data.eval.fingerprint,
             optimizer=build_optimizer(config, model, parameters, modules, rates, master_weights),
             schedule=config.schedule,
             train=config.train,
