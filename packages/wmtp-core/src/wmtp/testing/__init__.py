@@ -28,16 +28,26 @@ import pytest
 
 if TYPE_CHECKING:
     from wmtp.testing.data import DataLoaderTests
+    from wmtp.testing.evaluators import EvaluatorTests
     from wmtp.testing.launchers import LauncherTests
     from wmtp.testing.models import ModelLoaderTests
     from wmtp.testing.storage import StorageTests
     from wmtp.testing.trackers import TrackerTests
     from wmtp.testing.trainers import TrainerTests
 
-__all__ = ["DataLoaderTests", "LauncherTests", "ModelLoaderTests", "StorageTests", "TrackerTests", "TrainerTests"]
+__all__ = [
+    "DataLoaderTests",
+    "EvaluatorTests",
+    "LauncherTests",
+    "ModelLoaderTests",
+    "StorageTests",
+    "TrackerTests",
+    "TrainerTests",
+]
 
 _HOMES = {
     "DataLoaderTests": "wmtp.testing.data",
+    "EvaluatorTests": "wmtp.testing.evaluators",
     "LauncherTests": "wmtp.testing.launchers",
     "ModelLoaderTests": "wmtp.testing.models",
     "StorageTests": "wmtp.testing.storage",
