@@ -29,6 +29,7 @@ def test_a_signature_stays_and_is_not_shown():
     assert uri.query == "sig=secret"
     assert "secret" not in str(uri)
     assert str(uri.at("b c")) == "https://host/a/b%20c"
+    assert uri.at("b").query == "sig=secret", "the signature is for all of the folder"
 
 
 @pytest.mark.parametrize(
