@@ -50,8 +50,8 @@ def test_what_the_container_gets_is_the_config_with_another_launcher(wmtp, files
         outside.models, outside.trainer, outside.train, outside.run)  # fmt: skip
 
 
-def test_every_character_comes_through(wmtp, files):
-    odd = "a\x85b\u2028c\u00e9\U0001f642\x07 # x: 'y' \"z\"\n  indented\ttab "
+@pytest.mark.parametrize("odd", ["a\x85b", "a\x85b\nc", "\u2028", "\u00e9\U0001f642\x07 # x: 'y' \"z\"\n  indented\ttab "])
+def test_every_character_comes_through(wmtp, files, odd):
     quoted = json.dumps(odd, ensure_ascii=False)
     code, out, _ = wmtp("launch", "--dry-run", *files, "--set", f"launcher.env.ODD={quoted}", "--set", f"run.tags=[{quoted}]")
     spec = yaml.safe_load(out)
