@@ -5,6 +5,7 @@ import shutil
 import attrs
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,7 +14,7 @@ from wmtp.config.schema import Config, DataConfig, ModelConfig, TrainDataConfig
 from wmtp.data.config import TextFiles
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.config import HfModel, ScratchModel
-from wmtp.tokenizers.config import Bytes
+from wmtp.tokenizers.config import Bytes, HfTransformers
 from wmtp.training import Trainer
 from wmtp.training.dry_run import dry_run
 from wmtp.training.setup import Place, load_extra_model, open_source
@@ -48,14 +49,14 @@ class Words:
         return WordsTokenizer()
 
 
-def save_model(folder, words=WORDS, *, vocab_size=None, max_positions=64):
+def save_model(folder, words=WORDS, *, vocab_size=None, max_positions=64, eos_token=WORDS[0]):
     """A tiny model with a tokenizer that knows ``words``."""
     shape = {"hidden_size": 16, "layers": 1, "attention_heads": 2, "intermediate_size": 24, "max_positions": max_positions}
     loaded = ScratchModel(vocab_size=vocab_size or len(words), **shape).build().load(None, dtype=torch.float32, seed=0)
     loaded.model.save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[-1]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[0]).save_pretrained(str(folder))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos_token).save_pretrained(str(folder))
     return folder
 
 
@@ -135,6 +136,26 @@ def test_no_tokenizer_beside_it(base, tmp_path):
     message = refused(base, bare)
     assert message.startswith("models.ref: its vocabulary must be the base model's, and cannot be read: ")
     assert "put the files of its tokenizer beside the model" in message
+
+
+def test_a_tokenizer_that_names_no_end_token_has_the_configs(base):
+    named = HfTransformers(eos_token=WORDS[0])
+    without = save_model(base.parent / "ref", eos_token=None)
+    assert "models.ref: its vocabulary must be the base model's" in refused(base, without)
+    open_source(config_of(base, HfModel(uri=str(without)), tokenizer=named))
+    open_source(config_of(without, HfModel(uri=str(without)), tokenizer=named))
+
+
+def test_a_model_that_gives_nan_is_named(base, tmp_path):
+    damaged = save_model(tmp_path / "ref")
+    state = load_file(damaged / "model.safetensors")
+    state["model.norm.weight"].fill_(torch.nan)
+    save_file(state, damaged / "model.safetensors", metadata={"format": "pt"})
+    config = config_of(base, HfModel(uri=str(damaged)))
+    with pytest.raises(
+        ConfigError, match=r"^models\.ref: LlamaForCausalLM cannot get .*: its logits are NaN: its file is damaged"
+    ):
+        load_extra_model(config, Place(config), torch.device("cpu"))("ref")
 
 
 def test_no_weights(base, tmp_path):

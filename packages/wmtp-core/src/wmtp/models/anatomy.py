@@ -156,6 +156,8 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     with evaluating(model):
         try:
             expected = model(input_ids=ids, use_cache=False).logits
+            if expected.isnan().any():
+                raise refuse("its logits are NaN: its file is damaged, or its numbers are too large for this precision")
             tail, hidden = _find_tail(decoder, layers, ids, refuse)
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
             raise refuse(f"a trial run on {ids.shape[1]} tokens failed: {type(error).__name__}: {error}") from error

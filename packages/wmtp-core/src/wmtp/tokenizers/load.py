@@ -12,11 +12,12 @@ from wmtp.tokenizers.saved import read_saved
 __all__ = ["load_tokenizer"]
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, *, eos_token: str | None = None) -> Tokenizer:
     """The tokenizer of a model: the one that WMTP saved there, else the one that its files are for.
 
     Args:
         path: a model folder, a ``.gguf`` file, or a SentencePiece ``.model`` file.
+        eos_token: the end-of-sequence token, where its files name none or another; WMTP's own say which.
 
     Raises:
         WMTPError: there is none, or it is damaged, or was made by another plugin's tokenizer.
@@ -36,8 +37,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
             case other:
                 raise WMTPError(f"{path}: its tokenizer is a '{other}', which only the config that names it can open")
     if path.suffix == ".model" or (path.is_dir() and _only_sentencepiece(path)):
-        return HfSentencePiece().build(path)
-    return HfTransformers().build(path)
+        return HfSentencePiece(eos_token=eos_token).build(path)
+    return HfTransformers(eos_token=eos_token).build(path)
 
 
 def _only_sentencepiece(folder: Path) -> bool:

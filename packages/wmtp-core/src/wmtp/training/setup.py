@@ -180,7 +180,7 @@ def _own_tokenizer(config: Config, path: Path, key: str) -> Tokenizer:
     try:
         if saved is not None and config.tokenizer is not None and saved["type"] == config.tokenizer.type:
             return config.tokenizer.build(path)  # of another plugin, perhaps, which only the config can name
-        return load_tokenizer(path)
+        return load_tokenizer(path, eos_token=getattr(config.tokenizer, "eos_token", None))
     except WMTPError as error:
         raise ConfigError(
             f"{key}: its vocabulary must be the base model's, and cannot be read: {error}; put the files of its tokenizer "
@@ -215,7 +215,10 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> 
         if entry is None:
             raise ConfigError(f"models.{name}: the trainer needs this model; add the table [models.{name}]")
         loaded = entry.loader.build().load(place.path(entry.loader, f"models.{name}"), dtype=dtype, seed=config.run.seed)
-        model = build_model(loaded, HeadsConfig(horizon=1), config.run.seed)
+        try:
+            model = build_model(loaded, HeadsConfig(horizon=1), config.run.seed)
+        except ConfigError as error:  # it says so of the model that is trained
+            raise ConfigError([problem.replace("models.base:", f"models.{name}:", 1) for problem in error.problems]) from error
         if config.data.train.packing and model.packing_problem is not None:
             raise ConfigError(f"data.train.packing: [models.{name}]: {model.packing_problem}; set data.train.packing = false")
         model = model.to(device).eval().requires_grad_(False)

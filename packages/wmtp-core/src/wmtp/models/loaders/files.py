@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +135,11 @@ def opened_by_transformers(path: Path, action: Callable[[], T]) -> T:
             return action()
     except (WMTPError, MemoryError):
         raise
+    except pickle.UnpicklingError as error:  # torch's own text advises to run it
+        raise WMTPError(
+            f"{path}: its .bin files hold more than tensors, and what a file holds is never run; get it as safetensors, or "
+            "convert it where its source is trusted"
+        ) from error
     except Exception as error:
         # its exceptions have no common base: OSError, ValueError, KeyError, UnpicklingError, dataclass validation …
         raise WMTPError(f"{path}: transformers cannot open it: {type(error).__name__}: {error}") from error
