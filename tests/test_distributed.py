@@ -214,6 +214,40 @@ def test_two_machines_with_one_process_each_equal_one(recipe, wmtp, tmp_path):
         _remove(names)
 
 
+def test_decoding_is_measured_by_one_of_several_processes(recipe, wmtp, tmp_path):
+    """At the end of a run, where each has the whole model, and by torchrun: what one process measures, written once."""
+    evaluation = ("--set", 'eval=[{type="speculative", prompts=3, max_new_tokens=8}, {type="perplexity"}]')
+    run_dir = tmp_path / "runs/x"
+    run = wmtp(
+        "run",
+        recipe,
+        "--run-name",
+        "x",
+        *TWO,
+        "--set",
+        'devices.fsdp.strategy="none"',
+        "--set",
+        "train.max_steps=6",
+        *evaluation,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "warning" not in run.stderr
+    of_run = json.loads((run_dir / "evaluation.json").read_text())
+
+    arguments = ["eval", run_dir, "--json", "--output", tmp_path / "two"]
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "wmtp", *arguments]
+    two = subprocess.run(started, capture_output=True, text=True, env=environment(), timeout=400)
+    assert two.returncode == 0, two.stderr
+    answer = json.loads(two.stdout)  # one object, not one of each process
+    of_eval = json.loads((tmp_path / "two/evaluation.json").read_text())
+    assert answer["metrics"] == of_eval
+    assert "rank 0 does, and the other 1 end" in two.stderr
+    timed = {"speculative/speedup", "speculative/speedup_over_transformers"}
+    assert of_eval.keys() == of_run.keys() > timed
+    for name in of_eval.keys() - timed:
+        assert of_eval[name] == pytest.approx(of_run[name], rel=1e-4), name
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_model_divided_by_one_learns_as_one_that_is_whole(recipe, wmtp, tmp_path, precision):
     settings = (

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
+from wmtp.launchers.cluster import Worker
+
 __all__ = ["add_arguments", "evaluate"]
+
+logger = logging.getLogger("wmtp")
 
 
 def add_arguments(add: Callable[..., ArgumentParser], config: ArgumentParser) -> None:
@@ -26,7 +31,12 @@ def add_arguments(add: Callable[..., ArgumentParser], config: ArgumentParser) ->
 
 
 def evaluate(arguments: Namespace) -> tuple[Any, int]:
-    """The command."""
+    """The command. One process measures; where torchrun has started several, that is rank 0, and the others end at once."""
+    worker = Worker.of()
+    if worker is not None and worker.world > 1:
+        if worker.rank:
+            return {}, 0
+        logger.info("wmtp eval measures in one process: rank 0 does, and the other %d end", worker.world - 1)
     from wmtp.evaluation.command import evaluate_model
 
     found = evaluate_model(

@@ -13,6 +13,8 @@ from typing import Any
 
 import attrs
 import torch
+from attrs import evolve
+from torch.distributed.fsdp import FSDPModule
 
 from wmtp.errors import PluginError, WMTPError
 from wmtp.evaluation.base import Estimate, Evaluator, Measured
@@ -49,14 +51,21 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
         met.append(config.type)
         # a second one of a type, with other settings, has a name of its own
         label = config.type if met.count(config.type) == 1 else f"{config.type}-{met.count(config.type)}"
-        if getattr(config, "one_process", False) and measured.ranks is not None and measured.ranks.world > 1:
-            logger.warning("%s: decodes, which one process does alone: measure the saved model with wmtp eval RUN", label)
+        alone = getattr(config, "one_process", False) and measured.ranks is not None and measured.ranks.world > 1
+        if alone and isinstance(measured.model, FSDPModule):
+            logger.warning(
+                "%s: needs the whole model in one process, and here it is divided: measure the saved one with wmtp eval RUN",
+                label,
+            )
             continue
         evaluator, name = config.build(), provenance(config, "evaluator")
         if not isinstance(evaluator, Evaluator):
             raise PluginError(f"{name}: build returned a {type(evaluator).__name__}, not an Evaluator")
         started = time.perf_counter()
-        found = evaluator.evaluate(measured)
+        if alone and measured.ranks is not None:  # the others wait
+            found = measured.ranks.on_main(lambda evaluator=evaluator: evaluator.evaluate(evolve(measured, ranks=None)))
+        else:
+            found = evaluator.evaluate(measured)
         if not isinstance(found, Mapping):
             raise PluginError(f"{name}: evaluate returned a {type(found).__name__}, not numbers by name")
         for key, value in found.items():
