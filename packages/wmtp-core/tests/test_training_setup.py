@@ -155,7 +155,7 @@ def test_a_model_that_gives_nan_is_named(base, tmp_path):
     with pytest.raises(
         ConfigError, match=r"^models\.ref: LlamaForCausalLM cannot get .*: its logits are NaN: its file is damaged"
     ):
-        load_extra_model(config, Place(config), torch.device("cpu"))("ref")
+        load_extra_model(config, Place.of(config), torch.device("cpu"))("ref")
 
 
 def test_no_weights(base, tmp_path):
