@@ -116,6 +116,17 @@ def test_tidy_removes_what_was_never_whole_and_nothing_else(bucket, s3, folder):
     assert left == unfinished - {"c/x"}, "of this folder alone"
 
 
+def test_unfinished_uploads_that_cannot_be_aborted(bucket, s3, refusing, caplog):
+    s3.client().create_multipart_upload(Bucket=bucket, Key="c/x")
+    with pytest.raises(WMTPError, match="c/x: an unfinished upload could not be aborted: HTTP status 403"):
+        through(refusing(403, "AccessDenied", "no", only="DELETE")).tidy(f"s3://{bucket}/c")
+    storage = through(refusing(403, "AccessDenied", "no", after=1, only="GET"))  # the listing, and not the question for uploads
+    storage.tidy(f"s3://{bucket}/c")
+    assert "unfinished uploads of killed runs, if there are any, stay" in caplog.text
+    STORAGE.tidy(f"s3://{bucket}/c")
+    assert not s3.client().list_multipart_uploads(Bucket=bucket).get("Uploads")
+
+
 def test_a_folder_that_was_fetched_goes_up_and_comes_back_without_its_manifest(bucket, s3, folder, tmp_path):
     s3.client().put_object(Bucket=bucket, Key=f"m/{MANIFEST}", Body=b"of somebody else")
     STORAGE.push(folder, f"s3://{bucket}/m")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import secrets
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ INCOMPLETE = ".wmtp-incomplete"
 
 _STAGING = re.compile(r"\.partial-[0-9a-f]{16}$")
 _PART = 8 * 2**20
+_GRACE = 5.0  # seconds
 #: S3 copies no larger objects in one request
 _LARGEST_COPY = 5 * 10**9
 
@@ -119,7 +121,9 @@ def _push_folder(storage: ObjectStorage, path: Path, files: list[_File], uri: Re
         try:
             _run(_upload(storage, files, uri.key, uri), f"nothing is at {uri}")
         except BaseException:
-            remove(storage, uri, [*wanted, marker])
+            remove(storage, uri, wanted)
+            if all(found.key == marker for found in storage.objects(uri)):  # else the mark says that it must not be read
+                remove(storage, uri, [marker])
             raise
         remove(storage, uri, [marker])
         return
@@ -165,11 +169,24 @@ async def _upload(storage: ObjectStorage, files: list[_File], prefix: str, uri: 
         async with room.share(share):
             key = "/".join(filter(None, (prefix, file.name)))
             try:
-                await obstore.put_async(store, key, file.path, chunk_size=_PART, max_concurrency=share)
+                await _whole(obstore.put_async(store, key, file.path, chunk_size=_PART, max_concurrency=share))
             except (obstore.exceptions.BaseError, OSError) as error:
                 raise explained(error, f"{file.path} to {uri.at(file.name)}", "uploaded") from error
 
     await together(one(file) for file in sorted(files, key=lambda file: file.size))
+
+
+async def _whole(put: Awaitable[Any]) -> None:
+    """Wait for an upload. Should it be cancelled, a request that is on its way already may still be done by the store, later
+    than whatever removes the object again: so it is given time to end."""
+    upload = asyncio.ensure_future(put)
+    try:
+        await asyncio.shield(upload)
+    except asyncio.CancelledError:
+        await asyncio.wait([upload], timeout=_GRACE)
+        upload.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody wants to know any more
+        upload.cancel()
+        raise
 
 
 async def _copy(storage: ObjectStorage, files: list[_File], prefix: str, uri: RemoteURI) -> None:
