@@ -1,0 +1,76 @@
+"""What `checkpoint.json` says of a checkpoint's files, and what of them is found out."""
+
+import json
+import os
+import zlib
+
+import pytest
+
+from wmtp.errors import WMTPError
+from wmtp.training.checkpoint_facts import check_files, hash_files, write_facts
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, size in {"shard-1": 5 * 2**20 + 3, "shard-2": 70_000, "shard-3": 1, "state.pt": 0}.items():
+        (tmp_path / name).write_bytes(os.urandom(size))
+    write_facts(tmp_path, 7, hash_files(tmp_path, ["shard-1", "shard-2"]))
+    return tmp_path
+
+
+def test_checksums_are_those_of_plain_crc32(folder):
+    facts = json.loads((folder / "checkpoint.json").read_text())
+    assert (facts["format"], facts["step"]) == (1, 7)
+    contents = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "checkpoint.json"}
+    assert facts["files"] == {name: len(content) for name, content in contents.items()}
+    assert facts["hashes"] == {name: f"crc32:{zlib.crc32(content):08x}" for name, content in contents.items()}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+def test_ranks_that_share_the_work_leave_no_file_out(folder, world):
+    for rank in range(world):
+        check_files(folder, rank, world)
+    for name in ("shard-1", "shard-2", "shard-3"):
+        path = folder / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        found = []
+        for rank in range(world):
+            try:
+                check_files(folder, rank, world)
+            except ValueError as error:
+                found.append(str(error))
+        assert found == [f"{path}: its content was changed or damaged"]
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda facts: facts.pop("hash"), "checkpoint.json is damaged"),
+        (lambda facts: facts.pop("hashes"), "checkpoint.json is damaged"),
+        (lambda facts: facts["files"].update({"shard-1": 4}), "checkpoint.json is damaged"),
+        (lambda facts: facts.update(step=8), "checkpoint.json is damaged"),
+        (lambda facts: facts.clear(), "checkpoint.json is damaged"),
+    ],
+)
+def test_changed_facts_are_found_out(folder, change, words):
+    path = folder / "checkpoint.json"
+    facts = json.loads(path.read_text())
+    change(facts)
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=words):
+        check_files(folder)
+
+
+def test_a_file_that_is_missing_or_cut_is_named(folder):
+    (folder / "shard-2").write_bytes(b"")
+    (folder / "shard-3").unlink()
+    with pytest.raises(ValueError, match=r"shard-2: has 0 bytes in place of 70000; .*shard-3: is missing"):
+        check_files(folder)
+
+
+def test_a_later_format_is_called_so(folder):
+    (folder / "checkpoint.json").write_text('{"format": 2, "step": 7, "files": {}}')
+    with pytest.raises(WMTPError, match="format 2, but this version of wmtp reads format 1"):
+        check_files(folder)
