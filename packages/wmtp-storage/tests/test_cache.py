@@ -118,13 +118,18 @@ def busy(cache):
 
 def test_the_limit_is_hard_and_the_last_used_stay(bucket, cache, wmtp):
     first, second, third = (localize(bucket, name, cache, 1e9 + number) for number, name in enumerate(("old", "new", "busy")))
+    assert not list(cache.glob("*/.wmtp-fetch")), "nothing of the transfers is left"
     assert wmtp("prune", "--max-size", "700KiB")[1][0].startswith(f"{cache}: 0 entries removed, 61")
-    assert first.exists()
-    assert wmtp("prune", "--max-size", "400kB")[0] == 0
-    assert (first.exists(), second.exists(), third.exists()) == (False, True, True)
-    # 300 KiB and the two manifests are more than 300 KiB
+    # the oldest is used again, without being fetched: it is the youngest now
+    subprocess.run([sys.executable, "-c", USER, f"s3://{bucket}/old", str(cache)], input="", text=True, check=True)
+    assert f"s3://{bucket}/old" in wmtp("list")[1][0]
+    assert wmtp("prune", "--max-size", "420kB")[0] == 0
+    assert (first.exists(), second.exists(), third.exists()) == (True, False, True)
+    # 300 KiB and a manifest are more than 300 KiB
+    assert wmtp("prune", "--max-size", "310kB")[0] == 0
+    assert (first.exists(), third.exists()) == (True, False)
     assert wmtp("prune", "--max-size", str(300 * KB))[0] == 0
-    assert (second.exists(), third.exists()) == (False, True)
+    assert not first.exists()
 
 
 def test_a_damaged_entry_is_filled_anew(bucket, cache, wmtp):
