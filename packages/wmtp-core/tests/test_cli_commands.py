@@ -207,6 +207,7 @@ def test_a_config_that_the_model_refuses_does_not_take_the_name(capsys, folder):
         (["runn"], "invalid choice: 'runn'"),
         (["run"], "name a TOML file"),
         (["check"], "name a TOML file"),
+        (["eval"], "name a run, a model folder or a .gguf file"),
         (["run", "a.toml", "--resum", "auto"], "unrecognized argument: --resum"),
         (["plugins", "x"], "unrecognized argument: x"),
         (["show"], "required: NAME"),

@@ -189,7 +189,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if hasattr(arguments, "files") and not arguments.files and getattr(arguments, "resume", None) in (None, "auto"):
         if arguments.command == "start":  # its config may be in the environment
             return arguments
-        commands.choices[arguments.command].error("name a TOML file")
+        wanted = "a run, a model folder or a .gguf file" if arguments.command == "eval" else "a TOML file"
+        commands.choices[arguments.command].error(f"name {wanted}")
     return arguments
 
 

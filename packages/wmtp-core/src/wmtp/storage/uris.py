@@ -20,6 +20,8 @@ PACKAGES: Final[Mapping[str, str]] = dict.fromkeys(
     "wmtp-storage",
 )
 
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096  # Linux'; others allow no more
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?")
 _USERINFO = re.compile(r"(?<=://)[^/?#@\s]*@")
 
@@ -65,6 +67,8 @@ def file_path(uri: str) -> Path:
     path = _decode(uri) if re.match("file:", uri, re.IGNORECASE) else uri
     if "\0" in path:
         raise ConfigError(f"{uri!r} holds a NUL character; a path cannot")
+    if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in path.split("/")) or len(path) >= _LONGEST_PATH:
+        raise ConfigError(f"{uri[:40]!r}… is longer than a path can be; write the path of a file")
     try:
         # not every path: pathlib has forgotten the ./ of './~x' before it expands
         return Path.cwd() / (Path(path).expanduser() if path.startswith("~") else path)
