@@ -100,6 +100,17 @@ def test_a_store_that_lists_names_outside_the_folder(bucket, put, faulty, tmp_pa
     assert not [path for path in there if path.suffix != ".lock"], "nothing has its name, in the folder or outside"
 
 
+def test_an_object_that_is_a_folder_too(bucket, put, faulty, tmp_path):
+    """This server does not take such names, Amazon's do: the proxy says that it did."""
+    put(**{"m/a": b"1", "m/b": b"2"})
+    proxy = faulty((), edit=lambda path, content: content.replace(b"m/b<", b"m/a/b<"))
+    storage = S3Storage(endpoint=proxy.endpoint, region="us-east-1", max_retries=0).build()
+    with pytest.raises(WMTPError, match="m: 'a' is an object, and a folder too, for 'a/b'; no disk can hold both"):
+        storage.fetch(f"s3://{bucket}/m", tmp_path / "out")
+    storage.fetch(f"s3://{bucket}/m", tmp_path / "out", exclude=["a/*"])
+    assert files(tmp_path / "out") == {"a": b"1"}
+
+
 def test_names_that_this_disk_cannot_hold(bucket, put, tmp_path):
     put(**{"m/d/" + "y" * 256 + "/z": b"1", "m/a": b"2", "n/A": b"1", "n/a": b"2"})
     with pytest.raises(WMTPError, match=r"/m: the name 'd/yy.*/z' has a part of more than 255 bytes.*--exclude"):

@@ -74,7 +74,7 @@ def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] 
     if not found:
         raise WMTPError(_nothing_at(storage, uri))
     found = [stored for stored in found if stored.name != MANIFEST and stored.name.partition("/")[0] != STATE_FOLDER]
-    found = [stored for stored in _without_markers(storage, uri, found) if is_wanted(stored.name, include, exclude)]
+    found = _without_markers(storage, uri, [stored for stored in found if is_wanted(stored.name, include, exclude)])
     for stored in found:
         if problem := _name_problem(stored.name):
             raise WMTPError(f"{uri}: the name {stored.name!r} {problem}; leave it out with --exclude, or rename it")
