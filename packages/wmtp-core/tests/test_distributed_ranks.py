@@ -9,7 +9,7 @@ from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.distributed.share import Share
 from wmtp.errors import ConfigError
 from wmtp.testing.steps import random_step
-from wmtp.training import run as run_module
+from wmtp.training.resumption import compare_data
 
 
 @frozen(kw_only=True, eq=False)
@@ -47,9 +47,9 @@ def test_a_rank_that_reads_other_data_is_named():
             self.fingerprint = fingerprint
 
     same = [("a", "x", None), ("b", "x", None)]
-    run_module._compare_data(Data("x"), Answered(world=2, answers=same))
+    compare_data(Data("x"), Answered(world=2, answers=same))
     with pytest.raises(ConfigError, match=r"rank 1 \(b\) reads other data than rank 0 \(a\)"):
-        run_module._compare_data(Data("x"), Answered(world=2, answers=[same[0], ("b", "y", None)]))
+        compare_data(Data("x"), Answered(world=2, answers=[same[0], ("b", "y", None)]))
 
 
 def test_alone_nothing_is_said():
