@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import obstore
@@ -19,14 +16,15 @@ from obstore.exceptions import NotFoundError, PreconditionError
 
 from wmtp.errors import WMTPError
 from wmtp_storage.aio import run
-from wmtp_storage.checksums import PartDigests, StoreChecksum, etag_md5
+from wmtp_storage.checksums import etag_md5
 from wmtp_storage.failures import explained, understand
-from wmtp_storage.journal import Journal, Segment, whole_checksum
+from wmtp_storage.journal import Journal, Segment
 from wmtp_storage.throttle import Throttle
+from wmtp_storage.verification import Verification
 from wmtp_storage.work import Part, Range, Work
 
 if TYPE_CHECKING:
-    from wmtp_storage.backend import ObjectStorage, StoredObject
+    from wmtp_storage.backend import ObjectStorage
     from wmtp_storage.uris import RemoteURI
 
 __all__ = ["Changed", "Transfer"]
@@ -41,10 +39,6 @@ _MOMENT = 1 / 128  # seconds between two pieces of a connection
 _HELD = 4
 _FIRST_BACKOFF, _MAX_BACKOFF = 0.2, 15.0  # seconds
 _TICK = 0.1  # seconds between two looks at how it goes
-#: threads that ask the store for checksums, compare files with them, and wait for the disk
-_VERIFIERS = 8
-#: a file may be found damaged so often before the store itself is held to be so
-_ATTEMPTS = 2
 
 
 class Changed(Exception):
@@ -84,15 +78,7 @@ class Transfer:
         self._work = Work((part for part in self._parts if part.missing), int(config.chunk_size * 2**20) or 1)
         most = min(config.max_connections, config.max_memory * 2**20 // (_HELD * _SMALLEST_PIECE))
         self._throttle = Throttle(most, len(self._parts))
-        self._pool = ThreadPoolExecutor(max_workers=_VERIFIERS, thread_name_prefix="wmtp-verify")
-        self._stopped = threading.Event()
-        self._hashers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="wmtp-hash")
-        #: what the listing says already, and what the store was asked for
-        self._told: dict[Part, StoreChecksum] = {}
-        self._expected: dict[Part, Future[StoreChecksum | None]] = {}
-        self._digests: dict[Part, PartDigests] = {}
-        self._left = set(self._parts)
-        self._failed: BaseException | None = None
+        self._verification = Verification(self._opened, uri, self._parts, journal, self._work.add)
         self._unreported = 0
         self.received = 0
 
@@ -104,19 +90,10 @@ class Transfer:
             WMTPError: a file could not be read, written, or is not what the store says that it is.
         """
         try:
-            for part in self._parts:
-                if (told := self._listed_checksum(part.stored)) is not None:
-                    self._told[part] = told
-                else:  # asked at the beginning, not when the last byte has come
-                    self._expected[part] = self._pool.submit(self._opened.checksum, part.stored, False)
-            for part in self._parts:
-                if not part.missing:
-                    self._pool.submit(self._verify, part)
+            self._verification.start()
             run(self._manage())
         finally:
-            self._stopped.set()
-            for pool in (self._pool, self._hashers):
-                pool.shutdown(cancel_futures=True)
+            self._verification.stop()
             for part in self._parts:
                 part.close()
             self._report()
@@ -125,7 +102,7 @@ class Transfer:
         """Keep as many workers busy as the throttle allows, until all is done."""
         workers: set[asyncio.Task[None]] = set()
         try:
-            while not self._is_done():
+            while not self._verification.is_done():
                 while len(workers) < self._throttle.limit and (running := self._work.take(self._throttle.limit)) is not None:
                     workers.add(asyncio.create_task(self._worker(running)))
                 if not workers:
@@ -141,11 +118,6 @@ class Transfer:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    def _is_done(self) -> bool:
-        if self._failed is not None:
-            raise self._failed
-        return not self._left
-
     def _report(self) -> None:
         count, self._unreported = self._unreported, 0
         self._progress(count)
@@ -156,13 +128,10 @@ class Transfer:
             begin = running.position
             await self._fetch(running)
             part = running.part
-            if not self._work.done(running):
-                self._look_ahead(part, begin, running.end)
-            elif self._is_as_told(part):
-                part.close()
-                self._left.discard(part)
+            if self._work.done(running):
+                self._verification.whole(part)
             else:
-                self._pool.submit(self._verify, part)
+                self._verification.came(part, begin, running.end)
             if self._work.active >= self._throttle.limit:
                 return
             running = self._work.take(self._throttle.limit)
@@ -258,108 +227,3 @@ class Transfer:
                 f"{part.path} could not be written: {error.strerror or error}. What came is kept: make room, and run it again"
                 " to go on"
             ) from error
-
-    def _listed_checksum(self, stored: StoredObject) -> StoreChecksum | None:
-        """What is known of an object's content without asking for it."""
-        if stored.hash is not None and stored.hash.startswith("crc64nvme:"):
-            return StoreChecksum("crc64nvme", bytes.fromhex(stored.hash.partition(":")[2]))
-        return self._opened.listed_checksum(stored)
-
-    def _is_as_told(self, part: Part) -> bool:
-        """Whether a small file is what the listing says of it: that needs no thread, no question and no look at the disk."""
-        told = self._told.get(part)
-        if told is None or part.is_flushed:
-            return False
-        part.hash = whole_checksum(part.segments)
-        if self._compared(part, told):
-            part.checked = str(told)
-            return True
-        return False
-
-    def _look_ahead(self, part: Part, start: int, end: int) -> None:
-        """Have what can be done for a file before its last byte is there done beside the transfer, for a range that came.
-
-        Args:
-            part: the file.
-            start: the range's first byte.
-            end: the byte after its last.
-        """
-        if part.is_flushed:
-            self._pool.submit(part.begin_flush, start, end)
-        expected = self._expected.get(part)
-        if expected is not None and expected.done() and expected.exception() is None:
-            checksum = expected.result()
-            if checksum is not None and checksum.part_sizes is not None:
-                self._digests_of(part, checksum).begin(start, end, part.missing)
-
-    def _digests_of(self, part: Part, checksum: StoreChecksum) -> PartDigests:
-        """The checksums of a file's parts, as far as they were begun."""
-        if part not in self._digests:
-            self._digests[part] = PartDigests(checksum, part.path, self._hashers, self._stopped.is_set)
-        return self._digests[part]
-
-    def _verify(self, part: Part) -> None:
-        """All bytes of a file are there: compare it with what the store says of it, beside the transfer of others."""
-        try:
-            if self._is_verified(part):
-                part.flush()
-                self._left.discard(part)
-        except OSError as error:
-            self._failed = WMTPError(f"{part.path} could not be written or read: {error.strerror or error}")
-        except BaseException as error:
-            self._failed = error
-
-    def _is_verified(self, part: Part) -> bool:
-        """Whether a file is what the store says that it is; one that differs is fetched once more.
-
-        Raises:
-            WMTPError: it differs again.
-        """
-        stored = part.stored
-        part.open()  # an empty file is made here
-        part.close()
-        part.hash = whole_checksum(part.segments)
-        expected = self._told[part] if part in self._told else self._expected[part].result()
-        if expected is None or self._matches(part, expected):
-            part.checked = None if expected is None else str(expected)
-            return True
-        closer = self._opened.checksum(stored, True) if stored.hash is None else expected
-        if closer != expected and (closer is None or self._matches(part, closer)):
-            part.checked = None if closer is None else str(closer)
-            return True
-        # nothing of it is kept: which of its bytes are wrong is not known
-        part.segments.clear()
-        self._digests.pop(part, None)
-        part.md5 = part.hash = None
-        part.path.unlink()  # it may be linked to a file that somebody uses
-        self._journal.add_file(stored.name, stored.size, stored.identity)
-        name = self._uri.at(stored.name)
-        part.attempts += 1
-        if part.attempts >= _ATTEMPTS:
-            raise WMTPError(
-                f"{name}: what was received does not match the store's checksum ({expected}), and neither did it when it was"
-                " fetched once more: the object is damaged, or something changes it on its way"
-            )
-        logger.warning("%s was damaged on its way (its %s differs); fetching it again", name, expected)
-        self._work.add(part)
-        return False
-
-    def _matches(self, part: Part, expected: StoreChecksum) -> bool:
-        compared = self._compared(part, expected)
-        if compared is not None:
-            return compared
-        if expected.part_sizes is None:
-            return expected.matches(part.path, self._stopped.is_set)
-        digests = self._digests_of(part, expected)
-        if digests.checksum != expected:  # the store was asked once more, and said something else
-            del self._digests[part]
-            digests = self._digests_of(part, expected)
-        return digests.match()
-
-    def _compared(self, part: Part, expected: StoreChecksum) -> bool | None:
-        """Whether a file matches, where that is known from what came; None where it must be read."""
-        if expected.part_sizes is None and expected.algorithm == "crc64nvme":
-            return part.hash == int.from_bytes(expected.value, "big")
-        if expected.part_sizes is None and expected.algorithm == "md5" and part.md5 is not None:
-            return part.md5 == expected.value.hex()
-        return None
