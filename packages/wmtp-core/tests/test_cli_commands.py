@@ -387,3 +387,25 @@ def test_an_unforeseen_error_names_the_plugin_and_its_line(capsys, folder):
     assert err.splitlines()[-1].startswith("error: ValueError: invalid literal")
     assert err.splitlines()[-1].endswith(f"(in here-plugin 1.5: {folder / 'site/here_plugin.py'}:{line})")
     assert not (folder / "runs/x").exists(), "nothing was trained, so the name stays free"
+
+
+def test_the_process_ends_without_taking_python_apart():
+    """Threads of native libraries abort a process whose interpreter goes while they run; all else of an end takes place."""
+    code = """
+import atexit, sys
+class Torn:
+    def __del__(self): print("taken apart")
+sys.kept = Torn()
+from wmtp.cli import run_from_shell
+sys.argv = ["wmtp", "show", "no-such-thing"]
+main = sys.modules["wmtp.cli"].main
+def told():
+    atexit.register(print, "at the end")
+    sys.stdout.write("buffered, ")
+    return main()
+sys.modules["wmtp.cli"].main = told
+run_from_shell()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "buffered, at the end\n")
+    assert "no-such-thing" in done.stderr

@@ -1,7 +1,5 @@
 """``python -m wmtp``."""
 
-import sys
+from wmtp.cli import run_from_shell
 
-from wmtp.cli import main
-
-sys.exit(main())
+run_from_shell()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import logging
@@ -11,13 +12,33 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from wmtp.cli import evaluate, use
 from wmtp.cli import files as file_commands
 from wmtp.errors import ConfigError, WMTPError
 
-__all__ = ["main", "set_up_logging"]
+__all__ = ["main", "run_from_shell", "set_up_logging"]
+
+
+def run_from_shell() -> NoReturn:
+    """What the shell starts as ``wmtp``: `main`, and the end of the process.
+
+    The interpreter does all that it does at its end except to take itself apart: threads of native libraries that still have
+    something to hand over (a request that Ctrl-C cancelled) would abort the process then, in place of its exit code.
+    """
+    code = 1  # of an error that nobody foresaw: Python prints it before
+
+    def leave() -> None:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+    atexit.register(leave)  # the first that is registered is the last that is called
+    code = main()
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
