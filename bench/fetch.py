@@ -202,7 +202,7 @@ def put(client: Any, bucket: str, key: str, data: bytes, checksum: dict[str, str
 def upload(server: S3Server, bucket: str, folder: Path, size: int) -> dict[str, str]:
     """Four folders of files; prefix → digest of its content."""
     generator = random.Random(0)
-    data = generator.randbytes(size * MB)
+    data = b"".join(generator.randbytes(MB) for _ in range(size))
     big = {f"model-{i}": data for i in range(3)} | {f"config-{i}": data[i : i + 3000] for i in range(20)}
     content = {
         "big": big,
