@@ -7,6 +7,7 @@ that lives as long as the tests of the process, and a bucket of its own from `S3
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -35,6 +36,7 @@ __all__ = ["DOMAINS", "S3Server", "s3_server", "start_s3_server"]
 DOMAINS: Final = ("s3-accelerate.amazonaws.com", "s3.us-east-1.amazonaws.com", "s3.eu-west-1.amazonaws.com")
 
 _START_TIME = 60  # seconds; half of one is usual
+_ATTEMPTS = 3
 
 
 @frozen
@@ -113,6 +115,17 @@ def start_s3_server(certificate: Path | None = None) -> S3Server:
     Args:
         certificate: a PEM file with a key and a certificate for 127.0.0.1: the server speaks TLS.
     """
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(_NotStartedError):  # somebody took one of its ports between our look and its start
+            return _start(certificate)
+    return _start(certificate)
+
+
+class _NotStartedError(RuntimeError):
+    """What the server said instead of answering."""
+
+
+def _start(certificate: Path | None) -> S3Server:
     folder = Path(tempfile.mkdtemp(prefix="wmtp-s3-"))
     ports = _free_ports(11)
     names = [f"{part}{kind}" for part in ("s3", "filer", "master", "volume", "admin") for kind in ("", ".grpc")] + ["webdav"]
@@ -141,8 +154,12 @@ def start_s3_server(certificate: Path | None = None) -> S3Server:
         )
     atexit.register(_stop, process, folder)
     addresses = [f"http://127.0.0.1:{port}" for port in (ports[0], ports[-1])]
-    for address in addresses:
-        _wait(address, process, folder / "log")
+    try:
+        for address in addresses:
+            _wait(address, process, folder / "log")
+    except _NotStartedError:
+        _stop(process, folder)
+        raise
     endpoint = addresses[0] if certificate is None else f"https://127.0.0.1:{tls}"
     return S3Server(endpoint, "test", "testtest", process, addresses[1])
 
@@ -186,7 +203,7 @@ def _wait(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
             time.sleep(0.05)
         else:
             return
-    raise RuntimeError(f"the S3 server did not start:\n{log.read_text(errors='replace')[-2000:]}")
+    raise _NotStartedError(f"the S3 server did not start:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 def _stop(process: subprocess.Popen[bytes], folder: Path) -> None:
