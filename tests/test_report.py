@@ -324,7 +324,7 @@ def test_a_damaged_file_is_named(tmp_path, capsys):
     run = make_run(tmp_path)
     for name, content, said in (
         ("weights.jsonl", "[]\n{}\n", "weights.jsonl:1: not the record of a step"),
-        ("run.json", "{", "run.json cannot be read"),
+        ("run.json", "{", "run.json: cannot be read as JSON"),
         ("config.toml", "a = ", "config.toml cannot be read"),
     ):
         kept = (run / name).read_text()

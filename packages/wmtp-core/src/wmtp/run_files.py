@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
 import tomli
 
 from wmtp.errors import WMTPError
+from wmtp.json_files import read_json_object
 
 __all__ = ["UPLOADED_FILES", "read_object", "read_snapshot"]
 
@@ -22,15 +22,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         WMTPError: it cannot be read, or holds something else; the message names it.
     """
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WMTPError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise WMTPError(f"{path} holds no JSON object")
-    return value
+    return read_json_object(path) if path.exists() else {}
 
 
 def read_snapshot(path: Path) -> dict[str, Any]:

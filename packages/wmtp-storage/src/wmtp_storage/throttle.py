@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 __all__ = ["Throttle"]
@@ -18,7 +17,7 @@ _REQUEST = 2**17
 
 
 class Throttle:
-    """Doubles the number of requests while that pays, and halves it when the store asks for less.
+    """Doubles the number of requests while that pays, and halves it when the store asks for less. It is of one event loop.
 
     Args:
         most: never more requests than this.
@@ -28,7 +27,6 @@ class Throttle:
     def __init__(self, most: int, objects: int = 1) -> None:
         self.limit = min(max(_FIRST, objects // _OBJECTS), most)
         self._most = most
-        self._lock = threading.Lock()
         self._settled = self.limit
         self._best = 0.0
         self._waited = 0
@@ -39,31 +37,28 @@ class Throttle:
 
     def count(self, amount: int, *, is_request: bool = False) -> None:
         """Bytes that came in; ``is_request`` where a request began with them."""
-        with self._lock:
-            self._bytes += amount
-            self._amount += amount + (_REQUEST if is_request else 0)
+        self._bytes += amount
+        self._amount += amount + (_REQUEST if is_request else 0)
 
     def decide(self) -> None:
         """Look at the throughput now and then, and change the limit."""
-        with self._lock:
-            now = time.monotonic()
-            if now - self._since < _INTERVAL:
-                return
-            rate = self._amount / (now - self._since)
-            self.rate = self._bytes / (now - self._since)  # bytes a second, of all requests
-            self._amount, self._bytes, self._since = 0, 0, now
-            self._waited += 1
-            if rate > self._best * _GAIN or self._waited >= _PATIENCE:
-                self._best, self._waited, self._settled = rate, 0, self.limit
-                self.limit = min(self._most, self.limit * 2)
-            else:
-                self.limit = self._settled
+        now = time.monotonic()
+        if now - self._since < _INTERVAL:
+            return
+        rate = self._amount / (now - self._since)
+        self.rate = self._bytes / (now - self._since)  # bytes a second, of all requests
+        self._amount, self._bytes, self._since = 0, 0, now
+        self._waited += 1
+        if rate > self._best * _GAIN or self._waited >= _PATIENCE:
+            self._best, self._waited, self._settled = rate, 0, self.limit
+            self.limit = min(self._most, self.limit * 2)
+        else:
+            self.limit = self._settled
 
     def slow_down(self) -> None:
         """The store is overloaded. Many answers that say so at once count as one."""
-        with self._lock:
-            now = time.monotonic()
-            if now - self._slowed > _INTERVAL:
-                self._slowed = now
-                self.limit = self._settled = max(1, self.limit // 2)
-                self._best, self._waited = float("inf"), 0
+        now = time.monotonic()
+        if now - self._slowed > _INTERVAL:
+            self._slowed = now
+            self.limit = self._settled = max(1, self.limit // 2)
+            self._best, self._waited = float("inf"), 0

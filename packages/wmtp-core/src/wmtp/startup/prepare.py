@@ -17,6 +17,7 @@ from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, StorageConfig
 from wmtp.config.tree import components
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.json_files import read_json_object
 from wmtp.storage.uris import file_path, localize, redact, scheme_of
 
 __all__ = ["Fetch", "fetched", "needed", "verify"]
@@ -188,9 +189,6 @@ def _stated_vocabulary(path: Path) -> int | None:
 
 def _read(key: str, file: Path) -> Mapping[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WMTPError(f"{key}: {file} cannot be read as JSON: {error}") from None
-    if not isinstance(value, Mapping):
-        raise WMTPError(f"{key}: {file} holds no JSON object")
-    return value
+        return read_json_object(file)
+    except WMTPError as error:
+        raise WMTPError(f"{key}: {error}") from None

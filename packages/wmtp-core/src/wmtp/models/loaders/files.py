@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from wmtp.errors import WMTPError
+from wmtp.json_files import read_json_object
 
 __all__ = ["config_from", "opened_by_transformers", "quiet", "read_config", "read_json", "tensor_shapes", "weight_files"]
 
@@ -26,15 +26,9 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         WMTPError: the file is missing or holds something else.
     """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WMTPError(f"{file}: no such file; a model folder needs it") from error
-    except (OSError, ValueError) as error:
-        raise WMTPError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise WMTPError(f"{file}: holds no JSON object")
-    return value
+    if not file.exists():
+        raise WMTPError(f"{file}: no such file; a model folder needs it")
+    return read_json_object(file)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
