@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,7 @@ class Bench:
     """Runs ``wmtp run`` and keeps what it printed.
 
     Args:
-        folder: for run directories; each is removed once its numbers are read.
+        folder: for run directories; those of large models are removed once their numbers are read.
         device: ``cuda``, or ``cpu`` to try the script out.
         count: devices.
     """
@@ -201,7 +202,8 @@ def equal(bench: Bench) -> bool:
 def speed(bench: Bench, label: str, name: str, model: dict[str, int], gpus: int, rows: int, **changes: object) -> float:
     """Print one line of figures; returns tokens per second."""
     config = bench.config(model, gpus, rows, **merged(bench.fast, changes))
-    metrics, _ = bench.run(name, config)
+    metrics, run_dir = bench.run(name, config)
+    shutil.rmtree(run_dir)
     later = sorted(line["tokens_per_second"] for line in metrics[len(metrics) // 2 :])
     rate = later[len(later) // 2]
     peak = max(line["peak_memory_gib"] for line in metrics)
@@ -280,8 +282,6 @@ def checkpoint(bench: Bench) -> bool:
     config = bench.config(shape("small"), bench.count, 8, **changes)
     whole, one = bench.run("checkpoint-whole", config)
     _, parts = bench.run("checkpoint-parts", config)
-    import shutil
-
     shutil.rmtree(parts / "checkpoints/step-10")
     shutil.rmtree(parts / "model")
     resumed, _ = bench.run("checkpoint-parts", merged(config, {"launcher": {"processes": half}}), "--resume", "auto")
