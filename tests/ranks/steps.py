@@ -115,11 +115,11 @@ def one_step(model, trainer, ranks, *, step, rows, micro, stage, sharding=None, 
     output = loss(batch, 3, stage)
     named = [*model.named_parameters(), *((f"{n}.{k}", p) for n, m in modules.items() for k, p in m.named_parameters())]
     learned = [p for _, p in named if p.grad is not None]
-    norm = gradient_norm(learned)
-    clip_gradients(learned, 0.5, norm)
-    gradients = {name: whole(p.grad) for name, p in named if p.grad is not None}
     config = AdamW(lr=1e-2, eps=1e-3) if optimizer == "adamw" else Muon(lr=1e-2, eps=1e-3)
     optimizer = config.build(named)
+    norm = gradient_norm(learned)
+    clip_gradients(optimizer, learned, 0.5, norm)
+    gradients = {name: whole(p.grad) for name, p in named if p.grad is not None}
     change_learning_rate(optimizer, [p for module in modules.values() for p in module.parameters()], lambda lr: lr)
     optimizer.step()
     metrics = {name: torch.as_tensor(value).double() for name, value in output.metrics.items()}

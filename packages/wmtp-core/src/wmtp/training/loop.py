@@ -213,7 +213,7 @@ class Fit:
             raise PluginError(f"{self.step_loss.trainer_name}: stage {stage.name!r}: the loss reaches no parameter that learns")
         norm = gradient_norm(learned)
         if self.train.max_grad_norm:
-            clip_gradients(learned, self.train.max_grad_norm, norm)
+            clip_gradients(self.optimizer, learned, self.train.max_grad_norm, norm)
         # on their way before the optimizer's work is given to the device, and read a step later
         numbers = send_numbers(output, norm)
         # the numbers of the step before this one, now that the device has new work

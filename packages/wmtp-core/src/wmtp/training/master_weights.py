@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from wmtp.loss.solve import implementation
+from wmtp.training.master_adamw import MasterAdamW
 
 __all__ = ["MasterWeights"]
 
@@ -20,11 +23,17 @@ class MasterWeights:
     the optimizer works on the copies. A backward pass adds each gradient to the copy's own, in fp32, the sum over micro-batches
     too, and frees the bf16 one; after every step of the optimizer the copies are rounded into the parameters.
 
+    On a GPU all of that is one pass where the optimizer is torch's AdamW (`wmtp.training.master_adamw`), and a gradient that no
+    other is added to stays as it is.
+
     Args:
         model: whose fp32 parameters become bf16. Buffers (rotary frequencies, say) stay as they are.
+        one_pass: whether this process alone has the gradients; those of several are added up in fp32.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, one_pass: bool = True) -> None:
+        self._one_pass = one_pass
+        self._keeps_half = False
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
         self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
         for module in model.modules():
@@ -48,9 +57,15 @@ class MasterWeights:
         """The copies of parameters; a parameter that has none stays."""
         return [self._masters.get(parameter, parameter) for parameter in parameters]
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Round the copies into the parameters after every step of ``optimizer``."""
+    def follow(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Round the copies into the parameters after every step of ``optimizer``, or of the faster one that takes its place."""
+        if self._one_pass and _is_plain_adamw(optimizer) and _runs_triton(self._masters):
+            self._keeps_half = True
+            for master in self._masters.values():
+                master.grad_dtype = None  # any
+            return MasterAdamW(optimizer, {master: parameter for parameter, master in self._masters.items()})
         optimizer.register_step_post_hook(lambda *_: self.publish())
+        return optimizer
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -74,7 +89,21 @@ class MasterWeights:
         master, gradient = self._masters[cast(nn.Parameter, parameter)], parameter.grad
         assert gradient is not None
         if master.grad is None:
-            master.grad = gradient.to(master.dtype)
+            master.grad = gradient if self._keeps_half else gradient.to(master.dtype)
         else:
-            master.grad += gradient
+            master.grad = master.grad.to(master.dtype).add_(gradient)
         parameter.grad = None
+
+
+def _runs_triton(parameters: Iterable[Tensor]) -> bool:
+    return all(implementation(parameter.device, torch.float32) == "fused" for parameter in parameters)
+
+
+def _is_plain_adamw(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is torch's own AdamW without its rarer options, over fp32 parameters."""
+    return type(optimizer) is torch.optim.AdamW and all(
+        not (group["amsgrad"] or group["maximize"] or group["differentiable"])
+        and not isinstance(group["lr"], Tensor)
+        and all(parameter.dtype == torch.float32 for parameter in group["params"])
+        for group in optimizer.param_groups
+    )

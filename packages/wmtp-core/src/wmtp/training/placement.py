@@ -46,7 +46,7 @@ def place_model(
     model = spread(load, ranks, device, fsdp, precision, prepare)
     # a divided model's own parameters are the fp32 copies: what is gathered of them is bf16
     whole = not isinstance(model, FSDPModule)
-    return model, MasterWeights(model) if whole and precision == "bf16-params" else None
+    return model, MasterWeights(model, one_pass=ranks.world == 1) if whole and precision == "bf16-params" else None
 
 
 @contextmanager

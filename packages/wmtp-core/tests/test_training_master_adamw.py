@@ -1,0 +1,167 @@
+"""AdamW over fp32 copies in one pass: what torch's AdamW gives, on a GPU or in Triton's interpreter.
+
+Triton decides when it is imported whether it interprets, so without a GPU these tests run in a process of their own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from wmtp.training import master_weights
+from wmtp.training.gradients import clip_gradients, gradient_norm
+from wmtp.training.master_adamw import MasterAdamW
+from wmtp.training.master_weights import MasterWeights
+from wmtp.training.optimizer_config import AdamW, Muon
+from wmtp.training.optimizers import change_learning_rate
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_the_kernel_in_the_interpreter():
+        command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(
+            command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-8000:]
+        assert " passed" in done.stdout
+
+else:
+
+    class Small(nn.Module):
+        """A matrix of more than a block, a vector, a transposed one, and one that never learns."""
+
+        def __init__(self):
+            super().__init__()
+            draw = torch.Generator().manual_seed(0)
+            self.matrix = nn.Parameter(torch.randn(57, 61, generator=draw))
+            self.vector = nn.Parameter(torch.randn(5, generator=draw))
+            self.turned = nn.Parameter(torch.randn(7, 3, generator=draw).T)
+            self.frozen = nn.Parameter(torch.ones(3))
+
+    @pytest.fixture(autouse=True)
+    def everywhere(monkeypatch):
+        monkeypatch.setattr(master_weights, "implementation", lambda *_: "fused")
+
+    def build(config, *, value=None, one_pass=True):
+        """A model in bf16, its copies, their optimizer; ``value`` is a module of the trainer, whose parameters have no copies."""
+        model = Small().to(DEVICE)
+        masters = MasterWeights(model, one_pass=one_pass)
+        model.frozen.requires_grad_(False)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        named = list(zip(names, masters.replace(parameters), strict=True))
+        named += [] if value is None else list(value.named_parameters())
+        optimizer = masters.follow(config.build(named))
+        if value is not None:
+            change_learning_rate(optimizer, value.parameters(), lambda lr: 10 * lr)
+        return model, masters, optimizer
+
+    def backward(model, factor):
+        """Gradients that differ from step to step, and number to number."""
+        for parameter in (model.matrix, model.vector, model.turned):
+            count = torch.arange(parameter.numel(), device=DEVICE).view(parameter.shape)
+            (parameter.float() * torch.sin(factor * (count + 1.0))).sum().backward()
+
+    def learned(optimizer):
+        return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def reference_steps(config, gradients, max_norm):
+        """torch's AdamW in fp64, on the gradients as they came."""
+        model = Small().to(DEVICE).double()
+        named = [(name, p) for name, p in model.named_parameters() if name != "frozen"]
+        optimizer = config.build(named)
+        for step in gradients:
+            for name, parameter in named:
+                parameter.grad = step[name].double()
+            if max_norm is not None:
+                torch.nn.utils.clip_grad_norm_([p for _, p in named], max_norm)
+            optimizer.step()
+        return dict(named)
+
+    @pytest.mark.parametrize("max_norm", [None, 0.5, 1e6])
+    @pytest.mark.parametrize("micro_batches", [1, 3])
+    def test_it_does_what_adamw_does(micro_batches, max_norm):
+        config = AdamW(lr=3e-2, betas=(0.8, 0.999), weight_decay=0.3)
+        model, masters, optimizer = build(config)
+        assert isinstance(optimizer, MasterAdamW)
+        before = model.frozen.clone()
+        copies = dict(zip(dict(model.named_parameters()), masters.replace(list(model.parameters())), strict=True))
+        taken = []
+        for step in range(4):
+            for micro in range(micro_batches):
+                backward(model, 0.3 + step + 0.1 * micro)
+            kind = torch.bfloat16 if micro_batches == 1 else torch.float32
+            assert {p.grad.dtype for p in learned(optimizer)} == {kind}
+            assert all(parameter.grad is None for parameter in model.parameters())
+            taken.append({name: copy.grad.clone() for name, copy in copies.items() if copy.grad is not None})
+            norm = gradient_norm(learned(optimizer))
+            together = torch.cat([g.double().flatten() for g in taken[-1].values()]).norm()
+            torch.testing.assert_close(norm.double(), together, rtol=1e-6, atol=0)
+            if max_norm is not None:
+                clip_gradients(optimizer, learned(optimizer), max_norm, norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, expected in reference_steps(config, taken, max_norm).items():
+            torch.testing.assert_close(copies[name].double(), expected.detach(), rtol=1e-6, atol=1e-7)
+            # the interpreter cuts digits off where a GPU rounds
+            ulp = 0.0 if DEVICE == "cuda" else 2.0**-7
+            rounded = copies[name].detach().bfloat16()
+            torch.testing.assert_close(model.get_parameter(name).detach(), rounded, rtol=ulp, atol=0)
+        assert torch.equal(model.frozen, before)
+
+    def test_modules_of_a_trainer_have_no_copies_and_a_rate_of_their_own():
+        value = nn.Linear(3, 2).to(DEVICE)
+        _, _, optimizer = build(AdamW(lr=1e-2, eps=1e-12), value=value)
+        before = value.weight.detach().clone()
+        value(torch.ones(1, 3, device=DEVICE)).sum().backward()
+        clip_gradients(optimizer, learned(optimizer), 1.0, gradient_norm(learned(optimizer)))
+        optimizer.step()
+        torch.testing.assert_close(value.weight.detach(), before - 0.1)  # the first step of Adam is as long as the rate
+
+    def test_a_clip_is_of_one_step():
+        model, _, optimizer = build(AdamW(lr=1e-2, betas=(0.0, 0.0), eps=1.0))
+        for clipped in (True, False):
+            model.matrix.sum().backward()
+            if clipped:
+                clip_gradients(optimizer, learned(optimizer), 1e-6, gradient_norm(learned(optimizer)))
+            copy = learned(optimizer)[0]
+            before = copy.detach().clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            moved = (before - copy).abs().max()
+            assert (moved < 1e-6) == clipped
+
+    def test_its_state_is_that_of_torchs_adamw():
+        config = AdamW(lr=1e-2)
+        model, masters, optimizer = build(config)
+        backward(model, 0.5)
+        optimizer.step()
+        plain = config.build(
+            [(str(i), nn.Parameter(m.detach().clone())) for i, m in enumerate(masters.replace([*model.parameters()]))]
+        )
+        plain.load_state_dict(optimizer.state_dict())
+        other_model, _, other = build(config)
+        other.load_state_dict(plain.state_dict())
+        assert other.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+        for name, parameter in other_model.named_parameters():
+            assert name == "frozen" or not torch.equal(parameter, model.get_parameter(name))
+        for index, state in optimizer.state_dict()["state"].items():
+            assert {"step", "exp_avg", "exp_avg_sq"} == set(state)
+            for key, value in state.items():
+                torch.testing.assert_close(other.state_dict()["state"][index][key], value, rtol=0, atol=0)
+
+    def test_where_it_does_not_fit_gradients_are_fp32():
+        for config, one_pass in ((Muon(lr=1e-2), True), (AdamW(lr=1e-2), False)):
+            model, _, optimizer = build(config, one_pass=one_pass)
+            assert not isinstance(optimizer, MasterAdamW)
+            backward(model, 0.5)
+            assert {p.grad.dtype for p in learned(optimizer)} == {torch.float32}
+            optimizer.step()
