@@ -5,17 +5,17 @@ those that are only measured, then the rest. Chunks of the list go through
 
     logits = h Wᵀ   →   token losses and, in place, d logits   →   d W += d logitsᵀ h (fp32)   →   d h = d logits W
 
-and those behind the last one with a coefficient through the first product only. How long the parts of the list are must be
-known on the host, which starts the products. It is known there without asking the device where the caller says so (from a batch
-on the CPU, or a share that is kept). Where not, the two lengths are copied to the host in the background, and the host
-looks at them only after it has started two more chunks of products: it never lets the device run dry. No number of
-predictions that the caller states can go wrong silently: if it was too small, the loss is NaN.
+and those behind the last one with a coefficient through the first product only. Where an earlier pass has found the sums of
+exponentials, no product needs all logits of a row at once: then chunks have more rows, and some columns at a time.
+
+How long the parts of the list are must be known on the host, which starts the products. It is known there without asking the
+device where the caller says so (from a batch on the CPU, or a share that is kept). Where not, the two lengths are copied to the
+host in the background, and the host looks at them only after it has started two more chunks of products: it never lets the
+device run dry. No number of predictions that the caller states can go wrong silently: if it was too small, the loss is NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from math import ceil
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from attrs import Factory, frozen
 from torch import Tensor
 
 from wmtp.loss import kernels
+from wmtp.loss.lists import Lengths, PredictionList, prediction_lists
 from wmtp.loss.problem import Answer, HeadLayout, Problem
 
 __all__ = ["chunk_rows", "compute", "scaled"]
@@ -36,35 +37,10 @@ _CHUNK_BYTES = 240 * 2**20
 _LARGE_CHUNK_BYTES = 512 * 2**20
 _FEW_ROWS = 2048
 
-# chunks that are started before the host looks at counts that it was not told
-_AHEAD = 2
-
-
-@frozen(kw_only=True, eq=False)
-class _List:
-    """The predictions of all heads that share an unembedding, as they are computed.
-
-    Args:
-        places: which heads, from 0.
-        layout: their common layout.
-        order: ``[M]``; see `wmtp.loss.kernels`.
-        kind: ``[M]``.
-        targets: ``[M]``.
-        coefficients: ``[M]`` fp32.
-        counts: ``[2]``, how many have a coefficient, and how many have one or are measured.
-        at_most: bounds of both that the host was told, or None.
-        learns: whether there are coefficients at all.
-    """
-
-    places: range
-    layout: HeadLayout
-    order: Tensor
-    kind: Tensor
-    targets: Tensor
-    coefficients: Tensor
-    counts: Tensor
-    at_most: tuple[int, int] | None
-    learns: bool
+# Rows of a chunk whose sums of exponentials are known, and by how many columns its logits are then made. The fp32 gradient of
+# the unembedding is read and written once a chunk, that of the rows once a block of columns.
+_KNOWN_ROWS = 8192
+_KNOWN_COLUMNS = 16384
 
 
 def chunk_rows(vocabulary: int, itemsize: int) -> int:
@@ -79,7 +55,7 @@ def chunk_rows(vocabulary: int, itemsize: int) -> int:
 def compute(problem: Problem) -> Answer:
     """See `Problem` and `Answer`."""
     positions, horizon = problem.ids.shape
-    lists = [_sort(problem, layout, places) for layout, places in _runs(problem.heads)]
+    lists = prediction_lists(problem)
     losses = torch.zeros(horizon, positions, dtype=torch.float32, device=problem.ids.device)
     lse = torch.zeros_like(losses) if problem.lse is None else problem.lse.float().T.contiguous()
     state = _State(
@@ -93,9 +69,12 @@ def compute(problem: Problem) -> Answer:
             for i, t in enumerate(problem.tensors[:horizon])
         ],
     )
-    lengths = _Lengths(lists)
+    lengths = Lengths(lists)
     for number, predictions in enumerate(lists):
-        for start, stop, learned in lengths.chunks(number, _rows_of(state.cast[predictions.layout.weight])):
+        weight = state.cast[predictions.layout.weight]
+        ahead = chunk_rows(len(weight), weight.element_size())
+        rows = ahead if problem.lse is None else _KNOWN_ROWS
+        for start, stop, learned in lengths.chunks(number, rows, ahead):
             state.run(predictions, start, stop, learned)
     return Answer(
         losses=losses.T,
@@ -104,107 +83,6 @@ def compute(problem: Problem) -> Answer:
         gradients=state.all_gradients(),
         broken=lengths.broken(),
     )
-
-
-def _runs(heads: Sequence[HeadLayout]) -> list[tuple[HeadLayout, range]]:
-    """Neighbouring heads that share everything, and which they are."""
-    runs: list[tuple[HeadLayout, range]] = []
-    for place, layout in enumerate(heads):
-        if runs and runs[-1][0] == layout:
-            runs[-1] = layout, range(runs[-1][1].start, place + 1)
-        else:
-            runs.append((layout, range(place, place + 1)))
-    return runs
-
-
-def _sort(problem: Problem, layout: HeadLayout, places: range) -> _List:
-    """Order the predictions of some heads by kind. Nothing here is read by the host."""
-    heads = slice(places.start, places.stop)
-    valid = problem.valid[:, heads].T.reshape(-1)
-    if problem.coefficients is None:
-        coefficients = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device)
-    else:
-        coefficients = problem.coefficients[:, heads].T.reshape(-1).float()
-    learned = coefficients != 0
-    if problem.lse is not None:
-        valid = learned
-    kind = torch.where(learned, 0, torch.where(valid, 1, 2)).to(torch.uint8)
-    bound = len(kind) if problem.valid_counts is None else min(sum(problem.valid_counts[k] for k in places), len(kind))
-    most = 0 if problem.coefficients is None else problem.at_most
-    at_most = None
-    if most is not None and (problem.lse is not None or problem.valid_counts is not None):
-        at_most = min(most, bound), min(most, bound) if problem.lse is not None else bound
-        bound = at_most[1]
-    kind, order = torch.sort(kind, stable=True)
-    order, kind = order[:bound], kind[:bound]
-    return _List(
-        places=places,
-        layout=layout,
-        order=order,
-        kind=kind,
-        targets=problem.ids[:, heads].T.reshape(-1)[order],
-        coefficients=coefficients[order],
-        counts=torch.stack([learned.sum(), (learned | valid).sum()]),
-        at_most=at_most,
-        learns=problem.coefficients is not None,
-    )
-
-
-class _Lengths:
-    """How long the parts of the lists are, read from the device only where nobody said it, and late."""
-
-    def __init__(self, lists: Sequence[_List]) -> None:
-        self._lists = lists
-        self._started = 0
-        self._told = [predictions.at_most for predictions in lists]
-        self._arrived: torch.cuda.Event | None = None
-        self._host: Tensor | None = None
-        if None in self._told:
-            counts = torch.stack([predictions.counts for predictions in lists])
-            if counts.is_cuda:
-                self._host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-                self._host.copy_(counts, non_blocking=True)
-                self._arrived = torch.cuda.Event()
-                self._arrived.record()
-            else:
-                self._host = counts
-
-    def chunks(self, number: int, rows: int) -> Iterator[tuple[int, int, bool]]:
-        """First and last row of each chunk of a list, and whether it has predictions with a coefficient."""
-        start = 0
-        total = len(self._lists[number].order)
-        while self._told[number] is None and self._started < _AHEAD and start < total:
-            self._started += 1
-            yield start, min(start + rows, total), self._lists[number].learns
-            start += rows
-        learned, measured = self._read(number)
-        for first, last, has_coefficients in ((start, learned, True), (max(start, learned), measured, False)):
-            if last <= first:
-                continue
-            # chunks of about equal size, in whole tiles: a small one is slow
-            equal = ceil((last - first) / ceil((last - first) / rows))
-            size = min(ceil(equal / 128) * 128, rows)
-            for at in range(first, last, size):
-                yield at, min(at + size, last), has_coefficients
-
-    def _read(self, number: int) -> tuple[int, int]:
-        told = self._told[number]
-        if told is not None:
-            return told
-        assert self._host is not None
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        learned, measured = self._host[number].tolist()
-        return learned, measured
-
-    def broken(self) -> Tensor | None:
-        """On the device: whether a number that the host was told was too small."""
-        wrong = [
-            (predictions.counts[0] > predictions.at_most[0]) | (predictions.counts[1] > predictions.at_most[1])
-            for predictions in self._lists
-            if predictions.at_most is not None
-        ]
-        return torch.stack(wrong).any() if wrong else None
 
 
 @frozen(kw_only=True, eq=False)
@@ -220,47 +98,65 @@ class _State:
     sums: dict[int, Tensor] = Factory(dict)
     buffers: dict[tuple[str, torch.dtype], Tensor] = Factory(dict)
 
-    def run(self, predictions: _List, start: int, stop: int, learned: bool) -> None:
+    def run(self, predictions: PredictionList, start: int, stop: int, learned: bool) -> None:
         """Compute one chunk of a list."""
         problem, layout, places = self.problem, predictions.layout, predictions.places
-        weight = self.cast[layout.weight]
-        (vocabulary, width), positions, count = weight.shape, len(problem.ids), stop - start
+        weight, count = self.cast[layout.weight], stop - start
+        learns = any(problem.wants(place) for place in places)
+        gradient = learned and (learns or problem.wants(layout.weight) or problem.wants(layout.bias))
+        hidden = self._gather(predictions, start, stop)
+        columns = len(weight) if problem.lse is None else _columns(count, *weight.shape, weight.element_size())
+        new = {place: place not in self.sums for place in (layout.weight, layout.bias)}
+        factors, rows = None, None
+        for first in range(0, len(weight), columns):
+            block = slice(first, min(first + columns, len(weight)))
+            logits = self._logits(layout, hidden, block)
+            factors = self._softmax(predictions, start, stop, logits, gradient, first)
+            if not gradient:
+                return
+            if layout.bias is not None and problem.wants(layout.bias):
+                total, found = self._sum(layout.bias)[block], logits.sum(0, dtype=torch.float32)
+                total.copy_(found) if new[layout.bias] else total.add_(found)
+            if problem.wants(layout.weight):
+                if factors is not None:
+                    _kernels.scale_kernel[(count,)](hidden, factors, hidden.shape[1], BLOCK=_width_block(hidden))
+                _add_product(self._sum(layout.weight)[block], logits.T, hidden, first=new[layout.weight])
+            if learns:
+                rows = self._hidden_gradient(rows, logits, weight[block], exact=factors is not None or columns < len(weight))
+        if rows is not None:
+            self._scatter(predictions, start, stop, rows, factors)
+
+    def _gather(self, predictions: PredictionList, start: int, stop: int) -> Tensor:
+        """The hidden states of a chunk."""
+        weight, count = self.cast[predictions.layout.weight], stop - start
         order, kind = predictions.order[start:stop], predictions.kind[start:stop]
-        block = min(triton.next_power_of_2(width), 4096)
-
-        hidden = self._buffer("hidden", count, width, weight)
-        for slot, place in enumerate(places):
-            source = problem.tensors[place]
+        hidden = self._buffer("hidden", count, weight.shape[1], weight)
+        for slot, place in enumerate(predictions.places):
+            source = self.problem.tensors[place]
             source = source if source.stride(1) == 1 else source.contiguous()
-            _kernels.gather_kernel[(count,)](source, source.stride(0), hidden, order, kind, slot, positions, width, BLOCK=block)
-        # rows that start at multiples of 128 bytes, whatever the vocabulary
-        logits = self._buffer("logits", count, _stride(vocabulary, weight.element_size()), weight)[:, :vocabulary]
-        if layout.bias is None:
-            torch.mm(hidden, weight.T, out=logits)
-        else:
-            torch.addmm(self.cast[layout.bias], hidden, weight.T, out=logits)
+            shape = slot, len(self.problem.ids), weight.shape[1]
+            _kernels.gather_kernel[(count,)](source, source.stride(0), hidden, order, kind, *shape, BLOCK=_width_block(hidden))
+        return hidden
 
-        learns = [place for place in places if problem.wants(place)]
-        gradient = learned and (bool(learns) or problem.wants(layout.weight) or problem.wants(layout.bias))
-        factors = self._softmax(predictions, start, stop, logits, gradient)
-        if not gradient:
-            return
-        if layout.bias is not None and problem.wants(layout.bias):
-            total = logits.sum(0, dtype=torch.float32)
-            self.sums[layout.bias] = self.sums[layout.bias] + total if layout.bias in self.sums else total
-        if problem.wants(layout.weight):
-            if factors is not None:
-                _kernels.scale_kernel[(count,)](hidden, factors, width, BLOCK=block)
-            self._add_product(layout.weight, logits, hidden)
-        if learns:
-            scale = factors is not None
-            rows = self._hidden_gradient(logits, weight, scale)
-            for slot, place in enumerate(places):
-                to = self.gradients[place]
-                if to is not None:
-                    _kernels.scatter_kernel[(count,)](
-                        rows, factors, to, order, kind, slot, positions, width, SCALE=scale, BLOCK=block
-                    )
+    def _logits(self, layout: HeadLayout, hidden: Tensor, block: slice) -> Tensor:
+        """Logits of a chunk for some of the vocabulary."""
+        weight = self.cast[layout.weight][block]
+        # rows that start at multiples of 128 bytes, whatever the vocabulary
+        stride = _stride(len(weight), weight.element_size())
+        logits = self._buffer("logits", len(hidden), stride, weight)[:, : len(weight)]
+        if layout.bias is None:
+            return torch.mm(hidden, weight.T, out=logits)
+        return torch.addmm(self.cast[layout.bias][block], hidden, weight.T, out=logits)
+
+    def _scatter(self, predictions: PredictionList, start: int, stop: int, rows: Tensor, factors: Tensor | None) -> None:
+        """Bring the gradients of a chunk's hidden states to their places."""
+        order, kind = predictions.order[start:stop], predictions.kind[start:stop]
+        for slot, place in enumerate(predictions.places):
+            to = self.gradients[place]
+            if to is not None:
+                shape = slot, len(self.problem.ids), rows.shape[1]
+                form = {"SCALE": factors is not None, "BLOCK": _width_block(rows)}
+                _kernels.scatter_kernel[(stop - start,)](rows, factors, to, order, kind, *shape, **form)
 
     def all_gradients(self) -> list[Tensor | None]:
         """Of every tensor, once all chunks are through."""
@@ -274,8 +170,13 @@ class _State:
                 gradients.append(torch.zeros_like(self.problem.tensors[place], dtype=torch.float32))
         return gradients
 
-    def _softmax(self, predictions: _List, start: int, stop: int, logits: Tensor, gradient: bool) -> Tensor | None:
-        """From logits to token losses and, in place, their gradient: divided by the factors ``[rows]``, if there are any."""
+    def _softmax(
+        self, predictions: PredictionList, start: int, stop: int, logits: Tensor, gradient: bool, first: int
+    ) -> Tensor | None:
+        """From logits to token losses and, in place, their gradient: divided by the factors ``[rows]``, if there are any.
+
+        ``first`` is the token of the first column; there are all columns, unless the sums of exponentials are known.
+        """
         problem, layout, places = self.problem, predictions.layout, predictions.places
         heads, part = slice(places.start, places.stop), slice(start, stop)
         order, kind, targets = predictions.order[part], predictions.kind[part], predictions.targets[part]
@@ -297,32 +198,23 @@ class _State:
             if entropies is not None and problem.top_k is not None:
                 entropies[order] = torch.where(kind < 2, _top_entropy(logits, layout, problem.top_k), 0.0)
         if gradient:
-            _kernels.gradient_kernel[grid](*rows, predictions.coefficients[part], lse, **form, **_blocks(logits, 16384))
+            given = predictions.coefficients[part], lse, first
+            _kernels.gradient_kernel[grid](*rows, *given, **form, **_blocks(logits, 16384))
         return None
 
-    def _hidden_gradient(self, delta: Tensor, weight: Tensor, scale: bool) -> Tensor:
-        """``delta · weight``; in fp32 where it is scaled before it is rounded."""
-        exact = scale and _adds_in_fp32(delta)
-        rows = self._buffer("gradient", len(delta), weight.shape[1], self.losses if exact else weight)
-        return torch.mm(delta, weight, out_dtype=torch.float32, out=rows) if exact else torch.mm(delta, weight, out=rows)
+    def _hidden_gradient(self, rows: Tensor | None, delta: Tensor, weight: Tensor, *, exact: bool) -> Tensor:
+        """``rows + delta · weight``; in fp32 where it is added to or scaled before it is rounded."""
+        first = rows is None
+        if rows is None:
+            rows = self._buffer("gradient", len(delta), weight.shape[1], self.losses if exact else weight)
+        _add_product(rows, delta, weight, first=first)
+        return rows
 
-    def _add_product(self, place: int, delta: Tensor, hidden: Tensor) -> None:
-        """``sums[place] += deltaᵀ · hidden``, added in fp32 within the product where the library can."""
-        total = self.sums.get(place)
-        first = total is None
-        if total is None:
-            total = self.sums[place] = torch.empty(delta.shape[1], hidden.shape[1], dtype=torch.float32, device=delta.device)
-        if delta.dtype == torch.float32:
-            torch.mm(delta.T, hidden, out=total) if first else total.addmm_(delta.T, hidden)
-        elif _adds_in_fp32(delta):
-            if first:
-                torch.mm(delta.T, hidden, out_dtype=torch.float32, out=total)
-            else:
-                torch.addmm(total, delta.T, hidden, out_dtype=torch.float32, out=total)
-        elif first:
-            total.copy_(delta.T @ hidden)
-        else:
-            total += delta.T @ hidden
+    def _sum(self, place: int) -> Tensor:
+        """Of the gradients of an unembedding or a bias, in fp32; without numbers before the first chunk."""
+        if place not in self.sums:
+            self.sums[place] = torch.empty_like(self.problem.tensors[place], dtype=torch.float32)
+        return self.sums[place]
 
     def _buffer(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
         """One piece of memory for all chunks."""
@@ -350,8 +242,33 @@ def _adds_in_fp32(operand: Tensor) -> bool:
     return half and operand.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(operand.device)[0] >= 8
 
 
-def _rows_of(weight: Tensor) -> int:
-    return chunk_rows(len(weight), weight.element_size())
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """``total += left · right``, added in fp32 within the product where the library can; ``first`` takes ``total`` as 0."""
+    half = left.dtype != torch.float32
+    if not half or total.dtype == left.dtype:
+        torch.mm(left, right, out=total) if first else total.addmm_(left, right)
+    elif _adds_in_fp32(left):
+        if first:
+            torch.mm(left, right, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    elif first:
+        total.copy_(left @ right)
+    else:
+        total += left @ right
+
+
+def _columns(rows: int, vocabulary: int, width: int, itemsize: int) -> int:
+    """How much of the vocabulary is computed at once for so many rows, if their sums of exponentials are known."""
+    most = max(_CHUNK_BYTES // (rows * itemsize), 1)
+    if most >= vocabulary:
+        return vocabulary
+    step = next(step for step in (_KNOWN_COLUMNS, 128, 1) if most >= step)
+    return most - most % step
+
+
+def _width_block(rows: Tensor) -> int:
+    return min(triton.next_power_of_2(rows.shape[1]), 4096)
 
 
 def _stride(vocabulary: int, itemsize: int) -> int:

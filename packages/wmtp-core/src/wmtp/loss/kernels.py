@@ -177,16 +177,20 @@ def gradient_kernel(
     targets,
     coefficients,
     lses,
+    first,
     scale,
     softcap,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Turn one row of logits into its gradient, in place: c · (softmax − onehot); 0 where there is no coefficient."""
+    """Turn one row of logits into its gradient, in place: c · (softmax − onehot); 0 where there is no coefficient.
+
+    The row may be a part of the vocabulary, which begins with the token ``first``.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     counts = tl.load(kind + row) == _COEFFICIENT
-    target = tl.load(targets + row)
+    target = tl.load(targets + row) - first
     coefficient = tl.load(coefficients + row)
     lse = tl.load(lses + tl.load(order + row))
     read = tl.where(counts, vocabulary, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ def _runs_triton(parameters: Iterable[Tensor]) -> bool:
     return all(implementation(parameter.device, torch.float32) == "fused" for parameter in parameters)
 
 
-def _is_plain_adamw(optimizer: torch.optim.Optimizer) -> bool:
+def _is_plain_adamw(optimizer: torch.optim.Optimizer) -> TypeGuard[torch.optim.AdamW]:
     """Whether it is torch's own AdamW without its rarer options, over fp32 parameters."""
     return type(optimizer) is torch.optim.AdamW and all(
         not (group["amsgrad"] or group["maximize"] or group["differentiable"])
