@@ -33,6 +33,7 @@ ROWS: dict[str, Callable[[Shape, int, int], float]] = {
     "ours-packed": step_ours.packed,
     "rho1-cached": step_ours.rho1_cached,
     "rho1-online": step_ours.rho1_online,
+    "critic": step_ours.critic,
     "trainer-liger": step_peers.trainer_liger,
     "loop-liger": step_peers.loop_liger,
     "loop-liger-full": step_peers.loop_liger_full,

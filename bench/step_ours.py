@@ -72,7 +72,10 @@ def _batch(shape: Shape, step: int, documents_a_row: int) -> Batch:
         position=(place % part).contiguous(),
         learn=torch.ones_like(ids, dtype=torch.bool),
         weight=weights,
-        documents=[Document(index=i, start=0, id=str(i), group=str(i)) for i in range(shape.batch * documents_a_row)],
+        documents=[
+            Document(index=i, start=0, id=str(i), group=str(i), is_correct=i % 2 == 0)
+            for i in range(shape.batch * documents_a_row)
+        ],
     )
 
 
@@ -166,12 +169,14 @@ def _run(
                 token_numbers=lambda *_: known,
             )
         )
+        modules = {name: module.to(DEVICE) for name, module in trainer.modules().items()}
         parameters = list(model.parameters())
         if masters is not None:
             parameters = masters.replace(parameters)
+        parameters += [parameter for module in modules.values() for parameter in module.parameters()]
         optimizer = AdamW(lr=1e-5).build([(str(i), parameter) for i, parameter in enumerate(parameters)])
         if masters is not None:
-            masters.follow(optimizer)
+            optimizer = masters.follow(optimizer)
         clock = _Clock()
         rows = _Rows(shape, documents_a_row)
         with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +193,7 @@ def _run(
                     seed=0,
                     master_weights=masters,
                 ),
-                modules={},
+                modules=modules,
                 plan=StagePlan.make(trainer.stages(), warmup_steps=0, total_steps=total, trainer_name="bench"),
                 batches=rows,
                 eval_batches=(),
@@ -256,3 +261,11 @@ def rho1_online(shape: Shape, warmup: int, steps: int) -> float:
     from wmtp_algos.config import Rho1WMTP
 
     return _run(shape, warmup, steps, trainer=Rho1WMTP(mode="token-skip", reference_precision="bf16").build())
+
+
+def critic(shape: Shape, warmup: int, steps: int) -> float:
+    """The critic's second stage, in which the value head goes on learning."""
+    from wmtp_algos.critic_config import CriticWMTP
+
+    trainer = CriticWMTP(value_steps=1, value_learns=True, train_on="all").build()
+    return _run(shape, warmup, steps, trainer=trainer)

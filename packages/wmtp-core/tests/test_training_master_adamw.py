@@ -52,7 +52,7 @@ else:
         monkeypatch.setattr(master_weights, "implementation", lambda *_: "fused")
 
     def build(config, *, value=None, one_pass=True):
-        """A model in bf16, its copies, their optimizer; ``value`` is a module of the trainer, whose parameters have no copies."""
+        """A model in bf16, its copies, their optimizer; ``value`` is the trainer's own module, which has no copies."""
         model = Small().to(DEVICE)
         masters = MasterWeights(model, one_pass=one_pass)
         model.frozen.requires_grad_(False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from attrs import evolve, frozen
 
 from wmtp.errors import WMTPError
+from wmtp.training.optimizer_config import AdamW
 
 if TYPE_CHECKING:
     from wmtp.config.schema import Config, DevicesConfig, HeadsConfig
@@ -118,6 +119,8 @@ def estimate_memory(
     loss += (4 + compute) * info.vocab_size * width + min(_LOSS_CHUNK, 6 * tokens * info.vocab_size)
     gradients = 4 * parameters // share
     if micro == rows:
+        if world == 1 and devices.precision == "bf16-params" and isinstance(config.optimizer, AdamW):
+            gradients //= 2  # they stay as they came
         gradients = max(0, gradients - activations)
     return MemoryEstimate(
         parameters=4 * parameters // share + copies,
