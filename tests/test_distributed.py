@@ -265,6 +265,17 @@ def test_a_model_divided_by_one_learns_as_one_that_is_whole(recipe, wmtp, tmp_pa
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-6 if precision == "fp32" else 1e-3)
 
 
+def test_layers_that_were_frozen_at_first_learn_in_the_precision_of_the_others(recipe, wmtp, tmp_path):
+    """torch 2.11 adds up their gradients in bf16, or fails, if FSDP is not told that they learn now."""
+    settings = ("--set", "train.max_steps=6", "--set", "devices.precision=bf16-params")
+    warm = ("--set", "models.base.heads.warmup_steps=3")
+    for name, extra in (("one", ()), ("two", TWO)):
+        run = wmtp("run", recipe, "--run-name", name, *settings, *warm, *extra)
+        assert run.returncode == 0, run.stderr
+    for left, right in zip(curve(tmp_path / "runs/two"), curve(tmp_path / "runs/one"), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-3)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_a_rank_that_hangs_is_named_and_ends_the_others(recipe, tmp_path):
     process = start("run", recipe, "--run-name", "x", *TWO, "--set", "train.max_steps=2000", "--set", "devices.timeout=4")

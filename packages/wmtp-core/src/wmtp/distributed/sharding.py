@@ -50,6 +50,17 @@ class Sharding:
         model.set_reshard_after_backward(last or self.config.strategy == "full")
         model.set_reshard_after_backward(last, recurse=False)
 
+    def other_parameters_learn(self, model: nn.Module) -> None:
+        """Call this when parameters were frozen or set free. All ranks do.
+
+        FSDP looks at what learns when it first gathers a layer, and derives from it the precision of that layer's gradients.
+        Where nothing learns torch 2.11 finds none, and fails when something does.
+        """
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()  # looks again
+                module.reshard()
+
     def release(self, model: nn.Module) -> None:
         """Free what is gathered: before parameters change, or when nothing more is computed."""
         for module in model.modules():
