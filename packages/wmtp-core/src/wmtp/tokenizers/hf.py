@@ -122,7 +122,7 @@ def open_auto_tokenizer(path: Path, gguf_file: str | None = None) -> PreTrainedT
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         opened = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
-        return opened if gguf_file is None else _own_tokens_only(opened, path)
+        return opened if gguf_file is None else _named_as_in(path / gguf_file, _own_tokens_only(opened, path))
     except WMTPError:
         raise
     except ImportError as error:
@@ -143,6 +143,18 @@ def _backend(tokenizer: PreTrainedTokenizerBase, path: Path) -> Backend:
             " convert it to tokenizer.json, or use type = 'hf-sentencepiece'"
         )
     return backend
+
+
+def _named_as_in(file: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """With the first and last tokens of a text that a GGUF file names: transformers 5.17 takes the first for both."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    for name in ("bos", "eos"):
+        field = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if field is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
+    return tokenizer
 
 
 def _own_tokens_only(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedTokenizerBase:
