@@ -18,9 +18,11 @@ NVLink multicast (NVLS) stays off, which some shared machines cannot do.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -127,18 +129,44 @@ class Bench:
         }
         return merged(config, changes)
 
-    def run(self, name: str, config: dict[str, object], *options: str) -> tuple[list[dict[str, float]], Path]:
-        """The lines of ``metrics.jsonl``, and the run directory."""
-        file = self.folder / f"{name}.toml"
+    def run(self, name: str, config: dict[str, Any], *options: str, saves: bool = True) -> tuple[list[dict[str, float]], Path]:
+        """The lines of ``metrics.jsonl``, and the run directory.
+
+        Without ``saves`` the run is killed once all numbers are there: a large model takes minutes to be saved.
+        """
+        file, said = self.folder / f"{name}.toml", self.folder / f"{name}.log"
+        run_dir, steps = Path(config["run"]["output_dir"]) / name, config["train"]["max_steps"]
         file.write_text(toml(config))
         began = time.monotonic()
-        command = [sys.executable, "-m", "wmtp", "run", file, "--run-name", name, "--json", *options]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NCCL_NVLS_ENABLE": "0"})
-        if done.returncode:
-            raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
-        run_dir = Path(json.loads(done.stdout)["run_dir"])
+        command = [sys.executable, "-m", "wmtp", "run", file, "--run-name", name, *options]
+        with said.open("w") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"NCCL_NVLS_ENABLE": "0"}
+            )
+        while process.poll() is None and (saves or len(lines(run_dir)) < steps):
+            time.sleep(0.2)
+        if process.poll() is None:
+            kill(process)
+        elif process.returncode:
+            raise RuntimeError(f"{name}: {said.read_text()[-3000:]}")
         print(f"# {name}: {time.monotonic() - began:.0f} s", flush=True)
-        return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()], run_dir
+        return [json.loads(line) for line in lines(run_dir)], run_dir
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a command and the processes that it started, and wait until they are gone."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+def lines(run_dir: Path) -> list[str]:
+    """Of ``metrics.jsonl``, one for each step; the last one may be half written."""
+    file = run_dir / "metrics.jsonl"
+    return file.read_text().split("\n")[:-1] if file.exists() else []
 
 
 def merged(left: dict[str, object], right: dict[str, object]) -> dict[str, object]:
@@ -202,7 +230,7 @@ def equal(bench: Bench) -> bool:
 def speed(bench: Bench, label: str, name: str, model: dict[str, int], gpus: int, rows: int, **changes: object) -> float:
     """Print one line of figures; returns tokens per second."""
     config = bench.config(model, gpus, rows, **merged(bench.fast, changes))
-    metrics, run_dir = bench.run(name, config)
+    metrics, run_dir = bench.run(name, config, saves=False)
     shutil.rmtree(run_dir)
     later = sorted(line["tokens_per_second"] for line in metrics[len(metrics) // 2 :])
     rate = later[len(later) // 2]
