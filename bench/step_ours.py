@@ -176,7 +176,7 @@ def _run(
         parameters += [parameter for module in modules.values() for parameter in module.parameters()]
         optimizer = AdamW(lr=1e-5).build([(str(i), parameter) for i, parameter in enumerate(parameters)])
         if masters is not None:
-            optimizer = masters.follow(optimizer)
+            optimizer = masters.take_over(optimizer)
         clock = _Clock()
         rows = _Rows(shape, documents_a_row)
         with tempfile.TemporaryDirectory() as folder:

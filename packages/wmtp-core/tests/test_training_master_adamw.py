@@ -59,7 +59,7 @@ else:
         names, parameters = zip(*model.named_parameters(), strict=True)
         named = list(zip(names, masters.replace(parameters), strict=True))
         named += [] if value is None else list(value.named_parameters())
-        optimizer = masters.follow(config.build(named))
+        optimizer = masters.take_over(config.build(named))
         if value is not None:
             change_learning_rate(optimizer, value.parameters(), lambda lr: 10 * lr)
         return model, masters, optimizer
@@ -80,7 +80,7 @@ else:
         optimizer = config.build(named)
         for step in gradients:
             for name, parameter in named:
-                parameter.grad = step[name].double()
+                parameter.grad = torch.empty_like(parameter).copy_(step[name])  # torch's fused step goes through memory too
             if max_norm is not None:
                 torch.nn.utils.clip_grad_norm_([p for _, p in named], max_norm)
             optimizer.step()
@@ -157,6 +157,38 @@ else:
             assert {"step", "exp_avg", "exp_avg_sq"} == set(state)
             for key, value in state.items():
                 torch.testing.assert_close(other.state_dict()["state"][index][key], value, rtol=0, atol=0)
+
+    def test_steps_that_come_back_on_the_cpu(monkeypatch):
+        """As torch reads them where the groups do not say that they are of a fused optimizer."""
+        model, _, optimizer = build(AdamW(lr=1e-2))
+        backward(model, 0.5)
+        optimizer.step()
+        saved = optimizer.state_dict()
+        for group in saved["param_groups"]:
+            group["fused"] = None
+        for state in saved["state"].values():
+            state["step"] = state["step"].cpu()
+        optimizer.load_state_dict(saved)
+        backward(model, 0.7)
+        optimizer.step()
+        assert {state["step"].device.type for state in optimizer.state.values()} == {DEVICE}
+        assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+    def test_an_optimizer_with_hooks_of_its_own_or_a_past_is_kept():
+        model = Small().to(DEVICE)
+        masters = MasterWeights(model)
+        copies = masters.replace(list(model.parameters()))
+        hooked = torch.optim.AdamW(copies)
+        called = []
+        hooked.register_step_post_hook(lambda *_: called.append(1))
+        used = torch.optim.AdamW(copies)
+        for copy in copies:
+            copy.grad = torch.ones_like(copy)
+        used.step()
+        assert masters.take_over(used) is used
+        assert masters.take_over(hooked) is hooked
+        hooked.step()
+        assert called
 
     def test_where_it_does_not_fit_gradients_are_fp32():
         for config, one_pass in ((Muon(lr=1e-2), True), (AdamW(lr=1e-2), False)):

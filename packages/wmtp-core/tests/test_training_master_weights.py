@@ -25,8 +25,7 @@ def make():
 def optimizer_of(model, masters, config):
     names, parameters = zip(*model.named_parameters(), strict=True)
     optimizer = config.build(list(zip(names, masters.replace(parameters), strict=True)))
-    masters.follow(optimizer)
-    return optimizer
+    return masters.take_over(optimizer)
 
 
 def test_an_update_too_small_for_bf16_is_kept_and_shows_in_time():
@@ -35,7 +34,7 @@ def test_an_update_too_small_for_bf16_is_kept_and_shows_in_time():
     masters = MasterWeights(layer)
     (master,) = masters.replace(list(layer.parameters()))
     optimizer = torch.optim.SGD([master], lr=1e-3)
-    masters.follow(optimizer)
+    optimizer = masters.take_over(optimizer)
     for step in range(1, 9):
         layer.weight.sum().backward()
         optimizer.step()

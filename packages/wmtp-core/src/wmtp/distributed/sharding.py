@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -50,12 +51,16 @@ class Sharding:
         model.set_reshard_after_backward(last or self.config.strategy == "full")
         model.set_reshard_after_backward(last, recurse=False)
 
-    def other_parameters_learn(self, model: nn.Module) -> None:
-        """Call this when parameters were frozen or set free. All ranks do.
+    @contextmanager
+    def other_parameters_learn(self, model: nn.Module) -> Iterator[None]:
+        """Freeze parameters, or set them free, inside. All ranks do.
 
-        FSDP looks at what learns when it first gathers a layer, and derives from it the precision of that layer's gradients.
-        Where nothing learns torch 2.11 finds none, and fails when something does.
+        FSDP hands on what learns when it gathers parameters, so none may be gathered before. It derives the precision of a
+        layer's gradients from what learns when it looks at the layer, so it must look again: torch 2.11 finds none where
+        nothing learns, and fails when something does.
         """
+        self.release(model)
+        yield
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.unshard()  # looks again

@@ -37,10 +37,9 @@ _CHUNK_BYTES = 240 * 2**20
 _LARGE_CHUNK_BYTES = 512 * 2**20
 _FEW_ROWS = 2048
 
-# Rows of a chunk whose sums of exponentials are known, and by how many columns its logits are then made. The fp32 gradient of
-# the unembedding is read and written once a chunk, that of the rows once a block of columns.
+# Rows of a chunk whose sums of exponentials are known; of its logits as many columns are made at once as _CHUNK_BYTES hold. The
+# fp32 gradient of the unembedding is read and written once a chunk, that of the rows once a block of columns.
 _KNOWN_ROWS = 8192
-_KNOWN_COLUMNS = 16384
 
 
 def chunk_rows(vocabulary: int, itemsize: int) -> int:
@@ -105,7 +104,7 @@ class _State:
         learns = any(problem.wants(place) for place in places)
         gradient = learned and (learns or problem.wants(layout.weight) or problem.wants(layout.bias))
         hidden = self._gather(predictions, start, stop)
-        columns = len(weight) if problem.lse is None else _columns(count, *weight.shape, weight.element_size())
+        columns = len(weight) if problem.lse is None else _columns(count, len(weight), weight.element_size())
         new = {place: place not in self.sums for place in (layout.weight, layout.bias)}
         factors, rows = None, None
         for first in range(0, len(weight), columns):
@@ -258,13 +257,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
         total += left @ right
 
 
-def _columns(rows: int, vocabulary: int, width: int, itemsize: int) -> int:
+def _columns(rows: int, vocabulary: int, itemsize: int) -> int:
     """How much of the vocabulary is computed at once for so many rows, if their sums of exponentials are known."""
     most = max(_CHUNK_BYTES // (rows * itemsize), 1)
     if most >= vocabulary:
         return vocabulary
-    step = next(step for step in (_KNOWN_COLUMNS, 128, 1) if most >= step)
-    return most - most % step
+    return most - most % 128 if most >= 128 else most
 
 
 def _width_block(rows: Tensor) -> int:

@@ -146,14 +146,21 @@ def _backend(tokenizer: PreTrainedTokenizerBase, path: Path) -> Backend:
 
 
 def _named_as_in(file: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """With the first and last tokens of a text that a GGUF file names: transformers 5.17 takes the first for both."""
+    """With the last token of a text that a GGUF file names: transformers 5.17 takes the first for both.
+
+    Raises:
+        WMTPError: there is no such token.
+    """
+    if tokenizer.eos_token_id not in (None, tokenizer.bos_token_id):
+        return tokenizer  # reading a large vocabulary again takes seconds
     from gguf import GGUFReader
 
-    fields = GGUFReader(file).fields
-    for name in ("bos", "eos"):
-        field = fields.get(f"tokenizer.ggml.{name}_token_id")
-        if field is not None:
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
+    field = GGUFReader(file).fields.get("tokenizer.ggml.eos_token_id")
+    if field is not None:
+        number = int(field.contents())
+        if not 0 <= number < len(tokenizer):
+            raise WMTPError(f"{file}: tokenizer.ggml.eos_token_id is {number}, and there are {len(tokenizer)} tokens")
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(number)
     return tokenizer
 
 

@@ -170,9 +170,9 @@ class Fit:
             return
         if len(self.plan.stages) > 1:
             logger.info("stage %s from step %d", stage.name, self._step)
-        apply_stage(stage, self.step_loss.model, self.modules, self.step_loss.trainer_name)
-        if self.step_loss.sharding is not None:
-            self.step_loss.sharding.other_parameters_learn(self.step_loss.model)
+        model, sharding = self.step_loss.model, self.step_loss.sharding
+        with nullcontext() if sharding is None else sharding.other_parameters_learn(model):
+            apply_stage(stage, model, self.modules, self.step_loss.trainer_name)
         self._stage = stage
         self._stage_stopping = EarlyStopping(stage.until, f"stage {stage.name!r} of {self.step_loss.trainer_name}")
         if self._resumed_stage is not None and self._resumed_stage["name"] == stage.name:

@@ -16,7 +16,7 @@ _BLOCK = 2048
 class MasterAdamW(torch.optim.AdamW):
     """What torch's AdamW does to fp32 copies, with gradients as the backward pass left them, clipped and published on the way.
 
-    An optimizer of torch wants gradients in fp32, and clipping and publishing are passes of their own: 60 bytes read or written
+    An optimizer of torch wants gradients in fp32, and clipping and publishing are passes of their own: 48 bytes read or written
     a parameter and step in place of 28 (`wmtp.training.master_weights`). State and groups are those of torch's AdamW.
 
     Args:
@@ -39,7 +39,13 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. There is no closure."""
+        """Update every parameter that has a gradient.
+
+        Raises:
+            TypeError: there is a closure.
+        """
+        if closure is not None:
+            raise TypeError("MasterAdamW takes no closure: its gradients are there before it steps")
         for group in self.param_groups:
             learned = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not learned:
@@ -61,6 +67,8 @@ class MasterAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
+        elif state["step"].device != parameter.device:  # as torch's AdamW reads it back if it is not a fused one
+            state["step"] = state["step"].to(parameter.device)
         return state
 
     def _update(

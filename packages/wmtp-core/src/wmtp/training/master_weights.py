@@ -40,7 +40,7 @@ class MasterWeights:
             for name, parameter in module.named_parameters(recurse=False):
                 self._places.append((module, name, parameter))  # a tied one has several places, and one copy
                 if parameter not in self._masters:
-                    self._masters[parameter] = nn.Parameter(parameter.detach().float())
+                    self._masters[parameter] = nn.Parameter(parameter.detach().float().contiguous())
         # a parameter must not keep its copies alive: torch's hooks are nothing that Python's collector can look into
         own = weakref.ref(self)
 
@@ -57,8 +57,8 @@ class MasterWeights:
         """The copies of parameters; a parameter that has none stays."""
         return [self._masters.get(parameter, parameter) for parameter in parameters]
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Round the copies into the parameters after every step of ``optimizer``, or of the faster one that takes its place."""
+    def take_over(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer to use in place of one that was made for the copies: its steps are rounded into the parameters too."""
         if self._one_pass and _is_plain_adamw(optimizer) and _runs_triton(self._masters):
             self._keeps_half = True
             for master in self._masters.values():
@@ -100,8 +100,12 @@ def _runs_triton(parameters: Iterable[Tensor]) -> bool:
 
 
 def _is_plain_adamw(optimizer: torch.optim.Optimizer) -> TypeGuard[torch.optim.AdamW]:
-    """Whether it is torch's own AdamW without its rarer options, over fp32 parameters."""
-    return type(optimizer) is torch.optim.AdamW and all(
+    """Whether it is torch's own AdamW, new, without hooks and its rarer options, over fp32 parameters."""
+    if type(optimizer) is not torch.optim.AdamW or optimizer.state:
+        return False
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
+    return all(
         not (group["amsgrad"] or group["maximize"] or group["differentiable"])
         and not isinstance(group["lr"], Tensor)
         and all(parameter.dtype == torch.float32 for parameter in group["params"])

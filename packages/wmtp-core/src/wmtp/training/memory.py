@@ -119,7 +119,8 @@ def estimate_memory(
     loss += (4 + compute) * info.vocab_size * width + min(_LOSS_CHUNK, 6 * tokens * info.vocab_size)
     gradients = 4 * parameters // share
     if micro == rows:
-        if world == 1 and devices.precision == "bf16-params" and isinstance(config.optimizer, AdamW):
+        whole = world == 1 and (devices.fsdp is None or devices.fsdp.strategy == "none")
+        if whole and devices.device != "cpu" and devices.precision == "bf16-params" and isinstance(config.optimizer, AdamW):
             gradients //= 2  # they stay as they came
         gradients = max(0, gradients - activations)
     return MemoryEstimate(

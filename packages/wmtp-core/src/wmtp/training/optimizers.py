@@ -35,7 +35,7 @@ def build_optimizer(
         of_heads = master_weights.replace(of_heads)
     optimizer = config.optimizer.build(parameters)
     if master_weights is not None:
-        optimizer = master_weights.follow(optimizer)
+        optimizer = master_weights.take_over(optimizer)
     # groups of their own, however many ranks there are: a fused step takes parameters of one kind, and these are never divided
     change_learning_rate(optimizer, [p for module in modules.values() for p in module.parameters()], lambda lr: lr)
     if model.heads.lr_factor != 1.0:
