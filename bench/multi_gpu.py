@@ -18,17 +18,13 @@ NVLink multicast (NVLS) stays off, which some shared machines cannot do.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+from multi_gpu_runs import LENGTH, Bench, merged
 
 from wmtp.config import load_config
 from wmtp.config.rules import required_models
@@ -38,7 +34,6 @@ from wmtp.training.memory import MemoryEstimate, estimate_memory, too_large
 
 # bf16 without sparsity, as the data sheets have it
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40": 181.0, "B200": 2250.0}
-LENGTH = 2048
 #: rows a device of the large shape, and how it is run
 ROWS = 4
 LARGE: dict[str, Any] = {"devices": {"activation_checkpointing": "full"}}
@@ -69,119 +64,6 @@ def flops_per_token(model: dict[str, int], horizon: int = 4) -> float:
     layers = model["layers"] + horizon - 1
     products = layers * layer_parameters(model) + horizon * model["vocab_size"] * model["hidden_size"]
     return 6 * products + 6 * layers * LENGTH * model["hidden_size"]
-
-
-def toml(table: dict[str, object]) -> str:
-    lines = []
-
-    def write(values: dict[str, object], path: str) -> None:
-        plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
-        if path:
-            lines.append(f"[{path}]")
-        lines.extend(f"{key} = {json.dumps(value)}" for key, value in plain.items())
-        for key, value in values.items():
-            if isinstance(value, dict):
-                write(value, f"{path}.{key}" if path else key)
-
-    write(table, "")
-    return "\n".join(lines) + "\n"
-
-
-class Bench:
-    """Runs ``wmtp run`` and keeps what it printed.
-
-    Args:
-        folder: for run directories; those of large models are removed once their numbers are read.
-        device: ``cuda``, or ``cpu`` to try the script out.
-        count: devices.
-    """
-
-    def __init__(self, folder: Path, device: str, count: int) -> None:
-        self.folder, self.device, self.count = folder, device, count
-        self.length = LENGTH if device == "cuda" else 128
-        #: what is timed runs so
-        self.fast: dict[str, Any] = {"devices": {"compile": device == "cuda", "precision": "bf16-params"}}
-
-    def config(self, model: dict[str, int], gpus: int, rows: int, **changes: object) -> dict[str, object]:
-        small = model["vocab_size"] < 32000
-        config: dict[str, object] = {
-            "run": {"output_dir": str(self.folder / "runs")},
-            "models": {"base": {"type": "scratch", **model, "heads": {"horizon": 4, "init": "random"}}},
-            "tokenizer": {"type": "bytes"} if small else {"type": "hf-transformers", "uri": str(tokenizer(self.folder))},
-            "datasets": {"text": {"type": "jsonl", "uri": str(text(self.folder))}},
-            "data": {
-                "train": {
-                    "max_length": self.length,
-                    "batch_size": rows,
-                    "micro_batch_size": max(1, rows // gpus),
-                    "overlong": "split",
-                    "learn_prompt": True,
-                }
-            },
-            "trainer": {"type": "baseline-mtp"},
-            "optimizer": {"type": "adamw", "lr": 3e-4},
-            "schedule": {"type": "constant"},
-            "train": {"max_steps": 10},
-            "devices": {"device": self.device, "precision": "bf16", "fsdp": {"strategy": "full"}},
-            "checkpoints": {"save_final": False},
-            "tracker": {"type": "jsonl"},
-            "launcher": {"type": "local", "processes": gpus},
-        }
-        return merged(config, changes)
-
-    def run(self, name: str, config: dict[str, Any], *options: str, saves: bool = True) -> tuple[list[dict[str, float]], Path]:
-        """The lines of ``metrics.jsonl``, and the run directory.
-
-        Without ``saves`` the run is killed once all numbers are there: a large model takes minutes to be saved.
-        """
-        file, said = self.folder / f"{name}.toml", self.folder / f"{name}.log"
-        run_dir, steps = Path(config["run"]["output_dir"]) / name, config["train"]["max_steps"]
-        file.write_text(toml(config))
-        began = time.monotonic()
-        command = [sys.executable, "-m", "wmtp", "run", file, "--run-name", name, *options]
-        with said.open("w") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"NCCL_NVLS_ENABLE": "0"}
-            )
-        while process.poll() is None and (saves or len(lines(run_dir)) < steps):
-            time.sleep(0.2)
-        if process.poll() is None:
-            kill(process)
-        elif process.returncode:
-            raise RuntimeError(f"{name}: {said.read_text()[-3000:]}")
-        print(f"# {name}: {time.monotonic() - began:.0f} s", flush=True)
-        return [json.loads(line) for line in lines(run_dir)], run_dir
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a command and the processes that it started, and wait until they are gone."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
-
-
-def lines(run_dir: Path) -> list[str]:
-    """Of ``metrics.jsonl``, one for each step; the last one may be half written."""
-    file = run_dir / "metrics.jsonl"
-    return file.read_text().split("\n")[:-1] if file.exists() else []
-
-
-def merged(left: dict[str, object], right: dict[str, object]) -> dict[str, object]:
-    out = dict(left)
-    for key, value in right.items():
-        before = out.get(key)
-        if value is None:
-            out.pop(key, None)
-        elif (
-            isinstance(value, dict) and isinstance(before, dict) and value.get("type", before.get("type")) == before.get("type")
-        ):
-            out[key] = merged(before, value)
-        else:
-            out[key] = value
-    return out
 
 
 def tensors(run_dir: Path) -> dict[str, object]:
@@ -340,41 +222,6 @@ def algorithms(bench: Bench) -> bool:
         steps = {"train": {"max_steps": 20}}
         speed(bench, f"20 steps of {name}", f"algorithm-{name}", model, bench.count, rows, **LARGE, **steps, **changes)
     return True
-
-
-def text(folder: Path) -> Path:
-    """The standard library's own modules, in pieces; whether a piece has a docstring stands for its being correct."""
-    file = folder / "text.jsonl"
-    if file.exists():
-        return file
-    with file.open("w") as out:
-        for source in sorted(Path(os.__file__).parent.glob("*.py")):
-            code = source.read_text(errors="replace")
-            for number, start in enumerate(range(0, len(code), 4 * LENGTH)):
-                piece = code[start : start + 4 * LENGTH]
-                if len(piece) > 200:
-                    record = {"id": f"{source.name}-{number}", "prompt": piece[:50], "completion": piece[50:]}
-                    out.write(json.dumps(record | {"is_correct": '"""' in piece}) + "\n")
-    return file
-
-
-def tokenizer(folder: Path) -> Path:
-    """One of 32,000 tokens, made of that text: no released one is at hand everywhere."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    target = folder / "tokenizer"
-    if target.exists():
-        return target
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    pieces = (json.loads(line)["completion"] for line in text(folder).read_text().splitlines())
-    initial = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=32000, special_tokens=["</s>"], initial_alphabet=initial))
-    target.mkdir()
-    made.save(str(target / "tokenizer.json"))
-    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": None}
-    (target / "tokenizer_config.json").write_text(json.dumps(facts))
-    return target
 
 
 PARTS = {"equal": equal, "scaling": scaling, "large": large, "checkpoint": checkpoint, "algorithms": algorithms}

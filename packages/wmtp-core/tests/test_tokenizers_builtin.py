@@ -247,22 +247,34 @@ def test_another_plugins_tokenizer_is_not_guessed(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_the_tokenizer_in_a_gguf_file(tmp_path):
+def write_gguf(file, eos_id):
+    """A file with nothing but a tokenizer; its vocabulary."""
     gguf = pytest.importorskip("gguf")
     backend = train_bpe("gpt2")
     vocab = backend.get_vocab()
     merges = [" ".join(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
-    file = tmp_path / "small.gguf"
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(sorted(vocab, key=vocab.__getitem__))
     writer.add_token_types([3 if vocab[token] < 4 else 1 for token in sorted(vocab, key=vocab.__getitem__)])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    writer.add_eos_token_id(eos_id)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
+    return vocab
+
+
+def test_a_gguf_file_whose_last_token_does_not_exist(tmp_path):
+    write_gguf(tmp_path / "small.gguf", 10**6)
+    with pytest.raises(WMTPError, match=r"small\.gguf: "):
+        load_tokenizer(tmp_path)
+
+
+def test_the_tokenizer_in_a_gguf_file(tmp_path):
+    file = tmp_path / "small.gguf"
+    vocab = write_gguf(file, 2)
     for tokenizer in (load_tokenizer(file), load_tokenizer(tmp_path), HfTransformers(gguf_file=file.name).build(tmp_path)):
         assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.token(2)) == (len(vocab), 2, "</s>")
         for text in TEXTS:

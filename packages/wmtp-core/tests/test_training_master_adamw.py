@@ -5,8 +5,6 @@ Triton decides when it is imported whether it interprets, so without a GPU these
 
 import importlib.util
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,13 +24,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
-    def test_the_kernel_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(
-            command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout[-8000:]
-        assert " passed" in done.stdout
+    def test_the_kernel_in_the_interpreter(assert_passes_interpreted):
+        assert_passes_interpreted()
 
 else:
 

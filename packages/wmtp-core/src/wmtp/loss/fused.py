@@ -243,8 +243,7 @@ def _adds_in_fp32(operand: Tensor) -> bool:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     """``total += left · right``, added in fp32 within the product where the library can; ``first`` takes ``total`` as 0."""
-    half = left.dtype != torch.float32
-    if not half or total.dtype == left.dtype:
+    if total.dtype == left.dtype:
         torch.mm(left, right, out=total) if first else total.addmm_(left, right)
     elif _adds_in_fp32(left):
         if first:
