@@ -10,7 +10,7 @@ Every figure comes from ``wmtp run`` on real text (the standard library's own Py
   ``wmtp check``, which stands beside each measured peak.
 - ``checkpoint``: saved on all GPUs, resumed on half of them.
 - ``algorithms``: ``baseline-mtp``, ``rho1-wmtp`` (a 2.7B-shaped reference) and ``critic-wmtp``, 20 steps each of the large
-  shape.
+  shape; ``--trainers`` chooses among them.
 
 NVLink multicast (NVLS) stays off, which some shared machines cannot do.
 """
@@ -34,6 +34,7 @@ from wmtp.training.memory import MemoryEstimate, estimate_memory, too_large
 
 # bf16 without sparsity, as the data sheets have it
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40": 181.0, "B200": 2250.0}
+TRAINERS = ("baseline-mtp", "rho1-wmtp", "critic-wmtp")
 #: rows a device of the large shape, and how it is run
 ROWS = 4
 LARGE: dict[str, Any] = {"devices": {"activation_checkpointing": "full"}}
@@ -208,7 +209,7 @@ def checkpoint(bench: Bench) -> bool:
 
 def algorithms(bench: Bench) -> bool:
     reference = shape("2.7B") if bench.device == "cuda" else shape("small")
-    trainers: dict[str, dict[str, object]] = {
+    changes: dict[str, dict[str, object]] = {
         "baseline-mtp": {},
         "rho1-wmtp": {
             "trainer": {"type": "rho1-wmtp", "reference_precision": "bf16"},
@@ -216,11 +217,11 @@ def algorithms(bench: Bench) -> bool:
         },
         "critic-wmtp": {"trainer": {"type": "critic-wmtp", "value_steps": 10}},
     }
-    model = large_shape(bench, **trainers["rho1-wmtp"])  # it takes the most
-    for name, changes in trainers.items():
-        rows = ROWS * bench.count
-        steps = {"train": {"max_steps": 20}}
-        speed(bench, f"20 steps of {name}", f"algorithm-{name}", model, bench.count, rows, **LARGE, **steps, **changes)
+    model = large_shape(bench, **changes["rho1-wmtp"])  # it takes the most
+    rows, steps = ROWS * bench.count, {"train": {"max_steps": 20}}
+    for name in bench.trainers:
+        label = f"20 steps of {name}"
+        speed(bench, label, f"algorithm-{name}", model, bench.count, rows, **LARGE, **steps, **changes[name])
     return True
 
 
@@ -230,6 +231,7 @@ PARTS = {"equal": equal, "scaling": scaling, "large": large, "checkpoint": check
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--trainers", default=",".join(TRAINERS), help=f"of the part algorithms: some of {', '.join(TRAINERS)}")
     parser.add_argument("--check", action="store_true", help="the part equal alone")
     parser.add_argument("--gpus", type=int, help="use so many; default: all")
     parser.add_argument("--cpu", type=int, metavar="N", help="N processes on the CPU and small shapes, to try the script out")
@@ -248,7 +250,9 @@ def main() -> int:
     )
     good = True
     with tempfile.TemporaryDirectory(prefix="wmtp-bench-") as temporary:
-        bench = Bench(arguments.folder or Path(temporary), "cpu" if arguments.cpu else "cuda", count)
+        bench = Bench(
+            arguments.folder or Path(temporary), "cpu" if arguments.cpu else "cuda", count, arguments.trainers.split(",")
+        )
         bench.folder.mkdir(parents=True, exist_ok=True)
         for part in ["equal"] if arguments.check else arguments.parts.split(","):
             try:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ class Bench:
         folder: for run directories; those of large models are removed once their numbers are read.
         device: ``cuda``, or ``cpu`` to try the script out.
         count: devices.
+        trainers: those of the part ``algorithms``.
     """
 
-    def __init__(self, folder: Path, device: str, count: int) -> None:
-        self.folder, self.device, self.count = folder, device, count
+    def __init__(self, folder: Path, device: str, count: int, trainers: Sequence[str] = ()) -> None:
+        self.folder, self.device, self.count, self.trainers = folder, device, count, trainers
         self.length = LENGTH if device == "cuda" else 128
         #: what is timed runs so
         self.fast: dict[str, Any] = {"devices": {"compile": device == "cuda", "precision": "bf16-params"}}
