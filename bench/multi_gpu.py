@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -237,6 +238,7 @@ def main() -> int:
     parser.add_argument("--cpu", type=int, metavar="N", help="N processes on the CPU and small shapes, to try the script out")
     parser.add_argument("--folder", type=Path, help="where runs are written; default: a temporary folder")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the run in progress is ended
     import torch
 
     found = torch.cuda.device_count()

@@ -73,24 +73,44 @@ class Bench:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"NCCL_NVLS_ENABLE": "0"}
             )
-        while process.poll() is None and (saves or len(lines(run_dir)) < steps):
-            time.sleep(0.2)
-        if process.poll() is None:
-            kill(process)
-        elif process.returncode:
+        try:
+            while process.poll() is None and (saves or len(lines(run_dir)) < steps):
+                time.sleep(0.2)
+        finally:
+            killed = kill(process)
+        if process.returncode and not killed:
             raise RuntimeError(f"{name}: {said.read_text()[-3000:]}")
         print(f"# {name}: {time.monotonic() - began:.0f} s", flush=True)
         return [json.loads(line) for line in lines(run_dir)], run_dir
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a command and the processes that it started, and wait until they are gone."""
-    os.killpg(process.pid, signal.SIGKILL)
+def kill(process: subprocess.Popen[bytes]) -> bool:
+    """End a command and the processes that it started, and wait until they are gone; whether it still ran.
+
+    Each rank has a session of its own and would hold its GPU's memory a while longer than the command lives.
+    """
+    if process.poll() is not None:
+        return False
+    family = [process.pid, *descendants(process.pid)]
+    for one in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
     process.wait()
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
+    while any(one in family for one, _ in running()):
+        time.sleep(0.1)
+    return True
+
+
+def descendants(parent: int) -> list[int]:
+    children = [pid for pid, its_parent in running() if its_parent == parent]
+    return children + [found for child in children for found in descendants(child)]
+
+
+def running() -> list[tuple[int, int]]:
+    """Each process and its parent, without those that are dead and wait to be reaped."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listed.splitlines()]
+    return [(int(pid), int(parent)) for pid, parent, state in rows if not state.startswith("Z")]
 
 
 def lines(run_dir: Path) -> list[str]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from wmtp.config.schema import Config
 
-__all__ = ["launch", "read_result", "write_failure", "write_result"]
+__all__ = ["launch", "read_result", "share_cores", "write_failure", "write_result"]
 
 logger = logging.getLogger("wmtp")
 
@@ -68,6 +68,7 @@ def launch(config: Config, nodes: Nodes, count: int, *, run_dir: Path | None, re
         known = {field.name for field in fields(LaunchConfig)}
         options |= {name: value for name, value in {"shutdown_timeout": _GRACE}.items() if name in known}
         _quiet()
+        share_cores(count)
         failed: ChildFailedError | None = None
         interrupted = False
         try:
@@ -131,11 +132,19 @@ def _quiet() -> None:
     """torchrun's own reports are off: the processes' errors come from here, once."""
     for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which says so at length
     # the modules' own loggers were given levels of their own
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed."):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def share_cores(count: int) -> None:
+    """Give ``count`` processes the cores that this one may use, unless the user says how many threads each has.
+
+    torchrun's own default is one thread: rank 0 would take a minute to try out a model of 7B parameters.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
 
 
 # --- what processes leave in the job's folder

@@ -1,0 +1,25 @@
+"""What the processes of a machine share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from wmtp.launchers.torchrun import share_cores
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say which cores a process may use")
+@pytest.mark.parametrize(("cores", "processes", "threads"), [(16, 2, "8"), (10, 4, "2"), (2, 2, "1"), (2, 4, "1")])
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, threads: str):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "to be undone")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    share_cores(processes)
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+def test_what_the_user_says_of_threads_stays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    share_cores(1)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
