@@ -18,6 +18,7 @@ from wmtp.tokenizers.config import Bytes, HfTransformers
 from wmtp.training import Trainer
 from wmtp.training.dry_run import dry_run
 from wmtp.training.setup import Place, load_extra_model, open_source
+from wmtp_algos.config import BaselineMTP
 
 WORDS = ["</s>", "def", "return", "x", "y", "+", "=", "1"]
 
@@ -114,8 +115,27 @@ def test_another_kind_of_tokenizer_with_as_many_tokens(tmp_path):
     (tmp_path / "code/a.txt").write_text("def x = 1 return x + y")
     many = ["</s>", *(f"w{i}" for i in range(257))]
     base = save_model(tmp_path / "base", many)
+    for file in base.glob("tokenizer*"):  # or that one would be missed first
+        file.unlink()
     message = refused(base, save_model(tmp_path / "ref", many), tokenizer=Bytes())
     assert "models.ref: its tokenizer" in message
+
+
+def test_a_tokenizer_that_is_not_the_base_models(base, tmp_path):
+    shuffled = save_model(tmp_path / "other", ["</s>", *reversed(WORDS[1:])])
+    config = config_of(base, HfModel(uri=str(base)), tokenizer=HfTransformers(uri=str(shuffled)))
+    with pytest.raises(
+        ConfigError, match=r"tokenizer: it is not .* of 7 ids compared 6 mean .*token 1 is '1' in place of 'def'"
+    ):
+        open_source(config)
+    with pytest.raises(ConfigError, match=r"remove .tokenizer., and the one beside the model is taken"):
+        dry_run(config)
+
+
+def test_a_tokenizer_with_a_reserved_token_renamed(base, tmp_path):
+    renamed = save_model(tmp_path / "other", [*WORDS[:-1], "<think>"])
+    config = config_of(renamed, HfModel(uri=str(renamed)), tokenizer=HfTransformers(uri=str(renamed)))
+    open_source(attrs.evolve(config, models={"base": ModelConfig(loader=HfModel(uri=str(base)))}, trainer=BaselineMTP()))
 
 
 def test_a_model_with_too_few_rows_for_its_own_tokenizer(base, tmp_path):

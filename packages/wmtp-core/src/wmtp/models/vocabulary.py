@@ -9,10 +9,12 @@ from wmtp.errors import ConfigError
 if TYPE_CHECKING:
     from wmtp.tokenizers.base import Tokenizer
 
-__all__ = ["check_vocabulary", "compare_tokenizers"]
+__all__ = ["check_reading", "check_vocabulary", "compare_tokenizers"]
 
 # models round their vocabulary up, for speed; by more than this none does
 _MOST_PADDING = 1024
+# ids that are compared of two tokenizers which are allowed to differ in some
+_SAMPLE = 1000
 
 
 def check_vocabulary(model_vocab: int, tokenizer: Tokenizer, *, key: str = "models.base") -> None:
@@ -36,6 +38,40 @@ def check_vocabulary(model_vocab: int, tokenizer: Tokenizer, *, key: str = "mode
             f"{key}: the model has a vocabulary of {model_vocab}, the tokenizer one of only {tokenizer.vocab_size}: it is not "
             "this model's tokenizer"
         )
+
+
+def check_reading(own: Tokenizer, chosen: Tokenizer) -> None:
+    """Whether a config's tokenizer gives most ids the meaning that the base model learned.
+
+    They may differ in some: reserved tokens get names, rules change. What a token is called inside a tokenizer is that
+    tokenizer's matter, so the texts of single ids are compared.
+
+    Args:
+        own: the tokenizer that lies beside the base model.
+        chosen: that of ``[tokenizer]``.
+
+    Raises:
+        ConfigError: more than half of the ids mean something else.
+    """
+    if own.fingerprint() == chosen.fingerprint():
+        return
+    count = min(own.vocab_size, chosen.vocab_size)
+    pairs = {i: (_meaning(own, i), _meaning(chosen, i)) for i in range(0, count, 1 + (count - 1) // _SAMPLE)}
+    texts = {i: pair for i, pair in pairs.items() if all(pair) and "\ufffd" not in pair[0] + pair[1]}  # nor pieces of letters
+    differ = {i: pair for i, pair in texts.items() if pair[0] != pair[1]}
+    if 2 * len(differ) > len(texts):
+        token, (learned, read) = next(iter(differ.items()))
+        raise ConfigError(
+            f"tokenizer: it is not the base model's: of {len(texts)} ids compared {len(differ)} mean something else (token "
+            f"{token} is {read!r} in place of {learned!r}); remove [tokenizer], and the one beside the model is taken"
+        )
+
+
+def _meaning(tokenizer: Tokenizer, token_id: int) -> str:
+    try:
+        return tokenizer.decode([token_id]).strip()
+    except (IndexError, KeyError, ValueError):  # a gap in its vocabulary
+        return ""
 
 
 def compare_tokenizers(first: Tokenizer, second: Tokenizer, *, key: str = "models.ref") -> None:

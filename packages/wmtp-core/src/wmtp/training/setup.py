@@ -127,14 +127,28 @@ def open_source(config: Config) -> Source:
 
 def _open_tokenizer(config: Config, place: Place, model_path: Path | None) -> Tokenizer:
     """The tokenizer that the config names, or the one that lies beside the base model."""
+    from wmtp.models.vocabulary import check_reading
     from wmtp.tokenizers.load import load_tokenizer
 
     if config.tokenizer is not None:
-        own = place.path(config.tokenizer, "tokenizer")
-        return config.tokenizer.build(model_path if own is None else own)
+        named = place.path(config.tokenizer, "tokenizer")
+        chosen = config.tokenizer.build(model_path if named is None else named)
+        if model_path is not None and (beside := _readable_tokenizer(config, model_path)) is not None:
+            check_reading(beside, chosen)
+        return chosen
     if model_path is None:
         raise ConfigError("tokenizer: a model from scratch brings none; add the table [tokenizer]")
     return load_tokenizer(model_path)
+
+
+def _readable_tokenizer(config: Config, model_path: Path) -> Tokenizer | None:
+    """The tokenizer beside a model; None where there is none that can be opened, which is what ``[tokenizer]`` is for."""
+    from wmtp.tokenizers.load import load_tokenizer
+
+    try:
+        return load_tokenizer(model_path, eos_token=getattr(config.tokenizer, "eos_token", None))
+    except WMTPError:
+        return None
 
 
 def _check_length(info: ModelInfo, config: Config, model: str) -> None:
