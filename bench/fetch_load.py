@@ -52,7 +52,7 @@ def make(folder: Path, layers: int) -> int:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    model = model.bfloat16().to_empty(device="cpu")
     for tensor in model.parameters():  # bytes that no server and no disk can make smaller
         tensor.data.view(torch.int16).random_(-(2**14), 2**14)
     model.save_pretrained(folder, max_shard_size="300MB")

@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +70,8 @@ Row = Callable[[Case], Tensor]
 def floor(case: Case) -> None:
     for hidden in case.hidden:
         logits = hidden.detach() @ case.weight.detach().T
-        logits @ case.weight.detach()
-        logits.T @ hidden.detach()
+        torch.mm(logits, case.weight.detach())
+        torch.mm(logits.T, hidden.detach())
 
 
 def naive(case: Case) -> Tensor:
@@ -147,7 +148,7 @@ def dropped(share: float) -> Row:
 def peers() -> Iterator[tuple[str, Row]]:
     """What is installed."""
     try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger  # pyright: ignore[reportMissingImports]
     except ImportError:
         print("liger-kernel is not installed", flush=True)
     else:
@@ -166,7 +167,7 @@ def peers() -> Iterator[tuple[str, Row]]:
         yield "Liger, weighted, fp32 accumulator", lambda case: liger_none(case, accum_dtype=torch.float32)
         yield "Liger, plain mean (cannot weigh)", liger_mean
     try:
-        from cut_cross_entropy import linear_cross_entropy as cce
+        from cut_cross_entropy import linear_cross_entropy as cce  # pyright: ignore[reportMissingImports]
     except ImportError:
         print("cut-cross-entropy is not installed", flush=True)
     else:
@@ -239,7 +240,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    recorded: Any = profile.profiler
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(itertools.accumulate(sizes), default=0)
 
@@ -264,7 +266,7 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int) 
     return statistics.median(times[2:])
 
 
-def measure(name: str, row: Row, case: Case, device: torch.device, repeats: int) -> dict[str, object]:
+def measure(name: str, row: Row, case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     def step() -> None:
         for leaf in case.leaves:
             leaf.grad = None

@@ -23,13 +23,14 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from multi_gpu_runs import LENGTH, Bench, merged
 
 from wmtp.config import load_config
 from wmtp.config.rules import required_models
 from wmtp.config.schema import HeadsConfig
+from wmtp.launchers.config import LocalLauncher
 from wmtp.models.outline import outline
 from wmtp.training.memory import MemoryEstimate, estimate_memory, too_large
 
@@ -139,7 +140,9 @@ def estimate(config: dict[str, object]) -> MemoryEstimate:
     info = outline(base.loader)
     assert info is not None
     found = {name: other for name, other in others.items() if other is not None}
-    return estimate_memory(loaded, info, base.heads or HeadsConfig(), world=loaded.launcher.processes, others=found)
+    processes = cast(LocalLauncher, loaded.launcher).processes
+    assert isinstance(processes, int)
+    return estimate_memory(loaded, info, base.heads or HeadsConfig(), world=processes, others=found)
 
 
 def chip_name() -> str:
@@ -171,6 +174,7 @@ def large_shape(bench: Bench, **changes: object) -> dict[str, int]:
     # a tenth is left: the estimate has not been held against several GPUs yet
     memory = int(0.9 * torch.cuda.get_device_properties(0).total_memory)
     most, settings = shape("7B")["layers"], merged(bench.fast, LARGE | changes)
+    layers = most
     for layers in range(most, 1, -1):
         expected = estimate(bench.config(shape("7B", layers), bench.count, ROWS * bench.count, **settings))
         if too_large(expected, memory) is None:
@@ -230,7 +234,7 @@ PARTS = {"equal": equal, "scaling": scaling, "large": large, "checkpoint": check
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--trainers", default=",".join(TRAINERS), help=f"of the part algorithms: some of {', '.join(TRAINERS)}")
     parser.add_argument("--check", action="store_true", help="the part equal alone")

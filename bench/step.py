@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import step_ours
 import step_peers
@@ -109,7 +110,7 @@ def main() -> None:
                 given.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure(row: str, shape: Shape, warmup: int, steps: int) -> dict[str, float | str]:
+def measure(row: str, shape: Shape, warmup: int, steps: int) -> dict[str, Any]:
     """One row: seconds a step, tokens a second, and the most memory that was ever taken."""
     torch.cuda.synchronize()
     gc.collect()

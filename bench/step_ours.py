@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from step_shape import Shape
@@ -20,6 +21,7 @@ from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
 from wmtp.models.mtp import MTPModel
 from wmtp.models.outline import outline
+from wmtp.tracking import Tracker
 from wmtp.training import StepView, Trainer, TrainerSetup
 from wmtp.training.acceleration import accelerate
 from wmtp.training.devices import autocast_context, prefer_fast_attention
@@ -31,6 +33,7 @@ from wmtp.training.recording import Recorder
 from wmtp.training.stages import StagePlan
 from wmtp.training.step import StepLoss
 
+_NO_TOKENIZER: Any = None
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -142,9 +145,9 @@ def _run(
     *,
     trainer: Trainer | None = None,
     precision: str = "bf16-params",
-    checkpointing: str = "none",
+    checkpointing: Literal["none", "full", "selective"] = "none",
     documents_a_row: int = 1,
-    known: object = None,
+    known: Any = None,
 ) -> float:
     with prefer_fast_attention(DEVICE):
         model = _model(shape, shape.horizon)
@@ -152,7 +155,7 @@ def _run(
         accelerate(model, DevicesConfig(activation_checkpointing=checkpointing, compile=True))
         trainer = trainer or _DataWeights()
 
-        def reference(_: str, *, dtype: torch.dtype, device: torch.device | None = None) -> MTPModel:
+        def reference(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> MTPModel:
             other = _model(shape, 1).to(dtype).requires_grad_(False)
             accelerate(other, DevicesConfig(compile=True), learns=False)
             return other
@@ -164,7 +167,7 @@ def _run(
                 horizon=shape.horizon,
                 device=DEVICE,
                 seed=0,
-                tokenizer=None,
+                tokenizer=_NO_TOKENIZER,
                 model=reference,
                 token_numbers=lambda *_: known,
             )
@@ -178,7 +181,7 @@ def _run(
         if masters is not None:
             optimizer = masters.take_over(optimizer)
         clock = _Clock()
-        rows = _Rows(shape, documents_a_row)
+        rows: Any = _Rows(shape, documents_a_row)  # no data set stands behind it
         with tempfile.TemporaryDirectory() as folder:
             total = warmup + steps + 1
             fit = Fit(
@@ -203,8 +206,10 @@ def _run(
                 checkpoints=CheckpointConfig(save_final=False),
                 checkpoint_dir=Path(folder) / "checkpoints",
                 metrics_path=Path(folder) / "metrics.jsonl",
-                recorder=Recorder(ReportConfig(weight_interval=0, samples=0), None, total_steps=total, followed=rows.batch(0)),
-                tracker=clock,
+                recorder=Recorder(
+                    ReportConfig(weight_interval=0, samples=0), _NO_TOKENIZER, total_steps=total, followed=rows.batch(0)
+                ),
+                tracker=cast(Tracker, clock),
                 total_steps=total,
             )
             fit.run()

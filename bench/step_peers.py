@@ -77,7 +77,7 @@ def _naive(model: PlainMTP, hidden: list[Tensor], ids: Tensor, weights: Tensor) 
 
 def _liger(model: PlainMTP, hidden: list[Tensor], ids: Tensor, weights: Tensor) -> Tensor:
     """Liger's fused linear cross entropy a head, the loss of each token weighted."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
 
     fused = LigerFusedLinearCrossEntropyLoss(reduction="none")
     total = torch.zeros((), device=ids.device)
@@ -89,7 +89,7 @@ def _liger(model: PlainMTP, hidden: list[Tensor], ids: Tensor, weights: Tensor) 
 
 def _liger_mean(model: PlainMTP, hidden: list[Tensor], ids: Tensor, weights: Tensor) -> Tensor:
     """Liger's plain mean a head, which cannot weigh tokens."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
 
     fused = LigerFusedLinearCrossEntropyLoss()
     losses = [fused(model.base.lm_head.weight, h, target) for h, target, _ in _targets(hidden, ids, weights)]
@@ -155,16 +155,16 @@ class _Rows(torch.utils.data.Dataset):
 
 def trainer_liger(shape: Shape, warmup: int, steps: int) -> float:
     """The Trainer of transformers around the same compiled layers and Liger."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+    times: list[float] = []
 
     class Clock(TrainerCallback):
-        def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: object, **_: object) -> None:
             if state.global_step in (warmup, warmup + steps):
                 torch.cuda.synchronize()
-                self.times.append(time.perf_counter())
+                times.append(time.perf_counter())
 
-    clock = Clock()
-    clock.times = []
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -181,5 +181,5 @@ def trainer_liger(shape: Shape, warmup: int, steps: int) -> float:
             dataloader_num_workers=2,
         )
         model = _make(shape, _liger, compiled=True)
-        Trainer(model=model, args=arguments, train_dataset=_Rows(shape, warmup + steps), callbacks=[clock]).train()
-    return (clock.times[1] - clock.times[0]) / steps
+        Trainer(model=model, args=arguments, train_dataset=_Rows(shape, warmup + steps), callbacks=[Clock()]).train()
+    return (times[1] - times[0]) / steps
