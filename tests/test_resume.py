@@ -257,3 +257,14 @@ def test_other_evaluation_data_is_named_and_refused_where_it_decides_the_end(rec
     with caplog.at_level("WARNING", logger="wmtp"):
         assert library.run(resume=result.run_dir).steps == 8
     assert f"datasets: the evaluation data is not what it was when {result.checkpoint} was written" in caplog.text
+
+
+def test_how_many_steps_are_logged_does_not_decide_when_a_run_stops_early(recipe):
+    import wmtp as library
+
+    text = recipe.read_text().replace("max_steps = 40", "max_steps = 12")
+    recipe.write_text(text + '[train.early_stopping]\nmetric = "loss"\npatience = 2\nmin_delta = 9.0\n')
+    often = library.run(recipe, run_name="often")
+    rarely = library.run(recipe, overrides=["train.log_interval=5"], run_name="rarely")
+    assert often.steps == rarely.steps == 3
+    assert often.metrics["loss"] == rarely.metrics["loss"], "the last step is logged in any case"

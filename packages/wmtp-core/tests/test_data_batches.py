@@ -304,6 +304,15 @@ def test_evaluation_sees_every_document_once_and_in_order(tmp_path, packing):
         few[2]
 
 
+@pytest.mark.parametrize("micro", [None, 1, 3, 8, 20])
+def test_the_size_of_micro_batches_does_not_decide_what_is_measured(tmp_path, micro):
+    dataset = make_dataset(tmp_path, [(1, 6)] * 31)
+    train = TrainDataConfig(max_length=16, batch_size=8, micro_batch_size=micro, packing=False)
+    batches = eval_batches(dataset, DataConfig(train=train, eval=EvalDataConfig(sources=("a",), max_batches=2)))
+    assert [document.index for batch in batches for document, *_ in pieces_of(batch)] == list(range(16))
+    assert max(len(batch.input_ids) for batch in batches) == min(micro or 8, 16)
+
+
 def test_large_vocabularies_keep_their_ids(tmp_path):
     writer = StoreWriter(tmp_path, 200_000)
     writer.add(Example(id="a", completion=""), [150_000, 199_999, 65_536, EOS], 0, None)

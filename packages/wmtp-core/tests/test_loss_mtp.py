@@ -72,6 +72,18 @@ def test_a_function_of_the_token_losses():
     assert found.weights.sum() == best_half(seen[0]).mul(targets != IGNORED).sum()
 
 
+def test_a_function_may_change_the_losses_that_it_is_given():
+    hidden, weight, targets = inputs()
+
+    def in_place(losses):
+        return losses.sub_(losses.mean()).gt_(0)
+
+    found = mtp_loss(hidden, weight, targets, weights=in_place)
+    again = mtp_loss(hidden, weight, targets, weights=lambda losses: (losses > losses.mean()).to(losses.dtype))
+    torch.testing.assert_close(found.loss, again.loss)
+    torch.testing.assert_close(found.token_losses, again.token_losses)
+
+
 def test_weights_broadcast():
     hidden, weight, targets = inputs()
     by_position = torch.rand(2, N // 2, 1)
@@ -90,6 +102,10 @@ def test_weights_broadcast():
         ({"weights": 1.0}, TypeError, "a float is no tensor"),
         ({"weights": lambda losses: 1}, TypeError, "a int is no tensor"),
         ({"head_weights": [1.0]}, TypeError, "3 numbers are wanted"),
+        ({"head_weights": [1.0, math.nan, 1.0]}, ValueError, "head_weights: numbers ≥ 0 are wanted"),
+        ({"head_weights": [1.0, math.inf, 1.0]}, ValueError, "head_weights: numbers ≥ 0 are wanted"),
+        ({"head_weights": [-1.0] * H}, ValueError, "head_weights: numbers ≥ 0 are wanted"),
+        ({"normalizer": "sum-w"}, ValueError, "normalizer: 'sum-w' is none of 'sum_w', 'valid', 'per_position'"),
         ({"hidden": inputs()[0][:2]}, TypeError, "H = 3 heads; there are 2 hidden states"),
         ({"hidden": [torch.ones(2, 5, D)] * H}, TypeError, "do not fit each other"),
         ({"unembedding": torch.ones(V, D + 1)}, TypeError, "do not fit each other"),
@@ -101,6 +117,15 @@ def test_mistakes_are_named(change, error, text):
     arguments = {"hidden": hidden, "unembedding": weight, "targets": targets} | change
     with pytest.raises(error, match=text):
         mtp_loss(arguments.pop("hidden"), arguments.pop("unembedding"), arguments.pop("targets"), **arguments)
+
+
+def test_no_rows_are_a_loss_of_0():
+    hidden, weight, targets = [torch.zeros(0, 4, D, requires_grad=True)] * H, torch.randn(V, D), torch.zeros(0, 4, H)
+    found = mtp_loss(hidden, weight, targets.long())
+    found.loss.backward()
+    assert float(found.loss.detach()) == 0
+    assert hidden[0].grad is not None
+    assert hidden[0].grad.shape == (0, 4, D)
 
 
 def test_nothing_to_predict_is_a_loss_of_0():

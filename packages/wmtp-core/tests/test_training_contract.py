@@ -1,15 +1,18 @@
 """What a trainer may not return, and how that is said."""
 
+from collections import deque
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from wmtp.errors import ConfigError, PluginError
 from wmtp.training import Trainer
-from wmtp.training.contract import checked_modules, checked_rates
+from wmtp.training.contract import checked_modules, checked_rates, checked_state
 from wmtp.training.stages import check_data
 
 NAME = "trainer 'mine' (mine 1.0)"
@@ -53,6 +56,29 @@ def test_learning_rates(returned, words):
         checked_rates(trainer(learning_rates=returned), NAME, {"value": nn.Linear(1, 1)})
     assert str(error.value).startswith(NAME)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ([1], "state_dict returned a list, not values by name"),
+        ({"mean": 1.0, "seen": deque([1])}, "state_dict returned a deque as 'seen' that no checkpoint can give back"),
+        ({"mean": np.float64(1)}, "state_dict returned a float64 as 'mean' that no checkpoint can give back"),
+        ({"inner": [{"where": Path("a")}]}, "state_dict returned a list as 'inner' that no checkpoint can give back"),
+        ({"later": lambda: 1}, "state_dict returned a function as 'later' that no checkpoint can give back"),
+    ],
+)
+def test_state(returned, words):
+    with pytest.raises(PluginError) as error:
+        checked_state(trainer(state_dict=returned), NAME)
+    assert str(error.value).startswith(NAME)
+    assert words in str(error.value)
+    assert "keep tensors, numbers, text, and lists and dicts of them" in str(error.value) or words.endswith("by name")
+
+
+def test_state_of_tensors_and_plain_values():
+    state = {"mean": torch.ones(2), "steps": 3, "names": ["a", None], "nested": {1: (2.0, True)}}
+    assert checked_state(trainer(state_dict=state), NAME) == state
 
 
 @pytest.mark.parametrize("returned", ["no labels", [1], None])

@@ -10,9 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import wmtp
-from wmtp.config.schema import Config, DataConfig, ModelConfig, TrainDataConfig
+from wmtp.config.schema import Config, DataConfig, HeadsConfig, ModelConfig, TrainDataConfig
 from wmtp.data.config import TextFiles
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.evaluation.config import InferenceSpeed, Speculative
 from wmtp.models.config import HfModel, ScratchModel
 from wmtp.tokenizers.config import Bytes, HfTransformers
 from wmtp.training import Trainer
@@ -136,6 +137,27 @@ def test_a_tokenizer_with_a_reserved_token_renamed(base, tmp_path):
     renamed = save_model(tmp_path / "other", [*WORDS[:-1], "<think>"])
     config = config_of(renamed, HfModel(uri=str(renamed)), tokenizer=HfTransformers(uri=str(renamed)))
     open_source(attrs.evolve(config, models={"base": ModelConfig(loader=HfModel(uri=str(base)))}, trainer=BaselineMTP()))
+
+
+def test_what_cannot_be_measured_after_the_training_is_said_before_it(base):
+    config = attrs.evolve(
+        config_of(base, HfModel(uri=str(base))),
+        eval=(
+            Speculative(max_new_tokens=64),
+            InferenceSpeed(prompt_length=40, new_tokens=24),
+            InferenceSpeed(prompt_length=41),
+        ),
+    )
+    for look in (dry_run, open_source):
+        with pytest.raises(ConfigError) as caught:
+            look(config)
+        assert [problem.split("; ")[0] for problem in caught.value.problems] == [
+            "eval.0: 'speculative' needs extra heads, and this model has none (H = 1)",
+            "eval.0: 'speculative' needs positions for 65 tokens, and the model has 64",
+            "eval.2: 'inference-speed' needs positions for 105 tokens, and the model has 64",
+        ]
+    heads = ModelConfig(loader=HfModel(uri=str(base)), heads=HeadsConfig(horizon=2))
+    open_source(attrs.evolve(config, models=config.models | {"base": heads}, eval=(Speculative(max_new_tokens=63),)))
 
 
 def test_a_model_with_too_few_rows_for_its_own_tokenizer(base, tmp_path):

@@ -31,6 +31,24 @@ def test_a_trainer_observes_again_only_for_a_gradient(auxiliary, calls):
     assert rows == calls
 
 
+@pytest.mark.parametrize("micro", [1, 8])
+def test_what_is_observed_need_not_be_of_floating_point(micro):
+    class Counting(Trainer):
+        def observe(self, view):
+            return {"count": view.batch.input_ids * 2, "even": view.batch.input_ids % 2 == 0}
+
+        def token_weights(self, view):
+            assert view.observations["count"].dtype == torch.int64
+            return torch.where(view.observations["even"], 1.0, 0.5)
+
+    class Plain(Trainer):
+        def token_weights(self, view):
+            return torch.where(view.batch.input_ids % 2 == 0, 1.0, 0.5)
+
+    found, expected = (gradients(make_model(), t, make_batch(packed=False), micro=micro) for t in (Counting(), Plain()))
+    assert str(found) == str(expected)
+
+
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
@@ -62,6 +80,10 @@ def test_weights_of_the_wrong_form_are_an_error_that_names_the_trainer(returned,
         ("metrics", [1.0], "metrics returned a list, not numbers by name"),
         ("metrics", {"loss": 5.0}, "metrics returned 'loss', which is the loop's own metric"),
         ("metrics", {"loss/head_1": 5.0}, "metrics returned 'loss/head_1', which is the loop's own metric"),
+        ("metrics", {"step": 5.0}, "metrics returned 'step', which is the loop's own metric"),
+        ("metrics", {"lr": 5.0}, "metrics returned 'lr', which is the loop's own metric"),
+        ("metrics", {"eval/loss": 5.0}, "metrics returned 'eval/loss', which is the loop's own metric"),
+        ("metrics", {3: 5.0}, "metrics returned a number named 3; a name is text"),
     ],
 )
 def test_other_returns_of_the_wrong_form_name_the_trainer_too(method, returned, words):

@@ -157,7 +157,9 @@ class CriticWMTPTrainer(Trainer):
             target = maths.lambda_returns(value.detach(), reward, batch.document, gamma=config.gamma, lam=config.gae_lambda)
             errors = torch.where(states, value - target, 0.0)
             loss, known = errors.square().sum() / states.sum().clamp(min=1), states.any()
-        self._metrics = self._diagnostics(view, value.detach(), reward, states)
+        if view.stage == _VALUE:
+            self._metrics = {}
+        self._metrics |= self._diagnostics(view, value.detach(), reward, states)  # to those of `token_weights`, asked before
         self._metrics["critic/value_loss"] = torch.where(known, loss.detach(), torch.nan)
         self._metrics["critic/value_loss_mean"] = self._value_loss.update(loss.detach().reshape(1), known)[0]
         self._metrics["critic/pairwise_accuracy"] = pairwise_accuracy(of_document.detach(), pairs)
@@ -184,7 +186,7 @@ class CriticWMTPTrainer(Trainer):
         )
         weighed = self.weighed(view)
         _, average, _ = maths.masked_moments(view.by_prediction(weights), weighed)
-        self._metrics |= {"critic/advantage_mean": mean, "critic/advantage_std": std}
+        self._metrics = {"critic/advantage_mean": mean, "critic/advantage_std": std}
         return torch.where(learned, weights / average.to(weights.dtype), 0.0)
 
     def token_details(self, view: StepView) -> Mapping[str, Tensor]:

@@ -224,9 +224,11 @@ def wmtp_evaluators() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Measurements of a model, run by ``[[eval]]`` at the end of a run.
 
     ``build() -> wmtp.evaluation.Evaluator``. A class variable ``needs_eval_data = True`` has the config refused where
-    ``[data.eval]`` is missing, instead of after the training. ``one_process = True`` has rank 0 measure alone where a run has
-    several processes, and leaves it out, with a warning, where these have divided the model; ``executes_code = True`` has it
-    refused unless the user says ``--allow-code-execution``. `wmtp.testing.EvaluatorTests` tests one.
+    ``[data.eval]`` is missing, instead of after the training; so do ``needs_extra_heads = True``, where the model has none, and
+    a number ``needed_positions``, where it has positions for fewer tokens. ``one_process = True`` has rank 0 measure alone
+    where a run has several processes, and leaves it out, with a warning, where these have divided the model;
+    ``executes_code = True`` has it refused unless the user says ``--allow-code-execution``. `wmtp.testing.EvaluatorTests`
+    tests one.
 
     Example::
 

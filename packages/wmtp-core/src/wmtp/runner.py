@@ -149,7 +149,11 @@ def load_checked(
 
     Raises:
         ConfigError: every problem at once.
+        TypeError: one text in place of a list of them.
     """
+    for name, texts in (("overrides", overrides), ("tags", tags)):
+        if isinstance(texts, str):
+            raise TypeError(f"{name}: a list of texts is wanted; write [{texts!r}]")
     if isinstance(config, list | tuple) and not config:
         config = None
     directory = _existing_run(resume) if resume is not None and resume != "auto" else None

@@ -142,7 +142,7 @@ class EvalDataConfig:
         sources: names of ``[datasets.*]`` tables.
         holdout: instead of ``sources``: this share of the training documents, chosen by ``run.seed``.
         batch_size: rows computed at once. Default: the micro-batch of training.
-        max_batches: measure at most so many batches. Default: all.
+        max_batches: measure at most so many batches, of ``batch_size`` rows or else of ``data.train.batch_size``. Default: all.
     """
 
     sources: tuple[str, ...] | None = None

@@ -201,9 +201,11 @@ class EvalBatches(Sequence[Batch]):
         lengths = dataset.lengths
         self._rows = in_order(lengths, train.max_length) if train.packing else one_each(np.arange(len(lengths)))
         self._row_length = _common_length(self._rows, lengths, train)
-        self._count = -(-len(self._rows) // self._size)
+        self._measured = len(self._rows)
         if measured and measured.max_batches is not None:
-            self._count = min(self._count, measured.max_batches)
+            # not of micro-batches: their size decides about memory and speed, never about what is measured
+            self._measured = min(self._measured, measured.max_batches * (measured.batch_size or train.batch_size))
+        self._count = -(-self._measured // self._size)
 
     def __len__(self) -> int:
         return self._count
@@ -221,7 +223,8 @@ class EvalBatches(Sequence[Batch]):
         if not -self._count <= index < self._count:
             raise IndexError(f"batch {index} of {self._count}")
         first = index % self._count * self._size
-        return _collate(self._dataset, self._rows, first, self._size, self._row_length, self._max_length)
+        size = min(self._size, self._measured - first)
+        return _collate(self._dataset, self._rows, first, size, self._row_length, self._max_length)
 
 
 def eval_batches(dataset: TokenDataset, config: DataConfig) -> Sequence[Batch]:

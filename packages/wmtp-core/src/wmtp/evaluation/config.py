@@ -63,11 +63,17 @@ class Speculative:
     type = "speculative"
     one_process = True
     needs_eval_data = True
+    needs_extra_heads = True
     prompts: int = field(default=16, validator=ge(1))
     batch_size: int = field(default=1, validator=ge(1))
     max_new_tokens: int = field(default=128, validator=ge(2))
     temperature: float = field(default=0.0, validator=ge(0.0))
     top_p: float = field(default=1.0, validator=[gt(0.0), le(1.0)])
+
+    @property
+    def needed_positions(self) -> int:
+        """Of the model, for a prompt of one token."""
+        return 1 + self.max_new_tokens
 
     def build(self) -> Evaluator:
         """Make the evaluator."""
@@ -93,6 +99,11 @@ class InferenceSpeed:
     prompt_length: int = field(default=128, validator=ge(1))
     new_tokens: int = field(default=64, validator=ge(2))
     repeats: int = field(default=5, validator=ge(1))
+
+    @property
+    def needed_positions(self) -> int:
+        """Of the model."""
+        return self.prompt_length + self.new_tokens
 
     def build(self) -> Evaluator:
         """Make the evaluator."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import get_args
 
 import torch
 from attrs import define
@@ -32,7 +33,8 @@ class MTPLoss:
     """What `mtp_loss` returns.
 
     Args:
-        loss: scalar, with gradient. NaN if a weight is negative, NaN or infinite, or a count that was given is too small.
+        loss: scalar, with gradient. NaN if a weight (of a head, too) is negative, NaN or infinite, or a count that was given is
+            too small.
         token_losses: ``[…, H]`` fp32 (fp64 for fp64 hidden states), detached, in nats; 0 where there is no target.
         weights: ``[…, H]`` fp32, w; 0 where there is no target.
         statistics: scalars, on the device: ``loss/head_k`` (mean token loss of a head), ``weighted_loss/head_k`` (mean by
@@ -77,8 +79,8 @@ def mtp_loss(
 
     Raises:
         TypeError: shapes that do not fit each other, or a DTensor.
-        ValueError: weights that carry a gradient or, where that can be seen without waiting for a device (on a CPU), are
-            negative, NaN or infinite.
+        ValueError: an unknown normaliser; weights that carry a gradient or, where that can be seen without waiting for a
+            device (on a CPU), are negative, NaN or infinite, those of heads too.
     """
     horizon = targets.shape[-1]
     each = [unembedding] * horizon if isinstance(unembedding, Tensor | Unembedding) else unembedding
@@ -90,19 +92,24 @@ def mtp_loss(
     if callable(weights):
         known = token_pass(hidden, heads, ids, valid, valid_counts=valid_counts)
         with torch.no_grad():
-            weights = weights(known.losses)
+            weights = weights(known.losses.clone())  # which the function may change
     w = _placed(weights, valid)
     alpha = torch.ones(horizon, device=w.device) if head_weights is None else _on_device(head_weights, w.device)
     if alpha.shape != (horizon,):
         raise TypeError(f"head_weights: {horizon} numbers are wanted, one a head, not {list(alpha.shape)}")
+    learns = alpha.isfinite() & (alpha >= 0)
     flat, mask = w.reshape(1, -1, horizon), valid.reshape(1, -1, horizon)
     if isinstance(normalizer, str):
+        if normalizer not in (known_ones := get_args(Normalizer)):
+            raise ValueError(f"normalizer: {normalizer!r} is none of {', '.join(map(repr, known_ones))}, nor a number")
         coefficients = prediction_coefficients(flat, mask, alpha, normalizer)
     else:
         coefficients = (flat.to(statistics_dtype(w.device)) * alpha / normalizer).float()
     problem = bad_weights(flat, coefficients)
-    wrong = (problem != 0) & (problem != NO_WEIGHT)
+    wrong = (problem != 0) & (problem != NO_WEIGHT) | ~learns.all()
     if not w.is_cuda and not torch.compiler.is_compiling() and bool(wrong):
+        if not learns.all():
+            raise ValueError(f"head_weights: numbers ≥ 0 are wanted, not {alpha.tolist()}")
         raise ValueError(f"weights: {BAD_WEIGHTS[int(problem)].removeprefix('token_weights returned ')}")
     loss, losses = weighted_cross_entropy(
         hidden, heads, ids, coefficients.view(w.shape), valid, known=known, at_most=at_most, valid_counts=valid_counts

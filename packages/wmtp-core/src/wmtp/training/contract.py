@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wmtp.errors import PluginError
 from wmtp.training.trainer import StepView, Trainer
 
-__all__ = ["check_unchanged", "checked_metrics", "checked_modules", "checked_rates", "versions"]
+__all__ = ["check_unchanged", "checked_metrics", "checked_modules", "checked_rates", "checked_state", "versions"]
+
+#: names of numbers that the loop puts beside a trainer's, besides those of the loss and ``eval/…``
+_OF_THE_LOOP = frozenset({"step", "stage", "epoch", "lr", "tokens", "tokens_per_second", "gradient_norm", "peak_memory_gib"})
 
 
 def checked_modules(trainer: Trainer, name: str) -> dict[str, nn.Module]:
@@ -76,9 +82,39 @@ def checked_metrics(trainer: Trainer, name: str, own: Mapping[str, object]) -> M
     metrics = trainer.metrics()
     if not isinstance(metrics, Mapping):
         raise PluginError(f"{name}: metrics returned a {type(metrics).__name__}, not numbers by name")
-    if taken := sorted(metrics.keys() & own.keys()):
-        raise PluginError(f"{name}: metrics returned {taken[0]!r}, which is the loop's own metric; call it something else")
+    for key in metrics:
+        if not isinstance(key, str):
+            raise PluginError(f"{name}: metrics returned a number named {key!r}; a name is text")
+        if key in own or key in _OF_THE_LOOP or key.startswith("eval/"):
+            raise PluginError(f"{name}: metrics returned {key!r}, which is the loop's own metric; call it something else")
     return metrics
+
+
+def checked_state(trainer: Trainer, name: str) -> dict[str, Any]:
+    """`Trainer.state_dict`, which a checkpoint must be able to give back without running code that stands in it.
+
+    Args:
+        trainer: the algorithm.
+        name: what messages call it.
+
+    Raises:
+        PluginError: something else than tensors and plain values by name.
+    """
+    state = trainer.state_dict()
+    if not isinstance(state, Mapping):
+        raise PluginError(f"{name}: state_dict returned a {type(state).__name__}, not values by name")
+    for key, value in state.items():
+        try:
+            saved = io.BytesIO()
+            torch.save(value, saved)
+            saved.seek(0)
+            torch.load(saved, map_location="cpu", weights_only=True)
+        except Exception as error:  # of pickle, and of whatever the value does when it is pickled
+            raise PluginError(
+                f"{name}: state_dict returned a {type(value).__name__} as {key!r} that no checkpoint can give back; keep "
+                f"tensors, numbers, text, and lists and dicts of them"
+            ) from error
+    return dict(state)
 
 
 def versions(view: StepView) -> dict[str, int]:

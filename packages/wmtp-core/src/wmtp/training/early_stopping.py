@@ -31,7 +31,7 @@ class EarlyStopping:
         self._missed = False
 
     def should_stop(self, metrics: Mapping[str, float]) -> bool:
-        """Take the metrics of one logged step, and say whether they end the run."""
+        """Take the metrics of one step, and say whether they end the run."""
         if self._config is None:
             return False
         if self._config.metric not in metrics:

@@ -17,6 +17,7 @@ from wmtp.data.batch import PADDING, Batch
 from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from wmtp.training.contract import checked_state
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.evaluate import evaluate
 from wmtp.training.gradients import clip_gradients, gradient_norm
@@ -89,6 +90,7 @@ class Fit:
     _last: dict[str, float] = field(factory=dict, init=False)
     _pending: PendingStep | None = field(default=None, init=False)
     _early_stopping: EarlyStopping = field(init=False)
+    _stops: bool = field(default=False, init=False)
     _ahead: Prefetcher = field(init=False)
     _stage: Stage | None = field(default=None, init=False)
     _stage_stopping: EarlyStopping = field(factory=lambda: EarlyStopping(None), init=False)
@@ -109,6 +111,7 @@ class Fit:
             group.setdefault("initial_lr", group["lr"])
         if self.resumed is not None:
             self._restore(self.resumed)
+        checked_state(self.step_loss.trainer, self.step_loss.trainer_name)  # before hours are spent on what cannot be saved
         self._ranks.on_main(self._open_files)
         self._ahead = Prefetcher(self._make_batch, self.total_steps, pin=self.step_loss.device.type == "cuda")
         self.step_loss.model.eval()  # the layers' eval mode: no dropout, so that one step has one value
@@ -155,11 +158,10 @@ class Fit:
             saves = self.checkpoints.save_interval is not None and self._step % self.checkpoints.save_interval == 0
             if not (evaluates or saves or last or self.train.early_stopping):
                 continue
-            measured = self._read_pending(evaluates=evaluates)
-            stops = self._ranks.any(self._early_stopping.should_stop(measured))
+            self._read_pending(evaluates=evaluates)
             if saves:
                 self._save()
-            if stops:
+            if self._stops:
                 logger.info("stopped early at step %d", self._step)
                 return "stopped"
         return "finished"
@@ -236,28 +238,29 @@ class Fit:
             step=self._step, batch=batch, output=output, numbers=numbers, facts=facts, recording=recording
         )
 
-    def _read_pending(self, *, evaluates: bool = False) -> dict[str, float]:
-        """Read, check and log the step whose numbers are still on the device; measure too if asked."""
+    def _read_pending(self, *, evaluates: bool = False) -> None:
+        """Read, check, judge and log the step whose numbers are still on the device; measure too if asked."""
         pending, self._pending = self._pending, None
         if pending is None:
-            return {}
+            return
         values = pending.read(self.step_loss.trainer_name, self._newest)
         self.recorder.write(pending.step, str(pending.facts["stage"]), pending.batch, pending.recording, pending.output)
         self._watch(pending, finite(values))
-        logs = pending.step % self.train.log_interval == 0 or evaluates or pending.step == self.total_steps
-        if logs:
-            values |= {"peak_memory_gib": self._ranks.max(peak_memory(self.step_loss.device))}
         if evaluates:
             values |= evaluate(
                 self.step_loss.model, self.eval_batches, self.step_loss.device, self.step_loss.autocast, self._ranks
             )
-        if not logs:
-            return {}
+        # every step is judged, however few are logged
+        if self.train.early_stopping is not None:
+            self._stops = self._ranks.any(self._early_stopping.should_stop(finite(values)))
+        last = self._stops or pending.step == self.total_steps
+        if not (pending.step % self.train.log_interval == 0 or evaluates or last):
+            return
+        values |= {"peak_memory_gib": self._ranks.max(peak_memory(self.step_loss.device))}
         numbers = finite(values)
         self._last |= numbers
         if self._log is not None:
             self._log.write(pending.step, values, numbers, shown=evaluates)
-        return numbers
 
     def track(self, step: int, numbers: Mapping[str, float]) -> None:
         """Tell the tracker of what was measured after the loop."""
@@ -274,7 +277,7 @@ class Fit:
             "data": self.batches.fingerprint,
             "eval_data": self.eval_data,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
-            "trainer": self.step_loss.trainer.state_dict(),
+            "trainer": checked_state(self.step_loss.trainer, self.step_loss.trainer_name),
             "early_stopping": self._early_stopping.state_dict(),
             "stage_ends": list(self.plan.ends),
             "stage": {"name": self._stage.name if self._stage else None, "stopping": self._stage_stopping.state_dict()},

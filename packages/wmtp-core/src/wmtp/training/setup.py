@@ -111,6 +111,7 @@ def open_source(config: Config) -> Source:
     path = place.path(base.loader, "models.base")
     info = base.loader.build().info(path)
     _check_length(info, config, "the model")
+    _check_evaluators(info, config)
     tokenizer = _open_tokenizer(config, place, path)
     check_vocabulary(info.vocab_size, tokenizer)
     for name, kind in required_models(config).items():
@@ -158,6 +159,26 @@ def _check_length(info: ModelInfo, config: Config, model: str) -> None:
             f"data.train.max_length: {config.data.train.max_length}, but {model} has positions for {longest} tokens; "
             f"write at most {longest}"
         )
+
+
+def _check_evaluators(info: ModelInfo, config: Config) -> None:
+    """What can be known before the training of what is measured after it."""
+    heads = config.models["base"].heads or info.heads
+    problems = []
+    for index, evaluator in enumerate(config.eval):
+        if getattr(evaluator, "needs_extra_heads", False) and (heads is None or heads.horizon == 1):
+            problems.append(
+                f"eval.{index}: '{evaluator.type}' needs extra heads, and this model has none (H = 1); write "
+                "models.base.heads.horizon = 2 or more, or leave it out"
+            )
+        needed = getattr(evaluator, "needed_positions", 0)
+        if info.max_positions is not None and needed > info.max_positions:
+            problems.append(
+                f"eval.{index}: '{evaluator.type}' needs positions for {needed} tokens, and the model has "
+                f"{info.max_positions}; write fewer tokens"
+            )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Tokenizer) -> None:

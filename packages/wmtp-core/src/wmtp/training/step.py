@@ -316,7 +316,9 @@ class StepLoss:
 
     def _auxiliary(self, view: StepView) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The auxiliary losses of the step, and their gradient with respect to each observation."""
-        leaves = {name: value.detach().clone().requires_grad_() for name, value in view.observations.items()}
+        leaves = {name: value.detach().clone() for name, value in view.observations.items()}
+        for leaf in leaves.values():
+            leaf.requires_grad_(leaf.is_floating_point())
         with torch.enable_grad():
             terms = self._tensors("auxiliary_losses", self.trainer.auxiliary_losses(evolve(view, observations=leaves)))
             for name, term in terms.items():

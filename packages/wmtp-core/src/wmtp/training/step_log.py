@@ -46,7 +46,7 @@ class StepLog:
 
     def track(self, step: int, numbers: Mapping[str, float]) -> None:
         """Tell the tracker only."""
-        self._tell(step, lambda: self._tracker.log(step, numbers))
+        self._tell(step, lambda: self._tracker.log(step, dict(numbers)))
 
     def saved(self, step: int) -> None:
         """Tell the tracker of a checkpoint."""
