@@ -155,7 +155,8 @@ class AdaMTP:
 
     How the paper finds d_t was not available to us. This is WMTP's own reading: d_t = 1 + the number of heads, from the first
     on, that all give their targets at least the probability ``confidence``. The first head that is not sure is the last that
-    learns there. With new heads, warm them up first (``warmup_steps`` in ``[models.base.heads]``), as the paper does.
+    learns there; a target that is not learned (of a prompt) is as if its head were sure. With new heads, warm them up first
+    (``warmup_steps`` in ``[models.base.heads]``), as the paper does.
 
     Args:
         confidence: what counts as sure; 0 gives the baseline.
