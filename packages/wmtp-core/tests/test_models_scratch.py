@@ -55,12 +55,6 @@ def test_bf16_keeps_its_rotary_frequencies_in_fp32():
     assert torch.equal(model.model.rotary_emb.inv_freq, load().model.rotary_emb.inv_freq)
 
 
-def test_a_seed_means_the_same_model_in_every_precision():
-    whole, half = load().state_dict(), load(dtype=torch.bfloat16)
-    assert half.config.dtype == torch.bfloat16
-    assert all(torch.equal(half.state_dict()[name], tensor.bfloat16()) for name, tensor in whole.items())
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -133,6 +133,13 @@ def test_a_tokenizer_that_is_not_the_base_models(base, tmp_path):
         dry_run(config)
 
 
+def test_a_tokenizer_that_is_not_the_base_models_and_ends_by_another_token(base, tmp_path):
+    other = save_model(tmp_path / "other", ["<end>", *reversed(WORDS[1:])], eos_token="<end>")
+    named = HfTransformers(uri=str(other), eos_token="<end>")
+    with pytest.raises(ConfigError, match="tokenizer: it is not the base model's"):
+        open_source(config_of(base, HfModel(uri=str(base)), tokenizer=named))
+
+
 def test_a_tokenizer_with_a_reserved_token_renamed(base, tmp_path):
     renamed = save_model(tmp_path / "other", [*WORDS[:-1], "<think>"])
     config = config_of(renamed, HfModel(uri=str(renamed)), tokenizer=HfTransformers(uri=str(renamed)))

@@ -188,7 +188,8 @@ class EarlyStoppingConfig:
     """Stops when a metric no longer gets better.
 
     Args:
-        metric: a logged metric, for instance ``eval/loss/head_1``.
+        metric: one that is logged, for instance ``eval/loss/head_1``. One of training is measured in every step, also in those
+            that ``train.log_interval`` leaves out.
         patience: so many measurements in a row without progress end the run.
         mode: whether lower (``min``) or higher (``max``) is better.
         min_delta: progress is a change of more than this.

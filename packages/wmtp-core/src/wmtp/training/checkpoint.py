@@ -9,7 +9,6 @@ name beside its place, flushed to disk, and renamed; when it is read, what is no
 
 from __future__ import annotations
 
-import pickle
 import re
 import shutil
 import warnings
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from wmtp.distributed.ranks import ALONE, Ranks
-from wmtp.errors import PluginError, WMTPError
+from wmtp.errors import WMTPError
 from wmtp.storage.atomic import making_folder, partial_path
 from wmtp.training.checkpoint_facts import check_files, hash_files, write_facts
 
@@ -83,7 +82,7 @@ def save_checkpoint(
         ranks: all of them.
 
     Raises:
-        WMTPError: it could not be written, or not be read again; checkpoints that were there before still are.
+        WMTPError: it could not be written; checkpoints that were there before still are.
     """
     tensors = _model_tensors(model)
     skeleton = _take_out(optimizer.state_dict(), "optimizer", tensors)
@@ -105,7 +104,6 @@ def save_checkpoint(
 
         def finish(hashes: Mapping[str, str]) -> None:
             torch.save({**state, "optimizer": skeleton}, partial / "state.pt")
-            _read_back(partial / "state.pt")
             write_facts(partial, step, hashes)
             stack.close()
 
@@ -118,17 +116,6 @@ def save_checkpoint(
                 raise  # there a full disk gets its name, and what was written is removed
             raise WMTPError(f"{target} could not be written: {error}") from error
     return Checkpoint(path=target, step=step)
-
-
-def _read_back(file: Path) -> None:
-    """Refuse what could be written and not be read: a checkpoint is no use without its resume."""
-    try:
-        torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # no tensor's numbers are read
-    except pickle.UnpicklingError as error:
-        raise PluginError(
-            "the state of the optimizer, or of a module, holds values that no checkpoint can give back; keep tensors, numbers, "
-            "text, and lists and dicts of them"
-        ) from error
 
 
 def prune_checkpoints(folder: Path, keep_last: int, needed: Collection[int] = ()) -> None:

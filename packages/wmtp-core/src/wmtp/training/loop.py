@@ -91,6 +91,7 @@ class Fit:
     _pending: PendingStep | None = field(default=None, init=False)
     _early_stopping: EarlyStopping = field(init=False)
     _stops: bool = field(default=False, init=False)
+    _checked_state: bool = field(default=False, init=False)
     _ahead: Prefetcher = field(init=False)
     _stage: Stage | None = field(default=None, init=False)
     _stage_stopping: EarlyStopping = field(factory=lambda: EarlyStopping(None), init=False)
@@ -111,7 +112,6 @@ class Fit:
             group.setdefault("initial_lr", group["lr"])
         if self.resumed is not None:
             self._restore(self.resumed)
-        checked_state(self.step_loss.trainer, self.step_loss.trainer_name)  # before hours are spent on what cannot be saved
         self._ranks.on_main(self._open_files)
         self._ahead = Prefetcher(self._make_batch, self.total_steps, pin=self.step_loss.device.type == "cuda")
         self.step_loss.model.eval()  # the layers' eval mode: no dropout, so that one step has one value
@@ -150,6 +150,9 @@ class Fit:
                 return "interrupted"
             self._enter(self.plan.at(self._step))
             self._optimizer_step()
+            if not self._checked_state:  # before hours are spent on what cannot be saved
+                checked_state(self.step_loss.trainer, self.step_loss.trainer_name)
+                self._checked_state = True
             self._ranks.tick(f"step {self._step}")
             last = self._step == self.total_steps
             evaluates = bool(self.eval_batches) and (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,10 +147,10 @@ def _readable_tokenizer(config: Config, model_path: Path) -> Tokenizer | None:
     """The tokenizer beside a model; None where there is none that can be opened, which is what ``[tokenizer]`` is for."""
     from wmtp.tokenizers.load import load_tokenizer
 
-    try:
-        return load_tokenizer(model_path, eos_token=getattr(config.tokenizer, "eos_token", None))
-    except WMTPError:
-        return None
+    for eos_token in (None, getattr(config.tokenizer, "eos_token", None)):  # its own, or where it names none the config's
+        with suppress(WMTPError):
+            return load_tokenizer(model_path, eos_token=eos_token)
+    return None
 
 
 def _check_length(info: ModelInfo, config: Config, model: str) -> None:

@@ -53,11 +53,7 @@ class ScratchLoader(ModelLoader):
         config = self._config()
         require_causal(config)
         with seeded(seed):
-            # drawn in fp32 in any case: a seed means the same model in every precision, and bf16 is drawn four times slower
-            model: PreTrainedModel = _checked(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-        for parameter in model.parameters():  # not buffers: rotary frequencies stay fp32, as in a model that is read
-            parameter.data = parameter.data.to(dtype)
-        model.config.dtype = dtype
+            model: PreTrainedModel = _checked(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
         return LoadedModel(model=model.eval())
 
     def _config(self) -> PreTrainedConfig:
