@@ -22,7 +22,7 @@ from wmtp.models.config import ScratchModel
 from wmtp.models.mtp import MTPModel
 from wmtp.models.outline import outline
 from wmtp.tracking import Tracker
-from wmtp.training import StepView, Trainer, TrainerSetup
+from wmtp.trainers import StepView, Trainer, TrainerSetup
 from wmtp.training.acceleration import accelerate
 from wmtp.training.devices import autocast_context, prefer_fast_attention
 from wmtp.training.loop import Fit

@@ -59,7 +59,7 @@ TABLES = {
 
 #: kind → the class that `build` returns an instance of; optimizers are torch's own
 CONTRACTS = {
-    "trainers": ("wmtp.training", "Trainer"),
+    "trainers": ("wmtp.trainers", "Trainer"),
     "model_loaders": ("wmtp.models", "ModelLoader"),
     "tokenizers": ("wmtp.tokenizers", "Tokenizer"),
     "data_loaders": ("wmtp.data", "ExampleLoader"),

@@ -16,7 +16,7 @@ from wmtp.models.config import ScratchModel
 from wmtp.plugins import load_plugins
 from wmtp.testing.steps import random_step
 from wmtp.tokenizers.config import Bytes
-from wmtp.training import Stage, Trainer, TrainerSetup
+from wmtp.trainers import Stage, Trainer, TrainerSetup
 from wmtp.training.gradients import clip_gradients, gradient_norm
 from wmtp.training.optimizer_config import AdamW, Muon
 from wmtp.training.optimizers import change_learning_rate

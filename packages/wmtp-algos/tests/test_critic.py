@@ -9,7 +9,7 @@ from attrs import evolve
 
 from wmtp.data.batch import PADDING
 from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, make_view, pad, random_step, tiny_model
-from wmtp.training import Stage, TrainerSetup
+from wmtp.trainers import Stage, TrainerSetup
 from wmtp_algos import CriticWMTP
 from wmtp_algos.pairs import pair_documents, pairs_of_step, pairwise_accuracy, pairwise_loss
 from wmtp_algos.random_matched import RandomMatchedTrainer

@@ -12,7 +12,7 @@ from wmtp.data.batch import PADDING, Batch, Document
 from wmtp.models.config import ScratchModel
 from wmtp.models.mtp import MTPModel
 from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, make_view, pad, random_step, tiny_model
-from wmtp.training import Stage, TrainerSetup
+from wmtp.trainers import Stage, TrainerSetup
 from wmtp.training.step import StepLoss
 from wmtp_algos import Rho1WMTP
 from wmtp_algos.rho1_wmtp import Rho1WMTPTrainer, next_token_losses

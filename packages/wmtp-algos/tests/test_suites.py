@@ -6,7 +6,7 @@ import torch
 
 from wmtp.config.components import Component, component
 from wmtp.testing import TrainerTests
-from wmtp.training import Stage, Trainer
+from wmtp.trainers import Stage, Trainer
 from wmtp_algos import (
     DFT,
     EAFT,

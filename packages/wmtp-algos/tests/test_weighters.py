@@ -9,7 +9,7 @@ from attrs import evolve
 from wmtp.data.batch import PADDING
 from wmtp.errors import ConfigError
 from wmtp.testing.steps import HORIZON, VOCAB_SIZE, make_view, pad, random_step
-from wmtp.training import Stage, Trainer, TrainerSetup
+from wmtp.trainers import Stage, Trainer, TrainerSetup
 from wmtp_algos import DFT, EAFT, AdaMTP, Column, EntropyTop, Focal, HorizonDecay, RandomMatched, Rho1WMTP, Shuffled
 from wmtp_algos.random_matched import RandomMatchedTrainer
 from wmtp_algos.shuffled import ShuffledTrainer

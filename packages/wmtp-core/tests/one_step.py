@@ -8,7 +8,7 @@ from wmtp.config.schema import HeadsConfig
 from wmtp.data.batch import PADDING, Batch, Document
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
-from wmtp.training import Stage, Trainer, TrainerSetup
+from wmtp.trainers import Stage, Trainer, TrainerSetup
 from wmtp.training.step import StepLoss
 
 VOCAB = 23

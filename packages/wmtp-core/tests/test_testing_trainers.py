@@ -11,7 +11,7 @@ from torch import nn
 from wmtp.errors import PluginError
 from wmtp.testing import TrainerTests
 from wmtp.testing.steps import random_step
-from wmtp.training import Stage, Trainer
+from wmtp.trainers import Stage, Trainer
 
 
 def config_of(trainer_class, **class_variables):

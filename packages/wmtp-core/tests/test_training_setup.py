@@ -16,7 +16,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.evaluation.config import InferenceSpeed, Speculative
 from wmtp.models.config import HfModel, ScratchModel
 from wmtp.tokenizers.config import Bytes, HfTransformers
-from wmtp.training import Trainer
+from wmtp.trainers import Trainer
 from wmtp.training.dry_run import dry_run
 from wmtp.training.setup import Place, load_extra_model, open_source
 from wmtp_algos.config import BaselineMTP

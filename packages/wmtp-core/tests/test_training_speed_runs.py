@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import wmtp
 from wmtp.errors import WMTPError
-from wmtp.training import Trainer
+from wmtp.trainers import Trainer
 from wmtp.training.optimizer_config import AdamW
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import wmtp
 from wmtp.config.schema import EarlyStoppingConfig
 from wmtp.errors import ConfigError, PluginError, WMTPError
-from wmtp.training import Stage, Trainer
+from wmtp.trainers import Stage, Trainer
 from wmtp.training.stages import StageBatches, StagePlan, apply_stage
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -10,7 +10,7 @@ import torch
 from attrs import evolve
 
 from wmtp.data.batch import PADDING
-from wmtp.training import Trainer
+from wmtp.trainers import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from one_step import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wmtp.errors import PluginError
-from wmtp.training import Stage, Trainer
+from wmtp.trainers import Stage, Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from one_step import Valued, gradients, make_batch, make_model, step_loss

@@ -10,7 +10,7 @@ from attrs.validators import ge, gt, lt
 import wmtp
 
 if TYPE_CHECKING:
-    from wmtp.training import Trainer
+    from wmtp.trainers import Trainer
 
 __all__ = ["LossTruncation", "wmtp_trainers"]
 

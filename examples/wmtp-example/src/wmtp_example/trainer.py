@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wmtp.training import StepView, Trainer
+from wmtp.trainers import StepView, Trainer
 
 if TYPE_CHECKING:
     from wmtp_example.plugin import LossTruncation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wmtp.training import Trainer
+from wmtp.trainers import Trainer
 
 __all__ = ["BaselineMTPTrainer"]
 

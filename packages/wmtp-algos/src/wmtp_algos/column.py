@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from wmtp.errors import ConfigError
-from wmtp.training import StepView, Trainer
+from wmtp.trainers import StepView, Trainer
 
 if TYPE_CHECKING:
     from wmtp.data.dataset import TokenDataset

@@ -10,7 +10,7 @@ from attrs.validators import ge, gt, le, matches_re, optional
 from wmtp.config.components import Component, component
 
 if TYPE_CHECKING:
-    from wmtp.training import Trainer
+    from wmtp.trainers import Trainer
 
 __all__ = [
     "DFT",

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmtp.training import HiddenView, Stage, StepView, Trainer, TrainerSetup
+from wmtp.trainers import HiddenView, Stage, StepView, Trainer, TrainerSetup
 from wmtp.training.weights import place_weights
 
 if TYPE_CHECKING:

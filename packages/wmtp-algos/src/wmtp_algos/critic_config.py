@@ -9,7 +9,7 @@ from attrs import field, frozen
 from attrs.validators import ge, gt, le, lt, optional
 
 if TYPE_CHECKING:
-    from wmtp.training import Trainer
+    from wmtp.trainers import Trainer
 
 __all__ = ["CriticWMTP"]
 

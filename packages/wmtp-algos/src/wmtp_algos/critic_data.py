@@ -50,7 +50,7 @@ def correct_documents(config: CriticWMTP, data: TokenDataset) -> Flags:
 
 
 def check_rewards(config: CriticWMTP, data: TokenDataset) -> list[str]:
-    """What is wrong with the data for this config, one line a problem; see `wmtp.training.Trainer.check_data`."""
+    """What is wrong with the data for this config, one line a problem; see `wmtp.trainers.Trainer.check_data`."""
     learns_value = config.value_head is None or config.value_learns
     labels, rewards = data.is_correct, data.rewards
     known = (labels >= 0) | ~np.isnan(rewards)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from wmtp.config.schema import EarlyStoppingConfig
 from wmtp.data.batch import PADDING
 from wmtp.errors import ConfigError
-from wmtp.training import HiddenView, Stage, StepView, Trainer, TrainerSetup
-from wmtp.training.modules import load_module
+from wmtp.trainers import HiddenView, Stage, StepView, Trainer, TrainerSetup
+from wmtp.trainers.modules import load_module
 from wmtp_algos import advantage as maths
 from wmtp_algos.critic_data import check_rewards, correct_documents, is_correct, reward_of
 from wmtp_algos.pairs import pair_documents, pairs_of_step, pairwise_accuracy, pairwise_loss

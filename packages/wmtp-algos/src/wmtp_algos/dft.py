@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from wmtp.training import StepView, Trainer
+from wmtp.trainers import StepView, Trainer
 
 __all__ = ["DFTTrainer"]
 

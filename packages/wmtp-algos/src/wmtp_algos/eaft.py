@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from wmtp.training import StepView, Trainer, TrainerSetup
+from wmtp.trainers import StepView, Trainer, TrainerSetup
 
 __all__ = ["EAFTTrainer"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wmtp.training import StepView, Trainer
+from wmtp.trainers import StepView, Trainer
 
 __all__ = ["HorizonDecayTrainer"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from wmtp.data.batch import align_targets
 from wmtp.errors import ConfigError
 from wmtp.loss import token_losses
-from wmtp.training import HiddenView, StepView, Trainer, TrainerSetup
+from wmtp.trainers import HiddenView, StepView, Trainer, TrainerSetup
 from wmtp_algos.selection import Groups
 
 if TYPE_CHECKING:

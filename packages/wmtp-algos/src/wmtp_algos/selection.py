@@ -8,7 +8,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from wmtp.training import StepView
+from wmtp.trainers import StepView
 from wmtp.training.devices import statistics_dtype
 
 __all__ = ["Groups", "Scope"]

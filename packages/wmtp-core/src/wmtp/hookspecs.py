@@ -33,7 +33,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def wmtp_trainers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Algorithms: which predicted tokens matter, which extra modules learn, in which stages.
 
-    ``build() -> wmtp.training.Trainer``. An optional class variable ``required_models`` names the ``[models.*]`` sections
+    ``build() -> wmtp.trainers.Trainer``. An optional class variable ``required_models`` names the ``[models.*]`` sections
     that the algorithm needs besides ``base``, for instance ``("ref",)``; it may be a property. Before a run starts, each of
     them is known to be there and to have the base model's vocabulary; `Trainer.setup` loads it with ``setup.model("ref")``.
     ``reward_models`` likewise names sequence classifiers with one output and a vocabulary of their own, whose scores of the

@@ -18,8 +18,8 @@ from wmtp.models.mtp import MTPModel
 from wmtp.testing.component import ComponentTests
 from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, Step, make_view, pad, random_step, tiny_model
 from wmtp.tokenizers.config import Bytes
+from wmtp.trainers.base import Stage, Trainer, TrainerSetup
 from wmtp.training.step import StepLoss
-from wmtp.training.trainer import Stage, Trainer, TrainerSetup
 from wmtp.training.weights import place_weights
 
 __all__ = ["TrainerTests"]

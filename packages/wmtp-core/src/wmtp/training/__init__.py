@@ -1,21 +1,13 @@
-"""The training loop, and the contract of an algorithm.
-
-Importing this package imports torch only once one of its names is used.
-"""
+"""The training loop."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import NoReturn
 
-if TYPE_CHECKING:
-    from wmtp.training.trainer import HiddenView, OpenModel, RewardScores, Stage, StepView, Trainer, TrainerSetup
-
-__all__ = ["HiddenView", "OpenModel", "RewardScores", "Stage", "StepView", "Trainer", "TrainerSetup"]
+_MOVED = ("HiddenView", "OpenModel", "RewardScores", "Stage", "StepView", "Trainer", "TrainerSetup")
 
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from wmtp.training import trainer
-
-        return getattr(trainer, name)
+def __getattr__(name: str) -> NoReturn:
+    if name in _MOVED:  # an ImportError: of an AttributeError `from … import` would drop the text
+        raise ImportError(f"{name} is in wmtp.trainers now; write: from wmtp.trainers import {name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,8 +18,8 @@ from wmtp.evaluation.consent import code_execution_allowed
 from wmtp.evaluation.measure import measure
 from wmtp.report import write_report
 from wmtp.tracking import Tracker
+from wmtp.trainers.modules import save_modules
 from wmtp.training.loop import Fit
-from wmtp.training.modules import save_modules
 from wmtp.training.setup import Place
 
 if TYPE_CHECKING:

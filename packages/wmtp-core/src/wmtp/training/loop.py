@@ -16,8 +16,9 @@ from torch import nn
 from wmtp.data.batch import PADDING, Batch
 from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.trainers.base import Stage
+from wmtp.trainers.checks import checked_state
 from wmtp.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
-from wmtp.training.contract import checked_state
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.evaluate import evaluate
 from wmtp.training.gradients import clip_gradients, gradient_norm
@@ -29,7 +30,6 @@ from wmtp.training.stages import StageBatches, StagePlan, apply_stage
 from wmtp.training.step import StepLoss
 from wmtp.training.step_log import StepLog
 from wmtp.training.step_numbers import PendingStep, finite, peak_memory, send_numbers
-from wmtp.training.trainer import Stage
 
 if TYPE_CHECKING:
     from wmtp.config.schema import CheckpointConfig, ScheduleConfig, TrainConfig

@@ -12,8 +12,8 @@ import torch
 
 from wmtp.data.document_numbers import DocumentNumbers
 from wmtp.errors import WMTPError
+from wmtp.trainers.base import RewardScores
 from wmtp.training.cached_numbers import numbers_path
-from wmtp.training.trainer import RewardScores
 
 if TYPE_CHECKING:
     from wmtp.config.schema import Config

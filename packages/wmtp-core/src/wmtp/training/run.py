@@ -20,8 +20,9 @@ from wmtp.result import Result
 from wmtp.storage.atomic import write_folder
 from wmtp.tracking import RunInfo
 from wmtp.tracking.jsonl import Jsonl
+from wmtp.trainers.base import TrainerSetup
+from wmtp.trainers.checks import checked_modules, checked_rates
 from wmtp.training.cached_numbers import open_token_numbers
-from wmtp.training.contract import checked_modules, checked_rates
 from wmtp.training.devices import autocast_context, pick_device, pick_precision, prefer_fast_attention
 from wmtp.training.finish import finish_tracking, measure_model, report, save_model, show_sample
 from wmtp.training.loop import Fit
@@ -35,7 +36,6 @@ from wmtp.training.reward_scores import open_reward_scores
 from wmtp.training.setup import build_trainer, load_extra_model, open_source, planned_steps
 from wmtp.training.stages import StageBatches, StagePlan, check_data
 from wmtp.training.step import StepLoss
-from wmtp.training.trainer import TrainerSetup
 
 __all__ = ["train"]
 

@@ -23,7 +23,7 @@ from wmtp.plugins import load_plugins
 from wmtp.storage.backends import build_backends
 from wmtp.storage.uris import localize
 from wmtp.tokenizers import Tokenizer
-from wmtp.training.trainer import OpenModel, Trainer
+from wmtp.trainers.base import OpenModel, Trainer
 
 if TYPE_CHECKING:
     from wmtp.data.batches import StepBatches
@@ -282,7 +282,7 @@ def build_trainer(config: Config) -> tuple[Trainer, str]:
     """The trainer, and what messages call it."""
     trainer, name = config.trainer.build(), provenance(config.trainer)
     if not isinstance(trainer, Trainer):
-        raise PluginError(f"{name}: build returned a {type(trainer).__name__}, not a wmtp.training.Trainer")
+        raise PluginError(f"{name}: build returned a {type(trainer).__name__}, not a wmtp.trainers.Trainer")
     return trainer, name
 
 

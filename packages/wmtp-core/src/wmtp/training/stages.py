@@ -11,7 +11,7 @@ from torch import nn
 
 from wmtp.data.batches import StepBatches
 from wmtp.errors import ConfigError, PluginError
-from wmtp.training.trainer import Stage, Trainer
+from wmtp.trainers.base import Stage, Trainer
 
 if TYPE_CHECKING:
     from wmtp.config.schema import TrainDataConfig

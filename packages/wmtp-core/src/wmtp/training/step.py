@@ -17,11 +17,11 @@ from wmtp.distributed.sharding import Sharding
 from wmtp.distributed.share import Share
 from wmtp.errors import PluginError
 from wmtp.loss import TokenPass, Unembedding, token_pass, weighted_cross_entropy
-from wmtp.training.contract import check_unchanged, checked_metrics, versions
+from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
+from wmtp.trainers.checks import check_unchanged, checked_metrics, versions
 from wmtp.training.devices import statistics_dtype
 from wmtp.training.master_weights import MasterWeights
 from wmtp.training.recording import TokenRecord, weight_histogram
-from wmtp.training.trainer import HiddenView, Stage, StepView, Trainer
 from wmtp.training.weights import (
     NO_WEIGHT,
     Normalizer,

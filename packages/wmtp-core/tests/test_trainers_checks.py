@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from wmtp.errors import ConfigError, PluginError
-from wmtp.training import Trainer
-from wmtp.training.contract import checked_modules, checked_rates, checked_state
+from wmtp.trainers import Trainer
+from wmtp.trainers.checks import checked_modules, checked_rates, checked_state
 from wmtp.training.stages import check_data
 
 NAME = "trainer 'mine' (mine 1.0)"

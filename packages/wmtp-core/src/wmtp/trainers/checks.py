@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wmtp.errors import PluginError
-from wmtp.training.trainer import StepView, Trainer
+from wmtp.trainers.base import StepView, Trainer
 
 __all__ = ["check_unchanged", "checked_metrics", "checked_modules", "checked_rates", "checked_state", "versions"]
 
