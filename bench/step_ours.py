@@ -255,7 +255,7 @@ class _Known:
 
 def rho1_cached(shape: Shape, warmup: int, steps: int) -> float:
     """rho1, token-skip, reference losses from the cache."""
-    from wmtp_algos.config import Rho1WMTP
+    from wmtp_algos import Rho1WMTP
 
     trainer = Rho1WMTP(mode="token-skip", reference_cache=True).build()
     return _run(shape, warmup, steps, trainer=trainer, known=_Known(shape))
@@ -263,7 +263,7 @@ def rho1_cached(shape: Shape, warmup: int, steps: int) -> float:
 
 def rho1_online(shape: Shape, warmup: int, steps: int) -> float:
     """rho1, token-skip, reference losses by a forward pass of a model of the same size."""
-    from wmtp_algos.config import Rho1WMTP
+    from wmtp_algos import Rho1WMTP
 
     return _run(shape, warmup, steps, trainer=Rho1WMTP(mode="token-skip", reference_precision="bf16").build())
 

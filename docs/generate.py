@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from wmtp.cli.show import type_name
 from wmtp.config import schema
 from wmtp.config.components import COMPONENT_KIND, KINDS
 from wmtp.config.tree import plain_value
+from wmtp.contract import CONFIG_CLASSES, ComponentConfig, Contract
 from wmtp.plugins import Registry, load_plugins
 
 DOCS = Path(__file__).parent
@@ -74,7 +75,17 @@ FURTHER_CONTRACTS = {"launchers": ("RemoteLauncher",)}
 
 #: kind → what the contract's methods are given, or give
 VALUES = {
-    "trainers": ("TrainerSetup", "HiddenView", "StepView", "Stage", "OpenModel"),
+    "trainers": (
+        *(
+            "TrainerSetup",
+            "HiddenView",
+            "StepView",
+            "wmtp.data.batch.Batch",
+            "wmtp.data.batch.Targets",
+            "wmtp.data.batch.Document",
+        ),
+        *("Stage", "OpenModel"),
+    ),
     "model_loaders": ("ModelInfo", "LoadedModel"),
     "data_loaders": ("Example", "BadExample"),
     "trackers": ("RunInfo",),
@@ -179,35 +190,60 @@ def hook_reference() -> str:
     """Every hook, and the class that its components' ``build`` makes."""
     from importlib import import_module
 
-    parts = []
+    parts = [f"### Every config class\n\n{declared('wmtp.contract', ComponentConfig)}\n\n{contract_methods(ComponentConfig)}"]
     for kind in KINDS:
         hook = getattr(hookspecs, f"wmtp_{kind}")
         text, _, example = inspect.cleandoc(hook.__doc__).partition("Example::\n")
         parts.append(f"### `wmtp_{kind}()`\n\n{markdown(text).strip()}")
         parts.append(f"```python\n{inspect.cleandoc(example)}\n```")
+        parts.append(declared("wmtp", CONFIG_CLASSES[kind]))
         if kind in CONTRACTS:
             module, name = CONTRACTS[kind]
             base = getattr(import_module(module), name)
             parts.append(contract(module, base))
+            if read := flags(base):
+                parts[-1] += "\n\nIts class variables:\n\n" + read
             parts += [contract(module, getattr(import_module(module), other)) for other in FURTHER_CONTRACTS.get(kind, ())]
             for value in VALUES.get(kind, ()):
-                home = module if hasattr(import_module(module), value) else base.__module__
+                home, _, value = value.rpartition(".")
+                home = home or (module if hasattr(import_module(module), value) else base.__module__)
                 parts.append(fields(home, getattr(import_module(home), value)))
     return "\n\n".join(parts)
 
 
+def declared(module: str, cls: type[Any]) -> str:
+    """Describe a base of config classes: what it is, and what the host reads of it."""
+    read = flags(cls)
+    return f"**`{module}.{cls.__name__}`** – {documentation(cls)[0]}" + (f"\n\n{read}" if read else "")
+
+
+def flags(cls: type[Any]) -> str:
+    """List the class variables that a class declares, by the ``#:`` comments above them."""
+    found = re.findall(r"((?:^    #: .*\n)+)^    (\w+): ([^=\n]+?)(?: = (.*))?$", inspect.getsource(cls), re.MULTILINE)
+    lines = []
+    for comment, name, _, default in found:
+        said = " ".join(line.removeprefix("    #: ") for line in comment.splitlines())
+        lines.append(f"- `{name}`{f' (default `{default}`)' if default else ''}: {markdown(said)}")
+    return "\n".join(lines)
+
+
 def contract(module: str, cls: type[Any]) -> str:
-    """The methods of a base class."""
-    text, _ = documentation(cls)
-    lines = [f"**`{module}.{cls.__name__}`** – {text}", ""]
+    """Describe a base class, and its methods."""
+    return f"**`{module}.{cls.__name__}`** – {documentation(cls)[0]}\n\n{contract_methods(cls)}"
+
+
+def contract_methods(cls: type[Any], without: Container[str] = ()) -> str:
+    """List the methods of a class, but for those of these names."""
+    lines = []
     for name, member in vars(cls).items():
-        if name.startswith("_") or not (inspect.isfunction(member) or isinstance(member, property)):
+        if name.startswith("_") or name in without or not (inspect.isfunction(member) or isinstance(member, property)):
             continue
         function: Callable[..., Any] = member.fget if isinstance(member, property) else member  # type: ignore[assignment]
         said, arguments = documentation(function)
         needed = "required" if getattr(function, "__isabstractmethod__", False) else "optional"
+        needed = f" ({needed})" if issubclass(cls, Contract) else ""  # not of what the host gives
         signature = "" if isinstance(member, property) else re.sub(r"\bself(, )?", "", signature_of(function), count=1)
-        lines.append(f"- `{name}{signature}` ({needed}): {flattened(said)}")
+        lines.append(f"- `{name}{signature}`{needed}: {flattened(said)}")
         lines += [f"  - `{argument}`: {meaning}" for argument, meaning in arguments.items()]
     return "\n".join(lines)
 
@@ -215,10 +251,13 @@ def contract(module: str, cls: type[Any]) -> str:
 def fields(module: str, cls: type[Any]) -> str:
     """What a value class holds."""
     text, arguments = documentation(cls)
-    if not arguments:  # a protocol of one call
+    text_of_call = not arguments
+    if text_of_call:  # a protocol of one call
         text, arguments = f"{text} {documentation(cls.__call__)[0]}", documentation(cls.__call__)[1]
     lines = [f"**`{module}.{cls.__name__}`** – {text}", ""]
-    return "\n".join([*lines, *(f"- `{name}`: {meaning}" for name, meaning in arguments.items())])
+    lines += [f"- `{name}`: {meaning}" for name, meaning in arguments.items()]
+    methods = "" if text_of_call else contract_methods(cls, arguments)
+    return "\n".join(lines) + (f"\n\nIts methods:\n\n{methods}" if methods else "")
 
 
 def signature_of(function: Callable[..., Any]) -> str:

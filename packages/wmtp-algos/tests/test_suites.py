@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from wmtp.config.components import Component, component
+from wmtp.contract import TrainerConfig
 from wmtp.testing import TrainerTests
 from wmtp.trainers import Stage, Trainer
 from wmtp_algos import (
@@ -136,7 +137,7 @@ class LearnedWeights(Trainer):
 
 
 @attrs.frozen(kw_only=True)
-class Learned:
+class Learned(TrainerConfig):
     type = "learned"
 
     def build(self):
@@ -144,7 +145,7 @@ class Learned:
 
 
 @attrs.frozen(kw_only=True)
-class Nested:
+class Nested(TrainerConfig):
     """A control of a control: keeps the registered classes out of it, as `Learned` is in no plugin."""
 
     type = "nested"

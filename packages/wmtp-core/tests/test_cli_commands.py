@@ -48,7 +48,7 @@ class Here(Launcher):
         )
 
 @attrs.frozen(kw_only=True)
-class HereConfig:
+class HereConfig(wmtp.LauncherConfig):
     type = "here"
     do: str = "train"
 
@@ -56,7 +56,7 @@ class HereConfig:
         return Here(self.do)
 
 @attrs.frozen(kw_only=True)
-class Plain:
+class Plain(wmtp.TrainerConfig):
     \"\"\"A trainer.\"\"\"
     type = "plain"
     alpha: float = 1.0

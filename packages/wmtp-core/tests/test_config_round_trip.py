@@ -15,6 +15,7 @@ from wmtp.config.components import component
 from wmtp.config.load import load_config
 from wmtp.config.schema import Config, EvalDataConfig, HeadsConfig, ModelConfig, RunConfig, TrainConfig
 from wmtp.config.tree import components, dump_config, flatten
+from wmtp.contract import TrainerConfig
 from wmtp.data.config import Jsonl
 from wmtp.errors import ConfigError
 from wmtp.models.config import HfModel
@@ -33,7 +34,7 @@ class Part:
 
 
 @attrs.frozen(kw_only=True)
-class Wrapper:
+class Wrapper(TrainerConfig):
     type = "wrapper"
     of: Any = component("trainers", default=None)
     others: tuple[Any, ...] = component("trainers", default=())
@@ -52,7 +53,7 @@ class Wrapper:
 
 
 @attrs.frozen(kw_only=True)
-class Stubborn:
+class Stubborn(TrainerConfig):
     type = "stubborn"
     value: float | None = 0.5
 

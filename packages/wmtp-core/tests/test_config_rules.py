@@ -10,12 +10,13 @@ import pytest
 from wmtp.config.components import component
 from wmtp.config.load import load
 from wmtp.config.rules import check, check_loaded
+from wmtp.contract import TrainerConfig
 from wmtp.errors import ConfigError
 from wmtp.plugins import Registry, load_plugins
 
 
 @attrs.frozen(kw_only=True)
-class Picky:
+class Picky(TrainerConfig):
     type = "picky"
     required_models = ("ref",)
     lo: float = 0.0
@@ -38,7 +39,7 @@ class Picky:
 
 
 @attrs.frozen(kw_only=True)
-class Easy:
+class Easy(TrainerConfig):
     type = "easy"
     of: Any = component("trainers", default=None)
 

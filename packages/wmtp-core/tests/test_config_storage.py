@@ -12,6 +12,7 @@ from wmtp.config.problems import Problems
 from wmtp.config.rules import check
 from wmtp.config.schema import Config, ModelConfig, StorageConfig
 from wmtp.config.tree import components, dump_config, flatten
+from wmtp.contract import StorageBackendConfig
 from wmtp.data.config import TextFiles
 from wmtp.errors import ConfigError
 from wmtp.models.config import ScratchModel
@@ -23,7 +24,7 @@ from wmtp.tokenizers.config import Bytes
 
 
 @attrs.frozen(kw_only=True)
-class Archive:
+class Archive(StorageBackendConfig):
     type = "archive"
     schemes = ("archive", "tar")
     level: int = 1

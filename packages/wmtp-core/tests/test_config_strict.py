@@ -10,6 +10,7 @@ import pytest
 from wmtp.config.components import component
 from wmtp.config.load import load_config
 from wmtp.config.schema import Config
+from wmtp.contract import TrainerConfig
 from wmtp.errors import ConfigError
 from wmtp.plugins import Provided, Registry, load_plugins
 
@@ -26,7 +27,7 @@ class Inner:
 
 
 @attrs.frozen(kw_only=True)
-class Rich:
+class Rich(TrainerConfig):
     """A trainer with every sort of field."""
 
     type = "rich"
@@ -59,7 +60,7 @@ class Rich:
 
 
 @attrs.frozen(kw_only=True)
-class Needy:
+class Needy(TrainerConfig):
     type = "needy"
     must: str
 
@@ -182,7 +183,7 @@ class NoAttrs:
 
 
 @attrs.frozen(kw_only=True)
-class Odd:
+class Odd(TrainerConfig):
     type = "odd"
     _private: int = 1
     made: int = attrs.field(init=False, default=7)

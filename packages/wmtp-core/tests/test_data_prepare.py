@@ -12,6 +12,7 @@ import attrs
 import pytest
 
 from wmtp.config.schema import Config, DataConfig, EvalDataConfig, ModelConfig, RunConfig, TrainDataConfig
+from wmtp.contract import DataLoaderConfig, TrainerConfig
 from wmtp.data.base import Example, ExampleLoader
 from wmtp.data.config import HumanEval, Jsonl, PythonSource
 from wmtp.data.prepare import prepare_data
@@ -22,7 +23,7 @@ BOS, EOS = 257, 256
 
 
 @attrs.frozen(kw_only=True)
-class Unused:
+class Unused(TrainerConfig):
     type = "unused"
 
     def build(self):
@@ -30,7 +31,7 @@ class Unused:
 
 
 @attrs.frozen(kw_only=True)
-class Generated:
+class Generated(DataLoaderConfig):
     """A plugin's data set that reads no file."""
 
     type = "generated"
@@ -379,7 +380,7 @@ def mbpp():
 
 
 @attrs.frozen(kw_only=True)
-class Odd:
+class Odd(DataLoaderConfig):
     """A plugin's data set that breaks the contract."""
 
     type = "odd"

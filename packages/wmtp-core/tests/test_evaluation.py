@@ -15,6 +15,7 @@ from attrs import frozen
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wmtp.config.schema import HeadsConfig
+from wmtp.contract import EvaluatorConfig
 from wmtp.data.batch import PADDING, Batch, Document
 from wmtp.errors import ConfigError, PluginError
 from wmtp.evaluation import Estimate, Evaluator, Measured
@@ -171,7 +172,7 @@ def test_a_plugins_plain_numbers_do_and_its_mistakes_are_named(model: MTPModel) 
             return self.found
 
     @frozen(kw_only=True)
-    class Config:
+    class Config(EvaluatorConfig):
         found: Any
         type = "numbers"
 

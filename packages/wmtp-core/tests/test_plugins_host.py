@@ -15,7 +15,7 @@ CONFIG_CLASS = """
 import attrs, wmtp
 
 @attrs.frozen(kw_only=True)
-class Mine:
+class Mine(wmtp.TrainerConfig):
     \"\"\"{type}'s documentation.\"\"\"
     type = "{type}"
     alpha: float = 1.0
@@ -133,6 +133,7 @@ def test_a_broken_plugin_says_why(site, code, reason):
     ],
 )  # fmt: skip
 def test_a_class_that_breaks_the_contract(site, body, reason):
+    body = body.replace("class A:", "class A(wmtp.TrainerConfig):")
     site.install("broken", f"import attrs, wmtp\n{body}\n@wmtp.hookimpl\ndef wmtp_trainers(): return [A]")
     assert reason in site.reason("broken")
 
@@ -163,7 +164,8 @@ def test_one_name_from_two_distributions_is_an_error_but_both_are_listed(site):
 
 def test_one_scheme_from_two_distributions_is_an_error_that_names_both(site):
     storage = (
-        "import attrs, wmtp\n@attrs.frozen\nclass A:\n    type = '{0}'\n    schemes = ('mem',)\n    def build(self): pass\n"
+        "import attrs, wmtp\n@attrs.frozen\nclass A(wmtp.StorageBackendConfig):\n    type = '{0}'\n"
+        "    schemes = ('mem',)\n    def build(self): pass\n"
     )
     hook = "@wmtp.hookimpl\ndef wmtp_storages(): return [A]\n"
     site.install("one", storage.format("memory") + hook, version="1.1")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from attrs import evolve
 
+from wmtp.contract import EvaluatorConfig
 from wmtp.evaluation import Estimate, Evaluator
 from wmtp.evaluation.config import InferenceSpeed, PassAtK, Perplexity, Speculative, TokenAccuracy
 from wmtp.testing import EvaluatorTests
@@ -48,7 +49,7 @@ def config_of(evaluator_class):
     """A config class for an evaluator class."""
 
     @attrs.frozen(kw_only=True)
-    class TestedEvaluator:
+    class TestedEvaluator(EvaluatorConfig):
         type: ClassVar[str] = "tested"
 
         def build(self):

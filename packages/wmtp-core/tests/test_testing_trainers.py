@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from wmtp.contract import TrainerConfig
 from wmtp.errors import PluginError
 from wmtp.testing import TrainerTests
 from wmtp.testing.steps import random_step
@@ -18,7 +19,7 @@ def config_of(trainer_class, **class_variables):
     """A config class for a trainer class."""
 
     @attrs.frozen(kw_only=True)
-    class TestedTrainer:
+    class TestedTrainer(TrainerConfig):
         type: ClassVar[str] = "tested"
 
         def build(self):

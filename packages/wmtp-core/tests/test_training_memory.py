@@ -10,7 +10,7 @@ from wmtp.models.build import build_model
 from wmtp.models.config import HfModel, ScratchModel
 from wmtp.models.outline import outline
 from wmtp.training.memory import cheaper_settings, estimate_memory, explain_out_of_memory, head_parameters
-from wmtp_algos.config import Rho1WMTP
+from wmtp_algos import Rho1WMTP
 
 ONE_BILLION = ScratchModel(
     vocab_size=1024, hidden_size=2048, layers=16, attention_heads=32, kv_heads=8, intermediate_size=8192, max_positions=2048

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import wmtp
 from wmtp.config.schema import Config, DataConfig, HeadsConfig, ModelConfig, TrainDataConfig
+from wmtp.contract import TokenizerConfig, TrainerConfig
 from wmtp.data.config import TextFiles
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.evaluation.config import InferenceSpeed, Speculative
@@ -19,13 +20,13 @@ from wmtp.tokenizers.config import Bytes, HfTransformers
 from wmtp.trainers import Trainer
 from wmtp.training.dry_run import dry_run
 from wmtp.training.setup import Place, load_extra_model, open_source
-from wmtp_algos.config import BaselineMTP
+from wmtp_algos import BaselineMTP
 
 WORDS = ["</s>", "def", "return", "x", "y", "+", "=", "1"]
 
 
 @attrs.frozen(kw_only=True)
-class NeedsReference:
+class NeedsReference(TrainerConfig):
     type = "needs-reference"
     required_models = ("ref",)
 
@@ -34,7 +35,7 @@ class NeedsReference:
 
 
 @attrs.frozen(kw_only=True)
-class Words:
+class Words(TokenizerConfig):
     """A tokenizer of another package, which only the config that names it can open."""
 
     type = "words"

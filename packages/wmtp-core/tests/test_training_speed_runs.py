@@ -9,6 +9,7 @@ from attrs import frozen
 from safetensors.torch import load_file
 
 import wmtp
+from wmtp.contract import TrainerConfig
 from wmtp.errors import WMTPError
 from wmtp.trainers import Trainer
 from wmtp.training.optimizer_config import AdamW
@@ -75,7 +76,7 @@ class _Hungry(Trainer):
 
 
 @frozen(kw_only=True)
-class _HungryConfig:
+class _HungryConfig(TrainerConfig):
     type = "hungry"
 
     def build(self):

@@ -14,6 +14,7 @@ from torch import nn
 
 import wmtp
 from wmtp.config.schema import EarlyStoppingConfig
+from wmtp.contract import TrainerConfig
 from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.trainers import Stage, Trainer
 from wmtp.training.stages import StageBatches, StagePlan, apply_stage
@@ -143,7 +144,7 @@ class TwoStages(Trainer):
 
 
 @attrs.frozen(kw_only=True)
-class TwoStagesConfig:
+class TwoStagesConfig(TrainerConfig):
     type = "two-stages"
     units: str = "halves"
     problem: str = ""

@@ -117,7 +117,7 @@ def test_a_trainer_cannot_change_what_the_loop_goes_on_to_use(method, name, chan
 
     def changing(self, view):
         change(view)
-        return {} if method == "auxiliary_losses" else None
+        return {} if method == "auxiliary_losses" else view.uniform()
 
     setattr(Changing, method, changing)
     with pytest.raises(PluginError) as error:
@@ -141,6 +141,7 @@ def test_the_view_gives_every_algorithm_the_same_random_numbers_for_the_same_ste
     class Draws(Trainer):
         def token_weights(self, view):
             drawn.append(torch.rand(3, generator=view.generator))
+            return view.uniform()
 
     model, batch = make_model(), make_batch(packed=False)
     for micro in (99, 1):

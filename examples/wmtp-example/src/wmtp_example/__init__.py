@@ -1,1 +1,1 @@
-"""loss-truncation for WMTP: examples that the model finds hardest to explain are left out."""
+"""loss-truncation and loss-ceiling for WMTP: what the model finds hardest to explain counts less, or not at all."""

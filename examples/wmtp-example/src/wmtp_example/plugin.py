@@ -1,47 +1,15 @@
-"""What this package adds to WMTP. It is read whenever `wmtp` starts, so it imports no torch."""
+"""Register the algorithms of this package. It is read whenever `wmtp` starts, so it imports no torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import attrs
-from attrs.validators import ge, gt, lt
-
 import wmtp
+from wmtp_example.loss_ceiling import LossCeiling
+from wmtp_example.loss_truncation import LossTruncation
 
-if TYPE_CHECKING:
-    from wmtp.trainers import Trainer
-
-__all__ = ["LossTruncation", "wmtp_trainers"]
-
-
-@attrs.frozen(kw_only=True)
-class LossTruncation:
-    """Leaves out the documents with the highest loss (Kang and Hashimoto, ACL 2020, arXiv 2004.14589).
-
-    The log loss asks a model to explain every document, wrong and garbled ones too. Here a document whose loss is above the
-    (1 − drop) quantile of the last documents is not learned: w = 0, else 1.
-
-    Args:
-        drop: c, about this share of documents is left out.
-        window: of so many last documents the quantile is taken.
-        warmup_steps: optimizer steps at the start in which all is learned. What a model without training finds hard says
-            nothing yet (the paper's "hotstart").
-    """
-
-    type = "loss-truncation"
-    drop: float = attrs.field(default=0.1, validator=[ge(0.0), lt(1.0)])
-    window: int = attrs.field(default=1000, validator=gt(0))
-    warmup_steps: int = attrs.field(default=100, validator=ge(0))
-
-    def build(self) -> Trainer:
-        """Make the trainer; only this imports torch."""
-        from wmtp_example.trainer import LossTruncationTrainer
-
-        return LossTruncationTrainer(self)
+__all__ = ["wmtp_trainers"]
 
 
 @wmtp.hookimpl
 def wmtp_trainers() -> list[type]:
-    """The algorithms of this package."""
-    return [LossTruncation]
+    """Return the algorithms."""
+    return [LossCeiling, LossTruncation]

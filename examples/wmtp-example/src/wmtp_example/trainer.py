@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wmtp.trainers import StepView, Trainer
+from wmtp import StepView, Trainer
 
 if TYPE_CHECKING:
-    from wmtp_example.plugin import LossTruncation
+    from wmtp_example.loss_truncation import LossTruncation
 
 __all__ = ["LossTruncationTrainer"]
 
@@ -24,7 +24,7 @@ class LossTruncationTrainer(Trainer):
                                                among them; the document with the lowest loss of a step is always learned
 
     Args:
-        config: see `wmtp_example.plugin.LossTruncation`.
+        config: see `wmtp_example.loss_truncation.LossTruncation`.
     """
 
     needs_token_loss = True
@@ -34,9 +34,8 @@ class LossTruncationTrainer(Trainer):
         self._last = torch.zeros(0)  # ℓ of the last documents
         self._metrics: dict[str, Tensor] = {}
 
-    def token_weights(self, view: StepView) -> Tensor | None:
-        """One weight a token, ``[B, S]``. The view holds the whole step, whatever the micro-batches are."""
-        assert view.token_loss is not None
+    def token_weights(self, view: StepView) -> Tensor:
+        """Weigh each token, ``[B, S]``. The view holds the whole step, whatever the micro-batches are."""
         number = view.batch.document.clamp(min=0)  # padding has no valid prediction
         count = torch.zeros(len(view.batch.documents), device=number.device)
         total = torch.zeros_like(count)
@@ -47,7 +46,7 @@ class LossTruncationTrainer(Trainer):
         self._losses = total / count
         self._metrics = {}
         if len(losses) == 0 or view.step < self._config.warmup_steps:
-            return None
+            return view.uniform()
         threshold = torch.quantile(self._last, 1 - self._config.drop)
         learned = self._losses <= torch.maximum(threshold, losses.min())
         self._metrics = {"truncation/threshold": threshold, "truncation/dropped": 1 - learned[count > 0].float().mean()}

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from wmtp.trainers import StepView, Trainer
+from attrs import field, frozen
+from attrs.validators import ge, le
 
-__all__ = ["AdaMTPTrainer"]
+from wmtp import Trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wmtp import StepView
+
+__all__ = ["AdaMTP"]
 
 
-class AdaMTPTrainer(Trainer):
-    """w[t, k] = 1 where k ≤ d[t], else 0 (the mask of AdaMTP, arXiv 2608.00434, with WMTP's own depth d).
+@frozen(kw_only=True)
+class AdaMTP(Trainer):
+    """Learns as far ahead as the text is predictable: w = 1 where k ≤ d_t, else 0, as AdaMTP (arXiv 2608.00434) masks heads.
 
-        d[t] = 1 + the largest n ≤ H − 1 for which heads 1..n all give their targets at least the probability p
-
-    So the first head that is not sure yet is the last that learns there. Predictions that do not count (targets in a prompt)
-    are as if sure.
+    How the paper finds d_t was not available to us. This is WMTP's own reading: d_t = 1 + the number of heads, from the first
+    on, that all give their targets at least the probability ``confidence``. The first head that is not sure is the last that
+    learns there; a target that is not learned (of a prompt) is as if its head were sure. With new heads, warm them up first
+    (``warmup_steps`` in ``[models.base.heads]``), as the paper does.
 
     Args:
-        confidence: p.
-        min_depth: d is never less.
+        confidence: what counts as sure; 0 gives the baseline.
+        min_depth: so many heads learn everywhere.
     """
 
+    type = "adamtp"
     needs_token_loss = True
-
-    def __init__(self, confidence: float, min_depth: int) -> None:
-        self._confidence = confidence
-        self._min_depth = min_depth
+    confidence: float = field(default=0.5, validator=[ge(0.0), le(1.0)])
+    min_depth: int = field(default=1, validator=ge(1))
 
     def token_weights(self, view: StepView) -> Tensor:
-        """See `Trainer.token_weights`; ``[B, S, H]``."""
-        assert view.token_loss is not None
-        sure = ((-view.token_loss).exp() >= self._confidence) | ~view.targets.valid
-        before = torch.ones_like(view.token_loss)  # whether all heads before this one are sure
+        """Weigh each prediction, ``[B, S, H]``."""
+        sure = ((-view.token_loss).exp() >= self.confidence) | ~view.targets.valid
+        before = view.uniform()  # whether all heads before this one are sure
         before[..., 1:] = sure[..., :-1].float().cumprod(dim=-1)
-        before[..., : self._min_depth] = 1.0
+        before[..., : self.min_depth] = 1.0
         return before

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from attrs import frozen
 
-from wmtp.errors import ConfigError
-from wmtp.trainers import StepView, Trainer
+from wmtp import ConfigError, Trainer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wmtp import StepView
     from wmtp.data.dataset import TokenDataset
 
-__all__ = ["ColumnTrainer"]
+__all__ = ["Column"]
 
 _NO_WEIGHTS = (
     "data.train: the trainer 'column' takes its weights from the data, but no document has any; use data with a weight for "
@@ -21,15 +23,21 @@ _NO_WEIGHTS = (
 )
 
 
-class ColumnTrainer(Trainer):
-    """w[t, k] = the weight that the data gives to token x[t+k]."""
+@frozen(kw_only=True)
+class Column(Trainer):
+    """The data's own token weights: a token's weight counts at every head that predicts it.
+
+    Documents without weights have weight 1; data in which no document has any is refused.
+    """
+
+    type = "column"
 
     def check_data(self, data: TokenDataset) -> Sequence[str]:
-        """Some document must have weights."""
+        """Refuse data in which no document has weights."""
         return [] if data.has_weights else [_NO_WEIGHTS]
 
     def token_weights(self, view: StepView) -> Tensor:
-        """See `Trainer.token_weights`; ``[B, S]``.
+        """Weigh each token, ``[B, S]``.
 
         Raises:
             ConfigError: no document of the training data has weights.

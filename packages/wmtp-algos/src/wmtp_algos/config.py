@@ -1,4 +1,4 @@
-"""The config classes of all algorithms. Torch-free."""
+"""Config classes of algorithms with state, and of controls. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,41 +7,17 @@ from typing import TYPE_CHECKING, Literal
 from attrs import field, frozen
 from attrs.validators import ge, gt, le, matches_re, optional
 
-from wmtp.config.components import Component, component
+from wmtp import TrainerConfig
+from wmtp.config.components import component
 
 if TYPE_CHECKING:
     from wmtp.trainers import Trainer
 
-__all__ = [
-    "DFT",
-    "EAFT",
-    "AdaMTP",
-    "BaselineMTP",
-    "Column",
-    "EntropyTop",
-    "Focal",
-    "HorizonDecay",
-    "RandomMatched",
-    "Rho1WMTP",
-    "Shuffled",
-]
+__all__ = ["RandomMatched", "Rho1WMTP", "Shuffled"]
 
 
 @frozen(kw_only=True)
-class BaselineMTP:
-    """Plain multi-token prediction (Gloeckle et al., arXiv 2404.19737): every prediction counts the same, w = 1."""
-
-    type = "baseline-mtp"
-
-    def build(self) -> Trainer:
-        """Make the trainer."""
-        from wmtp_algos.baseline_mtp import BaselineMTPTrainer
-
-        return BaselineMTPTrainer()
-
-
-@frozen(kw_only=True)
-class Rho1WMTP:
+class Rho1WMTP(TrainerConfig):
     """Learns where the model is worse than a reference model (Rho-1: Lin et al., arXiv 2404.07965), at every head.
 
     The excess loss of head k's prediction of token j = t+k, signed:
@@ -95,147 +71,7 @@ class Rho1WMTP:
 
 
 @frozen(kw_only=True)
-class DFT:
-    """Dynamic fine-tuning (Wu et al., arXiv 2508.05629): w = p, the probability that the model gives to the token.
-
-    It cancels the 1/p in the gradient of the cross entropy, so unlikely tokens no longer dominate. Where new facts are to be
-    learned, whose tokens *are* unlikely, it does harm.
-    """
-
-    type = "dft"
-
-    def build(self) -> Trainer:
-        """Make the trainer."""
-        from wmtp_algos.dft import DFTTrainer
-
-        return DFTTrainer()
-
-
-@frozen(kw_only=True)
-class Focal:
-    """The focal loss (Lin et al., arXiv 1708.02002): w = (1 − p)^γ, so what the model knows already counts less.
-
-    Args:
-        gamma: γ; 0 gives the baseline.
-    """
-
-    type = "focal"
-    gamma: float = field(default=2.0, validator=ge(0.0))
-
-    def build(self) -> Trainer:
-        """Make the trainer."""
-        from wmtp_algos.focal import FocalTrainer
-
-        return FocalTrainer(self.gamma)
-
-
-@frozen(kw_only=True)
-class HorizonDecay:
-    """Far heads count less: w = decay^(k−1) for head k (FastMTP, arXiv 2509.18362, weighs its depths so).
-
-    The same as ``decay`` in ``[models.base.heads]``, as a trainer: to compare with, and to wrap in controls.
-
-    Args:
-        decay: the factor from one head to the next; 1 gives the baseline.
-    """
-
-    type = "horizon-decay"
-    decay: float = field(default=0.6, validator=[gt(0.0), le(1.0)])
-
-    def build(self) -> Trainer:
-        """Make the trainer."""
-        from wmtp_algos.horizon_decay import HorizonDecayTrainer
-
-        return HorizonDecayTrainer(self.decay)
-
-
-@frozen(kw_only=True)
-class AdaMTP:
-    """Learns as far ahead as the text is predictable: w = 1 where k ≤ d_t, else 0, as AdaMTP (arXiv 2608.00434) masks heads.
-
-    How the paper finds d_t was not available to us. This is WMTP's own reading: d_t = 1 + the number of heads, from the first
-    on, that all give their targets at least the probability ``confidence``. The first head that is not sure is the last that
-    learns there; a target that is not learned (of a prompt) is as if its head were sure. With new heads, warm them up first
-    (``warmup_steps`` in ``[models.base.heads]``), as the paper does.
-
-    Args:
-        confidence: what counts as sure; 0 gives the baseline.
-        min_depth: so many heads learn everywhere.
-    """
-
-    type = "adamtp"
-    confidence: float = field(default=0.5, validator=[ge(0.0), le(1.0)])
-    min_depth: int = field(default=1, validator=ge(1))
-
-    def build(self) -> Trainer:
-        """Make the trainer."""
-        from wmtp_algos.adamtp import AdaMTPTrainer
-
-        return AdaMTPTrainer(self.confidence, self.min_depth)
-
-
-@frozen(kw_only=True)
-class Column:
-    """The data's own token weights: a token's weight counts at every head that predicts it.
-
-    Documents without weights have weight 1; data in which no document has any is refused.
-    """
-
-    type = "column"
-
-    def build(self) -> Trainer:
-        """Make the trainer."""
-        from wmtp_algos.column import ColumnTrainer
-
-        return ColumnTrainer()
-
-
-@frozen(kw_only=True)
-class EAFT:
-    """Entropy-adaptive fine-tuning (Diao et al., arXiv 2601.02151): w = H / log K.
-
-    H is the entropy of the model's K most probable tokens, made to add up to 1. Where the model is sure, and the data says
-    something else, little is learned; so less is forgotten.
-
-    Args:
-        top_k: K.
-    """
-
-    type = "eaft"
-    top_k: int = field(default=20, validator=ge(2))
-
-    def build(self) -> Trainer:
-        """Make the trainer."""
-        from wmtp_algos.eaft import EAFTTrainer
-
-        return EAFTTrainer(self.top_k)
-
-
-@frozen(kw_only=True)
-class EntropyTop:
-    """Learns where the model is unsure: w = 1 for the share of predictions with the highest entropy, else 0.
-
-    Wang et al. (arXiv 2506.01939) do so in reinforcement learning, with ρ = 0.2.
-
-    Args:
-        keep: ρ, the share that is learned.
-        scope: what predictions compete within: the whole ``batch`` of an optimizer step, each ``sequence`` (a document), or
-            each ``head``. Far heads are less sure than head 1, and so win in a batch.
-    """
-
-    type = "entropy-top"
-    keep: float = field(default=0.2, validator=[gt(0.0), le(1.0)])
-    scope: Literal["batch", "sequence", "head"] = "batch"
-
-    def build(self) -> Trainer:
-        """Make the trainer."""
-        from wmtp_algos.entropy_top import EntropyTopTrainer
-
-        return EntropyTopTrainer(self.keep, self.scope)
-
-
-@frozen(kw_only=True)
-class Shuffled:
+class Shuffled(TrainerConfig):
     """A control: another trainer's weights, dealt out at random to the predictions of the same head.
 
     Every head keeps exactly the weights that it has in the treatment, so mean, spread and zeros are the same; only which
@@ -246,18 +82,18 @@ class Shuffled:
     """
 
     type = "shuffled"
-    of: Component = component("trainers")
+    of: TrainerConfig = component("trainers")
 
     def build(self) -> Trainer:
         """Make the trainer."""
-        from wmtp.training.setup import provenance
+        from wmtp.training.setup import build_trainer
         from wmtp_algos.shuffled import ShuffledTrainer
 
-        return ShuffledTrainer(self.of.build(), provenance(self.of))
+        return ShuffledTrainer(*build_trainer(self.of))
 
 
 @frozen(kw_only=True)
-class RandomMatched:
+class RandomMatched(TrainerConfig):
     """A control: random weights that have, at each head, the mean and the standard deviation of another trainer's weights.
 
     They are log-normal, so unlike `Shuffled` it replaces the shape of the distribution too: none is 0.
@@ -267,11 +103,11 @@ class RandomMatched:
     """
 
     type = "random-matched"
-    of: Component = component("trainers")
+    of: TrainerConfig = component("trainers")
 
     def build(self) -> Trainer:
         """Make the trainer."""
-        from wmtp.training.setup import provenance
+        from wmtp.training.setup import build_trainer
         from wmtp_algos.random_matched import RandomMatchedTrainer
 
-        return RandomMatchedTrainer(self.of.build(), provenance(self.of))
+        return RandomMatchedTrainer(*build_trainer(self.of))

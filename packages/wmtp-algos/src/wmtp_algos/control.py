@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wmtp.trainers import HiddenView, Stage, StepView, Trainer, TrainerSetup
-from wmtp.training.weights import place_weights
+from wmtp.trainers.checks import given_weights
 
 if TYPE_CHECKING:
     from wmtp.data.dataset import TokenDataset
@@ -80,7 +80,7 @@ class ControlTrainer(Trainer):
 
     def token_weights(self, view: StepView) -> Tensor:
         """See `Trainer.token_weights`; ``[B, S, H]``."""
-        weights = place_weights(self._treatment.token_weights(view), view.targets, self._name)
+        _, weights = given_weights(self._treatment, view, self._name)
         weighed = self._treatment.weighed(view)
         places = view.targets.valid if weighed is None else view.targets.valid & weighed
         changed = torch.zeros_like(weights)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from attrs import field, frozen
 from attrs.validators import ge, gt, le, lt, optional
 
+from wmtp.contract import TrainerConfig
+
 if TYPE_CHECKING:
     from wmtp.trainers import Trainer
 
@@ -15,7 +17,7 @@ __all__ = ["CriticWMTP"]
 
 
 @frozen(kw_only=True)
-class CriticWMTP:
+class CriticWMTP(TrainerConfig):
     """Learns most where a critic saw the text become better: two stages in one run.
 
     Stage ``value`` freezes the model and learns V, how good the text so far is, from the rewards of whole documents. Stage

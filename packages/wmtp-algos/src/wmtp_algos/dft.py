@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from wmtp.trainers import StepView, Trainer
+from attrs import frozen
 
-__all__ = ["DFTTrainer"]
+from wmtp import Trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wmtp import StepView
+
+__all__ = ["DFT"]
 
 
-class DFTTrainer(Trainer):
-    """Dynamic fine-tuning (Wu et al., arXiv 2508.05629): w[t, k] = P_k(x[t+k] | x_≤t) = exp(−CE[t, k])."""
+@frozen(kw_only=True)
+class DFT(Trainer):
+    """Dynamic fine-tuning (Wu et al., arXiv 2508.05629): w = p, the probability that the model gives to the token.
 
+    It cancels the 1/p in the gradient of the cross entropy, so unlikely tokens no longer dominate. Where new facts are to be
+    learned, whose tokens *are* unlikely, it does harm.
+
+    w[t, k] = P_k(x[t+k] | x_≤t) = exp(−CE[t, k]).
+    """
+
+    type = "dft"
     needs_token_loss = True
 
     def token_weights(self, view: StepView) -> Tensor:
-        """See `Trainer.token_weights`; ``[B, S, H]``."""
-        assert view.token_loss is not None
+        """Weigh each prediction, ``[B, S, H]``."""
         return (-view.token_loss).exp()

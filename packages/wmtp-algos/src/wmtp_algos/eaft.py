@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from attrs import field, frozen
+from attrs.validators import ge
 
-from wmtp.trainers import StepView, Trainer, TrainerSetup
+from wmtp import Trainer
 
-__all__ = ["EAFTTrainer"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wmtp import StepView
+
+__all__ = ["EAFT"]
 
 
-class EAFTTrainer(Trainer):
-    """Entropy-adaptive fine-tuning (Diao et al., arXiv 2601.02151): w[t, k] = H_K[t, k] / log K, between 0 and 1.
+@frozen(kw_only=True)
+class EAFT(Trainer):
+    """Entropy-adaptive fine-tuning (Diao et al., arXiv 2601.02151): w = H / log K.
 
-    H_K is the entropy of the K most probable tokens of head k at t, whose probabilities are made to add up to 1.
+    H is the entropy of the model's K most probable tokens, made to add up to 1. Where the model is sure, and the data says
+    something else, little is learned; so less is forgotten.
 
     Args:
-        top_k: K ≥ 2; of a smaller vocabulary, all.
+        top_k: K.
     """
 
+    type = "eaft"
     needs_entropy = True
+    top_k: int = field(default=20, validator=ge(2))
 
-    def __init__(self, top_k: int) -> None:
-        self._top_k = top_k
-
-    def setup(self, setup: TrainerSetup) -> None:
-        """See `Trainer.setup`."""
-        self.entropy_top_k = self._top_k = min(self._top_k, setup.vocab_size)
+    @property
+    def entropy_top_k(self) -> int:  # type: ignore[override]
+        """K."""
+        return self.top_k
 
     def token_weights(self, view: StepView) -> Tensor:
-        """See `Trainer.token_weights`; ``[B, S, H]``."""
-        assert view.entropy is not None
-        return view.entropy / math.log(self._top_k)
+        """Weigh each prediction, ``[B, S, H]``."""
+        return view.entropy / math.log(min(self.top_k, view.vocab_size))

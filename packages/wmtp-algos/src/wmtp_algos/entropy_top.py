@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
-from wmtp.trainers import StepView, Trainer
-from wmtp_algos.selection import Groups, Scope
+from attrs import field, frozen
+from attrs.validators import gt, le
 
-__all__ = ["EntropyTopTrainer"]
+from wmtp import Trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wmtp import StepView
+
+__all__ = ["EntropyTop"]
 
 
-class EntropyTopTrainer(Trainer):
-    """w[t, k] = 1 for the share ρ of predictions with the highest entropy, else 0 (Wang et al., arXiv 2506.01939).
+@frozen(kw_only=True)
+class EntropyTop(Trainer):
+    """Learns where the model is unsure: w = 1 for the share of predictions with the highest entropy, else 0.
+
+    Wang et al. (arXiv 2506.01939) do so in reinforcement learning, with ρ = 0.2.
 
     Args:
-        keep: ρ.
-        scope: what predictions compete within.
+        keep: ρ, the share that is learned.
+        scope: what predictions compete within: the whole ``batch`` of an optimizer step, each ``sequence`` (a document), or
+            each ``head``. Far heads are less sure than head 1, and so win in a batch.
     """
 
+    type = "entropy-top"
     needs_entropy = True
-
-    def __init__(self, keep: float, scope: Scope) -> None:
-        self._keep = keep
-        self._scope: Scope = scope
+    keep: float = field(default=0.2, validator=[gt(0.0), le(1.0)])
+    scope: Literal["batch", "sequence", "head"] = "batch"
 
     def token_weights(self, view: StepView) -> Tensor:
-        """See `Trainer.token_weights`; ``[B, S, H]``."""
-        assert view.entropy is not None
-        return Groups.of(self._scope, view).top(view.entropy, self._keep).float()
+        """Weigh each prediction, ``[B, S, H]``."""
+        from wmtp_algos.selection import Groups
+
+        return Groups.of(self.scope, view).top(view.entropy, self.keep).float()

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from wmtp.trainers import StepView, Trainer
+from attrs import field, frozen
+from attrs.validators import ge
 
-__all__ = ["FocalTrainer"]
+from wmtp import Trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wmtp import StepView
+
+__all__ = ["Focal"]
 
 
-class FocalTrainer(Trainer):
-    """The weight of the focal loss (Lin et al., arXiv 1708.02002, eq. 4): w[t, k] = (1 − p)^γ with p = exp(−CE[t, k]).
+@frozen(kw_only=True)
+class Focal(Trainer):
+    """The focal loss (Lin et al., arXiv 1708.02002): w = (1 − p)^γ, so what the model knows already counts less.
 
-    The weight carries no gradient, unlike in the paper.
+    p = exp(−CE[t, k]) (eq. 4 of the paper). The weight carries no gradient, unlike in the paper.
 
     Args:
-        gamma: γ ≥ 0.
+        gamma: γ; 0 gives the baseline.
     """
 
+    type = "focal"
     needs_token_loss = True
-
-    def __init__(self, gamma: float) -> None:
-        self._gamma = gamma
+    gamma: float = field(default=2.0, validator=ge(0.0))
 
     def token_weights(self, view: StepView) -> Tensor:
-        """See `Trainer.token_weights`; ``[B, S, H]``."""
-        assert view.token_loss is not None
-        return (-(-view.token_loss).expm1()) ** self._gamma
+        """Weigh each prediction, ``[B, S, H]``."""
+        return (-(-view.token_loss).expm1()) ** self.gamma

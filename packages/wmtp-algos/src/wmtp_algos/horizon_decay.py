@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from wmtp.trainers import StepView, Trainer
+from attrs import field, frozen
+from attrs.validators import gt, le
 
-__all__ = ["HorizonDecayTrainer"]
+from wmtp import Trainer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wmtp import StepView
+
+__all__ = ["HorizonDecay"]
 
 
-class HorizonDecayTrainer(Trainer):
-    """w[t, k] = decay^(k−1) (the weights of FastMTP's depths, arXiv 2509.18362).
+@frozen(kw_only=True)
+class HorizonDecay(Trainer):
+    """Far heads count less: w = decay^(k−1) for head k (FastMTP, arXiv 2509.18362, weighs its depths so).
+
+    The same as ``decay`` in ``[models.base.heads]``, as a trainer: to compare with, and to wrap in controls.
 
     Args:
-        decay: 0 < decay ≤ 1.
+        decay: the factor from one head to the next; 1 gives the baseline.
     """
 
-    def __init__(self, decay: float) -> None:
-        self._decay = decay
+    type = "horizon-decay"
+    decay: float = field(default=0.6, validator=[gt(0.0), le(1.0)])
 
     def token_weights(self, view: StepView) -> Tensor:
-        """See `Trainer.token_weights`; ``[B, S, H]``."""
+        """Weigh each prediction, ``[B, S, H]``."""
+        import torch
+
         shape = view.targets.ids.shape
-        by_head = self._decay ** torch.arange(shape[-1], device=view.targets.ids.device, dtype=torch.float32)
+        by_head = self.decay ** torch.arange(shape[-1], device=view.targets.ids.device, dtype=torch.float32)
         return by_head.expand(shape)

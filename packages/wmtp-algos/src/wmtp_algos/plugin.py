@@ -1,14 +1,14 @@
-"""What wmtp-algos adds to WMTP. Imports no torch."""
+"""Register the algorithms of wmtp-algos. Imports no torch."""
 
 from __future__ import annotations
 
 import wmtp
-from wmtp_algos import config, critic_config
+import wmtp_algos
 
 __all__ = ["wmtp_trainers"]
 
 
 @wmtp.hookimpl
 def wmtp_trainers() -> list[type]:
-    """The algorithms."""
-    return [getattr(module, name) for module in (config, critic_config) for name in module.__all__]
+    """Return the algorithms."""
+    return [getattr(wmtp_algos, name) for name in wmtp_algos.__all__]

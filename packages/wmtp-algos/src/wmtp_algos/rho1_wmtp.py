@@ -40,7 +40,11 @@ class Rho1WMTPTrainer(Trainer):
     def __init__(self, config: Rho1WMTP) -> None:
         self._config = config
         self._metrics: dict[str, Tensor] = {}
-        self.needs_token_loss = config.score != "reference"
+
+    @property
+    def needs_token_loss(self) -> bool:  # type: ignore[override]
+        """For all scores but that of the reference alone."""
+        return self._config.score != "reference"
 
     def setup(self, setup: TrainerSetup) -> None:
         """See `Trainer.setup`."""
@@ -62,8 +66,10 @@ class Rho1WMTPTrainer(Trainer):
         """See `Trainer.token_weights`; ``[B, S, H]``."""
         config = self._config
         reference = view.by_prediction(view.observations["reference_loss"])
-        scores = -reference if view.token_loss is None else view.token_loss - reference
-        self._metrics = _means(view, reference, scores)
+        scores = view.token_loss - reference if self.needs_token_loss else -reference
+        self._metrics = {"rho1/reference_loss": _mean(view, reference)}
+        if self.needs_token_loss:
+            self._metrics["rho1/excess"] = _mean(view, scores)
         if config.score == "absolute":
             scores = scores.abs()
         groups = Groups.of(config.scope, view)
@@ -104,12 +110,10 @@ def next_token_losses(model: MTPModel, batch: Batch, packed: bool) -> Tensor:
     return by_token
 
 
-def _means(view: StepView, reference: Tensor, excess: Tensor) -> dict[str, Tensor]:
+def _mean(view: StepView, values: Tensor) -> Tensor:
+    """Average over the valid predictions."""
     valid = view.targets.valid
-    means = {"rho1/reference_loss": torch.where(valid, reference, 0.0).sum() / valid.sum()}
-    if view.token_loss is not None:
-        means["rho1/excess"] = torch.where(valid, excess, 0.0).sum() / valid.sum()
-    return means
+    return torch.where(valid, values, 0.0).sum() / valid.sum()
 
 
 def _device(name: str) -> torch.device:

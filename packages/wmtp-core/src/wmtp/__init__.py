@@ -11,19 +11,45 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wmtp.config.load import load_config
     from wmtp.config.schema import Config
+    from wmtp.contract import (
+        DataLoaderConfig,
+        EvaluatorConfig,
+        LauncherConfig,
+        ModelLoaderConfig,
+        OptimizerConfig,
+        StorageBackendConfig,
+        TokenizerConfig,
+        TrackerConfig,
+        TrainerConfig,
+    )
     from wmtp.errors import ConfigError, PluginError, WMTPError
     from wmtp.hookspecs import hookimpl
     from wmtp.models import load_model
     from wmtp.result import Result
     from wmtp.runner import run
+    from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer, TrainerSetup
 
     __version__: str
 
 __all__ = [
     "Config",
     "ConfigError",
+    "DataLoaderConfig",
+    "EvaluatorConfig",
+    "HiddenView",
+    "LauncherConfig",
+    "ModelLoaderConfig",
+    "OptimizerConfig",
     "PluginError",
     "Result",
+    "Stage",
+    "StepView",
+    "StorageBackendConfig",
+    "TokenizerConfig",
+    "TrackerConfig",
+    "Trainer",
+    "TrainerConfig",
+    "TrainerSetup",
     "WMTPError",
     "__version__",
     "hookimpl",
@@ -35,8 +61,22 @@ __all__ = [
 _HOMES = {
     "Config": "wmtp.config.schema",
     "ConfigError": "wmtp.errors",
+    "DataLoaderConfig": "wmtp.contract",
+    "EvaluatorConfig": "wmtp.contract",
+    "HiddenView": "wmtp.trainers.base",
+    "LauncherConfig": "wmtp.contract",
+    "ModelLoaderConfig": "wmtp.contract",
+    "OptimizerConfig": "wmtp.contract",
     "PluginError": "wmtp.errors",
     "Result": "wmtp.result",
+    "Stage": "wmtp.trainers.base",
+    "StepView": "wmtp.trainers.base",
+    "StorageBackendConfig": "wmtp.contract",
+    "TokenizerConfig": "wmtp.contract",
+    "TrackerConfig": "wmtp.contract",
+    "Trainer": "wmtp.trainers.base",
+    "TrainerConfig": "wmtp.contract",
+    "TrainerSetup": "wmtp.trainers.base",
     "WMTPError": "wmtp.errors",
     "hookimpl": "wmtp.hookspecs",
     "load_config": "wmtp.config.load",

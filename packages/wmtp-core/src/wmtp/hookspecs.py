@@ -2,14 +2,13 @@
 
 A plugin is a module named by an entry point of the group ``wmtp``. Each hook takes no argument and returns an iterable of
 *config classes*: frozen attrs classes with a class variable ``type``, the component's name in TOML, and a method
-``build`` that makes the component. A plugin module imports no torch; ``build`` does.
+``build`` that makes the component. A plugin module imports no torch; ``build`` does. Each kind has a base class in
+`wmtp.contract` (``wmtp.TrainerConfig``, ``wmtp.EvaluatorConfig`` …), which declares all that WMTP reads of a config class. A
+public name that is nearly one of those is an error; other names are a plugin's own, and names that begin with ``_`` always.
 
 Every key of the component's table is a field of the class, checked strictly against its annotation; attrs validators and
 ``__attrs_post_init__`` may refuse values by raising ``ValueError``. A field ``uri`` names an input: it must exist, or be of a
 scheme that a storage backend serves. A field made with `wmtp.config.component` holds another component.
-
-A config class may also have a method ``check() -> Iterable[str]``, called by ``wmtp check`` and before every run: one line a
-problem, ``key: what is wrong; what to do``, where ``key`` is a key of its table. It imports no torch and touches no network.
 
 Values that look like secrets are refused, because configs are kept and shown. A table named ``secrets`` holds the *names* that
 secrets have on a service.
@@ -33,12 +32,10 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def wmtp_trainers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Algorithms: which predicted tokens matter, which extra modules learn, in which stages.
 
-    ``build() -> wmtp.trainers.Trainer``. An optional class variable ``required_models`` names the ``[models.*]`` sections
-    that the algorithm needs besides ``base``, for instance ``("ref",)``; it may be a property. Before a run starts, each of
-    them is known to be there and to have the base model's vocabulary; `Trainer.setup` loads it with ``setup.model("ref")``.
-    ``reward_models`` likewise names sequence classifiers with one output and a vocabulary of their own, whose scores of the
-    training data `Trainer.setup` asks for with ``setup.reward_scores("rm", …)``. ``uri_keys`` names further fields that are
-    inputs, as ``uri`` is; ``setup.fetch`` gives their local path.
+    A `wmtp.Trainer` without state is its own config class. One with state has a `wmtp.TrainerConfig`, whose
+    ``build() -> wmtp.Trainer`` makes it. `Trainer.setup` loads what ``required_models`` names with ``setup.model("ref")``, asks
+    for the scores of ``reward_models`` with ``setup.reward_scores("rm", …)``, and gets the local path of the fields in
+    ``uri_keys`` by ``setup.fetch``.
 
     Example::
 
@@ -47,16 +44,14 @@ def wmtp_trainers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 
 
         @attrs.frozen(kw_only=True)
-        class EveryOtherToken:
+        class EveryOtherToken(wmtp.Trainer):
             \"\"\"Learns every other token only.\"\"\"
 
             type = "every-other"
             offset: int = 0
 
-            def build(self):
-                from my_package.trainer import EveryOtherTokenTrainer
-
-                return EveryOtherTokenTrainer(self.offset)
+            def token_weights(self, view):
+                return ((view.batch.position + self.offset) % 2).float()
 
 
         @wmtp.hookimpl
@@ -75,7 +70,7 @@ def wmtp_model_loaders() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     Example::
 
         @attrs.frozen(kw_only=True)
-        class MyFormat:
+        class MyFormat(wmtp.ModelLoaderConfig):
             type = "my-format"
             uri: str
 
@@ -101,7 +96,7 @@ def wmtp_tokenizers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     Example::
 
         @attrs.frozen(kw_only=True)
-        class Characters:
+        class Characters(wmtp.TokenizerConfig):
             type = "characters"
             alphabet: str
 
@@ -126,7 +121,7 @@ def wmtp_data_loaders() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     Example::
 
         @attrs.frozen(kw_only=True)
-        class Dialogues:
+        class Dialogues(wmtp.DataLoaderConfig):
             type = "dialogues"
             uri: str
 
@@ -146,13 +141,12 @@ def wmtp_data_loaders() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 def wmtp_storages() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Storage backends for URIs of some schemes.
 
-    ``build() -> wmtp.storage.Storage``. The class variable ``schemes`` lists the URI schemes that it serves. An optional static
-    method ``check_uri(uri)`` raises `wmtp.ConfigError` for a URI that cannot be one of the backend's; it touches no network.
+    ``build() -> wmtp.storage.Storage``.
 
     Example::
 
         @attrs.frozen(kw_only=True)
-        class Archive:
+        class Archive(wmtp.StorageBackendConfig):
             type = "archive"
             schemes = ("archive",)
 
@@ -173,12 +167,12 @@ def wmtp_optimizers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Optimizers.
 
     ``build(parameters) -> torch.optim.Optimizer``; ``parameters`` is a list of ``(name, parameter)``. Every config class has
-    the field ``lr``, the peak learning rate.
+    the field ``lr``.
 
     Example::
 
         @attrs.frozen(kw_only=True)
-        class SGD:
+        class SGD(wmtp.OptimizerConfig):
             type = "sgd"
             lr: float = 1e-2
             momentum: float = 0.9
@@ -204,7 +198,7 @@ def wmtp_trackers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     Example::
 
         @attrs.frozen(kw_only=True)
-        class Printer:
+        class Printer(wmtp.TrackerConfig):
             type = "printer"
 
             def build(self):
@@ -223,17 +217,12 @@ def wmtp_trackers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 def wmtp_evaluators() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Measurements of a model, run by ``[[eval]]`` at the end of a run.
 
-    ``build() -> wmtp.evaluation.Evaluator``. A class variable ``needs_eval_data = True`` has the config refused where
-    ``[data.eval]`` is missing, instead of after the training; so do ``needs_extra_heads = True``, where the model has none, and
-    a number ``needed_positions``, where it has positions for fewer tokens. ``one_process = True`` has rank 0 measure alone
-    where a run has several processes, and leaves it out, with a warning, where these have divided the model;
-    ``executes_code = True`` has it refused unless the user says ``--allow-code-execution``. `wmtp.testing.EvaluatorTests`
-    tests one.
+    ``build() -> wmtp.evaluation.Evaluator``. `wmtp.testing.EvaluatorTests` tests one.
 
     Example::
 
         @attrs.frozen(kw_only=True)
-        class Surprise:
+        class Surprise(wmtp.EvaluatorConfig):
             type = "surprise"
 
             def build(self):
@@ -252,13 +241,13 @@ def wmtp_evaluators() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 def wmtp_launchers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Places where a run happens.
 
-    ``build() -> wmtp.launchers.Launcher``; a class variable ``remote = True`` says that it is a `RemoteLauncher`, which
-    hands the run to a service: ``wmtp launch``, ``status``, ``logs``, ``cancel`` and ``metrics`` use it.
+    ``build() -> wmtp.launchers.Launcher``, or with ``remote = True`` a `RemoteLauncher`, which hands the run to a service:
+    ``wmtp launch``, ``status``, ``logs``, ``cancel`` and ``metrics`` use it.
 
     Example::
 
         @attrs.frozen(kw_only=True)
-        class Slurm:
+        class Slurm(wmtp.LauncherConfig):
             type = "slurm"
             partition: str
 

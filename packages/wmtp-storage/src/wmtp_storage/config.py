@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from attrs import field, frozen
 from attrs.validators import ge, gt
 
+from wmtp.contract import StorageBackendConfig
 from wmtp_storage.uris import parse
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def _with_shared_keys(cls: _Config) -> _Config:
 
 
 @frozen(kw_only=True)
-class RemoteStorage:
+class RemoteStorage(StorageBackendConfig):
     """What every backend of this package can be told.
 
     Args:

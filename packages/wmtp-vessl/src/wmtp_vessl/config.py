@@ -10,6 +10,7 @@ from attrs import Factory, field, frozen
 from attrs.validators import ge, gt, le, min_len, optional
 
 from wmtp.config.rules import is_secret
+from wmtp.contract import LauncherConfig
 
 if TYPE_CHECKING:
     from wmtp.launchers.base import RemoteLauncher
@@ -94,7 +95,7 @@ class Cache:
 
 
 @frozen(kw_only=True)
-class VesslLauncher:
+class VesslLauncher(LauncherConfig):
     """Runs on VESSL. ``wmtp launch`` shows what it sends; ``wmtp launch --dry-run`` sends nothing.
 
     In the container ``wmtp start`` fetches what the config names, starts the processes and uploads what they leave.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
 
 from wmtp.config.problems import dotted
 from wmtp.config.schema import Config
@@ -43,7 +42,7 @@ def _local_paths(config: Config) -> Iterator[tuple[str, str]]:
     if config.checkpoints.uri is not None and _is_file(config.checkpoints.uri):
         yield "checkpoints.uri", config.checkpoints.uri
     for placed in components(config):
-        uri: Any = getattr(placed.config, "uri", None)
+        uri = placed.config.uri
         if isinstance(uri, str) and _is_file(uri):
             yield dotted((*placed.path, "uri")), uri
 
@@ -79,7 +78,7 @@ def warnings(config: Config, launcher: VesslLauncher) -> Iterator[str]:
         )
     brought = (*launcher.mounts, *launcher.imports, launcher.cache.path)
     for placed in components(config):
-        uri = getattr(placed.config, "uri", None)
+        uri = placed.config.uri
         if isinstance(uri, str) and _is_file(uri) and not any(PurePosixPath(uri).is_relative_to(path) for path in brought):
             yield (
                 f"{dotted((*placed.path, 'uri'))}: {uri!r} must be in the image: nothing is mounted or imported there; a"
@@ -87,8 +86,8 @@ def warnings(config: Config, launcher: VesslLauncher) -> Iterator[str]:
             )
     if config.checkpoints.uri is None and not launcher.exports:
         yield "checkpoints.uri: checkpoints stay in the container and are lost with it; write s3://…, or [launcher.exports]"
-    uses_s3 = any(str(getattr(placed.config, "uri", "")).startswith("s3://") for placed in components(config))
-    places = (config.checkpoints.uri, getattr(config.tracker, "tracking_uri", None))
+    uses_s3 = any(str(placed.config.uri).startswith("s3://") for placed in components(config))
+    places = (config.checkpoints.uri, config.tracker.tracking_uri)
     uses_s3 = uses_s3 or any(str(place).startswith("s3://") for place in places)
     # jobs take no secrets by name
     if (

@@ -56,7 +56,7 @@ def check(arguments: Namespace) -> tuple[Any, int]:
     loaded = load_checked(arguments.files, overrides=arguments.overrides)
     facts = _summary(loaded.config, loaded.registry)
     facts["memory"], warnings = memory_outlook(loaded.config)
-    if getattr(loaded.config.launcher, "remote", False):
+    if loaded.config.launcher.remote:
         facts |= dry_run_facts(loaded.config)
     if not arguments.json:
         print_facts(facts)
@@ -87,7 +87,7 @@ def _summary(config: Config, registry: Registry) -> dict[str, str]:
         "evaluation": measured or "none",
         "steps": f"{' or '.join(limits)}{', what comes first' if len(limits) > 1 else ''}; {data.batch_size} rows of"
         f" {data.max_length} tokens each",
-        "optimizer": f"{config.optimizer.type}, lr {getattr(config.optimizer, 'lr', '?')}, {config.schedule.type}",
+        "optimizer": f"{config.optimizer.type}, lr {config.optimizer.lr}, {config.schedule.type}",
         "device": f"{config.devices.device}, {config.devices.precision}",
         "tracker": config.tracker.type,
         "launcher": config.launcher.type,
@@ -98,7 +98,7 @@ def _summary(config: Config, registry: Registry) -> dict[str, str]:
 
 
 def _with_uri(component: Any) -> str:
-    uri = getattr(component, "uri", None)
+    uri = component.uri
     return component.type if uri is None else f"{component.type} {uri}"
 
 

@@ -21,7 +21,7 @@ def memory_outlook(config: Config) -> tuple[str, list[str]]:
     if info is None:
         return f"no estimate: the shape of {base.loader.type} models is read by wmtp run FILE --dry-run, which says it", []
     heads = base.heads or HeadsConfig()
-    processes = getattr(config.launcher, "processes", 1)
+    processes = config.launcher.processes
     world = processes if isinstance(processes, int) else 1
     names = list(required_models(config))
     found = {name: outline(config.models[name].loader) for name in names if name in config.models}

@@ -81,7 +81,7 @@ def dry_run_facts(config: Config) -> dict[str, str]:
     inside = launcher.inside(config)
     placed = list(components(config))
     fsdp = config.devices.fsdp
-    processes = getattr(inside.launcher, "processes", "auto")
+    processes = inside.launcher.processes
     settings = [f"{processes} processes" if processes != "auto" else "a process for each GPU"]
     settings += [f"FSDP {fsdp.strategy}" if fsdp is not None else "FSDP by default", config.devices.precision]
     settings += [f"activation checkpointing {config.devices.activation_checkpointing}", f"timeout {config.devices.timeout:g} s"]

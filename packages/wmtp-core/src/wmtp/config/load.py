@@ -83,7 +83,7 @@ def load_storage(sources: Sequence[ConfigSource], overrides: Iterable[str] = ())
         problems += (problem.under("storage") for problem in found.problems)
     else:
         for backend in config.backends:
-            for line in backend.check() if hasattr(backend, "check") else ():
+            for line in backend.check():
                 key, _, message = line.partition(": ")
                 problems.append(Problem(("storage", backend.type, key), message))
         if not problems:

@@ -66,7 +66,7 @@ def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
         yield from rule(config)
     yield from _secrets(to_mapping(config), ())
     yield from component_problems(config, registry)
-    if getattr(config.launcher, "remote", False):
+    if config.launcher.remote:
         yield from _remote(config, registry)
 
 
@@ -101,7 +101,7 @@ def _run(config: Config) -> Iterator[Problem]:
     yield from _local_folder(config.run.output_dir, ("run", "output_dir"))
     if config.data.cache_dir is not None:
         yield from _local_folder(config.data.cache_dir, ("data", "cache_dir"))
-    if (uri := config.checkpoints.uri) is not None and "://" not in uri and not getattr(config.launcher, "remote", False):
+    if (uri := config.checkpoints.uri) is not None and "://" not in uri and not config.launcher.remote:
         yield from _local_folder(uri, ("checkpoints", "uri"))
     yield from _local_folder(config.storage.cache_dir, ("storage", "cache_dir"))
 
@@ -136,7 +136,7 @@ def required_models(config: Config) -> dict[str, Need]:
         for placed in components(config)
         if placed.kind == "trainers"
         for key, scores_texts in (("required_models", False), ("reward_models", True))
-        for name in getattr(placed.config, key, ())
+        for name in getattr(placed.config, key)
         if name != "base"
     }
 
@@ -200,7 +200,7 @@ def _data(config: Config) -> Iterator[Problem]:
 
     if config.data.eval is None:
         for index, evaluator in enumerate(config.eval):
-            if getattr(evaluator, "needs_eval_data", False):
+            if evaluator.needs_eval_data:
                 yield Problem(("eval", index), f"'{evaluator.type}' is measured on [data.eval], which is missing; add it")
 
 
@@ -224,7 +224,7 @@ def _length(config: Config) -> Iterator[Problem]:
 
 
 def _devices(config: Config) -> Iterator[Problem]:
-    processes = getattr(config.launcher, "processes", 1)
+    processes = config.launcher.processes
     if config.devices.device == "mps" and isinstance(processes, int) and processes > 1:
         yield Problem(("launcher", "processes"), f'{processes}, but devices.device = "mps" computes in one process; write 1')
     if config.devices.device == "mps" and config.devices.fsdp is not None:
@@ -252,12 +252,12 @@ def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
     schemes = {scheme: provided.cls for provided in registry.of_kind("storages") for scheme in provided.cls.schemes}
     if config.checkpoints.uri is not None:
         yield from _uri(config.checkpoints.uri, ("checkpoints", "uri"), schemes, must_exist=False)
-    tracking = getattr(config.tracker, "tracking_uri", None)
+    tracking = config.tracker.tracking_uri
     if isinstance(tracking, str) and tracking.partition("://")[0] in PACKAGES.keys() - {"http", "https"}:
         yield from _uri(tracking, ("tracker", "tracking_uri"), schemes, must_exist=False)
-    is_remote = getattr(config.launcher, "remote", False)  # then a path is one of the other machine
+    is_remote = config.launcher.remote  # then a path is one of the other machine
     for placed in components(config):
-        for key in ("uri", *getattr(placed.config, "uri_keys", ())):
+        for key in ("uri", *placed.config.uri_keys):
             uri = getattr(placed.config, key, None)
             if isinstance(uri, str):
                 yield from _uri(uri, (*placed.path, key), schemes, must_exist=not is_remote)
@@ -265,9 +265,7 @@ def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
 
 def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) -> Iterator[Problem]:
     try:
-        check = getattr(backend_for(uri, schemes), "check_uri", None)
-        if check is not None:
-            check(uri)
+        backend_for(uri, schemes).check_uri(uri)
         if must_exist and scheme_of(uri) == "file" and not file_path(uri).exists():
             relative = "" if str(file_path(uri)) == uri else f" (that is {file_path(uri)})"
             yield Problem(path, f"{uri!r}{relative} does not exist")
@@ -277,8 +275,6 @@ def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) 
 
 def _own_rules(path: KeyPath, config: Any, registry: Registry) -> Iterator[Problem]:
     """What a component's own ``check()`` says; see `wmtp.hookspecs`."""
-    if not callable(getattr(config, "check", None)):
-        return
     try:
         found = config.check()
         if isinstance(found, str):

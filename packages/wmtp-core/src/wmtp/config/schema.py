@@ -13,7 +13,18 @@ from typing import Literal
 from attrs import Factory, field, frozen
 from attrs.validators import deep_iterable, ge, gt, le, lt, min_len, optional
 
-from wmtp.config.components import Component, component
+from wmtp.config.components import component
+from wmtp.contract import (
+    DataLoaderConfig,
+    EvaluatorConfig,
+    LauncherConfig,
+    ModelLoaderConfig,
+    OptimizerConfig,
+    StorageBackendConfig,
+    TokenizerConfig,
+    TrackerConfig,
+    TrainerConfig,
+)
 from wmtp.launchers.config import LocalLauncher
 from wmtp.tracking.config import MLflowTracker
 from wmtp.training.optimizer_config import AdamW
@@ -100,7 +111,7 @@ class ModelConfig:
         heads: the multi-token-prediction heads; only ``base`` has them.
     """
 
-    loader: Component = component("model_loaders")
+    loader: ModelLoaderConfig = component("model_loaders")
     heads: HeadsConfig | None = None
 
 
@@ -326,7 +337,7 @@ class StorageConfig:
     """
 
     cache_dir: str = "~/.cache/wmtp"
-    backends: tuple[Component, ...] = component("storages", default=())
+    backends: tuple[StorageBackendConfig, ...] = component("storages", default=())
 
     def __attrs_post_init__(self) -> None:
         types = [backend.type for backend in self.backends]
@@ -359,17 +370,17 @@ class Config:
 
     run: RunConfig = Factory(RunConfig)
     models: Mapping[str, ModelConfig] = field(validator=min_len(1))
-    tokenizer: Component | None = component("tokenizers", default=None)
-    datasets: Mapping[str, Component] = component("data_loaders", validator=min_len(1))
+    tokenizer: TokenizerConfig | None = component("tokenizers", default=None)
+    datasets: Mapping[str, DataLoaderConfig] = component("data_loaders", validator=min_len(1))
     data: DataConfig = Factory(DataConfig)
-    trainer: Component = component("trainers")
-    optimizer: Component = component("optimizers", factory=AdamW)
+    trainer: TrainerConfig = component("trainers")
+    optimizer: OptimizerConfig = component("optimizers", factory=AdamW)
     schedule: ScheduleConfig = Factory(ScheduleConfig)
     train: TrainConfig = Factory(TrainConfig)
     devices: DevicesConfig = Factory(DevicesConfig)
     checkpoints: CheckpointConfig = Factory(CheckpointConfig)
     report: ReportConfig = Factory(ReportConfig)
-    tracker: Component = component("trackers", factory=MLflowTracker)
-    launcher: Component = component("launchers", factory=LocalLauncher)
+    tracker: TrackerConfig = component("trackers", factory=MLflowTracker)
+    launcher: LauncherConfig = component("launchers", factory=LocalLauncher)
     storage: StorageConfig = Factory(StorageConfig)
-    eval: tuple[Component, ...] = component("evaluators", default=())
+    eval: tuple[EvaluatorConfig, ...] = component("evaluators", default=())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from attrs import field, frozen
 
+from wmtp.contract import Contract
 from wmtp.errors import WMTPError
 
 __all__ = ["BadExample", "Document", "Example", "ExampleLoader"]
@@ -78,7 +79,7 @@ class Document:
     source: str = ""
 
 
-class ExampleLoader(ABC):
+class ExampleLoader(Contract, ABC, contract=True):
     """Turns files into examples."""
 
     #: examples for evaluation only: training on them is refused unless the config class has ``allow_training = true``

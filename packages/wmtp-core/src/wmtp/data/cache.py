@@ -18,8 +18,8 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from wmtp.config.components import Component
 from wmtp.config.tree import components
+from wmtp.contract import DataLoaderConfig
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.store import StoreWriter, TokenStore
 from wmtp.errors import PluginError, WMTPError
@@ -36,7 +36,7 @@ _log = logging.getLogger("wmtp")
 
 def token_store(
     name: str,
-    component: Component,
+    component: DataLoaderConfig,
     path: Path | None,
     tokenizer: Tokenizer,
     *,
@@ -71,7 +71,7 @@ def token_store(
     return store
 
 
-def cache_key(component: Component, loader: ExampleLoader, path: Path | None, tokenizer: Tokenizer) -> str:
+def cache_key(component: DataLoaderConfig, loader: ExampleLoader, path: Path | None, tokenizer: Tokenizer) -> str:
     """A hash of all that decides the tokens: the files' bytes, the config, the loader's own code and the tokenizer.
 
     Where the files are does not matter: ``uri`` is not part of it.

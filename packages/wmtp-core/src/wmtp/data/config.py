@@ -8,7 +8,8 @@ from typing import Literal
 from attrs import field, frozen
 from attrs.validators import deep_iterable, deep_mapping, ge, in_, instance_of, min_len, optional
 
-from wmtp.config.components import Component, component
+from wmtp.config.components import component
+from wmtp.contract import DataLoaderConfig
 from wmtp.data.base import ExampleLoader
 from wmtp.data.loaders.code_contests import LANGUAGES
 from wmtp.data.loaders.jsonl import FIELDS
@@ -18,7 +19,7 @@ __all__ = ["CodeContests", "HumanEval", "Jsonl", "Mbpp", "Mutated", "PythonSourc
 
 
 @frozen(kw_only=True)
-class Jsonl:
+class Jsonl(DataLoaderConfig):
     """Records with ``prompt`` and ``completion``, or with ``text``; in ``.jsonl``, ``.json`` or ``.parquet`` files.
 
     A record may also have ``is_correct`` (true or false), ``reward`` (a number), ``weights`` (a number for each token of the
@@ -44,7 +45,7 @@ class Jsonl:
 
 
 @frozen(kw_only=True)
-class PythonSource:
+class PythonSource(DataLoaderConfig):
     """Functions and methods of Python source that have a docstring: signature and docstring → body.
 
     They come in the order of their files' names, without the indent of their class, without decorators. Folders named
@@ -71,7 +72,7 @@ class PythonSource:
 
 
 @frozen(kw_only=True)
-class Mbpp:
+class Mbpp(DataLoaderConfig):
     """MBPP (arXiv 2108.07732). The prompt is a docstring of the task and its tests, the completion is the code.
 
     Args:
@@ -91,7 +92,7 @@ class Mbpp:
 
 
 @frozen(kw_only=True)
-class CodeContests:
+class CodeContests(DataLoaderConfig):
     """DeepMind's CodeContests (arXiv 2203.07814): an example a solution, with ``is_correct``; a problem is a group.
 
     The prompt is the problem's description and the line ``Solution in <language>:``.
@@ -117,7 +118,7 @@ class CodeContests:
 
 
 @frozen(kw_only=True)
-class HumanEval:
+class HumanEval(DataLoaderConfig):
     """HumanEval (arXiv 2107.03374), for evaluation: signature and docstring → body.
 
     Args:
@@ -137,7 +138,7 @@ class HumanEval:
 
 
 @frozen(kw_only=True)
-class TextFiles:
+class TextFiles(DataLoaderConfig):
     """Plain UTF-8 text, all of it learned.
 
     Args:
@@ -160,7 +161,7 @@ class TextFiles:
 
 
 @frozen(kw_only=True)
-class Mutated:
+class Mutated(DataLoaderConfig):
     """Python code of another source, and copies of it with a mistake: for algorithms that learn from right and wrong.
 
     Each example is followed by its wrong copies, which differ from it in one place: another comparison, a number that is off
@@ -177,7 +178,7 @@ class Mutated:
     """
 
     type = "mutated"
-    of: Component = component("data_loaders")
+    of: DataLoaderConfig = component("data_loaders")
     copies: int = field(default=1, validator=ge(1))
     kinds: tuple[Kind, ...] = field(default=KINDS, validator=min_len(1))
     seed: int = field(default=0, validator=ge(0))

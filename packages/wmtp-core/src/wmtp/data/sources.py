@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from wmtp.config.components import Component
 from wmtp.config.problems import KeyPath, dotted
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
+from wmtp.contract import DataLoaderConfig
 from wmtp.data.base import ExampleLoader
 from wmtp.errors import ConfigError
 
@@ -25,7 +25,7 @@ def eval_sources(config: Config) -> tuple[str, ...]:
     return () if config.data.eval is None else config.data.eval.sources or ()
 
 
-def read_from(dataset: Component, path: KeyPath) -> tuple[Component, KeyPath]:
+def read_from(dataset: DataLoaderConfig, path: KeyPath) -> tuple[DataLoaderConfig, KeyPath]:
     """What names the files of a data set, and where it stands in the config: the source inside a transform, or itself."""
     for placed in components(dataset, path):
         if placed.kind == "data_loaders":
@@ -59,7 +59,7 @@ def check_sources(config: Config) -> list[str]:
             component = config.datasets[name]
             loader: ExampleLoader = component.build()
             source, place = read_from(component, ("datasets", name))
-            if loader.evaluation_only and not getattr(source, "allow_training", False):
+            if loader.evaluation_only and not source.allow_training:
                 problems.append(
                     f"{dotted(place)}: '{source.type}' is for evaluation only, training on it would make its results"
                     f" worthless; name other data sets in data.train.sources, or set {dotted(place)}.allow_training = true"

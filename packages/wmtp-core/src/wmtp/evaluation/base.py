@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
+from wmtp.contract import Contract
+
 if TYPE_CHECKING:
     import torch
 
@@ -82,7 +84,7 @@ class Measured:
     fetch: Callable[[str, str], Path] = _fetch
 
 
-class Evaluator(ABC):
+class Evaluator(Contract, ABC, contract=True):
     """Measures a trained model."""
 
     @abstractmethod

@@ -15,6 +15,7 @@ from wmtp.config.problems import Problem
 from wmtp.config.rules import component_problems
 from wmtp.config.schema import Config
 from wmtp.config.tree import flatten
+from wmtp.contract import TrainerConfig
 from wmtp.errors import ConfigError
 from wmtp.evaluation.base import Measured
 from wmtp.evaluation.consent import require_consent
@@ -47,7 +48,7 @@ class Evaluated:
 
 
 @frozen(kw_only=True)
-class _NoTrainer:
+class _NoTrainer(TrainerConfig):
     """Stands in a config that trains nothing."""
 
     type = "none"
@@ -92,7 +93,7 @@ def evaluate_model(
         problems += [
             Problem(("eval", number), f"'{evaluator.type}' is measured on [data.eval], which is missing; add it")
             for number, evaluator in enumerate(config.eval)
-            if getattr(evaluator, "needs_eval_data", False)
+            if evaluator.needs_eval_data
         ]
     if problems:
         raise located(loaded.document, problems)

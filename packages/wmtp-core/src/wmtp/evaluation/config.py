@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final, Literal
 from attrs import field, frozen
 from attrs.validators import deep_iterable, ge, gt, le, min_len, optional
 
+from wmtp.contract import EvaluatorConfig
+
 if TYPE_CHECKING:
     from wmtp.evaluation.base import Evaluator
 
@@ -15,7 +17,7 @@ __all__ = ["InferenceSpeed", "PassAtK", "PassAtKSettings", "Perplexity", "Specul
 
 
 @frozen(kw_only=True)
-class Perplexity:
+class Perplexity(EvaluatorConfig):
     """The perplexity of every head: exp of its mean token loss on ``[data.eval]``, over valid predictions only.
 
     In ``evaluation-details.json`` also by the predicted token's place in its document and by how common it is.
@@ -32,7 +34,7 @@ class Perplexity:
 
 
 @frozen(kw_only=True)
-class TokenAccuracy:
+class TokenAccuracy(EvaluatorConfig):
     """How often the most probable token of every head is the right one, over valid predictions of ``[data.eval]`` only.
 
     In ``evaluation-details.json`` also by the predicted token's place in its document and by how common it is.
@@ -49,7 +51,7 @@ class TokenAccuracy:
 
 
 @frozen(kw_only=True)
-class Speculative:
+class Speculative(EvaluatorConfig):
     """Self-speculative decoding of prompts from ``[data.eval]``: accepted drafts, tokens per forward pass, speed-up.
 
     Args:
@@ -83,7 +85,7 @@ class Speculative:
 
 
 @frozen(kw_only=True)
-class InferenceSpeed:
+class InferenceSpeed(EvaluatorConfig):
     """Tokens per second of reading prompts and of decoding after them, one token a forward pass, and memory.
 
     Args:
@@ -141,7 +143,7 @@ _PRESETS: Final = {
 
 
 @frozen(kw_only=True)
-class PassAtK:
+class PassAtK(EvaluatorConfig):
     """pass@k: the share of programming problems that one of k solutions solves, by the unbiased estimate over n samples.
 
     Solutions are code that the model wrote. They run only if you say ``--allow-code-execution``, each in a sandbox.

@@ -40,7 +40,7 @@ def require_consent(evaluators: Iterable[Any], allowed: bool) -> None:
         f"eval.{number}: '{evaluator.type}' runs code that the model writes, in a sandbox; say --allow-code-execution on the "
         "command line if that is what you want"
         for number, evaluator in enumerate(evaluators)
-        if getattr(evaluator, "executes_code", False) and not allowed
+        if evaluator.executes_code and not allowed
     ]
     if problems:
         raise ConfigError(problems)

@@ -51,7 +51,7 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
         met.append(config.type)
         # a second one of a type, with other settings, has a name of its own
         label = config.type if met.count(config.type) == 1 else f"{config.type}-{met.count(config.type)}"
-        alone = getattr(config, "one_process", False) and measured.ranks is not None and measured.ranks.world > 1
+        alone = config.one_process and measured.ranks is not None and measured.ranks.world > 1
         if alone and isinstance(measured.model, FSDPModule):
             logger.warning(
                 "%s: needs the whole model in one process, and here it is divided: measure the saved one with wmtp eval RUN",

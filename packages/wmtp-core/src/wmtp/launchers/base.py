@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, final
 
 from attrs import evolve, field, frozen
 
+from wmtp.contract import Contract
 from wmtp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["LaunchPlan", "Launcher", "RemoteLauncher", "RunState", "RunStatus"]
 
 
-class Launcher(ABC):
+class Launcher(Contract, ABC, contract=True):
     """Makes a checked config run somewhere."""
 
     @abstractmethod
@@ -84,7 +85,7 @@ class LaunchPlan:
     record: Mapping[str, str | None] = field(factory=dict)
 
 
-class RemoteLauncher(Launcher):
+class RemoteLauncher(Launcher, contract=True):
     """Hands a run to a service. ``wmtp launch``, ``status``, ``logs``, ``cancel`` and ``metrics`` work through it.
 
     Its config class has the class variable ``remote = True``: files of the config are then those of the other place, and

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen
 
+from wmtp.contract import LauncherConfig
+
 if TYPE_CHECKING:
     from wmtp.launchers.base import Launcher
 
@@ -18,7 +20,7 @@ def _processes(_: object, __: object, value: object) -> None:
 
 
 @frozen(kw_only=True)
-class LocalLauncher:
+class LocalLauncher(LauncherConfig):
     """Runs on this machine; with several processes by torchrun, or in those that torchrun or a cluster has started already.
 
     Args:

@@ -9,12 +9,13 @@ from typing import Any
 
 import attrs
 
-from wmtp.config.components import Component, component
+from wmtp.config.components import component
 from wmtp.config.converter import make_converter
 from wmtp.config.problems import Problems
 from wmtp.config.schema import Config
 from wmtp.config.sources import Document, MappingSource
 from wmtp.config.toml_file import FileSource
+from wmtp.contract import LauncherConfig
 from wmtp.errors import AuthenticationError, ConfigError, PlatformError, PluginError, WMTPError
 from wmtp.launchers import records
 from wmtp.launchers.base import LaunchPlan, RemoteLauncher
@@ -28,17 +29,17 @@ logger = logging.getLogger("wmtp")
 
 @attrs.frozen
 class _Section:
-    launcher: Component = component("launchers")
+    launcher: LauncherConfig = component("launchers")
 
 
-def remote_launcher(component: Any) -> RemoteLauncher:
+def remote_launcher(component: LauncherConfig) -> RemoteLauncher:
     """The launcher that a config class builds.
 
     Raises:
         ConfigError: it runs things here.
     """
-    if not getattr(component, "remote", False):
-        names = [p.type for p in load_plugins().of_kind("launchers") if getattr(p.cls, "remote", False)]
+    if not component.remote:
+        names = [p.type for p in load_plugins().of_kind("launchers") if p.cls.remote]
         raise ConfigError(
             f"launcher.type: '{component.type}' runs on this machine; use wmtp run, or --on NAME; services with a launcher"
             f" here: {', '.join(names) or 'none; wmtp-vessl has one'}"

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
+from wmtp.contract import Contract
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -62,7 +64,7 @@ class LoadedModel:
     head_state: Mapping[str, torch.Tensor] | None = None
 
 
-class ModelLoader(ABC):
+class ModelLoader(Contract, ABC, contract=True):
     """Turns a file or folder into a causal language model."""
 
     @abstractmethod

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import Factory, field, frozen
 from attrs.validators import ge, optional
 
+from wmtp.contract import ModelLoaderConfig
+
 if TYPE_CHECKING:
     from wmtp.models.base import ModelLoader
 
@@ -15,7 +17,7 @@ __all__ = ["HfModel", "MetaMtpModel", "ScratchModel"]
 
 
 @frozen(kw_only=True)
-class HfModel:
+class HfModel(ModelLoaderConfig):
     """A Hugging Face folder (safetensors), a GGUF file, or a model that WMTP saved. Any heads that it holds are kept.
 
     Args:
@@ -37,7 +39,7 @@ class HfModel:
 
 
 @frozen(kw_only=True)
-class MetaMtpModel:
+class MetaMtpModel(ModelLoaderConfig):
     """Meta's multi-token checkpoint (arXiv 2404.19737): ``params.json`` and ``consolidated.pth``.
 
     Args:
@@ -57,7 +59,7 @@ class MetaMtpModel:
 
 
 @frozen(kw_only=True)
-class ScratchModel:
+class ScratchModel(ModelLoaderConfig):
     """A new model with random weights, drawn from ``run.seed``.
 
     Args:

@@ -137,7 +137,7 @@ def find_tokenizer(path: Path, run_dir: Path | None, config: Config | None = Non
     if config is None and run_dir is not None:
         config = load(run_dir / CONFIG_FILE).config
     if config is not None and config.tokenizer is not None:
-        uri = getattr(config.tokenizer, "uri", None)
+        uri = config.tokenizer.uri
         own = (
             path if uri is None else localize(uri, build_backends(config.storage), Path(config.storage.cache_dir).expanduser())
         )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from wmtp.config.components import Component
+from wmtp.contract import ModelLoaderConfig
 from wmtp.errors import WMTPError
 from wmtp.models.base import ModelInfo
 from wmtp.models.config import HfModel, ScratchModel
@@ -18,7 +18,7 @@ __all__ = ["outline"]
 _LIKE_LLAMA = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "smollm3"})
 
 
-def outline(loader: Component) -> ModelInfo | None:
+def outline(loader: ModelLoaderConfig) -> ModelInfo | None:
     """What `wmtp.models.base.ModelLoader.info` will say of a model, nearly; None where it cannot be told.
 
     It can for models from scratch and for Hugging Face folders on this machine, of architectures built as Llama is. Biases,

@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from importlib import metadata
 from types import ModuleType
@@ -23,6 +23,7 @@ import pluggy
 from wmtp import hookspecs
 from wmtp.config.components import KINDS
 from wmtp.errors import ConfigError, PluginError
+from wmtp.plugins.checks import contract_problem, describe
 from wmtp.plugins.registry import Plugin, Provided, Registry
 
 __all__ = ["GROUP", "load_plugins"]
@@ -30,7 +31,6 @@ __all__ = ["GROUP", "load_plugins"]
 GROUP = "wmtp"
 _PREFIX = "wmtp_"
 _UNKNOWN = "unknown"
-_BUILD_ARGUMENTS = {"tokenizers": ("path",), "optimizers": ("parameters",)}  # of the others: none
 _Entries = list[tuple[Plugin, metadata.EntryPoint | Exception]]
 _HOOKS = tuple(_PREFIX + kind for kind in KINDS)
 
@@ -152,66 +152,12 @@ def _components(plugin: Any) -> dict[str, list[type[Any]]]:
 def _checked(hook: str, kind: str, returned: Any) -> Iterable[type[Any]]:
     """What one hook returned, if it is an iterable of config classes."""
     if isinstance(returned, type) or not isinstance(returned, Iterable) or isinstance(returned, str):
-        raise PluginError(f"{hook} must return a list of config classes, not {_describe(returned)}")
+        raise PluginError(f"{hook} must return a list of config classes, not {describe(returned)}")
     classes = list(returned)
     for cls in classes:
-        if problem := _contract_problem(kind, cls):
+        if problem := contract_problem(kind, cls):
             raise PluginError(f"{hook}: {problem}")
     return classes
-
-
-def _contract_problem(kind: str, cls: Any) -> str | None:
-    if not isinstance(cls, type):
-        return f"must return config classes, not {_describe(cls)}"
-    if not attrs.has(cls):
-        return f"{cls.__name__} is no attrs class; decorate it with @attrs.frozen(kw_only=True)"
-    if getattr(cls.__setattr__, "__name__", "") != "_frozen_setattrs":
-        return f"{cls.__name__} is not frozen; decorate it with @attrs.frozen(kw_only=True)"
-    names = {a.alias or a.name for a in attrs.fields(cls)}
-    if "type" in names:
-        return f'{cls.__name__}.type is a field; write `type = "name"` without an annotation, or with ClassVar'
-    type_ = getattr(cls, "type", None)
-    if not isinstance(type_, str) or not type_.strip():
-        return f'{cls.__name__} has no name: write `type = "my-{KINDS[kind].replace(" ", "-")}"` in it'
-    if not callable(getattr(cls, "build", None)):
-        return f"{cls.__name__} ('{type_}') has no method build()"
-    if not _takes(cls, _BUILD_ARGUMENTS.get(kind, ())):
-        arguments = ", ".join(("self", *_BUILD_ARGUMENTS.get(kind, ())))
-        return f"{cls.__name__} ('{type_}'): build is called as build({arguments}), and takes something else"
-    for key in ("required_models", "reward_models", "uri_keys"):
-        if isinstance(words := getattr(cls, key, ()), str):
-            return f"{cls.__name__} ('{type_}'): {key} is a text; write ({words!r},)"
-    if kind == "model_loaders" and "heads" in names:
-        return f"{cls.__name__} ('{type_}') has a field 'heads', which is WMTP's own table in [models.base]"
-    if kind == "storages" and not _is_words(getattr(cls, "schemes", None)):
-        return f"{cls.__name__} ('{type_}') has no `schemes`, the URI schemes that it serves"
-    if untyped := [a.name for a in attrs.fields(cls) if a.init and a.type is None]:
-        return f"{cls.__name__} ('{type_}'): the field '{untyped[0]}' has no type, so nothing could be checked; write one"
-    try:
-        attrs.resolve_types(cls)
-    except Exception as error:
-        return f"{cls.__name__} ('{type_}'): the types of its fields cannot be found: {error}"
-    return None
-
-
-def _takes(cls: type[Any], arguments: Sequence[str]) -> bool:
-    """Whether ``build`` can be called with so many arguments."""
-    bound = isinstance(inspect.getattr_static(cls, "build"), staticmethod | classmethod)
-    try:
-        inspect.signature(cls.build).bind(*(() if bound else ("self",)), *arguments)
-    except TypeError:
-        return False
-    except ValueError:  # a callable that does not tell
-        return True
-    return True
-
-
-def _is_words(value: Any) -> bool:
-    return isinstance(value, tuple | list | frozenset | set) and bool(value) and all(isinstance(word, str) for word in value)
-
-
-def _describe(value: Any) -> str:
-    return f"the class {value.__name__} itself" if isinstance(value, type) else f"{value!r:.60} ({type(value).__name__})"
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

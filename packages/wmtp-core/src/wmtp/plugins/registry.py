@@ -10,6 +10,7 @@ from attrs import field, frozen
 
 from wmtp.config.components import KINDS
 from wmtp.errors import PluginError
+from wmtp.plugins.checks import contract_problem
 
 __all__ = ["Plugin", "Provided", "Registry"]
 
@@ -137,8 +138,14 @@ class Registry:
         return next((provided.plugin for provided in self.components if provided.cls is cls), None)
 
     def with_classes(self, classes: Iterable[tuple[str, type[Any]]]) -> Registry:
-        """A registry that also knows (kind, class) pairs which Python code uses without a plugin; they hide namesakes."""
+        """A registry that also knows (kind, class) pairs which Python code uses without a plugin; they hide namesakes.
+
+        Raises:
+            PluginError: a class breaks the contract of its kind.
+        """
         extra = [Provided(kind=kind, cls=cls) for kind, cls in dict.fromkeys(classes) if self.provider(cls) is None]
+        if problems := [problem for new in extra if (problem := contract_problem(new.kind, new.cls))]:
+            raise PluginError("\n".join(problems))
         if not extra:
             return self
         hidden = {(provided.kind, provided.type) for provided in extra}

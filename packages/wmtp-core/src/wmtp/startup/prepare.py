@@ -56,7 +56,7 @@ def needed(config: Config, home: Path) -> list[Fetch]:
     own_cache = config.storage.cache_dir if config.storage.cache_dir != StorageConfig().cache_dir else None
     found = []
     for placed in components(config):
-        uri = getattr(placed.config, "uri", None)
+        uri = placed.config.uri
         if not isinstance(uri, str) or scheme_of(uri) in _LOCAL or placed.path[0] not in _FOLDERS:
             continue
         if placed.path[0] == "models" and placed.path[1] not in trained_with:
@@ -122,7 +122,7 @@ def verify(config: Config) -> None:
     """
     sizes: dict[str, int] = {}
     for name, model in config.models.items():
-        uri = getattr(model.loader, "uri", None)
+        uri = model.loader.uri
         path = file_path(uri) if isinstance(uri, str) and scheme_of(uri) == "file" else None
         if path is not None:
             _check_files(f"models.{name}", path)

@@ -65,7 +65,7 @@ def read_config(files: Sequence[str], overrides: Iterable[str] = ()) -> Config:
     """
     loaded = load(list(files) if files else _from_environment(), overrides)
     launcher = loaded.config.launcher
-    if getattr(launcher, "remote", False):
+    if launcher.remote:
         loaded = evolve(loaded, config=launcher.build().inside(loaded.config))
     check_loaded(loaded)
     return loaded.config
@@ -91,7 +91,7 @@ def steps(config: Config, home: Path) -> dict[str, str]:
     """
     wanted = needed(config, home)
     folders = dict.fromkeys(str(fetch.folder) for fetch in wanted)
-    processes = getattr(config.launcher, "processes", 1)
+    processes = config.launcher.processes
     found = {"fetch": f"{len(wanted)} to {', '.join(folders)}" if wanted else "nothing"}
     found |= {f"  {fetch.key}": redact(fetch.uri) for fetch in wanted}
     models = ["base", *required_models(config)]

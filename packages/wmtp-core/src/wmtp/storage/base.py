@@ -8,6 +8,7 @@ from pathlib import Path
 
 from attrs import frozen
 
+from wmtp.contract import Contract
 from wmtp.errors import WMTPError
 
 __all__ = ["Fetched", "Storage", "StoredFile"]
@@ -49,7 +50,7 @@ class Fetched:
     seconds: float
 
 
-class Storage(ABC):
+class Storage(Contract, ABC, contract=True):
     """Serves the URIs of some schemes.
 
     A backend must have `exists`, `localize` and `push`. The other methods have defaults: `fetch` copies what `localize` gives;

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
+from wmtp.contract import StorageBackendConfig
+
 if TYPE_CHECKING:
     from wmtp.storage.base import Storage
 
@@ -13,7 +15,7 @@ __all__ = ["FileStorage", "PackageStorage"]
 
 
 @frozen(kw_only=True)
-class FileStorage:
+class FileStorage(StorageBackendConfig):
     """Files and folders of this machine: plain paths, ``~`` and ``file:///…``."""
 
     type = "file"
@@ -27,7 +29,7 @@ class FileStorage:
 
 
 @frozen(kw_only=True)
-class PackageStorage:
+class PackageStorage(StorageBackendConfig):
     """Files that an installed Python package brings along: ``package://MODULE/PATH``."""
 
     type = "package"

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from wmtp.testing.component import ComponentTests
     from wmtp.testing.data import DataLoaderTests
     from wmtp.testing.evaluators import EvaluatorTests
     from wmtp.testing.launchers import LauncherTests
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from wmtp.testing.trainers import TrainerTests
 
 __all__ = [
+    "ComponentTests",
     "DataLoaderTests",
     "EvaluatorTests",
     "LauncherTests",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ComponentTests": "wmtp.testing.component",
     "DataLoaderTests": "wmtp.testing.data",
     "EvaluatorTests": "wmtp.testing.evaluators",
     "LauncherTests": "wmtp.testing.launchers",
@@ -56,7 +59,7 @@ _HOMES = {
 }
 
 # a failed assert of a suite then shows its values, as one in a test file does
-pytest.register_assert_rewrite("wmtp.testing.component", "wmtp.testing.steps", *_HOMES.values())
+pytest.register_assert_rewrite("wmtp.testing.steps", *_HOMES.values())
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ import tomli_w
 from wmtp.config.components import Component, component
 from wmtp.config.converter import make_converter
 from wmtp.config.tree import plain_value
+from wmtp.plugins.checks import contract_problem
 from wmtp.plugins.loader import load_plugins
 
 __all__ = ["ComponentTests"]
@@ -48,6 +49,11 @@ class ComponentTests:
         for name in fields:
             with pytest.raises(attrs.exceptions.FrozenInstanceError):
                 setattr(self.config, name, getattr(self.config, name))
+
+    def test_config_class_keeps_the_contract(self) -> None:
+        """Its base, its flags and its names are those of `wmtp.contract`; the same is asked where a plugin is loaded."""
+        problem = contract_problem(self.kind, type(self.config))
+        assert problem is None, problem
 
     def test_config_survives_toml(self) -> None:
         """A snapshot of a run must read back as the same config."""

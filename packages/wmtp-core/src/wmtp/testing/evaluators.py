@@ -63,7 +63,7 @@ class EvaluatorTests(ComponentTests):
             device=torch.device("cpu"),
             autocast=nullcontext,
             seed=0,
-            allow_code_execution=bool(getattr(self.config, "executes_code", False)),
+            allow_code_execution=self.config.executes_code,
         )
 
     def measure(self, measured: Measured) -> dict[str, float]:
@@ -144,7 +144,7 @@ class EvaluatorTests(ComponentTests):
 
     def test_code_of_the_model_runs_only_where_the_user_says_so(self, measured: Measured) -> None:
         """The config class says ``executes_code = True``, and the evaluator asks itself too."""
-        if not getattr(self.config, "executes_code", False):
+        if not self.config.executes_code:
             pytest.skip("executes_code is not set")
         with pytest.raises(ConfigError, match="allow-code-execution"):
             self.config.build().evaluate(evolve(measured, allow_code_execution=False))

@@ -67,9 +67,7 @@ class LauncherTests(ComponentTests):
         """``build`` makes a launcher, and ``remote`` says of which sort."""
         built = self.config.build()
         assert isinstance(built, Launcher)
-        assert isinstance(built, RemoteLauncher) == getattr(self.config, "remote", False), (
-            "set remote = True in the config class"
-        )
+        assert isinstance(built, RemoteLauncher) == self.config.remote, "set remote = True in the config class"
 
     def test_planning_is_light(self, launcher: RemoteLauncher, run: Config, tmp_path: Path) -> None:
         """``wmtp launch --dry-run`` works where there is no torch."""

@@ -136,6 +136,7 @@ def make_view(trainer: Trainer, step: Step, *, number: int = 0, stage: str = "tr
         step=number,
         stage=stage,
         generator=torch.Generator().manual_seed(number),
+        vocab_size=VOCAB_SIZE,
     )
 
 

@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+from wmtp.contract import Contract
+
 __all__ = ["Tokenizer"]
 
 
-class Tokenizer(ABC):
+class Tokenizer(Contract, ABC, contract=True):
     """Text to token ids and back. Building or using one never changes the vocabulary.
 
     Padding needs no token: padded places are masked everywhere, and filled with ``eos_id``.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from attrs import frozen
 
+from wmtp.contract import TokenizerConfig
 from wmtp.errors import ConfigError
 from wmtp.tokenizers.base import Tokenizer
 
@@ -13,7 +14,7 @@ __all__ = ["Bytes", "HfSentencePiece", "HfTransformers"]
 
 
 @frozen(kw_only=True)
-class Bytes:
+class Bytes(TokenizerConfig):
     """A token is a byte of UTF-8; besides the 256 bytes there are an end (256) and a begin (257). Needs no file."""
 
     type = "bytes"
@@ -26,7 +27,7 @@ class Bytes:
 
 
 @frozen(kw_only=True)
-class HfTransformers:
+class HfTransformers(TokenizerConfig):
     """A tokenizer that transformers opens. Its vocabulary is never changed: no pad token is added, nothing is resized.
 
     Args:
@@ -50,7 +51,7 @@ class HfTransformers:
 
 
 @frozen(kw_only=True)
-class HfSentencePiece:
+class HfSentencePiece(TokenizerConfig):
     """A SentencePiece model, opened by the ``sentencepiece`` package.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from attrs import field, frozen
 
+from wmtp.contract import Contract
 from wmtp.storage.base import Storage
 
 __all__ = ["RunInfo", "Tracker"]
@@ -36,7 +37,7 @@ class RunInfo:
     backends: Mapping[str, Storage] = field(factory=dict)
 
 
-class Tracker(ABC):
+class Tracker(Contract, ABC, contract=True):
     """Receives a run's parameters and metrics. Only one process calls it.
 
     Training never stops for a tracker once it has started: after `start`, a tracker that cannot reach its server says so once

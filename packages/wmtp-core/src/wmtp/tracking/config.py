@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 from attrs import field, frozen
 from attrs.validators import min_len
 
+from wmtp.contract import TrackerConfig
+
 if TYPE_CHECKING:
     from wmtp.tracking.base import Tracker
 
@@ -20,7 +22,7 @@ _DATABASES = ("postgresql", "mysql", "mssql")
 
 
 @frozen(kw_only=True)
-class MLflowTracker:
+class MLflowTracker(TrackerConfig):
     """Tracks the run in MLflow.
 
     The config, tags, every metric, the config snapshot, the page of ``wmtp report`` and the final model's place are tracked.
@@ -89,7 +91,7 @@ def _uri_problem(uri: str) -> str | None:
 
 
 @frozen(kw_only=True)
-class JsonlTracker:
+class JsonlTracker(TrackerConfig):
     """Keeps to the run directory: ``metrics.jsonl`` is all there is. Needs no MLflow."""
 
     type = "jsonl"

@@ -1,4 +1,4 @@
-"""The contract of an algorithm: which predicted tokens matter, and how much.
+"""The contract of an algorithm: which predicted tokens matter, and how much. Importing it imports no torch.
 
 The loop does everything else, the same for every algorithm. One optimizer step is:
 
@@ -15,27 +15,31 @@ micro-batch.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-import numpy as np
-import torch
-from attrs import frozen
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from attrs import field, frozen
 
-from wmtp.config.schema import EarlyStoppingConfig
-from wmtp.data.batch import Batch, Targets, shift_to_predictions
+from wmtp.contract import TrainerConfig
+from wmtp.errors import PluginError
+from wmtp.trainers.inspection import method_problems
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from wmtp.config.schema import EarlyStoppingConfig
+    from wmtp.data.batch import Batch, Targets
     from wmtp.data.dataset import TokenDataset
     from wmtp.data.document_numbers import DocumentNumbers
     from wmtp.data.token_numbers import TokenNumbers
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["HiddenView", "OpenModel", "RewardScores", "Stage", "StepView", "Trainer", "TrainerSetup"]
+__all__ = ["HiddenView", "NotComputed", "OpenModel", "RewardScores", "Stage", "StepView", "Trainer", "TrainerSetup"]
 
 
 @frozen(kw_only=True)
@@ -64,13 +68,13 @@ class Stage:
 class OpenModel(Protocol):
     """Loads another ``[models.*]``."""
 
-    def __call__(self, name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> MTPModel:
+    def __call__(self, name: str, *, dtype: torch.dtype = ..., device: torch.device | None = ...) -> MTPModel:
         """The model of the section ``[models.<name>]``: head 1 alone, frozen, in eval mode.
 
         Args:
             name: a section that the config class has in ``required_models``: its vocabulary is then known to be the run's.
-            dtype: of its parameters.
-            device: where it computes; None: where the trained model does.
+            dtype: of its parameters; default: ``torch.float32``.
+            device: where it computes; default: where the trained model does.
 
         Raises:
             ConfigError: the config has no such section, or this machine no such device.
@@ -154,6 +158,20 @@ class HiddenView:
     trunk: Tensor
 
 
+class NotComputed(PluginError):
+    """A trainer reads something that is computed only where its class says so.
+
+    Args:
+        name: of the view's attribute.
+        flag: of the class.
+    """
+
+    def __init__(self, name: str, flag: str) -> None:
+        self.name = name
+        self.flag = flag
+        super().__init__(f"view.{name} was not computed; write {flag} = True in the trainer's class")
+
+
 @frozen(kw_only=True, eq=False)
 class StepView:
     """A whole optimizer step: all rows of all micro-batches and devices, in the order of the data.
@@ -161,40 +179,87 @@ class StepView:
     Args:
         batch: B rows.
         targets: ids and valid mask, ``[B, S, H]``.
-        token_loss: CE[t, k], ``[B, S, H]`` fp32, detached, 0 where not valid. None unless the trainer's
-            ``needs_token_loss`` is True.
-        entropy: of what head k predicts at t, in nats: ``[B, S, H]`` fp32, detached, 0 where not valid. None unless the
+        token_loss: CE[t, k], ``[B, S, H]`` fp32, detached, 0 where not valid. Only where the trainer's ``needs_token_loss``
+            is True; reading it elsewhere is an error.
+        entropy: of what head k predicts at t, in nats: ``[B, S, H]`` fp32, detached, 0 where not valid. Only where the
             trainer's ``needs_entropy`` is True.
         observations: what `Trainer.observe` returned, ``[B, S]`` or ``[B, S, H]``, 0 at padding. In
             `Trainer.auxiliary_losses` they carry a gradient; in `Trainer.token_weights` they are detached.
         step: the optimizer step, from 0.
         stage: the name of the stage that the step belongs to.
         generator: random numbers that depend on the seed and the step only.
+        vocab_size: V.
     """
 
     batch: Batch
     targets: Targets
-    token_loss: Tensor | None
-    entropy: Tensor | None
+    _token_loss: Tensor | None
+    _entropy: Tensor | None
     observations: Mapping[str, Tensor]
     step: int
     stage: str
     generator: torch.Generator
+    vocab_size: int
+    _uniform: list[tuple[Tensor, int]] = field(init=False, factory=list)  # what `uniform` has made, and its version then
+
+    @property
+    def token_loss(self) -> Tensor:
+        """Cross entropy of each prediction, ``[B, S, H]``."""
+        if self._token_loss is None:
+            raise NotComputed("token_loss", "needs_token_loss")
+        return self._token_loss
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of each prediction's distribution, ``[B, S, H]``."""
+        if self._entropy is None:
+            raise NotComputed("entropy", "needs_entropy")
+        return self._entropy
+
+    def uniform(self) -> Tensor:
+        """Make uniform weights: ``[B, S, H]`` fp32 ones, which the caller may change."""
+        import torch
+
+        ones = torch.ones(self.targets.ids.shape, device=self.targets.ids.device)
+        self._uniform.append((ones, ones._version))
+        return ones
+
+    def is_uniform(self, weights: Tensor) -> bool:
+        """Tell whether ``weights`` are those of `uniform`, unchanged; without waiting for the device."""
+        return any(weights is ones and ones._version == version for ones, version in self._uniform)
 
     def by_prediction(self, by_token: Tensor) -> Tensor:
         """Place token values ``[B, S]`` at the predictions of those tokens ``[B, S, H]``: out[t, k] = by_token[t+k]."""
+        from wmtp.data.batch import shift_to_predictions
+
         return shift_to_predictions(by_token, self.targets.ids.shape[-1])
 
 
-class Trainer(ABC):
-    """An algorithm. Every method has a default: a subclass writes only what differs from uniform weights."""
+class Trainer(TrainerConfig, ABC, contract=True):
+    """An algorithm. Every method has a default: a subclass writes only what differs from uniform weights.
 
-    #: True where `token_weights` uses this step's cross entropy
+    A trainer without state is one class: decorated with ``@attrs.frozen(kw_only=True)``, with a ``type`` and its TOML keys as
+    fields, it is its own config class. One with state (running means, modules, other models) has a `TrainerConfig` beside it,
+    whose ``build()`` makes it.
+    """
+
+    #: `token_weights` uses this step's cross entropy, ``view.token_loss``; may be a property
     needs_token_loss: bool = False
-    #: True where `token_weights` uses the entropy of the model's own predictions
+    #: `token_weights` uses the entropy of the model's own predictions, ``view.entropy``; may be a property
     needs_entropy: bool = False
-    #: over how many of the most probable tokens that entropy is taken, their probabilities made to add up to 1; None: over all
+    #: over how many of the most probable tokens that entropy is taken, their probabilities made to add up to 1; None, or as
+    #: many as the vocabulary has: over all; may be a property
     entropy_top_k: int | None = None
+
+    def build(self) -> Trainer:
+        """Return itself: a trainer without state is its own config."""
+        return self
+
+    @classmethod
+    def contract_problems(cls) -> Iterator[str]:
+        """See `Contract.contract_problems`; for trainers also what their methods leave out."""
+        yield from super().contract_problems()
+        yield from method_problems(cls, Trainer)
 
     def setup(self, setup: TrainerSetup) -> None:
         """Called once, before anything else. Make modules and load other models here."""
@@ -244,14 +309,14 @@ class Trainer(ABC):
         """
         return {}
 
-    def token_weights(self, view: StepView) -> Tensor | None:
-        """The weights of one step: finite, ≥ 0, without gradient. Not called in a stage without ``model_loss``.
+    def token_weights(self, view: StepView) -> Tensor:
+        """Weigh one step: finite, ≥ 0, without gradient. Not called in a stage without ``model_loss``.
 
         Returns:
-            ``[B, S]``: a weight for each token, placed at all its predictions; or ``[B, S, H]``: one for each prediction; or
-            None: 1 everywhere. Values at places that are not valid have no effect.
+            ``[B, S]``: a weight for each token, placed at all its predictions; or ``[B, S, H]``: one for each prediction.
+            `StepView.uniform`, which is the default, is 1 everywhere. Values at places that are not valid have no effect.
         """
-        return None
+        return view.uniform()
 
     def weighed(self, view: StepView) -> Tensor | None:
         """Which valid predictions the weights are about, where some are none of the algorithm's business and have weight 0.

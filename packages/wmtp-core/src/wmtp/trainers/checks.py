@@ -1,4 +1,4 @@
-"""Whether a trainer keeps its contract, asked where a breach would be found late, blamed on somebody else, or never."""
+"""Ask a trainer, and validate what it returns."""
 
 from __future__ import annotations
 
@@ -9,15 +9,183 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from attrs.exceptions import FrozenInstanceError
 from torch import Tensor, nn
 
+from wmtp.contract import nearest_name
+from wmtp.data.batch import Targets, shift_to_predictions
 from wmtp.errors import PluginError
-from wmtp.trainers.base import StepView, Trainer
+from wmtp.trainers.base import HiddenView, NotComputed, StepView, Trainer
 
-__all__ = ["check_unchanged", "checked_metrics", "checked_modules", "checked_rates", "checked_state", "versions"]
+__all__ = [
+    "asked",
+    "auxiliary_losses",
+    "check_trainer",
+    "check_unchanged",
+    "checked_metrics",
+    "checked_modules",
+    "checked_rates",
+    "checked_state",
+    "given_weights",
+    "observed",
+    "place_weights",
+    "token_details",
+    "versions",
+]
 
 #: names of numbers that the loop puts beside a trainer's, besides those of the loss and ``eval/…``
 _OF_THE_LOOP = frozenset({"step", "stage", "epoch", "lr", "tokens", "tokens_per_second", "gradient_norm", "peak_memory_gib"})
+
+
+def check_trainer(trainer: object, name: str) -> Trainer:
+    """Validate a new trainer, before anything is loaded for it.
+
+    Args:
+        trainer: what a config class built.
+        name: what messages call it.
+
+    Raises:
+        PluginError: it is no trainer, or breaks the contract in a way that its class or its attributes show.
+    """
+    if not isinstance(trainer, Trainer):
+        raise PluginError(f"{name}: build returned a {type(trainer).__name__}, not a wmtp.Trainer")
+    problems = [*type(trainer).contract_problems(), *_misspelt_attributes(trainer)]
+    if problems:
+        raise PluginError("\n".join(f"{name}: {problem}" for problem in problems))
+    return trainer
+
+
+def _misspelt_attributes(trainer: Trainer) -> Iterator[str]:
+    """Find attributes that are nearly a flag, as ``__init__`` may set them."""
+    for name in vars(trainer):
+        if not name.startswith("_") and name not in trainer._flags and (meant := nearest_name(name, trainer._flags)):
+            yield f"{type(trainer).__name__} sets self.{name}, which WMTP does not read; did you mean {meant!r}?"
+
+
+def asked(trainer: Trainer, method: str, name: str, *arguments: object) -> Any:
+    """Call a method of a trainer in a step.
+
+    Args:
+        trainer: the algorithm.
+        method: its method's name.
+        name: what messages call the trainer.
+        arguments: of the method.
+
+    Raises:
+        PluginError: the method reads what its class has not asked for, or keeps state in a frozen object.
+    """
+    cls = type(trainer).__name__
+    try:
+        return getattr(trainer, method)(*arguments)
+    except NotComputed as error:
+        raise PluginError(
+            f"{name}: {cls}.{method} reads view.{error.name}, which is not computed; write {error.flag} = True in {cls}"
+        ) from error
+    except FrozenInstanceError as error:
+        raise PluginError(
+            f"{name}: {cls}.{method} sets an attribute of a frozen object ({', '.join(map(str, error.args))}); a trainer with "
+            f"state has a class of its own, which the build() of its wmtp.TrainerConfig makes; views stay as they are"
+        ) from error
+
+
+def given_weights(trainer: Trainer, view: StepView, name: str) -> tuple[Tensor, Tensor]:
+    """Ask for the weights of a step.
+
+    Args:
+        trainer: the algorithm.
+        view: the step.
+        name: what messages call the trainer.
+
+    Returns:
+        what `Trainer.token_weights` returned, and the same placed at predictions, ``[B, S, H]`` fp32, 0 where not valid.
+
+    Raises:
+        PluginError: not a tensor, of another shape, not of floating point, or carrying a gradient.
+    """
+    given = asked(trainer, "token_weights", name, view)
+    return given, place_weights(given, view.targets, f"{name}: {type(trainer).__name__}")
+
+
+def place_weights(weights: object, targets: Targets, trainer: str) -> Tensor:
+    """Bring what `Trainer.token_weights` returned to one weight a prediction.
+
+    Args:
+        weights: ``[B, S]`` or ``[B, S, H]``.
+        targets: ``[B, S, H]``.
+        trainer: what messages call the trainer: its type, distribution and version, and its class.
+
+    Returns:
+        ``[B, S, H]`` fp32, 0 where not valid.
+
+    Raises:
+        PluginError: not a tensor, of another shape, not of floating point, or carrying a gradient.
+    """
+    valid = targets.valid
+    if weights is None:
+        raise PluginError(
+            f"{trainer}.token_weights returned None; write return before its result, or for a weight of 1 everywhere "
+            f"return view.uniform()"
+        )
+    if not isinstance(weights, Tensor):
+        raise PluginError(f"{trainer}.token_weights returned a {type(weights).__name__}, not a tensor")
+    if weights.requires_grad:
+        raise PluginError(
+            f"{trainer}.token_weights returned weights that carry a gradient; detach them, or the model learns to change its "
+            f"weights instead of its predictions"
+        )
+    if not weights.is_floating_point():
+        raise PluginError(f"{trainer}.token_weights returned {weights.dtype}; weights are floating-point numbers")
+    rows, length, horizon = valid.shape
+    if weights.shape == (rows, length):
+        weights = shift_to_predictions(weights, horizon)
+    elif weights.shape != (rows, length, horizon):
+        raise PluginError(
+            f"{trainer}.token_weights returned shape {list(weights.shape)}; it must be [B, S] = {[rows, length]} "
+            f"or [B, S, H] = {[rows, length, horizon]}"
+        )
+    return torch.where(valid, weights.to(device=valid.device, dtype=torch.float32), 0.0)
+
+
+def observed(trainer: Trainer, view: HiddenView, name: str) -> dict[str, Tensor]:
+    """Ask `Trainer.observe`. Arguments and errors: see `given_weights`."""
+    return _token_tensors("observe", asked(trainer, "observe", name, view), view.targets, name)
+
+
+def token_details(trainer: Trainer, view: StepView, name: str) -> dict[str, Tensor]:
+    """Ask `Trainer.token_details`. Arguments and errors: see `given_weights`."""
+    return _token_tensors("token_details", asked(trainer, "token_details", name, view), view.targets, name)
+
+
+def auxiliary_losses(trainer: Trainer, view: StepView, name: str) -> dict[str, Tensor]:
+    """Ask `Trainer.auxiliary_losses`. Arguments and errors: see `given_weights`."""
+    terms = _named_tensors("auxiliary_losses", asked(trainer, "auxiliary_losses", name, view), name)
+    for key, term in terms.items():
+        if term.numel() != 1:
+            raise PluginError(f"{name}: auxiliary loss {key!r} has shape {list(term.shape)}; it must be a scalar")
+    return terms
+
+
+def _token_tensors(method: str, returned: object, targets: Targets, name: str) -> dict[str, Tensor]:
+    """Validate numbers for each token or each prediction."""
+    values = _named_tensors(method, returned, name)
+    rows, length, horizon = targets.ids.shape
+    for key, value in values.items():
+        if value.shape not in ((rows, length), (rows, length, horizon)):
+            raise PluginError(
+                f"{name}: {method} returned {key!r} of shape {list(value.shape)}; it must be "
+                f"[b, S] = {[rows, length]} or [b, S, H] = {[rows, length, horizon]}"
+            )
+    return values
+
+
+def _named_tensors(method: str, returned: object, name: str) -> dict[str, Tensor]:
+    """Validate tensors by name."""
+    if not isinstance(returned, Mapping):
+        raise PluginError(f"{name}: {method} returned a {type(returned).__name__}, not tensors by name")
+    for key, value in returned.items():
+        if not isinstance(value, Tensor):
+            raise PluginError(f"{name}: {method} returned a {type(value).__name__} as {key!r}, not a tensor")
+    return dict(returned)
 
 
 def checked_modules(trainer: Trainer, name: str) -> dict[str, nn.Module]:
@@ -79,7 +247,7 @@ def checked_metrics(trainer: Trainer, name: str, own: Mapping[str, object]) -> M
     Raises:
         PluginError: something else than numbers by name, or a name of the loop's.
     """
-    metrics = trainer.metrics()
+    metrics = asked(trainer, "metrics", name)
     if not isinstance(metrics, Mapping):
         raise PluginError(f"{name}: metrics returned a {type(metrics).__name__}, not numbers by name")
     for key in metrics:
@@ -148,8 +316,8 @@ def _tensors(view: StepView) -> Iterator[tuple[str, Tensor]]:
         "batch.weight": batch.weight,
         "targets.ids": targets.ids,
         "targets.valid": targets.valid,
-        "token_loss": view.token_loss,
-        "entropy": view.entropy,
+        "token_loss": view._token_loss,
+        "entropy": view._entropy,
     }
     yield from ((key, tensor) for key, tensor in named.items() if tensor is not None)
     yield from ((f"observations[{key!r}]", tensor) for key, tensor in view.observations.items())

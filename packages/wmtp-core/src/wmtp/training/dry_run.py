@@ -34,13 +34,13 @@ def dry_run(config: Config) -> dict[str, str]:
     device = pick_device(config.devices.device)
     if (remote := remote_checkpoints(config)) is not None:
         remote.steps()  # a bucket that is not there, or may not be read, is better known now
+    trainer, name = build_trainer(config.trainer)
     source = open_source(config)
     info = source.model_info
     heads = resolve_heads(config.models["base"].heads, info.heads)
     data = prepare_data(config, source.tokenizer, source.dataset_paths)
     batches = StepBatches(data.train, config.data.train, seed=config.run.seed)
     total_steps = planned_steps(config, batches)
-    trainer, name = build_trainer(config)
     check_data(trainer, data.train, name)
     plan = StagePlan.make(trainer.stages(), warmup_steps=heads.warmup_steps, total_steps=total_steps, trainer_name=name)
     StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
@@ -67,7 +67,7 @@ def _memory(config: Config, source: Source, heads: HeadsConfig, device: torch.de
         name: config.models[name].loader.build().info(source.place.path(config.models[name].loader, f"models.{name}"))
         for name in required_models(config)
     }
-    processes = getattr(config.launcher, "processes", 1)
+    processes = config.launcher.processes
     world = processes if isinstance(processes, int) else count_devices(device) or 1
     estimate = estimate_memory(config, source.model_info, heads, world=world, others=others)
     given = config.devices.memory_gib

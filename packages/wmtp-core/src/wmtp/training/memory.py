@@ -160,11 +160,11 @@ def _kept_by_layer(devices: DevicesConfig, info: ModelInfo, compute: int, residu
 
 
 def _other_models(config: Config, others: Mapping[str, ModelInfo]) -> int:
-    """Those that compute where the trained model does; `wmtp_algos` names their precision and place so."""
+    """Those that compute where the trained model does; see `wmtp.contract.TrainerConfig`."""
     trainer = config.trainer
-    if getattr(trainer, "reference_device", None) not in (None, config.devices.device):
+    if trainer.reference_device not in (None, config.devices.device):
         return 0
-    size = 2 if getattr(trainer, "reference_precision", "fp32") == "bf16" else 4
+    size = 2 if trainer.reference_precision == "bf16" else 4
     return sum(size * info.parameters for info in others.values())
 
 

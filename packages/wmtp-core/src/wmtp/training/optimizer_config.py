@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs.validators import and_, deep_iterable, ge, gt, lt
 
+from wmtp.contract import OptimizerConfig
+
 if TYPE_CHECKING:
     import torch
 
@@ -16,7 +18,7 @@ __all__ = ["AdamW", "Muon"]
 
 
 @frozen(kw_only=True)
-class AdamW:
+class AdamW(OptimizerConfig):
     """AdamW (arXiv 1711.05101), fused where the device has it.
 
     Args:
@@ -40,7 +42,7 @@ class AdamW:
 
 
 @frozen(kw_only=True)
-class Muon:
+class Muon(OptimizerConfig):
     """Muon (Jordan et al. 2024, scaled as in arXiv 2502.16982): orthogonalised momentum for the weight matrices of the layers.
 
     Embeddings, unembeddings, biases and norms are learned by AdamW with the same learning rate, for which the update of a

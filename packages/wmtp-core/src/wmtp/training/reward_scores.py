@@ -38,7 +38,7 @@ def open_reward_scores(config: Config, source: Source, dataset: TokenDataset, de
         numbers = DocumentNumbers(numbers_path(config, source, dataset, name, what, "rewards.f32"), dataset)
         if len(numbers.missing):
             path = source.place.path(loader, key) or Path()
-            attention = getattr(loader, "attn_implementation", None)
+            attention = loader.attn_implementation
             model = RewardModel(path, key=key, dtype=dtype, device=device, attn_implementation=attention)
             _fill(numbers, model, dataset, source.tokenizer, template, batch_size, key)
         return numbers

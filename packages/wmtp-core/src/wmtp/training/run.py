@@ -66,11 +66,11 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     remote = remote_checkpoints(config)
     saved = find_checkpoints(config, run_dir, remote, ranks, resume=resume)
 
+    trainer, name = build_trainer(config.trainer)  # what is wrong with it shows before anything is read
     source = ranks.one_by_machine_first(lambda: open_source(config))
     data = ranks.one_by_machine_first(lambda: prepare_data(config, source.tokenizer, source.dataset_paths))
     compare_data(data, ranks)
     total_steps = planned_steps(config, StepBatches(data.train, config.data.train, seed=config.run.seed))
-    trainer, name = build_trainer(config)
     ranks.together(lambda: check_data(trainer, data.train, name))
     if ranks.world > config.data.train.batch_size:
         logger.info(

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import frozen
 
-from wmtp.config.components import Component
 from wmtp.config.problems import dotted
 from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, HeadsConfig, ModelConfig
+from wmtp.contract import ComponentConfig, TrainerConfig
 from wmtp.data.sources import read_from
-from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.base import ModelInfo
 from wmtp.models.remote import LOADERS, localize_model
 from wmtp.plugins import load_plugins
@@ -24,6 +24,7 @@ from wmtp.storage.backends import build_backends
 from wmtp.storage.uris import localize
 from wmtp.tokenizers import Tokenizer
 from wmtp.trainers.base import OpenModel, Trainer
+from wmtp.trainers.checks import check_trainer
 
 if TYPE_CHECKING:
     from wmtp.data.batches import StepBatches
@@ -65,7 +66,7 @@ class Place:
         Raises:
             WMTPError: nothing is there, or it could not be fetched.
         """
-        uri = getattr(component, "uri", None)
+        uri = component.uri
         if uri is not None and key.startswith("models.") and component.type in LOADERS:
             return localize_model(uri, self.backends, self.cache_dir, key=f"{key}.uri")
         return None if uri is None else self.fetch(uri, f"{key}.uri")
@@ -147,7 +148,8 @@ def _readable_tokenizer(config: Config, model_path: Path) -> Tokenizer | None:
     """The tokenizer beside a model; None where there is none that can be opened, which is what ``[tokenizer]`` is for."""
     from wmtp.tokenizers.load import load_tokenizer
 
-    for eos_token in (None, getattr(config.tokenizer, "eos_token", None)):  # its own, or where it names none the config's
+    named = None if config.tokenizer is None else config.tokenizer.eos_token
+    for eos_token in (None, named):  # its own, or where it names none the config's
         with suppress(WMTPError):
             return load_tokenizer(model_path, eos_token=eos_token)
     return None
@@ -167,12 +169,12 @@ def _check_evaluators(info: ModelInfo, config: Config) -> None:
     heads = config.models["base"].heads or info.heads
     problems = []
     for index, evaluator in enumerate(config.eval):
-        if getattr(evaluator, "needs_extra_heads", False) and (heads is None or heads.horizon == 1):
+        if evaluator.needs_extra_heads and (heads is None or heads.horizon == 1):
             problems.append(
                 f"eval.{index}: '{evaluator.type}' needs extra heads, and this model has none (H = 1); write "
                 "models.base.heads.horizon = 2 or more, or leave it out"
             )
-        needed = getattr(evaluator, "needed_positions", 0)
+        needed = evaluator.needed_positions
         if info.max_positions is not None and needed > info.max_positions:
             problems.append(
                 f"eval.{index}: '{evaluator.type}' needs positions for {needed} tokens, and the model has "
@@ -216,7 +218,7 @@ def _own_tokenizer(config: Config, path: Path, key: str) -> Tokenizer:
     try:
         if saved is not None and config.tokenizer is not None and saved["type"] == config.tokenizer.type:
             return config.tokenizer.build(path)  # of another plugin, perhaps, which only the config can name
-        return load_tokenizer(path, eos_token=getattr(config.tokenizer, "eos_token", None))
+        return load_tokenizer(path, eos_token=None if config.tokenizer is None else config.tokenizer.eos_token)
     except WMTPError as error:
         raise ConfigError(
             f"{key}: its vocabulary must be the base model's, and cannot be read: {error}; put the files of its tokenizer "
@@ -265,7 +267,7 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> 
     return load
 
 
-def provenance(component: Component, kind: str = "trainer") -> str:
+def provenance(component: ComponentConfig, kind: str = "trainer") -> str:
     """What messages call a component: its kind, its type and who provides it."""
     plugin = load_plugins().provider(type(component))
     if plugin is not None:
@@ -278,12 +280,14 @@ def provenance(component: Component, kind: str = "trainer") -> str:
     return f"{kind} '{component.type}' ({module} {version})"
 
 
-def build_trainer(config: Config) -> tuple[Trainer, str]:
-    """The trainer, and what messages call it."""
-    trainer, name = config.trainer.build(), provenance(config.trainer)
-    if not isinstance(trainer, Trainer):
-        raise PluginError(f"{name}: build returned a {type(trainer).__name__}, not a wmtp.trainers.Trainer")
-    return trainer, name
+def build_trainer(component: TrainerConfig) -> tuple[Trainer, str]:
+    """Make a trainer, and the name that messages give it.
+
+    Raises:
+        PluginError: what is made breaks the contract.
+    """
+    name = provenance(component)
+    return check_trainer(component.build(), name), name
 
 
 def planned_steps(config: Config, batches: StepBatches) -> int:

@@ -15,10 +15,9 @@ from wmtp.data.batch import Batch, Targets, align_targets
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.distributed.sharding import Sharding
 from wmtp.distributed.share import Share
-from wmtp.errors import PluginError
 from wmtp.loss import TokenPass, Unembedding, token_pass, weighted_cross_entropy
+from wmtp.trainers import checks
 from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
-from wmtp.trainers.checks import check_unchanged, checked_metrics, versions
 from wmtp.training.devices import statistics_dtype
 from wmtp.training.master_weights import MasterWeights
 from wmtp.training.recording import TokenRecord, weight_histogram
@@ -27,7 +26,6 @@ from wmtp.training.weights import (
     Normalizer,
     bad_weights,
     head_statistics,
-    place_weights,
     prediction_coefficients,
     weight_statistics,
 )
@@ -148,14 +146,17 @@ class StepLoss:
             step=step,
             stage=stage.name,
             generator=torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63),
+            vocab_size=self.model.vocab_size,
         )
-        seen = versions(view)
-        given = self.trainer.token_weights(view) if stage.model_loss else None
-        weights = place_weights(given, targets, self.trainer_name)
+        seen = checks.versions(view)
+        uniform, weights = True, targets.valid.float()
+        if stage.model_loss:
+            given, weights = checks.given_weights(self.trainer, view, self.trainer_name)
+            uniform = view.is_uniform(given)
         coefficients = prediction_coefficients(weights, targets.valid, self._head_weights, self.normalizer)
         problem = bad_weights(weights, coefficients)
         auxiliary, slopes = self._auxiliary(view)
-        check_unchanged(view, seen, self.trainer_name)
+        checks.check_unchanged(view, seen, self.trainer_name)
 
         if not stage.model_loss:
             coefficients = torch.zeros_like(coefficients)
@@ -185,7 +186,7 @@ class StepLoss:
                     own_coefficients[piece],
                     computed,
                     known=known,
-                    at_most=self._at_most(given, valid_counts, stage),
+                    at_most=self._at_most(uniform, valid_counts, stage),
                     valid_counts=valid_counts,
                 )
             model_loss += loss.detach()
@@ -207,14 +208,14 @@ class StepLoss:
         metrics |= head_statistics(all_losses, weights, targets.valid)
         metrics |= weight_statistics(weights, targets.valid)
         metrics |= {f"auxiliary/{name}": value for name, value in auxiliary.items()}
-        metrics |= checked_metrics(self.trainer, self.trainer_name, metrics)
+        metrics |= checks.checked_metrics(self.trainer, self.trainer_name, metrics)
         recorded = weights if stage.model_loss else None
         return StepOutput(
             loss=whole,
             bad_weights=problem,
             metrics=metrics,
             weight_histogram=weight_histogram(recorded, targets.valid) if histogram and recorded is not None else None,
-            tokens=TokenRecord(weights=recorded, losses=all_losses, valid=targets.valid, details=self._token_details(view))
+            tokens=TokenRecord(weights=recorded, losses=all_losses, valid=targets.valid, details=self._details(view))
             if tokens
             else None,
         )
@@ -248,33 +249,12 @@ class StepLoss:
         """What the trainer observes in the hidden states of one micro-batch."""
         view = HiddenView(batch=batch, targets=targets, packed=packed, stage=stage.name, trunk=output.trunk)
         with self.autocast():
-            return self._token_tensors("observe", self.trainer.observe(view), targets)
+            return checks.observed(self.trainer, view, self.trainer_name)
 
     @torch.no_grad()
-    def _token_details(self, view: StepView) -> dict[str, Tensor]:
+    def _details(self, view: StepView) -> dict[str, Tensor]:
         """What the trainer knows of single tokens."""
-        return self._token_tensors("token_details", self.trainer.token_details(view), view.targets)
-
-    def _token_tensors(self, method: str, returned: object, targets: Targets) -> dict[str, Tensor]:
-        """What a method of the trainer returned, which must be numbers for each token or each prediction."""
-        values = self._tensors(method, returned)
-        rows, length, horizon = targets.ids.shape
-        for name, value in values.items():
-            if value.shape not in ((rows, length), (rows, length, horizon)):
-                raise PluginError(
-                    f"{self.trainer_name}: {method} returned {name!r} of shape {list(value.shape)}; it must be "
-                    f"[b, S] = {[rows, length]} or [b, S, H] = {[rows, length, horizon]}"
-                )
-        return values
-
-    def _tensors(self, method: str, returned: object) -> dict[str, Tensor]:
-        """What a method of the trainer returned, which must be tensors by name."""
-        if not isinstance(returned, Mapping):
-            raise PluginError(f"{self.trainer_name}: {method} returned a {type(returned).__name__}, not tensors by name")
-        for name, value in returned.items():
-            if not isinstance(value, Tensor):
-                raise PluginError(f"{self.trainer_name}: {method} returned a {type(value).__name__} as {name!r}, not a tensor")
-        return dict(returned)
+        return checks.token_details(self.trainer, view, self.trainer_name)
 
     def _token_pass(self, output: MTPOutput, targets: Targets, valid_counts: Sequence[int]) -> TokenPass:
         with self.autocast():
@@ -288,11 +268,11 @@ class StepLoss:
                 valid_counts=valid_counts,
             )
 
-    def _at_most(self, given: Tensor | None, valid_counts: Sequence[int], stage: Stage) -> int | None:
+    def _at_most(self, uniform: bool, valid_counts: Sequence[int], stage: Stage) -> int | None:
         """How many predictions of a micro-batch may have a weight; None where only the device knows."""
         if not stage.model_loss:
             return 0
-        return sum(valid_counts) if given is None else None
+        return sum(valid_counts) if uniform else None
 
     @torch.no_grad()
     def _survey(
@@ -320,12 +300,7 @@ class StepLoss:
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())
         with torch.enable_grad():
-            terms = self._tensors("auxiliary_losses", self.trainer.auxiliary_losses(evolve(view, observations=leaves)))
-            for name, term in terms.items():
-                if term.numel() != 1:
-                    raise PluginError(
-                        f"{self.trainer_name}: auxiliary loss {name!r} has shape {list(term.shape)}; it must be a scalar"
-                    )
+            terms = checks.auxiliary_losses(self.trainer, evolve(view, observations=leaves), self.trainer_name)
             learned = [term.reshape(()) for term in terms.values() if term.requires_grad]
             if learned:
                 # every rank computes these terms, and their gradients of parameters are added up over the ranks

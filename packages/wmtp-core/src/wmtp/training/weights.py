@@ -8,8 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wmtp.data.batch import Targets, shift_to_predictions
-from wmtp.errors import PluginError
 from wmtp.training.devices import statistics_dtype
 
 __all__ = [
@@ -18,49 +16,11 @@ __all__ = [
     "Normalizer",
     "bad_weights",
     "head_statistics",
-    "place_weights",
     "prediction_coefficients",
     "weight_statistics",
 ]
 
 Normalizer = Literal["sum_w", "valid", "per_position"]
-
-
-def place_weights(weights: Tensor | None, targets: Targets, trainer: str) -> Tensor:
-    """Bring what `Trainer.token_weights` returned to one weight a prediction.
-
-    Args:
-        weights: ``[B, S]``, ``[B, S, H]`` or None.
-        targets: ``[B, S, H]``.
-        trainer: what messages call the trainer: its type, distribution and version.
-
-    Returns:
-        ``[B, S, H]`` fp32, 0 where not valid.
-
-    Raises:
-        PluginError: not a tensor, of another shape, not of floating point, or carrying a gradient.
-    """
-    valid = targets.valid
-    if weights is None:
-        return valid.float()
-    if not isinstance(weights, Tensor):
-        raise PluginError(f"{trainer}: token_weights returned a {type(weights).__name__}, not a tensor or None")
-    if weights.requires_grad:
-        raise PluginError(
-            f"{trainer}: token_weights returned weights that carry a gradient; detach them, or the model learns to change its "
-            f"weights instead of its predictions"
-        )
-    if not weights.is_floating_point():
-        raise PluginError(f"{trainer}: token_weights returned {weights.dtype}; weights are floating-point numbers")
-    rows, length, horizon = valid.shape
-    if weights.shape == (rows, length):
-        weights = shift_to_predictions(weights, horizon)
-    elif weights.shape != (rows, length, horizon):
-        raise PluginError(
-            f"{trainer}: token_weights returned shape {list(weights.shape)}; it must be [B, S] = {[rows, length]} "
-            f"or [B, S, H] = {[rows, length, horizon]}"
-        )
-    return torch.where(valid, weights.to(device=valid.device, dtype=torch.float32), 0.0)
 
 
 def prediction_coefficients(weights: Tensor, valid: Tensor, head_weights: Tensor, normalizer: Normalizer) -> Tensor:

@@ -1,14 +1,29 @@
-"""The contract of trainers, and what makes this one: against plain Python."""
+"""The contract of trainers, and what makes these: against plain Python."""
 
 import torch
 
 from wmtp.testing import TrainerTests
 from wmtp.testing.steps import make_view, random_step
-from wmtp_example.plugin import LossTruncation
+from wmtp_example.loss_ceiling import LossCeiling
+from wmtp_example.loss_truncation import LossTruncation
+
+
+class TestLossCeiling(TrainerTests):
+    config = LossCeiling(ceiling=1.0)
 
 
 class TestLossTruncation(TrainerTests):
     config = LossTruncation(drop=0.3, window=7, warmup_steps=0)
+
+
+def test_no_prediction_adds_more_than_the_ceiling():
+    trainer = LossCeiling(ceiling=1.0)
+    view = make_view(trainer, random_step(0, packed=True))
+    weights = trainer.token_weights(view)
+    losses = view.token_loss[view.targets.valid].tolist()
+    assert max(losses) > 1 > min(losses)
+    expected = [1.0 if loss <= 1 else 1 / loss for loss in losses]
+    torch.testing.assert_close(weights[view.targets.valid], torch.tensor(expected))
 
 
 def test_documents_above_the_quantile_of_the_last_ones_are_left_out():
@@ -16,7 +31,6 @@ def test_documents_above_the_quantile_of_the_last_ones_are_left_out():
     last = []
     for number in range(8):
         view = make_view(trainer, random_step(number, packed=True), number=number)
-        assert view.token_loss is not None
         losses = {}
         for document in range(len(view.batch.documents)):
             inside = view.targets.valid & (view.batch.document == document).unsqueeze(-1)
@@ -25,9 +39,8 @@ def test_documents_above_the_quantile_of_the_last_ones_are_left_out():
         last = (last + list(losses.values()))[-6:]
         weights = trainer.token_weights(view)
         if number == 0:
-            assert weights is None, "all is learned during the warm-up"
+            assert weights.eq(1).all(), "all is learned during the warm-up"
             continue
-        assert weights is not None
         ordered = sorted(last)
         place = 0.75 * (len(ordered) - 1)
         low = ordered[int(place)]
