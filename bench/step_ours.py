@@ -16,19 +16,19 @@ from transformers import LlamaForCausalLM
 from wmtp.config.load import load_config
 from wmtp.config.schema import CheckpointConfig, DevicesConfig, HeadsConfig, ReportConfig, ScheduleConfig, TrainConfig
 from wmtp.data.batch import Batch, Document
+from wmtp.devices import autocast_context, prefer_fast_attention
 from wmtp.models.base import LoadedModel
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
 from wmtp.models.mtp import MTPModel
 from wmtp.models.outline import outline
+from wmtp.optim.config import AdamW
+from wmtp.optim.master_weights import MasterWeights
 from wmtp.tracking import Tracker
 from wmtp.trainers import StepView, Trainer, TrainerSetup
 from wmtp.training.acceleration import accelerate
-from wmtp.training.devices import autocast_context, prefer_fast_attention
 from wmtp.training.loop import Fit
-from wmtp.training.master_weights import MasterWeights
 from wmtp.training.memory import estimate_memory
-from wmtp.training.optimizer_config import AdamW
 from wmtp.training.recording import Recorder
 from wmtp.training.stages import StagePlan
 from wmtp.training.step import StepLoss
@@ -242,7 +242,7 @@ def packed(shape: Shape, warmup: int, steps: int) -> float:
 
 
 class _Known:
-    """Reference losses of all tokens, as `wmtp.data.token_numbers.TokenNumbers` has them."""
+    """Reference losses of all tokens, as `wmtp.data.score_cache.token_numbers.TokenNumbers` has them."""
 
     complete = True
 

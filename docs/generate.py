@@ -17,13 +17,12 @@ from typing import Any
 import attrs
 import tomli_w
 
-from wmtp import hookspecs
 from wmtp.cli.show import type_name
 from wmtp.config import schema
-from wmtp.config.components import COMPONENT_KIND, KINDS
 from wmtp.config.tree import plain_value
-from wmtp.contract import CONFIG_CLASSES, ComponentConfig, Contract
-from wmtp.plugins import Registry, load_plugins
+from wmtp.plugins import Registry, hookspecs, load_plugins
+from wmtp.plugins.components import COMPONENT_KIND, KINDS
+from wmtp.plugins.contract import CONFIG_CLASSES, ComponentConfig, Contract
 
 DOCS = Path(__file__).parent
 
@@ -190,7 +189,9 @@ def hook_reference() -> str:
     """Every hook, and the class that its components' ``build`` makes."""
     from importlib import import_module
 
-    parts = [f"### Every config class\n\n{declared('wmtp.contract', ComponentConfig)}\n\n{contract_methods(ComponentConfig)}"]
+    parts = [
+        f"### Every config class\n\n{declared('wmtp.plugins.contract', ComponentConfig)}\n\n{contract_methods(ComponentConfig)}"
+    ]
     for kind in KINDS:
         hook = getattr(hookspecs, f"wmtp_{kind}")
         text, _, example = inspect.cleandoc(hook.__doc__).partition("Example::\n")

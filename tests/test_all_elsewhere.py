@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from wmtp.checkpoints.remote import RemoteCheckpoints
 from wmtp.cli import main
-from wmtp.training.remote_checkpoints import RemoteCheckpoints
 from wmtp_storage import S3Storage
 from wmtp_storage.testing import s3_server
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from wmtp.checkpoints.local import Checkpoint
+from wmtp.checkpoints.manifest import write_facts
+from wmtp.checkpoints.remote import CheckpointUpload, RemoteCheckpoints
 from wmtp.errors import WMTPError
 from wmtp.storage.file import File
-from wmtp.training.checkpoint import Checkpoint
-from wmtp.training.checkpoint_facts import write_facts
-from wmtp.training.remote_checkpoints import CheckpointUpload, RemoteCheckpoints
 from wmtp_storage import S3Storage
 from wmtp_storage.testing import s3_server
 

@@ -218,8 +218,8 @@ def test_the_references_are_up_to_date(name):
 
 
 def test_every_hook_has_a_kind_and_so_a_place_in_the_reference():
-    from wmtp import hookspecs
-    from wmtp.config.components import KINDS
+    from wmtp.plugins import hookspecs
+    from wmtp.plugins.components import KINDS
 
     assert {name for name in vars(hookspecs) if name.startswith("wmtp_")} == {f"wmtp_{kind}" for kind in KINDS}
 
@@ -227,8 +227,8 @@ def test_every_hook_has_a_kind_and_so_a_place_in_the_reference():
 def test_the_config_reference_has_every_section():
     from attrs import fields, has
 
-    from wmtp.config.components import COMPONENT_KIND
     from wmtp.config.schema import Config
+    from wmtp.plugins.components import COMPONENT_KIND
 
     module = generator()
     covered = {cls.__name__ for cls in module.SECTIONS.values()}

@@ -86,8 +86,8 @@ write_folder(Path(sys.argv[1]) / "step-7", write)
     done = subprocess.run([sys.executable, "-c", script, tmp_path], env=environment())
     assert done.returncode == -signal.SIGKILL
 
+    from wmtp.checkpoints.local import list_checkpoints
     from wmtp.storage.atomic import remove_partial
-    from wmtp.training.checkpoint import list_checkpoints
 
     assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
     assert list_checkpoints(tmp_path) == []

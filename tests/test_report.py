@@ -13,7 +13,7 @@ import tomli_w
 
 from wmtp.cli import main
 from wmtp.report import write_report
-from wmtp.training.weight_bins import WEIGHT_BINS
+from wmtp.runs.weight_bins import WEIGHT_BINS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")

@@ -64,8 +64,8 @@ def test_from_a_bucket_to_a_model(container, recipe, model, s3_server, wmtp, mon
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     uri = f"s3://{s3_server.bucket()}/wmtp"
+    from wmtp.config.places import build_backends
     from wmtp.config.schema import StorageConfig
-    from wmtp.storage.backends import build_backends
 
     storage = build_backends(StorageConfig())["s3"]
     storage.push(model, f"{uri}/tiny")

@@ -10,16 +10,16 @@ from torch.distributed.tensor import DTensor
 
 from wmtp.config.schema import FsdpConfig, HeadsConfig
 from wmtp.distributed.ranks import ALONE, Ranks
-from wmtp.distributed.sharding import Sharding, spread
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
+from wmtp.models.sharding import Sharding, spread
+from wmtp.optim.build import change_learning_rate
+from wmtp.optim.config import AdamW, Muon
+from wmtp.optim.gradients import clip_gradients, gradient_norm
 from wmtp.plugins import load_plugins
 from wmtp.testing.steps import random_step
 from wmtp.tokenizers.config import Bytes
 from wmtp.trainers import Stage, Trainer, TrainerSetup
-from wmtp.training.gradients import clip_gradients, gradient_norm
-from wmtp.training.optimizer_config import AdamW, Muon
-from wmtp.training.optimizers import change_learning_rate
 from wmtp.training.stages import apply_stage
 from wmtp.training.step import StepLoss
 from wmtp_algos import CriticWMTP, Rho1WMTP

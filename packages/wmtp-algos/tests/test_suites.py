@@ -4,8 +4,8 @@ import attrs
 import pytest
 import torch
 
-from wmtp.config.components import Component, component
-from wmtp.contract import TrainerConfig
+from wmtp.plugins.components import Component, component
+from wmtp.plugins.contract import TrainerConfig
 from wmtp.testing import TrainerTests
 from wmtp.trainers import Stage, Trainer
 from wmtp_algos import (

@@ -6,9 +6,9 @@ import textwrap
 import pytest
 
 import wmtp
-from wmtp.config.components import KINDS
 from wmtp.config.load import load
 from wmtp.errors import ConfigError, PluginError
+from wmtp.plugins.components import KINDS
 from wmtp.plugins.loader import load_plugins
 from wmtp.testing import (
     ComponentTests,

@@ -11,15 +11,15 @@ import tomli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp.config.components import component
 from wmtp.config.load import load_config
 from wmtp.config.schema import Config, EvalDataConfig, HeadsConfig, ModelConfig, RunConfig, TrainConfig
 from wmtp.config.tree import components, dump_config, flatten
-from wmtp.contract import TrainerConfig
 from wmtp.data.config import Jsonl
 from wmtp.errors import ConfigError
 from wmtp.models.config import HfModel
 from wmtp.plugins import load_plugins
+from wmtp.plugins.components import component
+from wmtp.plugins.contract import TrainerConfig
 
 
 class Size(enum.Enum):

@@ -7,12 +7,12 @@ from typing import Any
 import attrs
 import pytest
 
-from wmtp.config.components import component
 from wmtp.config.load import load
 from wmtp.config.rules import check, check_loaded
-from wmtp.contract import TrainerConfig
 from wmtp.errors import ConfigError
 from wmtp.plugins import Registry, load_plugins
+from wmtp.plugins.components import component
+from wmtp.plugins.contract import TrainerConfig
 
 
 @attrs.frozen(kw_only=True)

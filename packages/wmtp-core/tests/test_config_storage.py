@@ -8,17 +8,17 @@ from attrs import evolve
 
 from wmtp.config import load_config
 from wmtp.config.converter import make_converter
+from wmtp.config.places import build_backends
 from wmtp.config.problems import Problems
 from wmtp.config.rules import check
 from wmtp.config.schema import Config, ModelConfig, StorageConfig
 from wmtp.config.tree import components, dump_config, flatten
-from wmtp.contract import StorageBackendConfig
 from wmtp.data.config import TextFiles
 from wmtp.errors import ConfigError
 from wmtp.models.config import ScratchModel
 from wmtp.plugins import load_plugins
+from wmtp.plugins.contract import StorageBackendConfig
 from wmtp.storage import Storage
-from wmtp.storage.backends import build_backends
 from wmtp.storage.config import FileStorage
 from wmtp.tokenizers.config import Bytes
 

@@ -7,12 +7,12 @@ from typing import Any, Literal
 import attrs
 import pytest
 
-from wmtp.config.components import component
 from wmtp.config.load import load_config
 from wmtp.config.schema import Config
-from wmtp.contract import TrainerConfig
 from wmtp.errors import ConfigError
 from wmtp.plugins import Provided, Registry, load_plugins
+from wmtp.plugins.components import component
+from wmtp.plugins.contract import TrainerConfig
 
 
 class Colour(enum.Enum):

@@ -483,7 +483,7 @@ def test_config_classes_and_loaders_import_no_torch():
     import subprocess
 
     code = (
-        "import sys; from wmtp.data.config import *; from wmtp.data.sources import check_sources\n"
+        "import sys; from wmtp.data.config import *; from wmtp.config.data_rules import check_sources\n"
         "[c(uri='').build() for c in (Jsonl, Mbpp, CodeContests, HumanEval, PythonSource, TextFiles)]\n"
         "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
     )

@@ -10,6 +10,7 @@ import textwrap
 import pytest
 
 from wmtp.cli import main
+from wmtp.config.data_rules import read_from
 from wmtp.config.load import load
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.cache import cache_key
@@ -17,7 +18,6 @@ from wmtp.data.config import Jsonl, Mbpp, Mutated, PythonSource
 from wmtp.data.loaders.mutated import MutatedLoader
 from wmtp.data.loaders.python_source import PythonSourceLoader
 from wmtp.data.mutations import KINDS, mutants
-from wmtp.data.sources import read_from
 from wmtp.testing import DataLoaderTests
 from wmtp.tokenizers.config import Bytes
 

@@ -12,11 +12,11 @@ import attrs
 import pytest
 
 from wmtp.config.schema import Config, DataConfig, EvalDataConfig, ModelConfig, RunConfig, TrainDataConfig
-from wmtp.contract import DataLoaderConfig, TrainerConfig
 from wmtp.data.base import Example, ExampleLoader
 from wmtp.data.config import HumanEval, Jsonl, PythonSource
 from wmtp.data.prepare import prepare_data
 from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.plugins.contract import DataLoaderConfig, TrainerConfig
 from wmtp.tokenizers.bytes import BytesTokenizer
 
 BOS, EOS = 257, 256

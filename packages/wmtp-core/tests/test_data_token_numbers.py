@@ -11,7 +11,7 @@ from wmtp.data.batches import StepBatches
 from wmtp.data.cache import token_store
 from wmtp.data.config import Jsonl
 from wmtp.data.dataset import TokenDataset
-from wmtp.data.token_numbers import TokenNumbers
+from wmtp.data.score_cache.token_numbers import TokenNumbers
 from wmtp.errors import WMTPError
 from wmtp.tokenizers.bytes import BytesTokenizer
 

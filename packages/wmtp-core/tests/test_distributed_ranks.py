@@ -4,12 +4,12 @@ import pytest
 import torch
 from attrs import evolve, frozen
 
+from wmtp.checkpoints.find import compare_data
 from wmtp.data.batch import align_targets
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.distributed.share import Share
 from wmtp.errors import ConfigError
 from wmtp.testing.steps import random_step
-from wmtp.training.resumption import compare_data
 
 
 @frozen(kw_only=True, eq=False)

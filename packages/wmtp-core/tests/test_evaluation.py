@@ -15,7 +15,6 @@ from attrs import frozen
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wmtp.config.schema import HeadsConfig
-from wmtp.contract import EvaluatorConfig
 from wmtp.data.batch import PADDING, Batch, Document
 from wmtp.errors import ConfigError, PluginError
 from wmtp.evaluation import Estimate, Evaluator, Measured
@@ -25,6 +24,7 @@ from wmtp.evaluation.consent import require_consent
 from wmtp.evaluation.measure import measure
 from wmtp.evaluation.tokens import by_bucket
 from wmtp.models.mtp import MTPModel
+from wmtp.plugins.contract import EvaluatorConfig
 from wmtp.tokenizers.bytes import BytesTokenizer
 
 LLAMA = {

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from wmtp.distributed.environment import Nodes, Worker, interface_of, own_address
 from wmtp.errors import ConfigError
-from wmtp.launchers.cluster import Nodes, Worker, interface_of, own_address
 
 
 @pytest.mark.parametrize(

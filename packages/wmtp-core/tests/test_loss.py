@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmtp.loss import Unembedding, token_losses, token_statistics, weighted_cross_entropy
-from wmtp.loss import plain as loss_module
+from wmtp.loss.torch_backend import plain as loss_module
 
 
 def plain(hidden, unembeddings, ids, coefficients):

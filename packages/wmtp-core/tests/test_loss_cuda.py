@@ -7,8 +7,10 @@ import torch
 from attrs import evolve
 from torch.utils.checkpoint import checkpoint
 
-from wmtp.loss import Unembedding, plain, solve, token_pass, weighted_cross_entropy
-from wmtp.loss.problem import Problem, flatten
+from wmtp.loss import Unembedding, token_pass, weighted_cross_entropy
+from wmtp.loss import dispatch as solve
+from wmtp.loss.spec import Problem, flatten
+from wmtp.loss.torch_backend import plain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -22,8 +22,10 @@ if not INTERPRETED:
 else:
     from attrs import evolve
 
-    from wmtp.loss import Unembedding, fused, lists, plain
-    from wmtp.loss.problem import Problem, flatten
+    from wmtp.loss import Unembedding
+    from wmtp.loss.spec import Problem, flatten
+    from wmtp.loss.torch_backend import lists, plain
+    from wmtp.loss.triton import fused
 
     def problem(n=9, h=3, d=6, v=37, *, seed=0, bias=False, scale=1.0, softcap=None, own=(), dtype=torch.float32, **kwargs):
         """Random predictions, of which some have a coefficient, some are measured, and the rest hold NaN."""

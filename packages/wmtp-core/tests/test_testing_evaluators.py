@@ -9,9 +9,9 @@ import pytest
 import torch
 from attrs import evolve
 
-from wmtp.contract import EvaluatorConfig
 from wmtp.evaluation import Estimate, Evaluator
 from wmtp.evaluation.config import InferenceSpeed, PassAtK, Perplexity, Speculative, TokenAccuracy
+from wmtp.plugins.contract import EvaluatorConfig
 from wmtp.testing import EvaluatorTests
 from wmtp.training.evaluate import evaluate
 

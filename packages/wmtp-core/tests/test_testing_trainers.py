@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from wmtp.contract import TrainerConfig
 from wmtp.errors import PluginError
+from wmtp.plugins.contract import TrainerConfig
 from wmtp.testing import TrainerTests
 from wmtp.testing.steps import random_step
 from wmtp.trainers import Stage, Trainer

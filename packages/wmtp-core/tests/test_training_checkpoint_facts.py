@@ -6,8 +6,8 @@ import zlib
 
 import pytest
 
+from wmtp.checkpoints.manifest import check_files, hash_files, write_facts
 from wmtp.errors import WMTPError
-from wmtp.training.checkpoint_facts import check_files, hash_files, write_facts
 
 
 @pytest.fixture

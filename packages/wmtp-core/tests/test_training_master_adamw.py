@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from wmtp.training import master_weights
-from wmtp.training.gradients import clip_gradients, gradient_norm
-from wmtp.training.master_adamw import MasterAdamW
-from wmtp.training.master_weights import MasterWeights
-from wmtp.training.optimizer_config import AdamW, Muon
-from wmtp.training.optimizers import change_learning_rate
+from wmtp.optim import master_weights
+from wmtp.optim.build import change_learning_rate
+from wmtp.optim.config import AdamW, Muon
+from wmtp.optim.gradients import clip_gradients, gradient_norm
+from wmtp.optim.master_adamw import MasterAdamW
+from wmtp.optim.master_weights import MasterWeights
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)

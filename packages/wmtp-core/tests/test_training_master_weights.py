@@ -10,8 +10,8 @@ from torch import nn
 from wmtp.config.schema import HeadsConfig
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
-from wmtp.training.master_weights import MasterWeights
-from wmtp.training.optimizer_config import AdamW, Muon
+from wmtp.optim.config import AdamW, Muon
+from wmtp.optim.master_weights import MasterWeights
 
 SMALL = ScratchModel(
     vocab_size=23, hidden_size=16, layers=2, attention_heads=2, max_positions=64, intermediate_size=24, tie_embeddings=True

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from wmtp.config.schema import ScheduleConfig
-from wmtp.training.optimizer_config import AdamW, Muon
-from wmtp.training.optimizers import change_learning_rate
-from wmtp.training.schedule import learning_rate_factor
+from wmtp.optim.build import change_learning_rate
+from wmtp.optim.config import AdamW, Muon
+from wmtp.optim.schedule import learning_rate_factor
 
 
 def parameters():

@@ -11,15 +11,16 @@ from transformers import PreTrainedTokenizerFast
 
 import wmtp
 from wmtp.config.schema import Config, DataConfig, HeadsConfig, ModelConfig, TrainDataConfig
-from wmtp.contract import TokenizerConfig, TrainerConfig
 from wmtp.data.config import TextFiles
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.evaluation.config import InferenceSpeed, Speculative
 from wmtp.models.config import HfModel, ScratchModel
+from wmtp.plugins.contract import TokenizerConfig, TrainerConfig
 from wmtp.tokenizers.config import Bytes, HfTransformers
 from wmtp.trainers import Trainer
 from wmtp.training.dry_run import dry_run
-from wmtp.training.setup import Place, load_extra_model, open_source
+from wmtp.config.places import Place
+from wmtp.training.setup import load_extra_model, open_source
 from wmtp_algos import BaselineMTP
 
 WORDS = ["</s>", "def", "return", "x", "y", "+", "=", "1"]

@@ -9,10 +9,10 @@ from attrs import frozen
 from safetensors.torch import load_file
 
 import wmtp
-from wmtp.contract import TrainerConfig
 from wmtp.errors import WMTPError
+from wmtp.optim.config import AdamW
+from wmtp.plugins.contract import TrainerConfig
 from wmtp.trainers import Trainer
-from wmtp.training.optimizer_config import AdamW
 
 
 def config(folder, **sections):

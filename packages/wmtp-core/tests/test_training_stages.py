@@ -14,8 +14,8 @@ from torch import nn
 
 import wmtp
 from wmtp.config.schema import EarlyStoppingConfig
-from wmtp.contract import TrainerConfig
 from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.plugins.contract import TrainerConfig
 from wmtp.trainers import Stage, Trainer
 from wmtp.training.stages import StageBatches, StagePlan, apply_stage
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wmtp.loss import plain as loss_module
 from wmtp.loss import weighted_cross_entropy
+from wmtp.loss.torch_backend import plain as loss_module
 from wmtp.training import step as step_module
 
 sys.path.insert(0, str(Path(__file__).parent))

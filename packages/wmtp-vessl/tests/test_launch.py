@@ -12,7 +12,7 @@ import yaml
 from vessl_service import DIGEST, LAUNCHER, RECIPE
 
 from wmtp.config.load import load_config
-from wmtp.launchers import records
+from wmtp.runs import records
 from wmtp_vessl.config import seconds
 from wmtp_vessl.render import KEYS
 

@@ -8,7 +8,7 @@ from attrs import field, frozen
 from attrs.validators import ge, gt, le, matches_re, optional
 
 from wmtp import TrainerConfig
-from wmtp.config.components import component
+from wmtp.plugins.components import component
 
 if TYPE_CHECKING:
     from wmtp.trainers import Trainer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from attrs import field, frozen
 from attrs.validators import ge, gt, le, lt, optional
 
-from wmtp.contract import TrainerConfig
+from wmtp.plugins.contract import TrainerConfig
 
 if TYPE_CHECKING:
     from wmtp.trainers import Trainer

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wmtp.training.devices import statistics_dtype
+from wmtp.devices import statistics_dtype
 
 __all__ = ["RunningMean"]
 

@@ -8,8 +8,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from wmtp.devices import statistics_dtype
 from wmtp.trainers import StepView
-from wmtp.training.devices import statistics_dtype
 
 __all__ = ["Groups", "Scope"]
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wmtp.api import run
     from wmtp.config.load import load_config
     from wmtp.config.schema import Config
-    from wmtp.contract import (
+    from wmtp.errors import ConfigError, PluginError, WMTPError
+    from wmtp.models import load_model
+    from wmtp.plugins.contract import (
         DataLoaderConfig,
         EvaluatorConfig,
         LauncherConfig,
@@ -22,11 +25,8 @@ if TYPE_CHECKING:
         TrackerConfig,
         TrainerConfig,
     )
-    from wmtp.errors import ConfigError, PluginError, WMTPError
-    from wmtp.hookspecs import hookimpl
-    from wmtp.models import load_model
-    from wmtp.result import Result
-    from wmtp.runner import run
+    from wmtp.plugins.hookspecs import hookimpl
+    from wmtp.runs.result import Result
     from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer, TrainerSetup
 
     __version__: str
@@ -61,27 +61,27 @@ __all__ = [
 _HOMES = {
     "Config": "wmtp.config.schema",
     "ConfigError": "wmtp.errors",
-    "DataLoaderConfig": "wmtp.contract",
-    "EvaluatorConfig": "wmtp.contract",
+    "DataLoaderConfig": "wmtp.plugins.contract",
+    "EvaluatorConfig": "wmtp.plugins.contract",
     "HiddenView": "wmtp.trainers.base",
-    "LauncherConfig": "wmtp.contract",
-    "ModelLoaderConfig": "wmtp.contract",
-    "OptimizerConfig": "wmtp.contract",
+    "LauncherConfig": "wmtp.plugins.contract",
+    "ModelLoaderConfig": "wmtp.plugins.contract",
+    "OptimizerConfig": "wmtp.plugins.contract",
     "PluginError": "wmtp.errors",
-    "Result": "wmtp.result",
+    "Result": "wmtp.runs.result",
     "Stage": "wmtp.trainers.base",
     "StepView": "wmtp.trainers.base",
-    "StorageBackendConfig": "wmtp.contract",
-    "TokenizerConfig": "wmtp.contract",
-    "TrackerConfig": "wmtp.contract",
+    "StorageBackendConfig": "wmtp.plugins.contract",
+    "TokenizerConfig": "wmtp.plugins.contract",
+    "TrackerConfig": "wmtp.plugins.contract",
     "Trainer": "wmtp.trainers.base",
-    "TrainerConfig": "wmtp.contract",
+    "TrainerConfig": "wmtp.plugins.contract",
     "TrainerSetup": "wmtp.trainers.base",
     "WMTPError": "wmtp.errors",
-    "hookimpl": "wmtp.hookspecs",
+    "hookimpl": "wmtp.plugins.hookspecs",
     "load_config": "wmtp.config.load",
     "load_model": "wmtp.models",
-    "run": "wmtp.runner",
+    "run": "wmtp.api",
 }
 
 

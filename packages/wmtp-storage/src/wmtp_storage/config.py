@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from attrs import field, frozen
 from attrs.validators import ge, gt
 
-from wmtp.contract import StorageBackendConfig
+from wmtp.plugins.contract import StorageBackendConfig
 from wmtp_storage.uris import parse
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class RemoteStorage(StorageBackendConfig):
 
     @staticmethod
     def check_uri(uri: str) -> None:
-        """See `wmtp.hookspecs.wmtp_storages`."""
+        """See `wmtp.plugins.hookspecs.wmtp_storages`."""
         parse(uri)
 
     def check(self) -> Iterable[str]:

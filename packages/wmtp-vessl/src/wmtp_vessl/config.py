@@ -10,7 +10,7 @@ from attrs import Factory, field, frozen
 from attrs.validators import ge, gt, le, min_len, optional
 
 from wmtp.config.rules import is_secret
-from wmtp.contract import LauncherConfig
+from wmtp.plugins.contract import LauncherConfig
 
 if TYPE_CHECKING:
     from wmtp.launchers.base import RemoteLauncher

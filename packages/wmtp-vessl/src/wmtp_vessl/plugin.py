@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wmtp.hookspecs import hookimpl
+from wmtp.plugins.hookspecs import hookimpl
 from wmtp_vessl.config import VesslLauncher
 
 __all__ = ["wmtp_launchers"]

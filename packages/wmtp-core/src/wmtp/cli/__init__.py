@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 from wmtp.cli import evaluate, use
 from wmtp.cli import files as file_commands
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.logs import set_up_logging
 
-__all__ = ["main", "run_from_shell", "set_up_logging"]
+__all__ = ["main", "run_from_shell"]
 
 
 def run_from_shell() -> NoReturn:
@@ -253,30 +254,6 @@ class _Version(argparse.Action):
 
         print(f"wmtp {wmtp.__version__}")
         parser.exit()
-
-
-def set_up_logging(*, verbose: bool, rank: int = 0) -> None:
-    """Lines on standard error: of rank 0 all, of other ranks warnings, which say whose they are."""
-    logger = logging.getLogger("wmtp")
-    for handler in logger.handlers[:]:
-        logger.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Lines(f"rank {rank}: " if rank else ""))
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING if rank else logging.DEBUG if verbose else logging.INFO)
-    logger.propagate = False
-
-
-class _Lines(logging.Formatter):
-    """Plain lines; only a warning says that it is one."""
-
-    def __init__(self, prefix: str) -> None:
-        super().__init__()
-        self._prefix = prefix
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return f"{record.levelname.lower()}: {self._prefix}{text}" if record.levelno >= logging.WARNING else text
 
 
 def _rank() -> int:

@@ -11,9 +11,9 @@ from wmtp.cli.memory import memory_outlook
 from wmtp.cli.remote import cancel, dry_run_facts, launch, logs, metrics, status
 from wmtp.cli.run import report as report_run
 from wmtp.cli.start import start
+from wmtp.config.data_rules import eval_sources, train_sources
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
-from wmtp.data.sources import eval_sources, train_sources
 from wmtp.evaluation.consent import allow_code_execution
 from wmtp.plugins import Registry, load_plugins
 
@@ -27,7 +27,7 @@ def run(arguments: Namespace) -> tuple[Any, int]:
 
 
 def _run(arguments: Namespace) -> tuple[Any, int]:
-    from wmtp.runner import run as run_config
+    from wmtp.api import run as run_config
 
     tags = [tag.strip() for tag in arguments.tags.split(",") if tag.strip()]
     if arguments.dry_run:
@@ -51,7 +51,7 @@ def _run(arguments: Namespace) -> tuple[Any, int]:
 
 def check(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp check``."""
-    from wmtp.runner import load_checked
+    from wmtp.api import load_checked
 
     loaded = load_checked(arguments.files, overrides=arguments.overrides)
     facts = _summary(loaded.config, loaded.registry)

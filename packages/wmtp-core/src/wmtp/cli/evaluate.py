@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
-from wmtp.launchers.cluster import Worker
+from wmtp.distributed.environment import Worker
 
 __all__ = ["add_arguments", "evaluate"]
 

@@ -132,7 +132,7 @@ def push(arguments: argparse.Namespace) -> tuple[Any, int]:
 def backend(uri: str, arguments: argparse.Namespace) -> Storage:
     """What serves ``uri``, with the options that ``--config`` and ``--set`` give it."""
     from wmtp.config.load import load_storage
-    from wmtp.storage.backends import build_backends
+    from wmtp.config.places import build_backends
     from wmtp.storage.uris import backend_for
 
     return backend_for(uri, build_backends(load_storage(arguments.config, arguments.overrides)))

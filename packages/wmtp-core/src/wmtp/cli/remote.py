@@ -12,8 +12,8 @@ from wmtp.cli.facts import print_facts
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
 from wmtp.launchers.base import LaunchPlan, RemoteLauncher, RunState
-from wmtp.launchers.records import Record
 from wmtp.launchers.remote import find_launched, remote_launcher, submit
+from wmtp.runs.records import Record
 
 __all__ = ["cancel", "dry_run_facts", "launch", "logs", "metrics", "status"]
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("wmtp")
 
 def launch(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp launch``."""
-    from wmtp.runner import load_checked
+    from wmtp.api import load_checked
 
     overrides = [*arguments.overrides, *([f"launcher.type={arguments.on}"] if arguments.on else [])]
     config = load_checked(arguments.files, overrides=overrides).config

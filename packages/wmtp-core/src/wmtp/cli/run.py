@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wmtp.cli.facts import print_facts
-from wmtp.result import Result
+from wmtp.runs.result import Result
 
 __all__ = ["report"]
 

@@ -10,9 +10,9 @@ from typing import Any, Final, Literal, Union, get_args, get_origin
 import attrs
 import tomli_w
 
-from wmtp.config.components import COMPONENT_KIND, KINDS
 from wmtp.config.tree import plain_value
 from wmtp.errors import ConfigError
+from wmtp.plugins.components import COMPONENT_KIND, KINDS
 from wmtp.plugins.registry import Provided, Registry
 
 __all__ = ["describe", "type_name", "unknown"]

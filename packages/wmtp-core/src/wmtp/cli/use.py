@@ -61,10 +61,10 @@ def generate(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp generate``."""
     prompt = _prompt(arguments)
     from wmtp.config.load import load_storage
+    from wmtp.devices import pick_device
     from wmtp.generation import Sampling, stream
     from wmtp.generation.text import StopAt, TextStream, cut, encode_prompt
     from wmtp.models.opening import open_model
-    from wmtp.training.devices import pick_device
 
     try:
         sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wmtp.config.components import component
     from wmtp.config.load import load_config
     from wmtp.config.rules import check
     from wmtp.config.schema import Config
     from wmtp.config.tree import dump_config, flatten
+    from wmtp.plugins.components import component
 
 __all__ = ["Config", "check", "component", "dump_config", "flatten", "load_config"]
 

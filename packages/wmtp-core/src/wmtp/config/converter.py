@@ -19,9 +19,9 @@ import cattrs
 from cattrs.errors import StructureHandlerNotFoundError
 
 from wmtp.config import values
-from wmtp.config.components import COMPONENT_KIND, KINDS
 from wmtp.config.problems import KeyPath, Problem, Problems, unknown_key
 from wmtp.config.schema import HeadsConfig, ModelConfig, StorageConfig
+from wmtp.plugins.components import COMPONENT_KIND, KINDS
 from wmtp.plugins.registry import Registry
 
 __all__ = ["make_converter"]

@@ -9,11 +9,11 @@ from typing import Any, Final
 
 from attrs import frozen
 
+from wmtp.config.data_rules import check_sources
 from wmtp.config.load import Loaded, located
 from wmtp.config.problems import KeyPath, Problem, dotted
 from wmtp.config.schema import Config
 from wmtp.config.tree import components, to_mapping
-from wmtp.data.sources import check_sources
 from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
@@ -274,7 +274,7 @@ def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) 
 
 
 def _own_rules(path: KeyPath, config: Any, registry: Registry) -> Iterator[Problem]:
-    """What a component's own ``check()`` says; see `wmtp.hookspecs`."""
+    """What a component's own ``check()`` says; see `wmtp.plugins.hookspecs`."""
     try:
         found = config.check()
         if isinstance(found, str):

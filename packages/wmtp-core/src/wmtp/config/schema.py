@@ -1,6 +1,6 @@
 """The sections of a WMTP config: every class is a table in TOML, every field a key in it.
 
-A section with a ``type`` belongs to a plugin's config class (`wmtp.hookspecs`); the rest are the plain tables below. No
+A section with a ``type`` belongs to a plugin's config class (`wmtp.plugins.hookspecs`); the rest are the plain tables below. No
 torch types: a config is checked on machines that have no torch.
 """
 
@@ -13,8 +13,10 @@ from typing import Literal
 from attrs import Factory, field, frozen
 from attrs.validators import deep_iterable, ge, gt, le, lt, min_len, optional
 
-from wmtp.config.components import component
-from wmtp.contract import (
+from wmtp.launchers.config import LocalLauncher
+from wmtp.optim.config import AdamW
+from wmtp.plugins.components import component
+from wmtp.plugins.contract import (
     DataLoaderConfig,
     EvaluatorConfig,
     LauncherConfig,
@@ -25,9 +27,7 @@ from wmtp.contract import (
     TrackerConfig,
     TrainerConfig,
 )
-from wmtp.launchers.config import LocalLauncher
 from wmtp.tracking.config import MLflowTracker
-from wmtp.training.optimizer_config import AdamW
 
 __all__ = [
     "CheckpointConfig",

@@ -9,10 +9,10 @@ from typing import Any
 
 import attrs
 
-from wmtp.config.components import COMPONENT_KIND
 from wmtp.config.problems import KeyPath, dotted
 from wmtp.config.schema import Config, ModelConfig, StorageConfig
 from wmtp.errors import ConfigError
+from wmtp.plugins.components import COMPONENT_KIND
 
 __all__ = ["Placed", "components", "dump_config", "flat", "flatten", "plain_value", "to_mapping"]
 
@@ -23,7 +23,7 @@ class Placed:
 
     Args:
         path: its table.
-        kind: a key of `wmtp.config.components.KINDS`.
+        kind: a key of `wmtp.plugins.components.KINDS`.
         config: the instance of its config class.
     """
 

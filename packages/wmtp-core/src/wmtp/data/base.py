@@ -8,8 +8,8 @@ from pathlib import Path
 
 from attrs import field, frozen
 
-from wmtp.contract import Contract
 from wmtp.errors import WMTPError
+from wmtp.plugins.contract import Contract
 
 __all__ = ["BadExample", "Document", "Example", "ExampleLoader"]
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from wmtp.config.schema import DataConfig, TrainDataConfig
 from wmtp.data.batch import PADDING, Batch
 from wmtp.data.dataset import TokenDataset
+from wmtp.data.groups import UnitBatches
 from wmtp.data.packing import Rows, best_fit, in_order, one_each
-from wmtp.data.units import UnitBatches
 from wmtp.errors import WMTPError
 
 __all__ = ["EvalBatches", "StepBatches", "eval_batches"]

@@ -19,10 +19,10 @@ from typing import Any, Final, Literal
 import attrs
 
 from wmtp.config.tree import components
-from wmtp.contract import DataLoaderConfig
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.store import StoreWriter, TokenStore
 from wmtp.errors import PluginError, WMTPError
+from wmtp.plugins.contract import DataLoaderConfig
 from wmtp.tokenizers.base import Tokenizer
 
 __all__ = ["cache_key", "token_store"]

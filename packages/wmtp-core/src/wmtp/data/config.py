@@ -8,12 +8,12 @@ from typing import Literal
 from attrs import field, frozen
 from attrs.validators import deep_iterable, deep_mapping, ge, in_, instance_of, min_len, optional
 
-from wmtp.config.components import component
-from wmtp.contract import DataLoaderConfig
 from wmtp.data.base import ExampleLoader
 from wmtp.data.loaders.code_contests import LANGUAGES
 from wmtp.data.loaders.jsonl import FIELDS
 from wmtp.data.mutations import KINDS, Kind
+from wmtp.plugins.components import component
+from wmtp.plugins.contract import DataLoaderConfig
 
 __all__ = ["CodeContests", "HumanEval", "Jsonl", "Mbpp", "Mutated", "PythonSource", "TextFiles"]
 

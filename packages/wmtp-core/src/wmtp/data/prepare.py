@@ -11,10 +11,10 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from wmtp.config.data_rules import eval_sources, require_sources, train_sources
 from wmtp.config.schema import Config
 from wmtp.data.cache import token_store
 from wmtp.data.dataset import TokenDataset
-from wmtp.data.sources import eval_sources, require_sources, train_sources
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.tokenizers.base import Tokenizer
 

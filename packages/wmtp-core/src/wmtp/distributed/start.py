@@ -16,11 +16,11 @@ import torch.distributed as dist
 from wmtp.config.schema import Config
 from wmtp.config.sources import escape
 from wmtp.config.tree import flat, to_mapping
+from wmtp.devices import pick_device
+from wmtp.distributed.environment import Worker
 from wmtp.distributed.monitor import LostRankError, Monitor
 from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.launchers.cluster import Worker
-from wmtp.training.devices import pick_device
 
 __all__ = ["joined"]
 

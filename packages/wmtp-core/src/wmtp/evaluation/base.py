@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from wmtp.contract import Contract
+from wmtp.plugins.contract import Contract
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +46,8 @@ class Estimate:
 
 def _fetch(uri: str, key: str) -> Path:
     """Without options for any storage backend."""
+    from wmtp.config.places import build_backends
     from wmtp.config.schema import StorageConfig
-    from wmtp.storage.backends import build_backends
     from wmtp.storage.uris import localize
 
     storage = StorageConfig()

@@ -11,23 +11,23 @@ import torch
 from attrs import frozen
 
 from wmtp.config.load import Loaded, load, load_storage, located
+from wmtp.config.places import build_backends
 from wmtp.config.problems import Problem
 from wmtp.config.rules import component_problems
 from wmtp.config.schema import Config
 from wmtp.config.tree import flatten
-from wmtp.contract import TrainerConfig
+from wmtp.devices import autocast_context, pick_device
 from wmtp.errors import ConfigError
 from wmtp.evaluation.base import Measured
 from wmtp.evaluation.consent import require_consent
 from wmtp.evaluation.measure import measure
 from wmtp.models.opening import OpenedModel, find_model, open_model
 from wmtp.plugins import load_plugins
-from wmtp.run_dir import CONFIG_FILE
-from wmtp.storage.backends import build_backends
+from wmtp.plugins.contract import TrainerConfig
+from wmtp.runs.directory import CONFIG_FILE
 from wmtp.storage.uris import file_path, scheme_of
 from wmtp.tracking import RunInfo
-from wmtp.training.devices import autocast_context, pick_device
-from wmtp.training.setup import Place
+from wmtp.config.places import Place
 
 __all__ = ["Evaluated", "evaluate_model"]
 
@@ -135,9 +135,9 @@ def _config(path: Path, run_dir: Path | None, files: Sequence[str], overrides: I
 
 
 def _batches(config: Config, opened: OpenedModel) -> Sequence[Any]:
+    from wmtp.config.data_rules import eval_sources, train_sources
     from wmtp.data.batches import eval_batches
     from wmtp.data.prepare import prepare_eval_data
-    from wmtp.data.sources import eval_sources, train_sources
 
     if config.data.eval is None:
         return ()

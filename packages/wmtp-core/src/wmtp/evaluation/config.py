@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from attrs import field, frozen
 from attrs.validators import deep_iterable, ge, gt, le, min_len, optional
 
-from wmtp.contract import EvaluatorConfig
+from wmtp.plugins.contract import EvaluatorConfig
 
 if TYPE_CHECKING:
     from wmtp.evaluation.base import Evaluator

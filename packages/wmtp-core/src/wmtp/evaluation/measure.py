@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from wmtp.errors import PluginError, WMTPError
 from wmtp.evaluation.base import Estimate, Evaluator, Measured
-from wmtp.run_dir import replace_text
-from wmtp.training.setup import provenance
+from wmtp.runs.directory import replace_text
+from wmtp.plugins.provenance import provenance
 
 __all__ = ["DETAILS_FILE", "NUMBERS_FILE", "measure"]
 

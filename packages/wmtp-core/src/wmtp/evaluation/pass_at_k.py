@@ -21,7 +21,7 @@ from wmtp.evaluation.problems import Problem, code_contests, human_eval, mbpp
 from wmtp.evaluation.samples import SampleFile, model_fingerprint
 from wmtp.generation import Sampling
 from wmtp.generation.text import encode_prompt, generate_texts
-from wmtp.run_dir import replace_text
+from wmtp.runs.directory import replace_text
 from wmtp.sandbox import Limits, Outcome, Sandbox
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.run_dir import replace_text
+from wmtp.runs.directory import replace_text
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel

@@ -12,12 +12,12 @@ import tomli_w
 
 from wmtp.evaluation.measure import DETAILS_FILE
 from wmtp.models.mtp import MTPModel
-from wmtp.run_dir import CONFIG_FILE, INFO_FILE
-from wmtp.run_files import read_object, read_snapshot
+from wmtp.runs.directory import CONFIG_FILE, INFO_FILE
+from wmtp.runs.files import read_object, read_snapshot
+from wmtp.runs.step_file import read_steps
 from wmtp.storage.uris import redact
 from wmtp.tokenizers import Tokenizer
 from wmtp.tokenizers.bytes import BytesTokenizer
-from wmtp.training.metrics import read_steps
 
 __all__ = ["model_card"]
 

@@ -18,7 +18,7 @@ from wmtp.export.meta import write_meta
 from wmtp.models.mtp import MTPModel
 from wmtp.models.opening import find_model, find_tokenizer, load_weights
 from wmtp.models.vocabulary import check_vocabulary
-from wmtp.run_dir import is_run_dir
+from wmtp.runs.directory import is_run_dir
 from wmtp.storage.atomic import write_folder
 from wmtp.tokenizers import Tokenizer
 from wmtp.tokenizers.hf import HF_FILES, HfTokenizer

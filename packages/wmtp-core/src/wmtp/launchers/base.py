@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, final
 
 from attrs import evolve, field, frozen
 
-from wmtp.contract import Contract
 from wmtp.errors import ConfigError
+from wmtp.plugins.contract import Contract
 
 if TYPE_CHECKING:
     from wmtp.config.schema import Config
-    from wmtp.result import Result
+    from wmtp.runs.result import Result
 
 __all__ = ["LaunchPlan", "Launcher", "RemoteLauncher", "RunState", "RunStatus"]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen
 
-from wmtp.contract import LauncherConfig
+from wmtp.plugins.contract import LauncherConfig
 
 if TYPE_CHECKING:
     from wmtp.launchers.base import Launcher

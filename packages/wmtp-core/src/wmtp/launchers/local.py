@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from wmtp.distributed.environment import Nodes, Worker
 from wmtp.errors import ConfigError
 from wmtp.launchers.base import Launcher
-from wmtp.launchers.cluster import Nodes, Worker
 
 if TYPE_CHECKING:
     from wmtp.config.schema import Config
-    from wmtp.result import Result
+    from wmtp.runs.result import Result
 
 __all__ = ["Local"]
 
@@ -55,7 +55,7 @@ class Local(Launcher):
         Raises:
             ConfigError: it has not so many devices.
         """
-        from wmtp.training.devices import count_devices, pick_device
+        from wmtp.devices import count_devices, pick_device
 
         device = pick_device(config.devices.device)
         available = count_devices(device)

@@ -9,18 +9,18 @@ from typing import Any
 
 import attrs
 
-from wmtp.config.components import component
 from wmtp.config.converter import make_converter
 from wmtp.config.problems import Problems
 from wmtp.config.schema import Config
 from wmtp.config.sources import Document, MappingSource
 from wmtp.config.toml_file import FileSource
-from wmtp.contract import LauncherConfig
 from wmtp.errors import AuthenticationError, ConfigError, PlatformError, PluginError, WMTPError
-from wmtp.launchers import records
 from wmtp.launchers.base import LaunchPlan, RemoteLauncher
-from wmtp.launchers.records import Record
 from wmtp.plugins import load_plugins
+from wmtp.plugins.components import component
+from wmtp.plugins.contract import LauncherConfig
+from wmtp.runs import records
+from wmtp.runs.records import Record
 
 __all__ = ["find_launched", "remote_launcher", "submit"]
 

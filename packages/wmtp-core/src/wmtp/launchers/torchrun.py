@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from wmtp.config.load import load
 from wmtp.config.tree import dump_config
+from wmtp.distributed.environment import Nodes, interface_of, own_address
 from wmtp.errors import ConfigError, PluginError, WMTPError
-from wmtp.launchers.cluster import Nodes, interface_of, own_address
-from wmtp.result import Result
+from wmtp.runs.result import Result
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -225,8 +225,8 @@ def _memory_hint(name: str) -> str:
 
 
 def _last_checkpoint(config: Config, run_dir: Path) -> str:
-    from wmtp.training.checkpoint import list_checkpoints
-    from wmtp.training.resumption import checkpoint_folder
+    from wmtp.checkpoints.find import checkpoint_folder
+    from wmtp.checkpoints.local import list_checkpoints
 
     saved = list_checkpoints(checkpoint_folder(config, run_dir))
     if not saved:

@@ -11,8 +11,9 @@ import traceback
 from pathlib import Path
 
 from wmtp.config.load import load
+from wmtp.distributed.environment import Worker
 from wmtp.errors import ConfigError, PluginError, WMTPError
-from wmtp.launchers.cluster import Worker
+from wmtp.logs import set_up_logging
 from wmtp.launchers.torchrun import write_failure, write_result
 
 __all__ = ["main"]
@@ -22,7 +23,6 @@ logger = logging.getLogger("wmtp")
 
 def main(folder: str) -> int:
     """Train as rank ``RANK``; what went wrong is left for the launcher."""
-    from wmtp.cli import set_up_logging
     from wmtp.distributed.monitor import LostRankError
     from wmtp.distributed.start import joined
     from wmtp.training.run import train

@@ -16,8 +16,8 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from wmtp.loss.problem import HeadLayout, Problem, flatten, precision
-from wmtp.loss.solve import scaled, solve
+from wmtp.loss.dispatch import scaled, solve
+from wmtp.loss.spec import HeadLayout, Problem, flatten, precision
 from wmtp.loss.unembedding import Unembedding
 
 __all__ = ["TokenPass", "token_losses", "token_pass", "token_statistics", "weighted_cross_entropy"]

@@ -9,10 +9,10 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from wmtp.devices import statistics_dtype
 from wmtp.loss.cross_entropy import TokenPass, token_pass, weighted_cross_entropy
 from wmtp.loss.unembedding import Unembedding
-from wmtp.training.devices import statistics_dtype
-from wmtp.training.weights import (
+from wmtp.loss.weights import (
     BAD_WEIGHTS,
     NO_WEIGHT,
     Normalizer,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from wmtp.contract import Contract
+from wmtp.plugins.contract import Contract
 
 if TYPE_CHECKING:
     import torch

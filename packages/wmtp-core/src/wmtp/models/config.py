@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import Factory, field, frozen
 from attrs.validators import ge, optional
 
-from wmtp.contract import ModelLoaderConfig
+from wmtp.plugins.contract import ModelLoaderConfig
 
 if TYPE_CHECKING:
     from wmtp.models.base import ModelLoader

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from wmtp.contract import ModelLoaderConfig
 from wmtp.errors import WMTPError
 from wmtp.models.base import ModelInfo
 from wmtp.models.config import HfModel, ScratchModel
+from wmtp.plugins.contract import ModelLoaderConfig
 from wmtp.storage.uris import file_path, scheme_of
 
 __all__ = ["outline"]

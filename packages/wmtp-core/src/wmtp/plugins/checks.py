@@ -8,8 +8,8 @@ from typing import Any
 
 import attrs
 
-from wmtp.config.components import KINDS
-from wmtp.contract import CONFIG_CLASSES
+from wmtp.plugins.components import KINDS
+from wmtp.plugins.contract import CONFIG_CLASSES
 
 __all__ = ["contract_problem", "describe"]
 
@@ -17,10 +17,10 @@ _BUILD_ARGUMENTS = {"tokenizers": ("path",), "optimizers": ("parameters",)}  # o
 
 
 def contract_problem(kind: str, cls: Any) -> str | None:
-    """Say how a config class breaks the contract of `wmtp.hookspecs`; None: it does not.
+    """Say how a config class breaks the contract of `wmtp.plugins.hookspecs`; None: it does not.
 
     Args:
-        kind: a key of `wmtp.config.components.KINDS`.
+        kind: a key of `wmtp.plugins.components.KINDS`.
         cls: what a hook returned, or what Python code uses without a plugin.
     """
     if not isinstance(cls, type):

@@ -20,10 +20,10 @@ from typing import Any
 import attrs
 import pluggy
 
-from wmtp import hookspecs
-from wmtp.config.components import KINDS
 from wmtp.errors import ConfigError, PluginError
+from wmtp.plugins import hookspecs
 from wmtp.plugins.checks import contract_problem, describe
+from wmtp.plugins.components import KINDS
 from wmtp.plugins.registry import Plugin, Provided, Registry
 
 __all__ = ["GROUP", "load_plugins"]
@@ -44,7 +44,7 @@ def load_plugins() -> Registry:
     Raises:
         ConfigError: ``WMTP_PLUGINS`` names a plugin that is not installed.
     """
-    from wmtp.plugins import builtin
+    from wmtp import builtin
 
     core = Plugin(name="wmtp-core", distribution="wmtp-core", version=metadata.version("wmtp-core"))
     found, left_out = _selected(_installed())
@@ -121,7 +121,7 @@ def _components(plugin: Any) -> dict[str, list[type[Any]]]:
     """Call the hooks of one plugin.
 
     Raises:
-        PluginError: the plugin breaks the contract of `wmtp.hookspecs`.
+        PluginError: the plugin breaks the contract of `wmtp.plugins.hookspecs`.
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)

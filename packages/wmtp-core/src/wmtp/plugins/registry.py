@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from attrs import field, frozen
 
-from wmtp.config.components import KINDS
 from wmtp.errors import PluginError
 from wmtp.plugins.checks import contract_problem
+from wmtp.plugins.components import KINDS
 
 __all__ = ["Plugin", "Provided", "Registry"]
 
@@ -60,7 +60,7 @@ class Provided:
     """One component: its config class and who provides it.
 
     Args:
-        kind: a key of `wmtp.config.components.KINDS`.
+        kind: a key of `wmtp.plugins.components.KINDS`.
         cls: the config class.
         plugin: None for a class that Python code uses without having registered it.
     """

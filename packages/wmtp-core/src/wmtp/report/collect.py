@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from wmtp.config.tree import flat
-from wmtp.run_dir import CONFIG_FILE, INFO_FILE
-from wmtp.run_files import read_object, read_snapshot
-from wmtp.training.metrics import read_steps
+from wmtp.runs.directory import CONFIG_FILE, INFO_FILE
+from wmtp.runs.files import read_object, read_snapshot
+from wmtp.runs.step_file import read_steps
 
 __all__ = ["collect"]
 

@@ -9,14 +9,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
+from wmtp.config.places import build_backends
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.report.collect import collect
-from wmtp.run_dir import is_run_dir, replace_text
-from wmtp.run_files import UPLOADED_FILES
-from wmtp.storage.backends import build_backends
+from wmtp.runs.directory import is_run_dir, replace_text
+from wmtp.runs.files import UPLOADED_FILES
+from wmtp.runs.weight_bins import WEIGHT_BINS
 from wmtp.storage.uris import backend_for, file_path, localize, redact, scheme_of
-from wmtp.training.weight_bins import WEIGHT_BINS
 
 __all__ = ["write_report"]
 

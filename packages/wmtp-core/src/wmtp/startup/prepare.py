@@ -76,7 +76,7 @@ def fetched(config: Config, wanted: Iterable[Fetch], home: Path) -> Config:
         ConfigError: no plugin serves a URI.
         WMTPError: something is not there, or could not be read; what was fetched stays, and is not fetched again.
     """
-    from wmtp.storage.backends import build_backends
+    from wmtp.config.places import build_backends
 
     backends = build_backends(config.storage)
     paths: dict[str, Path] = {}

@@ -17,7 +17,7 @@ from wmtp.config.load import load
 from wmtp.config.rules import check_loaded, required_models
 from wmtp.config.schema import Config
 from wmtp.errors import ConfigError
-from wmtp.result import Result
+from wmtp.runs.result import Result
 from wmtp.startup.machine import check_machine, limited_runtime, sampled, stopped_by_sigterm
 from wmtp.startup.prepare import fetched, needed, verify
 from wmtp.storage.uris import redact
@@ -44,7 +44,7 @@ def start(files: Sequence[str], overrides: Iterable[str] = ()) -> Result:
         WMTPError: something could not be fetched, or the training failed.
         KeyboardInterrupt: a signal came while things were fetched.
     """
-    from wmtp.runner import run
+    from wmtp.api import run
 
     home = Path.cwd()
     with stopped_by_sigterm(), limited_runtime():

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from attrs import frozen
 
-from wmtp.contract import Contract
 from wmtp.errors import WMTPError
+from wmtp.plugins.contract import Contract
 
 __all__ = ["Fetched", "Storage", "StoredFile"]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from wmtp.contract import StorageBackendConfig
+from wmtp.plugins.contract import StorageBackendConfig
 
 if TYPE_CHECKING:
     from wmtp.storage.base import Storage

@@ -11,10 +11,10 @@ import attrs
 import pytest
 import tomli_w
 
-from wmtp.config.components import Component, component
 from wmtp.config.converter import make_converter
 from wmtp.config.tree import plain_value
 from wmtp.plugins.checks import contract_problem
+from wmtp.plugins.components import Component, component
 from wmtp.plugins.loader import load_plugins
 
 __all__ = ["ComponentTests"]
@@ -27,7 +27,7 @@ class ComponentTests:
 
     Args:
         config: an instance of the config class under test.
-        kind: a key of `wmtp.config.components.KINDS`.
+        kind: a key of `wmtp.plugins.components.KINDS`.
         registered: whether an installed plugin must provide the class; False for one that is used from Python only.
     """
 
@@ -51,7 +51,7 @@ class ComponentTests:
                 setattr(self.config, name, getattr(self.config, name))
 
     def test_config_class_keeps_the_contract(self) -> None:
-        """Its base, its flags and its names are those of `wmtp.contract`; the same is asked where a plugin is loaded."""
+        """Its base, its flags and its names are those of `wmtp.plugins.contract`; the same is asked where a plugin is loaded."""
         problem = contract_problem(self.kind, type(self.config))
         assert problem is None, problem
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-from wmtp.contract import Contract
+from wmtp.plugins.contract import Contract
 
 __all__ = ["Tokenizer"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from attrs import frozen
 
-from wmtp.contract import TokenizerConfig
 from wmtp.errors import ConfigError
+from wmtp.plugins.contract import TokenizerConfig
 from wmtp.tokenizers.base import Tokenizer
 
 __all__ = ["Bytes", "HfSentencePiece", "HfTransformers"]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from attrs import field, frozen
 
-from wmtp.contract import Contract
+from wmtp.plugins.contract import Contract
 from wmtp.storage.base import Storage
 
 __all__ = ["RunInfo", "Tracker"]

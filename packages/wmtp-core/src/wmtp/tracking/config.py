@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from attrs import field, frozen
 from attrs.validators import min_len
 
-from wmtp.contract import TrackerConfig
+from wmtp.plugins.contract import TrackerConfig
 
 if TYPE_CHECKING:
     from wmtp.tracking.base import Tracker

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.runs.step_file import read_steps
 from wmtp.storage.uris import redact
 from wmtp.tracking.base import RunInfo, Tracker
 from wmtp.tracking.sender import Sender
-from wmtp.training.metrics import read_steps
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

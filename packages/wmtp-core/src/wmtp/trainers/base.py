@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from attrs import field, frozen
 
-from wmtp.contract import TrainerConfig
 from wmtp.errors import PluginError
+from wmtp.plugins.contract import TrainerConfig
 from wmtp.trainers.inspection import method_problems
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from wmtp.config.schema import EarlyStoppingConfig
     from wmtp.data.batch import Batch, Targets
     from wmtp.data.dataset import TokenDataset
-    from wmtp.data.document_numbers import DocumentNumbers
-    from wmtp.data.token_numbers import TokenNumbers
+    from wmtp.data.score_cache.document_numbers import DocumentNumbers
+    from wmtp.data.score_cache.token_numbers import TokenNumbers
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 

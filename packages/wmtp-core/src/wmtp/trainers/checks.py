@@ -12,9 +12,9 @@ import torch
 from attrs.exceptions import FrozenInstanceError
 from torch import Tensor, nn
 
-from wmtp.contract import nearest_name
 from wmtp.data.batch import Targets, shift_to_predictions
 from wmtp.errors import PluginError
+from wmtp.plugins.contract import nearest_name
 from wmtp.trainers.base import HiddenView, NotComputed, StepView, Trainer
 
 __all__ = [

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from wmtp.checkpoints.remote import remote_checkpoints
 from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, HeadsConfig
-from wmtp.training.devices import count_devices, pick_device
+from wmtp.devices import count_devices, pick_device
 from wmtp.training.memory import estimate_memory, head_parameters, too_large
-from wmtp.training.remote_checkpoints import remote_checkpoints
 from wmtp.training.setup import Source, build_trainer, open_source, planned_steps
 from wmtp.training.stages import StageBatches, StagePlan, check_data
 

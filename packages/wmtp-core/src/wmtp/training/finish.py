@@ -20,7 +20,7 @@ from wmtp.report import write_report
 from wmtp.tracking import Tracker
 from wmtp.trainers.modules import save_modules
 from wmtp.training.loop import Fit
-from wmtp.training.setup import Place
+from wmtp.config.places import Place
 
 if TYPE_CHECKING:
     from wmtp.data.dataset import TokenDataset

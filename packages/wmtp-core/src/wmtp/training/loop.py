@@ -13,29 +13,29 @@ import torch
 from attrs import define, evolve, field, frozen
 from torch import nn
 
+from wmtp.checkpoints.local import Checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from wmtp.data.batch import PADDING, Batch
 from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.optim.gradients import clip_gradients, gradient_norm
+from wmtp.optim.schedule import learning_rate_factor
 from wmtp.trainers.base import Stage
 from wmtp.trainers.checks import checked_state
-from wmtp.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.evaluate import evaluate
-from wmtp.training.gradients import clip_gradients, gradient_norm
 from wmtp.training.interrupt import Interrupt, catch_signals
 from wmtp.training.prefetch import Prefetcher
 from wmtp.training.random_state import random_state, set_random_state
-from wmtp.training.schedule import learning_rate_factor
 from wmtp.training.stages import StageBatches, StagePlan, apply_stage
 from wmtp.training.step import StepLoss
 from wmtp.training.step_log import StepLog
 from wmtp.training.step_numbers import PendingStep, finite, peak_memory, send_numbers
 
 if TYPE_CHECKING:
+    from wmtp.checkpoints.remote import CheckpointUpload
     from wmtp.config.schema import CheckpointConfig, ScheduleConfig, TrainConfig
     from wmtp.tracking import Tracker
     from wmtp.training.recording import Recorder
-    from wmtp.training.remote_checkpoints import CheckpointUpload
 
 __all__ = ["Fit", "FitResult"]
 

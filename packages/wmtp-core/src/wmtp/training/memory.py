@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from attrs import evolve, frozen
 
 from wmtp.errors import WMTPError
-from wmtp.training.optimizer_config import AdamW
+from wmtp.optim.config import AdamW
 
 if TYPE_CHECKING:
     from wmtp.config.schema import Config, DevicesConfig, HeadsConfig
@@ -160,7 +160,7 @@ def _kept_by_layer(devices: DevicesConfig, info: ModelInfo, compute: int, residu
 
 
 def _other_models(config: Config, others: Mapping[str, ModelInfo]) -> int:
-    """Those that compute where the trained model does; see `wmtp.contract.TrainerConfig`."""
+    """Those that compute where the trained model does; see `wmtp.plugins.contract.TrainerConfig`."""
     trainer = config.trainer
     if trainer.reference_device not in (None, config.devices.device):
         return 0

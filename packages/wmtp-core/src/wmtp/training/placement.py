@@ -10,11 +10,11 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from wmtp.config.schema import Config, FsdpConfig
+from wmtp.devices import Precision
 from wmtp.distributed.ranks import Ranks
-from wmtp.distributed.sharding import spread
+from wmtp.models.sharding import spread
+from wmtp.optim.master_weights import MasterWeights
 from wmtp.training.acceleration import accelerate
-from wmtp.training.devices import Precision
-from wmtp.training.master_weights import MasterWeights
 from wmtp.training.setup import Source, load_base_model
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from attrs import frozen
 from torch import Tensor
 
 from wmtp.data.batch import PADDING, Batch
+from wmtp.runs.step_file import StepFile
+from wmtp.runs.weight_bins import BINS_PER_OCTAVE, HALF_BINS, WEIGHT_BINS
 from wmtp.tokenizers.texts import token_texts
-from wmtp.training.metrics import StepFile
-from wmtp.training.weight_bins import BINS_PER_OCTAVE, HALF_BINS, WEIGHT_BINS
 
 if TYPE_CHECKING:
     from wmtp.config.schema import ReportConfig

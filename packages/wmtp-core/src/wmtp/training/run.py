@@ -11,28 +11,28 @@ from pathlib import Path
 import torch
 import transformers
 
+from wmtp.checkpoints.find import checkpoint_folder, compare_data, find_checkpoints
+from wmtp.checkpoints.remote import CheckpointUpload, remote_checkpoints
 from wmtp.config.schema import Config, FsdpConfig
 from wmtp.config.tree import flatten
+from wmtp.data.score_cache.cached_numbers import open_token_numbers
+from wmtp.models.reward_scores import open_reward_scores
+from wmtp.devices import autocast_context, pick_device, pick_precision, prefer_fast_attention
 from wmtp.distributed.ranks import ALONE, Ranks
-from wmtp.distributed.sharding import Sharding, whole_state
 from wmtp.errors import WMTPError
-from wmtp.result import Result
+from wmtp.models.sharding import Sharding, whole_state
+from wmtp.optim.build import build_optimizer
+from wmtp.runs.result import Result
 from wmtp.storage.atomic import write_folder
 from wmtp.tracking import RunInfo
 from wmtp.tracking.jsonl import Jsonl
 from wmtp.trainers.base import TrainerSetup
 from wmtp.trainers.checks import checked_modules, checked_rates
-from wmtp.training.cached_numbers import open_token_numbers
-from wmtp.training.devices import autocast_context, pick_device, pick_precision, prefer_fast_attention
 from wmtp.training.finish import finish_tracking, measure_model, report, save_model, show_sample
 from wmtp.training.loop import Fit
 from wmtp.training.memory import explain_out_of_memory
-from wmtp.training.optimizers import build_optimizer
 from wmtp.training.placement import place_model, ready_to_measure
 from wmtp.training.recording import Recorder
-from wmtp.training.remote_checkpoints import CheckpointUpload, remote_checkpoints
-from wmtp.training.resumption import checkpoint_folder, compare_data, find_checkpoints
-from wmtp.training.reward_scores import open_reward_scores
 from wmtp.training.setup import build_trainer, load_extra_model, open_source, planned_steps
 from wmtp.training.stages import StageBatches, StagePlan, check_data
 from wmtp.training.step import StepLoss

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
 
+from wmtp.config.data_rules import read_from
+from wmtp.config.places import Place
 from wmtp.config.problems import dotted
 from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, HeadsConfig, ModelConfig
-from wmtp.contract import ComponentConfig, TrainerConfig
-from wmtp.data.sources import read_from
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.base import ModelInfo
-from wmtp.models.remote import LOADERS, localize_model
-from wmtp.plugins import load_plugins
-from wmtp.storage.backends import build_backends
-from wmtp.storage.uris import localize
+from wmtp.plugins.provenance import provenance
+from wmtp.plugins.contract import ComponentConfig, TrainerConfig
 from wmtp.tokenizers import Tokenizer
 from wmtp.trainers.base import OpenModel, Trainer
 from wmtp.trainers.checks import check_trainer
@@ -32,52 +29,13 @@ if TYPE_CHECKING:
     from wmtp.storage import Storage
 
 __all__ = [
-    "Place",
     "Source",
     "build_trainer",
     "load_base_model",
     "load_extra_model",
     "open_source",
     "planned_steps",
-    "provenance",
 ]
-
-
-@frozen(kw_only=True, eq=False)
-class Place:
-    """Resolves the URIs of a config.
-
-    Args:
-        backends: scheme → storage backend, of all installed plugins.
-        cache_dir: where remote files are kept.
-    """
-
-    backends: Mapping[str, Storage]
-    cache_dir: Path
-
-    @classmethod
-    def of(cls, config: Config) -> Place:
-        """Build the storage backends of all plugins."""
-        return cls(backends=build_backends(config.storage), cache_dir=Path(config.storage.cache_dir).expanduser())
-
-    def path(self, component: Any, key: str) -> Path | None:
-        """The local path of a component's ``uri``; None where it has none.
-
-        Raises:
-            WMTPError: nothing is there, or it could not be fetched.
-        """
-        uri = component.uri
-        if uri is not None and key.startswith("models.") and component.type in LOADERS:
-            return localize_model(uri, self.backends, self.cache_dir, key=f"{key}.uri")
-        return None if uri is None else self.fetch(uri, f"{key}.uri")
-
-    def fetch(self, uri: str, key: str) -> Path:
-        """The local path of a URI.
-
-        Raises:
-            WMTPError: nothing is there, or it could not be fetched.
-        """
-        return localize(uri, self.backends, self.cache_dir, key=key)
 
 
 @frozen(kw_only=True, eq=False)
@@ -265,19 +223,6 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> 
         return model
 
     return load
-
-
-def provenance(component: ComponentConfig, kind: str = "trainer") -> str:
-    """What messages call a component: its kind, its type and who provides it."""
-    plugin = load_plugins().provider(type(component))
-    if plugin is not None:
-        return f"{kind} '{component.type}' ({plugin})"
-    module = type(component).__module__
-    try:
-        version = metadata.version(module.partition(".")[0])
-    except metadata.PackageNotFoundError:
-        return f"{kind} '{component.type}' ({module})"
-    return f"{kind} '{component.type}' ({module} {version})"
 
 
 def build_trainer(component: TrainerConfig) -> tuple[Trainer, str]:

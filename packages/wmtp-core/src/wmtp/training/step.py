@@ -12,16 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from wmtp.data.batch import Batch, Targets, align_targets
+from wmtp.devices import statistics_dtype
 from wmtp.distributed.ranks import ALONE, Ranks
-from wmtp.distributed.sharding import Sharding
 from wmtp.distributed.share import Share
 from wmtp.loss import TokenPass, Unembedding, token_pass, weighted_cross_entropy
-from wmtp.trainers import checks
-from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
-from wmtp.training.devices import statistics_dtype
-from wmtp.training.master_weights import MasterWeights
-from wmtp.training.recording import TokenRecord, weight_histogram
-from wmtp.training.weights import (
+from wmtp.loss.weights import (
     NO_WEIGHT,
     Normalizer,
     bad_weights,
@@ -29,6 +24,11 @@ from wmtp.training.weights import (
     prediction_coefficients,
     weight_statistics,
 )
+from wmtp.models.sharding import Sharding
+from wmtp.optim.master_weights import MasterWeights
+from wmtp.trainers import checks
+from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
+from wmtp.training.recording import TokenRecord, weight_histogram
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel, MTPOutput
@@ -42,7 +42,7 @@ class StepOutput:
 
     Args:
         loss: the whole loss, scalar.
-        bad_weights: see `wmtp.training.weights.bad_weights`.
+        bad_weights: see `wmtp.loss.weights.bad_weights`.
         metrics: scalars by name.
         weight_histogram: see `wmtp.training.recording.weight_histogram`; None if not asked for, or the stage has no weights.
         tokens: None if not asked for.

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from wmtp.runs.step_file import StepFile
 from wmtp.tracking import Tracker
-from wmtp.training.metrics import StepFile
 from wmtp.training.progress import Progress
 
 __all__ = ["StepLog"]

@@ -14,8 +14,8 @@ from attrs import frozen
 from torch import Tensor
 
 from wmtp.errors import PluginError, WMTPError
+from wmtp.loss.weights import BAD_WEIGHTS
 from wmtp.training.readback import Readback
-from wmtp.training.weights import BAD_WEIGHTS
 
 if TYPE_CHECKING:
     from wmtp.data.batch import Batch

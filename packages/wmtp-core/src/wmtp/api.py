@@ -1,0 +1,240 @@
+"""The one way through: sources → config → checks → run directory → launcher → result."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from attrs import evolve
+
+from wmtp.checkpoints.remote import remote_checkpoints
+from wmtp.config.load import ConfigSource, Loaded, load
+from wmtp.config.rules import check_loaded
+from wmtp.config.schema import Config
+from wmtp.config.tree import dump_config
+from wmtp.distributed.environment import Nodes, Worker
+from wmtp.errors import ConfigError
+from wmtp.evaluation.consent import code_execution_allowed, require_consent
+from wmtp.launchers.local import Local
+from wmtp.runs import directory as run_dirs
+from wmtp.runs.result import Result
+from wmtp.storage.uris import file_path
+
+__all__ = ["load_checked", "run"]
+
+logger = logging.getLogger("wmtp")
+
+
+@overload
+def run(
+    config: ConfigSource | Sequence[ConfigSource] | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    run_name: str | None = None,
+    tags: Iterable[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+    dry_run: Literal[False] = False,
+) -> Result: ...
+
+
+@overload
+def run(
+    config: ConfigSource | Sequence[ConfigSource] | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    run_name: str | None = None,
+    tags: Iterable[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+    dry_run: Literal[True],
+) -> Mapping[str, Any]: ...
+
+
+def run(
+    config: ConfigSource | Sequence[ConfigSource] | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    run_name: str | None = None,
+    tags: Iterable[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+) -> Result | Mapping[str, Any]:
+    """Do what ``wmtp run`` does.
+
+    Args:
+        config: a TOML file, a mapping, a `Config`, or a list of them, the later laid over the earlier. May be left out where
+            ``resume`` names a run directory: its own config is used.
+        overrides: ``KEY=VALUE`` texts, as for ``--set``.
+        run_name: in place of ``run.name``.
+        tags: added to ``run.tags``.
+        resume: a run directory to go on with, or ``"auto"``: the directory of ``run_name`` (``run.name``) if there is one,
+            else the newest unfinished run that has this config and no name of its own; a new run where there is none.
+        dry_run: do everything but the training steps, and return what was found.
+
+    Returns:
+        the result; for ``dry_run`` facts by name.
+
+    Raises:
+        ConfigError: the config is wrong, the name is taken, or the run to resume is missing or has another config.
+        WMTPError: the work failed.
+    """
+    loaded = load_checked(config, overrides=overrides, run_name=run_name, tags=tags, resume=resume)
+    checked = loaded.config
+    require_consent(checked.eval, code_execution_allowed())
+    if dry_run:
+        from wmtp.training.dry_run import dry_run as try_out
+
+        if isinstance(launcher := checked.launcher.build(), Local):
+            launcher.count(checked)
+        return try_out(checked)
+    launcher = checked.launcher.build()
+    if isinstance(launcher, Local):
+        if (worker := Worker.of()) is not None:
+            return _run_as_one_of_several(loaded, resume, worker)
+        if (nodes := Nodes.of()).rank:
+            return launcher.follow(checked, nodes)
+    with _prepared(loaded, resume) as (directory, is_resumed):
+        return _recorded(directory, lambda: launcher.launch(checked, directory, resume=is_resumed))
+
+
+@contextmanager
+def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator[tuple[Path, bool]]:
+    """The run directory, locked, and whether there was one to go on with. One in which nothing was trained is removed."""
+    checked = loaded.config
+    directory = _directory_to_resume(checked, resume)
+    if resume == "auto":
+        logger.info("no run to resume; starting a new one" if directory is None else f"resuming {directory}")
+    is_resumed = directory is not None
+    if directory is None:
+        directory = run_dirs.create(checked, loaded.registry, sys.argv)
+    with run_dirs.lock(directory):
+        if is_resumed:
+            _take_up(directory, loaded)
+        try:
+            yield directory, is_resumed
+        except Exception:
+            if not is_resumed:  # else the name would be taken when what was wrong is put right
+                run_dirs.remove_unused(directory)
+            raise
+
+
+def _run_as_one_of_several(loaded: Loaded, resume: str | os.PathLike[str] | None, worker: Worker) -> Result:
+    """Train in this process, one of those that torchrun or a cluster has started: rank 0 has the run directory."""
+    from wmtp.distributed.start import joined
+    from wmtp.training.run import train
+
+    with joined(loaded.config, worker) as ranks, ExitStack() as stack:
+        directory, is_resumed = ranks.on_main(lambda: stack.enter_context(_prepared(loaded, resume)))
+
+        def work() -> Result:
+            return train(loaded.config, directory, resume=is_resumed, ranks=ranks)
+
+        return _recorded(directory, work) if ranks.is_main else work()
+
+
+def load_checked(
+    config: ConfigSource | Sequence[ConfigSource] | None,
+    *,
+    overrides: Iterable[str] = (),
+    run_name: str | None = None,
+    tags: Iterable[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+) -> Loaded:
+    """Everything that comes before a run directory: what ``wmtp check`` does, and `run` does first. Arguments: see `run`.
+
+    Raises:
+        ConfigError: every problem at once.
+        TypeError: one text in place of a list of them.
+    """
+    for name, texts in (("overrides", overrides), ("tags", tags)):
+        if isinstance(texts, str):
+            raise TypeError(f"{name}: a list of texts is wanted; write [{texts!r}]")
+    if isinstance(config, list | tuple) and not config:
+        config = None
+    directory = _existing_run(resume) if resume is not None and resume != "auto" else None
+    if directory is not None and run_name is not None:
+        raise ConfigError("--run-name: a resumed run keeps its name; leave it out, or write --resume auto")
+    if config is None:
+        if directory is None:
+            raise ConfigError("no config: name a TOML file, or a run directory to resume")
+        config = directory / run_dirs.CONFIG_FILE
+    loaded = load(config, overrides)
+    section = loaded.config.run
+    if directory is not None:
+        section = evolve(section, name=run_dirs.name_of(directory))
+    if run_name is not None:
+        section = evolve(section, name=run_name)
+        loaded.document.origins.pop(("run", "name"), None)  # a file that has another name is not to blame for this one
+    section = evolve(section, tags=(*section.tags, *(tag for tag in tags if tag not in section.tags)))
+    loaded = evolve(loaded, config=evolve(loaded.config, run=section))
+    check_loaded(loaded)
+    return loaded
+
+
+def _existing_run(resume: str | os.PathLike[str]) -> Path:
+    path = Path(resume).expanduser()
+    if not run_dirs.is_run_dir(path):
+        found = "holds no run (no config.toml)" if path.exists() else "does not exist"
+        raise ConfigError(f"--resume {os.fspath(resume)}: {found}")
+    return path.resolve()
+
+
+def _directory_to_resume(config: Config, resume: str | os.PathLike[str] | None) -> Path | None:
+    if resume is None:
+        return None
+    if resume != "auto":
+        return _existing_run(resume)
+    if config.run.name is None:
+        found = run_dirs.find_unfinished(config)
+    else:
+        path = file_path(config.run.output_dir) / config.run.name
+        found = path if run_dirs.is_run_dir(path) else None
+    return found if found is not None else _begun_elsewhere(config)
+
+
+def _begun_elsewhere(config: Config) -> Path | None:
+    """A directory here for the run whose checkpoints are at ``checkpoints.uri``; None where there are none."""
+    remote = remote_checkpoints(config)
+    if remote is None or not remote.steps():
+        return None
+    logger.info("%s holds checkpoints of this run, begun elsewhere", remote.uri)
+    return run_dirs.adopt(config, remote.fetch_run)
+
+
+def _take_up(directory: Path, loaded: Loaded) -> None:
+    """Check that the config is the run's own, and note what a resume may change."""
+    refused, changed = run_dirs.differences(directory, loaded.config)
+    if refused:
+        raise ConfigError(
+            [f"--resume {directory}: the config differs from the run's: {line}" for line in refused]
+            + [f"--resume {directory}: undo the differences, or start a new run under another --run-name"]
+        )
+    for line in changed:
+        logger.info("resumed with a change: %s", line)
+    for line in run_dirs.changed_versions(directory, loaded.config, loaded.registry):
+        logger.warning("resumed with another version, which may go on differently: %s", line)
+    run_dirs.record_resume(directory, loaded.config, loaded.registry, sys.argv, changed)
+    if changed:
+        run_dirs.replace_text(directory / run_dirs.CONFIG_FILE, dump_config(loaded.config))
+
+
+def _recorded(directory: Path, work: Callable[[], Result]) -> Result:
+    """Do the work, and write into ``run.json`` how it ended."""
+    status = "failed"
+    try:
+        result = work()
+        status = result.status
+        return result
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        try:
+            run_dirs.record(directory, {"status": status, "ended": datetime.now().astimezone().isoformat(timespec="seconds")})
+        except OSError as error:  # a full disk: what went wrong before matters more
+            logger.warning("%s could not be written: %s", directory / run_dirs.INFO_FILE, error)

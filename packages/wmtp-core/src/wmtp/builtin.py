@@ -1,0 +1,74 @@
+"""The components that come with wmtp-core: an ordinary plugin, by the same hooks as any other. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wmtp.data.config import CodeContests, HumanEval, Jsonl, Mbpp, Mutated, PythonSource, TextFiles
+from wmtp.evaluation.config import InferenceSpeed, PassAtK, Perplexity, Speculative, TokenAccuracy
+from wmtp.launchers.config import LocalLauncher
+from wmtp.models.config import HfModel, MetaMtpModel, ScratchModel
+from wmtp.optim.config import AdamW, Muon
+from wmtp.plugins.hookspecs import hookimpl
+from wmtp.storage.config import FileStorage, PackageStorage
+from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers
+from wmtp.tracking.config import JsonlTracker, MLflowTracker
+
+__all__ = [
+    "wmtp_data_loaders",
+    "wmtp_evaluators",
+    "wmtp_launchers",
+    "wmtp_model_loaders",
+    "wmtp_optimizers",
+    "wmtp_storages",
+    "wmtp_tokenizers",
+    "wmtp_trackers",
+]
+
+
+@hookimpl
+def wmtp_model_loaders() -> list[type[Any]]:
+    """Hugging Face and Meta formats, and new weights."""
+    return [HfModel, MetaMtpModel, ScratchModel]
+
+
+@hookimpl
+def wmtp_tokenizers() -> list[type[Any]]:
+    """Hugging Face tokenizers, SentencePiece files, and plain bytes."""
+    return [HfTransformers, HfSentencePiece, Bytes]
+
+
+@hookimpl
+def wmtp_data_loaders() -> list[type[Any]]:
+    """Files of examples, and well-known data sets."""
+    return [Jsonl, Mbpp, CodeContests, HumanEval, PythonSource, TextFiles, Mutated]
+
+
+@hookimpl
+def wmtp_storages() -> list[type[Any]]:
+    """Files of this machine, and of its Python packages."""
+    return [FileStorage, PackageStorage]
+
+
+@hookimpl
+def wmtp_optimizers() -> list[type[Any]]:
+    """AdamW and Muon."""
+    return [AdamW, Muon]
+
+
+@hookimpl
+def wmtp_trackers() -> list[type[Any]]:
+    """MLflow, and nothing but ``metrics.jsonl``."""
+    return [MLflowTracker, JsonlTracker]
+
+
+@hookimpl
+def wmtp_launchers() -> list[type[Any]]:
+    """This machine."""
+    return [LocalLauncher]
+
+
+@hookimpl
+def wmtp_evaluators() -> list[type[Any]]:
+    """Losses and accuracies of every head, decoding, and the correctness of code that the model writes."""
+    return [Perplexity, TokenAccuracy, Speculative, InferenceSpeed, PassAtK]

@@ -1,0 +1,89 @@
+"""What a run finds when it begins: the checkpoints that it goes on from, and whether all processes see the same."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wmtp.checkpoints.local import Checkpoint, list_checkpoints
+from wmtp.checkpoints.remote import RemoteCheckpoints
+from wmtp.config.schema import Config
+from wmtp.distributed.ranks import Ranks
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.storage.atomic import remove_partial
+from wmtp.storage.uris import file_path, scheme_of
+
+if TYPE_CHECKING:
+    from wmtp.data.prepare import PreparedData
+
+__all__ = ["checkpoint_folder", "compare_data", "find_checkpoints"]
+
+
+def checkpoint_folder(config: Config, run_dir: Path) -> Path:
+    """Where the checkpoints of a run are written on this machine."""
+    uri = config.checkpoints.uri
+    return run_dir / "checkpoints" if uri is None or scheme_of(uri) != "file" else file_path(uri)
+
+
+def find_checkpoints(
+    config: Config, run_dir: Path, remote: RemoteCheckpoints | None, ranks: Ranks, *, resume: bool
+) -> list[Checkpoint]:
+    """The checkpoints to go on from, oldest first; the newest may have to be fetched. Leftovers of killed processes go.
+
+    Raises:
+        ConfigError: there are some, but the run is not to be resumed.
+        WMTPError: a rank does not see them, or the newest could not be fetched.
+    """
+    folder = checkpoint_folder(config, run_dir)
+    saved = ranks.on_main(lambda: _tidy(folder, run_dir, remote, resume=resume))
+    if saved:
+        ranks.together(lambda: _see(saved[-1].path))
+    return saved
+
+
+def _tidy(folder: Path, run_dir: Path, remote: RemoteCheckpoints | None, *, resume: bool) -> list[Checkpoint]:
+    """Remove what killed processes left, and list the checkpoints to go on from; the newest may have to be fetched."""
+    if folder.parent != run_dir:  # the run directory is known to be writable
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            draft = folder / f".new-{uuid.uuid4().hex}"
+            draft.mkdir()
+            draft.rmdir()
+        except OSError as error:  # found out now, not when there are steps to save
+            raise ConfigError(f"checkpoints.uri: cannot write to {folder}: {error.strerror or error}") from None
+    remove_partial(folder)
+    remove_partial(run_dir)
+    saved = list_checkpoints(folder)
+    if saved and not resume:
+        raise ConfigError(
+            f"checkpoints.uri: {folder} holds checkpoints of another run; choose another folder, or resume that run"
+        )
+    if remote is not None and not resume:
+        remote.check_is_free()
+    if remote is not None:
+        uploaded = remote.steps()
+        remote.tidy()
+        if uploaded and (not saved or uploaded[-1] > saved[-1].step):
+            saved = [*saved, remote.fetch(uploaded[-1], folder)]
+    return saved
+
+
+def _see(path: Path) -> None:
+    if not path.is_dir():
+        raise WMTPError(f"{path} is not there; all machines must see the checkpoints: put them on a file system they share")
+
+
+def compare_data(data: PreparedData, ranks: Ranks) -> None:
+    """Whether every rank reads the same data.
+
+    Raises:
+        ConfigError: one does not; the message names it.
+    """
+    found = ranks.objects((socket.gethostname(), data.train.fingerprint, data.eval and data.eval.fingerprint))
+    for rank, (host, *fingerprints) in enumerate(found):
+        if fingerprints != list(found[0][1:]):
+            raise ConfigError(
+                f"datasets: rank {rank} ({host}) reads other data than rank 0 ({found[0][0]}); give all the same files"
+            )

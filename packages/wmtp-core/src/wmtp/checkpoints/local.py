@@ -1,0 +1,247 @@
+"""Checkpoints: complete or absent, never half; written by all ranks, and read by any number of them.
+
+``checkpoints/step-N/`` holds safetensors files with the tensors of model and optimizer, each rank's part in one file
+(``torch.distributed.checkpoint``; the header of each file says which part of which tensor it holds, so that nothing is
+unpickled), ``state.pt`` (everything else: modules of the trainer, random-number generators, the loop's own state; read with
+``weights_only=True``) and ``checkpoint.json`` (the step, and the size and checksum of each file). It is written under a hidden
+name beside its place, flushed to disk, and renamed; when it is read, what is not as it was written is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from attrs import frozen
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from wmtp.checkpoints.manifest import check_files, hash_files, write_facts
+from wmtp.distributed.ranks import ALONE, Ranks
+from wmtp.errors import WMTPError
+from wmtp.storage.atomic import making_folder, partial_path
+
+__all__ = [
+    "Checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "prune_checkpoints",
+    "save_checkpoint",
+]
+
+_NAME = re.compile(r"step-(\d+)")
+#: stands in ``state.pt`` for a tensor of the optimizer that is in a safetensors file
+_ELSEWHERE = "tensor elsewhere"
+
+
+@frozen(kw_only=True)
+class Checkpoint:
+    """A complete checkpoint on disk.
+
+    Args:
+        path: its folder.
+        step: optimizer steps that were done.
+    """
+
+    path: Path
+    step: int
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The complete checkpoints in ``folder``, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [Checkpoint(path=path, step=step) for step, path in sorted(found)]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    ranks: Ranks = ALONE,
+) -> Checkpoint:
+    """Write ``folder/step-N``. All ranks call it.
+
+    Args:
+        folder: of all checkpoints, on a file system that all ranks see.
+        step: optimizer steps done.
+        model: the model with its heads; tied tensors are stored once.
+        optimizer: of the model and the trainer's modules.
+        state: everything else: tensors, plain values, and lists and dicts of them; the same on every rank.
+        ranks: all of them.
+
+    Raises:
+        WMTPError: it could not be written; checkpoints that were there before still are.
+    """
+    tensors = _model_tensors(model)
+    skeleton = _take_out(optimizer.state_dict(), "optimizer", tensors)
+    target = folder / f"step-{step}"
+    with ExitStack() as stack:
+        partial = ranks.on_main(lambda: stack.enter_context(making_folder(target)))
+
+        def write_tensors() -> None:
+            writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            try:
+                with _quiet():
+                    dcp.save(tensors, storage_writer=writer, process_group=ranks.control, no_dist=ranks.world == 1)
+            except CheckpointException as error:  # no Exception, and it says at length what went wrong on each rank
+                raise next(iter(error.failures.values()))[0] from None
+
+        def hash_own() -> dict[str, str]:
+            own = f"shard-{ranks.rank + 1:05}-"  # so the writer names them; what it may name otherwise, rank 0 reads
+            return hash_files(partial, [path.name for path in partial.iterdir() if path.name.startswith(own)])
+
+        def finish(hashes: Mapping[str, str]) -> None:
+            torch.save({**state, "optimizer": skeleton}, partial / "state.pt")
+            write_facts(partial, step, hashes)
+            stack.close()
+
+        try:
+            ranks.together(write_tensors)
+            parts = ranks.objects(ranks.together(hash_own))
+            ranks.on_main(lambda: finish({name: value for part in parts for name, value in part.items()}))
+        except Exception as error:
+            if ranks.is_main or isinstance(error, WMTPError):
+                raise  # there a full disk gets its name, and what was written is removed
+            raise WMTPError(f"{target} could not be written: {error}") from error
+    return Checkpoint(path=target, step=step)
+
+
+def prune_checkpoints(folder: Path, keep_last: int, needed: Collection[int] = ()) -> None:
+    """Remove all but the newest ``keep_last`` checkpoints, and those of the steps ``needed``; 0 keeps all."""
+    if keep_last:
+        for checkpoint in list_checkpoints(folder)[:-keep_last]:
+            if checkpoint.step in needed:
+                continue
+            # renamed first, so that a kill in the middle leaves no half checkpoint under its name
+            doomed = partial_path(checkpoint.path)
+            checkpoint.path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """Read the tensors into ``model`` and ``optimizer``, and return the rest of the state, on the CPU.
+
+    Every rank reads its own parts, whoever wrote them. The ranks share the work of comparing the files with their checksums,
+    so none may use what it has read before all have.
+
+    Raises:
+        WMTPError: a file is missing, damaged or of another model; the message names it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        check_files(checkpoint.path, ranks.rank, ranks.world)
+        state = torch.load(checkpoint.path / "state.pt", map_location="cpu", weights_only=True)
+        tensors = _model_tensors(model)
+        # what the optimizer keeps of each parameter is made as it would make it, divided or whole, and then filled
+        restored = _put_in(state.pop("optimizer"), _after_a_step(optimizer), "optimizer", tensors)
+        _read(checkpoint.path, tensors)
+        optimizer.load_state_dict(restored)
+        return state
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        older = [other.path.name for other in list_checkpoints(checkpoint.path.parent) if other.step < checkpoint.step]
+        then = f"go on from {older[-1]}" if older else "begin anew: there is no older one here"
+        raise WMTPError(f"{checkpoint.path} cannot be read: {error}; remove this folder to {then}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns of what is meant: each process reads, and one alone writes, by itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, tied ones once."""
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[f"model.{name}"] = tensor.detach()
+    return tensors
+
+
+def _take_out(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Nested dicts and lists without their tensors, which go to ``tensors`` under their path. Single numbers stay."""
+    if isinstance(value, Mapping):
+        return {key: _take_out(element, f"{path}.{key}", tensors) for key, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [_take_out(element, f"{path}.{index}", tensors) for index, element in enumerate(value)]
+    if isinstance(value, Tensor) and value.ndim:
+        tensors[path] = value.detach()
+        return {_ELSEWHERE: path}
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _put_in(skeleton: Any, template: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The reverse of `_take_out`: the tensors of ``template`` at their places, which ``tensors`` is told to fill."""
+    if isinstance(skeleton, Mapping):
+        if skeleton.keys() == {_ELSEWHERE}:
+            if not isinstance(template, Tensor):
+                raise ValueError(f"the optimizer keeps no {path}")
+            tensors[path] = template
+            return template
+        inner = template if isinstance(template, Mapping) else {}
+        return {key: _put_in(element, inner.get(key), f"{path}.{key}", tensors) for key, element in skeleton.items()}
+    if isinstance(skeleton, list | tuple):
+        inner = template if isinstance(template, list | tuple) else []
+        elements = enumerate(skeleton)
+        return [_put_in(e, inner[i] if i < len(inner) else None, f"{path}.{i}", tensors) for i, e in elements]
+    return skeleton
+
+
+def _after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What the optimizer's state dict looks like once every parameter has learned. The parameters stay as they are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    return optimizer.state_dict()
+
+
+def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill ``tensors`` from the files; every one must be there, of the right shape, and nothing else.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    there = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+    problems = [f"{name} is missing" for name in tensors if name not in there]
+    problems += [f"{name} is unexpected" for name in there if name not in tensors]
+    problems += [
+        f"{name} has shape {list(there[name])} in place of {list(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name in there and there[name] != tuple(tensor.shape)
+    ]
+    if problems:
+        raise ValueError("; ".join(problems[:5]))
+    try:
+        with _quiet():
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        raise ValueError(str(next(iter(error.failures.values()))[0])) from error

@@ -1,0 +1,283 @@
+"""Checkpoints in an object store: written on this machine, uploaded while training goes on, found again by another machine.
+
+Importing this imports no torch: a run that was begun elsewhere is looked for before it is known where it will go on.
+
+Below ``checkpoints.uri`` are ``step-N/``, a checkpoint as it is on disk; ``step-N.json``, written after it, without which it
+is none; ``run/``, the files of the run directory; and at the end ``model/``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from wmtp.checkpoints.manifest import check_files
+from wmtp.config.places import build_backends
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.runs.files import UPLOADED_FILES
+from wmtp.storage import Storage
+from wmtp.storage.atomic import write_folder
+from wmtp.storage.uris import backend_for, scheme_of
+
+if TYPE_CHECKING:
+    from wmtp.checkpoints.local import Checkpoint
+    from wmtp.config.schema import Config
+
+__all__ = ["CheckpointUpload", "RemoteCheckpoints", "remote_checkpoints"]
+
+logger = logging.getLogger("wmtp")
+
+_MARKER: Final = re.compile(r"step-(\d+)\.json")
+_UNFINISHED: Final = re.compile(r"step-\d+")
+#: the name of a folder that a killed upload of another left beside its target
+_LEFT: Final = re.compile(r".*\.partial-[0-9a-f]{16}")
+#: seconds between two lines that say that the end of an upload is waited for
+_SAYS_SO_EVERY: Final = 30.0
+
+
+def remote_checkpoints(config: Config) -> RemoteCheckpoints | None:
+    """Where a run uploads its checkpoints to; None where they stay on this machine.
+
+    Raises:
+        ConfigError: nothing that is installed serves the URI.
+    """
+    uri = config.checkpoints.uri
+    if uri is None or scheme_of(uri) == "file":
+        return None
+    return RemoteCheckpoints(backend_for(uri, build_backends(config.storage), key="checkpoints.uri"), uri)
+
+
+class RemoteCheckpoints:
+    """The checkpoints of one run at a URI.
+
+    Args:
+        storage: serves the URI.
+        uri: ``checkpoints.uri``, of a scheme other than ``file``.
+    """
+
+    def __init__(self, storage: Storage, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+        self._storage = storage
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints there, ascending.
+
+        Raises:
+            WMTPError: the store could not be asked.
+        """
+        return sorted(int(match[1]) for name in self._names() if (match := _MARKER.fullmatch(name)))
+
+    def fetch(self, step: int, folder: Path) -> Checkpoint:
+        """Bring a checkpoint to ``folder/step-N``, whole or not at all.
+
+        Raises:
+            WMTPError: it could not be read, or is not what was uploaded; the message names the URI.
+        """
+        from wmtp.checkpoints.local import Checkpoint
+
+        target, uri = folder / f"step-{step}", f"{self.uri}/step-{step}"
+        logger.info("fetching %s", uri)
+
+        def write(partial: Path) -> None:
+            self._storage.fetch(uri, partial)
+            with tempfile.TemporaryDirectory(prefix="wmtp-") as temporary:
+                self._storage.fetch(f"{uri}.json", Path(temporary))
+                marker = json.loads(Path(temporary, f"step-{step}.json").read_text())
+            _check(partial, marker["files"], uri)
+            try:
+                check_files(partial)
+            except (OSError, ValueError) as error:
+                what = str(error).replace(f"{partial}/", "")
+                raise WMTPError(
+                    f"{uri} is damaged: {what}; remove {uri}.json to go on from the checkpoint before it"
+                ) from error
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_folder(target, write)
+        return Checkpoint(path=target, step=step)
+
+    def fetch_run(self, run_dir: Path) -> None:
+        """Copy the files of the run directory that were uploaded with the newest checkpoint into ``run_dir``.
+
+        Raises:
+            WMTPError: they could not be read.
+        """
+        self._storage.fetch(f"{self.uri}/{UPLOADED_FILES}", run_dir)
+
+    def _names(self) -> set[str]:
+        """What is directly in the folder."""
+        return {file.name.partition("/")[0] for file in self._storage.files(self.uri)}
+
+    def check_is_free(self) -> None:
+        """Whether a new run may write there: the folder is its own, and what lies in it under its names is replaced.
+
+        Raises:
+            ConfigError: another run's checkpoints are there, or what no run left there.
+            WMTPError: the store could not be asked.
+        """
+        names = self._names()
+        if any(map(_MARKER.fullmatch, names)):
+            raise ConfigError(
+                f"checkpoints.uri: {self.uri} holds checkpoints of another run; choose another folder, or resume that run"
+            )
+        # without a complete checkpoint these are of a run that was killed early
+        foreign = sorted(n for n in names if n != UPLOADED_FILES and not _UNFINISHED.fullmatch(n) and not _LEFT.fullmatch(n))
+        if foreign:
+            shown = ", ".join(foreign[:5]) + (" …" if len(foreign) > 5 else "")
+            raise ConfigError(f"checkpoints.uri: {self.uri} holds something else ({shown}); name a folder of this run alone")
+
+    def tidy(self) -> None:
+        """Remove what a killed run left half-uploaded. Only for the run that writes there.
+
+        Raises:
+            WMTPError: it could not be removed.
+        """
+        self._storage.tidy(self.uri)
+        complete = {f"step-{step}" for step in self.steps()}
+        for name in self._names():
+            if _UNFINISHED.fullmatch(name) and name not in complete:
+                self._storage.remove(f"{self.uri}/{name}")
+
+    def upload(self, checkpoint: Checkpoint, run_dir: Path, keep_last: int) -> None:
+        """Upload a checkpoint and the files of its run, say last that it is whole, and remove older ones.
+
+        Args:
+            checkpoint: on disk.
+            run_dir: the run directory; the files in it go along, its folders do not.
+            keep_last: how many checkpoints stay; 0 keeps all.
+
+        Raises:
+            WMTPError: it could not be uploaded; checkpoints that were there before still are.
+        """
+        name = checkpoint.path.name
+        self._storage.push(checkpoint.path, f"{self.uri}/{name}")
+        with tempfile.TemporaryDirectory(prefix="wmtp-") as temporary:
+            for path in run_dir.iterdir():
+                if path.is_file() and not path.name.startswith("."):
+                    # a copy: the run goes on writing to some of them
+                    copied = shutil.copyfile(path, Path(temporary, path.name))
+                    self._storage.push(copied, f"{self.uri}/{UPLOADED_FILES}/{path.name}")
+            marker = Path(temporary, f"{name}.json")
+            marker.write_text(json.dumps({"step": checkpoint.step, "files": _sizes(checkpoint.path)}, indent=2) + "\n")
+            self._storage.push(marker, f"{self.uri}/{marker.name}")
+        if keep_last:
+            for step in self.steps()[:-keep_last]:
+                self._storage.remove(f"{self.uri}/step-{step}.json")  # from here on it is no checkpoint
+                self._storage.remove(f"{self.uri}/step-{step}")
+
+    def upload_model(self, model: Path) -> None:
+        """Upload the trained model.
+
+        Raises:
+            WMTPError: it could not be uploaded.
+        """
+        self._storage.push(model, f"{self.uri}/{model.name}")
+
+
+class CheckpointUpload:
+    """Uploads checkpoints in a thread of its own, so that training never waits for the line.
+
+    A checkpoint that is still waiting when a newer one is there is passed over: the newer one serves as well. One that could
+    not be uploaded is reported at once; the run fails at its end if the newest did not arrive.
+
+    Args:
+        remote: where to.
+        run_dir: the run directory.
+        keep_last: how many checkpoints stay there; 0 keeps all.
+    """
+
+    def __init__(self, remote: RemoteCheckpoints, run_dir: Path, keep_last: int) -> None:
+        self._remote = remote
+        self._run_dir = run_dir
+        self._keep_last = keep_last
+        self._waiting: Checkpoint | None = None
+        self._under_way: Checkpoint | None = None
+        self._failed: WMTPError | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+        # a daemon: a second Ctrl-C must end the process
+        self._thread = threading.Thread(target=self._work, name="wmtp-upload", daemon=True)
+        self._thread.start()
+
+    def put(self, checkpoint: Checkpoint) -> None:
+        """Upload a checkpoint soon; returns at once."""
+        with self._changed:
+            self._waiting = checkpoint
+            self._changed.notify_all()
+
+    @property
+    def needed(self) -> set[int]:
+        """The steps of the checkpoints on disk that are not to be removed yet."""
+        with self._changed:
+            return {checkpoint.step for checkpoint in (self._waiting, self._under_way) if checkpoint is not None}
+
+    def finish(self, model: Path | None = None) -> None:
+        """Wait for the last upload, however long it takes, and upload the model.
+
+        Args:
+            model: the trained model's folder; None where there is none.
+
+        Raises:
+            WMTPError: the newest checkpoint or the model did not arrive; the message says where it is on this machine.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        said = began = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(0.05)
+            if time.monotonic() - said > _SAYS_SO_EVERY:
+                said = time.monotonic()
+                logger.info("waiting for the upload to %s (%d s)", self._remote.uri, said - began)
+        if self._failed is not None:
+            raise self._failed
+        if model is not None:
+            try:
+                self._remote.upload_model(model)
+            except WMTPError as error:
+                raise WMTPError(f"the model was not uploaded: {error}; it is in {model}") from error
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
+                self._under_way, self._waiting = self._waiting, None
+            if self._under_way is None:
+                return
+            self._failed = self._attempt(self._under_way)
+            self._under_way = None
+
+    def _attempt(self, checkpoint: Checkpoint) -> WMTPError | None:
+        try:
+            self._remote.upload(checkpoint, self._run_dir, self._keep_last)
+        except Exception as error:
+            reason = error if isinstance(error, WMTPError | OSError) else f"{type(error).__name__}: {error}"
+            failed = WMTPError(f"the checkpoint {checkpoint.path} was not uploaded to {self._remote.uri}: {reason}")
+            failed.__cause__ = error
+            logger.warning("%s; training goes on", failed)
+            return failed
+        logger.info("uploaded %s/%s", self._remote.uri, checkpoint.path.name)
+        return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _check(folder: Path, written: Mapping[str, int], uri: str) -> None:
+    """Whether a fetched checkpoint has the files that were uploaded, and nothing else."""
+    found = _sizes(folder)
+    for name in found.keys() - written.keys():
+        if name.startswith("."):  # the manifest of what was fetched
+            (folder / name).unlink()
+            del found[name]
+    if found != written:
+        raise WMTPError(f"{uri} is not what was uploaded: it has the files {found}, but {written} were written")

@@ -1,0 +1,76 @@
+"""Which data sets are learned from, and which are measured. Torch-free."""
+
+from __future__ import annotations
+
+from wmtp.config.problems import KeyPath, dotted
+from wmtp.config.schema import Config
+from wmtp.config.tree import components
+from wmtp.errors import ConfigError
+from wmtp.plugins.contract import DataLoaderConfig
+
+__all__ = ["check_sources", "eval_sources", "read_from", "train_sources"]
+
+
+def train_sources(config: Config) -> tuple[str, ...]:
+    """Names of the data sets to learn from: those that the config names, else all that ``[data.eval]`` does not name."""
+    if config.data.train.sources is not None:
+        return config.data.train.sources
+    measured = eval_sources(config)
+    return tuple(name for name in config.datasets if name not in measured)
+
+
+def eval_sources(config: Config) -> tuple[str, ...]:
+    """Names of the data sets that are only measured."""
+    return () if config.data.eval is None else config.data.eval.sources or ()
+
+
+def read_from(dataset: DataLoaderConfig, path: KeyPath) -> tuple[DataLoaderConfig, KeyPath]:
+    """What names the files of a data set, and where it stands in the config: the source inside a transform, or itself."""
+    for placed in components(dataset, path):
+        if placed.kind == "data_loaders":
+            return read_from(placed.config, placed.path)
+    return dataset, path
+
+
+def check_sources(config: Config) -> list[str]:
+    """The problems of ``data.train.sources``, ``data.eval`` and the data sets they name, one line each."""
+    problems: list[str] = []
+    train, measured = train_sources(config), eval_sources(config)
+    installed = ", ".join(config.datasets)
+    for key, names in (("data.train.sources", train), ("data.eval.sources", measured)):
+        for name in names:
+            if name not in config.datasets:
+                problems.append(f"{key}: there is no [datasets.{name}]; there are: {installed}")
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            problems.append(f"{key}: names '{name}' twice; name it once")
+    if not train:
+        problems.append("data.train.sources: names no data set; name what to learn from")
+    for name in train:
+        if name in measured:
+            problems.append(f"data.eval.sources: '{name}' is learned from too; leave it out of one, or use data.eval.holdout")
+    if config.data.eval is not None:
+        if config.data.eval.sources is not None and config.data.eval.holdout is not None:
+            problems.append("data.eval.holdout: stands beside data.eval.sources; keep one of them")
+        if not config.data.eval.sources and config.data.eval.holdout is None:
+            problems.append("data.eval: says neither sources nor holdout; say what to measure, or leave the table out")
+    for name in train:
+        if name in config.datasets:
+            component = config.datasets[name]
+            source, place = read_from(component, ("datasets", name))
+            if component.build().evaluation_only and not source.allow_training:
+                problems.append(
+                    f"{dotted(place)}: '{source.type}' is for evaluation only, training on it would make its results"
+                    f" worthless; name other data sets in data.train.sources, or set {dotted(place)}.allow_training = true"
+                )
+    return problems
+
+
+def require_sources(config: Config) -> None:
+    """Raise the problems that `check_sources` finds.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    problems = check_sources(config)
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,1 @@
+"""Numbers of tokens and documents that are computed once and kept."""

@@ -1,0 +1,51 @@
+"""A number for each document of a data set, kept in a file from one run to the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmtp.data.score_cache.token_numbers import numbers_file
+
+if TYPE_CHECKING:
+    from wmtp.data.base import Document
+    from wmtp.data.dataset import TokenDataset
+
+__all__ = ["DocumentNumbers"]
+
+
+class DocumentNumbers:
+    """What a frozen model makes of each document; of each piece, where documents are split.
+
+    Args:
+        path: the file. Its name must stand for all that decides the numbers: data, text and model.
+        dataset: whose documents they are.
+
+    Raises:
+        WMTPError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path, dataset: TokenDataset) -> None:
+        self._dataset = dataset
+        self._numbers = numbers_file(path, len(dataset))
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """All numbers, in the order of the data set; NaN where one is not known yet."""
+        return np.array(self._numbers)
+
+    @property
+    def missing(self) -> NDArray[np.int64]:
+        """The pieces whose numbers are not known yet."""
+        return np.flatnonzero(np.isnan(self._numbers))
+
+    def put(self, pieces: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+        """Keep the numbers of some pieces; they stay known whenever the process ends."""
+        self._numbers[pieces] = values
+
+    def of(self, document: Document) -> float:
+        """The number of one document."""
+        return float(self._numbers[self._dataset.number_of(document)])

@@ -1,0 +1,1 @@
+"""The loss in plain torch operators."""

@@ -1,0 +1,1 @@
+"""The loss by Triton kernels."""

@@ -1,0 +1,116 @@
+"""From a trainer's weights to the coefficient of every prediction, and what is logged of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from wmtp.devices import statistics_dtype
+
+__all__ = [
+    "BAD_WEIGHTS",
+    "NO_WEIGHT",
+    "Normalizer",
+    "bad_weights",
+    "head_statistics",
+    "prediction_coefficients",
+    "weight_statistics",
+]
+
+Normalizer = Literal["sum_w", "valid", "per_position"]
+
+
+def prediction_coefficients(weights: Tensor, valid: Tensor, head_weights: Tensor, normalizer: Normalizer) -> Tensor:
+    """c[t, k] = α_k w[t, k] m[t, k] / Z, so that the loss is Σ c · CE.
+
+    Args:
+        weights: ``[B, S, H]``, of a whole optimizer step, 0 where not valid.
+        valid: ``[B, S, H]`` bool, m.
+        head_weights: ``[H]``, α.
+        normalizer: ``sum_w``: Z = Σ α w m; ``valid``: Z = Σ α m; ``per_position``: Σ_k α_k w m of each position, times the
+            number of positions, as an older implementation did.
+
+    Returns:
+        ``[B, S, H]`` fp32; 0 everywhere if Z is 0.
+    """
+    weighted = weights.to(statistics_dtype(weights.device)) * head_weights
+    if normalizer == "sum_w":
+        total = weighted.sum()
+    elif normalizer == "valid":
+        total = (valid * head_weights).sum()
+    else:
+        at_position = weighted.sum(dim=-1, keepdim=True)
+        total = at_position * (at_position > 0).sum()
+    return torch.where(total > 0, weighted / total, 0.0).float()
+
+
+#: what `bad_weights` can find
+NO_WEIGHT = 3
+BAD_WEIGHTS = {
+    1: "token_weights returned NaN or infinite weights",
+    2: "token_weights returned negative weights",
+    NO_WEIGHT: "every prediction of the step has weight 0, so there is nothing to learn",
+}
+
+
+def bad_weights(weights: Tensor, coefficients: Tensor) -> Tensor:
+    """0 if the values of the weights are allowed, else a key of `BAD_WEIGHTS`.
+
+    Args:
+        weights: ``[B, S, H]``.
+        coefficients: ``[B, S, H]``, made from them.
+
+    Returns:
+        scalar int64, on the device, so that it can be read a step late.
+    """
+    code = torch.where((coefficients == 0).all(), NO_WEIGHT, 0)
+    code = torch.where((weights < 0).any(), 2, code)
+    return torch.where(weights.isfinite().all(), code, 1)
+
+
+def weight_statistics(weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """What is logged of w over the valid predictions of a step.
+
+    Args:
+        weights: ``[B, S, H]``, 0 where not valid.
+        valid: ``[B, S, H]`` bool.
+
+    Returns:
+        mean, std, min, max; ``ess`` = (Σw)² / Σw², the effective number of predictions; ``ess_share`` = ess / number of valid
+        predictions; ``zero_share``, the share with weight 0.
+    """
+    if not weights.numel():  # what has no rows has what a row without predictions has
+        weights, valid = weights.new_zeros(1), valid.new_zeros(1)
+    w = weights.to(statistics_dtype(weights.device))
+    count = valid.sum().to(w.dtype)
+    mean = w.sum() / count
+    square = w.square().sum()
+    ess = w.sum().square() / square
+    return {
+        "weight/mean": mean,
+        "weight/std": ((w - mean).square() * valid).sum().div(count).sqrt(),
+        "weight/min": torch.where(valid, w, torch.inf).min(),
+        "weight/max": torch.where(valid, w, -torch.inf).max(),
+        "weight/ess": ess,
+        "weight/ess_share": ess / count,
+        "weight/zero_share": ((weights == 0) & valid).sum() / count,
+    }
+
+
+def head_statistics(losses: Tensor, weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """The token losses of each head: their plain mean, and their mean by weight. NaN for a head without predictions.
+
+    Args:
+        losses: ``[B, S, H]``, 0 where not valid.
+        weights: ``[B, S, H]``, 0 where not valid.
+        valid: ``[B, S, H]`` bool.
+    """
+    over = (0, 1)
+    dtype = statistics_dtype(losses.device)
+    plain = losses.to(dtype).sum(over) / valid.sum(over)
+    weighted = (losses.to(dtype) * weights).sum(over) / weights.to(dtype).sum(over)
+    heads: Sequence[int] = range(1, valid.shape[-1] + 1)
+    return {f"loss/head_{k}": plain[k - 1] for k in heads} | {f"weighted_loss/head_{k}": weighted[k - 1] for k in heads}

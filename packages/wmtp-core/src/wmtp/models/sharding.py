@@ -1,0 +1,179 @@
+"""One model on several ranks: divided by FSDP2, or whole on each; its numbers come from rank 0 alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from wmtp.config.schema import FsdpConfig
+from wmtp.devices import Precision
+from wmtp.distributed.ranks import Ranks
+from wmtp.models.blueprint import Blueprint
+from wmtp.models.layers import repeated_layers
+from wmtp.models.mtp import MTPModel
+
+__all__ = ["Sharding", "spread", "whole_state"]
+
+
+@frozen(kw_only=True)
+class Sharding:
+    """When a divided model gathers its parameters, and when it adds up gradients.
+
+    The embedding, the final norm and the unembedding are the root's own parameters: they are gathered at the step's first
+    forward pass, stay until its last backward pass, and their gradient is added up once.
+
+    Args:
+        config: ``[devices.fsdp]``.
+    """
+
+    config: FsdpConfig
+
+    def micro_batch(self, model: nn.Module, *, last: bool) -> None:
+        """Call this before the forward pass of each micro-batch whose gradient is wanted.
+
+        Args:
+            model: as `spread` gave it.
+            last: whether it is the step's last.
+        """
+        if not isinstance(model, FSDPModule):
+            return
+        model.set_is_last_backward(last)
+        model.set_requires_gradient_sync(last or self.config.reduce_every_micro_batch)
+        model.set_requires_gradient_sync(last, recurse=False)
+        model.set_reshard_after_backward(last or self.config.strategy == "full")
+        model.set_reshard_after_backward(last, recurse=False)
+
+    @contextmanager
+    def other_parameters_learn(self, model: nn.Module) -> Iterator[None]:
+        """Freeze parameters, or set them free, inside. All ranks do.
+
+        FSDP hands on what learns when it gathers parameters, so none may be gathered before. It derives the precision of a
+        layer's gradients from what learns when it looks at the layer, so it must look again: torch 2.11 finds none where
+        nothing learns, and fails when something does.
+        """
+        self.release(model)
+        yield
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()  # looks again
+                module.reshard()
+
+    def release(self, model: nn.Module) -> None:
+        """Free what is gathered: before parameters change, or when nothing more is computed."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def spread(
+    load: Callable[[], MTPModel],
+    ranks: Ranks,
+    device: torch.device,
+    config: FsdpConfig,
+    precision: Precision,
+    prepare: Callable[[MTPModel], None] = lambda _: None,
+) -> MTPModel:
+    """Have rank 0 load a model, and give every rank its part: no device ever holds more than a layer besides that.
+
+    Args:
+        load: gives the model on the CPU; called on rank 0 only.
+        ranks: all of them; every one calls this.
+        device: of this rank.
+        config: ``[devices.fsdp]``.
+        precision: ``bf16`` gathers layers in bf16, ``bf16-params`` everything; gradients are added up, and parameters kept,
+            in fp32.
+        prepare: is given the empty model before it is divided.
+
+    Raises:
+        WMTPError, ConfigError: on every rank, what went wrong on rank 0.
+    """
+    loaded: list[MTPModel] = []
+
+    def describe() -> Blueprint:
+        loaded.append(load())
+        return Blueprint.of(loaded[0])
+
+    model = ranks.on_main(describe).build()
+    source = dict(_tensors(loaded[0])) if loaded else {}
+    prepare(model)
+    if config.strategy == "none":
+        _materialise(model, device)
+    else:
+        _shard(model, ranks, device, config, precision)
+        model.to_empty(device=device)
+    with torch.no_grad():
+        for name, tensor in _tensors(model):
+            _fill(tensor, source.get(name), device, ranks)
+    return model
+
+
+def _shard(model: MTPModel, ranks: Ranks, device: torch.device, config: FsdpConfig, precision: Precision) -> None:
+    mesh = init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("ranks",))
+    # Inputs are not cast: autocast decides what is computed in bf16, with several ranks as with one. What flows from layer to
+    # layer has the type of the root's embedding.
+    half = None if precision == "fp32" else torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False)
+    root = policy if precision == "bf16-params" else MixedPrecisionPolicy(cast_forward_inputs=False)
+    for layer in repeated_layers(model):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=config.strategy == "full", mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=root)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # the loss is divided by the whole step's Z already: gradients are added, not averaged
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _tensors(model: MTPModel) -> Iterable[tuple[str, Tensor]]:
+    """Parameters and all buffers; tied ones once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _materialise(model: nn.Module, device: torch.device) -> None:
+    """Give the tensors of a meta model memory. Unlike ``to_empty``, tied parameters stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            new = made.setdefault(id(parameter), nn.Parameter(torch.empty_like(parameter, device=device)))
+            setattr(module, name, new)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+
+
+def _fill(tensor: Tensor, source: Tensor | None, device: torch.device, ranks: Ranks) -> None:
+    """Take the numbers from rank 0."""
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if source is None else source.detach().to(device)
+    if isinstance(tensor, DTensor):
+        tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
+    else:
+        if ranks.world > 1:
+            dist.broadcast(whole, src=0)
+        tensor.copy_(whole)
+
+
+def whole_state(model: MTPModel, ranks: Ranks) -> dict[str, Tensor] | None:
+    """The state dict with every tensor whole, on the CPU of rank 0; elsewhere empty. None: ``model`` is whole everywhere.
+
+    Tied tensors are one object.
+    """
+    if not isinstance(model, FSDPModule):
+        return None
+    gathered: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gathered:
+            whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            if not ranks.is_main:
+                whole = whole.new_empty(0)
+            gathered[id(tensor)] = whole.cpu()
+        state[name] = gathered[id(tensor)]
+    return state if ranks.is_main else {}

@@ -1,0 +1,1 @@
+"""Optimizers: what they are built from, schedules and gradients."""

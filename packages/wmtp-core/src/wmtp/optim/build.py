@@ -1,0 +1,133 @@
+"""How a run's optimizer is made, and how the built-in ones are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from wmtp.config.schema import Config
+    from wmtp.models.mtp import MTPModel
+    from wmtp.optim.config import AdamW, Muon
+    from wmtp.optim.master_weights import MasterWeights
+
+__all__ = ["build_adamw", "build_muon", "build_optimizer", "change_learning_rate"]
+
+NamedParameters = Sequence[tuple[str, nn.Parameter]]
+
+
+def build_optimizer(
+    config: Config,
+    model: MTPModel,
+    parameters: list[tuple[str, nn.Parameter]],
+    modules: Mapping[str, nn.Module],
+    rates: Mapping[str, float],
+    master_weights: MasterWeights | None,
+) -> torch.optim.Optimizer:
+    """The optimizer of everything that learns, with the learning rates that the heads and the trainer ask for."""
+    of_heads = list(model.extra_heads.parameters())
+    if master_weights is not None:
+        names, plain = zip(*parameters, strict=True)
+        parameters = list(zip(names, master_weights.replace(plain), strict=True))
+        of_heads = master_weights.replace(of_heads)
+    optimizer = config.optimizer.build(parameters)
+    if master_weights is not None:
+        optimizer = master_weights.take_over(optimizer)
+    # groups of their own, however many ranks there are: a fused step takes parameters of one kind, and these are never divided
+    change_learning_rate(optimizer, [p for module in modules.values() for p in module.parameters()], lambda lr: lr)
+    if model.heads.lr_factor != 1.0:
+        change_learning_rate(optimizer, of_heads, lambda lr: lr * model.heads.lr_factor)
+    for module, rate in rates.items():
+        change_learning_rate(optimizer, modules[module].parameters(), lambda _, rate=rate: rate)
+    return optimizer
+
+
+def build_adamw(config: AdamW, parameters: NamedParameters) -> torch.optim.Optimizer:
+    """AdamW with one group that decays and one that does not."""
+    decayed = [p for _, p in parameters if p.ndim >= 2]
+    plain = [p for _, p in parameters if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=all(p.device.type in ("cpu", "cuda", "mps") and p.is_floating_point() for _, p in parameters),
+    )
+
+
+def build_muon(config: Muon, parameters: NamedParameters) -> torch.optim.Optimizer:
+    """Muon for the matrices of the layers, AdamW for the rest, as one optimizer."""
+    matrices, rest = [], []
+    for name, parameter in parameters:
+        # an embedding or unembedding is a table of vectors, not a map between two spaces of features
+        table = any(part in name for part in ("embed", "wte", "wpe", "lm_head", "unembedding"))
+        (matrices if parameter.ndim == 2 and not table else rest).append((name, parameter))
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(
+            torch.optim.Muon(
+                [p for _, p in matrices],
+                lr=config.lr,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    if rest:
+        parts.append(build_adamw(config, rest))  # type: ignore[arg-type]
+    return _Joined(parts)
+
+
+def change_learning_rate(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], change: Callable[[float], float]
+) -> None:
+    """Let some parameters learn at the rate that ``change`` makes of their group's, in groups of their own."""
+    chosen = {id(parameter) for parameter in parameters}
+    for part in optimizer.parts if isinstance(optimizer, _Joined) else [optimizer]:
+        for group in list(part.param_groups):
+            own = [p for p in group["params"] if id(p) in chosen]
+            rest = [p for p in group["params"] if id(p) not in chosen]
+            if own and rest:
+                group["params"] = rest
+                part.param_groups.append({**group, "params": own, "lr": change(group["lr"])})
+            elif own:
+                group["lr"] = change(group["lr"])
+    if isinstance(optimizer, _Joined):
+        optimizer.collect_groups()
+
+
+class _Joined(torch.optim.Optimizer):
+    """Several optimizers, each with parameters of its own, that step together."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = list(parts)
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.collect_groups()
+
+    def collect_groups(self) -> None:
+        """Share the parts' groups, so that a learning rate set here is theirs."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step every part."""
+        for part in self.parts:
+            part.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear every part's gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts' states."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.collect_groups()

@@ -1,0 +1,70 @@
+"""Config classes of the built-in optimizers. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+from attrs.validators import and_, deep_iterable, ge, gt, lt
+
+from wmtp.plugins.contract import OptimizerConfig
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["AdamW", "Muon"]
+
+
+@frozen(kw_only=True)
+class AdamW(OptimizerConfig):
+    """AdamW (arXiv 1711.05101), fused where the device has it.
+
+    Args:
+        lr: the peak learning rate.
+        betas: decay of the running means of gradient and squared gradient.
+        eps: added to the denominator.
+        weight_decay: of weight matrices; biases, norms and other vectors have none.
+    """
+
+    type = "adamw"
+    lr: float = field(default=2e-5, validator=[gt(0.0), lt(math.inf)])
+    betas: tuple[float, float] = field(default=(0.9, 0.95), validator=deep_iterable(and_(ge(0.0), lt(1.0))))
+    eps: float = field(default=1e-8, validator=gt(0.0))
+    weight_decay: float = field(default=0.0, validator=ge(0.0))
+
+    def build(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        """Make the optimizer for ``(name, parameter)`` pairs."""
+        from wmtp.optim.build import build_adamw
+
+        return build_adamw(self, parameters)
+
+
+@frozen(kw_only=True)
+class Muon(OptimizerConfig):
+    """Muon (Jordan et al. 2024, scaled as in arXiv 2502.16982): orthogonalised momentum for the weight matrices of the layers.
+
+    Embeddings, unembeddings, biases and norms are learned by AdamW with the same learning rate, for which the update of a
+    matrix is scaled to the size of an AdamW update.
+
+    Args:
+        lr: the peak learning rate.
+        momentum: of the matrices' gradients.
+        weight_decay: of weight matrices.
+        betas: AdamW's, for everything else.
+        eps: AdamW's.
+    """
+
+    type = "muon"
+    lr: float = field(default=2e-5, validator=[gt(0.0), lt(math.inf)])
+    momentum: float = field(default=0.95, validator=[ge(0.0), lt(1.0)])
+    weight_decay: float = field(default=0.0, validator=ge(0.0))
+    betas: tuple[float, float] = field(default=(0.9, 0.95), validator=deep_iterable(and_(ge(0.0), lt(1.0))))
+    eps: float = field(default=1e-8, validator=gt(0.0))
+
+    def build(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        """Make the optimizer for ``(name, parameter)`` pairs."""
+        from wmtp.optim.build import build_muon
+
+        return build_muon(self, parameters)

@@ -1,0 +1,47 @@
+"""How a config field says that it holds a plugin's component, and of which kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, Protocol, runtime_checkable
+
+import attrs
+
+__all__ = ["COMPONENT_KIND", "KINDS", "Component", "component"]
+
+COMPONENT_KIND: Final = "wmtp_component_kind"
+
+#: hook name → what one component of that kind is called in messages
+KINDS: Final[dict[str, str]] = {
+    "trainers": "trainer",
+    "model_loaders": "model loader",
+    "tokenizers": "tokenizer",
+    "data_loaders": "data loader",
+    "storages": "storage backend",
+    "optimizers": "optimizer",
+    "trackers": "tracker",
+    "evaluators": "evaluator",
+    "launchers": "launcher",
+}
+
+
+@runtime_checkable
+class Component(Protocol):
+    """A plugin's config class: frozen attrs, with its TOML name in ``type`` and a ``build`` that makes the component."""
+
+    @property
+    def type(self) -> str:
+        """The component's name in TOML."""
+        ...
+
+    @property
+    def build(self) -> Callable[..., Any]:
+        """Makes the component; `wmtp.plugins.hookspecs` says of each kind with which arguments."""
+        ...
+
+
+def component(kind: str, **options: Any) -> Any:
+    """An attrs field that holds one component of ``kind`` (a key of `KINDS`), or a list or mapping of them."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown component kind {kind!r}")
+    return attrs.field(metadata={COMPONENT_KIND: kind}, **options)

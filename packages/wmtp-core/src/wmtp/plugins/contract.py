@@ -1,0 +1,278 @@
+"""Base classes of what plugins write: a name that is nearly one of the contract's is an error, not silence.
+
+A class that a plugin derives may have public names of its own (``resolved``, a TOML key): only what is easily taken for a name
+of the contract is refused, because the host would never look at it. A name that begins with ``_`` is always the plugin's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from wmtp.errors import PluginError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from wmtp.data.base import ExampleLoader
+    from wmtp.evaluation.base import Evaluator
+    from wmtp.launchers.base import Launcher
+    from wmtp.models.base import ModelLoader
+    from wmtp.storage.base import Storage
+    from wmtp.tokenizers.base import Tokenizer
+    from wmtp.tracking.base import Tracker
+    from wmtp.trainers.base import Trainer
+
+__all__ = [
+    "CONFIG_CLASSES",
+    "ComponentConfig",
+    "Contract",
+    "DataLoaderConfig",
+    "EvaluatorConfig",
+    "LauncherConfig",
+    "ModelLoaderConfig",
+    "OptimizerConfig",
+    "StorageBackendConfig",
+    "TokenizerConfig",
+    "TrackerConfig",
+    "TrainerConfig",
+    "nearest_name",
+]
+
+_SIMILAR = 0.8  # ``needs_loss`` for ``needs_token_loss`` is not; a missing, doubled or exchanged letter, ``get_`` or an s is
+
+
+class Contract:
+    """Base of every class that plugins derive from.
+
+    A class made with ``contract=True`` declares names; all other subclasses are a plugin's, and their names are compared.
+    """
+
+    _methods: ClassVar[frozenset[str]] = frozenset()
+    _flags: ClassVar[frozenset[str]] = frozenset()
+    _keys: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, *, contract: bool = False, keys: Sequence[str] = (), **options: Any) -> None:
+        """Declare the contract's names, or refuse a plugin's that are nearly such.
+
+        Args:
+            contract: whether the class belongs to the contract.
+            keys: names of the class that may be fields of a config class, so that TOML sets them.
+
+        Raises:
+            PluginError: naming the class, its name, and the one that was meant.
+        """
+        super().__init_subclass__(**options)
+        own = {name: member for name, member in vars(cls).items() if not name.startswith("_")}
+        own |= {name: None for name in vars(cls).get("__annotations__", {}) if not name.startswith("_") and name not in own}
+        if contract:
+            cls._methods = cls._methods | {name for name, member in own.items() if _is_method(member)}
+            cls._flags = (cls._flags | own.keys()) - cls._methods
+            cls._keys = cls._keys | set(keys)
+            return
+        for name, member in own.items():
+            # a value cannot be a misspelt method; a property can be a misspelt flag
+            known = cls._flags | cls._methods if _is_method(member) else cls._flags
+            if name not in cls._flags | cls._methods and (meant := nearest_name(name, known)):
+                raise PluginError(
+                    f"{cls.__module__}.{cls.__qualname__} has {name!r}, which WMTP does not read; did you mean {meant!r}? "
+                    f"If it is a name of your own, call it _{name}"
+                )
+
+    @classmethod
+    def contract_problems(cls) -> Iterator[str]:
+        """Say what is wrong with the values of flags, one line each. For the host, at registration."""
+        fields = {attribute.name for attribute in getattr(cls, "__attrs_attrs__", ())}
+        for name in sorted(cls._flags - cls._keys - {"type"}):
+            if name in fields:
+                yield f"{name} is a field, which TOML could set; write it without an annotation, or with ClassVar"
+                continue
+            value = inspect.getattr_static(cls, name)
+            declared = next(vars(base)[name] for base in reversed(cls.__mro__) if name in vars(base))
+            if isinstance(value, property):
+                continue
+            if isinstance(declared, tuple) and isinstance(value, str):
+                yield f"{name} is a text; write ({value!r},)"
+            elif isinstance(declared, tuple) and not _is_words(value):
+                yield f"{name} is {value!r:.60}; write a tuple of texts"
+            elif isinstance(declared, bool | int) and type(value) is not type(declared):
+                yield f"{name} is {value!r:.60}; write {'True or False' if isinstance(declared, bool) else 'a whole number'}"
+
+
+def _is_method(member: object) -> bool:
+    return inspect.isroutine(member) or isinstance(member, property | staticmethod | classmethod)
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """Find the known name that ``name`` is easily taken for; None: there is none."""
+    plain = {other.replace("_", ""): other for other in sorted(known)}
+    close = difflib.get_close_matches(name.lower().replace("_", ""), plain, n=1, cutoff=_SIMILAR)
+    return plain[close[0]] if close else None
+
+
+def _is_words(value: object) -> bool:
+    return isinstance(value, tuple | list | frozenset | set) and all(isinstance(word, str) for word in value)
+
+
+class ComponentConfig(Contract, contract=True, keys=("uri",)):
+    """Base of all config classes: frozen attrs classes whose fields are the keys of a component's table in TOML."""
+
+    #: the component's name in TOML; every class must set it
+    type: ClassVar[str]
+    #: text, may be a field: an input, which must exist, or be of a scheme that a storage backend serves
+    uri: Any = None
+    #: further fields that are inputs, as ``uri`` is
+    uri_keys: ClassVar[tuple[str, ...]] = ()
+
+    def check(self) -> Iterable[str]:
+        """Find what is wrong with the values. Called by ``wmtp check`` and before every run; imports no torch, uses no network.
+
+        Returns:
+            one line a problem, ``key: what is wrong; what to do``, where ``key`` is a key of the component's table.
+        """
+        return ()
+
+
+class TrainerConfig(ComponentConfig, contract=True, keys=("reference_device", "reference_precision")):
+    """Config class of an algorithm. A `wmtp.Trainer` without state is its own; this is for those with state."""
+
+    #: sections ``[models.*]`` besides ``base`` that the algorithm needs, with the base model's vocabulary; may be a property
+    required_models: ClassVar[tuple[str, ...]] = ()
+    #: sections ``[models.*]`` with sequence classifiers of one output, with any vocabulary; may be a property
+    reward_models: ClassVar[tuple[str, ...]] = ()
+    #: text, may be a field: where the required models compute, for the memory estimate; None: where the trained model does
+    reference_device: Any = None
+    #: ``"fp32"`` or ``"bf16"``, may be a field: precision of the required models' parameters, for the memory estimate
+    reference_precision: Any = "fp32"
+
+    def build(self) -> Trainer:
+        """Make the trainer."""
+        raise NotImplementedError
+
+
+class ModelLoaderConfig(ComponentConfig, contract=True, keys=("attn_implementation",)):
+    """Config class of a model source. The local path of its ``uri`` is given to the loader."""
+
+    #: text, may be a field: the attention kernel, where the loader lets choose
+    attn_implementation: Any = None
+
+    def build(self) -> ModelLoader:
+        """Make the loader."""
+        raise NotImplementedError
+
+
+class TokenizerConfig(ComponentConfig, contract=True, keys=("eos_token",)):
+    """Config class of a tokenizer."""
+
+    #: text, may be a field: the end-of-sequence token, for tokenizers of other models that are compared with this one
+    eos_token: Any = None
+
+    def build(self, path: Path | None) -> Tokenizer:
+        """Make the tokenizer.
+
+        Args:
+            path: the local path of ``uri``, or where that is None, of the base model; None where that has no files.
+        """
+        raise NotImplementedError
+
+
+class DataLoaderConfig(ComponentConfig, contract=True, keys=("allow_training",)):
+    """Config class of a data source. The local path of its ``uri`` is given to the loader."""
+
+    #: bool, may be a field: whether a run may learn from a source whose loader says ``evaluation_only``
+    allow_training: Any = False
+
+    def build(self) -> ExampleLoader:
+        """Make the loader."""
+        raise NotImplementedError
+
+
+class StorageBackendConfig(ComponentConfig, contract=True):
+    """Config class of a storage backend."""
+
+    #: the URI schemes that the backend serves; at least one
+    schemes: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def check_uri(uri: str) -> None:
+        """Raise `wmtp.ConfigError` for a URI that cannot be one of the backend's. Uses no network."""
+
+    def build(self) -> Storage:
+        """Make the backend."""
+        raise NotImplementedError
+
+
+class OptimizerConfig(ComponentConfig, contract=True, keys=("lr",)):
+    """Config class of an optimizer."""
+
+    #: float, a field of every config class: the peak learning rate
+    lr: Any = None
+
+    def build(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        """Make the optimizer.
+
+        Args:
+            parameters: pairs of name and parameter.
+        """
+        raise NotImplementedError
+
+
+class TrackerConfig(ComponentConfig, contract=True, keys=("tracking_uri",)):
+    """Config class of a tracker."""
+
+    #: text, may be a field: the place of the runs; where it is one of a storage backend's, that must be installed
+    tracking_uri: Any = None
+
+    def build(self) -> Tracker:
+        """Make the tracker."""
+        raise NotImplementedError
+
+
+class EvaluatorConfig(ComponentConfig, contract=True):
+    """Config class of an evaluator."""
+
+    #: measures ``[data.eval]``: a config without that is refused before the training instead of after it
+    needs_eval_data: ClassVar[bool] = False
+    #: measures heads 2..H: a model that has none is refused
+    needs_extra_heads: ClassVar[bool] = False
+    #: tokens that the model must have positions for; may be a property
+    needed_positions: ClassVar[int] = 0
+    #: rank 0 measures alone; left out, with a warning, where processes hold parts of the model
+    one_process: ClassVar[bool] = False
+    #: runs code that the model writes: refused unless the user says ``--allow-code-execution``
+    executes_code: ClassVar[bool] = False
+
+    def build(self) -> Evaluator:
+        """Make the evaluator."""
+        raise NotImplementedError
+
+
+class LauncherConfig(ComponentConfig, contract=True, keys=("processes",)):
+    """Config class of a launcher."""
+
+    #: builds a `wmtp.launchers.RemoteLauncher`: files of the config are those of another place
+    remote: ClassVar[bool] = False
+    #: ``"auto"`` or a whole number, may be a field: training processes on each machine
+    processes: Any = 1
+
+    def build(self) -> Launcher:
+        """Make the launcher."""
+        raise NotImplementedError
+
+
+#: kind of component (a key of `wmtp.plugins.components.KINDS`) → the base of its config classes
+CONFIG_CLASSES: Final[dict[str, type[ComponentConfig]]] = {
+    "trainers": TrainerConfig,
+    "model_loaders": ModelLoaderConfig,
+    "tokenizers": TokenizerConfig,
+    "data_loaders": DataLoaderConfig,
+    "storages": StorageBackendConfig,
+    "optimizers": OptimizerConfig,
+    "trackers": TrackerConfig,
+    "evaluators": EvaluatorConfig,
+    "launchers": LauncherConfig,
+}
