@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from wmtp.models import load_model
     from wmtp.result import Result
     from wmtp.runner import run
-    from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer, TrainerSetup
+    from wmtp.trainers.base import Stage, Trainer, TrainerSetup
+    from wmtp.trainers.views import HiddenView, StepView
 
     __version__: str
 
@@ -63,14 +64,14 @@ _HOMES = {
     "ConfigError": "wmtp.errors",
     "DataLoaderConfig": "wmtp.contract",
     "EvaluatorConfig": "wmtp.contract",
-    "HiddenView": "wmtp.trainers.base",
+    "HiddenView": "wmtp.trainers.views",
     "LauncherConfig": "wmtp.contract",
     "ModelLoaderConfig": "wmtp.contract",
     "OptimizerConfig": "wmtp.contract",
     "PluginError": "wmtp.errors",
     "Result": "wmtp.result",
     "Stage": "wmtp.trainers.base",
-    "StepView": "wmtp.trainers.base",
+    "StepView": "wmtp.trainers.views",
     "StorageBackendConfig": "wmtp.contract",
     "TokenizerConfig": "wmtp.contract",
     "TrackerConfig": "wmtp.contract",
