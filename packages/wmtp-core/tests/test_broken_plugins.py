@@ -1,5 +1,6 @@
 """Broken plugins of every kind: an error with the right name, where they are loaded or run and in their suite."""
 
+import subprocess
 import sys
 import textwrap
 
@@ -133,7 +134,7 @@ TRAINERS = [
 
 
 def made_by_build(base, line):
-    """The body of a ``build`` that makes a component with one line in its class."""
+    """Write the body of a ``build`` that makes a component with one line in its class."""
     return f"\n        class Made(wmtp.{base}):\n            {line}\n        return Made()"
 
 
@@ -176,7 +177,7 @@ def install(tmp_path, monkeypatch):
 
 
 def suite_says(kind, code):
-    """What the suite of a kind says of a plugin's class: its test file cannot even be imported, or a test fails."""
+    """Ask the suite of a kind: a plugin's test file cannot even be imported, or a test fails."""
     found = {}
     try:
         exec(code, found)
@@ -250,6 +251,17 @@ def test_a_flag_that_init_misspells():
     exec(config_code("trainers", "", made=made), found)
     with pytest.raises(PluginError, match=r"Made sets self.needs_tokens_loss, .* did you mean 'needs_token_loss'\?"):
         build_trainer(found["Mine"]())
+
+
+def test_the_contract_imports_no_torch():
+    """A one-class trainer is read whenever ``wmtp`` starts."""
+    code = "import sys; from wmtp import StepView, Trainer, TrainerConfig; print({'torch', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_an_old_import_path_says_the_new_one():
+    with pytest.raises(ImportError, match=r"write: from wmtp\.trainers import Trainer"):
+        exec("from wmtp.training import Trainer", {})
 
 
 def test_names_of_a_plugins_own_are_free():

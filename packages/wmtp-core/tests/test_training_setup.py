@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import wmtp
+from wmtp.config.places import Place
 from wmtp.config.schema import Config, DataConfig, HeadsConfig, ModelConfig, TrainDataConfig
 from wmtp.data.config import TextFiles
 from wmtp.errors import ConfigError, WMTPError
@@ -19,7 +20,6 @@ from wmtp.plugins.contract import TokenizerConfig, TrainerConfig
 from wmtp.tokenizers.config import Bytes, HfTransformers
 from wmtp.trainers import Trainer
 from wmtp.training.dry_run import dry_run
-from wmtp.config.places import Place
 from wmtp.training.setup import load_extra_model, open_source
 from wmtp_algos import BaselineMTP
 

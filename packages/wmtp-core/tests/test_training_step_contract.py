@@ -4,6 +4,7 @@ import math
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
@@ -123,6 +124,77 @@ def test_a_trainer_cannot_change_what_the_loop_goes_on_to_use(method, name, chan
     with pytest.raises(PluginError) as error:
         gradients(make_model(), Changing(), make_batch(packed=False), micro=micro)
     assert str(error.value).startswith(f"trainer 'mine' (mine 1.0): it changed {name} in place")
+
+
+class Forgets(Trainer):
+    def token_weights(self, view):
+        return view.uniform() if view.step > 99 else None
+
+
+class Unasked(Trainer):
+    needs_token_loss = False
+
+    def token_weights(self, view):
+        return view.token_loss
+
+
+class UnaskedDetails(Trainer):
+    needs_entropy = False
+
+    def auxiliary_losses(self, view):
+        return {"entropy": view.entropy.sum()}
+
+
+@attrs.frozen
+class Keeps(Trainer):
+    type = "keeps"
+
+    def token_weights(self, view):
+        self.mean = view.uniform()
+        return self.mean
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        (
+            Forgets(),
+            "Forgets.token_weights returned None; write return before its result, or for a weight of 1 everywhere return",
+        ),
+        (
+            Unasked(),
+            "Unasked.token_weights reads view.token_loss, which is not computed; write needs_token_loss = True in Unasked",
+        ),
+        (
+            UnaskedDetails(),
+            "UnaskedDetails.auxiliary_losses reads view.entropy, which is not computed; write needs_entropy = True",
+        ),
+        (Keeps(), "Keeps.token_weights sets an attribute of a frozen object"),
+    ],
+)
+def test_what_only_a_step_shows_stops_it_before_any_gradient(trainer, said):
+    model = make_model()
+    with pytest.raises(PluginError) as error:
+        step_loss(model, trainer)(make_batch(packed=False), 0, Stage())
+    assert str(error.value).startswith(f"trainer 'mine' (mine 1.0): {said}")
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_uniform_weights_are_known_to_be_so_until_they_are_changed():
+    """The loss is then told how many predictions have a weight, without waiting for the device."""
+    found = []
+
+    class Uniform(Trainer):
+        def token_weights(self, view):
+            weights = view.uniform()
+            found.append(view.is_uniform(weights))
+            weights[0] = 0.5
+            found.append(view.is_uniform(weights))
+            found.append(view.is_uniform(view.uniform()))
+            return weights
+
+    gradients(make_model(), Uniform(), make_batch(packed=False))
+    assert found == [True, False, True]
 
 
 @pytest.mark.parametrize(("value", "code"), [(math.nan, 1), (math.inf, 1), (-1.0, 2), (0.0, 3), (1.0, 0)])

@@ -98,12 +98,12 @@ class CriticWMTP(TrainerConfig):
     correct_reward: float = 0.5
 
     @property
-    def required_models(self) -> tuple[str, ...]:
+    def required_models(self) -> tuple[str, ...]:  # type: ignore[override]
         """``critic`` where the critic is a model of its own."""
         return ("critic",) if self.critic == "model" else ()
 
     @property
-    def reward_models(self) -> tuple[str, ...]:
+    def reward_models(self) -> tuple[str, ...]:  # type: ignore[override]
         """``rm`` where the reward comes from a model."""
         return ("rm",) if self.reward == "model" else ()
 

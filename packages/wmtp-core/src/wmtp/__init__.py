@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     )
     from wmtp.plugins.hookspecs import hookimpl
     from wmtp.runs.result import Result
-    from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer, TrainerSetup
+    from wmtp.trainers.base import Stage, Trainer, TrainerSetup
+    from wmtp.trainers.views import HiddenView, StepView
 
     __version__: str
 
@@ -63,14 +64,14 @@ _HOMES = {
     "ConfigError": "wmtp.errors",
     "DataLoaderConfig": "wmtp.plugins.contract",
     "EvaluatorConfig": "wmtp.plugins.contract",
-    "HiddenView": "wmtp.trainers.base",
+    "HiddenView": "wmtp.trainers.views",
     "LauncherConfig": "wmtp.plugins.contract",
     "ModelLoaderConfig": "wmtp.plugins.contract",
     "OptimizerConfig": "wmtp.plugins.contract",
     "PluginError": "wmtp.errors",
     "Result": "wmtp.runs.result",
     "Stage": "wmtp.trainers.base",
-    "StepView": "wmtp.trainers.base",
+    "StepView": "wmtp.trainers.views",
     "StorageBackendConfig": "wmtp.plugins.contract",
     "TokenizerConfig": "wmtp.plugins.contract",
     "TrackerConfig": "wmtp.plugins.contract",

@@ -53,6 +53,7 @@ class Place:
         """
         return localize(uri, self.backends, self.cache_dir, key=key)
 
+
 def build_backends(config: StorageConfig, registry: Registry | None = None) -> Mapping[str, Storage]:
     """Scheme → backend. Each is built when it is asked for: their libraries take time to import.
 

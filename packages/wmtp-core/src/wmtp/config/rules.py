@@ -81,7 +81,8 @@ def _remote(config: Config, registry: Registry) -> Iterator[Problem]:
     """What a service asks of the whole config."""
     plugin = registry.provider(type(config.launcher)) or type(config.launcher).__qualname__
     try:
-        lines = list(config.launcher.build().check(config))
+        launcher: Any = config.launcher.build()  # a RemoteLauncher, as its suite tests
+        lines = list(launcher.check(config))
     except Exception as error:
         what = f"check() of the launcher '{config.launcher.type}' of {plugin} failed: {type(error).__name__}: {error}"
         yield Problem(("launcher",), what)

@@ -11,7 +11,7 @@ import torch
 from attrs import frozen
 
 from wmtp.config.load import Loaded, load, load_storage, located
-from wmtp.config.places import build_backends
+from wmtp.config.places import Place, build_backends
 from wmtp.config.problems import Problem
 from wmtp.config.rules import component_problems
 from wmtp.config.schema import Config
@@ -27,7 +27,6 @@ from wmtp.plugins.contract import TrainerConfig
 from wmtp.runs.directory import CONFIG_FILE
 from wmtp.storage.uris import file_path, scheme_of
 from wmtp.tracking import RunInfo
-from wmtp.config.places import Place
 
 __all__ = ["Evaluated", "evaluate_model"]
 

@@ -73,7 +73,7 @@ class Speculative(EvaluatorConfig):
     top_p: float = field(default=1.0, validator=[gt(0.0), le(1.0)])
 
     @property
-    def needed_positions(self) -> int:
+    def needed_positions(self) -> int:  # type: ignore[override]
         """Of the model, for a prompt of one token."""
         return 1 + self.max_new_tokens
 
@@ -103,7 +103,7 @@ class InferenceSpeed(EvaluatorConfig):
     repeats: int = field(default=5, validator=ge(1))
 
     @property
-    def needed_positions(self) -> int:
+    def needed_positions(self) -> int:  # type: ignore[override]
         """Of the model."""
         return self.prompt_length + self.new_tokens
 

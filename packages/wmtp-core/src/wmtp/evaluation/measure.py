@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from wmtp.errors import PluginError, WMTPError
 from wmtp.evaluation.base import Estimate, Evaluator, Measured
-from wmtp.runs.directory import replace_text
 from wmtp.plugins.provenance import provenance
+from wmtp.runs.directory import replace_text
 
 __all__ = ["DETAILS_FILE", "NUMBERS_FILE", "measure"]
 

@@ -12,9 +12,9 @@ from wmtp.config.places import build_backends
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError
 from wmtp.models.build import build_model
-from wmtp.storage.model_folders import localize_model
 from wmtp.models.vocabulary import check_vocabulary
 from wmtp.runs.directory import CONFIG_FILE, is_run_dir
+from wmtp.storage.model_folders import localize_model
 from wmtp.storage.uris import localize, scheme_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from wmtp.plugins.components import KINDS
-from wmtp.plugins.contract import CONFIG_CLASSES
+from wmtp.plugins.contract import CONFIG_CLASSES, StorageBackendConfig
 
 __all__ = ["contract_problem", "describe"]
 
@@ -47,7 +47,7 @@ def contract_problem(kind: str, cls: Any) -> str | None:
         return f"{cls.__name__} ('{type_}'): {problem}"
     if kind == "model_loaders" and "heads" in names:
         return f"{cls.__name__} ('{type_}') has a field 'heads', which is WMTP's own table in [models.base]"
-    if kind == "storages" and not cls.schemes:
+    if issubclass(cls, StorageBackendConfig) and not cls.schemes:
         return f"{cls.__name__} ('{type_}') has no `schemes`, the URI schemes that it serves"
     if kind == "optimizers" and "lr" not in names:
         return f"{cls.__name__} ('{type_}') has no field 'lr', the peak learning rate that [schedule] scales"
@@ -61,7 +61,7 @@ def contract_problem(kind: str, cls: Any) -> str | None:
 
 
 def _takes(cls: type[Any], arguments: Sequence[str]) -> bool:
-    """Whether ``build`` can be called with so many arguments."""
+    """Tell whether ``build`` can be called with so many arguments."""
     bound = isinstance(inspect.getattr_static(cls, "build"), staticmethod | classmethod)
     try:
         inspect.signature(cls.build).bind(*(() if bound else ("self",)), *arguments)

@@ -52,9 +52,9 @@ class Contract:
     A class made with ``contract=True`` declares names; all other subclasses are a plugin's, and their names are compared.
     """
 
-    _methods: ClassVar[frozenset[str]] = frozenset()
-    _flags: ClassVar[frozenset[str]] = frozenset()
-    _keys: ClassVar[frozenset[str]] = frozenset()
+    _contract_methods: ClassVar[frozenset[str]] = frozenset()
+    _contract_flags: ClassVar[frozenset[str]] = frozenset()
+    _contract_keys: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, *, contract: bool = False, keys: Sequence[str] = (), **options: Any) -> None:
         """Declare the contract's names, or refuse a plugin's that are nearly such.
@@ -70,14 +70,14 @@ class Contract:
         own = {name: member for name, member in vars(cls).items() if not name.startswith("_")}
         own |= {name: None for name in vars(cls).get("__annotations__", {}) if not name.startswith("_") and name not in own}
         if contract:
-            cls._methods = cls._methods | {name for name, member in own.items() if _is_method(member)}
-            cls._flags = (cls._flags | own.keys()) - cls._methods
-            cls._keys = cls._keys | set(keys)
+            cls._contract_methods = cls._contract_methods | {name for name, member in own.items() if _is_method(member)}
+            cls._contract_flags = (cls._contract_flags | own.keys()) - cls._contract_methods
+            cls._contract_keys = cls._contract_keys | set(keys)
             return
         for name, member in own.items():
             # a value cannot be a misspelt method; a property can be a misspelt flag
-            known = cls._flags | cls._methods if _is_method(member) else cls._flags
-            if name not in cls._flags | cls._methods and (meant := nearest_name(name, known)):
+            known = cls._contract_flags | cls._contract_methods if _is_method(member) else cls._contract_flags
+            if name not in cls._contract_flags | cls._contract_methods and (meant := nearest_name(name, known)):
                 raise PluginError(
                     f"{cls.__module__}.{cls.__qualname__} has {name!r}, which WMTP does not read; did you mean {meant!r}? "
                     f"If it is a name of your own, call it _{name}"
@@ -87,7 +87,7 @@ class Contract:
     def contract_problems(cls) -> Iterator[str]:
         """Say what is wrong with the values of flags, one line each. For the host, at registration."""
         fields = {attribute.name for attribute in getattr(cls, "__attrs_attrs__", ())}
-        for name in sorted(cls._flags - cls._keys - {"type"}):
+        for name in sorted(cls._contract_flags - cls._contract_keys - {"type"}):
             if name in fields:
                 yield f"{name} is a field, which TOML could set; write it without an annotation, or with ClassVar"
                 continue

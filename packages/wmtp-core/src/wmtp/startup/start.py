@@ -66,7 +66,8 @@ def read_config(files: Sequence[str], overrides: Iterable[str] = ()) -> Config:
     loaded = load(list(files) if files else _from_environment(), overrides)
     launcher = loaded.config.launcher
     if launcher.remote:
-        loaded = evolve(loaded, config=launcher.build().inside(loaded.config))
+        service: Any = launcher.build()
+        loaded = evolve(loaded, config=service.inside(loaded.config))
     check_loaded(loaded)
     return loaded.config
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from wmtp.errors import ConfigError
@@ -24,6 +24,7 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # Linux'; others allow no more
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?")
 _USERINFO = re.compile(r"(?<=://)[^/?#@\s]*@")
+_Backend = TypeVar("_Backend")
 
 
 def scheme_of(uri: str) -> str:
@@ -91,12 +92,12 @@ def _decode(uri: str) -> str:
     return os.fsdecode(unquote_to_bytes(rest))
 
 
-def backend_for(uri: str, backends: Mapping[str, Storage], *, key: str | None = None) -> Storage:
+def backend_for(uri: str, backends: Mapping[str, _Backend], *, key: str | None = None) -> _Backend:
     """The backend that serves ``uri``.
 
     Args:
         uri: a URI or a plain path.
-        backends: scheme → backend.
+        backends: scheme → backend, or its config class.
         key: the dotted config key that ``uri`` comes from, for messages.
 
     Raises:

@@ -1,18 +1,20 @@
-"""The contract of an algorithm, and the checks of what it returns. Names are loaded when they are first used."""
+"""Contract of an algorithm, and checks of what it returns. Names are loaded when they are first used."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wmtp.trainers.base import HiddenView, OpenModel, RewardScores, Stage, StepView, Trainer, TrainerSetup
+    from wmtp.trainers.base import OpenModel, RewardScores, Stage, Trainer, TrainerSetup
+    from wmtp.trainers.views import HiddenView, StepView
 
 __all__ = ["HiddenView", "OpenModel", "RewardScores", "Stage", "StepView", "Trainer", "TrainerSetup"]
+
+_VIEWS = ("HiddenView", "StepView")
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from wmtp.trainers import base
-
-        return getattr(base, name)
+        return getattr(import_module(f"wmtp.trainers.{'views' if name in _VIEWS else 'base'}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

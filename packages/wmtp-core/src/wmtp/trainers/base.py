@@ -1,4 +1,4 @@
-"""The contract of an algorithm: which predicted tokens matter, and how much. Importing it imports no torch.
+"""Contract of an algorithm: which predicted tokens matter, and how much. Importing it imports no torch.
 
 The loop does everything else, the same for every algorithm. One optimizer step is:
 
@@ -19,9 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from attrs import field, frozen
+from attrs import frozen
 
-from wmtp.errors import PluginError
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.trainers.inspection import method_problems
 
@@ -32,14 +31,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from wmtp.config.schema import EarlyStoppingConfig
-    from wmtp.data.batch import Batch, Targets
     from wmtp.data.dataset import TokenDataset
     from wmtp.data.score_cache.document_numbers import DocumentNumbers
     from wmtp.data.score_cache.token_numbers import TokenNumbers
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
+    from wmtp.trainers.views import HiddenView, StepView
 
-__all__ = ["HiddenView", "NotComputed", "OpenModel", "RewardScores", "Stage", "StepView", "Trainer", "TrainerSetup"]
+__all__ = ["OpenModel", "RewardScores", "Stage", "Trainer", "TrainerSetup"]
 
 
 @frozen(kw_only=True)
@@ -136,103 +135,6 @@ class TrainerSetup:
     token_numbers: Callable[[str, str], TokenNumbers]
     reward_scores: RewardScores = _no_data
     fetch: Callable[[str, str], Path] = _no_data
-
-
-@frozen(kw_only=True, eq=False)
-class HiddenView:
-    """One micro-batch, as the model sees it.
-
-    Args:
-        batch: b rows.
-        targets: ``[b, S, H]``.
-        packed: whether some row of the step holds several documents; what another model's ``forward`` needs to know.
-        stage: the name of the stage that the step belongs to.
-        trunk: ``[b, S, D]``, the hidden states that feed the heads. They carry a gradient where the trunk learns: detach
-            them to keep a module's loss out of the trunk.
-    """
-
-    batch: Batch
-    targets: Targets
-    packed: bool
-    stage: str
-    trunk: Tensor
-
-
-class NotComputed(PluginError):
-    """A trainer reads something that is computed only where its class says so.
-
-    Args:
-        name: of the view's attribute.
-        flag: of the class.
-    """
-
-    def __init__(self, name: str, flag: str) -> None:
-        self.name = name
-        self.flag = flag
-        super().__init__(f"view.{name} was not computed; write {flag} = True in the trainer's class")
-
-
-@frozen(kw_only=True, eq=False)
-class StepView:
-    """A whole optimizer step: all rows of all micro-batches and devices, in the order of the data.
-
-    Args:
-        batch: B rows.
-        targets: ids and valid mask, ``[B, S, H]``.
-        token_loss: CE[t, k], ``[B, S, H]`` fp32, detached, 0 where not valid. Only where the trainer's ``needs_token_loss``
-            is True; reading it elsewhere is an error.
-        entropy: of what head k predicts at t, in nats: ``[B, S, H]`` fp32, detached, 0 where not valid. Only where the
-            trainer's ``needs_entropy`` is True.
-        observations: what `Trainer.observe` returned, ``[B, S]`` or ``[B, S, H]``, 0 at padding. In
-            `Trainer.auxiliary_losses` they carry a gradient; in `Trainer.token_weights` they are detached.
-        step: the optimizer step, from 0.
-        stage: the name of the stage that the step belongs to.
-        generator: random numbers that depend on the seed and the step only.
-        vocab_size: V.
-    """
-
-    batch: Batch
-    targets: Targets
-    _token_loss: Tensor | None
-    _entropy: Tensor | None
-    observations: Mapping[str, Tensor]
-    step: int
-    stage: str
-    generator: torch.Generator
-    vocab_size: int
-    _uniform: list[tuple[Tensor, int]] = field(init=False, factory=list)  # what `uniform` has made, and its version then
-
-    @property
-    def token_loss(self) -> Tensor:
-        """Cross entropy of each prediction, ``[B, S, H]``."""
-        if self._token_loss is None:
-            raise NotComputed("token_loss", "needs_token_loss")
-        return self._token_loss
-
-    @property
-    def entropy(self) -> Tensor:
-        """Entropy of each prediction's distribution, ``[B, S, H]``."""
-        if self._entropy is None:
-            raise NotComputed("entropy", "needs_entropy")
-        return self._entropy
-
-    def uniform(self) -> Tensor:
-        """Make uniform weights: ``[B, S, H]`` fp32 ones, which the caller may change."""
-        import torch
-
-        ones = torch.ones(self.targets.ids.shape, device=self.targets.ids.device)
-        self._uniform.append((ones, ones._version))
-        return ones
-
-    def is_uniform(self, weights: Tensor) -> bool:
-        """Tell whether ``weights`` are those of `uniform`, unchanged; without waiting for the device."""
-        return any(weights is ones and ones._version == version for ones, version in self._uniform)
-
-    def by_prediction(self, by_token: Tensor) -> Tensor:
-        """Place token values ``[B, S]`` at the predictions of those tokens ``[B, S, H]``: out[t, k] = by_token[t+k]."""
-        from wmtp.data.batch import shift_to_predictions
-
-        return shift_to_predictions(by_token, self.targets.ids.shape[-1])
 
 
 class Trainer(TrainerConfig, ABC, contract=True):

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from wmtp.data.batch import Targets, shift_to_predictions
 from wmtp.errors import PluginError
 from wmtp.plugins.contract import nearest_name
-from wmtp.trainers.base import HiddenView, NotComputed, StepView, Trainer
+from wmtp.trainers.base import Trainer
+from wmtp.trainers.views import HiddenView, NotComputed, StepView
 
 __all__ = [
     "asked",
     "auxiliary_losses",
     "check_trainer",
-    "check_unchanged",
     "checked_metrics",
     "checked_modules",
     "checked_rates",
@@ -30,7 +30,6 @@ __all__ = [
     "observed",
     "place_weights",
     "token_details",
-    "versions",
 ]
 
 #: names of numbers that the loop puts beside a trainer's, besides those of the loss and ``eval/…``
@@ -58,7 +57,11 @@ def check_trainer(trainer: object, name: str) -> Trainer:
 def _misspelt_attributes(trainer: Trainer) -> Iterator[str]:
     """Find attributes that are nearly a flag, as ``__init__`` may set them."""
     for name in vars(trainer):
-        if not name.startswith("_") and name not in trainer._flags and (meant := nearest_name(name, trainer._flags)):
+        if (
+            not name.startswith("_")
+            and name not in trainer._contract_flags
+            and (meant := nearest_name(name, trainer._contract_flags))
+        ):
             yield f"{type(trainer).__name__} sets self.{name}, which WMTP does not read; did you mean {meant!r}?"
 
 
@@ -283,41 +286,3 @@ def checked_state(trainer: Trainer, name: str) -> dict[str, Any]:
                 f"tensors, numbers, text, and lists and dicts of them"
             ) from error
     return dict(state)
-
-
-def versions(view: StepView) -> dict[str, int]:
-    """How often each tensor of a view was changed in place; torch counts that anyway."""
-    return {name: tensor._version for name, tensor in _tensors(view)}
-
-
-def check_unchanged(view: StepView, before: Mapping[str, int], name: str) -> None:
-    """Refuse what a trainer has done to the loop's own numbers: losses that are logged, targets, tokens.
-
-    Args:
-        view: what the trainer was given.
-        before: its `versions` then.
-        name: what messages call the trainer.
-
-    Raises:
-        PluginError: a tensor has changed.
-    """
-    for key, version in versions(view).items():
-        if version != before[key]:
-            raise PluginError(f"{name}: it changed view.{key} in place, which the loop goes on to use; change a clone() of it")
-
-
-def _tensors(view: StepView) -> Iterator[tuple[str, Tensor]]:
-    batch, targets = view.batch, view.targets
-    named = {
-        "batch.input_ids": batch.input_ids,
-        "batch.document": batch.document,
-        "batch.position": batch.position,
-        "batch.learn": batch.learn,
-        "batch.weight": batch.weight,
-        "targets.ids": targets.ids,
-        "targets.valid": targets.valid,
-        "token_loss": view._token_loss,
-        "entropy": view._entropy,
-    }
-    yield from ((key, tensor) for key, tensor in named.items() if tensor is not None)
-    yield from ((f"observations[{key!r}]", tensor) for key, tensor in view.observations.items())

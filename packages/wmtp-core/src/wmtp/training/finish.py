@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from wmtp.config.places import Place
 from wmtp.config.schema import Config
 from wmtp.evaluation import Measured
 from wmtp.evaluation.consent import code_execution_allowed
@@ -20,7 +21,6 @@ from wmtp.report import write_report
 from wmtp.tracking import Tracker
 from wmtp.trainers.modules import save_modules
 from wmtp.training.loop import Fit
-from wmtp.config.places import Place
 
 if TYPE_CHECKING:
     from wmtp.data.dataset import TokenDataset

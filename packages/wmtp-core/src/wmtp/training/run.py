@@ -16,10 +16,10 @@ from wmtp.checkpoints.remote import CheckpointUpload, remote_checkpoints
 from wmtp.config.schema import Config, FsdpConfig
 from wmtp.config.tree import flatten
 from wmtp.data.score_cache.cached_numbers import open_token_numbers
-from wmtp.models.reward_scores import open_reward_scores
 from wmtp.devices import autocast_context, pick_device, pick_precision, prefer_fast_attention
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.errors import WMTPError
+from wmtp.models.reward_scores import open_reward_scores
 from wmtp.models.sharding import Sharding, whole_state
 from wmtp.optim.build import build_optimizer
 from wmtp.runs.result import Result

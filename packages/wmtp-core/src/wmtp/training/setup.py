@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import frozen
@@ -17,8 +17,8 @@ from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, HeadsConfig, ModelConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.base import ModelInfo
+from wmtp.plugins.contract import TrainerConfig
 from wmtp.plugins.provenance import provenance
-from wmtp.plugins.contract import ComponentConfig, TrainerConfig
 from wmtp.tokenizers import Tokenizer
 from wmtp.trainers.base import OpenModel, Trainer
 from wmtp.trainers.checks import check_trainer
@@ -26,7 +26,6 @@ from wmtp.trainers.checks import check_trainer
 if TYPE_CHECKING:
     from wmtp.data.batches import StepBatches
     from wmtp.models.mtp import MTPModel
-    from wmtp.storage import Storage
 
 __all__ = [
     "Source",

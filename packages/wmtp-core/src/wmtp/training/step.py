@@ -27,7 +27,8 @@ from wmtp.loss.weights import (
 from wmtp.models.sharding import Sharding
 from wmtp.optim.master_weights import MasterWeights
 from wmtp.trainers import checks
-from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
+from wmtp.trainers.base import Stage, Trainer
+from wmtp.trainers.views import HiddenView, StepView, check_unchanged, versions
 from wmtp.training.recording import TokenRecord, weight_histogram
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class StepLoss:
             generator=torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63),
             vocab_size=self.model.vocab_size,
         )
-        seen = checks.versions(view)
+        seen = versions(view)
         uniform, weights = True, targets.valid.float()
         if stage.model_loss:
             given, weights = checks.given_weights(self.trainer, view, self.trainer_name)
@@ -156,7 +157,7 @@ class StepLoss:
         coefficients = prediction_coefficients(weights, targets.valid, self._head_weights, self.normalizer)
         problem = bad_weights(weights, coefficients)
         auxiliary, slopes = self._auxiliary(view)
-        checks.check_unchanged(view, seen, self.trainer_name)
+        check_unchanged(view, seen, self.trainer_name)
 
         if not stage.model_loss:
             coefficients = torch.zeros_like(coefficients)

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-
 if TYPE_CHECKING:
     from wmtp.config.schema import Config
     from wmtp.data.dataset import TokenDataset
-    from wmtp.training.setup import Source
     from wmtp.data.score_cache.token_numbers import TokenNumbers
+    from wmtp.training.setup import Source
 
 __all__ = ["numbers_path", "open_token_numbers"]
 
