@@ -17,6 +17,7 @@ lint:
     uv run ruff check .
     uv run pyright
     uv run hadolint Dockerfile
+    uv run lint-imports
 
 # the generated parts of the documentation
 docs:

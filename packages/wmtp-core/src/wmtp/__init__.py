@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from wmtp import moved
+
 if TYPE_CHECKING:
     from wmtp.api import run
     from wmtp.config.load import load_config
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from wmtp.trainers.views import HiddenView, StepView
 
     __version__: str
+
+moved.install()
 
 __all__ = [
     "Config",

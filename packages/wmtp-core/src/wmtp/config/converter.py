@@ -21,7 +21,7 @@ from cattrs.errors import StructureHandlerNotFoundError
 from wmtp.config import values
 from wmtp.config.problems import KeyPath, Problem, Problems, unknown_key
 from wmtp.config.schema import HeadsConfig, ModelConfig, StorageConfig
-from wmtp.plugins.components import COMPONENT_KIND, KINDS
+from wmtp.plugins.components import COMPONENT_KIND, DEFAULT_TYPE, KINDS
 from wmtp.plugins.registry import Registry
 
 __all__ = ["make_converter"]
@@ -228,11 +228,7 @@ def _field_type(attribute: attrs.Attribute[Any]) -> Any:
     kind = attribute.metadata.get(COMPONENT_KIND)
     if kind is None:
         return attribute.type if attribute.type is not None else Any
-    default = attribute.default
-    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-        default = default.factory() if not default.takes_self else None  # type: ignore[union-attr]
-    default_type = getattr(default, "type", None)
-    return _with_component(attribute.type, Annotated[Any, _Kind(kind, default_type if isinstance(default_type, str) else None)])
+    return _with_component(attribute.type, Annotated[Any, _Kind(kind, attribute.metadata.get(DEFAULT_TYPE))])
 
 
 def _with_component(annotation: Any, leaf: Any) -> Any:

@@ -13,8 +13,6 @@ from typing import Literal
 from attrs import Factory, field, frozen
 from attrs.validators import deep_iterable, ge, gt, le, lt, min_len, optional
 
-from wmtp.launchers.config import LocalLauncher
-from wmtp.optim.config import AdamW
 from wmtp.plugins.components import component
 from wmtp.plugins.contract import (
     DataLoaderConfig,
@@ -27,7 +25,6 @@ from wmtp.plugins.contract import (
     TrackerConfig,
     TrainerConfig,
 )
-from wmtp.tracking.config import MLflowTracker
 
 __all__ = [
     "CheckpointConfig",
@@ -374,13 +371,13 @@ class Config:
     datasets: Mapping[str, DataLoaderConfig] = component("data_loaders", validator=min_len(1))
     data: DataConfig = Factory(DataConfig)
     trainer: TrainerConfig = component("trainers")
-    optimizer: OptimizerConfig = component("optimizers", factory=AdamW)
+    optimizer: OptimizerConfig = component("optimizers", default_type="adamw")
     schedule: ScheduleConfig = Factory(ScheduleConfig)
     train: TrainConfig = Factory(TrainConfig)
     devices: DevicesConfig = Factory(DevicesConfig)
     checkpoints: CheckpointConfig = Factory(CheckpointConfig)
     report: ReportConfig = Factory(ReportConfig)
-    tracker: TrackerConfig = component("trackers", factory=MLflowTracker)
-    launcher: LauncherConfig = component("launchers", factory=LocalLauncher)
+    tracker: TrackerConfig = component("trackers", default_type="mlflow")
+    launcher: LauncherConfig = component("launchers", default_type="local")
     storage: StorageConfig = Factory(StorageConfig)
     eval: tuple[EvaluatorConfig, ...] = component("evaluators", default=())

@@ -7,9 +7,12 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import attrs
 
-__all__ = ["COMPONENT_KIND", "KINDS", "Component", "component"]
+from wmtp.errors import ConfigError
+
+__all__ = ["COMPONENT_KIND", "DEFAULT_TYPE", "KINDS", "Component", "component"]
 
 COMPONENT_KIND: Final = "wmtp_component_kind"
+DEFAULT_TYPE: Final = "wmtp_default_type"
 
 #: hook name → what one component of that kind is called in messages
 KINDS: Final[dict[str, str]] = {
@@ -40,8 +43,26 @@ class Component(Protocol):
         ...
 
 
-def component(kind: str, **options: Any) -> Any:
-    """An attrs field that holds one component of ``kind`` (a key of `KINDS`), or a list or mapping of them."""
+def component(kind: str, *, default_type: str | None = None, **options: Any) -> Any:
+    """Declare an attrs field that holds one component, or a list or mapping of them.
+
+    Args:
+        kind: a key of `KINDS`.
+        default_type: the component's name in TOML where a config says nothing; it has its defaults then.
+        options: of `attrs.field`.
+    """
     if kind not in KINDS:
         raise ValueError(f"unknown component kind {kind!r}")
-    return attrs.field(metadata={COMPONENT_KIND: kind}, **options)
+    if default_type is not None:
+        options["factory"] = lambda: _with_defaults(kind, default_type)
+    return attrs.field(metadata={COMPONENT_KIND: kind, DEFAULT_TYPE: default_type}, **options)
+
+
+def _with_defaults(kind: str, type_: str) -> Any:
+    from wmtp.plugins.loader import load_plugins
+
+    registry = load_plugins()
+    found = registry.find(kind, type_)
+    if found is None:
+        raise ConfigError(registry.missing(kind, type_))
+    return found.cls()

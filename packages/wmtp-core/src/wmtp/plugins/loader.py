@@ -29,6 +29,7 @@ from wmtp.plugins.registry import Plugin, Provided, Registry
 __all__ = ["GROUP", "load_plugins"]
 
 GROUP = "wmtp"
+CORE = "wmtp-core"
 _PREFIX = "wmtp_"
 _UNKNOWN = "unknown"
 _Entries = list[tuple[Plugin, metadata.EntryPoint | Exception]]
@@ -36,7 +37,7 @@ _HOOKS = tuple(_PREFIX + kind for kind in KINDS)
 
 
 def load_plugins() -> Registry:
-    """Load the built-in components and those of every installed plugin.
+    """Load the components of every installed plugin; the built-in ones are the plugin ``wmtp-core``.
 
     The environment variable ``WMTP_PLUGINS`` (entry names, separated by commas) limits which installed plugins are loaded.
     A plugin that cannot be used is listed in `Registry.broken`; only a config that needs it fails.
@@ -44,20 +45,16 @@ def load_plugins() -> Registry:
     Raises:
         ConfigError: ``WMTP_PLUGINS`` names a plugin that is not installed.
     """
-    from wmtp import builtin
-
-    core = Plugin(name="wmtp-core", distribution="wmtp-core", version=metadata.version("wmtp-core"))
     found, left_out = _selected(_installed())
     plugins: list[Plugin] = []
     components: list[Provided] = []
-    for listed, source in [(core, builtin), *found]:
+    for listed, source in found:
         plugin = listed
         try:
             if isinstance(source, Exception):
                 raise source
             with redirect_stdout(sys.stderr):  # an import that prints must not get into `--json`
-                module = source if source is builtin else source.load()  # type: ignore[union-attr]
-                classes = _components(module)
+                classes = _components(source.load())
             by_kind = {kind: tuple(cls.type for cls in of_kind) for kind, of_kind in classes.items() if of_kind}
             plugin = attrs.evolve(plugin, components=by_kind)
             components += [Provided(kind=kind, cls=cls, plugin=plugin) for kind in classes for cls in classes[kind]]
@@ -92,7 +89,7 @@ def _installed() -> _Entries:
         except Exception as error:
             damaged = PluginError(f"its entry_points.txt is damaged ({type(error).__name__}); install the package again")
             found.append((Plugin(name=name, distribution=name, version=version), damaged))
-    return sorted(found, key=lambda pair: (pair[0].name, pair[0].distribution))
+    return sorted(found, key=lambda pair: (pair[0].name != CORE, pair[0].name, pair[0].distribution))
 
 
 def _identity(distribution: metadata.Distribution) -> tuple[str, str]:
@@ -108,13 +105,13 @@ def _selected(entries: _Entries) -> tuple[_Entries, list[str]]:
     if wanted is None:
         return entries, []
     names = [name.strip() for name in wanted.split(",") if name.strip()]
-    installed = sorted({plugin.name for plugin, _ in entries})
-    if unknown := [name for name in names if name not in installed and name != "wmtp-core"]:
+    installed = sorted({plugin.name for plugin, _ in entries} - {CORE})
+    if unknown := [name for name in names if name not in installed and name != CORE]:
         known = ", ".join(installed) or "none"
         raise ConfigError(
             [f"WMTP_PLUGINS: no plugin '{name}' is installed{_hint(name, installed)}; installed: {known}" for name in unknown]
         )
-    return [pair for pair in entries if pair[0].name in names], [name for name in installed if name not in names]
+    return [pair for pair in entries if pair[0].name in (CORE, *names)], [name for name in installed if name not in names]
 
 
 def _components(plugin: Any) -> dict[str, list[type[Any]]]:
