@@ -16,5 +16,5 @@ def test_an_old_name_says_the_new_one(old):
 
 
 def test_other_missing_modules_are_as_python_has_them():
-    with pytest.raises(ModuleNotFoundError, match="^No module named 'wmtp.training.nothing'$"):
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'wmtp\.training\.nothing'$"):
         importlib.import_module("wmtp.training.nothing")

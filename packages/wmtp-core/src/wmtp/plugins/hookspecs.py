@@ -3,8 +3,9 @@
 A plugin is a module named by an entry point of the group ``wmtp``. Each hook takes no argument and returns an iterable of
 *config classes*: frozen attrs classes with a class variable ``type``, the component's name in TOML, and a method
 ``build`` that makes the component. A plugin module imports no torch; ``build`` does. Each kind has a base class in
-`wmtp.plugins.contract` (``wmtp.TrainerConfig``, ``wmtp.EvaluatorConfig`` …), which declares all that WMTP reads of a config class.
-A public name that is nearly one of those is an error; other names are a plugin's own, and names that begin with ``_`` always.
+`wmtp.plugins.contract` (``wmtp.TrainerConfig``, ``wmtp.EvaluatorConfig`` …), which declares all that WMTP reads of a
+config class. A public name that is nearly one of those is an error; other names are a plugin's own, and names that begin with
+``_`` always.
 
 Every key of the component's table is a field of the class, checked strictly against its annotation; attrs validators and
 ``__attrs_post_init__`` may refuse values by raising ``ValueError``. A field ``uri`` names an input: it must exist, or be of a
