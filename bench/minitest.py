@@ -1,10 +1,10 @@
-"""The mini-test of configs/vessl-minitest.toml, for real, on this machine: no GPU, no VESSL, and no other part replaced.
+"""The mini-test of configs/vessl-minitest.toml, for real, on this machine: no VESSL, and no other part replaced.
 
-    uv run python bench/minitest.py [FOLDER] [--keep-runs]
+    python bench/minitest.py [FOLDER] [--keep-runs] [--gpus N]
 
 Models and data are put on a real S3 server on 127.0.0.1. What ``wmtp launch`` would send is planned from the config, and its
 one line is run as VESSL would: by sh, in a new folder, with the plan's variables alone. Two processes train under FSDP2 by
-gloo. The first container is killed (SIGKILL) in the middle of the run; a second one, with an empty folder again, goes on from
+gloo; with ``--gpus``, one a GPU by NCCL, in the config's own precision. The first container is killed (SIGKILL) in the middle of the run; a second one, with an empty folder again, goes on from
 the checkpoint on S3. Then the tracker's database, the checkpoints and the model are looked at.
 
 ``--keep-runs`` gives the second container the run directory of the first, as a mounted volume does, with checkpoints there
@@ -13,6 +13,7 @@ instead of on S3.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parent.parent
+WMTP = Path(shutil.which("wmtp", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "wmtp")
 STEPS = 10
 
 MODEL = """
@@ -67,19 +69,26 @@ def main() -> None:
     """Prepare, plan, run, kill, run again, look."""
     from wmtp_storage.testing import start_s3_server
 
-    keep_runs = "--keep-runs" in sys.argv
-    named = [word for word in sys.argv[1:] if not word.startswith("-")]
-    folder = Path(named[0] if named else tempfile.mkdtemp(prefix="wmtp-minitest-")).resolve()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", nargs="?", help="where everything is written; default: a temporary folder")
+    parser.add_argument("--keep-runs", action="store_true", help="the second container has the first one's run directory")
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="one process a GPU by NCCL; default: two on the CPU")
+    arguments = parser.parse_args()
+    keep_runs = arguments.keep_runs
+    folder = Path(arguments.folder or tempfile.mkdtemp(prefix="wmtp-minitest-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     server = start_s3_server()
     bucket = server.bucket()
     prepare(folder, bucket, server.environment)
     began = time.monotonic()
-    spec = plan(bucket, keep_runs=keep_runs)
+    spec = plan(bucket, keep_runs=keep_runs, gpus=arguments.gpus)
     secrets = {name: server.environment[name] for name, value in spec["env"].items() if isinstance(value, dict)}
     plain = {name: value for name, value in spec["env"].items() if isinstance(value, str)}
     # what a machine of VESSL has, and what says where S3 is
-    machine = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
+    machine = {"PATH": f"{Path(sys.executable).parent}:{WMTP.parent}:/usr/bin:/bin"}
+    machine |= {name: value for name, value in os.environ.items() if name.startswith(("PYTHONPATH", "NCCL_", "LD_LIBRARY"))}
+    if not arguments.gpus:
+        machine["CUDA_VISIBLE_DEVICES"] = ""
     machine |= {name: value for name, value in server.environment.items() if name not in secrets}
     environment = machine | plain | secrets
 
@@ -111,17 +120,17 @@ def prepare(folder: Path, bucket: str, environment: dict[str, str]) -> None:
     wmtp("push", folder / "minitest.jsonl", f"s3://{bucket}/datasets/minitest.jsonl")
 
 
-def plan(bucket: str, *, keep_runs: bool) -> dict:
-    """The run YAML of the mini-test, for a machine without GPUs and another bucket."""
+def plan(bucket: str, *, keep_runs: bool, gpus: int) -> dict:
+    """The run YAML of the mini-test, for this machine's devices and another bucket."""
     here = {
         "models.base.uri": f"s3://{bucket}/models/distilgpt2-mtp",
         "models.ref.uri": f"s3://{bucket}/models/distilgpt2",
         "datasets.minitest.uri": f"s3://{bucket}/datasets/minitest.jsonl",
         "checkpoints.uri": f"s3://{bucket}/checkpoints/minitest",
         "tracker.tracking_uri": f"s3://{bucket}/mlruns",
-        "launcher.gpus": "0",
-        "launcher.processes": "2",
-        "devices.precision": "fp32",
+        "launcher.gpus": str(gpus),
+        "launcher.processes": str(gpus or 2),
+        "devices.precision": "bf16" if gpus else "fp32",
     }
     config = (ROOT / "configs" / "vessl-minitest.toml").read_text()
     if keep_runs:
@@ -172,6 +181,7 @@ def look(folder: Path, server, bucket: str, *, keep_runs: bool) -> None:  # noqa
     run = folder / "runs" / "minitest"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss" in row]
+    print(f"{rows[-1].get('device', '')} {[round(row['loss'], 4) for row in rows if 'loss' in row]}")
     check(steps[-1] == STEPS, f"the last step is {steps[-1]}")
     check("resuming" in (folder / "log").read_text() or min(steps) > 1, "it began anew")
     check((run / "model" / "config.json").is_file(), "there is no model")
@@ -189,7 +199,7 @@ def look(folder: Path, server, bucket: str, *, keep_runs: bool) -> None:  # noqa
 
 def wmtp(*arguments: str | Path) -> str:
     """Run a command; its standard output."""
-    words = [str(Path(sys.executable).parent / "wmtp"), *map(str, arguments)]
+    words = [str(WMTP), *map(str, arguments)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     check(done.returncode == 0, f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout

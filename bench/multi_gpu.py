@@ -6,8 +6,8 @@ Every figure comes from ``wmtp run`` on real text (the standard library's own Py
 - ``equal``: ten steps of a small model on all GPUs against one GPU without FSDP, in fp32 and in bf16. ``--check`` runs
   this part alone, and ends with 1 if they differ by more than rounding.
 - ``scaling``: tokens per second and MFU of a ~1B Llama shape on 1, 2, 4 … GPUs, with as many rows a GPU.
-- ``large``: a Llama-7B shape with H = 4 block heads, built divided; as many of its layers as the GPUs hold by the estimate of
-  ``wmtp check``, which stands beside each measured peak.
+- ``large``: a Llama-7B shape with H = 4 block heads, read from files of random weights; as many of its layers as the GPUs hold
+  by the estimate of ``wmtp check``, which stands beside each measured peak.
 - ``checkpoint``: saved on all GPUs, resumed on half of them.
 - ``algorithms``: ``baseline-mtp``, ``rho1-wmtp`` (a 2.7B-shaped reference) and ``critic-wmtp``, 20 steps each of the large
   shape; ``--trainers`` chooses among them.
@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, cast
 
-from multi_gpu_runs import LENGTH, Bench, merged
+from multi_gpu_runs import LENGTH, Bench, merged, model_folder
 
 from wmtp.config import load_config
 from wmtp.config.rules import required_models
@@ -187,8 +187,14 @@ def large_shape(bench: Bench, **changes: object) -> dict[str, int]:
 def large(bench: Bench) -> bool:
     model = large_shape(bench)
     label = f"large ({parameters(model) / 1e9:.1f}B, {model['layers']} layers)"
-    speed(bench, label, "large", model, bench.count, ROWS * bench.count, **LARGE)
+    speed(bench, label, "large", model, bench.count, ROWS * bench.count, **merged(LARGE, from_files(bench, model)))
     return True
+
+
+def from_files(bench: Bench, model: dict[str, int], name: str = "base") -> dict[str, object]:
+    """Changes by which a model is read from a folder of random weights."""
+    heads: dict[str, object] = {"heads": {"horizon": 4, "init": "random"}} if name == "base" else {}
+    return {"models": {name: {"type": "hf", "uri": str(model_folder(bench.folder, model)), **heads}}}
 
 
 def checkpoint(bench: Bench) -> bool:
@@ -214,19 +220,19 @@ def checkpoint(bench: Bench) -> bool:
 
 def algorithms(bench: Bench) -> bool:
     reference = shape("2.7B") if bench.device == "cuda" else shape("small")
-    changes: dict[str, dict[str, object]] = {
-        "baseline-mtp": {},
-        "rho1-wmtp": {
-            "trainer": {"type": "rho1-wmtp", "reference_precision": "bf16"},
-            "models": {"ref": {"type": "scratch", **reference}},
-        },
-        "critic-wmtp": {"trainer": {"type": "critic-wmtp", "value_steps": 10}},
+    trainers: dict[str, dict[str, object]] = {
+        "baseline-mtp": {"type": "baseline-mtp"},
+        "rho1-wmtp": {"type": "rho1-wmtp", "reference_precision": "bf16"},
+        "critic-wmtp": {"type": "critic-wmtp", "value_steps": 10},
     }
-    model = large_shape(bench, **changes["rho1-wmtp"])  # it takes the most
-    rows, steps = ROWS * bench.count, {"train": {"max_steps": 20}}
+    # rho1 takes the most memory; all train the same shape
+    scratch: dict[str, object] = {"models": {"ref": {"type": "scratch", **reference}}}
+    model = large_shape(bench, **scratch, trainer=trainers["rho1-wmtp"])
     for name in bench.trainers:
-        label = f"20 steps of {name}"
-        speed(bench, label, f"algorithm-{name}", model, bench.count, rows, **LARGE, **steps, **changes[name])
+        changes = merged({**LARGE, "trainer": trainers[name], "train": {"max_steps": 20}}, from_files(bench, model))
+        if name == "rho1-wmtp":
+            changes = merged(changes, from_files(bench, reference, "ref"))
+        speed(bench, f"20 steps of {name}", f"algorithm-{name}", model, bench.count, ROWS * bench.count, **changes)
     return True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,11 +34,10 @@ class Bench:
         self.fast: dict[str, Any] = {"devices": {"compile": device == "cuda", "precision": "bf16-params"}}
 
     def config(self, model: dict[str, int], gpus: int, rows: int, **changes: object) -> dict[str, object]:
-        small = model["vocab_size"] < 32000
         config: dict[str, object] = {
             "run": {"output_dir": str(self.folder / "runs")},
             "models": {"base": {"type": "scratch", **model, "heads": {"horizon": 4, "init": "random"}}},
-            "tokenizer": {"type": "bytes"} if small else {"type": "hf-transformers", "uri": str(tokenizer(self.folder))},
+            "tokenizer": {"type": "hf-transformers", "uri": str(tokenizer(self.folder, model["vocab_size"]))},
             "datasets": {"text": {"type": "jsonl", "uri": str(text(self.folder))}},
             "data": {
                 "train": {
@@ -166,18 +166,38 @@ def text(folder: Path) -> Path:
     return file
 
 
-def tokenizer(folder: Path) -> Path:
-    """One of 32,000 tokens, made of that text: no released one is at hand everywhere."""
+def model_folder(folder: Path, model: dict[str, int]) -> Path:
+    """A Hugging Face folder of that shape with random weights and its tokenizer, made once."""
+    names = {
+        "layers": "num_hidden_layers",
+        "attention_heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "max_positions": "max_position_embeddings",
+    }
+    facts = {names.get(key, key): value for key, value in model.items()}
+    target = folder / f"model-{model['hidden_size']}-{model['layers']}"
+    if not target.exists():
+        began = time.monotonic()
+        script = Path(__file__).with_name("random_model.py")
+        subprocess.run([sys.executable, script, target, json.dumps(facts)], check=True)
+        shutil.copytree(tokenizer(folder, model["vocab_size"]), target, dirs_exist_ok=True)
+        print(f"# {target.name}: written in {time.monotonic() - began:.0f} s", flush=True)
+    return target
+
+
+def tokenizer(folder: Path, vocab_size: int) -> Path:
+    """A tokenizer trained on that text: no released one is at hand everywhere."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    target = folder / "tokenizer"
+    target = folder / f"tokenizer-{vocab_size}"
     if target.exists():
         return target
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     pieces = (json.loads(line)["completion"] for line in text(folder).read_text().splitlines())
     initial = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=32000, special_tokens=["</s>"], initial_alphabet=initial))
+    settings = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["</s>"], initial_alphabet=initial, show_progress=False)
+    made.train_from_iterator(pieces, settings)
     target.mkdir()
     made.save(str(target / "tokenizer.json"))
     facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": None}
