@@ -57,3 +57,27 @@ def test_a_truncated_file(file: Path, tmp_path: Path):
         (tmp_path / "half.gguf").write_bytes(whole.read(1 << 20))
     with pytest.raises(WMTPError, match=r"half\.gguf: transformers cannot open it"):
         HfModel(uri="").build().load(tmp_path / "half.gguf", dtype=torch.float32, seed=0)
+
+
+def test_layers_that_transformers_leaves_out_are_refused(tmp_path: Path):
+    import gguf
+    import numpy as np
+
+    file = tmp_path / "mtp.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_vocab_size(64)
+    for name in ("blk.1.attn_norm.weight", "blk.2.nextn.eh_proj.weight"):
+        writer.add_tensor(name, np.zeros(32, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    said = HfModel(uri=str(file)).build().info(file).unsavable
+    assert said is not None
+    assert "leaves out its layers for multi-token prediction (blk.2.nextn.eh_proj.weight)" in said

@@ -102,7 +102,7 @@ def _tokenizer(name: str, path: Path, run_dir: Path | None, model: MTPModel) -> 
 
 
 def _write_hf(model: MTPModel, tokenizer: Tokenizer | None, folder: Path) -> None:
-    model.base.save_pretrained(folder)
+    model.save_base(folder)
     if tokenizer is not None:
         tokenizer.save(folder)
     if isinstance(tokenizer, HfTokenizer):  # transformers' own files say all of it

@@ -31,7 +31,7 @@ def write_meta(model: MTPModel, folder: Path) -> None:
         ConfigError: the layout cannot hold this model; every reason is named.
     """
     config = model.base.config
-    problems = _config_problems(model, config)
+    problems = _config_problems(model, config) + _kept_problems(model)
     tensors, unknown = _tensors(model)
     if not problems and unknown:
         problems = [f"it has no place for {', '.join(unknown)}"]
@@ -63,6 +63,13 @@ def _config_problems(model: MTPModel, config: PreTrainedConfig) -> list[str]:
             f"{config.hidden_size / config.num_attention_heads:g}"
         )
     return problems
+
+
+def _kept_problems(model: MTPModel) -> list[str]:
+    """Tensors beside the model's own. The frequencies that old Llama folders hold follow from ``rope_theta``."""
+    tensors = () if model.untouched is None else model.untouched.tensors
+    kept = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
+    return [f"it has no place for what its folder holds besides the model: {', '.join(kept)}"] if kept else []
 
 
 def _tensors(model: MTPModel) -> tuple[dict[str, Tensor], list[str]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from wmtp.config.schema import HeadsConfig
+    from wmtp.models.untouched import Untouched
 
 __all__ = ["LoadedModel", "ModelInfo", "ModelLoader"]
 
@@ -35,6 +36,7 @@ class ModelInfo:
         heads: the extra heads that the model brings; None for an ordinary model.
         feed_forward_size: the inner width of the feed-forward layers, for the memory estimate; None where it is not known.
         kv_size: numbers in the keys of a token, in one layer; likewise.
+        unsavable: why a trained copy of the folder could not be saved whole, which refuses to train it; None where it can.
     """
 
     architecture: str
@@ -47,6 +49,7 @@ class ModelInfo:
     heads: HeadsConfig | None = None
     feed_forward_size: int | None = None
     kv_size: int | None = None
+    unsavable: str | None = None
 
 
 @frozen(kw_only=True, eq=False)
@@ -57,11 +60,13 @@ class LoadedModel:
         model: an ordinary causal language model; its own layers are untouched.
         heads: the kind and horizon of the extra heads that the files hold; None where they hold none.
         head_state: the tensors of those extra heads, named as in `wmtp.models.mtp.MTPModel.extra_heads`' state dict.
+        untouched: what else the files hold, and is written back wherever the model is saved.
     """
 
     model: PreTrainedModel
     heads: HeadsConfig | None = None
     head_state: Mapping[str, torch.Tensor] | None = None
+    untouched: Untouched | None = None
 
 
 class ModelLoader(Contract, ABC, contract=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from attrs import frozen
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import WMTPError
@@ -27,6 +27,7 @@ class Blueprint:
     Args:
         model_class: of the base.
         config: of the base.
+        generation_config: of the base, which its config does not tell; None where it has none.
         parts: the path in the base of each part of its anatomy.
         tail: the paths of what follows the last layer.
         logits: how logits are scaled and capped.
@@ -37,6 +38,7 @@ class Blueprint:
 
     model_class: type[PreTrainedModel]
     config: PreTrainedConfig
+    generation_config: GenerationConfig | None
     parts: Mapping[str, str]
     tail: tuple[str, ...]
     logits: Mapping[str, Any]
@@ -52,6 +54,7 @@ class Blueprint:
         return cls(
             model_class=type(model.base),
             config=model.base.config,
+            generation_config=model.base.generation_config,
             parts={part: paths[id(getattr(anatomy, part))] for part in _PARTS},
             tail=tuple(paths[id(module)] for module in anatomy.tail),
             logits={name: getattr(anatomy, name) for name in _LOGITS},
@@ -68,6 +71,7 @@ class Blueprint:
         """
         with torch.device("meta"):
             base = self.model_class(self.config).eval()
+        base.generation_config = self.generation_config
         parts: dict[str, Any] = {part: base.get_submodule(path) for part, path in self.parts.items()}
         anatomy = Anatomy(**parts, tail=tuple(map(base.get_submodule, self.tail)), **self.logits)
         hidden = [

@@ -55,7 +55,9 @@ def build_model(loaded: LoadedModel, heads: HeadsConfig | None, seed: int) -> MT
     state = None
     if loaded.head_state is not None and resolved.horizon > 1:
         state = _first_heads(loaded.head_state, resolved)
-    return MTPModel(loaded.model, resolved, head_state=state, seed=seed)
+    model = MTPModel(loaded.model, resolved, head_state=state, seed=seed)
+    model.untouched = loaded.untouched
+    return model
 
 
 def resolve_heads(wanted: HeadsConfig | None, brought: HeadsConfig | None) -> HeadsConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -19,6 +20,8 @@ from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, rec
 from wmtp.models.attention import causal_mask, document_mask, use_block_attention
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
 from wmtp.models.packing import packing_problem
+from wmtp.models.saving import make_savable
+from wmtp.models.untouched import Untouched, without_empty_promises
 
 if TYPE_CHECKING:
     from wmtp.tokenizers import Tokenizer
@@ -28,6 +31,8 @@ __all__ = ["HEADS_CONFIG", "HEADS_FORMAT", "HEADS_WEIGHTS", "MTPModel", "MTPOutp
 HEADS_WEIGHTS = "mtp_heads.safetensors"
 HEADS_CONFIG = "mtp_heads.json"
 HEADS_FORMAT = 1
+
+_log = logging.getLogger("wmtp")
 
 
 class MTPOutput(NamedTuple):
@@ -85,6 +90,7 @@ class MTPModel(nn.Module):
         if head_state is not None:
             _load_heads(self.extra_heads, head_state)
         self.source: Path | None = None  #: the file or folder that it was opened from
+        self.untouched: Untouched | None = None  #: what else its folder holds; see `take_origin`
         self._tokenizer: Tokenizer | None = None
         self.training = base.training
         self.extra_heads.train(base.training)
@@ -261,14 +267,42 @@ class MTPModel(nn.Module):
         Raises:
             WMTPError: it could not be written in full: the disk is full, say.
         """
+        self.save_base(folder, state)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            base = None if state is None else _within(state, "base.")
-            self.base.save_pretrained(folder, state_dict=base)
             if self.horizon > 1:
                 self._save_heads(folder, self.extra_heads.state_dict() if state is None else _within(state, "extra_heads."))
         except (OSError, SafetensorError) as error:
             raise WMTPError(f"{folder}: the model could not be written: {error}") from error
+
+    def save_base(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write head 1, the model itself, with all that its folder held besides it.
+
+        Args:
+            folder: made if it is not there.
+            state: as for `save_pretrained`.
+
+        Raises:
+            WMTPError: it could not be written in full, or transformers refuses to write its configs.
+        """
+        make_savable(self.base, source=self.source)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.untouched is not None:
+                self.untouched.check_target(folder)
+            self.base.save_pretrained(folder, state_dict=None if state is None else _within(state, "base."))
+            if self.untouched is not None:
+                self.untouched.write(folder, self.base)
+            emptied = without_empty_promises(folder, self.base.config)
+        except (OSError, SafetensorError) as error:
+            raise WMTPError(f"{folder}: the model could not be written: {error}") from error
+        if emptied:
+            _log.info("the model has no layers of its own for multi-token prediction: %s = 0 is saved", ", ".join(emptied))
+
+    def take_origin(self, other: MTPModel) -> None:
+        """Save as ``other`` would: under the names of its files, and with what else they hold."""
+        self.source, self.untouched = other.source, other.untouched
+        if (conversions := getattr(other.base, "_weight_conversions", None)) is not None:
+            self.base._weight_conversions = conversions
 
     def _save_heads(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

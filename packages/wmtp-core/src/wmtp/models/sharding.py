@@ -103,6 +103,8 @@ def spread(
 
     model = ranks.on_main(describe).build()
     source = dict(_tensors(loaded[0])) if loaded else {}
+    if loaded:
+        model.take_origin(loaded[0])
     prepare(model)
     if config.strategy == "none":
         _materialise(model, device)

@@ -50,10 +50,6 @@ def save_model(
         folder: the model's.
         state: the whole tensors of a divided model; None for one that is not divided.
     """
-    generation = model.base.generation_config
-    if generation is not None and generation.eos_token_id is None:
-        # a new model does not know yet where a text ends
-        generation.eos_token_id = model.base.config.eos_token_id = tokenizer.eos_id
     model.save_pretrained(folder, state)
     save_modules(modules, folder)
     tokenizer.save(folder)

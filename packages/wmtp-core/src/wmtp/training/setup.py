@@ -60,7 +60,8 @@ def open_source(config: Config) -> Source:
     """Find the files that a config names, and check what can be checked without reading weights.
 
     Raises:
-        ConfigError: rows longer than a model's positions, or a tokenizer that is not that of every model.
+        ConfigError: rows longer than a model's positions, a tokenizer that is not that of every model, or a base folder of
+            which a part would be lost.
         WMTPError: files are missing or damaged.
     """
     from wmtp.models.vocabulary import check_vocabulary
@@ -69,6 +70,8 @@ def open_source(config: Config) -> Source:
     base = config.models["base"]
     path = place.path(base.loader, "models.base")
     info = base.loader.build().info(path)
+    if info.unsavable is not None:
+        raise ConfigError(f"models.base: {info.unsavable}")
     _check_length(info, config, "the model")
     _check_evaluators(info, config)
     tokenizer = _open_tokenizer(config, place, path)
@@ -188,12 +191,14 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
 
     Raises:
         ConfigError: the heads do not fit the model, or its rows cannot hold several documents.
-        WMTPError: the files are missing or damaged.
+        WMTPError: the files are missing or damaged, or the trained model could not be saved.
     """
     from wmtp.models.build import build_model
+    from wmtp.models.saving import make_savable
 
     base = config.models["base"]
     loaded = base.loader.build().load(source.model_path, dtype=torch.float32, seed=config.run.seed)
+    make_savable(loaded.model, source.tokenizer, source=source.model_path)
     model = build_model(loaded, base.heads, config.run.seed)
     if config.data.train.packing:
         model.check_packing()

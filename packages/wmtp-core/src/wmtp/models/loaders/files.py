@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from wmtp.errors import WMTPError
 from wmtp.json_files import read_json_object
 
-__all__ = ["config_from", "opened_by_transformers", "quiet", "read_config", "read_json", "tensor_shapes", "weight_files"]
+__all__ = [
+    "config_from",
+    "opened_by_transformers",
+    "quiet",
+    "read_bin",
+    "read_config",
+    "read_json",
+    "tensor_shapes",
+    "weight_files",
+]
 
 T = TypeVar("T")
 
@@ -96,6 +108,19 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise WMTPError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
+
+
+def read_bin(file: Path) -> dict[str, Tensor]:
+    """Open a file of ``torch.save``: its tensors by name, mapped into memory and not yet read.
+
+    Raises:
+        WMTPError: it is damaged, or holds anything else.
+    """
+    mmap = zipfile.is_zipfile(file)  # files of very old PyTorch are no zip, and cannot be mapped
+    state = opened_by_transformers(file, lambda: torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WMTPError(f"{file}: holds no plain mapping from names to tensors")
+    return state
 
 
 def _check_shards(files: list[Path], index: Path) -> None:

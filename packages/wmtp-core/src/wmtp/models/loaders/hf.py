@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import evolve
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -18,8 +20,10 @@ from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.heads import HEAD_KINDS
 from wmtp.models.loaders import linear_heads
 from wmtp.models.loaders.describe import describe, empty_model, require_causal
-from wmtp.models.loaders.files import opened_by_transformers, read_config, read_json, tensor_shapes, weight_files
+from wmtp.models.loaders.files import opened_by_transformers, read_config, read_json, tensor_shapes
+from wmtp.models.loaders.names import Opening, find_untouched
 from wmtp.models.mtp import HEADS_CONFIG, HEADS_FORMAT, HEADS_WEIGHTS
+from wmtp.models.untouched import Untouched
 
 __all__ = ["HfLoader", "from_tensors", "strict_from_pretrained"]
 
@@ -43,13 +47,18 @@ class HfLoader(ModelLoader):
         """See `ModelLoader.info`."""
         folder, gguf_file = self._locate(path)
         if gguf_file is not None:
-            return describe(empty_model(_gguf_config(folder, gguf_file)))
+            config = _gguf_config(folder, gguf_file)
+            return evolve(describe(empty_model(config)), unsavable=_lost_layers(folder / gguf_file, config))
         if linear_heads.is_layout(folder):
             config, heads = linear_heads.read_config(folder)
             return describe(empty_model(config), heads)
         config = read_config(folder)
-        weight_files(folder)
-        return describe(empty_model(config), _saved_heads(folder))
+        require_causal(config)
+        model = empty_model(config)
+        opening = find_untouched(folder, config)
+        if opening.unknown:
+            raise _misfit(folder, model, [f"{name} is unexpected" for name in opening.unknown])
+        return evolve(describe(model, _saved_heads(folder)), unsavable=opening.untouched.problem)
 
     def load(self, path: Path | None, *, dtype: torch.dtype | None, seed: int) -> LoadedModel:
         """See `ModelLoader.load`. A ``dtype`` of None is that of the files."""
@@ -58,18 +67,20 @@ class HfLoader(ModelLoader):
         if self._attn_implementation is not None:
             options["attn_implementation"] = self._attn_implementation
         if gguf_file is not None:
-            return LoadedModel(model=_load_gguf(folder, gguf_file, options))
+            model = _load_gguf(folder, gguf_file, options)
+            file = folder / gguf_file
+            return LoadedModel(model=model, untouched=Untouched(source=file, problem=_lost_layers(file, model.config)))
         if linear_heads.is_layout(folder):
             config, heads = linear_heads.read_config(folder)
             base, extra = linear_heads.read_tensors(folder)
             return LoadedModel(model=from_tensors(folder, config, base, options), heads=heads, head_state=extra)
         config = read_config(folder)
         require_causal(config)
-        weight_files(folder)
-        model = strict_from_pretrained(AutoModelForCausalLM, folder, folder, options | {"config": config})
+        opening = find_untouched(folder, config)
+        model = strict_from_pretrained(AutoModelForCausalLM, folder, folder, options | {"config": config}, opening)
         heads = _saved_heads(folder)
         state = None if heads is None else load_file(folder / HEADS_WEIGHTS)
-        return LoadedModel(model=model, heads=heads, head_state=state)
+        return LoadedModel(model=model, heads=heads, head_state=state, untouched=opening.untouched)
 
     def _locate(self, path: Path | None) -> tuple[Path, str | None]:
         """The folder, and the GGUF file in it if that is what to read."""
@@ -107,7 +118,9 @@ def from_tensors(
     return strict_from_pretrained(model_class, None, source, {"config": config, "state_dict": dict(tensors), **options})
 
 
-def strict_from_pretrained(model_class: Any, place: Path | None, source: Path, options: Mapping[str, Any]) -> PreTrainedModel:
+def strict_from_pretrained(
+    model_class: Any, place: Path | None, source: Path, options: Mapping[str, Any], opening: Opening | None = None
+) -> PreTrainedModel:
     """``model_class.from_pretrained``, in which every tensor must be there and fit.
 
     Args:
@@ -115,6 +128,7 @@ def strict_from_pretrained(model_class: Any, place: Path | None, source: Path, o
         place: the folder; None where ``options`` bring the tensors.
         source: what messages call it.
         options: for ``from_pretrained``.
+        opening: of a folder: the tensors that the model does not take, and which of them are no mistake.
 
     Raises:
         WMTPError: a tensor is missing, unexpected or of another shape.
@@ -124,14 +138,21 @@ def strict_from_pretrained(model_class: Any, place: Path | None, source: Path, o
     safe = {"local_files_only": True, "weights_only": True, "trust_remote_code": False} if place is not None else {}
     model, found = opened_by_transformers(source, lambda: model_class.from_pretrained(place, **options, **strict, **safe))
     problems = [f"{name} is missing" for name in sorted(found["missing_keys"])]
-    problems += [f"{name} is unexpected" for name in sorted(found["unexpected_keys"])]
+    unexpected = set(found["unexpected_keys"])
+    if opening is not None:
+        unexpected = (unexpected - opening.kept) | set(opening.unknown)
+    problems += [f"{name} is unexpected" for name in sorted(unexpected)]
     problems += [
         f"{name} has shape {list(shape)} in place of {list(wanted)}" for name, shape, wanted in sorted(found["mismatched_keys"])
     ]
     problems += [str(message) for message in found.get("error_msgs") or ()]
     if problems:
-        raise WMTPError(f"{source}: the tensors do not fit {type(model).__name__}: {'; '.join(problems)}")
+        raise _misfit(source, model, problems)
     return model.eval()
+
+
+def _misfit(source: Path, model: PreTrainedModel, problems: list[str]) -> WMTPError:
+    return WMTPError(f"{source}: the tensors do not fit {type(model).__name__}: {'; '.join(problems)}")
 
 
 def _saved_heads(folder: Path) -> HeadsConfig | None:
@@ -162,6 +183,21 @@ def _gguf_config(folder: Path, gguf_file: str) -> PreTrainedConfig:
     _need_gguf()
     return opened_by_transformers(
         folder / gguf_file, lambda: AutoConfig.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
+    )
+
+
+def _lost_layers(file: Path, config: PreTrainedConfig) -> str | None:
+    """Name layers for multi-token prediction, which transformers leaves out and nothing could write back."""
+    from gguf import GGUFReader
+
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    names = [tensor.name for tensor in GGUFReader(file).tensors]
+    lost = [name for name in names if (found := re.match(r"blk\.(\d+)\.", name)) and int(found[1]) >= layers]
+    if not lost:
+        return None
+    return (
+        f"{file}: transformers leaves out its layers for multi-token prediction ({', '.join(lost)}); use its folder of "
+        "safetensors, which keeps them"
     )
 
 

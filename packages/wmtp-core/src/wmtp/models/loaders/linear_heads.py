@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import WMTPError
-from wmtp.models.loaders.files import config_from, opened_by_transformers, read_json, tensor_shapes, weight_files
+from wmtp.models.loaders.files import config_from, read_bin, read_json, tensor_shapes, weight_files
 
 __all__ = ["is_layout", "read_config", "read_tensors"]
 
@@ -109,6 +108,4 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    return opened_by_transformers(file, lambda: torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    return load_file(file) if file.suffix == ".safetensors" else read_bin(file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from wmtp.config.schema import HeadsConfig
 from wmtp.errors import WMTPError
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.loaders.describe import describe, empty_model
-from wmtp.models.loaders.files import opened_by_transformers, read_json
+from wmtp.models.loaders.files import read_bin, read_json
 from wmtp.models.loaders.hf import from_tensors
 
 __all__ = ["BLOCK_NAMES", "OUTSIDE_NAMES", "MetaMtpLoader"]
@@ -161,11 +160,7 @@ def _weights(folder: Path) -> Path:
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    mmap = zipfile.is_zipfile(file)  # files of very old PyTorch are no zip, and cannot be mapped
-    state = opened_by_transformers(file, lambda: torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WMTPError(f"{file}: holds no plain mapping from names to tensors")
-    return {name: tensor for name, tensor in state.items() if name != _COMPUTED}
+    return {name: tensor for name, tensor in read_bin(file).items() if name != _COMPUTED}
 
 
 def _expected(shape: _Shape) -> dict[str, tuple[int, ...]]:
