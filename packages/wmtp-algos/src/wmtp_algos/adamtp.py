@@ -31,7 +31,7 @@ class AdaMTPTrainer(Trainer):
 
     def token_weights(self, view: StepView) -> Tensor:
         """See `Trainer.token_weights`; ``[B, S, H]``."""
-        assert view.token_loss is not None
+        assert view.token_loss is not None, "needs_token_loss asks for it"
         sure = ((-view.token_loss).exp() >= self._confidence) | ~view.targets.valid
         before = torch.ones_like(view.token_loss)  # whether all heads before this one are sure
         before[..., 1:] = sure[..., :-1].float().cumprod(dim=-1)

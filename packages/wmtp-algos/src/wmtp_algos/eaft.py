@@ -31,5 +31,5 @@ class EAFTTrainer(Trainer):
 
     def token_weights(self, view: StepView) -> Tensor:
         """See `Trainer.token_weights`; ``[B, S, H]``."""
-        assert view.entropy is not None
+        assert view.entropy is not None, "needs_entropy asks for it"
         return view.entropy / math.log(self._top_k)

@@ -26,5 +26,5 @@ class EntropyTopTrainer(Trainer):
 
     def token_weights(self, view: StepView) -> Tensor:
         """See `Trainer.token_weights`; ``[B, S, H]``."""
-        assert view.entropy is not None
+        assert view.entropy is not None, "needs_entropy asks for it"
         return Groups.of(self._scope, view).top(view.entropy, self._keep).float()

@@ -25,5 +25,5 @@ class FocalTrainer(Trainer):
 
     def token_weights(self, view: StepView) -> Tensor:
         """See `Trainer.token_weights`; ``[B, S, H]``."""
-        assert view.token_loss is not None
+        assert view.token_loss is not None, "needs_token_loss asks for it"
         return (-(-view.token_loss).expm1()) ** self._gamma
