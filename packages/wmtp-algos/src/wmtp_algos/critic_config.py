@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from attrs import field, frozen
 from attrs.validators import ge, gt, le, lt, optional
 
+from wmtp.config.components import idle_keys
+
 if TYPE_CHECKING:
     from wmtp.training import Trainer
 
@@ -111,6 +113,25 @@ class CriticWMTP:
             yield f"min_weight: {self.min_weight} must be at most max_weight = {self.max_weight}"
         if "{completion}" not in self.reward_template:
             yield "reward_template: must hold {completion}, else every answer to a prompt gets the same score"
+        if self.reward != "model":
+            keys = ("reward_template", "reward_precision", "reward_batch_size")
+            yield from idle_keys(self, keys, f'reward = "{self.reward}" asks no reward model')
+        if self.value_loss != "pairwise":
+            yield from idle_keys(self, ("pair_length_ratio",), f'value_loss = "{self.value_loss}" makes no pairs')
+        elif self.delta == "td":
+            yield from idle_keys(self, ("gae_lambda",), 'value_loss = "pairwise" and delta = "td" use no λ')
+        if self.value_head is not None:
+            learning = () if self.value_learns else ("value_lr",)
+            keys = ("value_steps", "value_patience", "value_min_delta", *learning)
+            yield from idle_keys(self, keys, "value_head takes the place of stage 'value'")
+        elif self.value_patience is None:
+            yield from idle_keys(self, ("value_min_delta",), "without value_patience the stage never ends early")
+        if not self.value_learns:
+            yield from idle_keys(
+                self, ("value_loss_coef",), "value_learns = false ends the value's learning with stage 'value'"
+            )
+        if self.whitening == "batch":
+            yield from idle_keys(self, ("ema_decay",), 'whitening = "batch" keeps no running means')
 
     def build(self) -> Trainer:
         """Make the trainer."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol, runtime_checkable
 
 import attrs
 
-__all__ = ["COMPONENT_KIND", "KINDS", "Component", "component"]
+__all__ = ["COMPONENT_KIND", "KINDS", "Component", "component", "idle_keys"]
 
 COMPONENT_KIND: Final = "wmtp_component_kind"
 
@@ -45,3 +45,19 @@ def component(kind: str, **options: Any) -> Any:
     if kind not in KINDS:
         raise ValueError(f"unknown component kind {kind!r}")
     return attrs.field(metadata={COMPONENT_KIND: kind}, **options)
+
+
+def idle_keys(config: Any, keys: tuple[str, ...], reason: str) -> Iterator[str]:
+    """Name the keys that were changed from their default, though ``reason`` leaves them without effect.
+
+    A component's ``check()`` yields these lines, so that no setting is ignored in silence.
+
+    Args:
+        config: an instance of a config class.
+        keys: its fields that have no effect now.
+        reason: why, as in ``mode = "weighted" learns every prediction``.
+    """
+    for attribute in attrs.fields(type(config)):
+        default = attribute.default.factory() if isinstance(attribute.default, attrs.Factory) else attribute.default
+        if attribute.name in keys and getattr(config, attribute.name) != default:
+            yield f"{attribute.alias}: has no effect: {reason}; remove it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
@@ -40,6 +41,8 @@ __all__ = [
     "planned_steps",
     "provenance",
 ]
+
+logger = logging.getLogger("wmtp")
 
 
 @frozen(kw_only=True, eq=False)
@@ -120,6 +123,8 @@ def open_source(config: Config) -> Source:
             _check_reward_model(name, config, place)
         else:
             _check_extra_model(name, config, place, tokenizer)
+    if unneeded := config.models.keys() - {"base"} - required_models(config).keys():
+        logger.info("models: %s: not used by the trainer '%s'", ", ".join(sorted(unneeded)), config.trainer.type)
     datasets = {}
     for name, dataset in config.datasets.items():
         component, where = read_from(dataset, ("datasets", name))
