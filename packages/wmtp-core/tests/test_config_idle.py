@@ -41,8 +41,6 @@ IDLE = [
     ("trainer.reward_batch_size=2", [CRITIC], [CRITIC, "trainer.reward=model"]),
     ("trainer.pair_length_ratio=2.0", [CRITIC], [CRITIC, "trainer.value_loss=pairwise"]),
     ("trainer.gae_lambda=0.5", [CRITIC, "trainer.value_loss=pairwise", "trainer.delta=td"], [CRITIC, "trainer.delta=td"]),
-    ("trainer.value_steps=5", [CRITIC, "trainer.value_head=."], [CRITIC]),
-    ("trainer.value_lr=0.5", [CRITIC, "trainer.value_head=."], [CRITIC, "trainer.value_head=.", "trainer.value_learns=true"]),
     ("trainer.value_min_delta=0.5", [CRITIC], [CRITIC, "trainer.value_patience=3"]),
     ("trainer.value_loss_coef=0.5", [CRITIC], [CRITIC, "trainer.value_learns=true"]),
     ("trainer.ema_decay=0.5", [CRITIC, "trainer.whitening=batch"], [CRITIC]),

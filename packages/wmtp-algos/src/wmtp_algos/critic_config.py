@@ -55,7 +55,8 @@ class CriticWMTP:
         value_learns: whether the value head (and a critic model) goes on learning in stage ``train``. Then documents that are
             not learned are still read, to learn V from them.
         value_loss_coef: the factor of the value's loss in stage ``train``.
-        value_head: a run, or its ``model`` folder, whose value head (and critic model) is taken instead of stage ``value``.
+        value_head: a run, or its ``model`` folder, whose value head (and critic model) is taken instead of stage ``value``;
+            the keys of that stage may stay in a recipe.
         gamma: γ.
         gae_lambda: λ, of advantages and λ-returns.
         delta: ``gae``: advantages as above; ``td``: δ alone.
@@ -120,11 +121,7 @@ class CriticWMTP:
             yield from idle_keys(self, ("pair_length_ratio",), f'value_loss = "{self.value_loss}" makes no pairs')
         elif self.delta == "td":
             yield from idle_keys(self, ("gae_lambda",), 'value_loss = "pairwise" and delta = "td" use no λ')
-        if self.value_head is not None:
-            learning = () if self.value_learns else ("value_lr",)
-            keys = ("value_steps", "value_patience", "value_min_delta", *learning)
-            yield from idle_keys(self, keys, "value_head takes the place of stage 'value'")
-        elif self.value_patience is None:
+        if self.value_patience is None:
             yield from idle_keys(self, ("value_min_delta",), "without value_patience the stage never ends early")
         if not self.value_learns:
             yield from idle_keys(
