@@ -196,7 +196,9 @@ def tokenizer(folder: Path, vocab_size: int) -> Path:
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     pieces = (json.loads(line)["completion"] for line in text(folder).read_text().splitlines())
     initial = pre_tokenizers.ByteLevel.alphabet()
-    settings = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["</s>"], initial_alphabet=initial, show_progress=False)
+    settings = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["</s>"], initial_alphabet=initial, show_progress=False
+    )
     made.train_from_iterator(pieces, settings)
     target.mkdir()
     made.save(str(target / "tokenizer.json"))

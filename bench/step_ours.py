@@ -17,6 +17,7 @@ from wmtp.config.load import load_config
 from wmtp.config.schema import CheckpointConfig, DevicesConfig, HeadsConfig, ReportConfig, ScheduleConfig, TrainConfig
 from wmtp.data.batch import Batch, Document
 from wmtp.devices import autocast_context, prefer_fast_attention
+from wmtp.models.acceleration import accelerate
 from wmtp.models.base import LoadedModel
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
@@ -26,7 +27,6 @@ from wmtp.optim.config import AdamW
 from wmtp.optim.master_weights import MasterWeights
 from wmtp.tracking import Tracker
 from wmtp.trainers import StepView, Trainer, TrainerSetup
-from wmtp.training.acceleration import accelerate
 from wmtp.training.loop import Fit
 from wmtp.training.memory import estimate_memory
 from wmtp.training.recording import Recorder

@@ -54,12 +54,16 @@ type = "jsonl"
 @pytest.fixture
 def recipe(tmp_path):
     """A recipe file beside its data; trains a tiny model in about a second."""
-    with (tmp_path / "code.jsonl").open("w") as file:
+    return write_recipe(tmp_path)
+
+
+def write_recipe(folder):
+    with (folder / "code.jsonl").open("w") as file:
         for i in range(60):
             lines = "\n".join(f"    x{j} = {i * j % 17}" for j in range(i % 7 + 1))
             file.write(json.dumps({"id": f"f{i}", "prompt": f"def f{i}():\n", "completion": lines}) + "\n")
-    path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE.format(folder=tmp_path))
+    path = folder / "recipe.toml"
+    path.write_text(RECIPE.format(folder=folder))
     return path
 
 

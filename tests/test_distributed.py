@@ -73,8 +73,10 @@ def assert_same_model(one, other):
             assert (tensor - right[name]).abs().max() < 1e-4, (file, name)
 
 
-def test_two_ranks_do_the_same_step_as_one_for_every_trainer_kind_of_head_and_strategy():
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "ranks/steps.py"]
+@pytest.mark.parametrize("script", ["steps.py", "stages.py"])
+def test_two_ranks_do_the_same_as_one(script):
+    """The same step, for every trainer, kind of head and strategy; and compiled layers follow from stage to stage."""
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "ranks" / script]
     run = subprocess.run(
         arguments, capture_output=True, text=True, env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, timeout=500
     )

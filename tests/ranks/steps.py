@@ -1,6 +1,7 @@
 """Two ranks against one, step by step, for every trainer: run by test_distributed.py in each of two processes."""
 
 import contextlib
+import os
 
 import torch
 import torch.distributed as dist
@@ -175,18 +176,22 @@ def all_cases(ranks):
     compare("muon, whole", ranks, ValueHead, "none", optimizer="muon")
 
 
-if __name__ == "__main__":
-    import os
-
+@contextlib.contextmanager
+def one_process_group():
+    """The ranks that torchrun has started, joined by gloo."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    everyone = Ranks(
+    yield Ranks(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
         local_rank=int(os.environ["LOCAL_RANK"]),
         control=dist.new_group(backend="gloo"),
         patient=dist.new_group(backend="gloo"),
     )
-    all_cases(everyone)
     dist.destroy_process_group()
-    print("all equal" if everyone.is_main else "", flush=True)
+
+
+if __name__ == "__main__":
+    with one_process_group() as everyone:
+        all_cases(everyone)
+        print("all equal" if everyone.is_main else "", flush=True)

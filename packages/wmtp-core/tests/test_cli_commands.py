@@ -411,3 +411,16 @@ run_from_shell()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "buffered, at the end\n")
     assert "no-such-thing" in done.stderr
+
+
+def test_an_error_without_a_message_is_told_by_its_place(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("wmtp.cli.commands.plugins", fail)
+    assert main(["plugins"]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "AssertionError without a message at " in said[0]
+    assert __file__ in said[0]
+    assert "in fail: raise AssertionError" in said[0]

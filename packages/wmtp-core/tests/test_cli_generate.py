@@ -89,4 +89,4 @@ def test_mistakes_are_one_line_each(folder: Path, tmp_path: Path, capsys: pytest
     assert "no such run, model folder or .gguf file" in _fails(capsys, str(tmp_path / "none"), "--prompt", "a")
     other = _save(tmp_path / "other", 1, vocab_size=200)
     assert "the model has a vocabulary of 200, the tokenizer one of 258" in _fails(capsys, str(other), "--prompt", "a")
-    assert "top_p" in _fails(capsys, str(folder), "--prompt", "a", "--top-p", "0")
+    assert "top_p" in _fails(capsys, str(folder), "--prompt", "a", "--temperature", "1", "--top-p", "0")

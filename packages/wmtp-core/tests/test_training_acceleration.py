@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from wmtp.config.schema import HeadsConfig
+from wmtp.models.acceleration import checkpoint_activations, compile_layers
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
-from wmtp.training.acceleration import checkpoint_activations, compile_layers
 
 SMALL = ScratchModel(
     vocab_size=23, hidden_size=16, layers=4, attention_heads=2, kv_heads=1, max_positions=64, intermediate_size=24

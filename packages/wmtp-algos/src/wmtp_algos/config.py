@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen
 from attrs.validators import ge, gt, le, matches_re, optional
 
 from wmtp import TrainerConfig
-from wmtp.plugins.components import component
+from wmtp.plugins.components import component, idle_keys
 
 if TYPE_CHECKING:
     from wmtp.trainers import Trainer
@@ -62,6 +63,15 @@ class Rho1WMTP(TrainerConfig):
     reference_precision: Literal["fp32", "bf16"] = "fp32"
     reference_device: str | None = field(default=None, validator=optional(matches_re(r"cpu|mps|cuda(:\d+)?")))
     reference_cache: bool = False
+
+    def check(self) -> Iterator[str]:
+        """Name the keys that the mode leaves without effect."""
+        if self.mode == "weighted":
+            yield from idle_keys(self, ("keep",), 'mode = "weighted" learns every prediction')
+        else:
+            yield from idle_keys(self, ("temperature", "min_excess", "max_weight"), 'mode = "token-skip" gives weights 0 and 1')
+        if self.mode == "weighted" and self.score == "reference":
+            yield from idle_keys(self, ("min_excess",), 'score = "reference" is no excess')
 
     def build(self) -> Trainer:
         """Make the trainer."""

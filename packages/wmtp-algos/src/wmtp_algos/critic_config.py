@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from attrs import field, frozen
 from attrs.validators import ge, gt, le, lt, optional
 
+from wmtp.plugins.components import idle_keys
 from wmtp.plugins.contract import TrainerConfig
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class CriticWMTP(TrainerConfig):
         value_learns: whether the value head (and a critic model) goes on learning in stage ``train``. Then documents that are
             not learned are still read, to learn V from them.
         value_loss_coef: the factor of the value's loss in stage ``train``.
-        value_head: a run, or its ``model`` folder, whose value head (and critic model) is taken instead of stage ``value``.
+        value_head: a run, or its ``model`` folder, whose value head (and critic model) is taken instead of stage ``value``;
+            the keys of that stage may stay in a recipe.
         gamma: γ.
         gae_lambda: λ, of advantages and λ-returns.
         delta: ``gae``: advantages as above; ``td``: δ alone.
@@ -113,6 +115,21 @@ class CriticWMTP(TrainerConfig):
             yield f"min_weight: {self.min_weight} must be at most max_weight = {self.max_weight}"
         if "{completion}" not in self.reward_template:
             yield "reward_template: must hold {completion}, else every answer to a prompt gets the same score"
+        if self.reward != "model":
+            keys = ("reward_template", "reward_precision", "reward_batch_size")
+            yield from idle_keys(self, keys, f'reward = "{self.reward}" asks no reward model')
+        if self.value_loss != "pairwise":
+            yield from idle_keys(self, ("pair_length_ratio",), f'value_loss = "{self.value_loss}" makes no pairs')
+        elif self.delta == "td":
+            yield from idle_keys(self, ("gae_lambda",), 'value_loss = "pairwise" and delta = "td" use no λ')
+        if self.value_patience is None:
+            yield from idle_keys(self, ("value_min_delta",), "without value_patience the stage never ends early")
+        if not self.value_learns:
+            yield from idle_keys(
+                self, ("value_loss_coef",), "value_learns = false ends the value's learning with stage 'value'"
+            )
+        if self.whitening == "batch":
+            yield from idle_keys(self, ("ema_decay",), 'whitening = "batch" keeps no running means')
 
     def build(self) -> Trainer:
         """Make the trainer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CriticWMTPTrainer"]
 
+_log = logging.getLogger("wmtp")
 _VALUE, _TRAIN = "value", "train"
 _LOSS_DECAY = 0.9
 
@@ -93,6 +95,7 @@ class CriticWMTPTrainer(Trainer):
         self._value_head = ValueHead(hidden_size, config.value_width, setup.seed)
         if config.value_head is not None:
             learned = setup.fetch(config.value_head, "trainer.value_head")
+            _log.info("the value head is that of %s: stage 'value' and the keys that only it reads are left out", learned)
             for name, module in self.modules().items():
                 load_module(module, name, learned)
         if config.reward == "model":

@@ -95,6 +95,7 @@ def run(
     launcher = checked.launcher.build()
     if isinstance(launcher, Local):
         if (worker := Worker.of()) is not None:
+            launcher.check_started()
             return _run_as_one_of_several(loaded, resume, worker)
         if (nodes := Nodes.of()).rank:
             return launcher.follow(checked, nodes)

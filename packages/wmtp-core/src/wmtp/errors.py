@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from typing import ClassVar
 
-__all__ = ["AuthenticationError", "ConfigError", "PlatformError", "PluginError", "WMTPError"]
+__all__ = ["AuthenticationError", "ConfigError", "PlatformError", "PluginError", "WMTPError", "described"]
 
 
 class WMTPError(Exception):
@@ -42,3 +43,14 @@ class PlatformError(WMTPError):
     """A service to launch on cannot be reached, or does not do what it was asked. Raised by launchers."""
 
     exit_code: ClassVar[int] = 4
+
+
+def described(error: BaseException) -> str:
+    """An unforeseen error in one line; one without a message is told by its place in the code."""
+    if text := str(error):
+        return f"{type(error).__name__}: {text}"
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return f"{type(error).__name__} without a message"
+    last = frames[-1]
+    return f"{type(error).__name__} without a message at {last.filename}:{last.lineno}, in {last.name}: {last.line}"

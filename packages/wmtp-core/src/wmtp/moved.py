@@ -10,6 +10,7 @@ from typing import Final
 __all__ = ["MOVED", "install"]
 
 MOVED: Final = {
+    "wmtp.training.acceleration": "wmtp.models.acceleration",
     "wmtp.config.components": "wmtp.plugins.components",
     "wmtp.data.document_numbers": "wmtp.data.score_cache.document_numbers",
     "wmtp.data.sources": "wmtp.config.data_rules",

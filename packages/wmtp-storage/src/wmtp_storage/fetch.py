@@ -297,7 +297,7 @@ def _kept(part: Part) -> Kept:
 
 
 def _manifest_file(part: Part) -> ManifestFile:
-    assert part.hash is not None
+    assert part.hash is not None, "a part is hashed before it is listed"
     stored = part.stored
     return ManifestFile(
         name=stored.name, size=stored.size, etag=stored.identity, hash=f"crc64nvme:{part.hash:016x}", checked=part.checked

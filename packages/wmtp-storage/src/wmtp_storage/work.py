@@ -99,7 +99,7 @@ class Part:
         """
         if self._descriptor is None:
             self.open()
-        assert self._descriptor is not None
+        assert self._descriptor is not None, "open() has opened it"
         while piece:
             count = os.pwrite(self._descriptor, piece, position)
             piece, position = piece[count:], position + count
@@ -134,7 +134,7 @@ class Part:
         """Have a preallocated file on the disk."""
         if self.is_flushed:
             self.open()
-            assert self._descriptor is not None
+            assert self._descriptor is not None, "open() has opened it"
             os.fsync(self._descriptor)
             self.close()
 

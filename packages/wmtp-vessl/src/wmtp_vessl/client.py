@@ -138,7 +138,7 @@ class Client:
             pause = self._backoff * 2 ** (attempt - 1) * random.uniform(0.8, 1.2) if wait is None else wait
             logger.debug("%s; again in %.1f s", failure, pause)
             time.sleep(min(pause, _LONGEST_WAIT))
-        raise AssertionError
+        raise AssertionError("the last attempt has raised")
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
         try:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from wmtp.cli import evaluate, use
 from wmtp.cli import files as file_commands
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, WMTPError, described
 from wmtp.logs import set_up_logging
 
 __all__ = ["main", "run_from_shell"]
@@ -112,7 +112,7 @@ def _explained(error: BaseException) -> tuple[list[str], int]:
         return list(error.problems), error.exit_code
     if isinstance(error, WMTPError):
         return str(error).splitlines() or [type(error).__name__], error.exit_code
-    return [" ".join(f"{type(error).__name__}: {error}{_place_in_plugin(error)}".split())], 1
+    return [" ".join(f"{described(error)}{_place_in_plugin(error)}".split())], 1
 
 
 def _with_origin(line: str) -> str:

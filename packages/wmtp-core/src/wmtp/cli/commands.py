@@ -7,6 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 from wmtp.cli.facts import print_facts
+from wmtp.cli.files import chosen_storage
 from wmtp.cli.memory import memory_outlook
 from wmtp.cli.remote import cancel, dry_run_facts, launch, logs, metrics, status
 from wmtp.cli.run import report as report_run
@@ -147,10 +148,9 @@ def show(arguments: Namespace) -> tuple[Any, int]:
 
 def report(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp report``."""
-    from wmtp.config.load import load_storage
     from wmtp.report import write_report
 
-    page = write_report(arguments.runs, arguments.output, storage=load_storage(arguments.config, arguments.overrides))
+    page = write_report(arguments.runs, arguments.output, storage=chosen_storage(arguments))
     if not arguments.json:
         print(page)
     return {"report": page}, 0

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from wmtp.config.overrides import parse_override
 from wmtp.errors import ConfigError, WMTPError
 
 if TYPE_CHECKING:
+    from wmtp.config.schema import StorageConfig
     from wmtp.storage.base import Storage
     from wmtp.storage.cache import Cache
 
-__all__ = ["add_arguments", "backend", "cache", "fetch", "push", "storage_options"]
+__all__ = ["add_arguments", "backend", "cache", "chosen_storage", "fetch", "push", "storage_options"]
 
 _M_ARENA_MAX = -8  # of malloc.h
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -60,6 +62,21 @@ def storage_options() -> argparse.ArgumentParser:
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as storage.s3.acceleration=true"
     )
     return options
+
+
+def chosen_storage(arguments: argparse.Namespace) -> StorageConfig:
+    """The section ``[storage]`` of ``--config`` and ``--set``.
+
+    Raises:
+        ConfigError: the section is wrong, or ``--set`` gives a key of another one, which would have no effect.
+    """
+    from wmtp.config.load import load_storage
+
+    given = [parse_override(text) for text in arguments.overrides]
+    if others := [override for override in given if override.path[0] != "storage"]:
+        reason = f"wmtp {arguments.command} has no config, and takes keys of storage alone; remove it"
+        raise ConfigError([f"{override.where(())}: {reason}" for override in others])
+    return load_storage(arguments.config, arguments.overrides)
 
 
 def fetch(arguments: argparse.Namespace) -> tuple[Any, int]:
@@ -131,21 +148,19 @@ def push(arguments: argparse.Namespace) -> tuple[Any, int]:
 
 def backend(uri: str, arguments: argparse.Namespace) -> Storage:
     """What serves ``uri``, with the options that ``--config`` and ``--set`` give it."""
-    from wmtp.config.load import load_storage
     from wmtp.config.places import build_backends
     from wmtp.storage.uris import backend_for
 
-    return backend_for(uri, build_backends(load_storage(arguments.config, arguments.overrides)))
+    return backend_for(uri, build_backends(chosen_storage(arguments)))
 
 
 def cache(arguments: argparse.Namespace) -> tuple[Any, int]:
     """``wmtp cache``."""
-    from wmtp.config.load import load_storage
     from wmtp.storage.cache import Cache
 
     if (arguments.max_size is not None) != (arguments.action == "prune"):
         raise ConfigError("wmtp cache: --max-size SIZE says how much 'prune' leaves: wmtp cache prune --max-size 200GB")
-    folder = arguments.cache_dir or load_storage(arguments.config, arguments.overrides).cache_dir
+    folder = arguments.cache_dir or chosen_storage(arguments).cache_dir
     return {"list": _list, "verify": _verify_cache, "prune": _prune}[arguments.action](
         Cache(Path(folder).expanduser()), arguments
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from wmtp.cli.files import storage_options
+from wmtp.cli.files import chosen_storage, storage_options
 from wmtp.errors import ConfigError
 from wmtp.export import FORMATS
 
@@ -60,12 +60,13 @@ def _count(text: str) -> int:
 def generate(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp generate``."""
     prompt = _prompt(arguments)
-    from wmtp.config.load import load_storage
     from wmtp.devices import pick_device
     from wmtp.generation import Sampling, stream
     from wmtp.generation.text import StopAt, TextStream, cut, encode_prompt
     from wmtp.models.opening import open_model
 
+    if arguments.top_p != 1.0 and arguments.temperature == 0.0:
+        raise ConfigError("--top-p: has no effect: --temperature 0, the default, is greedy; give a temperature, or remove it")
     try:
         sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
     except ValueError as error:
@@ -74,7 +75,7 @@ def generate(arguments: Namespace) -> tuple[Any, int]:
         arguments.model,
         device=pick_device(arguments.device),
         precision=arguments.precision,
-        storage=load_storage(arguments.config, arguments.overrides),
+        storage=chosen_storage(arguments),
     )
     stops: list[str] = arguments.stop
     steps: list[list[int]] = []
@@ -134,10 +135,9 @@ def _prompt(arguments: Namespace) -> str:
 
 def export(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp export``."""
-    from wmtp.config.load import load_storage
     from wmtp.export.command import export_model
 
-    storage = load_storage(arguments.config, arguments.overrides)
+    storage = chosen_storage(arguments)
     done = export_model(arguments.model, arguments.folder, format=arguments.format, storage=storage)
     if not arguments.json:
         for name, size in done.files.items():

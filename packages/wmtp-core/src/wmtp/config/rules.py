@@ -10,6 +10,7 @@ from typing import Any, Final
 from attrs import frozen
 
 from wmtp.config.data_rules import check_sources
+from wmtp.config.idle import idle_problems
 from wmtp.config.load import Loaded, located
 from wmtp.config.problems import KeyPath, Problem, dotted
 from wmtp.config.schema import Config
@@ -62,7 +63,7 @@ def is_secret(key: str, value: str) -> bool:
 
 
 def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
-    for rule in (_run, _models, _heads, _data, _length, _devices):
+    for rule in (_run, _models, _heads, _data, _length, _devices, idle_problems):
         yield from rule(config)
     yield from _secrets(to_mapping(config), ())
     yield from component_problems(config, registry)

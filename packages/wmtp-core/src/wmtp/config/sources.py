@@ -163,12 +163,18 @@ class Document:
         self.data = walk(self.data, ())
         return problems
 
+    def source(self, path: KeyPath) -> Source | None:
+        """Where a key came from, or else the table around it."""
+        while path and path not in self.origins:
+            path = path[:-1]
+        return self.origins.get(path)
+
     def locate(self, problem: Problem) -> str:
         """The message with its place: ``recipe.toml:5: trainer.gama: unknown key``."""
         at = problem.path if problem.at is None else problem.at
+        source = self.source(at)
         while at and at not in self.origins:
             at = at[:-1]
-        source = self.origins.get(at)
         place = source.where(at) if source is not None else None
         key = dotted(problem.path)
         if isinstance(source, Override) and problem.path == source.path:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor, nn
 
-from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.errors import ConfigError, PluginError, WMTPError, described
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -216,7 +216,7 @@ class Ranks:
         elif isinstance(error, WMTPError):
             kind, lines = (PluginError if isinstance(error, PluginError) else WMTPError), (str(error),)
         else:
-            kind, lines = WMTPError, (f"{type(error).__name__}: {error}",)
+            kind, lines = WMTPError, (described(error),)
         return _Failure(rank=self.rank, host=socket.gethostname(), kind=kind, lines=lines)
 
     def _raise_if_any(self, error: Exception | None) -> None:

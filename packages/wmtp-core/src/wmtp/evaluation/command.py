@@ -21,7 +21,9 @@ from wmtp.errors import ConfigError
 from wmtp.evaluation.base import Measured
 from wmtp.evaluation.consent import require_consent
 from wmtp.evaluation.measure import measure
-from wmtp.models.opening import OpenedModel, find_model, open_model
+from wmtp.evaluation.unread import unread_problems
+from wmtp.models.acceleration import accelerate
+from wmtp.models.opening import OpenedModel, find_model, open_model, saved_precision
 from wmtp.plugins import load_plugins
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.runs.directory import CONFIG_FILE
@@ -54,7 +56,7 @@ class _NoTrainer(TrainerConfig):
 
     def build(self) -> Any:
         """Never called."""
-        raise AssertionError
+        raise AssertionError("wmtp eval trains nothing")
 
 
 def evaluate_model(
@@ -83,6 +85,7 @@ def evaluate_model(
     loaded = _config(path, run_dir, files, overrides)
     config = loaded.config
     problems = [problem for problem in component_problems(config, loaded.registry) if problem.path[0] == "eval"]
+    problems += unread_problems(loaded, run_dir)
     if not config.eval:
         raise ConfigError(
             "nothing to measure: name a TOML file with [[eval]] tables, or write --set 'eval=[{type=\"perplexity\"}]'; "
@@ -98,17 +101,20 @@ def evaluate_model(
         raise located(loaded.document, problems)
     require_consent(config.eval, allow_code_execution)
 
+    if config.devices.threads is not None:
+        torch.set_num_threads(config.devices.threads)
     device = pick_device(config.devices.device)
-    opened = open_model(name, device=device, config=config)
-    if config.devices.precision == "bf16-params":
-        opened.model.to(torch.bfloat16)
+    precision = pick_precision(config.devices.precision, device)
+    parameters = "bf16" if precision == "bf16-params" else "fp32"
+    opened = open_model(name, device=device, precision=parameters, config=config)
+    accelerate(opened.model, config.devices, learns=False)
     folder = file_path(output) if output is not None else run_dir or Path("evaluations") / path.name
     measured = Measured(
         model=opened.model,
         tokenizer=opened.tokenizer,
         batches=_batches(config, opened),
         device=device,
-        autocast=autocast_context("bf16" if config.devices.precision == "bf16" else "fp32", device),
+        autocast=autocast_context("bf16" if precision == "bf16" else "fp32", device),
         seed=config.run.seed,
         output_dir=folder / "evaluation",
         allow_code_execution=allow_code_execution,
@@ -126,6 +132,7 @@ def _config(path: Path, run_dir: Path | None, files: Sequence[str], overrides: I
     base = {
         "models": {"base": {"type": "hf", "uri": str(path)}},
         "trainer": {"type": _NoTrainer.type},
+        "devices": {"precision": saved_precision(path)},
         "tracker": {"type": "jsonl"},
         "datasets": {"python": {"type": "python-source"}},
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from attrs import field, frozen
 from attrs.validators import deep_iterable, ge, gt, le, min_len, optional
 
+from wmtp.plugins.components import idle_keys
 from wmtp.plugins.contract import EvaluatorConfig
 
 if TYPE_CHECKING:
@@ -76,6 +77,11 @@ class Speculative(EvaluatorConfig):
     def needed_positions(self) -> int:  # type: ignore[override]
         """Of the model, for a prompt of one token."""
         return 1 + self.max_new_tokens
+
+    def check(self) -> Iterator[str]:
+        """Name the keys that others leave without effect."""
+        if self.temperature == 0.0:
+            yield from idle_keys(self, ("top_p",), "temperature = 0 is greedy")
 
     def build(self) -> Evaluator:
         """Make the evaluator."""
@@ -214,6 +220,12 @@ class PassAtK(EvaluatorConfig):
             yield f"k: {max(settings.k)} is more than the {settings.samples} samples of a problem; raise samples"
         if settings.samples > 1 and 0.0 in settings.temperatures:
             yield f"temperatures: 0 gives {settings.samples} times the same solution; write samples = 1 or other ones"
+        if self.dataset != "mbpp":
+            yield from idle_keys(self, ("split", "shots"), "only the data set 'mbpp' has it")
+        if self.dataset != "code-contests":
+            yield from idle_keys(self, ("max_tests",), "only the data set 'code-contests' has it")
+        if not any(settings.temperatures):
+            yield from idle_keys(self, ("top_p",), "temperature 0 is greedy")
 
     def build(self) -> Evaluator:
         """Make the evaluator."""

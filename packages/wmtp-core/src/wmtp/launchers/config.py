@@ -25,7 +25,8 @@ class LocalLauncher(LauncherConfig):
 
     Args:
         processes: on each machine, one a device. ``auto``: as many as there are GPUs that torch can use; 1 on a CPU. Several
-            processes on a CPU talk by gloo, which is good for trying things out. Started by ``torchrun``, this is not used.
+            processes on a CPU talk by gloo, which is good for trying things out. Started by ``torchrun``, a number
+            must be that of the processes started.
     """
 
     type = "local"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -48,6 +50,19 @@ class Local(Launcher):
         from wmtp.launchers.torchrun import launch
 
         return launch(config, nodes, self.count(config), run_dir=None, resume=False)
+
+    def check_started(self, environment: Mapping[str, str] = os.environ) -> None:
+        """Compare the config with the processes that torchrun has started already.
+
+        Raises:
+            ConfigError: there are more or fewer on this machine than the config says.
+        """
+        started = environment.get("LOCAL_WORLD_SIZE", "")
+        if self._processes != "auto" and started.isdecimal() and int(started) != self._processes:
+            raise ConfigError(
+                f"launcher.processes: {self._processes}, but {started} were started on this machine already, by torchrun or a "
+                f'cluster; write {started} or "auto"'
+            )
 
     def count(self, config: Config) -> int:
         """Processes on this machine.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from wmtp.config.load import load
 from wmtp.distributed.environment import Worker
-from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.errors import ConfigError, PluginError, WMTPError, described
 from wmtp.launchers.torchrun import write_failure, write_result
 from wmtp.logs import set_up_logging
 
@@ -30,7 +30,8 @@ def main(folder: str) -> int:
     job = Path(folder)
     facts = json.loads((job / "job.json").read_text())
     worker = Worker.of()
-    assert worker is not None
+    if worker is None:
+        raise WMTPError("wmtp.launchers.worker is started by wmtp run, with RANK, WORLD_SIZE and LOCAL_RANK set; use wmtp run")
     set_up_logging(verbose=facts["verbose"], rank=worker.rank)
     try:
         config = load(job / "config.toml").config
@@ -62,7 +63,7 @@ def _described(error: BaseException) -> tuple[str, list[str]]:
         return "config", list(error.problems)
     if isinstance(error, WMTPError):
         return "plugin" if isinstance(error, PluginError) else "work", str(error).splitlines()
-    return "bug", [" ".join(f"{type(error).__name__}: {error}".split())]
+    return "bug", [" ".join(described(error).split())]
 
 
 if __name__ == "__main__":

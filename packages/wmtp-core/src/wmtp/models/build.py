@@ -80,6 +80,10 @@ def resolve_heads(wanted: HeadsConfig | None, brought: HeadsConfig | None) -> He
             f"models.base.heads.horizon: the config says {wanted.horizon}, but the model brings heads for "
             f"{brought.horizon} tokens; write at most {brought.horizon}"
         )
+    if wanted.init != HeadsConfig().init:
+        raise ConfigError(
+            f"models.base.heads.init: '{wanted.init}' has no effect: the model keeps the heads that it brings; remove it"
+        )
     if wanted.horizon < brought.horizon:
         _log.info("the model brings %d heads; the first %d are used", brought.horizon, wanted.horizon)
     return wanted

@@ -142,11 +142,13 @@ class MTPModel(nn.Module):
 
         Raises:
             ConfigError: ``packed``, and the architecture cannot keep documents apart.
+            ValueError: ``packed``, and there are no positions.
         """
         arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
         if packed:
             self.check_packing()
-            assert position_ids is not None
+            if position_ids is None:
+                raise ValueError("position_ids: packed rows need them, counted from 0 in each document; give them")
             arguments["position_ids"] = position_ids
         if self.block_attention:
             arguments["attention_mask"] = document_mask(position_ids) if packed else causal_mask(input_ids.device)

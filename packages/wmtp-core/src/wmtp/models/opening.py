@@ -11,6 +11,7 @@ from attrs import frozen
 from wmtp.config.places import build_backends
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError
+from wmtp.json_files import read_json_object
 from wmtp.models.build import build_model
 from wmtp.models.vocabulary import check_vocabulary
 from wmtp.runs.directory import CONFIG_FILE, is_run_dir
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["OpenedModel", "find_model", "find_tokenizer", "load_weights", "open_model"]
+__all__ = ["OpenedModel", "find_model", "find_tokenizer", "load_weights", "open_model", "saved_precision"]
 
 
 @frozen(kw_only=True, eq=False)
@@ -84,7 +85,7 @@ def open_model(
         name: a run directory, a model folder (as WMTP, Hugging Face or Meta write it), a ``.gguf`` file, or a URI of those.
         device: where it shall be.
         precision: of the parameters. Default: as saved.
-        config: the run's, or one with a ``[tokenizer]``, which is used in place of the one beside the model.
+        config: the run's, or for a model that stands alone one whose ``[tokenizer]`` is used in place of that beside it.
         storage: how to reach the store of a URI. Default: as the config says.
 
     Raises:
@@ -113,6 +114,13 @@ def load_weights(path: Path, dtype: torch.dtype | None = None) -> MTPModel:
     return build_model(loaded, None, seed=0).eval().requires_grad_(False)
 
 
+def saved_precision(path: Path) -> Literal["fp32", "bf16-params"]:
+    """The ``devices.precision`` that keeps the parameters at a local path as they were saved, by its ``config.json``."""
+    file = path / "config.json"
+    facts = read_json_object(file) if file.is_file() else {}
+    return "bf16-params" if facts.get("dtype", facts.get("torch_dtype")) == "bfloat16" else "fp32"
+
+
 def _loader(path: Path) -> ModelLoader:
     from wmtp.models.loaders.hf import HfLoader
     from wmtp.models.loaders.meta import MetaMtpLoader
@@ -132,7 +140,8 @@ def find_tokenizer(path: Path, run_dir: Path | None, config: Config | None = Non
     from wmtp.tokenizers.saved import read_saved
 
     saved = read_saved(path) if path.is_dir() else None
-    if saved is not None and saved["type"] in ("bytes", "hf-transformers", "hf-sentencepiece"):
+    named = run_dir is None and config is not None and config.tokenizer is not None
+    if not named and saved is not None and saved["type"] in ("bytes", "hf-transformers", "hf-sentencepiece"):
         return load_tokenizer(path)
     if config is None and run_dir is not None:
         config = load(run_dir / CONFIG_FILE).config

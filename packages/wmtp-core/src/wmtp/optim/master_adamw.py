@@ -76,7 +76,7 @@ class MasterAdamW(torch.optim.AdamW):
     ) -> None:
         published = self._parameters.get(master, master)
         gradient = master.grad
-        assert gradient is not None
+        assert gradient is not None, "step() leaves out parameters without gradient"
         if gradient.stride() != master.stride():  # the kernel goes through memory, not through indices
             gradient = torch.empty_like(master, dtype=gradient.dtype).copy_(gradient)
         beta1, beta2 = group["betas"]

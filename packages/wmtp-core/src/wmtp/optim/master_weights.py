@@ -87,7 +87,8 @@ class MasterWeights:
     @torch.no_grad()
     def _take_gradient(self, parameter: Tensor) -> None:
         master, gradient = self._masters[cast(nn.Parameter, parameter)], parameter.grad
-        assert gradient is not None
+        if gradient is None:  # torch calls the hook of a parameter too that a function hands no gradient to
+            return
         if master.grad is None:
             master.grad = gradient if self._keeps_half else gradient.to(master.dtype)
         else:

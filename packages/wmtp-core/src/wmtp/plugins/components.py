@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol, runtime_checkable
 
 import attrs
 
 from wmtp.errors import ConfigError
 
-__all__ = ["COMPONENT_KIND", "DEFAULT_TYPE", "KINDS", "Component", "component"]
+__all__ = ["COMPONENT_KIND", "DEFAULT_TYPE", "KINDS", "Component", "component", "idle_keys"]
 
 COMPONENT_KIND: Final = "wmtp_component_kind"
 DEFAULT_TYPE: Final = "wmtp_default_type"
@@ -66,3 +66,19 @@ def _with_defaults(kind: str, type_: str) -> Any:
     if found is None:
         raise ConfigError(registry.missing(kind, type_))
     return found.cls()
+
+
+def idle_keys(config: Any, keys: tuple[str, ...], reason: str) -> Iterator[str]:
+    """Name the keys that were changed from their default, though ``reason`` leaves them without effect.
+
+    A component's ``check()`` yields these lines, so that no setting is ignored in silence.
+
+    Args:
+        config: an instance of a config class.
+        keys: its fields that have no effect now.
+        reason: why, as in ``mode = "weighted" learns every prediction``.
+    """
+    for attribute in attrs.fields(type(config)):
+        default = attribute.default.factory() if isinstance(attribute.default, attrs.Factory) else attribute.default
+        if attribute.name in keys and getattr(config, attribute.name) != default:
+            yield f"{attribute.alias}: has no effect: {reason}; remove it"

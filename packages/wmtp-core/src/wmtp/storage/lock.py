@@ -63,7 +63,7 @@ class FileLock:
         self.release()
 
     def _is_in_place(self) -> bool:
-        assert self._descriptor is not None
+        assert self._descriptor is not None, "called while the lock is held"
         try:
             there = self._path.stat()
         except FileNotFoundError:

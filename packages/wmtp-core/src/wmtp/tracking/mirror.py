@@ -44,7 +44,7 @@ class MirroredMLflow(Tracker):
     """
 
     def __init__(self, config: MLflowTracker) -> None:
-        assert config.tracking_uri is not None
+        assert config.tracking_uri is not None, "MLflowTracker.build makes this one for an object store"
         self._config = config
         self._uri = config.tracking_uri.rstrip("/")
         self._thread: threading.Thread | None = None

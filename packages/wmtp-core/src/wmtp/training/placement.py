@@ -12,9 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 from wmtp.config.schema import Config, FsdpConfig
 from wmtp.devices import Precision
 from wmtp.distributed.ranks import Ranks
+from wmtp.models.acceleration import accelerate
 from wmtp.models.sharding import spread
 from wmtp.optim.master_weights import MasterWeights
-from wmtp.training.acceleration import accelerate
 from wmtp.training.setup import Source, load_base_model
 
 if TYPE_CHECKING:

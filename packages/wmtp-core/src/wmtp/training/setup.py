@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,8 @@ __all__ = [
     "open_source",
     "planned_steps",
 ]
+
+logger = logging.getLogger("wmtp")
 
 
 @frozen(kw_only=True, eq=False)
@@ -81,6 +84,8 @@ def open_source(config: Config) -> Source:
             _check_reward_model(name, config, place)
         else:
             _check_extra_model(name, config, place, tokenizer)
+    if unneeded := config.models.keys() - {"base"} - required_models(config).keys():
+        logger.info("models: %s: not used by the trainer '%s'", ", ".join(sorted(unneeded)), config.trainer.type)
     datasets = {}
     for name, dataset in config.datasets.items():
         component, where = read_from(dataset, ("datasets", name))
@@ -207,8 +212,8 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
 
 def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> OpenModel:
     """What a trainer calls to load ``[models.NAME]``; see `OpenModel`."""
+    from wmtp.models.acceleration import accelerate
     from wmtp.models.build import build_model
-    from wmtp.training.acceleration import accelerate
 
     def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = trained_on) -> MTPModel:
         entry: ModelConfig | None = config.models.get(name)

@@ -29,6 +29,11 @@ class MbppLoader(ExampleLoader):
         path = given_path(path)
         found = data_files(path)
         if path.is_file():
+            stem = Path(uncompressed_name(path)).stem
+            if self._split != "train" and stem.partition("-")[0] != self._split:
+                raise WMTPError(
+                    f"{path}: is one file, of which split = '{self._split}' chooses nothing; remove split, or name the folder"
+                )
             return found
         matching = [file for file in found if Path(uncompressed_name(file)).stem.partition("-")[0] == self._split]
         if len(matching) != 1:

@@ -13,6 +13,10 @@ from wmtp.errors import WMTPError
 __all__ = ["TextLoader"]
 
 
+#: of ``pattern``
+DEFAULT_PATTERN = "*.txt"
+
+
 class TextLoader(ExampleLoader):
     """Reads text files; see `wmtp.data.config.TextFiles`.
 
@@ -33,6 +37,8 @@ class TextLoader(ExampleLoader):
         """
         path = given_path(path)
         if path.is_file():
+            if self._pattern != DEFAULT_PATTERN and not fnmatchcase(uncompressed_name(path), self._pattern):
+                raise WMTPError(f"{path}: is one file, which pattern = {self._pattern!r} does not match; remove pattern")
             return [path]
         if not path.is_dir():
             raise WMTPError(f"{path}: no such file or folder")

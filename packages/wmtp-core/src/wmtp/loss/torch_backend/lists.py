@@ -140,7 +140,7 @@ class Lengths:
         told = self._told[number]
         if told is not None:
             return told
-        assert self._host is not None
+        assert self._host is not None, "lengths are asked for once they are sent"
         if self._arrived is not None:
             self._arrived.synchronize()
         learned, measured = self._host[number].tolist()

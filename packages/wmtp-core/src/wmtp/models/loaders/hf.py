@@ -89,6 +89,8 @@ class HfLoader(ModelLoader):
         if path.is_file():
             if path.suffix != ".gguf":
                 raise WMTPError(f"{path}: not a model folder and not a .gguf file")
+            if self._gguf_file is not None:
+                raise ConfigError(f"models.base.gguf_file: has no effect: uri names the file {path.name}; remove it")
             return path.parent, path.name
         if self._gguf_file is not None:
             if not (path / self._gguf_file).is_file():

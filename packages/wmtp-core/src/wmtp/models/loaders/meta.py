@@ -92,7 +92,7 @@ class MetaMtpLoader(ModelLoader):
                 base[f"model.layers.{index}.{BLOCK_NAMES[part]}.weight"] = value
             else:
                 extra[f"{index}.{BLOCK_NAMES[part]}.weight"] = value
-        assert path is not None
+        assert path is not None, "_read has read it"
         model = from_tensors(path, _config(shape), base, {"dtype": dtype})
         return LoadedModel(model=model, heads=_heads(shape), head_state=extra or None)
 

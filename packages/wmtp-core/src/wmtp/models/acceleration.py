@@ -68,6 +68,9 @@ def compile_layers(model: MTPModel) -> None:
     Args:
         model: in place, after `checkpoint_activations`.
     """
+    # Otherwise torch 2.11 to 2.13 takes the parameters of a module for what they were when it compiled, and a layer that was
+    # frozen then gets no gradient in the stage in which it learns. Looking at them costs no time that can be measured.
+    torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 8 * _VARIANTS)
     for layer in (*repeated_layers(model), *model.anatomy.tail):

@@ -1,0 +1,37 @@
+"""Keys that other keys leave without effect: refused, so that no setting is ignored in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from attrs import evolve
+
+from wmtp.config.problems import KeyPath, Problem
+from wmtp.config.schema import Config
+from wmtp.plugins.components import idle_keys
+
+__all__ = ["idle_problems"]
+
+
+def idle_problems(config: Config) -> Iterator[Problem]:
+    """Name every changed key of the core's sections that has no effect in this config."""
+    base = config.models.get("base")
+    if base is not None and base.heads is not None and base.heads.horizon == 1:
+        heads = evolve(base.heads, decay=None) if base.heads.decay == 1.0 else base.heads  # so that an overlay can undo it
+        keys = ("kind", "init", "trunk_gradient", "head_weights", "decay", "lr_factor")
+        yield from _idle(heads, keys, ("models", "base", "heads"), "horizon = 1 is the model's own head alone")
+    if config.schedule.type == "constant":
+        yield from _idle(config.schedule, ("min_ratio",), ("schedule",), 'type = "constant" does not decay')
+    fsdp = config.devices.fsdp
+    if fsdp is not None and fsdp.strategy == "none":
+        reason = 'strategy = "none" adds up gradients once a step'
+        yield from _idle(fsdp, ("reduce_every_micro_batch",), ("devices", "fsdp"), reason)
+    if config.report.samples == 0:
+        yield from _idle(config.report, ("sample_interval", "sample_tokens"), ("report",), "samples = 0 records no tokens")
+
+
+def _idle(section: Any, keys: tuple[str, ...], path: KeyPath, reason: str) -> Iterator[Problem]:
+    for line in idle_keys(section, keys, reason):
+        key, _, message = line.partition(": ")
+        yield Problem((*path, key), message)
