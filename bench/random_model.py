@@ -1,7 +1,7 @@
 """Write a Llama folder with random weights in bf16, on a GPU where there is one: ``python bench/random_model.py FOLDER JSON``.
 
-``JSON`` holds the arguments of ``LlamaConfig``. A process of its own, so that no GPU memory stays taken. Drawing billions of random
-numbers takes a CPU minutes, and a run that reads its model from files is what users have.
+``JSON`` holds the arguments of ``LlamaConfig``. A process of its own, so that no GPU memory stays taken. Drawing billions of
+random numbers takes a CPU minutes, and a run that reads its model from files is what users have.
 """
 
 from __future__ import annotations
