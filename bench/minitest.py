@@ -4,9 +4,9 @@
 
 Models and data are put on a real S3 server on 127.0.0.1. What ``wmtp launch`` would send is planned from the config, and its
 one line is run as VESSL would: by sh, in a new folder, with the plan's variables alone. Two processes train under FSDP2 by
-gloo; with ``--gpus``, one a GPU by NCCL, in the config's own precision. The first container is killed (SIGKILL) in the middle of
-the run; a second one, with an empty folder again, goes on from the checkpoint on S3. Then the tracker's database, the checkpoints
-and the model are looked at.
+gloo; with ``--gpus``, one a GPU by NCCL, in the config's own precision. The first container is killed (SIGKILL) in the middle
+of the run; a second one, with an empty folder again, goes on from the checkpoint on S3. Then the tracker's database, the
+checkpoints and the model are looked at.
 
 ``--keep-runs`` gives the second container the run directory of the first, as a mounted volume does, with checkpoints there
 instead of on S3.

@@ -16,6 +16,7 @@ __all__ = [
     "Precision",
     "autocast_context",
     "count_devices",
+    "few_cpu_threads",
     "pick_device",
     "pick_precision",
     "prefer_fast_attention",
@@ -97,3 +98,26 @@ def prefer_fast_attention(device: torch.device) -> Iterator[None]:
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """What sums over a batch are added in: fp64, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+_THREADS_BESIDE_A_GPU = 2
+
+
+@contextmanager
+def few_cpu_threads(device: torch.device, chosen: int | None) -> Iterator[None]:
+    """Limit the threads of CPU operators while a GPU trains.
+
+    They wait busily for the next operator, and those of a training loop are small: with one thread a core, on a machine with 64
+    cores and an H200, a run had 41,160 tokens/s, with two threads 49,147. A model is read and tried out before, by all cores.
+
+    Args:
+        device: where the model trains.
+        chosen: ``devices.threads``, which stays as it is.
+    """
+    before = torch.get_num_threads()
+    if device.type != "cpu" and chosen is None:
+        torch.set_num_threads(min(before, _THREADS_BESIDE_A_GPU))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

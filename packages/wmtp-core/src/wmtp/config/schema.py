@@ -271,7 +271,7 @@ class DevicesConfig:
             less time and memory.
         memory_gib: memory of each device, for the estimate of ``wmtp check``, which warns where a run will hardly fit. Default:
             ``wmtp run FILE --dry-run`` asks the device itself.
-        threads: CPU threads of a process. Default: all cores, shared among the processes of a machine.
+        threads: CPU threads of a process. Default: all cores, shared among the processes of a machine; two while a GPU trains.
         fsdp: how several processes hold one model. Default, with several: FSDP with its defaults.
         timeout: seconds. Several processes end when one of them does nothing for so long.
     """

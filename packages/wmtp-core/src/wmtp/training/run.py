@@ -16,7 +16,7 @@ from wmtp.checkpoints.remote import CheckpointUpload, remote_checkpoints
 from wmtp.config.schema import Config, FsdpConfig
 from wmtp.config.tree import flatten
 from wmtp.data.score_cache.cached_numbers import open_token_numbers
-from wmtp.devices import autocast_context, pick_device, pick_precision, prefer_fast_attention
+from wmtp.devices import autocast_context, few_cpu_threads, pick_device, pick_precision, prefer_fast_attention
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.errors import WMTPError
 from wmtp.models.reward_scores import open_reward_scores
@@ -166,7 +166,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             resumed=saved[-1] if saved else None,
             upload=upload,
         )
-        with prefer_fast_attention(device), explained():
+        with prefer_fast_attention(device), few_cpu_threads(device, config.devices.threads), explained():
             outcome = fit.run()
         if outcome.status != "interrupted":
             saved_model = run_dir / "model"
