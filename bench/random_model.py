@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
-def main(folder: Path, facts: dict[str, int]) -> None:
+def main(folder: Path, facts: dict[str, Any]) -> None:
     """Draw matrices from N(0, 0.02²), set norms to one, and save shards of about 4 GB."""
     import torch
     from safetensors.torch import save_file

@@ -243,9 +243,9 @@ class CriticWMTPTrainer(Trainer):
 
     def _of_documents(self, batch: Batch, numbers: Sequence[float]) -> Tensor:
         """Numbers of the documents on the batch's device, without waiting for it."""
-        numbers = torch.tensor(numbers, dtype=torch.float32)
+        on_host = torch.tensor(numbers, dtype=torch.float32)
         device = batch.input_ids.device
-        return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+        return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host.to(device)
 
     def _diagnostics(self, view: StepView, value: Tensor, reward: Tensor, states: Tensor) -> dict[str, Tensor]:
         """What shows whether V has learned something: see docs/algorithms.md."""

@@ -140,8 +140,8 @@ def _start(certificate: Path | None) -> S3Server:
         *("-admin.ui=false", f"-webdav.cacheDir={folder}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
         *(f"-filer.localSocket={folder}/filer.sock", f"-s3.domainName={','.join(DOMAINS)}", "-s3.autoCreateBucket=false"),
     ]
+    (tls,) = _free_ports(1)
     if certificate is not None:
-        (tls,) = _free_ports(1)
         command += [f"-s3.port.https={tls}", f"-s3.cert.file={certificate}", f"-s3.key.file={certificate}"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(

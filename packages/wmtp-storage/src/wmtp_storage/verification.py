@@ -15,7 +15,8 @@ from wmtp_storage.journal import Journal, whole_checksum
 from wmtp_storage.work import Part
 
 if TYPE_CHECKING:
-    from wmtp_storage.backend import Opened, StoredObject
+    from wmtp_storage.backend import StoredObject
+    from wmtp_storage.client import Opened
     from wmtp_storage.uris import RemoteURI
 
 __all__ = ["Verification"]

@@ -87,7 +87,7 @@ def mutants(prompt: str, code: str, *, count: int, kinds: tuple[Kind, ...], draw
     found: list[str] = []
     seen = {ast.dump(tree)}
     while len(found) < count and any(edits.values()):
-        possible = [kind for kind, some in edits.items() if some]
+        possible: list[Kind] = [kind for kind, some in edits.items() if some]
         kind = draw.choice(possible)
         edit = edits[kind].pop(draw.randrange(len(edits[kind])))
         changed = (source[: edit.start] + edit.text + source[edit.stop :]).decode()

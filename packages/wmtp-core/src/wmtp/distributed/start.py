@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -59,8 +60,9 @@ def joined(config: Config, worker: Worker, *, parent: int | None = None, report:
             timeout=timeout,
             device_id=device if device.type == "cuda" and device.index is not None else None,
         )
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        # every process is a member, so each gets a group
+        control = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=timeout))
+        patient = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=_PATIENCE))
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise WMTPError(f"rank {worker.rank} cannot join the other processes at {place}: {error}") from error

@@ -74,7 +74,7 @@ class Local(Launcher):
 
         device = pick_device(config.devices.device)
         available = count_devices(device)
-        if self._processes == "auto":
+        if isinstance(self._processes, str):  # "auto"
             return available or 1
         if available is not None and self._processes > available:
             raise ConfigError(

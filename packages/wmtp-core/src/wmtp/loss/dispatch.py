@@ -28,7 +28,7 @@ def solve(problem: Problem) -> Answer:
     with torch.no_grad(), torch.autocast(problem.ids.device.type, enabled=False):
         if implementation(problem.ids.device, problem.compute) == "plain":
             return plain.compute(problem)
-        from wmtp.loss import fused  # imports Triton
+        from wmtp.loss.triton import fused  # imports Triton
 
         return fused.compute(problem)
 

@@ -71,7 +71,7 @@ class Blueprint:
         """
         with torch.device("meta"):
             base = self.model_class(self.config).eval()
-        base.generation_config = self.generation_config
+        base.generation_config = self.generation_config  # type: ignore[assignment]
         parts: dict[str, Any] = {part: base.get_submodule(path) for part, path in self.parts.items()}
         anatomy = Anatomy(**parts, tail=tuple(map(base.get_submodule, self.tail)), **self.logits)
         hidden = [

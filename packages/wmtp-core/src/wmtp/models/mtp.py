@@ -151,7 +151,8 @@ class MTPModel(nn.Module):
                 raise ValueError("position_ids: packed rows need them, counted from 0 in each document; give them")
             arguments["position_ids"] = position_ids
         if self.block_attention:
-            arguments["attention_mask"] = document_mask(position_ids) if packed else causal_mask(input_ids.device)
+            mask = causal_mask(input_ids.device) if position_ids is None or not packed else document_mask(position_ids)
+            arguments["attention_mask"] = mask
         with record_call(self.anatomy.layers[-1]) as calls:
             first = self.anatomy.decoder(**arguments).last_hidden_state
         call = calls[0]

@@ -52,8 +52,8 @@ def _outline(fields: Mapping[str, Any]) -> ModelInfo | None:
     if fields.get("model_type") not in _LIKE_LLAMA:
         return None
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    numbers = [fields.get(name) for name in names]
-    if not all(isinstance(number, int) and number > 0 for number in numbers):
+    numbers = [number for name in names if isinstance(number := fields.get(name), int) and number > 0]
+    if len(numbers) < len(names):
         return None
     vocab, width, layers, heads, ffn = numbers
     head_size = fields.get("head_dim") or width // heads

@@ -104,7 +104,7 @@ class RewardModel:
         tokenizer has no id for padding only, it is one that no text of the batch has.
         """
         text_config = self._model.config.get_text_config(decoder=True)
-        own = self._tokenizer.pad_token_id
+        own: int | None = self._tokenizer.pad_token_id  # type: ignore[assignment]
         used = {token for ids in texts for token in ids}
         pad = (
             own

@@ -173,7 +173,7 @@ def whole_state(model: MTPModel, ranks: Ranks) -> dict[str, Tensor] | None:
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in gathered:
-            whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            whole = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
             if not ranks.is_main:
                 whole = whole.new_empty(0)
             gathered[id(tensor)] = whole.cpu()

@@ -79,6 +79,8 @@ def idle_keys(config: Any, keys: tuple[str, ...], reason: str) -> Iterator[str]:
         reason: why, as in ``mode = "weighted" learns every prediction``.
     """
     for attribute in attrs.fields(type(config)):
-        default = attribute.default.factory() if isinstance(attribute.default, attrs.Factory) else attribute.default
+        default: Any = attribute.default
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+            default = default.factory()
         if attribute.name in keys and getattr(config, attribute.name) != default:
             yield f"{attribute.alias}: has no effect: {reason}; remove it"

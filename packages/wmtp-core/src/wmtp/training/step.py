@@ -87,7 +87,7 @@ class StepLoss:
     sharding: Sharding | None = None
     _head_weights: Tensor = field(init=False)
 
-    @_head_weights.default
+    @_head_weights.default  # type: ignore[attr-defined]
     def _(self) -> Tensor:
         # once: bringing numbers from Python to a GPU waits for it
         return torch.tensor(self.model.heads.resolved_head_weights(), device=self.device)
