@@ -15,7 +15,7 @@ from attrs import frozen
 
 from wmtp.errors import WMTPError
 from wmtp_storage.aio import Budget, run, together
-from wmtp_storage.failures import explained
+from wmtp_storage.failures import WrongAnswerError, explained
 
 if TYPE_CHECKING:
     from wmtp_storage.backend import ObjectStorage
@@ -190,13 +190,13 @@ async def _whole(put: Awaitable[Any]) -> None:
 
 
 async def _copy(storage: ObjectStorage, files: list[_File], prefix: str, uri: RemoteURI) -> None:
-    store, room = storage.store(uri), Budget(storage.config.max_connections)
+    copy, room = storage.opened(uri).copy, Budget(storage.config.max_connections)
 
     async def one(file: _File) -> None:
         async with room.share(1):
             try:
-                await obstore.copy_async(store, f"{prefix}/{file.name}", uri.at(file.name).key)
-            except (obstore.exceptions.BaseError, OSError) as error:
+                await asyncio.to_thread(copy, f"{prefix}/{file.name}", uri.at(file.name).key)
+            except (obstore.exceptions.BaseError, OSError, WrongAnswerError) as error:
                 raise explained(error, uri.at(file.name), "replaced") from error
 
     await together(one(file) for file in files)
