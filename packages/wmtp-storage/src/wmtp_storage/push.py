@@ -83,12 +83,18 @@ def remove_leftovers(storage: ObjectStorage, uri: RemoteURI) -> None:
     Raises:
         WMTPError: some of it could not be removed.
     """
-    half: dict[str, bool] = {}
     objects = list(storage.objects(uri))
+    folders: dict[str, set[str]] = {}
     for found in objects:
         folder, _, name = found.name.partition("/")
-        half[folder] = half.get(folder, False) or name == INCOMPLETE or _STAGING.search(folder) is not None
-    remove(storage, uri, [found.key for found in objects if half[found.name.partition("/")[0]]])
+        folders.setdefault(folder, set()).add(name)
+    # the mark is asked for again: the listing may be one of yesterday, out of the cache of a proxy
+    half = {
+        folder
+        for folder, names in folders.items()
+        if _STAGING.search(folder) or (INCOMPLETE in names and storage.head(uri.at(f"{folder}/{INCOMPLETE}")) is not None)
+    }
+    remove(storage, uri, [found.key for found in objects if found.name.partition("/")[0] in half])
 
 
 def _local_files(path: Path, what: str) -> list[_File]:
