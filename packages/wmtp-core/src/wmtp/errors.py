@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-__all__ = ["AuthenticationError", "ConfigError", "PlatformError", "PluginError", "WMTPError"]
+__all__ = [
+    "AuthenticationError",
+    "ConfigError",
+    "PlatformError",
+    "PluginError",
+    "Terminated",
+    "WMTPError",
+]
 
 
 class WMTPError(Exception):
@@ -42,3 +49,7 @@ class PlatformError(WMTPError):
     """A service to launch on cannot be reached, or does not do what it was asked. Raised by launchers."""
 
     exit_code: ClassVar[int] = 4
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ended the work before there was a checkpoint to save."""
