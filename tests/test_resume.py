@@ -85,7 +85,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(recipe, wmtp, t
     overrides = ["--set", "checkpoints.save_interval=1000", "--set", "train.max_steps=60"]
     arguments = ["run", recipe, *overrides, "--run-name", "x"]
     code, _, err = start_and_signal(arguments, tmp_path / "runs/x", 8, number)
-    assert code == 1, err
+    assert code == 128 + number, err
     assert "Traceback" not in err
     assert "--resume" in err
     (checkpoint,) = (tmp_path / "runs/x/checkpoints").glob("step-*")
@@ -137,7 +137,7 @@ def test_two_runs_never_share_a_directory(recipe, wmtp, tmp_path):
 def test_resume_with_other_data_is_refused(recipe, wmtp, tmp_path):
     arguments = ("run", recipe, "--run-name", "x", "--resume", "auto")
     code, _, _ = start_and_signal(arguments, tmp_path / "runs/x", 8, signal.SIGTERM)
-    assert code == 1
+    assert code == 143
     data = tmp_path / "code.jsonl"
     original = data.read_text()
     data.write_text(original.replace("x0 = 0", "x0 = 1"))

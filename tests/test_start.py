@@ -107,9 +107,9 @@ def test_a_preempted_container_saves_and_goes_on(container, recipe):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
+    assert process.returncode == 143, err
     answer = json.loads(out)
-    assert answer["status"] == "interrupted"
+    assert (answer["status"], answer["signal"]) == ("interrupted", "SIGTERM")
     assert Path(answer["checkpoint"]).is_dir()
     done = subprocess.run(command("start", recipe, "--json"), env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -136,7 +136,7 @@ def test_a_signal_before_training_ends_it(container, recipe, tmp_path):
         f"from wmtp.cli import main\nsys.exit(main(['start', {str(recipe)!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
-    assert (done.returncode, done.stderr) == (1, "error: interrupted\n")
+    assert (done.returncode, done.stderr) == (143, "error: interrupted\n")
 
 
 @pytest.mark.parametrize("encode", [str, lambda text: "base64:" + base64.b64encode(text.encode()).decode()])

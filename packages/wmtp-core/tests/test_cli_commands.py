@@ -182,7 +182,7 @@ def test_exit_codes_and_errors(capsys, folder):
     assert code == 1
     assert "Traceback" in err
     code, answer, _ = run_json(capsys, "--set", "launcher.do=ctrl-c")
-    assert (code, answer["error"]) == (1, "interrupted")
+    assert (code, answer["error"]) == (130, "interrupted")
     code, answer, err = run_json(capsys, "--set", "trainer.alhpa=1", "--set", "train.max_stps=1")
     assert code == 2
     assert answer["problems"] == [

@@ -42,6 +42,13 @@ def refusing(s3):
         yield lambda *refusal, **options: stack.enter_context(RefusingProxy(s3.endpoint, *refusal, **options))
 
 
+@pytest.fixture
+def login_page(s3):
+    """Makes proxies before the S3 server that answer with a page of their own; see `LoginProxy`."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *page, **options: stack.enter_context(LoginProxy(s3.endpoint, *page, **options))
+
+
 _SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
 
@@ -123,6 +130,9 @@ class FaultyProxy:
                 data += client.recv(2**16)
             body, data = data[:length], data[length:]
             fault = self._choose(method, path)
+            if fault == "login":  # the server never hears of it
+                self._answer(client, method, None, b"", fault)
+                continue
             if fault == "whole":
                 headers = [(name, value) for name, value in headers if name.lower() != "range"]
             upstream.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
@@ -226,4 +236,44 @@ class RefusingProxy(FaultyProxy):
         length = 0 if method == "HEAD" else len(body)
         client.sendall(f"HTTP/1.1 {status} No\r\nContent-Type: application/xml\r\nContent-Length: {length}\r\n\r\n".encode())
         client.sendall(body[:length])
+        return True
+
+
+LOGIN = b"<html><head><title>Log in to the network</title></head><body>Password?</body></html>"
+
+
+class LoginProxy(FaultyProxy):
+    """Answers some requests itself, with status 200, as a network does that wants a login first.
+
+    Args:
+        endpoint: of the server.
+        body: of its answers.
+        kind: their content type.
+        seed: of the schedule.
+        share: of the requests that it answers.
+        headers: of its answers, besides.
+        concerns: whether it may answer a request, given method and path.
+    """
+
+    def __init__(
+        self, endpoint, body=LOGIN, kind="text/html", *, seed=0, share=1.0, headers=(), concerns=lambda method, path: True
+    ):
+        super().__init__(endpoint, ("login",), seed=seed, share=share)
+        self.page = (body, {"Content-Type": kind, **dict(headers)})
+        self.concerns = concerns
+
+    def _choose(self, method, path):
+        with self._lock:
+            self.requests.append((method, path))
+            if not self.concerns(method, path) or self._random.random() >= self._share:
+                return None
+            self.done.append((method, path))
+            return "login"
+
+    def _answer(self, client, method, answer, content, fault):
+        if fault != "login":
+            return super()._answer(client, method, answer, content, fault)
+        body, headers = self.page
+        lines = ["HTTP/1.1 200 OK", f"Content-Length: {len(body)}", *(f"{name}: {value}" for name, value in headers.items())]
+        client.sendall("\r\n".join([*lines, "", ""]).encode() + (b"" if method == "HEAD" else body))
         return True

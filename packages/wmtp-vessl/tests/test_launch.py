@@ -430,3 +430,14 @@ def test_durations(text, value):
 def test_no_durations(text):
     with pytest.raises(ValueError):
         seconds(text)
+
+
+@pytest.mark.parametrize("answer", [{"message": "log in"}, {"results": "none"}])
+def test_an_answer_that_is_no_list_of_runs_starts_nothing(wmtp, files, api, answer):
+    """That the same plan is not running already does not follow from it."""
+    find = api.answer
+    api.answer = lambda method, path, *rest: (200, answer) if path.endswith("run_executions") else find(method, path, *rest)
+    code, _, err = wmtp("launch", *files)
+    assert code == 4
+    assert "is no list of them" in err
+    assert api.bodies == []

@@ -82,6 +82,8 @@ def run(
     Raises:
         ConfigError: the config is wrong, the name is taken, or the run to resume is missing or has another config.
         WMTPError: the work failed.
+        KeyboardInterrupt: Ctrl-C. Where the run has saved a checkpoint, ``error.result`` is its result. SIGTERM returns the
+            result, with the status ``interrupted``.
     """
     loaded = load_checked(config, overrides=overrides, run_name=run_name, tags=tags, resume=resume)
     checked = loaded.config
@@ -96,11 +98,24 @@ def run(
     if isinstance(launcher, Local):
         if (worker := Worker.of()) is not None:
             launcher.check_started()
-            return _run_as_one_of_several(loaded, resume, worker)
+            return _unless_ctrl_c(_run_as_one_of_several(loaded, resume, worker))
         if (nodes := Nodes.of()).rank:
-            return launcher.follow(checked, nodes)
+            return _unless_ctrl_c(launcher.follow(checked, nodes))
     with _prepared(loaded, resume) as (directory, is_resumed):
-        return _recorded(directory, lambda: launcher.launch(checked, directory, resume=is_resumed))
+        result = _recorded(directory, lambda: launcher.launch(checked, directory, resume=is_resumed))
+    return _unless_ctrl_c(result)
+
+
+def _unless_ctrl_c(result: Result) -> Result:
+    """Hand on a result, or raise: who presses Ctrl-C wants no next run to begin.
+
+    A class of its own would not do: only a plain KeyboardInterrupt ends Python as SIGINT does, which ends a shell's loop too.
+    """
+    if result.signal != "SIGINT":
+        return result
+    error = KeyboardInterrupt(f"interrupted after {result.steps} steps; to resume: wmtp run --resume {result.run_dir}")
+    error.result = result  # type: ignore[attr-defined]
+    raise error
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Sequence
 from typing import ClassVar
 
-__all__ = ["AuthenticationError", "ConfigError", "PlatformError", "PluginError", "WMTPError", "described"]
+__all__ = ["AuthenticationError", "ConfigError", "PlatformError", "PluginError", "Terminated", "WMTPError", "described"]
 
 
 class WMTPError(Exception):
@@ -54,3 +54,7 @@ def described(error: BaseException) -> str:
         return f"{type(error).__name__} without a message"
     last = frames[-1]
     return f"{type(error).__name__} without a message at {last.filename}:{last.lineno}, in {last.name}: {last.line}"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ended the work before there was a checkpoint to save."""

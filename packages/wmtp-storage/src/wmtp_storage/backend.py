@@ -18,7 +18,7 @@ from obstore.exceptions import NotSupportedError
 from wmtp.errors import WMTPError
 from wmtp.storage import Fetched, Storage, StoredFile
 from wmtp.storage.manifest import MANIFEST, Manifest
-from wmtp_storage.failures import explained, understand
+from wmtp_storage.failures import WrongAnswerError, explained, understand
 from wmtp_storage.fetch import fetch_into
 from wmtp_storage.localize import localize
 from wmtp_storage.push import push, remove, remove_leftovers
@@ -130,22 +130,20 @@ class ObjectStorage(Storage):
         """The objects of a folder, by pages of a thousand.
 
         Raises:
-            WMTPError: the store could not be asked.
+            WMTPError: the store could not be asked, or what came is no answer of its.
         """
         prefix = f"{uri.key}/" if uri.key else ""
         if uri.scheme.startswith("http") and (manifest := self._manifest(uri)) is not None:
             yield from self._of_manifest(uri, manifest)
             return
         try:
-            for page in obstore.list(self.store(uri), prefix=uri.key or None, chunk_size=1000):
+            for page in self.opened(uri).pages(prefix):
                 for meta in page:
                     # some stores take the prefix as a text, and give its neighbours too
                     if meta["path"].startswith(prefix):
                         yield _stored(meta, meta["path"][len(prefix) :])
-        except FileNotFoundError:
-            return
-        except (obstore.exceptions.BaseError, OSError, ValueError) as error:
-            if uri.scheme.startswith("http") and understand(error).status in _LISTS_NOTHING:
+        except (obstore.exceptions.BaseError, OSError, ValueError, WrongAnswerError) as error:
+            if uri.scheme.startswith("http") and _lists_nothing(error):
                 return
             raise self._not_listed(error, uri) from error
 
@@ -180,16 +178,19 @@ class ObjectStorage(Storage):
         """The object that has exactly this key; None where there is none, and for a URI that ends with a slash.
 
         Raises:
-            WMTPError: the store could not be asked.
+            WMTPError: the store could not be asked, or what came is no answer of its.
         """
         if not uri.key or uri.is_folder:
             return None
         try:
-            return _stored(obstore.head(self.store(uri), uri.key), PurePosixPath(uri.key).name)
+            meta = obstore.head(self.store(uri), uri.key)
         except FileNotFoundError:
             return None
         except (obstore.exceptions.BaseError, OSError, ValueError) as error:
             raise explained(self._with_reason(error, uri), uri) from error
+        if meta["e_tag"] is None and not meta["last_modified"].timestamp() and not uri.scheme.startswith("http"):
+            raise explained(WrongAnswerError("the answer has neither an ETag nor a time, as every object has"), uri)
+        return _stored(meta, PurePosixPath(uri.key).name)
 
     def _with_reason(self, error: Exception, uri: RemoteURI) -> Exception:
         """The answer to a HEAD has a status and no reason: a question whose answer has one fails likewise."""
@@ -197,7 +198,9 @@ class ObjectStorage(Storage):
         if failure.status in (None, 404) or failure.code or uri.scheme.startswith("http"):
             return error
         try:
-            next(iter(obstore.list(self.store(uri), prefix=uri.key, chunk_size=1)), None)
+            next(self.opened(uri).pages(f"{uri.key}/"), None)
+        except WrongAnswerError as reason:
+            return reason
         except (obstore.exceptions.BaseError, OSError, ValueError) as reason:
             return reason if understand(reason).code else error
         return error
@@ -256,6 +259,11 @@ class ObjectStorage(Storage):
         place = parse(uri)
         remove_leftovers(self, place)
         self.opened(place).abort_uploads(place.key)
+
+
+def _lists_nothing(error: Exception) -> bool:
+    """Whether a web server says that it lists no folders, or not this one."""
+    return isinstance(error, FileNotFoundError) or understand(error).status in _LISTS_NOTHING
 
 
 def _stored(meta: ObjectMeta, name: str) -> StoredObject:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import obstore
 from attrs import frozen
 
 from wmtp.errors import ConfigError
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
     from wmtp_storage.backend import StoredObject
@@ -21,8 +24,14 @@ if TYPE_CHECKING:
 
     #: what the store knows of an object's content; asked again, with True, where that did not match what came
     Checksum = Callable[[StoredObject, bool], StoreChecksum | None]
+    #: the objects whose keys begin with a folder's (``a/b/``; empty for all), by pages
+    Pages = Callable[[str], Iterator[Sequence[ObjectMeta]]]
+    #: the keys of what is directly in a folder, for hints
+    Names = Callable[[str], Iterable[str]]
+    #: copies the object at the first key to the second
+    Copy = Callable[[str, str], None]
 
-__all__ = ["Opened", "ca_bundle", "client_options", "opened"]
+__all__ = ["Opened", "ca_bundle", "client_options", "listed_pages", "opened"]
 
 _CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
@@ -74,6 +83,9 @@ class Opened:
     Args:
         store: tries a failed request again by itself.
         reader: does not: whoever reads from it goes on where it failed.
+        pages: lists a folder; raises `WrongAnswerError` where something else than the store answered.
+        names: lists what is directly in a folder, for hints.
+        copy: copies an object to another key of the store.
         checksum: of an object's content, as the store knows it.
         listed_checksum: what the listing says of it already; None where the store must be asked.
         abort_uploads: ends what was never uploaded to its end in a folder, which is given by its key.
@@ -82,6 +94,9 @@ class Opened:
 
     store: ObjectStore
     reader: ObjectStore
+    pages: Pages
+    names: Names
+    copy: Copy
     checksum: Checksum
     listed_checksum: Callable[[StoredObject], StoreChecksum | None]
     abort_uploads: Callable[[str], None]
@@ -91,6 +106,10 @@ class Opened:
 def opened(
     config: RemoteStorage,
     store: Callable[[RetryConfig], ObjectStore],
+    *,
+    pages: Pages | None = None,
+    names: Names | None = None,
+    copy: Copy | None = None,
     checksum: Checksum | None = None,
     listed_checksum: Callable[[StoredObject], StoreChecksum | None] | None = None,
     abort_uploads: Callable[[str], None] | None = None,
@@ -101,6 +120,9 @@ def opened(
     Args:
         config: of the backend.
         store: makes it. Retries are made with backoff and jitter: of server errors, 429, time-outs and lost connections.
+        pages: see `Opened`; None: as obstore lists.
+        names: see `Opened`; None: as obstore lists.
+        copy: see `Opened`; None: as obstore copies.
         checksum: see `Opened`; None for a store that tells none.
         listed_checksum: see `Opened`; None for a store whose listing tells none.
         abort_uploads: see `Opened`; None for a store that forgets them by itself.
@@ -111,11 +133,25 @@ def opened(
         "retry_timeout": timedelta(seconds=config.retry_timeout),
         "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2},
     }
+    patient = store(retries)
     return Opened(
-        store=store(retries),
+        store=patient,
         reader=store({"max_retries": 0}),
+        pages=pages if pages is not None else partial(listed_pages, patient),
+        names=names if names is not None else partial(_names, patient),
+        copy=copy if copy is not None else partial(obstore.copy, patient),
         checksum=checksum if checksum is not None else lambda *_: None,
         listed_checksum=listed_checksum if listed_checksum is not None else lambda _: None,
         abort_uploads=abort_uploads if abort_uploads is not None else lambda _: None,
         buckets=buckets,
     )
+
+
+def listed_pages(store: ObjectStore, prefix: str) -> Iterator[Sequence[ObjectMeta]]:
+    """List a folder as obstore does, by pages of a thousand."""
+    return iter(obstore.list(store, prefix=prefix.rstrip("/") or None, chunk_size=1000))
+
+
+def _names(store: ObjectStore, prefix: str) -> list[str]:
+    beside = obstore.list_with_delimiter(store, prefix=prefix.rstrip("/") or None)
+    return [*beside["common_prefixes"], *(each["path"] for each in beside["objects"])]

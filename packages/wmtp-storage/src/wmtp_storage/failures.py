@@ -16,16 +16,26 @@ from obstore.exceptions import (
 
 from wmtp.errors import WMTPError
 
-__all__ = ["Failure", "explained", "understand"]
+__all__ = ["Failure", "WrongAnswerError", "explained", "understand"]
 
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
+_TITLE = re.compile(r"<title[^>]*>([^<]*)</title>", re.IGNORECASE)
+#: what obstore says of an answer with status 200 that it cannot read
+_UNREADABLE = re.compile(
+    r"(?:Got invalid|Error decoding) (?:list|PROPFIND|multipart|DeleteObjects|bulk delete) response|\w[\w-]* Header missing"
+)
+_PERHAPS = "a proxy or a login page may have answered in the store's place"
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 _CREDENTIALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthFailure", "InvalidClientTokenId")
 _CLOCK = ("RequestTimeTooSkewed",)
 _MOVED = "Received redirect without LOCATION"
 _REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "TemporaryRedirect", "IllegalLocationConstraintException")
+
+
+class WrongAnswerError(WMTPError):
+    """An answer came, and is none to what was asked: nothing follows from it, least of all that something does not exist."""
 
 
 @frozen
@@ -50,7 +60,7 @@ def understand(error: BaseException) -> Failure:
     text = str(error)
     status = int(match[1]) if (match := _STATUS.search(text)) else None
     code = match[1] if (match := _CODE.search(text)) else ""
-    said = match[1] if (match := _MESSAGE.search(text)) else ""
+    said = match[1] if (match := _MESSAGE.search(text) or _TITLE.search(text)) else ""
     if status is None and _MOVED in text:  # obstore keeps what the server said of it to itself
         status = 301
     if status is not None:
@@ -70,12 +80,16 @@ def explained(error: BaseException, uri: object, what: str = "read") -> WMTPErro
         uri: what it is about.
         what: ``read``, ``written``, …: what could not be done.
     """
+    if isinstance(error, WrongAnswerError) and _PERHAPS not in str(error):
+        return WrongAnswerError(f"{uri} could not be {what}: {error}; {_PERHAPS}")
     if isinstance(error, WMTPError):
         return error
     if (provider := "External AWS credential provider: ") in (text := str(error)):
         reason = re.sub(r"^\w+: ", "", text.partition("\n")[0].partition(provider)[2])
         return WMTPError(f"{uri} could not be {what}: {reason}")
     failure = understand(error)
+    if failure.status is None and _UNREADABLE.search(str(error)):
+        return WrongAnswerError(f"{uri} could not be {what}: {_first_line(str(error))}; {_PERHAPS}")
     said = ": ".join(filter(None, (failure.code, failure.message)))
     could_not = f"{uri} could not be {what}"
     if failure.code == "NoSuchBucket":

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+import secrets
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import obstore
 from obstore.store import GCSStore
 
-from wmtp_storage.client import Opened, client_options, opened
+from wmtp_storage.client import Opened, client_options, listed_pages, opened
+from wmtp_storage.failures import WrongAnswerError
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import RetryConfig
+
     from wmtp_storage.config import GoogleStorage
     from wmtp_storage.uris import RemoteURI
 
 __all__ = ["open_gs"]
+
+_PAGE = 1000  # objects that Google lists at once
 
 
 def open_gs(config: GoogleStorage, uri: RemoteURI) -> Opened:
@@ -22,12 +31,38 @@ def open_gs(config: GoogleStorage, uri: RemoteURI) -> Opened:
     endpoint = config.endpoint or os.environ.get("GOOGLE_BASE_URL")
     if endpoint is not None:
         options["base_url"] = endpoint.rstrip("/")
-    return opened(
-        config,
-        lambda retries: GCSStore(
+
+    def store(retries: RetryConfig) -> GCSStore:
+        return GCSStore(
             uri.authority,
             config=options,  # type: ignore[arg-type]
             client_options=client_options(config, allow_http=(endpoint or "").startswith("http://")),
             retry_config=retries,
-        ),
-    )
+        )
+
+    asked = store({"max_retries": config.max_retries})
+    return opened(config, store, pages=lambda prefix: _pages(asked, prefix))
+
+
+def _pages(store: GCSStore, prefix: str) -> Iterator[Sequence[ObjectMeta]]:
+    """List a folder, and make sure of an end that may be the login page of a proxy, which obstore takes for an empty page.
+
+    Only its own client has the credentials to list by. So the listing is made again, and an object is asked for that does not
+    exist: a proxy says that it does, or what is no answer.
+
+    Raises:
+        WrongAnswerError: something else than the store answers.
+    """
+    count = 0
+    for page in listed_pages(store, prefix):
+        count += len(page)
+        yield page
+    if count % _PAGE:
+        return  # the last page was not full, and so not an empty one of another making
+    try:
+        obstore.head(store, f"{prefix}{secrets.token_hex(16)}")
+    except FileNotFoundError:
+        if count == sum(map(len, listed_pages(store, prefix))):
+            return
+        raise WrongAnswerError("two listings, one after the other, differ in length") from None
+    raise WrongAnswerError("an object is said to be there that nobody has made")

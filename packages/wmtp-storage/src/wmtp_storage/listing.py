@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-import obstore
 from attrs import evolve, frozen
 
 from wmtp.errors import WMTPError
 from wmtp.storage.copying import is_wanted
 from wmtp.storage.manifest import MANIFEST
+from wmtp_storage.failures import WrongAnswerError
 from wmtp_storage.push import INCOMPLETE
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] 
         listed = pool.submit(lambda: list(storage.objects(uri)))
         single = storage.head(uri)
         if single is not None:
+            if isinstance(wrong := listed.exception(), WrongAnswerError):  # who answered that may have answered this too
+                raise wrong
             return Listing((single,), is_folder=False)
         found = listed.result()
     if any(stored.name == INCOMPLETE for stored in found):
@@ -121,10 +123,9 @@ def _nothing_at(storage: ObjectStorage, uri: RemoteURI) -> str:
     for depth in reversed(range(len(steps))):
         parent = evolve(uri, key="/".join(steps[:depth]), is_folder=False)
         try:
-            beside = obstore.list_with_delimiter(storage.store(uri), prefix=parent.key or None)
+            paths = list(storage.opened(uri).names(f"{parent.key}/" if parent.key else ""))
         except Exception:  # the answer is for a hint only
             return f"{uri}: nothing is there"
-        paths = (*beside["common_prefixes"], *(each["path"] for each in beside["objects"]))
         if names := [PurePosixPath(path).name for path in paths]:
             close = difflib.get_close_matches(steps[depth], names, n=3) or sorted(names)[:5]
             return f"{uri}: nothing is there; in {parent} there is: {', '.join(close)}"

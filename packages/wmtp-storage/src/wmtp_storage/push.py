@@ -15,7 +15,7 @@ from attrs import frozen
 
 from wmtp.errors import WMTPError
 from wmtp_storage.aio import Budget, run, together
-from wmtp_storage.failures import explained
+from wmtp_storage.failures import WrongAnswerError, explained
 
 if TYPE_CHECKING:
     from wmtp_storage.backend import ObjectStorage
@@ -83,12 +83,18 @@ def remove_leftovers(storage: ObjectStorage, uri: RemoteURI) -> None:
     Raises:
         WMTPError: some of it could not be removed.
     """
-    half: dict[str, bool] = {}
     objects = list(storage.objects(uri))
+    folders: dict[str, set[str]] = {}
     for found in objects:
         folder, _, name = found.name.partition("/")
-        half[folder] = half.get(folder, False) or name == INCOMPLETE or _STAGING.search(folder) is not None
-    remove(storage, uri, [found.key for found in objects if half[found.name.partition("/")[0]]])
+        folders.setdefault(folder, set()).add(name)
+    # the mark is asked for again: the listing may be one of yesterday, out of the cache of a proxy
+    half = {
+        folder
+        for folder, names in folders.items()
+        if _STAGING.search(folder) or (INCOMPLETE in names and storage.head(uri.at(f"{folder}/{INCOMPLETE}")) is not None)
+    }
+    remove(storage, uri, [found.key for found in objects if found.name.partition("/")[0] in half])
 
 
 def _local_files(path: Path, what: str) -> list[_File]:
@@ -190,13 +196,13 @@ async def _whole(put: Awaitable[Any]) -> None:
 
 
 async def _copy(storage: ObjectStorage, files: list[_File], prefix: str, uri: RemoteURI) -> None:
-    store, room = storage.store(uri), Budget(storage.config.max_connections)
+    copy, room = storage.opened(uri).copy, Budget(storage.config.max_connections)
 
     async def one(file: _File) -> None:
         async with room.share(1):
             try:
-                await obstore.copy_async(store, f"{prefix}/{file.name}", uri.at(file.name).key)
-            except (obstore.exceptions.BaseError, OSError) as error:
+                await asyncio.to_thread(copy, f"{prefix}/{file.name}", uri.at(file.name).key)
+            except (obstore.exceptions.BaseError, OSError, WrongAnswerError) as error:
                 raise explained(error, uri.at(file.name), "replaced") from error
 
     await together(one(file) for file in files)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from wmtp_storage.backend import StoredObject
     from wmtp_storage.config import S3Storage
+    from wmtp_storage.s3_listing import S3Listing
     from wmtp_storage.s3_questions import S3Questions
     from wmtp_storage.uris import RemoteURI
 
@@ -83,7 +84,22 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
     def checksum(stored: StoredObject, did_not_match: bool) -> StoreChecksum | None:
         return questions().checksum(stored, did_not_match)
 
-    return opened(config, store, checksum, partial(_listed_checksum, config), abort_uploads, lambda: questions().buckets())
+    def listing() -> S3Listing:
+        from wmtp_storage.s3_listing import S3Listing
+
+        return S3Listing(questions(), bucket)
+
+    return opened(
+        config,
+        store,
+        pages=lambda prefix: listing().pages(prefix),
+        names=lambda prefix: listing().names(prefix),
+        copy=lambda source, target: questions().copy(bucket, source, target),
+        checksum=checksum,
+        listed_checksum=partial(_listed_checksum, config),
+        abort_uploads=abort_uploads,
+        buckets=lambda: questions().buckets(),
+    )
 
 
 def _listed_checksum(config: S3Storage, stored: StoredObject) -> StoreChecksum | None:

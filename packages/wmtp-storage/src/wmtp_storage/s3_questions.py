@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit, urlunsplit
 from xml.etree import ElementTree
 
 from attrs import Factory, field, frozen
@@ -17,10 +17,12 @@ from botocore.credentials import Credentials as BotoCredentials
 from botocore.exceptions import BotoCoreError, HTTPClientError
 from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
+from obstore.exceptions import GenericError
 
 from wmtp.errors import WMTPError
 from wmtp_storage.checksums import StoreChecksum, etag_md5, from_headers
 from wmtp_storage.client import ca_bundle
+from wmtp_storage.s3_answers import parsed
 
 if TYPE_CHECKING:
     from wmtp_storage.backend import StoredObject
@@ -91,19 +93,35 @@ class S3Questions:
             logger.debug("the buckets could not be asked for: %s", error)
             return []
 
+    def copy(self, bucket: str, source: str, target: str) -> None:
+        """Copy an object inside the bucket. obstore takes any answer for a success.
+
+        Raises:
+            WrongAnswerError: something else than the store answered.
+            GenericError: the store refused, or could not be reached.
+        """
+        url, headers = f"{self.address}/{quote(target)}", {"x-amz-copy-source": quote(f"/{bucket}/{source}")}
+        try:
+            parsed(self.send("PUT", url, headers), "CopyObjectResult")
+        except BotoCoreError as error:
+            raise GenericError(str(error)) from error
+
     def send(self, method: str, url: str, headers: Mapping[str, str] | None = None) -> AWSResponse:
         """Send a signed request without a body; again, with backoff and jitter, where the server is busy or cannot be reached.
 
         Raises:
             BotoCoreError: the server could not be reached.
         """
+        parts = urlsplit(url)
+        url = urlunsplit(parts._replace(path=parts.path or "/"))  # a path is what is signed, and what is sent has one
+        gives_up = time.monotonic() + self.config.retry_timeout
         for failures in range(self.config.max_retries + 1):
             request = AWSRequest(method, url, headers=dict(headers or {}))
             if self.config.requester_pays:
                 request.headers["x-amz-request-payer"] = "requester"
             if self.credentials is not None:
                 S3SigV4Auth(_for_botocore(self.credentials), "s3", self.region).add_auth(request)
-            is_last = failures == self.config.max_retries
+            is_last = failures == self.config.max_retries or time.monotonic() > gives_up
             try:
                 answer = self._session.send(request.prepare())
                 if is_last or (answer.status_code != 429 and answer.status_code < 500):

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
-from xml.etree import ElementTree
 
 from botocore.exceptions import BotoCoreError
 
 from wmtp.errors import WMTPError
+from wmtp_storage.failures import WrongAnswerError, explained
+from wmtp_storage.s3_answers import parsed, text_of
 
 if TYPE_CHECKING:
     from wmtp_storage.s3_questions import S3Questions
@@ -33,7 +34,7 @@ def abort_uploads(questions: S3Questions, folder: str) -> None:
         folder: its key; empty for the whole bucket.
 
     Raises:
-        WMTPError: the store could not be reached, or did not abort one.
+        WMTPError: the store could not be reached, answered what is no list of uploads, or did not abort one.
     """
     prefix = f"{folder}/" if folder else ""
     try:
@@ -45,6 +46,8 @@ def abort_uploads(questions: S3Questions, folder: str) -> None:
             logger.info("%s: an upload that never ended was aborted", key)
     except BotoCoreError as error:
         raise WMTPError(f"{prefix}: unfinished uploads could not be asked for: {error}") from error
+    except WrongAnswerError as error:
+        raise explained(error, f"unfinished uploads to {prefix or 'the bucket'}", "listed") from error
 
 
 def _unfinished(questions: S3Questions, prefix: str) -> list[tuple[str, str]]:
@@ -52,21 +55,21 @@ def _unfinished(questions: S3Questions, prefix: str) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     after: dict[str, str] = {}
     while True:
-        answer = questions.send("GET", f"{questions.address}?{urlencode({'uploads': '', 'prefix': prefix, **after})}")
+        words = urlencode({"uploads": "", "prefix": prefix, **after}, quote_via=quote, safe="")
+        answer = questions.send("GET", f"{questions.address}?{words}")
         if answer.status_code != 200:
             logger.warning(
                 "unfinished uploads of killed runs, if there are any, stay: the store does not tell them (HTTP status %d)",
                 answer.status_code,
             )
             return []
-        page = ElementTree.fromstring(answer.content)
-
-        def text(element: ElementTree.Element, name: str) -> str:
-            return element.findtext(f"{{*}}{name}") or ""
-
+        page = parsed(answer, "ListMultipartUploadsResult")
         for upload in page.findall("{*}Upload"):
-            if text(upload, "Key").startswith(prefix):
-                found.append((text(upload, "Key"), text(upload, "UploadId")))
-        if text(page, "IsTruncated") != "true":
+            if text_of(upload, "Key").startswith(prefix):
+                found.append((text_of(upload, "Key"), text_of(upload, "UploadId")))
+        if text_of(page, "IsTruncated") != "true":
             return found
-        after = {"key-marker": text(page, "NextKeyMarker"), "upload-id-marker": text(page, "NextUploadIdMarker")}
+        before = after
+        after = {"key-marker": text_of(page, "NextKeyMarker"), "upload-id-marker": text_of(page, "NextUploadIdMarker")}
+        if after == before:
+            raise WrongAnswerError("a page says that more follows, and names the same page again")

@@ -95,9 +95,16 @@ class Client:
         return execution
 
     def runs(self, statuses: Sequence[str]) -> list[Mapping[str, Any]]:
-        """The project's runs with one of these statuses, the newest of them."""
+        """The project's runs with one of these statuses, the newest of them.
+
+        Raises:
+            UnansweredError: what came is no list of runs; that none is alive does not follow from it.
+        """
         query = {"statuses": ",".join(statuses), "limit": 100}
-        return _tables(self._get(f"{self._project}/run_executions", query).get("results"))
+        answer = self._get(f"{self._project}/run_executions", query)
+        if not isinstance(answer.get("results", ()), list | None):
+            raise UnansweredError(f"VESSL's answer to the question for runs is no list of them: {json.dumps(answer)[:_SHOWN]}")
+        return _tables(answer["results"])
 
     def run(self, run: str) -> Mapping[str, Any]:
         """A run."""

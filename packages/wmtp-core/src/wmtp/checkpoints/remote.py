@@ -36,7 +36,7 @@ __all__ = ["CheckpointUpload", "RemoteCheckpoints", "remote_checkpoints"]
 logger = logging.getLogger("wmtp")
 
 _MARKER: Final = re.compile(r"step-(\d+)\.json")
-_UNFINISHED: Final = re.compile(r"step-\d+")
+_UNFINISHED: Final = re.compile(r"step-(\d+)")
 #: the name of a folder that a killed upload of another left beside its target
 _LEFT: Final = re.compile(r".*\.partial-[0-9a-f]{16}")
 #: seconds between two lines that say that the end of an upload is waited for
@@ -87,11 +87,9 @@ class RemoteCheckpoints:
         logger.info("fetching %s", uri)
 
         def write(partial: Path) -> None:
+            written = self._written(step)
             self._storage.fetch(uri, partial)
-            with tempfile.TemporaryDirectory(prefix="wmtp-") as temporary:
-                self._storage.fetch(f"{uri}.json", Path(temporary))
-                marker = json.loads(Path(temporary, f"step-{step}.json").read_text())
-            _check(partial, marker["files"], uri)
+            _check(partial, written, uri)
             try:
                 check_files(partial)
             except (OSError, ValueError) as error:
@@ -111,6 +109,29 @@ class RemoteCheckpoints:
             WMTPError: they could not be read.
         """
         self._storage.fetch(f"{self.uri}/{UPLOADED_FILES}", run_dir)
+
+    def _is_complete(self, step: int) -> bool:
+        """Ask for the marker of a checkpoint by its own name: what a listing does not show may be there all the same."""
+        return any(True for _ in self._storage.files(f"{self.uri}/step-{step}.json"))
+
+    def _written(self, step: int) -> Mapping[str, int]:
+        """Read the marker of a checkpoint: its files and their sizes.
+
+        Raises:
+            WMTPError: there is none, or what came is none.
+        """
+        uri = f"{self.uri}/step-{step}.json"
+        with tempfile.TemporaryDirectory(prefix="wmtp-") as temporary:
+            self._storage.fetch(uri, Path(temporary))
+            content = Path(temporary, f"step-{step}.json").read_bytes()
+        try:
+            marker = json.loads(content)
+            files = {str(name): int(size) for name, size in marker["files"].items()}
+            if marker["step"] == step:
+                return files
+        except (ValueError, TypeError, KeyError, AttributeError):
+            pass
+        raise WMTPError(f"{uri} is not what was uploaded: it begins with {content[:60].decode(errors='replace')!r}")
 
     def _names(self) -> set[str]:
         """What is directly in the folder."""
@@ -137,17 +158,26 @@ class RemoteCheckpoints:
     def tidy(self) -> None:
         """Remove what a killed run left half-uploaded. Only for the run that writes there.
 
+        What belongs to a complete checkpoint stays: before anything is removed, its marker is asked for once more.
+
         Raises:
-            WMTPError: it could not be removed.
+            WMTPError: it could not be removed, or the store contradicts itself.
         """
         self._storage.tidy(self.uri)
-        complete = {f"step-{step}" for step in self.steps()}
-        for name in self._names():
-            if _UNFINISHED.fullmatch(name) and name not in complete:
+        names = self._names()
+        for name in sorted(names):
+            if (match := _UNFINISHED.fullmatch(name)) and f"{name}.json" not in names:
+                if self._is_complete(int(match[1])):
+                    raise WMTPError(
+                        f"{self.uri}: the store lists {name} without {name}.json, which is there when it is asked for by name;"
+                        " nothing of it was removed; run it again when the store gives one answer"
+                    )
                 self._storage.remove(f"{self.uri}/{name}")
 
     def upload(self, checkpoint: Checkpoint, run_dir: Path, keep_last: int) -> None:
         """Upload a checkpoint and the files of its run, say last that it is whole, and remove older ones.
+
+        One that is there already, whole, is not touched: while it is replaced a kill would leave none.
 
         Args:
             checkpoint: on disk.
@@ -157,8 +187,13 @@ class RemoteCheckpoints:
         Raises:
             WMTPError: it could not be uploaded; checkpoints that were there before still are.
         """
-        name = checkpoint.path.name
-        self._storage.push(checkpoint.path, f"{self.uri}/{name}")
+        name, sizes = checkpoint.path.name, _sizes(checkpoint.path)
+        is_there = self._is_complete(checkpoint.step)
+        if is_there and self._written(checkpoint.step) != sizes:
+            self._storage.remove(f"{self.uri}/{name}.json")  # from here on it is no checkpoint
+            is_there = False
+        if not is_there:
+            self._storage.push(checkpoint.path, f"{self.uri}/{name}")
         with tempfile.TemporaryDirectory(prefix="wmtp-") as temporary:
             for path in run_dir.iterdir():
                 if path.is_file() and not path.name.startswith("."):
@@ -166,10 +201,13 @@ class RemoteCheckpoints:
                     copied = shutil.copyfile(path, Path(temporary, path.name))
                     self._storage.push(copied, f"{self.uri}/{UPLOADED_FILES}/{path.name}")
             marker = Path(temporary, f"{name}.json")
-            marker.write_text(json.dumps({"step": checkpoint.step, "files": _sizes(checkpoint.path)}, indent=2) + "\n")
+            marker.write_text(json.dumps({"step": checkpoint.step, "files": sizes}, indent=2) + "\n")
             self._storage.push(marker, f"{self.uri}/{marker.name}")
-        if keep_last:
-            for step in self.steps()[:-keep_last]:
+        steps = self.steps()
+        if checkpoint.step not in steps:
+            logger.warning("%s: the store does not list %s.json, which it has taken: older checkpoints stay", self.uri, name)
+        elif keep_last:
+            for step in steps[:-keep_last]:
                 self._storage.remove(f"{self.uri}/step-{step}.json")  # from here on it is no checkpoint
                 self._storage.remove(f"{self.uri}/step-{step}")
 

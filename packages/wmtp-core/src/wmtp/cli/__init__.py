@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from wmtp.cli import evaluate, use
 from wmtp.cli import files as file_commands
-from wmtp.errors import ConfigError, WMTPError, described
+from wmtp.errors import ConfigError, Terminated, WMTPError, described
 from wmtp.logs import set_up_logging
 
 __all__ = ["main", "run_from_shell"]
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; default: those of the process.
 
     Returns:
-        0 done; 1 the work failed; 2 the input is wrong; 3 a service refuses the user; 4 a service fails.
+        0 done; 1 the work failed; 2 the input is wrong; 3 a service refuses the user; 4 a service fails; 130 interrupted by
+        Ctrl-C (SIGINT); 143 ended by SIGTERM.
     """
     try:
         arguments = _parse(argv)
@@ -105,7 +107,7 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
 def _explained(error: BaseException) -> tuple[list[str], int]:
     """The lines to print, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        return ["interrupted"], 1
+        return ["interrupted"], 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     if isinstance(error, SystemExit):  # of a plugin; its code may be 0, as if the work were done
         return [f"the work was ended by sys.exit({error.code!r}){_place_in_plugin(error)}"], 1
     if isinstance(error, ConfigError):
@@ -140,7 +142,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="wmtp",
         description="Weighted multi-token-prediction fine-tuning of language models.",
         epilog="Exit codes: 0 done, 1 the work failed, 2 the input is wrong; of a service to launch on: 3 it refuses the user,"
-        " 4 it fails.",
+        " 4 it fails; 130 interrupted by Ctrl-C (SIGINT), 143 ended by SIGTERM: a run has saved a checkpoint then.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")

@@ -10,6 +10,7 @@ from wmtp.cli.facts import print_facts
 from wmtp.cli.files import chosen_storage
 from wmtp.cli.memory import memory_outlook
 from wmtp.cli.remote import cancel, dry_run_facts, launch, logs, metrics, status
+from wmtp.cli.run import outcome
 from wmtp.cli.run import report as report_run
 from wmtp.cli.start import start
 from wmtp.config.data_rules import eval_sources, train_sources
@@ -44,8 +45,10 @@ def _run(arguments: Namespace) -> tuple[Any, int]:
             print_facts(dict(facts))
             print("ok: nothing was trained")
         return dict(facts), 0
-    result = run_config(
-        arguments.files, overrides=arguments.overrides, run_name=arguments.run_name, tags=tags, resume=arguments.resume
+    result = outcome(
+        lambda: run_config(
+            arguments.files, overrides=arguments.overrides, run_name=arguments.run_name, tags=tags, resume=arguments.resume
+        )
     )
     return report_run(result, to_stdout=not arguments.json)
 

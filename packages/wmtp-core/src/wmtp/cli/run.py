@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import signal
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from wmtp.cli.facts import print_facts
 from wmtp.runs.result import Result
 
-__all__ = ["report"]
+__all__ = ["outcome", "report"]
 
 logger = logging.getLogger("wmtp")
 
 
+def outcome(train: Callable[[], Result]) -> Result:
+    """Train, and take the result of a run that Ctrl-C ended too: here no next run follows."""
+    try:
+        return train()
+    except KeyboardInterrupt as error:
+        if (result := getattr(error, "result", None)) is None:
+            raise
+        return result
+
+
 def report(result: Result, *, to_stdout: bool) -> tuple[dict[str, Any], int]:
-    """The answer for ``--json`` and the exit code; printed too where ``to_stdout`` says so."""
+    """The answer for ``--json`` and the exit code; printed too where ``to_stdout`` says so.
+
+    After a signal the code is the one that a shell gives to a process that died of it: 130 or 143.
+    """
     answer = {
         "run_dir": result.run_dir,
         "model": result.model,
@@ -23,6 +37,7 @@ def report(result: Result, *, to_stdout: bool) -> tuple[dict[str, Any], int]:
         "steps": result.steps,
         "metrics": dict(result.metrics),
         "status": result.status,
+        "signal": result.signal,
     }
     if to_stdout:
         facts = {
@@ -36,8 +51,9 @@ def report(result: Result, *, to_stdout: bool) -> tuple[dict[str, Any], int]:
         print_facts(facts)
     if result.status == "interrupted":
         logger.info("interrupted; go on with: wmtp run --resume %s", result.run_dir)
-        return answer, 1
-    return answer, 0
+    if result.signal is not None:
+        return answer, 128 + signal.Signals[result.signal]
+    return answer, 1 if result.status == "interrupted" else 0
 
 
 def _headline(metrics: Mapping[str, float]) -> list[str]:

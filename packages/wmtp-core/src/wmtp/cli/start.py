@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wmtp.cli.facts import print_facts
-from wmtp.cli.run import report
+from wmtp.cli.run import outcome, report
 
 __all__ = ["start"]
 
@@ -22,4 +22,5 @@ def start(arguments: Namespace) -> tuple[Any, int]:
             print_facts(facts)
             print("ok: nothing was fetched or trained")
         return facts, 0
-    return report(startup.start(arguments.files, arguments.overrides), to_stdout=not arguments.json)
+    result = outcome(lambda: startup.start(arguments.files, arguments.overrides))
+    return report(result, to_stdout=not arguments.json)

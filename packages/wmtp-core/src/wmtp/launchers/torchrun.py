@@ -9,15 +9,19 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attrs import evolve
+
 from wmtp.config.load import load
 from wmtp.config.tree import dump_config
 from wmtp.distributed.environment import Nodes, interface_of, own_address
-from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.errors import ConfigError, PluginError, Terminated, WMTPError
 from wmtp.runs.result import Result
 
 if TYPE_CHECKING:
@@ -46,7 +50,7 @@ def launch(config: Config, nodes: Nodes, count: int, *, run_dir: Path | None, re
 
     Raises:
         ConfigError, PluginError, WMTPError: as one of the processes said, or one of them died.
-        KeyboardInterrupt: a signal ended them before they could write a checkpoint.
+        KeyboardInterrupt: a signal ended them before they could write a checkpoint; `Terminated` where it was SIGTERM.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -70,20 +74,37 @@ def launch(config: Config, nodes: Nodes, count: int, *, run_dir: Path | None, re
         _quiet()
         share_cores(count)
         failed: ChildFailedError | None = None
-        interrupted = False
+        received: str | None = None
         try:
-            elastic_launch(LaunchConfig(**options), sys.executable)("-m", "wmtp.launchers.worker", folder)
+            with _signals_kept():
+                elastic_launch(LaunchConfig(**options), sys.executable)("-m", "wmtp.launchers.worker", folder)
         except ChildFailedError as error:
             failed = error
-        except SignalException:
-            interrupted = True
+        except SignalException as error:
+            received = error.sigval.name
         except (RuntimeError, RendezvousError) as error:  # the other machines are not there
             raise WMTPError(f"launcher: the processes could not be started: {error}") from error
         if (result := read_result(job)) is not None:
-            return result
-        if interrupted:
-            raise KeyboardInterrupt
+            # Ctrl-C may have come when the processes had done their work: a loop over runs ends nevertheless
+            return evolve(result, signal="SIGINT") if received == "SIGINT" else result
+        if received is not None:
+            raise KeyboardInterrupt if received == "SIGINT" else Terminated
         raise _explained(job, failed, "" if run_dir is None else f"; {_last_checkpoint(config, run_dir)}")
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Put signal handlers back: torchrun's would raise an ordinary exception for every later Ctrl-C of this process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
+    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None)) is not None}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _write_job(job: Path, config: Config, run_dir: Path | None, *, resume: bool) -> None:
@@ -159,6 +180,7 @@ def write_result(job: Path, result: Result) -> None:
         "steps": result.steps,
         "metrics": dict(result.metrics),
         "status": result.status,
+        "signal": result.signal,
     }
     draft = job / "result.json.new"
     draft.write_text(json.dumps(facts))
@@ -179,6 +201,7 @@ def read_result(job: Path) -> Result | None:
         steps=facts["steps"],
         metrics=facts["metrics"],
         status=facts["status"],
+        signal=facts["signal"],
     )
 
 

@@ -21,6 +21,7 @@ class Result:
         steps: optimizer steps done, over all resumes.
         metrics: the last logged value of every metric.
         status: ``finished``; ``stopped`` by early stopping; ``interrupted`` by a signal, with a checkpoint to go on from.
+        signal: the signal that ended the run, ``SIGINT`` or ``SIGTERM``; None for none.
     """
 
     run_dir: Path
@@ -29,3 +30,4 @@ class Result:
     steps: int
     metrics: Mapping[str, float]
     status: str = "finished"
+    signal: str | None = None

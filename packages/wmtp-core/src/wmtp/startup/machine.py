@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from wmtp.config.schema import Config
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, Terminated
 from wmtp.launchers.samples import sample, sample_line
 from wmtp.storage.uris import file_path, scheme_of
 
@@ -73,8 +73,16 @@ def _unwritable(folder: Path) -> str | None:
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends this process as Ctrl-C does. Without this, process 1 of a container does not even hear it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """SIGTERM ends this process as Ctrl-C does. Without this, process 1 of a container does not even hear it.
+
+    Raises:
+        Terminated: it came.
+    """
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:

@@ -42,7 +42,7 @@ def start(files: Sequence[str], overrides: Iterable[str] = ()) -> Result:
     Raises:
         ConfigError: config, machine or models are not as they must be.
         WMTPError: something could not be fetched, or the training failed.
-        KeyboardInterrupt: a signal came while things were fetched.
+        KeyboardInterrupt: Ctrl-C; see `wmtp.run`. SIGTERM while things were fetched raises `Terminated`.
     """
     from wmtp.api import run
 

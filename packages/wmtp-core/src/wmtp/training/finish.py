@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -110,12 +111,32 @@ def report(run_dir: Path, status: str, tracker: Tracker) -> None:
 
 
 def finish_tracking(
-    tracker: Tracker, status: Literal["finished", "stopped", "interrupted", "failed"], saved_model: Path | None
+    tracker: Tracker,
+    status: Literal["finished", "stopped", "interrupted", "failed"],
+    saved_model: Path | None,
+    *,
+    patience: float | None = None,
 ) -> None:
-    """Tell the tracker that the run has ended, and say where it can be seen."""
-    try:
-        tracker.finish(status, saved_model)
-        if (location := tracker.location()) is not None:
-            logger.info("tracking  %s", location)
-    except Exception as error:
-        logger.warning("the tracker failed at the end: %s; metrics.jsonl has everything", error)
+    """Tell the tracker that the run has ended, and say where it can be seen.
+
+    Args:
+        tracker: of the run.
+        status: how the run has ended.
+        saved_model: the trained model's folder, where there is one.
+        patience: seconds after which the tracker is left behind; None for no limit.
+    """
+
+    def finish() -> None:
+        try:
+            tracker.finish(status, saved_model)
+            if (location := tracker.location()) is not None:
+                logger.info("tracking  %s", location)
+        except Exception as error:
+            logger.warning("the tracker failed at the end: %s; metrics.jsonl has everything", error)
+
+    if patience is None:
+        finish()
+        return
+    thread = threading.Thread(target=finish, name="wmtp-tracker-end", daemon=True)
+    thread.start()
+    thread.join(patience)

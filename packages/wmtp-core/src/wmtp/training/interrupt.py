@@ -8,6 +8,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wmtp.distributed.ranks import Ranks
 
 __all__ = ["Interrupt", "catch_signals"]
 
@@ -22,6 +26,10 @@ class Interrupt:
     """
 
     requested: str | None = None
+
+    def agreed(self, ranks: Ranks) -> str | None:
+        """The signal that any of the processes got; Ctrl-C counts more than SIGTERM."""
+        return next((name for name in ("SIGINT", "SIGTERM") if ranks.any(self.requested == name)), None)
 
 
 @contextmanager

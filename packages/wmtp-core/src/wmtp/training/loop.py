@@ -51,12 +51,14 @@ class FitResult:
         steps: optimizer steps done, over all resumes.
         metrics: the last value of every metric.
         checkpoint: the newest checkpoint, if there is any.
+        signal: the name of the signal that interrupted it.
     """
 
     status: Literal["finished", "stopped", "interrupted"]
     steps: int
     metrics: Mapping[str, float]
     checkpoint: Path | None
+    signal: str | None = None
 
 
 @define(kw_only=True, eq=False)
@@ -118,6 +120,9 @@ class Fit:
         try:
             with catch_signals() as interrupt:
                 status = self._steps(interrupt)
+            signal = interrupt.agreed(self._ranks)
+            if signal is not None:  # it may have come in the very last step
+                status = "interrupted"
             if self.checkpoints.save_final or status == "interrupted":
                 self._save()
             self._ranks.pause()
@@ -126,7 +131,7 @@ class Fit:
             if self._log is not None:
                 self._log.close()
             self.recorder.close()
-        return FitResult(status=status, steps=self._step, metrics=self._last, checkpoint=self._newest())
+        return FitResult(status=status, steps=self._step, metrics=self._last, checkpoint=self._newest(), signal=signal)
 
     def _open_files(self) -> None:
         self.recorder.open(self.metrics_path.parent, self._step)

@@ -41,6 +41,8 @@ __all__ = ["train"]
 
 logger = logging.getLogger("wmtp")
 
+_AFTER_CTRL_C = 3.0  #: seconds that a tracker has to close the run
+
 
 def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) -> Result:
     """Train in this process.
@@ -128,6 +130,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             upload.put(saved[-1])
     status = "failed"
     saved_model: Path | None = None
+    is_aborted = False
     measurements: dict[str, float] = {}
     try:
         fit = Fit(
@@ -184,15 +187,18 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
                 show_sample(model, source.tokenizer, data.eval or data.train, device)
         ranks.on_main(lambda: upload.finish(saved_model) if upload is not None else None)
         status = outcome.status
+    except KeyboardInterrupt:  # the second Ctrl-C, or the first one after the last step: it ends now
+        status, is_aborted = "interrupted", True
+        raise
     except Exception:
         if upload is not None:  # what was saved before must not be lost too
             with suppress(WMTPError):  # it has been said
                 upload.finish()
         raise
     finally:
-        if ranks.is_main:
+        if ranks.is_main and not is_aborted:
             report(run_dir, status, tracker)
-        finish_tracking(tracker, status, saved_model)
+        finish_tracking(tracker, status, saved_model, patience=_AFTER_CTRL_C if is_aborted else None)
     return Result(
         run_dir=run_dir,
         model=saved_model,
@@ -200,4 +206,5 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         steps=outcome.steps,
         metrics={**outcome.metrics, **measurements},
         status=outcome.status,
+        signal=outcome.signal,
     )

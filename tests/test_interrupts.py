@@ -1,0 +1,232 @@
+"""Ctrl-C in loops over runs and over other long work, in processes of their own, as a user presses it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from wmtp_storage.testing import s3_server
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import command, environment
+
+__all__ = ["s3_server"]
+
+LOOP = """
+import logging, signal, sys
+import wmtp
+logging.basicConfig(level=logging.INFO)
+handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+try:
+    for name in ("first", "second", "third"):
+        result = wmtp.run({recipe!r}, run_name=name, overrides={overrides!r})
+        assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        print(name, result.status, result.signal, flush=True)
+except KeyboardInterrupt as error:
+    if not hasattr(error, "result"):
+        raise
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    print("ended", error.result.status, error.result.signal, error.result.checkpoint.is_dir(), error.result.steps, flush=True)
+    raise
+"""
+LONG = ["train.max_steps=100000", "schedule.type=constant", "checkpoints.save_interval=100000"]
+
+
+def start(words, **variables):
+    """A process that is the first of a group, as a command in a terminal is."""
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | variables, start_new_session=True
+    )
+
+
+def loop(recipe, overrides):
+    return start([sys.executable, "-c", LOOP.format(recipe=str(recipe), overrides=overrides)])
+
+
+def wait_for_steps(process, run_dir, count):
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def press_ctrl_c(process):
+    """The terminal sends the signal to the whole group."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_ends_a_loop_over_runs(recipe, tmp_path, processes):
+    process = loop(recipe, [*LONG, f"launcher.processes={processes}"])
+    wait_for_steps(process, tmp_path / "runs/first", 4)
+    press_ctrl_c(process)
+    out, err = process.communicate(timeout=120)
+    word, status, number, has_checkpoint, steps = out.split()
+    assert (word, status, number, has_checkpoint) == ("ended", "interrupted", "SIGINT", "True"), err
+    assert process.returncode == -signal.SIGINT, "an interrupted Python ends as by the signal"
+    assert (tmp_path / f"runs/first/checkpoints/step-{steps}/checkpoint.json").exists()
+    assert "KeyboardInterrupt: interrupted after" in err
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.name[0] != "."] == ["first"]
+    assert json.loads((tmp_path / "runs/first/run.json").read_text())["status"] == "interrupted"
+
+
+def test_sigterm_hands_the_result_back(recipe, tmp_path):
+    process = loop(recipe, LONG)
+    wait_for_steps(process, tmp_path / "runs/first", 4)
+    process.terminate()
+    wait_for_steps(process, tmp_path / "runs/second", 4)
+    press_ctrl_c(process)
+    out, err = process.communicate(timeout=120)
+    first, second = out.splitlines()
+    assert first == "first interrupted SIGTERM", err
+    assert second.startswith("ended interrupted SIGINT True")
+    assert not (tmp_path / "runs/third").exists()
+
+
+def test_ctrl_c_in_the_last_step_ends_the_loop_too(recipe, tmp_path):
+    """The signal came when there was no step left before which it could be seen."""
+    words = LOOP.format(recipe=str(recipe), overrides=["train.max_steps=8"])
+    late = (
+        "import os, signal\nfrom wmtp.training.loop import Fit\nsteps = Fit._steps\n"
+        "def late(self, interrupt):\n    status = steps(self, interrupt)\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return status\nFit._steps = late\n"
+    )
+    process = start([sys.executable, "-c", late + words])
+    out, err = process.communicate(timeout=120)
+    assert out == "ended interrupted SIGINT True 8\n", err
+    resumed = subprocess.run(
+        command("run", "--resume", tmp_path / "runs/first", "--json"), capture_output=True, text=True, env=environment()
+    )
+    assert json.loads(resumed.stdout)["status"] == "finished", resumed.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_exit_codes_of_the_command(recipe, tmp_path, number, code, processes):
+    sets = [word for override in (*LONG, f"launcher.processes={processes}") for word in ("--set", override)]
+    process = start(command("run", recipe, "--run-name", "x", "--json", *sets))
+    wait_for_steps(process, tmp_path / "runs/x", 4)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    answer = json.loads(out)
+    assert (answer["status"], answer["signal"]) == ("interrupted", number.name)
+    assert Path(answer["checkpoint"]).is_dir()
+    assert "Traceback" not in err
+    assert not [line for line in err.splitlines() if line.startswith("error")]
+    assert f"go on with: wmtp run --resume {tmp_path}/runs/x" in err
+
+
+SLOW = """
+import sys, time
+from wmtp.training import loop
+save = loop.save_checkpoint
+def slow(*arguments):
+    print("saving", flush=True)
+    time.sleep(60)
+    return save(*arguments)
+loop.save_checkpoint = slow
+"""
+
+
+def test_the_second_ctrl_c_ends_at_once(recipe, tmp_path):
+    process = start([sys.executable, "-c", SLOW + LOOP.format(recipe=str(recipe), overrides=LONG)])
+    wait_for_steps(process, tmp_path / "runs/first", 4)
+    press_ctrl_c(process)
+    assert process.stdout.readline() == "saving\n"
+    began = time.monotonic()
+    press_ctrl_c(process)
+    out, err = process.communicate(timeout=50)
+    assert time.monotonic() - began < 10
+    assert process.returncode == -signal.SIGINT
+    assert out == "", "there is no result, and no next run"
+    assert "KeyboardInterrupt" in err
+    assert not (tmp_path / "runs/second").exists()
+    assert not list((tmp_path / "runs/first/checkpoints").glob("step-*"))
+
+
+def test_the_second_ctrl_c_does_not_wait_for_a_tracker(recipe, tmp_path):
+    stuck = "import time\nfrom wmtp.tracking.jsonl import Jsonl\nJsonl.finish = lambda *_: time.sleep(60)\n"
+    process = start([sys.executable, "-c", stuck + SLOW + LOOP.format(recipe=str(recipe), overrides=LONG)])
+    wait_for_steps(process, tmp_path / "runs/first", 4)
+    press_ctrl_c(process)
+    assert process.stdout.readline() == "saving\n"
+    press_ctrl_c(process)
+    began = time.monotonic()
+    process.communicate(timeout=50)
+    assert time.monotonic() - began < 15
+    assert process.returncode == -signal.SIGINT
+
+
+def test_the_second_ctrl_c_ends_all_processes(recipe, tmp_path):
+    """The ranks are processes of other groups, which the terminal does not reach."""
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow/sitecustomize.py").write_text(
+        "import pathlib, time\nfrom wmtp.training.interrupt import Interrupt\nagreed = Interrupt.agreed\n"
+        "def slow(self, ranks):\n    found = agreed(self, ranks)\n"
+        f"    pathlib.Path({str(tmp_path)!r}, 'slow', str(ranks.rank)).touch()\n    time.sleep(60)\n    return found\n"
+        "Interrupt.agreed = slow\n"
+    )
+    words = [sys.executable, "-c", LOOP.format(recipe=str(recipe), overrides=[*LONG, "launcher.processes=2"])]
+    process = start(words, PYTHONPATH=str(tmp_path / "slow"))
+    wait_for_steps(process, tmp_path / "runs/first", 4)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    press_ctrl_c(process)
+    while not all((tmp_path / f"slow/{rank}").exists() for rank in range(2)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    press_ctrl_c(process)
+    began = time.monotonic()
+    process.communicate(timeout=50)
+    assert time.monotonic() - began < 20
+    assert process.returncode == -signal.SIGINT
+    assert len(ranks) >= 2
+    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()], "a rank outlives its launcher"
+    assert not (tmp_path / "runs/second").exists()
+
+
+#: long work of the library, each of which a loop may hold
+WORK = {
+    "evaluate": "from wmtp.evaluation.command import evaluate_model\n"
+    'work = lambda: evaluate_model({run!r}, overrides=[\'eval=[{{type="perplexity"}}, {{type="token-accuracy"}}]\'])',
+    "export": "from wmtp.export.command import export_model\nimport tempfile\n"
+    "work = lambda: export_model({run!r}, tempfile.mkdtemp(dir={folder!r}) + '/out', format='hf')",
+    "push": "from pathlib import Path\nfrom wmtp_storage import S3Storage\nstorage = S3Storage().build()\n"
+    "work = lambda: storage.push(Path({model!r}), {uri!r})",
+    "fetch": "from pathlib import Path\nimport tempfile\nfrom wmtp_storage import S3Storage\nstorage = S3Storage().build()\n"
+    "work = lambda: storage.fetch({uri!r}, Path(tempfile.mkdtemp(dir={folder!r})))",
+    "report": "from wmtp.report import write_report\nwork = lambda: write_report([{run!r}])",
+}
+
+
+@pytest.fixture
+def finished(recipe, wmtp, tmp_path):
+    done = wmtp("run", recipe, "--run-name", "done", "--set", "train.max_steps=8")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "runs/done"
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_ctrl_c_ends_a_loop_over_other_long_work(finished, s3_server, tmp_path, monkeypatch, name):
+    for key, value in s3_server.environment.items():
+        monkeypatch.setenv(key, value)
+    uri = f"s3://{s3_server.bucket()}/model"
+    from wmtp_storage import S3Storage
+
+    S3Storage().build().push(finished / "model", uri)
+    places = {"run": str(finished), "model": str(finished / "model"), "uri": uri, "folder": str(tmp_path)}
+    code = WORK[name].format(**places) + "\nwhile True:\n    work()\n    print('once', flush=True)\n"
+    draw = random.Random(name)
+    for _ in range(3):
+        process = start([sys.executable, "-c", code])
+        assert process.stdout.readline() == "once\n", process.communicate()
+        time.sleep(draw.uniform(0, 0.5))
+        press_ctrl_c(process)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGINT, err
