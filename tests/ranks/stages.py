@@ -20,7 +20,7 @@ from wmtp.models.sharding import Sharding, spread
 from wmtp.optim.config import AdamW
 from wmtp.optim.master_weights import MasterWeights
 from wmtp.testing.steps import random_step
-from wmtp.training import Stage
+from wmtp.trainers import Stage
 from wmtp.training.stages import apply_stage
 from wmtp_algos import BaselineMTP
 

@@ -19,7 +19,7 @@ from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
 from wmtp.optim.config import AdamW
 from wmtp.optim.master_weights import MasterWeights
-from wmtp.training import Stage
+from wmtp.trainers import Stage
 from wmtp.training.stages import apply_stage
 
 sys.path.insert(0, str(Path(__file__).parent))
