@@ -19,7 +19,6 @@ __all__ = [
     "pick_device",
     "pick_precision",
     "prefer_fast_attention",
-    "statistics_dtype",
 ]
 
 logger = logging.getLogger("wmtp")
@@ -92,8 +91,3 @@ def prefer_fast_attention(device: torch.device) -> Iterator[None]:
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
         yield
-
-
-def statistics_dtype(device: torch.device) -> torch.dtype:
-    """What sums over a batch are added in: fp64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
