@@ -29,9 +29,9 @@ from wmtp.tracking import Tracker
 from wmtp.trainers import StepView, Trainer, TrainerSetup
 from wmtp.training.loop import Fit
 from wmtp.training.memory import estimate_memory
-from wmtp.training.recording import Recorder
-from wmtp.training.stages import StagePlan
+from wmtp.training.stages import StageBatches, StagePlan
 from wmtp.training.step import StepLoss
+from wmtp.training.telemetry import Recorder
 
 _NO_TOKENIZER: Any = None
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,9 +59,6 @@ class _Rows:
 
     def locate(self, step: int) -> tuple[int, int]:
         return 0, step
-
-    def at(self, _: StagePlan, step: int) -> tuple[_Rows, int]:
-        return self, step
 
 
 def _batch(shape: Shape, step: int, documents_a_row: int) -> Batch:
@@ -184,6 +181,7 @@ def _run(
         rows: Any = _Rows(shape, documents_a_row)  # no data set stands behind it
         with tempfile.TemporaryDirectory() as folder:
             total = warmup + steps + 1
+            plan = StagePlan.make(trainer.stages(), warmup_steps=0, total_steps=total, trainer_name="bench")
             fit = Fit(
                 step_loss=StepLoss(
                     model=model,
@@ -197,8 +195,7 @@ def _run(
                     master_weights=masters,
                 ),
                 modules=modules,
-                plan=StagePlan.make(trainer.stages(), warmup_steps=0, total_steps=total, trainer_name="bench"),
-                batches=rows,
+                batches=StageBatches(plan, [rows] * len(plan.stages)),
                 eval_batches=(),
                 optimizer=optimizer,
                 schedule=ScheduleConfig(type="constant"),

@@ -16,7 +16,7 @@ from wmtp.models.config import ScratchModel
 from wmtp.models.sharding import Sharding, spread
 from wmtp.optim.build import change_learning_rate
 from wmtp.optim.config import AdamW, Muon
-from wmtp.optim.gradients import clip_gradients, gradient_norm
+from wmtp.optim.update import clip_gradients, gradient_norm
 from wmtp.plugins import load_plugins
 from wmtp.testing.steps import random_step
 from wmtp.tokenizers.config import Bytes

@@ -6,8 +6,7 @@ from attrs import evolve, frozen
 
 from wmtp.checkpoints.find import compare_data
 from wmtp.data.batch import align_targets
-from wmtp.distributed.ranks import ALONE, Ranks
-from wmtp.distributed.share import Share
+from wmtp.distributed.ranks import ALONE, Ranks, Share
 from wmtp.errors import ConfigError
 from wmtp.testing.steps import random_step
 

@@ -8,8 +8,8 @@ from attrs import evolve
 from torch.utils.checkpoint import checkpoint
 
 from wmtp.loss import Unembedding, token_pass, weighted_cross_entropy
-from wmtp.loss import dispatch as solve
-from wmtp.loss.spec import Problem, flatten
+from wmtp.loss import cross_entropy as solve
+from wmtp.loss.cross_entropy import Problem, flatten
 from wmtp.loss.torch_backend import plain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -23,7 +23,7 @@ else:
     from attrs import evolve
 
     from wmtp.loss import Unembedding
-    from wmtp.loss.spec import Problem, flatten
+    from wmtp.loss.cross_entropy import Problem, flatten
     from wmtp.loss.torch_backend import lists, plain
     from wmtp.loss.triton import fused
 

@@ -13,9 +13,9 @@ from torch import nn
 from wmtp.optim import master_weights
 from wmtp.optim.build import change_learning_rate
 from wmtp.optim.config import AdamW, Muon
-from wmtp.optim.gradients import clip_gradients, gradient_norm
 from wmtp.optim.master_adamw import MasterAdamW
 from wmtp.optim.master_weights import MasterWeights
+from wmtp.optim.update import clip_gradients, gradient_norm
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)

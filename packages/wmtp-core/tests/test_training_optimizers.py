@@ -8,7 +8,7 @@ import torch
 from wmtp.config.schema import ScheduleConfig
 from wmtp.optim.build import change_learning_rate
 from wmtp.optim.config import AdamW, Muon
-from wmtp.optim.schedule import learning_rate_factor
+from wmtp.optim.update import learning_rate_factor
 
 
 def parameters():

@@ -10,12 +10,14 @@ from attrs import evolve
 
 from wmtp.config.schema import ReportConfig
 from wmtp.data.batch import PADDING, Batch, Document, align_targets
+from wmtp.loss.weights import weight_histogram
 from wmtp.runs.weight_bins import WEIGHT_BINS
 from wmtp.testing.steps import HORIZON, VOCAB_SIZE, make_view, random_step
 from wmtp.tokenizers.bytes import BytesTokenizer
 from wmtp.trainers import Trainer
-from wmtp.training.recording import Recorder, TokenRecord, weight_histogram
+from wmtp.training.recording import TokenRecord
 from wmtp.training.step import StepOutput
+from wmtp.training.telemetry import Recorder
 
 
 def plain_histogram(weights, valid):

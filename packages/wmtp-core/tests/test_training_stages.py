@@ -45,11 +45,11 @@ def test_the_last_stage_ends_with_the_run():
 
 def test_stages_that_share_documents_go_on_in_one_order():
     first, second = object(), object()
-    batches = StageBatches([first, second, first])
-    at = [batches.at(plan(), step) for step in range(9)]
+    batches = StageBatches(plan(), [first, second, first])
+    at = [batches.locate(step) for step in range(9)]
     assert at == [(first, 0), (first, 1), (first, 2), (first, 3), (second, 0), (second, 1), (second, 2), (first, 4), (first, 5)]
-    sooner = plan().ended(2)
-    assert [batches.at(sooner, step) for step in (1, 2, 4, 5)] == [(first, 1), (second, 0), (second, 2), (first, 2)]
+    batches.end_stage(2)
+    assert [batches.locate(step) for step in (1, 2, 4, 5)] == [(first, 1), (second, 0), (second, 2), (first, 2)]
 
 
 # --- what learns in a stage

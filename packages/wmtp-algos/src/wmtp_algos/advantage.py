@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wmtp.data.batch import PADDING
-from wmtp.devices import statistics_dtype
+from wmtp.loss.weights import statistics_dtype
 
 __all__ = [
     "advantage_weights",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wmtp.devices import statistics_dtype
+from wmtp.loss.weights import statistics_dtype
 from wmtp_algos.control import ControlTrainer
 
 __all__ = ["RandomMatchedTrainer"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wmtp.devices import statistics_dtype
+from wmtp.loss.weights import statistics_dtype
 
 __all__ = ["RunningMean"]
 

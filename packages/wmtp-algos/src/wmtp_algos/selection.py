@@ -8,7 +8,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from wmtp.devices import statistics_dtype
+from wmtp.loss.weights import statistics_dtype
 from wmtp.trainers import StepView
 
 __all__ = ["Groups", "Scope"]

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     )
     from wmtp.plugins.hookspecs import hookimpl
     from wmtp.runs.result import Result
-    from wmtp.trainers.base import Stage, Trainer, TrainerSetup
-    from wmtp.trainers.views import HiddenView, StepView
+    from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
+    from wmtp.trainers.setup import TrainerSetup
 
     __version__: str
 
@@ -68,20 +68,20 @@ _HOMES = {
     "ConfigError": "wmtp.errors",
     "DataLoaderConfig": "wmtp.plugins.contract",
     "EvaluatorConfig": "wmtp.plugins.contract",
-    "HiddenView": "wmtp.trainers.views",
+    "HiddenView": "wmtp.trainers.base",
     "LauncherConfig": "wmtp.plugins.contract",
     "ModelLoaderConfig": "wmtp.plugins.contract",
     "OptimizerConfig": "wmtp.plugins.contract",
     "PluginError": "wmtp.errors",
     "Result": "wmtp.runs.result",
     "Stage": "wmtp.trainers.base",
-    "StepView": "wmtp.trainers.views",
+    "StepView": "wmtp.trainers.base",
     "StorageBackendConfig": "wmtp.plugins.contract",
     "TokenizerConfig": "wmtp.plugins.contract",
     "TrackerConfig": "wmtp.plugins.contract",
     "Trainer": "wmtp.trainers.base",
     "TrainerConfig": "wmtp.plugins.contract",
-    "TrainerSetup": "wmtp.trainers.base",
+    "TrainerSetup": "wmtp.trainers.setup",
     "WMTPError": "wmtp.errors",
     "hookimpl": "wmtp.plugins.hookspecs",
     "load_config": "wmtp.config.load",

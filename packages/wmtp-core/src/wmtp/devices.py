@@ -20,7 +20,6 @@ __all__ = [
     "pick_device",
     "pick_precision",
     "prefer_fast_attention",
-    "statistics_dtype",
 ]
 
 logger = logging.getLogger("wmtp")
@@ -93,11 +92,6 @@ def prefer_fast_attention(device: torch.device) -> Iterator[None]:
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
         yield
-
-
-def statistics_dtype(device: torch.device) -> torch.dtype:
-    """What sums over a batch are added in: fp64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 _THREADS_BESIDE_A_GPU = 2

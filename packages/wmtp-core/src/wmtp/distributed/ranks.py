@@ -6,21 +6,22 @@ before the first step) is agreed by all ranks, so that none waits for one that h
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
-from wmtp.errors import ConfigError, PluginError, WMTPError, described
+from wmtp.data.batch import Batch
+from wmtp.distributed.failures import Failure, heard
+from wmtp.errors import WMTPError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ALONE", "Ranks", "Watch"]
+__all__ = ["ALONE", "Ranks", "Share", "Watch"]
 
 T = TypeVar("T")
 
@@ -41,21 +42,6 @@ class Watch(Protocol):
 
     def pause(self) -> None:
         """What comes now may take any time."""
-
-
-@frozen(kw_only=True)
-class _Failure:
-    """What went wrong on one rank."""
-
-    rank: int
-    host: str
-    kind: type[WMTPError]
-    lines: tuple[str, ...]
-
-    def error(self, *, named: bool) -> WMTPError:
-        name = f"rank {self.rank} ({self.host}): " if named else ""
-        lines = [f"{name}{line}" for line in self.lines]
-        return ConfigError(lines) if self.kind is ConfigError else self.kind("\n".join(lines))
 
 
 @frozen(kw_only=True, eq=False)
@@ -173,12 +159,12 @@ class Ranks:
         if self.world == 1:
             return work()
         value, error = self._attempt(work) if self.is_main else (None, None)
-        sent: list[Any] = [value, error and self._failure(error)]
+        sent: list[Any] = [value, error and Failure.of(error, self.rank)]
         dist.broadcast_object_list(sent, src=0, group=self._messages)
         if error is not None:
             raise error
         if sent[1] is not None:
-            raise _heard(sent[1].error(named=False))
+            raise heard(sent[1].error(named=False))
         return sent[0] if not self.is_main else value  # type: ignore[return-value]
 
     def together(self, work: Callable[[], T]) -> T:
@@ -210,36 +196,74 @@ class Ranks:
                 raise
             return None, error
 
-    def _failure(self, error: Exception) -> _Failure:
-        if isinstance(error, ConfigError):
-            kind, lines = ConfigError, tuple(error.problems)
-        elif isinstance(error, WMTPError):
-            kind, lines = (PluginError if isinstance(error, PluginError) else WMTPError), (str(error),)
-        else:
-            kind, lines = WMTPError, (described(error),)
-        return _Failure(rank=self.rank, host=socket.gethostname(), kind=kind, lines=lines)
-
     def _raise_if_any(self, error: Exception | None) -> None:
         if self.world == 1:
             return
-        failures = [found for found in self.objects(error and self._failure(error)) if found is not None]
+        failures = [found for found in self.objects(error and Failure.of(error, self.rank)) if found is not None]
         if not failures:
             return
         everywhere = len(failures) == self.world and len({failure.lines for failure in failures}) == 1
         if error is not None and (everywhere or (len(failures) == 1 and not isinstance(error, WMTPError))):
-            raise error if self.is_main or not everywhere else _heard(error)
+            raise error if self.is_main or not everywhere else heard(error)
         raised = failures[0].error(named=not everywhere)
-        raise raised if self.is_main else _heard(raised)
+        raise raised if self.is_main else heard(raised)
 
 
 #: a run of one process
 ALONE = Ranks()
 
 
-def _heard(error: Exception) -> Exception:
-    """Mark an error that rank 0 has too, and says."""
-    error.said_by_main = True  # type: ignore[attr-defined]
-    return error
+@frozen(kw_only=True, eq=False)
+class Share:
+    """Rows of an optimizer step that one rank computes: as many on every rank, one rank's after another's.
+
+    Every rank must do the same forward and backward passes, or one would wait for another for ever. Where the rows do not
+    suffice, a rank computes the first row once more, with nothing to learn in it.
+
+    Args:
+        ranks: all of them.
+        rows: B, of the whole step.
+    """
+
+    ranks: Ranks
+    rows: int
+
+    @property
+    def count(self) -> int:
+        """Rows that each rank computes."""
+        return -(-self.rows // self.ranks.world)
+
+    def batch(self, whole: Batch) -> Batch:
+        """This rank's rows of a batch."""
+        if self.ranks.world == 1:
+            return whole
+        index, real = self._index()
+        return evolve(
+            whole,
+            input_ids=whole.input_ids[index],
+            document=whole.document[index],
+            position=whole.position[index],
+            learn=whole.learn[index] & real.unsqueeze(1),
+            weight=None if whole.weight is None else whole.weight[index],
+        )
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This rank's rows of ``[B, …]``; 0 in rows that fill up."""
+        if self.ranks.world == 1:
+            return whole
+        first = min(self.ranks.rank * self.count, self.rows)
+        own = whole[first : first + self.count]
+        missing = self.count - len(own)
+        return own if not missing else torch.cat([own, own.new_zeros((missing, *own.shape[1:]))])
+
+    def gather(self, own: Tensor) -> Tensor:
+        """``[B, …]`` from every rank's rows, in the order of the data."""
+        return self.ranks.gather(own)[: self.rows]
+
+    def _index(self) -> tuple[Tensor, Tensor]:
+        index = torch.arange(self.count) + self.ranks.rank * self.count
+        real = index < self.rows
+        return torch.where(real, index, 0), real
 
 
 def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:

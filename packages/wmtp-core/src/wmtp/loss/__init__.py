@@ -3,6 +3,7 @@
 `mtp_loss` is the whole of it. The others are its parts, for a caller that makes the coefficients itself.
 """
 
+import wmtp.loss.operator  # noqa: F401  registered before torch.compile traces anything
 from wmtp.loss.cross_entropy import TokenPass, token_losses, token_pass, token_statistics, weighted_cross_entropy
 from wmtp.loss.mtp import IGNORED, MTPLoss, mtp_loss
 from wmtp.loss.unembedding import Unembedding

@@ -5,25 +5,130 @@
 with coefficients c that already hold head weight, token weight and normaliser. The gradient of the hidden states and of the
 unembedding is computed together with the loss, chunk by chunk, so the logits of a chunk are made once and kept nowhere.
 A prediction whose coefficient is 0 costs its logits at most, and no product of the gradient.
+
+All of it becomes one `Problem`, which `solve` gives to the implementation for its device.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from attrs import define
 from torch import Tensor
 
-from wmtp.loss.dispatch import scaled, solve
-from wmtp.loss.spec import HeadLayout, Problem, flatten, precision
 from wmtp.loss.unembedding import Unembedding
 
-__all__ = ["TokenPass", "token_losses", "token_pass", "token_statistics", "weighted_cross_entropy"]
+__all__ = [
+    "Answer",
+    "HeadLayout",
+    "Problem",
+    "TokenPass",
+    "flatten",
+    "implementation",
+    "solve",
+    "token_losses",
+    "token_pass",
+    "token_statistics",
+    "weighted_cross_entropy",
+]
+
+_HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
 
 
-@define(kw_only=True, eq=False, slots=False)  # torch.compile traces no frozen classes of attrs
+# torch.compile traces no frozen classes of attrs
+@define(slots=False)
+class HeadLayout:
+    """Places of one head's tensors in `Problem.tensors`, and the transform of its logits.
+
+    Args:
+        weight: place of the unembedding ``[V, D]``; heads that share one have the same place.
+        bias: place of the bias ``[V]`` or None.
+        scale: see `Unembedding`.
+        softcap: see `Unembedding`.
+    """
+
+    weight: int
+    bias: int | None
+    scale: float
+    softcap: float | None
+
+
+@define(kw_only=True, eq=False, slots=False)
+class Problem:
+    """N positions with H predictions each.
+
+    Args:
+        tensors: first H hidden states ``[N, D]``, then every unembedding and bias once.
+        heads: H layouts.
+        ids: ``[N, H]`` int64.
+        valid: ``[N, H]`` bool: whose token loss is wanted.
+        compute: precision of the products.
+        coefficients: ``[N, H]`` fp32; None where only token losses are wanted.
+        wanted: for each tensor, whether its gradient is wanted.
+        lse: ``[N, H]``, the logarithms of the sums of all exponentials from an earlier pass over the same predictions; then
+            only predictions with a coefficient are computed, and no token losses.
+        at_most: how many predictions have a coefficient, at most, in all heads together; None: it is not known on the host.
+        valid_counts: how many predictions of each head are valid, at most; None: not known on the host.
+        entropy: whether the entropy of the predictions is wanted.
+        top_k: over how many of the most probable tokens; None: over all.
+    """
+
+    tensors: Sequence[Tensor]
+    heads: Sequence[HeadLayout]
+    ids: Tensor
+    valid: Tensor
+    compute: torch.dtype
+    coefficients: Tensor | None = None
+    wanted: Sequence[bool] = ()
+    lse: Tensor | None = None
+    at_most: int | None = None
+    valid_counts: Sequence[int] | None = None
+    entropy: bool = False
+    top_k: int | None = None
+
+    @property
+    def exact(self) -> torch.dtype:
+        """Precision of sums: fp32, or fp64 for fp64."""
+        return torch.promote_types(self.compute, torch.float32)
+
+    def wants(self, place: int | None) -> bool:
+        """Tell whether the gradient of the tensor at a place is wanted."""
+        return place is not None and bool(self.wanted) and self.wanted[place]
+
+    def cast(self) -> dict[int, Tensor]:
+        """Cast every unembedding and bias to the precision of the products, by its place."""
+        return {
+            place: self.tensors[place].detach().to(self.compute)
+            for head in self.heads
+            for place in (head.weight, head.bias)
+            if place is not None
+        }
+
+
+@define(kw_only=True, eq=False, slots=False)
+class Answer:
+    """Result of a problem.
+
+    Args:
+        losses: token losses ``[N, H]``, 0 where not valid; all 0 where `Problem.lse` was given.
+        lse: ``[N, H]``, 0 where not valid.
+        entropy: ``[N, H]`` in nats, 0 where not valid; None if not wanted.
+        gradients: of Σ coefficients · losses; one a tensor, None where not wanted. Of unembeddings and biases in
+            `Problem.exact`, of hidden states in their own precision.
+        broken: a bool on the device: more predictions counted than `Problem` said; None where that cannot be.
+    """
+
+    losses: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    gradients: list[Tensor | None]
+    broken: Tensor | None = None
+
+
+@define(kw_only=True, eq=False, slots=False)
 class TokenPass:
     """What a pass over the predictions without gradient gives, for statistics, weights, and a second pass.
 
@@ -232,10 +337,87 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return (None,) * 10 + tuple(gradients)
 
 
+def implementation(device: torch.device, compute: torch.dtype) -> str:
+    """Name what computes there: ``fused`` (CUDA and ROCm, where Triton is installed) or ``plain``."""
+    able = device.type == "cuda" and _HAS_TRITON and compute in (torch.bfloat16, torch.float16, torch.float32)
+    return "fused" if able else "plain"
+
+
+def solve(problem: Problem) -> Answer:
+    """Compute token losses, and gradients where they are wanted."""
+    if torch.compiler.is_compiling():
+        from wmtp.loss.operator import solve_by_operator
+
+        return solve_by_operator(problem)
+    with torch.no_grad(), torch.autocast(problem.ids.device.type, enabled=False):
+        if implementation(problem.ids.device, problem.compute) == "plain":
+            from wmtp.loss.torch_backend import plain
+
+            return plain.compute(problem)
+        from wmtp.loss.triton import fused  # imports Triton
+
+        return fused.compute(problem)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, may_change: bool) -> Tensor:
+    """Compute ``gradient · factor`` in a precision.
+
+    Args:
+        gradient: of `Answer`.
+        factor: scalar, on the same device.
+        dtype: of what is returned.
+        may_change: ``gradient`` is not needed again.
+    """
+    if torch.compiler.is_compiling():
+        return (gradient * factor).to(dtype)
+    if implementation(gradient.device, gradient.dtype) == "fused":
+        from wmtp.loss.triton import fused
+
+        return fused.scaled(gradient, factor, dtype, may_change)
+    if factor.device.type == "cpu" and float(factor) == 1.0:
+        return gradient.to(dtype, copy=not may_change)
+    factor = factor.to(gradient.dtype)
+    if may_change and gradient.dtype == dtype:
+        return gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
 def _graph_is_kept() -> bool:
     """Whether this backward pass may come again (``retain_graph``): then the gradients must stay as they are."""
     asked = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
     return True if asked is None else asked()
+
+
+def flatten(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding]) -> tuple[list[HeadLayout], list[Tensor]]:
+    """List all tensors once, for autograd; say for each head where its weight and bias stand in the list."""
+    tensors = [h.reshape(-1, h.shape[-1]) for h in hidden]
+    first = len(tensors)
+
+    def place(tensor: Tensor) -> int:
+        for i in range(first, len(tensors)):
+            if tensors[i] is tensor or _same_storage(tensors[i], tensor):
+                return i
+        tensors.append(tensor)
+        return len(tensors) - 1
+
+    heads = []
+    for u in unembeddings:
+        bias = None if u.bias is None else place(u.bias)
+        heads.append(HeadLayout(place(u.weight), bias, u.scale, u.softcap))
+    return heads, tensors
+
+
+def _same_storage(one: Tensor, other: Tensor) -> bool:
+    """Detached aliases of one weight are different objects; those with a gradient are told apart by autograd."""
+    if one.requires_grad or other.requires_grad or torch.compiler.is_compiling():
+        return False
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+
+
+def precision(hidden: Tensor) -> torch.dtype:
+    """Find the precision of the products."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _check(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding], ids: Tensor) -> None:

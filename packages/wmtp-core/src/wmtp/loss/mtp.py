@@ -9,7 +9,6 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from wmtp.devices import statistics_dtype
 from wmtp.loss.cross_entropy import TokenPass, token_pass, weighted_cross_entropy
 from wmtp.loss.unembedding import Unembedding
 from wmtp.loss.weights import (
@@ -19,6 +18,7 @@ from wmtp.loss.weights import (
     bad_weights,
     head_statistics,
     prediction_coefficients,
+    statistics_dtype,
     weight_statistics,
 )
 

@@ -1,4 +1,4 @@
-"""From a trainer's weights to the coefficient of every prediction, and what is logged of them."""
+"""Coefficients of all predictions from a trainer's weights, and statistics of both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wmtp.devices import statistics_dtype
+from wmtp.runs.weight_bins import BINS_PER_OCTAVE, HALF_BINS, WEIGHT_BINS
 
 __all__ = [
     "BAD_WEIGHTS",
@@ -17,10 +17,17 @@ __all__ = [
     "bad_weights",
     "head_statistics",
     "prediction_coefficients",
+    "statistics_dtype",
+    "weight_histogram",
     "weight_statistics",
 ]
 
 Normalizer = Literal["sum_w", "valid", "per_position"]
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """Pick the precision in which sums over a batch are added: fp64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def prediction_coefficients(weights: Tensor, valid: Tensor, head_weights: Tensor, normalizer: Normalizer) -> Tensor:
@@ -72,7 +79,7 @@ def bad_weights(weights: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def weight_statistics(weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """What is logged of w over the valid predictions of a step.
+    """Summarise w over the valid predictions of a step.
 
     Args:
         weights: ``[B, S, H]``, 0 where not valid.
@@ -100,8 +107,26 @@ def weight_statistics(weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
     }
 
 
+def weight_histogram(weights: Tensor, valid: Tensor) -> Tensor:
+    """Count the valid predictions of each head whose weight is in each of the `WEIGHT_BINS`.
+
+    Args:
+        weights: ``[B, S, H]``.
+        valid: ``[B, S, H]`` bool.
+
+    Returns:
+        ``[H, len(WEIGHT_BINS)]`` int64, on the device of the weights; nothing waits for the device.
+    """
+    horizon, bins = weights.shape[-1], len(WEIGHT_BINS)
+    place = (weights.float().log2() * BINS_PER_OCTAVE).nan_to_num(nan=0.0).round().clamp(-HALF_BINS - 1, HALF_BINS + 1)
+    index = torch.where(weights > 0, place.to(torch.int64) + HALF_BINS + 2, 0)
+    index += torch.arange(horizon, device=index.device) * bins
+    counts = torch.zeros(horizon * bins, dtype=torch.int64, device=index.device)
+    return counts.scatter_add_(0, index.flatten(), valid.flatten().to(torch.int64)).view(horizon, bins)
+
+
 def head_statistics(losses: Tensor, weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """The token losses of each head: their plain mean, and their mean by weight. NaN for a head without predictions.
+    """Average the token losses of each head: their plain mean, and their mean by weight. NaN for a head without predictions.
 
     Args:
         losses: ``[B, S, H]``, 0 where not valid.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from wmtp.data.dataset import TokenDataset
     from wmtp.models.reward import RewardModel
     from wmtp.tokenizers import Tokenizer
-    from wmtp.trainers.base import RewardScores
+    from wmtp.trainers.setup import RewardScores
     from wmtp.training.setup import Source
 
 __all__ = ["document_text", "open_reward_scores"]

@@ -10,7 +10,7 @@ from typing import TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
-from wmtp.loss.dispatch import implementation
+from wmtp.loss.cross_entropy import implementation
 from wmtp.optim.master_adamw import MasterAdamW
 
 __all__ = ["MasterWeights"]

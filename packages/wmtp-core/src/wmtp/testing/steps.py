@@ -7,8 +7,7 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from wmtp.data.batch import PADDING, Batch, Document, align_targets
-from wmtp.trainers.base import Trainer
-from wmtp.trainers.views import HiddenView, StepView
+from wmtp.trainers.base import HiddenView, StepView, Trainer
 
 __all__ = ["HIDDEN_SIZE", "HORIZON", "VOCAB_SIZE", "Step", "make_view", "pad", "random_step", "tiny_model"]
 

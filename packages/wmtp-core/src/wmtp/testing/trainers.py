@@ -18,8 +18,9 @@ from wmtp.models.mtp import MTPModel
 from wmtp.testing.component import ComponentTests
 from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, Step, make_view, pad, random_step, tiny_model
 from wmtp.tokenizers.config import Bytes
-from wmtp.trainers.base import Stage, Trainer, TrainerSetup
+from wmtp.trainers.base import Stage, Trainer
 from wmtp.trainers.checks import check_trainer, given_weights, token_details
+from wmtp.trainers.setup import TrainerSetup
 from wmtp.training.step import StepLoss
 
 __all__ = ["TrainerTests"]

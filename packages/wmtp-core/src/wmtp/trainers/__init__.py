@@ -6,15 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wmtp.trainers.base import OpenModel, RewardScores, Stage, Trainer, TrainerSetup
-    from wmtp.trainers.views import HiddenView, StepView
+    from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
+    from wmtp.trainers.setup import OpenModel, RewardScores, TrainerSetup
 
 __all__ = ["HiddenView", "OpenModel", "RewardScores", "Stage", "StepView", "Trainer", "TrainerSetup"]
 
-_VIEWS = ("HiddenView", "StepView")
+_SETUP = ("OpenModel", "RewardScores", "TrainerSetup")
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module(f"wmtp.trainers.{'views' if name in _VIEWS else 'base'}"), name)
+        return getattr(import_module(f"wmtp.trainers.{'setup' if name in _SETUP else 'base'}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

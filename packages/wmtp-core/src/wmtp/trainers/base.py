@@ -15,12 +15,12 @@ micro-batch.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
+from attrs import field, frozen
 
+from wmtp.errors import PluginError
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.trainers.inspection import method_problems
 
@@ -31,14 +31,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from wmtp.config.schema import EarlyStoppingConfig
+    from wmtp.data.batch import Batch, Targets
     from wmtp.data.dataset import TokenDataset
-    from wmtp.data.score_cache.document_numbers import DocumentNumbers
-    from wmtp.data.score_cache.token_numbers import TokenNumbers
-    from wmtp.models.mtp import MTPModel
-    from wmtp.tokenizers import Tokenizer
-    from wmtp.trainers.views import HiddenView, StepView
+    from wmtp.trainers.setup import TrainerSetup
 
-__all__ = ["OpenModel", "RewardScores", "Stage", "Trainer", "TrainerSetup"]
+__all__ = ["HiddenView", "NotComputed", "Stage", "StepView", "Trainer"]
 
 
 @frozen(kw_only=True)
@@ -64,77 +61,101 @@ class Stage:
     until: EarlyStoppingConfig | None = None
 
 
-class OpenModel(Protocol):
-    """Loads another ``[models.*]``."""
+@frozen(kw_only=True, eq=False)
+class HiddenView:
+    """One micro-batch, as the model sees it.
 
-    def __call__(self, name: str, *, dtype: torch.dtype = ..., device: torch.device | None = ...) -> MTPModel:
-        """The model of the section ``[models.<name>]``: head 1 alone, frozen, in eval mode.
+    Args:
+        batch: b rows.
+        targets: ``[b, S, H]``.
+        packed: whether some row of the step holds several documents; what another model's ``forward`` needs to know.
+        stage: the name of the stage that the step belongs to.
+        trunk: ``[b, S, D]``, the hidden states that feed the heads. They carry a gradient where the trunk learns: detach
+            them to keep a module's loss out of the trunk.
+    """
 
-        Args:
-            name: a section that the config class has in ``required_models``: its vocabulary is then known to be the run's.
-            dtype: of its parameters; default: ``torch.float32``.
-            device: where it computes; default: where the trained model does.
-
-        Raises:
-            ConfigError: the config has no such section, or this machine no such device.
-            WMTPError: the files are missing or damaged.
-        """
-        ...
-
-
-class RewardScores(Protocol):
-    """Scores the training data with a reward model."""
-
-    def __call__(self, name: str, *, template: str, dtype: torch.dtype, batch_size: int) -> DocumentNumbers:
-        """The scores of all documents by the section ``[models.<name>]``, computed now unless they are kept beside the tokens.
-
-        Args:
-            name: a section that the config class has in ``reward_models``.
-            template: what the model reads, with ``{prompt}`` and ``{completion}``.
-            dtype: of its parameters.
-            batch_size: documents that are scored at once.
-
-        Raises:
-            ConfigError: it is no sequence classifier with one output.
-            WMTPError: files are missing or damaged, or a score is not a finite number.
-        """
-        ...
+    batch: Batch
+    targets: Targets
+    packed: bool
+    stage: str
+    trunk: Tensor
 
 
-def _no_data(*_: object, **__: object) -> NoReturn:
-    raise NotImplementedError("this setup comes without training data and files")
+class NotComputed(PluginError):
+    """A trainer reads something that is computed only where its class says so.
+
+    Args:
+        name: of the view's attribute.
+        flag: of the class.
+    """
+
+    def __init__(self, name: str, flag: str) -> None:
+        self.name = name
+        self.flag = flag
+        super().__init__(f"view.{name} was not computed; write {flag} = True in the trainer's class")
 
 
 @frozen(kw_only=True, eq=False)
-class TrainerSetup:
-    """What an algorithm is given once, before the first step.
+class StepView:
+    """A whole optimizer step: all rows of all micro-batches and devices, in the order of the data.
 
     Args:
-        hidden_size: D.
+        batch: B rows.
+        targets: ids and valid mask, ``[B, S, H]``.
+        token_loss: CE[t, k], ``[B, S, H]`` fp32, detached, 0 where not valid. Only where the trainer's ``needs_token_loss``
+            is True; reading it elsewhere is an error.
+        entropy: of what head k predicts at t, in nats: ``[B, S, H]`` fp32, detached, 0 where not valid. Only where the
+            trainer's ``needs_entropy`` is True.
+        observations: what `Trainer.observe` returned, ``[B, S]`` or ``[B, S, H]``, 0 at padding. In
+            `Trainer.auxiliary_losses` they carry a gradient; in `Trainer.token_weights` they are detached.
+        step: the optimizer step, from 0.
+        stage: the name of the stage that the step belongs to.
+        generator: random numbers that depend on the seed and the step only.
         vocab_size: V.
-        horizon: H.
-        device: where the model is.
-        seed: the run's seed.
-        tokenizer: what made the tokens.
-        model: loads another ``[models.*]``: ``model("ref", dtype=torch.bfloat16)`` is an `MTPModel` with head 1 alone, frozen,
-            in eval mode; see `OpenModel`.
-        token_numbers: opens the file of what another ``[models.*]`` makes of each token of the training data, kept beside the
-            tokens: of the model of this name, computed as the second text says. Another text, other data, another tokenizer
-            or a changed model have another file.
-        reward_scores: the scores that a reward model gives to the training data; see `RewardScores`.
-        fetch: the local path of a URI; the second text is the key that a message blames.
     """
 
-    hidden_size: int
+    batch: Batch
+    targets: Targets
+    _token_loss: Tensor | None = field(alias="token_loss")
+    _entropy: Tensor | None = field(alias="entropy")
+    observations: Mapping[str, Tensor]
+    step: int
+    stage: str
+    generator: torch.Generator
     vocab_size: int
-    horizon: int
-    device: torch.device
-    seed: int
-    tokenizer: Tokenizer
-    model: OpenModel
-    token_numbers: Callable[[str, str], TokenNumbers]
-    reward_scores: RewardScores = _no_data
-    fetch: Callable[[str, str], Path] = _no_data
+    _uniform: list[tuple[Tensor, int]] = field(init=False, factory=list)  # what `uniform` has made, and its version then
+
+    @property
+    def token_loss(self) -> Tensor:
+        """Cross entropy of each prediction, ``[B, S, H]``."""
+        if self._token_loss is None:
+            raise NotComputed("token_loss", "needs_token_loss")
+        return self._token_loss
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of each prediction's distribution, ``[B, S, H]``."""
+        if self._entropy is None:
+            raise NotComputed("entropy", "needs_entropy")
+        return self._entropy
+
+    def uniform(self) -> Tensor:
+        """Make uniform weights: ``[B, S, H]`` fp32 ones, which the caller may change."""
+        import torch
+
+        ones = torch.ones(self.targets.ids.shape, device=self.targets.ids.device)
+        self._uniform.append((ones, ones._version))
+        return ones
+
+    def is_uniform(self, weights: Tensor) -> bool:
+        """Tell whether ``weights`` are those of `uniform`, unchanged; without waiting for the device."""
+        return any(weights is ones and ones._version == version for ones, version in self._uniform)
+
+    def by_prediction(self, by_token: Tensor) -> Tensor:
+        """Place token values ``[B, S]`` at the predictions of those tokens ``[B, S, H]``: out[t, k] = by_token[t+k]."""
+        from wmtp.data.batch import shift_to_predictions
+
+        return shift_to_predictions(by_token, self.targets.ids.shape[-1])
 
 
 class Trainer(TrainerConfig, ABC, contract=True):

@@ -6,30 +6,39 @@ import io
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from attrs.exceptions import FrozenInstanceError
 from torch import Tensor, nn
 
 from wmtp.data.batch import Targets, shift_to_predictions
-from wmtp.errors import PluginError
+from wmtp.errors import ConfigError, PluginError
 from wmtp.plugins.contract import nearest_name
-from wmtp.trainers.base import Trainer
-from wmtp.trainers.views import HiddenView, NotComputed, StepView
+from wmtp.trainers.base import HiddenView, NotComputed, Stage, StepView, Trainer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wmtp.data.dataset import TokenDataset
 
 __all__ = [
     "asked",
     "auxiliary_losses",
+    "check_data",
     "check_trainer",
+    "check_unchanged",
     "checked_metrics",
     "checked_modules",
     "checked_rates",
     "checked_state",
+    "checked_units",
     "given_weights",
     "observed",
     "place_weights",
     "token_details",
+    "versions",
 ]
 
 #: names of numbers that the loop puts beside a trainer's, besides those of the loss and ``eval/…``
@@ -191,6 +200,47 @@ def _named_tensors(method: str, returned: object, name: str) -> dict[str, Tensor
     return dict(returned)
 
 
+def check_data(trainer: Trainer, dataset: TokenDataset, name: str) -> None:
+    """Ask `Trainer.check_data`, and raise what it finds.
+
+    Raises:
+        ConfigError: it found something.
+        PluginError: what it found is no list of texts.
+    """
+    problems = trainer.check_data(dataset)
+    if not isinstance(problems, list | tuple) or not all(isinstance(problem, str) for problem in problems):
+        raise PluginError(f"{name}: check_data returned {problems!r:.60}; it must be one text for each problem, in a list")
+    if problems:
+        raise ConfigError(problems)
+
+
+def checked_units(trainer: Trainer, name: str, dataset: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
+    """`Trainer.units`.
+
+    Args:
+        trainer: the algorithm.
+        name: what messages call it.
+        dataset: what is learned from.
+        stage: one of the run's.
+
+    Raises:
+        PluginError: something else than a whole number for each piece, or no document is left.
+    """
+    units = trainer.units(dataset, stage)
+    if units is None:
+        return None
+    units = np.asarray(units)
+    if units.shape != (len(dataset),) or units.dtype.kind not in "iu":
+        raise PluginError(
+            f"{name}: units returned {units.dtype} of shape {list(units.shape)} for stage {stage.name!r}; "
+            f"it must be a whole number for each of {len(dataset)} pieces"
+        )
+    units = units.astype(np.int64)
+    if not (units >= 0).any():
+        raise PluginError(f"{name}: units leaves no document to stage {stage.name!r}")
+    return units
+
+
 def checked_modules(trainer: Trainer, name: str) -> dict[str, nn.Module]:
     """`Trainer.modules`, whose names become those of files at the end of the run.
 
@@ -286,3 +336,41 @@ def checked_state(trainer: Trainer, name: str) -> dict[str, Any]:
                 f"tensors, numbers, text, and lists and dicts of them"
             ) from error
     return dict(state)
+
+
+def versions(view: StepView) -> dict[str, int]:
+    """Count how often each tensor of a view was changed in place, as torch does anyway."""
+    return {name: tensor._version for name, tensor in _tensors(view)}
+
+
+def check_unchanged(view: StepView, before: Mapping[str, int], name: str) -> None:
+    """Refuse what a trainer has done to the loop's own numbers: losses that are logged, targets, tokens.
+
+    Args:
+        view: what the trainer was given.
+        before: its `versions` then.
+        name: what messages call the trainer.
+
+    Raises:
+        PluginError: a tensor has changed.
+    """
+    for key, version in versions(view).items():
+        if version != before[key]:
+            raise PluginError(f"{name}: it changed view.{key} in place, which the loop goes on to use; change a clone() of it")
+
+
+def _tensors(view: StepView) -> Iterator[tuple[str, Tensor]]:
+    batch, targets = view.batch, view.targets
+    named = {
+        "batch.input_ids": batch.input_ids,
+        "batch.document": batch.document,
+        "batch.position": batch.position,
+        "batch.learn": batch.learn,
+        "batch.weight": batch.weight,
+        "targets.ids": targets.ids,
+        "targets.valid": targets.valid,
+        "token_loss": view._token_loss,
+        "entropy": view._entropy,
+    }
+    yield from ((key, tensor) for key, tensor in named.items() if tensor is not None)
+    yield from ((f"observations[{key!r}]", tensor) for key, tensor in view.observations.items())

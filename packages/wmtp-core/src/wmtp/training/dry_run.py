@@ -8,9 +8,10 @@ from wmtp.checkpoints.remote import remote_checkpoints
 from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, HeadsConfig
 from wmtp.devices import count_devices, pick_device
+from wmtp.trainers.checks import check_data
 from wmtp.training.memory import estimate_memory, head_parameters, too_large
 from wmtp.training.setup import Source, build_trainer, open_source, planned_steps
-from wmtp.training.stages import StageBatches, StagePlan, check_data
+from wmtp.training.stages import StageBatches, StagePlan
 
 __all__ = ["dry_run"]
 

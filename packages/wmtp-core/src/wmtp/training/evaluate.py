@@ -10,9 +10,9 @@ import torch
 from attrs import evolve
 
 from wmtp.data.batch import Batch, align_targets
-from wmtp.devices import statistics_dtype
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.loss import token_losses
+from wmtp.loss.weights import statistics_dtype
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,25 +18,20 @@ from wmtp.checkpoints.local import Checkpoint, list_checkpoints, load_checkpoint
 from wmtp.data.batch import PADDING, Batch
 from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError, PluginError, WMTPError
-from wmtp.optim.gradients import clip_gradients, gradient_norm
-from wmtp.optim.schedule import learning_rate_factor
+from wmtp.optim.update import clip_gradients, gradient_norm, learning_rate_factor
 from wmtp.trainers.base import Stage
 from wmtp.trainers.checks import checked_state
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.evaluate import evaluate
 from wmtp.training.interrupt import Interrupt, catch_signals
-from wmtp.training.prefetch import Prefetcher
-from wmtp.training.random_state import random_state, set_random_state
-from wmtp.training.stages import StageBatches, StagePlan, apply_stage
+from wmtp.training.stages import StageBatches, apply_stage
 from wmtp.training.step import StepLoss
-from wmtp.training.step_log import StepLog
-from wmtp.training.step_numbers import PendingStep, finite, peak_memory, send_numbers
+from wmtp.training.telemetry import PendingStep, Recorder, StepLog, finite, peak_memory, send_numbers
 
 if TYPE_CHECKING:
     from wmtp.checkpoints.remote import CheckpointUpload
     from wmtp.config.schema import CheckpointConfig, ScheduleConfig, TrainConfig
     from wmtp.tracking import Tracker
-    from wmtp.training.recording import Recorder
 
 __all__ = ["Fit", "FitResult"]
 
@@ -71,7 +67,6 @@ class Fit:
 
     step_loss: StepLoss
     modules: Mapping[str, nn.Module]
-    plan: StagePlan
     batches: StageBatches
     eval_batches: Sequence[Batch]
     eval_data: str | None = None
@@ -94,7 +89,6 @@ class Fit:
     _early_stopping: EarlyStopping = field(init=False)
     _stops: bool = field(default=False, init=False)
     _checked_state: bool = field(default=False, init=False)
-    _ahead: Prefetcher = field(init=False)
     _stage: Stage | None = field(default=None, init=False)
     _stage_stopping: EarlyStopping = field(factory=lambda: EarlyStopping(None), init=False)
     _resumed_stage: Mapping[str, Any] | None = field(default=None, init=False)
@@ -115,7 +109,7 @@ class Fit:
         if self.resumed is not None:
             self._restore(self.resumed)
         self._ranks.on_main(self._open_files)
-        self._ahead = Prefetcher(self._make_batch, self.total_steps, pin=self.step_loss.device.type == "cuda")
+        self.batches.open(pin=self.step_loss.device.type == "cuda")
         self.step_loss.model.eval()  # the layers' eval mode: no dropout, so that one step has one value
         try:
             with catch_signals() as interrupt:
@@ -127,7 +121,7 @@ class Fit:
                 self._save()
             self._ranks.pause()
         finally:
-            self._ahead.close()
+            self.batches.close()
             if self._log is not None:
                 self._log.close()
             self.recorder.close()
@@ -153,7 +147,6 @@ class Fit:
             if self._ranks.any(interrupt.requested is not None):
                 self._read_pending()
                 return "interrupted"
-            self._enter(self.plan.at(self._step))
             self._optimizer_step()
             if not self._checked_state:  # before hours are spent on what cannot be saved
                 checked_state(self.step_loss.trainer, self.step_loss.trainer_name)
@@ -175,10 +168,10 @@ class Fit:
         return "finished"
 
     def _enter(self, stage: Stage) -> None:
-        """Let learn what the stage of the next step lets learn, if it is another one than before."""
+        """Set up the stage of the next step, if it is another one than before."""
         if stage is self._stage:
             return
-        if len(self.plan.stages) > 1:
+        if len(self.batches.plan.stages) > 1:
             logger.info("stage %s from step %d", stage.name, self._step)
         model, sharding = self.step_loss.model, self.step_loss.sharding
         with nullcontext() if sharding is None else sharding.other_parameters_learn(model):
@@ -195,30 +188,25 @@ class Fit:
         The step after it is always the stage's too: it may have been under way when the numbers were read. So where a stage
         ends does not depend on what else made the loop read them sooner.
         """
-        current = self.plan.index(pending.step - 1)
-        stage, end = self.plan.stages[current], pending.step + 1
+        plan = self.batches.plan
+        current = plan.index(pending.step - 1)
+        stage, end = plan.stages[current], pending.step + 1
         if stage is not self._stage or stage.until is None:
             return
-        if self._ranks.any(self._stage_stopping.should_stop(numbers)) and end < self.plan.ends[current]:
+        if self._ranks.any(self._stage_stopping.should_stop(numbers)) and end < plan.ends[current]:
             logger.info("stage %s ends early, at step %d", stage.name, end)
-            self.plan = self.plan.ended(end)
-            self._ahead.forget()  # batches of steps that are another stage's now
-
-    def _make_batch(self, step: int) -> Batch:
-        batches, index = self.batches.at(self.plan, step)
-        return batches.batch(index)
+            self.batches.end_stage(end)
 
     def _optimizer_step(self) -> None:
         began = time.monotonic()
-        stage = self.plan.at(self._step)
-        batch = self._ahead.batch(self._step)
+        data = self.batches.step(self._step)
+        batch, stage = data.batch, data.stage
+        self._enter(stage)
         factor = learning_rate_factor(self.schedule, self._step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
-        batches, index = self.batches.at(self.plan, self._step)
-        epoch, _ = batches.locate(index)
-        recording = self.recorder.recording(self._step, batch, epoch=epoch, epoch_steps=batches.steps_per_epoch)
+        recording = self.recorder.recording(self._step, batch, epoch=data.epoch, epoch_steps=data.epoch_steps)
         output = self.step_loss(batch, self._step, stage, histogram=recording.weights, tokens=bool(recording.documents))
         learned = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not learned:
@@ -237,7 +225,7 @@ class Fit:
         rate = tokens / max(time.monotonic() - began, 1e-9)
         facts = {
             "lr": self.optimizer.param_groups[0]["lr"],
-            "epoch": float(epoch),
+            "epoch": float(data.epoch),
             "tokens": float(tokens),
             "tokens_per_second": rate,
             "stage": stage.name,
@@ -287,10 +275,10 @@ class Fit:
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "trainer": checked_state(self.step_loss.trainer, self.step_loss.trainer_name),
             "early_stopping": self._early_stopping.state_dict(),
-            "stage_ends": list(self.plan.ends),
+            "stage_ends": list(self.batches.plan.ends),
             "stage": {"name": self._stage.name if self._stage else None, "stopping": self._stage_stopping.state_dict()},
             "last_metrics": dict(self._last),
-            "random": random_state(),
+            "random": _random_state(),
         }
         self._ranks.on_main(self._prune)  # fewer may be wanted since a resume
         try:
@@ -329,10 +317,10 @@ class Fit:
             module.load_state_dict(state["modules"][name])
         self.step_loss.trainer.load_state_dict(state["trainer"])
         self._early_stopping.load_state_dict(state["early_stopping"])
-        self.plan = evolve(self.plan, ends=tuple(state["stage_ends"]))
+        self.batches.plan = evolve(self.batches.plan, ends=tuple(state["stage_ends"]))
         self._resumed_stage = state["stage"]
         self._last = dict(state["last_metrics"])
-        set_random_state(state["random"])
+        _set_random_state(state["random"])
         logger.info("goes on from %s", checkpoint.path)
 
     def _compare_eval_data(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
@@ -347,3 +335,20 @@ class Fit:
                 f"back, or start a new run under another --run-name"
             )
         logger.warning("datasets: %s; eval/… from step %d on cannot be compared with the values before", what, checkpoint.step)
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the state of Python's random generator, and of torch's on every device."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    """Take back what `_random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -26,16 +26,16 @@ from wmtp.runs.result import Result
 from wmtp.storage.atomic import write_folder
 from wmtp.tracking import RunInfo
 from wmtp.tracking.jsonl import Jsonl
-from wmtp.trainers.base import TrainerSetup
-from wmtp.trainers.checks import checked_modules, checked_rates
+from wmtp.trainers.checks import check_data, checked_modules, checked_rates
+from wmtp.trainers.setup import TrainerSetup
 from wmtp.training.finish import finish_tracking, measure_model, report, save_model, show_sample
 from wmtp.training.loop import Fit
 from wmtp.training.memory import explain_out_of_memory
 from wmtp.training.placement import place_model, ready_to_measure
-from wmtp.training.recording import Recorder
 from wmtp.training.setup import build_trainer, load_extra_model, open_source, planned_steps
-from wmtp.training.stages import StageBatches, StagePlan, check_data
+from wmtp.training.stages import StageBatches, StagePlan
 from wmtp.training.step import StepLoss
+from wmtp.training.telemetry import Recorder
 
 __all__ = ["train"]
 
@@ -148,7 +148,6 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
                 sharding=None if fsdp is None else Sharding(config=fsdp),
             ),
             modules=modules,
-            plan=plan,
             batches=batches,
             eval_batches=eval_batches(data.eval, config.data) if data.eval is not None else (),
             eval_data=None if data.eval is None else data.eval.fingerprint,
@@ -158,12 +157,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             checkpoints=config.checkpoints,
             checkpoint_dir=checkpoint_folder(config, run_dir),
             metrics_path=run_dir / "metrics.jsonl",
-            recorder=Recorder(
-                config.report,
-                source.tokenizer,
-                total_steps=total_steps,
-                followed=batches.at(plan, total_steps - 1)[0].batch(0),
-            ),
+            recorder=Recorder(config.report, source.tokenizer, total_steps=total_steps, followed=batches.followed),
             tracker=tracker,
             total_steps=total_steps,
             resumed=saved[-1] if saved else None,

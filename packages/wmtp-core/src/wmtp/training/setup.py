@@ -21,8 +21,9 @@ from wmtp.models.base import ModelInfo
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.plugins.provenance import provenance
 from wmtp.tokenizers import Tokenizer
-from wmtp.trainers.base import OpenModel, Trainer
+from wmtp.trainers.base import Trainer
 from wmtp.trainers.checks import check_trainer
+from wmtp.trainers.setup import OpenModel
 
 if TYPE_CHECKING:
     from wmtp.data.batches import StepBatches

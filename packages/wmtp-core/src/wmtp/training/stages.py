@@ -1,24 +1,29 @@
-"""Which stage an optimizer step belongs to, and what learns in it."""
+"""Stages of a run, and the one source of its batches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-import numpy as np
 from attrs import evolve, frozen
 from torch import nn
 
 from wmtp.data.batches import StepBatches
 from wmtp.errors import ConfigError, PluginError
 from wmtp.trainers.base import Stage, Trainer
+from wmtp.trainers.checks import checked_units
 
 if TYPE_CHECKING:
     from wmtp.config.schema import TrainDataConfig
+    from wmtp.data.batch import Batch
     from wmtp.data.dataset import TokenDataset
     from wmtp.models.mtp import MTPModel
 
-__all__ = ["StageBatches", "StagePlan", "apply_stage", "check_data"]
+__all__ = ["Prefetcher", "StageBatches", "StagePlan", "StepData", "apply_stage"]
+
+T = TypeVar("T")
 
 
 @frozen(kw_only=True)
@@ -81,21 +86,81 @@ class StagePlan:
         return evolve(self, ends=(*self.ends[:current], *moved, self.ends[-1]))
 
 
-class StageBatches:
-    """The batches of a run, in which each stage may have documents and an order of its own.
+@frozen(kw_only=True, eq=False)
+class StepData:
+    """Everything that is known of an optimizer step before it is computed.
 
     Args:
-        by_stage: one a stage; stages that share one go on in its order.
+        batch: all rows of it, on the CPU.
+        stage: the stage that it belongs to.
+        epoch: of the stage's documents, from 0.
+        epoch_steps: steps in every epoch of them.
     """
 
-    def __init__(self, by_stage: Sequence[StepBatches]) -> None:
+    batch: Batch
+    stage: Stage
+    epoch: int
+    epoch_steps: int
+
+
+class Prefetcher(Generic[T]):
+    """Makes what the next steps need in a thread of its own while a step computes.
+
+    What a step gets is decided as without it. An error is raised where its step is asked for, and not before.
+
+    Args:
+        make: is given an optimizer step, from 0; called by one thread only.
+        stop: the step after the last one.
+        depth: how many steps are made ahead.
+    """
+
+    def __init__(self, make: Callable[[int], T], stop: int, *, depth: int = 2) -> None:
+        self._make = make
+        self._stop = stop
+        self._depth = depth
+        self._ahead: deque[tuple[int, Future[T]]] = deque()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wmtp-batches")
+
+    def get(self, step: int) -> T:
+        """Return what a step needs; at once where the step before it was asked for last."""
+        if not self._ahead or self._ahead[0][0] != step:
+            self.forget()
+            self._ahead.append((step, self._thread.submit(self._make, step)))
+        while len(self._ahead) <= self._depth and (following := self._ahead[-1][0] + 1) < self._stop:
+            self._ahead.append((following, self._thread.submit(self._make, following)))
+        return self._ahead.popleft()[1].result()
+
+    def close(self) -> None:
+        """Stop making anything."""
+        self.forget()
+        self._thread.shutdown()
+
+    def forget(self) -> None:
+        """Drop what is ready and what is being made: it is made again when it is asked for."""
+        for _, future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
+
+class StageBatches:
+    """Source of a run's batches, in which each stage may have documents and an order of its own.
+
+    Args:
+        plan: stages of the run, and where they end; `end_stage` and a resume change it.
+        by_stage: one a stage; stages that share one continue in its order.
+    """
+
+    def __init__(self, plan: StagePlan, by_stage: Sequence[StepBatches]) -> None:
+        self.plan = plan
         self._by_stage = by_stage
+        self._pin = False
+        self._ahead: Prefetcher[StepData] | None = None
 
     @classmethod
     def make(
         cls, plan: StagePlan, trainer: Trainer, dataset: TokenDataset, config: TrainDataConfig, *, seed: int, trainer_name: str
     ) -> StageBatches:
-        """Ask the trainer what each stage learns from.
+        """Ask the trainer for the documents of each stage.
 
         Raises:
             ConfigError: documents that must be together have no room in a batch.
@@ -104,60 +169,65 @@ class StageBatches:
         made: dict[bytes | None, StepBatches] = {}
         by_stage = []
         for stage in plan.stages:
-            units = trainer.units(dataset, stage)
-            if units is not None:
-                units = np.asarray(units)
-                if units.shape != (len(dataset),) or units.dtype.kind not in "iu":
-                    raise PluginError(
-                        f"{trainer_name}: units returned {units.dtype} of shape {list(units.shape)} for stage {stage.name!r}; "
-                        f"it must be a whole number for each of {len(dataset)} pieces"
-                    )
-                units = units.astype(np.int64)
-                if not (units >= 0).any():
-                    raise PluginError(f"{trainer_name}: units leaves no document to stage {stage.name!r}")
+            units = checked_units(trainer, trainer_name, dataset, stage)
             key = None if units is None else units.tobytes()
             if key not in made:
                 made[key] = StepBatches(dataset, config, seed=seed, units=units)
             by_stage.append(made[key])
-        return cls(by_stage)
+        return cls(plan, by_stage)
 
     @property
     def fingerprint(self) -> str:
         """See `StepBatches.fingerprint`."""
         return self._by_stage[0].fingerprint
 
-    def at(self, plan: StagePlan, step: int) -> tuple[StepBatches, int]:
-        """What an optimizer step of the run learns from, and which step of that it is.
+    @property
+    def followed(self) -> Batch:
+        """First batch of the documents that the last stage learns from."""
+        return self._by_stage[-1].batch(0)
 
-        Args:
-            plan: of the run, as it is by now.
-            step: from 0.
-        """
-        current = plan.index(step)
+    def open(self, *, pin: bool) -> None:
+        """Start to make batches ahead; ``pin``: in page-locked memory, from which a copy to a GPU does not wait."""
+        self._pin = pin
+        self._ahead = Prefetcher(self.data, self.plan.ends[-1])
+
+    def step(self, step: int) -> StepData:
+        """Return the data of an optimizer step, from 0, made ahead after `open`."""
+        return self.data(step) if self._ahead is None else self._ahead.get(step)
+
+    def data(self, step: int) -> StepData:
+        """Make the data of an optimizer step, from 0."""
+        batches, index = self.locate(step)
+        batch = batches.batch(index)
+        return StepData(
+            batch=batch.pinned() if self._pin else batch,
+            stage=self.plan.at(step),
+            epoch=batches.locate(index)[0],
+            epoch_steps=batches.steps_per_epoch,
+        )
+
+    def locate(self, step: int) -> tuple[StepBatches, int]:
+        """Find the batches of an optimizer step, from 0, and the step's number in them."""
+        current = self.plan.index(step)
         batches = self._by_stage[current]
-        starts = (0, *plan.ends)
-        before = sum(plan.ends[number] - starts[number] for number in range(current) if self._by_stage[number] is batches)
+        starts = (0, *self.plan.ends)
+        before = sum(self.plan.ends[number] - starts[number] for number in range(current) if self._by_stage[number] is batches)
         return batches, before + step - starts[current]
 
+    def end_stage(self, step: int) -> None:
+        """End the stage of the step before this one here; what follows starts earlier."""
+        self.plan = self.plan.ended(step)
+        if self._ahead is not None:
+            self._ahead.forget()
 
-def check_data(trainer: Trainer, dataset: TokenDataset, trainer_name: str) -> None:
-    """Raise what the trainer finds wrong with the training data.
-
-    Raises:
-        ConfigError: it found something.
-        PluginError: what it found is no list of texts.
-    """
-    problems = trainer.check_data(dataset)
-    if not isinstance(problems, list | tuple) or not all(isinstance(problem, str) for problem in problems):
-        raise PluginError(
-            f"{trainer_name}: check_data returned {problems!r:.60}; it must be one text for each problem, in a list"
-        )
-    if problems:
-        raise ConfigError(problems)
+    def close(self) -> None:
+        """Stop making batches ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
 
 
 def apply_stage(stage: Stage, model: MTPModel, modules: Mapping[str, nn.Module], trainer_name: str) -> None:
-    """Let learn what the stage lets learn, and nothing else.
+    """Set ``requires_grad`` for this stage's parameters.
 
     Raises:
         PluginError: the stage freezes something that does not exist, or everything.

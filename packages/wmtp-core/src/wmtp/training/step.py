@@ -1,4 +1,7 @@
-"""One optimizer step's loss and gradient, the same for every algorithm and however the step is split into micro-batches."""
+"""Loss and gradient of one optimizer step, the same for every algorithm and every micro-batch size.
+
+`StepLoss.__call__` is the whole of it, from top to bottom; the methods below it are its parts, in their order.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from wmtp.data.batch import Batch, Targets, align_targets
-from wmtp.devices import statistics_dtype
-from wmtp.distributed.ranks import ALONE, Ranks
-from wmtp.distributed.share import Share
+from wmtp.distributed.ranks import ALONE, Ranks, Share
 from wmtp.loss import TokenPass, Unembedding, token_pass, weighted_cross_entropy
 from wmtp.loss.weights import (
     NO_WEIGHT,
@@ -22,14 +23,15 @@ from wmtp.loss.weights import (
     bad_weights,
     head_statistics,
     prediction_coefficients,
+    statistics_dtype,
+    weight_histogram,
     weight_statistics,
 )
 from wmtp.models.sharding import Sharding
 from wmtp.optim.master_weights import MasterWeights
 from wmtp.trainers import checks
-from wmtp.trainers.base import Stage, Trainer
-from wmtp.trainers.views import HiddenView, StepView, check_unchanged, versions
-from wmtp.training.recording import TokenRecord, weight_histogram
+from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
+from wmtp.training.recording import TokenRecord
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel, MTPOutput
@@ -39,13 +41,13 @@ __all__ = ["StepLoss", "StepOutput"]
 
 @frozen(kw_only=True, eq=False)
 class StepOutput:
-    """What one step gave. Nothing here has been read from the device yet.
+    """Result of one step, nothing of it read from the device yet.
 
     Args:
         loss: the whole loss, scalar.
         bad_weights: see `wmtp.loss.weights.bad_weights`.
         metrics: scalars by name.
-        weight_histogram: see `wmtp.training.recording.weight_histogram`; None if not asked for, or the stage has no weights.
+        weight_histogram: see `wmtp.loss.weights.weight_histogram`; None if not asked for, or the stage has no weights.
         tokens: None if not asked for.
     """
 
@@ -54,6 +56,63 @@ class StepOutput:
     metrics: Mapping[str, Tensor | float]
     weight_histogram: Tensor | None = None
     tokens: TokenRecord | None = None
+
+
+@frozen(kw_only=True, eq=False)
+class _MicroBatch:
+    """Rows that are computed at once.
+
+    Args:
+        place: of the rows among those of this rank.
+        batch: b rows, on the device.
+        targets: ``[b, S, H]``.
+        valid_counts: how many predictions each head has.
+        last: whether it is the last one of the step.
+    """
+
+    place: slice
+    batch: Batch
+    targets: Targets
+    valid_counts: Sequence[int]
+    last: bool
+
+
+@frozen(kw_only=True, eq=False)
+class _Rows:
+    """Rows of one step.
+
+    Args:
+        share: of this rank.
+        packed: whether some row holds several documents.
+        batch: the rows of all ranks, on the device.
+        targets: of them, ``[B, S, H]``.
+        micro_batches: the rows of this rank.
+    """
+
+    share: Share
+    packed: bool
+    batch: Batch
+    targets: Targets
+    micro_batches: Sequence[_MicroBatch]
+
+
+@frozen(kw_only=True, eq=False)
+class _Seen:
+    """Numbers of the rows of all ranks that are known before weights are given; None where the trainer asks for none.
+
+    Args:
+        losses: token losses ``[B, S, H]``.
+        entropy: ``[B, S, H]``.
+        observations: by name, detached.
+        kept: the forward pass of the only micro-batch, and what was observed in it; None where there are several.
+        known: token losses of that pass.
+    """
+
+    losses: Tensor | None = None
+    entropy: Tensor | None = None
+    observations: Mapping[str, Tensor] = field(factory=dict)
+    kept: tuple[MTPOutput, dict[str, Tensor]] | None = None
+    known: TokenPass | None = None
 
 
 @frozen(kw_only=True, eq=False)
@@ -105,198 +164,148 @@ class StepLoss:
         Raises:
             PluginError: the trainer breaks its contract.
         """
-        packed = batch.packed
-        share = Share(ranks=self.ranks, rows=len(batch.input_ids))
-        rows = share.count
-        pieces = [slice(start, min(start + self.micro_batch_size, rows)) for start in range(0, rows, self.micro_batch_size)]
-        on_host = share.batch(batch)
-        # counted on the CPU, so that a GPU is never asked how many predictions there are
-        counts = [_valid_counts(on_host.rows(piece.start, piece.stop), self.model.horizon) for piece in pieces]
-        own = on_host.to(self.device)
-        own_targets = align_targets(own, self.model.horizon)
-        alone = self.ranks.world == 1
-        batch = own if alone else batch.to(self.device)
-        targets = own_targets if alone else align_targets(batch, self.model.horizon)
+        rows = self._rows(batch)
+        seen = self._survey(rows, stage)
+        view = self._view(rows, seen, step, stage)
+        valid, before = view.targets.valid, checks.versions(view)
 
-        # One micro-batch: its forward pass serves both phases. Several: the statistics of all are needed before the gradient of
-        # any, so what a trainer observes costs a forward pass of its own.
-        kept: tuple[MTPOutput, dict[str, Tensor]] | None = None
-        losses, entropy, known = None, None, None
-        observations: dict[str, Tensor] = {}
-        if len(pieces) == 1:
-            self._announce(last=True)
-            output = self._forward(own, packed)
-            kept = output, self._observe(output, own, own_targets, packed, stage)
-            observations = {name: value.detach() for name, value in kept[1].items()}
-            if self._needs_statistics:
-                known = self._token_pass(output, own_targets, counts[0])
-                losses, entropy = known.losses, known.entropy
-        elif self._needs_statistics or type(self.trainer).observe is not Trainer.observe:
-            losses, entropy, observations = self._survey(own, own_targets, packed, pieces, counts, stage)
-        # what a trainer sees are the rows of all ranks
-        losses = None if losses is None else share.gather(losses)
-        entropy = None if entropy is None else share.gather(entropy)
-        observations = {name: share.gather(value) for name, value in observations.items()}
-
-        view = StepView(
-            batch=batch,
-            targets=targets,
-            token_loss=losses if self.trainer.needs_token_loss else None,
-            entropy=entropy,
-            observations=observations,
-            step=step,
-            stage=stage.name,
-            generator=torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63),
-            vocab_size=self.model.vocab_size,
-        )
-        seen = versions(view)
-        uniform, weights = True, targets.valid.float()
-        if stage.model_loss:
-            given, weights = checks.given_weights(self.trainer, view, self.trainer_name)
-            uniform = view.is_uniform(given)
-        coefficients = prediction_coefficients(weights, targets.valid, self._head_weights, self.normalizer)
+        weights, uniform = self._weights(view, stage)
+        coefficients = prediction_coefficients(weights, valid, self._head_weights, self.normalizer)
         problem = bad_weights(weights, coefficients)
         auxiliary, slopes = self._auxiliary(view)
-        check_unchanged(view, seen, self.trainer_name)
-
+        checks.check_unchanged(view, before, self.trainer_name)
         if not stage.model_loss:
             coefficients = torch.zeros_like(coefficients)
             problem = torch.zeros_like(problem)  # a stage may have nothing to learn from the model loss
         elif slopes:
             problem = torch.where(problem == NO_WEIGHT, 0, problem)  # there is something else to learn
-        own_coefficients = share.take(coefficients)
-        own_slopes = {name: share.take(slope) for name, slope in slopes.items()}
+
+        coefficients = rows.share.take(coefficients)
+        slopes = {name: rows.share.take(slope) for name, slope in slopes.items()}
         model_loss = torch.zeros((), dtype=statistics_dtype(self.device), device=self.device)
-        step_losses = []
-        for piece, valid_counts in zip(pieces, counts, strict=True):
-            part = Targets(ids=own_targets.ids[piece], valid=own_targets.valid[piece])
-            if kept is not None:
-                output, observed = kept
-            else:
-                rows_of_piece = own.rows(piece.start, piece.stop)
-                self._announce(last=piece.stop == rows)
-                output = self._forward(rows_of_piece, packed)
-                observed = self._observe(output, rows_of_piece, part, packed, stage) if slopes else {}
-            # where all token losses are known, only the predictions that teach something are computed again
-            computed = part.valid if losses is None or known is not None else own_coefficients[piece] != 0
-            with self.autocast():
-                loss, piece_losses = weighted_cross_entropy(
-                    output.hidden,
-                    self._unembeddings(),
-                    part.ids,
-                    own_coefficients[piece],
-                    computed,
-                    known=known,
-                    at_most=self._at_most(uniform, valid_counts, stage),
-                    valid_counts=valid_counts,
-                )
-            model_loss += loss.detach()
-            step_losses.append(piece_losses)
+        own_losses = []
+        for part in rows.micro_batches:
+            output, observed = seen.kept or self._forward(part, rows.packed, stage, observe=bool(slopes))
+            at_most = 0 if not stage.model_loss else sum(part.valid_counts) if uniform else None
+            loss, losses = self._loss(part, output, coefficients[part.place], seen, at_most)
             # d aux / d parameters = Σ (d aux / d observation) · (d observation / d parameters)
-            total = loss + sum(
-                ((observed[name] * slope[piece]).sum() for name, slope in own_slopes.items()), start=loss.new_zeros(())
-            )
+            slope = ((observed[name] * slope[part.place]).sum() for name, slope in slopes.items())
+            total = loss + sum(slope, start=loss.new_zeros(()))
             if total.requires_grad:
                 total.backward()
+            model_loss += loss.detach()
+            own_losses.append(losses)
         if self.sharding is not None:
             self.sharding.release(self.model)
         self.ranks.sum(model_loss)
         self.ranks.sum_gradients(self._whole_parameters())
 
-        all_losses = share.gather(torch.cat(step_losses)) if losses is None else losses
+        losses = rows.share.gather(torch.cat(own_losses)) if seen.losses is None else seen.losses
         whole = sum(auxiliary.values(), start=model_loss)
-        metrics: dict[str, Tensor | float] = {"loss": whole}
-        metrics |= head_statistics(all_losses, weights, targets.valid)
-        metrics |= weight_statistics(weights, targets.valid)
-        metrics |= {f"auxiliary/{name}": value for name, value in auxiliary.items()}
-        metrics |= checks.checked_metrics(self.trainer, self.trainer_name, metrics)
         recorded = weights if stage.model_loss else None
         return StepOutput(
             loss=whole,
             bad_weights=problem,
-            metrics=metrics,
-            weight_histogram=weight_histogram(recorded, targets.valid) if histogram and recorded is not None else None,
-            tokens=TokenRecord(weights=recorded, losses=all_losses, valid=targets.valid, details=self._details(view))
-            if tokens
-            else None,
+            metrics=self._metrics(whole, auxiliary, losses, weights, valid),
+            weight_histogram=weight_histogram(recorded, valid) if histogram and recorded is not None else None,
+            tokens=TokenRecord(weights=recorded, losses=losses, valid=valid, details=self._details(view)) if tokens else None,
         )
 
-    def _whole_parameters(self) -> list[nn.Parameter]:
-        """Those that every rank holds in full: their gradients must be added up."""
-        modules = (self.model, *self.trainer.modules().values())
-        parameters = [parameter for module in modules for parameter in module.parameters()]
-        if self.master_weights is not None:
-            parameters = self.master_weights.replace(parameters)
-        return [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-
-    def _announce(self, *, last: bool) -> None:
-        """Tell a divided model which micro-batch comes."""
-        if self.sharding is not None:
-            self.sharding.micro_batch(self.model, last=last)
-
-    def _unembeddings(self) -> list[Unembedding]:
-        return [self.model.unembedding(k) for k in range(1, self.model.horizon + 1)]
-
-    @property
-    def _needs_statistics(self) -> bool:
-        return self.trainer.needs_token_loss or self.trainer.needs_entropy
-
-    def _forward(self, batch: Batch, packed: bool) -> MTPOutput:
-        """The hidden states of one micro-batch."""
-        with self.autocast():
-            return self.model(batch.input_ids, batch.position, packed)
-
-    def _observe(self, output: MTPOutput, batch: Batch, targets: Targets, packed: bool, stage: Stage) -> dict[str, Tensor]:
-        """What the trainer observes in the hidden states of one micro-batch."""
-        view = HiddenView(batch=batch, targets=targets, packed=packed, stage=stage.name, trunk=output.trunk)
-        with self.autocast():
-            return checks.observed(self.trainer, view, self.trainer_name)
-
-    @torch.no_grad()
-    def _details(self, view: StepView) -> dict[str, Tensor]:
-        """What the trainer knows of single tokens."""
-        return checks.token_details(self.trainer, view, self.trainer_name)
-
-    def _token_pass(self, output: MTPOutput, targets: Targets, valid_counts: Sequence[int]) -> TokenPass:
-        with self.autocast():
-            return token_pass(
-                output.hidden,
-                self._unembeddings(),
-                targets.ids,
-                targets.valid,
-                entropy=self.trainer.needs_entropy,
-                top_k=self.trainer.entropy_top_k,
-                valid_counts=valid_counts,
+    def _rows(self, batch: Batch) -> _Rows:
+        """Divide a step's rows among ranks, and this rank's into micro-batches."""
+        share = Share(ranks=self.ranks, rows=len(batch.input_ids))
+        on_host = share.batch(batch)
+        own = on_host.to(self.device)
+        targets = align_targets(own, self.model.horizon)
+        parts = []
+        for start in range(0, share.count, self.micro_batch_size):
+            place = slice(start, min(start + self.micro_batch_size, share.count))
+            # counted on the CPU, so that a GPU is never asked how many predictions there are
+            host_targets = align_targets(on_host.rows(place.start, place.stop), self.model.horizon)
+            parts.append(
+                _MicroBatch(
+                    place=place,
+                    batch=own.rows(place.start, place.stop),
+                    targets=Targets(ids=targets.ids[place], valid=targets.valid[place]),
+                    valid_counts=host_targets.valid.sum((0, 1)).tolist(),
+                    last=place.stop == share.count,
+                )
             )
+        alone = self.ranks.world == 1
+        whole = own if alone else batch.to(self.device)
+        return _Rows(
+            share=share,
+            packed=batch.packed,
+            batch=whole,
+            targets=targets if alone else align_targets(whole, self.model.horizon),
+            micro_batches=parts,
+        )
 
-    def _at_most(self, uniform: bool, valid_counts: Sequence[int], stage: Stage) -> int | None:
-        """How many predictions of a micro-batch may have a weight; None where only the device knows."""
+    def _survey(self, rows: _Rows, stage: Stage) -> _Seen:
+        """Collect what the trainer asks for: token losses, entropy and observations of the whole step.
+
+        With one micro-batch its only forward pass serves both phases. With several, the statistics of all are needed before the
+        gradient of any, so what a trainer asks for costs a forward pass of its own, without gradient.
+        """
+        if len(rows.micro_batches) == 1:
+            (part,) = rows.micro_batches
+            kept = self._forward(part, rows.packed, stage)
+            known = self._token_pass(part, kept[0]) if self._needs_statistics else None
+            return self._seen(rows, [kept[1]], [] if known is None else [known], kept, known)
+        if not self._needs_statistics and type(self.trainer).observe is Trainer.observe:
+            return _Seen()
+        observed, passes = [], []
+        with torch.no_grad():
+            for part in rows.micro_batches:
+                output, values = self._forward(part, rows.packed, stage)
+                observed.append(values)
+                if self._needs_statistics:
+                    passes.append(self._token_pass(part, output))
+        return self._seen(rows, observed, passes)
+
+    def _seen(
+        self,
+        rows: _Rows,
+        observed: Sequence[Mapping[str, Tensor]],
+        passes: Sequence[TokenPass],
+        kept: tuple[MTPOutput, dict[str, Tensor]] | None = None,
+        known: TokenPass | None = None,
+    ) -> _Seen:
+        """Join what was seen of micro-batches, and of all ranks: a trainer sees the rows of all."""
+        entropies = [found.entropy for found in passes if found.entropy is not None]
+        return _Seen(
+            losses=rows.share.gather(_joined([found.losses for found in passes])) if passes else None,
+            entropy=rows.share.gather(_joined(entropies)) if entropies else None,
+            observations={
+                name: rows.share.gather(_joined([values[name].detach() for values in observed])) for name in observed[0]
+            },
+            kept=kept,
+            known=known,
+        )
+
+    def _view(self, rows: _Rows, seen: _Seen, step: int, stage: Stage) -> StepView:
+        """Show the step to the trainer."""
+        return StepView(
+            batch=rows.batch,
+            targets=rows.targets,
+            token_loss=seen.losses if self.trainer.needs_token_loss else None,
+            entropy=seen.entropy,
+            observations=seen.observations,
+            step=step,
+            stage=stage.name,
+            generator=torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63),
+            vocab_size=self.model.vocab_size,
+        )
+
+    def _weights(self, view: StepView, stage: Stage) -> tuple[Tensor, bool]:
+        """Ask for the weights ``[B, S, H]``, and tell whether they are known to be uniform."""
         if not stage.model_loss:
-            return 0
-        return sum(valid_counts) if uniform else None
-
-    @torch.no_grad()
-    def _survey(
-        self, batch: Batch, targets: Targets, packed: bool, pieces: list[slice], counts: list[list[int]], stage: Stage
-    ) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
-        """Token losses, entropy and observations of the whole step, by a forward pass without gradient."""
-        losses: list[Tensor] = []
-        entropies: list[Tensor] = []
-        observed: list[dict[str, Tensor]] = []
-        for piece, valid_counts in zip(pieces, counts, strict=True):
-            rows = batch.rows(piece.start, piece.stop)
-            part = Targets(ids=targets.ids[piece], valid=targets.valid[piece])
-            output = self._forward(rows, packed)
-            observed.append(self._observe(output, rows, part, packed, stage))
-            if self._needs_statistics:
-                found = self._token_pass(output, part, valid_counts)
-                losses.append(found.losses)
-                entropies += [] if found.entropy is None else [found.entropy]
-        together = {name: torch.cat([values[name] for values in observed]) for name in observed[0]}
-        return torch.cat(losses) if losses else None, torch.cat(entropies) if entropies else None, together
+            return view.targets.valid.float(), True
+        given, weights = checks.given_weights(self.trainer, view, self.trainer_name)
+        return weights, view.is_uniform(given)
 
     def _auxiliary(self, view: StepView) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The auxiliary losses of the step, and their gradient with respect to each observation."""
+        """Ask for the auxiliary losses of the step, and find their gradient with respect to each observation."""
         leaves = {name: value.detach().clone() for name, value in view.observations.items()}
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())
@@ -309,7 +318,83 @@ class StepLoss:
         slopes = {name: leaf.grad * self.ranks.world for name, leaf in leaves.items() if leaf.grad is not None}
         return {name: term.detach().reshape(()) for name, term in terms.items()}, slopes
 
+    def _forward(
+        self, part: _MicroBatch, packed: bool, stage: Stage, *, observe: bool = True
+    ) -> tuple[MTPOutput, dict[str, Tensor]]:
+        """Compute the hidden states of a micro-batch, and what the trainer observes in them."""
+        batch = part.batch
+        if self.sharding is not None:
+            self.sharding.micro_batch(self.model, last=part.last)
+        with self.autocast():
+            output = self.model(batch.input_ids, batch.position, packed)
+        if not observe:
+            return output, {}
+        view = HiddenView(batch=batch, targets=part.targets, packed=packed, stage=stage.name, trunk=output.trunk)
+        with self.autocast():
+            return output, checks.observed(self.trainer, view, self.trainer_name)
 
-def _valid_counts(batch: Batch, horizon: int) -> list[int]:
-    """How many predictions of each head there are in a batch on the CPU."""
-    return align_targets(batch, horizon).valid.sum((0, 1)).tolist()
+    def _token_pass(self, part: _MicroBatch, output: MTPOutput) -> TokenPass:
+        """Compute the token losses of a micro-batch, and the entropy where it is asked for, without gradient."""
+        with self.autocast():
+            return token_pass(
+                output.hidden,
+                self._unembeddings(),
+                part.targets.ids,
+                part.targets.valid,
+                entropy=self.trainer.needs_entropy,
+                top_k=self.trainer.entropy_top_k,
+                valid_counts=part.valid_counts,
+            )
+
+    def _loss(
+        self, part: _MicroBatch, output: MTPOutput, coefficients: Tensor, seen: _Seen, at_most: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the weighted loss of a micro-batch, with gradient, and its token losses."""
+        # where all token losses are known, only the predictions that teach something are computed again
+        computed = part.targets.valid if seen.losses is None or seen.known is not None else coefficients != 0
+        with self.autocast():
+            return weighted_cross_entropy(
+                output.hidden,
+                self._unembeddings(),
+                part.targets.ids,
+                coefficients,
+                computed,
+                known=seen.known,
+                at_most=at_most,
+                valid_counts=part.valid_counts,
+            )
+
+    @property
+    def _needs_statistics(self) -> bool:
+        return self.trainer.needs_token_loss or self.trainer.needs_entropy
+
+    def _unembeddings(self) -> list[Unembedding]:
+        return [self.model.unembedding(k) for k in range(1, self.model.horizon + 1)]
+
+    def _whole_parameters(self) -> list[nn.Parameter]:
+        """List the parameters that every rank holds in full: their gradients must be added up."""
+        modules = (self.model, *self.trainer.modules().values())
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        if self.master_weights is not None:
+            parameters = self.master_weights.replace(parameters)
+        return [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+
+    def _metrics(
+        self, loss: Tensor, auxiliary: Mapping[str, Tensor], losses: Tensor, weights: Tensor, valid: Tensor
+    ) -> dict[str, Tensor | float]:
+        """Gather the numbers of a step that are logged, the trainer's own among them."""
+        metrics: dict[str, Tensor | float] = {"loss": loss}
+        metrics |= head_statistics(losses, weights, valid)
+        metrics |= weight_statistics(weights, valid)
+        metrics |= {f"auxiliary/{name}": value for name, value in auxiliary.items()}
+        metrics |= checks.checked_metrics(self.trainer, self.trainer_name, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _details(self, view: StepView) -> dict[str, Tensor]:
+        """Ask for the trainer's numbers of single tokens."""
+        return checks.token_details(self.trainer, view, self.trainer_name)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from wmtp.loss.spec import HeadLayout, Problem
+from wmtp.loss.cross_entropy import HeadLayout, Problem
 
 __all__ = ["Lengths", "PredictionList", "prediction_lists"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wmtp.loss.spec import Answer, HeadLayout, Problem
+from wmtp.loss.cross_entropy import Answer, HeadLayout, Problem
 
 __all__ = ["compute"]
 

@@ -23,7 +23,7 @@ import triton
 from attrs import Factory, frozen
 from torch import Tensor
 
-from wmtp.loss.spec import Answer, HeadLayout, Problem
+from wmtp.loss.cross_entropy import Answer, HeadLayout, Problem
 from wmtp.loss.torch_backend.lists import Lengths, PredictionList, prediction_lists
 from wmtp.loss.triton import kernels
 

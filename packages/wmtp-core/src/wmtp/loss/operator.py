@@ -1,62 +1,17 @@
-"""Which implementation computes a problem, and the operator by which torch.compile sees either."""
+"""Operator by which torch.compile sees the loss."""
 
 from __future__ import annotations
-
-import importlib.util
 
 import torch
 from torch import Tensor
 
-from wmtp.loss.spec import Answer, HeadLayout, Problem
-from wmtp.loss.torch_backend import plain
+from wmtp.loss.cross_entropy import Answer, HeadLayout, Problem, solve
 
-__all__ = ["implementation", "scaled", "solve"]
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+__all__ = ["solve_by_operator"]
 
 
-def implementation(device: torch.device, compute: torch.dtype) -> str:
-    """Which implementation computes there: ``fused`` (CUDA and ROCm, where Triton is installed) or ``plain``."""
-    able = device.type == "cuda" and _HAS_TRITON and compute in (torch.bfloat16, torch.float16, torch.float32)
-    return "fused" if able else "plain"
-
-
-def solve(problem: Problem) -> Answer:
-    """Compute token losses, and gradients where they are wanted."""
-    if torch.compiler.is_compiling():
-        return _through_operator(problem)
-    with torch.no_grad(), torch.autocast(problem.ids.device.type, enabled=False):
-        if implementation(problem.ids.device, problem.compute) == "plain":
-            return plain.compute(problem)
-        from wmtp.loss.triton import fused  # imports Triton
-
-        return fused.compute(problem)
-
-
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, may_change: bool) -> Tensor:
-    """``gradient · factor`` in a precision.
-
-    Args:
-        gradient: of `Answer`.
-        factor: scalar, on the same device.
-        dtype: of what is returned.
-        may_change: ``gradient`` is not needed again.
-    """
-    if torch.compiler.is_compiling():
-        return (gradient * factor).to(dtype)
-    if implementation(gradient.device, gradient.dtype) == "fused":
-        from wmtp.loss.triton import fused
-
-        return fused.scaled(gradient, factor, dtype, may_change)
-    if factor.device.type == "cpu" and float(factor) == 1.0:
-        return gradient.to(dtype, copy=not may_change)
-    factor = factor.to(gradient.dtype)
-    if may_change and gradient.dtype == dtype:
-        return gradient.mul_(factor)
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-
-
-def _through_operator(problem: Problem) -> Answer:
+def solve_by_operator(problem: Problem) -> Answer:
+    """Compute a problem by the operator, which torch.compile keeps whole."""
     heads = problem.heads
     losses, lse, entropy, broken, gradients = _operator(
         list(problem.tensors),

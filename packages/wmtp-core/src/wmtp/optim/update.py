@@ -1,8 +1,10 @@
-"""The norm of a gradient, and clipping to it, whether parameters are whole on every rank or divided among them."""
+"""Learning rate, gradient norm and clipping of one optimizer step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +12,40 @@ from torch.distributed.tensor import DTensor
 
 from wmtp.optim.master_adamw import MasterAdamW
 
-__all__ = ["clip_gradients", "gradient_norm"]
+if TYPE_CHECKING:
+    from wmtp.config.schema import ScheduleConfig
+
+__all__ = ["clip_gradients", "gradient_norm", "learning_rate_factor"]
+
+
+def learning_rate_factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
+    """Compute the factor of the peak learning rate at one optimizer step.
+
+    A pure function of the step, so that a resumed run cannot differ. The warm-up ends, and the decay begins, at 1; the decay
+    would be at ``min_ratio`` one step after the last, so that the last step still learns where that is 0.
+
+    Args:
+        schedule: its shape.
+        step: the optimizer step, from 0.
+        total_steps: of the whole job.
+    """
+    warmup = schedule.warmup_steps
+    if warmup is None:
+        warmup = math.floor((schedule.warmup_ratio or 0.0) * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule.type == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    falling = 1.0 - progress if schedule.type == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return schedule.min_ratio + (1.0 - schedule.min_ratio) * falling
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients together, over all ranks: a scalar on the device."""
+    """Compute the 2-norm of all gradients over all ranks, a scalar on the device.
+
+    Parameters may be whole on every rank or sharded.
+    """
     parts = []
     for group in _by_kind(parameters):
         gradients = [parameter.grad for parameter in group if parameter.grad is not None]
