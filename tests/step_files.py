@@ -60,7 +60,7 @@ def count(trainer: dict[str, Any], folder: Path, *, micro_batches: int, models: 
     config = load_config(
         {
             "run": {"output_dir": str(folder / "runs")},
-            "models": {name: _MODEL for name in models},
+            "models": dict.fromkeys(models, _MODEL),
             "tokenizer": {"type": "bytes"},
             "datasets": {"numbers": {"type": "jsonl", "uri": str(data)}},
             "data": {"train": {"max_length": 16, "batch_size": 4, "micro_batch_size": 4 // micro_batches, "packing": False}},
