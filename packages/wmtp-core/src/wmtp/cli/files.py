@@ -7,18 +7,16 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from wmtp.storage.base import Storage
     from wmtp.storage.cache import Cache
 
-__all__ = ["add_arguments", "backend", "cache", "fetch", "push", "storage_options"]
+__all__ = ["add_arguments", "cache", "fetch", "push", "storage_options"]
 
 _M_ARENA_MAX = -8  # of malloc.h
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -64,13 +62,22 @@ def storage_options() -> argparse.ArgumentParser:
 
 def fetch(arguments: argparse.Namespace) -> tuple[Any, int]:
     """``wmtp fetch``."""
+    from wmtp.actions import files as actions
+
     if arguments.verify:
         return _verify(arguments)
     if len(arguments.words) != 2:
         raise ConfigError(f"wmtp fetch: write where from and where to: wmtp fetch URI DIR; found {len(arguments.words)} words")
     uri, folder = arguments.words
     _keep_one_heap()
-    done = backend(uri, arguments).fetch(uri, Path(folder).expanduser(), include=arguments.include, exclude=arguments.exclude)
+    done = actions.fetch(
+        uri,
+        folder,
+        include=arguments.include,
+        exclude=arguments.exclude,
+        config=arguments.config,
+        overrides=arguments.overrides,
+    )
     if not arguments.json:
         rate = f", {_bytes(done.transferred / done.seconds)}/s" if done.transferred and done.seconds else ""
         print(
@@ -95,60 +102,35 @@ def _keep_one_heap() -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> tuple[Any, int]:
-    from wmtp.storage.manifest import MANIFEST, Manifest, verify
-    from wmtp.storage.uris import redact
+    from wmtp.actions.files import verify
 
     if len(arguments.words) not in (1, 2):
         raise ConfigError("wmtp fetch --verify: write which folder: wmtp fetch --verify DIR")
-    folder = Path(arguments.words[-1]).expanduser()
-    manifest = Manifest.read(folder / MANIFEST)
-    if manifest is None:
-        raise WMTPError(f"{folder}: there is no {MANIFEST}, so it is not known what should be there; fetch into it")
-    uri = redact(arguments.words[0]).partition("?")[0].rstrip("/")
-    if len(arguments.words) == 2 and uri != manifest.uri.rstrip("/"):
-        raise WMTPError(f"{folder} was fetched from {manifest.uri}, not from {uri}")
-    problems = verify(folder, manifest.files)
-    for problem in problems:
-        print(problem) if not arguments.json else None
-    if not problems and not arguments.json:
-        print(f"{folder}: {len(manifest.files)} files, {_bytes(manifest.size)}, as they were fetched from {manifest.uri}")
-    answer = {"target": folder, "uri": manifest.uri, "files": len(manifest.files), "size": manifest.size, "problems": problems}
-    return answer, 1 if problems else 0
+    found = verify(arguments.words[-1], arguments.words[0] if len(arguments.words) == 2 else None)
+    if not arguments.json:
+        whole = f"{found.target}: {found.files} files, {_bytes(found.size)}, as they were fetched from {found.uri}"
+        print("\n".join(found.problems) or whole)
+    return attrs.asdict(found), 1 if found.problems else 0
 
 
 def push(arguments: argparse.Namespace) -> tuple[Any, int]:
     """``wmtp push``."""
-    from wmtp.storage.uris import redact
+    from wmtp.actions.files import push
 
-    began = time.monotonic()
-    path = Path(arguments.path).expanduser()
-    backend(arguments.uri, arguments).push(path, arguments.uri)
-    seconds = time.monotonic() - began
+    done = push(arguments.path, arguments.uri, config=arguments.config, overrides=arguments.overrides)
     if not arguments.json:
-        print(f"{redact(arguments.uri)}: whole, in {seconds:.1f} s")
-    return {"path": path, "uri": redact(arguments.uri), "seconds": seconds}, 0
-
-
-def backend(uri: str, arguments: argparse.Namespace) -> Storage:
-    """What serves ``uri``, with the options that ``--config`` and ``--set`` give it."""
-    from wmtp.config.load import load_storage
-    from wmtp.config.places import build_backends
-    from wmtp.storage.uris import backend_for
-
-    return backend_for(uri, build_backends(load_storage(arguments.config, arguments.overrides)))
+        print(f"{done.uri}: whole, in {done.seconds:.1f} s")
+    return attrs.asdict(done), 0
 
 
 def cache(arguments: argparse.Namespace) -> tuple[Any, int]:
     """``wmtp cache``."""
-    from wmtp.config.load import load_storage
-    from wmtp.storage.cache import Cache
+    from wmtp.actions.files import cache
 
     if (arguments.max_size is not None) != (arguments.action == "prune"):
         raise ConfigError("wmtp cache: --max-size SIZE says how much 'prune' leaves: wmtp cache prune --max-size 200GB")
-    folder = arguments.cache_dir or load_storage(arguments.config, arguments.overrides).cache_dir
-    return {"list": _list, "verify": _verify_cache, "prune": _prune}[arguments.action](
-        Cache(Path(folder).expanduser()), arguments
-    )
+    opened = cache(arguments.cache_dir, config=arguments.config, overrides=arguments.overrides)
+    return {"list": _list, "verify": _verify_cache, "prune": _prune}[arguments.action](opened, arguments)
 
 
 def _list(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from wmtp.cli.facts import print_facts
@@ -14,12 +13,12 @@ __all__ = ["start"]
 
 def start(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp start``."""
-    from wmtp.startup import start as startup
+    from wmtp.startup.start import start
 
     if arguments.dry_run:
-        facts = startup.steps(startup.read_config(arguments.files, arguments.overrides), Path.cwd())
+        facts = start(arguments.files, arguments.overrides, dry_run=True)
         if not arguments.json:
             print_facts(facts)
             print("ok: nothing was fetched or trained")
         return facts, 0
-    return report(startup.start(arguments.files, arguments.overrides), to_stdout=not arguments.json)
+    return report(start(arguments.files, arguments.overrides), to_stdout=not arguments.json)
