@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import types
 from typing import Any, Final, Literal, Union, get_args, get_origin
@@ -15,6 +14,7 @@ from wmtp.errors import ConfigError
 from wmtp.plugins import load_plugins
 from wmtp.plugins.components import COMPONENT_KIND, KINDS
 from wmtp.plugins.registry import Provided, Registry
+from wmtp.spelling import did_you_mean
 
 __all__ = ["show", "type_name"]
 
@@ -68,8 +68,7 @@ def _describe(provided: Provided) -> dict[str, Any]:
 def _unknown(name: str, registry: Registry) -> ConfigError:
     """Make the error for a name that no component has."""
     names = sorted({provided.type for provided in registry.components})
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"installed: {', '.join(names)}"
+    hint = did_you_mean(name, names) or f"installed: {', '.join(names)}"
     remedies = list(dict.fromkeys(registry.remedy(kind, name) for kind in KINDS))
     return ConfigError(f"no plugin provides '{name}'; {hint}{max(remedies, key=len)}")
 

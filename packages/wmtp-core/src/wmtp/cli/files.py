@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from wmtp.errors import ConfigError
+from wmtp.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from wmtp.storage.cache import Cache
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "cache", "fetch", "push", "storage_options"]
 
 _M_ARENA_MAX = -8  # of malloc.h
-_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -79,10 +78,11 @@ def fetch(arguments: argparse.Namespace) -> tuple[Any, int]:
         overrides=arguments.overrides,
     )
     if not arguments.json:
-        rate = f", {_bytes(done.transferred / done.seconds)}/s" if done.transferred and done.seconds else ""
+        rate = f", {format_bytes(done.transferred / done.seconds)}/s" if done.transferred and done.seconds else ""
         print(
-            f"{done.target}: {done.files} {'file' if done.files == 1 else 'files'}, {_bytes(done.size)}, whole and verified;"
-            f" {_bytes(done.transferred)} came in"
+            f"{done.target}: {done.files} {'file' if done.files == 1 else 'files'}, {format_bytes(done.size)},"
+            " whole and verified;"
+            f" {format_bytes(done.transferred)} came in"
             f" {done.seconds:.1f} s{rate}"
         )
     return attrs.asdict(done), 0
@@ -108,7 +108,7 @@ def _verify(arguments: argparse.Namespace) -> tuple[Any, int]:
         raise ConfigError("wmtp fetch --verify: write which folder: wmtp fetch --verify DIR")
     found = verify(arguments.words[-1], arguments.words[0] if len(arguments.words) == 2 else None)
     if not arguments.json:
-        whole = f"{found.target}: {found.files} files, {_bytes(found.size)}, as they were fetched from {found.uri}"
+        whole = f"{found.target}: {found.files} files, {format_bytes(found.size)}, as they were fetched from {found.uri}"
         print("\n".join(found.problems) or whole)
     return attrs.asdict(found), 1 if found.problems else 0
 
@@ -138,9 +138,11 @@ def _list(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int]:
     for entry in [] if arguments.json else entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
         what = entry.uri or "not complete: another fetch goes on with it, or prune removes it"
-        print(f"{_bytes(entry.size):>9}  {used}  {'in use' if entry.is_in_use else '      '}  {entry.path.name[:8]}  {what}")
+        print(
+            f"{format_bytes(entry.size):>9}  {used}  {'in use' if entry.is_in_use else '      '}  {entry.path.name[:8]}  {what}"
+        )
     if not arguments.json:
-        print(f"{cache.folder}: {_entries(len(entries))}, {_bytes(sum(entry.size for entry in entries))}")
+        print(f"{cache.folder}: {_entries(len(entries))}, {format_bytes(sum(entry.size for entry in entries))}")
     return {"cache_dir": cache.folder, "entries": [attrs.asdict(entry) for entry in entries]}, 0
 
 
@@ -152,30 +154,16 @@ def _verify_cache(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int
 
 
 def _prune(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int]:
-    most = _size(arguments.max_size)
+    most = parse_bytes(arguments.max_size)
+    if most is None:
+        raise ConfigError(f"--max-size: {arguments.max_size!r} is no size; write, for instance, 200GB or 1.5TB")
     removed = cache.prune(most)
     left = sum(entry.size for entry in cache.list())
     if not arguments.json:
         why = ": more than --max-size, for running processes use it" if left > most else ""
-        print(f"{cache.folder}: {_entries(len(removed))} removed, {_bytes(left)} left{why}")
+        print(f"{cache.folder}: {_entries(len(removed))} removed, {format_bytes(left)} left{why}")
     return {"cache_dir": cache.folder, "removed": [attrs.asdict(entry) for entry in removed], "size": left}, 0
 
 
 def _entries(count: int) -> str:
     return f"{count} entr{'y' if count == 1 else 'ies'}"
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?|)B?", text.strip(), re.IGNORECASE)
-    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    if match is None:
-        raise ConfigError(f"--max-size: {text!r} is no size; write, for instance, 200GB or 1.5TB")
-    return int(float(match[1]) * units[match[2].lower()])
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
