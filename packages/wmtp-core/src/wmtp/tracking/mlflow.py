@@ -270,7 +270,7 @@ def _sqlite_file(uri: str) -> Path | None:
 
 @contextmanager
 def database_lock(database: Path | None) -> Iterator[None]:
-    """Lock a database: two processes that both bring a new one up to date break it, and MLflow's own lock covers only a part."""
+    """Lock a database: two processes that update a new one break it, and MLflow's own lock covers only a part."""
     if database is None:
         yield
         return
