@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 import tomli_w
 
-from wmtp.cli.show import type_name
+from wmtp.actions.components import type_name
 from wmtp.config import schema
 from wmtp.config.tree import plain_value
 from wmtp.plugins import Registry, hookspecs, load_plugins

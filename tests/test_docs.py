@@ -1,5 +1,6 @@
 """The documentation holds: its configs pass, its code runs, its messages are real, its links lead somewhere."""
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -148,6 +149,16 @@ def test_every_python_block_compiles_and_runs_where_it_says_so(mark, text):
     if mark == "run":
         with contextlib.redirect_stdout(io.StringIO()):
             exec(code, {"__name__": "block"})
+
+
+@pytest.mark.parametrize(("mark", "text"), blocks("python"))
+def test_every_python_block_needs_one_import_line(mark, text):
+    """All that the docs use of WMTP comes from ``wmtp`` itself; a second line is for type hints alone."""
+    modules = []
+    for node in ast.parse(text).body:
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+    assert [module for module in modules if module.split(".")[0] == "wmtp"] in ([], ["wmtp"])
 
 
 def sections(page):

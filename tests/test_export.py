@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from wmtp.cli import main
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
-from wmtp.export.medusa import write_medusa
+from wmtp.exporting.medusa import write_medusa
 from wmtp.models.mtp import MTPModel
 from wmtp.models.opening import load_weights, open_model
 from wmtp.tokenizers.bytes import BytesTokenizer

@@ -195,7 +195,7 @@ def test_the_second_ctrl_c_ends_all_processes(recipe, tmp_path):
 WORK = {
     "evaluate": "from wmtp.evaluation.command import evaluate_model\n"
     'work = lambda: evaluate_model({run!r}, overrides=[\'eval=[{{type="perplexity"}}, {{type="token-accuracy"}}]\'])',
-    "export": "from wmtp.export.command import export_model\nimport tempfile\n"
+    "export": "from wmtp.exporting.command import export_model\nimport tempfile\n"
     "work = lambda: export_model({run!r}, tempfile.mkdtemp(dir={folder!r}) + '/out', format='hf')",
     "push": "from pathlib import Path\nfrom wmtp_storage import S3Storage\nstorage = S3Storage().build()\n"
     "work = lambda: storage.push(Path({model!r}), {uri!r})",

@@ -12,7 +12,7 @@ import pytest
 import tomli_w
 
 from wmtp.cli import main
-from wmtp.report import write_report
+from wmtp.reporting import write_report
 from wmtp.runs.weight_bins import WEIGHT_BINS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -2,8 +2,7 @@
 
 import torch
 
-from wmtp.testing import TrainerTests
-from wmtp.testing.steps import make_view, random_step
+from wmtp import TrainerTests, make_view, random_step
 from wmtp_example.loss_ceiling import LossCeiling
 from wmtp_example.loss_truncation import LossTruncation
 

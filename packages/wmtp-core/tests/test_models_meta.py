@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.export.meta import _width, write_meta
+from wmtp.exporting.meta import _width, write_meta
 from wmtp.models import build_model
 from wmtp.models.config import MetaMtpModel
 from wmtp.models.mtp import MTPModel

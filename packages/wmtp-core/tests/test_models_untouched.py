@@ -28,8 +28,8 @@ from transformers import (
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.export.command import export_model
-from wmtp.export.meta import write_meta
+from wmtp.exporting.command import export_model
+from wmtp.exporting.meta import write_meta
 from wmtp.models import MTPModel, build_model, load_model
 from wmtp.models.base import LoadedModel
 from wmtp.models.loaders.hf import HfLoader

@@ -223,8 +223,8 @@ def test_an_object_may_be_the_plugin(site):
     assert site.plugins()["obj", "obj"]["components"] == {"trainers": ["object"]}
 
 
-def test_a_well_known_component_names_its_package():
-    assert "it is in the package wmtp-vessl: pip install wmtp-vessl" in Registry((), ()).missing("launchers", "vessl")
+def test_a_missing_component_names_the_package_that_has_more_of_its_kind():
+    assert "the package wmtp-vessl has launchers: pip install wmtp-vessl" in Registry((), ()).missing("launchers", "vessl")
     assert Registry((), ()).missing("trainers", "rho1-wmtp") == (
-        "no plugin provides 'rho1-wmtp'; installed: none; it is in the package wmtp-algos: pip install wmtp-algos"
+        "no plugin provides 'rho1-wmtp'; installed: none; the package wmtp-algos has trainers: pip install wmtp-algos"
     )

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import attrs
 import numpy as np
 import pytest
 import torch
+from one_step import Baseline, Valued, gradients, make_batch, make_model, step_loss
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,9 +17,6 @@ from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.trainers import Stage, Trainer
 from wmtp.training.stages import StageBatches, StagePlan, apply_stage
-
-sys.path.insert(0, str(Path(__file__).parent))
-from one_step import Baseline, Valued, gradients, make_batch, make_model, step_loss
 
 THREE = [Stage(name="a", steps=4, until=EarlyStoppingConfig(metric="a")), Stage(name="b", steps=3), Stage(name="c")]
 

@@ -2,17 +2,10 @@
 
 import contextlib
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from attrs import evolve
-
-from wmtp.data.batch import PADDING
-from wmtp.trainers import Trainer
-
-sys.path.insert(0, str(Path(__file__).parent))
 from one_step import (
     Baseline,
     ByPrediction,
@@ -26,6 +19,9 @@ from one_step import (
     make_model,
     reference,
 )
+
+from wmtp.data.batch import PADDING
+from wmtp.trainers import Trainer
 
 TRAINERS = [Baseline, ByToken, ByPrediction, HardHalf, Valued, Unsure]
 

@@ -1,18 +1,14 @@
 """What the loop gives to a trainer, what it takes back, and what it says of anything else."""
 
 import math
-import sys
-from pathlib import Path
 
 import attrs
 import pytest
 import torch
+from one_step import Valued, gradients, make_batch, make_model, step_loss
 
 from wmtp.errors import PluginError
 from wmtp.trainers import Stage, Trainer
-
-sys.path.insert(0, str(Path(__file__).parent))
-from one_step import Valued, gradients, make_batch, make_model, step_loss
 
 
 @pytest.mark.parametrize(("auxiliary", "calls"), [(False, [2, 2, 1]), (True, [2, 2, 1, 2, 2, 1])])

@@ -1,18 +1,13 @@
 """What a step computes and keeps, counted: nothing twice, and never the logits of all predictions."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from one_step import VOCAB, Baseline, HardHalf, gradients, make_batch, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmtp.loss import weighted_cross_entropy
 from wmtp.loss.torch_backend import plain as loss_module
 from wmtp.training import step as step_module
-
-sys.path.insert(0, str(Path(__file__).parent))
-from one_step import VOCAB, Baseline, HardHalf, gradients, make_batch, make_model
 
 
 @pytest.mark.parametrize("micro", [2, 99])

@@ -1,16 +1,11 @@
 """What is logged and recorded of a step is what its loss was made of."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from one_step import ByToken, gradients, make_batch, make_model, step_loss
 
 from wmtp.data.batch import PADDING
 from wmtp.trainers import Stage, Trainer
-
-sys.path.insert(0, str(Path(__file__).parent))
-from one_step import ByToken, gradients, make_batch, make_model, step_loss
 
 
 def test_logged_statistics_equal_plain_ones():

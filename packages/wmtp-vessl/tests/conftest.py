@@ -1,14 +1,10 @@
 """What the tests share: the service on 127.0.0.1, the two files of a launch, the command line."""
 
 import json
-import sys
 import threading
 from http.server import ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from vessl_service import VESSLCTL, Api, Files, Handler
 
 from wmtp.cli import main

@@ -20,6 +20,7 @@ from wmtp.config.schema import Config
 from wmtp.config.tree import dump_config
 from wmtp.distributed.environment import Nodes, Worker
 from wmtp.errors import ConfigError
+from wmtp.evaluation.consent import allow_code_execution as permit_code_execution
 from wmtp.evaluation.consent import code_execution_allowed, require_consent
 from wmtp.launchers.local import Local
 from wmtp.runs import directory as run_dirs
@@ -40,6 +41,7 @@ def run(
     tags: Iterable[str] = (),
     resume: str | os.PathLike[str] | None = None,
     dry_run: Literal[False] = False,
+    allow_code_execution: bool = False,
 ) -> Result: ...
 
 
@@ -52,6 +54,7 @@ def run(
     tags: Iterable[str] = (),
     resume: str | os.PathLike[str] | None = None,
     dry_run: Literal[True],
+    allow_code_execution: bool = False,
 ) -> Mapping[str, Any]: ...
 
 
@@ -63,6 +66,7 @@ def run(
     tags: Iterable[str] = (),
     resume: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
+    allow_code_execution: bool = False,
 ) -> Result | Mapping[str, Any]:
     """Do what ``wmtp run`` does.
 
@@ -75,6 +79,7 @@ def run(
         resume: a run directory to go on with, or ``"auto"``: the directory of ``run_name`` (``run.name``) if there is one,
             else the newest unfinished run that has this config and no name of its own; a new run where there is none.
         dry_run: do everything but the training steps, and return what was found.
+        allow_code_execution: whether evaluators of ``[[eval]]`` may run code that the model writes, in a sandbox.
 
     Returns:
         the result; for ``dry_run`` facts by name.
@@ -86,6 +91,11 @@ def run(
             result, with the status ``interrupted``.
     """
     loaded = load_checked(config, overrides=overrides, run_name=run_name, tags=tags, resume=resume)
+    with permit_code_execution(allow_code_execution or code_execution_allowed()):
+        return _run(loaded, resume, dry_run=dry_run)
+
+
+def _run(loaded: Loaded, resume: str | os.PathLike[str] | None, *, dry_run: bool) -> Result | Mapping[str, Any]:
     checked = loaded.config
     require_consent(checked.eval, code_execution_allowed())
     if dry_run:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from wmtp.sizes import format_bytes
+
 if TYPE_CHECKING:
     from wmtp_storage.listing import Listing
     from wmtp_storage.work import Part
@@ -49,7 +51,7 @@ class Progress:
         self._first = self._done
         self._recent: list[tuple[float, int]] = [(self._began, self._done)]
         if missing < self._total:
-            logger.info("%s: %s of %s are here already", uri, _bytes(self._done), _bytes(self._total))
+            logger.info("%s: %s of %s are here already", uri, format_bytes(self._done), format_bytes(self._total))
 
     def show(self, count: int) -> None:
         """Note that so many bytes came, and show it now and then."""
@@ -73,7 +75,7 @@ class Progress:
         if self._files > 1:
             whole = self._files - sum(bool(part.missing) for part in self._parts)
             files = f", {whole} of {self._files} files"
-        return f"{_bytes(done)} of {_bytes(self._total)} ({share:.0f} %), {_bytes(rate)}/s, {left}{files}"
+        return f"{format_bytes(done)} of {format_bytes(self._total)} ({share:.0f} %), {format_bytes(rate)}/s, {left}{files}"
 
     def _draw(self) -> None:
         """Paint over what was painted before. A line that the terminal breaks in two could not be painted over."""
@@ -88,7 +90,7 @@ class Progress:
         for part in itertools.islice(running, max(0, min(_SHOWN, (rows or 24) - 2))):
             size = part.stored.size
             done = size - sum(end - start for start, end in part.missing)
-            begin = f"  {'█' * (bar * done // size):<{bar}} {100 * done // size:3d} %  {_bytes(size):>9}  "
+            begin = f"  {'█' * (bar * done // size):<{bar}} {100 * done // size:3d} %  {format_bytes(size):>9}  "
             lines.append(begin + _cut_front(part.stored.name, columns - len(begin)))
         up = f"\x1b[{self._lines}A" if self._lines else ""
         sys.stderr.write(up + "".join(f"\r\x1b[K{line[:columns]}\n" for line in lines) + "\x1b[J")
@@ -105,7 +107,7 @@ class Progress:
         if kind is None:
             seconds = time.monotonic() - self._began
             came = self._done - self._first
-            logger.debug("%s: %d files, %s in %s", self._uri, self._files, _bytes(came), _time(seconds))
+            logger.debug("%s: %d files, %s in %s", self._uri, self._files, format_bytes(came), _time(seconds))
 
 
 def _cut_front(text: str, columns: int) -> str:
@@ -124,14 +126,6 @@ def _cut_front(text: str, columns: int) -> str:
 
 def _width(letter: str) -> int:
     return 0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def _time(seconds: float) -> str:

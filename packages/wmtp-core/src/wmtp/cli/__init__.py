@@ -18,13 +18,13 @@ from typing import Any, NoReturn
 from wmtp.cli import evaluate, use
 from wmtp.cli import files as file_commands
 from wmtp.errors import ConfigError, Terminated, WMTPError, described
-from wmtp.logs import set_up_logging
+from wmtp.log_lines import set_up_logging
 
-__all__ = ["main", "run_from_shell"]
+__all__ = ["main", "make_parser", "run_from_shell"]
 
 
 def run_from_shell() -> NoReturn:
-    """What the shell starts as ``wmtp``: `main`, and the end of the process.
+    """Run `main` and end the process, for the shell command ``wmtp``.
 
     The interpreter does all that it does at its end except to take itself apart: threads of native libraries that still have
     something to hand over (a request that Ctrl-C cancelled) would abort the process then, in place of its exit code.
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
-    """The command's answer for ``--json``, and the exit code."""
+    """Run a command: its answer for ``--json``, and the exit code."""
     try:
         command = getattr(arguments, "run_command", None)
         if command is None:
@@ -105,7 +105,7 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
 
 
 def _explained(error: BaseException) -> tuple[list[str], int]:
-    """The lines to print, and the exit code."""
+    """Explain an error: the lines to print, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return ["interrupted"], 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     if isinstance(error, SystemExit):  # of a plugin; its code may be 0, as if the work were done
@@ -126,7 +126,7 @@ def _with_origin(line: str) -> str:
 
 
 def _place_in_plugin(error: BaseException) -> str:
-    """Which plugin's code an unforeseen error came through, and where; nothing if only wmtp's own and libraries' did."""
+    """Name the plugin whose code an unforeseen error came through, and where; empty if it was none's."""
     from wmtp.plugins import load_plugins
 
     plugins = {provided.cls.__module__.partition(".")[0]: provided.plugin for provided in load_plugins().components}
@@ -137,7 +137,8 @@ def _place_in_plugin(error: BaseException) -> str:
     return ""
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Describe the command line to argparse: the whole, and each command by name."""
     parser = argparse.ArgumentParser(
         prog="wmtp",
         description="Weighted multi-token-prediction fine-tuning of language models.",
@@ -197,7 +198,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     evaluate.add_arguments(add, config)
     use.add_arguments(add)
     file_commands.add_arguments(add)
+    return parser, commands.choices
 
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser, commands = make_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:  # an option with an optional value would take the file that stands behind it
         words = ["--dry-run-server" if word == "--dry-run=server" else word for word in words]
@@ -207,19 +212,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     files = getattr(arguments, "files", getattr(arguments, "words", None))
     if len(late_files) < len(rest) or (rest and files is None):
         unknown = next((word for word in rest if word.startswith("-")), rest[0])
-        commands.choices[arguments.command].error(f"unrecognized argument: {unknown}")
+        commands[arguments.command].error(f"unrecognized argument: {unknown}")
     if rest and files is not None:
         files += late_files
     if hasattr(arguments, "files") and not arguments.files and getattr(arguments, "resume", None) in (None, "auto"):
         if arguments.command == "start":  # its config may be in the environment
             return arguments
         wanted = "a run, a model folder or a .gguf file" if arguments.command == "eval" else "a TOML file"
-        commands.choices[arguments.command].error(f"name {wanted}")
+        commands[arguments.command].error(f"name {wanted}")
     return arguments
 
 
 def _add_remote(add: Callable[..., argparse.ArgumentParser], config: argparse.ArgumentParser) -> None:
-    """The commands for runs on a service."""
+    """Describe the commands for runs on a service."""
     launch = add("launch", "Hand a run to a service, having shown what is sent.", config)
     launch.add_argument("--on", metavar="NAME", help="the launcher; default: what [launcher] says")
     launch.add_argument(
@@ -265,7 +270,7 @@ def _rank() -> int:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: paths as text, and null for a number that is none."""
+    """Convert to what JSON can hold: paths as text, and null for a number that is none."""
     if isinstance(value, Mapping):
         return {str(key): _plain(element) for key, element in value.items()}
     if isinstance(value, list | tuple):

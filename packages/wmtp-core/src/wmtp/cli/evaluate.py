@@ -31,15 +31,15 @@ def add_arguments(add: Callable[..., ArgumentParser], config: ArgumentParser) ->
 
 
 def evaluate(arguments: Namespace) -> tuple[Any, int]:
-    """The command. One process measures; where torchrun has started several, that is rank 0, and the others end at once."""
+    """``wmtp eval``. One process measures; where torchrun has started several, that is rank 0, and the others end at once."""
     worker = Worker.of()
     if worker is not None and worker.world > 1:
         if worker.rank:
             return {}, 0
         logger.info("wmtp eval measures in one process: rank 0 does, and the other %d end", worker.world - 1)
-    from wmtp.evaluation.command import evaluate_model
+    from wmtp.actions.models import evaluate
 
-    found = evaluate_model(
+    found = evaluate(
         arguments.files[0],
         arguments.files[1:],
         overrides=arguments.overrides,

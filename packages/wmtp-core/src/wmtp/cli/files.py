@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from wmtp.config.overrides import parse_override
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError
+from wmtp.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from wmtp.config.schema import StorageConfig
-    from wmtp.storage.base import Storage
     from wmtp.storage.cache import Cache
 
-__all__ = ["add_arguments", "backend", "cache", "chosen_storage", "fetch", "push", "storage_options"]
+__all__ = ["add_arguments", "cache", "fetch", "push", "storage_options"]
 
 _M_ARENA_MAX = -8  # of malloc.h
-_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -64,35 +59,30 @@ def storage_options() -> argparse.ArgumentParser:
     return options
 
 
-def chosen_storage(arguments: argparse.Namespace) -> StorageConfig:
-    """The section ``[storage]`` of ``--config`` and ``--set``.
-
-    Raises:
-        ConfigError: the section is wrong, or ``--set`` gives a key of another one, which would have no effect.
-    """
-    from wmtp.config.load import load_storage
-
-    given = [parse_override(text) for text in arguments.overrides]
-    if others := [override for override in given if override.path[0] != "storage"]:
-        reason = f"wmtp {arguments.command} has no config, and takes keys of storage alone; remove it"
-        raise ConfigError([f"{override.where(())}: {reason}" for override in others])
-    return load_storage(arguments.config, arguments.overrides)
-
-
 def fetch(arguments: argparse.Namespace) -> tuple[Any, int]:
     """``wmtp fetch``."""
+    from wmtp.actions import files as actions
+
     if arguments.verify:
         return _verify(arguments)
     if len(arguments.words) != 2:
         raise ConfigError(f"wmtp fetch: write where from and where to: wmtp fetch URI DIR; found {len(arguments.words)} words")
     uri, folder = arguments.words
     _keep_one_heap()
-    done = backend(uri, arguments).fetch(uri, Path(folder).expanduser(), include=arguments.include, exclude=arguments.exclude)
+    done = actions.fetch(
+        uri,
+        folder,
+        include=arguments.include,
+        exclude=arguments.exclude,
+        config=arguments.config,
+        overrides=arguments.overrides,
+    )
     if not arguments.json:
-        rate = f", {_bytes(done.transferred / done.seconds)}/s" if done.transferred and done.seconds else ""
+        rate = f", {format_bytes(done.transferred / done.seconds)}/s" if done.transferred and done.seconds else ""
         print(
-            f"{done.target}: {done.files} {'file' if done.files == 1 else 'files'}, {_bytes(done.size)}, whole and verified;"
-            f" {_bytes(done.transferred)} came in"
+            f"{done.target}: {done.files} {'file' if done.files == 1 else 'files'}, {format_bytes(done.size)},"
+            " whole and verified;"
+            f" {format_bytes(done.transferred)} came in"
             f" {done.seconds:.1f} s{rate}"
         )
     return attrs.asdict(done), 0
@@ -112,58 +102,35 @@ def _keep_one_heap() -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> tuple[Any, int]:
-    from wmtp.storage.manifest import MANIFEST, Manifest, verify
-    from wmtp.storage.uris import redact
+    from wmtp.actions.files import verify
 
     if len(arguments.words) not in (1, 2):
         raise ConfigError("wmtp fetch --verify: write which folder: wmtp fetch --verify DIR")
-    folder = Path(arguments.words[-1]).expanduser()
-    manifest = Manifest.read(folder / MANIFEST)
-    if manifest is None:
-        raise WMTPError(f"{folder}: there is no {MANIFEST}, so it is not known what should be there; fetch into it")
-    uri = redact(arguments.words[0]).partition("?")[0].rstrip("/")
-    if len(arguments.words) == 2 and uri != manifest.uri.rstrip("/"):
-        raise WMTPError(f"{folder} was fetched from {manifest.uri}, not from {uri}")
-    problems = verify(folder, manifest.files)
-    for problem in problems:
-        print(problem) if not arguments.json else None
-    if not problems and not arguments.json:
-        print(f"{folder}: {len(manifest.files)} files, {_bytes(manifest.size)}, as they were fetched from {manifest.uri}")
-    answer = {"target": folder, "uri": manifest.uri, "files": len(manifest.files), "size": manifest.size, "problems": problems}
-    return answer, 1 if problems else 0
+    found = verify(arguments.words[-1], arguments.words[0] if len(arguments.words) == 2 else None)
+    if not arguments.json:
+        whole = f"{found.target}: {found.files} files, {format_bytes(found.size)}, as they were fetched from {found.uri}"
+        print("\n".join(found.problems) or whole)
+    return attrs.asdict(found), 1 if found.problems else 0
 
 
 def push(arguments: argparse.Namespace) -> tuple[Any, int]:
     """``wmtp push``."""
-    from wmtp.storage.uris import redact
+    from wmtp.actions.files import push
 
-    began = time.monotonic()
-    path = Path(arguments.path).expanduser()
-    backend(arguments.uri, arguments).push(path, arguments.uri)
-    seconds = time.monotonic() - began
+    done = push(arguments.path, arguments.uri, config=arguments.config, overrides=arguments.overrides)
     if not arguments.json:
-        print(f"{redact(arguments.uri)}: whole, in {seconds:.1f} s")
-    return {"path": path, "uri": redact(arguments.uri), "seconds": seconds}, 0
-
-
-def backend(uri: str, arguments: argparse.Namespace) -> Storage:
-    """What serves ``uri``, with the options that ``--config`` and ``--set`` give it."""
-    from wmtp.config.places import build_backends
-    from wmtp.storage.uris import backend_for
-
-    return backend_for(uri, build_backends(chosen_storage(arguments)))
+        print(f"{done.uri}: whole, in {done.seconds:.1f} s")
+    return attrs.asdict(done), 0
 
 
 def cache(arguments: argparse.Namespace) -> tuple[Any, int]:
     """``wmtp cache``."""
-    from wmtp.storage.cache import Cache
+    from wmtp.actions.files import cache
 
     if (arguments.max_size is not None) != (arguments.action == "prune"):
         raise ConfigError("wmtp cache: --max-size SIZE says how much 'prune' leaves: wmtp cache prune --max-size 200GB")
-    folder = arguments.cache_dir or chosen_storage(arguments).cache_dir
-    return {"list": _list, "verify": _verify_cache, "prune": _prune}[arguments.action](
-        Cache(Path(folder).expanduser()), arguments
-    )
+    opened = cache(arguments.cache_dir, config=arguments.config, overrides=arguments.overrides)
+    return {"list": _list, "verify": _verify_cache, "prune": _prune}[arguments.action](opened, arguments)
 
 
 def _list(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int]:
@@ -171,9 +138,11 @@ def _list(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int]:
     for entry in [] if arguments.json else entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
         what = entry.uri or "not complete: another fetch goes on with it, or prune removes it"
-        print(f"{_bytes(entry.size):>9}  {used}  {'in use' if entry.is_in_use else '      '}  {entry.path.name[:8]}  {what}")
+        print(
+            f"{format_bytes(entry.size):>9}  {used}  {'in use' if entry.is_in_use else '      '}  {entry.path.name[:8]}  {what}"
+        )
     if not arguments.json:
-        print(f"{cache.folder}: {_entries(len(entries))}, {_bytes(sum(entry.size for entry in entries))}")
+        print(f"{cache.folder}: {_entries(len(entries))}, {format_bytes(sum(entry.size for entry in entries))}")
     return {"cache_dir": cache.folder, "entries": [attrs.asdict(entry) for entry in entries]}, 0
 
 
@@ -185,30 +154,16 @@ def _verify_cache(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int
 
 
 def _prune(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int]:
-    most = _size(arguments.max_size)
+    most = parse_bytes(arguments.max_size)
+    if most is None:
+        raise ConfigError(f"--max-size: {arguments.max_size!r} is no size; write, for instance, 200GB or 1.5TB")
     removed = cache.prune(most)
     left = sum(entry.size for entry in cache.list())
     if not arguments.json:
         why = ": more than --max-size, for running processes use it" if left > most else ""
-        print(f"{cache.folder}: {_entries(len(removed))} removed, {_bytes(left)} left{why}")
+        print(f"{cache.folder}: {_entries(len(removed))} removed, {format_bytes(left)} left{why}")
     return {"cache_dir": cache.folder, "removed": [attrs.asdict(entry) for entry in removed], "size": left}, 0
 
 
 def _entries(count: int) -> str:
     return f"{count} entr{'y' if count == 1 else 'ies'}"
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?|)B?", text.strip(), re.IGNORECASE)
-    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    if match is None:
-        raise ConfigError(f"--max-size: {text!r} is no size; write, for instance, 200GB or 1.5TB")
-    return int(float(match[1]) * units[match[2].lower()])
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -31,10 +30,9 @@ def add_arguments(add: Callable[..., argparse.ArgumentParser], options: argparse
 
 def runs(arguments: argparse.Namespace) -> tuple[Any, int]:
     """``wmtp runs pull``."""
-    from wmtp.cli.files import backend
-    from wmtp.tracking.pull import pull
+    from wmtp.actions.files import pull_runs
 
-    done = pull(backend(arguments.uri, arguments), arguments.uri, Path(arguments.into).expanduser())
+    done = pull_runs(arguments.uri, arguments.into, config=arguments.config, overrides=arguments.overrides)
     if not arguments.json:
         print(f"{done.database}: {len(done.new)} new runs, {len(done.changed)} that went on, {done.unchanged} as before")
         print(f"mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{done.database}')}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from wmtp.cli.facts import print_facts
@@ -14,13 +13,13 @@ __all__ = ["start"]
 
 def start(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp start``."""
-    from wmtp.startup import start as startup
+    from wmtp.startup.start import start
 
     if arguments.dry_run:
-        facts = startup.steps(startup.read_config(arguments.files, arguments.overrides), Path.cwd())
+        facts = start(arguments.files, arguments.overrides, dry_run=True)
         if not arguments.json:
             print_facts(facts)
             print("ok: nothing was fetched or trained")
         return facts, 0
-    result = outcome(lambda: startup.start(arguments.files, arguments.overrides))
+    result = outcome(lambda: start(arguments.files, arguments.overrides))
     return report(result, to_stdout=not arguments.json)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import attrs
 
-from wmtp.cli.files import chosen_storage, storage_options
+from wmtp.cli.files import storage_options
 from wmtp.errors import ConfigError
-from wmtp.export import FORMATS
+from wmtp.exporting import FORMATS
 
 __all__ = ["add_arguments", "export", "generate"]
 
@@ -59,67 +58,31 @@ def _count(text: str) -> int:
 
 def generate(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp generate``."""
-    prompt = _prompt(arguments)
-    from wmtp.devices import pick_device
-    from wmtp.generation import Sampling, stream
-    from wmtp.generation.text import StopAt, TextStream, cut, encode_prompt
-    from wmtp.models.opening import open_model
+    from wmtp.actions.generate import generate
 
-    if arguments.top_p != 1.0 and arguments.temperature == 0.0:
-        raise ConfigError("--top-p: has no effect: --temperature 0, the default, is greedy; give a temperature, or remove it")
-    try:
-        sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
-    except ValueError as error:
-        raise ConfigError(f"--temperature, --top-p, --seed: {error.args[0]}") from None
-    opened = open_model(
+    found = generate(
         arguments.model,
-        device=pick_device(arguments.device),
+        _prompt(arguments),
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop=arguments.stop,
+        speculative=arguments.speculative,
+        device=arguments.device,
         precision=arguments.precision,
-        storage=chosen_storage(arguments),
+        on_text=None if arguments.json else lambda text: print(text, end="", flush=True),
+        config=arguments.config,
+        overrides=arguments.overrides,
     )
-    stops: list[str] = arguments.stop
-    steps: list[list[int]] = []
-    started = time.perf_counter()
-
-    def taken() -> Any:
-        for step in stream(
-            opened.model,
-            encode_prompt(opened.tokenizer, prompt),
-            max_new_tokens=arguments.max_new_tokens,
-            eos_id=opened.tokenizer.eos_id,
-            speculative=arguments.speculative,
-            sampling=sampling,
-            stop=StopAt(opened.tokenizer, stops) if stops else None,
-        ):
-            steps.append(step)
-            yield step
-
-    text = ""
-    for piece in TextStream(opened.tokenizer).pieces(taken()):
-        text += piece
-        if not arguments.json and not stops:  # a stop text may begin in what would be printed already
-            print(piece, end="", flush=True)
-    seconds = time.perf_counter() - started
-    text = cut(text, stops)
     if not arguments.json:
-        print(text if stops else "")
-    tokens = sum(map(len, steps))
-    per_forward = (tokens - 1) / (len(steps) - 1) if len(steps) > 1 else None
+        print()
+    per_forward = found.tokens_per_forward if found.speculative else None
     print(
-        f"{tokens} tokens in {seconds:.2f} s"
-        + (f", {per_forward:.2f} a forward pass" if per_forward and arguments.speculative else ""),
+        f"{len(found.tokens)} tokens in {found.seconds:.2f} s" + (f", {per_forward:.2f} a forward pass" if per_forward else ""),
         file=sys.stderr,
     )
-    answer = {
-        "prompt": prompt,
-        "text": text,
-        "tokens": [token for step in steps for token in step],
-        "seconds": seconds,
-        "tokens_per_forward": per_forward,
-        "speculative": arguments.speculative,
-        "seed": arguments.seed,
-    }
-    return answer, 0
+    return attrs.asdict(found), 0
 
 
 def _prompt(arguments: Namespace) -> str:
@@ -135,10 +98,11 @@ def _prompt(arguments: Namespace) -> str:
 
 def export(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp export``."""
-    from wmtp.export.command import export_model
+    from wmtp.actions.models import export
 
-    storage = chosen_storage(arguments)
-    done = export_model(arguments.model, arguments.folder, format=arguments.format, storage=storage)
+    done = export(
+        arguments.model, arguments.folder, format=arguments.format, config=arguments.config, overrides=arguments.overrides
+    )
     if not arguments.json:
         for name, size in done.files.items():
             print(f"{size:>14,}  {done.folder / name}")

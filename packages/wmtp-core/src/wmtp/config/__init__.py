@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from wmtp.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wmtp.config.load import load_config
@@ -13,19 +15,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "check", "component", "dump_config", "flatten", "load_config"]
 
-_HOMES = {
-    "Config": "schema",
-    "check": "rules",
-    "component": "components",
-    "dump_config": "tree",
-    "flatten": "tree",
-    "load_config": "load",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(f"wmtp.config.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Config": "wmtp.config.schema",
+        "check": "wmtp.config.rules",
+        "component": "wmtp.plugins.components",
+        "dump_config": "wmtp.config.tree",
+        "flatten": "wmtp.config.tree",
+        "load_config": "wmtp.config.load",
+    },
+)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Final
 
 from attrs import frozen
+
+from wmtp.spelling import did_you_mean
 
 __all__ = ["KeyPath", "Problem", "Problems", "dotted", "unknown_key"]
 
@@ -37,7 +38,7 @@ class Problem:
     at: KeyPath | None = None
 
     def under(self, *parents: str | int) -> Problem:
-        """The same problem, seen from a table further out."""
+        """Return the same problem, seen from a table further out."""
         return Problem((*parents, *self.path), self.message, (*parents, *self.at) if self.at is not None else None)
 
 
@@ -55,8 +56,8 @@ class Problems(Exception):
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
-    """The message for a key that a table does not have."""
+    """Write the message for a key that a table does not have."""
     names = list(known)
-    if close := difflib.get_close_matches(name, names, n=1):
-        return f"unknown key; did you mean '{close[0]}'?"
+    if hint := did_you_mean(name, names):
+        return f"unknown key; {hint}"
     return f"unknown key; keys: {', '.join(names)}" if names else "unknown key; this table has no keys"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
@@ -18,6 +17,7 @@ from wmtp.config.tree import components, to_mapping
 from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
+from wmtp.spelling import did_you_mean
 from wmtp.storage.uris import PACKAGES, backend_for, file_path, scheme_of
 
 __all__ = ["Need", "check", "check_loaded", "component_problems", "is_secret", "required_models"]
@@ -153,9 +153,8 @@ def _models(config: Config) -> Iterator[Problem]:
     allowed = list(dict.fromkeys((*_MODELS, *required)))
     for name, model in config.models.items():
         if name not in allowed:
-            close = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else f"; models: {', '.join(allowed)}"
-            yield Problem(("models", name), f"unknown model{hint}")
+            hint = did_you_mean(name, allowed) or f"models: {', '.join(allowed)}"
+            yield Problem(("models", name), f"unknown model; {hint}")
         if name != "base" and model.heads is not None:
             yield Problem(("models", name, "heads"), "only models.base has heads; remove this table")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import enum
 import math
 import re
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
 from wmtp.config.problems import Problems
+from wmtp.spelling import did_you_mean
 
 __all__ = ["enum_member", "literal", "number", "said", "scalar", "shown", "wrong"]
 
@@ -83,9 +83,8 @@ def enum_member(value: Any, type_: type[enum.Enum]) -> enum.Enum:
 
 def _not_a_choice(choices: Iterable[Any], value: Any) -> str:
     names = list(choices)
-    close = difflib.get_close_matches(value, [n for n in names if isinstance(n, str)], n=1) if isinstance(value, str) else []
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"must be one of {', '.join(shown(name) for name in names)}, not {shown(value)}{hint}"
+    hint = did_you_mean(value, [n for n in names if isinstance(n, str)]) if isinstance(value, str) else None
+    return f"must be one of {', '.join(shown(name) for name in names)}, not {shown(value)}{f'; {hint}' if hint else ''}"
 
 
 def said(error: Exception, name: str | None = None) -> str:

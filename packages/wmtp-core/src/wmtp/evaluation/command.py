@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from wmtp.config.load import Loaded, load, load_storage, located
+from wmtp.config.load import ConfigSource, Loaded, load, load_storage, located
 from wmtp.config.places import Place, build_backends
 from wmtp.config.problems import Problem
 from wmtp.config.rules import component_problems
@@ -61,7 +61,7 @@ class _NoTrainer(TrainerConfig):
 
 def evaluate_model(
     name: str,
-    files: Sequence[str] = (),
+    files: Sequence[ConfigSource] = (),
     *,
     overrides: Iterable[str] = (),
     output: str | None = None,
@@ -125,7 +125,7 @@ def evaluate_model(
     return Evaluated(model=path, folder=folder, numbers=numbers)
 
 
-def _config(path: Path, run_dir: Path | None, files: Sequence[str], overrides: Iterable[str]) -> Loaded:
+def _config(path: Path, run_dir: Path | None, files: Sequence[ConfigSource], overrides: Iterable[str]) -> Loaded:
     if run_dir is not None:
         return load([run_dir / CONFIG_FILE, *files], overrides)
     # what a whole config needs and a measurement does not; the files may say it nevertheless

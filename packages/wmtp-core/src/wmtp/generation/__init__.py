@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wmtp.generation.base import DraftCounts, Generation, Sampling
+from wmtp.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wmtp.generation.decoding import generate, stream
 
 __all__ = ["DraftCounts", "Generation", "Sampling", "generate", "stream"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in ("generate", "stream"):
-        from wmtp.generation import decoding
-
-        return getattr(decoding, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, dict.fromkeys(("generate", "stream"), "wmtp.generation.decoding"))

@@ -14,7 +14,7 @@ from wmtp.config.load import load
 from wmtp.distributed.environment import Worker
 from wmtp.errors import ConfigError, PluginError, WMTPError, described
 from wmtp.launchers.torchrun import write_failure, write_result
-from wmtp.logs import set_up_logging
+from wmtp.log_lines import set_up_logging
 
 __all__ = ["main"]
 

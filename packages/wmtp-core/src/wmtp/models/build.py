@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from wmtp.config.schema import HeadsConfig
@@ -14,29 +12,9 @@ from wmtp.errors import ConfigError
 from wmtp.models.base import LoadedModel
 from wmtp.models.mtp import MTPModel
 
-__all__ = ["build_model", "load_model", "resolve_heads"]
+__all__ = ["build_model", "resolve_heads"]
 
 _log = logging.getLogger("wmtp")
-
-
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> MTPModel:
-    """Open a model folder with all its heads: one that WMTP saved, or a plain Hugging Face folder (H = 1).
-
-    Args:
-        path: the folder, or a ``.gguf`` file.
-        dtype: of the parameters. Default: as saved.
-
-    Returns:
-        The model on the CPU, in eval mode.
-
-    Raises:
-        WMTPError: the files are missing, damaged or do not fit together.
-    """
-    from wmtp.models.loaders.hf import HfLoader
-
-    model = build_model(HfLoader().load(Path(path), dtype=dtype, seed=0), None, seed=0)
-    model.source = Path(path)
-    return model
 
 
 def build_model(loaded: LoadedModel, heads: HeadsConfig | None, seed: int) -> MTPModel:

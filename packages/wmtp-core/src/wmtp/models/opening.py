@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +17,7 @@ from wmtp.models.build import build_model
 from wmtp.models.vocabulary import check_vocabulary
 from wmtp.runs.directory import CONFIG_FILE, is_run_dir
 from wmtp.storage.model_folders import localize_model
-from wmtp.storage.uris import localize, scheme_of
+from wmtp.storage.uris import file_path, localize, scheme_of
 
 if TYPE_CHECKING:
     from wmtp.config.schema import Config
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["OpenedModel", "find_model", "find_tokenizer", "load_weights", "open_model", "saved_precision"]
+__all__ = ["OpenedModel", "find_model", "find_tokenizer", "load_model", "load_weights", "open_model", "saved_precision"]
 
 
 @frozen(kw_only=True, eq=False)
@@ -46,8 +47,8 @@ class OpenedModel:
     run_dir: Path | None
 
 
-def find_model(name: str, storage: StorageConfig | None = None) -> tuple[Path, Path | None]:
-    """The local path of the model that ``name`` means, and the run directory where it is a run.
+def find_model(name: str | os.PathLike[str], storage: StorageConfig | None = None) -> tuple[Path, Path | None]:
+    """Find the model that ``name`` means: its local path, and the run directory where it is a run.
 
     Args:
         name: as for `open_model`.
@@ -57,10 +58,11 @@ def find_model(name: str, storage: StorageConfig | None = None) -> tuple[Path, P
         ConfigError: there is nothing of that name, or the run has not saved a model yet.
         WMTPError: it could not be fetched.
     """
+    name = os.fspath(name)
     if scheme_of(name) != "file":
         storage = storage or StorageConfig()
         return localize_model(name, build_backends(storage), Path(storage.cache_dir).expanduser()), None
-    path = Path(name).expanduser()
+    path = file_path(name)
     if not path.exists():
         raise ConfigError(f"{name}: no such run, model folder or .gguf file")
     if not is_run_dir(path):
@@ -71,8 +73,33 @@ def find_model(name: str, storage: StorageConfig | None = None) -> tuple[Path, P
     return model, path
 
 
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    storage: StorageConfig | None = None,
+) -> MTPModel:
+    """Open a model with all its heads, in eval mode; a plain Hugging Face model has head 1 alone.
+
+    Args:
+        name: a run directory, a model folder (as WMTP, Hugging Face or Meta write it), a ``.gguf`` file, or a URI of those.
+        dtype: of the parameters. Default: as saved.
+        device: where it shall be.
+        storage: how to reach the store of a URI. Default: as without a config.
+
+    Raises:
+        ConfigError: there is no such model.
+        WMTPError: files are missing, damaged or do not fit together.
+    """
+    path, _ = find_model(name, storage)
+    model = _read(path, dtype).to(device)
+    model.source = path
+    return model
+
+
 def open_model(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     device: torch.device,
     precision: Literal["fp32", "bf16"] | None = None,
@@ -96,12 +123,12 @@ def open_model(
     dtype = None if precision is None else {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = load_weights(path, dtype).to(device)
     tokenizer = find_tokenizer(path, run_dir, config)
-    check_vocabulary(model.vocab_size, tokenizer, key=name)
-    return OpenedModel(name=name, path=path, model=model, tokenizer=tokenizer, run_dir=run_dir)
+    check_vocabulary(model.vocab_size, tokenizer, key=os.fspath(name))
+    return OpenedModel(name=os.fspath(name), path=path, model=model, tokenizer=tokenizer, run_dir=run_dir)
 
 
 def load_weights(path: Path, dtype: torch.dtype | None = None) -> MTPModel:
-    """The model at a local path with all its heads: on the CPU, in eval mode, without gradients.
+    """Read the model at a local path with all its heads: on the CPU, in eval mode, without gradients.
 
     Args:
         path: a model folder, or a ``.gguf`` file.
@@ -110,8 +137,11 @@ def load_weights(path: Path, dtype: torch.dtype | None = None) -> MTPModel:
     Raises:
         WMTPError: files are missing or damaged.
     """
-    loaded = _loader(path).load(path, dtype=dtype, seed=0)  # type: ignore[arg-type]
-    return build_model(loaded, None, seed=0).eval().requires_grad_(False)
+    return _read(path, dtype).requires_grad_(False)
+
+
+def _read(path: Path, dtype: torch.dtype | None) -> MTPModel:
+    return build_model(_loader(path).load(path, dtype=dtype, seed=0), None, seed=0).eval()  # type: ignore[arg-type]
 
 
 def saved_precision(path: Path) -> Literal["fp32", "bf16-params"]:
@@ -130,7 +160,7 @@ def _loader(path: Path) -> ModelLoader:
 
 
 def find_tokenizer(path: Path, run_dir: Path | None, config: Config | None = None) -> Tokenizer:
-    """The tokenizer of the model at ``path``: the one beside it, or the one that the config of its run names.
+    """Find the tokenizer of the model at ``path``: the one beside it, or the one that the config of its run names.
 
     Raises:
         WMTPError: there is none, or it is damaged.

@@ -6,12 +6,12 @@ of the contract is refused, because the host would never look at it. A name that
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from wmtp.errors import PluginError
+from wmtp.spelling import nearest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,8 +110,8 @@ def _is_method(member: object) -> bool:
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """Find the known name that ``name`` is easily taken for; None: there is none."""
     plain = {other.replace("_", ""): other for other in sorted(known)}
-    close = difflib.get_close_matches(name.lower().replace("_", ""), plain, n=1, cutoff=_SIMILAR)
-    return plain[close[0]] if close else None
+    close = nearest(name.lower().replace("_", ""), plain, cutoff=_SIMILAR)
+    return None if close is None else plain[close]
 
 
 def _is_words(value: object) -> bool:

@@ -6,7 +6,6 @@ silence, and one plugin that cannot be imported stops everything.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import sys
@@ -25,6 +24,7 @@ from wmtp.plugins import hookspecs
 from wmtp.plugins.checks import contract_problem, describe
 from wmtp.plugins.components import KINDS
 from wmtp.plugins.registry import Plugin, Provided, Registry
+from wmtp.spelling import did_you_mean
 
 __all__ = ["GROUP", "load_plugins"]
 
@@ -158,8 +158,8 @@ def _checked(hook: str, kind: str, returned: Any) -> Iterable[type[Any]]:
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    hint = did_you_mean(name, known)
+    return f"; {hint}" if hint else ""
 
 
 def _reason(error: BaseException) -> str:

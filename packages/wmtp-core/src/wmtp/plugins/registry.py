@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -11,21 +10,12 @@ from attrs import field, frozen
 from wmtp.errors import PluginError
 from wmtp.plugins.checks import contract_problem
 from wmtp.plugins.components import KINDS
+from wmtp.spelling import did_you_mean
 
 __all__ = ["Plugin", "Provided", "Registry"]
 
-#: where well-known components are, for those who have not installed them
-_PACKAGES: Final[Mapping[str, Mapping[str, str]]] = {
-    "trainers": dict.fromkeys(
-        (
-            *("baseline-mtp", "critic-wmtp", "rho1-wmtp", "shuffled", "random-matched", "column"),
-            *("dft", "eaft", "focal", "entropy-top", "horizon-decay", "adamtp"),
-        ),
-        "wmtp-algos",
-    ),
-    "storages": dict.fromkeys(("s3", "gs", "az", "http"), "wmtp-storage"),
-    "launchers": {"vessl": "wmtp-vessl"},
-}
+#: kind → the package of this project that has more of it, for those who have not installed it
+_PACKAGES: Final = {"trainers": "wmtp-algos", "storages": "wmtp-storage", "launchers": "wmtp-vessl"}
 
 
 @frozen(kw_only=True)
@@ -121,7 +111,7 @@ class Registry:
             raise PluginError("\n".join(self.conflicts))
 
     def find(self, kind: str, type_: str) -> Provided | None:
-        """The component of this kind and TOML name; None where no plugin provides it."""
+        """Find the component of this kind and TOML name; None where no plugin provides it."""
         found = self._by_name.get((kind, type_))
         return found[0] if found else None
 
@@ -134,7 +124,7 @@ class Registry:
         return tuple(provided for provided in self.components if provided.type == type_)
 
     def provider(self, cls: type[Any]) -> Plugin | None:
-        """The plugin that provides a config class; None for a class that no plugin registered."""
+        """Find the plugin that provides a config class; None for a class that no plugin registered."""
         return next((provided.plugin for provided in self.components if provided.cls is cls), None)
 
     def with_classes(self, classes: Iterable[tuple[str, type[Any]]]) -> Registry:
@@ -153,25 +143,23 @@ class Registry:
         return Registry(self.plugins, [*kept, *extra], self.left_out)
 
     def missing(self, kind: str, type_: str) -> str:
-        """The message for a component that no plugin provides."""
+        """Write the message for a component that no plugin provides."""
         names = [provided.type for provided in self.of_kind(kind)]
         text = f"no plugin provides '{type_}'"
-        if close := difflib.get_close_matches(type_, names, n=1):
-            text += f"; did you mean '{close[0]}'?"
-        else:
-            text += ";"
-        text += f" installed: {', '.join(names) or 'none'}"
+        hint = did_you_mean(type_, names)
+        text += f"; {hint} installed:" if hint else "; installed:"
+        text += f" {', '.join(names) or 'none'}"
         if others := sorted({KINDS[provided.kind] for provided in self.named(type_)}):
             text += f"; '{type_}' is a {' and a '.join(others)}, not a {KINDS[kind]}"
         return text + self.remedy(kind, type_)
 
     def remedy(self, kind: str, type_: str) -> str:
-        """What may help where a component is missing: a package to install, or a plugin to repair."""
+        """Say what may help where a component is missing: a package to install, or a plugin to repair."""
         text = ""
-        package = _PACKAGES.get(kind, {}).get(type_)
+        package = _PACKAGES.get(kind)
         installed = {plugin.distribution for plugin in self.plugins} | set(self.left_out)
         if package is not None and package not in installed:
-            text += f"; it is in the package {package}: pip install {package}"
+            text += f"; the package {package} has {KINDS[kind]}s: pip install {package}"
         for plugin in self.broken:
             text += f"; the plugin {plugin} is broken: {plugin.reason}"
         if self.left_out:

@@ -8,12 +8,12 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import tomli
 from attrs import evolve
 
-from wmtp.config.load import load
+from wmtp.config.load import ConfigSource, load
 from wmtp.config.rules import check_loaded, required_models
 from wmtp.config.schema import Config
 from wmtp.errors import ConfigError
@@ -30,14 +30,29 @@ logger = logging.getLogger("wmtp")
 VARIABLE = "WMTP_CONFIG"
 
 
-def start(files: Sequence[str], overrides: Iterable[str] = ()) -> Result:
+@overload
+def start(
+    config: ConfigSource | Sequence[ConfigSource] = (), overrides: Iterable[str] = (), *, dry_run: Literal[False] = False
+) -> Result: ...
+
+
+@overload
+def start(
+    config: ConfigSource | Sequence[ConfigSource] = (), overrides: Iterable[str] = (), *, dry_run: Literal[True]
+) -> Mapping[str, str]: ...
+
+
+def start(
+    config: ConfigSource | Sequence[ConfigSource] = (), overrides: Iterable[str] = (), *, dry_run: bool = False
+) -> Result | Mapping[str, str]:
     """Check the machine, fetch, verify, train on all its devices, and save what the run leaves.
 
     It goes on with the newest unfinished run of this config (or of this ``run.name``), where there is one here.
 
     Args:
-        files: TOML files; none: the config is in the variable ``WMTP_CONFIG``.
+        config: as for `wmtp.run`; none: it is in the variable ``WMTP_CONFIG``.
         overrides: as for ``--set``.
+        dry_run: only return what would be done, by name.
 
     Raises:
         ConfigError: config, machine or models are not as they must be.
@@ -47,23 +62,26 @@ def start(files: Sequence[str], overrides: Iterable[str] = ()) -> Result:
     from wmtp.api import run
 
     home = Path.cwd()
+    if dry_run:
+        return steps(read_config(config, overrides), home)
     with stopped_by_sigterm(), limited_runtime():
-        config = read_config(files, overrides)
-        wanted = needed(config, home)
-        check_machine(config, list(dict.fromkeys(fetch.folder for fetch in wanted)))
-        ready = fetched(config, wanted, home)
+        checked = read_config(config, overrides)
+        wanted = needed(checked, home)
+        check_machine(checked, list(dict.fromkeys(fetch.folder for fetch in wanted)))
+        ready = fetched(checked, wanted, home)
         verify(ready)
         with sampled(home):
             return run(ready, resume="auto")
 
 
-def read_config(files: Sequence[str], overrides: Iterable[str] = ()) -> Config:
-    """The checked config as this machine runs it: of one for a service, what it is inside.
+def read_config(config: ConfigSource | Sequence[ConfigSource] = (), overrides: Iterable[str] = ()) -> Config:
+    """Check the config as this machine runs it: of one for a service, as it is inside.
 
     Raises:
         ConfigError: every problem at once.
     """
-    loaded = load(list(files) if files else _from_environment(), overrides)
+    is_given = not isinstance(config, Sequence) or len(config) > 0
+    loaded = load(config if is_given else _from_environment(), overrides)
     launcher = loaded.config.launcher
     if launcher.remote:
         service: Any = launcher.build()
@@ -84,7 +102,7 @@ def _from_environment() -> Mapping[str, Any]:
 
 
 def steps(config: Config, home: Path) -> dict[str, str]:
-    """What `start` would do, by name: from the config alone.
+    """Say what `start` would do, by name: from the config alone.
 
     Args:
         config: as `read_config` gives it.

@@ -1,4 +1,4 @@
-"""Whether a URI names a model, asked before a folder of who knows what is fetched."""
+"""Finds the model at a URI before a folder of who knows what is fetched."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ __all__ = ["LOADERS", "localize_model"]
 #: the model loaders whose folders are known by the files below
 LOADERS = ("hf", "meta-mtp")
 _FILES = ("config.json", "params.json")
+_OF_RUN = "model/"  # in a run directory, and below a run's checkpoints.uri
 _SHOWN = 5
 
 
 def localize_model(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *, key: str | None = None) -> Path:
-    """As `wmtp.storage.uris.localize`, for a model that `LOADERS` load.
+    """Localize a model that `LOADERS` load; of a run, wherever it is, the model that it saved.
 
     Raises:
         ConfigError: the folder holds no model; the message names folders in it that do.
@@ -30,9 +31,22 @@ def localize_model(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *
         beside = {name for name in names if "/" not in name}
         # a single file, or nothing at all, is for others to judge
         is_folder = bool(names) and beside != {uri.rstrip("/").rpartition("/")[2]}
-        if is_folder and not any(name in _FILES or name.endswith(".gguf") for name in beside):
+        if is_folder and not any(map(_is_model_file, beside)):
+            if any(name.startswith(_OF_RUN) and _is_model_file(name.removeprefix(_OF_RUN)) for name in names):
+                return localize(uri.rstrip("/") + "/" + _OF_RUN.rstrip("/"), backends, cache_dir, key=key)
             raise ConfigError(f"{key}: {_no_model(uri, names)}" if key else _no_model(uri, names))
-    return localize(uri, backends, cache_dir, key=key)
+    return _model_within(localize(uri, backends, cache_dir, key=key))
+
+
+def _model_within(path: Path) -> Path:
+    """Return the model of a run directory, else ``path`` itself."""
+    model = path / _OF_RUN
+    is_run = model.is_dir() and not any(_is_model_file(file.name) for file in path.iterdir())
+    return model if is_run and any(_is_model_file(file.name) for file in model.iterdir()) else path
+
+
+def _is_model_file(name: str) -> bool:
+    return name in _FILES or (name.endswith(".gguf") and "/" not in name)
 
 
 def _no_model(uri: str, names: list[str]) -> str:

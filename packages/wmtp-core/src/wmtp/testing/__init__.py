@@ -2,7 +2,7 @@
 
 A plugin's test file is a subclass that says which config to test::
 
-    from wmtp.testing import TrainerTests
+    from wmtp import TrainerTests
     from my_package.plugin import MyTrainer
 
     class TestMyTrainer(TrainerTests):
@@ -21,10 +21,11 @@ Where a component needs a file, override the fixture ``path`` (``root`` for a st
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+
+from wmtp.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wmtp.testing.component import ComponentTests
@@ -60,10 +61,4 @@ _HOMES = {
 
 # a failed assert of a suite then shows its values, as one in a test file does
 pytest.register_assert_rewrite("wmtp.testing.steps", *_HOMES.values())
-
-
-def __getattr__(name: str) -> Any:
-    # a storage plugin's tests need no torch
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _HOMES)  # a storage plugin's tests need no torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.runs.step_file import read_steps
+from wmtp.storage.lock import FileLock
 from wmtp.storage.uris import redact
 from wmtp.tracking.base import RunInfo, Tracker
 from wmtp.tracking.sender import Sender
@@ -270,13 +270,13 @@ def _sqlite_file(uri: str) -> Path | None:
 
 @contextmanager
 def database_lock(database: Path | None) -> Iterator[None]:
-    """Two processes that both bring a new database up to date break it: MLflow's own lock covers only a part."""
+    """Lock a database: two processes that update a new one break it, and MLflow's own lock covers only a part."""
     if database is None:
         yield
         return
     database.parent.mkdir(parents=True, exist_ok=True)
-    with (database.parent / f".{database.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(database.parent / f".{database.name}.lock") as lock:
+        lock.acquire()
         yield
 
 

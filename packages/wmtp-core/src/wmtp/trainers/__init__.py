@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from wmtp.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
@@ -12,9 +13,4 @@ if TYPE_CHECKING:
 __all__ = ["HiddenView", "OpenModel", "RewardScores", "Stage", "StepView", "Trainer", "TrainerSetup"]
 
 _SETUP = ("OpenModel", "RewardScores", "TrainerSetup")
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module(f"wmtp.trainers.{'setup' if name in _SETUP else 'base'}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, {name: f"wmtp.trainers.{'setup' if name in _SETUP else 'base'}" for name in __all__})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from wmtp.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from wmtp.config.schema import EarlyStoppingConfig
@@ -52,8 +53,7 @@ class EarlyStopping:
         if self._missed or self._best is not None or not alike:
             return
         self._missed = True
-        close = difflib.get_close_matches(metric, alike, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(alike)}"
+        hint = did_you_mean(metric, alike) or f"there are {', '.join(alike)}"
         logger.warning("%s: nothing has measured %r so far; %s", self._key, metric, hint)
 
     @property

@@ -18,7 +18,7 @@ from wmtp.config.schema import Config
 from wmtp.evaluation import Measured
 from wmtp.evaluation.consent import code_execution_allowed
 from wmtp.evaluation.measure import measure
-from wmtp.report import write_report
+from wmtp.reporting import write_report
 from wmtp.tracking import Tracker
 from wmtp.trainers.modules import save_modules
 from wmtp.training.loop import Fit

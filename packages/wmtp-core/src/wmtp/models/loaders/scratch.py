@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from wmtp.errors import ConfigError
 from wmtp.models.anatomy import seeded
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.loaders.describe import describe, empty_model, require_causal
+from wmtp.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from wmtp.models.config import ScratchModel
@@ -79,9 +79,9 @@ class ScratchLoader(ModelLoader):
                 own = next(ours for ours, theirs in _FIELDS.items() if theirs == key)
                 problems.append(f"models.base.options.{key}: write models.base.{own} instead")
             else:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean '{close[0]}'?" if close else ""
-                problems.append(f"models.base.options.{key}: the config of '{name}' has no such field{hint}")
+                hint = did_you_mean(key, known)
+                problem = f"models.base.options.{key}: the config of '{name}' has no such field"
+                problems.append(f"{problem}; {hint}" if hint else problem)
         if problems:
             raise ConfigError(problems)
         return _checked(lambda: AutoConfig.for_model(name, **fields))
@@ -91,9 +91,8 @@ def _default_config(name: str) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
 
     if name not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(name, CONFIG_MAPPING.keys(), n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"models.base.architecture: transformers knows no '{name}'{hint}")
+        hint = did_you_mean(name, CONFIG_MAPPING.keys())
+        raise ConfigError(f"models.base.architecture: transformers knows no '{name}'{f'; {hint}' if hint else ''}")
     return AutoConfig.for_model(name)
 
 

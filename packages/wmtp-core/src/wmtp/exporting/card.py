@@ -64,7 +64,7 @@ def model_card(model: MTPModel, *, format: str, run_dir: Path | None, source: Pa
 
     Args:
         model: what was exported.
-        format: a key of `wmtp.export.FORMATS`.
+        format: a key of `wmtp.exporting.FORMATS`.
         run_dir: the run that trained it; None where it is not known.
         source: the model's path.
         tokenizer: the one in the export; None where there is none.

@@ -12,7 +12,7 @@ from typing import Any, Final
 from wmtp.config.places import build_backends
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.report.collect import collect
+from wmtp.reporting.collect import collect
 from wmtp.runs.directory import is_run_dir, replace_text
 from wmtp.runs.files import UPLOADED_FILES
 from wmtp.runs.weight_bins import WEIGHT_BINS
@@ -83,7 +83,7 @@ def _problem(run: Path) -> str | None:
 
 
 def build_page(runs: Sequence[dict[str, Any]]) -> str:
-    """The HTML of what `wmtp.report.collect.collect` gave for each run."""
+    """The HTML of what `wmtp.reporting.collect.collect` gave for each run."""
     data = json.dumps({"runs": runs, "bins": WEIGHT_BINS}, separators=(",", ":"), allow_nan=False)
     data = data.replace("<", "\\u003c")  # no text can end the script element
     title = html.escape(" · ".join(run["name"] for run in runs))
@@ -107,4 +107,4 @@ def build_page(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _asset(name: str) -> str:
-    return (resources.files("wmtp.report") / "assets" / name).read_text(encoding="utf-8")
+    return (resources.files("wmtp.reporting") / "assets" / name).read_text(encoding="utf-8")

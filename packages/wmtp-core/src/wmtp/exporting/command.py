@@ -11,10 +11,10 @@ from attrs import frozen
 
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError
-from wmtp.export import FORMATS
-from wmtp.export.card import model_card
-from wmtp.export.medusa import write_medusa
-from wmtp.export.meta import write_meta
+from wmtp.exporting import FORMATS
+from wmtp.exporting.card import model_card
+from wmtp.exporting.medusa import write_medusa
+from wmtp.exporting.meta import write_meta
 from wmtp.models.mtp import MTPModel
 from wmtp.models.opening import find_model, find_tokenizer, load_weights
 from wmtp.models.vocabulary import check_vocabulary
@@ -38,7 +38,7 @@ class Exported:
     Args:
         model: the local path of what was exported.
         folder: where it is now.
-        format: a key of `wmtp.export.FORMATS`.
+        format: a key of `wmtp.exporting.FORMATS`.
         horizon: H of the model; in format ``hf`` only head 1 is in the folder.
         files: the files and their sizes in bytes.
     """
@@ -56,7 +56,7 @@ def export_model(name: str, folder: str | Path, *, format: str, storage: Storage
     Args:
         name: a run directory, a model folder, a ``.gguf`` file, or a URI of one.
         folder: a folder that is not there yet, or is empty.
-        format: a key of `wmtp.export.FORMATS`.
+        format: a key of `wmtp.exporting.FORMATS`.
         storage: how to reach the store of a URI. Default: as without a config.
 
     Raises:

@@ -1,8 +1,7 @@
-"""A component's documentation, as ``wmtp show`` prints it."""
+"""Documentation of components, as ``wmtp show`` prints it."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import types
 from typing import Any, Final, Literal, Union, get_args, get_origin
@@ -12,10 +11,12 @@ import tomli_w
 
 from wmtp.config.tree import plain_value
 from wmtp.errors import ConfigError
+from wmtp.plugins import load_plugins
 from wmtp.plugins.components import COMPONENT_KIND, KINDS
 from wmtp.plugins.registry import Provided, Registry
+from wmtp.spelling import did_you_mean
 
-__all__ = ["describe", "type_name", "unknown"]
+__all__ = ["show", "type_name"]
 
 #: where a component of each kind stands in TOML
 _TABLES: Final = {
@@ -31,8 +32,24 @@ _TABLES: Final = {
 }
 
 
-def describe(provided: Provided) -> dict[str, Any]:
-    """What a component is, who provides it, and its TOML."""
+def show(name: str) -> list[dict[str, Any]]:
+    """Describe the components of this name, as ``wmtp show`` does.
+
+    Returns:
+        for each its ``kind``, ``type``, ``distribution``, ``version``, ``documentation``, ``toml``, and all as one ``text``.
+
+    Raises:
+        ConfigError: no plugin provides one.
+    """
+    registry = load_plugins()
+    found = registry.named(name)
+    if not found:
+        raise _unknown(name, registry)
+    return [_describe(provided) for provided in found]
+
+
+def _describe(provided: Provided) -> dict[str, Any]:
+    """Describe a component: its kind, who provides it, and its TOML."""
     kind = KINDS[provided.kind]
     toml = _toml(provided)
     documentation = inspect.cleandoc(provided.cls.__doc__ or "Without documentation.")
@@ -48,11 +65,10 @@ def describe(provided: Provided) -> dict[str, Any]:
     }
 
 
-def unknown(name: str, registry: Registry) -> ConfigError:
-    """The error for a name that no component has."""
+def _unknown(name: str, registry: Registry) -> ConfigError:
+    """Make the error for a name that no component has."""
     names = sorted({provided.type for provided in registry.components})
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"installed: {', '.join(names)}"
+    hint = did_you_mean(name, names) or f"installed: {', '.join(names)}"
     remedies = list(dict.fromkeys(registry.remedy(kind, name) for kind in KINDS))
     return ConfigError(f"no plugin provides '{name}'; {hint}{max(remedies, key=len)}")
 
@@ -96,7 +112,7 @@ def _toml(provided: Provided) -> str:
 
 
 def type_name(type_: Any) -> str:
-    """What a person calls the type of a config field."""
+    """Name the type of a config field for a person."""
     if get_origin(type_) is Literal:
         return " or ".join(f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in get_args(type_))
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

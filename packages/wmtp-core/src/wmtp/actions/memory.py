@@ -1,4 +1,4 @@
-"""What ``wmtp check`` says of memory. Imports no torch."""
+"""Memory that a config will need, as ``wmtp check`` says it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["memory_outlook"]
 
 
 def memory_outlook(config: Config) -> tuple[str, list[str]]:
-    """The estimate for each device, and a warning where a run will hardly fit on it.
+    """Estimate the memory of each device, and warn where a run is likely to run out of it.
 
     Args:
         config: checked.

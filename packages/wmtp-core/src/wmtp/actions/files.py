@@ -1,0 +1,187 @@
+"""Move files between this machine and stores, for every storage backend."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+from wmtp.config.load import ConfigSource, load_storage
+from wmtp.config.overrides import parse_override
+from wmtp.config.places import build_backends
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.storage.base import Fetched, Storage
+from wmtp.storage.cache import Cache
+from wmtp.storage.manifest import MANIFEST, Manifest
+from wmtp.storage.manifest import verify as verify_files
+from wmtp.storage.uris import backend_for, redact
+
+if TYPE_CHECKING:
+    from wmtp.config.schema import StorageConfig
+    from wmtp.tracking.pull import Pulled
+
+__all__ = ["Pushed", "Verified", "cache", "fetch", "pull_runs", "push", "storage_section", "verify"]
+
+
+@frozen(kw_only=True)
+class Pushed:
+    """Result of `push`.
+
+    Args:
+        path: the local file or folder.
+        uri: where it is now, without anything secret.
+        seconds: of copying.
+    """
+
+    path: Path
+    uri: str
+    seconds: float
+
+
+@frozen(kw_only=True)
+class Verified:
+    """Result of `verify`.
+
+    Args:
+        target: the folder.
+        uri: the URI it was fetched from.
+        files: their number.
+        size: their bytes.
+        problems: a line for each file that is not as it was fetched.
+    """
+
+    target: Path
+    uri: str
+    files: int
+    size: int
+    problems: Sequence[str]
+
+
+def fetch(
+    uri: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    config: Sequence[ConfigSource] = (),
+    overrides: Iterable[str] = (),
+) -> Fetched:
+    """Bring a file or folder into a local folder, whole and verified, as ``wmtp fetch`` does.
+
+    What broke off before is continued.
+
+    Args:
+        uri: a URI or a path.
+        folder: made if it is not there.
+        include: patterns, as ``*.safetensors``; files whose name matches none are left out.
+        exclude: patterns; files whose name matches one are left out.
+        config: TOML files or mappings whose ``[storage]`` says how to reach the store of the URI.
+        overrides: ``KEY=VALUE`` texts laid over those.
+
+    Raises:
+        ConfigError: the URI is wrong, or no installed plugin serves its scheme.
+        WMTPError: nothing is there, or it could not be read or written.
+    """
+    target = Path(folder).expanduser()
+    return _backend(uri, config, overrides).fetch(os.fspath(uri), target, include=include, exclude=exclude)
+
+
+def verify(folder: str | os.PathLike[str], uri: str | None = None) -> Verified:
+    """Compare a folder with what `fetch` has put into it, as ``wmtp fetch --verify`` does.
+
+    Args:
+        folder: with files that were fetched.
+        uri: refuse a folder that was fetched from elsewhere.
+
+    Raises:
+        WMTPError: nothing was fetched into it, or from another URI.
+    """
+    target = Path(folder).expanduser()
+    manifest = Manifest.read(target / MANIFEST)
+    if manifest is None:
+        raise WMTPError(f"{target}: there is no {MANIFEST}, so it is not known what should be there; fetch into it")
+    wanted = None if uri is None else redact(uri).partition("?")[0].rstrip("/")
+    if wanted is not None and wanted != manifest.uri.rstrip("/"):
+        raise WMTPError(f"{target} was fetched from {manifest.uri}, not from {wanted}")
+    problems = verify_files(target, manifest.files)
+    return Verified(target=target, uri=manifest.uri, files=len(manifest.files), size=manifest.size, problems=problems)
+
+
+def push(
+    path: str | os.PathLike[str],
+    uri: str | os.PathLike[str],
+    *,
+    config: Sequence[ConfigSource] = (),
+    overrides: Iterable[str] = (),
+) -> Pushed:
+    """Copy a local file or folder to a URI, as ``wmtp push`` does. Arguments and errors: see `fetch`."""
+    began = time.monotonic()
+    source = Path(path).expanduser()
+    _backend(uri, config, overrides).push(source, os.fspath(uri))
+    return Pushed(path=source, uri=redact(os.fspath(uri)), seconds=time.monotonic() - began)
+
+
+def cache(
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    config: Sequence[ConfigSource] = (),
+    overrides: Iterable[str] = (),
+) -> Cache:
+    """Open the cache of fetched files: ``list()``, ``verify()`` and ``prune(max_size)`` do what ``wmtp cache`` does.
+
+    Args:
+        cache_dir: its folder. Default: ``storage.cache_dir``.
+        config: as for `fetch`.
+        overrides: ``KEY=VALUE`` texts laid over those.
+    """
+    return Cache(Path(cache_dir or storage_section(config, overrides).cache_dir).expanduser())
+
+
+def pull_runs(
+    uri: str,
+    into: str | os.PathLike[str] = "runs/mlflow.db",
+    *,
+    config: Sequence[ConfigSource] = (),
+    overrides: Iterable[str] = (),
+) -> Pulled:
+    """Bring runs that were tracked to an object store into one database, as ``wmtp runs pull`` does.
+
+    Args:
+        uri: what was ``tracker.tracking_uri``.
+        into: the SQLite database.
+        config: as for `fetch`.
+        overrides: ``KEY=VALUE`` texts laid over those.
+
+    Raises:
+        ConfigError: the URI is wrong, or no installed plugin serves its scheme.
+        WMTPError: there are no runs, or one cannot be read; those before it are merged.
+    """
+    from wmtp.tracking.pull import pull
+
+    return pull(_backend(uri, config, overrides), uri, Path(into).expanduser())
+
+
+def storage_section(config: Sequence[ConfigSource], overrides: Iterable[str]) -> StorageConfig:
+    """Read the section ``[storage]`` for work that has no config of its own.
+
+    Args:
+        config: TOML files or mappings.
+        overrides: ``KEY=VALUE`` texts laid over those.
+
+    Raises:
+        ConfigError: the section is wrong, or an override gives a key of another one, which would have no effect.
+    """
+    texts = list(overrides)
+    given = [parse_override(text) for text in texts]
+    if others := [override for override in given if override.path[0] != "storage"]:
+        reason = "there is no config here, and keys of storage alone are taken; remove it"
+        raise ConfigError([f"{override.where(())}: {reason}" for override in others])
+    return load_storage(config, texts)
+
+
+def _backend(uri: str | os.PathLike[str], config: Sequence[ConfigSource], overrides: Iterable[str]) -> Storage:
+    return backend_for(os.fspath(uri), build_backends(storage_section(config, overrides)))

@@ -1,0 +1,26 @@
+"""Write and read sizes in bytes."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+__all__ = ["format_bytes", "parse_bytes"]
+
+_UNITS: Final = {"": 1, **{f"{u}{i}".lower(): (1024 if i else 1000) ** n for n, u in enumerate("KMGT", 1) for i in ("", "i")}}
+_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?|)B?", re.IGNORECASE)
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes for a person."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def parse_bytes(text: str) -> int | None:
+    """Read a size such as ``200GB`` or ``1.5 TiB``; None for another text."""
+    match = _SIZE.fullmatch(text.strip())
+    return None if match is None else int(float(match[1]) * _UNITS[match[2].lower()])
