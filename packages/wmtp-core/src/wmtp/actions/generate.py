@@ -49,7 +49,7 @@ def generate(
     seed: int = 0,
     stop: Sequence[str] = (),
     speculative: bool = False,
-    device: str = "auto",
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["fp32", "bf16"] | None = None,
     on_text: Callable[[str], None] | None = None,
     config: Sequence[ConfigSource] = (),
