@@ -126,6 +126,7 @@ def test_a_run_leaves_its_directory_and_prints_the_result(capsys, folder):
         "steps": 3,
         "metrics": {"loss": 0.5, "x": None},
         "status": "finished",
+        "signal": None,
     }
     assert "a library prints" in err
     config = wmtp.load_config(run_dir / "config.toml")
