@@ -92,7 +92,8 @@ def check_training(wmtp: Environment) -> None:
     (wmtp.work / "example.toml").write_text((EXAMPLE / "example.toml").read_text())
     listed = components(wmtp("wmtp", "plugins", "--json"))
     check(set(listed) == {"wmtp-core", "wmtp-algos", "wmtp-example"}, f"listed: {sorted(listed)}")
-    check(listed["wmtp-example"]["components"] == {"trainers": ["loss-truncation"]}, f"listed: {listed['wmtp-example']}")
+    example = listed["wmtp-example"]["components"]
+    check(example == {"trainers": ["loss-ceiling", "loss-truncation"]}, f"listed: {example}")
     check("baseline-mtp" in listed["wmtp-algos"]["components"]["trainers"], f"listed: {listed['wmtp-algos']}")
     check("warmup_steps" in wmtp("wmtp", "show", "loss-truncation"), "wmtp show loss-truncation does not show its keys")
     wmtp("wmtp", "check", "example.toml")
