@@ -201,7 +201,7 @@ WORK = {
     "work = lambda: storage.push(Path({model!r}), {uri!r})",
     "fetch": "from pathlib import Path\nimport tempfile\nfrom wmtp_storage import S3Storage\nstorage = S3Storage().build()\n"
     "work = lambda: storage.fetch({uri!r}, Path(tempfile.mkdtemp(dir={folder!r})))",
-    "report": "from wmtp.report import write_report\nwork = lambda: write_report([{run!r}])",
+    "report": "from wmtp.reporting import write_report\nwork = lambda: write_report([{run!r}])",
 }
 
 
