@@ -46,7 +46,7 @@ attention_heads = 4
 max_positions = 512
 [models.base.heads]
 horizon = {horizon}
-kind = "linear"
+{kind}
 [tokenizer]
 type = "bytes"
 [datasets.stdlib]
@@ -110,9 +110,9 @@ def main() -> None:
 def prepare(folder: Path, bucket: str, environment: dict[str, str]) -> None:
     """Two small models and ten samples, on S3."""
     os.environ |= environment
-    for name, horizon in (("distilgpt2-mtp", 4), ("distilgpt2", 1)):
+    for name, horizon, kind in (("distilgpt2-mtp", 4, 'kind = "linear"'), ("distilgpt2", 1, "")):
         recipe = folder / f"{name}.toml"
-        recipe.write_text(MODEL.format(folder=folder / "models", name=name, horizon=horizon))
+        recipe.write_text(MODEL.format(folder=folder / "models", name=name, horizon=horizon, kind=kind))
         shutil.rmtree(folder / "models" / name, ignore_errors=True)
         wmtp("run", recipe)
         wmtp("push", folder / "models" / name / "model", f"s3://{bucket}/models/{name}")
