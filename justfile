@@ -12,6 +12,10 @@ setup:
 test *arguments:
     uv run pytest {{arguments}}
 
+# the tests that `just test` leaves out: every case of what it samples
+slow *arguments:
+    uv run pytest -m slow {{arguments}}
+
 lint:
     uv run ruff format --check .
     uv run ruff check .

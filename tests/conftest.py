@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -68,16 +67,13 @@ def write_recipe(folder):
 
 
 @pytest.fixture
-def wmtp():
+def wmtp(preloaded):
     """Runs ``wmtp …`` in a process of its own and returns it when it has ended."""
-
-    def run(*arguments, **options):
-        return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=300, **options)
-
-    return run
+    return preloaded.run
 
 
 def command(*arguments):
+    """The words that start ``wmtp …`` in a new interpreter; seconds slower than `preloaded`."""
     return [sys.executable, "-m", "wmtp", *map(str, arguments)]
 
 

@@ -4,21 +4,16 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from contextlib import closing
-from pathlib import Path
 
 import pytest
+from conftest import environment
 
 from wmtp.checkpoints.remote import RemoteCheckpoints
 from wmtp.cli import main
 from wmtp_storage import S3Storage
 from wmtp_storage.testing import s3_server
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import command, environment
 
 __all__ = ["s3_server"]
 
@@ -91,7 +86,7 @@ def model(folder):
     return folder
 
 
-def test_a_recipe_with_everything_in_a_store(recipe, here, tmp_path, capsys):
+def test_a_recipe_with_everything_in_a_store(recipe, preloaded, here, tmp_path, capsys):
     """Begun on machine A, which is killed; finished on machine B, which has the recipe and credentials, nothing else."""
     for name in ("base%20model", "ref"):
         assert wmtp(capsys, "push", model(tmp_path / "made"), f"s3://{here}/models/{name}")[0] == 0
@@ -106,7 +101,7 @@ def test_a_recipe_with_everything_in_a_store(recipe, here, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     with (tmp_path / "log").open("w") as log:
         elsewhere = environment() | {"HOME": str(tmp_path / "a")}
-        first = subprocess.Popen(command(*words), stderr=log, stdout=log, cwd=tmp_path / "a", env=elsewhere)
+        first = preloaded.start(*words, stderr=log, stdout=log, cwd=tmp_path / "a", env=elsewhere)
         while not RemoteCheckpoints(storage, one).steps():
             assert first.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.02)

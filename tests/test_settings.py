@@ -3,15 +3,11 @@
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import attrs
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from conftest import write_recipe
 
 import wmtp as library

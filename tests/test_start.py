@@ -12,9 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import command, environment
+from conftest import environment
 
 from wmtp.cli import main
 from wmtp.config.load import load_config
@@ -97,10 +95,9 @@ def test_a_dry_run_fetches_nothing_and_imports_no_torch(container, recipe):
     assert not list(container.iterdir())
 
 
-def test_a_preempted_container_saves_and_goes_on(container, recipe):
+def test_a_preempted_container_saves_and_goes_on(container, recipe, preloaded):
     recipe.write_text(recipe.read_text().replace("max_steps = 40", "max_steps = 300"))
-    process = subprocess.Popen(command("start", recipe, "--json"), env=environment(), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = preloaded.start("start", recipe, "--json")
     metrics = container / "runs" / "first" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
@@ -111,7 +108,7 @@ def test_a_preempted_container_saves_and_goes_on(container, recipe):
     answer = json.loads(out)
     assert (answer["status"], answer["signal"]) == ("interrupted", "SIGTERM")
     assert Path(answer["checkpoint"]).is_dir()
-    done = subprocess.run(command("start", recipe, "--json"), env=environment(), capture_output=True, text=True, timeout=300)
+    done = preloaded.run("start", recipe, "--json")
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stderr
     again = json.loads(done.stdout)

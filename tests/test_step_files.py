@@ -1,11 +1,6 @@
 """One optimizer step stays readable: it enters few files."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from step_files import count
 
 

@@ -10,12 +10,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from conftest import environment
 
 from wmtp_storage import S3Storage
 from wmtp_storage.testing import s3_server
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import environment
 
 __all__ = ["s3_server"]
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,20 +47,28 @@ type = "jsonl"
 """
 
 
-def wmtp(*arguments):
-    done = subprocess.run([sys.executable, "-m", "wmtp", *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+@pytest.fixture(scope="module")
+def wmtp(preloaded):
+    def run(*arguments):
+        done = preloaded.run(*arguments)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
 
-
-def succeeds(*arguments):
-    done = wmtp(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done
+    return run
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def succeeds(wmtp):
+    def run(*arguments):
+        done = wmtp(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, succeeds):
     """A data set, and a reference model that a baseline run left."""
     folder = tmp_path_factory.mktemp("rho1")
     with (folder / "code.jsonl").open("w") as file:
@@ -94,7 +100,7 @@ def metrics_of(run_dir):
         ("shuffled", '[trainer]\ntype = "shuffled"\n[trainer.of]\ntype = "rho1-wmtp"\nmode = "token-skip"\nkeep = 0.25\n'),
     ],
 )
-def test_a_run_learns_by_the_reference(folder, name, trainer):
+def test_a_run_learns_by_the_reference(folder, name, trainer, succeeds):
     result = json.loads(
         succeeds("run", folder / "base.toml", recipe(folder, name, trainer=trainer), "--run-name", name, "--json").stdout
     )
@@ -112,7 +118,7 @@ def test_a_run_learns_by_the_reference(folder, name, trainer):
         assert step["rho1/reference_loss"] < steps[0]["loss/head_1"], "eight steps of training have taught the reference"
 
 
-def test_a_resumed_control_draws_what_the_whole_run_drew(folder):
+def test_a_resumed_control_draws_what_the_whole_run_drew(folder, succeeds):
     trainer = '[trainer]\ntype = "shuffled"\n[trainer.of]\ntype = "rho1-wmtp"\nmode = "token-skip"\nkeep = 0.25\n'
     succeeds("run", folder / "base.toml", recipe(folder, "whole", trainer=trainer), "--run-name", "parts")
     whole, parts = folder / "runs/whole", folder / "runs/parts"
@@ -126,14 +132,14 @@ def test_a_resumed_control_draws_what_the_whole_run_drew(folder):
 
 
 @pytest.mark.parametrize("command", [["check"], ["run", "--dry-run"], ["run"]], ids=" ".join)
-def test_without_a_reference(folder, command):
+def test_without_a_reference(folder, command, wmtp):
     path = recipe(folder, "none", model="", trainer='[trainer]\ntype = "rho1-wmtp"\n')
     done = wmtp(*command, folder / "base.toml", path)
     assert done.returncode == 2
     assert "models.ref: required by the trainer 'rho1-wmtp', and missing" in done.stderr
 
 
-def test_a_control_needs_the_models_of_its_treatment(folder):
+def test_a_control_needs_the_models_of_its_treatment(folder, wmtp):
     path = recipe(folder, "none", model="", trainer='[trainer]\ntype = "shuffled"\n[trainer.of]\ntype = "rho1-wmtp"\n')
     done = wmtp("check", folder / "base.toml", path)
     assert done.returncode == 2

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -11,11 +12,20 @@ import pytest
 def assert_passes_interpreted(request):
     """Runs the tests of the same file in a process in which Triton interprets its kernels, which needs no GPU."""
 
-    def run():
-        command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", str(request.path)]
+    def run(marked="not slow"):
+        command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-m", marked, str(request.path)]
         env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-8000:]
         assert " passed" in done.stdout
 
     return run
+
+
+@pytest.fixture
+def without_the_compiler(monkeypatch):
+    """Everything of torch.compile but the compiler, which takes many seconds."""
+    import torch
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

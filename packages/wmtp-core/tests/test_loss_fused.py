@@ -5,6 +5,7 @@ Triton decides when it is imported whether it interprets, so these tests run in 
 
 import importlib.util
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -19,8 +20,13 @@ if not INTERPRETED:
     def test_the_kernels_in_the_interpreter(assert_passes_interpreted):
         assert_passes_interpreted()
 
+    @pytest.mark.slow
+    def test_the_kernels_in_the_interpreter_in_every_case(assert_passes_interpreted):
+        assert_passes_interpreted("slow")
+
 else:
     from attrs import evolve
+    from crossings import sampled
 
     from wmtp.loss import Unembedding
     from wmtp.loss.cross_entropy import Problem, flatten
@@ -88,7 +94,9 @@ else:
         """How much of a row is read at once: all, or blocks of which the last may be short."""
         monkeypatch.setattr(fused, "_blocks", lambda logits, largest=0: {"BLOCK": request.param, "num_warps": 1})
 
-    @pytest.mark.parametrize("case", CASES, ids=str)
+    @pytest.mark.parametrize(
+        ("case", "rows", "reading"), sampled(product(CASES, [3, 1000], [8192, 16]), 5), ids=str, indirect=["rows", "reading"]
+    )
     def test_equals_the_plain_implementation(case, rows, reading):
         same(problem(**case))
 
@@ -98,14 +106,22 @@ else:
         monkeypatch.setattr(fused, "chunk_rows", lambda vocabulary, itemsize: 4)
         same(evolve(problem(**case, **entropy), coefficients=None, wanted=()))
 
-    @pytest.fixture(params=[(5, 1000), (8192, 1), (7, 16 * 7)], ids=["blocks", "one token a block", "chunks"])
+    #: many blocks, one token a block, chunks
+    COLUMNS = [(5, 1000), (8192, 1), (7, 16 * 7)]
+
+    @pytest.fixture
     def columns(request, monkeypatch):
         """Rows and bytes of the logits that are made at once where the sums of exponentials are known."""
         known, size = request.param
         monkeypatch.setattr(fused, "_KNOWN_ROWS", known)
         monkeypatch.setattr(fused, "_CHUNK_BYTES", size)
 
-    @pytest.mark.parametrize("case", [*CASES, {"dtype": torch.float16, "v": 50, "d": 16}], ids=str)
+    @pytest.mark.parametrize(
+        ("case", "rows", "columns"),
+        sampled(product([*CASES, {"dtype": torch.float16, "v": 50, "d": 16}], [3, 1000], COLUMNS), 7),
+        ids=str,
+        indirect=["rows", "columns"],
+    )
     def test_a_second_pass_with_known_sums(case, rows, columns):
         first = problem(**case)
         loose = {"rtol": 2e-2, "atol": 2e-2} if "dtype" in case else {"atol": 2e-5}

@@ -45,9 +45,9 @@ def run(model, ids=IDS, positions=POSITIONS, packed=True):
         return model(ids, positions, packed).hidden
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention", "wmtp"])
 @pytest.mark.parametrize("kind", ["block", "chained"])
-def test_no_document_sees_another_and_each_comes_out_as_it_does_alone(implementation, kind):
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.slow), "wmtp"])
+def test_no_document_sees_another_and_each_comes_out_as_it_does_alone(without_the_compiler, implementation, kind):
     model = make(implementation, kind=kind).requires_grad_(implementation != "flex_attention")  # no backward pass on a CPU
     hidden = run(model)
     other = IDS.clone()

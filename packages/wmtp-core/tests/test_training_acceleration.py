@@ -1,7 +1,5 @@
 """Every speed option gives the gradients of the plain path."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -95,6 +93,7 @@ def test_full_computes_matrix_products_again_and_selective_does_not():
     assert matrix_products("selective") == matrix_products("none") < matrix_products("full")
 
 
+@pytest.mark.slow  # the one that compiles; the next does all but that
 def test_compiled_layers_share_their_code_and_give_the_same_gradients():
     from torch._dynamo.utils import counters
 
@@ -106,13 +105,11 @@ def test_compiled_layers_share_their_code_and_give_the_same_gradients():
     assert counters["stats"]["unique_graphs"] == 2, "one graph for every layer, one for the final norm"
 
 
-def test_checkpointed_compiled_layers_give_the_same_gradients_whatever_learns(monkeypatch):
-    """Frozen trunks, packed rows, no gradient, a cache. Everything of torch.compile but the compiler, which is slow."""
+def test_checkpointed_compiled_layers_give_the_same_gradients_whatever_learns(without_the_compiler):
+    """Frozen trunks, packed rows, no gradient, a cache."""
     from torch._dynamo.utils import counters
 
-    torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain, fast = make(), make()
     checkpoint_activations(fast, "full")
     compile_layers(fast)

@@ -3,13 +3,10 @@
 What torch.compile overlooks differs by torch's version, so run this file with the lowest supported one too.
 """
 
-import sys
-from functools import partial
-from pathlib import Path
-
 import pytest
 import torch
 from attrs import evolve
+from one_step import VOCAB, Valued, make_batch, step_loss
 from torch import nn
 
 from wmtp.config.schema import HeadsConfig
@@ -21,9 +18,6 @@ from wmtp.optim.config import AdamW
 from wmtp.optim.master_weights import MasterWeights
 from wmtp.trainers import Stage
 from wmtp.training.stages import apply_stage
-
-sys.path.insert(0, str(Path(__file__).parent))
-from one_step import VOCAB, Valued, make_batch, step_loss
 
 SHAPE = ScratchModel(vocab_size=VOCAB, hidden_size=16, layers=2, attention_heads=2, max_positions=64, intermediate_size=24)
 CPU = torch.device("cpu")
@@ -86,19 +80,12 @@ def expected_to_move(stage, names):
     }
 
 
-@pytest.fixture
-def without_the_compiler(monkeypatch):
-    """Everything of torch.compile but the compiler, which is slow."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-
-
 @pytest.mark.parametrize(
     ("precision", "tied", "packed", "checkpointing"),
     [
         ("fp32", True, True, "none"),
-        ("bf16", True, False, "none"),
-        ("bf16-params", False, False, "none"),
+        pytest.param("bf16", True, False, "none", marks=pytest.mark.slow),
+        pytest.param("bf16-params", False, False, "none", marks=pytest.mark.slow),
         ("bf16-params", True, True, "selective"),
     ],
 )
