@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,10 @@ from wmtp.exporting.command import export_model
 from wmtp.exporting.meta import write_meta
 from wmtp.models import MTPModel, build_model, load_model
 from wmtp.models.base import LoadedModel
+from wmtp.models.loaders.files import read_config
 from wmtp.models.loaders.hf import HfLoader
+from wmtp.models.loaders.names import find_untouched
+from wmtp.models.saving import make_savable
 
 TEXT = {
     "vocab_size": 64,
@@ -150,6 +154,13 @@ class TestQwenText:
         assert config_of(tmp_path / "saved")["mtp_num_hidden_layers"] == 0
         assert sorted(file.name for file in (tmp_path / "saved").glob("model*")) == ["model.safetensors"]
 
+    def test_layers_that_are_partly_there_are_counted(self, tmp_path: Path):
+        folder = text_folder(tmp_path / "base")
+        change_config(folder, mtp_num_hidden_layers=3)
+        add(folder, [*MTP, "mtp.layers.1.input_layernorm.weight"])
+        trained(folder).save_pretrained(tmp_path / "saved")
+        assert config_of(tmp_path / "saved")["mtp_num_hidden_layers"] == 2
+
     def test_shards_and_their_index(self, tmp_path: Path):
         folder = text_folder(tmp_path / "one")
         add(folder, MTP)
@@ -244,6 +255,38 @@ class TestMultimodal:
         assert (after["architectures"], after["vision_config"]) == (before["architectures"], before["vision_config"])
         assert after["text_config"] == before["text_config"] | {"dtype": "float32"}
         assert (tmp_path / "second" / "preprocessor_config.json").read_bytes() == b'{"image_processor_type": "none"}'
+
+    def test_layers_that_are_not_there_are_promised_in_no_table(self, tmp_path: Path):
+        folder = multimodal_folder(tmp_path / "base")
+        tensors = {name: tensor for name, tensor in tensors_of(folder).items() if name not in MTP}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        text = config_of(folder)["text_config"]
+        del text["model_type"]  # many a folder's table does not say it
+        change_config(folder, text_config=text, mtp_num_hidden_layers=1)
+        trained(folder).save_pretrained(tmp_path / "saved")
+        after = config_of(tmp_path / "saved")
+        assert (after["mtp_num_hidden_layers"], after["text_config"]["mtp_num_hidden_layers"]) == (0, 0)
+
+    def test_settings_that_were_taken_out_do_not_come_back(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+        folder = multimodal_folder(tmp_path / "base")
+        text = config_of(folder)["text_config"] | {"temperature": 0.6}
+        change_config(folder, text_config=text, top_p=0.9)
+        with caplog.at_level("WARNING", logger="wmtp"):
+            trained(folder).save_pretrained(tmp_path / "saved")
+        assert {"top_p = 0.9", "temperature = 0.6"} == set(re.findall(r"\w+ = [\d.]+\d", caplog.messages[-1]))
+        after = config_of(tmp_path / "saved")
+        assert "top_p" not in after
+        assert "temperature" not in after["text_config"]
+        Qwen3_5ForConditionalGeneration.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
+
+    def test_a_config_of_the_whole_that_cannot_be_saved_is_an_error_at_opening(self, tmp_path: Path, monkeypatch):
+        def refuse(self: object, *_: object, **__: object) -> None:
+            raise ValueError("no such thing")
+
+        loaded = HfLoader().load(multimodal_folder(tmp_path / "base"), dtype=torch.float32, seed=0)
+        monkeypatch.setattr(Qwen3_5Config, "save_pretrained", refuse)
+        with pytest.raises(WMTPError, match=r"its config\.json cannot be saved: ValueError: no such thing"):
+            make_savable(loaded.model, untouched=loaded.untouched)
 
     def test_export_to_hf_keeps_it_whole(self, tmp_path: Path):
         folder = multimodal_folder(tmp_path / "base")
@@ -352,6 +395,18 @@ class TestLayersBehindTheLast:
         trained(tmp_path / "base").save_pretrained(tmp_path / "saved")
         assert_trained(tensors_of(tmp_path / "base"), tensors_of(tmp_path / "saved"), set(BEHIND_THE_LAST))
         assert load_model(tmp_path / "saved").base.config.num_nextn_predict_layers == 1
+
+    def test_very_many_are_found_in_little_time(self, tmp_path: Path):
+        deepseek(num_nextn_predict_layers=1).save_pretrained(tmp_path / "base")
+        file = tmp_path / "base" / "model.safetensors"
+        count = 20_000  # DeepSeek-V3 has 90,000 tensors
+        many = {f"model.layers.2.mlp.experts.{number}.gate_proj.scale": torch.zeros(1) for number in range(count)}
+        save_file(load_file(file) | many, file, metadata={"format": "pt"})
+        config = read_config(tmp_path / "base")
+        begin = time.process_time()
+        opening = find_untouched(tmp_path / "base", config)
+        assert len(opening.untouched.tensors) == count
+        assert time.process_time() - begin < 30
 
     def test_a_new_model_promises_none(self, tmp_path: Path):
         MTPModel(deepseek().eval(), HeadsConfig(horizon=1), seed=0).save_pretrained(tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -20,8 +19,8 @@ from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, rec
 from wmtp.models.attention import causal_mask, document_mask, use_block_attention
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
 from wmtp.models.packing import packing_problem
-from wmtp.models.saving import make_savable
-from wmtp.models.untouched import Untouched, without_empty_promises
+from wmtp.models.saving import write_base
+from wmtp.models.untouched import Untouched
 
 if TYPE_CHECKING:
     from wmtp.tokenizers import Tokenizer
@@ -31,8 +30,6 @@ __all__ = ["HEADS_CONFIG", "HEADS_FORMAT", "HEADS_WEIGHTS", "MTPModel", "MTPOutp
 HEADS_WEIGHTS = "mtp_heads.safetensors"
 HEADS_CONFIG = "mtp_heads.json"
 HEADS_FORMAT = 1
-
-_log = logging.getLogger("wmtp")
 
 
 class MTPOutput(NamedTuple):
@@ -272,6 +269,8 @@ class MTPModel(nn.Module):
         """
         self.save_base(folder, state)
         try:
+            for name in (HEADS_CONFIG, HEADS_WEIGHTS):
+                (folder / name).unlink(missing_ok=True)  # of another model that was saved here
             if self.horizon > 1:
                 self._save_heads(folder, self.extra_heads.state_dict() if state is None else _within(state, "extra_heads."))
         except (OSError, SafetensorError) as error:
@@ -287,19 +286,8 @@ class MTPModel(nn.Module):
         Raises:
             WMTPError: it could not be written in full, or transformers refuses to write its configs.
         """
-        make_savable(self.base, source=self.source)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.untouched is not None:
-                self.untouched.check_target(folder)
-            self.base.save_pretrained(folder, state_dict=None if state is None else _within(state, "base."))
-            if self.untouched is not None:
-                self.untouched.write(folder, self.base)
-            emptied = without_empty_promises(folder, self.base.config)
-        except (OSError, SafetensorError) as error:
-            raise WMTPError(f"{folder}: the model could not be written: {error}") from error
-        if emptied:
-            _log.info("the model has no layers of its own for multi-token prediction: %s = 0 is saved", ", ".join(emptied))
+        own = None if state is None else _within(state, "base.")
+        write_base(self.base, folder, state=own, source=self.source, untouched=self.untouched)
 
     def take_origin(self, other: MTPModel) -> None:
         """Save as ``other`` would: under the names of its files, and with what else they hold."""

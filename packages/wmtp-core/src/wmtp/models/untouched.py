@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from attrs import Factory, frozen
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from wmtp.errors import WMTPError
 from wmtp.models.loaders.files import weight_files
 from wmtp.models.loaders.stored import StoredTensor, stored_tensors, write_stored
 
-__all__ = ["Untouched", "is_mtp_name", "promised_layers", "without_empty_promises"]
+__all__ = ["Untouched", "is_mtp_name", "promised_layers", "text_table", "without_empty_promises"]
 
-_INDEX = "model.safetensors.index.json"
 _MTP = re.compile(r"(^|[._])(mtp|nextn)([._\d]|$)")
 
 
@@ -28,8 +28,8 @@ class Untouched:
     Args:
         source: the folder, for messages.
         tensors: by the folder's own names. Their files stay open, so the folder may go away before they are written.
-        config: the folder's ``config.json`` where it describes more than the model that was opened; None leaves it to
-            transformers.
+        config: the folder's ``config.json`` where it describes more than the model that was opened, less what
+            `take_out_misplaced` found; None leaves it to transformers.
         text_table: the table of ``config`` that describes that model; None where it has none of its own.
         files: further files by name.
         problem: why not all of the folder could be written back; None where it can.
@@ -37,13 +37,35 @@ class Untouched:
 
     source: Path
     tensors: Mapping[str, StoredTensor] = Factory(dict)
-    config: Mapping[str, Any] | None = None
+    config: dict[str, Any] | None = None
     text_table: str | None = None
     files: Mapping[str, bytes] = Factory(dict)
     problem: str | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Untouched:
+        return self  # a copy of the model is saved with the same parts, read from the same open files
+
+    def whole_config(self) -> PreTrainedConfig | None:
+        """Make transformers' config of all of the folder; None where the model's own describes it."""
+        return None if self.config is None else CONFIG_MAPPING[self.config["model_type"]].from_dict(dict(self.config))
+
+    def take_out_misplaced(self) -> dict[str, Any]:
+        """Remove from ``config`` the settings of generation that transformers does not keep in a model's config."""
+        if self.config is None or (whole := self.whole_config()) is None:
+            return {}
+        tables = [(self.config, whole)]
+        if self.text_table in self.config:
+            tables.append((self.config[self.text_table], getattr(whole, self.text_table)))
+        taken: dict[str, Any] = {}
+        for table, config in tables:
+            refused = config._get_generation_parameters()
+            for name in GenerationConfig._get_default_generation_params():
+                if name in table and (name in refused or not hasattr(config, name)):
+                    taken[name] = table.pop(name)
+        return {name: value for name, value in taken.items() if value is not None}
+
     def check_target(self, folder: Path) -> None:
-        """Refuse to save over the files that tensors are still to be read from, and clear an index that a save left.
+        """Refuse to save over the files that tensors are still to be read from.
 
         Raises:
             WMTPError: ``folder`` is the source, or something of the source would be lost.
@@ -52,7 +74,6 @@ class Untouched:
             raise WMTPError(self.problem)
         if self.tensors and self.source.exists() and folder.samefile(self.source):
             raise WMTPError(f"{folder}: holds tensors that are copied when the model is saved; save into another folder")
-        (folder / _INDEX).unlink(missing_ok=True)
 
     def write(self, folder: Path, model: PreTrainedModel) -> None:
         """Complete a folder that ``model.save_pretrained`` wrote.
@@ -96,31 +117,50 @@ def is_mtp_name(name: str, stems: Collection[str], layers: int) -> bool:
     return found is not None and found[1] in stems and int(found[2]) >= layers
 
 
-def without_empty_promises(folder: Path, config: PreTrainedConfig) -> list[str]:
-    """Have a saved ``config.json`` count no layers for multi-token prediction where the folder holds none.
+def text_table(config: PreTrainedConfig) -> str | None:
+    """Name the table of a config that describes its text model; None where that has none of its own."""
+    text = config.get_text_config(decoder=True)
+    return next((key for key in config.sub_configs if getattr(config, key, None) is text), None)
+
+
+def without_empty_promises(folder: Path, config: PreTrainedConfig, table: str | None) -> dict[str, int]:
+    """Have a saved ``config.json`` count no more layers for multi-token prediction than the folder holds.
 
     Args:
         folder: complete but for this.
         config: of the model that was saved; its defaults, which ``config.json`` leaves out, are promises too.
+        table: the one in ``config.json`` that describes it; None where there is none of its own.
 
     Returns:
-        the fields that were set to 0.
+        the fields that were set, and to what.
     """
-    text = config.get_text_config(decoder=True)
-    layers = getattr(text, "num_hidden_layers", None)
-    if not promised_layers(text) or layers is None:
-        return []
-    names = stored_tensors(weight_files(folder))
-    stems = {found[1] for name in names if (found := re.match(rf"(.*?\b)layers\.{layers - 1}\.", name))}
-    if any(is_mtp_name(name, stems, layers) for name in names):
-        return []
     file = folder / "config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
-    tables = [value for value in content.values() if isinstance(value, dict) and value.get("model_type") == text.model_type]
-    table = tables[0] if tables else content
-    table |= dict.fromkeys(promised_layers(text), 0)
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return list(promised_layers(text))
+    text = config.get_text_config(decoder=True)
+    layers = getattr(text, "num_hidden_layers", None)
+    # where the model is a part of the folder, the promises above its table are those of the whole
+    tables = [(content, promised_layers(content))]
+    own = content if table is None else content.setdefault(table, {})
+    tables.append((own, promised_layers(text) | promised_layers(own)))
+    if layers is None or not any(promises for _, promises in tables):
+        return {}
+    count = _count_mtp_layers(stored_tensors(weight_files(folder)), layers)
+    lowered: dict[str, int] = {}
+    for place, promises in tables:
+        empty = {name: count for name, promised in promises.items() if promised > count}
+        place |= empty
+        lowered |= empty
+    if lowered:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return lowered
+
+
+def _count_mtp_layers(names: Collection[str], layers: int) -> int:
+    """Count layers for multi-token prediction; tensors that bear no number are of a single one."""
+    stems = {found[1] for name in names if (found := re.match(rf"(.*?\b)layers\.{layers - 1}\.", name))}
+    found = [name for name in names if is_mtp_name(name, stems, layers)]
+    numbers = {number[1] for name in found if (number := re.search(r"[._](\d+)\.", name))}
+    return len(numbers) or bool(found)
 
 
 def _with_text_fields(own: Mapping[str, Any], text_table: str | None, model: PreTrainedModel) -> dict[str, Any]:
@@ -159,4 +199,4 @@ def _add_shard(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     enter(tensors, names[-1])
     write_stored(folder / names[-1], tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -204,7 +204,7 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
 
     base = config.models["base"]
     loaded = base.loader.build().load(source.model_path, dtype=torch.float32, seed=config.run.seed)
-    make_savable(loaded.model, source.tokenizer, source=source.model_path)
+    make_savable(loaded.model, source.tokenizer, source=source.model_path, untouched=loaded.untouched)
     model = build_model(loaded, base.heads, config.run.seed)
     if config.data.train.packing:
         model.check_packing()

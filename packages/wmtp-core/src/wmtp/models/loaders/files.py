@@ -79,21 +79,12 @@ def weight_files(folder: Path) -> list[Path]:
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
-        files = []
-        if (folder / single).is_file():
-            files = [folder / single]
-        elif (folder / index).is_file():
-            weight_map = read_json(folder / index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise WMTPError(f"{folder / index}: has no weight_map")
-            files = [folder / name for name in sorted(set(weight_map.values()))]
-            for file in files:
-                if not file.is_file():
-                    raise WMTPError(f"{file}: not there, but {index} names it; fetch the model again")
-        if files:
+        if (folder / single).is_file():  # an index beside it is of an older save, and transformers does not read it either
             if single.endswith(".safetensors"):
-                _check_shards(files, folder / index)
-            return files
+                tensor_shapes(folder / single)
+            return [folder / single]
+        if (folder / index).is_file():
+            return _indexed_files(folder / index)
     raise WMTPError(f"{folder}: holds no weights (model.safetensors, its shards, pytorch_model.bin, or a .gguf file)")
 
 
@@ -123,13 +114,30 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _check_shards(files: list[Path], index: Path) -> None:
-    present = {name: file for file in files for name in tensor_shapes(file)}
-    if len(files) == 1 and not index.is_file():
-        return
-    for name, shard in read_json(index)["weight_map"].items() if index.is_file() else ():
+def _indexed_files(index: Path) -> list[Path]:
+    """Return the files that an index names, all of them beside it and whole.
+
+    Raises:
+        WMTPError: one is missing, damaged, elsewhere, or lacks a tensor.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WMTPError(f"{index}: has no weight_map")
+    for tensor, name in weight_map.items():
+        # a name with a folder in it could lead anywhere on this machine
+        if not isinstance(name, str) or not name.strip(".") or {"/", "\\", "\0"} & set(name):
+            raise WMTPError(f"{index}: weight_map places {tensor} in {name!r}, which is not the name of a file in its folder")
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise WMTPError(f"{file}: not there, but {index.name} names it; fetch the model again")
+    if any(file.suffix != ".safetensors" for file in files):
+        return files
+    present = {name for file in files for name in tensor_shapes(file)}
+    for name, shard in weight_map.items():
         if name not in present:
             raise WMTPError(f"{index.parent / shard}: lacks the tensor {name}, which {index.name} places there")
+    return files
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from wmtp.errors import WMTPError
 from wmtp.models.loaders.describe import empty_model
 from wmtp.models.loaders.files import read_json, weight_files
 from wmtp.models.loaders.stored import stored_tensors
-from wmtp.models.untouched import Untouched, is_mtp_name, promised_layers
+from wmtp.models.untouched import Untouched, is_mtp_name, promised_layers, text_table
 
 __all__ = ["Opening", "find_untouched"]
 
@@ -85,22 +85,21 @@ def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
         # the quantizer's own renaming is known only once it runs; transformers' report covers what it does not ignore
         lost = f"{folder}: is quantized and has tensors that would be lost: {_some(left)}; use one in bf16 or fp32"
         return Opening(untouched=Untouched(source=folder, files=_processor_files(folder), problem=lost if left else None))
-    text = config.get_text_config(decoder=True)
-    mtp = {name for name in match.left if is_mtp_name(name, _stems(match), text.num_hidden_layers) and promised_layers(text)}
+    mtp = _mtp_names(config, match)
     left |= mtp
     is_part = type(model.config) is not type(config)
     own_config = None
     if is_part and (set(match.left) - mtp):
         own_config = read_json(folder / "config.json")
         try:
-            left = _of_the_whole(model, config, stored, match, folder)
+            left = _of_the_whole(model, config, stored, match, folder) | mtp
         except WMTPError as error:
             return Opening(untouched=Untouched(source=folder, problem=str(error)))
     untouched = Untouched(
         source=folder,
         tensors={name: stored[name] for name in sorted(left)},
         config=own_config,
-        text_table=None if own_config is None else _text_table(config),
+        text_table=None if own_config is None else text_table(config),
         files=_processor_files(folder),
     )
     kept = frozenset(name for own in left for name in match.left[own])
@@ -135,10 +134,15 @@ def _match(model: PreTrainedModel, names: Iterable[str], folder: Path) -> _Match
     return _Match(taken=taken, left=left)
 
 
-def _stems(match: _Match) -> frozenset[str]:
-    """Collect what stands before ``layers.N`` in the folder's names of the tensors that the model takes."""
+def _mtp_names(config: PreTrainedConfig, match: _Match) -> set[str]:
+    """Return the folder's names of layers for multi-token prediction, where the config says that there are any."""
+    text = config.get_text_config(decoder=True)
+    if not promised_layers(text):
+        return set()
+    # what stands before ``layers.N`` in the names that the model takes
     names = (name for names in match.taken.values() for name in names)
-    return frozenset(found[1] for name in names if (found := re.match(r"(.*?\b)layers\.\d+\.", name)))
+    stems = {found[1] for name in names if (found := re.match(r"(.*?\b)layers\.\d+\.", name))}
+    return {name for name in match.left if is_mtp_name(name, stems, text.num_hidden_layers)}
 
 
 def _ignored(model: PreTrainedModel, left: Mapping[str, list[str]]) -> set[str]:
@@ -151,7 +155,7 @@ def _ignored(model: PreTrainedModel, left: Mapping[str, list[str]]) -> set[str]:
 def _of_the_whole(
     model: PreTrainedModel, config: PreTrainedConfig, stored: Collection[str], match: _Match, folder: Path
 ) -> set[str]:
-    """Return what a multimodal folder has besides the text model, which must make it whole again.
+    """Return what a multimodal folder has besides its text model, which must make it whole again.
 
     Raises:
         WMTPError: it cannot be written back so that the multimodal class opens it.
@@ -178,17 +182,7 @@ def _of_the_whole(
     if missing := persistent - set(of_whole.taken):
         raise WMTPError(f"{folder}: the tensors do not fit {name}: {'; '.join(f'{n} is missing' for n in sorted(missing))}")
     known = {own for names in of_whole.taken.values() for own in names} | _ignored(whole, of_whole.left)
-    text = config.get_text_config(decoder=True)
-    return {
-        own
-        for own in match.left
-        if own in known or (promised_layers(text) and is_mtp_name(own, _stems(match), text.num_hidden_layers))
-    }
-
-
-def _text_table(config: PreTrainedConfig) -> str | None:
-    text = config.get_text_config(decoder=True)
-    return next((key for key in config.sub_configs if getattr(config, key, None) is text), None)
+    return {own for own in match.left if own in known}
 
 
 def _processor_files(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import torch
 from attrs import frozen
@@ -61,8 +60,13 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
         WMTPError: a file is damaged, or holds more than tensors.
     """
     found: dict[str, StoredTensor] = {}
+    places: dict[str, Path] = {}
     for file in files:
-        found |= _in_safetensors(file) if file.suffix == ".safetensors" else _in_bin(file)
+        tensors = _in_safetensors(file) if file.suffix == ".safetensors" else _in_bin(file)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise WMTPError(f"{file}: {', '.join(twice)} is in {places[twice[0]].name} too; fetch the model again")
+        found |= tensors
+        places |= dict.fromkeys(tensors, file)
     return found
 
 
@@ -96,16 +100,39 @@ def _width(tensor: StoredTensor) -> int:
     return tensor.size // count if count else 0
 
 
+class _OpenFile:
+    """A file that stays open, and must not be written to meanwhile."""
+
+    def __init__(self, path: Path, state: tuple[int, int] | None = None) -> None:
+        self.source = path.open("rb")
+        self._path = path.absolute()
+        self._state = self._now() if state is None else state
+
+    def __reduce__(self) -> tuple[type[_OpenFile], tuple[Path, tuple[int, int]]]:
+        return _OpenFile, (self._path, self._state)
+
+    def _now(self) -> tuple[int, int]:
+        found = os.fstat(self.source.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise OSError if the file is not what it was when it was opened."""
+        if self._now() != self._state:
+            raise OSError(f"{self._path} was written to since it was opened")
+
+
 def _in_safetensors(file: Path) -> dict[str, StoredTensor]:
     try:
-        source = file.open("rb")
-        start = _LENGTH + int.from_bytes(source.read(_LENGTH), "little")
-        header = json.loads(source.read(start - _LENGTH))
+        opened = _OpenFile(file)
+        start = _LENGTH + int.from_bytes(opened.source.read(_LENGTH), "little")
+        header = json.loads(opened.source.read(start - _LENGTH))
+        if not isinstance(header, dict):
+            raise TypeError("its header is no JSON object")
         tensors = {}
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                read = partial(_read_part, source, _state(source), start + begin, end - begin)
+                read = partial(_read_part, opened, start + begin, end - begin)
                 shape = tuple(entry["shape"])
                 tensors[name] = StoredTensor(dtype=entry["dtype"], shape=shape, size=end - begin, read=read)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
@@ -113,16 +140,10 @@ def _in_safetensors(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _state(source: IO[bytes]) -> tuple[int, int]:
-    found = os.fstat(source.fileno())
-    return found.st_size, found.st_mtime_ns
-
-
-def _read_part(source: IO[bytes], opened: tuple[int, int], offset: int, size: int) -> Iterator[bytes]:
-    if _state(source) != opened:
-        raise OSError(f"{source.name} was written to since it was opened")
+def _read_part(opened: _OpenFile, offset: int, size: int) -> Iterator[bytes]:
+    opened.check()
     while size > 0:
-        part = os.pread(source.fileno(), min(_CHUNK, size), offset)
+        part = os.pread(opened.source.fileno(), min(_CHUNK, size), offset)
         if not part:
             return
         yield part
@@ -130,17 +151,19 @@ def _read_part(source: IO[bytes], opened: tuple[int, int], offset: int, size: in
 
 
 def _in_bin(file: Path) -> dict[str, StoredTensor]:
+    opened = _OpenFile(file)
     tensors = {}
     for name, tensor in read_bin(file).items():
         if tensor.dtype not in _TYPES:
             raise WMTPError(f"{file}: {name} is of type {tensor.dtype}, which no safetensors file can hold")
         size = tensor.numel() * tensor.element_size()
-        read = partial(_bytes_of, tensor.detach())
+        read = partial(_bytes_of, opened, tensor.detach())
         tensors[name] = StoredTensor(dtype=_TYPES[tensor.dtype], shape=tuple(tensor.shape), size=size, read=read)
     return tensors
 
 
-def _bytes_of(tensor: Tensor) -> Iterator[bytes]:
+def _bytes_of(opened: _OpenFile, tensor: Tensor) -> Iterator[bytes]:
+    opened.check()  # the tensor is mapped: it is whatever the file is now
     if tensor.numel():
         flat = tensor.contiguous().flatten().view(torch.uint8)
         for begin in range(0, flat.numel(), _CHUNK):
