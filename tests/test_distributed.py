@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command, environment
 
 HERE = Path(__file__).parent
 TWO = ("--set", "launcher.processes=2")
@@ -178,21 +177,28 @@ def _remove(names):
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_two_machines_with_one_process_each_equal_one(recipe, wmtp, tmp_path):
+#: runs a command in the network namespace of this name
+INSIDE = """
+import ctypes, os, sys
+from wmtp.cli import run_from_shell
+if ctypes.CDLL(None, use_errno=True).setns(os.open(f"/run/netns/{sys.argv.pop(1)}", os.O_RDONLY), 0):
+    sys.exit(os.strerror(ctypes.get_errno()))
+run_from_shell()
+"""
+
+
+def test_two_machines_with_one_process_each_equal_one(recipe, wmtp, preloaded, tmp_path):
     names = _namespaces()
     if names is None:
         pytest.skip("network namespaces need root and iproute2")
     try:
         measured = ("--set", "train.max_steps=8", "--set", 'eval=[{type="perplexity"}]')
-        arguments = command("run", recipe, "--run-name", "two", *measured)
-        variables = {"WMTP_NNODES": "2", "WMTP_MASTER_ADDR": "10.99.7.1"}
+        variables = os.environ | {"WMTP_NNODES": "2", "WMTP_MASTER_ADDR": "10.99.7.1"}
         processes = [
-            subprocess.Popen(
-                ["ip", "netns", "exec", name, *arguments],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment() | variables | {"WMTP_NODE_RANK": str(number)},
+            preloaded.start(
+                *(name, "run", recipe, "--run-name", "two", *measured),
+                code=INSIDE,
+                env=variables | {"WMTP_NODE_RANK": str(number)},
             )
             for number, name in enumerate(names)
         ]

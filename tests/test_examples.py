@@ -54,7 +54,9 @@ def assert_opens_everywhere(folder, ids, horizon, tmp_path):
 
 
 def test_quickstart(wmtp, tmp_path):
-    run = wmtp("run", ROOT / "examples/quickstart.toml", "--json", "--set", "train.max_steps=40", cwd=tmp_path)
+    less = ["train.max_steps=40", "data.train.batch_size=4", "datasets.stdlib.max_functions=300"]
+    words = [word for override in less for word in ("--set", override)]
+    run = wmtp("run", ROOT / "examples/quickstart.toml", "--json", *words, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     answer = json.loads(run.stdout)
     run_dir = tmp_path / answer["run_dir"]
