@@ -7,7 +7,9 @@ is nothing to mask but the future. Both are known without asking the device anyt
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,11 +123,16 @@ def _attend(
     groups = query.shape[1] // key.shape[1]
     if groups & (groups - 1):  # what flex attention's kernel has no form of
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     attended = attend(query, key, value, block_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=True)
     return attended.transpose(1, 2).contiguous(), None
 
 
-_compiled_flex_attention = torch.compile(flex_attention)
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """Flex attention for a model that is not compiled; made when first needed, since Inductor's import takes seconds."""
+    return torch.compile(flex_attention)
+
+
 AttentionInterface.register(_NAME, _attend)
 AttentionMaskInterface.register(_NAME, sdpa_mask)
