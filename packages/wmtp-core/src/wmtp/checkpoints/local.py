@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from wmtp.checkpoints.manifest import check_files, hash_files, write_facts
+from wmtp.checkpoints.shard_writer import ShardWriter
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.errors import WMTPError
 from wmtp.storage.atomic import making_folder, partial_path
@@ -91,10 +92,11 @@ def save_checkpoint(
         partial = ranks.on_main(lambda: stack.enter_context(making_folder(target)))
 
         def write_tensors() -> None:
-            writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
             try:
                 with _quiet():
-                    dcp.save(tensors, storage_writer=writer, process_group=ranks.control, no_dist=ranks.world == 1)
+                    dcp.save(
+                        tensors, storage_writer=ShardWriter(partial), process_group=ranks.control, no_dist=ranks.world == 1
+                    )
             except CheckpointException as error:  # no Exception, and it says at length what went wrong on each rank
                 raise next(iter(error.failures.values()))[0] from None
 
