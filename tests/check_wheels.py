@@ -116,6 +116,20 @@ def check_training(wmtp: Environment) -> None:
     check(" passed" in wmtp("python", "-m", "pytest", "-q", "tests"), "the example's tests do not pass")
 
 
+def check_first_screen(wmtp: Environment) -> None:
+    """Run README's first commands as a user of pip does, the training shortened."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    install, *commands = readme.partition("```sh\n")[2].partition("```")[0].splitlines()
+    check(install == "pip install wmtp-core wmtp-algos" and len(commands) == 2, f"README begins with {install}, {commands}")
+    for command in commands:
+        words = shlex.split(command)
+        wmtp(*words, *(["--set", "train.max_steps=4"] if "run" in words else []))
+    (run_dir,) = (path.parent for path in wmtp.work.glob("runs/*/run.json"))
+    check((run_dir / "model" / "mtp_heads.json").exists(), f"{run_dir} has no model")
+    wmtp("wmtp", "init", "completion", "mine")
+    check("ok" in wmtp("wmtp", "check", "mine/recipe.toml", "--set", "datasets.mine.uri=mine/train.jsonl"), "not ok")
+
+
 def check_light(wmtp: Environment, example: Path) -> None:
     """wmtp-core alone: everything but training works without torch."""
     wmtp(
@@ -173,6 +187,7 @@ def main() -> None:
             cwd=folder,
         )
         check_vessl(laptop)
+        check_first_screen(Environment(folder / "first", core, algos))
         check_training(Environment(folder / "train", core, algos, example, "pytest"))
     print("check_wheels: all is well")
 

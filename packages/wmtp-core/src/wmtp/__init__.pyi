@@ -12,6 +12,9 @@ from wmtp.actions.files import push as push
 from wmtp.actions.files import verify as verify
 from wmtp.actions.generate import Generated as Generated
 from wmtp.actions.generate import generate as generate
+from wmtp.actions.init import Initialized as Initialized
+from wmtp.actions.init import init as init
+from wmtp.actions.init import recipes as recipes
 from wmtp.actions.models import evaluate as evaluate
 from wmtp.actions.models import export as export
 from wmtp.actions.models import load_model as load_model

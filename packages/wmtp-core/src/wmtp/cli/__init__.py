@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from wmtp.cli import evaluate, use
+from wmtp.cli import evaluate, init, use
 from wmtp.cli import files as file_commands
 from wmtp.errors import ConfigError, Terminated, WMTPError, described
 from wmtp.log_lines import set_up_logging
@@ -169,6 +169,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     def add(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, parents=[*parents, common], allow_abbrev=False)
 
+    init.add_arguments(add)
     run = add("run", "Train as the config says.", config)
     run.add_argument("--run-name", metavar="NAME", help="the run's name, and that of its directory")
     run.add_argument("--tags", default="", metavar="A,B", help="words for the tracker, besides run.tags")

@@ -1,0 +1,77 @@
+"""Write a recipe that comes with WMTP, and its sample data, into a folder. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from attrs import frozen
+
+from wmtp.errors import ConfigError
+from wmtp.spelling import did_you_mean
+
+__all__ = ["Initialized", "init", "recipes"]
+
+
+@frozen(kw_only=True)
+class Initialized:
+    """Result of `init`.
+
+    Args:
+        folder: where the recipe is now.
+        files: what was written, ``recipe.toml`` first.
+    """
+
+    folder: Path
+    files: Sequence[Path]
+
+
+def recipes() -> Mapping[str, str]:
+    """List the recipes by name, each with the first sentence of its first comment."""
+    return {entry.name: _summary(entry) for entry in _folders()}
+
+
+def init(recipe: str, folder: str | os.PathLike[str] | None = None) -> Initialized:
+    """Write a recipe that runs as it is on a CPU, with its sample data.
+
+    Args:
+        recipe: its name; `recipes` lists them.
+        folder: where to; made if it is not there. Default: the recipe's name, in the working folder.
+
+    Raises:
+        ConfigError: there is no such recipe, or a file of it is there already; nothing was written then.
+    """
+    source = next((entry for entry in _folders() if entry.name == recipe), None)
+    if source is None:
+        names = [entry.name for entry in _folders()]
+        hint = did_you_mean(recipe, names)
+        raise ConfigError(f"init: there is no recipe {recipe!r}; {hint or 'one of: ' + ', '.join(names)}")
+    target = Path(recipe if folder is None else folder).expanduser()
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"init: {target} is a file; name a folder")
+    contents = {target / file.name: file.read_bytes() for file in sorted(source.iterdir(), key=_recipe_first)}
+    if taken := [str(path) for path in contents if path.exists()]:
+        raise ConfigError(f"init: {', '.join(taken)}: exists already, and is left as it is; name another folder")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for path, content in contents.items():
+            path.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"init: {target} cannot be written: {error.strerror}; name another folder") from None
+    return Initialized(folder=target, files=tuple(contents))
+
+
+def _folders() -> list[Traversable]:
+    return sorted((entry for entry in files("wmtp").joinpath("recipes").iterdir() if entry.is_dir()), key=lambda e: e.name)
+
+
+def _recipe_first(file: Traversable) -> tuple[bool, str]:
+    return file.name != "recipe.toml", file.name
+
+
+def _summary(entry: Traversable) -> str:
+    text = entry.joinpath("recipe.toml").read_text(encoding="utf-8")
+    return text.splitlines()[0].removeprefix("# ").partition(". ")[0].rstrip(".")
