@@ -123,7 +123,7 @@ def check_first_screen(wmtp: Environment) -> None:
     check(install == "pip install wmtp-core wmtp-algos" and len(commands) == 2, f"README begins with {install}, {commands}")
     for command in commands:
         words = shlex.split(command)
-        wmtp(*words, *(["--set", "train.max_steps=4"] if "run" in words else []))
+        wmtp(*words, *(["--set", "train.max_steps=20"] if "run" in words else []))
     (run_dir,) = (path.parent for path in wmtp.work.glob("runs/*/run.json"))
     check((run_dir / "model" / "mtp_heads.json").exists(), f"{run_dir} has no model")
     wmtp("wmtp", "init", "completion", "mine")
