@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wmtp.errors import ConfigError
 from wmtp.generation.cache import RowCache
 from wmtp.models.anatomy import LayerCall, evaluating, record_call
+from wmtp.models.config_fields import field
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
@@ -153,12 +154,11 @@ def open_decoder(model: MTPModel, longest: int, capacity: int) -> CachedDecoder:
         ConfigError: this architecture cannot be decoded so; the message says why.
     """
     name = type(model.base).__name__
-    config = model.base.config.get_text_config(decoder=True)
     kernel = getattr(model.base.config, "_attn_implementation", "eager")
     if kernel not in ("sdpa", "eager"):
         raise ConfigError(f"{name} with the attention kernel '{kernel}' cannot be decoded here; load it with sdpa or eager")
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    slides = getattr(config, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
+    window, kinds = field(model.base.config, "sliding_window"), field(model.base.config, "layer_types")
+    slides = field(model.base.config, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
     if window and slides and longest > window:
         raise ConfigError(
             f"{name} attends to the last {window} tokens only, which is not supported beyond that length: prompt and new "

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from wmtp.errors import ConfigError
 from wmtp.loss import Unembedding
+from wmtp.models.config_fields import field, layer_count
 
 __all__ = ["Anatomy", "LayerCall", "Unembedding", "dissect", "evaluating", "first_tensor", "record_call", "seeded"]
 
@@ -137,7 +138,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     name = type(model).__name__
 
     def refuse(reason: str) -> ConfigError:
-        return ConfigError(f"models.base: {name} cannot get multi-token heads: {reason}")
+        return ConfigError(f"models.base: {name} cannot get multi-token heads: {reason}. docs/models.md lists what can")
 
     if getattr(model.config, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder; a decoder-only causal language model is needed")
@@ -158,10 +159,12 @@ def dissect(model: PreTrainedModel) -> Anatomy:
             expected = model(input_ids=ids, use_cache=False).logits
             if expected.isnan().any():
                 raise refuse("its logits are NaN: its file is damaged, or its numbers are too large for this precision")
+            if not _is_causal(model, ids, expected, embedding.num_embeddings):
+                raise refuse(_looks_ahead(model))
             tail, hidden = _find_tail(decoder, layers, ids, refuse)
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
             raise refuse(f"a trial run on {ids.shape[1]} tokens failed: {type(error).__name__}: {error}") from error
-        if hidden.shape[-1] != model.config.get_text_config(decoder=True).hidden_size:
+        if hidden.shape[-1] != field(model.config, "hidden_size", hidden.shape[-1]):
             raise refuse(f"its last hidden state is {hidden.shape[-1]} wide, and its layers are not")
         logits = F.linear(hidden, output.weight, output.bias)
         found = _find_transform(model, logits, expected)
@@ -174,9 +177,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
 
 
 def _find_layers(model: PreTrainedModel, decoder: nn.Module, refuse: Callable[[str], ConfigError]) -> nn.ModuleList:
-    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    if not isinstance(count, int) or count < 1:
-        raise refuse("its config has no num_hidden_layers ≥ 1")
+    count = layer_count(model.config)
     lists = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
     if not lists:
         raise refuse(f"no list of {count} decoder layers (num_hidden_layers) was found in {type(decoder).__name__}")
@@ -186,6 +187,22 @@ def _find_layers(model: PreTrainedModel, decoder: nn.Module, refuse: Callable[[s
     if len(outermost) > 1:
         raise refuse(f"several lists could be its decoder layers: {', '.join(outermost)}")
     return next(iter(outermost.values()))
+
+
+def _is_causal(model: PreTrainedModel, ids: Tensor, expected: Tensor, vocab_size: int) -> bool:
+    """Change the last token, and look whether the logits before it change."""
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % vocab_size
+    logits = model(input_ids=other, use_cache=False).logits[:, :-1].float()
+    before = expected[:, :-1].float()
+    return float((logits - before).abs().max()) <= 1e-3 * float(before.abs().max())
+
+
+def _looks_ahead(model: PreTrainedModel) -> str:
+    reason = "a token sees those after it, so that it would learn to copy what it shall predict"
+    if getattr(model.config, "is_decoder", None) is False:
+        return f"{reason}: it is an encoder (is_decoder = false in its config.json); use a decoder-only model"
+    return f"{reason}; use a decoder-only model"
 
 
 def _find_tail(
@@ -238,10 +255,9 @@ def _find_tail(
 
 def _find_transform(model: PreTrainedModel, logits: Tensor, expected: Tensor) -> dict[str, Any] | None:
     """The settings of `Unembedding` with which the plain logits become the model's own, bit for bit."""
-    config = model.config.get_text_config(decoder=True)
 
     def numbers(names: tuple[str, ...]) -> list[float]:
-        values = (getattr(config, name, None) for name in names)
+        values = (field(model.config, name) for name in names)
         return [float(value) for value in values if isinstance(value, int | float) and value]
 
     scales = [(1.0, False)]

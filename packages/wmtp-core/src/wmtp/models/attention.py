@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from wmtp.models.anatomy import Anatomy, evaluating
+from wmtp.models.config_fields import field, text_config
 
 __all__ = ["BLOCK", "causal_mask", "document_mask", "use_block_attention"]
 
@@ -80,9 +81,9 @@ def use_block_attention(anatomy: Anatomy) -> bool:
         whether it does now.
     """
     decoder = anatomy.decoder
-    config = decoder.config.get_text_config(decoder=True)
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    other = [kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"]
+    config = text_config(decoder.config)
+    windows = [field(config, name) for name in ("sliding_window", "attention_chunk_size")]
+    other = [kind for kind in field(config, "layer_types", ()) if kind != "full_attention"]
     if config._attn_implementation != "sdpa" or any(windows) or other:
         return False
     ids = (torch.arange(9, device=decoder.device) * 7919 + 1).remainder(anatomy.embedding.num_embeddings).unsqueeze(0)

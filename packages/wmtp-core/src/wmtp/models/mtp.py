@@ -17,6 +17,7 @@ from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, seeded
 from wmtp.models.attention import causal_mask, document_mask, use_block_attention
+from wmtp.models.config_fields import max_positions
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
 from wmtp.models.packing import packing_problem
 from wmtp.models.saving import write_base
@@ -110,7 +111,7 @@ class MTPModel(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """The longest row; None where there is no limit."""
-        return getattr(self.base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return max_positions(self.base.config)
 
     def check_packing(self) -> None:
         """Whether rows may hold several documents.

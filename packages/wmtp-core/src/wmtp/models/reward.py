@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from wmtp.errors import ConfigError
+from wmtp.models.config_fields import max_positions, text_config
 from wmtp.models.loaders.files import read_config, weight_files
 from wmtp.models.loaders.hf import strict_from_pretrained
 from wmtp.tokenizers.hf import open_auto_tokenizer
@@ -75,7 +76,7 @@ class RewardModel:
         self._tokenizer.truncation_side = "left"  # the end of a text is what is judged
         model: PreTrainedModel = strict_from_pretrained(AutoModelForSequenceClassification, path, path, options)
         self._model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
-        self._longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self._longest = max_positions(model.config)
 
     def tokens(self, text: str) -> tuple[list[int], bool]:
         """The ids of a text, with the special tokens that the tokenizer adds; and whether its start was cut off to fit."""
@@ -103,7 +104,7 @@ class RewardModel:
         A decoder takes the score from the last token that is not padding, which it knows by its id alone. So where the
         tokenizer has no id for padding only, it is one that no text of the batch has.
         """
-        text_config = self._model.config.get_text_config(decoder=True)
+        text = text_config(self._model.config)
         own: int | None = self._tokenizer.pad_token_id  # type: ignore[assignment]
         used = {token for ids in texts for token in ids}
         pad = (
@@ -111,6 +112,6 @@ class RewardModel:
             if own is not None and own not in used
             else next(number for number in range(len(used) + 1) if number not in used)
         )
-        pad = None if pad >= text_config.vocab_size else pad
-        self._model.config.pad_token_id = text_config.pad_token_id = pad
+        pad = None if pad >= text.vocab_size else pad
+        self._model.config.pad_token_id = text.pad_token_id = pad
         return pad

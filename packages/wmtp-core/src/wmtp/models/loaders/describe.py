@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import transformers
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
 from wmtp.models.base import ModelInfo
+from wmtp.models.config_fields import field, layer_count, max_positions
 
 __all__ = ["describe", "empty_model", "require_causal"]
 
@@ -17,11 +21,18 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of ``config`` without memory for its weights.
 
     Raises:
-        ConfigError: it is not a causal language model.
+        ConfigError: it is not a causal language model, or the installed transformers cannot build it.
     """
     require_causal(config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers' exceptions have no common base
+        text = next((line for line in str(error).strip().splitlines() if line.strip()), "")
+        raise ConfigError(
+            f"models.base: transformers cannot make this model: {type(error).__name__}: {text} ('{config.model_type}', with "
+            f"transformers {transformers.__version__})"
+        ) from error
 
 
 def require_causal(config: PreTrainedConfig) -> None:
@@ -32,36 +43,43 @@ def require_causal(config: PreTrainedConfig) -> None:
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(
-            f"models.base: transformers has no decoder-only causal language model of the architecture '{config.model_type}'"
+            f"models.base: transformers has no decoder-only causal language model of the architecture '{config.model_type}'; "
+            "docs/models.md lists those that it has"
         )
 
 
 def describe(model: PreTrainedModel, heads: HeadsConfig | None = None) -> ModelInfo:
     """What `ModelInfo` says of ``model``, whose weights may be on the meta device."""
-    config = model.config.get_text_config(decoder=True)
+    layers = layer_count(model.config)
     unembedding = model.get_output_embeddings()
     if unembedding is None:
         raise ConfigError(f"models.base: {type(model).__name__} has no unembedding: it is not a causal language model")
     return ModelInfo(
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=config.num_hidden_layers,
-        layer_parameters=_layer_parameters(model, config.num_hidden_layers),
+        layers=layers,
+        layer_parameters=_layer_parameters(model, layers),
         hidden_size=unembedding.weight.shape[1],
         vocab_size=unembedding.weight.shape[0],
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=max_positions(model.config),
         heads=heads,
-        feed_forward_size=getattr(config, "intermediate_size", None),
-        kv_size=_kv_size(config),
+        feed_forward_size=_largest(field(model.config, "intermediate_size")),
+        kv_size=_kv_size(model.config),
     )
 
 
 def _kv_size(config: PreTrainedConfig) -> int | None:
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):
+    heads = _largest(field(config, "num_attention_heads"))
+    if heads is None:
         return None
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return (getattr(config, "num_key_value_heads", None) or heads) * size
+    size = _largest(field(config, "head_dim")) or field(config, "hidden_size") // heads
+    return (_largest(field(config, "num_key_value_heads")) or heads) * size
+
+
+def _largest(value: Any) -> int | None:
+    """Some architectures list a size for each layer."""
+    values = [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, int)]
+    return max(values, default=None)
 
 
 def _layer_parameters(model: PreTrainedModel, layers: int) -> int:

@@ -1,0 +1,83 @@
+"""A sample of transformers' architectures, each in everything; the whole walk is slow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_config import tiny_config
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, Gemma4TextConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from walk_architectures import STEPS, examine
+
+from wmtp.config.schema import HeadsConfig
+from wmtp.errors import ConfigError
+from wmtp.models.config_fields import field, layer_count, layer_kinds
+from wmtp.models.loaders.describe import describe, empty_model
+from wmtp.models.mtp import MTPModel
+
+#: architecture → what is refused of it, by the words of the refusal; all else must work
+SAMPLE: dict[str, dict[str, str]] = {
+    "llama": {},
+    "gpt2": {},
+    "opt": {"packed": "a document sees the one before it"},
+    "gemma4_text": {"decode": "the last 8 tokens only", "speculate": "the last 8 tokens only"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_an_architecture_does_everything_but_what_is_refused(model_type: str, tmp_path: Path):
+    found = examine(model_type, tmp_path)
+    assert set(found) == set(STEPS)
+    for step, text in found.items():
+        refusal = SAMPLE[model_type].get(step)
+        if refusal is None:
+            assert text == "ok", step
+        else:
+            assert text.startswith("refused: "), text
+            assert refusal in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_no_architecture_crashes_or_goes_wrong(model_type: str, tmp_path: Path):
+    for step, text in examine(model_type, tmp_path).items():
+        assert step == "make" or text.startswith(("ok", "refused: ")), (step, text)
+
+
+def test_fields_that_differ_between_layers_are_read():
+    config = tiny_config("gemma4_text")
+    assert isinstance(config, Gemma4TextConfig)
+    assert field(config, "head_dim") == 16  # 8 in the layers with a window
+    assert field(config, "no_such_field", 7) == 7
+    info = describe(empty_model(config))
+    assert (info.layers, info.kv_size) == (layer_count(config), 32)
+    assert layer_kinds(config) == ("sliding_attention", "full_attention", "full_attention")
+
+
+def test_an_encoder_is_refused_by_what_it_is():
+    config = BertConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    torch.manual_seed(0)
+    model = BertLMHeadModel(config).eval()
+    with pytest.raises(ConfigError, match=r"a token sees those after it.*it is an encoder \(is_decoder = false.*decoder-only"):
+        MTPModel(model, HeadsConfig(horizon=2), seed=0)
+
+
+def test_a_model_that_transformers_cannot_build_is_refused():
+    """DBRX's attention asks its config for a field that it does not have."""
+    with pytest.raises(ConfigError, match=r"cannot make this model: .*rope_theta.*'dbrx'"):
+        empty_model(tiny_config("dbrx"))
+
+
+def test_a_model_of_no_single_stack_is_refused():
+    with pytest.raises(ConfigError, match=r"'blt' has no num_hidden_layers"):
+        describe(AutoModelForCausalLM.from_config(tiny_config("blt")))
