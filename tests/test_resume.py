@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -262,3 +263,29 @@ def test_how_many_steps_are_logged_does_not_decide_when_a_run_stops_early(recipe
     rarely = library.run(recipe, overrides=["train.log_interval=5"], run_name="rarely")
     assert often.steps == rarely.steps == 3
     assert often.metrics["loss"] == rarely.metrics["loss"], "the last step is logged in any case"
+
+
+def test_a_run_is_tied_to_nothing_but_its_folder(recipe, wmtp, tmp_path):
+    (tmp_path / "code.jsonl").rename(tmp_path / "data.jsonl")
+    text = recipe.read_text().replace(f"{tmp_path}/code.jsonl", "data.jsonl").replace(f"{tmp_path}/runs", "runs")
+    recipe.write_text(text.replace("max_steps = 40", "max_steps = 8"))
+    assert wmtp("run", recipe, "--run-name", "a", "--set", "train.max_steps=8", cwd=tmp_path).returncode == 0
+    moved = tmp_path / "elsewhere/b"
+    moved.parent.mkdir()
+    (tmp_path / "runs/a").rename(moved)
+    shutil.rmtree(moved / "model")
+    shutil.rmtree(moved / "checkpoints/step-8")
+    there = tmp_path / "there"
+    there.mkdir()
+    assert wmtp("check", moved / "config.toml", cwd=there).returncode == 0
+    done = wmtp("run", "--resume", moved, cwd=there)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stderr or "goes on from" in done.stderr
+    assert (moved / "model/config.json").is_file()
+    assert wmtp("eval", moved, "--set", 'eval=[{type="perplexity"}]', cwd=there).returncode == 0
+    assert wmtp("report", moved, cwd=there).returncode == 0
+    assert wmtp("export", moved, there / "out", "--format", "hf", cwd=there).returncode == 0
+    card = (there / "out/README.md").read_text()
+    assert "`data.jsonl`" in card
+    assert str(tmp_path) not in card
+    assert {path.name for path in there.iterdir()} == {"out"}

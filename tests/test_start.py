@@ -77,8 +77,8 @@ def test_from_a_bucket_to_a_model(container, recipe, model, s3_server, wmtp, mon
     assert {path.name for path in container.iterdir()} == {"models", "datasets", "inputs", "runs"}
     assert list((container / "models").rglob("model.safetensors"))
     snapshot = load_config(container / "runs" / "first" / "config.toml")
-    assert snapshot.models["base"].loader.uri == "inputs/models.base"  # wherever the cache has it
-    assert snapshot.datasets["code"].uri == "inputs/datasets.code.jsonl"
+    assert snapshot.models["base"].loader.uri == str(container / "inputs/models.base")  # wherever the cache has it
+    assert snapshot.datasets["code"].uri == str(container / "inputs/datasets.code.jsonl")
     assert "models: base whole, vocabulary 258" in done.stderr
     assert latest_sample(done.stderr.splitlines())["disk free (GiB)"] > 0
 

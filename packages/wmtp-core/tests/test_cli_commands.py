@@ -130,7 +130,8 @@ def test_a_run_leaves_its_directory_and_prints_the_result(capsys, folder):
     }
     assert "a library prints" in err
     config = wmtp.load_config(run_dir / "config.toml")
-    assert config == wmtp.load_config("a.toml", ['run.name="first"', 'run.tags=["a", "b"]', "trainer.alpha=2"])
+    given = ['run.name="first"', 'run.tags=["a", "b"]', "trainer.alpha=2", f"run.output_dir={folder}/runs"]
+    assert config == wmtp.load_config("a.toml", given)  # and it means the same in every folder
     facts = json.loads((run_dir / "run.json").read_text())
     assert facts["status"] == "finished"
     assert facts["versions"]["here-plugin"] == "1.5"

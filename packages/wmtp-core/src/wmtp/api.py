@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 from attrs import evolve
 
 from wmtp.checkpoints.remote import remote_checkpoints
+from wmtp.config.inputs import hub_names_read, pinned, with_uris
 from wmtp.config.load import ConfigSource, Loaded, load
 from wmtp.config.rules import check_loaded
 from wmtp.config.schema import Config
@@ -24,6 +25,7 @@ from wmtp.evaluation.consent import allow_code_execution as permit_code_executio
 from wmtp.evaluation.consent import code_execution_allowed, require_consent
 from wmtp.launchers.local import Local
 from wmtp.runs import directory as run_dirs
+from wmtp.runs.fixed import fixed
 from wmtp.runs.result import Result
 from wmtp.storage.uris import file_path
 
@@ -103,7 +105,7 @@ def _run(loaded: Loaded, resume: str | os.PathLike[str] | None, *, dry_run: bool
 
         if isinstance(launcher := checked.launcher.build(), Local):
             launcher.count(checked)
-        return try_out(checked)
+        return try_out(with_uris(checked, pinned(loaded)))
     launcher = checked.launcher.build()
     if isinstance(launcher, Local):
         if (worker := Worker.of()) is not None:
@@ -137,7 +139,7 @@ def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator
         logger.info("no run to resume; starting a new one" if directory is None else f"resuming {directory}")
     is_resumed = directory is not None
     if directory is None:
-        directory = run_dirs.create(checked, loaded.registry, sys.argv)
+        directory = run_dirs.create(checked, loaded.registry, sys.argv, pinned(loaded))
     with run_dirs.lock(directory):
         if is_resumed:
             _take_up(directory, loaded)
@@ -191,15 +193,27 @@ def load_checked(
         config = directory / run_dirs.CONFIG_FILE
     loaded = load(config, overrides)
     section = loaded.config.run
-    if directory is not None:
+    if directory is not None:  # wherever that is now
         section = evolve(section, name=run_dirs.name_of(directory))
+        if not _is_same_folder(section.output_dir, directory.parent):
+            section = evolve(section, output_dir=str(directory.parent))
     if run_name is not None:
         section = evolve(section, name=run_name)
         loaded.document.origins.pop(("run", "name"), None)  # a file that has another name is not to blame for this one
     section = evolve(section, tags=(*section.tags, *(tag for tag in tags if tag not in section.tags)))
     loaded = evolve(loaded, config=evolve(loaded.config, run=section))
+    loaded, named = hub_names_read(loaded)
     check_loaded(loaded)
+    for line in named:
+        logger.info("%s", line)
     return loaded
+
+
+def _is_same_folder(output_dir: str, folder: Path) -> bool:
+    try:
+        return file_path(output_dir).samefile(folder)
+    except (OSError, ConfigError):  # it is not there any more; what is wrong with it is said by the rules
+        return False
 
 
 def _existing_run(resume: str | os.PathLike[str]) -> Path:
@@ -246,7 +260,7 @@ def _take_up(directory: Path, loaded: Loaded) -> None:
         logger.warning("resumed with another version, which may go on differently: %s", line)
     run_dirs.record_resume(directory, loaded.config, loaded.registry, sys.argv, changed)
     if changed:
-        run_dirs.replace_text(directory / run_dirs.CONFIG_FILE, dump_config(loaded.config))
+        run_dirs.replace_text(directory / run_dirs.CONFIG_FILE, dump_config(fixed(directory, loaded.config)))
 
 
 def _recorded(directory: Path, work: Callable[[], Result]) -> Result:

@@ -10,7 +10,7 @@ from wmtp.launchers.config import LocalLauncher
 from wmtp.models.config import HfModel, MetaMtpModel, ScratchModel
 from wmtp.optim.config import AdamW, Muon
 from wmtp.plugins.hookspecs import hookimpl
-from wmtp.storage.config import FileStorage, PackageStorage
+from wmtp.storage.config import FileStorage, HubStorage, PackageStorage
 from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers
 from wmtp.tracking.config import JsonlTracker, MLflowTracker
 
@@ -46,8 +46,8 @@ def wmtp_data_loaders() -> list[type[Any]]:
 
 @hookimpl
 def wmtp_storages() -> list[type[Any]]:
-    """Files of this machine, and of its Python packages."""
-    return [FileStorage, PackageStorage]
+    """Files of this machine and of its Python packages, and the Hugging Face hub."""
+    return [FileStorage, PackageStorage, HubStorage]
 
 
 @hookimpl

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from wmtp.config.data_rules import check_sources
 from wmtp.config.idle import idle_problems
@@ -18,6 +18,7 @@ from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
 from wmtp.spelling import did_you_mean
+from wmtp.storage.hub.names import both_readings, plain_name
 from wmtp.storage.uris import PACKAGES, backend_for, file_path, scheme_of
 
 __all__ = ["Need", "check", "check_loaded", "component_problems", "is_secret", "required_models"]
@@ -253,6 +254,11 @@ def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
     schemes = {scheme: provided.cls for provided in registry.of_kind("storages") for scheme in provided.cls.schemes}
     if config.checkpoints.uri is not None:
         yield from _uri(config.checkpoints.uri, ("checkpoints", "uri"), schemes, must_exist=False)
+        scheme = config.checkpoints.uri.partition("://")[0].lower()
+        if scheme in schemes and not schemes[scheme].holds_checkpoints:
+            yield Problem(
+                ("checkpoints", "uri"), f"{scheme}:// keeps no checkpoints; write a folder, or an object store (s3://…)"
+            )
     tracking = config.tracker.tracking_uri
     if isinstance(tracking, str) and tracking.partition("://")[0] in PACKAGES.keys() - {"http", "https"}:
         yield from _uri(tracking, ("tracker", "tracking_uri"), schemes, must_exist=False)
@@ -268,6 +274,10 @@ def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) 
     try:
         backend_for(uri, schemes).check_uri(uri)
         if must_exist and scheme_of(uri) == "file" and not file_path(uri).exists():
+            if (name := plain_name(uri)) is not None:
+                kind = "datasets" if path[0] == "datasets" else "models"
+                yield Problem(path, both_readings(uri, file_path(uri), evolve(name, kind=kind)))
+                return
             relative = "" if str(file_path(uri)) == uri else f" (that is {file_path(uri)})"
             yield Problem(path, f"{uri!r}{relative} does not exist")
     except ConfigError as error:

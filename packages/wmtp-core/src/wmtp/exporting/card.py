@@ -14,6 +14,7 @@ from wmtp.evaluation.measure import DETAILS_FILE
 from wmtp.models.mtp import MTPModel
 from wmtp.runs.directory import CONFIG_FILE, INFO_FILE
 from wmtp.runs.files import read_object, read_snapshot
+from wmtp.runs.fixed import with_given_paths
 from wmtp.runs.step_file import read_steps
 from wmtp.storage.uris import redact
 from wmtp.tokenizers import Tokenizer
@@ -119,7 +120,7 @@ def _tokenizer(tokenizer: Tokenizer | None, rows: int) -> str:
 
 
 def _training(run_dir: Path) -> Iterator[str]:
-    config = read_snapshot(run_dir / CONFIG_FILE)
+    config = with_given_paths(run_dir, read_snapshot(run_dir / CONFIG_FILE))
     info = read_object(run_dir / INFO_FILE)
     metrics = run_dir / "metrics.jsonl"
     steps = read_steps(metrics) if metrics.exists() else []

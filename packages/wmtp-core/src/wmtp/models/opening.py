@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from attrs import frozen
 
+from wmtp.config.inputs import plain_hub_name
 from wmtp.config.places import build_backends
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError
@@ -16,6 +17,7 @@ from wmtp.json_files import read_json_object
 from wmtp.models.build import build_model
 from wmtp.models.vocabulary import check_vocabulary
 from wmtp.runs.directory import CONFIG_FILE, is_run_dir
+from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.model_folders import localize_model
 from wmtp.storage.uris import file_path, localize, scheme_of
 
@@ -63,8 +65,14 @@ def find_model(name: str | os.PathLike[str], storage: StorageConfig | None = Non
         storage = storage or StorageConfig()
         return localize_model(name, build_backends(storage), Path(storage.cache_dir).expanduser()), None
     path = file_path(name)
+    if (on_hub := plain_hub_name(name)) is not None:
+        try:
+            return find_model(on_hub.uri, storage)
+        except ConfigError as error:
+            raise ConfigError([f"{problem}; nor is there a folder {path}" for problem in error.problems]) from error
     if not path.exists():
         raise ConfigError(f"{name}: no such run, model folder or .gguf file")
+    path = cached_snapshot(path)
     if not is_run_dir(path):
         return path, None
     model = path / "model"

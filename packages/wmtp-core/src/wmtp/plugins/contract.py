@@ -196,6 +196,8 @@ class StorageBackendConfig(ComponentConfig, contract=True):
 
     #: the URI schemes that the backend serves; at least one
     schemes: ClassVar[tuple[str, ...]] = ()
+    #: whether ``checkpoints.uri`` may be one of its URIs: files are listed, replaced and removed at any time
+    holds_checkpoints: ClassVar[bool] = True
 
     @staticmethod
     def check_uri(uri: str) -> None:

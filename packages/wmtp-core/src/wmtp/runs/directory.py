@@ -18,12 +18,15 @@ from typing import IO, Any, Final
 
 import tomli
 
+from wmtp.config.inputs import anchored, inputs, with_uris
 from wmtp.config.rules import is_secret
 from wmtp.config.schema import Config
 from wmtp.config.sources import escape
 from wmtp.config.tree import components, dump_config, flat, to_mapping
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.plugins.registry import Registry
+from wmtp.runs.files import CONFIG_FILE, INFO_FILE
+from wmtp.runs.fixed import fixed, given_inputs
 from wmtp.storage.uris import file_path
 
 __all__ = [
@@ -42,8 +45,6 @@ __all__ = [
     "replace_text",
 ]
 
-CONFIG_FILE: Final = "config.toml"
-INFO_FILE: Final = "run.json"
 _LOCK_FILE: Final = ".lock"
 
 #: keys that a resumed run may change: none of them changes what is computed
@@ -53,17 +54,28 @@ _FREE_TO_CHANGE: Final = re.compile(
 )
 
 
-def create(config: Config, registry: Registry, argv: Sequence[str]) -> Path:
+def create(config: Config, registry: Registry, argv: Sequence[str], pins: Mapping[str, str] | None = None) -> Path:
     """Make the directory of a new run, with ``config.toml`` and ``run.json`` in it.
+
+    ``config.toml`` means the same in every working folder and at any time: paths are absolute, and names of the hub have the
+    commit. ``run.json`` keeps how the inputs were given.
+
+    Args:
+        config: complete and checked.
+        registry: the plugins.
+        argv: the command line.
+        pins: what `wmtp.config.inputs.pinned` found.
 
     Raises:
         ConfigError: the name is taken, or nothing can be written there.
     """
     started = datetime.now().astimezone()
+    snapshot = anchored(with_uris(config, pins or {}))
+    given = {old.key: old.uri for old, new in zip(inputs(config), inputs(snapshot), strict=True) if old.uri != new.uri}
 
     def write(draft: Path) -> None:
-        (draft / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
-        _write_json(draft / INFO_FILE, _facts(config, registry, argv, started))
+        (draft / CONFIG_FILE).write_text(dump_config(snapshot), encoding="utf-8")
+        _write_json(draft / INFO_FILE, _facts(config, registry, argv, started) | {"given": given})
 
     return _make(config, started, write)
 
@@ -245,13 +257,15 @@ def differences(run_dir: Path, config: Config) -> tuple[list[str], list[str]]:
         WMTPError: the run's ``config.toml`` is damaged.
     """
     old = flat(_snapshot(run_dir))
-    new = flat(to_mapping(config, text=escape))
+    new = flat(to_mapping(fixed(run_dir, config), text=escape))
+    given = given_inputs(run_dir)
+    elsewhere = {one.key for one in inputs(config) if given.get(one.key) == one.uri}  # the same words in another folder
     refused: list[str] = []
     allowed: list[str] = []
     for key in dict.fromkeys((*old, *new)):
         if old.get(key) != new.get(key):
             line = f"{key}: {_shown(old, key)} → {_shown(new, key)}"
-            (allowed if _FREE_TO_CHANGE.fullmatch(key) else refused).append(line)
+            (allowed if key in elsewhere or _FREE_TO_CHANGE.fullmatch(key) else refused).append(line)
     return refused, allowed
 
 

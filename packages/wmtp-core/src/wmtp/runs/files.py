@@ -10,7 +10,10 @@ import tomli
 from wmtp.errors import WMTPError
 from wmtp.json_files import read_json_object
 
-__all__ = ["UPLOADED_FILES", "read_object", "read_snapshot"]
+__all__ = ["CONFIG_FILE", "INFO_FILE", "UPLOADED_FILES", "read_object", "read_snapshot"]
+
+CONFIG_FILE: Final = "config.toml"
+INFO_FILE: Final = "run.json"
 
 #: below ``checkpoints.uri``: the folder with the files of the run directory
 UPLOADED_FILES: Final = "run"

@@ -24,8 +24,8 @@ __all__ = ["Fetch", "fetched", "needed", "verify"]
 
 logger = logging.getLogger("wmtp")
 
-#: these are on the machine, or in the image, already
-_LOCAL: Final = ("file", "package")
+#: these are on the machine or in the image already, or fetched by the run, which notes the commit that it takes of the hub
+_LOCAL: Final = ("file", "package", "hf")
 #: which folder takes what a section of the config names
 _FOLDERS: Final = {"models": "models", "datasets": "datasets", "tokenizer": "models"}
 

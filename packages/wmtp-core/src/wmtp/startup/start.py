@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import tomli
 from attrs import evolve
 
+from wmtp.config.inputs import hub_names_read
 from wmtp.config.load import ConfigSource, load
 from wmtp.config.rules import check_loaded, required_models
 from wmtp.config.schema import Config
@@ -86,7 +87,10 @@ def read_config(config: ConfigSource | Sequence[ConfigSource] = (), overrides: I
     if launcher.remote:
         service: Any = launcher.build()
         loaded = evolve(loaded, config=service.inside(loaded.config))
+    loaded, named = hub_names_read(loaded)
     check_loaded(loaded)
+    for line in named:
+        logger.info("%s", line)
     return loaded.config
 
 

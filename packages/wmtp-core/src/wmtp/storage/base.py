@@ -54,7 +54,7 @@ class Storage(Contract, ABC, contract=True):
     """Serves the URIs of some schemes.
 
     A backend must have `exists`, `localize` and `push`. The other methods have defaults: `fetch` copies what `localize` gives;
-    `files` and `remove` say that the backend cannot do it.
+    `files` and `remove` say that the backend cannot do it; `pinned` gives the URI itself; `check_push` finds nothing.
     """
 
     @abstractmethod
@@ -79,6 +79,23 @@ class Storage(Contract, ABC, contract=True):
 
         Raises:
             WMTPError: it could not be written; the message names the URI.
+        """
+
+    def pinned(self, uri: str) -> str:
+        """Name the content that is at ``uri`` now. Default: ``uri``, where versions have no names.
+
+        Raises:
+            ConfigError: nothing is there; the message names the URI.
+            WMTPError: the backend could not be asked.
+        """
+        return uri
+
+    def check_push(self, uri: str) -> None:
+        """Find out, as far as it can be known before, whether `push` to ``uri`` would be refused. Writes nothing.
+
+        Raises:
+            ConfigError: it would; the message says what to do.
+            WMTPError: the backend could not be asked.
         """
 
     def fetch(self, uri: str, target: Path, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Fetched:

@@ -11,6 +11,7 @@ from pathlib import Path
 from wmtp.errors import WMTPError
 from wmtp.storage.atomic import replace_path
 from wmtp.storage.base import Storage, StoredFile
+from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.uris import file_path
 
 __all__ = ["File"]
@@ -29,10 +30,10 @@ class File(Storage):
         return path.is_file() and os.access(path, os.R_OK)
 
     def localize(self, uri: str, cache_dir: Path) -> Path:
-        """The path itself; see `Storage.localize`. ``cache_dir`` is not used."""
+        """Return the path, of a folder of the hub's cache its files; see `Storage.localize`."""
         path = file_path(uri)
         if self.exists(uri):
-            return path
+            return cached_snapshot(path)
         if path.exists():
             kind = "it may not be read" if path.is_file() or path.is_dir() else "it is neither a file nor a folder"
             raise WMTPError(f"{uri}: {kind} ({path})")

@@ -134,7 +134,11 @@ def localize(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *, key:
         ConfigError: the URI is wrong, or no installed plugin serves its scheme.
         WMTPError: nothing is there, or it could not be read.
     """
-    return backend_for(uri, backends, key=key).localize(uri, cache_dir)
+    backend = backend_for(uri, backends, key=key)
+    try:
+        return backend.localize(uri, cache_dir)
+    except ConfigError as error:
+        raise (ConfigError([f"{key}: {problem}" for problem in error.problems]) if key else error) from error
 
 
 def redact(uri: str) -> str:

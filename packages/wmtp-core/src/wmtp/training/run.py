@@ -13,6 +13,7 @@ import transformers
 
 from wmtp.checkpoints.find import checkpoint_folder, compare_data, find_checkpoints
 from wmtp.checkpoints.remote import CheckpointUpload, remote_checkpoints
+from wmtp.config.inputs import with_uris
 from wmtp.config.schema import Config, FsdpConfig
 from wmtp.config.tree import flatten
 from wmtp.data.score_cache.cached_numbers import open_token_numbers
@@ -22,6 +23,7 @@ from wmtp.errors import WMTPError
 from wmtp.models.reward_scores import open_reward_scores
 from wmtp.models.sharding import Sharding, whole_state
 from wmtp.optim.build import build_optimizer
+from wmtp.runs.fixed import pins
 from wmtp.runs.result import Result
 from wmtp.storage.atomic import write_folder
 from wmtp.tracking import RunInfo
@@ -64,6 +66,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
     if config.devices.threads is not None:
         torch.set_num_threads(config.devices.threads)
+    pinned = ranks.on_main(lambda: pins(run_dir, config))
+    config = with_uris(config, pinned)
     device = ranks.together(lambda: pick_device(config.devices.device, ranks.local_rank if ranks.world > 1 else None))
     remote = remote_checkpoints(config)
     saved = find_checkpoints(config, run_dir, remote, ranks, resume=resume)
