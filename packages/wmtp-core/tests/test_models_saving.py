@@ -55,7 +55,9 @@ def test_contrary_settings_are_taken_out_and_named(folder, tmp_path, caplog, set
 
 
 def test_what_may_be_written_stays_and_nothing_is_said(folder, caplog):
-    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6, "eos_token_id": 3}))
+    ends = {"bos_token_id": 257, "eos_token_id": 256}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | ends))
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6} | ends))
     model = AutoModelForCausalLM.from_pretrained(folder)
     before = model.generation_config.to_dict()
     make_savable(model, BytesTokenizer(), source=folder)

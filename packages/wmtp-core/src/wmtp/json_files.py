@@ -17,6 +17,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         WMTPError: the file cannot be read, or holds something else; the message names it.
     """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise WMTPError(f"{path}: is not a file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

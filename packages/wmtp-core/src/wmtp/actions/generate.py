@@ -80,6 +80,7 @@ def generate(
     from wmtp.devices import pick_device
     from wmtp.generation import Sampling, stream
     from wmtp.generation.text import StopAt, TextStream, cut, encode_prompt
+    from wmtp.models.ends import end_ids
     from wmtp.models.opening import open_model
 
     if top_p != 1.0 and temperature == 0.0:
@@ -98,7 +99,7 @@ def generate(
             opened.model,
             encode_prompt(opened.tokenizer, prompt),
             max_new_tokens=max_new_tokens,
-            eos_id=opened.tokenizer.eos_id,
+            eos_id=end_ids(opened.model.base, opened.tokenizer),
             speculative=speculative,
             sampling=sampling,
             stop=StopAt(opened.tokenizer, stop) if stop else None,

@@ -11,6 +11,7 @@ from attrs import evolve, frozen
 from wmtp.config.data_rules import check_sources
 from wmtp.config.idle import idle_problems
 from wmtp.config.load import Loaded, located
+from wmtp.config.model_rules import model_problems
 from wmtp.config.problems import KeyPath, Problem, dotted
 from wmtp.config.schema import Config
 from wmtp.config.tree import components, to_mapping
@@ -75,6 +76,8 @@ def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
 def component_problems(config: Config, registry: Registry) -> Iterator[Problem]:
     """What is wrong with single components: inputs that are not there, and what their own ``check()`` says."""
     yield from _uris(config, registry)
+    if not config.launcher.remote:  # there a path is one of the other machine
+        yield from model_problems(config)
     for placed in components(config):
         yield from _own_rules(placed.path, placed.config, registry)
 

@@ -15,6 +15,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.evaluation.base import Estimate, Evaluator, Measured
 from wmtp.evaluation.bootstrap import Bootstrap
 from wmtp.generation import Generation, Sampling, generate
+from wmtp.models.ends import end_ids
 
 if TYPE_CHECKING:
     from wmtp.evaluation.config import InferenceSpeed, Speculative
@@ -48,10 +49,12 @@ class SpeculativeEvaluator(Evaluator):
         prompts = prompts_of(measured, config.prompts, config.max_new_tokens)
         batches = [prompts[start : start + config.batch_size] for start in range(0, len(prompts), config.batch_size)]
 
+        ends = end_ids(model.base, measured.tokenizer)
+
         def decode(batch: Sequence[list[int]], speculative: bool) -> list[Generation]:
             with measured.autocast():
                 return generate(
-                    model, batch, max_new_tokens=config.max_new_tokens, eos_id=measured.tokenizer.eos_id,
+                    model, batch, max_new_tokens=config.max_new_tokens, eos_id=ends,
                     speculative=speculative, sampling=sampling,
                 )  # fmt: skip
 
@@ -192,9 +195,10 @@ def _prompts(measured: Measured) -> Iterator[list[int]]:
 def _theirs(measured: Measured, prompts: Sequence[list[int]], new_tokens: int) -> list[Generation]:
     """The same by transformers' generate, for its time."""
     eos, longest = measured.tokenizer.eos_id, max(map(len, prompts))
+    ends = end_ids(measured.model.base, measured.tokenizer)
     ids = torch.tensor([[eos] * (longest - len(prompt)) + prompt for prompt in prompts], device=measured.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=measured.device)
-    settings = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": eos, "pad_token_id": eos}
+    settings = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": ends, "pad_token_id": eos}
     with measured.autocast():
         measured.model.base.generate(ids, attention_mask=mask, **settings)  # type: ignore[operator]
     return []

@@ -19,7 +19,7 @@ and the text may differ in such places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
 import torch
@@ -52,7 +52,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: int | Collection[int] | None,
     speculative: bool = False,
     sampling: Sampling | None = None,
     rows: Sequence[int] | None = None,
@@ -64,7 +64,7 @@ def generate(
         model: in eval mode, on any device.
         prompts: token ids; none empty.
         max_new_tokens: the most tokens that are added to a prompt.
-        eos_id: the token that ends a text; None: none does.
+        eos_id: the token that ends a text, or several; None: none does.
         speculative: whether heads 2..H draft.
         sampling: default greedy.
         rows: a number for each prompt, which its draws depend on. Default: 0, 1, 2 …
@@ -89,7 +89,7 @@ def stream(
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: int | Collection[int] | None,
     speculative: bool = False,
     sampling: Sampling | None = None,
     stop: Stop | None = None,
@@ -120,14 +120,15 @@ class _Batch:
         model: MTPModel,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        eos_id: int | None,
+        eos_id: int | Collection[int] | None,
         speculative: bool,
         sampling: Sampling,
         numbers: Sequence[int] | None,
         stop: Stop | None,
     ) -> None:
         _check_request(model, prompts, max_new_tokens, speculative)
-        self._model, self._eos, self._sampling, self._stop = model, eos_id, sampling, stop
+        self._model, self._sampling, self._stop = model, sampling, stop
+        self._ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id or ())
         weight = model.anatomy.output.weight
         self._device = weight.device
         coarse = torch.is_autocast_enabled(weight.device.type) or weight.dtype not in (torch.float32, torch.float64)
@@ -274,7 +275,7 @@ class _Batch:
         return taken
 
     def _end(self, tokens: list[int], limit: int) -> Finish | None:
-        if tokens[-1] == self._eos:
+        if tokens[-1] in self._ends:
             return "eos"
         if self._stop is not None and self._stop(tokens):
             return "stop"

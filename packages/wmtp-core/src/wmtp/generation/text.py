@@ -9,6 +9,7 @@ from attrs import evolve
 
 from wmtp.generation.base import Generation, Sampling
 from wmtp.generation.decoding import generate
+from wmtp.models.ends import end_ids
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
@@ -39,7 +40,7 @@ def generate_texts(
         model,
         [encode_prompt(tokenizer, prompt) for prompt in prompts],
         max_new_tokens=max_new_tokens,
-        eos_id=tokenizer.eos_id,
+        eos_id=end_ids(model.base, tokenizer),
         speculative=speculative,
         sampling=sampling,
         rows=rows,

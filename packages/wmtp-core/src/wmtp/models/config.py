@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from attrs import Factory, field, frozen
-from attrs.validators import ge, optional
+from attrs.validators import ge, le, optional
 
 from wmtp.plugins.contract import ModelLoaderConfig
+from wmtp.storage.model_files import LAYERS_LIMIT
 
 if TYPE_CHECKING:
     from wmtp.models.base import ModelLoader
@@ -79,7 +80,7 @@ class ScratchModel(ModelLoaderConfig):
     architecture: str = "llama"
     vocab_size: int = field(validator=ge(1))
     hidden_size: int = field(default=128, validator=ge(1))
-    layers: int = field(default=4, validator=ge(1))
+    layers: int = field(default=4, validator=[ge(1), le(LAYERS_LIMIT)])
     attention_heads: int = field(default=4, validator=ge(1))
     kv_heads: int | None = field(default=None, validator=optional(ge(1)))
     intermediate_size: int | None = field(default=None, validator=optional(ge(1)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -18,6 +18,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, seeded
 from wmtp.models.attention import causal_mask, document_mask, use_block_attention
 from wmtp.models.config_fields import max_positions
+from wmtp.models.ends import end_ids
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
 from wmtp.models.packing import packing_problem
 from wmtp.models.saving import write_base
@@ -217,7 +218,7 @@ class MTPModel(nn.Module):
         top_p: float = 1.0,
         seed: int = 0,
         stop: Sequence[str] = (),
-        eos_id: int | None = None,
+        eos_id: int | Collection[int] | None = None,
     ) -> Any:
         """Go on after one prompt or several.
 
@@ -230,7 +231,7 @@ class MTPModel(nn.Module):
             top_p: of nucleus sampling.
             seed: of the draws.
             stop: texts that end a completion; they are not part of it. Texts only.
-            eos_id: the token that ends a text. Default: the tokenizer's.
+            eos_id: the token that ends a text, or several. Default: those of the tokenizer and of the generation config.
 
         Returns:
             a `wmtp.generation.Generation`, whose ``str()`` is the completion; a list of them for several prompts.
@@ -254,7 +255,7 @@ class MTPModel(nn.Module):
             found = generate_texts(self, self.tokenizer, several, stop=stop, **options)
         else:
             if eos_id is None and (self._tokenizer is not None or self.source is not None):
-                eos_id = self.tokenizer.eos_id
+                eos_id = end_ids(self.base, self.tokenizer)
             found = generate(self, several, eos_id=eos_id, **options)
         return found[0] if is_one else found
 

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from wmtp.errors import WMTPError
+from wmtp.models.ends import learn_ends
 from wmtp.models.loaders.files import quiet
 from wmtp.models.untouched import Untouched, text_table, without_empty_promises
 
@@ -40,8 +41,8 @@ def make_savable(
     and a config with generation settings in it. Such settings are taken out, and a warning names them.
 
     Args:
-        model: gets them taken out. Where it names no end of a text, it gets the tokenizer's.
-        tokenizer: is tried too.
+        model: gets them taken out.
+        tokenizer: is tried too. The model's configs will begin and end a text as it does.
         source: what messages call the model.
         untouched: what else its folder holds. Its config is repaired as the model's is.
         scratch: an existing folder to write in. Default: that for temporary files.
@@ -104,9 +105,8 @@ def _try(
 ) -> None:
     where = "the model" if source is None else str(source)
     generation: GenerationConfig | None = model.generation_config if model.can_generate() else None
-    if tokenizer is not None and generation is not None and generation.eos_token_id is None:
-        # a new model does not know yet where a text ends
-        generation.eos_token_id = model.config.eos_token_id = tokenizer.eos_id
+    if tokenizer is not None:
+        learn_ends(model, tokenizer, where)
     if misplaced := _take_out_misplaced(model, untouched):
         _log.warning(
             "%s: config.json holds settings of generation, which transformers will not save there: %s; the saved model is "

@@ -164,7 +164,7 @@ def _count_mtp_layers(names: Collection[str], layers: int) -> int:
 
 
 def _with_text_fields(own: Mapping[str, Any], text_table: str | None, model: PreTrainedModel) -> dict[str, Any]:
-    """Put what a run may change into the folder's config: the parameters' type, and the end of a text where it had none."""
+    """Put what a run may change into the folder's config: the parameters' type, and how a text begins and ends."""
     dtype = str(model.dtype).removeprefix("torch.")
     content = dict(own)
     for key in [None, text_table] if text_table in own else [None]:
@@ -172,9 +172,11 @@ def _with_text_fields(own: Mapping[str, Any], text_table: str | None, model: Pre
         table.pop("torch_dtype", None)
         table["dtype"] = dtype
         if key is not None:
-            if table.get("eos_token_id") is None and model.config.eos_token_id is not None:
-                table["eos_token_id"] = model.config.eos_token_id
             content[key] = table
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(model.config, name, None)
+            if value is not None and (name in table or key is not None):  # above the text's table only where it stood there
+                table[name] = value
     return content
 
 

@@ -9,7 +9,7 @@ from wmtp.errors import ConfigError
 from wmtp.storage import Storage
 from wmtp.storage.uris import backend_for, localize, redact, scheme_of
 
-__all__ = ["LOADERS", "localize_model"]
+__all__ = ["LOADERS", "localize_model", "model_within"]
 
 #: the model loaders whose folders are known by the files below
 LOADERS = ("hf", "meta-mtp")
@@ -35,10 +35,10 @@ def localize_model(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *
             if any(name.startswith(_OF_RUN) and _is_model_file(name.removeprefix(_OF_RUN)) for name in names):
                 return localize(uri.rstrip("/") + "/" + _OF_RUN.rstrip("/"), backends, cache_dir, key=key)
             raise ConfigError(f"{key}: {_no_model(uri, names)}" if key else _no_model(uri, names))
-    return _model_within(localize(uri, backends, cache_dir, key=key))
+    return model_within(localize(uri, backends, cache_dir, key=key))
 
 
-def _model_within(path: Path) -> Path:
+def model_within(path: Path) -> Path:
     """Return the model of a run directory, else ``path`` itself."""
     model = path / _OF_RUN
     is_run = model.is_dir() and not any(_is_model_file(file.name) for file in path.iterdir())

@@ -18,6 +18,7 @@ from wmtp.config.schema import Config
 from wmtp.evaluation import Measured
 from wmtp.evaluation.consent import code_execution_allowed
 from wmtp.evaluation.measure import measure
+from wmtp.models.ends import end_ids
 from wmtp.reporting import write_report
 from wmtp.tracking import Tracker
 from wmtp.trainers.modules import save_modules
@@ -85,7 +86,7 @@ def show_sample(model: MTPModel, tokenizer: Tokenizer, dataset: TokenDataset, de
     settings = {
         "max_new_tokens": _SAMPLE_TOKENS,
         "do_sample": False,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": end_ids(model.base, tokenizer),
         "pad_token_id": tokenizer.eos_id,
         "synced_gpus": isinstance(model, FSDPModule) and dist.get_world_size() > 1,
     }

@@ -20,6 +20,8 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.base import ModelInfo
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.plugins.provenance import provenance
+from wmtp.storage.model_files import quantization, quantized_problem
+from wmtp.storage.model_folders import LOADERS
 from wmtp.tokenizers import Tokenizer
 from wmtp.trainers.base import Trainer
 from wmtp.trainers.checks import check_trainer
@@ -73,6 +75,8 @@ def open_source(config: Config) -> Source:
     place = Place.of(config)
     base = config.models["base"]
     path = place.path(base.loader, "models.base")
+    if path is not None and base.loader.type in LOADERS and (method := quantization(path)) is not None:
+        raise ConfigError(f"models.base: {quantized_problem(path, method)}")
     info = base.loader.build().info(path)
     if info.unsavable is not None:
         raise ConfigError(f"models.base: {info.unsavable}")

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from wmtp.errors import WMTPError
 from wmtp.json_files import read_json_object
+from wmtp.storage.model_files import shard_files
 
 __all__ = [
     "config_from",
@@ -120,17 +121,8 @@ def _indexed_files(index: Path) -> list[Path]:
     Raises:
         WMTPError: one is missing, damaged, elsewhere, or lacks a tensor.
     """
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise WMTPError(f"{index}: has no weight_map")
-    for tensor, name in weight_map.items():
-        # a name with a folder in it could lead anywhere on this machine
-        if not isinstance(name, str) or not name.strip(".") or {"/", "\\", "\0"} & set(name):
-            raise WMTPError(f"{index}: weight_map places {tensor} in {name!r}, which is not the name of a file in its folder")
+    weight_map = shard_files(index)
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
-    for file in files:
-        if not file.is_file():
-            raise WMTPError(f"{file}: not there, but {index.name} names it; fetch the model again")
     if any(file.suffix != ".safetensors" for file in files):
         return files
     present = {name for file in files for name in tensor_shapes(file)}

@@ -24,6 +24,7 @@ from wmtp.models.loaders.files import opened_by_transformers, read_config, read_
 from wmtp.models.loaders.names import Opening, find_untouched
 from wmtp.models.mtp import HEADS_CONFIG, HEADS_FORMAT, HEADS_WEIGHTS
 from wmtp.models.untouched import Untouched
+from wmtp.storage.model_files import check_folder, find_gguf
 
 __all__ = ["HfLoader", "from_tensors", "strict_from_pretrained"]
 
@@ -96,13 +97,11 @@ class HfLoader(ModelLoader):
             if not (path / self._gguf_file).is_file():
                 raise WMTPError(f"{path / self._gguf_file}: no such file")
             return path, self._gguf_file
-        if not (path / "config.json").is_file():
-            files = sorted(file.name for file in path.glob("*.gguf"))
-            if len(files) == 1:
-                return path, files[0]
-            if files:
-                raise ConfigError(f"models.base.gguf_file: {path} holds several: {', '.join(files)}; name one of them")
-        return path, None
+        check_folder(path)
+        try:
+            return path, find_gguf(path)
+        except WMTPError as error:
+            raise ConfigError(f"models.base.gguf_file: {error}") from error
 
 
 def from_tensors(

@@ -220,6 +220,9 @@ def _config(shape: _Shape) -> LlamaConfig:
         rms_norm_eps=shape.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         tie_word_embeddings=False,
+        # the layout does not say how a text begins and ends: that is the tokenizer's matter
+        bos_token_id=None,
+        eos_token_id=None,
     )
 
 

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 from wmtp.errors import WMTPError
 from wmtp.models.loaders.describe import empty_model
 from wmtp.models.loaders.files import read_json, weight_files
-from wmtp.models.loaders.stored import stored_tensors
+from wmtp.models.loaders.stored import StoredTensor, stored_tensors
 from wmtp.models.untouched import Untouched, is_mtp_name, promised_layers, text_table
 
 __all__ = ["Opening", "find_untouched"]
@@ -85,6 +85,7 @@ def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
         # the quantizer's own renaming is known only once it runs; transformers' report covers what it does not ignore
         lost = f"{folder}: is quantized and has tensors that would be lost: {_some(left)}; use one in bf16 or fp32"
         return Opening(untouched=Untouched(source=folder, files=_processor_files(folder), problem=lost if left else None))
+    _check_types(folder, stored, match)
     mtp = _mtp_names(config, match)
     left |= mtp
     is_part = type(model.config) is not type(config)
@@ -132,6 +133,20 @@ def _match(model: PreTrainedModel, names: Iterable[str], folder: Path) -> _Match
             raise WMTPError(f"{folder}: {' and '.join(taken[renamed])} are both {renamed} of {type(model).__name__}")
     model._weight_conversions = [step for step in conversions if step.was_used()]  # type: ignore[assignment]
     return _Match(taken=taken, left=left)
+
+
+def _check_types(folder: Path, stored: Mapping[str, StoredTensor], match: _Match) -> None:
+    """Refuse 8-bit floating-point weights: they are numbers only together with scales, which a quantizer knows.
+
+    Raises:
+        WMTPError: the model would take such a tensor as it is.
+    """
+    small = [name for names in match.taken.values() for name in names if stored[name].dtype.startswith("F8_")]
+    if small:
+        raise WMTPError(
+            f"{folder}: holds weights in fp8 ({_some(small)}), and its config.json does not say how they are scaled; use the "
+            "model in bf16 or fp32"
+        )
 
 
 def _mtp_names(config: PreTrainedConfig, match: _Match) -> set[str]:

@@ -1,0 +1,55 @@
+"""Model folders on this machine, judged by their small files before anything large is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Final
+
+from wmtp.config.problems import Problem
+from wmtp.config.schema import Config
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.storage.model_files import check_folder, find_gguf, quantization, quantized_problem
+from wmtp.storage.model_folders import model_within
+from wmtp.storage.uris import file_path, scheme_of
+
+__all__ = ["model_problems"]
+
+#: method of quantization → packages of which transformers needs one
+_NEEDS: Final = {"gptq": ("gptqmodel", "auto_gptq"), "awq": ("gptqmodel", "awq"), "bitsandbytes": ("bitsandbytes",)}
+
+
+def model_problems(config: Config) -> Iterator[Problem]:
+    """Say what is wrong with the folders of models of type ``hf``, as far as their small files tell."""
+    for name, model in config.models.items():
+        loader = model.loader
+        uri = loader.uri
+        try:
+            if loader.type != "hf" or uri is None or scheme_of(uri) != "file" or not file_path(uri).is_dir():
+                continue
+            path = model_within(file_path(uri))
+        except ConfigError:  # said of the uri
+            continue
+        if getattr(loader, "gguf_file", None) is not None:
+            continue
+        key = ("models", name)
+        try:
+            check_folder(path)
+            method = quantization(path)
+        except WMTPError as error:
+            yield Problem((*key, "uri"), str(error))
+            continue
+        try:
+            find_gguf(path)
+        except WMTPError as error:
+            yield Problem((*key, "gguf_file"), str(error), at=(*key, "uri"))
+        if method is None:
+            continue
+        if name == "base":
+            yield Problem((*key, "uri"), quantized_problem(path, method))
+        elif (needed := _NEEDS.get(method)) is not None and not any(map(find_spec, needed)):
+            yield Problem(
+                (*key, "uri"),
+                f"{path} is quantized ({method}), for which transformers needs {' or '.join(needed)}; install it, or use the "
+                "model in bf16 or fp32 that it was made from",
+            )

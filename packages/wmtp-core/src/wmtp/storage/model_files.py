@@ -1,0 +1,145 @@
+"""Facts of a Hugging Face folder that its small JSON files tell. Imports no torch, and reads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from wmtp.errors import WMTPError
+from wmtp.json_files import read_json_object
+
+__all__ = ["LAYERS_LIMIT", "check_folder", "find_gguf", "quantization", "quantized_problem", "shard_files"]
+
+#: ten times the deepest model known; building more would take all of the memory
+LAYERS_LIMIT: Final = 10_000
+_ADAPTER: Final = "adapter_config.json"
+_INDEXES: Final = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin", *_INDEXES)
+#: configs of quantization that older programs wrote beside config.json, and the method
+_OLD_QUANTIZATION: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_FP8: Final = ("float8_e4m3fn", "float8_e5m2")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is no model which WMTP can open, by its names and its small files.
+
+    Raises:
+        WMTPError: it holds an adapter, needs its own code, names shards elsewhere, or has a damaged config.
+    """
+    adapter, file = folder / _ADAPTER, folder / "config.json"
+    if adapter.exists() and not any((folder / name).exists() for name in _WEIGHTS):
+        base = read_json_object(adapter).get("base_model_name_or_path")
+        of = f" of {base!r}" if isinstance(base, str) and base else ""
+        raise WMTPError(
+            f"{folder}: holds an adapter{of} (PEFT), not a model; merge it into its base with PEFT's merge_and_unload(), save "
+            "that with save_pretrained(), and name the new folder"
+        )
+    if adapter.exists():
+        raise WMTPError(
+            f"{folder}: holds a model and an adapter ({_ADAPTER}), and transformers may put the one on the other; move the "
+            "adapter's files elsewhere"
+        )
+    if not file.exists():
+        return
+    content = read_json_object(file)
+    for table in _tables(content):
+        layers = table.get("num_hidden_layers")
+        if isinstance(layers, int) and not 0 < layers <= LAYERS_LIMIT:
+            raise WMTPError(f"{file}: num_hidden_layers = {layers}, and a model has 1 to {LAYERS_LIMIT:,}; is it damaged?")
+    if _needs_own_code(content):
+        raise WMTPError(
+            f"{file}: the installed transformers has no architecture '{content.get('model_type')}'; its own code would have "
+            "to run, which WMTP never does"
+        )
+    if not any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+        for name in _INDEXES:
+            if (folder / name).exists():
+                shard_files(folder / name)
+                return
+
+
+def shard_files(index: Path) -> Mapping[str, str]:
+    """Read which file each tensor of an index is in.
+
+    Raises:
+        WMTPError: the index is damaged, or names a file that is missing or not in its folder.
+    """
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WMTPError(f"{index}: has no weight_map")
+    for tensor, name in weight_map.items():
+        # a name with a folder in it could lead anywhere on this machine
+        if not isinstance(name, str) or not name.strip(".") or {"/", "\\", "\0"} & set(name):
+            raise WMTPError(f"{index}: weight_map places {tensor} in {name!r}, which is not the name of a file in its folder")
+    for name in sorted(set(weight_map.values())):
+        if not (index.parent / name).is_file():
+            raise WMTPError(f"{index.parent / name}: not there, but {index.name} names it; fetch the model again")
+    return weight_map
+
+
+def find_gguf(folder: Path) -> str | None:
+    """Name the ``.gguf`` file to read from a folder; None where it is to be read as safetensors or ``.bin``.
+
+    Raises:
+        WMTPError: there are several, or other weights beside one, and nothing says which is meant.
+    """
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if not files or (any((folder / name).exists() for name in _WEIGHTS) and (folder / "config.json").exists()):
+        return None
+    if len(files) > 1:
+        raise WMTPError(f"{folder} holds several: {', '.join(files)}; name one of them")
+    if others := sorted(file.name for file in folder.glob("*.safetensors")):
+        raise WMTPError(
+            f"{folder} holds {files[0]} and {others[0]}, without a config.json for the latter; name the .gguf file, or add "
+            "config.json"
+        )
+    return files[0]
+
+
+def quantization(folder: Path) -> str | None:
+    """Say by which method a folder's weights are quantized; None where they are not, or are read as plain numbers.
+
+    Raises:
+        WMTPError: a config is damaged.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    content = read_json_object(file)
+    for table in _tables(content):
+        if isinstance(found := table.get("quantization_config"), dict):
+            bits = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes"}
+            method = found.get("quant_method") or next((bits[key] for key in bits if found.get(key)), "unknown method")
+            if method != "mxfp4":  # transformers opens it as bf16
+                return str(method)
+        if (dtype := table.get("dtype", table.get("torch_dtype"))) in _FP8:
+            return str(dtype)
+    return next((method for name, method in _OLD_QUANTIZATION.items() if (folder / name).is_file()), None)
+
+
+def quantized_problem(folder: Path, method: str) -> str:
+    """Say that a quantized model cannot be trained."""
+    return (
+        f"{folder} is quantized ({method}), and quantized weights cannot be trained; use the model in bf16 or fp32 that it was "
+        "made from"
+    )
+
+
+def _tables(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield content
+    yield from (value for key, value in content.items() if key.endswith("text_config") and isinstance(value, dict))
+
+
+def _needs_own_code(content: Mapping[str, Any]) -> bool:
+    """Tell an architecture that transformers has no folder for, and whose config names its own code."""
+    model_type, code = content.get("model_type"), content.get("auto_map")
+    if not isinstance(model_type, str) or not isinstance(code, dict) or "AutoConfig" not in code or "mtp_config" in content:
+        return False
+    found = find_spec("transformers")
+    if found is None or not found.submodule_search_locations:
+        return False
+    name = model_type.replace("-", "_").lower()
+    known = [entry.name for entry in (Path(found.submodule_search_locations[0]) / "models").iterdir() if entry.is_dir()]
+    return bool(known) and not any(name == own or name.startswith(f"{own}_") for own in known)

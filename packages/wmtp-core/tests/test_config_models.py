@@ -1,0 +1,182 @@
+"""Model folders that cannot be opened or trained are refused by ``wmtp check``, which reads their small files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import wmtp
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.models import load_model
+from wmtp.models.loaders.hf import HfLoader
+
+ENOUGH: dict[str, Any] = {
+    "datasets": {"code": {"type": "jsonl", "uri": "."}},
+    "trainer": {"type": "baseline-mtp"},
+    "tracker": {"type": "jsonl"},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def change(folder: Path, **fields: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def check(folder: Path, **options: object) -> None:
+    wmtp.check({**ENOUGH, "models": {"base": {"type": "hf", "uri": str(folder), **options}}})
+
+
+def refused(folder: Path, message: str, *, opened: bool = True) -> None:
+    """``check`` says it, and so does whatever opens the folder without a config."""
+    with pytest.raises(ConfigError, match=message):
+        check(folder)
+    if opened:
+        for action in (HfLoader().info, load_model):
+            with pytest.raises(WMTPError, match=message):
+                action(folder)
+
+
+def test_a_good_folder_is_nothing_to_complain_of_and_no_torch_is_imported(folder: Path):
+    config = {**ENOUGH, "models": {"base": {"type": "hf", "uri": str(folder)}}}
+    script = (
+        "import json, sys, wmtp\n"
+        "wmtp.check(json.loads(sys.argv[1]))\n"
+        "assert not {'torch', 'transformers', 'safetensors'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(config)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "method"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}}, "compressed-tensors"),
+        ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
+        ({"torch_dtype": "float8_e5m2", "dtype": None}, "float8_e5m2"),
+    ],
+)
+def test_a_quantized_base(folder: Path, fields: dict[str, Any], method: str):
+    change(folder, **fields)
+    if fields.get("dtype", "") is None:
+        content = json.loads((folder / "config.json").read_text())
+        del content["dtype"]
+        (folder / "config.json").write_text(json.dumps(content))
+    refused(folder, rf"models\.base\.uri: .*base is quantized \({method}\).*bf16 or fp32", opened=False)
+
+
+@pytest.mark.parametrize(("name", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")])
+def test_a_base_quantized_by_an_older_program(folder: Path, name: str, method: str):
+    (folder / name).write_text("{}")
+    refused(folder, rf"is quantized \({method}\)", opened=False)
+
+
+def test_another_quantized_model_needs_its_package_only(folder: Path):
+    change(folder, quantization_config={"quant_method": "gptq"})
+    base = {"type": "scratch", "vocab_size": 64}
+    config = {**ENOUGH, "models": {"base": base, "ref": {"type": "hf", "uri": str(folder)}}, "tokenizer": {"type": "bytes"}}
+    with pytest.raises(ConfigError, match=r"models\.ref\.uri: .*quantized \(gptq\).*needs gptqmodel or auto_gptq"):
+        wmtp.check(config)
+    change(folder, quantization_config={"quant_method": "mxfp4"})
+    wmtp.check(config)
+
+
+def test_weights_in_fp8_without_a_word_of_it(folder: Path):
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    for action in (HfLoader().info, load_model):
+        with pytest.raises(WMTPError, match=r"holds weights in fp8 \(.*lm_head\.weight"):
+            action(folder)
+
+
+def test_an_adapter_is_no_model_and_its_base_is_named(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    refused(tmp_path, r"holds an adapter of 'org/base' \(PEFT\), not a model; merge it")
+
+
+def test_an_adapter_beside_a_model_is_refused_too(folder: Path):
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "holds a model and an adapter")
+
+
+def test_an_architecture_of_its_own_code(folder: Path):
+    change(folder, model_type="chatglm", auto_map={"AutoConfig": "configuration_chatglm.ChatGLMConfig"})
+    refused(folder, "no architecture 'chatglm'; its own code would have to run")
+
+
+def test_own_code_for_a_known_architecture_is_left_alone(folder: Path):
+    change(folder, auto_map={"AutoConfig": "configuration_llama.LlamaConfig"})
+    check(folder)
+    load_model(folder)
+
+
+@pytest.mark.parametrize("layers", [10**7, 0, -1])
+def test_a_number_of_layers_that_no_model_has(folder: Path, layers: int):
+    change(folder, num_hidden_layers=layers)
+    refused(folder, rf"num_hidden_layers = {layers}, and a model has 1 to 10,000")
+
+
+def test_a_scratch_model_of_too_many_layers():
+    base = {"type": "scratch", "vocab_size": 64, "layers": 10**7}
+    with pytest.raises(ConfigError, match=r"models\.base\.layers"):
+        wmtp.check({**ENOUGH, "models": {"base": base}, "tokenizer": {"type": "bytes"}})
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "adapter_config.json"])
+def test_a_pipe_is_not_waited_for(folder: Path, name: str):
+    if name != "adapter_config.json":
+        (folder / "model.safetensors").unlink()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    message = "holds a model and an adapter" if name == "adapter_config.json" else rf"{name}: is not a file"
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("name", ["../base/x.safetensors", 3])
+def test_a_shard_outside_of_the_folder(folder: Path, name: object):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    refused(folder, "weight_map places a in .*, which is not the name of a file in its folder")
+
+
+def test_several_gguf_files(tmp_path: Path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    refused(tmp_path, r"models\.base\.gguf_file: .* holds several: a\.gguf, b\.gguf")
+    check(tmp_path, gguf_file="a.gguf")
+
+
+def test_a_gguf_file_beside_safetensors_without_a_config(tmp_path: Path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused(tmp_path, r"gguf_file: .* holds a\.gguf and model\.safetensors, without a config\.json")
+
+
+def test_a_gguf_file_beside_a_config_alone_is_the_model(folder: Path):
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    (folder / "a.gguf").write_bytes(b"GGUF")
+    assert HfLoader()._locate(folder) == (folder, "a.gguf")
+    (folder.parent / "model.safetensors").rename(folder / "model.safetensors")
+    assert HfLoader()._locate(folder) == (folder, None)
