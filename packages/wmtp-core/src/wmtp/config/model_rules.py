@@ -9,6 +9,7 @@ from typing import Final
 from wmtp.config.problems import Problem
 from wmtp.config.schema import Config
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.model_files import check_folder, find_gguf, quantization, quantized_problem
 from wmtp.storage.model_folders import model_within
 from wmtp.storage.uris import file_path, scheme_of
@@ -27,7 +28,7 @@ def model_problems(config: Config) -> Iterator[Problem]:
         try:
             if loader.type != "hf" or uri is None or scheme_of(uri) != "file" or not file_path(uri).is_dir():
                 continue
-            path = model_within(file_path(uri))
+            path = model_within(cached_snapshot(file_path(uri)))
         except ConfigError:  # said of the uri
             continue
         if getattr(loader, "gguf_file", None) is not None:
