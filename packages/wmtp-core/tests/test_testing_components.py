@@ -31,6 +31,12 @@ class TestJsonlTracker(TrackerTests):
 class TestMLflowTracker(TrackerTests):
     config = MLflowTracker(experiment="suite")
 
+    def steps(self, run, metric):
+        from mlflow import MlflowClient
+
+        facts = json.loads((run.run_dir / "mlflow.json").read_text())
+        return [point.step for point in MlflowClient(facts["tracking_uri"]).get_metric_history(facts["run_id"], metric)]
+
     @pytest.fixture(scope="class")
     def empty_database(self, tmp_path_factory):
         mlflow = pytest.importorskip("mlflow")

@@ -139,6 +139,9 @@ from wmtp.tracking.base import RunInfo as RunInfo
 from wmtp.tracking.base import Tracker as Tracker
 from wmtp.tracking.config import JsonlTracker as JsonlTracker
 from wmtp.tracking.config import MLflowTracker as MLflowTracker
+from wmtp.tracking.config import SeveralTrackers as SeveralTrackers
+from wmtp.tracking.config import TensorBoardTracker as TensorBoardTracker
+from wmtp.tracking.config import WandbTracker as WandbTracker
 from wmtp.tracking.pull import Pulled as Pulled
 from wmtp.trainers.base import HiddenView as HiddenView
 from wmtp.trainers.base import Stage as Stage

@@ -12,7 +12,7 @@ from wmtp.optim.config import AdamW, Muon
 from wmtp.plugins.hookspecs import hookimpl
 from wmtp.storage.config import FileStorage, HubStorage, PackageStorage
 from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers
-from wmtp.tracking.config import JsonlTracker, MLflowTracker
+from wmtp.tracking.config import JsonlTracker, MLflowTracker, SeveralTrackers, TensorBoardTracker, WandbTracker
 
 __all__ = [
     "wmtp_data_loaders",
@@ -58,8 +58,8 @@ def wmtp_optimizers() -> list[type[Any]]:
 
 @hookimpl
 def wmtp_trackers() -> list[type[Any]]:
-    """MLflow, and nothing but ``metrics.jsonl``."""
-    return [MLflowTracker, JsonlTracker]
+    """MLflow, TensorBoard, Weights & Biases, several of them, or nothing but ``metrics.jsonl``."""
+    return [MLflowTracker, JsonlTracker, TensorBoardTracker, WandbTracker, SeveralTrackers]
 
 
 @hookimpl

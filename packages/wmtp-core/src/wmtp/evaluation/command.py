@@ -27,6 +27,7 @@ from wmtp.models.opening import OpenedModel, find_model, open_model, saved_preci
 from wmtp.plugins import load_plugins
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.runs.directory import CONFIG_FILE
+from wmtp.runs.step_file import last_steps
 from wmtp.storage.uris import file_path, scheme_of
 from wmtp.tracking import RunInfo
 
@@ -161,7 +162,15 @@ def _track(config: Config, folder: Path, run_dir: Path | None, numbers: Mapping[
     tags = {"wmtp.evaluation": "true"}
     backends = build_backends(config.storage)
     tracker.start(
-        RunInfo(name=place.name, run_dir=place, tags=tags, params=flatten(config), resumed_step=step, backends=backends)
+        RunInfo(
+            name=place.name,
+            run_dir=place,
+            tags=tags,
+            params=flatten(config),
+            resumed_step=step,
+            logged=last_steps(place / "metrics.jsonl") if step is not None else {},
+            backends=backends,
+        )
     )
     try:
         tracker.log(step or 0, numbers)

@@ -8,7 +8,7 @@ from typing import Any
 
 from wmtp.errors import WMTPError
 
-__all__ = ["read_steps"]
+__all__ = ["last_steps", "read_steps"]
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
@@ -30,3 +30,11 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
             raise WMTPError(f"{path}:{number}: not the record of a step; remove this line") from None
         records.append(record)
     return records
+
+
+def last_steps(path: Path) -> dict[str, int]:
+    """Find the last step of each number in such a file; nothing where there is no file."""
+    steps: dict[str, int] = {}
+    for record in read_steps(path) if path.exists() else ():
+        steps |= {name: record["step"] for name, value in record.items() if name != "step" and isinstance(value, int | float)}
+    return steps

@@ -37,6 +37,13 @@ class TrackerTests(ComponentTests):
         (tmp_path / "model" / "config.json").write_text("{}")
         return tmp_path / "model"
 
+    def steps(self, run: RunInfo, metric: str) -> list[int] | None:
+        """Read back the steps at which the service has points of a metric, each as often as it is there.
+
+        None, the default, where a test cannot know it. `test_resume` needs it to see that no step is there twice.
+        """
+        return None
+
     def test_a_whole_run(self, run: RunInfo, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
         """Start, log, finish; ``location`` is one line; standard output, which belongs to ``--json``, stays empty."""
         tracker = self.config.build()
@@ -77,17 +84,38 @@ class TrackerTests(ComponentTests):
         tracker.finish(status, None)
 
     def test_resume(self, run: RunInfo, model: Path) -> None:
-        """A later process goes on with the run, with steps that were logged before, and with a changed config."""
+        """A later process goes on with the run, with steps that were logged before, and with a changed config.
+
+        Steps 4 and 5 come twice, and must be there once.
+        """
         first = self.config.build()
         first.start(run)
         for step in range(1, 6):
             first.log(step, {"loss": 1.0})
         first.finish("interrupted", None)
         again = self.config.build()
-        again.start(evolve(run, resumed_step=3, params={"optimizer.lr": "0.01", "new": "1"}))
+        changed = {"optimizer.lr": "0.01", "new": "1"}
+        again.start(evolve(run, resumed_step=3, params=changed, logged={"loss": 5}))
         for step in range(4, 9):
             again.log(step, {"loss": 1.0})
         again.finish("finished", model)
+        found = self.steps(run, "loss")
+        assert found is None or sorted(found) == list(range(1, 9))
+
+    def test_resume_before_the_first_checkpoint(self, run: RunInfo) -> None:
+        """A run that was killed early begins again in the same directory: every step comes again, and is there once."""
+        first = self.config.build()
+        first.start(run)
+        for step in range(1, 4):
+            first.log(step, {"loss": 1.0})
+        first.finish("failed", None)
+        again = self.config.build()
+        again.start(evolve(run, logged={"loss": 3}))
+        for step in range(1, 6):
+            again.log(step, {"loss": 1.0})
+        again.finish("finished", None)
+        found = self.steps(run, "loss")
+        assert found is None or sorted(found) == list(range(1, 6))
 
     def test_metrics_are_not_changed(self, run: RunInfo) -> None:
         """The loop goes on using what it gave."""

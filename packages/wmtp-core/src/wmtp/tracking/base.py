@@ -1,4 +1,4 @@
-"""The contract of a tracker."""
+"""Contract of a tracker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["RunInfo", "Tracker"]
 
 @frozen(kw_only=True)
 class RunInfo:
-    """What a tracker is told at the start.
+    """Facts of a run that a tracker is told at the start.
 
     Args:
         name: the run's name.
@@ -26,6 +26,8 @@ class RunInfo:
         tags: ``run.tags`` and facts such as the versions and the git commit.
         params: the config, flat: ``{"optimizer.lr": "0.001", …}``.
         resumed_step: the step of the checkpoint that the run goes on from; None for a new run.
+        logged: after a resume, the last step of each metric that earlier attempts have logged: it may be beyond
+            ``resumed_step``. See `Tracker.log`.
         backends: the storage backends by the scheme that they serve, for a tracker that keeps something at a URI.
     """
 
@@ -34,6 +36,7 @@ class RunInfo:
     tags: Mapping[str, str]
     params: Mapping[str, str]
     resumed_step: int | None = None
+    logged: Mapping[str, int] = field(factory=dict)
     backends: Mapping[str, Storage] = field(factory=dict)
 
 
@@ -54,7 +57,11 @@ class Tracker(Contract, ABC, contract=True):
 
     @abstractmethod
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of one optimizer step."""
+        """Take the metrics of one optimizer step.
+
+        After a resume the steps beyond ``run.resumed_step`` come a second time. A metric must have one point a step all the
+        same: replace the earlier point where the service can, else leave out what ``run.logged`` says was logged.
+        """
 
     def log_artifact(self, file: Path) -> None:
         """Take a file of the run, such as the page of ``wmtp report``, to keep it with the run. By default it is left alone.

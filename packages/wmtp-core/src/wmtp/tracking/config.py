@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from attrs import field, frozen
-from attrs.validators import min_len
+from attrs.validators import min_len, optional
 
+from wmtp.plugins.components import component
 from wmtp.plugins.contract import TrackerConfig
 
 if TYPE_CHECKING:
     from wmtp.tracking.base import Tracker
 
-__all__ = ["JsonlTracker", "MLflowTracker"]
+__all__ = ["JsonlTracker", "MLflowTracker", "SeveralTrackers", "TensorBoardTracker", "WandbTracker"]
 
 #: MLflow keeps no runs there; `wmtp.tracking.mirror` does
 _STORES = ("s3", "gs", "az", "abfs", "abfss")
@@ -42,7 +43,7 @@ class MLflowTracker(TrackerConfig):
     log_artifacts: bool = False
 
     def check(self) -> Iterator[str]:
-        """What is wrong with the values, one line each: ``key: what is wrong; what to do``."""
+        """Check the values, one line for each problem: ``key: what is wrong; what to do``."""
         if self.tracking_uri is not None and (problem := _uri_problem(self.tracking_uri)):
             yield f"tracking_uri: {problem}"
 
@@ -101,3 +102,68 @@ class JsonlTracker(TrackerConfig):
         from wmtp.tracking.jsonl import Jsonl
 
         return Jsonl()
+
+
+@frozen(kw_only=True)
+class TensorBoardTracker(TrackerConfig):
+    """Writes event files for TensorBoard. Needs ``wmtp-core[tensorboard]``.
+
+    Args:
+        folder: where the runs are, each in a folder of its own name. Default: ``tensorboard`` in ``run.output_dir``.
+    """
+
+    type = "tensorboard"
+    folder: str | None = field(default=None, validator=optional(min_len(1)))
+
+    def build(self) -> Tracker:
+        """Make the tracker."""
+        from wmtp.tracking.tensorboard import TensorBoard
+
+        return TensorBoard(self)
+
+
+@frozen(kw_only=True)
+class WandbTracker(TrackerConfig):
+    """Tracks the run in Weights & Biases. Needs ``wmtp-core[wandb]``, and ``wandb login`` or ``WANDB_API_KEY``.
+
+    Args:
+        project: the project's name; made if there is none.
+        entity: the user or team that owns it. Default: the user's own.
+        mode: ``online``; or ``offline``, which keeps the run in its directory until ``wandb sync``. Default: what
+            ``WANDB_MODE`` says, else ``online``.
+    """
+
+    type = "wandb"
+    project: str = field(default="wmtp", validator=min_len(1))
+    entity: str | None = None
+    mode: Literal["online", "offline"] | None = None
+
+    def build(self) -> Tracker:
+        """Make the tracker."""
+        from wmtp.tracking.wandb import Wandb
+
+        return Wandb(self)
+
+
+@frozen(kw_only=True)
+class SeveralTrackers(TrackerConfig):
+    """Tells several trackers. One that fails while the run goes on is left behind; the others are told all the same.
+
+    Args:
+        of: the trackers, each in a table ``[[tracker.of]]``.
+    """
+
+    type = "several"
+    of: tuple[TrackerConfig, ...] = component("trackers", validator=min_len(2))
+
+    def check(self) -> Iterator[str]:
+        """Find trackers that are named twice."""
+        types = [tracker.type for tracker in self.of]
+        for type_ in sorted({type_ for type_ in types if types.count(type_) > 1}):
+            yield f"of: {type_!r} is there {types.count(type_)} times; keep one"
+
+    def build(self) -> Tracker:
+        """Make the trackers, and one that tells them all."""
+        from wmtp.tracking.several import Several
+
+        return Several({tracker.type: tracker.build() for tracker in self.of})

@@ -25,6 +25,7 @@ from wmtp.models.sharding import Sharding, whole_state
 from wmtp.optim.build import build_optimizer
 from wmtp.runs.fixed import pins
 from wmtp.runs.result import Result
+from wmtp.runs.step_file import last_steps
 from wmtp.storage.atomic import write_folder
 from wmtp.tracking import RunInfo
 from wmtp.tracking.jsonl import Jsonl
@@ -119,6 +120,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         tags={"wmtp.trainer": config.trainer.type} | dict.fromkeys(config.run.tags, "true"),
         params=flatten(config),
         resumed_step=saved[-1].step if saved else None,
+        logged=last_steps(run_dir / "metrics.jsonl") if resume and ranks.is_main else {},
         backends=source.place.backends,
     )
     ranks.on_main(lambda: tracker.start(run_info))

@@ -1,0 +1,68 @@
+"""Several trackers at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from wmtp.errors import described
+from wmtp.tracking.base import RunInfo, Tracker
+
+__all__ = ["Several"]
+
+logger = logging.getLogger("wmtp")
+
+
+class Several(Tracker):
+    """Hands everything on to each tracker, whatever happens to the others.
+
+    Args:
+        trackers: by their type.
+    """
+
+    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+        self._trackers = trackers
+        self._failed: set[str] = set()
+
+    def start(self, run: RunInfo) -> None:
+        """Start them all; where one cannot be used, those before it are closed."""
+        started: list[Tracker] = []
+        try:
+            for tracker in self._trackers.values():
+                tracker.start(run)
+                started.append(tracker)
+        except BaseException:
+            for tracker in started:
+                tracker.finish("failed", None)
+            raise
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of one step."""
+        self._each(lambda tracker: tracker.log(step, dict(metrics)))
+
+    def log_artifact(self, file: Path) -> None:
+        """Take a file of the run."""
+        self._each(lambda tracker: tracker.log_artifact(file))
+
+    def saved(self, step: int) -> None:
+        """Take note of a checkpoint."""
+        self._each(lambda tracker: tracker.saved(step))
+
+    def finish(self, status: Literal["finished", "stopped", "interrupted", "failed"], model: Path | None) -> None:
+        """Close them all."""
+        self._each(lambda tracker: tracker.finish(status, model))
+
+    def location(self) -> str | None:
+        """Join the locations in one line."""
+        return "; ".join(place for tracker in self._trackers.values() if (place := tracker.location())) or None
+
+    def _each(self, tell: Callable[[Tracker], None]) -> None:
+        for name, tracker in self._trackers.items():
+            try:
+                tell(tracker)
+            except Exception as error:
+                if name not in self._failed:
+                    logger.warning("the tracker %s failed: %s; metrics.jsonl has everything", name, described(error))
+                self._failed.add(name)
