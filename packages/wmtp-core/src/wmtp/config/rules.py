@@ -262,12 +262,11 @@ def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
             yield Problem(
                 ("checkpoints", "uri"), f"{scheme}:// keeps no checkpoints; write a folder, or an object store (s3://…)"
             )
+    is_remote = config.launcher.remote  # then a path is one of the other machine
     for placed in components(config):
         tracking = placed.config.tracking_uri if placed.kind == "trackers" else None
         if isinstance(tracking, str) and tracking.partition("://")[0] in PACKAGES.keys() - {"http", "https"}:
             yield from _uri(tracking, (*placed.path, "tracking_uri"), schemes, must_exist=False)
-    is_remote = config.launcher.remote  # then a path is one of the other machine
-    for placed in components(config):
         for key in ("uri", *placed.config.uri_keys):
             uri = getattr(placed.config, key, None)
             if isinstance(uri, str):
