@@ -127,7 +127,7 @@ def test_exit_codes_of_the_command(recipe, start, tmp_path, number, code, proces
     assert Path(answer["checkpoint"]).is_dir()
     assert "Traceback" not in err
     assert not [line for line in err.splitlines() if line.startswith("error")]
-    assert f"go on with: wmtp run --resume {tmp_path}/runs/x" in err
+    assert f"to resume: wmtp run --resume {tmp_path}/runs/x" in err
 
 
 SLOW = """

@@ -183,7 +183,7 @@ def flip(path, place):
 
 
 def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_refused_by_name(recipe, wmtp, tmp_path):
-    """And once the folder is gone, as the message says, the run goes on from the one before it, here of an earlier version."""
+    """And once the folder is gone, as the message says, the run resumes from the one before it, here of an earlier version."""
     from wmtp.checkpoints.manifest import check_files
 
     done = wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=15", "--set", "checkpoints.keep_last=0")

@@ -158,7 +158,7 @@ def test_a_taken_name_says_the_two_ways_out(capsys):
     run_json(capsys, "--run-name", "x")
     code, answer, err = run_json(capsys, "--run-name", "x")
     assert code == 2
-    assert "runs/x exists already; go on with that run by --resume auto, or choose another name with --run-name" in err
+    assert "runs/x exists already; resume that run by --resume auto, or choose another name with --run-name" in err
     assert answer["problems"] == [err.strip().splitlines()[-1].removeprefix("error: ")]
 
 
@@ -310,7 +310,7 @@ def test_resume_auto_without_a_name(capsys):
     stop = ("--set", "launcher.do=stop", "--resume", "auto")
     code, answer, err = run_json(capsys, *stop)
     assert code == 1
-    assert f"go on with: wmtp run --resume {answer['run_dir']}" in err
+    assert f"to resume: wmtp run --resume {answer['run_dir']}" in err
     first = answer["run_dir"]
     run_json(capsys, "--run-name", "named", "--set", "launcher.do=stop")
     assert run_json(capsys, *stop)[1]["run_dir"] == first

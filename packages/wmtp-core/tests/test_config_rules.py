@@ -94,7 +94,7 @@ WEIGHTS = {"models": {"base": {"heads": {"horizon": 3}}}}
         (["models.base.heads.head_weights=[0, 0, 0, 0]"], "head_weights: are all 0, so nothing would be learned"),
         (
             ["models.base.heads={head_weights = [1, 1, 1, 1], decay = 0.5}"],
-            "models.base.heads.decay: stands beside head_weights; remove one of them",
+            "models.base.heads.decay: conflicts with head_weights; remove one of them",
         ),
         (["models.base.heads.horizon=9", "data.train.max_length=9"], "horizon: 9 must be less than data.train.max_length = 9"),
         (["models.base.heads.warmup_steps=5", "train.max_steps=5"], "warmup_steps: 5 must be less than train.max_steps = 5"),
@@ -103,7 +103,7 @@ WEIGHTS = {"models": {"base": {"heads": {"horizon": 3}}}}
         (['data.train.sources=["pyy"]'], "data.train.sources: there is no [datasets.pyy]"),
         (['data.eval.sources=["py"]', 'data.train.sources=["py"]'], "data.eval.sources: 'py' is learned from too"),
         (["data.eval={}"], "--set data.eval: says neither sources nor holdout"),
-        (["schedule.warmup_steps=5", "schedule.warmup_ratio=0.1"], "warmup_ratio: stands beside warmup_steps"),
+        (["schedule.warmup_steps=5", "schedule.warmup_ratio=0.1"], "warmup_ratio: conflicts with warmup_steps"),
         (["schedule.warmup_steps=6", "train.max_steps=5"], "schedule.warmup_steps: 6 must be at most train.max_steps = 5"),
         (["train.early_stopping={}"], "train.early_stopping.metric: 'eval/loss' is measured on [data.eval], which is missing"),
         (["train.early_stopping={}", "data.eval.holdout=0.1"], "'eval/loss' needs train.eval_interval"),

@@ -332,7 +332,7 @@ def test_sources_that_make_no_sense(tmp_path):
     assert "names no data set" in problems(sources=())
     assert "'a' is learned from too" in problems(EvalDataConfig(sources=("a",)), sources=("a",))
     assert "data.eval: says neither" in problems(EvalDataConfig(), sources=("a",))
-    assert "stands beside" in problems(EvalDataConfig(sources=("exam",), holdout=0.1))
+    assert "conflicts with" in problems(EvalDataConfig(sources=("exam",), holdout=0.1))
 
 
 def test_evaluation_data_can_be_learned_from_when_allowed(tmp_path):

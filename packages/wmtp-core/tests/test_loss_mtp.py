@@ -219,7 +219,7 @@ def test_frozen_parts(frozen):
 
 
 def test_a_low_rank_update_of_a_frozen_unembedding():
-    """As docs/loss.md shows it: the update stands beside the frozen weight."""
+    """As docs/loss.md shows it: the update is added to the frozen weight."""
     hidden, weight, targets = inputs()
     frozen = weight.detach()
     a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, D), (V, 2)))

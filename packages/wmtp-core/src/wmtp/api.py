@@ -78,7 +78,7 @@ def run(
         overrides: ``KEY=VALUE`` texts, as for ``--set``.
         run_name: in place of ``run.name``.
         tags: added to ``run.tags``.
-        resume: a run directory to go on with, or ``"auto"``: the directory of ``run_name`` (``run.name``) if there is one,
+        resume: a run directory to resume, or ``"auto"``: the directory of ``run_name`` (``run.name``) if there is one,
             else the newest unfinished run that has this config and no name of its own; a new run where there is none.
         dry_run: do everything but the training steps, and return what was found.
         allow_code_execution: whether evaluators of ``[[eval]]`` may run code that the model writes, in a sandbox.
@@ -132,7 +132,7 @@ def _unless_ctrl_c(result: Result) -> Result:
 
 @contextmanager
 def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator[tuple[Path, bool]]:
-    """The run directory, locked, and whether there was one to go on with. One in which nothing was trained is removed."""
+    """The run directory, locked, and whether there was one to resume. One in which nothing was trained is removed."""
     checked = loaded.config
     directory = _directory_to_resume(checked, resume)
     if resume == "auto":

@@ -36,4 +36,4 @@ def memory_outlook(config: Config) -> tuple[str, list[str]]:
     if shortage is None:
         return text, []
     helps = cheaper_settings(config, info, heads, world=world, others=others)
-    return text, [f"devices.memory_gib: the run will hardly fit: {shortage}{describe_shortage(helps)}"]
+    return text, [f"devices.memory_gib: the run is likely to run out of memory: {shortage}{describe_shortage(helps)}"]

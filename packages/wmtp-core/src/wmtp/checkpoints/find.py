@@ -1,4 +1,4 @@
-"""What a run finds when it begins: the checkpoints that it goes on from, and whether all processes see the same."""
+"""Find the checkpoints that a run resumes from, the same ones on all processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def checkpoint_folder(config: Config, run_dir: Path) -> Path:
 def find_checkpoints(
     config: Config, run_dir: Path, remote: RemoteCheckpoints | None, ranks: Ranks, *, resume: bool
 ) -> list[Checkpoint]:
-    """The checkpoints to go on from, oldest first; the newest may have to be fetched. Leftovers of killed processes go.
+    """List the checkpoints to resume from, oldest first; the newest may have to be fetched. Leftovers of killed processes go.
 
     Raises:
         ConfigError: there are some, but the run is not to be resumed.
@@ -44,7 +44,7 @@ def find_checkpoints(
 
 
 def _tidy(folder: Path, run_dir: Path, remote: RemoteCheckpoints | None, *, resume: bool) -> list[Checkpoint]:
-    """Remove what killed processes left, and list the checkpoints to go on from; the newest may have to be fetched."""
+    """Remove what killed processes left, and list the checkpoints to resume from; the newest may have to be fetched."""
     if folder.parent != run_dir:  # the run directory is known to be writable
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ class RemoteCheckpoints:
             except (OSError, ValueError) as error:
                 what = str(error).replace(f"{partial}/", "")
                 raise WMTPError(
-                    f"{uri} is damaged: {what}; remove {uri}.json to go on from the checkpoint before it"
+                    f"{uri} is damaged: {what}; remove {uri}.json to resume from the checkpoint before it"
                 ) from error
 
         folder.mkdir(parents=True, exist_ok=True)

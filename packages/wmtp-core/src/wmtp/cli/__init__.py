@@ -173,7 +173,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     run = add("run", "Train as the config says.", config)
     run.add_argument("--run-name", metavar="NAME", help="the run's name, and that of its directory")
     run.add_argument("--tags", default="", metavar="A,B", help="words for the tracker, besides run.tags")
-    run.add_argument("--resume", metavar="RUN_DIR|auto", help="go on with a run: this one, or the one with this name or config")
+    run.add_argument("--resume", metavar="RUN_DIR|auto", help="resume a run: this one, or the one with this name or config")
     run.add_argument("--dry-run", action="store_true", help="everything but the training steps")
     run.add_argument(
         "--allow-code-execution", action="store_true", help="let [[eval]] run code that the model writes, in a sandbox"

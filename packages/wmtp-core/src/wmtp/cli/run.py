@@ -50,7 +50,7 @@ def report(result: Result, *, to_stdout: bool) -> tuple[dict[str, Any], int]:
         }
         print_facts(facts)
     if result.status == "interrupted":
-        logger.info("interrupted; go on with: wmtp run --resume %s", result.run_dir)
+        logger.info("interrupted; to resume: wmtp run --resume %s", result.run_dir)
     if result.signal is not None:
         return answer, 128 + signal.Signals[result.signal]
     return answer, 1 if result.status == "interrupted" else 0

@@ -25,10 +25,10 @@ def add_arguments(add: Callable[..., ArgumentParser]) -> None:
     Args:
         add: makes the parser of a command from its name and a line about it.
     """
-    command = add("generate", "Let a model go on with a text.", storage_options())
+    command = add("generate", "Continue a text with a model.", storage_options())
     command.set_defaults(run_command=generate)
     command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    command.add_argument("--prompt", metavar="TEXT", help="what to go on with")
+    command.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     command.add_argument("--prompt-file", metavar="FILE", help="a file with it; - reads standard input")
     command.add_argument("--max-new-tokens", type=_count, default=128, metavar="N", help="default 128")
     command.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the most probable token")

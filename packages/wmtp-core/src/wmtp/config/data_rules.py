@@ -50,7 +50,7 @@ def check_sources(config: Config) -> list[str]:
             problems.append(f"data.eval.sources: '{name}' is learned from too; leave it out of one, or use data.eval.holdout")
     if config.data.eval is not None:
         if config.data.eval.sources is not None and config.data.eval.holdout is not None:
-            problems.append("data.eval.holdout: stands beside data.eval.sources; keep one of them")
+            problems.append("data.eval.holdout: conflicts with data.eval.sources; keep one of them")
         if not config.data.eval.sources and config.data.eval.holdout is None:
             problems.append("data.eval: says neither sources nor holdout; say what to measure, or leave the table out")
     for name in train:

@@ -172,7 +172,7 @@ def _heads(config: Config) -> Iterator[Problem]:
     weights = heads.head_weights
     if weights is not None:
         if heads.decay is not None:
-            yield Problem((*path, "decay"), "stands beside head_weights; remove one of them")
+            yield Problem((*path, "decay"), "conflicts with head_weights; remove one of them")
         if len(weights) != heads.horizon:
             yield Problem(
                 (*path, "head_weights"), f"has {len(weights)} weights, but horizon = {heads.horizon}; write one a head"
@@ -212,7 +212,7 @@ def _data(config: Config) -> Iterator[Problem]:
 def _length(config: Config) -> Iterator[Problem]:
     schedule, train = config.schedule, config.train
     if schedule.warmup_steps is not None and schedule.warmup_ratio is not None:
-        yield Problem(("schedule", "warmup_ratio"), "stands beside warmup_steps; remove one of them")
+        yield Problem(("schedule", "warmup_ratio"), "conflicts with warmup_steps; remove one of them")
     if train.max_steps is not None and schedule.warmup_steps is not None and schedule.warmup_steps > train.max_steps:
         yield Problem(
             ("schedule", "warmup_steps"), f"{schedule.warmup_steps} must be at most train.max_steps = {train.max_steps}"

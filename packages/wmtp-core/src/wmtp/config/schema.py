@@ -269,8 +269,8 @@ class DevicesConfig:
             model's own (see ``models.base.attn_implementation``).
         compile: whether layers are compiled (torch.compile), one for all: the first steps take a minute more, the others
             less time and memory.
-        memory_gib: memory of each device, for the estimate of ``wmtp check``, which warns where a run will hardly fit. Default:
-            ``wmtp run FILE --dry-run`` asks the device itself.
+        memory_gib: memory of each device, for the estimate of ``wmtp check``, which warns where a run is likely to run out
+            of memory. Default: ``wmtp run FILE --dry-run`` asks the device itself.
         threads: CPU threads of a process. Default: all cores, shared among the processes of a machine; two while a GPU trains.
         fsdp: how several processes hold one model. Default, with several: FSDP with its defaults.
         timeout: seconds. Several processes end when one of them does nothing for so long.
@@ -289,7 +289,7 @@ class DevicesConfig:
 
 @frozen(kw_only=True)
 class CheckpointConfig:
-    """What is kept to go on from.
+    """Checkpoints kept for a resume.
 
     Args:
         uri: where checkpoints are written. Default: ``checkpoints`` in the run directory. To an object store (``s3://…``)

@@ -30,7 +30,7 @@ class Launcher(Contract, ABC, contract=True):
         Args:
             config: complete and checked.
             run_dir: the run directory; it holds ``config.toml`` and ``run.json`` already.
-            resume: whether to go on from the newest checkpoint of that directory.
+            resume: whether to resume from the newest checkpoint of that directory.
         """
 
 

@@ -46,7 +46,7 @@ def launch(config: Config, nodes: Nodes, count: int, *, run_dir: Path | None, re
         nodes: the machines.
         count: processes on this one.
         run_dir: the run directory; None on a machine that is not the first.
-        resume: whether to go on from the newest checkpoint there.
+        resume: whether to resume from the newest checkpoint there.
 
     Raises:
         ConfigError, PluginError, WMTPError: as one of the processes said, or one of them died.
@@ -254,4 +254,4 @@ def _last_checkpoint(config: Config, run_dir: Path) -> str:
     saved = list_checkpoints(checkpoint_folder(config, run_dir))
     if not saved:
         return "there is no checkpoint yet"
-    return f"the last checkpoint is {saved[-1].path}; go on with: wmtp run --resume {run_dir}"
+    return f"the last checkpoint is {saved[-1].path}; to resume: wmtp run --resume {run_dir}"

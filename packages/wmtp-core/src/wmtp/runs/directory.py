@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import tomli
 
@@ -27,6 +28,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.plugins.registry import Registry
 from wmtp.runs.files import CONFIG_FILE, INFO_FILE
 from wmtp.runs.fixed import fixed, given_inputs
+from wmtp.storage.lock import FileLock
 from wmtp.storage.uris import file_path
 
 __all__ = [
@@ -40,7 +42,6 @@ __all__ = [
     "git",
     "is_run_dir",
     "lock",
-    "lock_file",
     "record",
     "replace_text",
 ]
@@ -118,7 +119,7 @@ def _make(config: Config, started: datetime, write: Callable[[Path], None]) -> P
                 if not (parent / name).exists():
                     raise
         raise ConfigError(
-            f"run.name: {parent / str(config.run.name)} exists already; go on with that run by --resume auto,"
+            f"run.name: {parent / str(config.run.name)} exists already; resume that run by --resume auto,"
             " or choose another name with --run-name"
         )
     except OSError as error:
@@ -299,34 +300,18 @@ def lock(run_dir: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it.
     """
-    try:
-        file = open(run_dir / _LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - held until the run is over
-    except OSError as error:
-        raise ConfigError(f"{run_dir}: cannot be written to: {error.strerror}") from None
-    with file:
-        if not lock_file(file):
-            file.seek(0)
+    path = run_dir / _LOCK_FILE
+    with FileLock(path) as held:
+        try:
+            is_held = held.acquire(wait=False)
+            holder = "" if is_held else path.read_text(encoding="utf-8").strip()
+            if is_held:
+                path.write_text(f"process {os.getpid()} on {platform.node() or 'this machine'}\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{run_dir}: cannot be written to: {error.strerror}") from None
+        if not is_held:
             raise ConfigError(
-                f"{run_dir}: another process is running there ({file.read().strip() or 'unknown'}); wait for it, or choose"
-                " another name with --run-name"
+                f"{run_dir}: another process is running there ({holder or 'unknown'}); wait for it, or choose another name with"
+                " --run-name"
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else 'this machine'}\n")
-        file.flush()
         yield
-
-
-def lock_file(file: IO[str]) -> bool:
-    """Lock an open file for this process, without waiting. Returns whether it could be."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True

@@ -17,7 +17,8 @@ from attrs import evolve, field, frozen
 from wmtp.config.schema import Config
 from wmtp.config.tree import plain_value
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.runs.directory import git, lock_file, replace_text
+from wmtp.runs.directory import git, replace_text
+from wmtp.storage.lock import FileLock
 
 if TYPE_CHECKING:
     from wmtp.launchers.base import LaunchPlan
@@ -124,12 +125,12 @@ def submitting(plan: LaunchPlan) -> Iterator[None]:
         WMTPError: the folder of records cannot be written to.
     """
     path = state_dir() / f".{plan.digest[:16]}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the answer is there
-    except OSError as error:
-        raise WMTPError(f"{path} could not be written: {error.strerror or error}") from None
-    with file:
-        if not lock_file(file):
+    with FileLock(path) as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_held = held.acquire(wait=False)
+        except OSError as error:
+            raise WMTPError(f"{path} could not be written: {error.strerror or error}") from None
+        if not is_held:
             raise ConfigError("another wmtp launch is submitting this very plan; wait for its answer")
         yield

@@ -20,7 +20,7 @@ class Result:
         checkpoint: the newest checkpoint; None if none was asked for.
         steps: optimizer steps done, over all resumes.
         metrics: the last logged value of every metric.
-        status: ``finished``; ``stopped`` by early stopping; ``interrupted`` by a signal, with a checkpoint to go on from.
+        status: ``finished``; ``stopped`` by early stopping; ``interrupted`` by a signal, with a checkpoint to resume from.
         signal: the signal that ended the run, ``SIGINT`` or ``SIGTERM``; None for none.
     """
 

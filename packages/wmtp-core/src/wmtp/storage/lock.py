@@ -79,13 +79,17 @@ class FileLock:
 
 
 def _lock(descriptor: int, *, shared: bool, wait: bool) -> bool:
-    if sys.platform == "win32":
-        return True  # whole files appear by renaming all the same; only double work is not avoided
-    import fcntl
-
-    flags = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     try:
-        fcntl.flock(descriptor, flags)
-    except BlockingIOError:
+        if sys.platform == "win32":
+            import msvcrt
+
+            # neither shared nor waited for: files are still whole, since they appear by renaming; work may be done twice
+            if not shared and not wait:
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
         return False
     return True

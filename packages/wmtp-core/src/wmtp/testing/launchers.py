@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from attrs import frozen
 
 from wmtp.config.load import load_config
 from wmtp.config.schema import Config
@@ -20,11 +21,19 @@ from wmtp.errors import ConfigError
 from wmtp.launchers import Launcher, LaunchPlan, RemoteLauncher, RunStatus
 from wmtp.plugins.loader import load_plugins
 from wmtp.testing.component import ComponentTests
+from wmtp.trainers import Trainer
 
 __all__ = ["LauncherTests"]
 
 _SECRET = "s3cr3t-value-of-the-environment"
 _PATIENCE = 30.0  # seconds in which a cancelled run ends
+
+
+@frozen(kw_only=True)
+class _Uniform(Trainer):
+    """A trainer with uniform weights, so that a launcher is tested where no plugin provides one."""
+
+    type = "uniform"
 
 
 class LauncherTests(ComponentTests):
@@ -49,11 +58,10 @@ class LauncherTests(ComponentTests):
             "models": {"base": {"type": "scratch", "vocab_size": 258}},
             "tokenizer": {"type": "bytes"},
             "datasets": {"code": {"type": "python-source"}},
-            "trainer": {"type": "baseline-mtp"},
+            "trainer": {"type": _Uniform.type},
             "launcher": {"type": type(self.config).type, **plain_value(self.config)},
         }
-        registry = load_plugins().with_classes([(self.kind, type(self.config))])
-        return load_config(table, registry=registry)
+        return load_config(table, registry=self._registry())
 
     @pytest.fixture
     def launcher(self) -> RemoteLauncher:
@@ -148,4 +156,4 @@ class LauncherTests(ComponentTests):
             launcher.status("no-such-run-4711")
 
     def _registry(self) -> Any:
-        return load_plugins().with_classes([(self.kind, type(self.config))])
+        return load_plugins().with_classes([(self.kind, type(self.config)), ("trainers", _Uniform)])

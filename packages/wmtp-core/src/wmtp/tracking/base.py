@@ -25,7 +25,7 @@ class RunInfo:
             again after a resume.
         tags: ``run.tags`` and facts such as the versions and the git commit.
         params: the config, flat: ``{"optimizer.lr": "0.001", …}``.
-        resumed_step: the step of the checkpoint that the run goes on from; None for a new run.
+        resumed_step: the step of the checkpoint that the run resumes from; None for a new run.
         logged: after a resume, the last step of each metric that earlier attempts have logged: it may be beyond
             ``resumed_step``. See `Tracker.log`.
         backends: the storage backends by the scheme that they serve, for a tracker that keeps something at a URI.

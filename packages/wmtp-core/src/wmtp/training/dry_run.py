@@ -76,4 +76,4 @@ def _memory(config: Config, source: Source, heads: HeadsConfig, device: torch.de
     if there is None and device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     shortage = None if there is None else too_large(estimate, there)
-    return f"{estimate}; on each of {world} × {device.type}" + (f"; it will hardly fit: {shortage}" if shortage else "")
+    return f"{estimate}; on each of {world} × {device.type}" + (f"; likely out of memory: {shortage}" if shortage else "")

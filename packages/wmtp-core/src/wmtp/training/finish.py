@@ -77,7 +77,7 @@ def measure_model(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer)
 
 @torch.no_grad()
 def show_sample(model: MTPModel, tokenizer: Tokenizer, dataset: TokenDataset, device: torch.device) -> None:
-    """Log how the trained model goes on from the first document's prompt, or from its first tokens."""
+    """Log the trained model's continuation of the first document's prompt, or of its first tokens."""
     tokens, learned = dataset.document(0).tokens, dataset.document(0).learn
     prompt_length = int(learned.argmax()) if not learned[0] else 0
     longest = (model.max_positions or 10**9) - _SAMPLE_TOKENS

@@ -210,7 +210,9 @@ class Fit:
         output = self.step_loss(batch, self._step, stage, histogram=recording.weights, tokens=bool(recording.documents))
         learned = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not learned:
-            raise PluginError(f"{self.step_loss.trainer_name}: stage {stage.name!r}: the loss reaches no parameter that learns")
+            raise PluginError(
+                f"{self.step_loss.trainer_name}: stage {stage.name!r}: no trainable parameter received a gradient"
+            )
         norm = gradient_norm(learned)
         if self.train.max_grad_norm:
             clip_gradients(self.optimizer, learned, self.train.max_grad_norm, norm)
@@ -321,7 +323,7 @@ class Fit:
         self._resumed_stage = state["stage"]
         self._last = dict(state["last_metrics"])
         _set_random_state(state["random"])
-        logger.info("goes on from %s", checkpoint.path)
+        logger.info("resuming from %s", checkpoint.path)
 
     def _compare_eval_data(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
         """Other evaluation data changes nothing that is learned, unless it decides when the run ends."""

@@ -169,7 +169,7 @@ def _other_models(config: Config, others: Mapping[str, ModelInfo]) -> int:
 
 
 def too_large(estimate: MemoryEstimate, device_bytes: int) -> str | None:
-    """A warning, if a run will hardly fit.
+    """Warn of a run that is likely to run out of memory.
 
     Args:
         estimate: of the run.
