@@ -11,6 +11,7 @@ from wmtp.config.load import load
 from wmtp.errors import ConfigError, PluginError
 from wmtp.plugins.components import KINDS
 from wmtp.plugins.loader import load_plugins
+from wmtp.plugins.names import nearest_name
 from wmtp.testing import (
     ComponentTests,
     DataLoaderTests,
@@ -62,7 +63,7 @@ CONFIGS = [
         "def checks(self): return ['x: is wrong']",
         "Mine has 'checks', which WMTP does not read; did you mean 'check'?",
     ),
-    ("trainers", "def get_build(self): pass\n    def bild(self): pass", "did you mean 'build'?"),
+    ("trainers", "def get_checks(self): pass\n    def chek(self): pass", "did you mean 'check'?"),
     ("model_loaders", "attn_implementaton = 'eager'", "did you mean 'attn_implementation'?"),
     ("model_loaders", "URI: str = 'x'", "did you mean 'uri'?"),
     ("tokenizers", "eos_tokn: str = '</s>'", "did you mean 'eos_token'?"),
@@ -89,7 +90,7 @@ CONFIGS = [
     ("launchers", "remot = True", "Mine has 'remot', which WMTP does not read; did you mean 'remote'?"),
     ("launchers", "process = 2", "did you mean 'processes'?"),
     ("launchers", "remote = 1", "Mine ('mine'): remote is 1; write True or False"),
-    *[(kind, "tyype = 'x'", "did you mean 'type'?") for kind in KINDS],
+    *[(kind, "tyype = 'x'", "Mine has no name: write `type = ") for kind in KINDS],
 ]
 
 #: kind, the class that `build` makes, what is said
@@ -102,11 +103,11 @@ COMPONENTS = [
     ("tokenizers", "tokenizers.Tokenizer", "bos_ids = property(lambda self: 1)", "bos_ids", "bos_id"),
     ("data_loaders", "data.ExampleLoader", "evaluation_onli = True", "evaluation_onli", "evaluation_only"),
     ("data_loaders", "data.ExampleLoader", "def file(self, path): return []", "file", "files"),
-    ("storages", "storage.Storage", "def fetched(self, uri, target): pass", "fetched", "fetch"),
+    ("storages", "storage.Storage", "def fetched(self, uri, target, **more): pass", "fetched", "fetch"),
     ("storages", "storage.Storage", "def removes(self, uri): pass", "removes", "remove"),
     ("trackers", "tracking.Tracker", "def log_artifacts(self, file): pass", "log_artifacts", "log_artifact"),
     ("evaluators", "evaluation.Evaluator", "def evalute(self, measured): return {}", "evalute", "evaluate"),
-    ("launchers", "launchers.Launcher", "def lanch(self, config): pass", "lanch", "launch"),
+    ("launchers", "launchers.Launcher", "def lanch(self, *given, **more): pass", "lanch", "launch"),
     ("launchers", "launchers.RemoteLauncher", "def validat(self, config, plan): return ()", "validat", "validate"),
 ]
 
@@ -127,7 +128,8 @@ TRAINERS = [
     ),
     (
         "def weights(self, view): return view.uniform()",
-        "Made has weights(), and none of the methods that the loop calls; to weigh tokens write token_weights(self, view)",
+        "Made has weights(), and neither token_weights nor auxiliary_losses, which the loop calls; to weigh tokens write "
+        "token_weights(self, view)",
     ),
     ("needs_token_loss = 'yes'", "needs_token_loss is 'yes'; write True or False"),
 ]
@@ -141,13 +143,14 @@ def made_by_build(base, line):
 def config_code(kind, line, base=None, made="pass"):
     """A plugin's module with one config class."""
     name, more, build = BASES[kind]
+    own = ("type = 'mine'", more)
+    own = [given for given in own if not nearest_name(line.split(" ")[0], [given.split(" ")[0].rstrip(":") or "-"])]
     return "\n".join([
         "import attrs, wmtp, wmtp.models, wmtp.tokenizers, wmtp.data, wmtp.storage, wmtp.tracking, wmtp.evaluation",
         "import wmtp.launchers",
         "@attrs.frozen(kw_only=True)",
         f"class Mine({base or 'wmtp.' + name}):",
-        "    type = 'mine'",
-        f"    {more}",
+        *(f"    {given}" for given in own),
         f"    {line}",
         f"    def {build}: {made}",
         "@wmtp.hookimpl",

@@ -1,17 +1,18 @@
 """Base classes of what plugins write: a name that is nearly one of the contract's is an error, not silence.
 
 A class that a plugin derives may have public names of its own (``resolved``, a TOML key): only what is easily taken for a name
-of the contract is refused, because the host would never look at it. A name that begins with ``_`` is always the plugin's own.
+of the contract is refused, because the host would never look at it (`wmtp.plugins.names`).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from types import MemberDescriptorType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from wmtp.errors import PluginError
-from wmtp.spelling import nearest
+from wmtp.plugins.names import hidden_names, is_contract, is_function, misspelt_names, own_classes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,10 +41,7 @@ __all__ = [
     "TokenizerConfig",
     "TrackerConfig",
     "TrainerConfig",
-    "nearest_name",
 ]
-
-_SIMILAR = 0.8  # ``needs_loss`` for ``needs_token_loss`` is not; a missing, doubled or exchanged letter, ``get_`` or an s is
 
 
 class Contract:
@@ -67,35 +65,47 @@ class Contract:
             PluginError: naming the class, its name, and the one that was meant.
         """
         super().__init_subclass__(**options)
-        own = {name: member for name, member in vars(cls).items() if not name.startswith("_")}
-        own |= {name: None for name in vars(cls).get("__annotations__", {}) if not name.startswith("_") and name not in own}
+        own = public_members(cls)
         if contract:
             cls._contract_methods = cls._contract_methods | {name for name, member in own.items() if _is_method(member)}
             cls._contract_flags = (cls._contract_flags | own.keys()) - cls._contract_methods
             cls._contract_keys = cls._contract_keys | set(keys)
             return
-        for name, member in own.items():
-            # a value cannot be a misspelt method; a property can be a misspelt flag
-            known = cls._contract_flags | cls._contract_methods if _is_method(member) else cls._contract_flags
-            if name not in cls._contract_flags | cls._contract_methods and (meant := nearest_name(name, known)):
+        for owner in own_classes(cls):
+            if owner is not cls and issubclass(owner, Contract):
+                continue  # its names were compared when it was made
+            for name, meant in misspelt_names(cls, public_members(owner), owner):
                 raise PluginError(
-                    f"{cls.__module__}.{cls.__qualname__} has {name!r}, which WMTP does not read; did you mean {meant!r}? "
+                    f"{owner.__module__}.{owner.__qualname__} has {name!r}, which WMTP does not read; did you mean {meant!r}? "
                     f"If it is a name of your own, call it _{name}"
                 )
+        for mixin, name, found in hidden_names(cls):
+            raise PluginError(
+                f"{cls.__module__}.{cls.__qualname__}: {mixin.__name__}.{name} is hidden by {found.__name__}.{name}; write the "
+                f"mixin first: class {cls.__name__}({mixin.__name__}, {found.__name__})"
+            )
 
     @classmethod
-    def contract_problems(cls) -> Iterator[str]:
-        """Say what is wrong with the values of flags, one line each. For the host, at registration."""
+    def contract_problems(cls, instance: Contract | None = None) -> Iterator[str]:
+        """Say what is wrong with the values of flags, one line each. For the host, at registration.
+
+        Args:
+            instance: what ``build()`` made, whose own attributes count; None: only the class is known.
+        """
         fields = {attribute.name for attribute in getattr(cls, "__attrs_attrs__", ())}
         for name in sorted(cls._contract_flags - cls._contract_keys - {"type"}):
-            if name in fields:
+            if name in fields and instance is None:
                 yield f"{name} is a field, which TOML could set; write it without an annotation, or with ClassVar"
                 continue
-            value = inspect.getattr_static(cls, name)
-            declared = next(vars(base)[name] for base in reversed(cls.__mro__) if name in vars(base))
-            if isinstance(value, property):
-                continue
-            if isinstance(declared, tuple) and isinstance(value, str):
+            value = inspect.getattr_static(cls if instance is None else instance, name)
+            if isinstance(value, MemberDescriptorType) and instance is not None:
+                value = getattr(instance, name, None)
+            declared = next(vars(base)[name] for base in reversed(cls.__mro__) if is_contract(base) and name in vars(base))
+            if is_function(value):
+                yield f"{name} is a method, which is not called; write @property above it"
+            elif hasattr(type(value), "__get__"):
+                continue  # a property and its like: what it is shows when it is read
+            elif isinstance(declared, tuple) and isinstance(value, str):
                 yield f"{name} is a text; write ({value!r},)"
             elif isinstance(declared, tuple) and not _is_words(value):
                 yield f"{name} is {value!r:.60}; write a tuple of texts"
@@ -103,15 +113,14 @@ class Contract:
                 yield f"{name} is {value!r:.60}; write {'True or False' if isinstance(declared, bool) else 'a whole number'}"
 
 
+def public_members(owner: type) -> dict[str, Any]:
+    """List the public names of a class itself, also those that are only annotated (None)."""
+    own = {name: member for name, member in vars(owner).items() if not name.startswith("_")}
+    return own | {name: None for name in vars(owner).get("__annotations__", {}) if not name.startswith("_") and name not in own}
+
+
 def _is_method(member: object) -> bool:
-    return inspect.isroutine(member) or isinstance(member, property | staticmethod | classmethod)
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """Find the known name that ``name`` is easily taken for; None: there is none."""
-    plain = {other.replace("_", ""): other for other in sorted(known)}
-    close = nearest(name.lower().replace("_", ""), plain, cutoff=_SIMILAR)
-    return None if close is None else plain[close]
+    return is_function(member) or isinstance(member, property)
 
 
 def _is_words(value: object) -> bool:

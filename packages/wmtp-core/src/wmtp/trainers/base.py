@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 
 from wmtp.errors import PluginError
-from wmtp.plugins.contract import TrainerConfig
-from wmtp.trainers.inspection import method_problems
+from wmtp.plugins.contract import Contract, TrainerConfig
+from wmtp.trainers.inspection import flag_problems, method_problems
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,10 +179,11 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return self
 
     @classmethod
-    def contract_problems(cls) -> Iterator[str]:
+    def contract_problems(cls, instance: Contract | None = None) -> Iterator[str]:
         """See `Contract.contract_problems`; for trainers also what their methods leave out."""
-        yield from super().contract_problems()
-        yield from method_problems(cls, Trainer)
+        yield from super().contract_problems(instance)
+        yield from flag_problems(cls, instance)
+        yield from method_problems(cls, instance)
 
     def setup(self, setup: TrainerSetup) -> None:
         """Called once, before anything else. Make modules and load other models here."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wmtp.data.batch import Targets, shift_to_predictions
 from wmtp.errors import ConfigError, PluginError
-from wmtp.plugins.contract import nearest_name
+from wmtp.plugins.names import misspelt_names
 from wmtp.trainers.base import HiddenView, NotComputed, Stage, StepView, Trainer
 
 if TYPE_CHECKING:
@@ -57,21 +57,17 @@ def check_trainer(trainer: object, name: str) -> Trainer:
     """
     if not isinstance(trainer, Trainer):
         raise PluginError(f"{name}: build returned a {type(trainer).__name__}, not a wmtp.Trainer")
-    problems = [*type(trainer).contract_problems(), *_misspelt_attributes(trainer)]
+    own = {key: value for key, value in vars(trainer).items() if not key.startswith("_")}
+    problems = [
+        *type(trainer).contract_problems(trainer),
+        *(
+            f"{type(trainer).__name__} sets self.{key}, which WMTP does not read; did you mean {meant!r}?"
+            for key, meant in misspelt_names(type(trainer), own)
+        ),
+    ]
     if problems:
         raise PluginError("\n".join(f"{name}: {problem}" for problem in problems))
     return trainer
-
-
-def _misspelt_attributes(trainer: Trainer) -> Iterator[str]:
-    """Find attributes that are nearly a flag, as ``__init__`` may set them."""
-    for name in vars(trainer):
-        if (
-            not name.startswith("_")
-            and name not in trainer._contract_flags
-            and (meant := nearest_name(name, trainer._contract_flags))
-        ):
-            yield f"{type(trainer).__name__} sets self.{name}, which WMTP does not read; did you mean {meant!r}?"
 
 
 def asked(trainer: Trainer, method: str, name: str, *arguments: object) -> Any:

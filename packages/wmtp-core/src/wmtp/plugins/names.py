@@ -1,0 +1,175 @@
+"""Names in a plugin's class that the host would never look at: nearly one of the contract's, or hidden behind it.
+
+A helper of the plugin's own is free to have any name. It is told from a misspelt name of the contract by its class: the class
+has the contract's name beside it, its code reads the helper, the host could not call it, or it has further words in its name.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial, partialmethod
+from types import CodeType, FunctionType
+from typing import Any, Final
+
+from wmtp.spelling import nearest
+
+__all__ = [
+    "hidden_names",
+    "is_contract",
+    "is_function",
+    "loaded_names",
+    "misspelt_names",
+    "nearest_name",
+    "own_classes",
+    "takes",
+]
+
+_SIMILAR: Final = (
+    0.8  # ``needs_loss`` for ``needs_token_loss`` is not; a missing, doubled or exchanged letter, ``get_`` or an s is
+)
+_LIBRARIES: Final = frozenset({*sys.stdlib_module_names, "torch", "transformers"})
+_LOADS: Final = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
+_FUNCTIONS: Final = (FunctionType, staticmethod, classmethod, partial, partialmethod)
+
+
+def is_contract(cls: type) -> bool:
+    """Tell whether a class declares names of the contract, instead of a plugin's."""
+    return "_contract_methods" in vars(cls)
+
+
+def own_classes(cls: type) -> list[type]:
+    """List the classes of a plugin's class that a plugin wrote, mixins too, nearest first."""
+    return [owner for owner in cls.__mro__ if not is_contract(owner) and (_is_derived(owner) or not _is_library(owner))]
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """Find the known name that ``name`` is easily taken for; None: there is none."""
+    plain = {other.replace("_", ""): other for other in sorted(known)}
+    close = nearest(name.lower().replace("_", ""), plain, cutoff=_SIMILAR)
+    if close is None:
+        return None
+    meant = plain[close]
+    more = set(name.lower().split("_")) - set(meant.split("_"))
+    return None if set(meant.split("_")) < set(name.lower().split("_")) and more != {"get"} else meant
+
+
+def misspelt_names(cls: Any, members: dict[str, Any], owner: type | None = None) -> Iterator[tuple[str, str]]:
+    """Find names that are nearly one of the contract's.
+
+    Args:
+        cls: the class, with the contract's names.
+        members: public names, and what they are.
+        owner: the class that has them; None: an instance of ``cls``.
+
+    Returns:
+        pairs of name, and name that was meant.
+    """
+    flags, methods = cls._contract_flags - {"type"}, cls._contract_methods  # a class without a type is refused anyway
+    for name, member in members.items():
+        if name in cls._contract_flags or name in methods:
+            continue
+        fitting = {known for known in methods if _may_be(member, _declared(cls, known), is_bound=owner is None)}
+        meant = nearest_name(name, flags | fitting)
+        if meant is None or meant in members or (owner is None and meant in vars(cls)):
+            continue
+        functions = [f for other in own_classes(cls) for key, f in vars(other).items() if key != name]
+        if name not in loaded_names(functions):
+            yield name, meant
+
+
+def hidden_names(cls: Any) -> Iterator[tuple[type, str, type]]:
+    """Find names of the contract in a mixin that stands behind the class of the contract, whose own are found instead.
+
+    Returns:
+        the mixin, the name, and the class of the contract.
+    """
+    for owner in own_classes(cls):
+        fields = {attribute.name for attribute in getattr(owner, "__attrs_attrs__", ())}
+        if owner is cls or _is_derived(owner) or getattr(owner, "_is_protocol", False):
+            continue
+        for name in (cls._contract_flags | cls._contract_methods) & vars(owner).keys() - fields:
+            found = next(other for other in cls.__mro__ if name in vars(other))
+            if is_contract(found) and not getattr(vars(owner)[name], "__isabstractmethod__", False):
+                yield owner, name, found
+
+
+def loaded_names(members: Iterable[object]) -> set[str]:
+    """Collect the attributes that functions, properties and what is inside them read, or name as a text."""
+    found: set[str] = set()
+    waiting = [function.__code__ for member in members for function in _functions_of(member)]
+    while waiting:
+        code = waiting.pop()
+        found |= {i.argval for i in dis.get_instructions(code) if i.opname in _LOADS}
+        found |= {constant for constant in code.co_consts if isinstance(constant, str)}
+        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return found
+
+
+def is_function(member: object) -> bool:
+    """Tell whether something in a class or an object is meant to be called: no property, no class, no module of torch."""
+    return isinstance(member, _FUNCTIONS) or (inspect.isroutine(member) and not isinstance(member, cached_property))
+
+
+def takes(member: object, count: int, keywords: Iterable[str] = (), *, is_bound: bool = False) -> bool:
+    """Tell whether a function in a class can be called with so many arguments besides ``self``.
+
+    Args:
+        member: as it stands in the class.
+        count: arguments by position.
+        keywords: and by name.
+        is_bound: it stands in an object instead, so it is given no ``self``.
+    """
+    function = member.__func__ if isinstance(member, staticmethod | classmethod) else member
+    if not isinstance(function, FunctionType):
+        return True  # a partial, or another callable: nobody knows
+    first = 0 if is_bound or isinstance(member, staticmethod) else 1
+    try:
+        inspect.signature(function, follow_wrapped=False).bind(*(None,) * (first + count), **dict.fromkeys(keywords))
+    except TypeError:
+        return False
+    return True
+
+
+def _may_be(member: object, declared: object, *, is_bound: bool) -> bool:
+    """Tell whether a plugin's member can be meant for a method or property of the contract."""
+    if isinstance(declared, property):
+        return not is_function(member)
+    if not is_function(member):
+        return False  # a value or a property cannot be a misspelt method
+    function: Callable[..., object] = declared.__func__ if isinstance(declared, staticmethod | classmethod) else declared  # type: ignore[assignment]
+    parameters = list(inspect.signature(function).parameters.values())
+    is_static = isinstance(declared, staticmethod)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][0 if is_static else 1 :]
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return takes(member, len(positional), keywords, is_bound=is_bound) or (
+        is_static and takes(member, len(positional), keywords, is_bound=True)
+    )
+
+
+def _declared(cls: type, name: str) -> object:
+    return next(vars(owner)[name] for owner in cls.__mro__ if is_contract(owner) and name in vars(owner))
+
+
+def _is_derived(cls: type) -> bool:
+    return any(is_contract(owner) for owner in cls.__mro__)
+
+
+def _is_library(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in _LIBRARIES
+
+
+def _functions_of(member: object) -> Iterator[FunctionType]:
+    if isinstance(member, property):
+        inside: tuple[object, ...] = (member.fget, member.fset)
+    elif isinstance(member, staticmethod | classmethod):
+        inside = (member.__func__,)
+    else:
+        inside = (getattr(member, "func", member),)  # of a partial, a cached_property
+    for function in inside:
+        while function is not None:
+            if isinstance(function, FunctionType):
+                yield function
+            function = getattr(function, "__wrapped__", None)
