@@ -289,3 +289,29 @@ def test_a_run_is_tied_to_nothing_but_its_folder(recipe, wmtp, tmp_path):
     assert "`data.jsonl`" in card
     assert str(tmp_path) not in card
     assert {path.name for path in there.iterdir()} == {"out"}
+
+
+def test_a_finished_run_gets_more_steps_where_its_schedule_allows(recipe, wmtp, tmp_path):
+    constant = ("--set", 'schedule.type="constant"')
+    assert wmtp("run", recipe, "--run-name", "long", *constant, "--set", "train.max_steps=16").returncode == 0
+    assert wmtp("run", recipe, "--run-name", "short", *constant, "--set", "train.max_steps=8").returncode == 0
+    run = tmp_path / "runs/short"
+    done = wmtp("run", "--resume", run, "--set", "train.max_steps=16")
+    assert done.returncode == 0, done.stderr
+    assert "resumed with a change: train.max_steps: 8 → 16" in done.stderr
+    for name in ("model.safetensors", "mtp_heads.safetensors"):
+        assert (run / "model" / name).read_bytes() == (tmp_path / "runs/long/model" / name).read_bytes()
+    done = wmtp("run", "--resume", run, "--set", "train.max_steps=12")
+    assert done.returncode == 2
+    assert "train.max_steps: the run would have 12 steps, and has done 16" in done.stderr
+
+
+def test_a_run_whose_learning_rate_decayed_names_the_way_to_train_further(recipe, wmtp, tmp_path):
+    assert wmtp("run", recipe, "--run-name", "a", "--set", "train.max_steps=6").returncode == 0
+    done = wmtp("run", "--resume", tmp_path / "runs/a", "--set", "train.max_steps=12")
+    assert done.returncode == 2
+    assert "train.max_steps: 6 → 12" in done.stderr
+    way = next(line for line in done.stderr.splitlines() if "train its model further in a new run: wmtp run" in line)
+    words = way.partition(": wmtp ")[2].replace("NEW", "b").split()
+    done = wmtp(*words, "--set", "models.base.heads.warmup_steps=0")
+    assert done.returncode == 0, done.stderr

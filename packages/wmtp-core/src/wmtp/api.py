@@ -250,8 +250,10 @@ def _take_up(directory: Path, loaded: Loaded) -> None:
     """Check that the config is the run's own, and note what a resume may change."""
     refused, changed = run_dirs.differences(directory, loaded.config)
     if refused:
+        is_longer = any(line.partition(": ")[0] in run_dirs.LENGTH for line in refused)
         raise ConfigError(
             [f"--resume {directory}: the config differs from the run's: {line}" for line in refused]
+            + ([_ways_to_go_on(directory, loaded.config)] if is_longer else [])
             + [f"--resume {directory}: undo the differences, or start a new run under another --run-name"]
         )
     for line in changed:
@@ -261,6 +263,17 @@ def _take_up(directory: Path, loaded: Loaded) -> None:
     run_dirs.record_resume(directory, loaded.config, loaded.registry, sys.argv, changed)
     if changed:
         run_dirs.replace_text(directory / run_dirs.CONFIG_FILE, dump_config(fixed(directory, loaded.config)))
+
+
+def _ways_to_go_on(directory: Path, config: Config) -> str:
+    """Say how a run is made longer whose learning rate was planned for its length."""
+    schedule = config.schedule
+    planned = f'type = "{schedule.type}"' if schedule.type != "constant" else f"warmup_ratio = {schedule.warmup_ratio:g}"
+    return (
+        f"--resume {directory}: the learning rate of every step was planned for the run's length (schedule {planned}), so it"
+        f" cannot be made longer; train its model further in a new run: wmtp run {directory}/config.toml --run-name NEW"
+        f" --set models.base.type=hf --set models.base.uri={directory}/model"
+    )
 
 
 def _recorded(directory: Path, work: Callable[[], Result]) -> Result:

@@ -21,7 +21,7 @@ import tomli
 
 from wmtp.config.inputs import anchored, inputs, with_uris
 from wmtp.config.rules import is_secret
-from wmtp.config.schema import Config
+from wmtp.config.schema import Config, ScheduleConfig
 from wmtp.config.sources import escape
 from wmtp.config.tree import components, dump_config, flat, to_mapping
 from wmtp.errors import ConfigError, WMTPError
@@ -34,9 +34,11 @@ from wmtp.storage.uris import file_path
 __all__ = [
     "CONFIG_FILE",
     "INFO_FILE",
+    "LENGTH",
     "adopt",
     "changed_versions",
     "create",
+    "decays",
     "differences",
     "find_unfinished",
     "git",
@@ -53,6 +55,15 @@ _FREE_TO_CHANGE: Final = re.compile(
     r"run\.(output_dir|tags)|(tracker|launcher|storage|eval|report)(\..*)?|checkpoints\.(save_interval|keep_last|save_final)"
     r"|devices\.(threads|timeout|fsdp(\..*)?)|data\.cache_dir|data\.train\.micro_batch_size|train\.log_interval"
 )
+
+
+#: keys that say how long a run is: they may change where the learning rate of a step does not depend on them
+LENGTH: Final = ("train.max_steps", "train.epochs")
+
+
+def decays(schedule: ScheduleConfig) -> bool:
+    """Tell whether the learning rate of a step depends on how many steps the whole run has."""
+    return schedule.type != "constant" or bool(schedule.warmup_ratio)
 
 
 def create(config: Config, registry: Registry, argv: Sequence[str], pins: Mapping[str, str] | None = None) -> Path:
@@ -266,7 +277,8 @@ def differences(run_dir: Path, config: Config) -> tuple[list[str], list[str]]:
     for key in dict.fromkeys((*old, *new)):
         if old.get(key) != new.get(key):
             line = f"{key}: {_shown(old, key)} → {_shown(new, key)}"
-            (allowed if key in elsewhere or _FREE_TO_CHANGE.fullmatch(key) else refused).append(line)
+            is_free = key in elsewhere or _FREE_TO_CHANGE.fullmatch(key) or (key in LENGTH and not decays(config.schedule))
+            (allowed if is_free else refused).append(line)
     return refused, allowed
 
 

@@ -314,12 +314,17 @@ class Fit:
                 f"has changed; bring it back, or start a new run under another --run-name"
             )
         self._compare_eval_data(checkpoint, state)
+        if checkpoint.step > self.total_steps:
+            raise ConfigError(
+                f"train.max_steps: the run would have {self.total_steps} steps, and has done {checkpoint.step}; write more"
+            )
         self._step = checkpoint.step
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         self.step_loss.trainer.load_state_dict(state["trainer"])
         self._early_stopping.load_state_dict(state["early_stopping"])
-        self.batches.plan = evolve(self.batches.plan, ends=tuple(state["stage_ends"]))
+        # the last stage ends with the run, which may be longer now
+        self.batches.plan = evolve(self.batches.plan, ends=(*state["stage_ends"][:-1], self.total_steps))
         self._resumed_stage = state["stage"]
         self._last = dict(state["last_metrics"])
         _set_random_state(state["random"])
