@@ -174,7 +174,7 @@ class RemoteCheckpoints:
                     )
                 self._storage.remove(f"{self.uri}/{name}")
 
-    def upload(self, checkpoint: Checkpoint, run_dir: Path, keep_last: int) -> None:
+    def upload(self, checkpoint: Checkpoint, run_dir: Path, keep_last: int, best: int | None = None) -> None:
         """Upload a checkpoint and the files of its run, say last that it is whole, and remove older ones.
 
         One that is there already, whole, is not touched: while it is replaced a kill would leave none.
@@ -183,6 +183,7 @@ class RemoteCheckpoints:
             checkpoint: on disk.
             run_dir: the run directory; the files in it go along, its folders do not.
             keep_last: how many checkpoints stay; 0 keeps all.
+            best: the step of one that stays besides.
 
         Raises:
             WMTPError: it could not be uploaded; checkpoints that were there before still are.
@@ -208,6 +209,8 @@ class RemoteCheckpoints:
             logger.warning("%s: the store does not list %s.json, which it has taken: older checkpoints stay", self.uri, name)
         elif keep_last:
             for step in steps[:-keep_last]:
+                if step == best:
+                    continue
                 self._storage.remove(f"{self.uri}/step-{step}.json")  # from here on it is no checkpoint
                 self._storage.remove(f"{self.uri}/step-{step}")
 
@@ -223,7 +226,8 @@ class RemoteCheckpoints:
 class CheckpointUpload:
     """Uploads checkpoints in a thread of its own, so that training never waits for the line.
 
-    A checkpoint that is still waiting when a newer one is there is passed over: the newer one serves as well. One that could
+    A checkpoint that is still waiting when a newer one is there is passed over, unless it is the best: the newer one serves as
+    well. One that could
     not be uploaded is reported at once; the run fails at its end if the newest did not arrive.
 
     Args:
@@ -236,7 +240,8 @@ class CheckpointUpload:
         self._remote = remote
         self._run_dir = run_dir
         self._keep_last = keep_last
-        self._waiting: Checkpoint | None = None
+        self._waiting: list[Checkpoint] = []
+        self._best: int | None = None
         self._under_way: Checkpoint | None = None
         self._failed: WMTPError | None = None
         self._changed = threading.Condition()
@@ -245,17 +250,34 @@ class CheckpointUpload:
         self._thread = threading.Thread(target=self._work, name="wmtp-upload", daemon=True)
         self._thread.start()
 
-    def put(self, checkpoint: Checkpoint) -> None:
-        """Upload a checkpoint soon; returns at once."""
+    def put(self, checkpoint: Checkpoint, *, is_best: bool = False) -> None:
+        """Upload a checkpoint soon; returns at once.
+
+        Args:
+            checkpoint: on disk.
+            is_best: it stays, there too, until a better one is there.
+        """
         with self._changed:
-            self._waiting = checkpoint
+            if is_best:
+                self._best = checkpoint.step
+            self._waiting = [*(one for one in self._waiting if one.step == self._best), checkpoint]
             self._changed.notify_all()
 
     @property
     def needed(self) -> set[int]:
         """The steps of the checkpoints on disk that are not to be removed yet."""
         with self._changed:
-            return {checkpoint.step for checkpoint in (self._waiting, self._under_way) if checkpoint is not None}
+            return {checkpoint.step for checkpoint in (*self._waiting, self._under_way) if checkpoint is not None}
+
+    def restore_best(self, step: int | None, folder: Path) -> None:
+        """Keep the best checkpoint of a resumed run, and fetch it where it is in the store alone.
+
+        Raises:
+            WMTPError: it could not be fetched.
+        """
+        self._best = step
+        if step is not None and not (folder / f"step-{step}").exists() and step in self._remote.steps():
+            self._remote.fetch(step, folder)
 
     def finish(self, model: Path | None = None) -> None:
         """Wait for the last upload, however long it takes, and upload the model.
@@ -286,8 +308,8 @@ class CheckpointUpload:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
-                self._under_way, self._waiting = self._waiting, None
+                self._changed.wait_for(lambda: bool(self._waiting) or self._closing)
+                self._under_way = self._waiting.pop(0) if self._waiting else None
             if self._under_way is None:
                 return
             self._failed = self._attempt(self._under_way)
@@ -295,7 +317,7 @@ class CheckpointUpload:
 
     def _attempt(self, checkpoint: Checkpoint) -> WMTPError | None:
         try:
-            self._remote.upload(checkpoint, self._run_dir, self._keep_last)
+            self._remote.upload(checkpoint, self._run_dir, self._keep_last, self._best)
         except Exception as error:
             reason = error if isinstance(error, WMTPError | OSError) else f"{type(error).__name__}: {error}"
             failed = WMTPError(f"the checkpoint {checkpoint.path} was not uploaded to {self._remote.uri}: {reason}")

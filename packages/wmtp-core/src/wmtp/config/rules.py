@@ -65,7 +65,7 @@ def is_secret(key: str, value: str) -> bool:
 
 
 def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
-    for rule in (_run, _models, _heads, _data, _length, _devices, idle_problems):
+    for rule in (_run, _models, _heads, _data, _length, _best, _devices, idle_problems):
         yield from rule(config)
     yield from _secrets(to_mapping(config), ())
     yield from component_problems(config, registry)
@@ -226,6 +226,20 @@ def _length(config: Config) -> Iterator[Problem]:
             yield Problem(path, f"'{stopping.metric}' needs train.eval_interval: else it is measured only once", at=path[:2])
     elif train.eval_interval is not None and config.data.eval is None:
         yield Problem(("train", "eval_interval"), "there is nothing to measure on: [data.eval] is missing")
+
+
+def _best(config: Config) -> Iterator[Problem]:
+    best, path = config.checkpoints.best, ("checkpoints", "best")
+    if best is None:
+        if config.checkpoints.best_mode != "min":
+            yield Problem(("checkpoints", "best_mode"), "has no effect without checkpoints.best; write that too, or remove it")
+        return
+    if not best.startswith("eval/"):
+        yield Problem(path, f"{best!r} is no metric of [data.eval]; write one that is, as 'eval/loss' or 'eval/loss/head_1'")
+    elif config.data.eval is None:
+        yield Problem(path, f"{best!r} is measured on [data.eval], which is missing; add it")
+    elif config.train.eval_interval is None:
+        yield Problem(path, f"{best!r} needs train.eval_interval: else it is measured only once")
 
 
 def _devices(config: Config) -> Iterator[Problem]:

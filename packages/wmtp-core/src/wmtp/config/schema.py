@@ -297,12 +297,17 @@ class CheckpointConfig:
         save_interval: optimizer steps between two checkpoints. Default: only at the end and on a signal.
         keep_last: how many checkpoints are kept; 0 keeps all.
         save_final: whether a checkpoint is written at the end too, besides ``model/``.
+        best: a metric of ``[data.eval]``, as ``eval/loss``: the checkpoint of the step that measures best is kept besides
+            ``keep_last``. Default: that of early stopping, where there is one. Where a run stops early, ``model/`` is the best.
+        best_mode: whether lower (``min``) or higher (``max``) is better.
     """
 
     uri: str | None = None
     save_interval: int | None = field(default=None, validator=optional(ge(1)))
     keep_last: int = field(default=2, validator=ge(0))
     save_final: bool = True
+    best: str | None = None
+    best_mode: Literal["min", "max"] = "min"
 
 
 @frozen(kw_only=True)

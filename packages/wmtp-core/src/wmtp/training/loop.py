@@ -21,6 +21,7 @@ from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.optim.update import clip_gradients, gradient_norm, learning_rate_factor
 from wmtp.trainers.base import Stage
 from wmtp.trainers.checks import checked_state
+from wmtp.training.best import Best
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.evaluate import evaluate
 from wmtp.training.interrupt import Interrupt, catch_signals
@@ -87,6 +88,9 @@ class Fit:
     _last: dict[str, float] = field(factory=dict, init=False)
     _pending: PendingStep | None = field(default=None, init=False)
     _early_stopping: EarlyStopping = field(init=False)
+    _best: Best = field(init=False)
+    _best_on_disk: int | None = field(default=None, init=False)
+    _is_best: bool = field(default=False, init=False)
     _stops: bool = field(default=False, init=False)
     _checked_state: bool = field(default=False, init=False)
     _stage: Stage | None = field(default=None, init=False)
@@ -104,6 +108,7 @@ class Fit:
         """
         self._ranks = self.step_loss.ranks
         self._early_stopping = EarlyStopping(self.train.early_stopping)
+        self._best = Best(self.checkpoints, self.train)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         if self.resumed is not None:
@@ -160,7 +165,7 @@ class Fit:
             if not (evaluates or saves or last or self.train.early_stopping):
                 continue
             self._read_pending(evaluates=evaluates)
-            if saves:
+            if saves or self._is_best:
                 self._save()
             if self._stops:
                 logger.info("stopped early at step %d", self._step)
@@ -248,6 +253,7 @@ class Fit:
             values |= evaluate(
                 self.step_loss.model, self.eval_batches, self.step_loss.device, self.step_loss.autocast, self._ranks
             )
+            self._judge(pending.step, finite(values))
         # every step is judged, however few are logged
         if self.train.early_stopping is not None:
             self._stops = self._ranks.any(self._early_stopping.should_stop(finite(values)))
@@ -260,6 +266,28 @@ class Fit:
         if self._log is not None:
             self._log.write(pending.step, values, numbers, shown=evaluates)
 
+    def _judge(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Remember a step that measures better than all before: its checkpoint is saved, and kept."""
+        value = self._ranks.on_main(lambda: self._best.better(numbers))
+        self._is_best = value is not None
+        if value is not None:
+            self._best.take(step, value)
+
+    def take_best(self) -> None:
+        """Put the weights of the best step into the model, where a run has stopped early."""
+        best = self._best
+        if best.step is None or best.step == self._step:
+            return
+        checkpoint = next((one for one in self._saved() if one.step == best.step), None)
+        if checkpoint is None:
+            logger.warning("model/ is that of the last step, %d: the checkpoint of the best is gone (%s)", self._step, best)
+            return
+        with self._learned_weights():
+            state = self._ranks.together(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer, self._ranks))
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        logger.info("model/ is the best, not the last of %d steps: %s", self._step, best)
+
     def track(self, step: int, numbers: Mapping[str, float]) -> None:
         """Tell the tracker of what was measured after the loop."""
         if self._log is not None:
@@ -267,6 +295,7 @@ class Fit:
 
     def _save(self) -> None:
         """Write a checkpoint of the steps done so far, unless there is one."""
+        is_best, self._is_best = self._is_best, False
         saved = self._saved()
         if saved and saved[-1].step == self._step:
             return
@@ -277,6 +306,7 @@ class Fit:
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "trainer": checked_state(self.step_loss.trainer, self.step_loss.trainer_name),
             "early_stopping": self._early_stopping.state_dict(),
+            "best": self._best.state_dict(),
             "stage_ends": list(self.batches.plan.ends),
             "stage": {"name": self._stage.name if self._stage else None, "stopping": self._stage_stopping.state_dict()},
             "last_metrics": dict(self._last),
@@ -291,14 +321,16 @@ class Fit:
             good = f"; the last good checkpoint is {saved[-1].path}" if saved else ""
             raise WMTPError(f"{error}{good}") from error
         if self.upload is not None:
-            self.upload.put(saved_now)
+            self.upload.put(saved_now, is_best=is_best)
+        self._best_on_disk = self._best.step
         self._ranks.on_main(self._prune)
         if self._log is not None:
             self._log.saved(self._step)
 
     def _prune(self) -> None:
-        needed = self.upload.needed if self.upload is not None else ()
-        prune_checkpoints(self.checkpoint_dir, self.checkpoints.keep_last, needed)
+        needed = self.upload.needed if self.upload is not None else set()
+        best = set() if self._best_on_disk is None else {self._best_on_disk}  # until a better one is whole
+        prune_checkpoints(self.checkpoint_dir, self.checkpoints.keep_last, needed | best)
 
     def _learned_weights(self) -> AbstractContextManager[None]:
         """A checkpoint holds the weights as the optimizer has them, so it fits runs in any precision."""
@@ -323,12 +355,20 @@ class Fit:
             module.load_state_dict(state["modules"][name])
         self.step_loss.trainer.load_state_dict(state["trainer"])
         self._early_stopping.load_state_dict(state["early_stopping"])
+        self._best.load_state_dict(state["best"])
+        self._best_on_disk = self._best.step
+        self._ranks.on_main(lambda: self._resume_upload(checkpoint))
         # the last stage ends with the run, which may be longer now
         self.batches.plan = evolve(self.batches.plan, ends=(*state["stage_ends"][:-1], self.total_steps))
         self._resumed_stage = state["stage"]
         self._last = dict(state["last_metrics"])
         _set_random_state(state["random"])
         logger.info("resuming from %s", checkpoint.path)
+
+    def _resume_upload(self, checkpoint: Checkpoint) -> None:
+        if self.upload is not None:
+            self.upload.restore_best(self._best.step, self.checkpoint_dir)
+            self.upload.put(checkpoint)  # it may have been written by a process that was killed before it was uploaded
 
     def _compare_eval_data(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
         """Other evaluation data changes nothing that is learned, unless it decides when the run ends."""

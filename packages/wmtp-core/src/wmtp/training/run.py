@@ -132,8 +132,6 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     upload = None
     if remote is not None and ranks.is_main:
         upload = CheckpointUpload(remote, run_dir, config.checkpoints.keep_last)
-        if saved:  # it may have been written by a process that was killed before it was uploaded
-            upload.put(saved[-1])
     status = "failed"
     saved_model: Path | None = None
     is_aborted = False
@@ -171,6 +169,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         )
         with prefer_fast_attention(device), few_cpu_threads(device, config.devices.threads), explained():
             outcome = fit.run()
+        if outcome.status == "stopped":
+            fit.take_best()
         if outcome.status != "interrupted":
             saved_model = run_dir / "model"
             target = saved_model

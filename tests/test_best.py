@@ -1,0 +1,90 @@
+"""The checkpoint that measures best is kept, and is what a run that stops early leaves."""
+
+import logging
+import shutil
+
+import pytest
+
+import wmtp
+
+#: the loss falls, so by mode "max" the first measurement, of step 3, is the best
+SETTINGS = [
+    "models.base.heads.warmup_steps=0",
+    'schedule={type="constant",warmup_steps=0}',
+    "train.eval_interval=3",
+    "checkpoints.save_interval=2",
+]
+STOPS = ['train.early_stopping={metric="eval/loss",mode="max",patience=2}']
+
+
+def run(recipe, name, *overrides, **options):
+    return wmtp.run(recipe, run_name=name, overrides=[*SETTINGS, *overrides], **options)
+
+
+def kept(result):
+    return sorted(int(path.name.removeprefix("step-")) for path in (result.run_dir / "checkpoints").iterdir())
+
+
+def model(result):
+    return {path.name: path.read_bytes() for path in result.model.glob("*.safetensors")}
+
+
+@pytest.fixture
+def three_steps(recipe):
+    return model(run(recipe, "three", "train.max_steps=3"))
+
+
+def test_where_a_run_stops_early_its_model_is_the_best(recipe, three_steps, caplog):
+    with caplog.at_level(logging.INFO, "wmtp"):
+        result = run(recipe, "a", *STOPS, "checkpoints.keep_last=1")
+    assert (result.status, result.steps) == ("stopped", 9)
+    assert kept(result) == [3, 9]
+    assert model(result) == three_steps
+    lines = [record.getMessage() for record in caplog.records if "model/ is the best" in record.getMessage()]
+    assert len(lines) == 1
+    assert "not the last of 9 steps: eval/loss" in lines[0]
+    assert "at step 3" in lines[0]
+
+
+def test_a_run_that_comes_to_its_end_keeps_the_best_beside_the_last(recipe, three_steps):
+    best = ['checkpoints.best="eval/loss"', 'checkpoints.best_mode="max"', "checkpoints.keep_last=1", "train.max_steps=8"]
+    result = run(recipe, "a", *best)
+    assert result.status == "finished"
+    assert kept(result) == [3, 8]
+    assert model(result) != three_steps
+    assert kept(run(recipe, "b", "checkpoints.keep_last=1", "train.max_steps=8")) == [8]
+
+
+@pytest.mark.parametrize("newest", [2, 3, 4, 8])
+def test_a_resumed_run_has_the_same_best(recipe, three_steps, newest):
+    result = run(recipe, "a", *STOPS, "checkpoints.keep_last=0")
+    assert kept(result) == [2, 3, 4, 6, 8, 9]
+    shutil.rmtree(result.model)
+    for path in (result.run_dir / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > newest:
+            shutil.rmtree(path)
+    again = run(recipe, "a", *STOPS, "checkpoints.keep_last=1", resume="auto")
+    assert (again.status, again.steps) == ("stopped", 9)
+    assert model(again) == three_steps
+    assert kept(again) == [3, 9]
+
+
+def test_a_best_that_was_removed_is_said(recipe, caplog):
+    result = run(recipe, "a", *STOPS)
+    shutil.rmtree(result.run_dir / "checkpoints/step-3")
+    with caplog.at_level(logging.WARNING, "wmtp"):
+        run(recipe, "a", *STOPS, resume="auto")
+    assert "the checkpoint of the best is gone (eval/loss" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (['checkpoints.best="loss"'], "checkpoints.best: 'loss' is no metric of [data.eval]"),
+        (['checkpoints.best_mode="max"'], "checkpoints.best_mode: has no effect without checkpoints.best"),
+    ],
+)
+def test_what_cannot_be_tracked_is_refused(recipe, overrides, says):
+    with pytest.raises(wmtp.ConfigError) as error:
+        wmtp.check(recipe, overrides=overrides)
+    assert says in str(error.value)
