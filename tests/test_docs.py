@@ -304,7 +304,7 @@ def project(tmp_path, monkeypatch):
             file.write(json.dumps({"id": f"f{i}", "prompt": f"def f{i}():\n", "completion": lines}) + "\n")
     Path("recipe.toml").write_text(BASE + "[data.eval]\nholdout = 0.2\n")
     shape = 'type = "scratch"\nvocab_size = 258\nhidden_size = 32\nlayers = 2\nattention_heads = 2\n'
-    for name, architecture in (("opt", 'architecture = "opt"\noptions = { ffn_dim = 48, word_embed_proj_dim = 32 }\n'),
+    for name, architecture in (("bloom", 'architecture = "bloom"\n'),
                                ("encoder", 'architecture = "t5"\n')):  # fmt: skip
         Path(f"{name}.toml").write_text(re.sub(r"\[models.base\]\n.*?\n\n", f"[models.base]\n{shape}{architecture}\n", BASE,
                                                count=1, flags=re.DOTALL))  # fmt: skip

@@ -21,7 +21,7 @@ from wmtp.models.mtp import MTPModel
 SAMPLE: dict[str, dict[str, str]] = {
     "llama": {},
     "gpt2": {},
-    "opt": {"packed": "a document sees the one before it"},
+    "bloom": {"packed": "a document sees the one before it", "decode": "cannot be decoded", "speculate": "cannot be decoded"},
     "gemma4_text": {"decode": "the last 8 tokens only", "speculate": "the last 8 tokens only"},
 }
 

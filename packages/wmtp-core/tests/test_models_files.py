@@ -309,7 +309,7 @@ class TestHuggingFaceFolders:
         loaded = HfModel(uri="", attn_implementation="eager").build().load(folder, dtype=torch.float32, seed=0)
         assert loaded.model.config._attn_implementation == "eager"
         model = build_model(loaded, HeadsConfig(horizon=2), seed=0)
-        assert model.packing_problem is None
+        assert model.packing.problem is None
         with pytest.raises(WMTPError, match="cannot open it"):
             HfModel(uri="", attn_implementation="telepathy").build().load(folder, dtype=torch.float32, seed=0)
 

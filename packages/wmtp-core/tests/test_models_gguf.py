@@ -43,7 +43,7 @@ def test_it_is_wrapped_saved_and_opened_again(loaded: LoadedModel, tmp_path: Pat
         expected = loaded.model(ids).logits
         model = build_model(loaded, HeadsConfig(horizon=2, kind="residual"), seed=0)
         assert isinstance(model, MTPModel)
-        assert model.packing_problem is None
+        assert model.packing.problem is None
         assert torch.equal(model.logits(model(ids), 1), expected)
         model.save_pretrained(tmp_path)
         again = load_model(tmp_path)

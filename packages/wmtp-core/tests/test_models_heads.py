@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -298,19 +298,12 @@ def test_layers_that_are_not_found_are_refused():
         MTPModel(base, HeadsConfig(), seed=0)
 
 
-@pytest.mark.parametrize(
-    "base",
-    [
-        OPTForCausalLM(OPTConfig(vocab_size=VOCAB, hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2)),
-        MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)),
-    ],
-    ids=["opt", "mamba"],
-)
-def test_an_architecture_that_mixes_documents_works_unpacked_only(base: PreTrainedModel):
-    base.eval()
+def test_an_architecture_that_mixes_documents_works_unpacked_only():
+    torch.manual_seed(0)
+    base = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2)).eval()
     model = MTPModel(base, HeadsConfig(horizon=2), seed=0)
     ids = tokens(2, 6)
-    assert torch.equal(model.logits(model(ids), 1), base(input_ids=ids).logits)
+    assert torch.equal(model.logits(model(ids), 1), base(input_ids=ids, use_cache=False).logits)
     with pytest.raises(ConfigError, match=r"set data\.train\.packing = false"):
         model.check_packing()
     with pytest.raises(ConfigError, match=r"set data\.train\.packing = false"):

@@ -244,14 +244,14 @@ def test_a_model_for_a_trainer_is_frozen_and_has_head_1_alone(base):
 
 
 def test_a_reference_that_lets_documents_see_each_other(base, tmp_path):
-    """Packed rows need a model that keeps documents apart: Mamba's state goes on from one to the next."""
-    from transformers import MambaConfig, MambaForCausalLM
+    """Packed rows need a model that keeps documents apart: Bloom counts its positions along the row."""
+    from transformers import BloomConfig, BloomForCausalLM
 
     torch.manual_seed(0)
     folder = tmp_path / "ref"
     shutil.copytree(base, folder)
     (folder / "model.safetensors").unlink()
-    MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(folder)
+    BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(folder)
     for packing in (True, False):
         config = config_of(base, HfModel(uri=str(folder)), packing=packing)
         load = load_extra_model(config, Place.of(config), torch.device("cpu"))

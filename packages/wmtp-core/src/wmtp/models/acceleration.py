@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from wmtp.models.documents import within_reading
 from wmtp.models.layers import repeated_layers
 
 if TYPE_CHECKING:
@@ -88,12 +89,13 @@ def _uncached(compiled: Callable[..., Any], plain: Callable[..., Any], *args: An
 
 
 def _full(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(partial(type(self).forward, self), *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    forward = within_reading(partial(type(self).forward, self))
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _selective(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(
-        partial(type(self).forward, self),
+        within_reading(partial(type(self).forward, self)),
         *args,
         use_reentrant=False,
         preserve_rng_state=False,

@@ -13,6 +13,7 @@ from wmtp.config.schema import HeadsConfig
 from wmtp.errors import WMTPError
 from wmtp.models.anatomy import Anatomy
 from wmtp.models.mtp import MTPModel
+from wmtp.models.packing import Packing
 
 __all__ = ["Blueprint"]
 
@@ -31,7 +32,7 @@ class Blueprint:
         parts: the path in the base of each part of its anatomy.
         tail: the paths of what follows the last layer.
         logits: how logits are scaled and capped.
-        packing_problem: why rows may not hold several documents.
+        packing: how rows hold several documents.
         block_attention: whether it attends by `wmtp.models.attention`; the config says so too.
         heads: which heads it has.
     """
@@ -42,7 +43,7 @@ class Blueprint:
     parts: Mapping[str, str]
     tail: tuple[str, ...]
     logits: Mapping[str, Any]
-    packing_problem: str | None
+    packing: Packing
     block_attention: bool
     heads: HeadsConfig
 
@@ -58,7 +59,7 @@ class Blueprint:
             parts={part: paths[id(getattr(anatomy, part))] for part in _PARTS},
             tail=tuple(paths[id(module)] for module in anatomy.tail),
             logits={name: getattr(anatomy, name) for name in _LOGITS},
-            packing_problem=model.packing_problem,
+            packing=model.packing,
             block_attention=model.block_attention,
             heads=model.heads,
         )
@@ -85,6 +86,6 @@ class Blueprint:
                 f"{self.model_class.__name__} cannot be divided among processes: it keeps tensors outside its parameters and "
                 f"buffers ({', '.join(hidden)}); set launcher.processes = 1"
             )
-        model = MTPModel(base, self.heads, seed=0, known=(anatomy, self.packing_problem))
+        model = MTPModel(base, self.heads, seed=0, known=(anatomy, self.packing))
         model.block_attention = self.block_attention
         return model

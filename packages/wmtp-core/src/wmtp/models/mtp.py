@@ -18,9 +18,10 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, seeded
 from wmtp.models.attention import causal_mask, document_mask, use_block_attention
 from wmtp.models.config_fields import max_positions
+from wmtp.models.documents import reading
 from wmtp.models.ends import end_ids
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
-from wmtp.models.packing import packing_problem
+from wmtp.models.packing import Packing, find_packing
 from wmtp.models.saving import write_base
 from wmtp.models.untouched import Untouched
 
@@ -59,7 +60,7 @@ class MTPModel(nn.Module):
             give no gradient to any parameter of the base: it learns exactly as it does with head 1 alone.
         head_state: the tensors of `extra_heads`, from a file; None makes new heads as ``heads.init`` says.
         seed: of new heads; the global random state stays as it is.
-        known: what there is to find out about ``base`` (its anatomy, and why rows may not hold several documents), where it
+        known: what there is to find out about ``base`` (its anatomy, and how rows hold several documents), where it
             is on the meta device and cannot be tried out. See `wmtp.models.blueprint`.
 
     Raises:
@@ -74,11 +75,11 @@ class MTPModel(nn.Module):
         *,
         head_state: Mapping[str, Tensor] | None = None,
         seed: int,
-        known: tuple[Anatomy, str | None] | None = None,
+        known: tuple[Anatomy, Packing] | None = None,
     ) -> None:
         super().__init__()
         self.anatomy: Anatomy = dissect(base) if known is None else known[0]
-        self.packing_problem = packing_problem(self.anatomy) if known is None else known[1]
+        self.packing: Packing = find_packing(self.anatomy) if known is None else known[1]
         self.base = base
         self.block_attention = False
         self.heads = heads
@@ -86,6 +87,8 @@ class MTPModel(nn.Module):
         maker = Maker(base=base, anatomy=self.anatomy, init=heads.init)
         with seeded(seed):
             self.extra_heads = self.kind.build(maker, heads.horizon - 1)
+        kinds = {type(layer) for layer in self.anatomy.layers}
+        self.packing.prepare([*self.anatomy.layers, *(part for part in self.extra_heads.modules() if type(part) in kinds)])
         if head_state is not None:
             _load_heads(self.extra_heads, head_state)
         self.source: Path | None = None  #: the file or folder that it was opened from
@@ -120,8 +123,8 @@ class MTPModel(nn.Module):
         Raises:
             ConfigError: this architecture's attention or positions would cross from one document into the next.
         """
-        if self.packing_problem is not None:
-            raise ConfigError(f"data.train.packing: {self.packing_problem}; set data.train.packing = false")
+        if self.packing.problem is not None:
+            raise ConfigError(f"data.train.packing: {self.packing.problem}; set data.train.packing = false")
 
     def use_block_attention(self) -> bool:
         """Attend by `wmtp.models.attention` from now on, where this architecture can; whether it does."""
@@ -143,14 +146,21 @@ class MTPModel(nn.Module):
             ConfigError: ``packed``, and the architecture cannot keep documents apart.
             ValueError: ``packed``, and there are no positions.
         """
+        if not packed:
+            return self._run(input_ids, None)
+        self.check_packing()
+        if position_ids is None:
+            raise ValueError("position_ids: packed rows need them, counted from 0 in each document; give them")
+        with reading(self.packing.documents(position_ids)):
+            return self._run(input_ids, position_ids)
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor | None) -> MTPOutput:
+        """Run trunk and heads; ``position_ids`` only of packed rows."""
         arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-        if packed:
-            self.check_packing()
-            if position_ids is None:
-                raise ValueError("position_ids: packed rows need them, counted from 0 in each document; give them")
-            arguments["position_ids"] = position_ids
+        if position_ids is not None:
+            arguments |= self.packing.arguments(self.anatomy, position_ids)
         if self.block_attention:
-            mask = causal_mask(input_ids.device) if position_ids is None or not packed else document_mask(position_ids)
+            mask = causal_mask(input_ids.device) if position_ids is None else document_mask(position_ids)
             arguments["attention_mask"] = mask
         with record_call(self.anatomy.layers[-1]) as calls:
             first = self.anatomy.decoder(**arguments).last_hidden_state

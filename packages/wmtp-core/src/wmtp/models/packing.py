@@ -1,45 +1,192 @@
-"""Whether an architecture keeps the documents of a packed row apart, found by trying."""
+"""How an architecture keeps the documents of a packed row apart, found by trying."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from torch import Tensor
+from attrs import frozen
+from torch import Tensor, nn
 
-from wmtp.models.anatomy import Anatomy, evaluating
+from wmtp.models.anatomy import Anatomy, LayerCall, evaluating
+from wmtp.models.documents import DocumentRows, by_document, reading, undo_by_document
+from wmtp.models.masks import attention_masks
+from wmtp.models.trial import small_windows
 
-__all__ = ["packing_problem"]
+__all__ = ["Packing", "find_packing"]
+
+#: tokens of the trial's two documents
+_FIRST, _SECOND = 3, 5
 
 
-def packing_problem(anatomy: Anatomy) -> str | None:
-    """What goes wrong when two documents share a row, told apart by positions that begin again at 0; None if nothing does.
+@frozen(kw_only=True)
+class Packing:
+    """How rows of several documents are run.
+
+    Args:
+        problem: why they cannot be; None where they can.
+        masks: whether attention is given its mask. An architecture that makes its own of positions is given none.
+        mixers: parts of a decoder layer that keep a state, by their name in the layer and their class; they run over each
+            document by itself.
+    """
+
+    problem: str | None = None
+    masks: bool = False
+    mixers: tuple[tuple[str, str], ...] = ()
+
+    def arguments(self, anatomy: Anatomy, position_ids: Tensor) -> dict[str, Any]:
+        """Return what the decoder is given besides token ids.
+
+        Args:
+            anatomy: of the model.
+            position_ids: ``[B, S]``, counted from 0 in each document.
+        """
+        if not self.masks:
+            return {"position_ids": position_ids}
+        document = (position_ids == 0).cumsum(dim=1)
+        same = document[:, :, None] == document[:, None, :]
+        masks = attention_masks(anatomy.decoder.config, position_ids, position_ids, same, anatomy.output.weight.dtype)
+        return {"position_ids": position_ids, "attention_mask": masks}
+
+    def documents(self, position_ids: Tensor) -> DocumentRows | None:
+        """Return the documents that layers with a state go by; None where no layer has one."""
+        return DocumentRows.of(position_ids) if self.mixers else None
+
+    def prepare(self, layers: Iterable[nn.Module]) -> None:
+        """Have the parts of decoder layers that keep a state go by documents, whenever they are given any."""
+        for module in self.find_mixers(layers):
+            by_document(module)
+
+    def find_mixers(self, layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
+        """Return the parts of decoder layers that keep a state."""
+        for layer in layers:
+            parts = dict(layer.named_modules())
+            for name, kind in self.mixers:
+                if name in parts and type(parts[name]).__name__ == kind:
+                    yield parts[name]
+
+
+def find_packing(anatomy: Anatomy) -> Packing:
+    """Find how two documents can share a row, told apart by positions that begin again at 0.
 
     Tried on a row of a few tokens: another first document must leave the second one's hidden states as they are, and the
-    second one must come out as it does alone.
+    second one must come out as it does alone. First with positions alone, then with masks for attention; parts of layers that
+    leak even so are run over each document by itself.
     """
-    decoder = anatomy.decoder
-    name = type(decoder).__name__
-    weight = next(decoder.parameters())
-    vocab_size = anatomy.embedding.num_embeddings
+    with evaluating(anatomy.decoder), small_windows(anatomy.decoder):
+        first: Packing | None = None
+        for masks in (False, True):
+            found = _try(anatomy, Packing(masks=masks))
+            if found.problem is None:
+                return found
+            first = first or found
+        for masks in (False, True):
+            mixers = _leaking_parts(anatomy, Packing(masks=masks))
+            if not mixers:
+                continue
+            with _prepared(anatomy, Packing(masks=masks, mixers=mixers)) as packing:
+                found = _try(anatomy, packing)
+            if found.problem is None:
+                return found
+    assert first is not None
+    return first
 
-    def ids(start: int, count: int) -> Tensor:
-        return (torch.arange(start, start + count, device=weight.device) * 7919).remainder(vocab_size).unsqueeze(0)
 
-    def run(tokens: Tensor, positions: Tensor) -> Tensor:
-        return decoder(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state[:, -5:].float()
+@contextmanager
+def _prepared(anatomy: Anatomy, packing: Packing) -> Iterator[Packing]:
+    packing.prepare(anatomy.layers)
+    try:
+        yield packing
+    finally:
+        for module in packing.find_mixers(anatomy.layers):
+            undo_by_document(module)
 
-    document, positions = ids(1, 5), torch.arange(5, device=weight.device).unsqueeze(0)
-    packed_positions = torch.cat([positions[:, :3], positions], dim=1)
-    with evaluating(decoder):
-        try:
-            one = run(torch.cat([ids(11, 3), document], dim=1), packed_positions)
-            other = run(torch.cat([ids(23, 3), document], dim=1), packed_positions)
-            alone = run(document, positions)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            return f"{name} takes no position_ids that begin again inside a row ({type(error).__name__}: {error})"
+
+def _ids(anatomy: Anatomy, start: int, count: int) -> Tensor:
+    places = torch.arange(start, start + count, device=anatomy.output.weight.device)
+    return (places * 7919).remainder(anatomy.embedding.num_embeddings).unsqueeze(0)
+
+
+def _positions(anatomy: Anatomy) -> Tensor:
+    return torch.cat([torch.arange(_FIRST), torch.arange(_SECOND)]).to(anatomy.output.weight.device).unsqueeze(0)
+
+
+def _run(anatomy: Anatomy, packing: Packing, ids: Tensor, positions: Tensor) -> Tensor:
+    with reading(packing.documents(positions)):
+        arguments = packing.arguments(anatomy, positions)
+        return anatomy.decoder(input_ids=ids, use_cache=False, **arguments).last_hidden_state[:, -_SECOND:].float()
+
+
+def _try(anatomy: Anatomy, packing: Packing) -> Packing:
+    """Return ``packing`` where it works, else with the problem."""
+    name = type(anatomy.decoder).__name__
+    document, positions = _ids(anatomy, 1, _SECOND), _positions(anatomy)
+    try:
+        one = _run(anatomy, packing, torch.cat([_ids(anatomy, 11, _FIRST), document], dim=1), positions)
+        other = _run(anatomy, packing, torch.cat([_ids(anatomy, 23, _FIRST), document], dim=1), positions)
+        alone = _run(anatomy, Packing(), document, positions[:, -_SECOND:])
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        return Packing(problem=f"{name} takes no position_ids that begin again inside a row ({reason})")
     size = alone.abs().max()
     # a leak may be small; masked places, on the other hand, add exactly nothing
     if (one - other).abs().max() > 1e-6 * size:
-        return f"in {name} a document sees the one before it in the same row"
-    if (one - alone).abs().max() > (1e-3 if weight.dtype == torch.float32 else 0.1) * size:
-        return f"{name} does not start its positions again with each document of a row"
-    return None
+        return Packing(problem=f"in {name} a document sees the one before it in the same row")
+    if (one - alone).abs().max() > (1e-3 if anatomy.output.weight.dtype == torch.float32 else 0.1) * size:
+        return Packing(problem=f"{name} does not start its positions again with each document of a row")
+    return packing
+
+
+def _leaking_parts(anatomy: Anatomy, packing: Packing) -> tuple[tuple[str, str], ...]:
+    """Find the outermost parts of decoder layers in which a document changes the one after it."""
+    ids = torch.cat([_ids(anatomy, 11, _FIRST), _ids(anatomy, 1, _SECOND)], dim=1)
+    calls: dict[nn.Module, LayerCall] = {}
+    handles = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[module] = LayerCall(args=args, kwargs=kwargs)
+
+    parts = [(name, module) for layer in anatomy.layers for name, module in layer.named_modules() if name]
+    try:
+        handles += [module.register_forward_pre_hook(keep, with_kwargs=True) for _, module in parts]
+        _run(anatomy, packing, ids, _positions(anatomy))
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
+        return ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[tuple[str, str], None] = {}
+    leaking: list[nn.Module] = []
+    for name, module in parts:
+        if module in calls and not any(module in outer.modules() for outer in leaking) and _leaks(module, calls[module]):
+            leaking.append(module)
+            found[name, type(module).__name__] = None
+    return tuple(found)
+
+
+def _leaks(module: nn.Module, call: LayerCall) -> bool:
+    """Call ``module`` again with another first document."""
+    length = _FIRST + _SECOND
+
+    def changed(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 3 or value.shape[:2] != (1, length):
+            return value
+        return torch.cat([value[:, :_FIRST].flip(1) * 1.5 + 0.1, value[:, _FIRST:]], dim=1)
+
+    args = tuple(map(changed, call.args))
+    kwargs = {name: changed(value) for name, value in call.kwargs.items()}
+    try:
+        before, after = (_first_output(module(*a, **k)) for a, k in ((call.args, call.kwargs), (args, kwargs)))
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
+        return False
+    if before is None or after is None or before.ndim != 3 or before.shape[1] != length:
+        return False
+    before, after = before[:, _FIRST:].float(), after[:, _FIRST:].float()
+    return bool((after - before).abs().max() > 1e-6 * before.abs().max())
+
+
+def _first_output(output: Any) -> Tensor | None:
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first if isinstance(first, Tensor) else None

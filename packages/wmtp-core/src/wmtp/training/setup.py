@@ -229,8 +229,8 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> 
             model = build_model(loaded, HeadsConfig(horizon=1), config.run.seed)
         except ConfigError as error:  # it says so of the model that is trained
             raise ConfigError([problem.replace("models.base:", f"models.{name}:", 1) for problem in error.problems]) from error
-        if config.data.train.packing and model.packing_problem is not None:
-            raise ConfigError(f"data.train.packing: [models.{name}]: {model.packing_problem}; set data.train.packing = false")
+        if config.data.train.packing and model.packing.problem is not None:
+            raise ConfigError(f"data.train.packing: [models.{name}]: {model.packing.problem}; set data.train.packing = false")
         model = model.to(device).eval().requires_grad_(False)
         if device == trained_on:
             accelerate(model, config.devices, learns=False)

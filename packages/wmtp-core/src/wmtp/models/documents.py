@@ -1,0 +1,138 @@
+"""Layers that keep a state run over each document of a packed row by itself.
+
+A linear attention, a state space or a convolution hands on a state from token to token, whatever mask or positions it
+gets. So its module is called with the documents as rows of their own, all those of about one length at once, and what it
+gives is put back where the documents lie. All else of the layer, and attention, works on the packed row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+__all__ = ["DocumentRows", "by_document", "reading", "undo_by_document", "within_reading"]
+
+
+@frozen(kw_only=True, eq=False)
+class DocumentRows:
+    """Where the documents of packed rows lie.
+
+    Args:
+        groups: of documents of about one length; each ``[n, L]``, the places in the flattened rows of n documents of at most L
+            tokens. A shorter one repeats its last place.
+        order: ``[B·S]``, for each place of the flattened rows, where it is in the flattened groups one after another.
+        shape: B and S.
+    """
+
+    groups: tuple[Tensor, ...]
+    order: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, position_ids: Tensor) -> DocumentRows:
+        """Find the documents by their positions ``[B, S]``, counted from 0 in each. Waits for the device.
+
+        Padding has position 0 all along; it counts as one document.
+        """
+        positions = position_ids.cpu()
+        zero, following = positions == 0, torch.roll(positions, -1, dims=1)
+        alone = torch.roll(zero, 1, dims=1) & (following != 1)  # inside of padding
+        alone[:, 0] = False
+        starts = (zero & ~alone).flatten()
+        starts[:: positions.shape[1]] = True
+        first = starts.nonzero()[:, 0]
+        lengths = torch.diff(first, append=torch.tensor([starts.numel()]))
+        classes = torch.log2(lengths.double()).ceil()  # lengths up to 1, 2, 4, 8 …: at most as many again are computed in vain
+        groups, order, before = [], torch.empty_like(starts, dtype=torch.int64), 0
+        for number in classes.unique():
+            begin, length = first[classes == number], lengths[classes == number]
+            longest = int(length.max())
+            offset = torch.arange(longest)
+            places = begin[:, None] + torch.minimum(offset, length[:, None] - 1)
+            used = offset < length[:, None]
+            order[places[used]] = before + used.flatten().nonzero()[:, 0]
+            groups.append(places.to(position_ids.device))
+            before += places.numel()
+        rows, width = positions.shape
+        return cls(groups=tuple(groups), order=order.to(position_ids.device), shape=(rows, width))
+
+    def split(self, value: Any, group: Tensor) -> Any:
+        """Give an argument of a module the documents of a group as rows.
+
+        Raises:
+            ValueError: it is a tensor that cannot be: a mask of tokens by tokens.
+        """
+        rows, width = self.shape
+        if isinstance(value, tuple | list):
+            return type(value)(self.split(item, group) for item in value)
+        if not isinstance(value, Tensor) or value.ndim < 2:
+            return value
+        if value.shape[0] in (1, rows) and value.shape[1] == width:
+            return value.expand(rows, *value.shape[1:]).flatten(0, 1)[group]
+        if width in value.shape[1:]:
+            raise ValueError(f"an argument of shape {list(value.shape)} cannot be divided by documents")
+        return value
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Put what was computed for the groups back: ``[n, L, …]`` each to ``[B, S, …]``."""
+        return torch.cat([part.flatten(0, 1) for part in parts])[self.order].unflatten(0, self.shape)
+
+
+_reading: DocumentRows | None = None
+
+
+@contextmanager
+def reading(rows: DocumentRows | None) -> Iterator[None]:
+    """Inside, modules that `by_document` changed go by these documents; with None, they go by rows as they are."""
+    global _reading
+    before, _reading = _reading, rows
+    try:
+        yield
+    finally:
+        _reading = before
+
+
+def within_reading(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have ``function`` go by the documents of now whenever it is called: for recomputation in the backward pass."""
+    return function if _reading is None else partial(_read_again, _reading, function)
+
+
+def _read_again(rows: DocumentRows, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with reading(rows):
+        return function(*args, **kwargs)
+
+
+def by_document(module: nn.Module) -> None:
+    """Have ``module`` run over each document by itself inside of `reading`. Its state dict stays."""
+    if not isinstance(module.forward, partial):
+        module.forward = partial(_forward, module.forward)
+
+
+def undo_by_document(module: nn.Module) -> None:
+    """Take back `by_document`."""
+    vars(module).pop("forward", None)
+
+
+def _forward(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _reading is None:
+        return plain(*args, **kwargs)
+    return _forward_by_document(_reading, plain, *args, **kwargs)
+
+
+@torch.compiler.disable()  # as many shapes as there are lengths of documents
+def _forward_by_document(rows: DocumentRows, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    outputs = []
+    with reading(None):  # what is inside has documents as rows already
+        for group in rows.groups:
+            outputs.append(
+                plain(*rows.split(args, group), **{name: rows.split(value, group) for name, value in kwargs.items()})
+            )
+    if isinstance(outputs[0], Tensor):
+        return rows.join(outputs)
+    return (rows.join([output[0] for output in outputs]), *(None for _ in outputs[0][1:]))

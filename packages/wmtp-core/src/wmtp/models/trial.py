@@ -1,0 +1,40 @@
+"""Trials on a few tokens that see what an architecture does only with many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+__all__ = ["small_windows"]
+
+#: how far a layer looks back, or how many tokens it chooses, by the names that architectures give it
+_NAMES = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size", "window_size", "attention_window_size")
+_SMALL = 3
+
+
+@contextmanager
+def small_windows(model: nn.Module) -> Iterator[None]:
+    """Have windows, chunks and choices of tokens be 3 tokens long inside, so that a trial of some more goes beyond them."""
+    changed: list[tuple[dict[str, Any], str, int]] = []
+    holders = {id(fields): fields for module in model.modules() for fields in _fields(module)}
+    for fields in holders.values():
+        for name in _NAMES:
+            value = fields.get(name)
+            if isinstance(value, int) and not isinstance(value, bool) and value > _SMALL:
+                changed.append((fields, name, value))
+                fields[name] = _SMALL
+    try:
+        yield
+    finally:
+        for fields, name, value in changed:
+            fields[name] = value
+
+
+def _fields(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Give a module's own attributes, and those of the config that it reads later."""
+    yield vars(module)
+    if (config := getattr(module, "config", None)) is not None:
+        yield vars(config)
