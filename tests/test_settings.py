@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 
 import attrs
@@ -191,6 +192,41 @@ def test_a_key_that_is_read_acts(trained, measured, tmp_path, key):
         data.write_text(content)
         torch.set_num_threads(threads)
     assert outcomes[0] != outcomes[1]
+
+
+#: a key that is read, what leaves it without effect, and the reason
+IDLE = [
+    ('data.train.sources=["code"]', "[data.eval]\nsources = ['code']", "without data.eval.holdout"),
+    ("data.train.batch_size=2", "[data.eval]\nsources = ['code']\nbatch_size = 1", "data.eval.batch_size says how many rows"),
+    ("data.train.micro_batch_size=2", "[data.eval]\nsources = ['code']\nbatch_size = 1", "data.eval.batch_size says how many"),
+    ("run.output_dir=x", "[data]\ncache_dir = 'tokens'\n[data.eval]\nsources = ['code']", "data.cache_dir says where"),
+    ("run.output_dir=x", "", "without [data.eval]"),
+    ("data.cache_dir=x", "", "without [data.eval]"),
+    ("data.train.max_length=16", "", "without [data.eval]"),
+    ("datasets.code.uri=x", "", "without [data.eval]"),
+]
+
+
+@pytest.mark.parametrize(("given", "tables", "reason"), IDLE)
+def test_a_key_that_others_leave_without_effect_is_refused(trained, measured, tmp_path, given, tables, reason):
+    place = tmp_path / "place.toml"
+    place.write_text(f"[[eval]]\ntype = 'speculative'\n[datasets.code]\ntype='jsonl'\nuri='{data_of(trained)}'\n{tables}\n")
+    with pytest.raises(ConfigError, match="wmtp eval does not read this key") as refused:
+        command.evaluate_model(str(trained / "model"), [str(place)], overrides=[given], output=str(tmp_path / "found"))
+    assert reason in str(refused.value)
+    assert given.partition("=")[0] in str(refused.value)
+
+
+def test_the_tokenizer_of_a_run_acts_where_none_of_the_cores_lies_beside_its_model(trained, measured, tmp_path):
+    """A plugin's tokenizer is read from the config, so there it can be changed."""
+    with pytest.raises(ConfigError, match=r"tokenizer.*does not read this key: the run's model has its tokenizer beside it"):
+        command.evaluate_model(str(trained), overrides=[PERPLEXITY, "tokenizer.type=bytes"])
+    run = tmp_path / "other"
+    shutil.copytree(trained, run)
+    saved = run / "model" / "wmtp_tokenizer.json"
+    saved.write_text('{"type": "of-a-plugin"}')
+    command.evaluate_model(str(run), overrides=[PERPLEXITY, "tokenizer.type=bytes"])
+    assert measured["tokenizer"] == 256
 
 
 def test_keys_of_a_file_that_are_not_read_are_named(trained, measured, tmp_path, caplog):

@@ -86,7 +86,7 @@ def evaluate_model(
     loaded = _config(path, run_dir, files, overrides)
     config = loaded.config
     problems = [problem for problem in component_problems(config, loaded.registry) if problem.path[0] == "eval"]
-    problems += unread_problems(loaded, run_dir)
+    problems += unread_problems(loaded, path, run_dir)
     if not config.eval:
         raise ConfigError(
             "nothing to measure: name a TOML file with [[eval]] tables, or write --set 'eval=[{type=\"perplexity\"}]'; "

@@ -10,7 +10,9 @@ from typing import Final
 from wmtp.config.load import Loaded
 from wmtp.config.overrides import Override
 from wmtp.config.problems import KeyPath, Problem, dotted
+from wmtp.config.schema import Config
 from wmtp.config.toml_file import FileSource
+from wmtp.models.opening import takes_named_tokenizer
 from wmtp.runs.directory import CONFIG_FILE
 
 __all__ = ["READ", "unread_problems"]
@@ -46,26 +48,48 @@ READ: Final[frozenset[str]] = frozenset(
 )
 
 
-def unread_problems(loaded: Loaded, run_dir: Path | None) -> Iterator[Problem]:
+def unread_problems(loaded: Loaded, path: Path, run_dir: Path | None) -> Iterator[Problem]:
     """Refuse what ``--set`` gives in vain, and log what files say besides.
 
     Args:
         loaded: the config of the measurement.
-        run_dir: of a run, whose model has a tokenizer of its own; None for a model that stands alone.
+        path: of the model.
+        run_dir: of its run; None for a model that stands alone.
     """
-    read = READ - {"tokenizer"} if run_dir is not None else READ
+    idle = _idle_keys(loaded.config)
+    if not takes_named_tokenizer(path, run_dir):
+        idle["tokenizer"] = ": the run's model has its tokenizer beside it"
     of_run = None if run_dir is None else str(run_dir / CONFIG_FILE)
     said: list[str] = []
-    for path in _leaves(loaded.document.data, ()):
-        if any(dotted(path[:length]) in read for length in range(1, len(path) + 1)):
+    for place in _leaves(loaded.document.data, ()):
+        names = [dotted(place[:length]) for length in range(1, len(place) + 1)]
+        reason = next((idle[name] for name in names if name in idle), "")
+        if not reason and any(name in READ for name in names):
             continue
-        source = loaded.document.source(path)
+        source = loaded.document.source(place)
         if isinstance(source, Override):
-            yield Problem(path, "wmtp eval does not read this key; remove it")
+            yield Problem(place, f"wmtp eval does not read this key{reason}; remove it")
         elif isinstance(source, FileSource) and source.name != of_run:
-            said.append(dotted(path))
+            said.append(dotted(place))
     if said:
         logger.info("not read by wmtp eval: %s", ", ".join(said))
+
+
+def _idle_keys(config: Config) -> dict[str, str]:
+    """List keys of `READ` that other keys leave without effect, each with the reason."""
+    idle: dict[str, str] = {}
+    measured = config.data.eval
+    if measured is None:
+        keys = {key for key in READ if key.startswith(("data.train.", "data.cache_dir", "datasets", "run.output_dir"))}
+        return dict.fromkeys(keys, " without [data.eval]")
+    if measured.holdout is None:
+        idle["data.train.sources"] = " without data.eval.holdout"
+    if measured.batch_size is not None:
+        keys = ("data.train.batch_size", "data.train.micro_batch_size")
+        idle |= dict.fromkeys(keys, ": data.eval.batch_size says how many rows are measured at once")
+    if config.data.cache_dir is not None:
+        idle["run.output_dir"] = ": data.cache_dir says where tokens are kept"
+    return idle
 
 
 def _leaves(value: object, path: KeyPath) -> Iterator[KeyPath]:

@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["OpenedModel", "find_model", "find_tokenizer", "load_model", "load_weights", "open_model", "saved_precision"]
+__all__ = [
+    "OpenedModel",
+    "find_model",
+    "find_tokenizer",
+    "load_model",
+    "load_weights",
+    "open_model",
+    "saved_precision",
+    "takes_named_tokenizer",
+]
 
 
 @frozen(kw_only=True, eq=False)
@@ -175,11 +184,9 @@ def find_tokenizer(path: Path, run_dir: Path | None, config: Config | None = Non
     """
     from wmtp.config.load import load
     from wmtp.tokenizers.load import load_tokenizer
-    from wmtp.tokenizers.saved import read_saved
 
-    saved = read_saved(path) if path.is_dir() else None
     named = run_dir is None and config is not None and config.tokenizer is not None
-    if not named and saved is not None and saved["type"] in ("bytes", "hf-transformers", "hf-sentencepiece"):
+    if not named and _has_own_tokenizer(path):
         return load_tokenizer(path)
     if config is None and run_dir is not None:
         config = load(run_dir / CONFIG_FILE).config
@@ -190,3 +197,15 @@ def find_tokenizer(path: Path, run_dir: Path | None, config: Config | None = Non
         )
         return config.tokenizer.build(own)
     return load_tokenizer(path)
+
+
+def takes_named_tokenizer(path: Path, run_dir: Path | None) -> bool:
+    """Tell whether ``[tokenizer]`` acts: for a model that stands alone, or without a tokenizer of the core's beside it."""
+    return run_dir is None or not _has_own_tokenizer(path)
+
+
+def _has_own_tokenizer(path: Path) -> bool:
+    from wmtp.tokenizers.saved import read_saved
+
+    saved = read_saved(path) if path.is_dir() else None
+    return saved is not None and saved["type"] in ("bytes", "hf-transformers", "hf-sentencepiece")
