@@ -13,6 +13,7 @@ from wmtp.errors import ConfigError
 from wmtp.plugins import Provided, Registry, load_plugins
 from wmtp.plugins.components import component
 from wmtp.plugins.contract import TrainerConfig
+from wmtp.tokenizers.config import OwnTokenizer
 
 
 class Colour(enum.Enum):
@@ -161,9 +162,8 @@ def test_whole_numbers_become_numbers_and_nothing_else_changes():
 
 def test_a_table_without_type_is_what_the_default_is():
     assert loaded({"optimizer": {"lr": 0.5}}).optimizer.type == "adamw"
-    assert problems({"tokenizer": {}}) == (
-        "tokenizer.type: required, and missing: which tokenizer it is; one of: bytes, hf-sentencepiece, hf-transformers",
-    )
+    assert loaded({"tokenizer": {"eos_token": "<end>"}}).tokenizer == OwnTokenizer(eos_token="<end>")
+    assert loaded({}).tokenizer is None
 
 
 def test_a_config_from_python_is_checked_as_strictly():

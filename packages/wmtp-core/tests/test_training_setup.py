@@ -17,7 +17,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.evaluation.config import InferenceSpeed, Speculative
 from wmtp.models.config import HfModel, ScratchModel
 from wmtp.plugins.contract import TokenizerConfig, TrainerConfig
-from wmtp.tokenizers.config import Bytes, HfTransformers
+from wmtp.tokenizers.config import Bytes, HfTransformers, OwnTokenizer
 from wmtp.trainers import Trainer
 from wmtp.training.dry_run import dry_run
 from wmtp.training.setup import load_extra_model, open_source
@@ -169,9 +169,40 @@ def test_what_cannot_be_measured_after_the_training_is_said_before_it(base):
     open_source(attrs.evolve(config, models=config.models | {"base": heads}, eval=(Speculative(max_new_tokens=63),)))
 
 
-def test_a_model_with_too_few_rows_for_its_own_tokenizer(base, tmp_path):
+def test_ids_beyond_the_rows_are_refused_if_a_document_has_one(base, tmp_path):
+    (tmp_path / "code/a.txt").write_text("def return x y")
     small = save_model(tmp_path / "ref", vocab_size=5)
-    assert "models.ref: the model has a vocabulary of 5, the tokenizer one of 8" in refused(base, small)
+    for config in (config_of(base, HfModel(uri=str(small))), config_of(small, HfModel(uri=str(base)))):
+        dry_run(config)  # as Gemma 3, whose tokenizer has one id more than the model has rows
+    (tmp_path / "code/b.txt").write_text("def x = 1")
+    for config, name in (
+        (config_of(base, HfModel(uri=str(small))), r"\[models\.ref\]"),
+        (config_of(small, HfModel(uri=str(base))), "the model"),
+    ):
+        with pytest.raises(ConfigError, match=rf"datasets\.code: b\.txt has token 6 \('='\), and {name} has a vocabulary of 5"):
+            dry_run(config)
+
+
+def test_an_end_beyond_the_rows_is_refused(base, tmp_path):
+    small = save_model(tmp_path / "ref", vocab_size=5, eos_token="1")
+    with pytest.raises(ConfigError, match=r"models\.base: .* ends a text with token 7 \('1'\), which would be outside"):
+        open_source(config_of(small, HfModel(uri=str(small))))
+
+
+def test_a_models_own_tokenizer_may_have_far_fewer_ids_than_it_has_rows(tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a.txt").write_text("def x")
+    base = save_model(tmp_path / "base", vocab_size=2000)  # gpt-oss has 1,069 rows more
+    open_source(config_of(base, HfModel(uri=str(base))))
+    copied = save_model(tmp_path / "copied")
+    other = config_of(base, HfModel(uri=str(base)), tokenizer=HfTransformers(uri=str(copied)))
+    with pytest.raises(ConfigError, match="only 8: it is not this model's tokenizer"):
+        open_source(other)
+
+
+def test_one_key_changes_just_that_of_the_models_own_tokenizer(base):
+    config = config_of(base, HfModel(uri=str(base)), tokenizer=OwnTokenizer(eos_token="1"))
+    assert open_source(config).tokenizer.eos_id == 7
 
 
 def test_too_few_positions(base, tmp_path):

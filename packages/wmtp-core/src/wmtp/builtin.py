@@ -11,7 +11,7 @@ from wmtp.models.config import HfModel, MetaMtpModel, ScratchModel
 from wmtp.optim.config import AdamW, Muon
 from wmtp.plugins.hookspecs import hookimpl
 from wmtp.storage.config import FileStorage, HubStorage, PackageStorage
-from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers
+from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers, OwnTokenizer
 from wmtp.tracking.config import JsonlTracker, MLflowTracker, SeveralTrackers, TensorBoardTracker, WandbTracker
 
 __all__ = [
@@ -35,7 +35,7 @@ def wmtp_model_loaders() -> list[type[Any]]:
 @hookimpl
 def wmtp_tokenizers() -> list[type[Any]]:
     """Hugging Face tokenizers, SentencePiece files, and plain bytes."""
-    return [HfTransformers, HfSentencePiece, Bytes]
+    return [HfTransformers, HfSentencePiece, Bytes, OwnTokenizer]
 
 
 @hookimpl

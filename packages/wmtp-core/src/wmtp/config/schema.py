@@ -372,7 +372,7 @@ class Config:
 
     run: RunConfig = Factory(RunConfig)
     models: Mapping[str, ModelConfig] = field(validator=min_len(1))
-    tokenizer: TokenizerConfig | None = component("tokenizers", default=None)
+    tokenizer: TokenizerConfig | None = component("tokenizers", default=None, default_type="own")
     datasets: Mapping[str, DataLoaderConfig] = component("data_loaders", validator=min_len(1))
     data: DataConfig = Factory(DataConfig)
     trainer: TrainerConfig = component("trainers")

@@ -16,6 +16,8 @@ from wmtp.data.store import TokenStore
 
 __all__ = ["DatasetCounts", "TokenDataset", "TokenizedDocument"]
 
+_LOOKED_AT = 2**24  # tokens in memory at once
+
 
 @frozen(kw_only=True)
 class DatasetCounts:
@@ -247,3 +249,15 @@ class TokenDataset:
         other = copy.copy(self)
         other._pieces = self._pieces.take(chosen)
         return other
+
+    def first_from(self, token_id: int) -> tuple[Document, int] | None:
+        """Find the first document with a token id of at least ``token_id``, and that id; None where there is none."""
+        for number, (store, name) in enumerate(zip(self._stores, self.names, strict=True)):
+            for begin in range(0, len(store.tokens), _LOOKED_AT):
+                part = store.tokens[begin : begin + _LOOKED_AT]
+                if len(part) and int(part.max()) >= token_id:
+                    place = begin + int((part >= token_id).argmax())
+                    within = int(np.searchsorted(store.starts, place, side="right")) - 1
+                    index = int(self._first_index[number]) + within
+                    return store.document(within, index, 0, name), int(store.tokens[place])
+        return None

@@ -145,13 +145,16 @@ def _batches(config: Config, opened: OpenedModel) -> Sequence[Any]:
     from wmtp.config.data_rules import eval_sources, train_sources
     from wmtp.data.batches import eval_batches
     from wmtp.data.prepare import prepare_eval_data
+    from wmtp.models.vocabulary import check_ids
 
     if config.data.eval is None:
         return ()
     place = Place.of(config)
     names = train_sources(config) if config.data.eval.holdout is not None else eval_sources(config)
     paths = {name: place.path(config.datasets[name], f"datasets.{name}") for name in names if name in config.datasets}
-    return eval_batches(prepare_eval_data(config, opened.tokenizer, paths), config.data)
+    data = prepare_eval_data(config, opened.tokenizer, paths)
+    check_ids({opened.name: opened.model.vocab_size}, opened.tokenizer, (data,))
+    return eval_batches(data, config.data)
 
 
 def _track(config: Config, folder: Path, run_dir: Path | None, numbers: Mapping[str, float]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from wmtp.errors import ConfigError
 
 if TYPE_CHECKING:
+    from wmtp.data.dataset import TokenDataset
     from wmtp.tokenizers.base import Tokenizer
 
-__all__ = ["check_reading", "check_vocabulary", "compare_tokenizers"]
+__all__ = ["check_ids", "check_reading", "check_vocabulary", "compare_tokenizers"]
 
 # models round their vocabulary up, for speed; by more than this none does
 _MOST_PADDING = 1024
@@ -17,27 +19,56 @@ _MOST_PADDING = 1024
 _SAMPLE = 1000
 
 
-def check_vocabulary(model_vocab: int, tokenizer: Tokenizer, *, key: str = "models.base") -> None:
-    """Whether every id of ``tokenizer`` is one of the model's, and not far fewer.
+def check_vocabulary(model_vocab: int, tokenizer: Tokenizer, *, own: bool = True, key: str = "models.base") -> None:
+    """Refuse a tokenizer whose end or begin the model has no row for, or that is another model's.
+
+    Many a model's own tokenizer has ids beyond its rows, which no text contains, or far fewer than rows. See `check_ids`.
 
     Args:
         model_vocab: V, the rows of the unembedding.
         tokenizer: what makes the ids.
+        own: it lies beside the model, so that it is the model's whatever the numbers are.
         key: the config section that a message blames.
 
     Raises:
         ConfigError: the tokenizer is not this model's.
     """
-    if tokenizer.vocab_size > model_vocab:
-        raise ConfigError(
-            f"{key}: the model has a vocabulary of {model_vocab}, the tokenizer one of {tokenizer.vocab_size}: its largest ids "
-            "would be outside the model; use the model's own tokenizer"
-        )
-    if model_vocab - tokenizer.vocab_size > _MOST_PADDING:
+    if not own and model_vocab - tokenizer.vocab_size > _MOST_PADDING:
         raise ConfigError(
             f"{key}: the model has a vocabulary of {model_vocab}, the tokenizer one of only {tokenizer.vocab_size}: it is not "
             "this model's tokenizer"
         )
+    ends = {"ends": tokenizer.eos_id, "begins": tokenizer.bos_id}
+    for what, token_id in ends.items():
+        if token_id is not None and token_id >= model_vocab:
+            raise ConfigError(
+                f"{key}: the model has a vocabulary of {model_vocab}, the tokenizer one of {tokenizer.vocab_size}, and it "
+                f"{what} a text with token {token_id} ({tokenizer.token(token_id)!r}), which would be outside the model; use "
+                "the model's own tokenizer"
+            )
+
+
+def check_ids(rows: Mapping[str, int], tokenizer: Tokenizer, datasets: Iterable[TokenDataset | None]) -> None:
+    """Refuse data with an id that a model has no row for.
+
+    Args:
+        rows: V of each model that reads the data, by what messages call it.
+        tokenizer: what made the ids. The data are looked through only where it can make such a one.
+        datasets: the tokenised data; those that are None are not there.
+
+    Raises:
+        ConfigError: a document has such an id; the message names it.
+    """
+    name = min(rows, key=lambda name: rows[name])
+    if tokenizer.vocab_size <= rows[name]:
+        return
+    for dataset in datasets:
+        if dataset is not None and (found := dataset.first_from(rows[name])) is not None:
+            document, token_id = found
+            raise ConfigError(
+                f"datasets.{document.source}: {document.id} has token {token_id} ({tokenizer.token(token_id)!r}), and {name} "
+                f"has a vocabulary of {rows[name]}; leave that out of the text, or use a tokenizer without it"
+            )
 
 
 def check_reading(own: Tokenizer, chosen: Tokenizer) -> None:

@@ -48,12 +48,13 @@ def component(kind: str, *, default_type: str | None = None, **options: Any) -> 
 
     Args:
         kind: a key of `KINDS`.
-        default_type: the component's name in TOML where a config says nothing; it has its defaults then.
+        default_type: the component's name in TOML where its table does not say. Without a table it has its defaults, unless
+            ``options`` give a ``default``.
         options: of `attrs.field`.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown component kind {kind!r}")
-    if default_type is not None:
+    if default_type is not None and "default" not in options:
         options["factory"] = lambda: _with_defaults(kind, default_type)
     return attrs.field(metadata={COMPONENT_KIND: kind, DEFAULT_TYPE: default_type}, **options)
 

@@ -10,7 +10,29 @@ from wmtp.errors import ConfigError
 from wmtp.plugins.contract import TokenizerConfig
 from wmtp.tokenizers.base import Tokenizer
 
-__all__ = ["Bytes", "HfSentencePiece", "HfTransformers"]
+__all__ = ["Bytes", "HfSentencePiece", "HfTransformers", "OwnTokenizer"]
+
+
+@frozen(kw_only=True)
+class OwnTokenizer(TokenizerConfig):
+    """The tokenizer that lies beside a model, whichever it is, with single keys changed. Needs no ``type``.
+
+    Args:
+        uri: a model's folder or ``.gguf`` file. Default: the base model's.
+        eos_token: the end-of-sequence token, where its files name none or another; must be in the vocabulary.
+    """
+
+    type = "own"
+    uri: str | None = None
+    eos_token: str | None = None
+
+    def build(self, path: Path | None) -> Tokenizer:
+        """Open the tokenizer at ``path``, the local place of ``uri`` or of the base model."""
+        if path is None:
+            raise ConfigError("tokenizer.type: required: a model from scratch brings no tokenizer; write type = 'bytes', say")
+        from wmtp.tokenizers.load import load_tokenizer
+
+        return load_tokenizer(path, eos_token=self.eos_token)
 
 
 @frozen(kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wmtp.errors import WMTPError
+from wmtp.errors import ConfigError, WMTPError
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers
 from wmtp.tokenizers.saved import read_saved
@@ -17,7 +17,7 @@ def load_tokenizer(path: Path, *, eos_token: str | None = None) -> Tokenizer:
 
     Args:
         path: a model folder, a ``.gguf`` file, or a SentencePiece ``.model`` file.
-        eos_token: the end-of-sequence token, where its files name none or another; WMTP's own say which.
+        eos_token: the end-of-sequence token, where its files name none or another.
 
     Raises:
         WMTPError: there is none, or it is damaged, or was made by another plugin's tokenizer.
@@ -29,11 +29,13 @@ def load_tokenizer(path: Path, *, eos_token: str | None = None) -> Tokenizer:
     if saved is not None:
         match saved["type"]:
             case Bytes.type:
+                if eos_token is not None:
+                    raise ConfigError(f"tokenizer.eos_token: has no effect: {path} is read as bytes, which have their own end")
                 return Bytes().build(path)
             case HfTransformers.type:
-                return HfTransformers().build(path)
+                return HfTransformers(eos_token=eos_token).build(path)
             case HfSentencePiece.type:
-                return HfSentencePiece(eos_token=saved.get("eos_token")).build(path)
+                return HfSentencePiece(eos_token=eos_token or saved.get("eos_token")).build(path)
             case other:
                 raise WMTPError(f"{path}: its tokenizer is a '{other}', which only the config that names it can open")
     if path.suffix == ".model" or (path.is_dir() and _only_sentencepiece(path)):

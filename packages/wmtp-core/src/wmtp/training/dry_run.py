@@ -31,6 +31,7 @@ def dry_run(config: Config) -> dict[str, str]:
     from wmtp.data.batches import StepBatches
     from wmtp.data.prepare import prepare_data
     from wmtp.models.build import resolve_heads
+    from wmtp.models.vocabulary import check_ids
 
     device = pick_device(config.devices.device)
     if (remote := remote_checkpoints(config)) is not None:
@@ -40,6 +41,7 @@ def dry_run(config: Config) -> dict[str, str]:
     info = source.model_info
     heads = resolve_heads(config.models["base"].heads, info.heads)
     data = prepare_data(config, source.tokenizer, source.dataset_paths)
+    check_ids(source.rows, source.tokenizer, (data.train, data.eval))
     batches = StepBatches(data.train, config.data.train, seed=config.run.seed)
     total_steps = planned_steps(config, batches)
     check_data(trainer, data.train, name)

@@ -63,6 +63,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     from wmtp.data.batches import StepBatches, eval_batches
     from wmtp.data.prepare import prepare_data
     from wmtp.models.build import resolve_heads
+    from wmtp.models.vocabulary import check_ids
 
     transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
     if config.devices.threads is not None:
@@ -76,6 +77,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     trainer, name = build_trainer(config.trainer)  # what is wrong with it shows before anything is read
     source = ranks.one_by_machine_first(lambda: open_source(config))
     data = ranks.one_by_machine_first(lambda: prepare_data(config, source.tokenizer, source.dataset_paths))
+    ranks.together(lambda: check_ids(source.rows, source.tokenizer, (data.train, data.eval)))
     compare_data(data, ranks)
     total_steps = planned_steps(config, StepBatches(data.train, config.data.train, seed=config.run.seed))
     ranks.together(lambda: check_data(trainer, data.train, name))

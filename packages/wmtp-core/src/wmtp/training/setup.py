@@ -51,6 +51,7 @@ class Source:
         place: resolves URIs.
         model_path: the local path of the base model; None for one from scratch.
         model_info: its metadata.
+        rows: V of each model that reads the run's tokens, by what messages call it.
         tokenizer: checked against the model's vocabulary.
         dataset_paths: the local path of each data set.
     """
@@ -58,6 +59,7 @@ class Source:
     place: Place
     model_path: Path | None
     model_info: ModelInfo
+    rows: Mapping[str, int]
     tokenizer: Tokenizer
     dataset_paths: Mapping[str, Path | None]
 
@@ -83,19 +85,21 @@ def open_source(config: Config) -> Source:
     _check_length(info, config, "the model")
     _check_evaluators(info, config)
     tokenizer = _open_tokenizer(config, place, path)
-    check_vocabulary(info.vocab_size, tokenizer)
+    own = path is not None and (config.tokenizer is None or config.tokenizer.uri in (None, base.loader.uri))
+    check_vocabulary(info.vocab_size, tokenizer, own=own)
+    rows = {"the model": info.vocab_size}
     for name, kind in required_models(config).items():
         if kind.scores_texts:
             _check_reward_model(name, config, place)
         else:
-            _check_extra_model(name, config, place, tokenizer)
+            rows[f"[models.{name}]"] = _check_extra_model(name, config, place, tokenizer)
     if unneeded := config.models.keys() - {"base"} - required_models(config).keys():
         logger.info("models: %s: not used by the trainer '%s'", ", ".join(sorted(unneeded)), config.trainer.type)
     datasets = {}
     for name, dataset in config.datasets.items():
         component, where = read_from(dataset, ("datasets", name))
         datasets[name] = place.path(component, dotted(where))
-    return Source(place=place, model_path=path, model_info=info, tokenizer=tokenizer, dataset_paths=datasets)
+    return Source(place=place, model_path=path, model_info=info, rows=rows, tokenizer=tokenizer, dataset_paths=datasets)
 
 
 def _open_tokenizer(config: Config, place: Place, model_path: Path | None) -> Tokenizer:
@@ -154,8 +158,8 @@ def _check_evaluators(info: ModelInfo, config: Config) -> None:
         raise ConfigError(problems)
 
 
-def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Tokenizer) -> None:
-    """Whether a model that a trainer needs is there, and reads the run's tokens as the base model does."""
+def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Tokenizer) -> int:
+    """Refuse a model that a trainer needs unless it reads the run's tokens as the base model does; return its V."""
     from wmtp.models.vocabulary import check_vocabulary, compare_tokenizers
 
     key = f"models.{name}"
@@ -164,8 +168,9 @@ def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Token
     info = loader.build().info(path)
     if path is not None:
         compare_tokenizers(tokenizer, _own_tokenizer(config, path, key), key=key)
-    check_vocabulary(info.vocab_size, tokenizer, key=key)
+    check_vocabulary(info.vocab_size, tokenizer, own=path is not None, key=key)  # its tokens are those of its own
     _check_length(info, config, f"[{key}]")
+    return info.vocab_size
 
 
 def _check_reward_model(name: str, config: Config, place: Place) -> None:
