@@ -196,3 +196,32 @@ def test_checkpoints_are_not_kept_on_the_hub(run_wmtp, config):
     done = run_wmtp("check", config("tiny/llama"), "--set", "checkpoints.uri=hf://ada/run")
     assert done.returncode == 2
     assert "checkpoints.uri: hf:// keeps no checkpoints" in done.stderr
+
+
+def test_a_run_is_pushed_with_its_card_and_never_by_default(hub, run_wmtp, config, tmp_path):
+    path = config("tiny/llama")
+    assert run_wmtp("run", path, "--run-name", "a", HF_TOKEN=TOKEN).returncode == 0
+    assert not hub.asked("POST")
+    done = run_wmtp("push", tmp_path / "runs/a", "hf://ada/mine", HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    there = hub.files("models/ada/mine")
+    assert there["mtp_heads.safetensors"] == (tmp_path / "runs/a/model/mtp_heads.safetensors").read_bytes()
+    card = there["README.md"].decode()
+    assert "base_model: tiny/llama\n" in card
+    assert "- state of the run: finished" in card
+    assert str(tmp_path / "runs") not in card
+    done = run_wmtp("generate", "ada/mine", "--prompt", "def", "--max-new-tokens", "2", "--speculative")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_pushes_at_its_end_where_it_is_told_to(hub, run_wmtp, config, tmp_path):
+    words = ("run", config("tiny/llama"), "--set", "run.push_to=hf://ada/end")
+    done = run_wmtp(*words, "--run-name", "a")
+    assert done.returncode == 2
+    assert "run.push_to: hf://ada/end: to push there, log in with a token that may write" in done.stderr
+    assert not (tmp_path / "runs/a").exists()
+    done = run_wmtp(*words, "--run-name", "a", HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert "pushed to hf://ada/end" in done.stderr
+    assert {"README.md", "model.safetensors", "mtp_heads.json"} <= hub.files("models/ada/end").keys()
+    assert hub.private["models/ada/end"] is True

@@ -16,18 +16,19 @@ from attrs import evolve
 from wmtp.checkpoints.remote import remote_checkpoints
 from wmtp.config.inputs import hub_names_read, pinned, with_uris
 from wmtp.config.load import ConfigSource, Loaded, load
+from wmtp.config.places import build_backends
 from wmtp.config.rules import check_loaded
 from wmtp.config.schema import Config
 from wmtp.config.tree import dump_config
 from wmtp.distributed.environment import Nodes, Worker
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, WMTPError
 from wmtp.evaluation.consent import allow_code_execution as permit_code_execution
 from wmtp.evaluation.consent import code_execution_allowed, require_consent
 from wmtp.launchers.local import Local
 from wmtp.runs import directory as run_dirs
 from wmtp.runs.fixed import fixed
 from wmtp.runs.result import Result
-from wmtp.storage.uris import file_path
+from wmtp.storage.uris import backend_for, file_path
 
 __all__ = ["load_checked", "run"]
 
@@ -101,6 +102,7 @@ def _run(loaded: Loaded, resume: str | os.PathLike[str] | None, *, dry_run: bool
     checked = loaded.config
     require_consent(checked.eval, code_execution_allowed())
     if dry_run:
+        _check_push(checked)
         from wmtp.training.dry_run import dry_run as try_out
 
         if isinstance(launcher := checked.launcher.build(), Local):
@@ -115,6 +117,7 @@ def _run(loaded: Loaded, resume: str | os.PathLike[str] | None, *, dry_run: bool
             return _unless_ctrl_c(launcher.follow(checked, nodes))
     with _prepared(loaded, resume) as (directory, is_resumed):
         result = _recorded(directory, lambda: launcher.launch(checked, directory, resume=is_resumed))
+        _push(checked, result)
     return _unless_ctrl_c(result)
 
 
@@ -134,6 +137,7 @@ def _unless_ctrl_c(result: Result) -> Result:
 def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator[tuple[Path, bool]]:
     """The run directory, locked, and whether there was one to resume. One in which nothing was trained is removed."""
     checked = loaded.config
+    _check_push(checked)  # before hours are spent
     directory = _directory_to_resume(checked, resume)
     if resume == "auto":
         logger.info("no run to resume; starting a new one" if directory is None else f"resuming {directory}")
@@ -151,6 +155,32 @@ def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator
             raise
 
 
+def _check_push(config: Config) -> None:
+    if (uri := config.run.push_to) is not None:
+        try:
+            backend_for(uri, build_backends(config.storage)).check_push(uri)
+        except ConfigError as error:
+            raise ConfigError([f"run.push_to: {problem}" for problem in error.problems]) from error
+
+
+def _push(config: Config, result: Result) -> None:
+    """Push the model of a run that has ended, where the config says so.
+
+    Raises:
+        WMTPError: it could not be pushed; the run itself is whole.
+    """
+    if (uri := config.run.push_to) is None or result.model is None or result.status == "interrupted":
+        return
+    from wmtp.exporting.pushing import push_run
+
+    try:
+        push_run(result.run_dir, uri, config.storage)
+    except WMTPError as error:
+        again = f"the run is whole; push it again with: wmtp push {result.run_dir} {uri}"
+        raise WMTPError(f"run.push_to: {error}; {again}") from error
+    logger.info("pushed to %s", uri)
+
+
 def _run_as_one_of_several(loaded: Loaded, resume: str | os.PathLike[str] | None, worker: Worker) -> Result:
     """Train in this process, one of those that torchrun or a cluster has started: rank 0 has the run directory."""
     from wmtp.distributed.start import joined
@@ -162,7 +192,10 @@ def _run_as_one_of_several(loaded: Loaded, resume: str | os.PathLike[str] | None
         def work() -> Result:
             return train(loaded.config, directory, resume=is_resumed, ranks=ranks)
 
-        return _recorded(directory, work) if ranks.is_main else work()
+        result = _recorded(directory, work) if ranks.is_main else work()
+    if worker.rank == 0:
+        _push(loaded.config, result)
+    return result
 
 
 def load_checked(

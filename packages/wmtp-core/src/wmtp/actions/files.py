@@ -14,11 +14,12 @@ from wmtp.config.load import ConfigSource, load_storage
 from wmtp.config.overrides import parse_override
 from wmtp.config.places import build_backends
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.runs.directory import is_run_dir
 from wmtp.storage.base import Fetched, Storage
 from wmtp.storage.cache import Cache
 from wmtp.storage.manifest import MANIFEST, Manifest
 from wmtp.storage.manifest import verify as verify_files
-from wmtp.storage.uris import backend_for, redact
+from wmtp.storage.uris import backend_for, redact, scheme_of
 
 if TYPE_CHECKING:
     from wmtp.config.schema import StorageConfig
@@ -118,10 +119,19 @@ def push(
     config: Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Pushed:
-    """Copy a local file or folder to a URI, as ``wmtp push`` does. Arguments and errors: see `fetch`."""
+    """Copy a local file or folder to a URI, as ``wmtp push`` does. Arguments and errors: see `fetch`.
+
+    To the Hugging Face hub a run directory gives its model, with a model card.
+    """
     began = time.monotonic()
     source = Path(path).expanduser()
-    _backend(uri, config, overrides).push(source, os.fspath(uri))
+    run_dir = source.parent if source.name == "model" and is_run_dir(source.parent) else source
+    if scheme_of(os.fspath(uri)) == "hf" and is_run_dir(run_dir):
+        from wmtp.exporting.pushing import push_run
+
+        push_run(run_dir, os.fspath(uri), storage_section(config, overrides))
+    else:
+        _backend(uri, config, overrides).push(source, os.fspath(uri))
     return Pushed(path=source, uri=redact(os.fspath(uri)), seconds=time.monotonic() - began)
 
 

@@ -181,7 +181,11 @@ def anchored(config: Config) -> Config:
     uri, tokens = config.checkpoints.uri, config.data.cache_dir
     return evolve(
         config,
-        run=evolve(config.run, output_dir=_absolute(config.run.output_dir)),
+        run=evolve(
+            config.run,
+            output_dir=_absolute(config.run.output_dir),
+            push_to=None if config.run.push_to is None else _absolute(config.run.push_to),
+        ),
         data=evolve(config.data, cache_dir=None if tokens is None else _absolute(tokens)),
         checkpoints=evolve(config.checkpoints, uri=None if uri is None else _absolute(uri)),
         storage=evolve(config.storage, cache_dir=_absolute(config.storage.cache_dir)),

@@ -276,6 +276,8 @@ def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
             yield Problem(
                 ("checkpoints", "uri"), f"{scheme}:// keeps no checkpoints; write a folder, or an object store (s3://…)"
             )
+    if config.run.push_to is not None:
+        yield from _uri(config.run.push_to, ("run", "push_to"), schemes, must_exist=False)
     is_remote = config.launcher.remote  # then a path is one of the other machine
     for placed in components(config):
         tracking = placed.config.tracking_uri if placed.kind == "trackers" else None

@@ -55,12 +55,14 @@ class RunConfig:
         tags: free words, sent to the tracker.
         seed: of everything random: new weights, shuffling, splits.
         output_dir: where run directories are made.
+        push_to: a URI, as ``hf://ORG/NAME``, to which the model is copied at the end, with a model card. Default: nowhere.
     """
 
     name: str | None = None
     tags: tuple[str, ...] = ()
     seed: int = field(default=0, validator=[ge(0), lt(2**32)])
     output_dir: str = "runs"
+    push_to: str | None = None
 
 
 @frozen(kw_only=True)

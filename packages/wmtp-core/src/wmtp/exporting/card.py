@@ -16,6 +16,7 @@ from wmtp.runs.directory import CONFIG_FILE, INFO_FILE
 from wmtp.runs.files import read_object, read_snapshot
 from wmtp.runs.fixed import with_given_paths
 from wmtp.runs.step_file import read_steps
+from wmtp.storage.hub.names import parse_hub_uri
 from wmtp.storage.uris import redact
 from wmtp.tokenizers import Tokenizer
 from wmtp.tokenizers.bytes import BytesTokenizer
@@ -35,6 +36,15 @@ model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
 ```
 
 The folder holds head 1 alone, the model's own next-token head: an ordinary model of its architecture.""",
+    "wmtp": """\
+```python
+import wmtp
+
+model = wmtp.load_model("THIS_FOLDER")  # all heads; wmtp-core[train]
+```
+
+`AutoModelForCausalLM.from_pretrained` of transformers opens head 1, the model's own next-token head: an ordinary model of its
+architecture. Heads 2..H are in `mtp_heads.safetensors`, where there are any.""",
     "meta": """\
 `consolidated.pth` is a plain mapping from names to tensors: `torch.load(file, weights_only=True)`. Heads 2..H are in
 `extra_heads`; `n_layers` counts every head. WMTP opens the folder again with `type = "meta-mtp"`.""",
@@ -49,6 +59,7 @@ vllm serve HF_EXPORT --speculative-config '{{"method": "medusa", "model": "THIS_
 }
 _PROOF: Final = {
     "hf": "The logits of such an export in plain transformers are tested to be those of head 1.",
+    "wmtp": "The logits of such a folder in plain transformers are tested to be those of head 1.",
     "meta": "Names, shapes and the forward pass of this layout are tested against a plain implementation of Meta's published\n"
     "description, not against Meta's own weights or code.",
     "medusa": "Names, shapes and the forward pass of this layout are tested against a plain re-implementation of vLLM's\n"
@@ -65,7 +76,7 @@ def model_card(model: MTPModel, *, format: str, run_dir: Path | None, source: Pa
 
     Args:
         model: what was exported.
-        format: a key of `wmtp.exporting.FORMATS`.
+        format: a key of `wmtp.exporting.FORMATS`, or ``wmtp`` for the folder as a run saves it.
         run_dir: the run that trained it; None where it is not known.
         source: the model's path.
         tokenizer: the one in the export; None where there is none.
@@ -74,8 +85,9 @@ def model_card(model: MTPModel, *, format: str, run_dir: Path | None, source: Pa
         WMTPError: a file of the run is damaged.
     """
     title = run_dir.name if run_dir is not None else source.stem if source.is_file() else source.name
+    library = "library_name: transformers\n" if format in ("hf", "wmtp") else ""
     parts = [
-        "---\n" + ("library_name: transformers\n" if format == "hf" else "") + "tags:\n- wmtp\n- multi-token-prediction\n---",
+        f"---\n{library}{_base(run_dir)}tags:\n- wmtp\n- multi-token-prediction\n---",
         f"# {title}",
         *_what(model, format, tokenizer),
         "## Use",
@@ -91,6 +103,12 @@ def model_card(model: MTPModel, *, format: str, run_dir: Path | None, source: Pa
     return "\n\n".join(parts) + "\n"
 
 
+def _base(run_dir: Path | None) -> str:
+    """Name the base model for the hub's pages, where it is of the hub."""
+    uri = None if run_dir is None else read_snapshot(run_dir / CONFIG_FILE).get("models", {}).get("base", {}).get("uri")
+    return f"base_model: {parse_hub_uri(uri).repo}\n" if isinstance(uri, str) and uri.startswith("hf://") else ""
+
+
 def _what(model: MTPModel, format: str, tokenizer: Tokenizer | None) -> Iterator[str]:
     count = sum(parameter.numel() for parameter in model.base.parameters())
     extra = sum(parameter.numel() for parameter in model.extra_heads.parameters())
@@ -103,7 +121,7 @@ def _what(model: MTPModel, format: str, tokenizer: Tokenizer | None) -> Iterator
     lines = [
         f"- architecture: {type(model.base).__name__}, {count:,} parameters, {dtype}",
         f"- heads of the model that was exported: {heads}",
-        f"- format of this folder: `{format}`, written by `wmtp export`",
+        f"- format of this folder: `{format}`, written by `wmtp {'push' if format == 'wmtp' else 'export'}`",
     ]
     if format != "medusa":
         lines.append(f"- tokenizer: {_tokenizer(tokenizer, model.vocab_size)}")

@@ -1,0 +1,39 @@
+"""Pushes the model of a run to a store, with a model card."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from wmtp.config.places import build_backends
+from wmtp.config.schema import StorageConfig
+from wmtp.exporting.card import model_card
+from wmtp.models.opening import find_model, find_tokenizer, load_weights
+from wmtp.storage.uris import backend_for
+
+__all__ = ["push_run"]
+
+
+def push_run(run_dir: Path, uri: str, storage: StorageConfig) -> None:
+    """Copy ``model/`` of a run to ``uri``, all heads included, with a ``README.md`` that says what is known of it.
+
+    Args:
+        run_dir: the run directory.
+        uri: where to; what is there is replaced.
+        storage: how to reach it.
+
+    Raises:
+        ConfigError: the run has saved no model, or nothing serves the URI.
+        WMTPError: it could not be read or written.
+    """
+    backend = backend_for(uri, build_backends(storage))
+    path, _ = find_model(run_dir)
+    card = model_card(load_weights(path), format="wmtp", run_dir=run_dir, source=path, tokenizer=find_tokenizer(path, run_dir))
+    with tempfile.TemporaryDirectory(prefix="wmtp-") as temporary:
+        folder = Path(temporary, run_dir.resolve().name)
+        folder.mkdir()
+        for file in path.iterdir():
+            (folder / file.name).symlink_to(file.resolve())
+        (folder / "README.md").unlink(missing_ok=True)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        backend.push(folder, uri)
