@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
+from wmtp.models import MTPModel
 from wmtp.models.config import ScratchModel
+from wmtp.models.outline import outline
 from wmtp.models.vocabulary import check_vocabulary, compare_tokenizers
 from wmtp.tokenizers.base import Tokenizer
+from wmtp.training.memory import head_parameters
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "layers": 2, "attention_heads": 4}
 
@@ -37,6 +42,25 @@ def test_fields_reach_the_model():
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.rms_norm_eps == 0.5
     assert load().config.num_key_value_heads == 4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gpt2", "gpt_neox", "opt", "mixtral"])
+def test_feed_forward_layers_are_four_times_as_wide_as_the_model(architecture: str):
+    model = load(architecture=architecture)
+    widths = {size for name, tensor in model.named_parameters() if "mlp" in name or "fc" in name for size in tensor.shape}
+    assert not widths - {2, 8, 32, 128, 256}
+    shape = ScratchModel(**SMALL, architecture=architecture)
+    if architecture != "qwen3" and (found := outline(shape)) is not None:  # its heads are 128 wide
+        assert found.parameters == pytest.approx(shape.build().info(None).parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["block", "linear", "residual", "chained", "shared"])
+def test_the_dry_run_counts_the_parameters_that_the_run_has(kind: Any):
+    heads = HeadsConfig(kind=kind, horizon=3)
+    info = ScratchModel(**SMALL).build().info(None)
+    model = MTPModel(load().eval(), heads, seed=0)
+    assert info.parameters == sum(parameter.numel() for parameter in model.base.parameters())
+    assert head_parameters(info, heads) == sum(parameter.numel() for parameter in model.extra_heads.parameters())
 
 
 def test_weights_come_from_the_seed_alone():

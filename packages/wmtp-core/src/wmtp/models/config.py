@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from attrs import Factory, field, frozen
 from attrs.validators import ge, le, optional
@@ -14,7 +14,10 @@ from wmtp.storage.model_files import LAYERS_LIMIT
 if TYPE_CHECKING:
     from wmtp.models.base import ModelLoader
 
-__all__ = ["HfModel", "MetaMtpModel", "ScratchModel"]
+__all__ = ["FEED_FORWARD", "HfModel", "MetaMtpModel", "ScratchModel"]
+
+#: width of a new model's feed-forward layers, in multiples of its own
+FEED_FORWARD: Final = 4
 
 
 @frozen(kw_only=True)
@@ -70,7 +73,8 @@ class ScratchModel(ModelLoaderConfig):
         layers: decoder layers.
         attention_heads: heads of attention.
         kv_heads: key-value heads. Default: as many as attention heads.
-        intermediate_size: width of the feed-forward layers. Default: the architecture's.
+        intermediate_size: width of the feed-forward layers. Default: 4 × ``hidden_size``, or what follows from it in the
+            architecture.
         max_positions: the longest input. Default: the architecture's.
         tie_embeddings: whether embedding and unembedding are one.
         options: further fields of the architecture's config, by transformers' names.

@@ -8,7 +8,7 @@ from typing import Any
 
 from wmtp.errors import WMTPError
 from wmtp.models.base import ModelInfo
-from wmtp.models.config import HfModel, ScratchModel
+from wmtp.models.config import FEED_FORWARD, HfModel, ScratchModel
 from wmtp.plugins.contract import ModelLoaderConfig
 from wmtp.storage.uris import file_path, scheme_of
 
@@ -32,7 +32,7 @@ def outline(loader: ModelLoaderConfig) -> ModelInfo | None:
             "num_hidden_layers": loader.layers,
             "num_attention_heads": loader.attention_heads,
             "num_key_value_heads": loader.kv_heads or loader.attention_heads,
-            "intermediate_size": loader.intermediate_size,
+            "intermediate_size": loader.intermediate_size or FEED_FORWARD * loader.hidden_size,
             "max_position_embeddings": loader.max_positions,
             "tie_word_embeddings": loader.tie_embeddings,
             **loader.options,

@@ -71,14 +71,14 @@ class MemoryEstimate:
 
 
 def head_parameters(info: ModelInfo, heads: HeadsConfig) -> int:
-    """Parameters of heads 2..H; norms are left out."""
+    """Count the parameters of heads 2..H, whose norms are taken as RMS norms."""
     extra, width = heads.horizon - 1, info.hidden_size
     return {
         "block": extra * info.layer_parameters,
         "linear": extra * info.vocab_size * width,
-        "residual": extra * width * width,
-        "chained": extra * (info.layer_parameters + 2 * width * width),
-        "shared": min(extra, 1) * (info.layer_parameters + 2 * width * width),
+        "residual": extra * (width + 1) * width,
+        "chained": extra * (info.layer_parameters + 2 * (width + 1) * width),
+        "shared": min(extra, 1) * (info.layer_parameters + 2 * (width + 1) * width),
     }[heads.kind]
 
 

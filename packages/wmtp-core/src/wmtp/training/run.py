@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 
 from wmtp.checkpoints.find import checkpoint_folder, compare_data, find_checkpoints
 from wmtp.checkpoints.remote import CheckpointUpload, remote_checkpoints
@@ -127,8 +128,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     )
     ranks.on_main(lambda: tracker.start(run_info))
     logger.info(
-        "%s: %s, %s parameters, H = %d, on %s%s; %d steps of %d rows",
-        name, source.model_info.architecture, f"{sum(p.numel() for _, p in parameters):,}", model.horizon,
+        "%s: %s, %s parameters, H = %d with %s, on %s%s; %d steps of %d rows",
+        name, source.model_info.architecture, _count(model.base), model.horizon, _count(model.extra_heads, *modules.values()),
         f"{ranks.world} × " if ranks.world > 1 else "", device, total_steps, config.data.train.batch_size,
     )  # fmt: skip
     upload = None
@@ -210,3 +211,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         status=outcome.status,
         signal=outcome.signal,
     )
+
+
+def _count(*modules: nn.Module) -> str:
+    """Count parameters, as the dry run does."""
+    return f"{sum(parameter.numel() for module in modules for parameter in module.parameters()):,}"

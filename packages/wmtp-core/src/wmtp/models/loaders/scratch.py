@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from wmtp.errors import ConfigError
 from wmtp.models.anatomy import seeded
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
+from wmtp.models.config import FEED_FORWARD
 from wmtp.models.loaders.describe import describe, empty_model, require_causal
 from wmtp.spelling import did_you_mean
 
@@ -30,6 +31,7 @@ _FIELDS = {
     "max_positions": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
 }
+_FEED_FORWARD_FIELDS = ("intermediate_size", "ffn_dim")
 # defaults that belong to the vocabulary of some released model, and would be wrong ids here
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -84,7 +86,11 @@ class ScratchLoader(ModelLoader):
                 problems.append(f"{problem}; {hint}" if hint else problem)
         if problems:
             raise ConfigError(problems)
-        return _checked(lambda: AutoConfig.for_model(name, **fields))
+        config = _checked(lambda: AutoConfig.for_model(name, **fields))
+        width = self._shape.intermediate_size or FEED_FORWARD * self._shape.hidden_size
+        # a width of some released model, which does not follow from this one's, would be most of a small model
+        fixed = [field for field in _FEED_FORWARD_FIELDS if _is_fixed(field, config, default) and field not in fields]
+        return _checked(lambda: AutoConfig.for_model(name, **fields, **dict.fromkeys(fixed, width))) if fixed else config
 
 
 def _default_config(name: str) -> PreTrainedConfig:
@@ -94,6 +100,12 @@ def _default_config(name: str) -> PreTrainedConfig:
         hint = did_you_mean(name, CONFIG_MAPPING.keys())
         raise ConfigError(f"models.base.architecture: transformers knows no '{name}'{f'; {hint}' if hint else ''}")
     return AutoConfig.for_model(name)
+
+
+def _is_fixed(field: str, config: PreTrainedConfig, default: PreTrainedConfig) -> bool:
+    """Tell a field that the model's size has left as it was."""
+    number = getattr(default, field, None)
+    return isinstance(number, int) and getattr(config, field) == number
 
 
 def _checked(make: Any) -> Any:
