@@ -77,7 +77,11 @@ def _mapped(value: Any, path: KeyPath, change: Callable[[KeyPath, str], str]) ->
             continue
         old = getattr(value, attribute.name)
         here = path if isinstance(value, ModelConfig) and attribute.name == "loader" else (*path, str(attribute.alias))
-        if isinstance(value, ComponentConfig) and isinstance(old, str) and attribute.name in ("uri", *value.uri_keys):
+        if (
+            isinstance(value, ComponentConfig)
+            and isinstance(old, str)
+            and attribute.name in ("uri", "tracking_uri", *value.uri_keys)
+        ):
             new = change(here, old)
         else:
             new = _mapped(old, here, change)
@@ -175,9 +179,7 @@ def anchored(config: Config) -> Config:
     """Make relative paths absolute: the config means the same in every folder."""
     paths = {given.key: _absolute(given.uri, input_folder=True) for given in inputs(config) if scheme_of(given.uri) == "file"}
     config = with_uris(config, paths)
-    tracking = config.tracker.tracking_uri
-    if isinstance(tracking, str) and (match := _SQLITE.fullmatch(tracking)):
-        config = evolve(config, tracker=evolve(config.tracker, tracking_uri=f"sqlite:///{_absolute(match['path'])}"))
+    config = _mapped(config, (), lambda path, text: _absolute_database(text) if path[-1] == "tracking_uri" else text)
     uri, tokens = config.checkpoints.uri, config.data.cache_dir
     return evolve(
         config,
@@ -190,6 +192,11 @@ def anchored(config: Config) -> Config:
         checkpoints=evolve(config.checkpoints, uri=None if uri is None else _absolute(uri)),
         storage=evolve(config.storage, cache_dir=_absolute(config.storage.cache_dir)),
     )
+
+
+def _absolute_database(text: str) -> str:
+    match = _SQLITE.fullmatch(text)
+    return text if match is None else f"sqlite:///{_absolute(match['path'])}"
 
 
 def _absolute(text: str, *, input_folder: bool = False) -> str:
