@@ -78,6 +78,7 @@ VALUES = {
         *(
             "TrainerSetup",
             "HiddenView",
+            "PredictionChunk",
             "StepView",
             "wmtp.data.batch.Batch",
             "wmtp.data.batch.Targets",

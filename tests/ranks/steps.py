@@ -58,12 +58,18 @@ class ValueHead(Trainer):
         return {"value": self.head, "scale": self.scale}
 
     def observe(self, view):
-        return {"value": self.head(view.trunk.float()).squeeze(-1), "place": view.trunk.float().sum(-1).detach()}
+        likely = view.each_prediction(lambda chunk: chunk.logits.softmax(-1).gather(1, chunk.ids[:, None])[:, 0], chunk=7)
+        return {
+            "value": self.head(view.trunk.float()).squeeze(-1),
+            "place": view.trunk.float().sum(-1).detach(),
+            "likely": likely,
+        }
 
     def token_weights(self, view):
         value = view.observations["value"]
         # needs the whole batch, its order and the losses
-        return ((value - value.mean()).exp() + view.token_loss.mean(-1).cumsum(0)) * (view.observations["place"] > 0)
+        by_token = ((value - value.mean()).exp() + view.token_loss.mean(-1).cumsum(0)) * (view.observations["place"] > 0)
+        return by_token.unsqueeze(-1) * (2 - view.observations["likely"])
 
     def auxiliary_losses(self, view):
         value = view.observations["value"]

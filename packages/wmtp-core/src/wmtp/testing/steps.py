@@ -7,6 +7,7 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from wmtp.data.batch import PADDING, Batch, Document, align_targets
+from wmtp.loss import Unembedding
 from wmtp.trainers.base import HiddenView, StepView, Trainer
 
 __all__ = ["HIDDEN_SIZE", "HORIZON", "VOCAB_SIZE", "Step", "make_view", "pad", "random_step", "tiny_model"]
@@ -122,7 +123,15 @@ def make_view(trainer: Trainer, step: Step, *, number: int = 0, stage: str = "tr
     real = step.batch.document != PADDING
     with torch.set_grad_enabled(with_gradient):
         seen = trainer.observe(
-            HiddenView(batch=step.batch, targets=targets, packed=step.batch.packed, stage=stage, trunk=step.trunk.clone())
+            HiddenView(
+                batch=step.batch,
+                targets=targets,
+                packed=step.batch.packed,
+                stage=stage,
+                trunk=step.trunk.clone(),
+                hidden=[step.trunk.roll(head, dims=-1) for head in range(HORIZON)],
+                unembeddings=[_unembedding()] * HORIZON,
+            )
         )
         observations = {
             name: torch.where(real if value.ndim == 2 else real.unsqueeze(-1), value, 0.0) for name, value in seen.items()
@@ -138,6 +147,10 @@ def make_view(trainer: Trainer, step: Step, *, number: int = 0, stage: str = "tr
         generator=torch.Generator().manual_seed(number),
         vocab_size=VOCAB_SIZE,
     )
+
+
+def _unembedding() -> Unembedding:
+    return Unembedding(weight=torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=torch.Generator().manual_seed(0)))
 
 
 def tiny_model(*, seed: int = 0) -> nn.Module:

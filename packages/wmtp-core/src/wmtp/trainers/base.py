@@ -15,7 +15,7 @@ micro-batch.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from wmtp.config.schema import EarlyStoppingConfig
     from wmtp.data.batch import Batch, Targets
     from wmtp.data.dataset import TokenDataset
+    from wmtp.loss import Unembedding
     from wmtp.trainers.setup import TrainerSetup
 
-__all__ = ["HiddenView", "NotComputed", "Stage", "StepView", "Trainer"]
+__all__ = ["HiddenView", "NotComputed", "PredictionChunk", "Stage", "StepView", "Trainer"]
 
 
 @frozen(kw_only=True)
@@ -62,6 +63,23 @@ class Stage:
 
 
 @frozen(kw_only=True, eq=False)
+class PredictionChunk:
+    """Predictions of one head, at n places of a micro-batch.
+
+    Args:
+        head: 1..H.
+        places: of the n places among all b · S, so that ``other.flatten(0, 1)[places]`` is ``[n, …]`` of any ``[b, S, …]``.
+        logits: ``[n, V]`` fp32 (fp64 in a model of fp64), without gradient.
+        ids: ``[n]`` int64, the targets; 0 where there is none.
+    """
+
+    head: int
+    places: slice
+    logits: Tensor
+    ids: Tensor
+
+
+@frozen(kw_only=True, eq=False)
 class HiddenView:
     """One micro-batch, as the model sees it.
 
@@ -72,6 +90,8 @@ class HiddenView:
         stage: the name of the stage that the step belongs to.
         trunk: ``[b, S, D]``, the hidden states that feed the heads. They carry a gradient where the trunk learns: detach
             them to keep a module's loss out of the trunk.
+        hidden: H tensors ``[b, S, D]``, what each head's unembedding multiplies; with a gradient as ``trunk``.
+        unembeddings: one a head: ``weight`` ``[V, D]``, ``bias`` ``[V]`` or None, and ``logits(hidden)``.
     """
 
     batch: Batch
@@ -79,6 +99,41 @@ class HiddenView:
     packed: bool
     stage: str
     trunk: Tensor
+    hidden: Sequence[Tensor]
+    unembeddings: Sequence[Unembedding]
+
+    def each_prediction(self, number: Callable[[PredictionChunk], Tensor], *, chunk: int = 1024) -> Tensor:
+        """Compute a number for each prediction from its logits, a chunk at a time: never more than ``chunk · V`` of them.
+
+        Without gradient, so it serves weights and what is logged, not auxiliary losses.
+
+        Args:
+            number: makes ``[n]`` of a chunk of n places.
+            chunk: the most places that are given at once.
+
+        Returns:
+            ``[b, S, H]`` fp32, 0 where a prediction is not valid.
+
+        Raises:
+            PluginError: ``number`` returned something else than ``[n]``.
+        """
+        import torch
+
+        valid = self.targets.valid.flatten(0, 1)
+        exact = torch.promote_types(self.trunk.dtype, torch.float32)
+        out = torch.zeros(valid.shape, device=valid.device, dtype=exact)
+        with torch.no_grad():
+            for k, (hidden, unembedding) in enumerate(zip(self.hidden, self.unembeddings, strict=True)):
+                states, ids = hidden.flatten(0, 1), self.targets.ids[..., k].flatten()
+                for start in range(0, len(ids), chunk):
+                    places = slice(start, min(start + chunk, len(ids)))
+                    logits = unembedding.logits(states[places]).to(exact)
+                    given = number(PredictionChunk(head=k + 1, places=places, logits=logits, ids=ids[places]))
+                    if not isinstance(given, torch.Tensor) or given.shape != ids[places].shape:
+                        shape = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+                        raise PluginError(f"each_prediction: a chunk of n = {len(ids[places])} places gave {shape}, not [n]")
+                    out[places, k] = torch.where(valid[places, k], given.to(exact), 0.0)
+        return out.view(self.targets.valid.shape)
 
 
 class NotComputed(PluginError):

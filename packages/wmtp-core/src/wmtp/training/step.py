@@ -329,7 +329,15 @@ class StepLoss:
             output = self.model(batch.input_ids, batch.position, packed)
         if not observe:
             return output, {}
-        view = HiddenView(batch=batch, targets=part.targets, packed=packed, stage=stage.name, trunk=output.trunk)
+        view = HiddenView(
+            batch=batch,
+            targets=part.targets,
+            packed=packed,
+            stage=stage.name,
+            trunk=output.trunk,
+            hidden=output.hidden,
+            unembeddings=self._unembeddings(),
+        )
         with self.autocast():
             return output, checks.observed(self.trainer, view, self.trainer_name)
 
