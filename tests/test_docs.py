@@ -87,6 +87,8 @@ def make_inputs(value):
     """Every local ``uri`` in a config exists: what `check` asks for."""
     if isinstance(value, dict):
         for key, element in value.items():
+            if key == "chat_template":
+                Path(element).write_text("{{ messages }}")
             if key == "uri" and "://" not in element:
                 path = Path(re.sub(r"\$\{env:(\w+)(?::([^}]*))?\}", lambda m: os.environ.get(m[1], m[2]), element))
                 if path.suffix:
@@ -165,7 +167,7 @@ def sections(page):
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-@pytest.mark.parametrize("loader", ["jsonl", "mbpp", "code-contests", "humaneval", "python-source"])
+@pytest.mark.parametrize("loader", ["jsonl", "chat", "mbpp", "code-contests", "humaneval", "python-source"])
 def test_the_sample_of_every_loader_is_read(loader, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = list(BLOCK.finditer(sections(ROOT / "docs" / "data.md")[f"`{loader}`"]))
@@ -182,7 +184,7 @@ def test_the_sample_of_every_loader_is_read(loader, tmp_path, monkeypatch):
     examples = list(component.build().examples(Path(source["uri"]).resolve()))
     assert examples
     assert all(isinstance(example, Example) for example in examples), examples
-    assert all(example.completion for example in examples)
+    assert all(example.completion or example.messages for example in examples)
 
 
 def slug(heading):

@@ -139,7 +139,9 @@ CHANGES: Mapping[str, str] = {
     "data.train.batch_size": "2",
     "data.train.micro_batch_size": "2",
     "data.train.packing": "false",
+    "data.train.learn": "all",
     "data.train.learn_prompt": "true",
+    "data.train.prompt_weights": "{code=0.5}",
     "data.train.overlong": "skip",
     "data.train.on_bad_example": "skip",
     "devices.device": "cuda",
@@ -151,6 +153,8 @@ CHANGES: Mapping[str, str] = {
 }
 #: where it shows elsewhere: on a GPU, in files, in the tracker, by its own tests
 ELSEWHERE = {
+    "data.train.boundary",
+    "data.train.chat_template",
     "devices.attention",
     "run.output_dir",
     "data.cache_dir",

@@ -16,6 +16,7 @@ from wmtp.data.batches import StepBatches, eval_batches
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.packing import best_fit, in_order
 from wmtp.data.store import StoreWriter, TokenStore
+from wmtp.data.tokenized import TokenizedExample
 from wmtp.errors import WMTPError
 
 EOS, BOS, FIRST = 0, 1, 2
@@ -30,9 +31,12 @@ def make_dataset(folder, documents, *, bos=True, weights=False, vocab_size=1 << 
         token += prompt + completion
         tokens = [BOS] * bos + text + [EOS]
         own = [float(t) for t in tokens] if weights and number % 2 else None
-        writer.add(Example(id=f"d{number}", group=f"g{number // 2}", completion=""), tokens, bos + prompt, own)
+        writer.add(
+            Example(id=f"d{number}", group=f"g{number // 2}"),
+            TokenizedExample.pair(tokens, begin=bos, prompt=prompt, weights=own),
+        )
     writer.close([], 0)
-    given_options = {"max_length": 16, "overlong": "truncate", "learn_prompt": False, "begin_length": int(bos), "pad_id": EOS}
+    given_options = {"max_length": 16, "overlong": "truncate", "learn_prompt": False, "pad_id": EOS}
     return TokenDataset([TokenStore(Path(folder), "key")], **given_options | options)
 
 
@@ -315,9 +319,9 @@ def test_the_size_of_micro_batches_does_not_decide_what_is_measured(tmp_path, mi
 
 def test_large_vocabularies_keep_their_ids(tmp_path):
     writer = StoreWriter(tmp_path, 200_000)
-    writer.add(Example(id="a", completion=""), [150_000, 199_999, 65_536, EOS], 0, None)
+    writer.add(Example(id="a"), TokenizedExample.pair([150_000, 199_999, 65_536, EOS], begin=0, prompt=0))
     writer.close([], 0)
-    options = {"max_length": 8, "overlong": "truncate", "learn_prompt": False, "begin_length": 0, "pad_id": EOS}
+    options = {"max_length": 8, "overlong": "truncate", "learn_prompt": False, "pad_id": EOS}
     dataset = TokenDataset([TokenStore(tmp_path, "key")], **options)
     assert dataset.document(0).tokens.tolist() == [150_000, 199_999, 65_536, EOS]
 

@@ -24,7 +24,7 @@ def dataset(tmp_path):
     path.write_text("\n".join(map(json.dumps, lines)))
     tokenizer = BytesTokenizer()
     store = token_store("a", Jsonl(uri=str(path)), path, tokenizer, cache_dir=tmp_path / "tokens", on_bad_example="error")
-    return TokenDataset([store], max_length=24, overlong="split", learn_prompt=False, begin_length=0, pad_id=tokenizer.eos_id)
+    return TokenDataset([store], max_length=24, overlong="split", learn_prompt=False, pad_id=tokenizer.eos_id)
 
 
 def batches(dataset, *, packing, seed=0):

@@ -15,6 +15,7 @@ from wmtp.data.batch import PADDING
 from wmtp.data.batches import StepBatches
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.store import StoreWriter, TokenStore
+from wmtp.data.tokenized import TokenizedExample
 from wmtp.errors import ConfigError
 
 layouts = st.fixed_dictionaries(
@@ -26,9 +27,9 @@ def make_dataset(folder, lengths, **labels):
     writer = StoreWriter(folder, 1 << 16)
     for number, length in enumerate(lengths):
         own = {name: values[number] for name, values in labels.items()}
-        writer.add(Example(id=f"d{number}", completion="", **own), list(range(length)), 1, None)
+        writer.add(Example(id=f"d{number}", **own), TokenizedExample.pair(list(range(length)), begin=0, prompt=1))
     writer.close([], 0)
-    options = {"overlong": "truncate", "learn_prompt": False, "begin_length": 0, "pad_id": 0, "max_length": 24}
+    options = {"overlong": "truncate", "learn_prompt": False, "pad_id": 0, "max_length": 24}
     return TokenDataset([TokenStore(folder, "key")], names=["mine"], **options)
 
 
@@ -120,8 +121,6 @@ def test_a_group_belongs_to_one_source(folder):
         (folder / name).mkdir()
     first, second = (make_dataset(folder / name, [5, 6], group=["a", "b"]) for name in "xy")
     stores = [first._stores[0], second._stores[0]]
-    both = TokenDataset(
-        stores, names=["x", "y"], overlong="truncate", learn_prompt=False, begin_length=0, pad_id=0, max_length=24
-    )
+    both = TokenDataset(stores, names=["x", "y"], overlong="truncate", learn_prompt=False, pad_id=0, max_length=24)
     assert len(set(both.groups.tolist())) == 4
     assert [both.document(i).document.source for i in range(4)] == ["x", "x", "y", "y"]

@@ -51,8 +51,10 @@ from wmtp.data.base import BadExample as BadExample
 from wmtp.data.base import Document as Document
 from wmtp.data.base import Example as Example
 from wmtp.data.base import ExampleLoader as ExampleLoader
+from wmtp.data.base import Span as Span
 from wmtp.data.batch import Batch as Batch
 from wmtp.data.batch import Targets as Targets
+from wmtp.data.config import Chat as Chat
 from wmtp.data.config import CodeContests as CodeContests
 from wmtp.data.config import HumanEval as HumanEval
 from wmtp.data.config import Jsonl as Jsonl

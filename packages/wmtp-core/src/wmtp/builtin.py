@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wmtp.data.config import CodeContests, HumanEval, Jsonl, Mbpp, Mutated, PythonSource, TextFiles
+from wmtp.data.config import Chat, CodeContests, HumanEval, Jsonl, Mbpp, Mutated, PythonSource, TextFiles
 from wmtp.evaluation.config import InferenceSpeed, PassAtK, Perplexity, Speculative, TokenAccuracy
 from wmtp.launchers.config import LocalLauncher
 from wmtp.models.config import HfModel, MetaMtpModel, ScratchModel
@@ -41,7 +41,7 @@ def wmtp_tokenizers() -> list[type[Any]]:
 @hookimpl
 def wmtp_data_loaders() -> list[type[Any]]:
     """Files of examples, and well-known data sets."""
-    return [Jsonl, Mbpp, CodeContests, HumanEval, PythonSource, TextFiles, Mutated]
+    return [Jsonl, Chat, Mbpp, CodeContests, HumanEval, PythonSource, TextFiles, Mutated]
 
 
 @hookimpl

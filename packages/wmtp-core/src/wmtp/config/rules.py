@@ -21,6 +21,7 @@ from wmtp.plugins.registry import Registry
 from wmtp.spelling import did_you_mean
 from wmtp.storage.hub.names import both_readings, plain_name
 from wmtp.storage.uris import PACKAGES, backend_for, file_path, scheme_of
+from wmtp.tokenizers.chat_template import template_source
 
 __all__ = ["Need", "check", "check_loaded", "component_problems", "is_secret", "required_models"]
 
@@ -202,11 +203,28 @@ def _data(config: Config) -> Iterator[Problem]:
             ("data", "train", "micro_batch_size"),
             f"{train.micro_batch_size} must be at most data.train.batch_size = {train.batch_size}",
         )
-
+    yield from _learned(config)
     if config.data.eval is None:
         for index, evaluator in enumerate(config.eval):
             if evaluator.needs_eval_data:
                 yield Problem(("eval", index), f"'{evaluator.type}' is measured on [data.eval], which is missing; add it")
+
+
+def _learned(config: Config) -> Iterator[Problem]:
+    train = config.data.train
+    if train.learn_prompt is not None and train.learn is not None and train.learn_prompt != (train.learn == "all"):
+        said = str(train.learn_prompt).lower()
+        yield Problem(("data", "train", "learn_prompt"), f'is {said} beside learn = "{train.learn}"; remove learn_prompt')
+    for key, weights in (("prompt_weights", train.prompt_weights), ("response_weights", train.response_weights)):
+        for name in weights:
+            if name not in config.datasets:
+                hint = did_you_mean(name, config.datasets) or f"there are: {', '.join(config.datasets)}"
+                yield Problem(("data", "train", key, name), f"there is no [datasets.{name}]; {hint}")
+    if train.chat_template is not None and not config.launcher.remote:
+        try:
+            template_source(train.chat_template)
+        except ConfigError as error:
+            yield from (Problem(("data", "train", "chat_template"), problem) for problem in error.problems)
 
 
 def _length(config: Config) -> Iterator[Problem]:

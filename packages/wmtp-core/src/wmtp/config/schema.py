@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from attrs import Factory, field, frozen
+from attrs import Attribute, Factory, field, frozen
 from attrs.validators import deep_iterable, ge, gt, le, lt, min_len, optional
 
 from wmtp.plugins.components import component
@@ -114,6 +114,12 @@ class ModelConfig:
     heads: HeadsConfig | None = None
 
 
+def _positive_numbers(_: object, attribute: Attribute[Mapping[str, float]], value: Mapping[str, float]) -> None:
+    for name, number in value.items():
+        if not 0 < number < math.inf:
+            raise ValueError(f"{attribute.name}: {name} = {number} must be a number above 0")
+
+
 @frozen(kw_only=True)
 class TrainDataConfig:
     """What is learned from.
@@ -126,7 +132,15 @@ class TrainDataConfig:
             Default: ``batch_size``.
         packing: true puts several documents into a row, which never see or predict each other; false gives a document a
             row, padded, and puts rows of like length together.
-        learn_prompt: whether prompt tokens are targets too.
+        learn: what is learned: of conversations what every ``assistant`` says (the default) or the ``last`` alone, of other
+            documents the completion; ``all`` learns prompts, user turns and all the template writes too.
+        learn_prompt: another name: true is ``learn = "all"``.
+        boundary: ``apart`` encodes a prompt and its completion each on its own, so that no token reaches from what is not
+            learned to what is; ``together`` encodes the whole text, as other programs do, and learns such a token.
+        chat_template: how conversations are written: a Jinja template, or a file with one. Default: the model's own.
+        prompt_weights: for data sets by name a number that multiplies the weights of prompt tokens, which are learned then,
+            under every trainer: ``prompt_weights = { chat = 0.1 }``.
+        response_weights: for data sets by name a number that multiplies the weights of everything else that is learned.
         overlong: what happens to a document of more than ``max_length`` tokens: ``truncate`` it, ``skip`` it, or
             ``split`` it into several.
         on_bad_example: ``error`` stops at the first line that cannot be read, ``skip`` leaves it out and says how many.
@@ -138,10 +152,20 @@ class TrainDataConfig:
     batch_size: int = field(default=8, validator=ge(1))
     micro_batch_size: int | None = field(default=None, validator=optional(ge(1)))
     packing: bool = True
-    learn_prompt: bool = False
+    learn: Literal["assistant", "last", "all"] | None = None
+    learn_prompt: bool | None = None
+    boundary: Literal["apart", "together"] = "apart"
+    chat_template: str | None = field(default=None, validator=optional(min_len(1)))
+    prompt_weights: Mapping[str, float] = field(factory=dict, validator=_positive_numbers)
+    response_weights: Mapping[str, float] = field(factory=dict, validator=_positive_numbers)
     overlong: Literal["truncate", "skip", "split"] = "truncate"
     on_bad_example: Literal["error", "skip"] = "error"
     shuffle: bool = True
+
+    @property
+    def learned(self) -> Literal["assistant", "last", "all"]:
+        """Name what is learned, under either key."""
+        return "all" if self.learn_prompt else self.learn or "assistant"
 
 
 @frozen(kw_only=True)

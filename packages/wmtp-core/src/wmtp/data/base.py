@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from attrs import field, frozen
 
 from wmtp.errors import WMTPError
 from wmtp.plugins.contract import Contract
 
-__all__ = ["BadExample", "Document", "Example", "ExampleLoader"]
+__all__ = ["BadExample", "Document", "Example", "ExampleLoader", "Span"]
 
 
 class BadExample(WMTPError):
@@ -30,14 +31,38 @@ class BadExample(WMTPError):
         super().__init__(f"{where}: {problem}")
 
 
+@frozen
+class Span:
+    """A piece of a document's text.
+
+    Args:
+        text: the piece; the pieces of a document, joined, are its text.
+        learn: whether it is learned, or seen only.
+        weight: multiplies what every trainer gives its tokens; 0: it is never learned.
+        token_weights: the data's own weight of its tokens, for trainers that take it (`column`): one for all of them, or one
+            each. None: 1.
+    """
+
+    text: str
+    learn: bool = True
+    weight: float = field(default=1.0, kw_only=True)
+    token_weights: float | tuple[float, ...] | None = field(default=None, kw_only=True)
+
+
 @frozen(kw_only=True)
 class Example:
-    """One document.
+    """One document: a prompt and its completion, spans of text, or the messages of a conversation.
 
     Args:
         id: what a message calls it: the problem's number, or ``file:line``.
         prompt: what the model is given; not learned unless the config says so.
         completion: what the model learns. An end-of-sequence token follows it.
+        spans: instead of prompt and completion: the document piece by piece. An end-of-sequence token follows the last.
+        messages: instead of both: a conversation, for the model's chat template. Each has ``role`` (``system``, ``developer``,
+            ``user``, ``assistant``, ``tool``) and ``content``; an assistant's may have ``tool_calls``, ``reasoning_content``,
+            ``train`` (false: never learned) and ``weight`` (multiplies what every trainer gives its tokens; 0: never learned).
+        tools: of a conversation: what the template is told of them.
+        first_learned: of a conversation: messages before this number are seen only.
         group: the problem that this is an answer to; answers of one problem have the same. Default: ``id``.
         is_correct: whether the answer is right, where that is known.
         reward: how good it is, where that is known.
@@ -48,12 +73,21 @@ class Example:
 
     id: str
     prompt: str = ""
-    completion: str
+    completion: str = ""
+    spans: tuple[Span, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    first_learned: int = 0
     group: str = field(default="")
     is_correct: bool | None = None
     reward: float | None = None
     weights: tuple[float, ...] | tuple[tuple[str, float], ...] | None = None
     where: str = ""
+
+    @property
+    def place(self) -> str:
+        """Name the example in messages about a fault."""
+        return self.where or self.id
 
 
 @frozen(kw_only=True)
@@ -84,6 +118,8 @@ class ExampleLoader(Contract, ABC, contract=True):
 
     #: examples for evaluation only: training on them is refused unless the config class has ``allow_training = true``
     evaluation_only: bool = False
+    #: examples may be conversations (``messages``): their tokens depend on the chat template and on ``data.train.learn``
+    conversations: bool = False
 
     @abstractmethod
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:

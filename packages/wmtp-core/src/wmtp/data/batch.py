@@ -26,6 +26,7 @@ class Batch:
         position: ``[B, S]`` int64, the place inside the document's piece, from 0.
         learn: ``[B, S]`` bool, whether the token is one to learn (not prompt, not padding; end-of-sequence is).
         weight: ``[B, S]`` float32, the data's own weight of each token; None where no document has any.
+        scale: ``[B, S]`` float32, what multiplies the weights that a trainer gives; the loop does it. None where that is 1.
         documents: what is known of each document in the batch.
         host: the same rows on the CPU, where these are on another device: to look something up without waiting for it.
     """
@@ -36,6 +37,7 @@ class Batch:
     learn: Tensor
     documents: Sequence[Document]
     weight: Tensor | None = None
+    scale: Tensor | None = None
     host: Batch | None = None
 
     @property
@@ -66,6 +68,7 @@ class Batch:
             position=change(self.position),
             learn=change(self.learn),
             weight=None if self.weight is None else change(self.weight),
+            scale=None if self.scale is None else change(self.scale),
         )
 
 

@@ -160,6 +160,7 @@ def _collate(dataset: TokenDataset, rows: Rows, first: int, count: int, length: 
     position = np.zeros(shape, np.int64)
     learn = np.zeros(shape, np.bool_)
     weight = np.zeros(shape, np.float32) if dataset.has_weights else None
+    scale = np.zeros(shape, np.float32) if dataset.has_scales else None
     documents = []
     for row, members in enumerate(numbers):
         start = 0
@@ -172,6 +173,8 @@ def _collate(dataset: TokenDataset, rows: Rows, first: int, count: int, length: 
             learn[row, start:stop] = piece.learn
             if weight is not None and piece.weight is not None:
                 weight[row, start:stop] = piece.weight
+            if scale is not None and piece.scale is not None:
+                scale[row, start:stop] = piece.scale
             documents.append(piece.document)
             start = stop
     return Batch(
@@ -180,6 +183,7 @@ def _collate(dataset: TokenDataset, rows: Rows, first: int, count: int, length: 
         position=torch.from_numpy(position),
         learn=torch.from_numpy(learn),
         weight=None if weight is None else torch.from_numpy(weight),
+        scale=None if scale is None else torch.from_numpy(scale),
         documents=documents,
     )
 

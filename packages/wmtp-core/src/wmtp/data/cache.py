@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -19,16 +18,19 @@ from typing import Any, Final, Literal
 import attrs
 
 from wmtp.config.tree import components
-from wmtp.data.base import BadExample, Example, ExampleLoader
+from wmtp.data.base import BadExample, ExampleLoader
+from wmtp.data.conversation import Learn
+from wmtp.data.example_checks import check_example, loader_title
+from wmtp.data.render import Boundary, Renderer
 from wmtp.data.store import StoreWriter, TokenStore
-from wmtp.errors import PluginError, WMTPError
+from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.plugins.contract import DataLoaderConfig
 from wmtp.tokenizers.base import Tokenizer
 
 __all__ = ["cache_key", "token_store"]
 
 #: part of every key: raise it when the same files would be read or tokenised differently
-_VERSION: Final = 2
+_VERSION: Final = 3
 _SHOWN: Final = 10
 _ABANDONED_SECONDS: Final = 24 * 3600
 _log = logging.getLogger("wmtp")
@@ -42,6 +44,8 @@ def token_store(
     *,
     cache_dir: Path,
     on_bad_example: Literal["error", "skip"],
+    learn: Learn = "assistant",
+    boundary: Boundary = "apart",
 ) -> TokenStore:
     """The tokenised documents of a data set: from the cache, else made now.
 
@@ -54,25 +58,44 @@ def token_store(
         tokenizer: what makes the tokens.
         cache_dir: the folder of all stores.
         on_bad_example: whether an example that cannot be read is an error.
+        learn: what is learned of conversations.
+        boundary: see `Renderer`.
 
     Raises:
+        ConfigError: conversations, and no chat template, or one that does not fit ``learn``.
         WMTPError: there is no example, a bad one, an unreadable file, or no space left.
     """
     loader: ExampleLoader = component.build()
-    key = cache_key(component, loader, path, tokenizer)
+    if loader.conversations and tokenizer.chat_template is None:
+        raise ConfigError(
+            f"datasets.{name}: holds conversations, and the model's tokenizer has no chat template; set "
+            "data.train.chat_template to a file with one, or to its text"
+        )
+    renderer = Renderer(tokenizer, learn=learn, boundary=boundary)
+    key = cache_key(component, loader, path, tokenizer, learn=learn, boundary=boundary)
     folder = cache_dir / key
     store = TokenStore.open_if_whole(folder, key)
     if store is None:
         if folder.exists():
             _log.warning("datasets.%s: the token cache %s is damaged; it is made again", name, folder)
-        store = _build(name, loader, path, tokenizer, folder, on_bad_example)
+        store = _build(name, loader, path, renderer, tokenizer.vocab_size, folder, on_bad_example)
     if store.info.bad and on_bad_example == "error":
         raise _bad_error(name, store.info.bad_messages, store.info.bad)
     return store
 
 
-def cache_key(component: DataLoaderConfig, loader: ExampleLoader, path: Path | None, tokenizer: Tokenizer) -> str:
+def cache_key(
+    component: DataLoaderConfig,
+    loader: ExampleLoader,
+    path: Path | None,
+    tokenizer: Tokenizer,
+    *,
+    learn: Learn = "assistant",
+    boundary: Boundary = "apart",
+) -> str:
     """A hash of all that decides the tokens: the files' bytes, the config, the loader's own code and the tokenizer.
+
+    For conversations also the chat template, and what is learned of them.
 
     Where the files are does not matter: ``uri`` is not part of it.
     """
@@ -83,7 +106,9 @@ def cache_key(component: DataLoaderConfig, loader: ExampleLoader, path: Path | N
         config = attrs.asdict(each, filter=lambda attribute, _: attribute.name != "uri")  # type: ignore[arg-type]
         configs.append([each.type, config])
     loaders += [placed.config.build() for placed in inside if placed.kind == "data_loaders"]
-    parts: list[Any] = [_VERSION, configs, tokenizer.fingerprint(), tokenizer.bos_id, tokenizer.eos_id]
+    parts: list[Any] = [_VERSION, configs, tokenizer.fingerprint(), tokenizer.bos_id, tokenizer.eos_id, boundary]
+    if loader.conversations:
+        parts += [tokenizer.chat_template, dict(tokenizer.special_tokens), sorted(tokenizer.control_tokens), learn]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode())
     for each in loaders:
         with suppress(TypeError, OSError):  # a class made in an interactive session has no file
@@ -100,7 +125,13 @@ def cache_key(component: DataLoaderConfig, loader: ExampleLoader, path: Path | N
 
 
 def _build(
-    name: str, loader: ExampleLoader, path: Path | None, tokenizer: Tokenizer, folder: Path, on_bad_example: str
+    name: str,
+    loader: ExampleLoader,
+    path: Path | None,
+    renderer: Renderer,
+    vocab_size: int,
+    folder: Path,
+    on_bad_example: str,
 ) -> TokenStore:
     _log.info("datasets.%s: tokenising …", name)
     began = time.monotonic()
@@ -109,7 +140,7 @@ def _build(
         _remove_abandoned(folder.parent)
         building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
-        tokens = _write(name, loader, path, tokenizer, building, on_bad_example)
+        tokens = _write(name, loader, path, renderer, StoreWriter(building, vocab_size), building, on_bad_example)
         with _writing(folder):
             _publish(building, folder)
     finally:
@@ -119,22 +150,27 @@ def _build(
 
 
 def _write(
-    name: str, loader: ExampleLoader, path: Path | None, tokenizer: Tokenizer, building: Path, on_bad_example: str
+    name: str,
+    loader: ExampleLoader,
+    path: Path | None,
+    renderer: Renderer,
+    writer: StoreWriter,
+    building: Path,
+    on_bad_example: str,
 ) -> int:
-    writer = StoreWriter(building, tokenizer.vocab_size)
     bad: list[BadExample] = []
     bad_count = documents = tokens = 0
     examples = loader.examples(path)
     if not isinstance(examples, Iterable):
-        raise PluginError(f"datasets.{name}: {_title(loader)}: examples() returned {examples!r:.60}, not an iterator")
+        raise PluginError(f"datasets.{name}: {loader_title(loader)}: examples() returned {examples!r:.60}, not an iterator")
     for example in examples:
         try:
             if isinstance(example, BadExample):
                 raise example
-            _check_types(name, loader, example)
-            if bad and on_bad_example == "error" and example.weights is None:
+            check_example(f"datasets.{name}: {loader_title(loader)}", loader, example)
+            if bad and on_bad_example == "error" and example.weights is None and example.messages is None:
                 continue  # nothing will be kept: only look for more problems to report
-            encoded, prompt_length, weights = encode_example(example, tokenizer)
+            document = renderer(example)
         except BadExample as problem:
             bad_count += 1
             if len(bad) < _SHOWN:
@@ -143,11 +179,11 @@ def _write(
                 break
             continue
         with _writing(building):
-            writer.add(example, encoded, prompt_length, weights)
+            writer.add(example, document)
         documents += 1
-        tokens += len(encoded)
+        tokens += len(document.tokens)
     with _writing(building):
-        writer.close(bad, bad_count)
+        writer.close(bad, bad_count, renderer.notes.list())
     if bad and on_bad_example == "error":
         raise _bad_error(name, [str(problem) for problem in bad], bad_count)
     if not documents:
@@ -202,91 +238,3 @@ def _bad_error(name: str, messages: Sequence[str], count: int) -> WMTPError:
     return WMTPError(
         f"datasets.{name}: examples cannot be read; repair them, or set data.train.on_bad_example = 'skip'\n{shown}{more}"
     )
-
-
-def _check_types(name: str, loader: ExampleLoader, example: Any) -> None:
-    """Raise if what a loader yielded is no `Example`, or one whose fields have other types than the class says.
-
-    Raises:
-        PluginError: naming the loader.
-    """
-    problem = None
-    if not isinstance(example, Example):
-        problem = f"{example!r:.60} ({type(example).__name__}), not an Example"
-    else:
-        texts = (example.id, example.prompt, example.completion, example.group, example.where)
-        if wrong := [value for value in texts if not isinstance(value, str)]:
-            problem = f"an Example with {wrong[0]!r:.60} where a string belongs"
-        elif example.is_correct not in (None, True, False):
-            problem = f"an Example whose is_correct is {example.is_correct!r:.60}, not True, False or None"
-        elif example.reward is not None and not (isinstance(example.reward, int | float) and math.isfinite(example.reward)):
-            problem = f"an Example whose reward is {example.reward!r:.60}, not a finite number or None"
-        elif example.weights is not None and not _are_weights(example.weights):
-            problem = f"an Example whose weights are {example.weights!r:.60}, neither numbers nor (text, number) tuples"
-    if problem is not None:
-        raise PluginError(f"datasets.{name}: {_title(loader)}: examples() yielded {problem}")
-
-
-def _title(loader: ExampleLoader) -> str:
-    return f"data loader {type(loader).__module__}.{type(loader).__qualname__}"
-
-
-def _are_weights(weights: Any) -> bool:
-    if not isinstance(weights, tuple | list):
-        return False
-    if weights and isinstance(weights[0], tuple):
-        return all(isinstance(pair, tuple) and [*map(type, pair)] in ([str, float], [str, int]) for pair in weights)
-    return all(isinstance(weight, int | float) for weight in weights)
-
-
-def encode_example(example: Example, tokenizer: Tokenizer) -> tuple[list[int], int, list[float] | None]:
-    """The tokens of a document: begin token (where there is one), prompt, completion, end token.
-
-    Prompt and completion are encoded each on its own, so that no token reaches over the border. So are the pieces of
-    ``weights`` given as (text, weight).
-
-    Returns:
-        The tokens, how many come before the completion, and a weight for each token where the example has weights; tokens
-        that it gives no weight have 1.
-
-    Raises:
-        BadExample: the weights do not fit the completion, or the text cannot be encoded.
-    """
-    where = example.where or example.id
-    try:
-        before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        before += tokenizer.encode(example.prompt) if example.prompt else []
-        if example.weights is not None and example.weights and isinstance(example.weights[0], tuple):
-            completion, weights = _encode_weighted(where, example, tokenizer)
-        else:
-            completion = tokenizer.encode(example.completion) if example.completion else []
-            weights = None if example.weights is None else [float(weight) for weight in example.weights]  # type: ignore[arg-type]
-    except UnicodeEncodeError as error:
-        raise BadExample(where, f"holds text that is no Unicode ({error.reason})") from error
-    tokens = [*before, *completion, tokenizer.eos_id]
-    if weights is None:
-        return tokens, len(before), None
-    if wrong := [weight for weight in weights if not 0 <= weight < math.inf]:
-        raise BadExample(where, f"has a weight of {wrong[0]}; weights are finite and ≥ 0")
-    if len(weights) == len(completion):
-        weights.append(1.0)
-    if len(weights) != len(completion) + 1:
-        raise BadExample(
-            where,
-            f"has {len(weights)} weights, but its completion is {len(completion)} tokens with this tokenizer;"
-            " give one for each token (and maybe one for the end), or [text, weight] pairs",
-        )
-    return tokens, len(before), [1.0] * len(before) + weights
-
-
-def _encode_weighted(where: str, example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
-    pieces: Sequence[tuple[str, float]] = example.weights  # type: ignore[assignment]
-    if "".join(text for text, _ in pieces) != example.completion:
-        raise BadExample(where, "the texts of its weights, joined, are not the completion")
-    completion: list[int] = []
-    weights: list[float] = []
-    for text, weight in pieces:
-        ids = tokenizer.encode(text) if text else []
-        completion += ids
-        weights += [float(weight)] * len(ids)
-    return completion, weights

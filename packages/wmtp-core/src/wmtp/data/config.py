@@ -9,13 +9,14 @@ from attrs import field, frozen
 from attrs.validators import deep_iterable, deep_mapping, ge, in_, instance_of, min_len, optional
 
 from wmtp.data.base import ExampleLoader
+from wmtp.data.loaders.chat import FORMATS, KEYS, Format
 from wmtp.data.loaders.code_contests import LANGUAGES
 from wmtp.data.loaders.jsonl import FIELDS
 from wmtp.data.mutations import KINDS, Kind
 from wmtp.plugins.components import component
 from wmtp.plugins.contract import DataLoaderConfig
 
-__all__ = ["CodeContests", "HumanEval", "Jsonl", "Mbpp", "Mutated", "PythonSource", "TextFiles"]
+__all__ = ["Chat", "CodeContests", "HumanEval", "Jsonl", "Mbpp", "Mutated", "PythonSource", "TextFiles"]
 
 
 @frozen(kw_only=True)
@@ -42,6 +43,39 @@ class Jsonl(DataLoaderConfig):
         from wmtp.data.loaders.jsonl import JsonlLoader
 
         return JsonlLoader(self.keys)
+
+
+@frozen(kw_only=True)
+class Chat(DataLoaderConfig):
+    """Conversations, written by the model's chat template; in ``.jsonl``, ``.json`` or ``.parquet`` files.
+
+    A record has ``messages`` (with ``role`` and ``content``), ShareGPT's ``conversations`` (with ``from`` and ``value``), a
+    ``prompt`` and a ``completion`` of messages or texts, Alpaca's ``instruction``, ``input`` and ``output``, or a pair of
+    answers, ``chosen`` and ``rejected``. It may also have ``system``, ``tools``, ``id``, ``group``, ``is_correct`` and
+    ``reward``. Its keys tell which of these it is.
+
+    Args:
+        uri: a data file, or a folder of them, compressed (``.gz .bz2 .xz .zst``) or not.
+        format: what the records are, where their keys fit several.
+        keys: what the files call these keys, where it is something else: ``keys = { messages = "dialog" }``.
+        documents: ``conversation``: one is a document; ``turn``: each answer is one, with all that was said before it.
+        answers: of pairs: ``chosen`` alone, or ``both``, the rejected one with ``is_correct = false``. Must be said.
+    """
+
+    type = "chat"
+    uri: str
+    format: Format | None = field(default=None, validator=optional(in_(FORMATS)))
+    keys: Mapping[str, str] = field(
+        factory=dict, validator=deep_mapping(key_validator=in_(KEYS), value_validator=instance_of(str))
+    )
+    documents: Literal["conversation", "turn"] = "conversation"
+    answers: Literal["chosen", "both"] | None = None
+
+    def build(self) -> ExampleLoader:
+        """Make the loader."""
+        from wmtp.data.loaders.chat import ChatLoader
+
+        return ChatLoader(self.format, self.keys, self.documents, self.answers)
 
 
 @frozen(kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from attrs import field, frozen
 from numpy.typing import NDArray
 
 from wmtp.data.base import Document
+from wmtp.data.segments import StoreSegments
 from wmtp.data.store import TokenStore
 
 __all__ = ["DatasetCounts", "TokenDataset", "TokenizedDocument"]
@@ -29,6 +30,7 @@ class DatasetCounts:
         split: cut into several pieces.
         overlong: left out because they are longer than a row.
         without_target: pieces left out because nothing in them would be learned, or their text is not longer than a token.
+        cut_off: documents among these of which all that would be learned was cut off.
         bad: examples that could not be read.
     """
 
@@ -37,6 +39,7 @@ class DatasetCounts:
     split: int
     overlong: int
     without_target: int
+    cut_off: int
     bad: int
 
 
@@ -48,6 +51,7 @@ class TokenizedDocument:
         tokens: ``[L]`` int64.
         learn: ``[L]`` bool, whether the token is one to learn.
         weight: ``[L]`` float32; None where no document of the data set has weights.
+        scale: ``[L]`` float32, what multiplies a trainer's weights; None where that is 1 in the whole data set.
         document: where it is from.
         prompt_length: how many of the tokens come before the completion, the begin token included.
     """
@@ -55,24 +59,27 @@ class TokenizedDocument:
     tokens: NDArray[np.int64]
     learn: NDArray[np.bool_]
     weight: NDArray[np.float32] | None
+    scale: NDArray[np.float32] | None
     document: Document
     prompt_length: int
 
 
 @frozen(kw_only=True, eq=False)
 class _Pieces:
-    """For each piece: the document's number in the data set, its first token and the one after its last, in the document."""
+    """For each piece: the document's number in the data set, its first token and the one after its last, in the document, and
+    how many of its tokens head 1 learns."""
 
     index: NDArray[np.int64]
     start: NDArray[np.int64]
     stop: NDArray[np.int64]
+    learned: NDArray[np.int64]
     length: NDArray[np.int64] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "length", self.stop - self.start)
 
     def take(self, chosen: NDArray[Any]) -> _Pieces:
-        return _Pieces(index=self.index[chosen], start=self.start[chosen], stop=self.stop[chosen])
+        return _Pieces(index=self.index[chosen], start=self.start[chosen], stop=self.stop[chosen], learned=self.learned[chosen])
 
 
 class TokenDataset:
@@ -83,9 +90,10 @@ class TokenDataset:
         max_length: tokens in a row.
         overlong: what happens to longer documents.
         learn_prompt: whether prompt tokens are learned too. The begin token never is.
-        begin_length: tokens before a prompt: 1 with a begin token, or 0.
         pad_id: the id that fills rows.
         names: what the config calls each source.
+        prompt_weights: for each source by name, what multiplies a trainer's weights of prompt tokens, which are learned then.
+        response_weights: for each source by name, what multiplies those of all other tokens to learn.
     """
 
     def __init__(
@@ -95,19 +103,26 @@ class TokenDataset:
         max_length: int,
         overlong: Literal["truncate", "skip", "split"],
         learn_prompt: bool,
-        begin_length: int,
         pad_id: int,
         names: Sequence[str] | None = None,
+        prompt_weights: Mapping[str, float] | None = None,
+        response_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.pad_id = pad_id
         self.names = tuple(names) if names is not None else ("",) * len(stores)
-        self._begin_length = begin_length
         self.has_weights = any(store.weights is not None for store in stores)
         self._stores = stores
+        self._segments = [
+            StoreSegments.of(
+                store,
+                learn_prompt=learn_prompt,
+                prompt_weight=(prompt_weights or {}).get(name),
+                response_weight=(response_weights or {}).get(name, 1.0),
+            )
+            for store, name in zip(stores, self.names, strict=True)
+        ]
+        self.has_scales = any(segments.scales is not None for segments in self._segments)
         self._first_index = np.cumsum([0, *(len(store) for store in stores)])
-        self._learn_start = np.concatenate(
-            [np.full(len(store), begin_length) if learn_prompt else store.prompt_lengths for store in stores]
-        ).astype(np.int64)
         lengths = np.concatenate([np.diff(store.starts) for store in stores])
         self._pieces, self.counts = self._cut(lengths, max_length, overlong)
 
@@ -125,9 +140,14 @@ class TokenDataset:
             start = (np.arange(len(index)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * max_length
             stop = np.minimum(start + max_length, lengths[index])
         # the first token of a piece follows nothing, so nothing predicts it
-        targets = stop - np.maximum(start + 1, self._learn_start[index])
-        text_lengths = lengths - self._begin_length - 1
-        useful = (targets > 0) & (text_lengths[index] > 1)
+        targets = self._count("learned", index, np.minimum(start + 1, stop), stop)
+        # a document is its text and an end token, and perhaps a begin token that is never learned
+        text_lengths = lengths[index] - self._count("never", index, np.zeros_like(index), lengths[index]) - 1
+        useful = (targets > 0) & (text_lengths > 1)
+        cut_off = 0
+        if overlong == "truncate" and (lost := long[index] & (targets == 0)).any():
+            whole = self._count("learned", index[lost], np.minimum(1, lengths[index[lost]]), lengths[index[lost]])
+            cut_off = int((whole > 0).sum())
         many = int(long.sum())
         counts = DatasetCounts(
             documents=len(lengths),
@@ -135,9 +155,25 @@ class TokenDataset:
             split=many if overlong == "split" else 0,
             overlong=many if overlong == "skip" else 0,
             without_target=int((~useful).sum()),
+            cut_off=cut_off,
             bad=sum(store.info.bad for store in self._stores),
         )
-        return _Pieces(index=index[useful], start=start[useful], stop=stop[useful]), counts
+        return _Pieces(index=index, start=start, stop=stop, learned=targets).take(useful), counts
+
+    def _count(
+        self, what: Literal["learned", "never"], index: NDArray[np.int64], start: NDArray[np.int64], stop: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Count the tokens of a kind in parts of documents."""
+        counts = np.zeros(len(index), np.int64)
+        source = self._source(index)
+        for number, (store, segments) in enumerate(zip(self._stores, self._segments, strict=True)):
+            own = source == number
+            origin = store.starts[index[own] - self._first_index[number]]
+            counts[own] = segments.count(what, origin + start[own], origin + stop[own])
+        return counts
+
+    def _source(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self._first_index, index, side="right") - 1
 
     def __len__(self) -> int:
         return len(self._pieces.index)
@@ -165,8 +201,7 @@ class TokenDataset:
     @property
     def learned_lengths(self) -> NDArray[np.int64]:
         """Tokens of each piece that head 1 learns: those to learn, without the first of the piece."""
-        pieces = self._pieces
-        return pieces.stop - np.maximum(pieces.start + 1, self._learn_start[pieces.index])
+        return self._pieces.learned
 
     @property
     def learned_tokens(self) -> int:
@@ -176,7 +211,7 @@ class TokenDataset:
     @property
     def sources(self) -> NDArray[np.int64]:
         """The source of each piece: a place in ``names``."""
-        return np.searchsorted(self._first_index, self._pieces.index, side="right") - 1
+        return self._source(self._pieces.index)
 
     @property
     def is_correct(self) -> NDArray[np.int8]:
@@ -225,10 +260,12 @@ class TokenDataset:
                 if store.weights is None
                 else np.array(store.weights[origin + start : origin + stop], np.float32)
             )
+        learn, scale = self._segments[source].tokens(origin + start, origin + stop)
         return TokenizedDocument(
             tokens=store.tokens[origin + start : origin + stop].astype(np.int64),
-            learn=np.arange(start, stop) >= self._learn_start[index],
+            learn=learn,
             weight=weight,
+            scale=None if not self.has_scales else np.ones(stop - start, np.float32) if scale is None else scale,
             document=store.document(local, index, start, self.names[source]),
             prompt_length=int(np.clip(store.prompt_lengths[local] - start, 0, stop - start)),
         )

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from wmtp.data.base import BadExample
 
-__all__ = ["bool_field", "number_field", "text_field", "type_name"]
+__all__ = ["bool_field", "finite_number", "name_field", "number_field", "text_field", "type_name"]
 
 
 _TYPE_NAMES: Final = {
@@ -39,6 +39,20 @@ def text_field(where: str, record: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise BadExample(where, f'"{key}" must be a string, not {type_name(value)}')
     return value.replace("\r\n", "\n")
+
+
+def name_field(where: str, record: Mapping[str, Any], key: str) -> str:
+    """Read the string or whole number under ``key`` as a string; empty where it is missing or null.
+
+    Raises:
+        BadExample: it is something else.
+    """
+    value = record.get(key)
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BadExample(where, f'"{key}" must be a string or a whole number, not {type_name(value)}')
+    return str(value)
 
 
 def bool_field(where: str, record: Mapping[str, Any], key: str) -> bool | None:

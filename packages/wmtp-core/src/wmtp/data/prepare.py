@@ -12,13 +12,14 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from wmtp.config.data_rules import eval_sources, require_sources, train_sources
-from wmtp.config.schema import Config
+from wmtp.config.schema import Config, TrainDataConfig
 from wmtp.data.cache import token_store
 from wmtp.data.dataset import TokenDataset
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.tokenizers.base import Tokenizer
+from wmtp.tokenizers.chat_template import template_source
 
-__all__ = ["PreparedData", "prepare_data", "prepare_eval_data", "token_cache_dir"]
+__all__ = ["PreparedData", "prepare_data", "prepare_eval_data", "token_cache_dir", "use_chat_template"]
 
 _log = logging.getLogger("wmtp")
 
@@ -79,6 +80,19 @@ def prepare_eval_data(config: Config, tokenizer: Tokenizer, paths: Mapping[str, 
     return _dataset(config, tokenizer, paths, names, "data.eval")
 
 
+def use_chat_template(tokenizer: Tokenizer, data: TrainDataConfig) -> None:
+    """Give the tokenizer the chat template of ``[data.train]``, where that names one: it is saved with the model.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if data.chat_template is not None:
+        try:
+            tokenizer.chat_template = template_source(data.chat_template)
+        except ConfigError as error:
+            raise ConfigError([f"data.train.chat_template: {problem}" for problem in error.problems]) from error
+
+
 def token_cache_dir(config: Config) -> Path:
     """Where tokenised data is kept."""
     if config.data.cache_dir is not None:
@@ -93,19 +107,29 @@ def _dataset(
     cache_dir = token_cache_dir(config)
     stores = [
         token_store(
-            name, config.datasets[name], paths[name], tokenizer, cache_dir=cache_dir, on_bad_example=data.on_bad_example
+            name,
+            config.datasets[name],
+            paths[name],
+            tokenizer,
+            cache_dir=cache_dir,
+            on_bad_example=data.on_bad_example,
+            learn=data.learned,
+            boundary=data.boundary,
         )
         for name in names
     ]
     options = {
         "max_length": data.max_length,
         "overlong": data.overlong,
-        "learn_prompt": data.learn_prompt,
-        "begin_length": 0 if tokenizer.bos_id is None else 1,
+        "learn_prompt": data.learned == "all",
         "pad_id": tokenizer.eos_id,
+        "prompt_weights": data.prompt_weights,
+        "response_weights": data.response_weights,
     }
     for name, store in zip(names, stores, strict=True):
-        alone = TokenDataset([store], **options)
+        for note in store.info.notes:
+            _log.log(logging.INFO if note.level == "info" else logging.WARNING, "%s: %s: %s", key, name, note)
+        alone = TokenDataset([store], names=[name], **options)
         _log.info("%s", _summary(f"{key}: {name}", alone))
         if not len(alone):
             raise WMTPError(f"datasets.{name}: {_nothing_to_learn(alone, data.max_length)}")
@@ -119,7 +143,8 @@ def _summary(title: str, dataset: TokenDataset) -> str:
         (counts.truncated, "truncated"),
         (counts.split, "split"),
         (counts.overlong, "too long and left out"),
-        (counts.without_target, "left out with nothing to learn"),
+        (counts.without_target - counts.cut_off, "left out with nothing to learn"),
+        (counts.cut_off, "left out because truncation cuts off all that would be learned"),
         (counts.bad, "bad and left out"),
     ):
         if number:
@@ -133,7 +158,7 @@ def _nothing_to_learn(dataset: TokenDataset, max_length: int) -> str:
     if counts.overlong:
         return f"{said}; {counts.overlong:,} are longer than data.train.max_length = {max_length} and left out"
     if counts.truncated:
-        return f"{said} once cut to data.train.max_length = {max_length}; raise it, or set data.train.learn_prompt = true"
+        return f"{said} once cut to data.train.max_length = {max_length}; raise it, or set data.train.learn = 'all'"
     return f"{said}; is it the right file?"
 
 

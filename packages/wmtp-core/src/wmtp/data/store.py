@@ -1,8 +1,8 @@
 """Tokenised documents on disk, read through memory maps.
 
 A store is a folder of plain arrays and ``store.json``, which is written last and records the size of every file. It keeps
-whole documents: begin token (where the tokenizer has one), prompt, completion, end token. How long a row may be, and whether
-prompts are learned, is decided when it is read.
+whole documents, and of each the segments that are learned alike. How long a row may be, and whether prompts are learned, is
+decided when it is read.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
-from attrs import asdict, frozen
+from attrs import asdict, field, frozen
 from numpy.typing import NDArray
 
 from wmtp.data.base import BadExample, Document, Example
+from wmtp.data.notes import Note
+from wmtp.data.tokenized import TokenizedExample
 from wmtp.errors import WMTPError
 
 __all__ = ["StoreInfo", "StoreWriter", "TokenStore"]
@@ -39,6 +41,9 @@ class StoreInfo:
         bad_messages: the first of those, as messages.
         token_type: numpy's name for the type of a token.
         has_weights: whether any document has weights of its own.
+        has_scales: whether any segment multiplies a trainer's weights.
+        conversations: how many of the documents a chat template made.
+        notes: what is to be said of the data whenever it is read.
         sizes: bytes of every other file.
         digest: a hash of their content.
     """
@@ -49,6 +54,9 @@ class StoreInfo:
     bad_messages: tuple[str, ...]
     token_type: str
     has_weights: bool
+    has_scales: bool
+    conversations: int
+    notes: tuple[Note, ...] = field(converter=lambda notes: tuple(n if isinstance(n, Note) else Note(**n) for n in notes))
     sizes: dict[str, int]
     digest: str
 
@@ -93,6 +101,9 @@ class StoreWriter:
             "reward": "d",
             "group_hashes": "Q",
             "name_ends": "q",
+            "segment_ends": "q",
+            "segment_kinds": "b",
+            "segment_scales": "f",
         }
         self._columns = {name: _Column(folder / f"{name}.bin", typecode) for name, typecode in typecodes.items()}
         self._names = (folder / "names.bin").open("wb")
@@ -100,16 +111,25 @@ class StoreWriter:
         self._count = 0
         self._end = 0
         self._name_end = 0
+        self._has_scales = False
+        self._conversations = 0
 
-    def add(self, example: Example, tokens: Sequence[int], prompt_length: int, weights: Sequence[float] | None) -> None:
+    def add(self, example: Example, document: TokenizedExample) -> None:
         """Append a document.
 
         Args:
             example: where it is from.
-            tokens: all its tokens.
-            prompt_length: how many of them come before the completion.
-            weights: one for each token; None: 1 each.
+            document: its tokens.
         """
+        tokens, weights = document.tokens, document.weights
+        segment_end = self._end
+        for segment in document.segments:
+            segment_end += segment.length
+            self._columns["segment_ends"].extend((segment_end,))
+            self._columns["segment_kinds"].extend((segment.kind,))
+            self._columns["segment_scales"].extend((segment.scale,))
+            self._has_scales |= segment.scale != 1.0
+        self._conversations += document.conversation
         if weights is not None and self._weights is None:
             self._weights = _Column(self._folder / "weights.bin", "f")
             self._weights.extend([1.0] * self._end)
@@ -123,7 +143,7 @@ class StoreWriter:
         self._name_end += len(name)
         for column, value in (
             ("ends", self._end),
-            ("prompt_lengths", prompt_length),
+            ("prompt_lengths", document.prompt_length),
             ("is_correct", _UNKNOWN if example.is_correct is None else int(example.is_correct)),
             ("reward", float("nan") if example.reward is None else example.reward),
             ("group_hashes", int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest())),
@@ -132,12 +152,13 @@ class StoreWriter:
             self._columns[column].extend((value,))
         self._count += 1
 
-    def close(self, bad: Sequence[BadExample], bad_count: int) -> None:
+    def close(self, bad: Sequence[BadExample], bad_count: int, notes: Sequence[Note] = ()) -> None:
         """Finish the store.
 
         Args:
             bad: the first examples that could not be read.
             bad_count: how many there were.
+            notes: what is to be said of the data whenever it is read.
         """
         for column in (self._tokens, *self._columns.values()):
             column.close()
@@ -152,6 +173,9 @@ class StoreWriter:
             bad_messages=tuple(str(problem) for problem in bad),
             token_type=self._token_type,
             has_weights=self._weights is not None,
+            has_scales=self._has_scales,
+            conversations=self._conversations,
+            notes=tuple(notes),
             sizes={file.name: file.stat().st_size for file in files},
             digest=_digest(files),
         )
@@ -180,6 +204,9 @@ class TokenStore:
         self.group_hashes = _mapped(folder / "group_hashes.bin", "uint64")
         self.is_correct = _mapped(folder / "is_correct.bin", "int8")  # 1, 0, or -1 where it is not known
         self.reward = _mapped(folder / "reward.bin", "float64")  # NaN where it is not known
+        self.segment_ends = _mapped(folder / "segment_ends.bin", "int64")
+        self.segment_kinds = _mapped(folder / "segment_kinds.bin", "int8")
+        self.segment_scales = _mapped(folder / "segment_scales.bin", "float32") if self.info.has_scales else None
         self._names = _mapped(folder / "names.bin", "uint8")
         self._name_ends = _mapped(folder / "name_ends.bin", "int64")
 

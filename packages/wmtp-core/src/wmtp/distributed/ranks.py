@@ -245,6 +245,7 @@ class Share:
             position=whole.position[index],
             learn=whole.learn[index] & real.unsqueeze(1),
             weight=None if whole.weight is None else whole.weight[index],
+            scale=None if whole.scale is None else whole.scale[index],
         )
 
     def take(self, whole: Tensor) -> Tensor:

@@ -144,11 +144,12 @@ def _config(path: Path, run_dir: Path | None, files: Sequence[ConfigSource], ove
 def _batches(config: Config, opened: OpenedModel) -> Sequence[Any]:
     from wmtp.config.data_rules import eval_sources, train_sources
     from wmtp.data.batches import eval_batches
-    from wmtp.data.prepare import prepare_eval_data
+    from wmtp.data.prepare import prepare_eval_data, use_chat_template
     from wmtp.models.vocabulary import check_ids
 
     if config.data.eval is None:
         return ()
+    use_chat_template(opened.tokenizer, config.data.train)
     place = Place.of(config)
     names = train_sources(config) if config.data.eval.holdout is not None else eval_sources(config)
     paths = {name: place.path(config.datasets[name], f"datasets.{name}") for name in names if name in config.datasets}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
+from wmtp.data.example_checks import check_example
 from wmtp.errors import WMTPError
 from wmtp.testing.component import ComponentTests
 
@@ -54,7 +55,9 @@ class DataLoaderTests(ComponentTests):
             assert isinstance(example.group, str)
             assert example.is_correct is None or isinstance(example.is_correct, bool)
             assert example.reward is None or isinstance(example.reward, int | float)
-        assert any(example.prompt or example.completion for example in examples if isinstance(example, Example))
+            check_example("the loader", loader, example)
+        good = [example for example in examples if isinstance(example, Example)]
+        assert any(example.prompt or example.completion or example.spans or example.messages for example in good)
         twice = [name for name, count in Counter(e.id for e in examples if isinstance(e, Example)).items() if count > 1]
         assert not twice, f"ids that name more than one example: {twice[:5]}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wmtp.plugins.contract import Contract
@@ -16,6 +16,9 @@ class Tokenizer(Contract, ABC, contract=True):
 
     Padding needs no token: padded places are masked everywhere, and filled with ``eos_id``.
     """
+
+    #: how a conversation is written: a Jinja template, or several by name; None: there is none. Saved with the tokenizer
+    chat_template: str | Mapping[str, str] | None = None
 
     @property
     @abstractmethod
@@ -35,6 +38,28 @@ class Tokenizer(Contract, ABC, contract=True):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, with no special token added."""
+
+    def encode_first(self, text: str) -> list[int]:
+        """Encode the start of a document: as `encode`, with the space that the tokenizer itself puts there."""
+        return self.encode(text)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """As `encode_first`, and for each token where its characters start and end in ``text``.
+
+        None, the default: the tokenizer cannot tell. Then the parts of a conversation that are learned and those that are not
+        are always encoded apart.
+        """
+        return None
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Names of special tokens (``bos_token``, ``eos_token`` …) and how a text writes them; for chat templates."""
+        return {}
+
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """All texts that are read as one special token, which end a turn or begin one."""
+        return frozenset(self.special_tokens.values())
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

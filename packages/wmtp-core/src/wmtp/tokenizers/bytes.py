@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from wmtp.tokenizers.base import Tokenizer
-from wmtp.tokenizers.saved import write_saved
+from wmtp.tokenizers.saved import write_saved, write_template
 
 __all__ = ["BytesTokenizer"]
 
@@ -37,6 +37,11 @@ class BytesTokenizer(Tokenizer):
         """The bytes of ``text`` in UTF-8."""
         return list(text.encode("utf-8"))
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode`; the bytes of a character all stand where it stands."""
+        places = [(place, place + 1) for place, character in enumerate(text) for _ in character.encode("utf-8")]
+        return list(text.encode("utf-8")), places
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the bytes; what is no UTF-8 becomes U+FFFD, and begin and end leave nothing."""
         return bytes(i for i in ids if i < EOS_ID).decode("utf-8", errors="replace")
@@ -56,3 +61,4 @@ class BytesTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         """Write the small file by which `wmtp.tokenizers.load.load_tokenizer` knows it again."""
         write_saved(folder, "bytes")
+        write_template(folder, self.chat_template)

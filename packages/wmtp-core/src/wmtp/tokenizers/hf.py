@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ class HfTokenizer(Tokenizer):
     """A tokenizer of transformers, used as it is: no token is added, no remote code runs, nothing is downloaded.
 
     `encode` adds no space before a text, also where the tokenizer itself would: ``encode(a) + encode(b)`` decodes to ``a + b``.
+    `encode_first`, for the beginning of a document, gives the ids that transformers gives.
 
     Args:
         path: a folder, or a ``.gguf`` file.
@@ -42,9 +43,14 @@ class HfTokenizer(Tokenizer):
         self._vocab: dict[str, int] = self._tokenizer.get_vocab()
         self._eos_id = self._find_eos(path, eos_token)
         spec = json.loads(_backend(self._tokenizer, path).to_str())
-        spec["truncation"] = spec["padding"] = None
-        self._spec = json.dumps(_without_added_space(spec), sort_keys=True)
+        # a post-processor adds special tokens, which is done elsewhere, and makes offsets leave out spaces
+        spec["truncation"] = spec["padding"] = spec["post_processor"] = None
+        self._spec, own = (json.dumps(each, sort_keys=True) for each in (_without_added_space(spec), spec))
         self._backend = Backend.from_str(self._spec)
+        self._first = self._backend
+        if own != self._spec:
+            self._spec, self._first = self._spec + own, Backend.from_str(own)
+        self.chat_template = self._tokenizer.chat_template
         begin = self._tokenizer.bos_token_id
         added = self._tokenizer("a")["input_ids"]
         self._bos_id = begin if isinstance(begin, int) and added[:1] == [begin] else None
@@ -80,6 +86,25 @@ class HfTokenizer(Tokenizer):
         """The ids of ``text``. What reads as a special token in it, for instance of a chat template, becomes that token."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_first(self, text: str) -> list[int]:
+        """Encode as transformers does without special tokens: with the space that the tokenizer puts before a text."""
+        return self._first.encode(text, add_special_tokens=False).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode_first`, with the places of the tokens."""
+        encoded = self._first.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Special tokens that transformers gives to a chat template."""
+        return {name: token for name, token in self._tokenizer.special_tokens_map.items() if isinstance(token, str)}
+
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """All added tokens of the vocabulary that are special."""
+        return frozenset(str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; special tokens leave nothing."""
         return self._backend.decode([int(i) for i in ids if i not in (self._eos_id, self._bos_id)], skip_special_tokens=True)
@@ -98,6 +123,7 @@ class HfTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         """Write what ``AutoTokenizer.from_pretrained(folder)`` opens, as it was read except for ``eos_token``."""
         write_saved(folder, "hf-transformers")
+        self._tokenizer.chat_template = self.chat_template
         self._tokenizer.save_pretrained(str(folder))
 
 

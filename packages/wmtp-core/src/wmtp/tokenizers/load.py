@@ -7,7 +7,7 @@ from pathlib import Path
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers
-from wmtp.tokenizers.saved import read_saved
+from wmtp.tokenizers.saved import read_saved, read_template
 
 __all__ = ["load_tokenizer"]
 
@@ -25,6 +25,13 @@ def load_tokenizer(path: Path, *, eos_token: str | None = None) -> Tokenizer:
     """
     if not path.exists():
         raise WMTPError(f"{path}: no such file or folder")
+    found = _load(path, eos_token)
+    if found.chat_template is None and path.is_dir():
+        found.chat_template = read_template(path)
+    return found
+
+
+def _load(path: Path, eos_token: str | None) -> Tokenizer:
     saved = read_saved(path) if path.is_dir() else None
     if saved is not None:
         match saved["type"]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from wmtp.errors import WMTPError
+from wmtp.tokenizers.chat_template import TEMPLATE_NAME
 
-__all__ = ["SAVED_NAME", "read_saved", "write_saved"]
+__all__ = ["SAVED_NAME", "read_saved", "read_template", "write_saved", "write_template"]
 
 SAVED_NAME: Final = "wmtp_tokenizer.json"
 
@@ -36,3 +37,15 @@ def read_saved(folder: Path) -> Mapping[str, Any] | None:
     if not isinstance(saved, dict) or not isinstance(saved.get("type"), str):
         raise WMTPError(f"{path}: has no 'type'; save the model again")
     return saved
+
+
+def write_template(folder: Path, template: str | Mapping[str, str] | None) -> None:
+    """Write a chat template where transformers keeps it, for a tokenizer that is none of transformers'."""
+    if isinstance(template, str):
+        (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8")
+
+
+def read_template(folder: Path) -> str | None:
+    """Read the chat template in a model folder; None where there is none."""
+    path = folder / TEMPLATE_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -12,7 +12,7 @@ import sentencepiece
 
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.tokenizers.base import Tokenizer
-from wmtp.tokenizers.saved import write_saved
+from wmtp.tokenizers.saved import write_saved, write_template
 
 __all__ = ["MODEL_NAME", "SentencePieceTokenizer"]
 
@@ -22,12 +22,15 @@ MODEL_NAME: Final = "tokenizer.model"
 # their concatenation. A model is a serialized protobuf message, in which a field that comes again overrides: this is
 # normalizer_spec (field 3) with add_dummy_prefix (3) and remove_extra_whitespaces (4) false.
 _EXACT_SPACES: Final = b"\x1a\x04\x18\x00\x20\x00"
+_SPACE_BEFORE: Final = b"\x1a\x04\x18\x01\x20\x00"
 _PROBE: Final = "a\n\tb  c"
 _log = logging.getLogger("wmtp")
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model whose `encode` adds no space before a text: ``encode(a) + encode(b)`` decodes to ``a + b``.
+
+    Where a document begins, `encode_first` adds the space that the model itself would.
 
     Args:
         path: a ``.model`` file, or a folder with ``tokenizer.model``.
@@ -50,6 +53,10 @@ class SentencePieceTokenizer(Tokenizer):
                 raise RuntimeError("empty")
         except RuntimeError as error:
             raise WMTPError(f"{file}: not a SentencePiece model, or damaged") from error
+        own = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+        self._first = self._processor
+        if own.encode("a") != self._processor.encode("a"):
+            self._first = sentencepiece.SentencePieceProcessor(model_proto=self._model + _SPACE_BEFORE)
         self._eos_token = eos_token
         self._eos_id = self._find_eos(file)
         if self.decode(self.encode(_PROBE)) != _PROBE:
@@ -85,6 +92,10 @@ class SentencePieceTokenizer(Tokenizer):
         """The ids of ``text``; no space is put before it, and none is dropped."""
         return self._processor.encode(text)
 
+    def encode_first(self, text: str) -> list[int]:
+        """As `encode`, with a space before the text where the model itself puts one."""
+        return self._first.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; begin and end leave nothing, and a leading space stays."""
         return self._processor.decode([int(i) for i in ids if i != self._eos_id])
@@ -95,9 +106,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def fingerprint(self) -> str:
         """A hash of the model file."""
-        return hashlib.sha256(b"sentencepiece-exact-spaces\0" + self._model).hexdigest()
+        return hashlib.sha256(b"sentencepiece-exact-spaces-after-the-first\0" + self._model).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.model`` as it was read, and the file by which it is known again."""
         write_saved(folder, "hf-sentencepiece", eos_token=self._eos_token)
+        write_template(folder, self.chat_template)
         (folder / MODEL_NAME).write_bytes(self._model)

@@ -72,6 +72,7 @@ def open_source(config: Config) -> Source:
             which a part would be lost.
         WMTPError: files are missing or damaged.
     """
+    from wmtp.data.prepare import use_chat_template
     from wmtp.models.vocabulary import check_vocabulary
 
     place = Place.of(config)
@@ -85,6 +86,7 @@ def open_source(config: Config) -> Source:
     _check_length(info, config, "the model")
     _check_evaluators(info, config)
     tokenizer = _open_tokenizer(config, place, path)
+    use_chat_template(tokenizer, config.data.train)
     own = path is not None and (config.tokenizer is None or config.tokenizer.uri in (None, base.loader.uri))
     check_vocabulary(info.vocab_size, tokenizer, own=own)
     rows = {"the model": info.vocab_size}

@@ -302,7 +302,9 @@ class StepLoss:
         if not stage.model_loss:
             return view.targets.valid.float(), True
         given, weights = checks.given_weights(self.trainer, view, self.trainer_name)
-        return weights, view.is_uniform(given)
+        if view.batch.scale is None:
+            return weights, view.is_uniform(given)
+        return weights * view.by_prediction(view.batch.scale), False
 
     def _auxiliary(self, view: StepView) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Ask for the auxiliary losses of the step, and find their gradient with respect to each observation."""

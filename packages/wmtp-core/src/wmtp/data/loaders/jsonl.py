@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
-from wmtp.data.fields import bool_field, finite_number, number_field, text_field, type_name
+from wmtp.data.fields import bool_field, finite_number, name_field, number_field, text_field, type_name
 from wmtp.data.files import data_files, given_path, parsed
 
 __all__ = ["FIELDS", "JsonlLoader"]
@@ -47,26 +47,17 @@ class JsonlLoader(ExampleLoader):
                     needed = f'needs "{prompt}" and "{completion}", or "{text}"'
                     raise BadExample(where, f'no "{key}"; {needed}; the keys here are {", ".join(record) or "none"}')
             pair = (text_field(where, record, prompt), text_field(where, record, completion))
-        example_id = _name(where, record, keys["id"]) or Path(where).name
+        example_id = name_field(where, record, keys["id"]) or Path(where).name
         yield Example(
             id=example_id,
             prompt=pair[0],
             completion=pair[1],
-            group=_name(where, record, keys["group"]) or example_id,
+            group=name_field(where, record, keys["group"]) or example_id,
             is_correct=bool_field(where, record, keys["is_correct"]),
             reward=number_field(where, record, keys["reward"]),
             weights=_weights(where, record, keys["weights"]),
             where=where,
         )
-
-
-def _name(where: str, record: Mapping[str, Any], key: str) -> str:
-    value = record.get(key)
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadExample(where, f'"{key}" must be a string or a whole number, not {type_name(value)}')
-    return str(value)
 
 
 def _weights(where: str, record: Mapping[str, Any], key: str) -> tuple[float, ...] | tuple[tuple[str, float], ...] | None:

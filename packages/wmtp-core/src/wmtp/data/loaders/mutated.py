@@ -33,6 +33,7 @@ class MutatedLoader(ExampleLoader):
         self._kinds = kinds
         self._seed = seed
         self.evaluation_only = of.evaluation_only
+        self.conversations = of.conversations
 
     def files(self, path: Path | None) -> Sequence[Path]:
         """Those of the other loader."""
@@ -44,6 +45,9 @@ class MutatedLoader(ExampleLoader):
         for example in self._of.examples(path):
             if isinstance(example, BadExample) or example.is_correct is False:
                 yield example
+                continue
+            if example.messages is not None or example.spans is not None:
+                yield BadExample(example.place, "is no prompt and completion, so it has no wrong copy")
                 continue
             # by the example, not by its place: others that come or go change nothing
             draw = random.Random(f"{self._seed}\0{example.id}\0{example.completion}")

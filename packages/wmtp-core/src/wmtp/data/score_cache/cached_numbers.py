@@ -51,7 +51,8 @@ def numbers_path(config: Config, source: Source, dataset: TokenDataset, name: st
     path = source.place.path(loader, f"models.{name}")
     parts = [_NUMBERS_VERSION, what, loader.type, options, dataset.fingerprint, source.tokenizer.fingerprint()]
     # a trainer asks for the numbers of tokens to learn; a model from scratch is made by the seed
-    parts += [config.data.train.learn_prompt, config.run.seed if path is None else None]
+    train = config.data.train
+    parts += [train.learned, sorted(train.prompt_weights), config.run.seed if path is None else None]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode())
     for file in [] if path is None else [path] if path.is_file() else sorted(path.rglob("*")):
         if file.is_file():

@@ -1,0 +1,90 @@
+"""Validate what a data loader yields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from wmtp.data.base import Example, ExampleLoader, Span
+from wmtp.errors import PluginError
+
+__all__ = ["check_example", "loader_title"]
+
+
+def check_example(title: str, loader: ExampleLoader, example: Any) -> None:
+    """Raise if what a loader yielded is no `Example`, or one whose fields have other types than the class says.
+
+    Args:
+        title: what messages call the loader.
+        loader: what yielded it.
+        example: what was yielded.
+
+    Raises:
+        PluginError: naming the loader.
+    """
+    problem = _problem(loader, example)
+    if problem is not None:
+        raise PluginError(f"{title}: examples() yielded {problem}")
+
+
+def _problem(loader: ExampleLoader, example: Any) -> str | None:
+    if not isinstance(example, Example):
+        return f"{example!r:.60} ({type(example).__name__}), not an Example"
+    texts = (example.id, example.prompt, example.completion, example.group, example.where)
+    if wrong := [value for value in texts if not isinstance(value, str)]:
+        return f"an Example with {wrong[0]!r:.60} where a string belongs"
+    if example.is_correct not in (None, True, False):
+        return f"an Example whose is_correct is {example.is_correct!r:.60}, not True, False or None"
+    if example.reward is not None and not (isinstance(example.reward, int | float) and math.isfinite(example.reward)):
+        return f"an Example whose reward is {example.reward!r:.60}, not a finite number or None"
+    if example.weights is not None and not _are_weights(example.weights):
+        return f"an Example whose weights are {example.weights!r:.60}, neither numbers nor (text, number) tuples"
+    forms = [bool(example.prompt or example.completion), example.spans is not None, example.messages is not None]
+    if sum(forms) > 1:
+        return "an Example with more than one of prompt and completion, spans, and messages"
+    if example.weights is not None and any(forms[1:]):
+        return "an Example with weights beside spans or messages, which have their own"
+    if example.messages is not None:
+        return _message_problem(loader, example)
+    return None if example.spans is None else _span_problem(example.spans)
+
+
+def _message_problem(loader: ExampleLoader, example: Example) -> str | None:
+    if not loader.conversations:
+        return f"messages, and {type(loader).__name__} does not say so: write conversations = True in it"
+    for name, values in (("messages", example.messages), ("tools", example.tools)):
+        if values is not None and not (isinstance(values, tuple | list) and all(isinstance(v, Mapping) for v in values)):
+            return f"an Example whose {name} are {values!r:.60}, not a tuple of mappings"
+    return None
+
+
+def _span_problem(spans: Any) -> str | None:
+    if not isinstance(spans, tuple | list) or not spans or not all(isinstance(span, Span) for span in spans):
+        return f"an Example whose spans are {spans!r:.60}, not a tuple of Span"
+    for span in spans:
+        if not isinstance(span.text, str) or not isinstance(span.learn, bool):
+            return f"{span!r:.80}, whose text is no string, or learn neither True nor False"
+        if not _is_number(span.weight) or not 0 <= span.weight < math.inf:
+            return f"a Span with a weight of {span.weight!r:.40}; weights are finite and ≥ 0"
+        given = span.token_weights
+        if given is not None and not _is_number(given) and not (isinstance(given, tuple) and all(map(_is_number, given))):
+            return f"a Span whose token_weights are {given!r:.60}, not a number or a tuple of numbers"
+    return None
+
+
+def loader_title(loader: ExampleLoader) -> str:
+    """Name a loader in messages."""
+    return f"data loader {type(loader).__module__}.{type(loader).__qualname__}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_weights(weights: Any) -> bool:
+    if not isinstance(weights, tuple | list):
+        return False
+    if weights and isinstance(weights[0], tuple):
+        return all(isinstance(pair, tuple) and [*map(type, pair)] in ([str, float], [str, int]) for pair in weights)
+    return all(isinstance(weight, int | float) for weight in weights)

@@ -1,0 +1,209 @@
+"""Conversations in the forms in which they are published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from attrs import evolve
+
+from wmtp.data.base import BadExample, Example, ExampleLoader
+from wmtp.data.fields import bool_field, name_field, number_field, text_field, type_name
+from wmtp.data.files import data_files, given_path, parsed, uncompressed_name
+from wmtp.data.messages import check_messages, message_tools, normal_messages
+
+__all__ = ["FORMATS", "KEYS", "ChatLoader", "Format"]
+
+Format = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "preference"]
+FORMATS: Final[tuple[str, ...]] = get_args(Format)
+#: the keys that tell each format
+_TELLING: Final[Mapping[str, tuple[str, ...]]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "preference": ("chosen", "rejected"),
+    "prompt-completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+}
+KEYS: Final = (
+    *(key for keys in _TELLING.values() for key in keys),
+    *("input", "history", "system", "tools", "id", "group", "is_correct", "reward"),
+)
+
+Messages = tuple[Mapping[str, Any], ...]
+
+
+class ChatLoader(ExampleLoader):
+    """Reads a conversation a record, or a pair of answers; see `wmtp.data.config.Chat`.
+
+    Args:
+        format: what the records are; None: what their keys say.
+        keys: for each of `KEYS` that has another name in the files, that name.
+        documents: whether a conversation is one document, or each turn of an assistant.
+        answers: which answers of a pair are read; None: pairs are refused.
+    """
+
+    conversations = True
+
+    def __init__(
+        self,
+        format: Format | None = None,
+        keys: Mapping[str, str] | None = None,
+        documents: Literal["conversation", "turn"] = "conversation",
+        answers: Literal["chosen", "both"] | None = None,
+    ) -> None:
+        self._format = format
+        self._keys = {key: key for key in KEYS} | dict(keys or {})
+        self._documents = documents
+        self._answers = answers
+
+    def files(self, path: Path | None) -> Sequence[Path]:
+        """List the data files at ``path``."""
+        return data_files(given_path(path))
+
+    def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
+        """Read the records in the order of the files."""
+        path = given_path(path)
+        # a column of structs has one set of keys for all rows: what a row does not have is null there
+        columns = any(Path(uncompressed_name(file)).suffix == ".parquet" for file in self.files(path)[:1])
+        yield from parsed(path, lambda where, record: self._examples(where, _without_nulls(record) if columns else record))
+
+    def _examples(self, where: str, record: Mapping[str, Any]) -> Iterator[Example]:
+        keys = self._keys
+        example_id = name_field(where, record, keys["id"]) or Path(where).name
+        whole = Example(
+            id=example_id,
+            group=name_field(where, record, keys["group"]) or example_id,
+            is_correct=bool_field(where, record, keys["is_correct"]),
+            reward=number_field(where, record, keys["reward"]),
+            tools=message_tools(where, keys["tools"], record.get(keys["tools"])),
+            where=where,
+        )
+        found = self._found_format(where, record)
+        if found == "preference":
+            yield from self._pair(whole, record)
+            return
+        messages, first = self._conversation(where, record, found)
+        yield from self._turns(evolve(whole, messages=self._with_system(where, record, messages), first_learned=first))
+
+    def _found_format(self, where: str, record: Mapping[str, Any]) -> str:
+        keys = self._keys
+        fitting = [name for name, telling in _TELLING.items() if all(record.get(keys[key]) is not None for key in telling)]
+        if self._format is not None:
+            if self._format not in fitting:
+                needed = " and ".join(f'"{keys[key]}"' for key in _TELLING[self._format])
+                raise BadExample(where, f'needs {needed} for format = "{self._format}"; {_keys_of(record)}')
+            return self._format
+        if not fitting:
+            known = "; ".join(" and ".join(f'"{keys[key]}"' for key in telling) for telling in _TELLING.values())
+            raise BadExample(where, f"is no conversation of a known form ({known}); {_keys_of(record)}")
+        if len(fitting) > 1:
+            choices = " or ".join(f'"{name}"' for name in fitting)
+            raise BadExample(where, f"fits several forms; say which in the data set: format = {choices}")
+        return fitting[0]
+
+    def _conversation(self, where: str, record: Mapping[str, Any], found: str) -> tuple[Messages, int]:
+        """Read the messages of a record, and the number of the first that may be learned."""
+        keys = self._keys
+        match found:
+            case "messages" | "sharegpt":
+                key = keys["messages" if found == "messages" else "conversations"]
+                return normal_messages(where, key, record[key]), 0
+            case "prompt-completion":
+                prompt = _said(where, keys["prompt"], record[keys["prompt"]], "user")
+                return prompt + _said(where, keys["completion"], record[keys["completion"]], "assistant"), len(prompt)
+            case _:
+                return self._alpaca(where, record), 0
+
+    def _alpaca(self, where: str, record: Mapping[str, Any]) -> Messages:
+        keys = self._keys
+        request = text_field(where, record, keys["instruction"])
+        if record.get(keys["input"]):
+            request = f"{request}\n\n{text_field(where, record, keys['input'])}"
+        before: Messages = ()
+        for turn in record.get(keys["history"]) or ():
+            if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
+                raise BadExample(where, f'"{keys["history"]}" must hold pairs of request and answer, not {type_name(turn)}')
+            before += _said(where, keys["history"], turn[0], "user") + _said(where, keys["history"], turn[1], "assistant")
+        answer = text_field(where, record, keys["output"])
+        return (*before, {"role": "user", "content": request}, {"role": "assistant", "content": answer})
+
+    def _pair(self, whole: Example, record: Mapping[str, Any]) -> Iterator[Example]:
+        keys, where = self._keys, whole.where
+        if self._answers is None:
+            raise BadExample(
+                where,
+                "is a pair of a chosen and a rejected answer; say in the data set what is read: answers = 'chosen', or "
+                "answers = 'both' for a trainer that tells right from wrong by is_correct, such as critic-wmtp",
+            )
+        prompt = () if record.get(keys["prompt"]) is None else _said(where, keys["prompt"], record[keys["prompt"]], "user")
+        given = {name: _said(where, keys[name], record[keys[name]], "assistant") for name in ("chosen", "rejected")}
+        if not prompt:
+            shared = _common(given["chosen"], given["rejected"])
+            prompt, given = given["chosen"][:shared], {name: answer[shared:] for name, answer in given.items()}
+        elif all(answer[: len(prompt)] == prompt for answer in given.values()):
+            given = {name: answer[len(prompt) :] for name, answer in given.items()}
+        elif all(len(answer) > 1 and answer[0] == prompt[0] for answer in given.values()):
+            raise BadExample(where, f'"{keys["chosen"]}" and "{keys["rejected"]}" begin with only a part of "{keys["prompt"]}"')
+        prompt = self._with_system(where, record, prompt)
+        for name, is_correct in (("chosen", True), ("rejected", False)):
+            if is_correct or self._answers == "both":
+                yield evolve(
+                    whole,
+                    id=f"{whole.id} ({name})",
+                    messages=prompt + given[name],
+                    first_learned=len(prompt),
+                    is_correct=is_correct,
+                )
+
+    def _with_system(self, where: str, record: Mapping[str, Any], messages: Messages) -> Messages:
+        key = self._keys["system"]
+        if not record.get(key):
+            return messages
+        system = text_field(where, record, key)
+        if messages and messages[0]["role"] in ("system", "developer"):
+            if messages[0]["content"] != system:
+                raise BadExample(where, f'has both "{key}" and a first message of role {messages[0]["role"]}; keep one')
+            return messages
+        return ({"role": "system", "content": system}, *messages)
+
+    def _turns(self, example: Example) -> Iterator[Example]:
+        """Make one document of a conversation, or one of each answer."""
+        messages = example.messages or ()
+        check_messages(example.where, messages, example.first_learned)
+        if self._documents == "conversation":
+            yield example
+            return
+        answers = [
+            number
+            for number, message in enumerate(messages)
+            if message["role"] == "assistant" and number >= example.first_learned and message.get("train") is not False
+        ]
+        for turn, number in enumerate(answers, start=1):
+            name = example.id if len(answers) == 1 else f"{example.id} (answer {turn})"
+            yield evolve(example, id=name, messages=messages[: number + 1], first_learned=number)
+
+
+def _said(where: str, key: str, value: Any, role: str) -> Messages:
+    """Messages, or a text as one message."""
+    if isinstance(value, str):
+        return ({"role": role, "content": value.replace("\r\n", "\n")},)
+    return normal_messages(where, key, value)
+
+
+def _common(first: Messages, second: Messages) -> int:
+    """Count the messages that two conversations begin with alike."""
+    for number, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return number
+    return min(len(first), len(second))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(element) for key, element in value.items() if element is not None}
+    return [_without_nulls(element) for element in value] if isinstance(value, list) else value
+
+
+def _keys_of(record: Mapping[str, Any]) -> str:
+    return f"the keys here are {', '.join(sorted(map(str, record))) or 'none'}"

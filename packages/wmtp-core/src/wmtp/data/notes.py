@@ -1,0 +1,48 @@
+"""Remarks on a data set that was read, once each, with the number of documents."""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+__all__ = ["Note", "Notes"]
+
+
+@frozen(kw_only=True)
+class Note:
+    """A remark.
+
+    Args:
+        text: about the documents.
+        count: how many it is about.
+        first: where the first of them stands.
+        level: ``warning`` or ``info``.
+    """
+
+    text: str
+    count: int
+    first: str
+    level: str = "warning"
+
+    def __str__(self) -> str:
+        documents = "1 document" if self.count == 1 else f"{self.count:,} documents"
+        return f"{documents} ({'at' if self.count == 1 else 'the first at'} {self.first}): {self.text}"
+
+
+class Notes:
+    """Collects remarks while documents are read."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], list[str | int]] = {}
+
+    def add(self, text: str, where: str, *, level: str = "warning") -> None:
+        """Note something about the document at ``where``; of one document it counts once."""
+        entry = self._found.setdefault((text, level), [0, where, ""])
+        if entry[2] != where:
+            entry[0], entry[2] = int(entry[0]) + 1, where
+
+    def list(self) -> tuple[Note, ...]:
+        """All of them, in the order in which they came up."""
+        return tuple(
+            Note(text=text, count=int(count), first=str(first), level=level)
+            for (text, level), (count, first, _) in self._found.items()
+        )
