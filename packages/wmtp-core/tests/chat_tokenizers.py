@@ -55,21 +55,23 @@ TEMPLATES = {"chatml": CHATML, "marked": MARKED, "inst": INST, "end-of-text": EN
 
 
 @cache
-def _backend():
+def _backend(special):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL, show_progress=False
+        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(special), show_progress=False
     )
     tokenizer.train_from_iterator([Path(__file__).read_text(), "Answer: Hello\n\n Hi assistant\nuser\n" * 20], trainer)
     return tokenizer.to_str()
 
 
-def chat_tokenizer(folder, template, eos="<|im_end|>", bos=None):
+def chat_tokenizer(folder, template, eos="<|im_end|>", bos=None, special=SPECIAL):
     """A tokenizer of transformers, saved and opened by WMTP."""
     names = {} if bos is None else {"bos_token": bos}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_backend()), eos_token=eos, **names)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_backend(tuple(dict.fromkeys(special)))), eos_token=eos, **names
+    )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(str(folder))
     return HfTokenizer(Path(folder))

@@ -35,7 +35,8 @@ class Step:
 
 
 def random_step(seed: int, *, packed: bool, rows: int = 4, length: int = 12) -> Step:
-    """A ragged batch: documents of any length from one token up, with and without a prompt, and padding at the end of rows.
+    """A ragged batch: documents of any length from one token up, with and without a prompt, some with a user's turn between two
+    answers, and padding at the end of rows.
 
     Each document has a label, a reward and data weights, and belongs to a group with others. One document has nothing to learn.
     """
@@ -60,6 +61,8 @@ def random_step(seed: int, *, packed: bool, rows: int = 4, length: int = 12) -> 
             document[row, start:stop] = number
             position[row, start:stop] = torch.arange(stop - start)
             learn[row, start + prompt : stop] = True
+            if stop - start - prompt > 3:  # a conversation: something between two answers is not learned
+                learn[row, start + prompt + 1 + number % 2 : stop - 1] = False
             label = number % 2 == 0
             documents.append(
                 Document(index=number, start=0, id=f"d{number}", group=f"g{number // 2}", is_correct=label, reward=float(label))
