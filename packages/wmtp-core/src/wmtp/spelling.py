@@ -4,8 +4,37 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Final
 
 __all__ = ["did_you_mean", "nearest"]
+
+#: words of other tools for what has another name here; a hint only where that name is among the known ones
+_SYNONYMS: Final = {
+    "gpu": "cuda",
+    "apple": "mps",
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "train": "run",
+    "sft": "run",
+    "finetune": "run",
+    "fine-tune": "run",
+    "evaluate": "eval",
+    "test": "eval",
+    "infer": "generate",
+    "inference": "generate",
+    "chat": "generate",
+    "validate": "check",
+    "new": "init",
+    "create": "init",
+    "download": "fetch",
+    "upload": "push",
+    "convert": "export",
+    "merge": "export",
+    "submit": "launch",
+    "stop": "cancel",
+    "list": "plugins",
+    "weights-and-biases": "wandb",
+}
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
@@ -20,6 +49,8 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """Write the question ``did you mean 'NAME'?``; None where no known name is like it."""
-    close = nearest(name, known)
+    """Write the question ``did you mean 'NAME'?``; None where no known name is like it or says the same."""
+    names = list(known)
+    synonym = _SYNONYMS.get(name.lower())
+    close = synonym if synonym in names else nearest(name, names)
     return None if close is None else f"did you mean '{close}'?"

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import select
 import signal
 import sys
 import traceback
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 
 from wmtp.cli import evaluate, init, use
 from wmtp.cli import files as file_commands
+from wmtp.cli.parser import Parser
 from wmtp.errors import ConfigError, Terminated, WMTPError, described
 from wmtp.log_lines import set_up_logging
 
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wants_json: bool = arguments.json
     set_up_logging(verbose=arguments.verbose, rank=_rank())
     output = sys.stdout
+    code = 0
     try:
         # whatever a library prints must not get between the braces
         with contextlib.ExitStack() as stack:
@@ -71,11 +74,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wants_json and not _rank():
             print(json.dumps(_plain(answer), ensure_ascii=False), file=output)
         output.flush()
-    except BrokenPipeError:  # for instance `wmtp show … | head`
-        with contextlib.suppress(OSError):
+    except BrokenPipeError:  # for instance `wmtp show … | head`: who reads has had enough, and the work is as good as it was
+        with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1 if arguments.command == "run" else 0
     return code
+
+
+def _is_closed(stream: Any) -> bool:
+    """Find out whether nobody reads the pipe that a stream writes into."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # an error is told, whatever is asked for
+        return any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
@@ -87,9 +99,9 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
 
             command = getattr(commands, arguments.command)
         return command(arguments)
-    except BrokenPipeError:
-        raise
     except (KeyboardInterrupt, SystemExit, Exception) as error:
+        if isinstance(error, BrokenPipeError) and (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
+            raise
         lines, code = _explained(error)
         lines = [_with_origin(line) for line in lines]
         if getattr(error, "said_by_main", False):  # rank 0 has the same error
@@ -99,8 +111,9 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
         elif not isinstance(error, KeyboardInterrupt | WMTPError):
             print("run it again with --debug for the traceback of this error:", file=sys.stderr)
     rank = f"rank {_rank()}: " if _rank() else ""
-    for line in lines:
-        print(f"error: {rank}{line}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # the exit code says it too
+        for line in lines:
+            print(f"error: {rank}{line}", file=sys.stderr)
     return {"error": "\n".join(lines), "problems": lines}, code
 
 
@@ -139,7 +152,7 @@ def _place_in_plugin(error: BaseException) -> str:
 
 def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """Describe the command line to argparse: the whole, and each command by name."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="wmtp",
         description="Weighted multi-token-prediction fine-tuning of language models.",
         epilog="Exit codes: 0 done, 1 the work failed, 2 the input is wrong; of a service to launch on: 3 it refuses the user,"
@@ -147,7 +160,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(

@@ -7,13 +7,15 @@ from typing import Final
 
 from attrs import frozen
 
-from wmtp.spelling import did_you_mean
+from wmtp.config.neighbours import known_elsewhere
+from wmtp.spelling import did_you_mean, nearest
 
 __all__ = ["KeyPath", "Problem", "Problems", "dotted", "unknown_key"]
 
 #: where a value stands: names of tables and keys, and indices into arrays
 KeyPath = tuple[str | int, ...]
 
+_ALMOST: Final = 0.85  # a slip of the keyboard, whatever the word means elsewhere
 _BARE: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 
 
@@ -58,6 +60,8 @@ class Problems(Exception):
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """Write the message for a key that a table does not have."""
     names = list(known)
+    if nearest(name, names, cutoff=_ALMOST) is None and (elsewhere := known_elsewhere(name)):
+        return f"unknown key; {elsewhere}"
     if hint := did_you_mean(name, names):
         return f"unknown key; {hint}"
     return f"unknown key; keys: {', '.join(names)}" if names else "unknown key; this table has no keys"

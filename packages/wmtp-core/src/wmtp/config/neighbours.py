@@ -1,0 +1,76 @@
+"""Keys of neighbouring tools, and what says the same here: for people who come from TRL, axolotl, LLaMA-Factory or Unsloth."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["NEIGHBOURS", "known_elsewhere"]
+
+_BATCH: Final = (
+    "data.train.batch_size is the rows of a whole step, data.train.micro_batch_size those that a device computes at once;"
+    " gradients accumulate over the rest by themselves"
+)
+_LENGTH: Final = "data.train.max_length"
+_EPOCHS: Final = "train.epochs"
+_MODEL: Final = "models.base.uri"
+_DATA: Final = "a table [datasets.NAME] with type and uri"
+_PROMPT: Final = "data.train.learn_prompt: by default completions are learned and prompts are not"
+_PRECISION: Final = 'devices.precision ("fp32", "bf16", "bf16-params")'
+_TRACKER: Final = "tracker.type"
+_HOLDOUT: Final = "data.eval.holdout, or data.eval.sources"
+_STOPPING: Final = "train.early_stopping"
+_FSDP: Final = "devices.fsdp (FSDP2; there is no DeepSpeed)"
+_NO_UPLOAD: Final = "no key; runs/NAME/model is an ordinary Hugging Face folder to upload"
+
+#: name elsewhere → what is written here; names of one meaning share a line
+NEIGHBOURS: Final = {
+    name: here
+    for names, here in {
+        "per_device_train_batch_size micro_batch_size": _BATCH,
+        "gradient_accumulation_steps": _BATCH,
+        "per_device_eval_batch_size eval_batch_size": "data.eval.batch_size",
+        "num_train_epochs num_epochs": _EPOCHS,
+        "max_steps": "train.max_steps",
+        "learning_rate": "optimizer.lr",
+        "lr_scheduler_type lr_scheduler": "schedule.type",
+        "warmup_steps": "schedule.warmup_steps",
+        "warmup_ratio": "schedule.warmup_ratio",
+        "optim": "optimizer.type",
+        "weight_decay": "optimizer.weight_decay",
+        "adam_beta1 adam_beta2": "optimizer.betas",
+        "adam_epsilon": "optimizer.eps",
+        "max_grad_norm": "train.max_grad_norm",
+        "max_length max_seq_length max_seq_len sequence_len cutoff_len": _LENGTH,
+        "packing sample_packing": "data.train.packing",
+        "group_by_length": "no key; data.train.packing = false puts rows of like length together",
+        "completion_only_loss assistant_only_loss train_on_inputs train_on_prompt": _PROMPT,
+        "dataset_name dataset_path train_file datasets_path": _DATA,
+        "val_set_size validation_split eval_dataset": _HOLDOUT,
+        "model_name_or_path base_model model_name model_id": _MODEL,
+        "report_to use_wandb": _TRACKER,
+        "wandb_project": "tracker.project of the tracker wandb",
+        "logging_steps": "train.log_interval",
+        "eval_steps eval_strategy evaluation_strategy": "train.eval_interval",
+        "save_steps save_strategy": "checkpoints.save_interval",
+        "save_total_limit": "checkpoints.keep_last",
+        "load_best_model_at_end metric_for_best_model early_stopping_patience": _STOPPING,
+        "resume_from_checkpoint auto_resume_from_checkpoints": "no key; wmtp run --resume RUN_DIR",
+        "output_dir": "run.output_dir",
+        "run_name": "run.name",
+        "seed data_seed": "run.seed",
+        "fp16 bf16 tf32 torch_dtype dtype": _PRECISION,
+        "gradient_checkpointing use_gradient_checkpointing": "devices.activation_checkpointing",
+        "torch_compile": "devices.compile",
+        "attn_implementation flash_attention flash_attn": "models.base.attn_implementation",
+        "deepspeed fsdp_config": _FSDP,
+        "push_to_hub hub_model_id": _NO_UPLOAD,
+        "use_liger_kernel": "no key; the loss never makes all logits at once anyway",
+    }.items()
+    for name in names.split()
+}
+
+
+def known_elsewhere(name: str) -> str | None:
+    """Write what another tool's key is here: ``of other tools; here it is: …``; None for a name that none of them has."""
+    here = NEIGHBOURS.get(name.lower().replace("-", "_"))
+    return None if here is None else f"a key of other tools; here it is {here}"

@@ -1,0 +1,143 @@
+"""Hints for people who come from other tools, and for slips: commands, flags, keys and values."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+
+from wmtp.cli import main
+from wmtp.config.neighbours import NEIGHBOURS
+from wmtp.config.problems import unknown_key
+from wmtp.config.schema import Config
+from wmtp.optim.config import AdamW
+from wmtp.plugins.components import COMPONENT_KIND
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["runn"], "invalid choice: 'runn'; did you mean 'run'?"),
+        (["train", "a.toml"], "invalid choice: 'train'; did you mean 'run'?"),
+        (["evaluate"], "invalid choice: 'evaluate'; did you mean 'eval'?"),
+        (["zzz"], "invalid choice: 'zzz' (choose from"),
+        (["run", "a.toml", "--resum", "auto"], "unrecognized argument: --resum; did you mean '--resume'?"),
+        (["run", "a.toml", "--dryrun"], "unrecognized argument: --dryrun; did you mean '--dry-run'?"),
+        (
+            ["run", "a.toml", "--learning_rate=1"],
+            "--learning_rate=1; a key of other tools; here it is optimizer.lr; in a config,",
+        ),
+        (["generate", "m", "--device", "gpu"], "invalid choice: 'gpu'; did you mean 'cuda'?"),
+        (["export", "m", "d", "--format", "medus"], "invalid choice: 'medus'; did you mean 'medusa'?"),
+        (["cache", "prun"], "invalid choice: 'prun'; did you mean 'prune'?"),
+    ],
+)
+def test_slips_on_the_command_line(words, hint, capsys):
+    assert main(words) == 2
+    assert hint in capsys.readouterr().err
+
+
+RECIPE = """\
+[models.base]
+type = "scratch"
+vocab_size = 258
+[tokenizer]
+type = "bytes"
+[datasets.py]
+type = "python-source"
+[trainer]
+type = "baseline-mtp"
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["devices.device=gpu"],
+            "devices.device: must be one of 'auto', 'cpu', 'cuda', 'mps', not 'gpu'; did you mean 'cuda'?",
+        ),
+        (["devices.precision=bfloat16"], "did you mean 'bf16'?"),
+        (["train.num_train_epochs=3"], "train.num_train_epochs: unknown key; a key of other tools; here it is train.epochs"),
+        (["optimizer.learning_rate=1"], "optimizer.learning_rate: unknown key; a key of other tools; here it is optimizer.lr"),
+        (["report_to=wandb"], "report_to: unknown key; a key of other tools; here it is tracker.type"),
+        (["train.gradient_accumulation_steps=4"], "data.train.batch_size is the rows of a whole step"),
+        (["data.train.per_device_train_batch_size=4"], "data.train.micro_batch_size those that a device computes at once"),
+        (["data.train.max_lenght=4"], "data.train.max_lenght: unknown key; did you mean 'max_length'?"),
+        (["data.train.max-length=4"], "data.train.max-length: unknown key; did you mean 'max_length'?"),
+        (["schedule.max_steps=4"], "schedule.max_steps: unknown key; a key of other tools; here it is train.max_steps"),
+    ],
+)
+def test_words_of_other_tools_in_a_config(overrides, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.toml").write_text(RECIPE)
+    assert main(["check", "a.toml", *(word for override in overrides for word in ("--set", override))]) == 2
+    assert said in capsys.readouterr().err
+
+
+def sections(cls, path=""):
+    for field in attrs.fields(cls):
+        yield f"{path}{field.alias}"
+        match = re.search(r"\w+Config\b", str(field.type))
+        if match and COMPONENT_KIND not in field.metadata:
+            inner = getattr(sys.modules["wmtp.config.schema"], match[0], None)
+            yield from sections(inner, f"{path}{field.alias}.") if inner is not None else ()
+
+
+def test_every_key_that_a_hint_names_is_one():
+    known = {*sections(Config), "models.base.uri", "models.base.attn_implementation", "optimizer.type", "tracker.type"}
+    known |= {f"optimizer.{field.alias}" for field in attrs.fields(AdamW)} | {"tracker.project"}
+    named = {key for here in NEIGHBOURS.values() for key in re.findall(r"\b[a-z]+(?:\.[a-z_]+)+", here)}
+    assert len(named) > 25
+    assert named <= known, named - known
+
+
+def test_the_page_for_newcomers_has_every_name():
+    page = (ROOT / "docs" / "coming-from.md").read_text()
+    assert [name for name in NEIGHBOURS if f"`{name}`" not in page] == []
+
+
+def test_a_name_that_is_nearly_one_of_the_table_is_a_slip():
+    assert unknown_key("learning_rates", ["learning_rate"]) == "unknown key; did you mean 'learning_rate'?"
+
+
+def command(*words, shell_tail, cwd):
+    line = " ".join([sys.executable, "-m", "wmtp", *words, shell_tail])
+    return subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_reader_that_has_had_enough_is_no_failure_and_hides_none(tmp_path):
+    """One process for each: what is closed before the command writes into it is closed for sure."""
+    (tmp_path / "a.toml").write_text(RECIPE)
+    (tmp_path / "b.toml").write_text(RECIPE + "x = 1\n")
+    # a pipe whose reader has gone, as standard output
+    for words, expected in (
+        (["plugins"], 0),
+        (["check", "a.toml"], 0),
+        (["check", "b.toml"], 2),
+        (["check", "b.toml", "--json"], 2),
+    ):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-m", "wmtp", *words], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True
+        )
+        os.close(writer)
+        assert done.returncode == expected, (words, done.stderr)
+        assert "BrokenPipe" not in done.stderr
+
+
+def test_a_pipe_of_the_work_that_breaks_is_a_failure(monkeypatch, capsys):
+    """A server that hangs up raises the same error as a closed standard output."""
+
+    def fail(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("wmtp.actions.files.push", fail)
+    assert main(["push", "x", "y"]) == 1
+    assert "error: BrokenPipeError" in capsys.readouterr().err
