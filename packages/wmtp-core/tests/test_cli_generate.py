@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,13 @@ def test_mistakes_are_one_line_each(folder: Path, tmp_path: Path, capsys: pytest
     other = _save(tmp_path / "other", 1, vocab_size=200)
     assert "the model has a vocabulary of 200, the tokenizer one of 258" in _fails(capsys, str(other), "--prompt", "a")
     assert "top_p" in _fails(capsys, str(folder), "--prompt", "a", "--temperature", "1", "--top-p", "0")
+
+
+def test_nothing_of_transformers_own_is_said(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No deprecations of names that were renamed, and no bar for a file that is written."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        wmtp.generate(folder, "def", max_new_tokens=2)
+        wmtp.export(folder, tmp_path / "out", format="hf")
+    assert [str(warning.message) for warning in caught if issubclass(warning.category, FutureWarning)] == []
+    assert capfd.readouterr().err == ""

@@ -116,6 +116,7 @@ from wmtp.plugins.hookspecs import hookimpl as hookimpl
 from wmtp.plugins.loader import load_plugins as load_plugins
 from wmtp.plugins.registry import Registry as Registry
 from wmtp.runs.result import Result as Result
+from wmtp.runs.samples import TokenSample as TokenSample
 from wmtp.startup.start import start as start
 from wmtp.storage.base import Fetched as Fetched
 from wmtp.storage.base import Storage as Storage

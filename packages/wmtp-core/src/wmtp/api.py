@@ -25,6 +25,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.evaluation.consent import allow_code_execution as permit_code_execution
 from wmtp.evaluation.consent import code_execution_allowed, require_consent
 from wmtp.launchers.local import Local
+from wmtp.log_lines import lines_by_itself
 from wmtp.runs import directory as run_dirs
 from wmtp.runs.fixed import fixed
 from wmtp.runs.result import Result
@@ -93,8 +94,8 @@ def run(
         KeyboardInterrupt: Ctrl-C. Where the run has saved a checkpoint, ``error.result`` is its result. SIGTERM returns the
             result, with the status ``interrupted``.
     """
-    loaded = load_checked(config, overrides=overrides, run_name=run_name, tags=tags, resume=resume)
-    with permit_code_execution(allow_code_execution or code_execution_allowed()):
+    with lines_by_itself(), permit_code_execution(allow_code_execution or code_execution_allowed()):
+        loaded = load_checked(config, overrides=overrides, run_name=run_name, tags=tags, resume=resume)
         return _run(loaded, resume, dry_run=dry_run)
 
 

@@ -4,8 +4,38 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["set_up_logging"]
+__all__ = ["in_notebook", "lines_by_itself", "set_up_logging"]
+
+
+def in_notebook() -> bool:
+    """Find out whether this process is the kernel of a notebook, without importing anything."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
+
+
+@contextmanager
+def lines_by_itself() -> Iterator[None]:
+    """Show log lines meanwhile where nobody has said anything about them: in a script, and in a notebook.
+
+    Nothing changes where the logger ``wmtp`` has handlers or a level, as under the command line, or where the program logs by
+    itself: in a notebook the host may have done that (Colab), and then its level counts only if it lets the lines through.
+    """
+    logger, root = logging.getLogger("wmtp"), logging.getLogger()
+    is_configured = bool(root.handlers) and (logger.isEnabledFor(logging.INFO) or not in_notebook())
+    if logger.handlers or logger.level != logging.NOTSET or is_configured:
+        yield
+        return
+    set_up_logging(verbose=False)
+    try:
+        yield
+    finally:
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
 
 
 def set_up_logging(*, verbose: bool, rank: int = 0) -> None:
@@ -13,7 +43,8 @@ def set_up_logging(*, verbose: bool, rank: int = 0) -> None:
     logger = logging.getLogger("wmtp")
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
+    # a notebook shows standard error as if something were wrong
+    handler = logging.StreamHandler(sys.stdout if in_notebook() else sys.stderr)
     handler.setFormatter(_Lines(f"rank {rank}: " if rank else ""))
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if rank else logging.DEBUG if verbose else logging.INFO)

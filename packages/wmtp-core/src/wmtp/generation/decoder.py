@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,9 @@ class CachedDecoder:
         self._dtype = model.anatomy.output.weight.dtype
         self._layers_return_tuples = False
         self.cache = RowCache(capacity)
+        # renamed in transformers 5.24; the old name is removed in 5.40
+        accepted = inspect.signature(self._anatomy.decoder.forward).parameters
+        self._cache_name = "cache" if "cache" in accepted else "past_key_values"
 
     def new_cache(self) -> RowCache:
         """A cache for a head's own layer."""
@@ -137,7 +141,7 @@ class CachedDecoder:
             # a draft may lie beyond the last position that the model has; nothing reads what comes of it
             "position_ids": slots if longest is None else slots.clamp(max=longest - 1),
             "attention_mask": mask,
-            "past_key_values": self.cache,
+            self._cache_name: self.cache,
             "use_cache": True,
         }
 

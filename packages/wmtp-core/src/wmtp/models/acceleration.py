@@ -81,7 +81,8 @@ def compile_layers(model: MTPModel) -> None:
 
 def _uncached(compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Generating text has a cache, which grows with each token, and as many shapes: it goes the plain way."""
-    return (compiled if kwargs.get("past_key_values") is None else plain)(*args, **kwargs)
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the name before transformers 5.24
+    return (compiled if cache is None else plain)(*args, **kwargs)
 
 
 # Functions of the module rather than closures: torch.compile knows a layer's code by its function, and one function is

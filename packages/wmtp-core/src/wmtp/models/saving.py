@@ -85,7 +85,8 @@ def write_base(
         if untouched is not None:
             untouched.check_target(folder)
         index.unlink(missing_ok=True)  # of an older save
-        base.save_pretrained(folder, state_dict=state)  # type: ignore[arg-type]
+        with quiet():
+            base.save_pretrained(folder, state_dict=state)  # type: ignore[arg-type]
         if index.exists():  # readers would prefer the one file of an older save to these shards
             (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
         table = text_table(base.config)

@@ -12,7 +12,6 @@ import math
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -26,6 +25,7 @@ from wmtp.errors import PluginError, WMTPError
 from wmtp.loss.weights import BAD_WEIGHTS
 from wmtp.runs.step_file import read_steps
 from wmtp.tracking import Tracker
+from wmtp.training.progress import Progress
 from wmtp.training.recording import Place, Recording, document_record
 
 if TYPE_CHECKING:
@@ -33,15 +33,12 @@ if TYPE_CHECKING:
     from wmtp.tokenizers import Tokenizer
     from wmtp.training.step import StepOutput
 
-__all__ = ["PendingStep", "Progress", "Readback", "Recorder", "StepFile", "StepLog", "finite", "peak_memory", "send_numbers"]
+__all__ = ["PendingStep", "Readback", "Recorder", "StepFile", "StepLog", "finite", "peak_memory", "send_numbers"]
 
 logger = logging.getLogger("wmtp")
 
 # reserved keys read back alongside metrics: no trainer's metric has such a name
 _LOSS, _BAD_WEIGHTS = "\0loss", "\0bad weights"
-
-#: seconds between two lines in a log
-_LINE_INTERVAL = 10.0
 
 #: how often is recorded by default, in a whole run
 _DISTRIBUTIONS: Final = 200
@@ -258,53 +255,6 @@ class StepLog:
             if not self._tracker_failed:
                 logger.warning("the tracker failed at step %d: %s; metrics.jsonl has everything", step, error)
             self._tracker_failed = True
-
-
-class Progress:
-    """Shows how far a run is.
-
-    Args:
-        total: optimizer steps of the whole job.
-        start: optimizer steps done already.
-    """
-
-    def __init__(self, total: int, start: int) -> None:
-        self._total = total
-        self._shown = start
-        self._last = 0.0
-        self._bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, file=sys.stderr)
-
-    def show(self, step: int, metrics: Mapping[str, float], *, always: bool = False) -> None:
-        """Show the state after ``step`` steps; a log gets a line only now and then, unless ``always``."""
-        facts = _summary(metrics)
-        if self._bar is not None:
-            self._bar.set_postfix_str(facts, refresh=False)
-            self._bar.update(step - self._shown)
-            self._shown = step
-        elif always or step == self._total or time.monotonic() - self._last >= _LINE_INTERVAL:
-            self._last = time.monotonic()
-            logger.info("step %d/%d  %s", step, self._total, facts)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _summary(metrics: Mapping[str, float]) -> str:
-    heads = [f"{value:.3f}" for name, value in metrics.items() if name.startswith("loss/head_")]
-    parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
-    if len(heads) > 1:
-        parts.append(f"heads {' '.join(heads)}")
-    if "eval/loss" in metrics:
-        parts.append(f"eval {metrics['eval/loss']:.4f}")
-    if "tokens_per_second" in metrics:
-        parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-    return "  ".join(parts)
 
 
 class Recorder:
