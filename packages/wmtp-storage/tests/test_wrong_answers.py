@@ -1,13 +1,15 @@
 """Answers with status 200 that are none: a login page, another listing, half of one. Nothing may follow from them."""
 
 import http.server
+import re
 import threading
+from typing import ClassVar
 
 import pytest
 
 from wmtp.errors import WMTPError
 from wmtp.storage.manifest import MANIFEST
-from wmtp_storage import GoogleStorage, S3Storage
+from wmtp_storage import GoogleStorage, HTTPStorage, S3Storage
 from wmtp_storage.failures import WrongAnswerError
 
 KB = 2**10
@@ -140,8 +142,14 @@ def test_pages_now_and_then(login_page, s3, model, tmp_path, seed):
         (lambda uri: listing(uri, prefix="n/"), "the listing of 'n/', not of 'm/'"),
         (lambda uri: listing(uri, "n/a"), "'n/a' in it"),
         (lambda uri: listing(uri, "m/b", "m/a"), "'m/a' stands after 'm/b'"),
-        (lambda uri: listing(uri, "m/a", "m/a"), "'m/a' stands after 'm/a'"),
-        (lambda uri: listing(uri, "m/a", truncated=""), "does not say whether more follows"),
+        (lambda uri: listing(uri, "m/a", "m/a").replace(b"<Size>1", b"<Size>2", 1), "'m/a' stands after 'm/a'"),
+        (lambda uri: listing(uri, "m/a", truncated="<MaxKeys>1</MaxKeys>"), "does not say whether more follows"),
+        (lambda uri: listing(uri, "m/a", truncated="<IsTruncated>no</IsTruncated>"), "does not say whether more follows"),
+        (lambda uri: listing(uri, truncated=f"{NO_MORE}<KeyCount>2</KeyCount>"), "0 of the 2 entries that it counts"),
+        (lambda uri: listing(uri, "m/a", truncated=f"{NO_MORE}<KeyCount>2</KeyCount>"), "1 of the 2 entries that it counts"),
+        (lambda uri: listing(uri).replace(b"<Prefix>m/</Prefix>", b""), "does not say of what"),
+        (lambda uri: listing(uri, "m/a", truncated=f"{MORE}<Marker></Marker>"), "first version of the protocol"),
+        (lambda uri: listing(uri, prefix="n%2F", truncated=f"{NO_MORE}<EncodingType>url</EncodingType>"), "the listing of 'n%"),
         (lambda uri: listing(uri, "m/a", truncated=MORE), "more follows, and names none"),
         (lambda uri: listing(uri, "m/a").replace(b"<Size>1", b"<Size>"), "has no size or no time"),
         (lambda uri: listing(uri, truncated=f"{MORE}<NextContinuationToken>1</NextContinuationToken>"), "the same page again"),
@@ -152,6 +160,70 @@ def test_a_listing_of_something_else(login_page, model, answer, said):
     proxy = login_page(answer(model), "application/xml", concerns=is_listing)
     with pytest.raises(WrongAnswerError, match=said):
         list(storage(proxy).files(model))
+
+
+@pytest.mark.parametrize(
+    ("answer", "names"),
+    [
+        (lambda uri: listing(uri, "m/a", truncated=""), ["a"]),
+        (lambda uri: listing(uri, truncated=""), []),
+        (lambda uri: listing(uri, "m/a").replace(b"<Prefix>m/</Prefix>", b""), ["a"]),
+        (lambda uri: listing(uri, "m/a", "m/a"), ["a"]),
+        (lambda uri: listing(uri, "m/a", truncated=f"{NO_MORE}<KeyCount>1</KeyCount>"), ["a"]),
+        (
+            lambda uri: listing(
+                uri, "m%2Fa+b%2Bc", "m%2Fc%01", prefix="m%2F", truncated=f"{NO_MORE}<EncodingType>url</EncodingType>"
+            ),
+            ["a b+c", "c\x01"],
+        ),
+        (lambda uri: listing(uri, "m/a+b%20"), ["a+b%20"]),
+    ],
+)  # fmt: skip
+def test_listings_that_other_stores_give(login_page, model, answer, names):
+    """Not every store writes what Amazon's does: encoded keys, no echo of the prefix, nothing where nothing follows."""
+    proxy = login_page(answer(model), "application/xml", concerns=is_listing)
+    assert [file.name for file in storage(proxy).files(f"{model}/")] == names
+
+
+def test_a_store_that_fails_within_a_listing(login_page, model):
+    answer = listing(model, truncated=f"{NO_MORE}<Error><Code>InternalError</Code><Message>broken</Message></Error>")
+    with pytest.raises(WMTPError, match="InternalError: broken"):
+        list(storage(login_page(answer, "application/xml", concerns=is_listing)).files(f"{model}/"))
+
+
+def test_an_encoded_continuation_token(faulty, model):
+    """Some stores echo the token encoded, or name the next page without saying that there is one."""
+    pages = []
+
+    def edit(path, content):
+        if not is_listing("GET", path):
+            return content
+        pages.append(path)
+        if len(pages) == 1:
+            return listing(model, "m/a", truncated="<NextContinuationToken>a/b+=</NextContinuationToken>")
+        return listing(model, "m/b", truncated=f"{NO_MORE}<ContinuationToken>a%2Fb%2B%3D</ContinuationToken>")
+
+    assert [file.name for file in storage(faulty((), edit=edit)).files(f"{model}/")] == ["a", "b"]
+
+
+def test_keys_that_no_file_can_have_are_left_out(faulty, s3, model, tmp_path):
+    """A control character, two slashes, a mark beside the object of its name: said by name, or left out by --exclude."""
+    s3.client().put_object(Bucket=model.split("/")[2], Key="m/bad\x01name", Body=b"z")
+    more = "".join(OBJECT.format(f"m/{name}") for name in ("a/", "a//b")).replace("<Size>1", "<Size>0").encode()
+
+    def edit(path, content):
+        if not is_listing("GET", path) or b"<Prefix>m/</Prefix>" not in content:
+            return content
+        before, end, after = content.partition(b"</Contents>")
+        return re.sub(rb"<KeyCount>\d+</KeyCount>", b"", before + end + more + after)
+
+    back = storage(faulty((), edit=edit))
+    with pytest.raises(WMTPError, match=r"'bad\\x01name' holds a control character; leave it out with --exclude"):
+        back.fetch(model, tmp_path / "out", exclude=["a//*"])
+    with pytest.raises(WMTPError, match="'a//b' cannot be that of a file in a folder"):
+        back.fetch(model, tmp_path / "out", exclude=["bad*"])
+    back.fetch(model, tmp_path / "out", exclude=["bad*", "a//*"])
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in CONTENT} == CONTENT
 
 
 def test_pages_that_do_not_end(faulty, model):
@@ -260,8 +332,107 @@ def test_google_is_asked_twice_whether_a_folder_is_empty(google):
     Google.listings, Google.heads = [XHTML], 200
     with pytest.raises(WMTPError, match="a proxy or a login page"):
         list(google.files("gs://b/m"))
+    Google.listings, Google.heads = [listing("gs://b/m", "m/a", bucket="b")], 200
+    with pytest.raises(WrongAnswerError, match="a proxy or a login page"):  # a short page may come from anybody, too
+        list(google.files("gs://b/m/"))
     Google.listings, Google.heads = [XHTML, listing("gs://b/m", "m/a", bucket="b")], 404
     with pytest.raises(WrongAnswerError, match="two listings, one after the other, differ"):
         list(google.files("gs://b/m/"))
     Google.listings = [listing("gs://b/m", "m/a", bucket="b")]
     assert [file.name for file in google.files("gs://b/m/")] == ["a"]
+
+
+PAGE = {"ETag": '"1"', "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
+
+
+@pytest.mark.parametrize("number", [1, 2, 3], ids=["mark", "first file", "second file"])
+def test_an_upload_that_a_page_answered(login_page, s3, tmp_path, number):
+    """Status 200 with an ETag is what a store answers to a PUT, and any static page too."""
+    (tmp_path / "m").mkdir()
+    for name in "ab":
+        (tmp_path / "m" / name).write_bytes(b"1")
+    puts = []
+
+    def concerns(method, path):
+        puts.extend([path] if method == "PUT" else [])
+        return method == "PUT" and len(puts) == number
+
+    uri = f"s3://{s3.bucket()}/m"
+    with pytest.raises(WrongAnswerError if number == 1 else WMTPError, match="the upload was answered, but the store does not"):
+        storage(login_page(concerns=concerns, headers=PAGE)).push(tmp_path / "m", uri)
+    assert list(S3Storage().build().files(uri)) == []
+
+
+def test_an_upload_of_one_file_that_a_page_answered(login_page, model, tmp_path):
+    (tmp_path / "x").write_bytes(b"1")
+    proxy = login_page(concerns=lambda method, path: method == "PUT", headers=PAGE)
+    for name, said in (("new", "does not have it"), ("a", "has another object of 30720 bytes there")):
+        with pytest.raises(WMTPError, match=f"the upload was answered, but the store {said}.*a proxy or a login page"):
+            storage(proxy).push(tmp_path / "x", f"{model}/{name}")
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    """Answers each method by what is set in the class: a status, and headers."""
+
+    protocol_version = "HTTP/1.1"
+    answers: ClassVar[dict] = {}
+
+    def answer(self):
+        status, headers = Web.answers.get(self.command, (405, {}))
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if "Content-Length" not in headers:
+            self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = do_PUT = do_DELETE = do_PROPFIND = do_MKCOL = answer
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def web(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("status", [400, 401, 403])
+def test_a_web_server_that_refuses_to_list(web, tmp_path, status):
+    """Whoever may not look knows nothing of what is there."""
+    Web.answers = {"HEAD": (404, {}), "GET": (404, {}), "PROPFIND": (status, {})}
+    back = HTTPStorage(max_retries=0).build()
+    for ask in (
+        lambda: list(back.files(f"{web}/m/")),
+        lambda: back.exists(f"{web}/m"),
+        lambda: back.fetch(f"{web}/m", tmp_path),
+    ):
+        with pytest.raises(WMTPError, match="could not be listed"):
+            ask()
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_a_web_server_that_cannot_list(web, tmp_path, status):
+    Web.answers = {"HEAD": (404, {}), "GET": (404, {}), "PROPFIND": (status, {})}
+    back = HTTPStorage(max_retries=0).build()
+    assert not back.exists(f"{web}/m")
+    with pytest.raises(WMTPError, match="nothing is there"):
+        back.fetch(f"{web}/m", tmp_path / "out")
+
+
+def test_a_static_page_in_place_of_a_web_server(web, tmp_path):
+    page = {"Content-Length": "7", **PAGE}
+    Web.answers = {"HEAD": (404, {}), "GET": (404, {}), "PUT": (200, page | {"Content-Length": "0"})}
+    (tmp_path / "x").write_bytes(b"123")
+    with pytest.raises(WMTPError, match="the upload was answered, but the store does not have it"):
+        HTTPStorage(max_retries=0).build().push(tmp_path / "x", f"{web}/x")
+    Web.answers = {"HEAD": (200, page), "DELETE": (200, {})}
+    with pytest.raises(WMTPError, match="the deletion was answered, and it is still there"):
+        HTTPStorage(max_retries=0).build().remove(f"{web}/x")

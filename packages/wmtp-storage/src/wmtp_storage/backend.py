@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ObjectStorage", "StoredObject"]
 
-#: what web servers answer that cannot list a folder, or may not
-_LISTS_NOTHING = (400, 403, 404, 405, 501)
+#: what web servers answer that do not know the question for a folder's content; a refusal (403) leaves it open
+_LISTS_NOTHING = (404, 405, 501)
 
 #: whether a store was opened, and whether that was in the process that this one is a fork of
 _is_used = _is_forked = False
@@ -262,7 +262,7 @@ class ObjectStorage(Storage):
 
 
 def _lists_nothing(error: Exception) -> bool:
-    """Whether a web server says that it lists no folders, or not this one."""
+    """Check whether a web server says that there is no such folder, or that it lists none at all."""
     return isinstance(error, FileNotFoundError) or understand(error).status in _LISTS_NOTHING
 
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["open_gs"]
 
-_PAGE = 1000  # objects that Google lists at once
-
 
 def open_gs(config: GoogleStorage, uri: RemoteURI) -> Opened:
     """The store of a bucket. obstore itself looks for credentials in Google's standard places."""
@@ -57,8 +55,6 @@ def _pages(store: GCSStore, prefix: str) -> Iterator[Sequence[ObjectMeta]]:
     for page in listed_pages(store, prefix):
         count += len(page)
         yield page
-    if count % _PAGE:
-        return  # the last page was not full, and so not an empty one of another making
     try:
         obstore.head(store, f"{prefix}{secrets.token_hex(16)}")
     except FileNotFoundError:

@@ -76,10 +76,11 @@ def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] 
     if not found:
         raise WMTPError(_nothing_at(storage, uri))
     found = [stored for stored in found if stored.name != MANIFEST and stored.name.partition("/")[0] != STATE_FOLDER]
-    found = _without_markers(storage, uri, [stored for stored in found if is_wanted(stored.name, include, exclude)])
+    found = _once_each(uri, [stored for stored in found if is_wanted(stored.name, include, exclude)])
     for stored in found:
         if problem := _name_problem(stored.name):
             raise WMTPError(f"{uri}: the name {stored.name!r} {problem}; leave it out with --exclude, or rename it")
+    found = _without_markers(storage, uri, found)
     if not found:
         what = "matches the patterns" if include or exclude else "is a file"
         raise WMTPError(f"{uri}: of what is there nothing {what}")
@@ -91,9 +92,27 @@ def _name_problem(name: str) -> str | None:
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\0" in name:
         return "cannot be that of a file in a folder"
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
+        return "holds a control character"
     if any(len(os.fsencode(part)) > _LONGEST for part in parts):
         return f"has a part of more than {_LONGEST} bytes, which disks do not take"
     return None
+
+
+def _once_each(uri: RemoteURI, found: list[StoredObject]) -> list[StoredObject]:
+    """Drop what a listing names a second time; an empty object is the mark of a folder, which obstore lists without its slash.
+
+    Raises:
+        WrongAnswerError: two objects of one name differ.
+    """
+    kept: dict[str, StoredObject] = {}
+    for stored in found:
+        other = kept.setdefault(stored.name, stored)
+        if not other.size:
+            kept[stored.name] = stored
+        elif stored.size and (other.size, other.identity) != (stored.size, stored.identity):
+            raise WrongAnswerError(f"{uri}: {stored.name!r} was listed twice, as two versions; run it again")
+    return list(kept.values())
 
 
 def _without_markers(storage: ObjectStorage, uri: RemoteURI, found: list[StoredObject]) -> list[StoredObject]:

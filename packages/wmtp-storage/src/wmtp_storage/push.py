@@ -6,18 +6,22 @@ import asyncio
 import os
 import re
 import secrets
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import obstore
-from attrs import frozen
+from attrs import evolve, frozen
 
 from wmtp.errors import WMTPError
 from wmtp_storage.aio import Budget, run, together
+from wmtp_storage.arrival import Uploaded, check_arrived, check_gone
 from wmtp_storage.failures import WrongAnswerError, explained
 
 if TYPE_CHECKING:
+    from obstore import PutResult
+
     from wmtp_storage.backend import ObjectStorage
     from wmtp_storage.uris import RemoteURI
 
@@ -60,7 +64,7 @@ def push(storage: ObjectStorage, path: Path, uri: RemoteURI) -> None:
         return
     if next(storage.objects(uri), None) is not None:
         raise WMTPError(f"{what} a folder is there; write the file's name too: {uri.at(path.name)}")
-    _run(_upload(storage, files, uri.key, uri), f"{uri} is as it was")
+    _upload(storage, files, uri, f"{uri} is as it was")
 
 
 def remove(storage: ObjectStorage, uri: RemoteURI, keys: Iterable[str]) -> None:
@@ -69,12 +73,14 @@ def remove(storage: ObjectStorage, uri: RemoteURI, keys: Iterable[str]) -> None:
     Raises:
         WMTPError: some of them could not be deleted.
     """
+    names = list(keys)
     try:
-        obstore.delete(storage.store(uri), list(keys))
+        obstore.delete(storage.store(uri), names)
     except FileNotFoundError:  # somebody else was quicker
         pass
-    except (obstore.exceptions.BaseError, OSError) as error:
+    except (obstore.exceptions.BaseError, OSError, ValueError) as error:
         raise explained(error, uri, "deleted") from error
+    check_gone(storage, uri, names)
 
 
 def remove_leftovers(storage: ObjectStorage, uri: RemoteURI) -> None:
@@ -125,7 +131,7 @@ def _push_folder(storage: ObjectStorage, path: Path, files: list[_File], uri: Re
     if not there:
         put_marker(storage, uri)
         try:
-            _run(_upload(storage, files, uri.key, uri), f"nothing is at {uri}")
+            _upload(storage, files, uri, f"nothing is at {uri}")
         except BaseException:
             remove(storage, uri, wanted)
             if all(found.key == marker for found in storage.objects(uri)):  # else the mark says that it must not be read
@@ -133,23 +139,27 @@ def _push_folder(storage: ObjectStorage, path: Path, files: list[_File], uri: Re
             raise
         remove(storage, uri, [marker])
         return
-    staging = f"{uri.key}.partial-{secrets.token_hex(8)}" if uri.key else f".partial-{secrets.token_hex(8)}"
+    beside = secrets.token_hex(8)
+    staging = evolve(uri, key=f"{uri.key}.partial-{beside}")
     copied = [file for file in files if file.size <= _LARGEST_COPY]
     try:
-        _run(_upload(storage, copied, staging, uri), f"{uri} is as it was")
+        _upload(storage, copied, staging, f"{uri} is as it was")
         put_marker(storage, uri)
         half = f"{uri} is half replaced, and will not be read: upload it again"
-        _run(_copy(storage, copied, staging, uri), half)
-        _run(_upload(storage, [file for file in files if file.size > _LARGEST_COPY], uri.key, uri), half)
+        with _said(half):
+            run(_copy(storage, copied, staging, uri))
+            check_arrived(storage, uri, {file.name: Uploaded(file.size) for file in copied})
+        _upload(storage, [file for file in files if file.size > _LARGEST_COPY], uri, half)
         remove(storage, uri, [*(there - wanted - {marker}), marker])
     finally:
-        remove(storage, uri, [f"{staging}/{file.name}" for file in copied])
+        remove(storage, staging, [staging.at(file.name).key for file in copied])
 
 
-def _run(work: Coroutine[Any, Any, None], state: str) -> None:
-    """Run it; an error says what is at the URI now."""
+@contextmanager
+def _said(state: str) -> Iterator[None]:
+    """Have an error say what is at the URI now."""
     try:
-        run(work)
+        yield
     except WMTPError as error:
         raise WMTPError(f"{error}; {state}") from error
 
@@ -157,37 +167,51 @@ def _run(work: Coroutine[Any, Any, None], state: str) -> None:
 def put_marker(storage: ObjectStorage, uri: RemoteURI) -> None:
     """Say that the folder must not be read."""
     text = b"This folder is being written, or was left half-written.\n"
+    place = uri.at(INCOMPLETE)
     try:
-        obstore.put(storage.store(uri), uri.at(INCOMPLETE).key, text)
+        obstore.put(storage.store(uri), place.key, text)
     except (obstore.exceptions.BaseError, OSError) as error:
         raise explained(error, uri, "written") from error
+    check_arrived(storage, place, {"": Uploaded(len(text))})
 
 
-async def _upload(storage: ObjectStorage, files: list[_File], prefix: str, uri: RemoteURI) -> None:
-    """Upload files, small ones side by side, large ones in parts, within the bounds of the config."""
-    config, store = storage.config, storage.store(uri)
+def _upload(storage: ObjectStorage, files: list[_File], to: RemoteURI, state: str) -> None:
+    """Upload files, small ones side by side, large ones in parts, within the bounds of the config; and see that they are there.
+
+    Args:
+        storage: the backend.
+        files: what to upload.
+        to: the folder; of a single file its own URI.
+        state: what is at the place afterwards if it fails.
+    """
+    config, store = storage.config, storage.store(to)
     parts = max(2, min(config.max_connections, config.max_memory * 2**20 // _PART))
     room = Budget(parts)
+    uploaded: dict[str, Uploaded] = {}
 
     async def one(file: _File) -> None:
         # a large file takes half of the room: two of them keep the line busy while one ends
         share = max(1, min(parts // 2, -(-file.size // _PART)))
         async with room.share(share):
-            key = "/".join(filter(None, (prefix, file.name)))
             try:
-                await _whole(obstore.put_async(store, key, file.path, chunk_size=_PART, max_concurrency=share))
+                answer = await _whole(
+                    obstore.put_async(store, to.at(file.name).key, file.path, chunk_size=_PART, max_concurrency=share)
+                )
             except (obstore.exceptions.BaseError, OSError) as error:
-                raise explained(error, f"{file.path} to {uri.at(file.name)}", "uploaded") from error
+                raise explained(error, f"{file.path} to {to.at(file.name)}", "uploaded") from error
+            uploaded[file.name] = Uploaded(file.size, answer["e_tag"])
 
-    await together(one(file) for file in sorted(files, key=lambda file: file.size))
+    with _said(state):
+        run(together(one(file) for file in sorted(files, key=lambda file: file.size)))
+        check_arrived(storage, to, uploaded)
 
 
-async def _whole(put: Awaitable[Any]) -> None:
+async def _whole(put: Awaitable[PutResult]) -> PutResult:
     """Wait for an upload. Should it be cancelled, a request that is on its way already may still be done by the store, later
     than whatever removes the object again: so it is given time to end."""
     upload = asyncio.ensure_future(put)
     try:
-        await asyncio.shield(upload)
+        return await asyncio.shield(upload)
     except asyncio.CancelledError:
         await asyncio.wait([upload], timeout=_GRACE)
         upload.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody wants to know any more
@@ -195,13 +219,13 @@ async def _whole(put: Awaitable[Any]) -> None:
         raise
 
 
-async def _copy(storage: ObjectStorage, files: list[_File], prefix: str, uri: RemoteURI) -> None:
+async def _copy(storage: ObjectStorage, files: list[_File], staging: RemoteURI, uri: RemoteURI) -> None:
     copy, room = storage.opened(uri).copy, Budget(storage.config.max_connections)
 
     async def one(file: _File) -> None:
         async with room.share(1):
             try:
-                await asyncio.to_thread(copy, f"{prefix}/{file.name}", uri.at(file.name).key)
+                await asyncio.to_thread(copy, staging.at(file.name).key, uri.at(file.name).key)
             except (obstore.exceptions.BaseError, OSError, WrongAnswerError) as error:
                 raise explained(error, uri.at(file.name), "replaced") from error
 

@@ -34,6 +34,8 @@ def parsed(answer: AWSResponse, root: str) -> ElementTree.Element:
     except ElementTree.ParseError:
         element = None
     name = "" if element is None else element.tag.rpartition("}")[2]
+    if element is not None and name == root and element.find("{*}Error") is not None:  # the store failed half way
+        name = "Error"
     if status != 200 or name == "Error":  # S3 may find out that it failed when the status has been sent
         where = f" to {answer.headers['Location']}" if "Location" in answer.headers else ""
         status = status if status != 200 else 500

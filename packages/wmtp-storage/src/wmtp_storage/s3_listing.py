@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, unquote_plus, urlencode
 
 from attrs import frozen
 from botocore.exceptions import BotoCoreError
@@ -29,6 +29,7 @@ __all__ = ["S3Listing"]
 
 #: pages in a row without an object, after which no end is expected any more
 _MOST_EMPTY = 1000
+_PAGE = 1000  #: objects that a store lists at once, where it says nothing else
 #: the ends of names that stand for a bucket of another name
 _ALIASES = ("-s3alias", "--op-s3", "--xa-s3")
 #: the end of the names of directory buckets, which are listed in no order
@@ -53,20 +54,23 @@ class S3Listing:
         Raises:
             WrongAnswerError: an answer is no listing, or one of something else, or it does not continue the one before.
             GenericError: the store refused, or could not be reached.
-            ValueError: a key cannot be the name of a file.
         """
-        token, tokens, last, empty = "", set[str](), "", 0
+        token, tokens, empty = "", set[str](), 0
+        last: ObjectMeta | None = None
         while True:
             page = self._page({"prefix": prefix} | ({"continuation-token": token} if token else {}))
-            found = page.findall("{*}Contents")
-            for entry in found:
-                last = self._checked_key(entry, prefix, last)
-            yield [_meta(entry) for entry in found]
+            found: list[ObjectMeta] = []
+            for entry in page.findall("{*}Contents"):
+                meta = _meta(entry, _decoded(page, text_of(entry, "Key")))
+                if not self._repeats(meta, prefix, last):
+                    found.append(meta)
+                last = meta
+            yield [each | {"path": _path(each["path"])} for each in found]  # type: ignore[misc]
             if _is_last(page):
                 return
             token = text_of(page, "NextContinuationToken")
             if not token or token in tokens:
-                raise WrongAnswerError(f"a page says that more follows, and names {'the same page again' if token else 'none'}")
+                raise WrongAnswerError(_no_next(page, token))
             tokens.add(token)
             empty = 0 if found else empty + 1
             if empty == _MOST_EMPTY:
@@ -76,52 +80,81 @@ class S3Listing:
         """List what is directly in a folder, by full keys: the first page of it. Raises as `pages`."""
         page = self._page({"prefix": prefix, "delimiter": "/"})
         folders = [text_of(entry, "Prefix") for entry in page.iterfind("{*}CommonPrefixes")]
-        return [*folders, *(text_of(entry, "Key") for entry in page.iterfind("{*}Contents"))]
+        keys = [text_of(entry, "Key") for entry in page.iterfind("{*}Contents")]
+        return [_decoded(page, name) for name in (*folders, *keys)]
 
     def _page(self, query: dict[str, str]) -> Element:
-        # a space must be %20, since a signature is made of it
-        words = urlencode({"list-type": "2", **query}, quote_via=quote, safe="")
+        # encoded, since XML cannot hold every character of a key. A space must be %20: a signature is made of it
+        words = urlencode({"list-type": "2", "encoding-type": "url", **query}, quote_via=quote, safe="")
         try:
             page = parsed(self.questions.send("GET", f"{self.questions.address}?{words}"), "ListBucketResult")
         except BotoCoreError as error:
             raise GenericError(str(error)) from error
-        bucket, prefix, echoed = text_of(page, "Name"), text_of(page, "Prefix"), text_of(page, "ContinuationToken")
+        entries = [*page.iterfind("{*}Contents"), *page.iterfind("{*}CommonPrefixes")]
+        bucket, prefix, echoed = text_of(page, "Name"), page.findtext("{*}Prefix"), text_of(page, "ContinuationToken")
         if bucket and bucket != self.bucket and not self.bucket.endswith(_ALIASES):
             raise WrongAnswerError(f"what came is the listing of another bucket, {bucket!r}")
-        if prefix != query["prefix"]:
+        # a store that echoes no prefix is believed where its keys have it, which is looked at for each of them
+        if prefix is not None and query["prefix"] not in (prefix, _decoded(page, prefix)):
             raise WrongAnswerError(f"what came is the listing of {prefix!r}, not of {query['prefix']!r}")
-        if echoed and echoed != query.get("continuation-token"):
+        if prefix is None and query["prefix"] and not entries:
+            raise WrongAnswerError("an empty listing came that does not say of what")
+        asked = query.get("continuation-token")
+        if echoed and asked not in (echoed, unquote(echoed), unquote_plus(echoed)):
             raise WrongAnswerError("what came is another page than was asked for")
+        count = text_of(page, "KeyCount").strip()
+        if count.isdecimal() and int(count) > len(entries):
+            raise WrongAnswerError(f"a listing came with {len(entries)} of the {count} entries that it counts")
         return page
 
-    def _checked_key(self, entry: Element, prefix: str, last: str) -> str:
-        """The key of an entry, which must follow the key before it.
+    def _repeats(self, meta: ObjectMeta, prefix: str, before: ObjectMeta | None) -> bool:
+        """Whether an entry is the one before, once more; else it must follow that one.
 
         S3 orders keys by their bytes; some stores order them folder by folder.
         """
-        key = text_of(entry, "Key")
+        key, last = meta["path"], "" if before is None else before["path"]
         if not key or not key.startswith(prefix):
             raise WrongAnswerError(f"a listing of {prefix!r} came with {key!r} in it")
+        if meta == before:
+            return True
         is_ordered = not self.bucket.endswith(_UNORDERED)
         if key == last or (is_ordered and last and key < last and key.split("/") < last.split("/")):
             raise WrongAnswerError(f"a listing came in which {key!r} stands after {last!r}: its pages do not belong together")
-        return key
+        return False
+
+
+def _decoded(page: Element, text: str) -> str:
+    """A key as it is: pages may hold them percent-encoded, and say so then."""
+    return unquote_plus(text) if text_of(page, "EncodingType") == "url" else text
+
+
+def _no_next(page: Element, token: str) -> str:
+    if token:
+        return "a page says that more follows, and names the same page again"
+    if page.find("{*}NextMarker") is not None or page.find("{*}Marker") is not None:
+        return (
+            "the server lists by the first version of the protocol (ListObjects), a thousand objects and no more;"
+            " only ListObjectsV2 is understood"
+        )
+    return "a page says that more follows, and names none"
 
 
 def _is_last(page: Element) -> bool:
     """Whether no page follows."""
     said = text_of(page, "IsTruncated").strip().lower()
+    if not said:  # some stores leave it out
+        if text_of(page, "NextContinuationToken"):
+            return False
+        limit = text_of(page, "MaxKeys").strip()
+        if len(page.findall("{*}Contents")) < (int(limit) if limit.isdecimal() else _PAGE):
+            return True
     if said not in ("true", "false"):
-        raise WrongAnswerError(f"a listing came that does not say whether more follows (IsTruncated: {said!r})")
+        raise WrongAnswerError(f"a full page came that does not say whether more follows (IsTruncated: {said!r})")
     return said == "false"
 
 
-def _meta(entry: Element) -> ObjectMeta:
-    """An object as obstore describes it: keys as it takes them, so without a slash at an end."""
-    key = text_of(entry, "Key").removeprefix("/").removesuffix("/")
-    for part in key.split("/"):
-        if part in ("", ".", "..") or any(ord(letter) < 32 or ord(letter) == 127 for letter in part):
-            raise ValueError(f"Path {key!r} contained the illegal part {part!r}")
+def _meta(entry: Element, key: str) -> ObjectMeta:
+    """An object as obstore describes it, by its full key."""
     try:
         modified, size = datetime.fromisoformat(text_of(entry, "LastModified")), int(text_of(entry, "Size"))
     except ValueError:
@@ -133,3 +166,8 @@ def _meta(entry: Element) -> ObjectMeta:
         "e_tag": text_of(entry, "ETag") or None,
         "version": None,
     }
+
+
+def _path(key: str) -> str:
+    """A key as obstore takes it, so without a slash at an end."""
+    return key.removeprefix("/").removesuffix("/")
