@@ -198,6 +198,105 @@ def test_the_second_ctrl_c_ends_all_processes(recipe, tmp_path):
     assert not (tmp_path / "runs/second").exists()
 
 
+#: in every process of the run: a function that stops in the middle, and says so by a file
+STOPS = """
+import pathlib, time
+from wmtp.training import run
+from wmtp.checkpoints.remote import CheckpointUpload
+def stops(*arguments, **options):
+    pathlib.Path({here!r}).touch()
+    time.sleep(60)
+{place} = stops
+"""
+AT_THE_END = {"save": "run.save_model", "measure": "run.measure_model", "sample": "run.show_sample"}
+SHORT = ["train.max_steps=8", "schedule.type=constant", "checkpoints.save_interval=4"]
+
+
+def stopping(tmp_path, place):
+    """The variables for processes that stop at a place, and the file that shows that one is there."""
+    (tmp_path / "stops").mkdir()
+    here = tmp_path / "stops/here"
+    (tmp_path / "stops/sitecustomize.py").write_text(STOPS.format(here=str(here), place=place))
+    return {"PYTHONPATH": str(tmp_path / "stops")}, here
+
+
+def wait_for(here, process):
+    while not here.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("place", AT_THE_END)
+def test_ctrl_c_after_the_last_step_hands_the_result_over(recipe, tmp_path, place, processes):
+    """The model is being saved or measured: what the steps have left is there all the same."""
+    variables, here = stopping(tmp_path, AT_THE_END[place])
+    words = LOOP.format(recipe=str(recipe), overrides=[*SHORT, f"launcher.processes={processes}"])
+    process = start([sys.executable, "-c", words], **variables)
+    wait_for(here, process)
+    press_ctrl_c(process)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=50)
+    assert out == "ended interrupted SIGINT True 8\n", err
+    assert time.monotonic() - began < 20
+    assert process.returncode == -signal.SIGINT
+    assert json.loads((tmp_path / "runs/first/run.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("place", AT_THE_END)
+def test_sigterm_after_the_last_step_hands_the_result_back(recipe, tmp_path, place, processes):
+    variables, here = stopping(tmp_path, AT_THE_END[place])
+    words = LOOP.replace('("first", "second", "third")', '("first",)')
+    words = words.format(recipe=str(recipe), overrides=[*SHORT, f"launcher.processes={processes}"])
+    process = start([sys.executable, "-c", words], **variables)
+    wait_for(here, process)
+    process.terminate()
+    out, err = process.communicate(timeout=50)
+    assert out == "first interrupted SIGTERM\n", err
+    assert process.returncode == 0
+
+
+def test_ctrl_c_while_the_last_upload_is_waited_for(recipe, tmp_path, s3_server):
+    variables, here = stopping(tmp_path, "CheckpointUpload.finish")
+    uri = f"s3://{s3_server.bucket()}/run"
+    words = LOOP.format(recipe=str(recipe), overrides=[*SHORT, f"checkpoints.uri={uri}"])
+    process = start([sys.executable, "-c", words], **variables, **s3_server.environment)
+    wait_for(here, process)
+    press_ctrl_c(process)
+    out, err = process.communicate(timeout=50)
+    assert out == "ended interrupted SIGINT True 8\n", err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_first_step_leaves_no_run(recipe, tmp_path, number, code, processes):
+    """Neither a directory in which nothing was trained, nor a name that is taken."""
+    variables, here = stopping(tmp_path, "run.place_model")
+    sets = [word for override in (*LONG, f"launcher.processes={processes}") for word in ("--set", override)]
+    process = start(command("run", recipe, "--run-name", "x", *sets), **variables)
+    wait_for(here, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=50)
+    assert process.returncode == code, err
+    assert [line for line in err.splitlines() if line.startswith("error")] == ["error: interrupted"]
+    assert not (tmp_path / "runs/x").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_that_is_ignored_stays_so(recipe, tmp_path, number, processes):
+    """As ``nohup`` has it, and a shell's ``&`` in a script."""
+    words = command("run", recipe, "--run-name", "x", "--set", "train.max_steps=60", "--set", f"launcher.processes={processes}")
+    ignoring = f"import os, signal, sys; signal.signal({int(number)}, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    process = start([sys.executable, "-c", ignoring, *map(str, words)])
+    wait_for_steps(process, tmp_path / "runs/x", 4)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads((tmp_path / "runs/x/run.json").read_text())["status"] == "finished"
+
+
 #: long work of the library, each of which a loop may hold
 WORK = {
     "evaluate": "from wmtp.evaluation.command import evaluate_model\n"

@@ -18,7 +18,8 @@ from wmtp.cli import main
 from wmtp.config.load import load_config
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.launchers.samples import latest_sample
-from wmtp.startup.machine import limited_runtime, stopped_by_sigterm
+from wmtp.signals import stopped_by_sigterm
+from wmtp.startup.machine import limited_runtime
 from wmtp.startup.prepare import needed, verify
 from wmtp_storage.testing import s3_server as s3_server
 

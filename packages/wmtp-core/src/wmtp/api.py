@@ -91,8 +91,8 @@ def run(
     Raises:
         ConfigError: the config is wrong, the name is taken, or the run to resume is missing or has another config.
         WMTPError: the work failed.
-        KeyboardInterrupt: Ctrl-C. Where the run has saved a checkpoint, ``error.result`` is its result. SIGTERM returns the
-            result, with the status ``interrupted``.
+        KeyboardInterrupt: Ctrl-C. Where the run has saved a checkpoint, ``error.result`` is its result. SIGTERM while the run
+            trains, or after that, returns the result, with the status ``interrupted``.
     """
     with lines_by_itself(), permit_code_execution(allow_code_execution or code_execution_allowed()):
         loaded = load_checked(config, overrides=overrides, run_name=run_name, tags=tags, resume=resume)
@@ -150,7 +150,7 @@ def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator
             _take_up(directory, loaded)
         try:
             yield directory, is_resumed
-        except Exception:
+        except BaseException:  # Ctrl-C too
             if not is_resumed:  # else the name would be taken when what was wrong is put right
                 run_dirs.remove_unused(directory)
             raise

@@ -57,4 +57,4 @@ def described(error: BaseException) -> str:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM ended the work before there was a checkpoint to save."""
+    """SIGTERM ended the work."""

@@ -21,6 +21,7 @@ from wmtp.cli import files as file_commands
 from wmtp.cli.parser import Parser
 from wmtp.errors import ConfigError, Terminated, WMTPError, described
 from wmtp.log_lines import set_up_logging
+from wmtp.signals import stopped_by_sigterm
 
 __all__ = ["main", "make_parser", "run_from_shell"]
 
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             elif wants_json:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            if "LOCAL_RANK" not in os.environ:  # else a launcher ends it, and must not wait for a collective
+                stack.enter_context(stopped_by_sigterm())
             answer, code = _run_command(arguments)
         if wants_json and not _rank():
             print(json.dumps(_plain(answer), ensure_ascii=False), file=output)

@@ -23,6 +23,7 @@ from wmtp.config.tree import dump_config
 from wmtp.distributed.environment import Nodes, interface_of, own_address
 from wmtp.errors import ConfigError, PluginError, Terminated, WMTPError
 from wmtp.runs.result import Result
+from wmtp.signals import can_be_caught
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -70,7 +71,8 @@ def launch(config: Config, nodes: Nodes, count: int, *, run_dir: Path | None, re
             **_rendezvous(nodes),
         }
         known = {field.name for field in fields(LaunchConfig)}
-        options |= {name: value for name, value in {"shutdown_timeout": _GRACE}.items() if name in known}
+        newer = {"shutdown_timeout": _GRACE, "signals_to_handle": ",".join(number.name for number in _caught_by_torchrun())}
+        options |= {name: value for name, value in newer.items() if name in known}
         _quiet()
         share_cores(count)
         failed: ChildFailedError | None = None
@@ -92,14 +94,20 @@ def launch(config: Config, nodes: Nodes, count: int, *, run_dir: Path | None, re
         raise _explained(job, failed, "" if run_dir is None else f"; {_last_checkpoint(config, run_dir)}")
 
 
+def _caught_by_torchrun() -> list[signal.Signals]:
+    """The signals that end a run. Those that this process ignores, as nohup has it ignore SIGHUP, do not."""
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    numbers = [signal.Signals[name] for name in names if hasattr(signal, name)]
+    return [number for number in numbers if can_be_caught(number)]
+
+
 @contextmanager
 def _signals_kept() -> Iterator[None]:
     """Put signal handlers back: torchrun's would raise an ordinary exception for every later Ctrl-C of this process."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # torchrun sets none there
         yield
         return
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
-    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None)) is not None}
+    before = {number: signal.getsignal(number) for number in _caught_by_torchrun()}
     try:
         yield
     finally:

@@ -45,6 +45,8 @@ def main(folder: str) -> int:
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # others are ended now, and this one has something to say
         if isinstance(error, KeyboardInterrupt):
+            if (result := getattr(error, "result", None)) is not None:  # of rank 0: what was saved before
+                write_result(job, result)
             return 1
         kind, lines = _described(error)
         if isinstance(error, LostRankError):

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Final
 
 from wmtp.config.schema import Config
-from wmtp.errors import ConfigError, Terminated
+from wmtp.errors import ConfigError
 from wmtp.launchers.samples import sample, sample_line
 from wmtp.storage.uris import file_path, scheme_of
 
-__all__ = ["check_machine", "limited_runtime", "sampled", "stopped_by_sigterm"]
+__all__ = ["check_machine", "limited_runtime", "sampled"]
 
 logger = logging.getLogger("wmtp")
 
@@ -69,24 +69,6 @@ def _unwritable(folder: Path) -> str | None:
     if not os.access(there, os.W_OK | os.X_OK):
         return f"{there} may not be written to by user {os.getuid()}; mount a folder that may, or change its owner"
     return None
-
-
-@contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends this process as Ctrl-C does. Without this, process 1 of a container does not even hear it.
-
-    Raises:
-        Terminated: it came.
-    """
-
-    def end(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

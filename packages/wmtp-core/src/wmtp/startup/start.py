@@ -19,7 +19,8 @@ from wmtp.config.rules import check_loaded, required_models
 from wmtp.config.schema import Config
 from wmtp.errors import ConfigError
 from wmtp.runs.result import Result
-from wmtp.startup.machine import check_machine, limited_runtime, sampled, stopped_by_sigterm
+from wmtp.signals import stopped_by_sigterm
+from wmtp.startup.machine import check_machine, limited_runtime, sampled
 from wmtp.startup.prepare import fetched, needed, verify
 from wmtp.storage.uris import redact
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from wmtp.signals import can_be_caught
 
 if TYPE_CHECKING:
     from wmtp.distributed.ranks import Ranks
@@ -36,13 +37,10 @@ class Interrupt:
 def catch_signals() -> Iterator[Interrupt]:
     """Note the first SIGINT or SIGTERM; the second one acts as if nothing were caught.
 
-    Outside the main thread no signal can be caught, and none is.
+    A signal that is ignored stays so, and outside the main thread none can be caught.
     """
     interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if can_be_caught(number)}
 
     def note(number: int, _: FrameType | None) -> None:
         interrupt.requested = signal.Signals(number).name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from wmtp.checkpoints.find import checkpoint_folder, compare_data, find_checkpoints
+from wmtp.checkpoints.local import list_checkpoints
 from wmtp.checkpoints.remote import CheckpointUpload, remote_checkpoints
 from wmtp.config.inputs import with_uris
 from wmtp.config.schema import Config, FsdpConfig
@@ -20,20 +21,21 @@ from wmtp.config.tree import flatten
 from wmtp.data.score_cache.cached_numbers import open_token_numbers
 from wmtp.devices import autocast_context, few_cpu_threads, pick_device, pick_precision, prefer_fast_attention
 from wmtp.distributed.ranks import ALONE, Ranks
-from wmtp.errors import WMTPError
+from wmtp.errors import Terminated, WMTPError
 from wmtp.models.reward_scores import open_reward_scores
 from wmtp.models.sharding import Sharding, whole_state
 from wmtp.optim.build import build_optimizer
 from wmtp.runs.fixed import pins
 from wmtp.runs.result import Result
 from wmtp.runs.step_file import last_steps
+from wmtp.signals import stopped_by_sigterm
 from wmtp.storage.atomic import write_folder
 from wmtp.tracking import RunInfo
 from wmtp.tracking.jsonl import Jsonl
 from wmtp.trainers.checks import check_data, checked_modules, checked_rates
 from wmtp.trainers.setup import TrainerSetup
 from wmtp.training.finish import finish_tracking, measure_model, report, save_model, show_sample
-from wmtp.training.loop import Fit
+from wmtp.training.loop import Fit, FitResult
 from wmtp.training.memory import explain_out_of_memory
 from wmtp.training.placement import place_model, ready_to_measure
 from wmtp.training.setup import build_trainer, load_extra_model, open_source, planned_steps
@@ -137,8 +139,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         upload = CheckpointUpload(remote, run_dir, config.checkpoints.keep_last)
     status = "failed"
     saved_model: Path | None = None
+    outcome: FitResult | None = None
     is_aborted = False
     measurements: dict[str, float] = {}
+    ending = ExitStack()
     try:
         fit = Fit(
             step_loss=StepLoss(
@@ -174,6 +178,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             outcome = fit.run()
         if outcome.status == "stopped":
             fit.take_best()
+        ending.enter_context(stopped_by_sigterm())  # from here on it ends at once: there is a checkpoint, or a model soon
         if outcome.status != "interrupted":
             saved_model = run_dir / "model"
             target = saved_model
@@ -190,8 +195,24 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
                 show_sample(model, source.tokenizer, data.eval or data.train, device)
         ranks.on_main(lambda: upload.finish(saved_model) if upload is not None else None)
         status = outcome.status
-    except KeyboardInterrupt:  # the second Ctrl-C, or the first one after the last step: it ends now
+    except KeyboardInterrupt as error:  # the second Ctrl-C, or the first one after the last step: it ends now
         status, is_aborted = "interrupted", True
+        saved_model = saved_model if saved_model is not None and saved_model.is_dir() else None
+        kept = list_checkpoints(checkpoint_folder(config, run_dir)) if ranks.is_main else []
+        if not kept:
+            raise
+        result = Result(
+            run_dir=run_dir,
+            model=saved_model,
+            checkpoint=kept[-1].path,
+            steps=kept[-1].step if outcome is None else outcome.steps,
+            metrics={} if outcome is None else {**outcome.metrics, **measurements},
+            status="interrupted",
+            signal="SIGTERM" if isinstance(error, Terminated) else "SIGINT",
+        )
+        if ranks.world == 1 and isinstance(error, Terminated):
+            return result
+        error.result = result  # type: ignore[attr-defined]
         raise
     except Exception:
         if upload is not None:  # what was saved before must not be lost too
@@ -199,6 +220,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
                 upload.finish()
         raise
     finally:
+        ending.close()
         if ranks.is_main and not is_aborted:
             report(run_dir, status, tracker)
         finish_tracking(tracker, status, saved_model, patience=_AFTER_CTRL_C if is_aborted else None)
