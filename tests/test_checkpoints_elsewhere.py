@@ -74,7 +74,7 @@ def test_a_run_goes_on_on_another_machine_bit_for_bit(recipe, wmtp, preloaded, p
 def test_a_run_fails_loudly_if_its_last_checkpoint_did_not_arrive(recipe, wmtp, place, tmp_path):
     bucket = place.removeprefix("s3://").partition("/")[0]
     missing = f"s3://{bucket}-gone/run"
-    words = ["run", recipe, "--run-name", "one", "--set", f"checkpoints.uri={missing}", "--set", "storage.s3.max_retries=0"]
+    words = ["run", recipe, "--run-name", "one", "--set", f"checkpoints.uri={missing}", "--set", "storage.s3.retry_timeout=0"]
     done = wmtp(*words, "--set", "train.max_steps=6", cwd=tmp_path)
     assert done.returncode == 1
     assert "no such bucket" in done.stderr

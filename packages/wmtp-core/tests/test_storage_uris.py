@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.redaction import redact
 from wmtp.storage import backend_for, localize
 from wmtp.storage.config import FileStorage
-from wmtp.storage.uris import file_path, redact, scheme_of
+from wmtp.storage.uris import file_path, scheme_of
 
 BACKENDS = {"file": FileStorage().build()}
 
@@ -124,5 +125,12 @@ def test_pipe_is_no_file(tmp_path):
 
 
 def test_redact():
-    assert redact("https://ada:s3cret@host:1/x?a=b@c") == "https://host:1/x?a=b@c"
+    assert redact("https://ada:s3cret@host:1/x?a=b@c") == "https://host:1/x"
+    assert (
+        redact("(see https://host/x?version=2&key=s3cret; then s3://b/y.)") == "(see https://host/x?version=2; then s3://b/y.)"
+    )
+    assert redact("s3:me:s3cret@b/x") == "s3:b/x"
+    assert redact("https://host:8080/at@v1 https://me:pa/ss@host/x") == "https://host:8080/at@v1 https://host/x"
+    assert redact("abfss://container@account.host/x") == "abfss://container@account.host/x"
+    assert redact('Url { host: "h", query: Some("sig=s3cret") }') == 'Url { host: "h", query: Some("") }'
     assert redact("/plain/ada:x@y") == "/plain/ada:x@y"

@@ -10,7 +10,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.storage.manifest import MANIFEST, Manifest, verify
 from wmtp_storage import HTTPStorage, S3Storage
 
-STORAGE = S3Storage(max_retries=1).build()
+STORAGE = S3Storage(retry_timeout=0.5).build()
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_store_that_lists_names_outside_the_folder(bucket, put, faulty, tmp_pa
     """Amazon's servers take such names; this one does not, so the proxy says that it did."""
     put(**{"m/good": b"1", "m/replaced": b"2"})
     proxy = faulty((), edit=lambda path, content: content.replace(b"m/replaced", f"m/{name}".encode()))
-    storage = S3Storage(endpoint=proxy.endpoint, region="us-east-1", max_retries=0).build()
+    storage = S3Storage(endpoint=proxy.endpoint, region="us-east-1", retry_timeout=0).build()
     for fetch in (
         lambda: storage.fetch(f"s3://{bucket}/m", tmp_path / "out"),
         lambda: storage.localize(f"s3://{bucket}/m", tmp_path / "c"),
@@ -104,7 +104,7 @@ def test_an_object_that_is_a_folder_too(bucket, put, faulty, tmp_path):
     """This server does not take such names, Amazon's do: the proxy says that it did."""
     put(**{"m/a": b"1", "m/b": b"2"})
     proxy = faulty((), edit=lambda path, content: content.replace(b"m/b<", b"m/a/b<"))
-    storage = S3Storage(endpoint=proxy.endpoint, region="us-east-1", max_retries=0).build()
+    storage = S3Storage(endpoint=proxy.endpoint, region="us-east-1", retry_timeout=0).build()
     with pytest.raises(WMTPError, match="m: 'a' is an object, and a folder too, for 'a/b'; no disk can hold both"):
         storage.fetch(f"s3://{bucket}/m", tmp_path / "out")
     storage.fetch(f"s3://{bucket}/m", tmp_path / "out", exclude=["a/*"])
@@ -206,7 +206,7 @@ def web(tmp_path):
 
 
 def test_a_web_server_without_ranges(web, tmp_path):
-    storage = HTTPStorage(chunk_size=0.1, max_retries=1).build()
+    storage = HTTPStorage(chunk_size=0.1, retry_timeout=0.5).build()
     done = storage.fetch(f"{web}/a%20b.bin?signature=1", tmp_path / "out")
     assert done.transferred == 1_000_000
     assert (tmp_path / "out/a b.bin").read_bytes() == b"0123456789" * 100_000

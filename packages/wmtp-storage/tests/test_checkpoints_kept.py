@@ -30,7 +30,7 @@ def checkpoint(tmp_path, step):
 
 
 def through(proxy, place):
-    return RemoteCheckpoints(S3Storage(endpoint=proxy.endpoint, region="us-east-1", max_retries=0).build(), place)
+    return RemoteCheckpoints(S3Storage(endpoint=proxy.endpoint, region="us-east-1", retry_timeout=0).build(), place)
 
 
 def clean(place):
@@ -161,7 +161,7 @@ def test_a_run_does_not_begin_anew_where_a_page_answers(login_page, place, tmp_p
         "train": {"max_steps": 1},
         "tracker": {"type": "jsonl"},
         "checkpoints": {"uri": place},
-        "storage": {"s3": {"endpoint": login_page().endpoint, "region": "us-east-1", "max_retries": 0}},
+        "storage": {"s3": {"endpoint": login_page().endpoint, "region": "us-east-1", "retry_timeout": 0}},
     }
     with pytest.raises(WMTPError, match="a proxy or a login page"):
         wmtp.run(config, resume="auto")

@@ -8,7 +8,7 @@ import pytest
 
 from wmtp.errors import WMTPError
 from wmtp.storage.manifest import MANIFEST, Manifest, verify
-from wmtp_storage import S3Storage, transfer
+from wmtp_storage import S3Storage, patience
 from wmtp_storage.journal import read_journal
 from wmtp_storage.throttle import Throttle
 
@@ -21,7 +21,7 @@ SEEDS = range(int(os.environ.get("WMTP_FAULT_SEEDS", "12")))
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(transfer, "_FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr(patience, "_FIRST", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def model(s3_server):
 
 
 def storage(proxy, **options):
-    options = {"chunk_size": 16 / 1024, "max_retries": 6, "read_timeout": 0.5} | options
+    options = {"chunk_size": 16 / 1024, "retry_timeout": 3, "read_timeout": 0.5} | options
     return S3Storage(endpoint=proxy.endpoint, region="us-east-1", **options).build()
 
 
@@ -84,7 +84,7 @@ def test_seeded_schedules_of_one_fault(faulty, model, tmp_path, fault):
     def schedule(seed):
         share = (0.1, 0.3, 0.6, 1.0)[seed % 4]
         proxy = faulty([fault], seed=seed, share=share, most=(None, 3, 10)[seed % 3], stall=1.0)
-        outcome = fetch_and_resume(uri, content, tmp_path / str(seed), proxy, clean, max_retries=4)
+        outcome = fetch_and_resume(uri, content, tmp_path / str(seed), proxy, clean, retry_timeout=1)
         return outcome, len(proxy.done)
 
     with ThreadPoolExecutor(4) as pool:

@@ -147,7 +147,7 @@ def test_a_kill_while_files_are_put_into_their_places(s3, model, tmp_path, monke
 def test_bytes_that_a_loss_of_power_took_come_again(faulty, model, tmp_path):
     """The journal says that they are there, and the disk does not have them."""
     proxy = faulty(["503"], share=0.1, seed=1)
-    storage = S3Storage(endpoint=proxy.endpoint, region="us-east-1", chunk_size=16 / 1024, max_retries=0, max_connections=1)
+    storage = S3Storage(endpoint=proxy.endpoint, region="us-east-1", chunk_size=16 / 1024, retry_timeout=0, max_connections=1)
     with pytest.raises(WMTPError):
         storage.build().fetch(model, tmp_path / "out")
     before = kept(tmp_path / "out")
@@ -161,7 +161,7 @@ def test_bytes_that_a_loss_of_power_took_come_again(faulty, model, tmp_path):
 
 def test_a_journal_that_was_cut_off_is_read_as_far_as_it_goes(s3, model, tmp_path, faulty):
     proxy = faulty(["503"], share=0.1, seed=1)
-    storage = S3Storage(endpoint=proxy.endpoint, region="us-east-1", chunk_size=16 / 1024, max_retries=0, max_connections=1)
+    storage = S3Storage(endpoint=proxy.endpoint, region="us-east-1", chunk_size=16 / 1024, retry_timeout=0, max_connections=1)
     with pytest.raises(WMTPError):
         storage.build().fetch(model, tmp_path / "out")
     journal = tmp_path / "out/.wmtp-fetch/journal"

@@ -89,7 +89,7 @@ class TestAzureStorage(StorageTests):
 
 
 def test_azure_resumes_and_refuses(azurite, container, tmp_path, monkeypatch):
-    options = {"account": ACCOUNT, "endpoint": f"http://127.0.0.1:{azurite}/{ACCOUNT}", "max_retries": 1}
+    options = {"account": ACCOUNT, "endpoint": f"http://127.0.0.1:{azurite}/{ACCOUNT}", "retry_timeout": 0.5}
     storage = AzureStorage(chunk_size=0.1, **options).build()
     (tmp_path / "m/s").mkdir(parents=True)
     for name, size in {"a b": 1_000_000, "s/ü": 20_000_000, "empty": 0}.items():
@@ -128,7 +128,7 @@ def test_google_is_read(google, tmp_path):
 
     for name in content:
         put(name)
-    storage = GoogleStorage(endpoint=f"http://127.0.0.1:{google}", anonymous=True, chunk_size=0.05, max_retries=1).build()
+    storage = GoogleStorage(endpoint=f"http://127.0.0.1:{google}", anonymous=True, chunk_size=0.05, retry_timeout=0.5).build()
     assert storage.fetch(f"gs://{bucket}/m", tmp_path / "out").transferred == sum(map(len, content.values()))
     assert {name: (tmp_path / "out" / name[2:]).read_bytes() for name in content} == content
     assert Manifest.read(tmp_path / "out" / MANIFEST).files[0].etag

@@ -36,7 +36,7 @@ def keys(s3, bucket):
 
 
 def through(proxy):
-    return S3Storage(endpoint=proxy.endpoint, region="us-east-1", max_retries=0).build()
+    return S3Storage(endpoint=proxy.endpoint, region="us-east-1", retry_timeout=0).build()
 
 
 def test_a_folder_and_then_another_in_its_place(bucket, s3, folder):

@@ -124,7 +124,7 @@ def test_environment_names_proxy_and_certificates(s3, tunnel, tmp_path, monkeypa
     proxy = tunnel()
     monkeypatch.setenv("HTTPS_PROXY", proxy.url)
     with pytest.raises(WMTPError, match="could not be"):
-        S3Storage(region="us-east-1", max_retries=0).build().fetch(f"s3://{bucket}/x", tmp_path / "out")
+        S3Storage(region="us-east-1", retry_timeout=0).build().fetch(f"s3://{bucket}/x", tmp_path / "out")
     monkeypatch.setenv("AWS_CA_BUNDLE", str(proxy.ca))
     S3Storage(region="us-east-1").build().fetch(f"s3://{bucket}/x", tmp_path / "out")
     assert proxy.requests[0][1] == f"{bucket}.s3.us-east-1.amazonaws.com"

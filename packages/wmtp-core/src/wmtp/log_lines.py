@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from wmtp.redaction import redact
+
 __all__ = ["in_notebook", "lines_by_itself", "set_up_logging"]
 
 
@@ -59,5 +61,5 @@ class _Lines(logging.Formatter):
         self._prefix = prefix
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = redact(super().format(record))
         return f"{record.levelname.lower()}: {self._prefix}{text}" if record.levelno >= logging.WARNING else text

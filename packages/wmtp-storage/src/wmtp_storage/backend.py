@@ -21,6 +21,7 @@ from wmtp.storage.manifest import MANIFEST, Manifest
 from wmtp_storage.failures import WrongAnswerError, explained, understand
 from wmtp_storage.fetch import fetch_into
 from wmtp_storage.localize import localize
+from wmtp_storage.patience import patiently
 from wmtp_storage.push import push, remove, remove_leftovers
 from wmtp_storage.uris import RemoteURI, parse
 
@@ -40,6 +41,7 @@ _LISTS_NOTHING = (404, 405, 501)
 _is_used = _is_forked = False
 
 _Config = TypeVar("_Config", bound="RemoteStorage")
+_Answer = TypeVar("_Answer")
 
 
 def _note_fork() -> None:
@@ -122,9 +124,10 @@ class ObjectStorage(Storage):
                     raise explained(error, uri, "opened") from error
             return self._open[place]
 
-    def store(self, uri: RemoteURI) -> ObjectStore:
-        """The store that holds ``uri``; it tries failed requests again by itself. Raises as `opened`."""
-        return self.opened(uri).store
+    def _asked(self, uri: RemoteURI, question: Callable[[ObjectStore], _Answer]) -> _Answer:
+        """Ask the store that holds ``uri``, and again where the question or its answer is lost on the way."""
+        store = self.opened(uri).store
+        return patiently(self.config.retry_timeout, uri, lambda: question(store))
 
     def objects(self, uri: RemoteURI) -> Iterator[StoredObject]:
         """The objects of a folder, by pages of a thousand.
@@ -159,7 +162,7 @@ class ObjectStorage(Storage):
         """What a web server's folder holds, as whoever put it there noted it."""
         place = uri.at(MANIFEST)
         try:
-            return Manifest.loads(bytes(obstore.get(self.store(uri), place.key).bytes()), place)
+            return Manifest.loads(self._asked(place, lambda store: bytes(obstore.get(store, place.key).bytes())), place)
         except FileNotFoundError:
             return None
         except (obstore.exceptions.BaseError, OSError, ValueError) as error:
@@ -183,7 +186,7 @@ class ObjectStorage(Storage):
         if not uri.key or uri.is_folder:
             return None
         try:
-            meta = obstore.head(self.store(uri), uri.key)
+            meta = self._asked(uri, lambda store: obstore.head(store, uri.key))
         except FileNotFoundError:
             return None
         except (obstore.exceptions.BaseError, OSError, ValueError) as error:
@@ -215,7 +218,7 @@ class ObjectStorage(Storage):
         if probe is None or not uri.scheme.startswith("http"):
             return True
         try:
-            obstore.get_range(self.store(uri), probe.key, start=0, end=1)
+            self._asked(uri, lambda store: obstore.get_range(store, probe.key, start=0, end=1))
         except FileNotFoundError:  # changed since; whoever fetches it will see
             return True
         except NotSupportedError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -13,6 +14,9 @@ import obstore
 from attrs import frozen
 
 from wmtp.errors import ConfigError
+from wmtp_storage.aio import run
+from wmtp_storage.failures import WrongAnswerError
+from wmtp_storage.patience import patiently
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Opened", "ca_bundle", "client_options", "listed_pages", "opened"]
 
+_PAGE = 1000  #: objects of a listing that are asked for at once
+_ENDLESS = 60.0  #: seconds that a page may take at least
+_UNCOUNTED = 10**6  #: retries go by time
 _CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -81,8 +88,8 @@ class Opened:
     """A store, opened twice, and what else it can tell.
 
     Args:
-        store: tries a failed request again by itself.
-        reader: does not: whoever reads from it goes on where it failed.
+        uploader: tries a request again by itself, since a large file goes up in many; for as long as ``retry_timeout`` says.
+        store: does not: whoever asks it goes on where it failed, see `wmtp_storage.patience`.
         pages: lists a folder; raises `WrongAnswerError` where something else than the store answered.
         names: lists what is directly in a folder, for hints.
         copy: copies an object to another key of the store.
@@ -92,8 +99,8 @@ class Opened:
         buckets: the names of the buckets that these credentials may see, as far as they may: for hints.
     """
 
+    uploader: ObjectStore
     store: ObjectStore
-    reader: ObjectStore
     pages: Pages
     names: Names
     copy: Copy
@@ -129,17 +136,18 @@ def opened(
         buckets: see `Opened`.
     """
     retries: RetryConfig = {
-        "max_retries": config.max_retries,
+        "max_retries": _UNCOUNTED if config.retry_timeout else 0,
         "retry_timeout": timedelta(seconds=config.retry_timeout),
-        "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2},
+        "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=5), "base": 2},
     }
-    patient = store(retries)
+    plain = store({"max_retries": 0})
+    limit = config.retry_timeout
     return Opened(
-        store=patient,
-        reader=store({"max_retries": 0}),
-        pages=pages if pages is not None else partial(listed_pages, patient),
-        names=names if names is not None else partial(_names, patient),
-        copy=copy if copy is not None else partial(obstore.copy, patient),
+        uploader=store(retries),
+        store=plain,
+        pages=pages if pages is not None else partial(listed_pages, plain, limit=limit),
+        names=names if names is not None else partial(_names, plain),
+        copy=copy if copy is not None else lambda a, b: patiently(limit, b, lambda: obstore.copy(plain, a, b)),
         checksum=checksum if checksum is not None else lambda *_: None,
         listed_checksum=listed_checksum if listed_checksum is not None else lambda _: None,
         abort_uploads=abort_uploads if abort_uploads is not None else lambda _: None,
@@ -147,9 +155,48 @@ def opened(
     )
 
 
-def listed_pages(store: ObjectStore, prefix: str) -> Iterator[Sequence[ObjectMeta]]:
-    """List a folder as obstore does, by pages of a thousand."""
-    return iter(obstore.list(store, prefix=prefix.rstrip("/") or None, chunk_size=1000))
+def listed_pages(store: ObjectStore, prefix: str, *, limit: float) -> Iterator[Sequence[ObjectMeta]]:
+    """List a folder as obstore does, by pages of a thousand; a page that breaks off is asked for again.
+
+    Args:
+        store: makes no retries of its own.
+        prefix: the folder's key and a slash; empty for all.
+        limit: seconds after which a page is given up, also one that never ends.
+
+    Raises:
+        WrongAnswerError: a page goes on without an object.
+    """
+    folder = prefix.rstrip("/") or None
+    last: str | None = None
+    is_over = False
+
+    def more() -> Sequence[ObjectMeta]:
+        return _first_page(store, folder, last, limit)
+
+    while not is_over:
+        page = patiently(limit, folder or "the bucket", more)
+        if page:
+            last = page[-1]["path"]
+            yield page
+        is_over = len(page) < _PAGE
+
+
+def _first_page(store: ObjectStore, folder: str | None, after: str | None, limit: float) -> Sequence[ObjectMeta]:
+    """List the first thousand objects after a key: all that is left where there are fewer."""
+    found: list[ObjectMeta] = []
+
+    async def take() -> None:
+        stream = obstore.list(store, prefix=folder, offset=after, chunk_size=_PAGE)
+        try:
+            async with asyncio.timeout(max(limit, _ENDLESS)):
+                async for page in stream:
+                    found.extend(page)
+                    return
+        except TimeoutError:
+            raise WrongAnswerError("a listing goes on and on without an object") from None
+
+    run(take())
+    return found
 
 
 def _names(store: ObjectStore, prefix: str) -> list[str]:

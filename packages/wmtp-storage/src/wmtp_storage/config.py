@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -37,8 +37,8 @@ class RemoteStorage(StorageBackendConfig):
         max_connections: so many requests at once, at most; how many there are follows the throughput.
         chunk_size: so many MB are asked for by one request, at most.
         max_memory: so many MB of file contents in memory at once, at most. The process itself needs less than 128 MB beside it.
-        max_retries: tries of a request after the first that failed.
-        retry_timeout: seconds after which a request that keeps failing is given up, however many tries are left.
+        retry_timeout: seconds for which a request that fails on its way, or that a busy server refuses, is sent again, with
+            growing pauses; what brought bytes begins the time anew. 0: never again.
         connect_timeout: seconds to reach the server.
         read_timeout: seconds without a single byte after which a request is started again.
         proxy: the address of an HTTP proxy. Default: what ``HTTPS_PROXY``, ``HTTP_PROXY`` and ``NO_PROXY`` say.
@@ -46,11 +46,11 @@ class RemoteStorage(StorageBackendConfig):
             ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE`` names.
     """
 
+    former_keys: ClassVar[Mapping[str, str]] = {"max_retries": "requests are tried again by time; write retry_timeout"}
     max_connections: int = field(default=64, validator=ge(1))
     chunk_size: float = field(default=32.0, validator=gt(0.0))
     max_memory: int = field(default=128, validator=ge(16))
-    max_retries: int = field(default=10, validator=ge(0))
-    retry_timeout: float = field(default=300.0, validator=gt(0.0))
+    retry_timeout: float = field(default=300.0, validator=ge(0.0))
     connect_timeout: float = field(default=10.0, validator=gt(0.0))
     read_timeout: float = field(default=30.0, validator=gt(0.0))
     proxy: str | None = None

@@ -15,6 +15,7 @@ from obstore.exceptions import (
 )
 
 from wmtp.errors import WMTPError
+from wmtp.redaction import clean_chain, redact
 
 __all__ = ["Failure", "WrongAnswerError", "explained", "understand"]
 
@@ -25,6 +26,11 @@ _TITLE = re.compile(r"<title[^>]*>([^<]*)</title>", re.IGNORECASE)
 #: what obstore says of an answer with status 200 that it cannot read
 _UNREADABLE = re.compile(
     r"(?:Got invalid|Error decoding) (?:list|PROPFIND|multipart|DeleteObjects|bulk delete) response|\w[\w-]* Header missing"
+)
+#: of failures without an answer those that the next try has too
+_STAYS = re.compile(
+    r"External AWS credential provider: |certificate|builder error|metadata\.google|169\.254\.169\.254|invalid URL",
+    re.IGNORECASE,
 )
 _PERHAPS = "a proxy or a login page may have answered in the store's place"
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
@@ -69,7 +75,8 @@ def understand(error: BaseException) -> Failure:
     if isinstance(error, PreconditionError):
         return Failure(412, code, said, False)
     # without an answer it is the connection that failed, or what came is no answer to the question
-    return Failure(None, code, said or _first_line(text), isinstance(error, GenericError))
+    is_transient = isinstance(error, GenericError) and not (_UNREADABLE.search(text) or _STAYS.search(text))
+    return Failure(None, code, said or _first_line(text), is_transient)
 
 
 def explained(error: BaseException, uri: object, what: str = "read") -> WMTPError:
@@ -79,7 +86,10 @@ def explained(error: BaseException, uri: object, what: str = "read") -> WMTPErro
         error: what was raised, by obstore most likely.
         uri: what it is about.
         what: ``read``, ``written``, …: what could not be done.
+
+    What libraries say of an address may hold a signature: it is taken out of the error too, since a traceback shows it.
     """
+    clean_chain(error)
     if isinstance(error, WrongAnswerError) and _PERHAPS not in str(error):
         return WrongAnswerError(f"{uri} could not be {what}: {error}; {_PERHAPS}")
     if isinstance(error, WMTPError):
@@ -120,4 +130,4 @@ def _first_line(text: str) -> str:
     line = text.partition("\n")[0].strip()
     cause = re.findall(r'(?:error: |message: |source: )"([^"]+)"', text)
     line = f"{line} ({cause[-1]})" if cause and cause[-1] not in line else line
-    return re.sub(r"\?[^\s)]*", "", line)
+    return redact(line)

@@ -12,6 +12,7 @@ from obstore.store import GCSStore
 
 from wmtp_storage.client import Opened, client_options, listed_pages, opened
 from wmtp_storage.failures import WrongAnswerError
+from wmtp_storage.patience import patiently
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -38,11 +39,11 @@ def open_gs(config: GoogleStorage, uri: RemoteURI) -> Opened:
             retry_config=retries,
         )
 
-    asked = store({"max_retries": config.max_retries})
-    return opened(config, store, pages=lambda prefix: _pages(asked, prefix))
+    asked = store({"max_retries": 0})
+    return opened(config, store, pages=lambda prefix: _pages(asked, prefix, config.retry_timeout))
 
 
-def _pages(store: GCSStore, prefix: str) -> Iterator[Sequence[ObjectMeta]]:
+def _pages(store: GCSStore, prefix: str, limit: float) -> Iterator[Sequence[ObjectMeta]]:
     """List a folder, and make sure of an end that may be the login page of a proxy, which obstore takes for an empty page.
 
     Only its own client has the credentials to list by. So the listing is made again, and an object is asked for that does not
@@ -52,13 +53,13 @@ def _pages(store: GCSStore, prefix: str) -> Iterator[Sequence[ObjectMeta]]:
         WrongAnswerError: something else than the store answers.
     """
     count = 0
-    for page in listed_pages(store, prefix):
+    for page in listed_pages(store, prefix, limit=limit):
         count += len(page)
         yield page
     try:
-        obstore.head(store, f"{prefix}{secrets.token_hex(16)}")
+        patiently(limit, prefix, lambda: obstore.head(store, f"{prefix}{secrets.token_hex(16)}"))
     except FileNotFoundError:
-        if count == sum(map(len, listed_pages(store, prefix))):
+        if count == sum(map(len, listed_pages(store, prefix, limit=limit))):
             return
         raise WrongAnswerError("two listings, one after the other, differ in length") from None
     raise WrongAnswerError("an object is said to be there that nobody has made")

@@ -18,6 +18,7 @@ from wmtp.errors import WMTPError
 from wmtp_storage.aio import Budget, run, together
 from wmtp_storage.arrival import Uploaded, check_arrived, check_gone
 from wmtp_storage.failures import WrongAnswerError, explained
+from wmtp_storage.patience import Patience, is_transient, patiently
 
 if TYPE_CHECKING:
     from obstore import PutResult
@@ -75,7 +76,7 @@ def remove(storage: ObjectStorage, uri: RemoteURI, keys: Iterable[str]) -> None:
     """
     names = list(keys)
     try:
-        obstore.delete(storage.store(uri), names)
+        patiently(storage.config.retry_timeout, uri, lambda: obstore.delete(storage.opened(uri).store, names))
     except FileNotFoundError:  # somebody else was quicker
         pass
     except (obstore.exceptions.BaseError, OSError, ValueError) as error:
@@ -169,7 +170,7 @@ def put_marker(storage: ObjectStorage, uri: RemoteURI) -> None:
     text = b"This folder is being written, or was left half-written.\n"
     place = uri.at(INCOMPLETE)
     try:
-        obstore.put(storage.store(uri), place.key, text)
+        patiently(storage.config.retry_timeout, uri, lambda: obstore.put(storage.opened(uri).store, place.key, text))
     except (obstore.exceptions.BaseError, OSError) as error:
         raise explained(error, uri, "written") from error
     check_arrived(storage, place, {"": Uploaded(len(text))})
@@ -184,7 +185,7 @@ def _upload(storage: ObjectStorage, files: list[_File], to: RemoteURI, state: st
         to: the folder; of a single file its own URI.
         state: what is at the place afterwards if it fails.
     """
-    config, store = storage.config, storage.store(to)
+    config, store = storage.config, storage.opened(to).uploader
     parts = max(2, min(config.max_connections, config.max_memory * 2**20 // _PART))
     room = Budget(parts)
     uploaded: dict[str, Uploaded] = {}
@@ -193,13 +194,17 @@ def _upload(storage: ObjectStorage, files: list[_File], to: RemoteURI, state: st
         # a large file takes half of the room: two of them keep the line busy while one ends
         share = max(1, min(parts // 2, -(-file.size // _PART)))
         async with room.share(share):
-            try:
-                answer = await _whole(
-                    obstore.put_async(store, to.at(file.name).key, file.path, chunk_size=_PART, max_concurrency=share)
-                )
-            except (obstore.exceptions.BaseError, OSError) as error:
-                raise explained(error, f"{file.path} to {to.at(file.name)}", "uploaded") from error
-            uploaded[file.name] = Uploaded(file.size, answer["e_tag"])
+            patience = Patience(config.retry_timeout, to.at(file.name))
+            while True:  # the whole file once more: its object appears at the end of an upload, or not at all
+                try:
+                    put = obstore.put_async(store, to.at(file.name).key, file.path, chunk_size=_PART, max_concurrency=share)
+                    uploaded[file.name] = Uploaded(file.size, (await _whole(put))["e_tag"])
+                    return
+                except (obstore.exceptions.BaseError, OSError) as error:
+                    pause = patience.pause(error) if is_transient(error) else None
+                    if pause is None:
+                        raise explained(error, f"{file.path} to {to.at(file.name)}", "uploaded") from error
+                await asyncio.sleep(pause)
 
     with _said(state):
         run(together(one(file) for file in sorted(files, key=lambda file: file.size)))

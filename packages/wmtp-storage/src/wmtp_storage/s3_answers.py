@@ -25,8 +25,8 @@ def parsed(answer: AWSResponse, root: str) -> ElementTree.Element:
         root: the name of the outermost element.
 
     Raises:
-        GenericError: the store refused, in the form in which obstore says so.
-        WrongAnswerError: something else than the store answered, or the answer is cut.
+        GenericError: the store refused, in the form in which obstore says so, or its answer is cut.
+        WrongAnswerError: something else than the store answered.
     """
     status, body = answer.status_code, answer.content
     try:
@@ -40,6 +40,8 @@ def parsed(answer: AWSResponse, root: str) -> ElementTree.Element:
         where = f" to {answer.headers['Location']}" if "Location" in answer.headers else ""
         status = status if status != 200 else 500
         raise GenericError(f"Server returned non-2xx status code: {status}{where}: {body.decode(errors='replace')}")
+    if element is None and f"<{root}".encode() in body[: 4 * _SHOWN]:
+        raise GenericError(f"the answer broke off after {len(body)} bytes, before the end of its {root}")
     if element is None or name != root:
         begins = " ".join(body[: 4 * _SHOWN].decode(errors="replace").split())[:_SHOWN]
         kind = answer.headers.get("Content-Type", "no content type")

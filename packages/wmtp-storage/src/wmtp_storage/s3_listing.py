@@ -16,7 +16,7 @@ from botocore.exceptions import BotoCoreError
 from obstore.exceptions import GenericError
 
 from wmtp_storage.failures import WrongAnswerError
-from wmtp_storage.s3_answers import parsed, text_of
+from wmtp_storage.s3_answers import text_of
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -87,7 +87,7 @@ class S3Listing:
         # encoded, since XML cannot hold every character of a key. A space must be %20: a signature is made of it
         words = urlencode({"list-type": "2", "encoding-type": "url", **query}, quote_via=quote, safe="")
         try:
-            page = parsed(self.questions.send("GET", f"{self.questions.address}?{words}"), "ListBucketResult")
+            page = self.questions.ask("GET", f"{self.questions.address}?{words}", "ListBucketResult")
         except BotoCoreError as error:
             raise GenericError(str(error)) from error
         entries = [*page.iterfind("{*}Contents"), *page.iterfind("{*}CommonPrefixes")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from attrs import Factory, field, frozen
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.credentials import Credentials as BotoCredentials
-from botocore.exceptions import BotoCoreError, HTTPClientError
+from botocore.exceptions import BotoCoreError, ConnectionClosedError
 from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 from obstore.exceptions import GenericError
@@ -22,6 +21,7 @@ from obstore.exceptions import GenericError
 from wmtp.errors import WMTPError
 from wmtp_storage.checksums import StoreChecksum, etag_md5, from_headers
 from wmtp_storage.client import ca_bundle
+from wmtp_storage.patience import Patience, is_transient, patiently
 from wmtp_storage.s3_answers import parsed
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["S3Questions", "http_session"]
 
 logger = logging.getLogger("wmtp.storage")
+
+#: HTTP statuses below 500 after which the same request may succeed
+_BUSY = (408, 425, 429)
 
 
 def http_session(config: S3Storage, url: str) -> URLLib3Session:
@@ -102,9 +105,19 @@ class S3Questions:
         """
         url, headers = f"{self.address}/{quote(target)}", {"x-amz-copy-source": quote(f"/{bucket}/{source}")}
         try:
-            parsed(self.send("PUT", url, headers), "CopyObjectResult")
+            self.ask("PUT", url, "CopyObjectResult", headers)
         except BotoCoreError as error:
             raise GenericError(str(error)) from error
+
+    def ask(self, method: str, url: str, root: str, headers: Mapping[str, str] | None = None) -> ElementTree.Element:
+        """Send a question whose answer is XML, as `send` does; also once more where the answer broke off, or says to.
+
+        Raises:
+            BotoCoreError: the server could not be reached.
+            GenericError: the store refused, or its answers break off.
+            WrongAnswerError: something else than the store answered.
+        """
+        return patiently(self.config.retry_timeout, _shown(url), lambda: parsed(self._once(method, url, headers), root))
 
     def send(self, method: str, url: str, headers: Mapping[str, str] | None = None) -> AWSResponse:
         """Send a signed request without a body; again, with backoff and jitter, where the server is busy or cannot be reached.
@@ -112,25 +125,31 @@ class S3Questions:
         Raises:
             BotoCoreError: the server could not be reached.
         """
+        patience = Patience(self.config.retry_timeout, _shown(url))
+        while True:
+            try:
+                answer = self._once(method, url, headers)
+                if answer.status_code not in _BUSY and answer.status_code < 500:
+                    return answer
+                if (pause := patience.pause(GenericError(f"HTTP status {answer.status_code}"))) is None:
+                    return answer
+            except BotoCoreError as error:
+                if not is_transient(error) or (pause := patience.pause(error)) is None:
+                    raise
+            time.sleep(pause)
+
+    def _once(self, method: str, url: str, headers: Mapping[str, str] | None) -> AWSResponse:
         parts = urlsplit(url)
         url = urlunsplit(parts._replace(path=parts.path or "/"))  # a path is what is signed, and what is sent has one
-        gives_up = time.monotonic() + self.config.retry_timeout
-        for failures in range(self.config.max_retries + 1):
-            request = AWSRequest(method, url, headers=dict(headers or {}))
-            if self.config.requester_pays:
-                request.headers["x-amz-request-payer"] = "requester"
-            if self.credentials is not None:
-                S3SigV4Auth(_for_botocore(self.credentials), "s3", self.region).add_auth(request)
-            is_last = failures == self.config.max_retries or time.monotonic() > gives_up
-            try:
-                answer = self._session.send(request.prepare())
-                if is_last or (answer.status_code != 429 and answer.status_code < 500):
-                    return answer
-            except HTTPClientError:
-                if is_last:
-                    raise
-            time.sleep(random.uniform(0.1, 1) * min(15.0, 0.2 * 2**failures))
-        raise AssertionError("the last try returns or raises")
+        request = AWSRequest(method, url, headers=dict(headers or {}))
+        if self.config.requester_pays:
+            request.headers["x-amz-request-payer"] = "requester"
+        if self.credentials is not None:
+            S3SigV4Auth(_for_botocore(self.credentials), "s3", self.region).add_auth(request)
+        answer = self._session.send(request.prepare())
+        if (lost := _lost(method, answer)) is not None:
+            raise ConnectionClosedError(endpoint_url=_shown(url), error=lost)
+        return answer
 
     def _part_sizes(self, stored: StoredObject, parts: int) -> list[int] | None:
         """All parts but the last are of one size, in what every known tool uploads."""
@@ -160,6 +179,25 @@ class S3Questions:
             logger.debug("%s: asked for its checksum, the server answered %s", stored.key, answer.status_code)
             return {}
         return {name.lower(): value for name, value in answer.headers.items()}
+
+
+def _lost(method: str, answer: AWSResponse) -> str | None:
+    """What of an answer did not come: botocore takes the end of a connection for the end of the headers, or of the body."""
+    headers = {name.lower(): value for name, value in answer.headers.items()}
+    length = headers.get("content-length", "")
+    if method == "HEAD":
+        is_cut = answer.status_code == 200 and not (length and "etag" in headers)
+        return "the answer broke off within its headers" if is_cut else None
+    if length.isdecimal() and len(answer.content) < int(length):
+        return f"the answer broke off after {len(answer.content)} of {length} bytes"
+    if answer.status_code == 200 and not (length or answer.content or "transfer-encoding" in headers):
+        return "the answer broke off within its headers"
+    return None
+
+
+def _shown(url: str) -> str:
+    """An address for messages: a query may be long, or secret."""
+    return url.partition("?")[0]
 
 
 def _part_count(headers: Mapping[str, str]) -> int | None:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
 from botocore.exceptions import BotoCoreError
+from obstore.exceptions import GenericError
 
 from wmtp.errors import WMTPError
-from wmtp_storage.failures import WrongAnswerError, explained
-from wmtp_storage.s3_answers import parsed, text_of
+from wmtp_storage.failures import WrongAnswerError, explained, understand
+from wmtp_storage.s3_answers import text_of
 
 if TYPE_CHECKING:
     from wmtp_storage.s3_questions import S3Questions
@@ -56,14 +57,15 @@ def _unfinished(questions: S3Questions, prefix: str) -> list[tuple[str, str]]:
     after: dict[str, str] = {}
     while True:
         words = urlencode({"uploads": "", "prefix": prefix, **after}, quote_via=quote, safe="")
-        answer = questions.send("GET", f"{questions.address}?{words}")
-        if answer.status_code != 200:
+        try:
+            page = questions.ask("GET", f"{questions.address}?{words}", "ListMultipartUploadsResult")
+        except GenericError as error:
+            status = understand(error).status
             logger.warning(
-                "unfinished uploads of killed runs, if there are any, stay: the store does not tell them (HTTP status %d)",
-                answer.status_code,
+                "unfinished uploads of killed runs, if there are any, stay: the store does not tell them (HTTP status %s)",
+                status,
             )
             return []
-        page = parsed(answer, "ListMultipartUploadsResult")
         for upload in page.findall("{*}Upload"):
             if text_of(upload, "Key").startswith(prefix):
                 found.append((text_of(upload, "Key"), text_of(upload, "UploadId")))

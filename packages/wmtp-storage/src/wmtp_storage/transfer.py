@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import random
-import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from wmtp_storage.aio import run
 from wmtp_storage.checksums import etag_md5
 from wmtp_storage.failures import explained, understand
 from wmtp_storage.journal import Journal, Segment
+from wmtp_storage.patience import Patience
 from wmtp_storage.throttle import Throttle
 from wmtp_storage.verification import Verification
 from wmtp_storage.work import Part, Range, Work
@@ -37,7 +36,6 @@ _FIRST_PIECE = 2**18
 _MOMENT = 1 / 128  # seconds between two pieces of a connection
 #: what a connection holds beside the piece that is being written: the next one, and what the client has read ahead
 _HELD = 4
-_FIRST_BACKOFF, _MAX_BACKOFF = 0.2, 15.0  # seconds
 _TICK = 0.1  # seconds between two looks at how it goes
 
 
@@ -138,8 +136,8 @@ class Transfer:
 
     async def _fetch(self, running: Range) -> None:
         """Fetch a range, going on where it broke off; a try that brought bytes begins the count of failures anew."""
-        failures, since = 0, time.monotonic()
         name = self._uri.at(running.part.stored.name) if running.part.stored.key != self._uri.key else self._uri
+        patience = Patience(self._config.retry_timeout, name)
         while running.position < running.end:
             before = running.position
             try:
@@ -150,8 +148,7 @@ class Transfer:
             except (obstore.exceptions.BaseError, _Broken) as caught:
                 error: Exception = caught
             if running.position > before and running.part.has_ranges:
-                failures, since = 0, time.monotonic()
-            failures += 1
+                patience.renew()
             failure = understand(error)
             if failure.status == 416:  # it is shorter than it was
                 raise Changed(running.part.stored.name) from error
@@ -159,15 +156,14 @@ class Transfer:
                 raise explained(error, name) from error
             if failure.status in (429, 503):
                 self._throttle.slow_down()
-            waited = time.monotonic() - since
-            if failures > self._config.max_retries or waited > self._config.retry_timeout:
+            if (pause := patience.pause(error)) is None:
                 reason = str(error) if isinstance(error, _Broken) else str(explained(error, name)).partition(": ")[2]
+                tries = f"{patience.failures} tries in {patience.waited:.0f} s"
                 raise WMTPError(
-                    f"{name} could not be read: {reason}; given up after {failures} tries in {waited:.0f} s. What came is kept:"
-                    " run it again to go on"
+                    f"{name} could not be read: {reason}; given up after {tries}. What came is kept: run it again to go on"
                 ) from error
             logger.debug("%s at byte %d: %s; trying again", name, running.position, failure.message or error)
-            await asyncio.sleep(random.uniform(0.1, 1) * min(_MAX_BACKOFF, _FIRST_BACKOFF * 2 ** (failures - 1)))
+            await asyncio.sleep(pause)
 
     async def _read(self, running: Range) -> None:
         """Send one request, and write what comes."""
@@ -178,7 +174,7 @@ class Transfer:
         if stored.etag is not None and not stored.etag.startswith("W/"):  # a weak one never matches
             options["if_match"] = stored.etag
         self._throttle.count(0, is_request=True)
-        answer = await obstore.get_async(self._opened.reader, stored.key, options=options)  # type: ignore[arg-type]
+        answer = await obstore.get_async(self._opened.store, stored.key, options=options)  # type: ignore[arg-type]
         if stored.differs_from(answer.meta):
             raise Changed(stored.name)
         if answer.range != (begin, end):

@@ -8,7 +8,8 @@ from urllib.parse import quote, unquote
 from attrs import frozen
 
 from wmtp.errors import ConfigError
-from wmtp.storage.uris import redact, scheme_of
+from wmtp.redaction import redact
+from wmtp.storage.uris import scheme_of
 
 __all__ = ["RemoteURI", "parse"]
 
@@ -47,10 +48,11 @@ def parse(uri: str) -> RemoteURI:
         ConfigError: it names no bucket, or no place inside it.
     """
     scheme = scheme_of(uri)
-    shown = repr(redact(uri).partition("?")[0])
+    shown = repr(re.split(r"[?#]", redact(uri), maxsplit=1)[0])
     authority, _, rest = uri.partition("://")[2].partition("/")
     path, mark, query = rest.partition("?")
-    if "@" in authority and scheme not in ("abfs", "abfss"):
+    place = re.split(r"[?#]", uri, maxsplit=1)[0]
+    if redact(place) != place or ("@" in authority and scheme not in ("abfs", "abfss")):
         raise ConfigError(f"{shown} holds a user's name; remove it: credentials come from the environment")
     is_web = scheme.startswith("http")
     if "?" in authority or "#" in authority:

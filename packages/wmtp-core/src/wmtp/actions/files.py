@@ -15,11 +15,12 @@ from wmtp.config.overrides import parse_override
 from wmtp.config.places import build_backends
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.runs.directory import is_run_dir
+from wmtp.redaction import redact
 from wmtp.storage.base import Fetched, Storage
 from wmtp.storage.cache import Cache
 from wmtp.storage.manifest import MANIFEST, Manifest
 from wmtp.storage.manifest import verify as verify_files
-from wmtp.storage.uris import backend_for, redact, scheme_of
+from wmtp.storage.uris import backend_for, scheme_of
 
 if TYPE_CHECKING:
     from wmtp.config.schema import StorageConfig

@@ -21,6 +21,7 @@ from wmtp.cli import files as file_commands
 from wmtp.cli.parser import Parser
 from wmtp.errors import ConfigError, Terminated, WMTPError, described
 from wmtp.log_lines import set_up_logging
+from wmtp.redaction import redact
 from wmtp.signals import stopped_by_sigterm
 
 __all__ = ["main", "make_parser", "run_from_shell"]
@@ -106,11 +107,11 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
         if isinstance(error, BrokenPipeError) and (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
             raise
         lines, code = _explained(error)
-        lines = [_with_origin(line) for line in lines]
+        lines = [redact(_with_origin(line)) for line in lines]
         if getattr(error, "said_by_main", False):  # rank 0 has the same error
             return {"error": "\n".join(lines), "problems": lines}, code
         if arguments.debug:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
         elif not isinstance(error, KeyboardInterrupt | WMTPError):
             print("run it again with --debug for the traceback of this error:", file=sys.stderr)
     rank = f"rank {_rank()}: " if _rank() else ""
@@ -294,4 +295,4 @@ def _plain(value: Any) -> Any:
         return [_plain(element) for element in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+    return value if value is None or isinstance(value, bool | int | float) else redact(str(value))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from wmtp.redaction import redact
+
 __all__ = ["print_facts"]
 
 
@@ -13,4 +15,4 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         if value is not None:
-            print(f"{name:<{width}}  {value}")
+            print(redact(f"{name:<{width}}  {value}"))

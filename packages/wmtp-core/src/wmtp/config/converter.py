@@ -166,7 +166,8 @@ def _table(converter: cattrs.Converter, value: Any, cls: type[Any]) -> Any:
     table = _as_table(value)
     attrs.resolve_types(cls)
     fields = {str(a.alias): a for a in attrs.fields(cls) if a.init}
-    problems = [Problem((key,), unknown_key(key, fields)) for key in table if key not in fields]
+    former: Mapping[str, str] = getattr(cls, "former_keys", {})
+    problems = [Problem((key,), former.get(key) or unknown_key(key, fields)) for key in table if key not in fields]
     arguments: dict[str, Any] = {}
     for key, attribute in fields.items():
         if key not in table:

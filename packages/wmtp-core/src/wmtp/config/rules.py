@@ -18,6 +18,7 @@ from wmtp.config.tree import components, to_mapping
 from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
+from wmtp.redaction import holds_credentials
 from wmtp.spelling import did_you_mean
 from wmtp.storage.hub.names import both_readings, plain_name
 from wmtp.storage.uris import PACKAGES, backend_for, file_path, scheme_of
@@ -31,11 +32,9 @@ _SECRET_KEY: Final = re.compile(
     r"(^|[._-])(password|passwd|secret|secret_key|api_?key|access_key|private_key|access_token|auth_token|hf_token)$",
     re.IGNORECASE,
 )
+#: outside addresses, which are judged by their form
 _SECRET_VALUE: Final = re.compile(
-    r"://[^/?#@\s:]*:[^/?#@\s]+@"  # user:password@host
-    r"|\b(hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,})"
-    r"|[?&](X-Amz-Signature|X-Amz-Security-Token|sig|signature|token|access_token|api_key)=",
-    re.IGNORECASE,
+    r"\b(hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,})", re.IGNORECASE
 )
 
 
@@ -61,8 +60,8 @@ def check_loaded(loaded: Loaded) -> None:
 
 
 def is_secret(key: str, value: str) -> bool:
-    """Whether a value looks like a password, a token or a signed address."""
-    return bool(_SECRET_KEY.search(key) or _SECRET_VALUE.search(value))
+    """Whether a value looks like a password, a token, or an address with a query or user info."""
+    return bool(_SECRET_KEY.search(key) or _SECRET_VALUE.search(value)) or holds_credentials(value)
 
 
 def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
@@ -280,7 +279,7 @@ def _secrets(value: Any, path: KeyPath) -> Iterator[Problem]:
         yield Problem(
             path,
             "looks like a secret, which would be saved with the run; remove it, and set the environment variable that the"
-            " service reads (AWS_*, MLFLOW_TRACKING_*, HF_TOKEN …)",
+            " service reads (AWS_*, MLFLOW_TRACKING_*, HF_TOKEN …); what needs a signed address, fetch by wmtp fetch first",
         )
 
 

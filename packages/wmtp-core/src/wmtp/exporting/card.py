@@ -12,12 +12,12 @@ import tomli_w
 
 from wmtp.evaluation.measure import DETAILS_FILE
 from wmtp.models.mtp import MTPModel
+from wmtp.redaction import redact
 from wmtp.runs.directory import CONFIG_FILE, INFO_FILE
 from wmtp.runs.files import read_object, read_snapshot
 from wmtp.runs.fixed import with_given_paths
 from wmtp.runs.step_file import read_steps
 from wmtp.storage.hub.names import parse_hub_uri
-from wmtp.storage.uris import redact
 from wmtp.tokenizers import Tokenizer
 from wmtp.tokenizers.bytes import BytesTokenizer
 

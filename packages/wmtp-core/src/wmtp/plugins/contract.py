@@ -7,7 +7,7 @@ of the contract is refused, because the host would never look at it (`wmtp.plugi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MemberDescriptorType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -136,6 +136,8 @@ class ComponentConfig(Contract, contract=True, keys=("uri",)):
     uri: Any = None
     #: further fields that are inputs, as ``uri`` is
     uri_keys: ClassVar[tuple[str, ...]] = ()
+    #: keys that earlier versions had, each with what to write instead; a config that has one is refused so
+    former_keys: ClassVar[Mapping[str, str]] = {}
 
     def check(self) -> Iterable[str]:
         """Find what is wrong with the values. Called by ``wmtp check`` and before every run; imports no torch, uses no network.

@@ -12,11 +12,12 @@ from typing import Any, Final
 from wmtp.config.places import build_backends
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.redaction import redact
 from wmtp.reporting.collect import collect
 from wmtp.runs.directory import is_run_dir, replace_text
 from wmtp.runs.files import UPLOADED_FILES
 from wmtp.runs.weight_bins import WEIGHT_BINS
-from wmtp.storage.uris import backend_for, file_path, localize, redact, scheme_of
+from wmtp.storage.uris import backend_for, file_path, localize, scheme_of
 
 __all__ = ["write_report"]
 

@@ -242,9 +242,7 @@ def is_run_dir(path: Path) -> bool:
 
 def remove_unused(run_dir: Path) -> None:
     """Remove a run in which nothing was trained."""
-    metrics = run_dir / "metrics.jsonl"
-    has_steps = metrics.exists() and metrics.stat().st_size > 0
-    if not (has_steps or any(run_dir.glob("checkpoints/*")) or (run_dir / "model").exists()):
+    if not any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "model")):
         shutil.rmtree(run_dir, ignore_errors=True)
 
 

@@ -18,7 +18,8 @@ from wmtp.config.schema import Config, StorageConfig
 from wmtp.config.tree import components
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.json_files import read_json_object
-from wmtp.storage.uris import file_path, localize, redact, scheme_of
+from wmtp.redaction import redact
+from wmtp.storage.uris import file_path, localize, scheme_of
 
 __all__ = ["Fetch", "fetched", "needed", "verify"]
 

@@ -18,11 +18,11 @@ from wmtp.config.load import ConfigSource, load
 from wmtp.config.rules import check_loaded, required_models
 from wmtp.config.schema import Config
 from wmtp.errors import ConfigError
+from wmtp.redaction import redact
 from wmtp.runs.result import Result
 from wmtp.signals import stopped_by_sigterm
 from wmtp.startup.machine import check_machine, limited_runtime, sampled
 from wmtp.startup.prepare import fetched, needed, verify
-from wmtp.storage.uris import redact
 
 __all__ = ["VARIABLE", "read_config", "start", "steps"]
 

@@ -11,9 +11,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from wmtp.errors import WMTPError
+from wmtp.redaction import redact
 from wmtp.storage.base import Fetched, Storage
 from wmtp.storage.manifest import MANIFEST, Manifest, ManifestFile, hash_file
-from wmtp.storage.uris import redact
 
 __all__ = ["copy_into", "is_wanted"]
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wmtp.errors import ConfigError
+from wmtp.redaction import redact
 from wmtp.storage import Storage
-from wmtp.storage.uris import backend_for, localize, redact, scheme_of
+from wmtp.storage.uris import backend_for, localize, scheme_of
 
 __all__ = ["LOADERS", "localize_model", "model_within"]
 

@@ -10,9 +10,10 @@ from typing import Final, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from wmtp.errors import ConfigError
+from wmtp.redaction import redact
 from wmtp.storage.base import Storage
 
-__all__ = ["PACKAGES", "backend_for", "file_path", "localize", "redact", "scheme_of"]
+__all__ = ["PACKAGES", "backend_for", "file_path", "localize", "scheme_of"]
 
 #: scheme → the package whose storage backend serves it
 PACKAGES: Final[Mapping[str, str]] = dict.fromkeys(
@@ -23,7 +24,6 @@ PACKAGES: Final[Mapping[str, str]] = dict.fromkeys(
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # Linux'; others allow no more
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?")
-_USERINFO = re.compile(r"(?<=://)[^/?#@\s]*@")
 _Backend = TypeVar("_Backend")
 
 
@@ -139,8 +139,3 @@ def localize(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *, key:
         return backend.localize(uri, cache_dir)
     except ConfigError as error:
         raise (ConfigError([f"{key}: {problem}" for problem in error.problems]) if key else error) from error
-
-
-def redact(uri: str) -> str:
-    """``uri`` without the user and password that it may hold, for messages."""
-    return _USERINFO.sub("", uri)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.redaction import redact
 from wmtp.runs.step_file import read_steps
 from wmtp.storage.lock import FileLock
-from wmtp.storage.uris import redact
 from wmtp.tracking.base import RunInfo, Tracker
 from wmtp.tracking.sender import Sender
 
