@@ -213,7 +213,7 @@ SHORT = ["train.max_steps=8", "schedule.type=constant", "checkpoints.save_interv
 
 
 def stopping(tmp_path, place):
-    """The variables for processes that stop at a place, and the file that shows that one is there."""
+    """Make processes stop at a place: their variables, and the file that shows that one is there."""
     (tmp_path / "stops").mkdir()
     here = tmp_path / "stops/here"
     (tmp_path / "stops/sitecustomize.py").write_text(STOPS.format(here=str(here), place=place))
@@ -229,7 +229,7 @@ def wait_for(here, process):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("place", AT_THE_END)
 def test_ctrl_c_after_the_last_step_hands_the_result_over(recipe, tmp_path, place, processes):
-    """The model is being saved or measured: what the steps have left is there all the same."""
+    """Ctrl-C while the model is saved or measured: the steps have left a checkpoint all the same."""
     variables, here = stopping(tmp_path, AT_THE_END[place])
     words = LOOP.format(recipe=str(recipe), overrides=[*SHORT, f"launcher.processes={processes}"])
     process = start([sys.executable, "-c", words], **variables)

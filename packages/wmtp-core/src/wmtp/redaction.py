@@ -34,7 +34,7 @@ def redact(text: str) -> str:
 
 
 def holds_credentials(text: str) -> bool:
-    """Whether a text holds an address with what may open a door: a query, or user info.
+    """Find addresses in a text with what may open a door: a query, or user info.
 
     A user's name alone is none in the addresses of databases, and of programs for other machines.
     """

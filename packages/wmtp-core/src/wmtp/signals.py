@@ -1,4 +1,4 @@
-"""Which signals end the work, and how."""
+"""Signals that end the work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["can_be_caught", "stopped_by_sigterm"]
 
 
 def can_be_caught(number: int) -> bool:
-    """Whether a handler may be set for a signal, and be taken back later.
+    """Check whether a handler may be set for a signal, and be taken back later.
 
     Whoever started this process may have had the signal ignored, as ``nohup`` and a shell's ``&`` do; and a handler that is not
     Python's could not be put back. Outside the main thread Python sets none.

@@ -21,7 +21,7 @@ _AT_ONCE = 16  # questions side by side
 
 @frozen
 class Uploaded:
-    """What the store said of an upload.
+    """An upload as the store answered it.
 
     Args:
         size: bytes that were sent.
@@ -86,5 +86,5 @@ def _side_by_side(
 
 
 def _differ(one: str | None, other: str | None) -> bool:
-    """Whether two ETags are of two versions: some stores quote them in some answers only."""
+    """Compare two ETags, which some stores quote in some answers only."""
     return one is not None and other is not None and one.strip('"') != other.strip('"')

@@ -59,7 +59,7 @@ class Patience:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed when it is sent again."""
+    """Tell whether the same request may succeed when it is sent again."""
     if isinstance(error, BotoCoreError):
         return isinstance(error, HTTPClientError | ConnectionError) and not isinstance(error, SSLError)
     return isinstance(error, BaseError) and understand(error).is_transient

@@ -108,7 +108,7 @@ class S3Listing:
         return page
 
     def _repeats(self, meta: ObjectMeta, prefix: str, before: ObjectMeta | None) -> bool:
-        """Whether an entry is the one before, once more; else it must follow that one.
+        """Compare an entry with the one before: it may be the same once more, or must follow.
 
         S3 orders keys by their bytes; some stores order them folder by folder.
         """

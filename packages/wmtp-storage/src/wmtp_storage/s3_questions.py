@@ -182,7 +182,7 @@ class S3Questions:
 
 
 def _lost(method: str, answer: AWSResponse) -> str | None:
-    """What of an answer did not come: botocore takes the end of a connection for the end of the headers, or of the body."""
+    """Say what of an answer is missing: to botocore the end of a connection ends headers and body."""
     headers = {name.lower(): value for name, value in answer.headers.items()}
     length = headers.get("content-length", "")
     if method == "HEAD":

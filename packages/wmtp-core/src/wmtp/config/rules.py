@@ -60,7 +60,7 @@ def check_loaded(loaded: Loaded) -> None:
 
 
 def is_secret(key: str, value: str) -> bool:
-    """Whether a value looks like a password, a token, or an address with a query or user info."""
+    """Recognise a password, a token, and an address with a query or user info."""
     return bool(_SECRET_KEY.search(key) or _SECRET_VALUE.search(value)) or holds_credentials(value)
 
 

@@ -95,7 +95,7 @@ def launch(config: Config, nodes: Nodes, count: int, *, run_dir: Path | None, re
 
 
 def _caught_by_torchrun() -> list[signal.Signals]:
-    """The signals that end a run. Those that this process ignores, as nohup has it ignore SIGHUP, do not."""
+    """List the signals that end a run: none that this process ignores, as nohup has it ignore SIGHUP."""
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
     numbers = [signal.Signals[name] for name in names if hasattr(signal, name)]
     return [number for number in numbers if can_be_caught(number)]
