@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
 from conftest import environment
+from crossings import sampled
 
 from wmtp_storage.testing import s3_server
 
@@ -209,6 +211,7 @@ def stops(*arguments, **options):
 {place} = stops
 """
 AT_THE_END = {"save": "run.save_model", "measure": "run.measure_model", "sample": "run.show_sample"}
+AT_EACH_END = sampled(product(AT_THE_END, (1, 2)), 3)
 SHORT = ["train.max_steps=8", "schedule.type=constant", "checkpoints.save_interval=4"]
 
 
@@ -226,13 +229,12 @@ def wait_for(here, process):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("place", AT_THE_END)
+@pytest.mark.parametrize(("place", "processes"), AT_EACH_END)
 def test_ctrl_c_after_the_last_step_hands_the_result_over(recipe, tmp_path, place, processes):
     """Ctrl-C while the model is saved or measured: the steps have left a checkpoint all the same."""
     variables, here = stopping(tmp_path, AT_THE_END[place])
     words = LOOP.format(recipe=str(recipe), overrides=[*SHORT, f"launcher.processes={processes}"])
-    process = start([sys.executable, "-c", words], **variables)
+    process = start_interpreter("-c", words, **variables)
     wait_for(here, process)
     press_ctrl_c(process)
     began = time.monotonic()
@@ -243,13 +245,12 @@ def test_ctrl_c_after_the_last_step_hands_the_result_over(recipe, tmp_path, plac
     assert json.loads((tmp_path / "runs/first/run.json").read_text())["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("place", AT_THE_END)
+@pytest.mark.parametrize(("place", "processes"), AT_EACH_END)
 def test_sigterm_after_the_last_step_hands_the_result_back(recipe, tmp_path, place, processes):
     variables, here = stopping(tmp_path, AT_THE_END[place])
     words = LOOP.replace('("first", "second", "third")', '("first",)')
     words = words.format(recipe=str(recipe), overrides=[*SHORT, f"launcher.processes={processes}"])
-    process = start([sys.executable, "-c", words], **variables)
+    process = start_interpreter("-c", words, **variables)
     wait_for(here, process)
     process.terminate()
     out, err = process.communicate(timeout=50)
@@ -261,35 +262,36 @@ def test_ctrl_c_while_the_last_upload_is_waited_for(recipe, tmp_path, s3_server)
     variables, here = stopping(tmp_path, "CheckpointUpload.finish")
     uri = f"s3://{s3_server.bucket()}/run"
     words = LOOP.format(recipe=str(recipe), overrides=[*SHORT, f"checkpoints.uri={uri}"])
-    process = start([sys.executable, "-c", words], **variables, **s3_server.environment)
+    process = start_interpreter("-c", words, **variables, **s3_server.environment)
     wait_for(here, process)
     press_ctrl_c(process)
     out, err = process.communicate(timeout=50)
     assert out == "ended interrupted SIGINT True 8\n", err
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_before_the_first_step_leaves_no_run(recipe, tmp_path, number, code, processes):
+@pytest.mark.parametrize(("number", "processes"), sampled(product((signal.SIGINT, signal.SIGTERM), (1, 2)), 2))
+def test_a_signal_before_the_first_step_leaves_no_run(recipe, tmp_path, number, processes):
     """Neither a directory in which nothing was trained, nor a name that is taken."""
     variables, here = stopping(tmp_path, "run.place_model")
     sets = [word for override in (*LONG, f"launcher.processes={processes}") for word in ("--set", override)]
-    process = start(command("run", recipe, "--run-name", "x", *sets), **variables)
+    process = start_interpreter("-m", "wmtp", "run", recipe, "--run-name", "x", *sets, **variables)
     wait_for(here, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=50)
-    assert process.returncode == code, err
+    assert process.returncode == 128 + number, err
     assert [line for line in err.splitlines() if line.startswith("error")] == ["error: interrupted"]
     assert not (tmp_path / "runs/x").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "processes"), sampled(product((signal.SIGINT, signal.SIGHUP, signal.SIGTERM), (1, 2)), 3))
 def test_a_signal_that_is_ignored_stays_so(recipe, tmp_path, number, processes):
     """As ``nohup`` has it, and a shell's ``&`` in a script."""
-    words = command("run", recipe, "--run-name", "x", "--set", "train.max_steps=60", "--set", f"launcher.processes={processes}")
-    ignoring = f"import os, signal, sys; signal.signal({int(number)}, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
-    process = start([sys.executable, "-c", ignoring, *map(str, words)])
+    sets = ["--set", "train.max_steps=60", "--set", f"launcher.processes={processes}"]
+    ignoring = (
+        f"import os, signal, sys; signal.signal({int(number)}, signal.SIG_IGN);"
+        " os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    process = start_interpreter("-c", ignoring, "-m", "wmtp", "run", recipe, "--run-name", "x", *sets)
     wait_for_steps(process, tmp_path / "runs/x", 4)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=120)

@@ -14,8 +14,8 @@ from wmtp.config.load import ConfigSource, load_storage
 from wmtp.config.overrides import parse_override
 from wmtp.config.places import build_backends
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.runs.directory import is_run_dir
 from wmtp.redaction import redact
+from wmtp.runs.directory import is_run_dir
 from wmtp.storage.base import Fetched, Storage
 from wmtp.storage.cache import Cache
 from wmtp.storage.manifest import MANIFEST, Manifest

@@ -176,9 +176,9 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         )
         with prefer_fast_attention(device), few_cpu_threads(device, config.devices.threads), explained():
             outcome = fit.run()
+        ending.enter_context(stopped_by_sigterm())  # from here on it ends at once: there is a checkpoint, or a model soon
         if outcome.status == "stopped":
             fit.take_best()
-        ending.enter_context(stopped_by_sigterm())  # from here on it ends at once: there is a checkpoint, or a model soon
         if outcome.status != "interrupted":
             saved_model = run_dir / "model"
             target = saved_model
