@@ -36,6 +36,8 @@ class ModelInfo:
         heads: the extra heads that the model brings; None for an ordinary model.
         feed_forward_size: the inner width of the feed-forward layers, for the memory estimate; None where it is not known.
         kv_size: numbers in the keys of a token, in one layer; likewise.
+        switching_length: the length beyond which positions are scaled by the length itself, so that documents of one row would
+            not be as they are alone; None where they are not.
         unsavable: why a trained copy of the folder could not be saved whole, which refuses to train it; None where it can.
     """
 
@@ -49,6 +51,7 @@ class ModelInfo:
     heads: HeadsConfig | None = None
     feed_forward_size: int | None = None
     kv_size: int | None = None
+    switching_length: int | None = None
     unsavable: str | None = None
 
 

@@ -9,7 +9,7 @@ from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttri
 
 from wmtp.errors import ConfigError
 
-__all__ = ["field", "layer_count", "layer_kinds", "max_positions", "text_config"]
+__all__ = ["field", "layer_count", "layer_kinds", "max_positions", "switching_length", "text_config"]
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -73,5 +73,31 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Return the longest input; None where there is no limit."""
-    return field(config, "max_position_embeddings")
+    """Return the longest input; None where there is no limit.
+
+    Positions scaled by YaRN or dynamically reach further than ``max_position_embeddings``, which many a config leaves at the
+    length of pretraining; other kinds of scaling come with the longer number.
+    """
+    longest = field(config, "max_position_embeddings")
+    rope = _rope(config)
+    factor = rope.get("factor")
+    if not isinstance(longest, int) or rope.get("rope_type") not in ("yarn", "dynamic") or not isinstance(factor, int | float):
+        return longest
+    return max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
+
+
+def switching_length(config: PreTrainedConfig) -> int | None:
+    """Return the length beyond which a text's positions are scaled by that length; None where they are not.
+
+    LongRoPE has one set of frequencies up to it and another one beyond, dynamic scaling a set for every length: in a row of
+    several documents the longest decides for all.
+    """
+    rope = _rope(config)
+    if rope.get("rope_type") not in ("longrope", "dynamic"):
+        return None
+    return rope.get("original_max_position_embeddings") or field(config, "max_position_embeddings")
+
+
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
+    rope = field(config, "rope_parameters")
+    return rope if isinstance(rope, dict) else {}

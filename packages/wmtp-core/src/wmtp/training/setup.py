@@ -138,6 +138,13 @@ def _check_length(info: ModelInfo, config: Config, model: str) -> None:
             f"data.train.max_length: {config.data.train.max_length}, but {model} has positions for {longest} tokens; "
             f"write at most {longest}"
         )
+    switching = info.switching_length
+    if config.data.train.packing and switching is not None and config.data.train.max_length > switching:
+        raise ConfigError(
+            f"data.train.packing: {model} scales its positions by the length of a text beyond {switching} tokens, so the "
+            "longest document of a row would change the others; set data.train.packing = false, or data.train.max_length to "
+            f"at most {switching}"
+        )
 
 
 def _check_evaluators(info: ModelInfo, config: Config) -> None:

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
 from wmtp.models.base import ModelInfo
-from wmtp.models.config_fields import field, layer_count, max_positions
+from wmtp.models.config_fields import field, layer_count, max_positions, switching_length
 
 __all__ = ["describe", "empty_model", "require_causal"]
 
@@ -62,6 +62,7 @@ def describe(model: PreTrainedModel, heads: HeadsConfig | None = None) -> ModelI
         hidden_size=unembedding.weight.shape[1],
         vocab_size=unembedding.weight.shape[0],
         max_positions=max_positions(model.config),
+        switching_length=switching_length(model.config),
         heads=heads,
         feed_forward_size=_largest(field(model.config, "intermediate_size")),
         kv_size=_kv_size(model.config),
