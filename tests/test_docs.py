@@ -113,6 +113,8 @@ def test_every_toml_block_is_a_config_or_a_part_of_one(mark, text, tmp_path, mon
         base = tomllib.loads(BASE)
         base["data"]["train"]["max_length"] = 1024
         base["train"]["max_steps"] = 1000
+        if "type" not in mapping.get("tokenizer", {"type": "another"}):
+            base["tokenizer"] = {"type": "own"}  # a key of the model's own tokenizer
         sources = [base, mapping]
     else:
         assert "models" in mapping, "a block that is no complete config needs <!-- fragment --> before it"
