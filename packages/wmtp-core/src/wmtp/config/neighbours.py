@@ -20,7 +20,7 @@ _TRACKER: Final = "tracker.type"
 _HOLDOUT: Final = "data.eval.holdout, or data.eval.sources"
 _STOPPING: Final = "train.early_stopping"
 _FSDP: Final = "devices.fsdp (FSDP2; there is no DeepSpeed)"
-_NO_UPLOAD: Final = "no key; runs/NAME/model is an ordinary Hugging Face folder to upload"
+_UPLOAD: Final = "run.push_to; or wmtp push RUN URI afterwards"
 
 #: name elsewhere → what is written here; names of one meaning share a line
 NEIGHBOURS: Final = {
@@ -63,7 +63,7 @@ NEIGHBOURS: Final = {
         "torch_compile": "devices.compile",
         "attn_implementation flash_attention flash_attn": "models.base.attn_implementation",
         "deepspeed fsdp_config": _FSDP,
-        "push_to_hub hub_model_id": _NO_UPLOAD,
+        "push_to_hub hub_model_id": _UPLOAD,
         "use_liger_kernel": "no key; the loss never makes all logits at once anyway",
     }.items()
     for name in names.split()
