@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from attrs import define, evolve, field, frozen
@@ -18,6 +18,7 @@ from wmtp.checkpoints.local import Checkpoint, list_checkpoints, load_checkpoint
 from wmtp.data.batch import PADDING, Batch
 from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.loss.weights import BAD_WEIGHTS, NO_WEIGHT
 from wmtp.optim.update import clip_gradients, gradient_norm, learning_rate_factor
 from wmtp.trainers.base import Stage
 from wmtp.trainers.checks import checked_state
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 __all__ = ["Fit", "FitResult"]
 
 logger = logging.getLogger("wmtp")
+
+#: so many steps without weight at the start of a run are the trainer's fault, not the data's
+_ALL_SKIPPED: Final = 100
 
 
 @frozen(kw_only=True)
@@ -92,6 +96,7 @@ class Fit:
     _best_on_disk: int | None = field(default=None, init=False)
     _is_best: bool = field(default=False, init=False)
     _stops: bool = field(default=False, init=False)
+    _skipped: int = field(default=0, init=False)
     _checked_state: bool = field(default=False, init=False)
     _stage: Stage | None = field(default=None, init=False)
     _stage_stopping: EarlyStopping = field(factory=lambda: EarlyStopping(None), init=False)
@@ -225,7 +230,10 @@ class Fit:
         numbers = send_numbers(output, norm)
         # the numbers of the step before this one, now that the device has new work
         self._read_pending()
-        self.optimizer.step()
+        if output.without_weight:
+            self._skip()
+        else:
+            self.optimizer.step()
         self._step += 1
         tokens = int((batch.document != PADDING).sum())
         # the device may still be busy with this step, but then it was with the one before when this one began
@@ -237,9 +245,24 @@ class Fit:
             "tokens_per_second": rate,
             "stage": stage.name,
         }
+        if self._skipped:
+            facts["steps_without_weight"] = float(self._skipped)
         self._pending = PendingStep(
             step=self._step, batch=batch, output=output, numbers=numbers, facts=facts, recording=recording
         )
+
+    def _skip(self) -> None:
+        """Count a step in which nothing has weight: it changes neither the model nor the optimizer's state.
+
+        Raises:
+            PluginError: so far there was no other.
+        """
+        self._skipped += 1
+        name = self.step_loss.trainer_name
+        if self._skipped > self._step and self._skipped in (_ALL_SKIPPED, self.total_steps):
+            raise PluginError(f"{name}: {BAD_WEIGHTS[NO_WEIGHT]} (in all of the first {self._skipped} steps)")
+        if self._skipped == 1:
+            logger.warning("%s: %s; step %d is skipped", name, BAD_WEIGHTS[NO_WEIGHT], self._step + 1)
 
     def _read_pending(self, *, evaluates: bool = False) -> None:
         """Read, check, judge and log the step whose numbers are still on the device; measure too if asked."""
@@ -310,6 +333,7 @@ class Fit:
             "stage_ends": list(self.batches.plan.ends),
             "stage": {"name": self._stage.name if self._stage else None, "stopping": self._stage_stopping.state_dict()},
             "last_metrics": dict(self._last),
+            "skipped": self._skipped,
             "random": _random_state(),
         }
         self._ranks.on_main(self._prune)  # fewer may be wanted since a resume
@@ -351,6 +375,7 @@ class Fit:
                 f"train.max_steps: the run would have {self.total_steps} steps, and has done {checkpoint.step}; write more"
             )
         self._step = checkpoint.step
+        self._skipped = state.get("skipped", 0)
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         self.step_loss.trainer.load_state_dict(state["trainer"])

@@ -31,12 +31,15 @@ from wmtp.models.sharding import Sharding
 from wmtp.optim.master_weights import MasterWeights
 from wmtp.trainers import checks
 from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
+from wmtp.training.readback import Readback
 from wmtp.training.recording import TokenRecord
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel, MTPOutput
 
 __all__ = ["StepLoss", "StepOutput"]
+
+_PROBLEM = "problem"
 
 
 @frozen(kw_only=True, eq=False)
@@ -46,6 +49,7 @@ class StepOutput:
     Args:
         loss: the whole loss, scalar.
         bad_weights: see `wmtp.loss.weights.bad_weights`.
+        early: the same, on its way to the CPU since before the backward pass; None: it is known to be 0.
         metrics: scalars by name.
         weight_histogram: see `wmtp.loss.weights.weight_histogram`; None if not asked for, or the stage has no weights.
         tokens: None if not asked for.
@@ -53,9 +57,15 @@ class StepOutput:
 
     loss: Tensor
     bad_weights: Tensor
+    early: Readback | None = field(default=None, repr=False)
     metrics: Mapping[str, Tensor | float]
     weight_histogram: Tensor | None = None
     tokens: TokenRecord | None = None
+
+    @property
+    def without_weight(self) -> bool:
+        """Tell whether nothing of the step has weight; waits for the weights, not for the backward pass behind them."""
+        return self.early is not None and int(self.early.read()[_PROBLEM]) == NO_WEIGHT
 
 
 @frozen(kw_only=True, eq=False)
@@ -180,6 +190,7 @@ class StepLoss:
         elif slopes:
             problem = torch.where(problem == NO_WEIGHT, 0, problem)  # there is something else to learn
 
+        early = None if uniform else Readback({_PROBLEM: problem})
         coefficients = rows.share.take(coefficients)
         slopes = {name: rows.share.take(slope) for name, slope in slopes.items()}
         model_loss = torch.zeros((), dtype=statistics_dtype(self.device), device=self.device)
@@ -206,6 +217,7 @@ class StepLoss:
         return StepOutput(
             loss=whole,
             bad_weights=problem,
+            early=early,
             metrics=self._metrics(whole, auxiliary, losses, weights, valid),
             weight_histogram=weight_histogram(recorded, valid) if histogram and recorded is not None else None,
             tokens=TokenRecord(weights=recorded, losses=losses, valid=valid, details=self._details(view)) if tokens else None,

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from wmtp.data.batch import PADDING, Batch
 from wmtp.errors import PluginError, WMTPError
-from wmtp.loss.weights import BAD_WEIGHTS
+from wmtp.loss.weights import BAD_WEIGHTS, NO_WEIGHT
 from wmtp.runs.step_file import read_steps
 from wmtp.tracking import Tracker
 from wmtp.training.progress import Progress
+from wmtp.training.readback import Readback
 from wmtp.training.recording import Place, Recording, document_record
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from wmtp.tokenizers import Tokenizer
     from wmtp.training.step import StepOutput
 
-__all__ = ["PendingStep", "Readback", "Recorder", "StepFile", "StepLog", "finite", "peak_memory", "send_numbers"]
+__all__ = ["PendingStep", "Recorder", "StepFile", "StepLog", "finite", "peak_memory", "send_numbers"]
 
 logger = logging.getLogger("wmtp")
 
@@ -43,37 +44,6 @@ _LOSS, _BAD_WEIGHTS = "\0loss", "\0bad weights"
 #: how often is recorded by default, in a whole run
 _DISTRIBUTIONS: Final = 200
 _TEXTS: Final = 16
-
-
-class Readback:
-    """Scalars on their way from the device.
-
-    Reading a tensor waits for everything that was given to the device before, the next step's work too. So the copy is asked
-    for at once, behind the work that makes the numbers and before any other, and `read` waits for that copy alone.
-
-    Args:
-        values: by name. What is no single number comes back as it is.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor | float]) -> None:
-        self._values = dict(values)
-        self._copied: dict[str, int] = {}
-        on_device = {n: v.detach() for n, v in values.items() if isinstance(v, Tensor) and v.is_cuda and v.numel() == 1}
-        if not on_device:
-            return
-        together = torch.stack([value.reshape(()).to(torch.float64) for value in on_device.values()])
-        self._host = torch.empty(together.shape, dtype=together.dtype, pin_memory=True).copy_(together, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record()
-        self._copied = {name: place for place, name in enumerate(on_device)}
-
-    def read(self) -> dict[str, Tensor | float]:
-        """Return the values, those of the device as numbers."""
-        if self._copied:
-            self._arrived.synchronize()
-            numbers = self._host.tolist()
-            return self._values | {name: numbers[place] for name, place in self._copied.items()}
-        return self._values
 
 
 def send_numbers(output: StepOutput, gradient_norm: Tensor) -> Readback:
@@ -116,7 +86,10 @@ class PendingStep:
             WMTPError: the loss or the gradient is NaN or infinite.
         """
         measured = self.numbers.read()
-        if code := int(measured[_BAD_WEIGHTS]):
+        code = int(measured[_BAD_WEIGHTS])
+        if code == NO_WEIGHT:  # the step was skipped: it has no loss
+            measured = {name: value for name, value in measured.items() if name != "loss"}
+        elif code:
             raise PluginError(f"{trainer_name}: {BAD_WEIGHTS[code]} (step {self.step})")
         loss, norm = float(measured[_LOSS]), float(measured["gradient_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
