@@ -21,8 +21,14 @@ from wmtp.models.mtp import MTPModel
 SAMPLE: dict[str, dict[str, str]] = {
     "llama": {},
     "gpt2": {},
+    "deepseek_v3": {},
+    "gemma4_text": {},
+    "gpt_oss": {},
+    "lfm2": {},
+    "mamba2": {},
+    "qwen3_5_text": {},
     "bloom": {"packed": "a document sees the one before it", "decode": "cannot be decoded", "speculate": "cannot be decoded"},
-    "gemma4_text": {"decode": "the last 8 tokens only", "speculate": "the last 8 tokens only"},
+    "doge": {"packed": "does not start its positions again", "decode": "in pieces", "speculate": "in pieces"},
 }
 
 

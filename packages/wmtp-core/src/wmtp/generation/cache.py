@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
+
+from wmtp.generation.states import PartCall, PartStates
+from wmtp.models.documents import StateKeeper
 
 __all__ = ["RowCache"]
 
 
-class RowCache(Cache):
+class RowCache(Cache, StateKeeper):
     """Keys and values of one or more layers: the token at position p of a row is always in slot p.
 
     So nothing has to be moved or masked out when a row's draft is rejected: its slots are written again by what comes next,
     and until then no query looks at them, because a query at position p sees slots 0..p only.
 
+    Parts of layers that keep a state instead have it kept as it was after each of the last tokens (`PartStates`).
+
     Args:
         capacity: slots of a row.
+        config: of the model.
+        history: how many tokens of a prompt may be read again.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, config: PreTrainedConfig, history: int = 1) -> None:
         super().__init__(layers=[])
-        self._capacity = capacity
+        self._capacity, self._config, self._history = capacity, config, history
+        self._states: dict[nn.Module, PartStates] = {}
+        self._lengths: Sequence[int] | None = None
         self._store: dict[int, tuple[Tensor, Tensor]] = {}
         self._slots = torch.zeros(0)
         self._start: int | None = None
         self._width = 0
 
-    def place(self, slots: Tensor, start: int | None, width: int) -> None:
+    def place(self, slots: Tensor, start: int | None, width: int, lengths: Sequence[int] | None = None) -> None:
         """Say where the next `update` of every layer writes.
 
         Args:
             slots: ``[B, T]`` int64, consecutive in each row.
             start: the first slot where it is the same in all rows; else None.
             width: how many slots attention looks at: more than any of ``slots``.
+            lengths: of rows that begin, their tokens; what is behind them is padding. None: rows go on.
         """
-        self._slots, self._start, self._width = slots, start, width
+        self._slots, self._start, self._width, self._lengths = slots, start, width, lengths
 
     def place_as(self, other: RowCache) -> None:
         """Write where ``other`` wrote last."""
-        self.place(other._slots, other._start, other._width)
+        self.place(other._slots, other._start, other._width, other._lengths)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write keys and values ``[B, heads, T, d]`` of one layer; what it returns is transformers' contract."""
@@ -61,6 +72,15 @@ class RowCache(Cache):
                 kept[row, :, self._slots] = new.transpose(1, 2)
         return stored[0][:, :, : self._width], stored[1][:, :, : self._width]
 
+    def run_part(self, module: nn.Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `StateKeeper.run_part`."""
+        if module not in self._states:
+            layer: int = module.layer_idx  # type: ignore[assignment]
+            self._states[module] = PartStates(self._config, layer, self._history)
+        rows, tokens = self._slots.shape
+        call = PartCall(plain, args, kwargs, self, (rows, tokens))
+        return self._states[module].read(call, self._slots, self._lengths)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots before the tokens that are being read; only models that are given no positions ask."""
         return self._width - self._slots.shape[-1]
@@ -68,3 +88,5 @@ class RowCache(Cache):
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all rows but these."""
         self._store = {index: (keys[rows], values[rows]) for index, (keys, values) in self._store.items()}
+        for states in self._states.values():
+            states.keep_rows(rows)

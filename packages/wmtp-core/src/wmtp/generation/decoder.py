@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,8 @@ from wmtp.errors import ConfigError
 from wmtp.generation.cache import RowCache
 from wmtp.models.anatomy import LayerCall, evaluating, record_call
 from wmtp.models.config_fields import field
+from wmtp.models.masks import attention_masks, reads_masks
+from wmtp.models.trial import small_windows
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
@@ -39,6 +41,10 @@ class Read:
     width: int
 
 
+#: what architectures and versions of transformers call the cache
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
 class _Reached(Exception):
     """The last layer was called."""
 
@@ -55,19 +61,23 @@ class CachedDecoder:
         self._model = model
         self._anatomy = model.anatomy
         self._capacity = capacity
-        self._kernel = getattr(model.base.config, "_attn_implementation", "eager")
+        self._config = model.anatomy.decoder.config
         self._dtype = model.anatomy.output.weight.dtype
         self._layers_return_tuples = False
-        self.cache = RowCache(capacity)
-        # renamed in transformers 5.24; the old name is removed in 5.40
-        accepted = inspect.signature(self._anatomy.decoder.forward).parameters
-        self._cache_name = "cache" if "cache" in accepted else "past_key_values"
+        parameters = signature(model.anatomy.decoder.forward).parameters
+        self._cache_name = next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[0])
+        self._has_attention = reads_masks(self._config)
+        self.cache = RowCache(capacity, self._config)
 
-    def new_cache(self) -> RowCache:
-        """A cache for a head's own layer."""
-        return RowCache(self._capacity)
+    def new_cache(self, history: int = 1) -> RowCache:
+        """Make a cache for a head's own layer.
 
-    def read(self, ids: Tensor, slots: Tensor, start: int | None, width: int) -> Read:
+        Args:
+            history: how many tokens of a prompt it reads again.
+        """
+        return RowCache(self._capacity, self._config, history)
+
+    def read(self, ids: Tensor, slots: Tensor, start: int | None, width: int, lengths: Sequence[int] | None = None) -> Read:
         """Read tokens and put their keys and values into the cache.
 
         Args:
@@ -75,8 +85,9 @@ class CachedDecoder:
             slots: ``[B, T]``, their positions, consecutive in each row.
             start: the first position where it is the same in all rows, else None.
             width: more than any of ``slots``.
+            lengths: of rows that begin, their tokens; what is behind them is padding. None: rows go on.
         """
-        self.cache.place(slots, start, width)
+        self.cache.place(slots, start, width, lengths)
 
         def note(_: nn.Module, __: Any, output: Any) -> None:
             self._layers_return_tuples = isinstance(output, tuple)
@@ -130,11 +141,8 @@ class CachedDecoder:
         return self._model.unembedding(1).logits(hidden[0, -1])
 
     def _arguments(self, ids: Tensor, slots: Tensor, width: int) -> dict[str, Any]:
-        seen = torch.arange(width, device=ids.device) <= slots[..., None]
-        mask = seen[:, None]
-        if self._kernel != "sdpa":  # eager attention adds the mask to its scores
-            lowest = torch.finfo(self._dtype).min
-            mask = torch.where(mask, 0.0, lowest).to(self._dtype)
+        seen = torch.arange(width, device=ids.device).expand(len(ids), width)
+        mask = attention_masks(self._config, slots, seen, None, self._dtype) if self._has_attention else None
         longest = self._model.max_positions
         return {
             "input_ids": ids,
@@ -161,11 +169,10 @@ def open_decoder(model: MTPModel, longest: int, capacity: int) -> CachedDecoder:
     kernel = getattr(model.base.config, "_attn_implementation", "eager")
     if kernel not in ("sdpa", "eager"):
         raise ConfigError(f"{name} with the attention kernel '{kernel}' cannot be decoded here; load it with sdpa or eager")
-    window, kinds = field(model.base.config, "sliding_window"), field(model.base.config, "layer_types")
-    slides = field(model.base.config, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
-    if window and slides and longest > window:
+    window = field(model.base.config, "window_size")
+    if "local" in field(model.base.config, "attention_layers", ()) and longest > window:
         raise ConfigError(
-            f"{name} attends to the last {window} tokens only, which is not supported beyond that length: prompt and new "
+            f"{name} has windows of {window} tokens that cannot be told apart from rows of different length: prompt and new "
             f"tokens would be up to {longest}; ask for less"
         )
     if not model.__dict__.get("_decodes_in_pieces"):
@@ -181,20 +188,29 @@ def _try_out(model: MTPModel, name: str) -> None:
     ids = (torch.arange(14, device=device) * 7919 + 3).remainder(embedding.num_embeddings).view(2, 7)
     slots = torch.arange(4, device=device).expand(2, 4)
     later = slots[:, :3] + torch.tensor([[4], [2]], device=device)
-    with evaluating(model.anatomy.decoder):
-        whole = model.anatomy.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        decoder = CachedDecoder(model, 8)
+    again = later[:, 1:]
+    decoder = model.anatomy.decoder
+    with evaluating(decoder), small_windows(decoder):
+        whole = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        in_pieces = CachedDecoder(model, 8)
         try:
-            first = decoder.read(ids[:, :4], slots, 0, 4).hidden
-            second = decoder.read(ids.gather(1, later), later, None, 7).hidden
-        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError) as error:
+            first = in_pieces.read(ids[:, :4], slots, 0, 4, lengths=(4, 2)).hidden
+            second = in_pieces.read(ids.gather(1, later), later, None, 7).hidden
+            third = in_pieces.read(ids.gather(1, again), again, None, 7).hidden
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
             raise ConfigError(
-                f"{name} cannot be decoded with a cache of keys and values ({type(error).__name__}: {error})"
+                f"{name} cannot be decoded here: its own cache holds something that cannot be kept row by row "
+                f"({type(error).__name__}: {reason}); its folder can be decoded by transformers"
             ) from error
-    pieces, places = torch.cat([first, second], dim=1), torch.cat([slots, later], dim=1)
-    expected = whole.gather(1, places[..., None].expand(-1, -1, whole.shape[-1]))
+
+    def compared(parts: list[Tensor]) -> Tensor:
+        return torch.cat([parts[0][0], parts[0][1, :2], *(row for part in parts[1:] for row in part)])
+
+    found = compared([first, second, third])
+    wanted = compared([whole.gather(1, places[..., None].expand(-1, -1, whole.shape[-1])) for places in (slots, later, again)])
     tolerance = 1e-3 if whole.dtype in (torch.float32, torch.float64) else 0.1
-    if (pieces - expected).abs().max() > tolerance * expected.abs().max():
+    if not (found - wanted).abs().max() <= tolerance * wanted.abs().max():
         raise ConfigError(f"{name} gives another result when it reads a text in pieces; it cannot be decoded with a cache")
 
 
@@ -206,10 +222,14 @@ def _skipped(layers: list[nn.Module], *, as_tuples: bool) -> Iterator[None]:
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden,) if as_tuples else hidden
 
+    before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = skip  # an attribute of the instance hides the method of the class
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own

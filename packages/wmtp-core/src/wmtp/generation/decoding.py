@@ -170,7 +170,7 @@ class _Batch:
         """Decode. Yields the new tokens of each step, by row of the request."""
         prompt = max(self._lengths)
         slots = torch.arange(prompt, device=self._device).expand(len(self._active), -1)
-        read = self._decoder.read(self._tokens[:, :prompt], slots, 0, prompt)
+        read = self._decoder.read(self._tokens[:, :prompt], slots, 0, prompt, self._lengths)
         final = read.hidden[self._numbers, self._known - 1][:, None]
         yield self._finish_step(read, final, is_prompt=True)
         while self._active:

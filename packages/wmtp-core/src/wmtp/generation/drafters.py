@@ -115,14 +115,16 @@ class ChainDrafter(Drafter):
         super().__init__(model, decoder)
         blocks = [self._heads[0]] * self._extra if model.heads.kind == "shared" else list(self._heads)
         self._blocks: Sequence[nn.Module] = blocks
-        self._caches: list[RowCache] = [decoder.new_cache() for _ in range(self._extra)]
         self._window = max(1, 2 * model.horizon - 2)
+        self._caches: list[RowCache] = [decoder.new_cache(self._window) for _ in range(self._extra)]
         self._hidden: Tensor | None = None  # head 1's hidden states at all positions, [B, L, D]
 
     def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
         """See `Drafter.draft`."""
         rows = torch.arange(len(last), device=last.device)[:, None]
+        lengths: list[int] | None = None
         if self._hidden is None:
+            lengths = (last + 1).tolist()
             self._hidden = read.hidden.new_zeros(len(last), tokens.shape[1], read.hidden.shape[-1])
             slots = read.slots  # the prompt, all of it
         else:
@@ -135,7 +137,7 @@ class ChainDrafter(Drafter):
         hidden = self._hidden[rows, slots]
         drafts = []
         for ahead, (block, cache) in enumerate(zip(self._blocks, self._caches, strict=True), start=1):
-            cache.place(slots, None, width)
+            cache.place(slots, None, width, lengths)
             embedding = self._model.anatomy.embedding(tokens[rows, slots + ahead])
             hidden = self._final_norm(cast(ChainedBlock, block)(hidden, embedding, self._decoder.with_cache(call, cache)))
             drafts.append(choose(ahead + 1, self._logits(ahead + 1, _at(hidden, index))))

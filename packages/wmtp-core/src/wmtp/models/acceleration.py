@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import Cache
 
 from wmtp.models.documents import within_reading
 from wmtp.models.layers import repeated_layers
@@ -81,8 +82,8 @@ def compile_layers(model: MTPModel) -> None:
 
 def _uncached(compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Generating text has a cache, which grows with each token, and as many shapes: it goes the plain way."""
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the name before transformers 5.24
-    return (compiled if cache is None else plain)(*args, **kwargs)
+    has_cache = any(isinstance(value, Cache) for value in kwargs.values())
+    return (plain if has_cache else compiled)(*args, **kwargs)
 
 
 # Functions of the module rather than closures: torch.compile knows a layer's code by its function, and one function is

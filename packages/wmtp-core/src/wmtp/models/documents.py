@@ -7,6 +7,7 @@ gives is put back where the documents lie. All else of the layer, and attention,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-__all__ = ["DocumentRows", "by_document", "reading", "undo_by_document", "within_reading"]
+__all__ = ["DocumentRows", "StateKeeper", "by_document", "reading", "undo_by_document", "within_reading"]
 
 
 @frozen(kw_only=True, eq=False)
@@ -84,6 +85,20 @@ class DocumentRows:
         return torch.cat([part.flatten(0, 1) for part in parts])[self.order].unflatten(0, self.shape)
 
 
+class StateKeeper(ABC):
+    """A cache that keeps the states of parts of layers itself, which reach it by `by_document`."""
+
+    @abstractmethod
+    def run_part(self, module: nn.Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a part that was called with this cache.
+
+        Args:
+            module: the part.
+            plain: its own ``forward``.
+            args, kwargs: of the call; this cache is among them.
+        """
+
+
 _reading: DocumentRows | None = None
 
 
@@ -111,7 +126,7 @@ def _read_again(rows: DocumentRows, function: Callable[..., Any], *args: Any, **
 def by_document(module: nn.Module) -> None:
     """Have ``module`` run over each document by itself inside of `reading`. Its state dict stays."""
     if not isinstance(module.forward, partial):
-        module.forward = partial(_forward, module.forward)
+        module.forward = partial(_forward, module, module.forward)
 
 
 def undo_by_document(module: nn.Module) -> None:
@@ -119,8 +134,11 @@ def undo_by_document(module: nn.Module) -> None:
     vars(module).pop("forward", None)
 
 
-def _forward(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if _reading is None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, StateKeeper):
+                return value.run_part(module, plain, args, kwargs)
         return plain(*args, **kwargs)
     return _forward_by_document(_reading, plain, *args, **kwargs)
 

@@ -8,10 +8,15 @@ from transformers import PreTrainedConfig
 
 from wmtp.models.config_fields import field, layer_kinds
 
-__all__ = ["attention_masks"]
+__all__ = ["attention_masks", "reads_masks"]
 
 #: layers that read no mask of tokens by tokens
 _WITHOUT_MASK = frozenset({"linear_attention", "conv", "mamba", "recurrent"})
+
+
+def reads_masks(config: PreTrainedConfig) -> bool:
+    """Tell whether any layer of a model attends."""
+    return not set(layer_kinds(config)) <= _WITHOUT_MASK
 
 
 def attention_masks(
@@ -46,9 +51,11 @@ def attention_masks(
         masks["sliding_attention"] = finished(causal & (query - key < window))
     if chunk:
         masks["chunked_attention"] = finished(causal & (query // chunk == key // chunk))
-    kinds = set(layer_kinds(config))
-    if len(kinds - _WITHOUT_MASK) <= 1:
-        return masks.get(next(iter(kinds - _WITHOUT_MASK), "full_attention")) or masks["full_attention"]  # type: ignore[return-value]
+    kinds = set(layer_kinds(config)) - _WITHOUT_MASK
     for kind in kinds - masks.keys():
         masks[kind] = masks["full_attention"]
-    return masks
+    if len(kinds) > 1:
+        return masks
+    only = masks[kinds.pop() if kinds else "full_attention"]
+    assert only is not None
+    return only
