@@ -10,7 +10,7 @@ import pytest
 
 import wmtp
 from wmtp.log_lines import lines_by_itself
-from wmtp.training.progress import Progress
+from wmtp.training.telemetry import Progress
 
 ROOT = Path(__file__).parents[3]
 

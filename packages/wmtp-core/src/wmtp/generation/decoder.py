@@ -26,7 +26,7 @@ __all__ = ["CachedDecoder", "Read", "open_decoder"]
 
 @frozen(kw_only=True, eq=False)
 class Read:
-    """What reading T tokens of each row gave.
+    """Results of reading T tokens of each row.
 
     Args:
         hidden: ``[B, T, D]``, head 1's hidden states.
@@ -46,7 +46,7 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 class _Reached(Exception):
-    """The last layer was called."""
+    """Signal that the last layer was called."""
 
 
 class CachedDecoder:
@@ -124,7 +124,7 @@ class CachedDecoder:
         return recorded[0]
 
     def with_cache(self, call: LayerCall, cache: RowCache) -> LayerCall:
-        """The same call, with another cache in place of the decoder's."""
+        """Return the same call with another cache in place of the decoder's."""
 
         def swap(value: Any) -> Any:
             return cache if value is self.cache else value

@@ -103,7 +103,7 @@ def stream(
 
 @define(eq=False)
 class _Row:
-    """What is known of a row on the CPU."""
+    """Facts of a row that are known on the CPU."""
 
     tokens: list[int] = field(factory=list)
     finish: Finish | None = None
@@ -156,7 +156,7 @@ class _Batch:
         self._draft_probs: Tensor | None = None
 
     def generations(self) -> list[Generation]:
-        """What came out."""
+        """Return the decoded tokens."""
         return [
             Generation(
                 tokens=tuple(row.tokens),

@@ -31,8 +31,8 @@ from wmtp.models.sharding import Sharding
 from wmtp.optim.master_weights import MasterWeights
 from wmtp.trainers import checks
 from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
-from wmtp.training.readback import Readback
 from wmtp.training.recording import TokenRecord
+from wmtp.training.telemetry import Readback
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel, MTPOutput

@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,11 +23,10 @@ from torch import Tensor
 
 from wmtp.data.batch import PADDING, Batch
 from wmtp.errors import PluginError, WMTPError
+from wmtp.log_lines import in_notebook
 from wmtp.loss.weights import BAD_WEIGHTS, NO_WEIGHT
 from wmtp.runs.step_file import read_steps
 from wmtp.tracking import Tracker
-from wmtp.training.progress import Progress
-from wmtp.training.readback import Readback
 from wmtp.training.recording import Place, Recording, document_record
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from wmtp.tokenizers import Tokenizer
     from wmtp.training.step import StepOutput
 
-__all__ = ["PendingStep", "Recorder", "StepFile", "StepLog", "finite", "peak_memory", "send_numbers"]
+__all__ = ["PendingStep", "Progress", "Readback", "Recorder", "StepFile", "StepLog", "finite", "peak_memory", "send_numbers"]
 
 logger = logging.getLogger("wmtp")
 
@@ -44,6 +44,40 @@ _LOSS, _BAD_WEIGHTS = "\0loss", "\0bad weights"
 #: how often is recorded by default, in a whole run
 _DISTRIBUTIONS: Final = 200
 _TEXTS: Final = 16
+#: seconds between two lines in a log, and between two updates of a cell
+_LINE_INTERVAL: Final = 10.0
+_CELL_INTERVAL: Final = 0.5
+
+
+class Readback:
+    """Scalars on their way from the device.
+
+    Reading a tensor waits for everything that was given to the device before, the next step's work too. So the copy is asked
+    for at once, behind the work that makes the numbers and before any other, and `read` waits for that copy alone.
+
+    Args:
+        values: by name. What is no single number comes back as it is.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor | float]) -> None:
+        self._values = dict(values)
+        self._copied: dict[str, int] = {}
+        on_device = {n: v.detach() for n, v in values.items() if isinstance(v, Tensor) and v.is_cuda and v.numel() == 1}
+        if not on_device:
+            return
+        together = torch.stack([value.reshape(()).to(torch.float64) for value in on_device.values()])
+        self._host = torch.empty(together.shape, dtype=together.dtype, pin_memory=True).copy_(together, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+        self._copied = {name: place for place, name in enumerate(on_device)}
+
+    def read(self) -> dict[str, Tensor | float]:
+        """Return the values, those of the device as numbers."""
+        if self._copied:
+            self._arrived.synchronize()
+            numbers = self._host.tolist()
+            return self._values | {name: numbers[place] for name, place in self._copied.items()}
+        return self._values
 
 
 def send_numbers(output: StepOutput, gradient_norm: Tensor) -> Readback:
@@ -340,3 +374,66 @@ class Recorder:
 def _key(batch: Batch, number: int) -> tuple[int, int]:
     document = batch.documents[number]
     return document.index, document.start
+
+
+class Progress:
+    """Shows how far a run is; nothing where the logger ``wmtp`` is set to warnings.
+
+    Args:
+        total: optimizer steps of the whole job.
+        start: optimizer steps done already.
+    """
+
+    def __init__(self, total: int, start: int) -> None:
+        self._total = total
+        self._shown = start
+        self._last = 0.0
+        self._bar: Any = None
+        self._cell: Any = None
+        self._is_quiet = logger.level > logging.INFO
+        self._in_notebook = in_notebook() and not self._is_quiet
+        if sys.stderr.isatty() and not self._in_notebook and not self._is_quiet:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def show(self, step: int, metrics: Mapping[str, float], *, always: bool = False) -> None:
+        """Show the state after ``step`` steps; a log gets a line only now and then, unless ``always``."""
+        facts = _summary(metrics)
+        is_due = always or step == self._total
+        if self._bar is not None:
+            self._bar.set_postfix_str(facts, refresh=False)
+            self._bar.update(step - self._shown)
+            self._shown = step
+        elif is_due or time.monotonic() - self._last >= (_CELL_INTERVAL if self._in_notebook else _LINE_INTERVAL):
+            self._last = time.monotonic()
+            line = f"step {step}/{self._total}  {facts}"
+            if self._in_notebook:
+                self._update_cell(line)
+            else:
+                logger.info("%s", line)
+
+    def close(self) -> None:
+        """Leave what is shown as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _update_cell(self, line: str) -> None:
+        """Replace the line in the output of the cell that runs."""
+        content = {"text/plain": line}
+        if self._cell is None:
+            self._cell = sys.modules["IPython"].display.display(content, raw=True, display_id=True)
+        else:
+            self._cell.update(content, raw=True)
+
+
+def _summary(metrics: Mapping[str, float]) -> str:
+    heads = [f"{value:.3f}" for name, value in metrics.items() if name.startswith("loss/head_")]
+    parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+    if len(heads) > 1:
+        parts.append(f"heads {' '.join(heads)}")
+    if "eval/loss" in metrics:
+        parts.append(f"eval {metrics['eval/loss']:.4f}")
+    if "tokens_per_second" in metrics:
+        parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(parts)
