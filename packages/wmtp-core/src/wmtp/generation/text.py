@@ -19,9 +19,9 @@ __all__ = ["StopAt", "TextStream", "encode_prompt", "generate_texts"]
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a prompt as in training: after the begin token, where the tokenizer has one."""
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return begin + tokenizer.encode(text)
+    """Ids of a prompt as in training: after the begin token, where the tokenizer has one and the text does not bring it."""
+    ids = tokenizer.encode(text)
+    return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
 def generate_texts(
