@@ -71,6 +71,31 @@ def test_a_run_goes_on_on_another_machine_bit_for_bit(recipe, wmtp, preloaded, p
     assert "optimizer.lr" in other.stderr
 
 
+def run_until(preloaded, words, run_dir, steps):
+    """Start a run, and end it by SIGTERM after some steps."""
+    process = preloaded.start(*words)
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= steps):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+
+
+def test_a_machine_that_had_an_earlier_part_of_the_run_gets_the_whole_curve(recipe, wmtp, preloaded, place, tmp_path):
+    """The run went from machine B to A and back: the steps of A were missing from the curve."""
+    words = ["run", recipe, "--run-name", "one", "--resume", "auto", "--set", f"checkpoints.uri={place}"]
+    words += ["--set", "train.max_steps=60", "--set", "checkpoints.save_interval=1000"]
+    a, b = ([*words, "--set", f"run.output_dir={tmp_path}/{name}"] for name in "ab")
+    run_until(preloaded, b, tmp_path / "b/one", 5)
+    run_until(preloaded, a, tmp_path / "a/one", 25)
+    last = wmtp(*b, "--json")
+    assert last.returncode == 0, last.stderr
+    assert [step for step, _ in losses(tmp_path / "b/one")] == list(range(1, 61))
+    assert "lacks" not in last.stderr
+
+
 def test_a_run_fails_loudly_if_its_last_checkpoint_did_not_arrive(recipe, wmtp, place, tmp_path):
     bucket = place.removeprefix("s3://").partition("/")[0]
     missing = f"s3://{bucket}-gone/run"

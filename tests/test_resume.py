@@ -94,6 +94,36 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(recipe, wmtp, p
     assert_equal_runs(tmp_path / "runs/whole", tmp_path / "runs/x")
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: "", "metrics.jsonl lacks"),
+        (
+            lambda text: text.replace('"step": 3', '"stop": 3', 1),
+            "metrics.jsonl lacks 1 of the steps before this resume (3 to 3)",
+        ),
+        (lambda text: "\0\ufffd{[\n" * 4 + text, "lines are kept; as it was it is in metrics.jsonl.damaged-1"),
+        (lambda text: "[" * 10**5 + "\n" + text, "lines are kept; as it was it is in metrics.jsonl.damaged-1"),
+    ],
+    ids=["emptied", "a line lost", "garbled", "too deep"],
+)
+def test_a_curve_that_was_damaged_is_said_and_kept(recipe, wmtp, preloaded, tmp_path, damage, said):
+    arguments = ("run", recipe, "--run-name", "x", "--resume", "auto")
+    code, _, _ = start_and_signal(preloaded, arguments, tmp_path / "runs/x", 8, signal.SIGTERM)
+    assert code == 143
+    metrics = tmp_path / "runs/x/metrics.jsonl"
+    damaged = damage(metrics.read_text())
+    metrics.write_text(damaged)
+    done = wmtp(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stderr
+    assert str(metrics) in done.stderr
+    assert curve(tmp_path / "runs/x")[-1]["step"] == 40
+    if "damaged-1" in said:
+        assert (tmp_path / "runs/x/metrics.jsonl.damaged-1").read_text() == damaged
+        assert [row["step"] for row in curve(tmp_path / "runs/x")] == list(range(1, 41))
+
+
 def test_a_finished_run_resumed_is_the_finished_run(recipe, wmtp, tmp_path):
     arguments = ("run", recipe, "--run-name", "x", "--resume", "auto", "--json")
     first = wmtp(*arguments)

@@ -12,6 +12,7 @@ from wmtp.checkpoints.remote import RemoteCheckpoints
 from wmtp.config.schema import Config
 from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.runs.step_file import set_aside_damaged, warn_of_gap
 from wmtp.storage.atomic import remove_partial
 from wmtp.storage.uris import file_path, scheme_of
 
@@ -39,6 +40,7 @@ def find_checkpoints(
     folder = checkpoint_folder(config, run_dir)
     saved = ranks.on_main(lambda: _tidy(folder, run_dir, remote, resume=resume))
     if saved:
+        ranks.on_main(lambda: _tidy_records(run_dir, saved[-1].step, config.train.log_interval))
         ranks.together(lambda: _see(saved[-1].path))
     return saved
 
@@ -67,7 +69,15 @@ def _tidy(folder: Path, run_dir: Path, remote: RemoteCheckpoints | None, *, resu
         remote.tidy()
         if uploaded and (not saved or uploaded[-1] > saved[-1].step):
             saved = [*saved, remote.fetch(uploaded[-1], folder)]
+            remote.fetch_steps(run_dir)  # this directory may be of an earlier part of the run
     return saved
+
+
+def _tidy_records(run_dir: Path, step: int, interval: int) -> None:
+    """Repair the records of steps, and say where the curve has a gap."""
+    for name in ("metrics.jsonl", "weights.jsonl", "samples.jsonl"):
+        set_aside_damaged(run_dir / name)
+    warn_of_gap(run_dir / "metrics.jsonl", step, interval)
 
 
 def _see(path: Path) -> None:

@@ -23,6 +23,7 @@ from wmtp.checkpoints.manifest import check_files
 from wmtp.config.places import build_backends
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.runs.files import UPLOADED_FILES
+from wmtp.runs.step_file import merge_steps, set_aside_damaged
 from wmtp.storage import Storage
 from wmtp.storage.atomic import write_folder
 from wmtp.storage.uris import backend_for, scheme_of
@@ -109,6 +110,19 @@ class RemoteCheckpoints:
             WMTPError: they could not be read.
         """
         self._storage.fetch(f"{self.uri}/{UPLOADED_FILES}", run_dir)
+
+    def fetch_steps(self, run_dir: Path) -> None:
+        """Bring the records of steps that another machine has made to a run directory that is older than they.
+
+        Raises:
+            WMTPError: they could not be read, or written.
+        """
+        with tempfile.TemporaryDirectory(prefix="wmtp-") as temporary:
+            self.fetch_run(Path(temporary))
+            for file in sorted(Path(temporary).glob("*.jsonl")):
+                set_aside_damaged(run_dir / file.name)
+                set_aside_damaged(file)
+                merge_steps(run_dir / file.name, file)
 
     def _is_complete(self, step: int) -> bool:
         """Ask for the marker of a checkpoint by its own name: what a listing does not show may be there all the same."""

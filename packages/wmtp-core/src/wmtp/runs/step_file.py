@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from wmtp.errors import WMTPError
 
-__all__ = ["last_steps", "read_steps"]
+__all__ = ["last_steps", "merge_steps", "read_steps", "set_aside_damaged", "warn_of_gap"]
+
+logger = logging.getLogger("wmtp")
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
@@ -20,16 +24,74 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     records = []
     lines = path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record["step"], int):
-                raise TypeError
-        except (ValueError, TypeError, KeyError):
+        record = _record(line)
+        if record is None:
             if number == len(lines):
                 break
-            raise WMTPError(f"{path}:{number}: not the record of a step; remove this line") from None
+            raise WMTPError(f"{path}:{number}: not the record of a step; remove this line")
         records.append(record)
     return records
+
+
+def set_aside_damaged(path: Path) -> None:
+    """Keep the records that can be read of a damaged file, and the file as it was beside it.
+
+    Raises:
+        WMTPError: it cannot be written.
+    """
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+        good = [line for line in lines if _record(line) is not None]
+        if len(good) >= len(lines) - (bool(lines) and _record(lines[-1]) is None):
+            return  # whole, but for a last line that a kill has cut
+        aside = next(p for n in count(1) if not (p := path.with_name(f"{path.name}.damaged-{n}")).exists())
+        path.rename(aside)
+        path.write_text("".join(f"{line}\n" for line in good))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise WMTPError(f"{path} cannot be repaired: {error.strerror or error}") from error
+    logger.warning("%s is damaged: %d of its %d lines are kept; as it was it is in %s", path, len(good), len(lines), aside.name)
+
+
+def merge_steps(path: Path, other: Path) -> None:
+    """Add the records of another file that this one lacks, by their steps; those of the other win.
+
+    Raises:
+        WMTPError: one is damaged, or cannot be written.
+    """
+    try:
+        found = {record["step"]: record for file in (path, other) if file.exists() for record in read_steps(file)}
+        draft = path.with_name(f".{path.name}.new")
+        draft.write_text("".join(json.dumps(found[step]) + "\n" for step in sorted(found)))
+        draft.replace(path)
+    except OSError as error:
+        raise WMTPError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def warn_of_gap(path: Path, step: int, interval: int) -> None:
+    """Say which steps before a resume have no record: the curve cannot be had again.
+
+    Args:
+        path: ``metrics.jsonl``.
+        step: done before the resume.
+        interval: steps between two records.
+    """
+    steps = {record["step"] for record in read_steps(path)} if path.exists() else set[int]()
+    missing = [number for number in range(interval, step + 1, interval) if number not in steps]
+    if missing:
+        logger.warning(
+            "%s lacks %d of the steps before this resume (%d to %d); the training goes on without them in the curve",
+            path, len(missing), missing[0], missing[-1],
+        )  # fmt: skip
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        return record if isinstance(record["step"], int) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def last_steps(path: Path) -> dict[str, int]:
