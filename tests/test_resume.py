@@ -124,6 +124,16 @@ def test_a_curve_that_was_damaged_is_said_and_kept(recipe, wmtp, preloaded, tmp_
         assert [row["step"] for row in curve(tmp_path / "runs/x")] == list(range(1, 41))
 
 
+def test_a_config_that_was_emptied_is_named(recipe, wmtp, tmp_path):
+    assert wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=8").returncode == 0
+    (tmp_path / "runs/x/config.toml").write_text("")
+    for words in (["--resume", tmp_path / "runs/x"], [recipe, "--run-name", "x", "--resume", "auto"]):
+        done = wmtp("run", *words)
+        assert done.returncode in (1, 2)
+        assert f"error: {tmp_path}/runs/x/config.toml is empty" in done.stderr
+        assert len(done.stderr.splitlines()) < 4
+
+
 def test_a_finished_run_resumed_is_the_finished_run(recipe, wmtp, tmp_path):
     arguments = ("run", recipe, "--run-name", "x", "--resume", "auto", "--json")
     first = wmtp(*arguments)
@@ -183,16 +193,6 @@ def test_a_resume_says_that_a_version_is_another(recipe, wmtp, tmp_path):
     resume = ("run", "--resume", tmp_path / "runs/x")
     assert "warning: resumed with another version" in wmtp(*resume).stderr
     assert "another version" not in wmtp(*resume).stderr, "said once: now this version is the one it went on with"
-
-
-def test_damaged_metrics_are_named_at_a_resume(recipe, wmtp, tmp_path):
-    assert wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=6").returncode == 0
-    metrics = tmp_path / "runs/x/metrics.jsonl"
-    lines = metrics.read_text().splitlines()
-    metrics.write_text("\n".join([lines[0], "[]", *lines[2:]]) + "\n")
-    again = wmtp("run", "--resume", tmp_path / "runs/x")
-    assert again.returncode == 1
-    assert f"error: {metrics}:2: not the record of a step" in again.stderr
 
 
 def test_the_name_of_a_run_that_could_not_start_stays_free(recipe, wmtp, tmp_path):

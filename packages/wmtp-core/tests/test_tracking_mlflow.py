@@ -1,3 +1,4 @@
+import http.server
 import json
 import logging
 import math
@@ -6,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -383,6 +385,32 @@ def test_an_unreachable_server_fails_at_the_start(run):
         uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
         with pytest.raises(WMTPError, match=r"Connection refused; check tracker\.tracking_uri"):
             MLflowTracker(tracking_uri=uri).build().start(run)
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"run": {"info": {}}}', b"<html>Log in</html>"])
+def test_an_address_that_answers_and_is_no_mlflow(run, body):
+    """A proxy, or another service: the whole run was tracked nowhere."""
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(WMTPError, match=rf"{uri} (answers, but is no MLflow|cannot be used).*check tracker\.tracking_uri"):
+        MLflowTracker(tracking_uri=uri).build().start(run)
+    server.shutdown()
+    server.server_close()
 
 
 def test_a_server_that_stays_away_is_said_at_the_end(server, run, caplog, monkeypatch):

@@ -219,6 +219,8 @@ def load_checked(
     if isinstance(config, list | tuple) and not config:
         config = None
     directory = _existing_run(resume) if resume is not None and resume != "auto" else None
+    if directory is not None:
+        run_dirs.name_of(directory)  # said before the config is read: an empty file lacks everything
     if directory is not None and run_name is not None:
         raise ConfigError("--run-name: a resumed run keeps its name; leave it out, or write --resume auto")
     if config is None:

@@ -17,8 +17,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-import tomli
-
 from wmtp.config.inputs import anchored, inputs, with_uris
 from wmtp.config.rules import is_secret
 from wmtp.config.schema import Config, ScheduleConfig
@@ -26,7 +24,7 @@ from wmtp.config.sources import escape
 from wmtp.config.tree import components, dump_config, flat, to_mapping
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.plugins.registry import Registry
-from wmtp.runs.files import CONFIG_FILE, INFO_FILE
+from wmtp.runs.files import CONFIG_FILE, INFO_FILE, read_snapshot
 from wmtp.runs.fixed import fixed, given_inputs
 from wmtp.storage.lock import FileLock
 from wmtp.storage.uris import file_path
@@ -252,11 +250,10 @@ def name_of(run_dir: Path) -> str | None:
 
 
 def _snapshot(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / CONFIG_FILE
     try:
-        return tomli.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WMTPError(f"{path} cannot be read ({error}); the run cannot be resumed") from None
+        return read_snapshot(run_dir / CONFIG_FILE)
+    except WMTPError as error:
+        raise WMTPError(f"{error}; the run cannot be resumed") from None
 
 
 def differences(run_dir: Path, config: Config) -> tuple[list[str], list[str]]:

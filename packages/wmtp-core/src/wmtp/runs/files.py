@@ -35,6 +35,9 @@ def read_snapshot(path: Path) -> dict[str, Any]:
         WMTPError: it cannot be read; the message names it.
     """
     try:
-        return tomli.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = tomli.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise WMTPError(f"{path} cannot be read: {error}") from error
+    if not found:
+        raise WMTPError(f"{path} is empty, though every run has its whole config there: bring it back, or start a new run")
+    return found

@@ -159,6 +159,11 @@ class MLflow(Tracker):
             return
         self._experiment_id = self._get_or_create_experiment()
         self._run_id = self._client.create_run(self._experiment_id, run_name=run.name, tags=tags).info.run_id
+        # to MLflow's client an empty answer is a run without an id, which takes everything and keeps nothing
+        if not self._run_id or self._client.get_run(self._run_id).info.run_id != self._run_id:
+            raise WMTPError(
+                f"{redact(self._uri)} answers, but is no MLflow: asked for a new run, it named none; {self._advice()}"
+            )
         _write_json(state_file, {"tracking_uri": redact(self._uri), "run_id": self._run_id})
         self._log_params(params)
 
