@@ -220,7 +220,7 @@ def test_a_checkpoint_that_was_damaged_in_the_store_is_refused_by_its_uri(line, 
         remote.fetch(1, tmp_path / "here")
     uri = f"{remote.uri}/step-1"
     assert str(error.value).startswith(
-        f"{uri} is damaged: state: its content was changed or damaged; remove {uri}.json to go on"
+        f"{uri} is damaged: state: its content was changed or damaged; remove {uri}.json to resume from"
     )
     assert not list((tmp_path / "here").glob("step-*"))
 
