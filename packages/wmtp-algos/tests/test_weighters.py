@@ -145,7 +145,7 @@ def test_shuffled_puts_any_weight_anywhere_and_anew_in_each_step():
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_random_matched_has_mean_and_spread_of_each_head(treatment, packed):
     for seed in range(5):
-        step = random_step(seed, packed=packed, rows=6, length=30)
+        step = random_step(seed, packed=packed, rows=24, length=30)
         treated, control = (
             by_head(weights_of(trainer, step)) for trainer in (treatment, RandomMatchedTrainer(treatment, "trainer 'mine'"))
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import logging
 import random
 import socket
 import threading
@@ -151,7 +152,9 @@ def test_a_store_that_is_away_for_a_while(breaking, s3, folder, tmp_path, work):
     assert clean.exists(uri) == (work != "remove")
 
 
-def test_what_never_comes_back_ends_at_its_time(breaking, folder, tmp_path, caplog):
+def test_what_never_comes_back_ends_at_its_time(breaking, folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("wmtp"), "level", logging.INFO)
+    monkeypatch.setattr(logging.getLogger("wmtp"), "propagate", True)
     proxy = breaking(share=0)
     proxy.is_away = True
     for do in (

@@ -57,5 +57,5 @@ def attention_masks(
     if len(kinds) > 1:
         return masks
     only = masks[kinds.pop() if kinds else "full_attention"]
-    assert only is not None
+    assert only is not None, "a kind of layer that takes a mask has one"
     return only

@@ -90,7 +90,7 @@ def find_packing(anatomy: Anatomy) -> Packing:
                 found = _try(anatomy, packing)
             if found.problem is None:
                 return found
-    assert first is not None
+    assert first is not None, "packing was tried at least once"
     return first
 
 
