@@ -1,4 +1,4 @@
-"""What an architecture must do under WMTP, each check against something plain."""
+"""Checks of an architecture under WMTP, each against something plain."""
 
 from __future__ import annotations
 

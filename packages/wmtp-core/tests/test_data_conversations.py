@@ -1,4 +1,4 @@
-"""What is learned of a conversation: exactly what assistants say and the token that ends it, or an error that says why not."""
+"""A conversation teaches exactly what assistants say and the token that ends it, or an error says why not."""
 
 import pytest
 from chat_tokenizers import CHATML, MARKED_SHORT, TEMPLATES, THINKING, TOOLS, chat_tokenizer, learned_texts

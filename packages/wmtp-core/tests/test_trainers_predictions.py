@@ -1,4 +1,4 @@
-"""What a trainer makes of each prediction's logits, chunk by chunk, against float64 loops over single predictions."""
+"""Numbers that a trainer makes of logits, chunk by chunk, against float64 loops over single predictions."""
 
 import math
 

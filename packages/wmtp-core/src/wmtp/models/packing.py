@@ -1,4 +1,4 @@
-"""How an architecture keeps the documents of a packed row apart, found by trying."""
+"""Trial of the ways to keep the documents of a packed row apart."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FIRST, _SECOND = 3, 5
 
 @frozen(kw_only=True)
 class Packing:
-    """How rows of several documents are run.
+    """A way to run rows of several documents.
 
     Args:
         problem: why they cannot be; None where they can.
