@@ -138,7 +138,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     name = type(model).__name__
 
     def refuse(reason: str) -> ConfigError:
-        return ConfigError(f"models.base: {name} cannot get multi-token heads: {reason}. docs/models.md lists what can")
+        return ConfigError(f"models.base: {name} cannot get multi-token heads: {reason}. docs/models.md says what can")
 
     if getattr(model.config, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder; a decoder-only causal language model is needed")
