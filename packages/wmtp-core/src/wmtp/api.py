@@ -1,4 +1,4 @@
-"""The one way through: sources → config → checks → run directory → launcher → result."""
+"""Run a config from start to result: sources, checks, run directory, launcher."""
 
 from __future__ import annotations
 
@@ -136,7 +136,10 @@ def _unless_ctrl_c(result: Result) -> Result:
 
 @contextmanager
 def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator[tuple[Path, bool]]:
-    """The run directory, locked, and whether there was one to resume. One in which nothing was trained is removed."""
+    """Yield the locked run directory, and whether it is resumed.
+
+    A new directory in which no step was trained is removed again.
+    """
     checked = loaded.config
     _check_push(checked)  # before hours are spent
     directory = _directory_to_resume(checked, resume)

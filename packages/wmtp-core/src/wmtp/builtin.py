@@ -1,4 +1,4 @@
-"""The components that come with wmtp-core: an ordinary plugin, by the same hooks as any other. Imports no torch."""
+"""Built-in components of wmtp-core: an ordinary plugin with the ordinary hooks. Imports no torch."""
 
 from __future__ import annotations
 

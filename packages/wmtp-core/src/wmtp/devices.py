@@ -1,4 +1,4 @@
-"""Which device computes, and in which precision."""
+"""Choice of device and precision."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Precision = Literal["fp32", "bf16", "bf16-params"]
 
 
 def pick_device(name: Literal["auto", "cpu", "cuda", "mps"], local_rank: int | None = None) -> torch.device:
-    """The device that the config names, or the best there is.
+    """Return the configured device, or the best available one.
 
     Args:
         name: see ``devices.device``.
         local_rank: of several processes on this machine, each of which computes on a GPU of its own; None for one process.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: the device is not available.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -58,12 +58,12 @@ def pick_device(name: Literal["auto", "cpu", "cuda", "mps"], local_rank: int | N
 
 
 def count_devices(device: torch.device) -> int | None:
-    """How many devices of this kind there are, each for a process of its own; None: a CPU serves any number."""
+    """Count the devices that processes can have for themselves; None: a CPU serves any number."""
     return None if device.type == "cpu" else torch.cuda.device_count() if device.type == "cuda" else 1
 
 
 def pick_precision(precision: Precision, device: torch.device) -> Precision:
-    """The precision that the config names, or fp32, and one line that says so, where the device cannot do bf16."""
+    """Return the configured precision, or fp32 with a warning where the device lacks bf16."""
     able = device.type == "cpu" or (
         torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.amp.is_autocast_available(device.type)
     )
@@ -74,7 +74,7 @@ def pick_precision(precision: Precision, device: torch.device) -> Precision:
 
 
 def autocast_context(precision: Precision, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    """What makes the context in which the model computes: all but ``fp32`` computes products in bf16."""
+    """Return a factory of the forward's autocast context; no autocast in ``fp32``."""
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The exceptions that WMTP raises on purpose. The command line prints them as one clear line, without a traceback."""
+"""Exceptions that WMTP raises on purpose; the command line prints them without a traceback."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["AuthenticationError", "ConfigError", "PlatformError", "PluginError",
 
 
 class WMTPError(Exception):
-    """The work failed: a file is damaged, a disk is full, a loss became infinite."""
+    """Failure at run time: a damaged file, a full disk, an infinite loss."""
 
     exit_code: ClassVar[int] = 1  #: of the command line
 
 
 class ConfigError(WMTPError):
-    """What the user wrote is wrong. The command line prints every problem on a line of its own.
+    """Mistake in the user's input. The command line prints every problem on its own line.
 
     Args:
         problems: one line each, in the form ``file:line: dotted.key: what is wrong; what to do`` (file and line where known).

@@ -12,7 +12,7 @@ __all__ = ["read_json_object"]
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read a JSON object from a file.
 
     Raises:
         WMTPError: the file cannot be read, or holds something else; the message names it.

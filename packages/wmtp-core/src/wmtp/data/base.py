@@ -1,4 +1,4 @@
-"""The contract of a data source. Torch-free."""
+"""Contract of a data source. Torch-free."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Example:
 
 @frozen(kw_only=True)
 class Document:
-    """What is known of one document, or of one piece of a document that was split.
+    """Identity and labels of one document, or of one piece of a split document.
 
     Args:
         index: its number in the tokenised data set; the same in every run with the same data and tokenizer.
@@ -123,7 +123,7 @@ class ExampleLoader(Contract, ABC, contract=True):
 
     @abstractmethod
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """The examples, in the order of the files.
+        """Yield the examples in the order of the files.
 
         Args:
             path: the local file or folder of the config's ``uri``; None where the config class has no ``uri``.
@@ -133,9 +133,10 @@ class ExampleLoader(Contract, ABC, contract=True):
         """
 
     def files(self, path: Path | None) -> Sequence[Path]:
-        """The files whose bytes decide `examples`: tokenised data is kept for as long as none of them changes.
+        """List the files that determine `examples`; a change in one invalidates the token cache.
 
-        The default is the file ``path``, or every file in the folder ``path``. A loader that reads something else says so here.
+        The default is the file ``path``, or every file in the folder ``path``. A loader that reads other files must override
+        it.
         """
         if path is None:
             return ()

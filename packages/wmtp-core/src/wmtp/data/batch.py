@@ -42,22 +42,25 @@ class Batch:
 
     @property
     def packed(self) -> bool:
-        """Whether some row holds more than one document. Reads from the CPU copy only: call it before `to`."""
+        """True if some row holds more than one document.
+
+        Reads only the CPU copy: call it before `to`.
+        """
         starts = (self.position == 0) & (self.document != PADDING)
         return bool((starts.sum(dim=1) > 1).any())
 
     def rows(self, start: int, stop: int) -> Batch:
-        """The rows from ``start`` to ``stop``; document numbers keep their meaning."""
+        """Slice rows ``start`` to ``stop``; document numbers keep their meaning."""
         part = self._each(lambda tensor: tensor[start:stop])
         return part if self.host is None else evolve(part, host=self.host.rows(start, stop))
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``; copies from pinned memory do not block."""
+        """Copy the batch to ``device``; copies from pinned memory do not block."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
         return moved if device.type == "cpu" else evolve(moved, host=self)
 
     def pinned(self) -> Batch:
-        """The same batch in page-locked memory, from which `to` a GPU does not block."""
+        """Copy the batch to page-locked memory, from which `to` a GPU does not block."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -74,7 +77,7 @@ class Batch:
 
 @frozen(kw_only=True, eq=False)
 class Targets:
-    """What each head must predict.
+    """Prediction targets of every head.
 
     Args:
         ids: ``[B, S, H]`` int64, the token x[t+k] that head k predicts at t; 0 where there is none.

@@ -1,4 +1,4 @@
-"""Which rows an optimizer step sees: a pure function of data, config, seed and step, so that any step can be made again."""
+"""Batches of any step, as a pure function of data, config and seed."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ _WINDOW: Final = 64
 
 @frozen(kw_only=True, eq=False)
 class _Plan:
-    """The rows of an epoch in the order in which they are seen, how long they are padded (None: batch by batch), and where
-    batches start (None: every ``batch_size`` rows)."""
+    """Order of an epoch's rows, the length to pad to, and where batches start.
+
+    None for the length: padded batch by batch. None for the starts: every ``batch_size`` rows.
+    """
 
     rows: Rows
     length: int | None
@@ -36,22 +38,22 @@ class _Plan:
 
 
 class StepBatches:
-    """The batches of a run.
+    """Batches of a run.
 
-    With ``packing`` the documents of an epoch go into rows best fit first (the longest document first, each into the
-    fullest row that has room), and rows are shuffled. All batches of a run have the same length, ``max_length`` or, where
-    every row is shorter, the longest row, so that compiled kernels are made once. Without ``packing`` a row is one
-    document, rows of like length (sorted within some batches) share a batch, batches are shuffled, and a batch is as
-    long as its longest row. Lengths are rounded up to a multiple of 8, from 512 on of 64, but never beyond ``max_length``.
-    The last batch of an epoch may have fewer rows.
+    With ``packing`` the documents of an epoch go into rows best fit first (the longest document first, each into the fullest
+    row that has room), and rows are shuffled. All batches of a run have the same length, ``max_length`` or, where every row is
+    shorter, the longest row, so that compiled kernels are made once. Without ``packing`` a row is one document, rows of like
+    length (sorted within some batches) share a batch, batches are shuffled, and a batch is as long as its longest row. Lengths
+    are rounded up to a multiple of 8, from 512 on of 64, but never beyond ``max_length``. The last batch of an epoch may have
+    fewer rows.
 
     Args:
-        dataset: what is learned from.
+        dataset: the training data.
         config: ``[data.train]``.
         seed: of the order.
-        units: for each piece of the data set a number: pieces with the same number are in one step, and those with −1 in none.
-            Where units have several pieces a batch may have fewer rows than ``batch_size``, if the next unit has no room.
-            Default: each for itself.
+        units: one number for each piece of the data set: pieces with the same number share a step, those with −1 are left out.
+            Where units have several pieces a batch may have fewer rows than ``batch_size``, if the next unit does not fit.
+            Default: each piece for itself.
 
     Raises:
         ConfigError: a unit is too large for a batch.
@@ -100,7 +102,7 @@ class StepBatches:
         return self.steps_per_epoch
 
     def locate(self, step: int) -> tuple[int, int]:
-        """The epoch of an optimizer step, and the step's number in it; all from 0."""
+        """Return the epoch of an optimizer step and its number within it, from 0."""
         return divmod(step, self.steps_per_epoch)
 
     def total_steps(self, epochs: float) -> int:
@@ -232,5 +234,5 @@ class EvalBatches(Sequence[Batch]):
 
 
 def eval_batches(dataset: TokenDataset, config: DataConfig) -> Sequence[Batch]:
-    """The batches of an evaluation; see `EvalBatches`."""
+    """Make the batches of an evaluation; see `EvalBatches`."""
     return EvalBatches(dataset, config)

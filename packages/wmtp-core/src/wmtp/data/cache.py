@@ -47,7 +47,7 @@ def token_store(
     learn: Learn = "assistant",
     boundary: Boundary = "apart",
 ) -> TokenStore:
-    """The tokenised documents of a data set: from the cache, else made now.
+    """Open the tokenised documents of a data set, tokenising them on a cache miss.
 
     Processes that do this at once each make their own, and the first to finish is kept.
 
@@ -55,14 +55,14 @@ def token_store(
         name: the data set's name, for messages.
         component: its config.
         path: the local place of its ``uri``.
-        tokenizer: what makes the tokens.
+        tokenizer: makes the tokens.
         cache_dir: the folder of all stores.
-        on_bad_example: whether an example that cannot be read is an error.
-        learn: what is learned of conversations.
+        on_bad_example: stop at an unreadable example, or skip it.
+        learn: the parts of a conversation to learn.
         boundary: see `Renderer`.
 
     Raises:
-        ConfigError: conversations, and no chat template, or one that does not fit ``learn``.
+        ConfigError: the data holds conversations, and there is no chat template, or one that does not fit ``learn``.
         WMTPError: there is no example, a bad one, an unreadable file, or no space left.
     """
     loader: ExampleLoader = component.build()

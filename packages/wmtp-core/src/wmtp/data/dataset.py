@@ -1,4 +1,4 @@
-"""The tokenised documents of one or several sources, cut to the length of a row."""
+"""Tokenised documents of one or several sources, cut to the length of a row."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _LOOKED_AT = 2**24  # tokens in memory at once
 
 @frozen(kw_only=True)
 class DatasetCounts:
-    """How the documents of the sources became the pieces of a data set; a holdout comes after that.
+    """Counts of documents kept, cut and dropped, before any holdout.
 
     Args:
         documents: read from the sources.
         truncated: cut to the length of a row; they have no end-of-sequence token.
         split: cut into several pieces.
         overlong: left out because they are longer than a row.
-        without_target: pieces left out because nothing in them would be learned, or their text is not longer than a token.
-        cut_off: documents among these of which all that would be learned was cut off.
+        without_target: pieces left out because they have no token to learn, or no second token.
+        cut_off: documents among these whose tokens to learn were all cut off.
         bad: examples that could not be read.
     """
 
@@ -185,7 +185,7 @@ class TokenDataset:
 
     @property
     def indices(self) -> NDArray[np.int64]:
-        """The number of each piece's document in the data set."""
+        """Document number of each piece."""
         return self._pieces.index
 
     @property
@@ -210,17 +210,17 @@ class TokenDataset:
 
     @property
     def sources(self) -> NDArray[np.int64]:
-        """The source of each piece: a place in ``names``."""
+        """Source of each piece, an index into ``names``."""
         return self._source(self._pieces.index)
 
     @property
     def is_correct(self) -> NDArray[np.int8]:
-        """The label of each piece's document: 1, 0, or -1 where it has none."""
+        """Label of each piece's document: 1, 0, or -1 where it has none."""
         return np.concatenate([store.is_correct for store in self._stores])[self._pieces.index]
 
     @property
     def rewards(self) -> NDArray[np.float64]:
-        """The reward of each piece's document; NaN where it has none."""
+        """Reward of each piece's document; NaN where it has none."""
         return np.concatenate([store.reward for store in self._stores])[self._pieces.index]
 
     @property
@@ -247,7 +247,7 @@ class TokenDataset:
         return digest.hexdigest()
 
     def document(self, number: int) -> TokenizedDocument:
-        """The piece with this number, from 0 to ``len(self) − 1``."""
+        """Return the piece with this number, from 0 to ``len(self) − 1``."""
         pieces = self._pieces
         index, start, stop = int(pieces.index[number]), int(pieces.start[number]), int(pieces.stop[number])
         source = int(np.searchsorted(self._first_index, index, side="right")) - 1
@@ -271,7 +271,7 @@ class TokenDataset:
         )
 
     def number_of(self, document: Document) -> int:
-        """The number of the piece that `document` gave."""
+        """Find the piece's number from what `document` returned."""
         number = int(np.searchsorted(self.indices, document.index))
         while self.starts[number] != document.start:  # the pieces of a split document follow each other
             number += 1
@@ -282,7 +282,7 @@ class TokenDataset:
         return [store.group_hashes for store in self._stores]
 
     def select(self, chosen: NDArray[np.bool_]) -> TokenDataset:
-        """The data set of the pieces that ``chosen`` (a truth value each) marks; documents keep their index."""
+        """Keep the pieces that the mask ``chosen`` marks; documents keep their index."""
         other = copy.copy(self)
         other._pieces = self._pieces.take(chosen)
         return other

@@ -23,12 +23,12 @@ _TYPE_NAMES: Final = {
 
 
 def type_name(value: Any) -> str:
-    """What a message calls the type of a value."""
+    """Name a value's type for an error message."""
     return _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
 def text_field(where: str, record: Mapping[str, Any], key: str) -> str:
-    """The string under ``key``, with ``\\n`` at every line's end.
+    r"""Return the string under ``key``, with ``\n`` at every line's end.
 
     Raises:
         BadExample: it is missing or no string.
@@ -56,7 +56,7 @@ def name_field(where: str, record: Mapping[str, Any], key: str) -> str:
 
 
 def bool_field(where: str, record: Mapping[str, Any], key: str) -> bool | None:
-    """The truth value under ``key``; None where it is missing or null.
+    """Return the boolean under ``key``; None where it is missing or null.
 
     Raises:
         BadExample: it is something else.
@@ -68,7 +68,7 @@ def bool_field(where: str, record: Mapping[str, Any], key: str) -> bool | None:
 
 
 def number_field(where: str, record: Mapping[str, Any], key: str) -> float | None:
-    """The finite number under ``key``; None where it is missing or null.
+    """Return the finite number under ``key``; None where it is missing or null.
 
     Raises:
         BadExample: it is something else.

@@ -36,14 +36,14 @@ Record = tuple[str, Mapping[str, Any]]
 
 
 def given_path(path: Path | None) -> Path:
-    """The path, for a loader whose config always has a ``uri``."""
+    """Return the path of a loader whose config always has a ``uri``."""
     if path is None:
         raise ValueError("this loader reads files, and was given no path")
     return path
 
 
 def uncompressed_name(path: Path) -> str:
-    """The file's name without the suffix of its compression."""
+    """Return the file's name without its compression suffix."""
     return path.stem if path.suffix in COMPRESSIONS else path.name
 
 
@@ -53,7 +53,7 @@ def _format(path: Path) -> str | None:
 
 
 def data_files(path: Path) -> Sequence[Path]:
-    """The data files at ``path``: the file itself, or those directly inside the folder, sorted by name.
+    """List the data files at ``path``: the file, or those directly inside the folder, sorted.
 
     Other files in a folder (a README, hidden files) do not count.
 
@@ -79,7 +79,7 @@ _EXPECTED: Final = f"expected {', '.join(FORMATS)}, as they are or compressed ({
 
 
 def read_records(path: Path) -> Iterator[Record | BadExample]:
-    """The records of the data files at ``path``, each with the place where it stands.
+    """Yield the records of the data files at ``path``, each with its location.
 
     A JSON line or a JSON item that is no object is yielded as `BadExample`.
 
@@ -98,7 +98,7 @@ def read_records(path: Path) -> Iterator[Record | BadExample]:
 
 
 def parsed(path: Path, parse: Callable[[str, Mapping[str, Any]], Iterable[Example]]) -> Iterator[Example | BadExample]:
-    """The examples that ``parse`` makes of each record at ``path``; a `BadExample` that it raises is yielded.
+    """Yield the examples that ``parse`` makes of each record; a `BadExample` it raises is yielded.
 
     Args:
         path: a data file or a folder of them.

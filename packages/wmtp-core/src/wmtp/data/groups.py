@@ -57,10 +57,10 @@ class UnitBatches:
         return len(self._pattern)
 
     def epoch(self, random: np.random.Generator | None) -> tuple[Rows, NDArray[np.int64]]:
-        """The rows of one epoch, and where each batch starts among them (and the last ends).
+        """Return the rows of one epoch, and the batch boundaries among them.
 
         Args:
-            random: of the order; None: by the numbers of the documents.
+            random: shuffles the order; None: ordered by document number.
         """
         packed = self._packed if random is None else self._packed.exchanged(self._totals[self._small], random)
         rows = _joined([self._documents(packed), *self._large])
@@ -93,7 +93,7 @@ class UnitBatches:
         return order
 
     def _dealt(self, order: NDArray[np.int64]) -> Rows:
-        """The pattern of batches, its places for bundles of each size filled in this order."""
+        """Deal the bundles, in this order, to places of their size."""
         places = self._sizes[self._pattern.members]
         members = np.empty_like(order)
         members[np.argsort(places, kind="stable")] = order[np.argsort(self._sizes[order], kind="stable")]

@@ -27,15 +27,15 @@ class Rows:
         return len(self.starts) - 1
 
     def row(self, number: int) -> Numbers:
-        """The documents of one row."""
+        """Return the documents of one row."""
         return self.members[self.starts[number] : self.starts[number + 1]]
 
     def lengths(self, of_documents: Numbers) -> Numbers:
-        """The tokens in each row, from the tokens in each document."""
+        """Sum the tokens in each row, from the tokens in each document."""
         return np.add.reduceat(of_documents[self.members], self.starts[:-1])
 
     def reordered(self, order: Numbers) -> Rows:
-        """The same rows in another order."""
+        """Permute the rows."""
         counts = np.diff(self.starts)[order]
         starts = np.concatenate([[0], np.cumsum(counts)])
         shift = np.repeat(self.starts[:-1][order] - starts[:-1], counts)

@@ -26,11 +26,11 @@ _log = logging.getLogger("wmtp")
 
 @frozen(kw_only=True, eq=False)
 class PreparedData:
-    """The data of a run.
+    """Training and evaluation data of a run.
 
     Args:
-        train: what is learned from.
-        eval: what is measured; None where the config asks for nothing.
+        train: the training data.
+        eval: the evaluation data; None where the config asks for none.
     """
 
     train: TokenDataset

@@ -32,7 +32,7 @@ _UNKNOWN: Final = -1
 
 @frozen(kw_only=True)
 class StoreInfo:
-    """What ``store.json`` says.
+    """Contents of ``store.json``.
 
     Args:
         documents: their number.
@@ -43,7 +43,7 @@ class StoreInfo:
         has_weights: whether any document has weights of its own.
         has_scales: whether any segment multiplies a trainer's weights.
         conversations: how many of the documents a chat template made.
-        notes: what is to be said of the data whenever it is read.
+        notes: remarks to show whenever the data is read.
         sizes: bytes of every other file.
         digest: a hash of their content.
     """
@@ -212,7 +212,7 @@ class TokenStore:
 
     @classmethod
     def open_if_whole(cls, folder: Path, key: str) -> Self | None:
-        """The store; None where there is none, or it is not whole."""
+        """Open the store; None where there is none, or it is not complete."""
         try:
             return cls(folder, key)
         except WMTPError:
@@ -222,13 +222,13 @@ class TokenStore:
         return self.info.documents
 
     def document(self, number: int, index: int, start: int, source: str) -> Document:
-        """What is known of a document.
+        """Return identity and labels of a document.
 
         Args:
             number: its number in this store.
             index: its number in the data set.
             start: where the piece starts.
-            source: what the config calls this data set.
+            source: the data set's name in the config.
         """
         name_start = int(self._name_ends[number - 1]) if number else 0
         example_id, group = json.loads(self._names[name_start : int(self._name_ends[number])].tobytes())

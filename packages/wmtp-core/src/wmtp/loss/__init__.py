@@ -1,6 +1,6 @@
-"""The weighted loss of multi-token prediction, with gradient and without logits; usable by itself: docs/loss.md.
+"""Weighted multi-token loss, with gradients and without full logits; usable by itself: docs/loss.md.
 
-`mtp_loss` is the whole of it. The others are its parts, for a caller that makes the coefficients itself.
+`mtp_loss` does everything. The others are its parts, for a caller that makes the coefficients itself.
 """
 
 import wmtp.loss.operator  # noqa: F401  registered before torch.compile traces anything

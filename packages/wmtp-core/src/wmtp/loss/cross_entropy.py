@@ -1,4 +1,4 @@
-"""The weighted cross entropy of H heads, never holding more than a chunk of logits.
+"""Weighted cross entropy of H heads, holding one chunk of logits at a time.
 
     L = Σ_i Σ_k c[i, k] · CE(logits_k(h_k[i]), x[i, k])
 
@@ -130,11 +130,11 @@ class Answer:
 
 @define(kw_only=True, eq=False, slots=False)
 class TokenPass:
-    """What a pass over the predictions without gradient gives, for statistics, weights, and a second pass.
+    """Result of a pass over the predictions without gradients: losses, log-sum-exp, entropy.
 
     Args:
         losses: ``[…, H]`` fp32 (fp64 for fp64 hidden states), the token losses, 0 where not valid.
-        lse: ``[…, H]``, the logarithms of the sums of all exponentials, which `weighted_cross_entropy` need not find again.
+        lse: ``[…, H]``, log-sum-exp of the logits, which `weighted_cross_entropy` can reuse.
         entropy: ``[…, H]`` in nats, 0 where not valid; None if not asked for.
     """
 
@@ -154,20 +154,20 @@ def weighted_cross_entropy(
     at_most: int | None = None,
     valid_counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss of all heads, and the token losses.
+    """Compute the weighted loss of all heads, and the token losses.
 
     Args:
-        hidden: one ``[…, D]`` a head, each what that head's unembedding multiplies.
+        hidden: one ``[…, D]`` a head, the input of that head's unembedding.
         unembeddings: one a head; heads may share one, whose gradient is then accumulated once, in fp32.
         ids: ``[…, H]`` int64, the targets.
         coefficients: ``[…, H]``, without gradient; 0 where a prediction does not count.
         valid: ``[…, H]`` bool, the predictions whose token loss is wanted. Must include every non-zero coefficient; where
             the token losses are known already, ``coefficients != 0`` saves the logits of the others too.
-        known: the pass over the same hidden states that the coefficients were made from. Its token losses are what is
+        known: the pass over the same hidden states that the coefficients were made from. Its token losses are
             returned, and only predictions with a coefficient are computed.
-        at_most: how many coefficients are not 0, or a bound of that, where the host knows it. On a GPU the products of no
+        at_most: how many coefficients are not 0, or an upper bound, where the host knows it. On a GPU the products of no
             more predictions are started, and nothing is read back. If there are more, the loss is NaN.
-        valid_counts: H numbers, how many predictions of each head are valid, or bounds of that; as ``at_most``.
+        valid_counts: H numbers, how many predictions of each head are valid, or upper bounds; as ``at_most``.
 
     Returns:
         the loss, a scalar with gradient; and the token losses ``[…, H]`` fp32, detached, 0 where not valid.
@@ -195,7 +195,7 @@ def weighted_cross_entropy(
 
 
 def token_losses(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding], ids: Tensor, valid: Tensor) -> Tensor:
-    """The cross entropy of every valid prediction, without gradient.
+    """Compute the cross entropy of every valid prediction, without gradients.
 
     Args:
         hidden: one ``[…, D]`` a head.
@@ -218,7 +218,7 @@ def token_statistics(
     entropy: bool = False,
     top_k: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The cross entropy of every valid prediction, and the entropy of what was predicted; see `token_pass`.
+    """Compute cross entropy and entropy of every valid prediction; see `token_pass`.
 
     Returns:
         the token losses, and the entropy or None.
@@ -238,15 +238,15 @@ def token_pass(
     top_k: int | None = None,
     valid_counts: Sequence[int] | None = None,
 ) -> TokenPass:
-    """The cross entropy of every valid prediction, and the entropy of what was predicted; without gradient.
+    """Compute cross entropy and entropy of every valid prediction, without gradients.
 
     Args:
         hidden: one ``[…, D]`` a head.
         unembeddings: one a head.
         ids: ``[…, H]`` int64, the targets.
         valid: ``[…, H]`` bool.
-        entropy: whether the entropy is wanted.
-        top_k: take it over the ``top_k`` most probable tokens, whose probabilities are made to add up to 1; None: over all.
+        entropy: also compute the entropy.
+        top_k: take the entropy over the ``top_k`` most probable tokens, renormalised; None: over all.
         valid_counts: see `weighted_cross_entropy`. If there are more, all token losses are NaN.
     """
     _check(hidden, unembeddings, ids)
@@ -383,7 +383,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, may_change: boo
 
 
 def _graph_is_kept() -> bool:
-    """Whether this backward pass may come again (``retain_graph``): then the gradients must stay as they are."""
+    """Return True under ``retain_graph``: gradients must survive for another backward pass."""
     asked = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
     return True if asked is None else asked()
 

@@ -1,4 +1,4 @@
-"""The whole loss of multi-token prediction, from hidden states, targets and weights: for use without the rest of WMTP."""
+"""Multi-token loss from hidden states, targets and weights, usable without the rest of WMTP."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IGNORED = -100
 
 @define(kw_only=True, eq=False, slots=False)
 class MTPLoss:
-    """What `mtp_loss` returns.
+    """Result of `mtp_loss`.
 
     Args:
         loss: scalar, with gradient. NaN if a weight (of a head, too) is negative, NaN or infinite, or a count that was given is

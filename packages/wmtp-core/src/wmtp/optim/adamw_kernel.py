@@ -1,4 +1,4 @@
-"""The Triton kernel of `wmtp.optim.master_adamw`."""
+"""Triton kernel of `wmtp.optim.master_adamw`."""
 
 # Triton reads the annotations of a kernel as its own types
 # ruff: noqa: ANN001

@@ -1,4 +1,4 @@
-"""How a run's optimizer is made, and how the built-in ones are."""
+"""Builders of a run's optimizer and of the built-in optimizers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_optimizer(
     rates: Mapping[str, float],
     master_weights: MasterWeights | None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of everything that learns, with the learning rates that the heads and the trainer ask for."""
+    """Build the optimizer of all trainable parameters, with their learning rates."""
     of_heads = list(model.extra_heads.parameters())
     if master_weights is not None:
         names, plain = zip(*parameters, strict=True)
@@ -123,7 +123,7 @@ class _Joined(torch.optim.Optimizer):
             part.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The parts' states."""
+        """Collect the parts' states."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -14,13 +14,13 @@ _BLOCK = 2048
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """What torch's AdamW does to fp32 copies, with gradients as the backward pass left them, clipped and published on the way.
+    """Fused AdamW over fp32 master copies: takes raw gradients, clips, and publishes in one pass.
 
     An optimizer of torch wants gradients in fp32, and clipping and publishing are passes of their own: 48 bytes read or written
     a parameter and step in place of 28 (`wmtp.optim.master_weights`). State and groups are those of torch's AdamW.
 
     Args:
-        optimizer: whose groups are taken over; it has not stepped yet.
+        optimizer: its groups are taken over; it must not have stepped yet.
         parameters: copy → the bf16 parameter that it is rounded into. Other parameters of the groups have none.
     """
 

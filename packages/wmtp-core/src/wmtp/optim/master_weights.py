@@ -54,11 +54,11 @@ class MasterWeights:
             parameter.register_post_accumulate_grad_hook(take_gradient)
 
     def replace(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """The copies of parameters; a parameter that has none stays."""
+        """Replace parameters by their fp32 copies; parameters without a copy stay."""
         return [self._masters.get(parameter, parameter) for parameter in parameters]
 
     def take_over(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """The optimizer to use in place of one that was made for the copies: its steps are rounded into the parameters too."""
+        """Return an optimizer over the copies whose steps are also rounded into the parameters."""
         if self._one_pass and _is_plain_adamw(optimizer) and _runs_triton(self._masters):
             self._keeps_half = True
             for master in self._masters.values():
@@ -74,7 +74,7 @@ class MasterWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The copies are the model's parameters inside: to be saved, or to be read into. Afterwards they are published."""
+        """Put the fp32 copies into the model for saving or loading; publish them afterwards."""
         for module, name, parameter in self._places:
             module._parameters[name] = self._masters[parameter]
         try:
@@ -101,7 +101,7 @@ def _runs_triton(parameters: Iterable[Tensor]) -> bool:
 
 
 def _is_plain_adamw(optimizer: torch.optim.Optimizer) -> TypeGuard[torch.optim.AdamW]:
-    """Whether it is torch's own AdamW, new, without hooks and its rarer options, over fp32 parameters."""
+    """Return True for torch's own AdamW, new, without hooks and rare options, over fp32."""
     if type(optimizer) is not torch.optim.AdamW or optimizer.state:
         return False
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:

@@ -1,4 +1,4 @@
-"""What the page shows of one run, read from its directory and made small enough for a page."""
+"""Report contents of one run, read from its directory and thinned."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _TEXT_BUDGET: Final = 1_500_000
 
 
 def collect(run_dir: Path, *, status: str | None = None) -> dict[str, Any]:
-    """What ``report.js`` shows of a run; JSON.
+    """Collect one run's data for ``report.js``, as JSON.
 
     Args:
-        run_dir: a run directory, of a run in any state.
-        status: in place of what ``run.json`` says.
+        run_dir: a run directory, in any state.
+        status: replaces the status in ``run.json``.
 
     Raises:
         WMTPError: a file is damaged.
@@ -52,7 +52,7 @@ def collect(run_dir: Path, *, status: str | None = None) -> dict[str, Any]:
 
 
 def _estimates(details: dict[str, Any]) -> dict[str, Any]:
-    """The interval of each number that has one, and over what it was measured."""
+    """Confidence interval and sample size of each evaluation result that has one."""
     return {
         f"{kind}/{name}": {key: result[key] for key in ("low", "high", "n", "unit")}
         for kind, measured in details.items()
@@ -72,7 +72,7 @@ def _word(value: Any) -> str:
 def _facts(
     run_dir: Path, info: Mapping[str, Any], config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
-    """What a reader wants to know first, in this order."""
+    """Collect the facts that a reader wants first, in display order."""
     last: dict[str, Any] = {}
     for line in metrics[-1:]:
         last = dict(line)
@@ -160,7 +160,7 @@ def _thin_curve(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int
 
 
 def _stages(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """The name of each stage, and its first logged step."""
+    """Name of each stage, with its first logged step."""
     found: list[tuple[str, int]] = []
     for line in metrics:
         name = line.get("stage")
@@ -183,7 +183,7 @@ def _distributions(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, list
 
 
 def _thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records of texts: if they are too many for a page, every second one is left out, but for the first and the last."""
+    """Drop every second text record until they fit, keeping the first and the last."""
     sizes = [len(json.dumps(record)) for record in records]
     while sum(sizes) > _TEXT_BUDGET and len(records) > 2:
         kept = [i for i in range(len(records)) if i % 2 == 0 or i == len(records) - 1]

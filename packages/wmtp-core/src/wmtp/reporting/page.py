@@ -1,4 +1,4 @@
-"""The page: one file that needs nothing else, and asks nobody for anything."""
+"""Report page: one self-contained HTML file without network requests."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write_report(
 
 
 def _local(run: str, storage: StorageConfig) -> Path:
-    """The folder of a run's files on this machine."""
+    """Return the local folder of a run's files, downloading them if they are remote."""
     if scheme_of(run) == "file":
         return file_path(run).resolve()
     backends, uri = build_backends(storage), f"{run.rstrip('/')}/{UPLOADED_FILES}"
@@ -84,7 +84,7 @@ def _problem(run: Path) -> str | None:
 
 
 def build_page(runs: Sequence[dict[str, Any]]) -> str:
-    """The HTML of what `wmtp.reporting.collect.collect` gave for each run."""
+    """Build the HTML page from the output of `wmtp.reporting.collect.collect` for each run."""
     data = json.dumps({"runs": runs, "bins": WEIGHT_BINS}, separators=(",", ":"), allow_nan=False)
     data = data.replace("<", "\\u003c")  # no text can end the script element
     title = html.escape(" · ".join(run["name"] for run in runs))

@@ -248,32 +248,35 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return {}
 
     def stages(self) -> Sequence[Stage]:
-        """The parts of the run, in order; only the last may be without ``steps``."""
+        """List the stages of the run in order; only the last may omit ``steps``."""
         return (Stage(),)
 
     def check_data(self, data: TokenDataset) -> Sequence[str]:
-        """What is wrong with the training data for this algorithm. Called before any model is read, and by ``--dry-run``.
+        """Report problems of the training data for this algorithm.
+
+        Called before any model is read, and by ``--dry-run``.
 
         Args:
-            data: what is learned from: labels, rewards, groups, lengths of all pieces, as arrays.
+            data: the training data: labels, rewards, groups and lengths of all pieces, as arrays.
 
         Returns:
-            one line a problem, ``datasets.NAME: what is wrong; what to do``; the run does not start.
+            one line a problem, ``datasets.NAME: what is wrong; what to do``; with any, the run does not start.
         """
         return ()
 
     def units(self, data: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
-        """Which documents a stage learns from, and which of them must be in one step. Called once a stage, before `setup`.
+        """Group pieces of data into units of one optimizer step; −1 drops a piece.
 
-        Stages with the same answer go on in one order of the data; a stage with another one starts an order of its own.
+        Called once a stage, before `setup`. Stages with the same answer continue in one order of the data; a stage with another
+        answer starts an order of its own.
 
         Args:
-            data: what is learned from.
-            stage: the head warm-up of the config is one too.
+            data: the training data.
+            stage: one of `stages`, or the head warm-up of the config.
 
         Returns:
-            a number for each piece of ``data``: pieces with the same number are in one optimizer step, pieces with −1 in none.
-            None: all pieces, each for itself.
+            one number for each piece of ``data``: pieces with the same number share an optimizer step, pieces with −1 are not
+            trained on. None: all pieces, each for itself.
         """
         return None
 
@@ -298,12 +301,12 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return view.uniform()
 
     def weighed(self, view: StepView) -> Tensor | None:
-        """Which valid predictions the weights are about, where some are none of the algorithm's business and have weight 0.
+        """Select the valid predictions that this algorithm weights; the others have weight 0.
 
-        A control deals out weights among these only.
+        A control such as ``shuffled`` deals out weights among these only.
 
         Returns:
-            ``[B, S, H]`` bool; None: all valid ones.
+            ``[B, S, H]`` bool; None: all valid predictions.
         """
         return None
 
@@ -312,10 +315,10 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return {}
 
     def token_details(self, view: StepView) -> Mapping[str, Tensor]:
-        """What ``wmtp report`` shows of single tokens besides their weight and their loss: by default all observations.
+        """Return numbers per token for ``wmtp report``, beside weight and loss; default: all observations.
 
         Called only in steps whose texts are recorded, after `token_weights` with the same view: what that has computed can be
-        kept and returned here. Without an effect on training.
+        kept and returned here. It has no effect on training.
 
         Returns:
             by name (``reference_loss``, ``value``, ``advantage`` …) ``[B, S]``, a number for each token, or ``[B, S, H]``, one

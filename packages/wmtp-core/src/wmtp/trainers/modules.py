@@ -1,4 +1,4 @@
-"""What a trainer has learned besides the model, as files: in a run's model folder, for later runs."""
+"""Files of a trainer's own modules in a run's model folder."""
 
 from __future__ import annotations
 

@@ -20,15 +20,15 @@ __all__ = ["OpenModel", "RewardScores", "TrainerSetup"]
 
 
 class OpenModel(Protocol):
-    """Loads another ``[models.*]``."""
+    """Loader of another ``[models.*]``."""
 
     def __call__(self, name: str, *, dtype: torch.dtype = ..., device: torch.device | None = ...) -> MTPModel:
-        """The model of the section ``[models.<name>]``: head 1 alone, frozen, in eval mode.
+        """Load the model of ``[models.<name>]``: head 1 alone, frozen, in eval mode.
 
         Args:
-            name: a section that the config class has in ``required_models``: its vocabulary is then known to be the run's.
+            name: a section listed in the config class's ``required_models``; its vocabulary is known to be the run's.
             dtype: of its parameters; default: ``torch.float32``.
-            device: where it computes; default: where the trained model does.
+            device: where it computes; default: the device of the trained model.
 
         Raises:
             ConfigError: the config has no such section, or this machine no such device.
@@ -41,17 +41,17 @@ class RewardScores(Protocol):
     """Scores the training data with a reward model."""
 
     def __call__(self, name: str, *, template: str, dtype: torch.dtype, batch_size: int) -> DocumentNumbers:
-        """The scores of all documents by the section ``[models.<name>]``, computed now unless they are kept beside the tokens.
+        """Score all documents with the model of ``[models.<name>]``; cached beside the tokens.
 
         Args:
-            name: a section that the config class has in ``reward_models``.
-            template: what the model reads, with ``{prompt}`` and ``{completion}``.
+            name: a section listed in the config class's ``reward_models``.
+            template: the model's input, with ``{prompt}`` and ``{completion}``.
             dtype: of its parameters.
-            batch_size: documents that are scored at once.
+            batch_size: documents scored at once.
 
         Raises:
-            ConfigError: it is no sequence classifier with one output.
-            WMTPError: files are missing or damaged, or a score is not a finite number.
+            ConfigError: the model is no sequence classifier with one output.
+            WMTPError: files are missing or damaged, or a score is not finite.
         """
         ...
 
@@ -62,7 +62,7 @@ def _no_data(*_: object, **__: object) -> NoReturn:
 
 @frozen(kw_only=True, eq=False)
 class TrainerSetup:
-    """What an algorithm is given once, before the first step.
+    """Inputs of `Trainer.setup`, given once before the first step.
 
     Args:
         hidden_size: D.
@@ -70,14 +70,14 @@ class TrainerSetup:
         horizon: H.
         device: where the model is.
         seed: the run's seed.
-        tokenizer: what made the tokens.
+        tokenizer: the tokenizer of the data.
         model: loads another ``[models.*]``: ``model("ref", dtype=torch.bfloat16)`` is an `MTPModel` with head 1 alone, frozen,
             in eval mode; see `OpenModel`.
-        token_numbers: opens the file of what another ``[models.*]`` makes of each token of the training data, kept beside the
-            tokens: of the model of this name, computed as the second text says. Another text, other data, another tokenizer
-            or a changed model have another file.
+        token_numbers: opens the cache file of numbers that another ``[models.*]`` computes for each training token. The first
+            text is the model's name, the second identifies the computation. Another text, other data, another tokenizer or a
+            changed model use another file.
         reward_scores: the scores that a reward model gives to the training data; see `RewardScores`.
-        fetch: the local path of a URI; the second text is the key that a message blames.
+        fetch: the local path of a URI; the second text is the key that an error message blames.
     """
 
     hidden_size: int

@@ -1,1 +1,1 @@
-"""The built-in data sources, one file each."""
+"""Built-in data sources, one file each."""

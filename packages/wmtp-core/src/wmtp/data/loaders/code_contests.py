@@ -34,11 +34,11 @@ class CodeContestsLoader(ExampleLoader):
         self._incorrect = incorrect
 
     def files(self, path: Path | None) -> Sequence[Path]:
-        """The data files at ``path``."""
+        """List the data files at ``path``."""
         return data_files(given_path(path))
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """The solutions, problem by problem: the right ones, then the wrong ones."""
+        """Yield the solutions problem by problem: the right ones, then the wrong ones."""
         for file in self.files(path):
             yield from parsed(file, self._problem)
 

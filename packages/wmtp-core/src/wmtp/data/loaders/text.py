@@ -30,7 +30,7 @@ class TextLoader(ExampleLoader):
         self._separator = document_separator
 
     def files(self, path: Path | None) -> Sequence[Path]:
-        """The file ``path``, or the matching files below that folder, sorted; hidden ones left out.
+        """List the file ``path``, or the matching visible files below it, sorted.
 
         Raises:
             WMTPError: there is none.
@@ -53,7 +53,7 @@ class TextLoader(ExampleLoader):
         return [chosen[name] for name in sorted(chosen)]
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """The documents in the order of the files' names. Nothing but white space between two separators is no document."""
+        """Yield the documents in the order of the files' names, without blank ones."""
         root = given_path(path)
         for file in self.files(root):
             name = file.name if file == root else file.relative_to(root).as_posix()

@@ -1,4 +1,7 @@
-"""The files of what a model makes of the data: computed once for the content of both, and kept beside the token cache."""
+"""Cache of a model's outputs on the data, beside the token cache.
+
+Files are keyed by the content of model and data.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _NUMBERS_VERSION = 1
 
 
 def open_token_numbers(config: Config, source: Source, dataset: TokenDataset) -> Callable[[str, str], TokenNumbers]:
-    """What a trainer calls for `TrainerSetup.token_numbers`."""
+    """Return the function behind `TrainerSetup.token_numbers`."""
     from wmtp.data.score_cache.token_numbers import TokenNumbers
 
     def open_numbers(name: str, what: str) -> TokenNumbers:
@@ -33,14 +36,14 @@ def open_token_numbers(config: Config, source: Source, dataset: TokenDataset) ->
 
 
 def numbers_path(config: Config, source: Source, dataset: TokenDataset, name: str, what: str, suffix: str) -> Path:
-    """The file of what a model makes of the data. Its name stands for the content of both.
+    """Return the cache file of one computation, named by its inputs' content.
 
     Args:
         config: names the model and the folder of the token cache.
         source: resolves the model's URI.
         dataset: the data.
         name: of the section ``[models.NAME]``.
-        what: what is computed, and how.
+        what: identifies the computation.
         suffix: of the file.
     """
     from wmtp.data.prepare import token_cache_dir

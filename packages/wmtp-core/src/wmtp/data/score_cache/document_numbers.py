@@ -18,11 +18,11 @@ __all__ = ["DocumentNumbers"]
 
 
 class DocumentNumbers:
-    """What a frozen model makes of each document; of each piece, where documents are split.
+    """Cached score of a frozen model for each document or piece.
 
     Args:
-        path: the file. Its name must stand for all that decides the numbers: data, text and model.
-        dataset: whose documents they are.
+        path: the file. Its name must identify all inputs of the numbers: data, text and model.
+        dataset: the documents.
 
     Raises:
         WMTPError: the file cannot be made.
@@ -39,7 +39,7 @@ class DocumentNumbers:
 
     @property
     def missing(self) -> NDArray[np.int64]:
-        """The pieces whose numbers are not known yet."""
+        """Pieces without a number so far."""
         return np.flatnonzero(np.isnan(self._numbers))
 
     def put(self, pieces: NDArray[np.int64], values: NDArray[np.float32]) -> None:
@@ -47,5 +47,5 @@ class DocumentNumbers:
         self._numbers[pieces] = values
 
     def of(self, document: Document) -> float:
-        """The number of one document."""
+        """Return the number of one document."""
         return float(self._numbers[self._dataset.number_of(document)])

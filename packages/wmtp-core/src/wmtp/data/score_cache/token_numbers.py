@@ -28,13 +28,13 @@ _log = logging.getLogger("wmtp")
 
 
 class TokenNumbers:
-    """What a frozen model makes of each token, computed the first time that a token is met.
+    """Cached number of a frozen model for each token, computed when first needed.
 
-    The file holds one fp32 number a token, NaN where none is known yet. What was computed stays, whenever the process ends;
-    processes that fill it at once do not disturb each other, because they write the same.
+    The file holds one fp32 number a token, NaN where none is known yet. Computed numbers survive the end of the process at any
+    time; processes that fill the file at once write the same values, so they do not disturb each other.
 
     Args:
-        path: the file. Its name must stand for all that decides the numbers: data, tokenizer and model.
+        path: the file. Its name must identify all inputs of the numbers: data, tokenizer and model.
         dataset: whose tokens they are.
 
     Raises:
@@ -48,15 +48,15 @@ class TokenNumbers:
 
     @property
     def complete(self) -> bool:
-        """Whether every number is known."""
+        """True if every number is known."""
         return not any(np.isnan(self._numbers[start : start + _PART]).any() for start in range(0, len(self._numbers), _PART))
 
     def get(self, batch: Batch, compute: Callable[[], Tensor]) -> Tensor:
-        """The numbers of a batch's tokens.
+        """Return the numbers of a batch's tokens, computing them if one is missing.
 
         Args:
             batch: rows of the data set.
-            compute: gives all numbers of the batch, ``[B, S]``; called if one of them is not known, and remembered.
+            compute: returns all numbers of the batch, ``[B, S]``; called if one of them is not known, and remembered.
 
         Returns:
             ``[B, S]`` fp32 on the batch's device; at padding 0.

@@ -1,1 +1,1 @@
-"""The loss in plain torch operators."""
+"""Plain torch implementation of the loss."""

@@ -1,4 +1,4 @@
-"""The predictions that `wmtp.loss.triton.fused` computes, sorted on the device, and how many there are of each kind."""
+"""Lists of predictions for `wmtp.loss.triton.fused`, sorted on the device by kind."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _AHEAD = 2
 
 @frozen(kw_only=True, eq=False)
 class PredictionList:
-    """The predictions of all heads that share an unembedding, as they are computed.
+    """Predictions of all heads that share an unembedding, in the order of computation.
 
     Args:
-        places: which heads, from 0.
+        places: the heads, from 0.
         layout: their common layout.
         order: ``[M]``; see `wmtp.loss.triton.kernels`.
         kind: ``[M]``.
         targets: ``[M]``.
         coefficients: ``[M]`` fp32.
-        counts: ``[2]``, how many have a coefficient, and how many have one or are measured.
-        at_most: bounds of both that the host was told, or None.
-        learns: whether there are coefficients at all.
+        counts: ``[2]``: predictions with a coefficient; predictions that have one or are measured.
+        at_most: upper bounds of both, given by the caller; or None.
+        learns: False if there are no coefficients at all.
     """
 
     places: range
@@ -94,7 +94,7 @@ def _sort(problem: Problem, layout: HeadLayout, places: range) -> PredictionList
 
 
 class Lengths:
-    """How long the parts of the lists are, read from the device only where nobody said it, and late."""
+    """Lengths of the lists' parts, read from the device late, if at all."""
 
     def __init__(self, lists: Sequence[PredictionList]) -> None:
         self._lists = lists

@@ -1,4 +1,4 @@
-"""The loss in plain PyTorch, on any device.
+"""Loss in plain PyTorch, on any device.
 
 The rows of a chunk are picked with `Tensor.nonzero`, which waits for the device where that is not the CPU.
 """
@@ -107,7 +107,7 @@ class _Softmax:
         return self._delta(exponentials, coefficients, total, slope), (lse - at_target).squeeze(1), lse.squeeze(1)
 
     def differentiate(self, coefficients: Tensor, lse: Tensor) -> Tensor:
-        """The first of that alone, with what is known."""
+        """Compute the gradient of the logits alone, from a known log-sum-exp."""
         slope = self._slope()
         probabilities = self._logits.sub_(lse.unsqueeze(1)).exp_()
         return self._delta(probabilities, coefficients, torch.ones_like(lse).unsqueeze(1), slope)
@@ -128,7 +128,7 @@ def _rows(wanted: Tensor) -> Tensor:
 
 
 def _chunk_rows(weight: Tensor) -> int:
-    """How many rows of logits are made at once."""
+    """Number of rows of logits per chunk."""
     return max(1, _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cuda"]) // (4 * weight.shape[0]))
 
 

@@ -1,1 +1,1 @@
-"""The loss by Triton kernels."""
+"""Triton implementation of the loss."""

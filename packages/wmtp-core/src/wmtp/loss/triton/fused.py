@@ -1,17 +1,17 @@
-"""The loss on a GPU: matrix products by cuBLAS, all between them by Triton kernels, and nothing that the host waits for.
+"""Loss on a GPU: products by cuBLAS, the rest by Triton, no host synchronisation.
 
-The predictions of all heads that share an unembedding stand in one list, sorted on the device: those with a coefficient, then
-those that are only measured, then the rest. Chunks of the list go through
+The predictions of all heads that share an unembedding form one list, sorted on the device: those with a coefficient, then those
+that are only measured, then the rest. Chunks of the list go through
 
     logits = h Wᵀ   →   token losses and, in place, d logits   →   d W += d logitsᵀ h (fp32)   →   d h = d logits W
 
-and those behind the last one with a coefficient through the first product only. Where an earlier pass has found the sums of
-exponentials, no product needs all logits of a row at once: then chunks have more rows, and some columns at a time.
+and those behind the last one with a coefficient through the first product only. Where an earlier pass has found the
+log-sum-exp, no product needs all logits of a row at once: then chunks have more rows, and some columns at a time.
 
-How long the parts of the list are must be known on the host, which starts the products. It is known there without asking the
-device where the caller says so (from a batch on the CPU, or a share that is kept). Where not, the two lengths are copied to the
-host in the background, and the host looks at them only after it has started two more chunks of products: it never lets the
-device run dry. No number of predictions that the caller states can go wrong silently: if it was too small, the loss is NaN.
+The host starts the products, so it must know the lengths of the list's parts. It knows them without asking the device where the
+caller gives them (from a batch on the CPU, or a share that is kept). Otherwise the two lengths are copied to the host in the
+background, and read only after two more chunks of products are started: the device never runs idle. A count that the caller
+gives too small cannot go wrong silently: the loss is NaN.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _KNOWN_ROWS = 8192
 
 
 def chunk_rows(vocabulary: int, itemsize: int) -> int:
-    """How many rows of logits are made at once."""
+    """Number of rows of logits per chunk."""
     row = _stride(vocabulary, itemsize) * itemsize
     rows = max(_CHUNK_BYTES // row, min(_FEW_ROWS, _LARGE_CHUNK_BYTES // row), 1)
     # products of 2048 and 3072 rows fill the multiprocessors best
@@ -86,7 +86,7 @@ def compute(problem: Problem) -> Answer:
 
 @frozen(kw_only=True, eq=False)
 class _State:
-    """What chunks read and write."""
+    """Tensors that chunks read and write."""
 
     problem: Problem
     cast: dict[int, Tensor]
@@ -126,7 +126,7 @@ class _State:
             self._scatter(predictions, start, stop, rows, factors)
 
     def _gather(self, predictions: PredictionList, start: int, stop: int) -> Tensor:
-        """The hidden states of a chunk."""
+        """Gather the hidden states of a chunk."""
         weight, count = self.cast[predictions.layout.weight], stop - start
         order, kind = predictions.order[start:stop], predictions.kind[start:stop]
         hidden = self._buffer("hidden", count, weight.shape[1], weight)
@@ -236,7 +236,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, may_change: boo
 
 
 def _adds_in_fp32(operand: Tensor) -> bool:
-    """Whether products of such operands can come out in fp32."""
+    """Return True if products of such operands can be written in fp32."""
     half = operand.dtype in (torch.bfloat16, torch.float16)
     return half and operand.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(operand.device)[0] >= 8
 
@@ -257,7 +257,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
 
 
 def _columns(rows: int, vocabulary: int, itemsize: int) -> int:
-    """How much of the vocabulary is computed at once for so many rows, if their sums of exponentials are known."""
+    """Number of vocabulary columns per product for so many rows, given their log-sum-exp."""
     most = max(_CHUNK_BYTES // (rows * itemsize), 1)
     if most >= vocabulary:
         return vocabulary
@@ -269,13 +269,13 @@ def _width_block(rows: Tensor) -> int:
 
 
 def _stride(vocabulary: int, itemsize: int) -> int:
-    """The smallest number of logits that is no less than V and takes a multiple of 128 bytes."""
+    """Row length in logits: V rounded up to a multiple of 128 bytes."""
     step = 128 // itemsize
     return -(-vocabulary // step) * step
 
 
 def _blocks(logits: Tensor, largest: int = 8192) -> dict[str, int]:
-    """How much of a row is read at once, and by how many warps: measured, see docs/performance.md."""
+    """Block size and warps of the row kernels; measured, see docs/performance.md."""
     block = min(triton.next_power_of_2(logits.shape[1]), largest)
     return {"BLOCK": block, "num_warps": max(block // 1024, 1)}
 

@@ -1,8 +1,8 @@
-"""The Triton kernels of the loss: everything between its matrix products, each in one pass over device memory.
+"""Triton kernels of the loss: all steps between its products, one memory pass each.
 
-The products work on a *list* of predictions: ``order[i]`` says which prediction, ``slot · N + position``, stands in row i,
-where slot counts the heads that share an unembedding. ``kind[i]`` says what it is: 0 has a coefficient, 1 is only measured,
-2 is padding.
+The products work on a *list* of predictions: row i holds prediction ``order[i]``, which is ``slot · N + position``; slot counts
+the heads that share an unembedding. ``kind[i]`` is 0 for a prediction with a coefficient, 1 for one that is only measured, 2
+for padding.
 """
 
 # Triton reads the annotations of a kernel as its own types
