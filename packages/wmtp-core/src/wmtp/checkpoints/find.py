@@ -86,7 +86,7 @@ def _see(path: Path) -> None:
 
 
 def compare_data(data: PreparedData, ranks: Ranks) -> None:
-    """Whether every rank reads the same data.
+    """Refuse ranks that read different data.
 
     Raises:
         ConfigError: one does not; the message names it.

@@ -57,7 +57,7 @@ class Checkpoint:
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints in ``folder``, oldest first."""
+    """List the complete checkpoints in ``folder``, oldest first."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -192,7 +192,7 @@ def _take_out(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_in(skeleton: Any, template: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The reverse of `_take_out`: the tensors of ``template`` at their places, which ``tensors`` is told to fill."""
+    """Reverse `_take_out`: place the tensors of ``template``, and list them in ``tensors`` to be filled."""
     if isinstance(skeleton, Mapping):
         if skeleton.keys() == {_ELSEWHERE}:
             if not isinstance(template, Tensor):
@@ -209,7 +209,7 @@ def _put_in(skeleton: Any, template: Any, path: str, tensors: dict[str, Tensor])
 
 
 def _after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What the optimizer's state dict looks like once every parameter has learned. The parameters stay as they are."""
+    """Return the optimizer's state dict as it is after a step; parameters stay unchanged."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     before = [parameter.grad for parameter in parameters]

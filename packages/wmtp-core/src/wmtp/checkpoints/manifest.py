@@ -24,7 +24,7 @@ _THREADS: Final = 8
 
 
 def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
-    """The checksum of each file.
+    """Compute the checksum of each file.
 
     Args:
         folder: a checkpoint's.
@@ -55,7 +55,7 @@ def write_facts(folder: Path, step: int, hashes: Mapping[str, str]) -> None:
 
 
 def check_files(folder: Path, rank: int = 0, world: int = 1) -> None:
-    """Whether the files are those that were written. Where several ranks check, each reads a share of them.
+    """Verify that the files are as written; ranks share the work.
 
     Checkpoints of earlier versions have sizes only.
 

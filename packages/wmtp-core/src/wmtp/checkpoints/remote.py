@@ -57,7 +57,7 @@ def remote_checkpoints(config: Config) -> RemoteCheckpoints | None:
 
 
 class RemoteCheckpoints:
-    """The checkpoints of one run at a URI.
+    """Checkpoints of one run at a URI.
 
     Args:
         storage: serves the URI.
@@ -69,7 +69,7 @@ class RemoteCheckpoints:
         self._storage = storage
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints there, ascending.
+        """List the steps of the complete checkpoints there, ascending.
 
         Raises:
             WMTPError: the store could not be asked.
@@ -148,14 +148,16 @@ class RemoteCheckpoints:
         raise WMTPError(f"{uri} is not what was uploaded: it begins with {content[:60].decode(errors='replace')!r}")
 
     def _names(self) -> set[str]:
-        """What is directly in the folder."""
+        """List the names directly in the folder."""
         return {file.name.partition("/")[0] for file in self._storage.files(self.uri)}
 
     def check_is_free(self) -> None:
-        """Whether a new run may write there: the folder is its own, and what lies in it under its names is replaced.
+        """Refuse a folder that holds another run or foreign files.
+
+        A new run owns its folder, and replaces what lies there under its own names.
 
         Raises:
-            ConfigError: another run's checkpoints are there, or what no run left there.
+            ConfigError: another run's checkpoints are there, or files that no run wrote.
             WMTPError: the store could not be asked.
         """
         names = self._names()
@@ -279,7 +281,7 @@ class CheckpointUpload:
 
     @property
     def needed(self) -> set[int]:
-        """The steps of the checkpoints on disk that are not to be removed yet."""
+        """Steps of the checkpoints on disk that must not be removed yet."""
         with self._changed:
             return {checkpoint.step for checkpoint in (*self._waiting, self._under_way) if checkpoint is not None}
 
@@ -347,7 +349,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _check(folder: Path, written: Mapping[str, int], uri: str) -> None:
-    """Whether a fetched checkpoint has the files that were uploaded, and nothing else."""
+    """Verify that a fetched checkpoint has exactly the files that were uploaded."""
     found = _sizes(folder)
     for name in found.keys() - written.keys():
         if name.startswith("."):  # the manifest of what was fetched

@@ -1,4 +1,4 @@
-"""The command line. What a command needs is imported when it runs: ``wmtp --help`` is quick."""
+"""Command line. Each command imports its code when it runs, so ``wmtp --help`` is quick."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands: each returns its answer for ``--json`` and the exit code, and without ``--json`` prints the answer."""
+"""Commands: each returns its ``--json`` answer and exit code, and otherwise prints."""
 
 from __future__ import annotations
 

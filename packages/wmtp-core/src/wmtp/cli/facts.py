@@ -1,4 +1,4 @@
-"""How commands print what they found."""
+"""Printing of facts as aligned lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands for files: ``wmtp fetch``, ``wmtp push`` and ``wmtp cache``, for every storage backend."""
+"""Commands for files on every storage backend: ``wmtp fetch``, ``push`` and ``cache``."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def storage_options() -> argparse.ArgumentParser:
-    """The options by which a command without a config is told how to reach a store."""
+    """Define the options that configure storage for commands without a config."""
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--config", action="append", default=[], metavar="FILE", help="a TOML file whose [storage] counts")
     options.add_argument(

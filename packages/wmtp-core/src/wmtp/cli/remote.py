@@ -1,4 +1,4 @@
-"""The commands for runs on a service."""
+"""Commands for runs on a service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run that has ended is reported."""
+"""Report of a run that has ended."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def outcome(train: Callable[[], Result]) -> Result:
 
 
 def report(result: Result, *, to_stdout: bool) -> tuple[dict[str, Any], int]:
-    """The answer for ``--json`` and the exit code; printed too where ``to_stdout`` says so.
+    """Make the ``--json`` answer and exit code; print them where ``to_stdout`` says so.
 
     After a signal the code is the one that a shell gives to a process that died of it: 130 or 143.
     """
@@ -57,5 +57,5 @@ def report(result: Result, *, to_stdout: bool) -> tuple[dict[str, Any], int]:
 
 
 def _headline(metrics: Mapping[str, float]) -> list[str]:
-    """The losses: of training, of evaluation, and of each head."""
+    """Select the losses: of training, of evaluation, and of each head."""
     return [name for name in metrics if name.removeprefix("eval/").startswith("loss")]

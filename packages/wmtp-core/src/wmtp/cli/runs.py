@@ -1,4 +1,4 @@
-"""The command for tracked runs: ``wmtp runs pull``."""
+"""Command for tracked runs: ``wmtp runs pull``."""
 
 from __future__ import annotations
 

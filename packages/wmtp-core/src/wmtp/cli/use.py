@@ -1,4 +1,4 @@
-"""The commands that use a trained model."""
+"""Commands that use a trained model."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class _Kind:
 
 
 def make_converter(registry: Registry) -> cattrs.Converter:
-    """The converter for one set of plugins. Its ``structure`` raises `Problems`."""
+    """Make the converter for one set of plugins. Its ``structure`` raises `Problems`."""
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     for scalar, name in ((bool, "true or false"), (int, "a whole number"), (str, "a string")):
         converter.register_structure_hook(scalar, values.scalar(scalar, name))
@@ -83,7 +83,7 @@ def _is_union(type_: Any) -> bool:
 
 
 def _union(converter: cattrs.Converter, value: Any, type_: Any) -> Any:
-    """The first member that takes the value as it is; a whole number fits ``int`` before ``float``."""
+    """Convert to the first member that takes the value unchanged; ``int`` comes before ``float``."""
     members = get_args(type_)
     if value is None and type(None) in members:
         return None
@@ -190,7 +190,7 @@ def _table(converter: cattrs.Converter, value: Any, cls: type[Any]) -> Any:
 def _said_by_validators(
     cls: type[Any], fields: Mapping[str, attrs.Attribute[Any]], arguments: Mapping[str, Any]
 ) -> list[Problem]:
-    """What each field's own validator says, one by one: attrs itself stops at the first."""
+    """Run each field's validator and collect all problems; attrs itself stops at the first."""
     unfinished = object.__new__(cls)
     known: dict[str, Any] = {}
     for key, attribute in fields.items():
@@ -233,7 +233,7 @@ def _field_type(attribute: attrs.Attribute[Any]) -> Any:
 
 
 def _with_component(annotation: Any, leaf: Any) -> Any:
-    """The annotation of a component field, with `leaf` where it says what class the component has."""
+    """Replace the component class inside a field's annotation by `leaf`."""
     origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if _is_union(annotation) and type(None) in arguments:
         rest = [argument for argument in arguments if argument is not type(None)]

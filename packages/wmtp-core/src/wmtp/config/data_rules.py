@@ -1,4 +1,4 @@
-"""Which data sets are learned from, and which are measured. Torch-free."""
+"""Rules about data sets: which are for training, and which for evaluation. Torch-free."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def eval_sources(config: Config) -> tuple[str, ...]:
 
 
 def read_from(dataset: DataLoaderConfig, path: KeyPath) -> tuple[DataLoaderConfig, KeyPath]:
-    """What names the files of a data set, and where it stands in the config: the source inside a transform, or itself."""
+    """Return the config that names a data set's files, and its key path.
+
+    For a transform that is the source inside it, else the data set itself.
+    """
     for placed in components(dataset, path):
         if placed.kind == "data_loaders":
             return read_from(placed.config, placed.path)
@@ -33,7 +36,7 @@ def read_from(dataset: DataLoaderConfig, path: KeyPath) -> tuple[DataLoaderConfi
 
 
 def check_sources(config: Config) -> list[str]:
-    """The problems of ``data.train.sources``, ``data.eval`` and the data sets they name, one line each."""
+    """Report problems of ``data.train.sources``, ``data.eval`` and their data sets, one line each."""
     problems: list[str] = []
     train, measured = train_sources(config), eval_sources(config)
     installed = ", ".join(config.datasets)

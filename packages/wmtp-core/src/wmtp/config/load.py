@@ -74,7 +74,10 @@ def load(
 
 
 def load_storage(sources: Sequence[ConfigSource], overrides: Iterable[str] = ()) -> StorageConfig:
-    """The section ``[storage]`` of files that may lack all others. Arguments and errors: see `load_config`."""
+    """Read the section ``[storage]`` of files that may lack all others.
+
+    Arguments and errors: see `load_config`.
+    """
     document, registry, problems = _merged(sources, overrides, None)
     problems = [problem for problem in problems if problem.path[:1] == ("storage",)]
     try:
@@ -129,5 +132,5 @@ def _merged(
 
 
 def located(document: Document, problems: Iterable[Problem]) -> ConfigError:
-    """The error for problems of a document, each with its place."""
+    """Make the error for a document's problems, each with its file and line."""
     return ConfigError(list(dict.fromkeys(document.locate(problem) for problem in problems)))

@@ -28,7 +28,7 @@ class Override:
     value: Any
 
     def where(self, _: KeyPath) -> str:
-        """What a message says in place of a file."""
+        """Name the source in a message, in place of a file."""
         return f"--set {dotted(self.path)}"
 
 

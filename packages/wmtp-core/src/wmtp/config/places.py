@@ -35,7 +35,7 @@ class Place:
         return cls(backends=build_backends(config.storage), cache_dir=Path(config.storage.cache_dir).expanduser())
 
     def path(self, component: Any, key: str) -> Path | None:
-        """The local path of a component's ``uri``; None where it has none.
+        """Return the local path of a component's ``uri``; None where it has none.
 
         Raises:
             WMTPError: nothing is there, or it could not be fetched.
@@ -46,7 +46,7 @@ class Place:
         return None if uri is None else self.fetch(uri, f"{key}.uri")
 
     def fetch(self, uri: str, key: str) -> Path:
-        """The local path of a URI.
+        """Return the local path of a URI, fetching it if needed.
 
         Raises:
             WMTPError: nothing is there, or it could not be fetched.

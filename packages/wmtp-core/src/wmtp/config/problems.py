@@ -1,4 +1,4 @@
-"""What is wrong with a config, and with which of its keys."""
+"""Problems of a config, each with the key that it concerns."""
 
 from __future__ import annotations
 

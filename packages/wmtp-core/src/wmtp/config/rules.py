@@ -1,4 +1,4 @@
-"""What must hold between the sections of a config. Needs no torch: it runs before a GPU is paid for."""
+"""Rules across the sections of a config. Torch-free: they run before a GPU is paid for."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
 
 
 def component_problems(config: Config, registry: Registry) -> Iterator[Problem]:
-    """What is wrong with single components: inputs that are not there, and what their own ``check()`` says."""
+    """Check single components: missing inputs, and each component's own ``check()``."""
     yield from _uris(config, registry)
     if not config.launcher.remote:  # there a path is one of the other machine
         yield from model_problems(config)
@@ -83,7 +83,7 @@ def component_problems(config: Config, registry: Registry) -> Iterator[Problem]:
 
 
 def _remote(config: Config, registry: Registry) -> Iterator[Problem]:
-    """What a service asks of the whole config."""
+    """Run the remote launcher's check of the whole config."""
     plugin = registry.provider(type(config.launcher)) or type(config.launcher).__qualname__
     try:
         launcher: Any = config.launcher.build()  # a RemoteLauncher, as its suite tests
@@ -136,7 +136,7 @@ class Need:
 
 
 def required_models(config: Config) -> dict[str, Need]:
-    """The models that the trainers need besides ``base``, by the name of their section."""
+    """Map the models that trainers need besides ``base``, by section name."""
     return {
         name: Need(placed.config.type, scores_texts)
         for placed in components(config)
@@ -321,7 +321,7 @@ def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) 
 
 
 def _own_rules(path: KeyPath, config: Any, registry: Registry) -> Iterator[Problem]:
-    """What a component's own ``check()`` says; see `wmtp.plugins.hookspecs`."""
+    """Run a component's own ``check()``; see `wmtp.plugins.hookspecs`."""
     try:
         found = config.check()
         if isinstance(found, str):

@@ -1,4 +1,4 @@
-"""The sections of a WMTP config: every class is a table in TOML, every field a key in it.
+"""Sections of a WMTP config: every class is a table in TOML, every field a key.
 
 A section with a ``type`` belongs to a plugin's config class (`wmtp.plugins.hookspecs`); the rest are the plain tables below. No
 torch types: a config is checked on machines that have no torch.
@@ -67,22 +67,22 @@ class RunConfig:
 
 @frozen(kw_only=True)
 class HeadsConfig:
-    """The heads that predict the next ``horizon`` tokens. Head 1 is the model's own.
+    """Heads that predict the next ``horizon`` tokens. Head 1 is the model's own.
 
     Args:
         horizon: H, how many tokens ahead are predicted.
-        kind: what heads 2..H are. ``block``: a decoder layer each on the trunk (Meta, arXiv 2404.19737); ``linear``: an
+        kind: architecture of heads 2..H. ``block``: a decoder layer each on the trunk (Meta, arXiv 2404.19737); ``linear``: an
             unembedding each; ``residual``: a residual SiLU layer each before the shared unembedding (Medusa, arXiv
             2401.10774); ``chained``: a decoder layer each, fed by the previous depth and the embedding of the token that
             it predicted (DeepSeek-V3, arXiv 2412.19437); ``shared``: one such layer applied again and again (FastMTP,
             arXiv 2509.18362). A model that brings heads of its own keeps them, and must agree with this.
-        init: how new heads start. ``copy``: from the model's last layer (``linear``: from its unembedding;
+        init: initial weights of new heads. ``copy``: from the model's last layer (``linear``: from its unembedding;
             ``residual``: as the identity); ``random``: from the model's own initialiser.
         trunk_gradient: ``joint``: all heads train the trunk; ``detach``: only head 1 does.
         head_weights: α, one a head. Default 1 each.
         decay: instead of ``head_weights``: α_k = decay^(k−1).
-        warmup_steps: for so many optimizer steps at the start only heads 2..H learn, on a frozen model.
-        lr_factor: heads 2..H learn with this multiple of ``optimizer.lr``; new heads stand more than a pretrained model.
+        warmup_steps: number of optimizer steps at the start in which only heads 2..H are trained, on a frozen model.
+        lr_factor: multiplies ``optimizer.lr`` for heads 2..H; new heads tolerate a higher rate than a pretrained model.
     """
 
     horizon: int = field(default=4, validator=ge(1))
@@ -122,7 +122,7 @@ def _positive_numbers(_: object, attribute: Attribute[Mapping[str, float]], valu
 
 @frozen(kw_only=True)
 class TrainDataConfig:
-    """What is learned from.
+    """Training data, and how it becomes batches.
 
     Args:
         sources: names of ``[datasets.*]`` tables. Default: all of them that ``[data.eval]`` does not name.
@@ -135,13 +135,13 @@ class TrainDataConfig:
         learn: what is learned: of conversations what every ``assistant`` says (the default) or the ``last`` alone, of other
             documents the completion; ``all`` learns prompts, user turns and all the template writes too.
         learn_prompt: another name: true is ``learn = "all"``.
-        boundary: ``apart`` encodes a prompt and its completion each on its own, so that no token reaches from what is not
-            learned to what is; ``together`` encodes the whole text, as other programs do, and learns such a token.
+        boundary: ``apart`` encodes a prompt and its completion separately, so that no token spans the two; ``together`` encodes
+            the whole text, as other programs do, and trains on a token that spans them.
         chat_template: how conversations are written: a Jinja template, or a file with one. Default: the model's own.
         prompt_weights: for data sets by name a number that multiplies the weights of prompt tokens, which are learned then,
             under every trainer: ``prompt_weights = { chat = 0.1 }``.
         response_weights: for data sets by name a number that multiplies the weights of everything else that is learned.
-        overlong: what happens to a document of more than ``max_length`` tokens: ``truncate`` it, ``skip`` it, or
+        overlong: treatment of a document of more than ``max_length`` tokens: ``truncate`` it, ``skip`` it, or
             ``split`` it into several.
         on_bad_example: ``error`` stops at the first line that cannot be read, ``skip`` leaves it out and says how many.
         shuffle: a new order in each epoch, by ``run.seed``; false keeps the order of the files.
@@ -170,7 +170,7 @@ class TrainDataConfig:
 
 @frozen(kw_only=True)
 class EvalDataConfig:
-    """What is measured during training, never learned from. Rows are made as ``[data.train]`` says.
+    """Data measured during training and never trained on. Rows are made as in ``[data.train]``.
 
     Args:
         sources: names of ``[datasets.*]`` tables.
@@ -187,7 +187,7 @@ class EvalDataConfig:
 
 @frozen(kw_only=True)
 class DataConfig:
-    """What is learned from and what is measured.
+    """Training and evaluation data.
 
     Args:
         train: the training data.
@@ -202,7 +202,7 @@ class DataConfig:
 
 @frozen(kw_only=True)
 class ScheduleConfig:
-    """The learning rate over the optimizer steps of the whole job, as a factor of ``optimizer.lr``.
+    """Learning rate over the optimizer steps, as a factor of ``optimizer.lr``.
 
     Args:
         type: ``constant``, or ``linear`` or ``cosine`` decay to ``min_ratio`` at the end of the run.
@@ -237,7 +237,7 @@ class EarlyStoppingConfig:
 
 @frozen(kw_only=True)
 class TrainConfig:
-    """How long, and how a step is made.
+    """Length of training, and the making of a step.
 
     Args:
         max_steps: optimizer steps. Default: what ``epochs`` gives.
@@ -261,16 +261,17 @@ class TrainConfig:
 
 @frozen(kw_only=True)
 class FsdpConfig:
-    """How several processes hold one model (FSDP2: parameters, gradients and optimizer are divided among them).
+    """Distribution of one model over several processes (FSDP2).
 
-    Used with several processes; with one only where this table is written.
+    Parameters, gradients and optimizer state are sharded among them. Used with several processes; with one only where this
+    table is written.
 
     Args:
         strategy: ``full`` gathers each layer when it computes and frees it again; ``grad-op`` keeps the gathered layers
-            from the forward to the backward pass: more memory, less to send; ``none`` keeps everything on every device, and
-            adds up gradients: for models that are small for their device.
-        reduce_every_micro_batch: true adds up gradients after each micro-batch, and so holds only a share of them; false
-            once a step: less to send, but each device holds all gradients meanwhile.
+            from the forward to the backward pass: more memory, less communication; ``none`` keeps everything on every device,
+            and adds up gradients: for models that are small for their device.
+        reduce_every_micro_batch: true reduces gradients after each micro-batch, so that a device holds only its shard of them;
+            false once a step: less communication, but each device holds all gradients meanwhile.
     """
 
     strategy: Literal["full", "grad-op", "none"] = "full"
@@ -279,7 +280,7 @@ class FsdpConfig:
 
 @frozen(kw_only=True)
 class DevicesConfig:
-    """What computes, and in which precision.
+    """Device, precision and memory options of the computation.
 
     Args:
         device: ``auto`` takes cuda, then mps, then cpu.
@@ -338,7 +339,7 @@ class CheckpointConfig:
 
 @frozen(kw_only=True)
 class ReportConfig:
-    """What is recorded for ``wmtp report`` besides the metrics.
+    """Records for ``wmtp report`` besides the metrics.
 
     Args:
         weight_interval: optimizer steps between two records of how the weights are distributed; 0 records none. Default:

@@ -170,7 +170,7 @@ class Document:
         return self.origins.get(path)
 
     def locate(self, problem: Problem) -> str:
-        """The message with its place: ``recipe.toml:5: trainer.gama: unknown key``."""
+        """Format a problem with its place: ``recipe.toml:5: trainer.gama: unknown key``."""
         at = problem.path if problem.at is None else problem.at
         source = self.source(at)
         while at and at not in self.origins:

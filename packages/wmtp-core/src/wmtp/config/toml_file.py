@@ -56,7 +56,7 @@ class FileSource:
         return {}
 
     def _prefix(self, lines: int) -> dict[str, Any] | None:
-        """The first ``lines`` lines as TOML; None where they end in the middle of a statement."""
+        """Parse the first ``lines`` lines; None where they end inside a statement."""
         if lines not in self._parsed:
             try:
                 self._parsed[lines] = tomli.loads("\n".join(self._lines[:lines]))
@@ -65,7 +65,7 @@ class FileSource:
         return self._parsed[lines]
 
     def _complete(self, lines: int) -> int:
-        """The longest prefix of at most ``lines`` lines that ends between two statements."""
+        """Find the longest prefix, at most ``lines`` lines, that ends between two statements."""
         while self._prefix(lines) is None:
             lines -= 1
         return lines

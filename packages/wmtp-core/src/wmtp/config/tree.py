@@ -58,7 +58,7 @@ def _inside(value: Any, path: KeyPath, kind: str | None) -> Iterator[Placed]:
 
 
 def to_mapping(config: Config, *, text: Callable[[str], str] = str) -> dict[str, Any]:
-    """The config as TOML has it: every value, the defaults too; None is an absent key.
+    """Convert the config to TOML tables, with all defaults; None becomes an absent key.
 
     Args:
         config: a config.
@@ -125,7 +125,7 @@ def _value(value: Any, path: KeyPath, text: Callable[[str], str], is_component: 
 
 
 def dump_config(config: Config) -> str:
-    """The config as a complete TOML file; reading it gives an equal config.
+    """Write the config as complete TOML; reading it gives an equal config.
 
     Raises:
         ConfigError: a value has no form in TOML; the message names its key.
@@ -138,7 +138,10 @@ def dump_config(config: Config) -> str:
 
 
 def flatten(config: Config) -> dict[str, str]:
-    """The config with one entry a value: ``{"optimizer.lr": "1e-05", …}``, in the order of the sections."""
+    """Flatten the config to one entry a value, in the order of the sections.
+
+    Example: ``{"optimizer.lr": "1e-05", …}``.
+    """
     return {key: _word(value) for key, value in flat(to_mapping(config)).items()}
 
 

@@ -29,7 +29,7 @@ def shown(value: Any) -> str:
 
 
 def wrong(expected: str, value: Any) -> Problems:
-    """The problem of a value of another type."""
+    """Make the problem of a value of another type."""
     hint = ""
     if isinstance(value, str) and re.fullmatch(r"true|false|[+-]?[0-9.]+(e[+-]?[0-9]+)?", value):
         hint = " (a string: leave the quotes out)"

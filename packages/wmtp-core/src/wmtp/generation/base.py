@@ -1,4 +1,4 @@
-"""What is asked of a decoder, and what it gives. Importing it imports no torch."""
+"""Requests to a decoder, and its results. Importing it imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["DraftCounts", "Generation", "Sampling"]
 
 @frozen(kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """Choice of the next token.
 
     Args:
         temperature: logits are divided by it; 0 takes the most probable token (greedy).
@@ -28,13 +28,13 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn."""
+        """True if nothing is drawn."""
         return self.temperature == 0.0
 
 
 @frozen(kw_only=True)
 class DraftCounts:
-    """How the drafts of heads 2..H fared in one row.
+    """Counts of tested and accepted drafts of heads 2..H in one row.
 
     Args:
         steps: forward passes of the model after the one that read the prompt.
@@ -49,13 +49,13 @@ class DraftCounts:
 
 @frozen(kw_only=True)
 class Generation:
-    """What a model wrote after one prompt. ``str()`` of it is the text.
+    """Completion of one prompt. ``str()`` of it is the text.
 
     Args:
         tokens: the new tokens; an end-of-sequence token that ended them is the last one.
         finish: ``eos``; ``length``: as many tokens as were asked for; ``context``: the model has no position for another
-            one; ``stop``: what the caller wanted to stop at.
-        drafts: what it cost.
+            one; ``stop``: the caller's stop condition held.
+        drafts: steps, and drafts tested and accepted.
         text: the tokens' text; None without a tokenizer.
     """
 
@@ -74,7 +74,7 @@ class Generation:
 
 
 def total(counts: Sequence[DraftCounts]) -> DraftCounts:
-    """The sum over rows."""
+    """Sum the counts over rows."""
     heads = max((len(row.tested) for row in counts), default=0)
     return DraftCounts(
         steps=sum(row.steps for row in counts),

@@ -101,9 +101,10 @@ class CachedDecoder:
         return Read(hidden=hidden, call=calls[0], slots=slots, width=width)
 
     def call_at(self, slots: Tensor, width: int) -> LayerCall:
-        """The arguments that the last layer would get at other positions: position embeddings, mask and what else it wants.
+        """Return the arguments that the last layer would get at other positions.
 
-        The layers before it are skipped, so the hidden states in it mean nothing.
+        They hold position embeddings, mask and whatever else it takes. The layers before it are skipped, so the hidden states
+        among them mean nothing.
         """
         ids = torch.zeros_like(slots)
         last = self._anatomy.layers[-1]
@@ -216,7 +217,7 @@ def _try_out(model: MTPModel, name: str) -> None:
 
 @contextmanager
 def _skipped(layers: list[nn.Module], *, as_tuples: bool) -> Iterator[None]:
-    """The layers give back what they are given inside."""
+    """Make the layers return their input, inside the context."""
 
     def skip(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -1,13 +1,13 @@
-"""The decoding loop, the same with and without speculation.
+"""Decoding loop, the same with and without speculation.
 
-A step reads, in each row, the last known token and K drafts for what follows it (K = 0 without speculation, else H−1), in one
-forward pass. Head 1's own choice after each of these tokens then decides how many drafts were right:
+A step reads, in each row, the last known token and K drafts of the tokens after it (K = 0 without speculation, else H−1), in
+one forward pass. Head 1's own choice after each of these tokens then decides how many drafts were right:
 
-- greedy: a draft is accepted if it is the token that head 1 would take. What comes out is what comes out without drafts;
+- greedy: a draft is accepted if it is the token that head 1 would take. The result is that of decoding without drafts;
 - sampling: draft d of head k, drawn from q, is accepted with probability min(1, p(d) / q(d)), where p is head 1's distribution;
   after a rejection the token is drawn from max(p − q, 0) (arXiv 2211.17192, algorithm 1). So every token is distributed as p.
 
-Either way a step gives one token more than it accepts. Heads 2..H then draft again, from what was read.
+Either way a step produces one token more than it accepts. Heads 2..H then draft again, from the hidden states of this pass.
 
 Ties. A forward pass over several tokens rounds differently from one over a single token, and so does one over another number of
 rows. Where head 1's two best logits lie within `TIE` of their largest, either could win by rounding alone; for fp32 and fp64
@@ -113,7 +113,7 @@ class _Row:
 
 
 class _Batch:
-    """The rows that are decoded together. A row leaves it when it is finished."""
+    """Rows that are decoded together. A row leaves it when it is finished."""
 
     def __init__(
         self,
@@ -200,7 +200,11 @@ class _Batch:
         return self._take(new.tolist(), accepted.tolist(), is_prompt=is_prompt)
 
     def _verify_greedy(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """How many drafts of each row are head 1's own choice, and its choice after them: ``[B]`` twice."""
+        """Count each row's drafts that equal head 1's choice, and choose the next token.
+
+        Returns:
+            both ``[B]``.
+        """
         best = logits.argmax(-1)
         if self._exact:
             top = logits.topk(2, dim=-1).values
@@ -222,7 +226,11 @@ class _Batch:
                     break
 
     def _verify_sampled(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """How many drafts of each row are accepted, and the token drawn after them: ``[B]`` twice."""
+        """Count each row's accepted drafts, and draw the next token.
+
+        Returns:
+            both ``[B]``.
+        """
         probs, count = probabilities(logits, self._sampling), self._drafts.shape[1]
         uniform = self._draws(count + 1, self._device)
         if self._draft_probs is None:

@@ -1,4 +1,4 @@
-"""How heads 2..H of each kind draft the tokens after the next one."""
+"""Drafters: how heads 2..H of each kind propose the tokens after the next one."""
 
 from __future__ import annotations
 
@@ -162,5 +162,5 @@ _DRAFTERS: dict[str, type[Drafter]] = {
 
 
 def make_drafter(model: MTPModel, decoder: CachedDecoder) -> Drafter:
-    """The drafter for the model's kind of heads."""
+    """Make the drafter for the model's kind of heads."""
     return _DRAFTERS[model.heads.kind](model, decoder)

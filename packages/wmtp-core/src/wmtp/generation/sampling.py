@@ -14,7 +14,11 @@ __all__ = ["Draws", "draw", "probabilities"]
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What is drawn from: softmax of the logits over the temperature, cut to the nucleus. ``[..., V]`` fp32."""
+    """Compute the sampling distribution: softmax at the temperature, cut to the nucleus.
+
+    Returns:
+        ``[..., V]`` fp32.
+    """
     probs = torch.softmax(logits.float() / sampling.temperature, dim=-1)
     if sampling.top_p < 1.0:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)

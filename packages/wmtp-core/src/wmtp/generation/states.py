@@ -22,7 +22,7 @@ State = dict[str, Any] | None
 
 
 class PartStates:
-    """The states of one part of a layer.
+    """Recurrent states of one part of a layer, after each of the last tokens.
 
     Args:
         config: of the model.

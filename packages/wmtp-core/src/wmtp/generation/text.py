@@ -50,16 +50,16 @@ def generate_texts(
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of ``stop``."""
+    """Cut the text before the first of ``stop``."""
     ends = [place for place in (text.find(word) for word in stop) if place >= 0]
     return text[: min(ends)] if ends else text
 
 
 class StopAt:
-    """Whether one of some texts has just been written.
+    """Stop condition: one of some texts has just been written.
 
     Args:
-        tokenizer: what decodes.
+        tokenizer: decodes the tokens.
         words: the texts.
     """
 
@@ -70,7 +70,7 @@ class StopAt:
         self._tail = max(len(word.encode()) for word in words) + 4
 
     def __call__(self, tokens: Sequence[int]) -> bool:
-        """Whether ``tokens`` hold one of the words near their end."""
+        """Return True if ``tokens`` hold one of the words near their end."""
         text = self._tokenizer.decode(tokens[-self._tail :])
         return any(word in text for word in self._words)
 
@@ -84,7 +84,7 @@ class TextStream:
         self._shown = ""
 
     def pieces(self, steps: Iterator[list[int]]) -> Iterator[str]:
-        """The text of each step, as far as no later token can change it."""
+        """Yield the text of each step, once no later token can change it."""
         for tokens in steps:
             self._tokens += tokens
             text = self._tokenizer.decode(self._tokens)

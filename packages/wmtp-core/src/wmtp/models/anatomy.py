@@ -30,7 +30,9 @@ _SOFTCAP_NAMES = ("final_logit_softcapping", "softcap")
 
 @frozen(kw_only=True, eq=False)
 class LayerCall:
-    """The arguments of one call of a decoder layer: hidden states, mask, positions, whatever the architecture passes.
+    """Recorded arguments of one call of a decoder layer.
+
+    They hold hidden states, mask, positions, and whatever else the architecture passes.
 
     Args:
         args: positional arguments.
@@ -42,7 +44,7 @@ class LayerCall:
 
     @property
     def hidden_states(self) -> Tensor:
-        """The layer's input, ``[B, S, D]``."""
+        """Input of the layer, ``[B, S, D]``."""
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
     def repeat(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -54,14 +56,14 @@ class LayerCall:
 
 @frozen(kw_only=True, eq=False)
 class Anatomy:
-    """The parts of a model.
+    """Parts of a decoder-only model on which heads are put.
 
     Args:
         decoder: from token ids to the last hidden state, without the unembedding.
-        embedding: from token ids to what the decoder begins with.
+        embedding: from token ids to the decoder's input.
         output: the unembedding's weight ``[V, D]``, and a bias where it has one.
         layers: the decoder layers.
-        tail: what the decoder does after the last layer, in order: for nearly all models one norm.
+        tail: the modules called after the last layer, in order: for nearly all models one norm.
         scale, softcap, divides, float32: of the logits; see `Unembedding`.
     """
 
@@ -88,7 +90,10 @@ class Anatomy:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden states of a layer's output: some return a tensor, some a tuple that begins with it."""
+    """Return the hidden states of a layer's output.
+
+    Some layers return a tensor, some a tuple that begins with it.
+    """
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -115,7 +120,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def record_call(layer: nn.Module) -> Iterator[list[LayerCall]]:
-    """The calls of ``layer`` that are made inside, in order."""
+    """Record the calls of ``layer`` inside the context, in order."""
     calls: list[LayerCall] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -208,7 +213,11 @@ def _looks_ahead(model: PreTrainedModel) -> str:
 def _find_tail(
     decoder: nn.Module, layers: nn.ModuleList, ids: Tensor, refuse: Callable[[str], ConfigError]
 ) -> tuple[tuple[nn.Module, ...], Tensor]:
-    """What is called after the last layer, and the decoder's last hidden state ``[1, S, D]``."""
+    """Find the modules after the last layer, and the last hidden state.
+
+    Returns:
+        the modules, in order, and the state ``[1, S, D]``.
+    """
     last = layers[-1]
     called: list[nn.Module] = []
     tail: list[nn.Module] = []
@@ -254,7 +263,7 @@ def _find_tail(
 
 
 def _find_transform(model: PreTrainedModel, logits: Tensor, expected: Tensor) -> dict[str, Any] | None:
-    """The settings of `Unembedding` with which the plain logits become the model's own, bit for bit."""
+    """Find the `Unembedding` settings that reproduce the model's own logits bit for bit."""
 
     def numbers(names: tuple[str, ...]) -> list[float]:
         values = (field(model.config, name) for name in names)

@@ -61,13 +61,17 @@ def document_mask(position_ids: Tensor) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block has, and which: ``[B, 1, count]`` and ``[B, 1, count, count]``."""
+    """List the key blocks of each query block.
+
+    Returns:
+        their counts ``[B, 1, count]`` and their indices ``[B, 1, count, count]``.
+    """
     chosen = blocks.unsqueeze(1).to(torch.int32)
     return chosen.sum(dim=-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
 
 def causal_mask(device: torch.device) -> Tensor:
-    """What says that a row is one document: a mask of no size, which no architecture reads."""
+    """Return the marker of single-document rows: an empty mask that no architecture reads."""
     return torch.empty((0, 0, 0, 0), dtype=torch.bool, device=device)
 
 

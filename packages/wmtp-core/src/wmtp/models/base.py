@@ -1,4 +1,4 @@
-"""The contract of a model source. Importing it imports no torch."""
+"""Contract of a model source. Importing it imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["LoadedModel", "ModelInfo", "ModelLoader"]
 
 @frozen(kw_only=True)
 class ModelInfo:
-    """What is known of a model before its weights are read.
+    """Metadata of a model, known before its weights are read.
 
     Args:
         architecture: for instance ``LlamaForCausalLM``.
@@ -35,10 +35,10 @@ class ModelInfo:
         max_positions: the longest input; None where there is no limit.
         heads: the extra heads that the model brings; None for an ordinary model.
         feed_forward_size: the inner width of the feed-forward layers, for the memory estimate; None where it is not known.
-        kv_size: numbers in the keys of a token, in one layer; likewise.
-        switching_length: the length beyond which positions are scaled by the length itself, so that documents of one row would
-            not be as they are alone; None where they are not.
-        unsavable: why a trained copy of the folder could not be saved whole, which refuses to train it; None where it can.
+        kv_size: size of a token's keys in one layer, for the memory estimate; None where it is not known.
+        switching_length: the length beyond which positions are scaled by the row's length (dynamic RoPE), so that packed
+            documents would not be computed as they are alone; None where there is none.
+        unsavable: why a trained copy of the folder could not be saved whole, so that training it is refused; None where it can.
     """
 
     architecture: str

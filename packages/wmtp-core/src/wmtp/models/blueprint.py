@@ -23,18 +23,18 @@ _LOGITS = ("scale", "softcap", "divides", "float32")
 
 @frozen(kw_only=True, eq=False)
 class Blueprint:
-    """What `MTPModel` found out about a model by running it once, which an empty one cannot tell.
+    """Findings of `MTPModel` about a model that an empty copy cannot repeat.
 
     Args:
         model_class: of the base.
         config: of the base.
-        generation_config: of the base, which its config does not tell; None where it has none.
+        generation_config: of the base, kept apart from its config; None where it has none.
         parts: the path in the base of each part of its anatomy.
-        tail: the paths of what follows the last layer.
+        tail: the paths of the modules after the last layer.
         logits: how logits are scaled and capped.
         packing: how rows hold several documents.
         block_attention: whether it attends by `wmtp.models.attention`; the config says so too.
-        heads: which heads it has.
+        heads: its heads.
     """
 
     model_class: type[PreTrainedModel]
@@ -65,10 +65,10 @@ class Blueprint:
         )
 
     def build(self) -> MTPModel:
-        """The model on the meta device: no memory for its weights.
+        """Build the model on the meta device, without memory for its weights.
 
         Raises:
-            WMTPError: it computes numbers when it is built that it keeps where no other process can fill them in.
+            WMTPError: building it computes numbers and stores them where another process cannot fill them in.
         """
         with torch.device("meta"):
             base = self.model_class(self.config).eval()

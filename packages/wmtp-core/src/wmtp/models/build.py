@@ -39,7 +39,7 @@ def build_model(loaded: LoadedModel, heads: HeadsConfig | None, seed: int) -> MT
 
 
 def resolve_heads(wanted: HeadsConfig | None, brought: HeadsConfig | None) -> HeadsConfig:
-    """The heads to use, where config and model may both name some.
+    """Reconcile the heads of the config with those of the model.
 
     Raises:
         ConfigError: they contradict each other.
@@ -68,7 +68,7 @@ def resolve_heads(wanted: HeadsConfig | None, brought: HeadsConfig | None) -> He
 
 
 def _first_heads(state: Mapping[str, Tensor], heads: HeadsConfig) -> dict[str, Tensor]:
-    """The tensors of heads 2..H; a smaller horizon than the model's leaves the last ones out."""
+    """Select the tensors of heads 2..H; a smaller horizon drops the model's last heads."""
     if heads.kind == "shared":
         return dict(state)
     first = {str(index) for index in range(heads.horizon - 1)}

@@ -1,7 +1,7 @@
-"""The kinds of heads 2..H. Head 1 is the model's own and not here.
+"""Kinds of heads 2..H. Head 1 is the model's own and not here.
 
-A kind is one class: how its modules are made (``build``), and how they turn the trunk and head 1's hidden states into those
-of heads 2..H (``run``). All hidden states that leave it are what an unembedding multiplies: after the final norm.
+A kind is one class: ``build`` makes its modules, and ``run`` turns the trunk and head 1's hidden states into those of heads
+2..H. All hidden states that it returns are ready for an unembedding: they come after the final norm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @frozen(kw_only=True, eq=False)
 class HeadInput:
-    """What heads 2..H are given.
+    """Inputs of heads 2..H.
 
     Args:
         call: the arguments of the last decoder layer; its hidden states are the trunk's output ``[B, S, D]``.
@@ -108,7 +108,7 @@ class HeadKind:
 
     @staticmethod
     def build(maker: Maker, extra: int) -> nn.ModuleList:
-        """The modules of ``extra`` new heads."""
+        """Build the modules of ``extra`` new heads."""
         raise NotImplementedError
 
     @staticmethod

@@ -1,4 +1,7 @@
-"""The repeated layers of a model with heads: what is checkpointed, compiled and sharded one by one, in this order."""
+"""Repeated layers of a model with heads, in the order of their calls.
+
+Activation checkpointing, compilation and sharding work on one of them at a time.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ __all__ = ["repeated_layers"]
 
 
 def repeated_layers(model: MTPModel) -> list[nn.Module]:
-    """The modules of about a layer's size that a forward pass calls one after another.
+    """List the layer-sized modules that a forward pass calls one after another.
 
     Args:
         model: with any heads.

@@ -36,11 +36,11 @@ HEADS_FORMAT = 1
 
 
 class MTPOutput(NamedTuple):
-    """What the model computes, short of logits.
+    """Output of the model, short of logits.
 
     Args:
         trunk: ``[B, S, D]``, the output of all decoder layers but the last.
-        hidden: H tensors ``[B, S, D]``, after the final norm: what the unembedding of each head multiplies.
+        hidden: H tensors ``[B, S, D]``, after the final norm: the inputs of each head's unembedding.
     """
 
     trunk: Tensor
@@ -114,11 +114,11 @@ class MTPModel(nn.Module):
 
     @property
     def max_positions(self) -> int | None:
-        """The longest row; None where there is no limit."""
+        """Longest possible row; None where there is no limit."""
         return max_positions(self.base.config)
 
     def check_packing(self) -> None:
-        """Whether rows may hold several documents.
+        """Refuse rows of several documents where the architecture cannot separate them.
 
         Raises:
             ConfigError: this architecture's attention or positions would cross from one document into the next.
@@ -181,7 +181,7 @@ class MTPModel(nn.Module):
         return MTPOutput(trunk=trunk, hidden=(first, *self.kind.run(self.extra_heads, given, self.horizon - 1)))
 
     def unembedding(self, head: int) -> Unembedding:
-        """What makes logits of the hidden states of one head.
+        """Return the unembedding of one head: from its hidden states to logits.
 
         Args:
             head: 1..H.
@@ -202,10 +202,10 @@ class MTPModel(nn.Module):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer beside the model's files.
+        """Tokenizer beside the model's files.
 
         Raises:
-            WMTPError: it has no files, or none of a tokenizer lies there.
+            WMTPError: the model has no files, or no tokenizer lies beside them.
             ConfigError: it is not this model's.
         """
         from wmtp.models.vocabulary import check_vocabulary

@@ -162,7 +162,7 @@ def _read(path: Path, dtype: torch.dtype | None) -> MTPModel:
 
 
 def saved_precision(path: Path) -> Literal["fp32", "bf16-params"]:
-    """The ``devices.precision`` that keeps the parameters at a local path as they were saved, by its ``config.json``."""
+    """Return the ``devices.precision`` that keeps parameters as they were saved, by ``config.json``."""
     file = path / "config.json"
     facts = read_json_object(file) if file.is_file() else {}
     return "bf16-params" if facts.get("dtype", facts.get("torch_dtype")) == "bfloat16" else "fp32"

@@ -19,10 +19,10 @@ _LIKE_LLAMA = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"
 
 
 def outline(loader: ModelLoaderConfig) -> ModelInfo | None:
-    """What `wmtp.models.base.ModelLoader.info` will say of a model, nearly; None where it cannot be told.
+    """Estimate a model's `ModelInfo` without torch; None where that is not possible.
 
-    It can for models from scratch and for Hugging Face folders on this machine, of architectures built as Llama is. Biases,
-    and norms inside of attention, are left out: far less than 1 % of the parameters.
+    It is possible for models from scratch and for Hugging Face folders on this machine, of architectures built as Llama is.
+    Biases, and norms inside attention, are left out: far less than 1 % of the parameters.
     """
     if isinstance(loader, ScratchModel):
         fields = {

@@ -25,7 +25,7 @@ __all__ = ["RewardModel", "check_reward_model"]
 
 
 def check_reward_model(path: Path, key: str) -> PreTrainedConfig:
-    """Whether a folder holds a reward model, as far as its metadata tell: what no weights must be read for.
+    """Refuse a folder that holds no reward model, by its metadata alone.
 
     Args:
         path: the folder.
@@ -79,7 +79,10 @@ class RewardModel:
         self._longest = max_positions(model.config)
 
     def tokens(self, text: str) -> tuple[list[int], bool]:
-        """The ids of a text, with the special tokens that the tokenizer adds; and whether its start was cut off to fit."""
+        """Tokenise a text, and say whether its start was cut off to fit.
+
+        Special tokens are added as the tokenizer does.
+        """
         ids = self._tokenizer(text)["input_ids"]
         if self._longest is None or len(ids) <= self._longest:
             return ids, False
@@ -87,7 +90,7 @@ class RewardModel:
 
     @torch.no_grad()
     def scores(self, texts: Sequence[list[int]]) -> list[float]:
-        """The scores of some texts, given as ids, by one forward pass."""
+        """Score some texts, given as ids, by one forward pass."""
         pad = self._padding(texts)
         if pad is None and len(texts) > 1:
             return [score for text in texts for score in self.scores([text])]

@@ -1,4 +1,4 @@
-"""The scores of a reward model for the training data, computed once and kept beside the tokens."""
+"""Reward-model scores of the training data, computed once and cached beside the tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _log = logging.getLogger("wmtp")
 
 
 def open_reward_scores(config: Config, source: Source, dataset: TokenDataset, device: torch.device) -> RewardScores:
-    """What a trainer calls for `TrainerSetup.reward_scores`."""
+    """Return the function behind `TrainerSetup.reward_scores`."""
     from wmtp.models.reward import RewardModel
 
     def score(name: str, *, template: str, dtype: torch.dtype, batch_size: int) -> DocumentNumbers:
@@ -47,7 +47,7 @@ def open_reward_scores(config: Config, source: Source, dataset: TokenDataset, de
 
 
 def document_text(dataset: TokenDataset, piece: int, tokenizer: Tokenizer, template: str) -> str:
-    """The text of one piece of the data, put into a template with ``{prompt}`` and ``{completion}``."""
+    """Fill a template with ``{prompt}`` and ``{completion}`` from one piece of the data."""
     found = dataset.document(piece)
     tokens = found.tokens.tolist()
     prompt, completion = (tokenizer.decode(part) for part in (tokens[: found.prompt_length], tokens[found.prompt_length :]))

@@ -163,9 +163,9 @@ def _fill(tensor: Tensor, source: Tensor | None, device: torch.device, ranks: Ra
 
 
 def whole_state(model: MTPModel, ranks: Ranks) -> dict[str, Tensor] | None:
-    """The state dict with every tensor whole, on the CPU of rank 0; elsewhere empty. None: ``model`` is whole everywhere.
+    """Gather the full state dict on the CPU of rank 0; it is empty elsewhere.
 
-    Tied tensors are one object.
+    None: ``model`` is not sharded. Tied tensors are one object.
     """
     if not isinstance(model, FSDPModule):
         return None

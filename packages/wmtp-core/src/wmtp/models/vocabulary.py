@@ -1,4 +1,4 @@
-"""Whether a tokenizer belongs to a model, and whether two tokenizers are the same."""
+"""Comparison of tokenizers with each other and with a model's vocabulary."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def check_ids(rows: Mapping[str, int], tokenizer: Tokenizer, datasets: Iterable[
 
 
 def check_reading(own: Tokenizer, chosen: Tokenizer) -> None:
-    """Whether a config's tokenizer gives most ids the meaning that the base model learned.
+    """Refuse a config's tokenizer that changes the meaning of most ids.
 
-    They may differ in some: reserved tokens get names, rules change. What a token is called inside a tokenizer is that
-    tokenizer's matter, and one without a decoder writes texts of its own, so an id differs if both do: its text and its name.
+    The two may differ in some: reserved tokens get names, rules change. Names of tokens are internal to a tokenizer, and a
+    tokenizer without a decoder writes texts of its own, so an id differs only if both do: its text and its name.
 
     Args:
         own: the tokenizer that lies beside the base model.
@@ -113,7 +113,7 @@ def _name(tokenizer: Tokenizer, token_id: int) -> str | None:
 
 
 def compare_tokenizers(first: Tokenizer, second: Tokenizer, *, key: str = "models.ref") -> None:
-    """Whether two models' tokenizers give every id the same meaning.
+    """Refuse two models whose tokenizers give some id another meaning.
 
     Args:
         first: that of the base model.

@@ -1,4 +1,4 @@
-"""The plugin host: which installed packages provide which components."""
+"""Plugin host: finds the components that installed packages provide."""
 
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Plugin, Provided, Registry

@@ -1,4 +1,4 @@
-"""How a config field says that it holds a plugin's component, and of which kind."""
+"""Marking of config fields that hold a plugin's component."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Component(Protocol):
 
     @property
     def type(self) -> str:
-        """The component's name in TOML."""
+        """Name of the component in TOML."""
         ...
 
     @property

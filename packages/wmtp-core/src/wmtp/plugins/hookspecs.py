@@ -1,4 +1,4 @@
-"""The hooks by which a package adds components to WMTP.
+"""Hooks by which a package adds components to WMTP.
 
 A plugin is a module named by an entry point of the group ``wmtp``. Each hook takes no argument and returns an iterable of
 *config classes*: frozen attrs classes with a class variable ``type``, the component's name in TOML, and a method

@@ -67,7 +67,7 @@ def load_plugins() -> Registry:
 
 
 def _installed() -> _Entries:
-    """The entry points of all distributions; an exception in place of those that cannot be read.
+    """List the entry points of all distributions, or the exception of unreadable ones.
 
     `importlib.metadata.entry_points` would raise for everybody where one package's ``entry_points.txt`` is damaged.
     """
@@ -100,7 +100,7 @@ def _identity(distribution: metadata.Distribution) -> tuple[str, str]:
 
 
 def _selected(entries: _Entries) -> tuple[_Entries, list[str]]:
-    """The entry points to load, and the names of those that ``WMTP_PLUGINS`` leaves out."""
+    """Split entry points into those to load and the names that ``WMTP_PLUGINS`` leaves out."""
     wanted = os.environ.get("WMTP_PLUGINS")
     if wanted is None:
         return entries, []
@@ -147,7 +147,7 @@ def _components(plugin: Any) -> dict[str, list[type[Any]]]:
 
 
 def _checked(hook: str, kind: str, returned: Any) -> Iterable[type[Any]]:
-    """What one hook returned, if it is an iterable of config classes."""
+    """Check that a hook returned an iterable of config classes."""
     if isinstance(returned, type) or not isinstance(returned, Iterable) or isinstance(returned, str):
         raise PluginError(f"{hook} must return a list of config classes, not {describe(returned)}")
     classes = list(returned)

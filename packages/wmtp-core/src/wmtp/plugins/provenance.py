@@ -1,4 +1,4 @@
-"""The name by which messages call a component."""
+"""Names of components in messages."""
 
 from __future__ import annotations
 

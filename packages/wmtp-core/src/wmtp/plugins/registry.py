@@ -1,4 +1,4 @@
-"""What the installed plugins provide, and who provides it."""
+"""Registry of components, with the plugin that provides each."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ class Provided:
 
     @property
     def type(self) -> str:
-        """The component's name in TOML."""
+        """Name of the component in TOML."""
         return self.cls.type
 
 
 class Registry:
-    """The components of all plugins that were loaded.
+    """Components of all loaded plugins.
 
     Args:
         plugins: all of them, the broken ones too.
-        components: what the sound ones provide.
+        components: those of the working plugins.
         left_out: entry names that ``WMTP_PLUGINS`` left out.
     """
 
@@ -84,7 +84,7 @@ class Registry:
 
     @property
     def broken(self) -> tuple[Plugin, ...]:
-        """The plugins that cannot be used."""
+        """Plugins that cannot be used."""
         return tuple(plugin for plugin in self.plugins if plugin.reason is not None)
 
     @property

@@ -1,4 +1,4 @@
-"""The run directory: made whole or not at all, used by one process at a time, found again for a resume."""
+"""Run directories: created atomically, used by one process at a time, found for a resume."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _facts(config: Config, registry: Registry, argv: Sequence[str], started: dat
 
 
 def _versions(config: Config, registry: Registry) -> dict[str, str]:
-    """The versions of everything that decides the result, as far as it is installed."""
+    """Collect the versions of all packages that affect the result, where installed."""
     versions: dict[str, str] = {}
     for name in ("wmtp-core", "torch", "transformers"):
         try:
@@ -180,7 +180,7 @@ def _without_secret(argument: str) -> str:
 
 
 def git() -> dict[str, Any] | None:
-    """The commit of the current directory; None outside a repository."""
+    """Return the commit of the current directory; None outside a repository."""
     try:
         commit = _output("git", "rev-parse", "HEAD")
         return {"commit": commit, "changed": bool(_output("git", "status", "--porcelain", "--untracked-files=no"))}
@@ -207,7 +207,7 @@ def record_resume(run_dir: Path, config: Config, registry: Registry, argv: Seque
 
 
 def changed_versions(run_dir: Path, config: Config, registry: Registry) -> list[str]:
-    """What is installed in another version than when the run last went on: ``name: old → new``."""
+    """List packages whose version changed since the run last continued: ``name: old → new``."""
     facts = _read_json(run_dir / INFO_FILE) or {}
     old = (facts.get("resumed") or [facts])[-1].get("versions", {})
     new = _versions(config, registry)
@@ -234,7 +234,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def is_run_dir(path: Path) -> bool:
-    """Whether ``path`` holds a run."""
+    """Return True if ``path`` holds a run."""
     return (path / CONFIG_FILE).is_file()
 
 
@@ -257,7 +257,7 @@ def _snapshot(run_dir: Path) -> dict[str, Any]:
 
 
 def differences(run_dir: Path, config: Config) -> tuple[list[str], list[str]]:
-    """How ``config`` differs from the run's own: what a resume may not change, and what it may.
+    """Compare ``config`` with the run's own: keys that a resume may not change, and others.
 
     Returns:
         two lists of ``key: old → new``.
@@ -286,7 +286,7 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 
 
 def find_unfinished(config: Config) -> Path | None:
-    """The newest run without a name of its own that has this config and has not come to its end."""
+    """Find the newest unfinished, unnamed run with this config."""
     parent = file_path(config.run.output_dir)
     found: list[tuple[str, int, Path]] = []
     for path in parent.iterdir() if parent.is_dir() else ():

@@ -20,7 +20,7 @@ UPLOADED_FILES: Final = "run"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is no file.
+    """Read the JSON object in a file; an empty one where there is no file.
 
     Raises:
         WMTPError: it cannot be read, or holds something else; the message names it.
@@ -29,7 +29,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_snapshot(path: Path) -> dict[str, Any]:
-    """The config in a run's ``config.toml``, as plain tables.
+    """Read a run's ``config.toml`` as plain tables.
 
     Raises:
         WMTPError: it cannot be read; the message names it.

@@ -1,4 +1,4 @@
-"""What was launched from this machine: a small file for each run, so that it is found again and not started twice."""
+"""Records of launches from this machine, so that none is started twice."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Record:
 
     @classmethod
     def of(cls, config: Config, plan: LaunchPlan) -> Record:
-        """The record of a launch that is about to be sent."""
+        """Make the record of a launch that is about to be sent."""
         return cls(
             launcher=config.launcher.type,
             settings=plain_value(config.launcher, is_component=True),
@@ -67,7 +67,7 @@ class Record:
         )
 
     def named(self, run: str) -> Record:
-        """The same launch, with the id that the service gave it."""
+        """Copy the record with the id that the service gave the run."""
         return evolve(self, run=run)
 
 

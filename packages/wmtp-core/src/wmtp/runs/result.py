@@ -18,7 +18,7 @@ __all__ = ["Result"]
 
 @frozen(kw_only=True)
 class Result:
-    """What `wmtp.run` returns, and ``wmtp run --json`` prints.
+    """Return value of `wmtp.run`, printed by ``wmtp run --json``.
 
     Args:
         run_dir: the run directory.

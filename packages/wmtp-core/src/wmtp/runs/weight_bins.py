@@ -1,4 +1,4 @@
-"""The bins of the histograms of weights. Torch-free."""
+"""Bins of the weight histograms. Torch-free."""
 
 from __future__ import annotations
 

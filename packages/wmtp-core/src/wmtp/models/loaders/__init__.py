@@ -1,1 +1,1 @@
-"""The built-in model sources."""
+"""Built-in model sources."""

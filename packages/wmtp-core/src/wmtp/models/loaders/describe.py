@@ -18,7 +18,7 @@ __all__ = ["describe", "empty_model", "require_causal"]
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of ``config`` without memory for its weights.
+    """Build the model of ``config`` without memory for its weights.
 
     Raises:
         ConfigError: it is not a causal language model, or the installed transformers cannot build it.
@@ -36,7 +36,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def require_causal(config: PreTrainedConfig) -> None:
-    """Whether there is a causal language model of this architecture.
+    """Refuse an architecture without a causal language model.
 
     Raises:
         ConfigError: there is none.
@@ -49,7 +49,7 @@ def require_causal(config: PreTrainedConfig) -> None:
 
 
 def describe(model: PreTrainedModel, heads: HeadsConfig | None = None) -> ModelInfo:
-    """What `ModelInfo` says of ``model``, whose weights may be on the meta device."""
+    """Describe ``model``, whose weights may be on the meta device."""
     layers = layer_count(model.config)
     unembedding = model.get_output_embeddings()
     if unembedding is None:

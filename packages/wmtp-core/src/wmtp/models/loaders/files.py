@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the JSON object in a file of a model folder.
 
     Raises:
         WMTPError: the file is missing or holds something else.
@@ -45,7 +45,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The config of a Hugging Face folder.
+    """Read the config of a Hugging Face folder.
 
     Raises:
         WMTPError: it is missing, damaged, or of an architecture that transformers does not have itself.
@@ -71,7 +71,9 @@ def config_from(file: Path, content: dict[str, Any]) -> PreTrainedConfig:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a folder's tensors: safetensors, or else PyTorch's ``.bin``; those of an index where there is one.
+    """List the files with a folder's tensors: safetensors, or else PyTorch's ``.bin``.
+
+    Where there is an index, its files are listed.
 
     Raises:
         WMTPError: there are none, one that the index names is not there, or one is damaged.

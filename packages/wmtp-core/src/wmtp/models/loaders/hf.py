@@ -84,7 +84,7 @@ class HfLoader(ModelLoader):
         return LoadedModel(model=model, heads=heads, head_state=state, untouched=opening.untouched)
 
     def _locate(self, path: Path | None) -> tuple[Path, str | None]:
-        """The folder, and the GGUF file in it if that is what to read."""
+        """Return the folder, and the GGUF file to read in it, if any."""
         if path is None or not path.exists():
             raise WMTPError(f"{path}: no such file or folder")
         if path.is_file():
@@ -107,10 +107,10 @@ class HfLoader(ModelLoader):
 def from_tensors(
     source: Path, config: PreTrainedConfig, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> PreTrainedModel:
-    """The model of ``config`` with these weights; every tensor must be there and fit.
+    """Build the model of ``config`` with these weights; every tensor must be there and fit.
 
     Args:
-        source: what messages call it.
+        source: its name in messages.
         config: of a causal language model.
         tensors: named as in the model's own state dict.
         options: for ``from_pretrained``.
@@ -157,7 +157,7 @@ def _misfit(source: Path, model: PreTrainedModel, problems: list[str]) -> WMTPEr
 
 
 def _saved_heads(folder: Path) -> HeadsConfig | None:
-    """What ``mtp_heads.json`` says, checked against the tensors beside it."""
+    """Read ``mtp_heads.json``, checked against the tensors beside it."""
     description, weights = folder / HEADS_CONFIG, folder / HEADS_WEIGHTS
     if not description.exists() and not weights.exists():
         return None

@@ -1,7 +1,7 @@
-"""The linear-head layout of distilgpt2-mtp: an ordinary model at ``base_model.*``, heads 2..H at ``extra_heads.{j}.weight``.
+"""Linear-head layout of distilgpt2-mtp: the model at ``base_model.*``, heads 2..H at ``extra_heads.{j}.weight``.
 
-A head is an unembedding ``[V, D]``. ``config.json`` has ``mtp_config.n_future_tokens`` = H; the base model's own fields stand
-at its top level or in one of its tables.
+A head is an unembedding ``[V, D]``. ``config.json`` has ``mtp_config.n_future_tokens`` = H; the base model's own fields are at
+its top level or in one of its tables.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _log = logging.getLogger("wmtp")
 
 
 def is_layout(folder: Path) -> bool:
-    """Whether the folder's ``config.json`` says that it holds such heads."""
+    """Return True if the folder's ``config.json`` declares such heads."""
     file = folder / "config.json"
     return file.is_file() and "mtp_config" in read_json(file)
 
 
 def read_config(folder: Path) -> tuple[PreTrainedConfig, HeadsConfig]:
-    """The base model's config, and the heads.
+    """Read the base model's config, and the heads.
 
     Raises:
-        WMTPError: the config is incomplete, or says another number of heads than there are tensors.
+        WMTPError: the config is incomplete, or its number of heads differs from that of the tensors.
     """
     file = folder / "config.json"
     content = read_json(file)
@@ -54,7 +54,7 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, HeadsConfig]:
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The base model's tensors and those of the heads, without their prefixes.
+    """Read the tensors of the base model and of the heads, without their prefixes.
 
     Raises:
         WMTPError: a tensor belongs to neither.

@@ -40,7 +40,7 @@ _COMPUTED = "rope.freqs"
 
 @frozen(kw_only=True)
 class _Shape:
-    """The numbers of ``params.json``, completed from the tensors where it leaves one out."""
+    """Dimensions from ``params.json``, completed from the tensors where one is missing."""
 
     dim: int
     blocks: int
@@ -164,7 +164,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _expected(shape: _Shape) -> dict[str, tuple[int, ...]]:
-    """The tensors that a file of this shape holds, by Meta's names."""
+    """Return the shapes of all tensors in such a file, by Meta's names."""
     dim, ffn, kv = shape.dim, shape.ffn, shape.kv_heads * shape.head_dim
     block = {
         "attention.wq": (dim, dim),
