@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 QUESTION_WORDS = ("What", "Whether", "How", "Which", "The")
 
 #: so many are left; lower the number whenever some are rewritten, never raise it
-LEFT = 363
+LEFT = 137
 
 
 def first_words(source):

@@ -32,12 +32,12 @@ class Worker:
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ) -> Worker | None:
-        """What ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` say; None where they are not all set.
+        """Read ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``; None where they are not all set.
 
         Without ``LOCAL_RANK`` the other two may be those of a machine, as some clusters set them.
 
         Raises:
-            ConfigError: they contradict each other, or say not where rank 0 is.
+            ConfigError: they contradict each other, or do not say where rank 0 is.
         """
         if not all(environment.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
             return None
@@ -65,13 +65,13 @@ _FAMILIES = (
 
 @frozen(kw_only=True)
 class Nodes:
-    """The machines of a run, each of which starts ``wmtp run`` once.
+    """Machines of a run, each of which starts ``wmtp run`` once.
 
     Args:
         count: how many there are.
         rank: this one, from 0.
-        address: where the first one is reached.
-        port: on which port.
+        address: of the first one.
+        port: on the first one.
     """
 
     count: int = 1
@@ -81,7 +81,7 @@ class Nodes:
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ) -> Nodes:
-        """What the environment says: ``WMTP_NNODES`` …, or what SkyPilot, ``PET_*`` or ``NUM_NODES`` have; else one machine.
+        """Read ``WMTP_NNODES`` … or the variables of SkyPilot, ``PET_*`` or ``NUM_NODES``; default: one machine.
 
         Raises:
             ConfigError: a variable is missing or makes no sense.
@@ -118,10 +118,10 @@ def _number(name: str, text: str) -> int:
 
 
 def own_address(nodes: Nodes) -> str:
-    """The address of this machine from which the first one is reached.
+    """Return this machine's address on the route to the first one.
 
     Raises:
-        ConfigError: there is no way to it.
+        ConfigError: there is no route.
     """
     try:
         family, kind, _, _, target = socket.getaddrinfo(nodes.address, nodes.port, type=socket.SOCK_DGRAM)[0]
@@ -133,7 +133,7 @@ def own_address(nodes: Nodes) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has ``address``; None where the system does not say."""
+    """Return the network interface that has ``address``; None where the system does not say."""
     if sys.platform != "linux":
         return None
     import fcntl

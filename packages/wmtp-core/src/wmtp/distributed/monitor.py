@@ -38,7 +38,7 @@ class LostRankError(WMTPError):
 
 @frozen(kw_only=True)
 class _Beat:
-    """What a rank says of itself.
+    """Heartbeat of a rank.
 
     Args:
         number: of the beat.
@@ -54,13 +54,13 @@ class _Beat:
 
 
 class Monitor:
-    """The beats of this rank, and the look-out for the others'.
+    """Sender of this rank's heartbeats, and watcher of the others'.
 
     Args:
         rank: this one.
         world: how many there are.
         timeout: seconds without progress after which this process is ended.
-        parent: the process that started this one; once it is gone, this one is asked to end. None: nobody's business.
+        parent: the process that started this one; once it is gone, this one is asked to end. None: no process is watched.
     """
 
     def __init__(self, *, rank: int, world: int, timeout: float, parent: int | None = None) -> None:
@@ -84,7 +84,7 @@ class Monitor:
 
     @property
     def running(self) -> bool:
-        """Whether the next thing must be done in time."""
+        """True while the timeout is counting."""
         return self._since is not None
 
     def tick(self, done: str) -> None:
@@ -94,7 +94,7 @@ class Monitor:
         self._since = time.monotonic()
 
     def pause(self) -> None:
-        """What comes now may take any time."""
+        """Stop the timeout: the next operation may take any time."""
         self._since = None
 
     def stop(self) -> None:
@@ -103,7 +103,7 @@ class Monitor:
         self._thread.join()
 
     def explain(self) -> str | None:
-        """Which ranks are gone or hang; None where all are well. Takes about two seconds."""
+        """Name the ranks that are gone or hang; None where all are well. Takes about two seconds."""
         try:
             before = self._beats()
             time.sleep(4 * _BEAT)

@@ -1,6 +1,6 @@
-"""The processes of a run, and what they tell each other.
+"""Processes of a run, and the messages between them.
 
-One process (a *rank*) computes on one device. Everything that decides how a run goes on (signals, early stopping, errors
+One process (a *rank*) computes on one device. Everything that decides how a run continues (signals, early stopping, errors
 before the first step) is agreed by all ranks, so that none waits for one that has left.
 """
 
@@ -30,31 +30,31 @@ _BUCKET = 2**25
 
 
 class Watch(Protocol):
-    """What is told how far this rank is; see `wmtp.distributed.monitor`."""
+    """Watcher of this rank's progress; see `wmtp.distributed.monitor`."""
 
     @property
     def running(self) -> bool:
-        """Whether the next thing must be done in time."""
+        """True while the timeout is counting."""
         ...
 
     def tick(self, done: str) -> None:
         """Something was done."""
 
     def pause(self) -> None:
-        """What comes now may take any time."""
+        """Stop the timeout: the next operation may take any time."""
 
 
 @frozen(kw_only=True, eq=False)
 class Ranks:
-    """The processes of this run, seen from one of them. The default is a run of one process, which talks to nobody.
+    """Processes of this run, seen from one of them. Default: one process without communication.
 
     Args:
         rank: this process, from 0; rank 0 writes files and logs.
         world: how many there are.
         local_rank: this process among those of its machine, from 0.
         control: a group for small messages between the CPUs.
-        patient: the same, where another rank may rightly need long: reading data, loading a model.
-        watch: is told how far this rank is.
+        patient: the same, for messages where another rank may rightly take long: reading data, loading a model.
+        watch: is told of this rank's progress.
     """
 
     rank: int = 0
@@ -66,7 +66,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0."""
+        """True on rank 0."""
         return self.rank == 0
 
     def tick(self, done: str) -> None:
@@ -80,14 +80,14 @@ class Ranks:
             self.watch.tick(done)
 
     def pause(self) -> None:
-        """What comes now may take any time."""
+        """Stop the timeout: the next operation may take any time."""
         if self.watch is not None:
             self.watch.pause()
 
     # --- numbers
 
     def gather(self, values: Tensor) -> Tensor:
-        """The ``values`` of all ranks, one after another along the first dimension. Shapes must be equal everywhere."""
+        """Concatenate the ``values`` of all ranks along the first dimension. Shapes must be equal everywhere."""
         if self.world == 1:
             return values
         sent = values.contiguous()
@@ -97,7 +97,7 @@ class Ranks:
         return found.view(torch.bool) if values.dtype == torch.bool else found
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
+        """Sum over all ranks, in place."""
         if self.world > 1:
             dist.all_reduce(value)
         return value
@@ -128,11 +128,11 @@ class Ranks:
                 gradient.copy_(summed.view_as(gradient))
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on some rank."""
+        """Return True if ``flag`` is true on some rank."""
         return bool(self.max(float(flag)))
 
     def max(self, value: float) -> float:
-        """The largest ``value`` of all ranks."""
+        """Return the largest ``value`` of all ranks."""
         if self.world == 1:
             return value
         number = torch.tensor(value, dtype=torch.float64)
@@ -147,7 +147,7 @@ class Ranks:
     # --- objects, and errors that all ranks must know
 
     def objects(self, value: T) -> list[T]:
-        """The ``value`` of every rank, in their order."""
+        """Return the ``value`` of every rank, in rank order."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world

@@ -95,7 +95,7 @@ def joined(config: Config, worker: Worker, *, parent: int | None = None, report:
 
 
 def _of_a_collective(error: BaseException | None) -> bool:
-    """Whether it may come from a message that another rank did not answer."""
+    """Return True for errors that may come from an unanswered collective."""
     while error is not None:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             return True
@@ -104,7 +104,7 @@ def _of_a_collective(error: BaseException | None) -> bool:
 
 
 def _compare(config: Config, ranks: Ranks) -> None:
-    """Whether all ranks run the same."""
+    """Check that all ranks run the same versions and config."""
     own = {name: metadata.version(name) for name in _COMPARED} | flat(to_mapping(config, text=escape))
     found = ranks.objects((socket.gethostname(), own))
     main_host, main = found[0]

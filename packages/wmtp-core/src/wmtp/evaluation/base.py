@@ -1,4 +1,4 @@
-"""The contract of an evaluator. Importing it imports no torch."""
+"""Contract of an evaluator. Importing it imports no torch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _fetch(uri: str, key: str) -> Path:
 
 @frozen(kw_only=True, eq=False)
 class Measured:
-    """What an evaluator measures.
+    """Model, data and settings that an evaluator works on.
 
     Args:
         model: the trained model with all its heads, in eval mode.
@@ -65,10 +65,10 @@ class Measured:
         device: where the model is.
         autocast: makes the context in which the model computes.
         seed: the run's seed.
-        ranks: the processes of the run. Each of them measures, and rank 0's numbers are kept. Where the model is divided
-            among them, all must call it equally often; `wmtp.training.evaluate.evaluate` shares the batches.
+        ranks: the processes of the run. Each of them measures, and rank 0's numbers are kept. Where the model is sharded
+            over them, all must call it equally often; `wmtp.training.evaluate.evaluate` shares the batches.
         output_dir: where an evaluator may keep files of its own; None: nowhere.
-        allow_code_execution: whether the user has said on the command line that code which the model wrote may run.
+        allow_code_execution: whether the user has allowed, on the command line, that code written by the model runs.
         fetch: the local path of a URI, given with the key that it comes from; it follows ``[storage]``.
     """
 

@@ -30,7 +30,7 @@ class Bootstrap:
     def ratio(
         self, above: ArrayLike, below: ArrayLike | None = None, *, transform: Callable[[NDArray], NDArray] | None = None
     ) -> Estimate:
-        """The estimate of Σ above / Σ below over the units.
+        """Estimate Σ above / Σ below over the units, with its interval.
 
         Args:
             above: ``[units]``.

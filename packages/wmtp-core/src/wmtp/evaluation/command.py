@@ -36,7 +36,7 @@ __all__ = ["Evaluated", "evaluate_model"]
 
 @frozen(kw_only=True)
 class Evaluated:
-    """What `evaluate_model` found.
+    """Result of `evaluate_model`.
 
     Args:
         model: the model's path.
@@ -183,7 +183,7 @@ def _track(config: Config, folder: Path, run_dir: Path | None, numbers: Mapping[
 
 
 def last_step(metrics: Path) -> int | None:
-    """The step of the last line of a run's ``metrics.jsonl``; None where there is none."""
+    """Read the step of the last line in a run's ``metrics.jsonl``; None where there is none."""
     try:
         lines = metrics.read_text(encoding="utf-8").splitlines()
         return int(json.loads(lines[-1])["step"])

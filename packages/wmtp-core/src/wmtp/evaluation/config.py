@@ -19,9 +19,10 @@ __all__ = ["InferenceSpeed", "PassAtK", "PassAtKSettings", "Perplexity", "Specul
 
 @frozen(kw_only=True)
 class Perplexity(EvaluatorConfig):
-    """The perplexity of every head: exp of its mean token loss on ``[data.eval]``, over valid predictions only.
+    """Perplexity of every head: exp of its mean token loss on ``[data.eval]``.
 
-    In ``evaluation-details.json`` also by the predicted token's place in its document and by how common it is.
+    Only valid predictions count. ``evaluation-details.json`` also has it by the predicted token's place in its document and by
+    how common it is.
     """
 
     type = "perplexity"
@@ -36,9 +37,10 @@ class Perplexity(EvaluatorConfig):
 
 @frozen(kw_only=True)
 class TokenAccuracy(EvaluatorConfig):
-    """How often the most probable token of every head is the right one, over valid predictions of ``[data.eval]`` only.
+    """Share of predictions of ``[data.eval]`` whose most probable token is right, by head.
 
-    In ``evaluation-details.json`` also by the predicted token's place in its document and by how common it is.
+    Only valid predictions count. ``evaluation-details.json`` also has it by the predicted token's place in its document and by
+    how common it is.
     """
 
     type = "token-accuracy"
@@ -122,7 +124,7 @@ class InferenceSpeed(EvaluatorConfig):
 
 @frozen(kw_only=True)
 class PassAtKSettings:
-    """What a preset decides.
+    """Settings that a preset decides.
 
     Args:
         samples: n.
@@ -200,7 +202,7 @@ class PassAtK(EvaluatorConfig):
     isolation: Literal["auto", "process"] = "auto"
 
     def resolved(self) -> PassAtKSettings:
-        """The preset with the keys that are given."""
+        """Combine the preset with the keys that are given."""
         preset = _PRESETS[self.preset]
         samples = self.samples if self.samples is not None else preset.samples
         return PassAtKSettings(
@@ -212,7 +214,7 @@ class PassAtK(EvaluatorConfig):
         )
 
     def check(self) -> Iterator[str]:
-        """What does not go together."""
+        """Report contradictions between keys."""
         settings = self.resolved()
         if self.uri is None and self.dataset != "humaneval":
             yield f"uri: required for the data set '{self.dataset}': say where its files are"

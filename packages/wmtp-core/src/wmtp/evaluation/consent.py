@@ -1,4 +1,7 @@
-"""Whether code that a model wrote may run: never because a config says so, only because the user does, for this process."""
+"""Consent to run code that a model wrote.
+
+Only the user can give it, for one process; no config can.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def allow_code_execution(allowed: bool) -> Iterator[None]:
 
 
 def code_execution_allowed() -> bool:
-    """What `allow_code_execution` said."""
+    """Return the value that `allow_code_execution` set."""
     return _allowed.get()
 
 

@@ -1,4 +1,4 @@
-"""How fast a model decodes, and what its heads' drafts are worth."""
+"""Evaluators of decoding speed and of draft acceptance."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class InferenceSpeedEvaluator(Evaluator):
 
 
 def timed(measured: Measured, action: Callable[[], list[Generation]]) -> tuple[list[Generation], float]:
-    """What ``action`` gives, and the seconds until the device is done with it."""
+    """Run ``action``; return its result, and the seconds until the device is done."""
     wait = torch.cuda.synchronize if measured.device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
@@ -193,7 +193,7 @@ def _prompts(measured: Measured) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def _theirs(measured: Measured, prompts: Sequence[list[int]], new_tokens: int) -> list[Generation]:
-    """The same by transformers' generate, for its time."""
+    """Generate the same with transformers, to compare its time."""
     eos, longest = measured.tokenizer.eos_id, max(map(len, prompts))
     ends = end_ids(measured.model.base, measured.tokenizer)
     ids = torch.tensor([[eos] * (longest - len(prompt)) + prompt for prompt in prompts], device=measured.device)

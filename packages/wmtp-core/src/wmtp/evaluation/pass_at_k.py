@@ -1,4 +1,4 @@
-"""Whether code that a model writes is right."""
+"""Evaluator pass-at-k: correctness of code that the model writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger("wmtp")
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The unbiased estimate 1 − C(n−c, k) / C(n, k) of pass@k (arXiv 2107.03374, equation 1).
+    """Estimate pass@k without bias: 1 − C(n−c, k) / C(n, k) (arXiv 2107.03374, equation 1).
 
     Args:
         samples: n ≥ k.

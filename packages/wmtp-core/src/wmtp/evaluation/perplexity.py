@@ -1,4 +1,4 @@
-"""The perplexity and the accuracy of every head."""
+"""Evaluators of perplexity and accuracy of every head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PerplexityEvaluator(Evaluator):
 
 
 class TokenAccuracyEvaluator(Evaluator):
-    """How often head k's most probable token is the right one, exact over any batch size."""
+    """Accuracy of head k's most probable token, exact over any batch size."""
 
     def evaluate(self, measured: Measured) -> Mapping[str, Estimate]:
         """``head_k`` for every head that has a valid prediction, and by bucket; see `wmtp.evaluation.tokens.token_results`."""

@@ -55,7 +55,7 @@ class Problem:
     cases: tuple[tuple[str, str], ...] = ()
 
     def score(self, sandbox: Sandbox, completion: str) -> Outcome:
-        """Whether the program that a completion makes passes."""
+        """Run the program that a completion makes, and return whether it passes."""
         code = self.before + completion
         if self.tests is not None:
             return sandbox.run_tests(code, self.tests, names=self.names, setup=self.setup)
@@ -154,7 +154,10 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _shots(path: Path) -> Sequence[Mapping[str, Any]]:
-    """The solved problems of the paper's prompt: 2, 3 and 4, or else the first three to train on."""
+    """Read the solved problems of the paper's prompt: 2, 3 and 4.
+
+    Where they are missing, the first three training problems take their place.
+    """
     folder = path if path.is_dir() else path.parent
     found: dict[int, Mapping[str, Any]] = {}
     for file in sorted(folder.glob("*.jsonl")):
@@ -179,10 +182,11 @@ def _published(record: Mapping[str, Any], *, solved: bool) -> str:
 
 
 def _used_names(tests: str, setup: str, reference: str) -> tuple[str, ...]:
-    """What the tests use of the solution: what neither Python nor the setup defines, and what the reference solution does.
+    """List the names that the tests take from the solution.
 
-    A builtin function is the solution's only where the reference solution redefines it: else a solution could redefine
-    ``set`` or ``sorted`` and so be its own judge.
+    These are names that neither Python nor the setup defines, and names that the reference solution defines. A builtin function
+    is the solution's only where the reference solution redefines it: else a solution could redefine ``set`` or ``sorted`` and
+    so be its own judge.
     """
     defined = (set(dir(builtins)) | _defined(setup)) - _defined(reference)
     names = [node for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)]

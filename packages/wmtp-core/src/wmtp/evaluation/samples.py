@@ -1,4 +1,4 @@
-"""The completions that a model wrote, kept in a file: an evaluation that was killed goes on, and scores can be made anew."""
+"""File of the model's completions, so that evaluations resume and can be scored again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every head makes of every token of the evaluation data."""
+"""Per-token results of every head on the evaluation data."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ def token_results(
 
 
 def by_bucket(token: NDArray[np.int64], head: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The frequency bucket of each predicted token; frequencies are those of head 1's targets."""
+    """Return the frequency bucket of each predicted token.
+
+    Frequencies are those of head 1's targets.
+    """
     size = int(token.max()) + 1
     counts = np.bincount(token[head == 0], minlength=size)
     order = np.argsort(-counts, kind="stable")

@@ -1,4 +1,4 @@
-"""The model card of an export: what is known of the model from its run, and plainly what is not."""
+"""Model card of an export: known facts from the run, and what is unknown."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ in other languages. The base model's own limits, and its licence and that of the
 
 
 def model_card(model: MTPModel, *, format: str, run_dir: Path | None, source: Path, tokenizer: Tokenizer | None) -> str:
-    """The text of ``README.md``.
+    """Write the text of ``README.md``.
 
     Args:
         model: what was exported.

@@ -33,11 +33,11 @@ _MODEL_FILES = ("config.json", "params.json")
 
 @frozen(kw_only=True)
 class Exported:
-    """What `export_model` wrote.
+    """Result of `export_model`.
 
     Args:
-        model: the local path of what was exported.
-        folder: where it is now.
+        model: the local path of the exported model.
+        folder: where the export is.
         format: a key of `wmtp.exporting.FORMATS`.
         horizon: H of the model; in format ``hf`` only head 1 is in the folder.
         files: the files and their sizes in bytes.

@@ -73,7 +73,7 @@ def _kept_problems(model: MTPModel) -> list[str]:
 
 
 def _tensors(model: MTPModel) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by Meta's names, and the names of those for which it has none."""
+    """Return the tensors by Meta's names, and the names that have no equivalent there."""
     head_dim = model.base.config.head_dim
     outside = {theirs: ours for ours, theirs in OUTSIDE_NAMES.items()}
     inside = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}
@@ -118,7 +118,10 @@ def _params(model: MTPModel, config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _width(dim: int, ffn: int) -> dict[str, Any]:
-    """What gives ``ffn`` in Meta's formula: ``int(8 · dim / 3)`` times the multiplier, rounded up to a multiple."""
+    """Solve Meta's formula for ``ffn``.
+
+    It is ``int(8 · dim / 3)`` times the multiplier, rounded up to a multiple.
+    """
     plain = int(2 * (4 * dim) / 3)
     multiples = [multiple for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1) if ffn % multiple == 0]
     for multiple in multiples:

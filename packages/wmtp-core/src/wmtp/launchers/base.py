@@ -1,4 +1,4 @@
-"""The contracts of launchers: one that trains, and one that has another place train."""
+"""Contracts of launchers: one that trains here, and one that trains elsewhere."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Launcher(Contract, ABC, contract=True):
 
 
 class RunState(enum.Enum):
-    """How far a run on a service is."""
+    """State of a run on a service."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -45,19 +45,19 @@ class RunState(enum.Enum):
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will happen."""
+        """True if the run has ended."""
         return self not in (RunState.WAITING, RunState.RUNNING)
 
 
 @frozen(kw_only=True)
 class RunStatus:
-    """What a service says about a run.
+    """Status of a run, as the service reports it.
 
     Args:
-        state: how far it is.
-        word: the service's own word for that.
-        reason: why, where the service says so.
-        url: where to look at it in a browser.
+        state: the state.
+        word: the service's own word for it.
+        reason: the reason, where the service gives one.
+        url: the run's page for a browser.
     """
 
     state: RunState
@@ -68,11 +68,11 @@ class RunStatus:
 
 @frozen(kw_only=True)
 class LaunchPlan:
-    """What will be sent, before anything is.
+    """Complete request to a service, before anything is sent.
 
     Args:
         text: all of it, in the service's own format. It holds no secret: it is printed, kept, and may be shared.
-        digest: the same for plans that would do the same.
+        digest: equal for plans that would do the same.
         warnings: what is allowed and yet unwise, one line each: ``dotted.key: what may go wrong; what to do``.
         facts: what a person wants to see first, by name.
         record: what is kept with the run's id, by name: for instance the digest of the image.
@@ -110,18 +110,21 @@ class RemoteLauncher(Launcher, contract=True):
         )
 
     def inside(self, config: Config) -> Config:
-        """The config as the other place has it, where it is run by the local launcher."""
+        """Return the config for the other place, where the local launcher runs it."""
         from wmtp.launchers.config import LocalLauncher
 
         return evolve(config, launcher=LocalLauncher())
 
     def check(self, config: Config) -> Iterable[str]:
-        """What is wrong with ``config`` for this place, one line a problem: ``dotted.key: what is wrong; what to do``."""
+        """Report problems of ``config`` for this place, one line each.
+
+        The form of a line is ``dotted.key: what is wrong; what to do``.
+        """
         return ()
 
     @abstractmethod
     def plan(self, config: Config) -> LaunchPlan:
-        """What would be sent: from the config alone, the same for the same config.
+        """Plan the launch from the config alone; equal configs give equal plans.
 
         Args:
             config: complete and checked.
@@ -155,7 +158,7 @@ class RemoteLauncher(Launcher, contract=True):
 
     @abstractmethod
     def status(self, run: str) -> RunStatus:
-        """How far a run is.
+        """Ask for a run's status.
 
         Args:
             run: its id.
@@ -163,12 +166,12 @@ class RemoteLauncher(Launcher, contract=True):
 
     @abstractmethod
     def logs(self, run: str, *, tail: int | None, follow: bool) -> Iterator[str]:
-        """The lines that the run printed, each once and in order.
+        """Yield the lines that the run printed, each once and in order.
 
         Args:
             run: its id.
             tail: only so many from the end of what there is; None: all.
-            follow: go on with new lines until the run is over, through lost connections.
+            follow: continue with new lines until the run is over, through lost connections.
         """
 
     @abstractmethod
@@ -180,7 +183,7 @@ class RemoteLauncher(Launcher, contract=True):
         """
 
     def metrics(self, run: str) -> Mapping[str, float]:
-        """The latest measurements of the machine that the service has, by name: ``gpu/0/utilization (%)``.
+        """Return the latest machine metrics of the service, by name: ``gpu/0/utilization (%)``.
 
         Args:
             run: its id.

@@ -1,4 +1,4 @@
-"""The launcher for this machine."""
+"""Launcher for this machine."""
 
 from __future__ import annotations
 

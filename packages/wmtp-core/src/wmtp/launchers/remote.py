@@ -33,7 +33,7 @@ class _Section:
 
 
 def remote_launcher(component: LauncherConfig) -> RemoteLauncher:
-    """The launcher that a config class builds.
+    """Build the launcher of a config, which must be a remote one.
 
     Raises:
         ConfigError: it runs things here.
@@ -109,7 +109,10 @@ def _refuse_running(launcher: RemoteLauncher, plan: LaunchPlan, found: Sequence[
 
 
 def _lost(launcher: RemoteLauncher, plan: LaunchPlan, before: Sequence[str] | None) -> str | None:
-    """The run of a request whose answer was lost, where the service has it."""
+    """Find the run of a request whose answer was lost.
+
+    None where the service does not have it.
+    """
     try:
         after = launcher.find(plan)
     except WMTPError:
@@ -119,7 +122,7 @@ def _lost(launcher: RemoteLauncher, plan: LaunchPlan, before: Sequence[str] | No
 
 
 def find_launched(run: str, files: Sequence[str]) -> tuple[RemoteLauncher, str, Record | None]:
-    """The launcher of a run, and its id.
+    """Find a launched run: its launcher, its id and its record.
 
     Args:
         run: the service's id, or the name of a run that was launched from this machine.

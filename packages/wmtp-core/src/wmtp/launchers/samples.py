@@ -1,4 +1,4 @@
-"""What the machine does while a run is on it: written into the run's log, so that it can be read from outside."""
+"""Samples of machine load, written into the run's log."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def sample_line(values: dict[str, float]) -> str:
 
 
 def latest_sample(lines: Iterable[str]) -> dict[str, float]:
-    """The last sample in a log; empty where there is none."""
+    """Return the last sample in a log; empty where there is none."""
     latest: dict[str, float] = {}
     for line in lines:
         _, mark, text = line.partition(_MARK)

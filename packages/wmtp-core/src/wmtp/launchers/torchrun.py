@@ -116,7 +116,7 @@ def _signals_kept() -> Iterator[None]:
 
 
 def _write_job(job: Path, config: Config, run_dir: Path | None, *, resume: bool) -> None:
-    """What the processes are told: a config that they read from TOML, as every process of the run does."""
+    """Write the config that the processes read, and check that TOML preserves it."""
     text = dump_config(config)
     (job / "config.toml").write_text(text, encoding="utf-8")
     try:
@@ -140,7 +140,7 @@ def _write_job(job: Path, config: Config, run_dir: Path | None, *, resume: bool)
 
 
 def _rendezvous(nodes: Nodes) -> dict[str, Any]:
-    """How the processes find each other."""
+    """Choose the settings by which the processes find each other."""
     if nodes.count == 1:
         # nothing leaves this machine, so its name need not be known to anybody
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -196,7 +196,7 @@ def write_result(job: Path, result: Result) -> None:
 
 
 def read_result(job: Path) -> Result | None:
-    """What rank 0 told, if it came to an end."""
+    """Read rank 0's result, if it came to an end."""
     try:
         facts = json.loads((job / "result.json").read_text())
     except OSError:

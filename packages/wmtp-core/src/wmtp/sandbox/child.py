@@ -1,8 +1,8 @@
-"""The first program of a sandbox: shuts itself in, then runs what it was sent. Started as ``python -I -S -B child.py``.
+"""First program of a sandbox: isolates itself, then runs the code it is sent.
 
-It uses the standard library alone and nothing of wmtp. By the order of `main`: own namespaces, a root folder with nothing in it
-but Python and an empty working folder, limits, an unprivileged user without any capability; only then the first line of code
-that is not ours.
+Started as ``python -I -S -B child.py``. It uses the standard library alone and nothing of wmtp. By the order of `main`: own
+namespaces, a root folder with nothing in it but Python and an empty working folder, limits, an unprivileged user without any
+capability; only then the first line of code that is not ours.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _drop_rights(libc: Any, uid: int | None) -> None:
 
 
 def set_limits(limits: dict[str, int]) -> None:
-    """What the kernel counts for this process and its children."""
+    """Set the resource limits that the kernel enforces for this process and its children."""
     for name, value in limits.items():
         kind = getattr(resource, "RLIMIT_" + name, None)
         if kind is not None:
@@ -165,7 +165,7 @@ def encode(value: Any, refs: list[Any], depth: int = 0) -> Any:
 
 
 def decode(value: Any, refs: Callable[[int], Any]) -> Any:
-    """What `encode` wrote; ``refs`` gives the meaning of a number."""
+    """Reverse `encode`; ``refs`` maps a number to its object."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -192,7 +192,7 @@ def decode(value: Any, refs: Callable[[int], Any]) -> Any:
 
 
 def _renumbered(value: Any, numbers: list[Any]) -> Any:
-    """The same message, with the other side's numbers of its objects."""
+    """Replace the object numbers in a message by those of the other side."""
     if isinstance(value, list):
         return [_renumbered(element, numbers) for element in value]
     if isinstance(value, dict):
@@ -222,7 +222,7 @@ class _Pipes:
 
 
 def serve(request: dict[str, Any], code: str) -> None:
-    """The untrusted side: define what the code defines, and answer calls of it."""
+    """Run the untrusted side: execute the code, and answer calls of its names."""
     pipes = _Pipes(request["pipes"][0], request["pipes"][1], request["message"])
     names: dict[str, Any] = {"__name__": "solution"}
     refs: list[Any] = []
@@ -248,7 +248,7 @@ def serve(request: dict[str, Any], code: str) -> None:
 
 
 def judge(request: dict[str, Any], code: str) -> None:
-    """The trusted side: run the tests, in which the names of the solution are calls to the other sandbox."""
+    """Run the trusted side: the tests, in which the solution's names call the other sandbox."""
     pipes = _Pipes(request["pipes"][0], request["pipes"][1], request["message"])
 
     class Remote:

@@ -36,7 +36,7 @@ Isolation = Literal["namespaces", "process"]
 
 @frozen(kw_only=True)
 class Limits:
-    """What one solution may use.
+    """Resource limits of one solution.
 
     Args:
         seconds: of wall-clock time, and of CPU time of each process.
@@ -55,7 +55,7 @@ class Limits:
 
 @frozen(kw_only=True)
 class Outcome:
-    """How a solution fared.
+    """Result of running a solution.
 
     Args:
         passed: whether all tests passed.
@@ -98,7 +98,7 @@ class Sandbox:
                 )
 
     def describe(self) -> str:
-        """Which isolation is in force, in one sentence."""
+        """Describe the isolation in force, in one sentence."""
         limits = self.limits
         numbers = (
             f"{limits.seconds:g} s, {limits.memory_mb} MB a process, {limits.processes} processes, {limits.output_kb} KB output"
@@ -261,7 +261,11 @@ class _Pipe:
 
 
 def _read(descriptor: int, deadline: float, most: int) -> tuple[bytes | None, bool]:
-    """What is written until the other side closes it (None if that takes too long), and whether it is at most ``most``."""
+    """Read until the other side closes, the deadline passes, or ``most`` is exceeded.
+
+    Returns:
+        the bytes, None if the other side took too long; and whether they are at most ``most``.
+    """
     parts: list[bytes] = []
     size = 0
     while True:

@@ -1,1 +1,1 @@
-"""What happens in a container before and after training: ``wmtp start``."""
+"""Steps in a container before and after training: ``wmtp start``."""

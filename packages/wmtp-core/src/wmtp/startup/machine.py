@@ -1,4 +1,4 @@
-"""Whether a container is fit to train in, and what it does meanwhile."""
+"""Checks of a container before training, and samples of its load meanwhile."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Fetch:
 
 
 def needed(config: Config, home: Path) -> list[Fetch]:
-    """What is not on this machine.
+    """List the inputs that are not on this machine.
 
     Args:
         config: complete.
@@ -161,7 +161,10 @@ def _files(key: str, path: Path) -> Iterator[Path]:
 
 
 def _check_safetensors(key: str, file: Path) -> None:
-    """Whether the file is as long as its header says (https://huggingface.co/docs/safetensors: 8 bytes, JSON, tensors)."""
+    """Check that the file is as long as its header says.
+
+    The format is 8 bytes, JSON, tensors (https://huggingface.co/docs/safetensors).
+    """
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -177,7 +180,7 @@ def _check_safetensors(key: str, file: Path) -> None:
 
 
 def _stated_vocabulary(path: Path) -> int | None:
-    """What ``config.json`` (Hugging Face) or ``params.json`` (Meta) says; None where nothing is said."""
+    """Read the vocabulary size from ``config.json`` or Meta's ``params.json``; None if not given."""
     for name in ("config.json", "params.json"):
         if path.is_dir() and (path / name).is_file():
             content = _read("models", path / name)

@@ -1,4 +1,4 @@
-"""How URIs become local files."""
+"""Storage backends: from URIs to local files."""
 
 from wmtp.storage.base import Fetched, Storage, StoredFile
 from wmtp.storage.uris import backend_for, localize

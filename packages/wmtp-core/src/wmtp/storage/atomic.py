@@ -89,7 +89,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def _umask() -> int:
-    """Which rights new files do not get. It can only be read by setting it."""
+    """Return the umask of new files. It can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""The contract of a storage backend."""
+"""Contract of a storage backend."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class StoredFile:
 
 @frozen(kw_only=True)
 class Fetched:
-    """What `Storage.fetch` did.
+    """Result of `Storage.fetch`.
 
     Args:
-        uri: where from, without anything secret.
+        uri: the source, without secrets.
         target: the folder.
         files: how many are there now.
         size: their bytes.
-        transferred: bytes that had to come over the line; the others were there already.
-        seconds: how long it took.
+        transferred: bytes that were downloaded; the others were there already.
+        seconds: duration.
     """
 
     uri: str
@@ -59,7 +59,7 @@ class Storage(Contract, ABC, contract=True):
 
     @abstractmethod
     def exists(self, uri: str) -> bool:
-        """Whether ``uri`` names a file or a folder that can be read."""
+        """Return True if ``uri`` names a readable file or folder."""
 
     @abstractmethod
     def localize(self, uri: str, cache_dir: Path) -> Path:
@@ -118,7 +118,9 @@ class Storage(Contract, ABC, contract=True):
         return copy_into(self, uri, target, include, exclude)
 
     def files(self, uri: str) -> Iterator[StoredFile]:
-        """The files of the folder at ``uri``, or the file itself; none where nothing is there.
+        """Yield the files of the folder at ``uri``, or the file itself.
+
+        Nothing is yielded where nothing is there.
 
         Raises:
             WMTPError: the backend cannot tell, or could not be asked.

@@ -1,4 +1,4 @@
-"""The cache of remote files: an entry for each URI and identity of what was there, used in place."""
+"""Cache of remote files, one entry for each URI and content identity, used in place."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _in_use_guard = threading.Lock()
 
 @frozen(kw_only=True)
 class CacheInfo:
-    """What ``wmtp cache list`` says of an entry.
+    """Entry as ``wmtp cache list`` shows it.
 
     Args:
         path: its folder.
-        uri: where it is from; None for one that is not complete.
+        uri: its source; None for one that is not complete.
         size: bytes on the disk.
         files: how many.
         last_used: seconds since 1970.
@@ -53,7 +53,7 @@ class CacheInfo:
 
 @frozen
 class CacheEntry:
-    """The files of a URI, as they were at one time.
+    """Files of a URI, as they were at one time.
 
     Args:
         folder: where it is.
@@ -63,7 +63,7 @@ class CacheEntry:
 
     @property
     def files(self) -> Path:
-        """The folder with the file or the folder that was fetched."""
+        """Folder with the file or the folder that was fetched."""
         return self.folder / _FILES
 
     def lock(self) -> FileLock:
@@ -91,14 +91,14 @@ class CacheEntry:
         return FileLock(self.folder / _FILLING)
 
     def manifest(self) -> Manifest | None:
-        """What is in it; None unless it is complete."""
+        """Read the manifest; None unless the entry is complete."""
         try:
             return Manifest.read(self.folder / _MARKER)
         except WMTPError:  # damaged: it is filled anew
             return None
 
     def is_complete(self) -> bool:
-        """Whether all files are there, with their sizes."""
+        """Return True if all files are there, with their sizes."""
         manifest = self.manifest()
         return manifest is not None and all(_size(self.files / file.name) == file.size for file in manifest.files)
 
@@ -135,11 +135,11 @@ class Cache:
         self.folder = folder
 
     def entry(self, uri: str, identity: str) -> CacheEntry:
-        """The entry of what is at ``uri``.
+        """Return the entry for a URI and the identity of its content.
 
         Args:
             uri: without anything secret.
-            identity: of what is there now; another content has another.
+            identity: of the present content; other content has another.
         """
         digest = hashlib.sha256(f"{uri}\n{identity}".encode()).hexdigest()
         return CacheEntry(self.folder / digest[:_LENGTH])
@@ -152,7 +152,7 @@ class Cache:
                     yield CacheEntry(path)
 
     def list(self) -> list[CacheInfo]:
-        """What is there, the last used first."""
+        """List the entries, the last used first."""
         found = [_info(entry) for entry in self.entries()]
         return sorted(found, key=lambda info: info.last_used, reverse=True)
 
@@ -189,7 +189,10 @@ class Cache:
 
 
 def origin(text: str) -> str | None:
-    """The URI of an entry in use that a path in ``text`` is in, for messages; None where there is none."""
+    """Find the URI whose cached files a path in ``text`` belongs to, for messages.
+
+    None where there is none.
+    """
     with _in_use_guard:
         folders = [folder for folder in _in_use if str(folder) in text]
     manifests = [CacheEntry(folder).manifest() for folder in folders]

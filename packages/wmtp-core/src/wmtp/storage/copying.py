@@ -19,7 +19,7 @@ __all__ = ["copy_into", "is_wanted"]
 
 
 def is_wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether the patterns want a file. They are matched with its whole path in the folder, and with its own name."""
+    """Match a file against the patterns, by its whole path and by its name."""
 
     def matches(patterns: Iterable[str]) -> bool:
         return any(fnmatchcase(name, pattern) or fnmatchcase(PurePosixPath(name).name, pattern) for pattern in patterns)

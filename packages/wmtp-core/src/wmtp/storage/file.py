@@ -1,4 +1,4 @@
-"""The storage backend for this machine's files."""
+"""Storage backend for this machine's files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class File(Storage):
     """Local files and folders. Nothing is fetched: `localize` gives the path itself."""
 
     def exists(self, uri: str) -> bool:
-        """Whether a file or folder is there and readable."""
+        """Return True if a readable file or folder is there."""
         path = file_path(uri)
         if path.is_dir():
             return os.access(path, os.R_OK | os.X_OK)

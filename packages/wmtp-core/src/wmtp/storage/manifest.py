@@ -46,10 +46,10 @@ class ManifestFile:
 
 @frozen(kw_only=True)
 class Manifest:
-    """What was fetched.
+    """Record of fetched files.
 
     Args:
-        uri: where from, without anything secret.
+        uri: the source, without secrets.
         files: by name.
     """
 

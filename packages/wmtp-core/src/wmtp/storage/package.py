@@ -1,4 +1,4 @@
-"""The storage backend for files that installed Python packages bring along."""
+"""Storage backend for files inside installed Python packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Package(Storage):
     """``package://MODULE/PATH``: a file or folder inside an installed Python package, used in place."""
 
     def exists(self, uri: str) -> bool:
-        """Whether the package is installed and holds the path."""
+        """Return True if the package is installed and holds the path."""
         try:
             self._path(uri)
         except WMTPError:
@@ -24,7 +24,10 @@ class Package(Storage):
         return True
 
     def localize(self, uri: str, cache_dir: Path) -> Path:
-        """The path inside the package; see `Storage.localize`. ``cache_dir`` is not used."""
+        """Return the path inside the package; see `Storage.localize`.
+
+        ``cache_dir`` is not used.
+        """
         return self._path(uri)
 
     def push(self, path: Path, uri: str) -> None:

@@ -1,4 +1,4 @@
-"""What a URI names, and which storage backend serves it."""
+"""Parsing of URIs, and choice of the storage backend that serves one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _Backend = TypeVar("_Backend")
 
 
 def scheme_of(uri: str) -> str:
-    """The scheme of ``uri`` in lower case; ``file`` for a plain path.
+    """Return the scheme of ``uri`` in lower case; ``file`` for a plain path.
 
     Raises:
         ConfigError: ``uri`` is empty, or is missing its slashes, its bucket or its host.
@@ -55,7 +55,7 @@ def scheme_of(uri: str) -> str:
 
 
 def file_path(uri: str) -> Path:
-    """The absolute local path that a plain path or a ``file:`` URI names.
+    """Return the absolute local path of a plain path or a ``file:`` URI.
 
     A plain path is taken as it stands, with ``~`` and ``~user`` expanded, relative to the working folder; ``%`` means itself.
     In a ``file:`` URI percent-encoding is decoded. ``..`` and links mean what they mean to the operating system.
@@ -78,7 +78,7 @@ def file_path(uri: str) -> Path:
 
 
 def _decode(uri: str) -> str:
-    """The path of a ``file:`` URI (RFC 8089)."""
+    """Decode the path of a ``file:`` URI (RFC 8089)."""
     rest = uri[len("file:") :]
     if rest.startswith("//"):
         host, slash, path = rest[2:].partition("/")
@@ -93,7 +93,7 @@ def _decode(uri: str) -> str:
 
 
 def backend_for(uri: str, backends: Mapping[str, _Backend], *, key: str | None = None) -> _Backend:
-    """The backend that serves ``uri``.
+    """Return the backend that serves ``uri``.
 
     Args:
         uri: a URI or a plain path.

@@ -1,4 +1,4 @@
-"""What every config class must do."""
+"""Base suite of every config class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HEAVY = ("torch", "transformers", "mlflow")
 
 
 class ComponentTests:
-    """The part of every suite that tests the config class.
+    """Part of every suite that tests the config class.
 
     Args:
         config: an instance of the config class under test.

@@ -1,4 +1,4 @@
-"""The suite for data loaders."""
+"""Suite for data loaders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["DataLoaderTests"]
 
 
 class DataLoaderTests(ComponentTests):
-    """What a data loader must do.
+    """Contract tests of a data loader.
 
     Override the fixture ``path`` with a small file or folder of good examples, and ``bad_path`` with one in which a good
     example stands before and after something that is none.
@@ -28,7 +28,7 @@ class DataLoaderTests(ComponentTests):
 
     @pytest.fixture
     def path(self) -> Path | None:
-        """The data; None for a loader without ``uri``."""
+        """Return the data; None for a loader without ``uri``."""
         return None
 
     @pytest.fixture
@@ -38,7 +38,7 @@ class DataLoaderTests(ComponentTests):
 
     @pytest.fixture
     def loader(self) -> ExampleLoader:
-        """The loader under test."""
+        """Build the loader under test."""
         return self.config.build()
 
     def test_examples(self, loader: ExampleLoader, path: Path | None) -> None:
@@ -62,7 +62,7 @@ class DataLoaderTests(ComponentTests):
         assert not twice, f"ids that name more than one example: {twice[:5]}"
 
     def test_files_are_named(self, loader: ExampleLoader, path: Path | None) -> None:
-        """The files that decide the examples are there: the cache of tokens is kept for as long as they do not change."""
+        """`files` names the files that decide the examples, so that the token cache notices changes."""
         files = list(loader.files(path))
         assert path is None or files, "files() names none, so a change of the data would go unnoticed"
         assert all(file.is_file() for file in files), f"not a file: {[str(file) for file in files if not file.is_file()][:3]}"

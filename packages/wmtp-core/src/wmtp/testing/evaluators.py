@@ -1,4 +1,4 @@
-"""The suite for evaluators."""
+"""Suite for evaluators."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
 
 
 class EvaluatorTests(ComponentTests):
-    """What an evaluator must do. That its numbers are right is for the plugin's own tests.
+    """Contract tests of an evaluator. Correctness of its numbers is for the plugin's own tests.
 
     Args:
-        varies: names of numbers that may differ from one measurement to the next: what a clock or the machine decides.
+        varies: names of numbers that may differ from one measurement to the next: those that depend on a clock or the machine.
     """
 
     __test__ = False
@@ -67,7 +67,7 @@ class EvaluatorTests(ComponentTests):
         )
 
     def measure(self, measured: Measured) -> dict[str, float]:
-        """The numbers of one measurement, without those that vary."""
+        """Measure once, and leave out the numbers that vary."""
         found = self.config.build().evaluate(measured)
         return {name: float(value) for name, value in found.items() if name not in self.varies}
 
@@ -107,7 +107,7 @@ class EvaluatorTests(ComponentTests):
         assert self.measure(evolve(measured, batches=single)) == pytest.approx(expected, rel=1e-3, abs=1e-6, nan_ok=True)
 
     def test_the_model_stays_as_it_is(self, measured: Measured) -> None:
-        """The next evaluator measures the same model; what is left behind takes its memory."""
+        """An evaluator leaves the model unchanged for the next one."""
         model = measured.model
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         learns = [parameter.requires_grad for parameter in model.parameters()]
@@ -143,7 +143,7 @@ class EvaluatorTests(ComponentTests):
         assert json.loads((tmp_path / "evaluation-details.json").read_text())[self.config.type]["results"]
 
     def test_code_of_the_model_runs_only_where_the_user_says_so(self, measured: Measured) -> None:
-        """The config class says ``executes_code = True``, and the evaluator asks itself too."""
+        """An evaluator with ``executes_code = True`` refuses to run code without consent."""
         if not self.config.executes_code:
             pytest.skip("executes_code is not set")
         with pytest.raises(ConfigError, match="allow-code-execution"):

@@ -1,4 +1,4 @@
-"""The suite for launchers."""
+"""Suite for launchers."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class _Uniform(Trainer):
 
 
 class LauncherTests(ComponentTests):
-    """What a launcher must do.
+    """Contract tests of a launcher.
 
-    Of one that hands runs to a service everything is tested that needs no service. With a fixture ``service`` that plays the
-    service (and sets what the launcher needs to find it), a run is submitted, found, read and cancelled too.
+    Of a remote launcher everything is tested that needs no service. With a fixture ``service`` that plays the service (and sets
+    what the launcher needs to find it), a run is submitted, found, read and cancelled too.
     """
 
     __test__ = False
@@ -65,7 +65,7 @@ class LauncherTests(ComponentTests):
 
     @pytest.fixture
     def launcher(self) -> RemoteLauncher:
-        """What the config builds, where that hands runs to a service."""
+        """Build the launcher, if it is a remote one."""
         built = self.config.build()
         if not isinstance(built, RemoteLauncher):
             pytest.skip("it runs things here")
@@ -96,7 +96,7 @@ class LauncherTests(ComponentTests):
         assert done.stdout.strip() == ""
 
     def test_a_plan_is_pure(self, launcher: RemoteLauncher, run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The same for the same config, at any time, by any instance, without a network; another for another config."""
+        """A plan depends on the config alone: not on time, instance or network."""
 
         def refuse(*_: Any, **__: Any) -> None:
             raise AssertionError("plan() must not touch the network")
@@ -113,7 +113,7 @@ class LauncherTests(ComponentTests):
         assert all("\n" not in warning for warning in first.warnings)
 
     def test_a_plan_holds_no_secret(self, launcher: RemoteLauncher, run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What the user's environment holds is not sent, and so not shown."""
+        """A plan contains nothing from the user's environment."""
         for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "VESSL_ACCESS_TOKEN"):
             monkeypatch.setenv(name, _SECRET)
         plan = self.config.build().plan(run)
@@ -151,7 +151,7 @@ class LauncherTests(ComponentTests):
         list(launcher.logs(name, tail=None, follow=True))  # of a run that is over it ends
 
     def test_a_run_that_is_not_there(self, service: Any, launcher: RemoteLauncher) -> None:
-        """The error names it."""
+        """An unknown run is named in the error."""
         with pytest.raises(ConfigError, match="no-such-run-4711"):
             launcher.status("no-such-run-4711")
 

@@ -1,4 +1,4 @@
-"""The suite for model loaders."""
+"""Suite for model loaders."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["ModelLoaderTests"]
 
 
 class ModelLoaderTests(ComponentTests):
-    """What a model loader must do. Override the fixture ``path`` with a tiny model's file or folder."""
+    """Contract tests of a model loader. Override the fixture ``path`` with a tiny model."""
 
     __test__ = False
     kind = "model_loaders"
 
     @pytest.fixture
     def path(self) -> Path | None:
-        """The model; None for a loader without ``uri``."""
+        """Return the model's path; None for a loader without ``uri``."""
         return None
 
     @pytest.fixture
     def loader(self) -> ModelLoader:
-        """The loader under test."""
+        """Build the loader under test."""
         return self.config.build()
 
     def test_info_is_what_load_gives(self, loader: ModelLoader, path: Path | None) -> None:
@@ -47,7 +47,7 @@ class ModelLoaderTests(ComponentTests):
         assert info.heads == loaded.heads
 
     def test_loading_again_gives_the_same(self, loader: ModelLoader, path: Path | None) -> None:
-        """The same weights each time; those of other random numbers stay as they are."""
+        """Loading twice gives equal weights, and leaves torch's random state alone."""
         state = torch.get_rng_state()
         first = loader.load(path, dtype=torch.float32, seed=3).model.state_dict()
         torch.rand(7)

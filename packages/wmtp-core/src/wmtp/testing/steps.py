@@ -85,7 +85,7 @@ def random_step(seed: int, *, packed: bool, rows: int = 4, length: int = 12) -> 
 
 
 def pad(step: Step, *, columns: int, rows: int) -> Step:
-    """The same step with more padding, which holds other values than the padding that is there."""
+    """Pad a step further, with other values than in its present padding."""
 
     def grown(values: Tensor, fill: float) -> Tensor:
         count, length, *rest = values.shape
@@ -113,7 +113,7 @@ def pad(step: Step, *, columns: int, rows: int) -> Step:
 
 
 def make_view(trainer: Trainer, step: Step, *, number: int = 0, stage: str = "train", with_gradient: bool = False) -> StepView:
-    """What the loop gives to a trainer for one step.
+    """Make the view that the loop gives to a trainer for one step.
 
     Args:
         trainer: set up.

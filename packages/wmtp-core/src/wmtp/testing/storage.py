@@ -1,4 +1,4 @@
-"""The suite for storage backends."""
+"""Suite for storage backends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["StorageTests"]
 
 
 class StorageTests(ComponentTests):
-    """What a storage backend must do.
+    """Contract tests of a storage backend.
 
     Override the fixture ``root`` for anything but local files.
     """
@@ -25,12 +25,12 @@ class StorageTests(ComponentTests):
 
     @pytest.fixture
     def root(self, tmp_path: Path) -> str:
-        """The URI of an empty folder that a test may write to."""
+        """Return the URI of an empty folder that a test may write to."""
         return (tmp_path / "root").as_uri()
 
     @pytest.fixture
     def storage(self) -> Storage:
-        """The backend under test."""
+        """Build the backend under test."""
         return self.config.build()
 
     @pytest.fixture
@@ -108,7 +108,7 @@ class StorageTests(ComponentTests):
     def test_a_failed_push_leaves_things_as_they_were(
         self, storage: Storage, root: str, cache: Path, folder: Path, tmp_path: Path
     ) -> None:
-        """The old folder stays whole; where there was none, there is none."""
+        """A failed push leaves the old folder whole, and creates no new one."""
         storage.push(folder, f"{root}/model")
         before = _files(folder)
         (folder / "zz-dangling").symlink_to(tmp_path / "nowhere")
@@ -120,13 +120,13 @@ class StorageTests(ComponentTests):
         assert not storage.exists(f"{root}/other")
 
     def test_pushing_what_is_not_there(self, storage: Storage, root: str, tmp_path: Path) -> None:
-        """The error names the path."""
+        """Pushing a missing path names it in the error."""
         with pytest.raises(WMTPError, match="no-such-file"):
             storage.push(tmp_path / "no-such-file", f"{root}/x")
         assert not storage.exists(f"{root}/x")
 
     def test_localizing_what_is_not_there(self, storage: Storage, root: str, cache: Path) -> None:
-        """The error names the URI, and the cache stays empty."""
+        """Localizing a missing URI names it in the error, and leaves the cache empty."""
         uri = f"{root}/no/such/file"
         assert not storage.exists(uri)
         with pytest.raises(WMTPError) as error:

@@ -1,4 +1,4 @@
-"""The suite for trackers."""
+"""Suite for trackers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["TrackerTests"]
 
 
 class TrackerTests(ComponentTests):
-    """What a tracker must do. Whether the service got the numbers is for the plugin's own tests."""
+    """Contract tests of a tracker. Delivery to the service is for the plugin's own tests."""
 
     __test__ = False
     kind = "trackers"
@@ -118,7 +118,7 @@ class TrackerTests(ComponentTests):
         assert found is None or sorted(found) == list(range(1, 6))
 
     def test_metrics_are_not_changed(self, run: RunInfo) -> None:
-        """The loop goes on using what it gave."""
+        """A tracker does not change the metrics that it is given."""
         tracker = self.config.build()
         tracker.start(run)
         metrics = {"loss": 1.0, "a b": 2.0}

@@ -1,4 +1,4 @@
-"""The suite for trainers: what makes an algorithm fit for the one training loop."""
+"""Suite for trainers: the contract that the training loop relies on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KINDS = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed
 
 
 class TrainerTests(ComponentTests):
-    """What a trainer must do.
+    """Contract tests of a trainer.
 
     The weights of a step are a function of that step's documents: padding, the split into micro-batches and what ran before
     (but for `Trainer.state_dict`) have no influence. Override `make_model` if the trainer needs a special ``[models.*]``.
@@ -39,7 +39,7 @@ class TrainerTests(ComponentTests):
     kind = "trainers"
 
     def make_model(self, name: str) -> MTPModel:
-        """The model ``[models.<name>]``: a tiny Llama with random weights."""
+        """Make the model ``[models.<name>]``: a tiny Llama with random weights."""
         base = cast(PreTrainedModel, tiny_model(seed=len(name)))
         return MTPModel(base, HeadsConfig(horizon=1), seed=0).eval().requires_grad_(False)
 
@@ -127,7 +127,7 @@ class TrainerTests(ComponentTests):
 
     @_KINDS
     def test_inputs_stay_as_they_are(self, trainer: Trainer, packed: bool) -> None:
-        """The loop goes on using what it gave."""
+        """A trainer does not change its inputs, which the loop goes on using."""
         view = make_view(trainer, random_step(2, packed=packed), stage=_weighted_stages(trainer)[0].name)
         tensors = {
             "input_ids": view.batch.input_ids,
@@ -183,7 +183,7 @@ class TrainerTests(ComponentTests):
             token_details(trainer, view, type(self.config).__name__)
 
     def test_metrics_are_scalars(self, trainer: Trainer) -> None:
-        """What `Trainer.metrics` gives can be logged."""
+        """`Trainer.metrics` returns scalars that can be logged."""
         self._weights(trainer, random_step(5, packed=True))
         for name, value in trainer.metrics().items():
             assert isinstance(name, str)
@@ -263,7 +263,7 @@ class TrainerTests(ComponentTests):
         return given_weights(trainer, view, type(self.config).__name__)[1], targets.valid
 
     def _learn(self, step: Step, stage: Stage, *, micro_batch_size: int, trainer: Trainer | None = None) -> dict[str, Tensor]:
-        """The loss and all gradients of one step."""
+        """Compute the loss and all gradients of one step."""
         trainer = trainer or self.make_trainer()
         base = cast(PreTrainedModel, tiny_model())
         model = MTPModel(base, HeadsConfig(horizon=HORIZON), seed=0)
@@ -306,5 +306,5 @@ def _no_numbers(model: str, what: str) -> NoReturn:
 
 
 def _weighted_stages(trainer: Trainer) -> list[Stage]:
-    """The stages in which weights are asked for."""
+    """List the stages that ask for weights."""
     return [stage for stage in trainer.stages() if stage.model_loss] or [Stage()]

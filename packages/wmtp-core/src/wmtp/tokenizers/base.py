@@ -1,4 +1,4 @@
-"""The contract of a tokenizer."""
+"""Contract of a tokenizer."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Tokenizer(Contract, ABC, contract=True):
     @property
     @abstractmethod
     def eos_id(self) -> int:
-        """The end-of-sequence token, learned at the end of every document."""
+        """End-of-sequence token, learned at the end of every document."""
 
     @property
     def bos_id(self) -> int | None:
-        """The token put before every document; None if the vocabulary has none."""
+        """Token put before every document; None if the vocabulary has none."""
         return None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, with no special token added."""
+        """Encode ``text``, with no special token added."""
 
     def encode_first(self, text: str) -> list[int]:
         """Encode the start of a document: as `encode`, with the space that the tokenizer itself puts there."""
@@ -63,11 +63,14 @@ class Tokenizer(Contract, ABC, contract=True):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; special tokens leave nothing."""
+        """Decode ``ids`` to text; special tokens leave nothing."""
 
     @abstractmethod
     def token(self, token_id: int) -> str:
-        """The vocabulary's own string for one id, to compare two vocabularies token by token."""
+        """Return the vocabulary's own string for one id.
+
+        It serves to compare two vocabularies token by token.
+        """
 
     @abstractmethod
     def fingerprint(self) -> str:

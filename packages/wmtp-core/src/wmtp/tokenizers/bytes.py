@@ -34,7 +34,7 @@ class BytesTokenizer(Tokenizer):
         return BOS_ID
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of ``text`` in UTF-8."""
+        """Encode ``text`` as its UTF-8 bytes."""
         return list(text.encode("utf-8"))
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -43,7 +43,7 @@ class BytesTokenizer(Tokenizer):
         return list(text.encode("utf-8")), places
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the bytes; what is no UTF-8 becomes U+FFFD, and begin and end leave nothing."""
+        """Decode the bytes; invalid UTF-8 becomes U+FFFD, and special tokens leave nothing."""
         return bytes(i for i in ids if i < EOS_ID).decode("utf-8", errors="replace")
 
     def token(self, token_id: int) -> str:

@@ -15,7 +15,7 @@ __all__ = ["Bytes", "HfSentencePiece", "HfTransformers", "OwnTokenizer"]
 
 @frozen(kw_only=True)
 class OwnTokenizer(TokenizerConfig):
-    """The tokenizer that lies beside a model, whichever it is, with single keys changed. Needs no ``type``.
+    """Tokenizer that lies beside a model, with single keys changed. Needs no ``type``.
 
     Args:
         uri: a model's folder or ``.gguf`` file. Default: the base model's.

@@ -74,16 +74,22 @@ class HfTokenizer(Tokenizer):
 
     @property
     def eos_id(self) -> int:
-        """The tokenizer's own end-of-sequence token, or ``eos_token``."""
+        """End-of-sequence token: the tokenizer's own, or ``eos_token``."""
         return self._eos_id
 
     @property
     def bos_id(self) -> int | None:
-        """The begin token, where the tokenizer puts one before a text by itself; else None, though one may have the name."""
+        """Begin token, where the tokenizer puts one before a text by itself.
+
+        Else None, even if a token has that name.
+        """
         return self._bos_id
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``. What reads as a special token in it, for instance of a chat template, becomes that token."""
+        """Encode ``text``.
+
+        Text that spells a special token, for instance of a chat template, becomes that token.
+        """
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_first(self, text: str) -> list[int]:
@@ -106,11 +112,11 @@ class HfTokenizer(Tokenizer):
         return frozenset(str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; special tokens leave nothing."""
+        """Decode ``ids`` to text; special tokens leave nothing."""
         return self._backend.decode([int(i) for i in ids if i not in (self._eos_id, self._bos_id)], skip_special_tokens=True)
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's own string."""
+        """Return the vocabulary's own string for one id."""
         found = self._backend.id_to_token(token_id)
         if found is None:
             raise IndexError(f"token id {token_id} is not in the vocabulary")
@@ -128,7 +134,7 @@ class HfTokenizer(Tokenizer):
 
 
 def open_auto_tokenizer(path: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """What ``AutoTokenizer`` opens, without the network and without code of others.
+    """Open a tokenizer by ``AutoTokenizer``, without network and without foreign code.
 
     Raises:
         WMTPError: there is no tokenizer, or it is damaged.
@@ -204,7 +210,7 @@ def _own_tokens_only(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrain
 
 
 def _without_added_space(spec: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer (the content of its ``tokenizer.json``), but no rule adds a space before a text or takes it off."""
+    """Remove the rules of a ``tokenizer.json`` that add or strip a leading space."""
     spec = copy.deepcopy(spec)
     spec["normalizer"] = _dropped(spec.get("normalizer"), "normalizers", lambda rule: rule["type"] == "Prepend")
     spec["decoder"] = _dropped(

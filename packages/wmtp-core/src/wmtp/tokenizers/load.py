@@ -13,7 +13,7 @@ __all__ = ["load_tokenizer"]
 
 
 def load_tokenizer(path: Path, *, eos_token: str | None = None) -> Tokenizer:
-    """The tokenizer of a model: the one that WMTP saved there, else the one that its files are for.
+    """Open a model's tokenizer: the one that WMTP saved, else that of its files.
 
     Args:
         path: a model folder, a ``.gguf`` file, or a SentencePiece ``.model`` file.

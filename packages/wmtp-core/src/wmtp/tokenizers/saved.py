@@ -1,4 +1,4 @@
-"""The small file beside a saved model that says which tokenizer it was trained with."""
+"""File beside a saved model that names the tokenizer of its training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write_saved(folder: Path, kind: str, **options: Any) -> None:
 
 
 def read_saved(folder: Path) -> Mapping[str, Any] | None:
-    """What `write_saved` wrote; None where the folder has no such file.
+    """Read the file of `write_saved`; None where the folder has none.
 
     Raises:
         WMTPError: the file is damaged.

@@ -74,22 +74,22 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """The number of pieces."""
+        """Number of pieces."""
         return self._processor.get_piece_size()
 
     @property
     def eos_id(self) -> int:
-        """The model's own end piece, or ``eos_token``."""
+        """End piece of the model, or ``eos_token``."""
         return self._eos_id
 
     @property
     def bos_id(self) -> int | None:
-        """The model's begin piece, if it has one."""
+        """Begin piece of the model, if it has one."""
         found = self._processor.bos_id()
         return None if found < 0 else found
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``; no space is put before it, and none is dropped."""
+        """Encode ``text``; no space is put before it, and none is dropped."""
         return self._processor.encode(text)
 
     def encode_first(self, text: str) -> list[int]:
@@ -97,11 +97,11 @@ class SentencePieceTokenizer(Tokenizer):
         return self._first.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; begin and end leave nothing, and a leading space stays."""
+        """Decode ``ids``; begin and end leave nothing, and a leading space stays."""
         return self._processor.decode([int(i) for i in ids if i != self._eos_id])
 
     def token(self, token_id: int) -> str:
-        """The piece, with ``▁`` for a space."""
+        """Return the piece, with ``▁`` for a space."""
         return self._processor.id_to_piece(token_id)
 
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""The text of each single token of a document."""
+"""Text of each single token of a document."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _LONGEST_CHARACTER: Final = 4
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text before it.
+    """Return the text that each token adds to the text before it.
 
-    Joined they are the decoded text, but that a token without any text (end-of-sequence) is called by its name in the
+    Joined they are the decoded text, except that a token without any text (end-of-sequence) is shown by its name in the
     vocabulary. A character made of several tokens belongs to its last one; the others add nothing.
     """
     texts: list[str] = []

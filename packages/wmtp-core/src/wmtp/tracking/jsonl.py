@@ -1,4 +1,4 @@
-"""The tracker that adds nothing: every run writes ``metrics.jsonl`` by itself."""
+"""Tracker without a service: every run writes ``metrics.jsonl`` by itself."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class Jsonl(Tracker):
         """Nothing: there is nothing to close."""
 
     def location(self) -> str | None:
-        """The path of ``metrics.jsonl``."""
+        """Path of ``metrics.jsonl``."""
         return None if self._file is None else str(self._file)

@@ -94,7 +94,7 @@ class MirroredMLflow(Tracker):
             logger.warning("the run's tracking is in %s; copy it with: wmtp run --resume %s", self._folder, self._folder.parent)
 
     def location(self) -> str | None:
-        """The commands that show the run."""
+        """Command that shows the run."""
         return f"wmtp runs pull {self._uri}"
 
     def _bring_back(self, state: Path, local: str) -> None:

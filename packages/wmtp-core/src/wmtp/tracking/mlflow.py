@@ -1,4 +1,4 @@
-"""The MLflow tracker: a local SQLite file or a server."""
+"""MLflow tracker: a local SQLite file or a server."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class MLflow(Tracker):
             logger.warning("%s did not learn that the run has ended: %s", receiver, _reason(error))
 
     def location(self) -> str | None:
-        """The command that shows the run, or the address of its page."""
+        """Command that shows the run, or the address of its page."""
         if not self._run_id:
             return None
         if self._uri.startswith("http"):
@@ -182,7 +182,7 @@ class MLflow(Tracker):
         self._log_params({key: value for key, value in params.items() if key not in known})
 
     def _find(self, state_file: Path) -> Run | None:
-        """The MLflow run of an earlier attempt; None if there was none at this address."""
+        """Find the MLflow run of an earlier attempt; None if there is none at this address."""
         from mlflow.exceptions import MlflowException
 
         if not state_file.exists():
@@ -298,7 +298,7 @@ def _cut(value: str, length: int) -> str:
 
 
 def _refused(error: Exception) -> bool:
-    """Whether the same request will never be taken: the run was deleted, or a value is not allowed."""
+    """Return True if the same request will always fail: a deleted run, or a forbidden value."""
     code = getattr(error, "error_code", None)
     return code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE")
 

@@ -27,7 +27,7 @@ __all__ = ["Pulled", "pull"]
 
 @frozen(kw_only=True)
 class Pulled:
-    """What `pull` did.
+    """Result of `pull`.
 
     Args:
         database: the MLflow database with all runs.
@@ -139,7 +139,7 @@ def _merge(fetched: Path, run_id: str, database: Path, uri: str) -> bool:
 
 
 def _tables_of_runs(connection: sqlite3.Connection) -> list[tuple[str, list[str]]]:
-    """The tables that say something of a run, and the columns that both databases have; ``runs`` itself first."""
+    """List the tables about runs with the columns common to both databases; ``runs`` first."""
     found = []
     for (table,) in connection.execute("SELECT name FROM pulled.sqlite_master WHERE type = 'table'").fetchall():
         both = [
@@ -153,7 +153,7 @@ def _tables_of_runs(connection: sqlite3.Connection) -> list[tuple[str, list[str]
 
 
 def _experiment(database: Path, name: str) -> int:
-    """The number of the experiment with this name in the database; it is made if there is none."""
+    """Return the id of the experiment with this name, creating it if needed."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{database}")

@@ -97,7 +97,7 @@ class Sender(Generic[Item]):
             self._last_progress = time.monotonic()
 
     def _next(self) -> list[Item]:
-        """The oldest items, which stay in the queue until they are sent; none once the queue is closed and empty."""
+        """Return the oldest items, which stay queued until sent; none once closed and empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._items or self._closing.is_set())
             self._changed.wait_for(lambda: len(self._items) >= self._batch or self._closing.is_set(), timeout=self._interval)

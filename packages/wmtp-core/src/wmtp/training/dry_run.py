@@ -65,7 +65,7 @@ def dry_run(config: Config) -> dict[str, str]:
 
 
 def _memory(config: Config, source: Source, heads: HeadsConfig, device: torch.device) -> str:
-    """The estimate, and whether it is more than the device has."""
+    """Estimate the memory, and compare it with the device's."""
     others = {
         name: config.models[name].loader.build().info(source.place.path(config.models[name].loader, f"models.{name}"))
         for name in required_models(config)

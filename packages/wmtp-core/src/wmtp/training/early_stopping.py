@@ -58,11 +58,11 @@ class EarlyStopping:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the patience has run out; still true after a resume."""
+        """True once the patience has run out; still true after a resume."""
         return self._config is not None and self._without_progress >= self._config.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {"best": self._best, "without_progress": self._without_progress}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The loss of every head on the evaluation data."""
+"""Loss of every head on the evaluation data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done with a model that has learned: it is saved, measured and shown, and the run is reported."""
+"""End of a run: save the model, evaluate it, show a sample, report."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def save_model(
 
 
 def measure_model(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer) -> dict[str, float]:
-    """What ``[[eval]]`` asks for, which goes into the run directory's files too."""
+    """Run the evaluators of ``[[eval]]``, and write their results into the run directory."""
     step = fit.step_loss
     measured = Measured(
         model=step.model,

@@ -20,7 +20,7 @@ logger = logging.getLogger("wmtp")
 
 
 class Interrupt:
-    """Whether the run was asked to stop.
+    """Request to stop the run, if a signal came.
 
     Attributes:
         requested: the signal's name, or None.
@@ -29,7 +29,7 @@ class Interrupt:
     requested: str | None = None
 
     def agreed(self, ranks: Ranks) -> str | None:
-        """The signal that any of the processes got; Ctrl-C counts more than SIGTERM."""
+        """Return the signal that any of the processes got; Ctrl-C goes before SIGTERM."""
         return next((name for name in ("SIGINT", "SIGTERM") if ranks.any(self.requested == name)), None)
 
 

@@ -1,4 +1,4 @@
-"""The training loop: the only one, and the same for every algorithm."""
+"""Training loop: the only one, and the same for every algorithm."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _ALL_SKIPPED: Final = 100
 
 @frozen(kw_only=True)
 class FitResult:
-    """How the loop ended.
+    """Outcome of the loop.
 
     Args:
         status: all steps done, stopped early, or interrupted by a signal.
@@ -142,7 +142,7 @@ class Fit:
         self._log = StepLog(self.metrics_path, self.tracker, start=self._step, total=self.total_steps)
 
     def _saved(self) -> list[Checkpoint]:
-        """The checkpoints that rank 0 sees."""
+        """List the checkpoints that rank 0 sees."""
         return self._ranks.on_main(lambda: list_checkpoints(self.checkpoint_dir))
 
     def _newest(self) -> Path | None:

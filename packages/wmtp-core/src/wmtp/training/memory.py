@@ -1,4 +1,4 @@
-"""How much memory a run will need on each device, before it is started, and what to change if that is too much. Torch-free."""
+"""Estimate of a run's memory per device, with settings that lower it. Torch-free."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def head_parameters(info: ModelInfo, heads: HeadsConfig) -> int:
 def estimate_memory(
     config: Config, info: ModelInfo, heads: HeadsConfig, *, world: int = 1, others: Mapping[str, ModelInfo] | None = None
 ) -> MemoryEstimate:
-    """What training needs on each device.
+    """Estimate the memory that training needs on each device.
 
     Args:
-        config: for rows, precision, checkpointing and how processes share a model.
+        config: for rows, precision, checkpointing and sharding.
         info: of the base model.
         heads: the heads that it gets.
         world: processes of the job.
@@ -183,7 +183,7 @@ def too_large(estimate: MemoryEstimate, device_bytes: int) -> str | None:
 def cheaper_settings(
     config: Config, info: ModelInfo, heads: HeadsConfig, *, world: int = 1, others: Mapping[str, ModelInfo] | None = None
 ) -> list[tuple[str, int]]:
-    """The three single settings that make the estimate smallest, each with the total that it gives."""
+    """Find the three single settings that lower the estimate most, with their totals."""
     devices, data = config.devices, config.data.train
     rows = -(-data.batch_size // world)
     micro = min(data.micro_batch_size or rows, rows)
@@ -218,7 +218,7 @@ def cheaper_settings(
 
 
 def describe_shortage(settings: list[tuple[str, int]]) -> str:
-    """What messages say of `cheaper_settings`."""
+    """Word `cheaper_settings` for a message."""
     return "; what helps most: " + ", ".join(f"{key} (about {_size(total)})" for key, total in settings) if settings else ""
 
 

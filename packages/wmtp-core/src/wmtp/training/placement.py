@@ -1,4 +1,4 @@
-"""The model on the devices of its run: whole or divided, in the run's precision, ready to learn."""
+"""Placement of the model on its devices: sharded or whole, in the run's precision."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["place_model", "ready_to_measure"]
 def place_model(
     config: Config, source: Source, ranks: Ranks, device: torch.device, precision: Precision, fsdp: FsdpConfig | None
 ) -> tuple[MTPModel, MasterWeights | None]:
-    """The model on its devices, ready to learn, and the fp32 copies of its parameters, where it needs any."""
+    """Load the model onto its devices; return it with its fp32 copies, if any."""
     if fsdp is None:
         model = load_base_model(config, source).to(device)
         masters = MasterWeights(model) if precision == "bf16-params" else None

@@ -45,13 +45,13 @@ logger = logging.getLogger("wmtp")
 
 @frozen(kw_only=True, eq=False)
 class Source:
-    """What is known of model, tokenizer and data before any weight is read.
+    """Model, tokenizer and data as known before any weight is read.
 
     Args:
         place: resolves URIs.
         model_path: the local path of the base model; None for one from scratch.
         model_info: its metadata.
-        rows: V of each model that reads the run's tokens, by what messages call it.
+        rows: V of each model that reads the run's tokens, by its name in messages.
         tokenizer: checked against the model's vocabulary.
         dataset_paths: the local path of each data set.
     """
@@ -105,7 +105,7 @@ def open_source(config: Config) -> Source:
 
 
 def _open_tokenizer(config: Config, place: Place, model_path: Path | None) -> Tokenizer:
-    """The tokenizer that the config names, or the one that lies beside the base model."""
+    """Open the tokenizer that the config names, or the base model's own."""
     from wmtp.models.vocabulary import check_reading
     from wmtp.tokenizers.load import load_tokenizer
 
@@ -121,7 +121,7 @@ def _open_tokenizer(config: Config, place: Place, model_path: Path | None) -> To
 
 
 def _readable_tokenizer(config: Config, model_path: Path) -> Tokenizer | None:
-    """The tokenizer beside a model; None where there is none that can be opened, which is what ``[tokenizer]`` is for."""
+    """Open the tokenizer beside a model; None if that fails: ``[tokenizer]`` is for such models."""
     from wmtp.tokenizers.load import load_tokenizer
 
     named = None if config.tokenizer is None else config.tokenizer.eos_token
@@ -148,7 +148,7 @@ def _check_length(info: ModelInfo, config: Config, model: str) -> None:
 
 
 def _check_evaluators(info: ModelInfo, config: Config) -> None:
-    """What can be known before the training of what is measured after it."""
+    """Check before training that the evaluators can run after it."""
     heads = config.models["base"].heads or info.heads
     problems = []
     for index, evaluator in enumerate(config.eval):
@@ -183,7 +183,7 @@ def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Token
 
 
 def _check_reward_model(name: str, config: Config, place: Place) -> None:
-    """Whether a model that scores texts is there; it has a vocabulary of its own."""
+    """Check that a reward model is there; it has a vocabulary of its own."""
     from wmtp.models.config import HfModel
     from wmtp.models.reward import check_reward_model
 
@@ -194,7 +194,7 @@ def _check_reward_model(name: str, config: Config, place: Place) -> None:
 
 
 def _own_tokenizer(config: Config, path: Path, key: str) -> Tokenizer:
-    """The tokenizer that lies beside a model."""
+    """Open the tokenizer that lies beside a model."""
     from wmtp.tokenizers.load import load_tokenizer
     from wmtp.tokenizers.saved import read_saved
 
@@ -211,7 +211,7 @@ def _own_tokenizer(config: Config, path: Path, key: str) -> Tokenizer:
 
 
 def load_base_model(config: Config, source: Source) -> MTPModel:
-    """The model that is trained, with its heads, on the CPU.
+    """Load the model to train, with its heads, on the CPU.
 
     Raises:
         ConfigError: the heads do not fit the model, or its rows cannot hold several documents.
@@ -230,7 +230,7 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
 
 
 def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> OpenModel:
-    """What a trainer calls to load ``[models.NAME]``; see `OpenModel`."""
+    """Return the function by which a trainer loads ``[models.NAME]``; see `OpenModel`."""
     from wmtp.models.acceleration import accelerate
     from wmtp.models.build import build_model
 

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @frozen(kw_only=True)
 class StagePlan:
-    """The stages of a run and the steps at which they end.
+    """Stages of a run, with the steps at which they end.
 
     Args:
         stages: in order.
@@ -71,15 +71,15 @@ class StagePlan:
         return cls(stages=tuple(stages), ends=tuple(ends))
 
     def index(self, step: int) -> int:
-        """The number of the stage of an optimizer step; all from 0."""
+        """Return the index of the stage of an optimizer step; both from 0."""
         return next(number for number, end in enumerate(self.ends) if step < end)
 
     def at(self, step: int) -> Stage:
-        """The stage of an optimizer step, from 0."""
+        """Return the stage of an optimizer step, from 0."""
         return self.stages[self.index(step)]
 
     def ended(self, step: int) -> StagePlan:
-        """The plan in which the stage of the step before this one ends here; what follows starts earlier."""
+        """End the current stage before this step; the next ones start earlier."""
         current = self.index(step - 1)
         sooner = self.ends[current] - step
         moved = [end - sooner for end in self.ends[current:-1]]
