@@ -1,11 +1,17 @@
 """Tiny tokenizers with chat templates of every kind that matters; the templates are the tests' own."""
 
+import json
 from functools import cache
 from pathlib import Path
 
+import attrs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from wmtp.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainDataConfig
+from wmtp.data.config import Chat
+from wmtp.data.prepare import prepare_data, use_chat_template
+from wmtp.plugins.contract import TrainerConfig
 from wmtp.tokenizers.hf import HfTokenizer
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<|end|>"]
@@ -89,3 +95,27 @@ def learned_texts(tokenizer, document):
             )
         place += segment.length
     return texts
+
+
+def write(path, records):
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+@attrs.frozen(kw_only=True)
+class Unused(TrainerConfig):
+    type = "unused"
+
+
+def prepare(tmp_path, tokenizer, records, *, dataset=None, **train):
+    """The records as data to train on, read by `chat` unless ``dataset`` says otherwise."""
+    path = write(tmp_path / "a.jsonl", records)
+    config = Config(
+        models={"base": ModelConfig(loader=Unused())},
+        trainer=Unused(),
+        datasets={"chat": dataset or Chat(uri=str(path))},
+        run=RunConfig(output_dir=str(tmp_path / "runs")),
+        data=DataConfig(train=TrainDataConfig(**{"max_length": 64} | train)),
+    )
+    use_chat_template(tokenizer, config.data.train)
+    return prepare_data(config, tokenizer, {"chat": path}).train

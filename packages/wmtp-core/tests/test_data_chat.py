@@ -2,31 +2,23 @@
 
 import json
 
-import attrs
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from chat_tokenizers import CHATML, MARKED_SHORT, THINKING, chat_tokenizer
+from chat_tokenizers import CHATML, MARKED_SHORT, THINKING, Unused, chat_tokenizer, prepare, write
 
 from wmtp.config.rules import check
-from wmtp.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainDataConfig
+from wmtp.config.schema import Config, DataConfig, ModelConfig, TrainDataConfig
 from wmtp.data.base import BadExample
 from wmtp.data.config import Chat
-from wmtp.data.prepare import prepare_data, use_chat_template
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.plugins.contract import TrainerConfig
 from wmtp.testing import DataLoaderTests
 from wmtp.tokenizers.bytes import BytesTokenizer
 from wmtp.tokenizers.load import load_tokenizer
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-
-
-def write(path, records):
-    path.write_text("\n".join(map(json.dumps, records)))
-    return path
 
 
 def read(tmp_path, *records, **options):
@@ -202,24 +194,6 @@ def test_names_of_formats_and_keys(tmp_path):
 # through the preparation
 
 
-@attrs.frozen(kw_only=True)
-class Unused(TrainerConfig):
-    type = "unused"
-
-
-def prepare(tmp_path, tokenizer, records, *, dataset=None, **train):
-    path = write(tmp_path / "a.jsonl", records)
-    config = Config(
-        models={"base": ModelConfig(loader=Unused())},
-        trainer=Unused(),
-        datasets={"chat": dataset or Chat(uri=str(path))},
-        run=RunConfig(output_dir=str(tmp_path / "runs")),
-        data=DataConfig(train=TrainDataConfig(max_length=64, **train)),
-    )
-    use_chat_template(tokenizer, config.data.train)
-    return prepare_data(config, tokenizer, {"chat": path}).train
-
-
 def learned(tokenizer, data):
     """Of each piece the runs of tokens that are learned, decoded."""
     found = []
@@ -277,7 +251,7 @@ def test_what_is_said_of_the_data_is_said_from_the_cache_too(tmp_path, caplog):
         caplog.clear()
         prepare(tmp_path, tokenizer, [TWO_TURNS, TWO_TURNS])
         (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-        assert said.startswith(f"data.train: chat: 2 documents (the first at {tmp_path}/a.jsonl:1): the token that ends")
+        assert said.startswith(f"data.train: chat: 2 of 2 documents (the first at {tmp_path}/a.jsonl:1): the token that ends")
 
 
 def test_conversations_without_a_template_are_told_before_anything_is_read(tmp_path):

@@ -147,7 +147,7 @@ def test_an_end_of_turn_outside_the_marks_is_said_once(tmp_path):
         messages = (message("user", "a"), message("assistant", "b"))
         renderer(Example(id=str(number), messages=messages, where=f"a.jsonl:{number + 1}"))
     (note,) = renderer.notes.list()
-    assert str(note).startswith("3 documents (the first at a.jsonl:1): the token that ends an answer ('<|im_end|>')")
+    assert note.of(4).startswith("3 of 4 documents (the first at a.jsonl:1): the token that ends an answer ('<|im_end|>')")
     assert "may not learn to stop" in note.text
 
 

@@ -6,7 +6,9 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from wmtp.cli.facts import print_facts
+import attrs
+
+from wmtp.cli.facts import print_documents, print_facts
 from wmtp.cli.remote import cancel, launch, logs, metrics, status
 from wmtp.cli.run import outcome
 from wmtp.cli.run import report as report_run
@@ -28,11 +30,13 @@ def run(arguments: Namespace) -> tuple[Any, int]:
         "allow_code_execution": arguments.allow_code_execution,
     }
     if arguments.dry_run:
-        facts = run(arguments.files, dry_run=True, **options)
+        facts = dict(run(arguments.files, dry_run=True, **options))
+        documents = facts.pop("documents")
         if not arguments.json:
             print_facts(facts)
+            print_documents(documents)
             print("ok: nothing was trained")
-        return dict(facts), 0
+        return {**facts, "documents": [attrs.asdict(document) for document in documents]}, 0
     result = outcome(lambda: run(arguments.files, **options))
     return report_run(result, to_stdout=not arguments.json)
 

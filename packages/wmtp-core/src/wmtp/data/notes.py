@@ -23,9 +23,10 @@ class Note:
     first: str
     level: str = "warning"
 
-    def __str__(self) -> str:
-        documents = "1 document" if self.count == 1 else f"{self.count:,} documents"
-        return f"{documents} ({'at' if self.count == 1 else 'the first at'} {self.first}): {self.text}"
+    def of(self, documents: int) -> str:
+        """Write the remark, with the number of all documents that were read."""
+        place = "at" if self.count == 1 else "the first at"
+        return f"{self.count:,} of {documents:,} documents ({place} {self.first}): {self.text}"
 
 
 class Notes:

@@ -128,7 +128,13 @@ def _dataset(
     }
     for name, store in zip(names, stores, strict=True):
         for note in store.info.notes:
-            _log.log(logging.INFO if note.level == "info" else logging.WARNING, "%s: %s: %s", key, name, note)
+            _log.log(
+                logging.INFO if note.level == "info" else logging.WARNING,
+                "%s: %s: %s",
+                key,
+                name,
+                note.of(len(store) + store.info.bad),
+            )
         alone = TokenDataset([store], names=[name], **options)
         _log.info("%s", _summary(f"{key}: {name}", alone))
         if not len(alone):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from wmtp.checkpoints.remote import remote_checkpoints
@@ -15,14 +17,12 @@ from wmtp.training.stages import StageBatches, StagePlan
 
 __all__ = ["dry_run"]
 
-_SHOWN_CHARACTERS = 300
 
-
-def dry_run(config: Config) -> dict[str, str]:
+def dry_run(config: Config) -> dict[str, Any]:
     """Everything but the weights and the training steps: metadata is read, the data is tokenised, memory is estimated.
 
     Returns:
-        facts by name, to print.
+        facts by name, to print; under ``documents`` a list of `wmtp.data.shown.ShownDocument`.
 
     Raises:
         ConfigError: the config does not fit the model, the data or the machine.
@@ -30,6 +30,7 @@ def dry_run(config: Config) -> dict[str, str]:
     """
     from wmtp.data.batches import StepBatches
     from wmtp.data.prepare import prepare_data
+    from wmtp.data.shown import shown_documents
     from wmtp.models.build import resolve_heads
     from wmtp.models.vocabulary import check_ids
 
@@ -47,9 +48,6 @@ def dry_run(config: Config) -> dict[str, str]:
     check_data(trainer, data.train, name)
     plan = StagePlan.make(trainer.stages(), warmup_steps=heads.warmup_steps, total_steps=total_steps, trainer_name=name)
     StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
-    first = batches.batch(0)
-    real = first.document[0] >= 0
-    sample = source.tokenizer.decode(first.input_ids[0][real].tolist())
     return {
         "trainer": name,
         "model": f"{info.architecture}, {info.parameters:,} parameters, {info.layers} layers, width {info.hidden_size}",
@@ -60,7 +58,7 @@ def dry_run(config: Config) -> dict[str, str]:
         "steps": f"{total_steps:,} of {config.data.train.batch_size} rows",
         "stages": ", ".join(f"{stage.name} to step {end:,}" for stage, end in zip(plan.stages, plan.ends, strict=True)),
         "memory": _memory(config, source, heads, device),
-        "first row": repr(sample if len(sample) <= _SHOWN_CHARACTERS else sample[:_SHOWN_CHARACTERS] + "…"),
+        "documents": shown_documents(data.train, source.tokenizer),
     }
 
 
