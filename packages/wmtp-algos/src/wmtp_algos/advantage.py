@@ -76,7 +76,7 @@ def monte_carlo_returns(reward: Tensor, document: Tensor, *, gamma: float) -> Te
 def advantages(
     value: Tensor, reward: Tensor, document: Tensor, *, gamma: float, lam: float, delta: Literal["gae", "td"] = "gae"
 ) -> Tensor:
-    """How much better the text became by each token (generalised advantage estimation: arXiv 1506.02438, eq. 16).
+    """Compute generalised advantages by token (GAE: arXiv 1506.02438, eq. 16).
 
         δ[t] = r[t] + γ V[t] − V[t−1]       r = R at the last token and 0 before; after the last token V := 0
         A[t] = δ[t] + γ λ A[t+1]            λ → 1 with γ = 1: A[t] = R − V[t−1]
@@ -131,7 +131,7 @@ def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def document_means(values: Tensor, mask: Tensor, document: Tensor, count: int) -> Tensor:
-    """The mean of each document's marked tokens.
+    """Average each document's marked tokens.
 
     Args:
         values: ``[B, S]``.
@@ -167,10 +167,10 @@ def by_token(of_documents: Tensor, document: Tensor) -> Tensor:
 
 
 def _next(values: Tensor, end: float = 0.0) -> Tensor:
-    """What stands one place to the right; ``end`` at the row's end."""
+    """Shift left by one place; ``end`` fills the row's end."""
     return torch.nn.functional.pad(values[:, 1:], (0, 1), value=end)
 
 
 def _is_last(document: Tensor) -> Tensor:
-    """Whether a token is the last of its document."""
+    """Mark the last token of each document."""
     return (document != PADDING) & (_next(document, PADDING - 1) != document)

@@ -25,7 +25,7 @@ _NO_WEIGHTS = (
 
 @frozen(kw_only=True)
 class Column(Trainer):
-    """The data's own token weights: a token's weight counts at every head that predicts it.
+    """Token weights read from the data, applied at every head that predicts the token.
 
     Documents without weights have weight 1; data in which no document has any is refused.
     """

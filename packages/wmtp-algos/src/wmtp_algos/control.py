@@ -1,4 +1,4 @@
-"""What all controls share: they are another trainer in everything but its weights."""
+"""Base of all controls: another trainer in everything but its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The config class of critic-wmtp. Torch-free."""
+"""Config class of critic-wmtp. Torch-free."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class CriticWMTP(TrainerConfig):
         return ("rm",) if self.reward == "model" else ()
 
     def check(self) -> Iterator[str]:
-        """What no single key shows."""
+        """Report contradictions between keys."""
         if self.min_weight > self.max_weight:
             yield f"min_weight: {self.min_weight} must be at most max_weight = {self.max_weight}"
         if "{completion}" not in self.reward_template:

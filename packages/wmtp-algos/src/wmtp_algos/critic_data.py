@@ -1,4 +1,4 @@
-"""What critic-wmtp needs of the data: rewards, and which documents are correct."""
+"""Data rules of critic-wmtp: rewards, and which documents are correct."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def reward_of(document: Document) -> float:
 
 
 def is_correct(config: CriticWMTP, document: Document) -> bool:
-    """Whether a document is correct: ``is_correct``, else whether its ``reward`` is high enough.
+    """Return True for a correct document, by ``is_correct`` or else by its ``reward``.
 
     Raises:
         WMTPError: the document has neither.
@@ -50,7 +50,7 @@ def correct_documents(config: CriticWMTP, data: TokenDataset) -> Flags:
 
 
 def check_rewards(config: CriticWMTP, data: TokenDataset) -> list[str]:
-    """What is wrong with the data for this config, one line a problem; see `wmtp.trainers.Trainer.check_data`."""
+    """Report data problems for this config, one line each; see `wmtp.trainers.Trainer.check_data`."""
     learns_value = config.value_head is None or config.value_learns
     labels, rewards = data.is_correct, data.rewards
     known = (labels >= 0) | ~np.isnan(rewards)

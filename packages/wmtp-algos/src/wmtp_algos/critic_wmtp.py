@@ -104,7 +104,7 @@ class CriticWMTPTrainer(Trainer):
         self._value_loss = RunningMean(_LOSS_DECAY, 1, setup.device)
 
     def _score(self, setup: TrainerSetup) -> Callable[[Document], float]:
-        """The reward model's scores, whitened over all documents."""
+        """Return the reward model's scores, whitened over all documents."""
         config = self._config
         numbers = setup.reward_scores(
             "rm",
@@ -224,7 +224,7 @@ class CriticWMTPTrainer(Trainer):
         return reward_of(document) if self._config.reward == "verifiable" else self._scores(document)
 
     def _learned(self, batch: Batch) -> Tensor:
-        """Which tokens stage ``train`` learns, ``[B, S]`` bool."""
+        """Mark the tokens that stage ``train`` learns, ``[B, S]`` bool."""
         if self._config.train_on == "all":
             return batch.learn
         correct = [float(is_correct(self._config, document)) for document in batch.documents]
@@ -248,7 +248,7 @@ class CriticWMTPTrainer(Trainer):
         return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host.to(device)
 
     def _diagnostics(self, view: StepView, value: Tensor, reward: Tensor, states: Tensor) -> dict[str, Tensor]:
-        """What shows whether V has learned something: see docs/algorithms.md."""
+        """Compute the metrics that show whether V is learning: see docs/algorithms.md."""
         batch = view.batch
         returns = maths.monte_carlo_returns(reward, batch.document, gamma=self._config.gamma)
         _, _, unexplained = maths.masked_moments(returns - value, states)
@@ -269,7 +269,7 @@ class CriticWMTPTrainer(Trainer):
         return self._metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The running means."""
+        """Return the running means."""
         return {"moments": self._moments.state_dict(), "value_loss": self._value_loss.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -19,9 +19,9 @@ __all__ = ["Focal"]
 
 @frozen(kw_only=True)
 class Focal(Trainer):
-    """The focal loss (Lin et al., arXiv 1708.02002): w = (1 − p)^γ, so what the model knows already counts less.
+    """Focal loss (arXiv 1708.02002): w = (1 − p)^γ, lower where the model is already right.
 
-    p = exp(−CE[t, k]) (eq. 4 of the paper). The weight carries no gradient, unlike in the paper.
+    p = exp(−CE[t, k]) (Lin et al., eq. 4). The weight carries no gradient, unlike in the paper.
 
     Args:
         gamma: γ; 0 gives the baseline.

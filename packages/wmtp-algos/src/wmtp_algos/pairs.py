@@ -47,7 +47,7 @@ def pair_documents(
 
 
 def pairs_of_step(group: Tensor, correct: Tensor, length: Tensor, max_ratio: float) -> Tensor:
-    """The pairs that a step holds: for each document the nearest by length in the other class of its group.
+    """Pair each document with the nearest in length of its group's other class.
 
     Args:
         group: ``[N]`` int64.
@@ -84,5 +84,5 @@ def pairwise_loss(value: Tensor, pairs: Tensor) -> Tensor:
 
 
 def pairwise_accuracy(value: Tensor, pairs: Tensor) -> Tensor:
-    """The share of pairs whose correct document has the higher value; NaN without any."""
+    """Return the share of pairs whose correct document has the higher value; NaN without pairs."""
     return (pairs & (value[:, None] > value[None, :])).sum() / pairs.sum()

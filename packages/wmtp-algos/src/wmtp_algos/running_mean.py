@@ -13,7 +13,7 @@ __all__ = ["RunningMean"]
 
 
 class RunningMean:
-    """The exponential moving average of some numbers, unbiased from the first step on.
+    """Exponential moving average, unbiased from the first step on.
 
     After n updates it is Σ d^(n−i) x_i / Σ d^(n−i).
 
@@ -49,7 +49,7 @@ class RunningMean:
         return torch.where(factors > 0, self._sums[:-1] / factors, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {"sums": self._sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ Scope = Literal["batch", "sequence", "head"]
 
 @frozen(kw_only=True, eq=False)
 class Groups:
-    """Which predictions compete with each other.
+    """Groups of predictions that compete with each other.
 
     Args:
         number: ``[B, S, H]`` int64, the group of each prediction; ``count`` where it is not valid.
@@ -30,7 +30,7 @@ class Groups:
 
     @classmethod
     def of(cls, scope: Scope, view: StepView) -> Groups:
-        """The groups of a step.
+        """Make the groups of a step.
 
         Args:
             scope: ``batch``: all valid predictions are one group; ``sequence``: those of a document are; ``head``: those of a
@@ -48,7 +48,7 @@ class Groups:
         return cls(number=torch.where(valid, number, count), count=count)
 
     def top(self, scores: Tensor, keep: float) -> Tensor:
-        """The best share of each group.
+        """Mark the best share of each group.
 
         Args:
             scores: ``[B, S, H]``; only valid places count.
@@ -71,7 +71,9 @@ class Groups:
         return kept.view(scores.shape)
 
     def softmax(self, scores: Tensor) -> Tensor:
-        """The softmax over each group, times the number of its valid predictions: the mean of each group is 1.
+        """Compute the softmax over each group, scaled to a mean of 1.
+
+        The scale is the number of valid predictions in the group.
 
         Args:
             scores: ``[B, S, H]``; only valid places count.

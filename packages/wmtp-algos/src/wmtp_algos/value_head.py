@@ -1,4 +1,4 @@
-"""The value head: from the hidden state of a text so far to how good it is."""
+"""Value head: from the hidden state of a text so far to its expected reward."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ class ValueHead(nn.Module):
             )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The values ``[...]`` of hidden states ``[..., D]``."""
+        """Compute the values ``[...]`` of hidden states ``[..., D]``."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.layers(hidden.float()).squeeze(-1)

@@ -18,10 +18,10 @@ __all__ = ["open_azure"]
 
 
 def open_azure(config: AzureStorage, uri: RemoteURI) -> Opened:
-    """The store of a container. obstore itself looks for credentials in Azure's standard places.
+    """Open a container. obstore itself looks for credentials in Azure's standard places.
 
     Raises:
-        ConfigError: nothing says which storage account it is.
+        ConfigError: no storage account is named.
     """
     container, _, host = uri.authority.partition("@")
     account = host.partition(".")[0] or config.account or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")

@@ -79,7 +79,7 @@ class StoredObject:
         return self.etag if self.etag is not None else f"modified {self.modified.isoformat()}"
 
     def differs_from(self, meta: ObjectMeta) -> bool:
-        """Whether this is no longer the version that an answer is of."""
+        """Return True if an answer belongs to another version of this object."""
         if meta["size"] != self.size:
             return True
         if self.etag is not None and meta["e_tag"] is not None:
@@ -102,7 +102,7 @@ class ObjectStorage(Storage):
         self._lock = threading.Lock()
 
     def opened(self, uri: RemoteURI) -> Opened:
-        """What holds ``uri``, its credentials found, its region known.
+        """Return the client for ``uri``, with credentials and region resolved.
 
         Raises:
             ConfigError: the options do not fit the URI.
@@ -130,10 +130,10 @@ class ObjectStorage(Storage):
         return patiently(self.config.retry_timeout, uri, lambda: question(store))
 
     def objects(self, uri: RemoteURI) -> Iterator[StoredObject]:
-        """The objects of a folder, by pages of a thousand.
+        """Yield the objects of a folder, in pages of a thousand.
 
         Raises:
-            WMTPError: the store could not be asked, or what came is no answer of its.
+            WMTPError: the store could not be asked, or its answer is not a listing.
         """
         prefix = f"{uri.key}/" if uri.key else ""
         if uri.scheme.startswith("http") and (manifest := self._manifest(uri)) is not None:
@@ -151,7 +151,7 @@ class ObjectStorage(Storage):
             raise self._not_listed(error, uri) from error
 
     def _not_listed(self, error: Exception, uri: RemoteURI) -> WMTPError:
-        """What to tell the user, with names that come close where there is no such bucket."""
+        """Explain a failed listing, with similar names where there is no such bucket."""
         close: list[str] = []
         if understand(error).code == "NoSuchBucket":
             close = difflib.get_close_matches(uri.authority, self.opened(uri).buckets(), n=3)
@@ -159,7 +159,7 @@ class ObjectStorage(Storage):
         return WMTPError(f"{explanation}; there is: {', '.join(close)}") if close else explanation
 
     def _manifest(self, uri: RemoteURI) -> Manifest | None:
-        """What a web server's folder holds, as whoever put it there noted it."""
+        """Read the manifest that the uploader left in a web server's folder."""
         place = uri.at(MANIFEST)
         try:
             return Manifest.loads(self._asked(place, lambda store: bytes(obstore.get(store, place.key).bytes())), place)
@@ -178,10 +178,12 @@ class ObjectStorage(Storage):
                 yield evolve(stored, name=file.name, hash=file.hash)
 
     def head(self, uri: RemoteURI) -> StoredObject | None:
-        """The object that has exactly this key; None where there is none, and for a URI that ends with a slash.
+        """Look up the object with exactly this key.
+
+        None where there is none, and for a URI that ends with a slash.
 
         Raises:
-            WMTPError: the store could not be asked, or what came is no answer of its.
+            WMTPError: the store could not be asked, or its answer is not one of an object store.
         """
         if not uri.key or uri.is_folder:
             return None
@@ -196,7 +198,7 @@ class ObjectStorage(Storage):
         return _stored(meta, PurePosixPath(uri.key).name)
 
     def _with_reason(self, error: Exception, uri: RemoteURI) -> Exception:
-        """The answer to a HEAD has a status and no reason: a question whose answer has one fails likewise."""
+        """Replace a HEAD's error, which has no reason, by that of a listing."""
         failure = understand(error)
         if failure.status in (None, 404) or failure.code or uri.scheme.startswith("http"):
             return error
@@ -209,7 +211,9 @@ class ObjectStorage(Storage):
         return error
 
     def gives_ranges(self, uri: RemoteURI, objects: Sequence[StoredObject]) -> bool:
-        """Whether parts of objects can be had: simple web servers send whole ones only.
+        """Return True if parts of objects can be requested.
+
+        Simple web servers send whole objects only.
 
         Raises:
             WMTPError: the server could not be asked.
@@ -228,7 +232,7 @@ class ObjectStorage(Storage):
         return True
 
     def exists(self, uri: str) -> bool:
-        """Whether an object or a folder of objects is there; see `Storage.exists`."""
+        """Return True for an object or a folder of objects; see `Storage.exists`."""
         place = parse(uri)
         return self.head(place) is not None or next(self.objects(place), None) is not None
 

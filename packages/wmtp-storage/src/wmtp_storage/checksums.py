@@ -33,7 +33,7 @@ class _CRC:
         self._value = self._function(data, self._value)
 
     def digest(self) -> bytes:
-        """The checksum, big-endian."""
+        """Return the checksum, big-endian."""
         return self._value.to_bytes(self._size, "big")
 
 
@@ -50,7 +50,7 @@ _ALGORITHMS: Final[Mapping[str, Callable[[], Any]]] = {
 
 @frozen
 class StoreChecksum:
-    """What a store says of an object's content.
+    """Checksum of an object, as its store reports it.
 
     Args:
         algorithm: ``crc64nvme``, ``crc32c``, ``crc32``, ``sha1``, ``sha256`` or ``md5``.
@@ -71,13 +71,13 @@ class StoreChecksum:
 
 
 class PartDigests:
-    """The checksums of an object's parts, each begun when its bytes are on the disk, whatever is still missing of others.
+    """Checksums of an object's parts, each started once its bytes are on disk.
 
     Args:
         checksum: of the parts' checksums.
         path: the file.
         pool: where they are computed: as many at once as there are threads.
-        is_stopped: whether nobody wants them any more.
+        is_stopped: whether the result is no longer wanted.
     """
 
     def __init__(self, checksum: StoreChecksum, path: Path, pool: Executor, is_stopped: Callable[[], bool]) -> None:
@@ -103,7 +103,7 @@ class PartDigests:
                 )
 
     def match(self) -> bool:
-        """Whether they are those of the store, for a file that is whole.
+        """Compare the digests of a complete file with those of the store.
 
         Raises:
             OSError: the file cannot be read.
@@ -116,7 +116,7 @@ class PartDigests:
 
 
 def _digest(algorithm: str, path: Path, start: int, end: int, is_stopped: Callable[[], bool]) -> bytes:
-    """The checksum of a stretch of a file."""
+    """Compute the checksum of a range of a file."""
     digest = _ALGORITHMS[algorithm]()
     buffer = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
@@ -128,17 +128,17 @@ def _digest(algorithm: str, path: Path, start: int, end: int, is_stopped: Callab
 
 
 def etag_md5(etag: str | None) -> tuple[bytes, int | None] | None:
-    """The MD5 that an ETag is, and of how many parts; None for an ETag that is none."""
+    """Read the MD5 and the number of parts from an ETag; None if it is no MD5."""
     match = _MD5.fullmatch(etag or "")
     return None if match is None else (bytes.fromhex(match[1]), int(match[2]) if match[2] else None)
 
 
 def from_headers(headers: Mapping[str, str], part_sizes: Sequence[int] | None) -> StoreChecksum | None:
-    """The cheapest checksum that S3 sent with an object.
+    """Choose the cheapest checksum that S3 sent with an object.
 
     Args:
         headers: of the answer, with names in lower case.
-        part_sizes: bytes of each of its parts, where that is known.
+        part_sizes: bytes of each of its parts, where known.
     """
     for algorithm in _ALGORITHMS:
         value = headers.get(f"x-amz-checksum-{algorithm}")

@@ -1,4 +1,4 @@
-"""What the clients of all stores have in common: time limits, retries, proxies, certificates."""
+"""Client settings common to all stores: time limits, retries, proxies, certificates."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ _CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 
 def client_options(config: RemoteStorage, *, allow_http: bool, headers: Mapping[str, str] | None = None) -> ClientConfig:
-    """The options of obstore's HTTP client.
+    """Make the options of obstore's HTTP client.
 
-    A request as a whole has no time limit: a large range on a slow line takes as long as it takes. One that stalls does.
+    A request as a whole has no time limit, since a large range on a slow line may take long. A request that stalls is ended.
     """
     options: dict[str, Any] = {
         "allow_http": allow_http,
@@ -68,10 +68,10 @@ def client_options(config: RemoteStorage, *, allow_http: bool, headers: Mapping[
 
 
 def ca_bundle(config: RemoteStorage) -> Path | None:
-    """The file of additional certificates; None where nothing names one.
+    """Return the file of additional certificates; None where none is configured.
 
     Raises:
-        ConfigError: the file that is named is not there.
+        ConfigError: the configured file is not there.
     """
     named = [("ca_bundle", config.ca_bundle), *((name, os.environ.get(name)) for name in _CA_VARIABLES)]
     for name, value in named:

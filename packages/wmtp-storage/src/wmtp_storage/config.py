@@ -1,4 +1,4 @@
-"""The config classes of the backends: the keys of ``[storage.s3]`` and its siblings. Secrets are not among them."""
+"""Config classes of the backends: the keys of ``[storage.s3]`` and its siblings, without secrets."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def _with_shared_keys(cls: _Config) -> _Config:
 
 @frozen(kw_only=True)
 class RemoteStorage(StorageBackendConfig):
-    """What every backend of this package can be told.
+    """Keys common to every backend of this package.
 
     Args:
-        max_connections: so many requests at once, at most; how many there are follows the throughput.
-        chunk_size: so many MB are asked for by one request, at most.
-        max_memory: so many MB of file contents in memory at once, at most. The process itself needs less than 128 MB beside it.
+        max_connections: upper limit of parallel requests; their number follows the throughput.
+        chunk_size: upper limit of one request, in MB.
+        max_memory: upper limit of file contents held in memory, in MB. The process itself needs less than 128 MB beside it.
         retry_timeout: seconds for which a request that fails on its way, or that a busy server refuses, is sent again, with
-            growing pauses; what brought bytes begins the time anew. 0: never again.
+            growing pauses; received bytes restart the time. 0: never again.
         connect_timeout: seconds to reach the server.
         read_timeout: seconds without a single byte after which a request is started again.
-        proxy: the address of an HTTP proxy. Default: what ``HTTPS_PROXY``, ``HTTP_PROXY`` and ``NO_PROXY`` say.
-        ca_bundle: a PEM file with certificates to trust besides the system's. Default: what ``AWS_CA_BUNDLE``,
-            ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE`` names.
+        proxy: the address of an HTTP proxy. Default: that of ``HTTPS_PROXY``, ``HTTP_PROXY`` and ``NO_PROXY``.
+        ca_bundle: a PEM file with certificates to trust besides the system's. Default: that of ``AWS_CA_BUNDLE``,
+            ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE``.
     """
 
     former_keys: ClassVar[Mapping[str, str]] = {"max_retries": "requests are tried again by time; write retry_timeout"}
@@ -62,7 +62,7 @@ class RemoteStorage(StorageBackendConfig):
         parse(uri)
 
     def check(self) -> Iterable[str]:
-        """What is wrong between the keys."""
+        """Report contradictions between keys."""
         endpoint = getattr(self, "endpoint", None)
         for key, address in (("endpoint", endpoint), ("proxy", self.proxy)):
             if address is not None and (urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname):

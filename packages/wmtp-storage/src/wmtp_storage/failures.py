@@ -1,4 +1,4 @@
-"""What an error of obstore means: whether to try again, and what to tell the user."""
+"""Interpretation of obstore's errors: whether to retry, and a message for the user."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def understand(error: BaseException) -> Failure:
 
 
 def explained(error: BaseException, uri: object, what: str = "read") -> WMTPError:
-    """What to tell the user of an error.
+    """Explain an error to the user.
 
     Args:
-        error: what was raised, by obstore most likely.
-        uri: what it is about.
-        what: ``read``, ``written``, …: what could not be done.
+        error: the exception, most likely obstore's.
+        uri: its subject.
+        what: ``read``, ``written``, …: the operation that failed.
 
-    What libraries say of an address may hold a signature: it is taken out of the error too, since a traceback shows it.
+    Messages of libraries may contain an address with a signature: it is removed from the error too, since a traceback shows it.
     """
     clean_chain(error)
     if isinstance(error, WrongAnswerError) and _PERHAPS not in str(error):

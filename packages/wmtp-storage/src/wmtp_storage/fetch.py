@@ -43,7 +43,7 @@ _RESERVE = 2**24  # bytes of the disk that are left free
 def listings(
     storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> Iterator[Listing]:
-    """What is at ``uri``, asked anew each time that a transfer found it changed.
+    """List ``uri``, anew each time that a transfer found it changed.
 
     Raises:
         WMTPError: it keeps changing.
@@ -250,7 +250,7 @@ class Fetching:
         return part
 
     def _check_places(self) -> None:
-        """Whether a folder is where a file must be, or the other way round."""
+        """Refuse a folder in the place of a file, or the other way round."""
         for name in sorted({parent for stored in self.listing.objects for parent in PurePosixPath(stored.name).parents}):
             path = self._folder / name
             if path.exists() and not path.is_dir():
@@ -274,7 +274,7 @@ class Fetching:
                 )
 
     def _check_room(self) -> None:
-        """Whether the disk can take what is missing."""
+        """Refuse a transfer that does not fit on the disk."""
         needed = sum(part.stored.size - _allocated(part.path) for part in self._parts)
         folder = self._folder
         while not folder.exists():
@@ -288,7 +288,7 @@ class Fetching:
 
 
 def _is_of(known: ManifestFile, stored: StoredObject) -> bool:
-    """Whether a file that was fetched is of this version of an object."""
+    """Return True if a fetched file is of this version of an object."""
     return (known.size, known.etag) == (stored.size, stored.identity) and known.hash.startswith("crc64nvme:")
 
 

@@ -25,7 +25,7 @@ __all__ = ["open_gs"]
 
 
 def open_gs(config: GoogleStorage, uri: RemoteURI) -> Opened:
-    """The store of a bucket. obstore itself looks for credentials in Google's standard places."""
+    """Open a bucket. obstore itself looks for credentials in Google's standard places."""
     options: dict[str, Any] = {"skip_signature": True} if config.anonymous else {}
     endpoint = config.endpoint or os.environ.get("GOOGLE_BASE_URL")
     if endpoint is not None:

@@ -1,4 +1,4 @@
-"""What of a transfer is on the disk already: a file that survives a kill at any moment."""
+"""Journal of a transfer's bytes on disk: a file that survives a kill at any moment."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Segment:
 
 @define
 class Kept:
-    """What the journal knows of a file.
+    """Record of one file in the journal.
 
     Args:
         size: bytes of the object.
-        identity: of the object that the bytes are of.
-        segments: what was written.
+        identity: of the object version that the bytes belong to.
+        segments: the written ranges.
     """
 
     size: int
@@ -82,7 +82,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> dict[str, Kept]:
-    """What a journal says of each file; empty where there is none."""
+    """Read a journal's record of each file; empty where there is none."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:

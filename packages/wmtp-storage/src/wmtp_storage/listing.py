@@ -1,4 +1,4 @@
-"""What is to be fetched from a URI."""
+"""Listing of the objects to fetch from a URI."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LONGEST = 255  # bytes of a file's name
 
 @frozen
 class Listing:
-    """The objects of a URI.
+    """Objects of a URI.
 
     Args:
         objects: by name.
@@ -135,7 +135,10 @@ def _without_markers(storage: ObjectStorage, uri: RemoteURI, found: list[StoredO
 
 
 def _nothing_at(storage: ObjectStorage, uri: RemoteURI) -> str:
-    """The message for a URI that names nothing, with the names that come close in the nearest folder that is there."""
+    """Write the message for a URI that names nothing.
+
+    It lists similar names in the nearest existing folder.
+    """
     if not uri.key:
         return f"{uri}: the bucket is empty"
     steps = uri.key.split("/")

@@ -27,7 +27,7 @@ _CLOCK_TICK = 2.0  # seconds
 
 
 def localize(storage: ObjectStorage, uri: RemoteURI, cache_dir: Path) -> Path:
-    """The path in the cache of what is at ``uri``; see `wmtp.storage.Storage.localize`.
+    """Return the cache path of ``uri``, fetching it if needed; see `wmtp.storage.Storage.localize`.
 
     Several processes that ask for the same do the work once: the others wait.
     """
@@ -54,10 +54,10 @@ def localize(storage: ObjectStorage, uri: RemoteURI, cache_dir: Path) -> Path:
 
 
 def _identity(uri: RemoteURI, listing: Listing) -> str:
-    """What the entry is named by.
+    """Return the identity that names the cache entry.
 
-    Web servers name versions by seconds: what was written just now may be written again without another name. It gets an entry
-    that nobody finds again.
+    Web servers date versions by seconds: a file written just now may be written again under the same date. It gets an entry
+    that is never found again.
     """
     newest = max(stored.modified.timestamp() for stored in listing.objects)
     if uri.scheme.startswith("http") and time.time() - newest < _CLOCK_TICK:

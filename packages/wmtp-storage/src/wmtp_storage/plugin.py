@@ -1,4 +1,4 @@
-"""What wmtp-storage adds to WMTP."""
+"""Plugin of wmtp-storage."""
 
 from __future__ import annotations
 

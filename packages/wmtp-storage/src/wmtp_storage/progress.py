@@ -1,4 +1,4 @@
-"""What a person sees of a transfer: a bar for each file on a terminal, plain lines in a log."""
+"""Progress of a transfer: a bar for each file on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Progress:
 
 
 def _cut_front(text: str, columns: int) -> str:
-    """The end of a text, which tells names apart, in so many columns; what is no letter of any script is not printed."""
+    """Shorten a text to its end, which tells names apart, and mask unprintable characters."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in text)
     if sum(map(_width, shown)) <= columns:
         return shown

@@ -105,7 +105,7 @@ def remove_leftovers(storage: ObjectStorage, uri: RemoteURI) -> None:
 
 
 def _local_files(path: Path, what: str) -> list[_File]:
-    """What is to be uploaded, all of it known to be there and readable before anything is."""
+    """List the files to upload, after checking that all are readable."""
     if not path.exists():
         raise WMTPError(f"{what} {path} does not exist")
     found = [path]

@@ -103,7 +103,10 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
 
 
 def _listed_checksum(config: S3Storage, stored: StoredObject) -> StoreChecksum | None:
-    """What the ETag of a small object says of its content; None where it says nothing, or S3 may know something cheaper."""
+    """Read a small object's MD5 from its ETag; None where it has none.
+
+    None also where S3 may have a cheaper checksum.
+    """
     found = etag_md5(stored.etag)
     if config.md5_etags and stored.size <= _SMALL and found is not None and found[1] is None:
         return StoreChecksum("md5", found[0])
@@ -111,7 +114,7 @@ def _listed_checksum(config: S3Storage, stored: StoredObject) -> StoreChecksum |
 
 
 def _address(config: S3Storage, bucket: str, endpoint: str | None, region: str) -> tuple[str, bool]:
-    """The address to send requests to, and whether the bucket is part of the host's name."""
+    """Return the address, and whether the bucket is part of the host's name."""
     if config.acceleration:
         if endpoint is not None:
             raise ConfigError(f"acceleration: is a host of Amazon's, but the environment names the endpoint {endpoint}")
@@ -131,7 +134,7 @@ def _address(config: S3Storage, bucket: str, endpoint: str | None, region: str) 
 
 
 def _service(region: str) -> str:
-    """The address of Amazon's S3."""
+    """Return the address of Amazon's S3."""
     return f"https://s3.{region}.amazonaws.com{'.cn' if region.startswith('cn-') else ''}"
 
 

@@ -28,7 +28,7 @@ _FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/
 
 
 def is_in_environment(config: S3Storage) -> bool:
-    """Whether the environment has the keys, and there is nothing else that the AWS tools would read."""
+    """Return True if the environment alone configures access, without other AWS sources."""
     found: Mapping[str, str] = os.environ
     if config.profile is not None or any(name in found for name in _MORE):
         return False
@@ -38,7 +38,7 @@ def is_in_environment(config: S3Storage) -> bool:
 
 
 def endpoint_and_region(config: S3Storage) -> tuple[str | None, str | None]:
-    """What the options, the environment and the shared files say, with the AWS tools' precedence.
+    """Resolve endpoint and region from options, environment and shared files, as AWS tools do.
 
     Raises:
         ConfigError: the profile does not exist.
@@ -64,7 +64,7 @@ def _configured_endpoint(session: Session) -> str | None:
 
 
 def aws_session(config: S3Storage) -> Session:
-    """The AWS tools' configuration.
+    """Open the AWS tools' configuration.
 
     Raises:
         ConfigError: the profile does not exist, or the shared files are damaged.

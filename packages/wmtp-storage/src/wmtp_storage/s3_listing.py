@@ -140,7 +140,7 @@ def _no_next(page: Element, token: str) -> str:
 
 
 def _is_last(page: Element) -> bool:
-    """Whether no page follows."""
+    """Return True if no page follows."""
     said = text_of(page, "IsTruncated").strip().lower()
     if not said:  # some stores leave it out
         if text_of(page, "NextContinuationToken"):

@@ -1,4 +1,4 @@
-"""What is asked of S3 besides what obstore can: checksums, which it does not show."""
+"""Requests to S3 that obstore lacks: checksums, above all."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ class S3Questions:
     )
 
     def checksum(self, stored: StoredObject, did_not_match: bool = False) -> StoreChecksum | None:
-        """What S3 knows of an object's content; None where it has no checksum that can be computed here.
+        """Ask S3 for an object's checksum; None where none can be computed here.
 
         Args:
             stored: the object.
-            did_not_match: what was given before did not match: look more closely.
+            did_not_match: the previous answer did not match: look more closely.
         """
         try:
             headers = self._head(stored)
@@ -86,7 +86,7 @@ class S3Questions:
         return from_headers(headers, sizes)
 
     def buckets(self) -> list[str]:
-        """The names of the buckets of whoever asks; empty where they may not be known."""
+        """List the caller's buckets; empty where that is not permitted."""
         try:
             answer = self.send("GET", f"{self.service.rstrip('/')}/")
             if answer.status_code != 200:

@@ -59,7 +59,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables by which the AWS tools, obstore and wmtp-storage find the server."""
+        """Return the variables by which AWS tools, obstore and wmtp-storage find the server."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key_id,
             "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
@@ -90,7 +90,7 @@ class S3Server:
         )
 
     def store(self, bucket: str) -> S3Store:
-        """The bucket as obstore sees it."""
+        """Open the bucket with obstore."""
         from obstore.store import S3Store
 
         return S3Store(
@@ -110,7 +110,7 @@ _numbers = itertools.count()
 
 @functools.cache
 def start_s3_server(certificate: Path | None = None) -> S3Server:
-    """The server of this process; it is started where there is none yet, and stopped when the process ends.
+    """Return the server of this process, starting it if needed; it ends with the process.
 
     Args:
         certificate: a PEM file with a key and a certificate for 127.0.0.1: the server speaks TLS.
@@ -122,7 +122,7 @@ def start_s3_server(certificate: Path | None = None) -> S3Server:
 
 
 class _NotStartedError(RuntimeError):
-    """What the server said instead of answering."""
+    """Failed start, with the server's output."""
 
 
 def _start(certificate: Path | None) -> S3Server:

@@ -1,4 +1,4 @@
-"""How many requests run at once: as many as make the transfer faster, fewer where the store says that it is too much."""
+"""Control of parallel requests: more while it speeds the transfer, fewer on overload."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Throttle:
             self.limit = self._settled
 
     def slow_down(self) -> None:
-        """The store is overloaded. Many answers that say so at once count as one."""
+        """Halve the limit: the store is overloaded. Several such answers at once count as one."""
         now = time.monotonic()
         if now - self._slowed > _INTERVAL:
             self._slowed = now

@@ -44,7 +44,7 @@ class Changed(Exception):
 
 
 class _Broken(Exception):
-    """What the server sent is not what it was asked for."""
+    """Answer of a server that does not fit the request."""
 
 
 class Transfer:

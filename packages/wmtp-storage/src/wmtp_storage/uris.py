@@ -1,4 +1,4 @@
-"""What a URI of an object store names."""
+"""URIs of object stores."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RemoteURI:
         return f"{self.scheme}://{self.authority}/{quote(self.key)}" if self.key else f"{self.scheme}://{self.authority}"
 
     def at(self, name: str) -> RemoteURI:
-        """What lies at ``name`` in this folder; the URI itself for an empty name."""
+        """Return the URI of ``name`` in this folder; the URI itself for an empty name."""
         return RemoteURI(self.scheme, self.authority, "/".join(filter(None, (self.key, name))), self.query)
 
 

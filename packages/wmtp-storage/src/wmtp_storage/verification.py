@@ -30,7 +30,7 @@ _ATTEMPTS = 2
 
 
 class Verification:
-    """What is known of the files of a transfer, and which of them are as they must be.
+    """Verification state of a transfer's files.
 
     Args:
         opened: the store.
@@ -74,10 +74,10 @@ class Verification:
             pool.shutdown(cancel_futures=True)
 
     def is_done(self) -> bool:
-        """Whether all files are verified, and on the disk.
+        """Return True once all files are verified and on disk.
 
         Raises:
-            WMTPError: one could not be read or written, or was twice not what the store says that it is.
+            WMTPError: one could not be read or written, or twice differed from the store's checksum.
         """
         if self._failed is not None:
             raise self._failed
@@ -108,13 +108,13 @@ class Verification:
             self._pool.submit(self._verify, part)
 
     def _listed_checksum(self, stored: StoredObject) -> StoreChecksum | None:
-        """What is known of an object's content without asking for it."""
+        """Return the checksum that is known without a request."""
         if stored.hash is not None and stored.hash.startswith("crc64nvme:"):
             return StoreChecksum("crc64nvme", bytes.fromhex(stored.hash.partition(":")[2]))
         return self._opened.listed_checksum(stored)
 
     def _is_as_told(self, part: Part) -> bool:
-        """Whether a small file is what the listing says of it: that needs no thread, no question and no look at the disk."""
+        """Verify a small file by the listing's checksum, without thread, request or disk access."""
         told = self._told.get(part)
         if told is None or part.is_flushed:
             return False
@@ -125,7 +125,7 @@ class Verification:
         return False
 
     def _digests_of(self, part: Part, checksum: StoreChecksum) -> PartDigests:
-        """The checksums of a file's parts, as far as they were begun."""
+        """Return the checksums of a file's parts, as far as they were begun."""
         if part not in self._digests:
             self._digests[part] = PartDigests(checksum, part.path, self._hashers, self._stopped.is_set)
         return self._digests[part]
@@ -142,7 +142,7 @@ class Verification:
             self._failed = error
 
     def _is_verified(self, part: Part) -> bool:
-        """Whether a file is what the store says that it is; one that differs is fetched once more.
+        """Compare a file with the store's checksum; one that differs is fetched once more.
 
         Raises:
             WMTPError: it differs again.
@@ -192,7 +192,7 @@ class Verification:
         return digests.match()
 
     def _compared(self, part: Part, expected: StoreChecksum) -> bool | None:
-        """Whether a file matches, where that is known from what came; None where it must be read."""
+        """Compare a file by its received bytes; None where it must be read."""
         if expected.part_sizes is None and expected.algorithm == "crc64nvme":
             return part.hash == int.from_bytes(expected.value, "big")
         if expected.part_sizes is None and expected.algorithm == "md5" and part.md5 is not None:

@@ -19,7 +19,7 @@ __all__ = ["open_http"]
 
 
 def open_http(config: HTTPStorage, uri: RemoteURI) -> Opened:
-    """The store of a host. A query, which may be a signature, goes along with every request."""
+    """Open a host. A query, which may be a signature, goes along with every request."""
     query = f"?{uri.query}" if uri.query else ""
     return opened(
         config,
@@ -32,7 +32,7 @@ def open_http(config: HTTPStorage, uri: RemoteURI) -> Opened:
 
 
 def _login(authority: str) -> dict[str, str]:
-    """What ``~/.netrc`` says of the host."""
+    """Read the host's login from ``~/.netrc``."""
     host = authority.rpartition(":")[0] or authority
     try:
         found = netrc.netrc().authenticators(host)

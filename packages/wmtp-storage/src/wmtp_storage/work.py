@@ -1,4 +1,4 @@
-"""Which bytes of which files are still to come, shared by workers in several threads."""
+"""Byte ranges that are still to come, shared by workers in several threads."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Part:
 
     @property
     def missing(self) -> list[tuple[int, int]]:
-        """The gaps between the segments."""
+        """List the gaps between the segments."""
         gaps, position = [], 0
         for segment in sorted(self.segments, key=lambda segment: segment.start):
             if segment.start > position:
@@ -83,12 +83,15 @@ class Part:
 
     @property
     def is_open(self) -> bool:
-        """Whether something is being written to it."""
+        """Return True if the file is open for writing."""
         return self._descriptor is not None
 
     @property
     def is_flushed(self) -> bool:
-        """Whether it is preallocated: after a loss of power it would have its size, and not its content."""
+        """Return True if the file is preallocated, so that its size alone proves nothing.
+
+        After a loss of power it would have its size, and not its content.
+        """
         return self.stored.size >= _ALLOCATED
 
     def write(self, piece: memoryview, position: int) -> None:
@@ -192,7 +195,7 @@ class Work:
 
     @property
     def active(self) -> int:
-        """How many ranges are being fetched."""
+        """Number of ranges being fetched."""
         return len(self._running)
 
     def take(self, workers: int) -> Range | None:
@@ -220,7 +223,7 @@ class Work:
             return taken
 
     def _slow(self) -> Range | None:
-        """The range that would take the longest, if that is long."""
+        """Find the range that would take the longest, if that is long."""
         now = time.monotonic()
 
         def seconds_left(running: Range) -> float:

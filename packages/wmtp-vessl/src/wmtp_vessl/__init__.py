@@ -1,4 +1,4 @@
-"""The VESSL launcher of WMTP."""
+"""VESSL launcher of WMTP."""
 
 from wmtp_vessl.config import Cache, Port, VesslLauncher
 

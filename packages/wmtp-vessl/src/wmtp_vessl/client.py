@@ -1,4 +1,4 @@
-"""The HTTP interface of VESSL Runs, as far as a launcher needs it.
+"""HTTP client of VESSL Runs, as far as a launcher needs it.
 
 Not VESSL's own package: that one sends the token without verifying TLS, answers 0 for a refused run, and has 77 packages.
 """
@@ -73,15 +73,15 @@ class Client:
         return _names(answer.get("results", answer.get("projects")))
 
     def clusters(self) -> list[Mapping[str, Any]]:
-        """The organization's clusters."""
+        """List the organization's clusters."""
         return _tables(self._get(f"{self._organization}/clusters").get("clusters"))
 
     def presets(self, cluster: int) -> list[Mapping[str, Any]]:
-        """The kinds of machines that a cluster has."""
+        """List the machine types that a cluster has."""
         return _tables(self._get(f"{self._organization}/clusters/{cluster}/resource_specs").get("results"))
 
     def form_errors(self, text: str) -> tuple[bool, Mapping[str, Any]]:
-        """What the service's own validator says of a run YAML: whether it is valid, and what is wrong."""
+        """Ask the service's validator whether a run YAML is valid, and for its errors."""
         answer = self._post(f"{self._organization}/run/spec/sync_yaml", {"yaml_spec": text})
         errors = answer.get("form_errors")
         return answer.get("validated") is not False, errors if isinstance(errors, Mapping) else {}
@@ -95,10 +95,10 @@ class Client:
         return execution
 
     def runs(self, statuses: Sequence[str]) -> list[Mapping[str, Any]]:
-        """The project's runs with one of these statuses, the newest of them.
+        """List the project's newest runs with one of these statuses.
 
         Raises:
-            UnansweredError: what came is no list of runs; that none is alive does not follow from it.
+            UnansweredError: the answer is no list of runs; it does not show that none is alive.
         """
         query = {"statuses": ",".join(statuses), "limit": 100}
         answer = self._get(f"{self._project}/run_executions", query)
@@ -185,7 +185,7 @@ class Client:
         return answer
 
     def _said(self, method: str, path: str, response: httpx.Response) -> str:
-        """The service's own words on one line."""
+        """Return the service's own words on one line."""
         try:
             body = response.json()
         except ValueError:

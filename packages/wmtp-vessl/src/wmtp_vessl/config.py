@@ -1,4 +1,4 @@
-"""The config class of the launcher: `[launcher]` with ``type = "vessl"``."""
+"""Config class of the launcher: `[launcher]` with ``type = "vessl"``."""
 
 from __future__ import annotations
 
@@ -161,11 +161,11 @@ class VesslLauncher(LauncherConfig):
 
     @property
     def digest(self) -> str | None:
-        """The digest of the image, where it is named by it."""
+        """Digest of the image, where the image is named by it."""
         return self.image.partition("@")[2] or None
 
     def check(self) -> Iterator[str]:
-        """What is wrong within this table."""
+        """Report problems within this table."""
         if self.gpus and self.processes is not None and self.processes > self.gpus:
             yield f"processes: {self.processes} processes need {self.processes} GPUs, and gpus = {self.gpus}"
         if self.backend == "runs" and not self.cluster:

@@ -21,7 +21,7 @@ _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 @frozen(kw_only=True)
 class Credentials:
-    """What a request needs.
+    """Credentials of a request.
 
     Args:
         host: of the API, without a slash at the end.
@@ -69,7 +69,7 @@ class Credentials:
 
 
 def host() -> str:
-    """The API's address.
+    """Return the API's address.
 
     Raises:
         ConfigError: the token would travel unencrypted.
@@ -89,7 +89,7 @@ def _file() -> Path:
 
 
 def _user_settings() -> Mapping[str, Any]:
-    """The table ``[user]`` of the file that ``vessl configure`` writes; empty where there is none."""
+    """Read the table ``[user]`` of the file that ``vessl configure`` writes; empty without one."""
     path = _file()
     try:
         settings = tomli.loads(path.read_text(encoding="utf-8")).get("user", {})

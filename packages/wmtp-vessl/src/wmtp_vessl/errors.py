@@ -1,4 +1,4 @@
-"""What may go wrong with the service, where that has to be told apart."""
+"""Failures of the service that callers tell apart."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ __all__ = ["NotFoundError", "UnansweredError"]
 
 
 class NotFoundError(PlatformError):
-    """The service has no such thing."""
+    """Object unknown to the service."""
 
 
 class UnansweredError(PlatformError):
-    """The service could not be reached, or its answer was lost or broken."""
+    """Service unreachable, or its answer lost or broken."""

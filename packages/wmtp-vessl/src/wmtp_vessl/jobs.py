@@ -1,4 +1,4 @@
-"""The launcher for VESSL Cloud Jobs, by VESSL's program ``vesslctl``.
+"""Launcher for VESSL Cloud Jobs, by VESSL's program ``vesslctl``.
 
 Nothing of it was tried against the service: flags and fields are those that public scripts use.
 """
@@ -65,7 +65,7 @@ class VesslJobs(RemoteLauncher):
         return rules.problems(config, self._settings)
 
     def plan(self, config: Config) -> LaunchPlan:
-        """The command line of ``vesslctl``; see `RemoteLauncher.plan`."""
+        """Make the command line of ``vesslctl``; see `RemoteLauncher.plan`."""
         settings = self._settings
         values = environment(config, settings)
         text = values["WMTP_CONFIG"]
@@ -96,7 +96,7 @@ class VesslJobs(RemoteLauncher):
         )
 
     def validate(self, config: Config, plan: LaunchPlan) -> Sequence[str]:
-        """The login and the resource spec; see `RemoteLauncher.validate`."""
+        """Check login and resource spec; see `RemoteLauncher.validate`."""
         _vesslctl("auth", "status")
         specs = [str(spec.get("slug")) for spec in _tables(_vesslctl("resource-spec", "list", "--usable-only", "-o", "json"))]
         if self._settings.preset not in specs:
@@ -161,7 +161,7 @@ class VesslJobs(RemoteLauncher):
 
 
 def newer_lines(shown: Sequence[str], lines: Sequence[str]) -> tuple[list[str], bool]:
-    """What of the last ``lines`` of a log is behind those that were ``shown``, the last lines a moment ago.
+    """Find the lines of a log's end that follow those already shown.
 
     Returns:
         the lines, and whether there may be others between.

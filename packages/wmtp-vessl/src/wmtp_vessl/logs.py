@@ -39,7 +39,7 @@ class LogReader:
         self._largest = 0
 
     def new(self) -> list[str]:
-        """The lines that were not seen before, in order of time."""
+        """Return the lines that were not seen before, in order of time."""
         found = self._collect(max(self._floor, self._last - self._overlap))
         fresh: list[str] = []
         for time in sorted(found):
@@ -57,7 +57,7 @@ class LogReader:
         return fresh
 
     def tail(self, count: int) -> list[str]:
-        """The last ``count`` lines. What stands before them is never shown."""
+        """Return the last ``count`` lines. Earlier ones are never shown."""
         lines = self._page(0.0, None, max(count, 1))
         if len(lines) >= max(count, 1):
             self._floor = min(_key(line)[0] for line in lines)

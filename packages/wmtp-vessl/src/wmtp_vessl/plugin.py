@@ -1,4 +1,4 @@
-"""The plugin: one launcher."""
+"""Plugin of wmtp-vessl: one launcher."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ TAG: Final = "wmtp-plan-{}"
 
 
 def container_config(config: Config, launcher: VesslLauncher) -> Config:
-    """The config as the container has it: it trains there, and its cache is where the launcher puts one."""
+    """Adapt the config to the container: local launcher, and the launcher's cache folder."""
     processes = launcher.processes or launcher.gpus or "auto"
     inside = evolve(config, launcher=LocalLauncher(processes=processes))
     if launcher.cache.mode != "none":
@@ -42,7 +42,7 @@ def container_config(config: Config, launcher: VesslLauncher) -> Config:
 
 
 def environment(config: Config, launcher: VesslLauncher) -> dict[str, str]:
-    """The variables of the container, but for secrets."""
+    """List the variables of the container, without secrets."""
     values = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in launcher.env.items()}
     values["WMTP_VERSION"] = version("wmtp-core")
     if launcher.max_runtime is not None:
@@ -52,7 +52,7 @@ def environment(config: Config, launcher: VesslLauncher) -> dict[str, str]:
 
 
 def run_yaml(config: Config, launcher: VesslLauncher) -> dict[str, Any]:
-    """The run YAML of VESSL Runs, as a mapping: of its 14 keys those that say something."""
+    """Make the run YAML of VESSL Runs as a mapping without empty keys."""
     resources: dict[str, Any] = {"cluster": launcher.cluster, "preset": launcher.preset}
     if launcher.node_names:
         resources["node_names"] = list(launcher.node_names)
@@ -96,7 +96,7 @@ def _plain(value: Any) -> Any:
 
 
 def plan_of(config: Config, launcher: VesslLauncher, spec: dict[str, Any], *, warnings: list[str]) -> LaunchPlan:
-    """The plan for a spec: it gets a tag by which the service's list of runs shows whose it is."""
+    """Make the plan for a spec, tagged so that lists of runs identify it."""
     digest = hashlib.sha256(yaml.safe_dump(spec, sort_keys=False).encode()).hexdigest()
     tagged = spec | {"tags": [*spec.get("tags", []), TAG.format(digest[:12])]}
     ordered = {key: tagged[key] for key in KEYS if key in tagged}
@@ -127,5 +127,5 @@ _Readable.add_representer(str, _text)
 
 
 def body(plan: LaunchPlan) -> str:
-    """What is sent for a plan: the same YAML in the form in which VESSL's own client sends what it reads from a file."""
+    """Return the request body of a plan, in the form of VESSL's own client."""
     return yaml.dump(yaml.safe_load(plan.text), default_flow_style=False, sort_keys=False)

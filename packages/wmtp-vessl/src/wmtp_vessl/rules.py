@@ -1,4 +1,4 @@
-"""What a config must be like to run on VESSL, told from the config alone."""
+"""Rules for configs that run on VESSL, checked from the config alone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _is_inside(path: str, folders: tuple[str, ...]) -> bool:
 
 
 def warnings(config: Config, launcher: VesslLauncher) -> Iterator[str]:
-    """What is allowed and yet unwise."""
+    """Warn of settings that are allowed and yet unwise."""
     if launcher.digest is None:
         yield (
             f"launcher.image: {launcher.image} is named without a digest: it may be another image tomorrow; write"

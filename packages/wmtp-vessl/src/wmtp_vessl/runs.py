@@ -1,4 +1,4 @@
-"""The launcher for VESSL Runs."""
+"""Launcher for VESSL Runs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class VesslRuns(RemoteLauncher):
         return rules.problems(config, self._settings)
 
     def plan(self, config: Config) -> LaunchPlan:
-        """The run YAML; see `RemoteLauncher.plan`."""
+        """Make the run YAML; see `RemoteLauncher.plan`."""
         spec = run_yaml(config, self._settings)
         return plan_of(config, self._settings, spec, warnings=list(rules.warnings(config, self._settings)))
 
@@ -120,7 +120,7 @@ class VesslRuns(RemoteLauncher):
         yield from (f"VESSL's validator says: {w.get('attribute')}: {w.get('message')}" for w in errors.get("warnings") or ())
 
     def find(self, plan: LaunchPlan) -> Sequence[str] | None:
-        """The project's living runs with the plan's tag; see `RemoteLauncher.find`."""
+        """Find the project's living runs with the plan's tag; see `RemoteLauncher.find`."""
         tag = TAG.format(plan.digest[:12])
         return [str(run["id"]) for run in self._client.runs(_ALIVE) if _is_alive(run) and _has_tag(run, tag)]
 
@@ -182,7 +182,7 @@ class VesslRuns(RemoteLauncher):
         self._client.terminate(run)
 
     def metrics(self, run: str) -> Mapping[str, float]:
-        """The last value of each of the service's series; see `RemoteLauncher.metrics`."""
+        """Return the last value of each of the service's series; see `RemoteLauncher.metrics`."""
         now = time.time()
         series = self._client.system_metrics(run, now - _METRICS_WINDOW, now)
         values: dict[str, float] = {}

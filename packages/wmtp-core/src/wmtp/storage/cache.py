@@ -1,4 +1,7 @@
-"""Cache of remote files, one entry for each URI and content identity, used in place."""
+"""Cache of remote files, one entry for each URI and content.
+
+Files are used in place.
+"""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class DataLoaderTests(ComponentTests):
         assert not twice, f"ids that name more than one example: {twice[:5]}"
 
     def test_files_are_named(self, loader: ExampleLoader, path: Path | None) -> None:
-        """`files` names the files that decide the examples, so that the token cache notices changes."""
+        """`files` names what the examples depend on, so that caches notice changes."""
         files = list(loader.files(path))
         assert path is None or files, "files() names none, so a change of the data would go unnoticed"
         assert all(file.is_file() for file in files), f"not a file: {[str(file) for file in files if not file.is_file()][:3]}"
