@@ -172,6 +172,9 @@ def all_cases(ranks):
     for kind in ("linear", "residual", "chained", "shared"):
         heads = {"kind": kind, "trunk_gradient": "detach" if kind in ("linear", "chained") else "joint", "init": "random"}
         compare(kind, ranks, ValueHead, "full", heads=heads, rows=4, micro=1)
+    for strategy in ("full", "none"):
+        lk = {"kind": "shared", "objective": "lk"}
+        compare(f"lk, {strategy}", ranks, ValueHead, strategy, heads=lk, packed=True, rows=5, micro=1)
     for frozen in ({"model"}, {"heads"}, {"model", "heads"}):
         stage = Stage(frozen=frozenset(frozen), model_loss=len(frozen) == 1)
         compare(f"frozen {sorted(frozen)}", ranks, ValueHead, "full", rows=4, micro=1, stage=stage)

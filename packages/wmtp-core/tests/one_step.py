@@ -170,8 +170,16 @@ class Unsure(Trainer):
         return torch.where(view.entropy > 0.5, view.entropy, 0.0)
 
 
+def head_objective(model, logits, b, t, k):
+    """The objective of head k ≥ 2 at t: against head 1's distribution at t+k−1, which is a constant."""
+    q, p = logits[k - 1][b, t].softmax(-1), logits[0][b, t + k - 1].detach().softmax(-1)
+    kl, overlap = (p * (p / q).log()).sum(), torch.minimum(p, q).sum()
+    share = torch.exp(-model.heads.lk_eta * overlap.detach())
+    return {"kl": kl, "tv": 1 - overlap, "lk": share * kl + (1 - share) * (1 - overlap)}[model.heads.objective]
+
+
 def reference(model, batch, weight_of, alpha, normalizer="sum_w"):
-    """Σ α w CE / Z by loops over rows, positions and heads."""
+    """Σ α w CE / Z by loops over rows, positions and heads; of heads 2..H the objective in place of CE."""
     output = model(batch.input_ids, batch.position, batch.packed)
     logits = [model.logits(output, k) for k in range(1, model.horizon + 1)]
     rows, length = batch.input_ids.shape
@@ -184,7 +192,10 @@ def reference(model, batch, weight_of, alpha, normalizer="sum_w"):
                     continue
                 if batch.document[b, j] != batch.document[b, t] or not batch.learn[b, j]:
                     continue
-                ce = -torch.log_softmax(logits[k - 1][b, t], -1)[batch.input_ids[b, j]]
+                if k > 1 and model.heads.objective != "ce":
+                    ce = head_objective(model, logits, b, t, k)
+                else:
+                    ce = -torch.log_softmax(logits[k - 1][b, t], -1)[batch.input_ids[b, j]]
                 terms.append((b, t, k, alpha[k - 1], weight_of(b, t, k, int(batch.input_ids[b, j])), ce))
     if normalizer == "per_position":
         places = {}

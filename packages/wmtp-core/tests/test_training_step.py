@@ -48,6 +48,43 @@ def test_loss_and_gradient_equal_the_loops(packed, normalizer, trainer, weight_o
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("normalizer", ["sum_w", "valid"])
+@pytest.mark.parametrize("objective", ["kl", "tv", "lk"])
+def test_objectives_of_heads_equal_the_loops(objective, normalizer):
+    model, batch = make_model(decay=0.6, objective=objective), make_batch(packed=True)
+    output, ours = gradients(model, ByPrediction(), batch, normalizer=normalizer)
+    model.zero_grad(set_to_none=True)
+    expected = reference(model, batch, lambda b, t, k, token: float(token % 4 + k), [1.0, 0.6, 0.36], normalizer)
+    expected.backward()
+    torch.testing.assert_close(output.loss.double(), expected.detach(), rtol=1e-6, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("trainer", [ByPrediction, HardHalf, Valued])
+def test_with_an_objective_neither_splitting_nor_padding_changes_anything(trainer):
+    model, batch = make_model(objective="lk"), make_batch(packed=True)
+    whole = gradients(model, trainer(), batch)
+    assert {"objective/head_2", "acceptance/head_3", "top1/head_2"} <= whole[0].metrics.keys()
+    for other in (
+        gradients(model, trainer(), batch, micro=2),
+        gradients(model, trainer(), make_batch(packed=True, pad_columns=5, pad_rows=2)),
+    ):
+        assert_same(whole, other)
+        for name, value in whole[0].metrics.items():
+            torch.testing.assert_close(torch.as_tensor(other[0].metrics[name]), torch.as_tensor(value), equal_nan=True)
+
+
+def test_heads_that_learn_nothing_report_their_objective_all_the_same():
+    model, batch = make_model(objective="kl"), make_batch(packed=True)
+    learning = gradients(model, Baseline(), batch)[0]
+    model.extra_heads.requires_grad_(False)
+    model.base.requires_grad_(False)
+    model.anatomy.embedding.requires_grad_(True)
+    frozen = gradients(model, Baseline(), batch)[0]
+    torch.testing.assert_close(frozen.loss, learning.loss)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_splitting_into_micro_batches_changes_nothing(trainer, packed):
@@ -177,3 +214,26 @@ def test_evaluation_equals_plain_means_whatever_the_batches():
     expected = reference(model, batch, lambda *_: 1.0, [1.0, 0.5, 0.25])
     assert whole["eval/loss"] == pytest.approx(float(expected), rel=1e-6)
     assert parts == pytest.approx(whole, rel=1e-9)
+
+
+def test_evaluation_counts_the_drafts_that_head_one_would_accept():
+    from wmtp.training.evaluate import evaluate
+
+    model, batch = make_model(), make_batch(packed=True)
+    found = evaluate(model, [batch], torch.device("cpu"), contextlib.nullcontext)
+    output = model(batch.input_ids, batch.position, True)
+    tops = [model.logits(output, k).argmax(-1) for k in range(1, 4)]
+    depths = {1: [], 2: []}
+    for b in range(5):
+        for t in range(14):
+            agreed = True
+            for k in (2, 3):
+                places = range(t + 1, t + k + 1)
+                if t + k >= 14 or not all(batch.document[b, j] == batch.document[b, t] and batch.learn[b, j] for j in places):
+                    break
+                agreed &= bool(tops[k - 1][b, t] == tops[0][b, t + k - 1])
+                depths[k - 1].append(agreed)
+    shares = {d: sum(agreed) / len(agreed) for d, agreed in depths.items()}
+    assert {d: found[f"eval/accepted/depth_{d}"] for d in depths} == pytest.approx(shares)
+    assert found["eval/tokens_per_forward"] == pytest.approx(1 + sum(shares.values()))
+    assert 0 < found["eval/acceptance/head_2"] < 1

@@ -91,6 +91,9 @@ from wmtp.loss.cross_entropy import weighted_cross_entropy as weighted_cross_ent
 from wmtp.loss.mtp import IGNORED as IGNORED
 from wmtp.loss.mtp import MTPLoss as MTPLoss
 from wmtp.loss.mtp import mtp_loss as mtp_loss
+from wmtp.loss.objective import HeadObjective as HeadObjective
+from wmtp.loss.objective import head_agreement as head_agreement
+from wmtp.loss.objective import weighted_head_loss as weighted_head_loss
 from wmtp.loss.unembedding import Unembedding as Unembedding
 from wmtp.models.base import LoadedModel as LoadedModel
 from wmtp.models.base import ModelInfo as ModelInfo

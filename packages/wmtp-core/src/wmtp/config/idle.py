@@ -17,10 +17,13 @@ __all__ = ["idle_problems"]
 def idle_problems(config: Config) -> Iterator[Problem]:
     """Name every changed key of the core's sections that has no effect in this config."""
     base = config.models.get("base")
+    path = ("models", "base", "heads")
+    if base is not None and base.heads is not None and base.heads.objective != "lk":
+        yield from _idle(base.heads, ("lk_eta",), path, f'objective = "{base.heads.objective}" has no η')
     if base is not None and base.heads is not None and base.heads.horizon == 1:
         heads = evolve(base.heads, decay=None) if base.heads.decay == 1.0 else base.heads  # so that an overlay can undo it
-        keys = ("kind", "init", "trunk_gradient", "head_weights", "decay", "lr_factor")
-        yield from _idle(heads, keys, ("models", "base", "heads"), "horizon = 1 is the model's own head alone")
+        keys = ("kind", "init", "trunk_gradient", "head_weights", "decay", "objective", "lr_factor")
+        yield from _idle(heads, keys, path, "horizon = 1 is the model's own head alone")
     if config.schedule.type == "constant":
         yield from _idle(config.schedule, ("min_ratio",), ("schedule",), 'type = "constant" does not decay')
     fsdp = config.devices.fsdp

@@ -81,6 +81,10 @@ class HeadsConfig:
         trunk_gradient: ``joint``: all heads train the trunk; ``detach``: only head 1 does.
         head_weights: α, one a head. Default 1 each.
         decay: instead of ``head_weights``: α_k = decay^(k−1).
+        objective: what heads 2..H learn: ``ce``, the data, as head 1 does; ``kl``, ``tv`` or ``lk``, to agree with head 1's
+            distribution of the same token, by which their drafts are accepted: docs/loss.md has the formulas. Weights, α and
+            normaliser hold in the same way.
+        lk_eta: η of ``lk``.
         warmup_steps: number of optimizer steps at the start in which only heads 2..H are trained, on a frozen model.
         lr_factor: multiplies ``optimizer.lr`` for heads 2..H; new heads tolerate a higher rate than a pretrained model.
     """
@@ -91,6 +95,8 @@ class HeadsConfig:
     trunk_gradient: Literal["joint", "detach"] = "joint"
     head_weights: tuple[float, ...] | None = field(default=None, validator=optional(deep_iterable(ge(0.0))))
     decay: float | None = field(default=None, validator=optional([gt(0.0), le(1.0)]))
+    objective: Literal["ce", "kl", "tv", "lk"] = "ce"
+    lk_eta: float = field(default=3.0, validator=ge(0.0))
     warmup_steps: int = field(default=0, validator=ge(0))
     lr_factor: float = field(default=1.0, validator=gt(0.0))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from attrs import define
@@ -21,13 +21,19 @@ from torch import Tensor
 
 from wmtp.loss.unembedding import Unembedding
 
+if TYPE_CHECKING:
+    from wmtp.loss.objective import HeadObjective
+
 __all__ = [
     "Answer",
     "HeadLayout",
     "Problem",
     "TokenPass",
+    "check_shapes",
+    "differentiable",
     "flatten",
     "implementation",
+    "precision",
     "solve",
     "token_losses",
     "token_pass",
@@ -74,6 +80,8 @@ class Problem:
         valid_counts: how many predictions of each head are valid, at most; None: not known on the host.
         entropy: whether the entropy of the predictions is wanted.
         top_k: over how many of the most probable tokens; None: over all.
+        objective: of heads 2..H; None: the cross entropy. With one, rows of text follow each other in ``ids``, and a valid
+            prediction of head k at i needs head 1's at i+k−1.
     """
 
     tensors: Sequence[Tensor]
@@ -88,6 +96,7 @@ class Problem:
     valid_counts: Sequence[int] | None = None
     entropy: bool = False
     top_k: int | None = None
+    objective: HeadObjective | None = None
 
     @property
     def exact(self) -> torch.dtype:
@@ -119,6 +128,9 @@ class Answer:
         gradients: of Σ coefficients · losses; one a tensor, None where not wanted. Of unembeddings and biases in
             `Problem.exact`, of hidden states in their own precision.
         broken: a bool on the device: more predictions counted than `Problem` said; None where that cannot be.
+        values: with an objective, ``[N, H]``: its value for heads 2..H; 0 where there is no coefficient, and for head 1.
+        overlap: with an objective, ``[N, H]``, Σ min(p, q); see `wmtp.loss.objective.HeadAgreement`.
+        same_top: with an objective, ``[N, H]`` bool.
     """
 
     losses: Tensor
@@ -126,6 +138,9 @@ class Answer:
     entropy: Tensor | None
     gradients: list[Tensor | None]
     broken: Tensor | None = None
+    values: Tensor | None = None
+    overlap: Tensor | None = None
+    same_top: Tensor | None = None
 
 
 @define(kw_only=True, eq=False, slots=False)
@@ -175,10 +190,30 @@ def weighted_cross_entropy(
     Raises:
         TypeError: a tensor is sharded (a DTensor), or the tensors do not fit each other.
     """
-    _check(hidden, unembeddings, ids)
+    check_shapes(hidden, unembeddings, ids)
     heads, tensors = flatten(hidden, unembeddings)
+    loss, losses = differentiable(heads, tensors, ids, coefficients, valid, known, at_most, valid_counts)
+    return loss, losses
+
+
+def differentiable(
+    heads: Sequence[HeadLayout],
+    tensors: Sequence[Tensor],
+    ids: Tensor,
+    coefficients: Tensor,
+    valid: Tensor,
+    known: TokenPass | None,
+    at_most: int | None,
+    valid_counts: Sequence[int] | None,
+    objective: HeadObjective | None = None,
+) -> tuple[Tensor, ...]:
+    """Compute the loss with gradient; arguments as `Problem` and `weighted_cross_entropy` have them.
+
+    Returns:
+        the loss and the token losses ``[…, H]``; with an objective also the values, overlaps and ``same_top`` of `Answer`.
+    """
     horizon = ids.shape[-1]
-    loss, losses = _WeightedCrossEntropy.apply(
+    loss, *by_prediction = _WeightedCrossEntropy.apply(
         ids.reshape(-1, horizon),
         coefficients.detach().reshape(-1, horizon),
         valid.reshape(-1, horizon),
@@ -189,9 +224,10 @@ def weighted_cross_entropy(
         torch.is_grad_enabled(),
         at_most,
         None if valid_counts is None else tuple(valid_counts),
+        objective,
         *tensors,
     )
-    return loss, losses.view(ids.shape)
+    return loss, *(tensor.reshape(ids.shape) for tensor in by_prediction)
 
 
 def token_losses(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding], ids: Tensor, valid: Tensor) -> Tensor:
@@ -249,7 +285,7 @@ def token_pass(
         top_k: take the entropy over the ``top_k`` most probable tokens, renormalised; None: over all.
         valid_counts: see `weighted_cross_entropy`. If there are more, all token losses are NaN.
     """
-    _check(hidden, unembeddings, ids)
+    check_shapes(hidden, unembeddings, ids)
     heads, tensors = flatten([h.detach() for h in hidden], unembeddings)
     horizon = ids.shape[-1]
     answer = solve(
@@ -288,8 +324,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         with_gradient: bool,
         at_most: int | None,
         valid_counts: tuple[int, ...] | None,
+        objective: HeadObjective | None,
         *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         unit = None
         if compute == torch.float16:
             # coefficients of 1 / Z, times probabilities, would leave the range of fp16
@@ -307,11 +344,15 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 lse=lse,
                 at_most=at_most,
                 valid_counts=valid_counts,
+                objective=objective,
             )
         )
         losses = answer.losses.contiguous() if known_losses is None else known_losses.clone()
+        values = losses
+        if answer.values is not None:
+            values = torch.cat([losses[:, :1], answer.values[:, 1:]], dim=1)
         # NaN · 0 is NaN: an infinite token loss must show in the loss only where it counts
-        loss = torch.where(coefficients != 0, losses * coefficients.to(losses.dtype), 0.0).sum()
+        loss = torch.where(coefficients != 0, values * coefficients.to(losses.dtype), 0.0).sum()
         if unit is not None:
             loss = loss * unit
         if answer.broken is not None:
@@ -319,11 +360,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ctx.wanted = [gradient is not None for gradient in answer.gradients]
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.save_for_backward(unit, *(gradient for gradient in answer.gradients if gradient is not None))
-        ctx.mark_non_differentiable(losses)
-        return loss, losses
+        by_prediction = (losses,)
+        if answer.overlap is not None and answer.same_top is not None:
+            by_prediction = losses, values, answer.overlap, answer.same_top
+        ctx.mark_non_differentiable(*by_prediction)
+        return loss, *by_prediction
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("weighted_cross_entropy has no second derivative (create_graph=True)")
         unit, *saved = ctx.saved_tensors
@@ -334,7 +378,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             scaled(next(found), factor, dtype, may_change) if wanted else None
             for wanted, dtype in zip(ctx.wanted, ctx.dtypes, strict=True)
         ]
-        return (None,) * 10 + tuple(gradients)
+        return (None,) * 11 + tuple(gradients)
 
 
 def implementation(device: torch.device, compute: torch.dtype) -> str:
@@ -346,10 +390,16 @@ def implementation(device: torch.device, compute: torch.dtype) -> str:
 def solve(problem: Problem) -> Answer:
     """Compute token losses, and gradients where they are wanted."""
     if torch.compiler.is_compiling():
+        if problem.objective is not None:
+            raise NotImplementedError("an objective of heads 2..H is not traced; call the loss outside of torch.compile")
         from wmtp.loss.operator import solve_by_operator
 
         return solve_by_operator(problem)
     with torch.no_grad(), torch.autocast(problem.ids.device.type, enabled=False):
+        if problem.objective is not None:
+            from wmtp.loss.torch_backend import agreement
+
+            return agreement.compute(problem)
         if implementation(problem.ids.device, problem.compute) == "plain":
             from wmtp.loss.torch_backend import plain
 
@@ -420,7 +470,12 @@ def precision(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _check(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding], ids: Tensor) -> None:
+def check_shapes(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding], ids: Tensor) -> None:
+    """Refuse tensors that do not fit each other.
+
+    Raises:
+        TypeError: naming the head and the shapes.
+    """
     horizon = ids.shape[-1]
     if not len(hidden) == len(unembeddings) == horizon:
         raise TypeError(

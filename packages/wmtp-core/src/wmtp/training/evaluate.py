@@ -11,8 +11,9 @@ from attrs import evolve
 
 from wmtp.data.batch import Batch, align_targets
 from wmtp.distributed.ranks import ALONE, Ranks
-from wmtp.loss import token_losses
+from wmtp.loss import head_agreement, token_losses
 from wmtp.loss.weights import statistics_dtype
+from wmtp.training.agreement import DraftSums
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
@@ -39,12 +40,14 @@ def evaluate(
 
     Returns:
         ``eval/loss/head_k``, the unweighted mean of head k; ``eval/loss``, their mean over all heads by α and number of
-        predictions, which is the training loss of uniform weights; ``eval/predictions``, the number for head 1. Heads without
-        any valid prediction are left out.
+        predictions, which is the training loss of uniform weights; ``eval/predictions``, the number for head 1. With heads 2..H
+        also ``eval/acceptance/head_k``, ``eval/top1/head_k``, ``eval/accepted/depth_d`` and ``eval/tokens_per_forward``: see
+        `DraftSums`. What has no valid prediction is left out.
     """
     dtype = statistics_dtype(device)
     sums = torch.zeros(model.horizon, dtype=dtype, device=device)
     counts = torch.zeros(model.horizon, dtype=dtype, device=device)
+    drafts = DraftSums(model.horizon, device)
     for batch in _share(batches, ranks):
         ranks.still_at_it("evaluation")
         packed = batch.packed
@@ -54,15 +57,22 @@ def evaluate(
             output = model(on_device.input_ids, on_device.position, packed)
             # where the model is divided, its unembedding is whole only now
             unembeddings = [model.unembedding(k) for k in range(1, model.horizon + 1)]
-            losses = token_losses(output.hidden, unembeddings, targets.ids, targets.valid)
+            if model.horizon == 1:
+                losses = token_losses(output.hidden, unembeddings, targets.ids, targets.valid)
+            else:
+                found = head_agreement(output.hidden, unembeddings, targets.ids, targets.valid)
+                losses = found.token_losses
+                drafts.add(found, targets.valid)
         sums += losses.to(dtype).sum((0, 1))
         counts += targets.valid.sum((0, 1))
     ranks.sum(sums)
     ranks.sum(counts)
+    ranks.sum(drafts.sums)
     head_weights = torch.tensor(model.heads.resolved_head_weights(), dtype=dtype, device=device)
     total = (sums * head_weights).sum() / (counts * head_weights).sum()
     heads = {f"eval/loss/head_{k + 1}": sums[k] / counts[k] for k in range(model.horizon)}
-    values = {name: float(value) for name, value in {"eval/loss": total, **heads}.items()}
+    agreement = {} if model.horizon == 1 else {f"eval/{name}": value for name, value in drafts.means().items()}
+    values = {name: float(value) for name, value in {"eval/loss": total, **heads, **agreement}.items()}
     return {name: value for name, value in values.items() if value == value} | {"eval/predictions": float(counts[0])}
 
 

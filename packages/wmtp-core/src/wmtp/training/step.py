@@ -16,7 +16,15 @@ from torch.distributed.tensor import DTensor
 
 from wmtp.data.batch import Batch, Targets, align_targets
 from wmtp.distributed.ranks import ALONE, Ranks, Share
-from wmtp.loss import TokenPass, Unembedding, token_pass, weighted_cross_entropy
+from wmtp.loss import (
+    HeadLoss,
+    HeadObjective,
+    TokenPass,
+    Unembedding,
+    token_pass,
+    weighted_cross_entropy,
+    weighted_head_loss,
+)
 from wmtp.loss.weights import (
     NO_WEIGHT,
     Normalizer,
@@ -31,6 +39,7 @@ from wmtp.models.sharding import Sharding
 from wmtp.optim.master_weights import MasterWeights
 from wmtp.trainers import checks
 from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
+from wmtp.training.agreement import AgreementSums
 from wmtp.training.recording import TokenRecord
 from wmtp.training.telemetry import Readback
 
@@ -155,11 +164,17 @@ class StepLoss:
     master_weights: MasterWeights | None = None
     sharding: Sharding | None = None
     _head_weights: Tensor = field(init=False)
+    _objective: HeadObjective | None = field(init=False)
 
     @_head_weights.default  # type: ignore[attr-defined]
     def _(self) -> Tensor:
         # once: bringing numbers from Python to a GPU waits for it
         return torch.tensor(self.model.heads.resolved_head_weights(), device=self.device)
+
+    @_objective.default  # type: ignore[attr-defined]
+    def _(self) -> HeadObjective | None:
+        heads = self.model.heads
+        return None if heads.objective == "ce" or heads.horizon == 1 else HeadObjective(heads.objective, heads.lk_eta)
 
     def __call__(self, batch: Batch, step: int, stage: Stage, *, histogram: bool = False, tokens: bool = False) -> StepOutput:
         """Add the gradient of one step's loss to the parameters' ``grad``.
@@ -195,10 +210,13 @@ class StepLoss:
         slopes = {name: rows.share.take(slope) for name, slope in slopes.items()}
         model_loss = torch.zeros((), dtype=statistics_dtype(self.device), device=self.device)
         own_losses = []
+        fit = None if self._objective is None else AgreementSums(self.model.horizon, self.device)
         for part in rows.micro_batches:
             output, observed = seen.kept or self._forward(part, rows.packed, stage, observe=bool(slopes))
             at_most = 0 if not stage.model_loss else sum(part.valid_counts) if uniform else None
-            loss, losses = self._loss(part, output, coefficients[part.place], seen, at_most)
+            loss, losses, objective = self._loss(part, output, coefficients[part.place], seen, at_most)
+            if fit is not None and objective is not None:
+                fit.add(objective, coefficients[part.place])
             # d aux / d parameters = Σ (d aux / d observation) · (d observation / d parameters)
             slope = ((observed[name] * slope[part.place]).sum() for name, slope in slopes.items())
             total = loss + sum(slope, start=loss.new_zeros(()))
@@ -209,6 +227,8 @@ class StepLoss:
         if self.sharding is not None:
             self.sharding.release(self.model)
         self.ranks.sum(model_loss)
+        if fit is not None:
+            self.ranks.sum(fit.sums)
         self.ranks.sum_gradients(self._whole_parameters())
 
         losses = rows.share.gather(torch.cat(own_losses)) if seen.losses is None else seen.losses
@@ -218,7 +238,7 @@ class StepLoss:
             loss=whole,
             bad_weights=problem,
             early=early,
-            metrics=self._metrics(whole, auxiliary, losses, weights, valid),
+            metrics=self._metrics(whole, auxiliary, losses, weights, valid, fit),
             weight_histogram=weight_histogram(recorded, valid) if histogram and recorded is not None else None,
             tokens=TokenRecord(weights=recorded, losses=losses, valid=valid, details=self._details(view)) if tokens else None,
         )
@@ -370,21 +390,17 @@ class StepLoss:
 
     def _loss(
         self, part: _MicroBatch, output: MTPOutput, coefficients: Tensor, seen: _Seen, at_most: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the weighted loss of a micro-batch, with gradient, and its token losses."""
+    ) -> tuple[Tensor, Tensor, HeadLoss | None]:
+        """Compute the weighted loss of a micro-batch, with gradient, its token losses, and what heads 2..H make of theirs."""
         # where all token losses are known, only the predictions that teach something are computed again
         computed = part.targets.valid if seen.losses is None or seen.known is not None else coefficients != 0
+        given = output.hidden, self._unembeddings(), part.targets.ids, coefficients, computed
+        told = {"known": seen.known, "at_most": at_most, "valid_counts": part.valid_counts}
         with self.autocast():
-            return weighted_cross_entropy(
-                output.hidden,
-                self._unembeddings(),
-                part.targets.ids,
-                coefficients,
-                computed,
-                known=seen.known,
-                at_most=at_most,
-                valid_counts=part.valid_counts,
-            )
+            if self._objective is None:
+                return *weighted_cross_entropy(*given, **told), None
+            found = weighted_head_loss(*given, self._objective, **told)
+        return found.loss, found.agreement.token_losses, found
 
     @property
     def _needs_statistics(self) -> bool:
@@ -402,12 +418,20 @@ class StepLoss:
         return [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
 
     def _metrics(
-        self, loss: Tensor, auxiliary: Mapping[str, Tensor], losses: Tensor, weights: Tensor, valid: Tensor
+        self,
+        loss: Tensor,
+        auxiliary: Mapping[str, Tensor],
+        losses: Tensor,
+        weights: Tensor,
+        valid: Tensor,
+        fit: AgreementSums | None,
     ) -> dict[str, Tensor | float]:
         """Gather the numbers of a step that are logged, the trainer's own among them."""
         metrics: dict[str, Tensor | float] = {"loss": loss}
         metrics |= head_statistics(losses, weights, valid)
         metrics |= weight_statistics(weights, valid)
+        if fit is not None:
+            metrics |= fit.means()
         metrics |= {f"auxiliary/{name}": value for name, value in auxiliary.items()}
         metrics |= checks.checked_metrics(self.trainer, self.trainer_name, metrics)
         return metrics

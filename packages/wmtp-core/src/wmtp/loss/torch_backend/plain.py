@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wmtp.loss.cross_entropy import Answer, HeadLayout, Problem
 
-__all__ = ["compute"]
+__all__ = ["add_product", "compute", "logits_of", "rows_of", "transformed"]
 
 #: bytes of fp32 logits that are held at once
 _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
@@ -37,14 +37,14 @@ def compute(problem: Problem) -> Answer:
     counts = torch.zeros_like(problem.valid) if coefficients is None else coefficients != 0
     measured = problem.valid & ~counts if problem.lse is None else torch.zeros_like(counts)
     # asked for before anything is computed: each of these waits until the device has nothing to do
-    rows = [(_rows(counts[:, k]), _rows(measured[:, k])) for k in range(horizon)]
+    rows = [(rows_of(counts[:, k]), rows_of(measured[:, k])) for k in range(horizon)]
     for k, head in enumerate(problem.heads):
         learns = problem.wants(k) or problem.wants(head.weight) or problem.wants(head.bias)
         size = _chunk_rows(tensors[head.weight])
         for group, has_coefficients in zip(rows[k], (True, False), strict=True):
             for index in group.split(size) if len(group) else ():
                 hidden = tensors[k][index].to(problem.compute)
-                delta = _logits(hidden, cast, head)
+                delta = logits_of(hidden, cast, head)
                 # in slices that stay in a CPU's cache through all the passes over them
                 step = max(1, _SLICE_BYTES // (4 * delta.shape[1])) if delta.device.type == "cpu" else len(delta)
                 for start in range(0, len(delta), step):
@@ -71,7 +71,7 @@ def compute(problem: Problem) -> Answer:
                 if (gradient := gradients[k]) is not None:
                     gradient[index] = (delta @ cast[head.weight]).to(gradient.dtype)
                 if (gradient := gradients[head.weight]) is not None:
-                    _add_product(gradient, delta, hidden)
+                    add_product(gradient, delta, hidden)
     return Answer(losses=losses, lse=lse, entropy=entropies, gradients=gradients)
 
 
@@ -80,11 +80,7 @@ class _Softmax:
 
     def __init__(self, logits: Tensor, head: HeadLayout, target: Tensor) -> None:
         self._head, self._target = head, target.unsqueeze(1)
-        if head.scale != 1.0:
-            logits = logits.mul_(head.scale)
-        if head.softcap is not None:
-            logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
-        self._logits = logits
+        self._logits = transformed(logits, head)
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """Token losses, and the logarithms of the sums of all exponentials."""
@@ -123,7 +119,17 @@ class _Softmax:
         return delta if slope is None else delta.mul_(slope)
 
 
-def _rows(wanted: Tensor) -> Tensor:
+def transformed(logits: Tensor, head: HeadLayout) -> Tensor:
+    """Scale and cap logits in place."""
+    if head.scale != 1.0:
+        logits = logits.mul_(head.scale)
+    if head.softcap is not None:
+        logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits
+
+
+def rows_of(wanted: Tensor) -> Tensor:
+    """List the places that are wanted; waits for a device that is not the CPU."""
     return wanted.nonzero().squeeze(1)
 
 
@@ -132,11 +138,12 @@ def _chunk_rows(weight: Tensor) -> int:
     return max(1, _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cuda"]) // (4 * weight.shape[0]))
 
 
-def _logits(hidden: Tensor, cast: dict[int, Tensor], head: HeadLayout) -> Tensor:
+def logits_of(hidden: Tensor, cast: dict[int, Tensor], head: HeadLayout) -> Tensor:
+    """Multiply hidden states with a head's unembedding, before scale and cap."""
     return torch.nn.functional.linear(hidden, cast[head.weight], None if head.bias is None else cast[head.bias])
 
 
-def _add_product(accumulator: Tensor, delta: Tensor, hidden: Tensor) -> None:
+def add_product(accumulator: Tensor, delta: Tensor, hidden: Tensor) -> None:
     """``accumulator += deltaᵀ · hidden``, added in the accumulator's precision."""
     if accumulator.dtype == delta.dtype:
         accumulator.addmm_(delta.T, hidden)

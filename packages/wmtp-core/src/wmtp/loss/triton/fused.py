@@ -27,7 +27,7 @@ from wmtp.loss.cross_entropy import Answer, HeadLayout, Problem
 from wmtp.loss.torch_backend.lists import Lengths, PredictionList, prediction_lists
 from wmtp.loss.triton import kernels
 
-__all__ = ["chunk_rows", "compute", "scaled"]
+__all__ = ["add_product", "chunk_rows", "compute", "scaled"]
 
 _kernels: Any = kernels  # the decorator of Triton hides what it returns
 
@@ -119,7 +119,7 @@ class _State:
             if problem.wants(layout.weight):
                 if factors is not None:
                     _kernels.scale_kernel[(count,)](hidden, factors, hidden.shape[1], BLOCK=_width_block(hidden))
-                _add_product(self._sum(layout.weight)[block], logits.T, hidden, first=new[layout.weight])
+                add_product(self._sum(layout.weight)[block], logits.T, hidden, first=new[layout.weight])
             if learns:
                 rows = self._hidden_gradient(rows, logits, weight[block], exact=factors is not None or columns < len(weight))
         if rows is not None:
@@ -206,7 +206,7 @@ class _State:
         first = rows is None
         if rows is None:
             rows = self._buffer("gradient", len(delta), weight.shape[1], self.losses if exact else weight)
-        _add_product(rows, delta, weight, first=first)
+        add_product(rows, delta, weight, first=first)
         return rows
 
     def _sum(self, place: int) -> Tensor:
@@ -241,7 +241,7 @@ def _adds_in_fp32(operand: Tensor) -> bool:
     return half and operand.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(operand.device)[0] >= 8
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     """``total += left · right``, added in fp32 within the product where the library can; ``first`` takes ``total`` as 0."""
     if total.dtype == left.dtype:
         torch.mm(left, right, out=total) if first else total.addmm_(left, right)

@@ -1,0 +1,80 @@
+"""Sums over a step, or over the evaluation data, of how far heads 2..H agree with head 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wmtp.loss import HeadAgreement, HeadLoss
+from wmtp.loss.weights import statistics_dtype
+
+__all__ = ["AgreementSums", "DraftSums"]
+
+
+class AgreementSums:
+    """The objective and the agreement of the predictions of a step that learn, by head.
+
+    Args:
+        horizon: H.
+        device: where the numbers are.
+    """
+
+    def __init__(self, horizon: int, device: torch.device) -> None:
+        #: of heads 2..H: c · objective, c, overlap, same_top, count; to be added up over ranks
+        self.sums = torch.zeros(5, horizon - 1, dtype=statistics_dtype(device), device=device)
+
+    def add(self, found: HeadLoss, coefficients: Tensor) -> None:
+        """Add a micro-batch, of which ``coefficients`` ``[b, S, H]`` learn."""
+        c = coefficients[..., 1:].to(self.sums.dtype)
+        learned = c != 0
+        agreement = found.agreement
+        numbers = (
+            c * found.values[..., 1:],
+            c,
+            learned * agreement.overlap[..., 1:],
+            learned & agreement.same_top[..., 1:],
+            learned,
+        )
+        self.sums += torch.stack([number.to(self.sums.dtype).sum((0, 1)) for number in numbers])
+
+    def means(self) -> dict[str, Tensor]:
+        """Make ``objective/head_k``, its mean by weight, ``acceptance/head_k``, ``top1/head_k``; NaN where nothing learns."""
+        objective, total, overlap, same_top, count = self.sums
+        by_name = {"objective": objective / total, "acceptance": overlap / count, "top1": same_top / count}
+        return {f"{name}/head_{k}": value[k - 2] for name, value in by_name.items() for k in range(2, len(total) + 2)}
+
+
+class DraftSums:
+    """The drafts that heads 2..H would make on given texts, and how many head 1 would accept.
+
+    Args:
+        horizon: H.
+        device: where the numbers are.
+    """
+
+    def __init__(self, horizon: int, device: torch.device) -> None:
+        #: of heads 2..H: overlap, same_top, count; accepted up to this depth, and positions with so many drafts
+        self.sums = torch.zeros(5, horizon - 1, dtype=statistics_dtype(device), device=device)
+
+    def add(self, found: HeadAgreement, valid: Tensor) -> None:
+        """Add a batch of which the predictions ``valid`` ``[B, S, H]`` were measured."""
+        drafted = valid.cumprod(dim=-1)[..., 1:]
+        accepted = (valid & found.same_top).cumprod(dim=-1)[..., 1:]
+        numbers = (found.overlap[..., 1:], found.same_top[..., 1:], valid[..., 1:], accepted, drafted)
+        self.sums += torch.stack([number.to(self.sums.dtype).sum((0, 1)) for number in numbers])
+
+    def means(self) -> dict[str, Tensor]:
+        """Make numbers of the sums.
+
+        Returns:
+            ``acceptance/head_k``: mean Σ min(p, q), the expected acceptance of a draft that is sampled; ``top1/head_k``: the
+            share of tokens of which head k and head 1 find the same the most probable; ``accepted/depth_d``: the share of
+            positions at which the first d greedy drafts are all accepted; ``tokens_per_forward``: 1 + their sum. All are of the
+            given text: of the model's own text they are those of decoding.
+        """
+        overlap, same_top, count, accepted, drafted = self.sums
+        depths = accepted / drafted
+        by_head = {"acceptance": overlap / count, "top1": same_top / count}
+        found = {f"{name}/head_{k}": value[k - 2] for name, value in by_head.items() for k in range(2, len(count) + 2)}
+        found |= {f"accepted/depth_{d}": depths[d - 1] for d in range(1, len(count) + 1)}
+        return found | {"tokens_per_forward": 1 + depths.sum()}
