@@ -23,9 +23,14 @@ lint:
     uv run hadolint Dockerfile
     uv run lint-imports
 
-# the generated parts of the documentation
+# the generated parts of the documentation, and all of it as a site: open site/index.html
 docs:
     uv run python docs/generate.py
+    uv run --group docs mkdocs build --strict
+
+# the site while you write, at http://127.0.0.1:8000
+docs-serve:
+    uv run --group docs mkdocs serve
 
 # all that CI runs
 ci:

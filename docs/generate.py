@@ -2,12 +2,14 @@
 
     uv run python docs/generate.py
 
-It replaces what stands between the markers in ``docs/config.md`` and ``docs/hooks.md``; ``tests/test_docs.py`` fails where
-they are out of date.
+It replaces the parts between markers in ``docs/config.md``, ``docs/hooks.md`` and ``docs/api.md``; ``tests/test_docs.py`` fails
+where they are out of date.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Container, Iterator
@@ -17,9 +19,11 @@ from typing import Any
 import attrs
 import tomli_w
 
+import wmtp
 from wmtp.actions.components import type_name
 from wmtp.config import schema
 from wmtp.config.tree import plain_value
+from wmtp.lazy import names_in_stub
 from wmtp.plugins import Registry, hookspecs, load_plugins
 from wmtp.plugins.components import COMPONENT_KIND, KINDS
 from wmtp.plugins.contract import CONFIG_CLASSES, ComponentConfig, Contract
@@ -95,6 +99,25 @@ VALUES = {
 
 #: whose components stand in the reference
 OURS = ("wmtp-core", "wmtp-algos", "wmtp-storage", "wmtp-vessl")
+
+#: heading → the modules whose public names stand below it; a name goes to the first that fits
+API = {
+    "Commands": ("wmtp.actions", "wmtp.api", "wmtp.runs", "wmtp.startup", "wmtp.evaluation.command", "wmtp.exporting"),
+    "Configs": ("wmtp.config",),
+    "Algorithms": ("wmtp.trainers", "wmtp_algos"),
+    "Data": ("wmtp.data",),
+    "Models and heads": ("wmtp.models", "wmtp.generation"),
+    "Loss": ("wmtp.loss",),
+    "Optimizers": ("wmtp.optim",),
+    "Evaluation": ("wmtp.evaluation",),
+    "Tokenizers": ("wmtp.tokenizers",),
+    "Storage": ("wmtp.storage",),
+    "Tracking": ("wmtp.tracking",),
+    "Launchers": ("wmtp.launchers",),
+    "Plugins": ("wmtp.plugins",),
+    "Test suites for plugins": ("wmtp.testing",),
+    "Errors": ("wmtp.errors",),
+}
 
 _BOUNDS = {">=": "≥", "<=": "≤", ">": ">", "<": "<"}
 
@@ -246,7 +269,7 @@ def contract_methods(cls: type[Any], without: Container[str] = ()) -> str:
         needed = f" ({needed})" if issubclass(cls, Contract) else ""  # not of what the host gives
         signature = "" if isinstance(member, property) else re.sub(r"\bself(, )?", "", signature_of(function), count=1)
         lines.append(f"- `{name}{signature}`{needed}: {flattened(said)}")
-        lines += [f"  - `{argument}`: {meaning}" for argument, meaning in arguments.items()]
+        lines += [f"    - `{argument}`: {meaning}" for argument, meaning in arguments.items()]
     return "\n".join(lines)
 
 
@@ -272,6 +295,34 @@ def flattened(text: str) -> str:
     return re.sub(r"\b(Returns|Raises): ", r"\1 ", " ".join(text.split()))
 
 
+def api_reference() -> str:
+    """List the public names of ``wmtp`` and ``wmtp_algos`` by topic, each with its first sentence and its module."""
+    import wmtp_algos
+
+    homes = names_in_stub(Path(wmtp.__file__).with_suffix(".pyi"))
+    homes |= {name: getattr(wmtp_algos, name).__module__ for name in wmtp_algos.__all__}
+    tables: dict[str, list[str]] = {title: [] for title in API}
+    for name, module in homes.items():
+        title = next(title for title, prefixes in API.items() if any(f"{module}.".startswith(f"{p}.") for p in prefixes))
+        package = "wmtp_algos." if module.startswith("wmtp_algos") else "wmtp."
+        tables[title].append(f"| `{package}{name}` | {cell(first_sentence(module, name))} | `{module}.{name}` |")
+    head = "| name | meaning | defined in |\n| --- | --- | --- |\n"
+    return "\n\n".join(f"## {title}\n\n{head}" + "\n".join(rows) for title, rows in tables.items())
+
+
+def first_sentence(module: str, name: str) -> str:
+    """Read the first sentence of a docstring, or of the comment above a constant, without importing the module."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"{module} has no source file")
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name and (text := ast.get_docstring(node)):
+            return markdown(re.split(r"(?<=\.)\s", text)[0])
+    match = re.search(rf"^#: (.*)\n{name} = ", source, re.MULTILINE)
+    return markdown(match[1]) if match else ""
+
+
 def written(text: str, marker: str, content: str) -> str:
     """``text`` with ``content`` between its two markers."""
     begin, end = f"<!-- begin {marker}: written by docs/generate.py -->", f"<!-- end {marker} -->"
@@ -284,10 +335,11 @@ def written(text: str, marker: str, content: str) -> str:
 
 def pages() -> dict[Path, str]:
     """The pages with generated parts, as they should be."""
-    config, hooks = DOCS / "config.md", DOCS / "hooks.md"
+    config, hooks, api = DOCS / "config.md", DOCS / "hooks.md", DOCS / "api.md"
     return {
         config: written(config.read_text(encoding="utf-8"), "config", config_reference(load_plugins())),
         hooks: written(hooks.read_text(encoding="utf-8"), "hooks", hook_reference()),
+        api: written(api.read_text(encoding="utf-8"), "api", api_reference()),
     }
 
 

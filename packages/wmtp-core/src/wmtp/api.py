@@ -72,7 +72,7 @@ def run(
     dry_run: bool = False,
     allow_code_execution: bool = False,
 ) -> Result | Mapping[str, Any]:
-    """Do what ``wmtp run`` does.
+    """Train by a config, as ``wmtp run`` does.
 
     Args:
         config: a TOML file, a mapping, a `Config`, or a list of them, the later laid over the earlier. May be left out where

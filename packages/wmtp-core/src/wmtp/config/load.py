@@ -43,7 +43,7 @@ class Loaded:
 def load_config(
     sources: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str] = (), *, registry: Registry | None = None
 ) -> Config:
-    """Read a config.
+    """Read files, mappings and overrides into a `Config`.
 
     Args:
         sources: TOML files, mappings or a `Config`; the later ones are laid over the earlier ones.

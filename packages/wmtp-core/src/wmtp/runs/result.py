@@ -18,7 +18,7 @@ __all__ = ["Result"]
 
 @frozen(kw_only=True)
 class Result:
-    """Return value of `wmtp.run`, printed by ``wmtp run --json``.
+    """Return value of `wmtp.run`, printed by ``wmtp run FILE --json``.
 
     Args:
         run_dir: the run directory.
