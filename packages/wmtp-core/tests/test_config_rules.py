@@ -1,5 +1,6 @@
 """What must hold between sections."""
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,13 +144,15 @@ def test_base_is_required():
 
 
 def test_an_override_of_evaluation_only_is_explicit(tmp_path: Path):
+    record = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n"}
+    (tmp_path / "HumanEval.jsonl").write_text(json.dumps(record))
     dataset = {"type": "humaneval", "uri": str(tmp_path), "allow_training": True}
     check_loaded(load([GOOD, {"datasets": {"h": dataset}}], registry=REGISTRY))
 
 
 def test_home_and_file_uris_that_exist_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a b.jsonl").write_text("")
+    (tmp_path / "a b.jsonl").write_text('{"text": "a"}')
     for uri in ("~/a b.jsonl", f"file://{tmp_path}/a%20b.jsonl"):
         check_loaded(load([GOOD, {"datasets": {"j": {"type": "jsonl", "uri": uri}}}], registry=REGISTRY))
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from wmtp.config.schema import Config, DataConfig, EvalDataConfig, ModelConfig, RunConfig, TrainDataConfig
 from wmtp.data.base import Example, ExampleLoader
 from wmtp.data.config import HumanEval, Jsonl, PythonSource
+from wmtp.data.loaders.jsonl import JsonlLoader
 from wmtp.data.prepare import prepare_data
 from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.plugins.contract import DataLoaderConfig, TrainerConfig
@@ -215,6 +217,39 @@ def test_two_processes_at_once_agree(tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     assert len(set(said)) == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+class GrowingLoader(JsonlLoader):
+    """Reads a file to which somebody appends meanwhile, as large as before or not."""
+
+    append = b""
+
+    def examples(self, path):
+        yield from super().examples(path)
+        content = path.read_bytes() if path.is_file() else b""
+        if self.append:
+            path.write_bytes(content[: -len(self.append)] + self.append)
+
+
+@pytest.mark.parametrize("append", [b"", b"{}\n", b'"}\n'])
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch, append):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    os.utime(path, ns=(1, 1))
+    monkeypatch.setattr(GrowingLoader, "append", append)
+    monkeypatch.setattr(Jsonl, "build", lambda self: GrowingLoader())
+    if not append:
+        assert len(prepare(tmp_path, {"a": Jsonl(uri=str(path))}, {"a": path}).train) == 2
+        return
+    with pytest.raises(WMTPError, match=r"datasets\.a: .*a\.jsonl has changed while it was read; run again once it is whole"):
+        prepare(tmp_path, {"a": Jsonl(uri=str(path))}, {"a": path})
+    assert not list(tmp_path.rglob("store.json"))
+
+
+def test_a_split_that_a_fetched_folder_leaves_open_is_said_with_its_key(tmp_path):
+    for name in ("train.jsonl", "test.jsonl"):
+        write_lines(tmp_path / name, [{"text": "one"}])
+    with pytest.raises(ConfigError, match=r"datasets\.a\.split: .* holds the splits test .*, train .*; write which"):
+        prepare(tmp_path, {"a": Jsonl(uri="hf://datasets/x/y")}, {"a": tmp_path})
 
 
 def test_all_bad_lines_are_said_at_once(tmp_path):

@@ -106,15 +106,15 @@ def test_code_contests(tmp_path: Path, sandbox: Sandbox) -> None:
     }  # fmt: skip
     file = tmp_path / "problems.jsonl"
     file.write_text(json.dumps(record) + "\n")
-    (problem,) = code_contests(file, max_tests=None)
+    (problem,) = code_contests(file, split="test", max_tests=None)
     assert problem.prompt == "Double it.\n\nSolution in python3:\n"
     assert problem.score(sandbox, "print(2 * int(input()))").passed
     assert not problem.score(sandbox, "input()\nprint(2)").passed
-    (public,) = code_contests(file, max_tests=1)
+    (public,) = code_contests(file, split="test", max_tests=1)
     assert public.score(sandbox, "input()\nprint(2)").passed
     file.write_text(json.dumps({**record, "public_tests": None, "private_tests": None}) + "\n")
     with pytest.raises(WMTPError, match=r"problems.jsonl:1: the problem has no tests"):
-        code_contests(file, max_tests=None)
+        code_contests(file, split="test", max_tests=None)
 
 
 def test_settings_that_do_not_go_together() -> None:

@@ -6,7 +6,16 @@ import traceback
 from collections.abc import Sequence
 from typing import ClassVar
 
-__all__ = ["AuthenticationError", "ConfigError", "PlatformError", "PluginError", "Terminated", "WMTPError", "described"]
+__all__ = [
+    "AuthenticationError",
+    "ConfigError",
+    "InputError",
+    "PlatformError",
+    "PluginError",
+    "Terminated",
+    "WMTPError",
+    "described",
+]
 
 
 class WMTPError(Exception):
@@ -27,6 +36,21 @@ class ConfigError(WMTPError):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class InputError(WMTPError):
+    """An input of a component is not what it can read: what the user wrote is wrong, or the file.
+
+    Args:
+        key: the component's key that the message is about: ``uri``, ``split``.
+        problem: what is wrong; what to do.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, key: str, problem: str) -> None:
+        self.key = key
+        super().__init__(problem)
 
 
 class PluginError(WMTPError):

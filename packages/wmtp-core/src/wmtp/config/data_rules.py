@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from wmtp.config.problems import KeyPath, dotted
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from wmtp.config.problems import KeyPath, Problem, dotted
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, InputError, WMTPError
 from wmtp.plugins.contract import DataLoaderConfig
+from wmtp.storage.uris import file_path, scheme_of
 
-__all__ = ["check_sources", "eval_sources", "read_from", "train_sources"]
+__all__ = ["check_first_examples", "check_sources", "eval_sources", "read_from", "train_sources"]
+
+#: examples that are looked at for a good one, where bad ones are skipped
+_LOOKED_AT: Final = 32
 
 
 def train_sources(config: Config) -> tuple[str, ...]:
@@ -77,3 +86,32 @@ def require_sources(config: Config) -> None:
     problems = check_sources(config)
     if problems:
         raise ConfigError(problems)
+
+
+def check_first_examples(config: Config) -> Iterator[Problem]:
+    """Look at the names and the first records of data files that are here."""
+    for name in dict.fromkeys((*train_sources(config), *eval_sources(config))):
+        if name not in config.datasets:
+            continue
+        source, place = read_from(config.datasets[name], ("datasets", name))
+        if (path := _local_path(source.uri)) is None:
+            continue
+        skipped = config.data.train.on_bad_example == "skip"
+        try:
+            found = list(islice(config.datasets[name].build().first_examples(path), _LOOKED_AT if skipped else 1))
+        except InputError as error:
+            yield Problem((*place, error.key), str(error))
+        except WMTPError as error:
+            yield Problem((*place, "uri"), str(error))
+        else:
+            if found and all(isinstance(example, WMTPError) for example in found):  # BadExample
+                yield Problem((*place, "uri"), str(found[0]))
+
+
+def _local_path(uri: object) -> Path | None:
+    """Find what a URI names on this machine; None where it is elsewhere, or another rule has something to say of it."""
+    try:
+        path = file_path(uri) if isinstance(uri, str) and scheme_of(uri) == "file" else None
+        return path if path is not None and path.exists() else None
+    except (ConfigError, OSError):
+        return None

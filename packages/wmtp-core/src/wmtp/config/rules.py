@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from attrs import evolve, frozen
 
-from wmtp.config.data_rules import check_sources
+from wmtp.config.data_rules import check_first_examples, check_sources
 from wmtp.config.idle import idle_problems
 from wmtp.config.load import Loaded, located
 from wmtp.config.model_rules import model_problems
@@ -203,6 +203,8 @@ def _data(config: Config) -> Iterator[Problem]:
             f"{train.micro_batch_size} must be at most data.train.batch_size = {train.batch_size}",
         )
     yield from _learned(config)
+    if not config.launcher.remote:  # there a path is one of the other machine
+        yield from check_first_examples(config)
     if config.data.eval is None:
         for index, evaluator in enumerate(config.eval):
             if evaluator.needs_eval_data:

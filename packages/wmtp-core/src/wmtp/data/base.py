@@ -132,6 +132,16 @@ class ExampleLoader(Contract, ABC, contract=True):
             WMTPError: the files cannot be read at all. One bad line among good ones is yielded as `BadExample` instead.
         """
 
+    def first_examples(self, path: Path | None) -> Iterator[Example | BadExample]:
+        """Read some of the first of `examples`, for ``wmtp check``: in a moment, without torch and without the network.
+
+        Default: none. A built-in loader gives the examples as they come, of which only the first are taken.
+
+        Raises:
+            InputError: the files are none that the loader reads.
+        """
+        return iter(())
+
     def files(self, path: Path | None) -> Sequence[Path]:
         """List the files that determine `examples`; a change in one invalidates the token cache.
 

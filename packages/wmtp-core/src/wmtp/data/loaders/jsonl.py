@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from wmtp.data.base import BadExample, Example, ExampleLoader
-from wmtp.data.fields import bool_field, finite_number, name_field, number_field, text_field, type_name
-from wmtp.data.files import data_files, given_path, parsed
+from wmtp.data.base import BadExample, Example
+from wmtp.data.fields import Cell, bool_field, finite_number, name_field, number_field, text_field, type_name
+from wmtp.data.loaders.records import RecordLoader
 
 __all__ = ["FIELDS", "JsonlLoader"]
 
 FIELDS: Final = ("prompt", "completion", "text", "id", "group", "is_correct", "reward", "weights")
+#: keys that tell conversations, which `chat` reads
+_CONVERSATIONS: Final = (("messages",), ("conversations",), ("chosen", "rejected"), ("instruction", "output"))
+#: what else the files of others call prompt and completion, or text
+_ALIASES: Final = (
+    {"prompt": "question", "completion": "answer"},
+    {"prompt": "input", "completion": "output"},
+    {"prompt": "prompt", "completion": "response"},
+    {"prompt": "query", "completion": "response"},
+    {"prompt": "problem", "completion": "solution"},
+    {"text": "content"},
+)
 
 
-class JsonlLoader(ExampleLoader):
+class JsonlLoader(RecordLoader):
     """Reads one example a record; see `wmtp.data.config.Jsonl`.
 
     Args:
-        keys: for each of `FIELDS` that has another name in the files, that name.
+        keys: for each of `FIELDS` that has another name in the files, that name; an empty one: it is not read.
+        split: which files of a folder are read.
     """
 
-    def __init__(self, keys: Mapping[str, str] | None = None) -> None:
+    def __init__(self, keys: Mapping[str, str] | None = None, split: str | None = None) -> None:
+        super().__init__(split)
         self._keys = {field: field for field in FIELDS} | dict(keys or {})
 
-    def files(self, path: Path | None) -> Sequence[Path]:
-        """List the data files at ``path``."""
-        return data_files(given_path(path))
-
-    def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """Yield the records in the order of the files."""
-        yield from parsed(given_path(path), self._example)
-
-    def _example(self, where: str, record: Mapping[str, Any]) -> Iterator[Example]:
+    def _record(self, where: str, record: Mapping[str, Any], *, columns: bool) -> Iterator[Example]:
         keys = self._keys
         text, prompt, completion = (keys[field] for field in ("text", "prompt", "completion"))
         if text in record and (prompt in record or completion in record):
@@ -45,24 +51,43 @@ class JsonlLoader(ExampleLoader):
             for key in (prompt, completion):
                 if key not in record:
                     needed = f'needs "{prompt}" and "{completion}", or "{text}"'
-                    raise BadExample(where, f'no "{key}"; {needed}; the keys here are {", ".join(record) or "none"}')
+                    raise BadExample(where, f'no "{key}"; {needed}; {_keys_of(record)}{self._instead(record)}')
             pair = (text_field(where, record, prompt), text_field(where, record, completion))
-        example_id = name_field(where, record, keys["id"]) or Path(where).name
+        example_id = name_field(record, keys["id"]) or Path(where).name
         yield Example(
             id=example_id,
             prompt=pair[0],
             completion=pair[1],
-            group=name_field(where, record, keys["group"]) or example_id,
+            group=name_field(record, keys["group"]) or example_id,
             is_correct=bool_field(where, record, keys["is_correct"]),
             reward=number_field(where, record, keys["reward"]),
             weights=_weights(where, record, keys["weights"]),
             where=where,
         )
 
+    def _instead(self, record: Mapping[str, Any]) -> str:
+        """Say what reads a record that this loader does not."""
+        if any(set(telling) <= record.keys() for telling in _CONVERSATIONS):
+            return '; it is a conversation: write type = "chat" in the data set'
+        other = next((found for found in _ALIASES if all(name in record for name in found.values())), None)
+        if other is None:
+            return ""
+        keys = ", ".join(f'{field} = "{name}"' for field, name in other.items())
+        return f"; perhaps keys = {{ {keys} }}"
+
+
+def _keys_of(record: Mapping[str, Any]) -> str:
+    return f"the keys here are {', '.join(map(str, record)) or 'none'}"
+
 
 def _weights(where: str, record: Mapping[str, Any], key: str) -> tuple[float, ...] | tuple[tuple[str, float], ...] | None:
     value = record.get(key)
-    if value is None:
+    if isinstance(value, Cell) and value:
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadExample(where, f'"{key}": not valid JSON: {error}') from error
+    if value is None or value == "":
         return None
     if not isinstance(value, list):
         raise BadExample(where, f'"{key}" must be a list of numbers or of [text, number] pairs, not {type_name(value)}')

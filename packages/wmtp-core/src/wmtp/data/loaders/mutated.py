@@ -39,6 +39,10 @@ class MutatedLoader(ExampleLoader):
         """Those of the other loader."""
         return self._of.files(path)
 
+    def first_examples(self, path: Path | None) -> Iterator[Example | BadExample]:
+        """Read those of the other loader."""
+        return self._of.first_examples(path)
+
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
         """Each example, then its wrong copies. One that is known to be wrong has none."""
         total = unchanged = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
-from wmtp.data.files import readable
+from wmtp.data.compression import readable
 from wmtp.errors import WMTPError
 
 __all__ = ["PythonSourceLoader"]

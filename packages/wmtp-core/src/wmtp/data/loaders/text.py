@@ -7,8 +7,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
-from wmtp.data.files import given_path, open_binary, readable, uncompressed_name
-from wmtp.errors import WMTPError
+from wmtp.data.compression import read_whole, readable, uncompressed_name
+from wmtp.data.files import given_path
+from wmtp.data.splits import Named, chosen, format_of, named
+from wmtp.errors import InputError
 
 __all__ = ["TextLoader"]
 
@@ -23,42 +25,62 @@ class TextLoader(ExampleLoader):
     Args:
         pattern: names of the files that count in a folder.
         document_separator: what stands between two documents of a file; None: a file is one document.
+        split: which files of a folder are read; None: their names must leave no choice.
     """
 
-    def __init__(self, pattern: str, document_separator: str | None) -> None:
+    def __init__(self, pattern: str, document_separator: str | None, split: str | None = None) -> None:
         self._pattern = pattern
         self._separator = document_separator
+        self._split = split
 
     def files(self, path: Path | None) -> Sequence[Path]:
         """List the file ``path``, or the matching visible files below it, sorted.
 
         Raises:
-            WMTPError: there is none.
+            InputError: there is none, or none of the split.
         """
         path = given_path(path)
         if path.is_file():
-            if self._pattern != DEFAULT_PATTERN and not fnmatchcase(uncompressed_name(path), self._pattern):
-                raise WMTPError(f"{path}: is one file, which pattern = {self._pattern!r} does not match; remove pattern")
-            return [path]
+            matches = fnmatchcase(uncompressed_name(path), self._pattern)
+            if self._pattern != DEFAULT_PATTERN and not matches:
+                raise InputError("pattern", f"{path}: is one file, which pattern = {self._pattern!r} does not match; remove it")
+            if format_of(path) is not None and not matches:
+                raise InputError(
+                    "type",
+                    f"'text' would read {path} as one text, quotes and keys included; write type = 'jsonl' or 'chat' for its "
+                    f"records, or pattern = '*{format_of(path)}' if that is meant",
+                )
+            return chosen(path, [self._named(path, path.parent)], self._split)
         if not path.is_dir():
-            raise WMTPError(f"{path}: no such file or folder")
+            raise InputError("uri", f"{path}: no such file or folder")
         found = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
-        chosen = {
+        matching = {
             relative.as_posix(): file
             for relative, file in found.items()
             if fnmatchcase(uncompressed_name(file), self._pattern) and not any(part.startswith(".") for part in relative.parts)
         }
-        if not chosen:
-            raise WMTPError(f"{path}: holds no file named {self._pattern}; set pattern to the names of your text files")
-        return [chosen[name] for name in sorted(chosen)]
+        if not matching:
+            raise InputError("uri", f"{path}: holds no file named {self._pattern}; set pattern to the names of your text files")
+        return chosen(path, [self._named(matching[name], path) for name in sorted(matching)], self._split)
+
+    def first_examples(self, path: Path | None) -> Iterator[Example | BadExample]:
+        """Look at the names alone."""
+        self.files(path)
+        return iter(())
+
+    def _named(self, file: Path, root: Path) -> Named:
+        """Read the split in the name of a file or of its folder; titles have words like these too."""
+        folders = [part for part in file.relative_to(root).parts[:-1] if part != "data"]
+        found = named(file, Path(folders[0]), words=False) if folders else None
+        return found if found is not None and found.split is not None else named(file, words=False)
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
         """Yield the documents in the order of the files' names, without blank ones."""
         root = given_path(path)
         for file in self.files(root):
             name = file.name if file == root else file.relative_to(root).as_posix()
-            with readable(file), open_binary(file) as stream:
-                content = stream.read()
+            with readable(file):
+                content = read_whole(file, instead="divide it into several files")
             try:
                 text = content.decode("utf-8-sig").replace("\r\n", "\n")
             except UnicodeDecodeError as error:

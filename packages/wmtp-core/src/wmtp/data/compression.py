@@ -1,0 +1,104 @@
+"""Opens files that may be compressed, and reads no more of one than fits in memory."""
+
+from __future__ import annotations
+
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final, cast
+
+from wmtp.errors import WMTPError
+from wmtp.sizes import format_bytes
+
+__all__ = ["COMPRESSIONS", "MAX_LINE", "TOO_LONG", "lines", "open_binary", "read_whole", "readable", "uncompressed_name"]
+
+COMPRESSIONS: Final = (".gz", ".bz2", ".xz", ".zst")
+#: a line beyond this is no record: a small compressed file can hold one that fills the memory
+MAX_LINE: Final = 128_000_000
+TOO_LONG: Final = f"longer than {format_bytes(MAX_LINE)}, which is no record; is every record on a line of its own?"
+#: of a file that is read at once
+MAX_WHOLE: Final = 1_000_000_000
+_PART: Final = 1 << 24
+
+
+def uncompressed_name(path: Path) -> str:
+    """Return the file's name without its compression suffix."""
+    return path.stem if path.suffix in COMPRESSIONS else path.name
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Open a file for reading, decompressed as its suffix says.
+
+    Raises:
+        WMTPError: ``.zst``, and no module to read it is installed.
+    """
+    match path.suffix:
+        case ".gz":
+            import gzip
+
+            return cast(BinaryIO, gzip.open(path, "rb"))
+        case ".bz2":
+            import bz2
+
+            return cast(BinaryIO, bz2.open(path, "rb"))
+        case ".xz":
+            return cast(BinaryIO, lzma.open(path, "rb"))
+        case ".zst":
+            return _zstd_open(path)(path, "rb")
+        case _:
+            return path.open("rb")
+
+
+def _zstd_open(path: Path) -> Callable[[Path, str], BinaryIO]:
+    import importlib
+
+    for name in ("compression.zstd", "backports.zstd"):  # the first is in Python since 3.14
+        try:
+            return importlib.import_module(name).open
+        except ModuleNotFoundError:
+            continue
+    raise WMTPError(f"{path}: reading .zst needs a package that is not installed; pip install backports.zstd")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn the errors of reading ``path``, which may be compressed, into a `WMTPError` that names it."""
+    try:
+        yield
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if path.suffix in COMPRESSIONS and not isinstance(error, FileNotFoundError | PermissionError):
+            raise WMTPError(f"{path}: damaged or truncated {path.suffix} file ({error}); fetch it again") from error
+        raise WMTPError(f"{path}: cannot be read ({error})") from error
+
+
+def lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """Read line by line; None in place of a line that is too long, of which no more than a part is ever in memory."""
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) <= MAX_LINE:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(_PART)
+        yield None
+
+
+def read_whole(path: Path, *, instead: str) -> bytes:
+    """Read a file at once, decompressed.
+
+    Args:
+        path: the file.
+        instead: what to do with a larger one, for the message.
+
+    Raises:
+        WMTPError: it is too large for that.
+    """
+    parts, length = [], 0
+    with open_binary(path) as file:
+        while part := file.read(_PART):
+            parts.append(part)
+            length += len(part)
+            if length > MAX_WHOLE:
+                raise WMTPError(f"{path}: holds more than {format_bytes(MAX_WHOLE)}, and would be read at once; {instead}")
+    return b"".join(parts)

@@ -1,0 +1,70 @@
+"""Base of the loaders that read records of data files."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from wmtp.data.base import BadExample, Example, ExampleLoader
+from wmtp.data.compression import COMPRESSIONS
+from wmtp.data.files import given_path, in_columns, parsed, read_records
+from wmtp.data.splits import data_files, format_of
+from wmtp.errors import InputError
+
+__all__ = ["RecordLoader"]
+
+#: of a file that must be read whole before its first record is known
+_QUICK: Final = 32_000_000
+_FIRST: Final = 32
+
+
+class RecordLoader(ExampleLoader, contract=True):
+    """Reads data files record by record; a class of its own says what a record becomes.
+
+    Args:
+        split: which files of a folder are read; None: their names must leave no choice.
+    """
+
+    #: the split that is read where the names leave a choice, and the config makes none
+    _preferred: str | None = None
+
+    def __init__(self, split: str | None = None) -> None:
+        self._split = split
+
+    def files(self, path: Path | None) -> Sequence[Path]:
+        """Find the data files of the split at ``path``."""
+        return data_files(given_path(path), self._split, preferred=self._preferred)
+
+    def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
+        """Read the records in the order of the files."""
+        files = self.files(path)
+        yield from parsed(read_records(files), partial(self._record, columns=in_columns(files[0])))
+
+    def first_examples(self, path: Path | None) -> Iterator[Example | BadExample]:
+        """Read the first records, unless their file is large and must be read whole."""
+        files = self.files(path)
+        columns = in_columns(files[0])
+        whole = format_of(files[0]) == ".json" or (files[0].suffix in COMPRESSIONS and columns)
+        if whole and files[0].stat().st_size > _QUICK:
+            return
+        records = list(islice(read_records(files), _FIRST))
+        if not records:
+            raise InputError("uri", f"{path}: holds no record")
+        yield from parsed(records, partial(self._record, columns=columns))
+
+    @abstractmethod
+    def _record(self, where: str, record: Mapping[str, Any], *, columns: bool) -> Iterator[Example]:
+        """Make the examples of a record.
+
+        Args:
+            where: its place.
+            record: what stands there.
+            columns: see `in_columns`.
+
+        Raises:
+            BadExample: it is none.
+        """

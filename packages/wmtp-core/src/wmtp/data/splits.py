@@ -1,0 +1,211 @@
+"""Finds the data files of a folder, and the split that each is of, as their names say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from wmtp.data.compression import COMPRESSIONS, uncompressed_name
+from wmtp.errors import InputError, WMTPError
+from wmtp.json_files import read_json_object
+
+__all__ = ["FORMATS", "Named", "chosen", "data_files", "format_of", "named"]
+
+FORMATS: Final = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+#: what lies beside data, and is none
+_METADATA: Final = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+_KINDS: Final = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+#: ``train-00000-of-00002``, and with a hash behind it
+_SHARD: Final = re.compile(r"(?P<name>.+?)[-_.]\d{5}-of-\d{5}(-[0-9a-f]+)?")
+_EXPECTED: Final = f"expected {', '.join(FORMATS)}, as they are or compressed ({', '.join(COMPRESSIONS)})"
+_SHOWN: Final = 8
+
+
+@frozen
+class Named:
+    """A data file, and what its name says.
+
+    Args:
+        file: the file.
+        split: as the name has it; None: it names none.
+        kind: ``train``, ``validation`` or ``test``; None: it is none of these.
+    """
+
+    file: Path
+    split: str | None = None
+    kind: str | None = None
+
+
+def format_of(path: Path) -> str | None:
+    """Return the suffix of a data file's format, without compression; None for another file."""
+    suffix = Path(uncompressed_name(path)).suffix
+    return suffix if suffix in FORMATS else None
+
+
+def data_files(path: Path, split: str | None = None, *, preferred: str | None = None) -> Sequence[Path]:
+    """Find the data files at ``path``: the file itself, or those of one split in the folder, sorted by name.
+
+    Files in a folder ``data``, and in one that is named after a split, belong to the folder. Other files (a README,
+    ``dataset_info.json``, hidden files) do not count.
+
+    Args:
+        path: a file or a folder.
+        split: the split that is wanted; None: the names must leave no choice.
+        preferred: the split that is taken where the names leave a choice.
+
+    Raises:
+        InputError: nothing is there, no data file, or no such split, several splits and none is wanted, or several formats.
+    """
+    if path.is_file():
+        if format_of(path) is None:
+            text = "; plain text is read by type = 'text'" if path.suffix in (".txt", ".md") else ""
+            raise InputError("uri", f"{path}: not a data file; {_EXPECTED}{text}")
+        return chosen(path, [named(path)], split)
+    if not path.is_dir():
+        raise InputError("uri", f"{path}: no such file or folder")
+    found = _saved(path) or list(_inside(path))
+    if not found:
+        raise InputError("uri", f"{path}: holds no data file; {_elsewhere(path) or _EXPECTED}")
+    files = chosen(path, found, split, preferred=preferred)
+    formats = sorted({str(format_of(file)) for file in files})
+    if len(formats) > 1:
+        raise InputError("uri", f"{path}: mixes {' and '.join(formats)} files; name one file, or keep one format in the folder")
+    return files
+
+
+def chosen(
+    path: Path,
+    found: Sequence[Named],
+    split: str | None,
+    *,
+    preferred: str | None = None,
+    unnamed: Collection[str] = ("train",),
+) -> Sequence[Path]:
+    """Choose the files of a split.
+
+    Without one, all files must be of one split, and that must be no other than ``train``: nobody is to learn from
+    a test file because it lies in the folder.
+
+    Args:
+        path: what the config names, for messages.
+        found: the files there.
+        split: the split that is wanted, or None.
+        preferred: see `data_files`.
+        unnamed: kinds of splits that are taken without being asked for.
+
+    Raises:
+        InputError: there is no such split, or one must be named.
+    """
+    splits = {entry.split: entry.kind for entry in found if entry.split is not None}
+    if split is None:
+        if path.is_file() or not splits or (len(splits) == 1 and {None, *unnamed} >= set(splits.values())):
+            return [entry.file for entry in found]
+        if preferred is None:
+            files = ", ".join(f"{name} ({_files(found, name)})" for name in sorted(splits))
+            what = f"holds the splits {files}" if len(splits) > 1 else f"holds the split {files} and no other"
+            raise InputError("split", f"{path}: {what}; write which of them is read: split = {next(iter(sorted(splits)))!r}")
+        split = preferred
+    matching = [entry.file for entry in found if entry.split == split]
+    if not matching:
+        kind = _KINDS.get(split)
+        same = {name for name, other in splits.items() if kind is not None and other == kind}
+        matching = [entry.file for entry in found if entry.split in same and entry.split is not None] if len(same) == 1 else []
+    if not matching:
+        if path.is_file():
+            raise InputError(
+                "split", f"{path}: is one file, of which split = {split!r} chooses nothing; remove split, or name the folder"
+            )
+        there = ", ".join(sorted(splits)) if splits else f"none, by the names of its files ({_files(found, None)})"
+        raise InputError("split", f"{path}: has no split {split!r}; the splits here: {there}")
+    return matching
+
+
+def named(path: Path, folder: Path | None = None, *, words: bool = True) -> Named:
+    """Read the split in a file's name, or in the name of the folder that it is in.
+
+    Args:
+        path: the file.
+        folder: a folder that is named after a split.
+        words: whether one word among others tells it (``my_train``); else it must stand alone or between dots.
+    """
+    if folder is not None:
+        return Named(path, *_split(folder.name, words=words))
+    return Named(path, *_split(Path(uncompressed_name(path)).stem, words=words))
+
+
+def _split(stem: str, *, words: bool = True) -> tuple[str | None, str | None]:
+    """Read the split that a name tells, and its kind."""
+    shard = _SHARD.fullmatch(stem)
+    name = (shard["name"] if shard else stem).lower()
+    parts = [part for part in re.split(r"[-.]" if words else r"\.", name) if part]
+    for part in reversed(parts):
+        pieces = [piece for piece in re.split(r"[^a-z]+", part) if piece]
+        known = [piece for piece in pieces if piece in _KINDS]
+        if not known or (not words and len(pieces) > 1):
+            continue
+        kind = _KINDS[known[0]]
+        # train_sft and test_sft, in shards, are splits of their own; train_1 and train_2 are not
+        return (part if shard and len(pieces) > 1 else kind), kind
+    return None, None
+
+
+def _inside(folder: Path) -> Iterator[Named]:
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    for entry in entries:
+        if entry.is_file() and _is_data(entry):
+            yield named(entry)
+        elif entry.is_dir() and entry.name == "data":
+            yield from _inside(entry)
+        elif entry.is_dir() and _split(entry.name, words=False)[0] is not None:
+            for file in sorted(entry.iterdir()):
+                if file.is_file() and _is_data(file):
+                    yield named(file, entry)
+
+
+def _is_data(file: Path) -> bool:
+    return format_of(file) is not None and not file.name.startswith(".") and file.name not in _METADATA
+
+
+def _saved(folder: Path) -> list[Named]:
+    """Find the files of what ``save_to_disk`` of the package datasets has written, one data set or several splits."""
+    if (listed := folder / "dataset_dict.json").is_file():
+        splits = read_json_object(listed).get("splits")
+        if not isinstance(splits, list):
+            raise WMTPError(f"{listed}: names no splits; save the data set again")
+        return [Named(file, str(split), _split(str(split))[1]) for split in splits for file in _shards(folder / str(split))]
+    if not (folder / "state.json").is_file():
+        return []
+    name = str(read_json_object(folder / "state.json").get("_split") or "")
+    split, kind = _split(name)
+    return [Named(file, split and name, kind) for file in _shards(folder)]
+
+
+def _shards(folder: Path) -> list[Path]:
+    state = folder / "state.json"
+    entries = read_json_object(state).get("_data_files") if state.is_file() else None
+    if not isinstance(entries, list) or not entries:
+        raise WMTPError(f"{state}: {'names no files' if state.is_file() else 'no such file'}; save the data set again")
+    files = [folder / Path(str(entry.get("filename") if isinstance(entry, dict) else entry)).name for entry in entries]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise WMTPError(f"{folder}: {', '.join(missing[:_SHOWN])} missing, which state.json names; save the data set again")
+    return files
+
+
+def _elsewhere(folder: Path) -> str:
+    """Name the folders inside that hold data, one of which may be meant."""
+    inside = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    there = [entry.name for entry in inside if _saved(entry) or any(True for _ in _inside(entry))]
+    return f"the folders {', '.join(there[:_SHOWN])} in it do: name one of them" if there else ""
+
+
+def _files(found: Sequence[Named], split: str | None) -> str:
+    names = [entry.file.name for entry in found if entry.split == split]
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"

@@ -1,0 +1,149 @@
+"""Reads tables: CSV, Parquet and Arrow files, one row after another."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from wmtp.data.base import BadExample
+from wmtp.data.compression import MAX_LINE, TOO_LONG, lines, open_binary, read_whole
+from wmtp.data.fields import Cell
+from wmtp.errors import InputError, WMTPError
+
+__all__ = ["arrow_rows", "csv_rows", "parquet_rows"]
+
+_ROWS: Final = 256
+_ARROW_FILE: Final = b"ARROW1"
+
+Row = tuple[str, Mapping[str, Any]]
+
+
+def csv_rows(path: Path) -> Iterator[Row | BadExample]:
+    """Read a CSV file with a header, or one with tabs (``.tsv``); a row is named by the line where it begins.
+
+    Raises:
+        InputError: it has no header, or a column twice.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
+    with open_binary(path) as file:
+        reader = csv.reader(_texts(path, file), delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+        header: list[str] | None = None
+        line = 1
+        while True:
+            where, row = f"{path}:{line}", None
+            try:
+                row = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                if header is None or "end of data" in str(error):
+                    raise InputError("uri", f"{where}: not valid CSV from here on: {error}") from error
+                yield BadExample(where, f"not valid CSV: {error}")
+            finally:
+                line = reader.line_num + 1
+            if not row:
+                continue
+            if header is None:
+                header = _header(where, row)
+            else:
+                yield _csv_row(where, header, row)
+        if header is None:
+            raise InputError("uri", f"{path}: is empty; its first line must name the columns")
+
+
+def _texts(path: Path, file: BinaryIO) -> Iterator[str]:
+    for number, line in enumerate(lines(file), start=1):
+        if line is None:
+            raise InputError("uri", f"{path}:{number}: {TOO_LONG}")
+        yield line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
+
+
+def _header(where: str, row: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in row]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError("uri", f"{where}: names the column {twice[0]!r} twice; its first line must name the columns")
+    if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)) is not None:
+        raise InputError(
+            "uri",
+            f"{where}: has one column, {names[0]!r}: its cells are divided by {other!r}; write commas (tabs in a .tsv file)",
+        )
+    return names
+
+
+def _csv_row(where: str, header: Sequence[str], row: Sequence[str]) -> Row | BadExample:
+    if len(row) != len(header):
+        return BadExample(where, f"has {len(row)} cells, and there are {len(header)} columns ({', '.join(header)})")
+    try:
+        "".join(row).encode()
+    except UnicodeEncodeError:
+        return BadExample(where, "not valid UTF-8")
+    return where, dict(zip(header, map(Cell, row), strict=True))
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """Read a Parquet file."""
+    pyarrow = _pyarrow(path, "Parquet")
+    try:
+        with open_binary(path) as file:
+            whole = path.suffix != ".parquet"
+            source = io.BytesIO(read_whole(path, instead="decompress it")) if whole else file
+            yield from _rows(path, pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=_ROWS))
+    except pyarrow.ArrowException as error:
+        raise WMTPError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def arrow_rows(path: Path) -> Iterator[Row]:
+    """Read an Arrow file, of either form: that with an index, or a stream, as the package datasets writes."""
+    pyarrow = _pyarrow(path, "Arrow")
+    try:
+        with open_binary(path) as file:
+            has_index = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+        if not has_index:
+            with open_binary(path) as file, pyarrow.ipc.open_stream(file) as reader:
+                yield from _rows(path, _slices(reader))
+        elif path.suffix == ".arrow":
+            with pyarrow.memory_map(str(path)) as source:
+                yield from _rows(path, _slices(_batches(pyarrow.ipc.open_file(source))))
+        else:
+            source = io.BytesIO(read_whole(path, instead="decompress it"))
+            yield from _rows(path, _slices(_batches(pyarrow.ipc.open_file(source))))
+    except pyarrow.ArrowException as error:
+        raise WMTPError(f"{path}: not a readable Arrow file ({error})") from error
+
+
+def _pyarrow(path: Path, what: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise WMTPError(f"{path}: reading {what} needs pyarrow; pip install wmtp-core[parquet]") from error
+    return pyarrow
+
+
+def _batches(reader: Any) -> Iterator[Any]:
+    return (reader.get_batch(number) for number in range(reader.num_record_batches))
+
+
+def _slices(batches: Any) -> Iterator[Any]:
+    """Cut batches of any size into small ones: rows are Python objects, many times as large."""
+    for batch in batches:
+        for start in range(0, batch.num_rows, _ROWS):
+            yield batch.slice(start, _ROWS)
+
+
+def _rows(path: Path, batches: Any) -> Iterator[Row]:
+    number = 0
+    for rows in batches:
+        for record in rows.to_pylist():
+            number += 1
+            yield f"{path}: row {number}", {name: _present(value) for name, value in record.items()}
+
+
+def _present(value: Any) -> Any:
+    """Take NaN for no value: that is how tables of numbers leave a cell empty."""
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,281 @@
+"""Data files as others publish them: splits, tables, what `save_to_disk` writes, and what is too large to read."""
+
+import gzip
+import json
+import tracemalloc
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+
+from wmtp.data import compression
+from wmtp.data.base import BadExample
+from wmtp.data.config import Chat, HumanEval, Jsonl, TextFiles
+from wmtp.data.files import read_records
+from wmtp.data.splits import data_files
+from wmtp.errors import InputError, WMTPError
+
+RECORDS = [{"prompt": f"{n} + 1 =", "completion": f' "{n + 1}",\nso', "id": float(n)} for n in range(3)]
+
+
+def write(folder, *names, content=b'{"text": "a"}\n'):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def found(folder, split=None):
+    return [file.relative_to(folder).as_posix() for file in data_files(folder, split)]
+
+
+def read(config, path):
+    examples = list(config.build().examples(path))
+    assert not [example for example in examples if isinstance(example, BadExample)], examples
+    return examples
+
+
+# splits
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "files"),
+    [
+        (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet"], "train", [0, 1]),
+        (["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet", "data/test-00000-of-00001.parquet"], "test", [1]),
+        (["train.jsonl", "test.jsonl", "valid.jsonl", "dataset_info.json", "README.md"], "validation", [2]),
+        (["train/a.jsonl", "train/b.jsonl", "validation/a.jsonl"], "train", [0, 1]),
+        (["data/dev/0000.parquet", "data/train/0000.parquet"], "dev", [0]),
+        (["c4-train.00000-of-01024.json.gz", "c4-validation.00000-of-00008.json.gz"], "train", [0]),
+        (["squad-train.arrow", "squad-validation.arrow"], "train", [0]),
+        ([f"{name}-00000-of-00001.parquet" for name in ("test_gen", "train_gen", "train_sft")], "train_sft", [2]),
+        (["my_test.jsonl", "my_train.jsonl"], "train", [1]),
+        (["train_1.jsonl", "train_2.jsonl", "test_1.jsonl"], "train", [0, 1]),
+    ],
+)
+def test_the_files_of_a_split_are_chosen_and_one_must_be_named(tmp_path, names, split, files):
+    write(tmp_path, *names)
+    assert found(tmp_path, split) == [names[number] for number in files]
+    with pytest.raises(
+        InputError, match=f"holds the splits .*{split if split != 'dev' else 'validation'}.*write which"
+    ) as error:
+        found(tmp_path)
+    assert error.value.key == "split"
+    with pytest.raises(InputError, match="has no split 'sample'; the splits here: "):
+        found(tmp_path, "sample")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a-00000-of-00002.parquet", "a-00001-of-00002.parquet"],
+        ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "dataset_info.json"],
+        ["train_1.jsonl", "train_2.jsonl"],
+        ["contest.jsonl", "evaluated.jsonl", "latest.jsonl"],
+        ["data/a.jsonl", "data/b.jsonl"],
+        ["notes.jsonl", "train.jsonl"],
+    ],
+)
+def test_a_folder_without_a_choice_is_read_whole(tmp_path, names):
+    write(tmp_path, *names)
+    assert found(tmp_path) == [name for name in names if "info" not in name]
+
+
+def test_a_folder_with_a_test_file_alone_is_not_learned_from_by_accident(tmp_path):
+    write(tmp_path, "test.jsonl")
+    with pytest.raises(InputError, match=r"holds the split test \(test.jsonl\) and no other; .* split = 'test'"):
+        found(tmp_path)
+    assert found(tmp_path, "test") == ["test.jsonl"]
+    assert data_files(tmp_path / "test.jsonl") == [tmp_path / "test.jsonl"]  # named by itself
+    with pytest.raises(InputError, match="is one file, of which split = 'train' chooses nothing"):
+        data_files(tmp_path / "test.jsonl", "train")
+
+
+def test_folders_inside_that_hold_data_are_named(tmp_path):
+    write(tmp_path, "main/train.jsonl", "socratic/train.jsonl", "images/a.png")
+    with pytest.raises(InputError, match="holds no data file; the folders main, socratic in it do"):
+        found(tmp_path)
+
+
+def test_humaneval_is_a_test_split(tmp_path):
+    write(tmp_path, "test-00000-of-00001.jsonl", "prompt-00000-of-00001.jsonl")
+    assert [file.name for file in HumanEval(uri="").build().files(tmp_path)] == ["test-00000-of-00001.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "names", [["wiki.test.txt", "wiki.train.txt"], ["test/a.txt", "train/a.txt"], ["test.txt", "train.txt"]]
+)
+def test_splits_of_text_files(tmp_path, names):
+    write(tmp_path, *names, content=b"some text")
+    assert [e.id for e in read(TextFiles(uri="", split="train"), tmp_path)] == [names[1]]
+    with pytest.raises(InputError, match=r"holds the splits test .*, train "):
+        read(TextFiles(uri=""), tmp_path)
+
+
+def test_titles_of_texts_are_no_splits(tmp_path):
+    names = ["A Test of Time.txt", "plays/dev-val-train.txt", "the_test.txt"]
+    write(tmp_path, *names, content=b"some text")
+    assert [e.id for e in read(TextFiles(uri=""), tmp_path)] == names
+
+
+# forms
+
+
+def write_arrow(path, rows, *, stream=True):
+    table = pyarrow.Table.from_pylist(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_csv_has_quotes_and_line_breaks_in_cells(tmp_path):
+    content = 'id,prompt,completion,is_correct,reward,weights\n7,"a, ""b""\n\nc",d,true,0.5,\n\n,e,,,,"[[""f"", 2]]"\n'
+    for name, data in (("a.csv", content), ("b.csv.gz", content), ("c.csv", "﻿" + content.replace("\n", "\r\n"))):
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(data.encode(), mtime=0) if name.endswith(".gz") else data.encode())
+        first, second = read(Jsonl(uri=""), path)
+        assert (first.id, first.prompt, first.completion, first.is_correct, first.reward) == (
+            "7",
+            'a, "b"\n\nc',
+            "d",
+            True,
+            0.5,
+        )
+        assert first.weights is None
+        assert type(first.prompt) is str
+        assert second.where == f"{path}:6"
+        assert (second.prompt, second.completion, second.is_correct, second.reward) == ("e", "", None, None)
+        assert second.weights == (("f", 2.0),)
+
+
+def test_bad_rows_of_csv_are_told_from_good_ones(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'text,reward\ngood,1\nbad\n"b"ad,1\nb\xffd,1\nbad,high\n"good\ngood",\n')
+    examples = list(Jsonl(uri="").build().examples(path))
+    bad = [str(example) for example in examples if isinstance(example, BadExample)]
+    assert [example.completion for example in examples if not isinstance(example, BadExample)] == ["good", "good\ngood"]
+    for line, message in enumerate(
+        ("has 1 cells, and there are 2 columns (text, reward)", "not valid CSV: ", "not valid UTF-8"), 3
+    ):
+        assert bad[line - 3].startswith(f"{path}:{line}: {message}")
+    assert (
+        bad[3]
+        == f'{path}:6: "reward" must be a number, not \'high\'; if it is something else, leave it out: keys = {{ reward = "" }}'
+    )
+    (tmp_path / "b.tsv").write_text("text\treward\na, b\t2\n")
+    assert [(e.completion, e.reward) for e in read(Jsonl(uri=""), tmp_path / "b.tsv")] == [("a, b", 2.0)]
+
+
+@pytest.mark.parametrize("form", ["stream.arrow", "file.arrow", "packed.arrow.gz", "a.parquet"])
+def test_tables_are_read_in_slices(tmp_path, form):
+    rows = [{**record, "reward": 0.5 if number else float("nan")} for number, record in enumerate(RECORDS)] * 200
+    path = tmp_path / form
+    if form == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        write_arrow(tmp_path / "x.arrow", rows, stream=form == "stream.arrow")
+        data = (tmp_path / "x.arrow").read_bytes()
+        path.write_bytes(gzip.compress(data) if form.endswith(".gz") else data)
+    examples = read(Jsonl(uri=""), path)
+    assert [e.completion for e in examples] == [row["completion"] for row in rows]
+    assert [e.reward for e in examples[:2]] == [None, 0.5]
+    assert examples[400].where == f"{path}: row 401"
+    assert examples[1].id == "1"
+
+
+def saved(folder, rows, split):
+    """Write what `save_to_disk` writes."""
+    write_arrow(folder / "data-00000-of-00001.arrow", rows)
+    write_arrow(folder / "cache-0123456789abcdef.arrow", [{"other": 1}])
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": split})
+    )
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def test_what_save_to_disk_writes_is_read(tmp_path):
+    one = saved(tmp_path / "one", RECORDS, "train")
+    assert [e.completion for e in read(Jsonl(uri=""), one)] == [record["completion"] for record in RECORDS]
+    both = tmp_path / "both"
+    saved(both / "train", RECORDS, "train")
+    saved(both / "test", RECORDS[:1], "test")
+    (both / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert len(read(Jsonl(uri="", split="train"), both)) == 3
+    with pytest.raises(InputError, match=r"holds the splits test .*, train .*; write which"):
+        read(Jsonl(uri=""), both)
+    with pytest.raises(InputError, match=r"holds the split test .* and no other"):
+        read(Jsonl(uri=""), both / "test")
+    (one / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(WMTPError, match=r"data-00000-of-00001\.arrow missing, which state\.json names"):
+        read(Jsonl(uri=""), one)
+
+
+def test_messages_in_arrow_have_no_nulls(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": None}]
+    write_arrow(tmp_path / "a.arrow", [{"messages": messages}])
+    (example,) = read(Chat(uri=""), tmp_path)
+    assert example.messages == ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
+# odd values of what need not be there
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [(3.0, "3"), (1.5, "1.5"), ("a", "a"), (True, "True"), ({"$oid": "x"}, '{"$oid": "x"}'), ([1, 2], "[1, 2]")],
+)
+def test_any_value_is_a_name(tmp_path, value, name):
+    write(tmp_path, "a.jsonl", content=json.dumps({"text": "a", "id": value, "group": value}).encode())
+    (example,) = read(Jsonl(uri=""), tmp_path)
+    assert (example.id, example.group) == (name, name)
+
+
+def test_labels_in_numbers_and_columns_that_are_none(tmp_path):
+    write(tmp_path, "a.jsonl", content=b'{"text": "a", "is_correct": 1.0, "reward": "high"}\n{"text": "b", "is_correct": 0}\n')
+    first, second = read(Jsonl(uri="", keys={"reward": ""}), tmp_path)
+    assert (first.is_correct, second.is_correct, first.reward) == (True, False, None)
+
+
+# what is too large
+
+
+def test_a_line_that_is_too_long_is_refused_and_the_next_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(compression, "MAX_LINE", 1000)
+    monkeypatch.setattr(compression, "_PART", 1000)
+    line = b'{"text": "' + b"a" * 5_000_000 + b'"}\n'
+    write(tmp_path, "a.jsonl.gz", content=gzip.compress(b'{"text": "a"}\n' + line + b'{"text": "b"}\n'))
+    tracemalloc.start()
+    first, bad, last = read_records([tmp_path / "a.jsonl.gz"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (first[1], last[1]) == ({"text": "a"}, {"text": "b"})
+    assert str(bad).startswith(f"{tmp_path / 'a.jsonl.gz'}:2: longer than 128.0 MB, which is no record")
+    assert peak < 1_000_000
+
+
+@pytest.mark.parametrize("name", ["a.json.gz", "a.parquet.gz", "a.txt.gz"])
+def test_a_file_that_is_read_at_once_has_a_bound(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(compression, "MAX_WHOLE", 1000)
+    write(tmp_path, name, content=gzip.compress(b"a" * 100_000))
+    config = TextFiles(uri="") if "txt" in name else Jsonl(uri="")
+    with pytest.raises(WMTPError, match=f"{name}: holds more than 1.0 kB, and would be read at once"):
+        read(config, tmp_path / name)
+
+
+@pytest.mark.slow
+def test_a_compressed_line_of_15_hundred_megabytes_is_refused(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
+        file.write(b'{"text": "')
+        for _ in range(1500):
+            file.write(b"a" * 1_000_000)
+        file.write(b'"}\n{"text": "b"}\n')
+    tracemalloc.start()
+    bad, last = read_records([tmp_path / "a.jsonl.gz"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(bad, BadExample)
+    assert last[1] == {"text": "b"}
+    assert peak < 400_000_000
