@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from wmtp.errors import PluginError, WMTPError
 from wmtp.evaluation.base import Estimate, Evaluator, Measured
+from wmtp.generation import release
 from wmtp.plugins.provenance import provenance
 from wmtp.runs.directory import replace_text
 
@@ -77,6 +78,7 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
             details = _details(config, measured, found, time.perf_counter() - started)
             _write(folder, own, label, details)
         logger.info("%s: %s", label, ", ".join(f"{key} {_text(found[key])}" for key in found if "/" not in key))
+    release(measured.model)
     return numbers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ class RowCache(Cache, StateKeeper):
         self._slots = torch.zeros(0)
         self._start: int | None = None
         self._width = 0
+
+    @property
+    def holds_only_slots(self) -> bool:
+        """Tell whether nothing but keys and values is kept, which are written in place."""
+        return not self._states
 
     def place(self, slots: Tensor, start: int | None, width: int, lengths: Sequence[int] | None = None) -> None:
         """Say where the next `update` of every layer writes.
@@ -85,8 +91,16 @@ class RowCache(Cache, StateKeeper):
         """Slots before the tokens that are being read; only models that are given no positions ask."""
         return self._width - self._slots.shape[-1]
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows but these."""
-        self._store = {index: (keys[rows], values[rows]) for index, (keys, values) in self._store.items()}
-        for states in self._states.values():
-            states.keep_rows(rows)
+    def with_rows(self, rows: Tensor) -> RowCache:
+        """Copy some rows into a cache of their own."""
+        copied = copy(self)
+        copied._store = {index: (keys[rows], values[rows]) for index, (keys, values) in self._store.items()}
+        copied._states = {module: states.with_rows(rows) for module, states in self._states.items()}
+        return copied
+
+    def clear(self) -> None:
+        """Forget all tokens; keys and values stay where they are."""
+        for keys, values in self._store.values():
+            keys.zero_()
+            values.zero_()
+        self._states.clear()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import evolve, frozen
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from wmtp.errors import ConfigError
 from wmtp.generation.cache import RowCache
@@ -33,12 +36,14 @@ class Read:
         call: the arguments of the last layer; its hidden states are the trunk's output ``[B, T, D]``.
         slots: ``[B, T]``, the positions that were read.
         width: slots that attention looked at.
+        lengths: where rows begin, their tokens; see `CachedDecoder.read`.
     """
 
     hidden: Tensor
     call: LayerCall
     slots: Tensor
     width: int
+    lengths: Sequence[int] | None
 
 
 #: what architectures and versions of transformers call the cache
@@ -98,7 +103,13 @@ class CachedDecoder:
                 hidden = self._anatomy.decoder(**self._arguments(ids, slots, width)).last_hidden_state
         finally:
             handle.remove()
-        return Read(hidden=hidden, call=calls[0], slots=slots, width=width)
+        return Read(hidden=hidden, call=calls[0], slots=slots, width=width, lengths=lengths)
+
+    def with_rows(self, rows: Tensor) -> CachedDecoder:
+        """Copy some rows into a decoder of their own."""
+        copied = copy(self)
+        copied.cache = self.cache.with_rows(rows)
+        return copied
 
     def call_at(self, slots: Tensor, width: int) -> LayerCall:
         """Return the arguments that the last layer would get at other positions.
@@ -144,6 +155,8 @@ class CachedDecoder:
     def _arguments(self, ids: Tensor, slots: Tensor, width: int) -> dict[str, Any]:
         seen = torch.arange(width, device=ids.device).expand(len(ids), width)
         mask = attention_masks(self._config, slots, seen, None, self._dtype) if self._has_attention else None
+        if ids.device.type == "cuda":  # the kernel adds it to its scores: every layer would turn it into numbers again
+            mask = tree_map_only(Tensor, partial(_as_numbers, dtype=self._dtype), mask)
         longest = self._model.max_positions
         return {
             "input_ids": ids,
@@ -213,6 +226,12 @@ def _try_out(model: MTPModel, name: str) -> None:
     tolerance = 1e-3 if whole.dtype in (torch.float32, torch.float64) else 0.1
     if not (found - wanted).abs().max() <= tolerance * wanted.abs().max():
         raise ConfigError(f"{name} gives another result when it reads a text in pieces; it cannot be decoded with a cache")
+
+
+def _as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from copy import copy
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Drafter(ABC):
         self._decoder = decoder
         self._heads = model.extra_heads
         self._extra = model.horizon - 1
+        self._caches: list[RowCache] = []  # of the heads' own layers
 
     @abstractmethod
     def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
@@ -51,8 +53,22 @@ class Drafter(ABC):
             ``[B, H−1]``, the tokens for the positions ``last + 2`` and on.
         """
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows but these from what is kept between two drafts."""
+    def with_rows(self, rows: Tensor, decoder: CachedDecoder) -> Self:
+        """Copy some rows of everything that is kept between two drafts.
+
+        Args:
+            rows: which.
+            decoder: that of these rows.
+        """
+        copied = copy(self)
+        copied._decoder = decoder
+        copied._caches = [cache.with_rows(rows) for cache in self._caches]
+        return copied
+
+    def clear(self) -> None:
+        """Forget all tokens; what is kept stays where it is."""
+        for cache in self._caches:
+            cache.clear()
 
     def _final_norm(self, hidden: Tensor) -> Tensor:
         for step in self._model.anatomy.tail:
@@ -98,11 +114,6 @@ class BlockDrafter(Drafter):
             drafts.append(choose(k, self._logits(k, self._final_norm(_at(hidden, index)[:, None])[:, 0])))
         return torch.stack(drafts, dim=1)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """See `Drafter.keep_rows`."""
-        for cache in self._caches:
-            cache.keep_rows(rows)
-
 
 class ChainDrafter(Drafter):
     """``chained`` and ``shared``: head k reads head k−1's hidden state at t and the token at t+k−1, drafted or known.
@@ -116,40 +127,37 @@ class ChainDrafter(Drafter):
         blocks = [self._heads[0]] * self._extra if model.heads.kind == "shared" else list(self._heads)
         self._blocks: Sequence[nn.Module] = blocks
         self._window = max(1, 2 * model.horizon - 2)
-        self._caches: list[RowCache] = [decoder.new_cache(self._window) for _ in range(self._extra)]
+        self._caches = [decoder.new_cache(self._window) for _ in range(self._extra)]
         self._hidden: Tensor | None = None  # head 1's hidden states at all positions, [B, L, D]
 
     def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
         """See `Drafter.draft`."""
         rows = torch.arange(len(last), device=last.device)[:, None]
-        lengths: list[int] | None = None
         if self._hidden is None:
-            lengths = (last + 1).tolist()
             self._hidden = read.hidden.new_zeros(len(last), tokens.shape[1], read.hidden.shape[-1])
+        if read.lengths is not None:
             slots = read.slots  # the prompt, all of it
         else:
             first = (last - self._window + 1).clamp(min=0)
             slots = first[:, None] + torch.arange(self._window, device=last.device)
         self._hidden[rows, read.slots] = read.hidden
-        width = int(slots.max()) + 1
-        call = self._decoder.call_at(slots, width)
+        call = self._decoder.call_at(slots, read.width)
         tokens, index = tokens.clone(), last - slots[:, 0]
         hidden = self._hidden[rows, slots]
         drafts = []
         for ahead, (block, cache) in enumerate(zip(self._blocks, self._caches, strict=True), start=1):
-            cache.place(slots, None, width, lengths)
+            cache.place(slots, None, read.width, read.lengths)
             embedding = self._model.anatomy.embedding(tokens[rows, slots + ahead])
             hidden = self._final_norm(cast(ChainedBlock, block)(hidden, embedding, self._decoder.with_cache(call, cache)))
             drafts.append(choose(ahead + 1, self._logits(ahead + 1, _at(hidden, index))))
             tokens[rows[:, 0], last + ahead + 1] = drafts[-1]
         return torch.stack(drafts, dim=1)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """See `Drafter.keep_rows`."""
-        for cache in self._caches:
-            cache.keep_rows(rows)
-        if self._hidden is not None:
-            self._hidden = self._hidden[rows]
+    def with_rows(self, rows: Tensor, decoder: CachedDecoder) -> Self:
+        """See `Drafter.with_rows`."""
+        copied = super().with_rows(rows, decoder)
+        copied._hidden = None if self._hidden is None else self._hidden[rows]
+        return copied
 
 
 _DRAFTERS: dict[str, type[Drafter]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -57,6 +58,8 @@ class Draws:
             return torch.from_numpy(numbers)
         return torch.from_numpy(np.minimum(numbers, np.nextafter(np.float32(1), np.float32(0))).astype(np.float32)).to(device)
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these."""
-        self._streams = [self._streams[row] for row in rows]
+    def with_rows(self, rows: Sequence[int]) -> Draws:
+        """Give the streams of some rows; they are the same streams."""
+        given = copy(self)
+        given._streams = [self._streams[row] for row in rows]
+        return given

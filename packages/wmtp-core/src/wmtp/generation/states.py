@@ -7,6 +7,7 @@ last tokens. What is read next begins in each row at the state after the last to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -52,10 +53,12 @@ class PartStates:
         self._start = start
         return call.finished(torch.cat(outputs, dim=1))
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows but these."""
-        self._start = self._start[rows]
-        self._states = [_each(state, lambda value: value[rows]) for state in self._states]
+    def with_rows(self, rows: Tensor) -> PartStates:
+        """Copy the states of some rows."""
+        copied = copy(self)
+        copied._start = self._start[rows]
+        copied._states = [_each(state, lambda value: value[rows]) for state in self._states]
+        return copied
 
     def _begin(self, call: PartCall, slots: Tensor, lengths: Sequence[int]) -> Any:
         """Read each row's tokens but the last ones at once, without padding, and these one by one."""

@@ -1,0 +1,155 @@
+"""Tokens per second of decoding, beside transformers' own, and beside what the card's memory allows.
+
+    python bench/decode.py                                    # the shape of SmolLM2-135M, random weights
+    python bench/decode.py --model runs/heads --dtype bf16    # a trained model: its drafts count
+    python bench/decode.py --batch 1 16 --new 512 --heads shared
+
+The floor of one forward pass is its bytes (the base's parameters, keys and values) over the rate at which this card copies,
+measured in the same run. Heads of random weights accept what chance gives them: without `--model` the speculative row shows
+what a verify step costs, not what it gains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import wmtp
+from wmtp.config.schema import HeadsConfig
+from wmtp.generation import Generation, generate
+from wmtp.models.mtp import MTPModel
+
+#: SmolLM2-135M
+SHAPE = {
+    "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main() -> None:
+    """Measure the rows that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a run or model folder; default: random weights")
+    parser.add_argument("--heads", default="block", help="kind of heads of random weights")
+    parser.add_argument("--horizon", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=256)
+    parser.add_argument("--skip-peers", action="store_true")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    rate = _copy_rate(device)
+    print(
+        f"{where}, torch {torch.__version__}, copies {rate / 1e12:.2f} TB/s; {given.prompt} tokens of prompt, {given.new} new"
+    )
+    results = []
+    for dtype in given.dtype:
+        model = _model(given, DTYPES[dtype], device)
+        for batch in given.batch:
+            results.append({"dtype": dtype, "batch": batch} | _measure(model, batch, rate, device, given))
+            if given.json:
+                given.json.write_text(json.dumps(results, indent=1))
+
+
+def _measure(model: MTPModel, batch: int, rate: float, device: torch.device, given: argparse.Namespace) -> dict[str, float]:
+    vocabulary = model.anatomy.embedding.num_embeddings
+    torch.manual_seed(1)
+    lengths = [given.prompt - row % 7 for row in range(batch)]
+    prompts = [torch.randint(5, vocabulary, (length,)).tolist() for length in lengths]
+    step = _floor(model, batch, given.prompt + given.new // 2) / rate
+    found: dict[str, float] = {"floor_ms": 1000 * step}
+    print(f"\n{next(model.base.parameters()).dtype}, batch {batch}: floor {1000 * step:.3f} ms a forward")
+    rows: dict[str, Any] = {"ours, plain": lambda: _ours(model, prompts, given.new, speculative=False)}
+    if model.horizon > 1:
+        rows["ours, speculative"] = lambda: _ours(model, prompts, given.new, speculative=True)
+    if not given.skip_peers:
+        rows["transformers, dynamic cache"] = lambda: _theirs(model, prompts, given.new, None)
+        if device.type == "cuda":
+            rows["transformers, static cache, compiled"] = lambda: _theirs(model, prompts, given.new, "static")
+    for name, action in rows.items():
+        try:
+            forwards = action()
+            forwards = action()
+            seconds = []
+            for _ in range(3):
+                _wait(device)
+                start = time.perf_counter()
+                forwards = action()
+                _wait(device)
+                seconds.append(time.perf_counter() - start)
+        except RuntimeError as error:
+            print(f"  {name:40} {type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
+        took = sorted(seconds)[1]
+        found[name] = batch * given.new / took
+        print(
+            f"  {name:40} {found[name]:10.0f} tokens/s  {1000 * took / forwards:7.3f} ms a step"
+            f"  {batch * given.new / forwards / batch:5.2f} tokens a step  {took / forwards / step:6.1f} x floor"
+        )
+    return found
+
+
+def _ours(model: MTPModel, prompts: list[list[int]], new: int, *, speculative: bool) -> float:
+    rows: list[Generation] = generate(model, prompts, max_new_tokens=new, eos_id=None, speculative=speculative)
+    return 1 + max(row.drafts.steps for row in rows)
+
+
+@torch.no_grad()
+def _theirs(model: MTPModel, prompts: list[list[int]], new: int, cache: str | None) -> float:
+    longest, device = max(map(len, prompts)), model.anatomy.output.weight.device
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    model.base.generate(ids, attention_mask=mask, cache_implementation=cache, **settings)  # type: ignore[operator]
+    return new
+
+
+def _floor(model: MTPModel, batch: int, length: int) -> float:
+    """Bytes of one plain forward: parameters of the base, and keys and values of ``length`` tokens a row."""
+    config = model.base.config
+    size = next(model.base.parameters()).element_size()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * length * batch
+    return size * (sum(parameter.numel() for parameter in model.base.parameters()) + cache)
+
+
+def _model(given: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> MTPModel:
+    if given.model:
+        return wmtp.load_model(given.model, dtype=dtype, device=device)
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": given.layers}))
+    heads = HeadsConfig(horizon=given.horizon, kind=given.heads, init="copy")
+    return MTPModel(base.eval(), heads, seed=1).to(device=device, dtype=dtype).eval()
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes a second that this device reads, from a copy, which reads and writes."""
+    data = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(data)
+    target.copy_(data)
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(8):
+        target.copy_(data)
+    _wait(device)
+    return 8 * 2 * len(data) / (time.perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

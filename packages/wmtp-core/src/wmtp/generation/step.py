@@ -1,0 +1,395 @@
+"""Step of decoding, the same with and without speculation, on tensors that stay where they are.
+
+A step reads, in each row, the last known token and K drafts for what follows it (K = 0 without speculation, else H−1), in one
+forward pass. Head 1's own choice after each of these tokens then decides how many drafts were right:
+
+- greedy: a draft is accepted if it is the token that head 1 would take. What comes out is what comes out without drafts;
+- sampling: draft d of head k, drawn from q, is accepted with probability min(1, p(d) / q(d)), where p is head 1's distribution;
+  after a rejection the token is drawn from max(p − q, 0) (arXiv 2211.17192, algorithm 1). So every token is distributed as p.
+
+Either way a step gives one token more than it accepts. Heads 2..H then draft again, from what was read.
+
+Ties. A forward pass over several tokens rounds differently from one over a single token, and so does one over another number of
+rows. Where head 1's two best logits lie within `TIE` of their largest, either could win by rounding alone; for fp32 and fp64
+such a token is chosen by reading that row's tokens once more, alone and without a cache. The choice then depends on the tokens
+only, so that the text is the same at every batch size, with and without speculation, as long as rounding changes no logit by
+more than half of `TIE`. In bf16 and fp16, rounding is so coarse that this would be done for too many tokens: it is left out,
+and the text may differ in such places.
+
+On a CUDA device both halves of a step, reading and drafting, are replayed as CUDA graphs (`Replay`): launching the kernels of a
+small model one by one takes much longer than running them. The CPU reads one small tensor a step, between the halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from wmtp.generation.base import Sampling
+from wmtp.generation.decoder import Read, open_decoder
+from wmtp.generation.drafters import Drafter, make_drafter
+from wmtp.generation.replay import CannotReplayError, Replay, can_replay, refuse_replay
+from wmtp.generation.sampling import Draws, draw, probabilities
+
+if TYPE_CHECKING:
+    from wmtp.models.mtp import MTPModel
+
+__all__ = ["TIE", "Step", "close_step", "open_step", "release"]
+
+#: logits closer than this share of the largest one count as tied; rounding was seen to move them by a hundredth of it (fp32)
+TIE: Final = 2e-4
+
+#: attribute of a model that holds the rows and graphs of its last requests
+_KEPT: Final = "_kept_decoding"
+
+#: requests with and without speculation take turns in a comparison
+_MOST_KEPT: Final = 2
+
+#: on a GPU, slots come in multiples of this many
+_WIDTHS: Final = 64
+
+#: slots that a graph's attention looks at first; twice as many, in a new graph, whenever a row needs more
+_FIRST_WIDTH: Final = 1024
+
+
+def open_step(
+    model: MTPModel,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    *,
+    speculative: bool,
+    sampling: Sampling,
+    draws: Draws,
+) -> Step:
+    """Make rows for some prompts, or take those of the last request with its graphs, where they fit.
+
+    Args:
+        model: in eval mode.
+        prompts: token ids; none empty.
+        most: the most tokens that a row will have.
+        speculative: whether heads 2..H draft.
+        sampling: how tokens are chosen.
+        draws: random numbers of the rows.
+
+    Raises:
+        ConfigError: this architecture cannot be decoded with a cache.
+    """
+    kind = _kind(model, len(prompts), speculative, sampling)
+    step = _kept(model).pop(kind, None)
+    if step is None or step.most < most:
+        step = None  # its memory is free before new memory is taken
+        step = Step(model, len(prompts), most, kind, speculative=speculative, sampling=sampling)
+    step.draws = draws
+    return step
+
+
+def close_step(model: MTPModel, step: Step) -> None:
+    """Keep the rows and graphs of a request for the next one, until `release`."""
+    if step.replays and not torch.is_autocast_enabled(step.kind[0].type):  # weights that autocast has cast are gone then
+        kept = _kept(model)
+        kept[step.kind] = step
+        while len(kept) > _MOST_KEPT:
+            kept.pop(next(iter(kept)))
+
+
+def release(model: MTPModel) -> None:
+    """Give back the memory that decoding on a GPU keeps for later requests: caches, and the graphs of steps."""
+    model.__dict__.pop(_KEPT, None)
+
+
+class _Kept(dict["tuple[Any, ...]", "Step"]):
+    """Steps by kind, which copies of a model and pickled models leave behind."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
+        return _Kept()
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
+def _kept(model: MTPModel) -> _Kept:
+    return model.__dict__.setdefault(_KEPT, _Kept())
+
+
+def _kind(model: MTPModel, rows: int, speculative: bool, sampling: Sampling) -> tuple[Any, ...]:
+    """Collect what the graphs of a request depend on, the addresses of the parameters among it."""
+    device = model.anatomy.output.weight.device
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    where = tuple(parameter.data_ptr() for parameter in model.parameters()) if device.type == "cuda" else ()
+    return device, rows, speculative, sampling.temperature, sampling.top_p, autocast, where
+
+
+class Step:
+    """Rows on the device, and the two halves of a step over them.
+
+    Args:
+        model: in eval mode.
+        rows: their number.
+        most: the most tokens that a row will have.
+        kind: of requests that it can serve.
+        speculative: whether heads 2..H draft.
+        sampling: how tokens are chosen.
+    """
+
+    def __init__(
+        self, model: MTPModel, rows: int, most: int, kind: tuple[Any, ...], *, speculative: bool, sampling: Sampling
+    ) -> None:
+        self.kind = kind
+        self.draws: Draws
+        self._model, self._sampling = model, sampling
+        weight = model.anatomy.output.weight
+        self._device = weight.device
+        coarse = torch.is_autocast_enabled(weight.device.type) or weight.dtype not in (torch.float32, torch.float64)
+        self._exact = sampling.greedy and not coarse
+        self._extra = model.horizon - 1 if speculative else 0
+        # drafts go beyond the end, and the window of a chain goes beyond a short row
+        beyond = 3 * model.horizon
+        if self._device.type == "cuda":  # kernels want widths that can be divided
+            most = -(-(most + beyond) // _WIDTHS) * _WIDTHS - beyond
+        self.most, self._capacity = most, most + beyond
+        self._decoder = open_decoder(model, most, self._capacity)
+        self._drafter: Drafter | None = make_drafter(model, self._decoder) if self._extra else None
+        self._tokens = torch.zeros(rows, self._capacity + model.horizon, dtype=torch.int64, device=self._device)
+        self._lengths = [0] * rows
+        self._known = torch.zeros(rows, dtype=torch.int64, device=self._device)  # the same, on the device
+        self._still = [True] * rows  # False: a row that is finished and not dropped yet
+        self._going = torch.ones_like(self._known)  # the same, on the device
+        self._drafts = self._tokens[:, :0]  # none yet; then that place of them which stays
+        self._drafts_kept: Tensor | None = None
+        self._draft_probs: Tensor | None = None
+        numbers = torch.float64 if self._device.type == "cpu" else torch.float32
+        # random numbers of this step: for accepting 1 + K, for drafting H−1
+        self._uniform = torch.zeros(rows, 1 + 2 * self._extra, dtype=numbers, device=self._device)
+
+        self._read: Read
+        self._best: Tensor
+        self._accepted: Tensor
+        self._following: Tensor
+        self._width = 0
+        self.replays = False
+        self._graphs: dict[int, tuple[Replay[Tensor], Replay[None]]] = {}  # by width
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
+        """Read the prompts. Returns as `follow`; no draft was there to accept."""
+        tokens = torch.zeros(self._tokens.shape, dtype=torch.int64)
+        for row, given in enumerate(prompts):
+            tokens[row, : len(given)] = torch.as_tensor(given, dtype=torch.int64)
+        self._tokens.copy_(tokens)
+        self._lengths = [len(given) for given in prompts]
+        self._known.copy_(torch.tensor(self._lengths))
+        self._still = [True] * len(prompts)
+        self._going.fill_(1)
+        self._decoder.cache.clear()
+        if self._drafter is not None:
+            self._drafter.clear()
+        self._drafts = self._tokens[:, :0]
+        self._draw()
+        prompt = max(self._lengths)
+        slots = torch.arange(prompt, device=self._device).expand(len(self._lengths), -1)
+        self._read = self._decoder.read(self._tokens[:, :prompt], slots, 0, prompt, self._lengths)
+        decided = self._decide(self._verify(self._read.hidden[self._rows, self._known - 1][:, None]))
+        self._commit()
+        self._advance(decided[1])
+        self.replays = can_replay(self._model, self._device) and self._decoder.cache.holds_only_slots
+        self._width = min(self._capacity, _FIRST_WIDTH)
+        return decided
+
+    def follow(self) -> tuple[list[list[int]], list[int]]:
+        """Run one step.
+
+        Returns:
+            of each row the drafts, with head 1's own token in the place after the accepted ones, and how many are accepted.
+        """
+        self._draw()
+        needed = max(self._lengths) + self._drafts.shape[1]
+        while self._width < needed:
+            self._width = min(self._capacity, 2 * self._width)
+        decided = self._decide(self._run(0))
+        self._run(1)
+        self._advance(decided[1])
+        return decided
+
+    def with_rows(self, places: list[int]) -> tuple[Step, list[int]]:
+        """Drop all rows but these, or fewer.
+
+        Returns:
+            what goes on with the rows that stay, and which these are: a graph is made for one number of rows, so it keeps
+            finished ones until half are.
+        """
+        if self.replays and 2 * len(places) > len(self._lengths):
+            self._still = [place in places for place in range(len(self._lengths))]
+            self._going.copy_(torch.tensor(self._still))
+            # a finished row reads its first tokens again and again
+            self._known.copy_(torch.where(self._going.bool(), self._known, 2))
+            self._lengths = [length if still else 2 for length, still in zip(self._lengths, self._still, strict=True)]
+            return self, list(range(len(self._lengths)))
+        rows = torch.tensor(places, device=self._device)
+        fewer = copy(self)
+        fewer._tokens, fewer._known, fewer._uniform = self._tokens[rows], self._known[rows], self._uniform[rows]
+        fewer._still, fewer._going = [True] * len(places), torch.ones_like(fewer._known)
+        fewer._lengths = [self._lengths[place] for place in places]
+        fewer._drafts = self._drafts[rows]
+        fewer._drafts_kept = None if self._drafts_kept is None else fewer._drafts
+        fewer._draft_probs = None if self._draft_probs is None else self._draft_probs[rows]
+        fewer.draws = self.draws.with_rows(places)
+        fewer._decoder = self._decoder.with_rows(rows)
+        fewer._drafter = None if self._drafter is None else self._drafter.with_rows(rows, fewer._decoder)
+        fewer._graphs = {}
+        return fewer, places
+
+    @property
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self._lengths), device=self._device)
+
+    def _run(self, half: Literal[0, 1]) -> Any:
+        """Run one half of a step, as a graph where that can be."""
+        halves = (self._look_at, self._commit)
+        if self.replays:
+            graphs = self._graphs.setdefault(self._width, (Replay(self._look_at), Replay(self._commit)))
+            try:
+                return graphs[half]()
+            except CannotReplayError as error:
+                self.replays = False
+                refuse_replay(self._model, error)
+        return halves[half]()
+
+    def _draw(self) -> None:
+        """Put this step's random numbers into place."""
+        if not self._sampling.greedy:
+            count = 1 + self._drafts.shape[1] + self._extra
+            self._uniform[:, :count] = self.draws(count, self._device)
+
+    def _look_at(self) -> Tensor:
+        """Read the last known token and the drafts of each row, and verify the drafts."""
+        known, drafts = self._known - 1, self._drafts.shape[1]
+        slots = known[:, None] + torch.arange(1 + drafts, device=self._device)
+        ids = torch.cat([self._tokens[self._rows, known][:, None], self._drafts], dim=1)
+        if self.replays:
+            self._read = self._decoder.read(ids, slots, None, self._width)
+        else:
+            start = self._lengths[0] - 1 if len(set(self._lengths)) == 1 else None
+            self._read = self._decoder.read(ids, slots, start, max(self._lengths) + drafts)
+        return self._verify(self._read.hidden)
+
+    def _verify(self, hidden: Tensor) -> Tensor:
+        """Decide how many drafts were right, and the token after them.
+
+        Args:
+            hidden: ``[B, 1 + K, D]``, head 1's hidden states at the last known token and the drafts.
+
+        Returns:
+            what the CPU needs: ``[B, K + 2]`` drafts, the token after the accepted ones, how many these are; and for exact
+            greedy decoding, ``[B, 1 + K]`` more: which places are tied.
+        """
+        logits = self._model.unembedding(1).logits(hidden)
+        if not self._sampling.greedy:
+            self._accepted, self._following = self._verify_sampled(logits)
+            return self._result()
+        self._best = logits.argmax(-1)
+        self._accepted, self._following = self._verify_greedy()
+        if not self._exact:
+            return self._result()
+        top = logits.topk(2, dim=-1).values
+        tied = top[..., 0] - top[..., 1] <= TIE * logits.abs().amax(-1)
+        return torch.cat([self._result(), tied.long()], dim=1)
+
+    def _result(self) -> Tensor:
+        return torch.cat([self._drafts, self._following[:, None], self._accepted[:, None]], dim=1)
+
+    def _decide(self, result: Tensor) -> tuple[list[list[int]], list[int]]:
+        """Wait for the device, and decide ties that matter."""
+        width = self._drafts.shape[1] + 2
+        found = result.tolist()
+        if self._exact and any(any(row[width:]) for row in found) and self._untie([row[width:] for row in found]):
+            accepted, following = self._verify_greedy()
+            self._accepted.copy_(accepted)
+            self._following.copy_(following)
+            found = self._result().tolist()
+        accepted = [row[width - 1] for row in found]
+        new = [row[: width - 1] for row in found]
+        for row, count in zip(new, accepted, strict=True):
+            row[count] = row[-1]
+        return new, accepted
+
+    def _verify_greedy(self) -> tuple[Tensor, Tensor]:
+        """Count each row's drafts that equal head 1's choice, and choose the next token.
+
+        Returns:
+            both ``[B]``.
+        """
+        accepted = (self._best[:, :-1] == self._drafts).cumprod(dim=1).sum(dim=1)
+        return accepted, self._best[self._rows, accepted]
+
+    def _untie(self, tied: list[list[int]]) -> bool:
+        """Decide ties that matter by reading the row alone. Returns whether a choice changed."""
+        changed = False
+        for row, (places, going) in enumerate(zip(tied, self._still, strict=True)):
+            for place, is_tied in enumerate(places if going else ()):
+                if is_tied:
+                    before = torch.cat([self._tokens[row, : self._lengths[row]], self._drafts[row, :place]])
+                    best = self._decoder.last_logits_alone(before).argmax()
+                    changed |= bool(best != self._best[row, place])
+                    self._best[row, place] = best
+                if place < self._drafts.shape[1] and bool(self._best[row, place] != self._drafts[row, place]):
+                    break
+        return changed
+
+    def _verify_sampled(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Count each row's accepted drafts, and draw the next token.
+
+        Returns:
+            both ``[B]``.
+        """
+        probs, count = probabilities(logits, self._sampling), self._drafts.shape[1]
+        uniform = self._uniform[:, : count + 1]
+        if self._draft_probs is None or count == 0:
+            return torch.zeros_like(self._known), draw(probs[:, 0], uniform[:, 0])
+        chosen = self._drafts[..., None]
+        wanted, drafted = probs[:, :-1].gather(-1, chosen)[..., 0], self._draft_probs.gather(-1, chosen)[..., 0]
+        accepted = (uniform[:, :-1] * drafted < wanted).cumprod(dim=1).sum(dim=1)
+        rest = probs[self._rows, accepted]
+        subtracted = self._draft_probs[self._rows, accepted.clamp(max=count - 1)]
+        left = torch.where((accepted < count)[:, None], (rest - subtracted).clamp(min=0), rest)
+        # equal distributions leave nothing, and only rounding can have rejected then
+        left = torch.where(left.sum(-1, keepdim=True) > 0, left, rest)
+        return accepted, draw(left, uniform[:, -1])
+
+    def _commit(self) -> None:
+        """Write the new tokens into the rows, and draft again."""
+        new = torch.cat([self._drafts, self._following[:, None]], dim=1)
+        new[self._rows, self._accepted] = self._following
+        # the places after the accepted ones hold rejected drafts until the next step writes them
+        places = self._known[:, None] + torch.arange(new.shape[1], device=self._device)
+        self._tokens[self._rows[:, None], places] = new
+        self._known += (self._accepted + 1) * self._going
+        if self._drafter is None:
+            return
+        kept: list[Tensor] = []
+        uniform = self._uniform[:, new.shape[1] :]
+
+        def choose(head: int, logits: Tensor) -> Tensor:
+            if self._sampling.greedy:
+                return logits.argmax(-1)
+            kept.append(probabilities(logits, self._sampling))
+            return draw(kept[-1], uniform[:, head - 2])
+
+        drafts = self._drafter.draft(self._read, self._known - 2, self._tokens, choose)
+        probs = torch.stack(kept, dim=1) if kept else None
+        if self._drafts_kept is None:
+            self._drafts_kept, self._draft_probs = drafts, probs
+        else:
+            self._drafts_kept.copy_(drafts)
+            if self._draft_probs is not None and probs is not None:
+                self._draft_probs.copy_(probs)
+        self._drafts = self._drafts_kept
+
+    def _advance(self, accepted: list[int]) -> None:
+        """Keep the CPU's lengths of the rows."""
+        self._lengths = [
+            length + count + 1 if still else length
+            for length, count, still in zip(self._lengths, accepted, self._still, strict=True)
+        ]
