@@ -75,6 +75,17 @@ def test_replayed_steps_give_what_plain_steps_give(
     assert [row.drafts for row in found] == [row.drafts for row in wanted]
 
 
+@pytest.mark.parametrize("kind", ["block", "shared"])
+def test_ties_are_decided_between_the_halves(kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "TIE", 0.3)  # most tokens are chosen by reading the row alone
+    model = _model(kind, device)
+    with monkeypatch.context() as plain:
+        plain.setattr(step, "can_replay", lambda *_: False)
+        wanted = _decode(model, Sampling(), True, new=12)
+    _replayed(monkeypatch, device)
+    assert _decode(model, Sampling(), True, new=12) == wanted
+
+
 def test_a_finished_row_stays_until_half_are(monkeypatch: pytest.MonkeyPatch) -> None:
     _replayed(monkeypatch, "cpu")
     sizes: list[int] = []

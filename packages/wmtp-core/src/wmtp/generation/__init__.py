@@ -9,10 +9,10 @@ from wmtp.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wmtp.generation.decoding import generate, stream
-    from wmtp.generation.step import release
+    from wmtp.generation.kept import release
 
 __all__ = ["DraftCounts", "Generation", "Sampling", "generate", "release", "stream"]
 
 __getattr__ = lazy_names(
-    __name__, dict.fromkeys(("generate", "stream"), "wmtp.generation.decoding") | {"release": "wmtp.generation.step"}
+    __name__, dict.fromkeys(("generate", "stream"), "wmtp.generation.decoding") | {"release": "wmtp.generation.kept"}
 )

@@ -9,8 +9,8 @@ from attrs import define, field
 
 from wmtp.errors import ConfigError
 from wmtp.generation.base import DraftCounts, Generation, Sampling
+from wmtp.generation.kept import close_step, open_step
 from wmtp.generation.sampling import Draws
-from wmtp.generation.step import close_step, open_step
 from wmtp.models.anatomy import evaluating
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from wmtp.generation.base import Sampling
@@ -38,16 +39,10 @@ from wmtp.generation.sampling import Draws, draw, probabilities
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
 
-__all__ = ["TIE", "Step", "close_step", "open_step", "release"]
+__all__ = ["TIE", "Step"]
 
 #: logits closer than this share of the largest one count as tied; rounding was seen to move them by a hundredth of it (fp32)
 TIE: Final = 2e-4
-
-#: attribute of a model that holds the rows and graphs of its last requests
-_KEPT: Final = "_kept_decoding"
-
-#: requests with and without speculation take turns in a comparison
-_MOST_KEPT: Final = 2
 
 #: on a GPU, slots come in multiples of this many
 _WIDTHS: Final = 64
@@ -56,71 +51,23 @@ _WIDTHS: Final = 64
 _FIRST_WIDTH: Final = 1024
 
 
-def open_step(
-    model: MTPModel,
-    prompts: Sequence[Sequence[int]],
-    most: int,
-    *,
-    speculative: bool,
-    sampling: Sampling,
-    draws: Draws,
-) -> Step:
-    """Make rows for some prompts, or take those of the last request with its graphs, where they fit.
+@frozen(eq=False)
+class _Seen:
+    """Results of the first half of a step.
 
     Args:
-        model: in eval mode.
-        prompts: token ids; none empty.
-        most: the most tokens that a row will have.
-        speculative: whether heads 2..H draft.
-        sampling: how tokens are chosen.
-        draws: random numbers of the rows.
-
-    Raises:
-        ConfigError: this architecture cannot be decoded with a cache.
+        read: of the decoder.
+        accepted, following: ``[B]``, how many drafts are accepted, and the token after them.
+        best: ``[B, 1 + K]``, head 1's choices, for greedy decoding.
+        result: ``[B, K + 2]``, what the CPU needs: drafts, ``following``, ``accepted``; and for exact greedy decoding
+            ``[B, 1 + K]`` more: which places are tied.
     """
-    kind = _kind(model, len(prompts), speculative, sampling)
-    step = _kept(model).pop(kind, None)
-    if step is None or step.most < most:
-        step = None  # its memory is free before new memory is taken
-        step = Step(model, len(prompts), most, kind, speculative=speculative, sampling=sampling)
-    step.draws = draws
-    return step
 
-
-def close_step(model: MTPModel, step: Step) -> None:
-    """Keep the rows and graphs of a request for the next one, until `release`."""
-    if step.replays and not torch.is_autocast_enabled(step.kind[0].type):  # weights that autocast has cast are gone then
-        kept = _kept(model)
-        kept[step.kind] = step
-        while len(kept) > _MOST_KEPT:
-            kept.pop(next(iter(kept)))
-
-
-def release(model: MTPModel) -> None:
-    """Give back the memory that decoding on a GPU keeps for later requests: caches, and the graphs of steps."""
-    model.__dict__.pop(_KEPT, None)
-
-
-class _Kept(dict["tuple[Any, ...]", "Step"]):
-    """Steps by kind, which copies of a model and pickled models leave behind."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
-        return _Kept()
-
-    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
-        return _Kept, ()
-
-
-def _kept(model: MTPModel) -> _Kept:
-    return model.__dict__.setdefault(_KEPT, _Kept())
-
-
-def _kind(model: MTPModel, rows: int, speculative: bool, sampling: Sampling) -> tuple[Any, ...]:
-    """Collect what the graphs of a request depend on, the addresses of the parameters among it."""
-    device = model.anatomy.output.weight.device
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    where = tuple(parameter.data_ptr() for parameter in model.parameters()) if device.type == "cuda" else ()
-    return device, rows, speculative, sampling.temperature, sampling.top_p, autocast, where
+    read: Read
+    accepted: Tensor
+    following: Tensor
+    best: Tensor | None
+    result: Tensor
 
 
 class Step:
@@ -165,13 +112,10 @@ class Step:
         # random numbers of this step: for accepting 1 + K, for drafting H−1
         self._uniform = torch.zeros(rows, 1 + 2 * self._extra, dtype=numbers, device=self._device)
 
-        self._read: Read
-        self._best: Tensor
-        self._accepted: Tensor
-        self._following: Tensor
+        self._seen: _Seen
         self._width = 0
         self.replays = False
-        self._graphs: dict[int, tuple[Replay[Tensor], Replay[None]]] = {}  # by width
+        self._graphs: dict[int, tuple[Replay[_Seen], Replay[None]]] = {}  # by width
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
         """Read the prompts. Returns as `follow`; no draft was there to accept."""
@@ -190,8 +134,9 @@ class Step:
         self._draw()
         prompt = max(self._lengths)
         slots = torch.arange(prompt, device=self._device).expand(len(self._lengths), -1)
-        self._read = self._decoder.read(self._tokens[:, :prompt], slots, 0, prompt, self._lengths)
-        decided = self._decide(self._verify(self._read.hidden[self._rows, self._known - 1][:, None]))
+        read = self._decoder.read(self._tokens[:, :prompt], slots, 0, prompt, self._lengths)
+        self._seen = self._verify(read, read.hidden[self._rows, self._known - 1][:, None])
+        decided = self._decide(self._seen)
         self._commit()
         self._advance(decided[1])
         self.replays = can_replay(self._model, self._device) and self._decoder.cache.holds_only_slots
@@ -208,7 +153,8 @@ class Step:
         needed = max(self._lengths) + self._drafts.shape[1]
         while self._width < needed:
             self._width = min(self._capacity, 2 * self._width)
-        decided = self._decide(self._run(0))
+        self._seen = self._run(0)
+        decided = self._decide(self._seen)
         self._run(1)
         self._advance(decided[1])
         return decided
@@ -263,78 +209,78 @@ class Step:
             count = 1 + self._drafts.shape[1] + self._extra
             self._uniform[:, :count] = self.draws(count, self._device)
 
-    def _look_at(self) -> Tensor:
+    def _look_at(self) -> _Seen:
         """Read the last known token and the drafts of each row, and verify the drafts."""
         known, drafts = self._known - 1, self._drafts.shape[1]
         slots = known[:, None] + torch.arange(1 + drafts, device=self._device)
         ids = torch.cat([self._tokens[self._rows, known][:, None], self._drafts], dim=1)
         if self.replays:
-            self._read = self._decoder.read(ids, slots, None, self._width)
+            start, width = None, self._width
         else:
             start = self._lengths[0] - 1 if len(set(self._lengths)) == 1 else None
-            self._read = self._decoder.read(ids, slots, start, max(self._lengths) + drafts)
-        return self._verify(self._read.hidden)
+            width = max(self._lengths) + drafts
+        read = self._decoder.read(ids, slots, start, width)
+        return self._verify(read, read.hidden)
 
-    def _verify(self, hidden: Tensor) -> Tensor:
+    def _verify(self, read: Read, hidden: Tensor) -> _Seen:
         """Decide how many drafts were right, and the token after them.
 
         Args:
+            read: results of this pass.
             hidden: ``[B, 1 + K, D]``, head 1's hidden states at the last known token and the drafts.
-
-        Returns:
-            what the CPU needs: ``[B, K + 2]`` drafts, the token after the accepted ones, how many these are; and for exact
-            greedy decoding, ``[B, 1 + K]`` more: which places are tied.
         """
         logits = self._model.unembedding(1).logits(hidden)
         if not self._sampling.greedy:
-            self._accepted, self._following = self._verify_sampled(logits)
-            return self._result()
-        self._best = logits.argmax(-1)
-        self._accepted, self._following = self._verify_greedy()
-        if not self._exact:
-            return self._result()
-        top = logits.topk(2, dim=-1).values
-        tied = top[..., 0] - top[..., 1] <= TIE * logits.abs().amax(-1)
-        return torch.cat([self._result(), tied.long()], dim=1)
+            accepted, following = self._verify_sampled(logits)
+            return _Seen(read, accepted, following, None, self._result(accepted, following))
+        best = logits.argmax(-1)
+        accepted, following = self._verify_greedy(best)
+        result = self._result(accepted, following)
+        if self._exact:
+            top = logits.topk(2, dim=-1).values
+            tied = top[..., 0] - top[..., 1] <= TIE * logits.abs().amax(-1)
+            result = torch.cat([result, tied.long()], dim=1)
+        return _Seen(read, accepted, following, best, result)
 
-    def _result(self) -> Tensor:
-        return torch.cat([self._drafts, self._following[:, None], self._accepted[:, None]], dim=1)
+    def _result(self, accepted: Tensor, following: Tensor) -> Tensor:
+        return torch.cat([self._drafts, following[:, None], accepted[:, None]], dim=1)
 
-    def _decide(self, result: Tensor) -> tuple[list[list[int]], list[int]]:
+    def _decide(self, seen: _Seen) -> tuple[list[list[int]], list[int]]:
         """Wait for the device, and decide ties that matter."""
         width = self._drafts.shape[1] + 2
-        found = result.tolist()
-        if self._exact and any(any(row[width:]) for row in found) and self._untie([row[width:] for row in found]):
-            accepted, following = self._verify_greedy()
-            self._accepted.copy_(accepted)
-            self._following.copy_(following)
-            found = self._result().tolist()
+        found = seen.result.tolist()
+        tied = [row[width:] for row in found]
+        if seen.best is not None and any(map(any, tied)) and self._untie(seen.best, tied):
+            accepted, following = self._verify_greedy(seen.best)
+            seen.accepted.copy_(accepted)
+            seen.following.copy_(following)
+            found = self._result(accepted, following).tolist()
         accepted = [row[width - 1] for row in found]
         new = [row[: width - 1] for row in found]
         for row, count in zip(new, accepted, strict=True):
             row[count] = row[-1]
         return new, accepted
 
-    def _verify_greedy(self) -> tuple[Tensor, Tensor]:
+    def _verify_greedy(self, best: Tensor) -> tuple[Tensor, Tensor]:
         """Count each row's drafts that equal head 1's choice, and choose the next token.
 
         Returns:
             both ``[B]``.
         """
-        accepted = (self._best[:, :-1] == self._drafts).cumprod(dim=1).sum(dim=1)
-        return accepted, self._best[self._rows, accepted]
+        accepted = (best[:, :-1] == self._drafts).cumprod(dim=1).sum(dim=1)
+        return accepted, best[self._rows, accepted]
 
-    def _untie(self, tied: list[list[int]]) -> bool:
-        """Decide ties that matter by reading the row alone. Returns whether a choice changed."""
+    def _untie(self, best: Tensor, tied: list[list[int]]) -> bool:
+        """Decide ties that matter by reading the row alone; ``best`` ``[B, T]`` is changed. Returns whether it was."""
         changed = False
         for row, (places, going) in enumerate(zip(tied, self._still, strict=True)):
             for place, is_tied in enumerate(places if going else ()):
                 if is_tied:
                     before = torch.cat([self._tokens[row, : self._lengths[row]], self._drafts[row, :place]])
-                    best = self._decoder.last_logits_alone(before).argmax()
-                    changed |= bool(best != self._best[row, place])
-                    self._best[row, place] = best
-                if place < self._drafts.shape[1] and bool(self._best[row, place] != self._drafts[row, place]):
+                    chosen = self._decoder.last_logits_alone(before).argmax()
+                    changed |= bool(chosen != best[row, place])
+                    best[row, place] = chosen
+                if place < self._drafts.shape[1] and bool(best[row, place] != self._drafts[row, place]):
                     break
         return changed
 
@@ -360,12 +306,13 @@ class Step:
 
     def _commit(self) -> None:
         """Write the new tokens into the rows, and draft again."""
-        new = torch.cat([self._drafts, self._following[:, None]], dim=1)
-        new[self._rows, self._accepted] = self._following
+        accepted, following = self._seen.accepted, self._seen.following
+        new = torch.cat([self._drafts, following[:, None]], dim=1)
+        new[self._rows, accepted] = following
         # the places after the accepted ones hold rejected drafts until the next step writes them
         places = self._known[:, None] + torch.arange(new.shape[1], device=self._device)
         self._tokens[self._rows[:, None], places] = new
-        self._known += (self._accepted + 1) * self._going
+        self._known += (accepted + 1) * self._going
         if self._drafter is None:
             return
         kept: list[Tensor] = []
@@ -377,7 +324,7 @@ class Step:
             kept.append(probabilities(logits, self._sampling))
             return draw(kept[-1], uniform[:, head - 2])
 
-        drafts = self._drafter.draft(self._read, self._known - 2, self._tokens, choose)
+        drafts = self._drafter.draft(self._seen.read, self._known - 2, self._tokens, choose)
         probs = torch.stack(kept, dim=1) if kept else None
         if self._drafts_kept is None:
             self._drafts_kept, self._draft_probs = drafts, probs
