@@ -92,6 +92,9 @@ def plain_softmax(scores, groups, temperature, min_excess, max_weight):
         total = sum(math.exp(scores[place] / temperature) for place in places)
         for place in places:
             weights[place] = min(max_weight, len(places) * math.exp(scores[place] / temperature) / total)
+        mean = sum(weights[place] for place in places) / len(places)
+        for place in places:
+            weights[place] /= mean
     return weights
 
 

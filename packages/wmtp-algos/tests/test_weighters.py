@@ -6,6 +6,7 @@ import pytest
 import torch
 from attrs import evolve
 
+import wmtp
 from wmtp.data.batch import PADDING
 from wmtp.errors import ConfigError
 from wmtp.testing.steps import HORIZON, VOCAB_SIZE, make_view, pad, random_step
@@ -79,12 +80,12 @@ def test_adamtp_learns_up_to_the_first_head_that_is_not_sure(confidence, min_dep
             depth = 1
             while depth < HORIZON:
                 counts = (b, t, depth) in ours
-                if counts and math.exp(-float(step.token_loss[b, t, depth - 1])) < confidence:
+                if not counts or math.exp(-float(step.token_loss[b, t, depth - 1])) < confidence:
                     break
                 depth += 1
             assert weight == float(k <= max(depth, min_depth))
             cut += weight == 0
-    assert (cut > 0) is (confidence > 0)
+    assert cut > 0
 
 
 def test_column_refuses_data_without_weights():
@@ -93,6 +94,13 @@ def test_column_refuses_data_without_weights():
     with pytest.raises(ConfigError, match="'column' takes its weights from the data, but no document has any"):
         Column().build().token_weights(make_view(Column().build(), step))
 
+
+PLAN = {
+    "models": {"base": {"type": "scratch", "vocab_size": 300}},
+    "tokenizer": {"type": "bytes"},
+    "datasets": {"py": {"type": "python-source"}},
+    "tracker": {"type": "jsonl"},
+}
 
 # --- controls
 
@@ -252,3 +260,14 @@ def test_a_control_is_its_treatment_in_all_but_the_weights(control):
     assert trainer.metrics() == {"mean": 1.0}
     trainer.load_state_dict(trainer.state_dict())
     assert treatment.state == {"state": 2.0}
+
+
+@pytest.mark.parametrize(("trainer", "normalizer", "warned"), [
+    ("trainer.type=dft", "sum_w", True),
+    ("trainer.type=dft", "valid", False),
+    ("trainer.type=shuffled trainer.of.type=eaft", "per_position", True),
+    ("trainer.type=focal", "sum_w", False),
+])  # fmt: skip
+def test_a_normalizer_that_changes_an_algorithm_is_warned_of(trainer, normalizer, warned):
+    found = wmtp.check(PLAN, overrides=[*trainer.split(), f"train.normalizer={normalizer}"]).warnings
+    assert any(line.startswith(f'train.normalizer: "{normalizer}" cancels') for line in found) is warned

@@ -135,6 +135,32 @@ def test_constant_weights_equal_the_baseline():
     assert_same(gradients(model, Baseline(), batch), gradients(model, Constant(), batch), tolerance=1e-6)
 
 
+class OddDocuments(Trainer):
+    """Learns every other document; the rest is none of its business."""
+
+    def weighed(self, view):
+        return view.targets.valid & (view.batch.document % 2 == 1).unsqueeze(-1)
+
+    def token_weights(self, view):
+        return torch.where(self.weighed(view), (view.targets.ids % 4 + 1.0), 0.0)
+
+
+@pytest.mark.parametrize("normalizer", ["sum_w", "valid", "per_position"])
+def test_what_a_stage_may_not_learn_counts_neither_in_z_nor_in_statistics(normalizer):
+    model, batch = make_model(), make_batch(packed=True)
+    mixed, found = gradients(model, OddDocuments(), batch, normalizer=normalizer)
+    odd = evolve(batch, learn=batch.learn & (batch.document % 2 == 1))
+
+    class All(Trainer):
+        def token_weights(self, view):
+            return view.targets.ids % 4 + 1.0
+
+    alone, expected = gradients(model, All(), odd, normalizer=normalizer)
+    assert_same((mixed, found), (alone, expected), tolerance=1e-6)
+    for name, value in alone.metrics.items():
+        torch.testing.assert_close(torch.as_tensor(mixed.metrics[name]), torch.as_tensor(value), msg=name)
+
+
 def test_a_token_weight_has_an_effect_only_through_its_own_token():
     """Doubling one token's weight moves the loss towards that token's losses; per_position would cancel it."""
     model, batch = make_model(), make_batch(packed=False)

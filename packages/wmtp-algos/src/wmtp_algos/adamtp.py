@@ -23,11 +23,11 @@ class AdaMTP(Trainer):
 
     How the paper finds d_t was not available to us. This is WMTP's own reading: d_t = 1 + the number of heads, from the first
     on, that all give their targets at least the probability ``confidence``. The first head that is not sure is the last that
-    learns there; a target that is not learned (of a prompt) is as if its head were sure. With new heads, warm them up first
-    (``warmup_steps`` in ``[models.base.heads]``), as the paper does.
+    learns there. A target that is not learned (of a prompt) counts as not sure, so heads 2..H learn nothing at positions before
+    the last of a prompt. With new heads, warm them up first (``warmup_steps`` in ``[models.base.heads]``), as the paper does.
 
     Args:
-        confidence: what counts as sure; 0 gives the baseline.
+        confidence: what counts as sure; with 0, and without prompts, it is the baseline.
         min_depth: so many heads learn everywhere.
     """
 
@@ -38,7 +38,7 @@ class AdaMTP(Trainer):
 
     def token_weights(self, view: StepView) -> Tensor:
         """Weigh each prediction, ``[B, S, H]``."""
-        sure = ((-view.token_loss).exp() >= self.confidence) | ~view.targets.valid
+        sure = ((-view.token_loss).exp() >= self.confidence) & view.targets.valid
         before = view.uniform()  # whether all heads before this one are sure
         before[..., 1:] = sure[..., :-1].float().cumprod(dim=-1)
         before[..., : self.min_depth] = 1.0

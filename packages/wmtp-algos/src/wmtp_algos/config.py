@@ -43,7 +43,7 @@ class Rho1WMTP(TrainerConfig):
         keep: token-skip: the share of predictions that is learned (Rho-1: 0.6 at 1B parameters, 0.7 at 7B).
         temperature: weighted: T; the lower, the more the highest scores win.
         min_excess: weighted: a |Δ| below this counts as 0.
-        max_weight: weighted: weights are clipped to this.
+        max_weight: weighted: weights are clipped to this, and then divided by their mean, which clipping has made smaller.
         reference_precision: of the reference's parameters and products; ``bf16`` needs half the memory.
         reference_device: where the reference computes: ``cpu``, ``cuda``, ``cuda:1`` … Default: where the model does.
         reference_cache: keep CE_ref of every token beside the tokenised data (4 bytes a token), for later epochs and runs;

@@ -21,12 +21,15 @@ class DFT(Trainer):
     """Dynamic fine-tuning (Wu et al., arXiv 2508.05629): w = p, the probability that the model gives to the token.
 
     It cancels the 1/p in the gradient of the cross entropy, so unlikely tokens no longer dominate. Where new facts are to be
-    learned, whose tokens *are* unlikely, it does harm.
+    learned, whose tokens *are* unlikely, it does harm. Published with the mean over tokens: set
+    ``train.normalizer = "valid"``. With ``sum_w`` the steps are several times as large, and the model may collapse onto what is
+    certain already.
 
     w[t, k] = P_k(x[t+k] | x_≤t) = exp(−CE[t, k]).
     """
 
     type = "dft"
+    published_normalizer = "valid"
     needs_token_loss = True
 
     def token_weights(self, view: StepView) -> Tensor:

@@ -23,13 +23,15 @@ class EAFT(Trainer):
     """Entropy-adaptive fine-tuning (Diao et al., arXiv 2601.02151): w = H / log K.
 
     H is the entropy of the model's K most probable tokens, made to add up to 1. Where the model is sure, and the data says
-    something else, little is learned; so less is forgotten.
+    something else, little is learned; so less is forgotten. Published with the mean over tokens: set
+    ``train.normalizer = "valid"``.
 
     Args:
         top_k: K.
     """
 
     type = "eaft"
+    published_normalizer = "valid"
     needs_entropy = True
     top_k: int = field(default=20, validator=ge(2))
 

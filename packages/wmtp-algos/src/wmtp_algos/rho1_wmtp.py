@@ -31,7 +31,7 @@ class Rho1WMTPTrainer(Trainer):
     With the score s of each valid prediction, Δ[t, k] = CE[t, k] − CE_ref[t+k] or what ``score`` says:
 
         token-skip   w = 1 where s is among the best share ``keep`` of its scope, else 0
-        weighted     w = min(max_weight, n · softmax(s / T))        over the n valid predictions of its scope
+        weighted     w = min(max_weight, n · softmax(s / T)) / mean        over the n valid predictions of its scope
 
     Args:
         config: see `wmtp_algos.config.Rho1WMTP`.
@@ -78,7 +78,7 @@ class Rho1WMTPTrainer(Trainer):
         else:
             if config.score != "reference":
                 scores = torch.where(scores.abs() < config.min_excess, 0.0, scores)
-            weights = groups.softmax(scores / config.temperature).clamp(max=config.max_weight)
+            weights = groups.mean_one(groups.softmax(scores / config.temperature).clamp(max=config.max_weight))
         # a score that is no number has no rank: let the loop say so
         return torch.where(scores.isfinite(), weights, torch.nan)
 

@@ -88,6 +88,13 @@ class Groups:
         sums = torch.zeros_like(highest).index_add(0, group, exponentials)
         return (exponentials * (self._sizes(group) / sums)[group]).view(scores.shape).float()
 
+    def mean_one(self, weights: Tensor) -> Tensor:
+        """Divide weights ``[B, S, H]`` ≥ 0 by the mean of their group."""
+        group = self.number.flatten()
+        exact = weights.flatten().to(statistics_dtype(weights.device))
+        sums = exact.new_zeros(self.count + 1).index_add(0, group, exact)
+        return (exact * (self._sizes(group) / sums)[group]).view(weights.shape).float()
+
     def _sizes(self, group: Tensor) -> Tensor:
         """Predictions in each group, and as the last number those that are not valid."""
         ones = torch.ones(group.shape, dtype=statistics_dtype(group.device), device=group.device)

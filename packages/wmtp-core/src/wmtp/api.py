@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 from attrs import evolve
 
 from wmtp.checkpoints.remote import remote_checkpoints
+from wmtp.config.advice import unwise_settings
 from wmtp.config.inputs import hub_names_read, pinned, with_uris
 from wmtp.config.load import ConfigSource, Loaded, load
 from wmtp.config.places import build_backends
@@ -142,6 +143,8 @@ def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator
     """
     checked = loaded.config
     _check_push(checked)  # before hours are spent
+    for warning in unwise_settings(checked):
+        logger.warning("%s", warning)
     directory = _directory_to_resume(checked, resume)
     if resume == "auto":
         logger.info("no run to resume; starting a new one" if directory is None else f"resuming {directory}")

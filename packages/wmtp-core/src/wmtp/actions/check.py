@@ -10,6 +10,7 @@ from attrs import frozen
 
 from wmtp.actions.memory import memory_outlook
 from wmtp.api import load_checked
+from wmtp.config.advice import unwise_settings
 from wmtp.config.data_rules import eval_sources, train_sources
 from wmtp.config.load import ConfigSource
 from wmtp.config.schema import Config
@@ -29,7 +30,7 @@ class Checked:
     Args:
         config: without mistakes.
         summary: a line on each part of what would run, by name.
-        warnings: what is likely to fail all the same.
+        warnings: what is likely to fail, or to learn badly, all the same.
     """
 
     config: Config
@@ -52,7 +53,7 @@ def check(config: ConfigSource | Sequence[ConfigSource], *, overrides: Iterable[
     summary["memory"], warnings = memory_outlook(loaded.config)
     if loaded.config.launcher.remote:
         summary |= _remote_summary(loaded.config)
-    return Checked(config=loaded.config, summary=summary, warnings=warnings)
+    return Checked(config=loaded.config, summary=summary, warnings=[*warnings, *unwise_settings(loaded.config)])
 
 
 def _summary(config: Config, registry: Registry) -> dict[str, str]:

@@ -155,6 +155,9 @@ class TrainerConfig(ComponentConfig, contract=True, keys=("reference_device", "r
     required_models: ClassVar[tuple[str, ...]] = ()
     #: sections ``[models.*]`` with sequence classifiers of one output, with any vocabulary; may be a property
     reward_models: ClassVar[tuple[str, ...]] = ()
+    #: ``train.normalizer`` that the algorithm was published with, where another one changes the size of its steps: a run with
+    #: another one says so; None: any will do
+    published_normalizer: ClassVar[str | None] = None
     #: text, may be a field: where the required models compute, for the memory estimate; None: where the trained model does
     reference_device: Any = None
     #: ``"fp32"`` or ``"bf16"``, may be a field: precision of the required models' parameters, for the memory estimate

@@ -18,6 +18,7 @@ from wmtp.models.mtp import MTPModel
 from wmtp.testing.component import ComponentTests
 from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, Step, make_view, pad, random_step, tiny_model
 from wmtp.tokenizers.config import Bytes
+from wmtp.trainers import checks
 from wmtp.trainers.base import Stage, Trainer
 from wmtp.trainers.checks import check_trainer, given_weights, token_details
 from wmtp.trainers.setup import TrainerSetup
@@ -104,6 +105,9 @@ class TrainerTests(ComponentTests):
             assert torch.isfinite(weights[valid]).all(), "a weight is NaN or infinite"
             assert (weights[valid] >= 0).all(), "a weight is negative"
             assert (weights[valid] > 0).any(), "all weights are 0"
+            view = make_view(trainer, step, stage=stage.name)
+            eligible = checks.eligible(trainer, view, type(trainer).__name__)
+            assert not weights[valid & ~eligible].any(), "a prediction that weighed() leaves out has a weight"
 
     @_KINDS
     def test_weights_are_the_same_each_time(self, packed: bool) -> None:

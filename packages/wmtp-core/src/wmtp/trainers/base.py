@@ -301,9 +301,10 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return view.uniform()
 
     def weighed(self, view: StepView) -> Tensor | None:
-        """Select the valid predictions that this algorithm weights; the others have weight 0.
+        """Select the valid predictions that this stage may learn; the others have weight 0.
 
-        A control such as ``shuffled`` deals out weights among these only.
+        Only these count in ``normalizer = "valid"`` and in what is logged, and a control such as ``shuffled`` deals out weights
+        among them.
 
         Returns:
             ``[B, S, H]`` bool; None: all valid predictions.

@@ -34,6 +34,7 @@ __all__ = [
     "checked_rates",
     "checked_state",
     "checked_units",
+    "eligible",
     "given_weights",
     "observed",
     "place_weights",
@@ -112,6 +113,21 @@ def given_weights(trainer: Trainer, view: StepView, name: str) -> tuple[Tensor, 
     """
     given = asked(trainer, "token_weights", name, view)
     return given, place_weights(given, view.targets, f"{name}: {type(trainer).__name__}")
+
+
+def eligible(trainer: Trainer, view: StepView, name: str) -> Tensor:
+    """Ask which predictions the trainer may learn in this step. Arguments and errors: see `given_weights`.
+
+    Returns:
+        ``[B, S, H]`` bool, no more than are valid.
+    """
+    weighed, valid = asked(trainer, "weighed", name, view), view.targets.valid
+    if weighed is None:
+        return valid
+    if not isinstance(weighed, Tensor) or weighed.shape != valid.shape or weighed.dtype != torch.bool:
+        found = f"{weighed.dtype} of shape {list(weighed.shape)}" if isinstance(weighed, Tensor) else type(weighed).__name__
+        raise PluginError(f"{name}: weighed returned {found}; it must be bool, [B, S, H] = {list(valid.shape)}, or None")
+    return valid & weighed
 
 
 def place_weights(weights: object, targets: Targets, trainer: str) -> Tensor:

@@ -195,7 +195,9 @@ class StepLoss:
         valid, before = view.targets.valid, checks.versions(view)
 
         weights, uniform = self._weights(view, stage)
-        coefficients = prediction_coefficients(weights, valid, self._head_weights, self.normalizer)
+        # what is no business of the trainer's in this stage counts neither in Z nor in statistics
+        eligible = checks.eligible(self.trainer, view, self.trainer_name) if stage.model_loss else valid
+        coefficients = prediction_coefficients(weights, eligible, self._head_weights, self.normalizer)
         problem = bad_weights(weights, coefficients)
         auxiliary, slopes = self._auxiliary(view)
         checks.check_unchanged(view, before, self.trainer_name)
@@ -238,8 +240,8 @@ class StepLoss:
             loss=whole,
             bad_weights=problem,
             early=early,
-            metrics=self._metrics(whole, auxiliary, losses, weights, valid, fit),
-            weight_histogram=weight_histogram(recorded, valid) if histogram and recorded is not None else None,
+            metrics=self._metrics(whole, auxiliary, losses, weights, eligible, fit),
+            weight_histogram=weight_histogram(recorded, eligible) if histogram and recorded is not None else None,
             tokens=TokenRecord(weights=recorded, losses=losses, valid=valid, details=self._details(view)) if tokens else None,
         )
 
@@ -423,13 +425,13 @@ class StepLoss:
         auxiliary: Mapping[str, Tensor],
         losses: Tensor,
         weights: Tensor,
-        valid: Tensor,
+        eligible: Tensor,
         fit: AgreementSums | None,
     ) -> dict[str, Tensor | float]:
         """Gather the numbers of a step that are logged, the trainer's own among them."""
         metrics: dict[str, Tensor | float] = {"loss": loss}
-        metrics |= head_statistics(losses, weights, valid)
-        metrics |= weight_statistics(weights, valid)
+        metrics |= head_statistics(torch.where(eligible, losses, 0.0), weights, eligible)
+        metrics |= weight_statistics(weights, eligible)
         if fit is not None:
             metrics |= fit.means()
         metrics |= {f"auxiliary/{name}": value for name, value in auxiliary.items()}

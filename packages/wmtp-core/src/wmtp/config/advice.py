@@ -1,0 +1,24 @@
+"""Settings that are allowed and yet unwise: said, and then done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from wmtp.config.schema import Config
+from wmtp.config.tree import components
+from wmtp.plugins.contract import TrainerConfig
+
+__all__ = ["unwise_settings"]
+
+
+def unwise_settings(config: Config) -> Iterator[str]:
+    """List warnings about a config that has passed its checks, ``dotted.key: what may go wrong; what to do``."""
+    for placed in components(config):
+        trainer, chosen = placed.config, config.train.normalizer
+        if not isinstance(trainer, TrainerConfig) or trainer.published_normalizer in (None, chosen):
+            continue
+        published = trainer.published_normalizer
+        yield (
+            f"train.normalizer: \"{chosen}\" cancels the scale of the weights of '{trainer.type}', which was published with "
+            f'"{published}": steps become larger than they should be, and the model may collapse; set "{published}"'
+        )
