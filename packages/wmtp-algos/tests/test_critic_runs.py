@@ -138,7 +138,7 @@ def test_what_learns_in_which_stage(folder):
         for name in ("critic/advantage_mean", "critic/advantage_std"):
             assert all((name in line) == (line["stage"] == "train") for line in lines), "weights are known in that stage"
         assert all("critic/value_loss" in line for line in lines)
-        assert all(line["weight/zero_share"] == (0.0 if not learns else pytest.approx(0.5, abs=0.3)) for line in lines[6:])
+        assert all(line["weight/zero_share"] == 0.0 for line in lines[6:]), "wrong documents are not even counted"
         assert all(line["weight/mean"] == pytest.approx(1.0) for line in lines[6:] if not learns)
 
 

@@ -12,7 +12,7 @@ __all__ = ["AgreementSums", "DraftSums"]
 
 
 class AgreementSums:
-    """The objective and the agreement of the predictions of a step that learn, by head.
+    """Objective and agreement of the predictions that a step learns, by head.
 
     Args:
         horizon: H.
@@ -45,7 +45,7 @@ class AgreementSums:
 
 
 class DraftSums:
-    """The drafts that heads 2..H would make on given texts, and how many head 1 would accept.
+    """Drafts of heads 2..H on given texts, and those that head 1 would accept.
 
     Args:
         horizon: H.

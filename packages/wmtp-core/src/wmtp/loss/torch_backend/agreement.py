@@ -117,7 +117,7 @@ class _Comparison:
         )
 
     def _bound(self) -> int | None:
-        """How many positions heads 2..H answer to, at most, where the host knows it and a device would have to be asked."""
+        """Bound the positions that heads 2..H answer to, where the host knows it and a device would have to be asked."""
         counts = self._problem.valid_counts
         return None if counts is None or self._on_cpu else min(counts[0], len(self._problem.ids))
 
