@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import wmtp
 
@@ -137,3 +144,36 @@ def test_wmtp_stops_at_every_end_of_a_list(tmp_path: Path):
     assert loaded.tokenizer.eos_id == END
     assert loaded.generate("one two", max_new_tokens=20).tokens[-3:] == (6, 7, EOT)
     assert wmtp.generate(str(model), "one two", max_new_tokens=20).tokens[-3:] == [6, 7, EOT]
+
+
+#: an answer ends with another token than a text does
+TURNS = "{{ bos_token }}{% for m in messages %}{{ ' ' + m['content'] + ' <|im_end|>' }}{% endfor %}"
+MESSAGES = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three four"}]
+
+
+def test_conversations_are_asked_and_ended_as_trained_also_after_every_export(tmp_path: Path):
+    write_base(tmp_path / "base", END)
+    data = tmp_path / "chat.jsonl"
+    data.write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    run_dir = train(
+        tmp_path,
+        models={"base": {"type": "hf", "uri": str(tmp_path / "base"), "heads": {"horizon": 2, "kind": "block"}}},
+        datasets={"code": {"type": "chat", "uri": str(data)}},
+        data={"train": {"sources": ["code"], "max_length": 16, "batch_size": 4, "chat_template": TURNS}},
+    )
+    folders = [run_dir / "model"]
+    for format in ("hf", "meta"):
+        wmtp.export(run_dir, tmp_path / format, format=format)
+        folders.append(tmp_path / format)
+    for folder in folders:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        inputs = tokenizer.apply_chat_template(MESSAGES[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        asked = [BEGIN, 4, 5, IM_END]
+        assert inputs["input_ids"][0].tolist() == asked
+        assert tokenizer("one")["input_ids"] == [BEGIN, 4]
+        if folder.name != "meta":  # transformers reads no weights of that layout
+            plain: Any = AutoModelForCausalLM.from_pretrained(folder)
+            assert plain.generation_config.eos_token_id == [END, IM_END]
+            assert plain.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist() == [*asked, 6, 7, IM_END]
+        answer = wmtp.load_model(folder).chat(MESSAGES[:1], max_new_tokens=20)
+        assert (answer.tokens, answer.finish) == ((6, 7, IM_END), "eos")

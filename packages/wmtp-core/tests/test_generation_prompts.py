@@ -11,7 +11,7 @@ class Begins:
 
     bos_id = 0
 
-    def encode(self, text):
+    def encode_first(self, text):
         return ([0] if text.startswith("<s>") else []) + [ord(letter) for letter in text.removeprefix("<s>")]
 
 

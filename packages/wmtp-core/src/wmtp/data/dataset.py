@@ -179,6 +179,11 @@ class TokenDataset:
         return len(self._pieces.index)
 
     @property
+    def conversations(self) -> int:
+        """Documents of the sources that a chat template has written."""
+        return sum(store.info.conversations for store in self._stores)
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens in each piece."""
         return self._pieces.length

@@ -20,7 +20,7 @@ __all__ = ["Boundary", "Renderer"]
 Boundary = Literal["apart", "together"]
 
 #: characters on either side of a border that decide whether a token reaches over it
-_NEAR: Final = 48
+_NEAR: Final = 16
 
 
 class Renderer:

@@ -2,45 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
+from wmtp.data.base import BadExample
+from wmtp.data.messages import message_tools, normal_messages
+from wmtp.errors import ConfigError
 from wmtp.generation.base import Generation, Sampling
 from wmtp.generation.decoding import generate
 from wmtp.models.ends import end_ids
+from wmtp.tokenizers.chat_template import ChatTemplate, TemplateFailure, turn_end_id
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["StopAt", "TextStream", "encode_prompt", "generate_texts"]
+__all__ = ["StopAt", "TextStream", "chat_ends", "chat_prompt", "encode_prompt", "generate_texts"]
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a prompt as in training: after the begin token, where the tokenizer has one and the text does not bring it."""
-    ids = tokenizer.encode(text)
+    """Encode a prompt as in training: after the begin token, where the tokenizer has one and the text does not bring it."""
+    ids = tokenizer.encode_first(text) if text else []
     return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+
+
+def chat_prompt(
+    tokenizer: Tokenizer, messages: str | Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[int]:
+    """Encode a conversation up to where the model answers, by its chat template, as in training.
+
+    Args:
+        tokenizer: with the template.
+        messages: each with ``role`` and ``content``; a text is what a user says.
+        tools: that the model may call.
+
+    Raises:
+        ConfigError: there is no template, it refuses the conversation, or an assistant has said the last word.
+    """
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            "chat: the model's tokenizer has no chat template; continue a plain text instead, or put the template beside the "
+            "model as chat_template.jinja"
+        )
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    try:
+        found, known = normal_messages("chat", "messages", messages), message_tools("chat", "tools", tools)
+    except BadExample as problem:
+        raise ConfigError(str(problem)) from problem
+    if found[-1]["role"] == "assistant":
+        raise ConfigError("chat: the last message is an assistant's; end with one of a user or a tool, for the model to answer")
+    template = ChatTemplate(source=tokenizer.chat_template, special_tokens=tokenizer.special_tokens)
+    try:
+        return tokenizer.encode_first(template.render(found, known, prompt=True))
+    except TemplateFailure as failure:
+        raise ConfigError(f"chat: the chat template refuses the messages ({failure})") from failure
+
+
+def chat_ends(model: MTPModel, tokenizer: Tokenizer) -> list[int]:
+    """List the tokens at which an answer ends: those of any text, and the one that the chat template writes behind it."""
+    ends, turn = end_ids(model.base, tokenizer), turn_end_id(tokenizer)
+    return ends if turn is None or turn in ends else [*ends, turn]
 
 
 def generate_texts(
     model: MTPModel,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     speculative: bool = False,
     sampling: Sampling | None = None,
     rows: Sequence[int] | None = None,
     stop: Sequence[str] = (),
+    ends: Sequence[int] | None = None,
 ) -> list[Generation]:
-    """As `wmtp.generation.generate`, with texts; ``stop`` are texts before the first of which a completion ends."""
+    """As `wmtp.generation.generate`, with texts.
+
+    Args:
+        model: in eval mode.
+        tokenizer: the model's.
+        prompts: texts, or their ids.
+        max_new_tokens: the most tokens that are added to a prompt.
+        speculative: whether heads 2..H draft.
+        sampling: default greedy.
+        rows: a number for each prompt, which its draws depend on.
+        stop: texts before the first of which a completion ends.
+        ends: tokens that end a text. Default: those of the tokenizer and of the generation config.
+    """
     generations = generate(
         model,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts],
         max_new_tokens=max_new_tokens,
-        eos_id=end_ids(model.base, tokenizer),
+        eos_id=end_ids(model.base, tokenizer) if ends is None else ends,
         speculative=speculative,
         sampling=sampling,
         rows=rows,

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from wmtp.tokenizers.chat_template import turn_end_id
+
 if TYPE_CHECKING:
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["end_ids", "learn_ends"]
+__all__ = ["end_ids", "learn_ends", "learn_turn_end"]
 
 _log = logging.getLogger("wmtp")
 
@@ -49,6 +51,26 @@ def learn_ends(base: PreTrainedModel, tokenizer: Tokenizer, where: str) -> None:
             "%s: ends a text with token %s; training ends it with %d (%s), and so will the saved model",
             where, " or ".join(map(str, changed)), tokenizer.eos_id, tokenizer.token(tokenizer.eos_id),
         )  # fmt: skip
+
+
+def learn_turn_end(base: PreTrainedModel, tokenizer: Tokenizer, where: str) -> None:
+    """Have a model that learns from conversations stop where its chat template ends an answer.
+
+    Args:
+        base: its generation config gets the token besides its other ends; a log line says so.
+        tokenizer: with the template.
+        where: what messages call the model.
+    """
+    generation, end = base.generation_config, turn_end_id(tokenizer)
+    if end is None or generation is None or end in end_ids(base, tokenizer):
+        return
+    generation.eos_token_id = [*end_ids(base, tokenizer), end]  # type: ignore[assignment]
+    _log.info(
+        "%s: its chat template ends an answer with token %d (%s); the saved model stops there too",
+        where,
+        end,
+        tokenizer.token(end),
+    )
 
 
 def _listed(ends: int | Collection[int] | None) -> list[int]:

@@ -26,6 +26,7 @@ from wmtp.models.saving import write_base
 from wmtp.models.untouched import Untouched
 
 if TYPE_CHECKING:
+    from wmtp.generation import Sampling
     from wmtp.tokenizers import Tokenizer
 
 __all__ = ["HEADS_CONFIG", "HEADS_FORMAT", "HEADS_WEIGHTS", "MTPModel", "MTPOutput"]
@@ -250,13 +251,10 @@ class MTPModel(nn.Module):
             ConfigError: a prompt is empty, too long or not of this vocabulary; speculation without extra heads.
             WMTPError: texts are given, and the model has no tokenizer.
         """
-        from wmtp.generation import Sampling, generate
+        from wmtp.generation import generate
         from wmtp.generation.text import generate_texts
 
-        try:
-            sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        except ValueError as error:
-            raise ConfigError(str(error.args[0])) from None
+        sampling = _sampling(temperature, top_p, seed)
         items = prompts.tolist() if isinstance(prompts, Tensor) else prompts
         is_one = isinstance(items, str) or (len(items) > 0 and isinstance(items[0], int))
         several: Any = [items] if is_one else list(items)
@@ -267,6 +265,55 @@ class MTPModel(nn.Module):
             if eos_id is None and (self._tokenizer is not None or self.source is not None):
                 eos_id = end_ids(self.base, self.tokenizer)
             found = generate(self, several, eos_id=eos_id, **options)
+        return found[0] if is_one else found
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        max_new_tokens: int = 512,
+        speculative: bool = False,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Any:
+        """Answer in a conversation, or in several, written by the tokenizer's chat template.
+
+        Args:
+            messages: each with ``role`` and ``content``, or a text, which is what a user says; or several conversations, which
+                are decoded as one batch.
+            tools: that the model may call.
+            max_new_tokens: the most tokens of an answer.
+            speculative: as for `generate`.
+            temperature: as for `generate`.
+            top_p: as for `generate`.
+            seed: as for `generate`.
+            stop: as for `generate`.
+
+        Returns:
+            a `wmtp.generation.Generation`, whose ``str()`` is the answer; a list of them for several conversations. An answer
+            ends at any end token of tokenizer, generation config and template.
+
+        Raises:
+            ConfigError: there is no template, it refuses the messages, or they are too long.
+            WMTPError: the model has no tokenizer.
+        """
+        from wmtp.generation.text import chat_ends, chat_prompt, generate_texts
+
+        is_one = isinstance(messages, str) or not messages or isinstance(messages[0], Mapping)
+        several: Any = [messages] if is_one else messages
+        found = generate_texts(
+            self,
+            self.tokenizer,
+            [chat_prompt(self.tokenizer, each, tools) for each in several],
+            max_new_tokens=max_new_tokens,
+            speculative=speculative,
+            sampling=_sampling(temperature, top_p, seed),
+            stop=stop,
+            ends=chat_ends(self, self.tokenizer),
+        )
         return found[0] if is_one else found
 
     def save_pretrained(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -322,6 +369,15 @@ class MTPModel(nn.Module):
             return hidden
 
         return apply
+
+
+def _sampling(temperature: float, top_p: float, seed: int) -> Sampling:
+    from wmtp.generation import Sampling
+
+    try:
+        return Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    except ValueError as error:
+        raise ConfigError(str(error.args[0])) from None
 
 
 def _within(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

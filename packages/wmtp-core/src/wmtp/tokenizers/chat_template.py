@@ -7,13 +7,16 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from attrs import field, frozen
 
 from wmtp.errors import ConfigError, WMTPError
 
-__all__ = ["TEMPLATE_NAME", "ChatTemplate", "TemplateFailure", "template_source"]
+if TYPE_CHECKING:
+    from wmtp.tokenizers.base import Tokenizer
+
+__all__ = ["TEMPLATE_NAME", "ChatTemplate", "TemplateFailure", "template_source", "turn_end_id"]
 
 #: where transformers keeps a template beside a tokenizer
 TEMPLATE_NAME: Final = "chat_template.jinja"
@@ -165,6 +168,21 @@ class ChatTemplate:
             if "{'k9'" not in text and '\\"k9\\"' not in text:
                 return as_text
         return False
+
+
+def turn_end_id(tokenizer: Tokenizer) -> int | None:
+    """Find the special token that the chat template writes behind an answer; None where it writes none."""
+    if tokenizer.chat_template is None:
+        return None
+    template = ChatTemplate(source=tokenizer.chat_template, special_tokens=tokenizer.special_tokens)
+    try:
+        text = template.render([{"role": "user", "content": "u9u9"}, {"role": "assistant", "content": "a9a9"}])
+    except TemplateFailure:
+        return None
+    after = text.rpartition("a9a9")[2].lstrip()
+    written = [token for token in tokenizer.control_tokens if token and after.startswith(token)]
+    ids = tokenizer.encode(max(written, key=len)) if written else []
+    return ids[0] if len(ids) == 1 else None
 
 
 def _for_template(message: Mapping[str, Any], arguments_as_text: bool) -> dict[str, Any]:

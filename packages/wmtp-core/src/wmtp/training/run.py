@@ -22,6 +22,7 @@ from wmtp.data.score_cache.cached_numbers import open_token_numbers
 from wmtp.devices import autocast_context, few_cpu_threads, pick_device, pick_precision, prefer_fast_attention
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.errors import Terminated, WMTPError
+from wmtp.models.ends import learn_turn_end
 from wmtp.models.reward_scores import open_reward_scores
 from wmtp.models.sharding import Sharding, whole_state
 from wmtp.optim.build import build_optimizer
@@ -98,6 +99,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     explained = partial(explain_out_of_memory, config, source.model_info, heads, device=device, world=ranks.world)
     with explained():
         model, master_weights = place_model(config, source, ranks, device, precision, fsdp)
+    if data.train.conversations:
+        learn_turn_end(model.base, source.tokenizer, "models.base")
     plan = StagePlan.make(trainer.stages(), warmup_steps=model.heads.warmup_steps, total_steps=total_steps, trainer_name=name)
     batches = StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
     setup = TrainerSetup(
