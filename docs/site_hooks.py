@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterator
 from html import escape
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 FURTHER = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
-_ROW = re.compile(r"^\| \[([^\]]+)\]\(([\w.-]+\.md)\) \|", re.MULTILINE)
+_ROW = re.compile(r"^\| \[([^\]]+)\]\(([\w./-]+\.md)\) \|", re.MULTILINE)
 
 
 def sections(index: str) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -57,7 +58,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Turn a plain page into a page of the site."""
     if page.file.src_path == "api.md":
         markdown = with_reference(markdown)
-    return inside(chains_as_lists(markdown))
+    return inside(chains_as_lists(markdown), posixpath.dirname(page.file.src_uri))
 
 
 def from_root(text: str) -> str:
@@ -72,18 +73,18 @@ def from_root(text: str) -> str:
     return _LINK.sub(rewritten, text)
 
 
-def inside(text: str) -> str:
-    """Point links to files outside ``docs/`` at their pages; where there is none, keep the path alone."""
+def inside(text: str, folder: str = "") -> str:
+    """Point links of a page in ``docs/FOLDER`` to files that are no pages at their page, or keep their path alone."""
 
     def rewritten(link: re.Match[str]) -> str:
         label, target = link.groups()
         path, _, anchor = target.partition("#")
-        if not path.startswith("../"):
-            return link[0] if "://" in target or Path(path).suffix in (".md", "") else f"{label} (`docs/{path}`)"
-        path = path.removeprefix("../")
-        if path in FURTHER:
-            return f"[{label}]({FURTHER[path]}{'#' if anchor else ''}{anchor})"
-        return f"`{path}`" if label.strip("`") in path else f"{label} (`{path}`)"
+        place = posixpath.normpath(posixpath.join("docs", folder, path)) if path else ""
+        if "://" in target or not path or (place.startswith("docs/") and path.endswith(".md")):
+            return link[0]
+        if place in FURTHER:
+            return f"[{label}]({posixpath.relpath(FURTHER[place], folder or '.')}{'#' if anchor else ''}{anchor})"
+        return f"`{place}`" if label.strip("`") in place else f"{label} (`{place}`)"
 
     return _LINK.sub(rewritten, text)
 

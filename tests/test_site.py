@@ -19,13 +19,15 @@ def hooks():
 
 def test_every_page_is_in_the_navigation_once(hooks):
     found = [file for _, pages in hooks.sections((DOCS / "index.md").read_text(encoding="utf-8")) for _, file in pages]
-    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.glob("*.md")} - {"index.md"}
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} - {"index.md"}
     assert sorted(found) == sorted(pages), "a page needs a line in a table of docs/index.md"
 
 
 def test_links_out_of_the_documentation_become_paths_or_pages(hooks):
     text = "[a recipe](../configs/local.toml), [`Dockerfile`](../Dockerfile), [changes](../CHANGELOG.md#x), [data](data.md)"
     assert hooks.inside(text) == "a recipe (`configs/local.toml`), `Dockerfile`, [changes](changelog.md#x), [data](data.md)"
+    assert hooks.inside("[x](../../bench/x.py) [p](../p.md) [c](../../CHANGELOG.md)", "notes") == (
+        "`bench/x.py` [p](../p.md) [c](../changelog.md)")  # fmt: skip
     assert hooks.from_root("[data](docs/data.md) [ours](configs) [far](https://a.b)") == (
         "[data](data.md) [ours](../configs) [far](https://a.b)")  # fmt: skip
 

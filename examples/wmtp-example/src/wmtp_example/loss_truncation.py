@@ -24,7 +24,7 @@ class LossTruncation(TrainerConfig):
 
     Args:
         drop: c, about this share of documents is left out.
-        window: of so many last documents the quantile is taken.
+        window: number of last documents over which the quantile is taken.
         warmup_steps: optimizer steps at the start in which all is learned. What a model without training finds hard says
             nothing yet (the paper's "hotstart").
     """

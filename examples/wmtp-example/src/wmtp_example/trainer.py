@@ -61,7 +61,7 @@ class LossTruncationTrainer(Trainer):
         return self._metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses of the last documents, from which a resumed run goes on."""
+        """Return the losses of the last documents, from which a run resumes."""
         return {"last": self._last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
