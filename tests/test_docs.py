@@ -20,6 +20,8 @@ from wmtp.cli import _parse, main
 from wmtp.config.load import load
 from wmtp.config.rules import check_loaded
 from wmtp.data.base import Example
+from wmtp.studies.config import load_study
+from wmtp.studies.plan import make_plan
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHER_PAGES = [*sorted(ROOT.glob("packages/*/README.md")), *sorted(ROOT.glob("examples/*/README.md"))]
@@ -113,6 +115,10 @@ def test_every_toml_block_is_a_config_or_a_part_of_one(mark, text, tmp_path, mon
     mapping = tomllib.loads(text)
     if mark.startswith("file: "):
         return  # the tutorial's files have a test of their own
+    if mark == "study":
+        Path("train.jsonl").touch()
+        make_plan(load_study(mapping), [tomllib.loads(BASE)])
+        return
     Path("train.jsonl").touch()
     make_inputs(mapping)
     if mark == "fragment":
@@ -139,6 +145,9 @@ def test_every_config_file_passes(path, tmp_path, monkeypatch):
     environment_of(text, monkeypatch)
     make_inputs(tomllib.loads(text))
     sources = [path]
+    if "study" in tomllib.loads(text):
+        make_plan(load_study(path), [])
+        return
     if path.parent.name == "recipes":
         baseline = path.parent / "baseline.toml"  # the others change its trainer
         environment_of(baseline.read_text(encoding="utf-8"), monkeypatch)

@@ -28,6 +28,8 @@ from wmtp.actions.services import launch as launch
 from wmtp.actions.services import logs as logs
 from wmtp.actions.services import metrics as metrics
 from wmtp.actions.services import status as status
+from wmtp.actions.study import study as study
+from wmtp.actions.study_result import StudyResult as StudyResult
 from wmtp.api import run as run
 from wmtp.config.load import load_config as load_config
 from wmtp.config.schema import CheckpointConfig as CheckpointConfig

@@ -16,6 +16,7 @@ __all__ = [
     "Precision",
     "autocast_context",
     "count_devices",
+    "device_name",
     "few_cpu_threads",
     "pick_device",
     "pick_precision",
@@ -55,6 +56,11 @@ def pick_device(name: Literal["auto", "cpu", "cuda", "mps"], local_rank: int | N
     if name == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Name a device as its maker does; ``cpu`` and ``mps`` by their kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def count_devices(device: torch.device) -> int | None:

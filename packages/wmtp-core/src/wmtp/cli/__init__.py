@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from wmtp.cli import evaluate, init, use
+from wmtp.cli import evaluate, init, study, use
 from wmtp.cli import files as file_commands
 from wmtp.cli.parser import Parser
 from wmtp.errors import ConfigError, Terminated, WMTPError, described
@@ -195,6 +195,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     run.add_argument(
         "--allow-code-execution", action="store_true", help="let [[eval]] run code that the model writes, in a sandbox"
     )
+    study.add_arguments(add)
     start = add("start", "In a container: fetch what the config names, check it, and train on all devices.", config)
     start.add_argument("--dry-run", action="store_true", help="only say what would be done")
     add("check", "Check the config, as run does before it starts.", config)

@@ -13,7 +13,7 @@ from wmtp.config.overrides import parse_override
 from wmtp.config.problems import Problem, Problems
 from wmtp.config.schema import Config, StorageConfig
 from wmtp.config.sources import Document, MappingSource, escape
-from wmtp.config.toml_file import FileSource
+from wmtp.config.toml_file import FileSource, TableSource
 from wmtp.config.tree import components, to_mapping
 from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
@@ -113,7 +113,7 @@ def _merged(
                 registry = registry.with_classes((placed.kind, type(placed.config)) for placed in components(source))
                 document.merge(to_mapping(source, text=escape), MappingSource())
             elif isinstance(source, Mapping):
-                document.merge(source, MappingSource())
+                document.merge(source, source if isinstance(source, TableSource) else MappingSource())
             else:
                 files.append(FileSource(source))
                 document.merge(files[-1].data, files[-1])

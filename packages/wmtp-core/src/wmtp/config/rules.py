@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Final
 
 from attrs import evolve, frozen
 
 from wmtp.config.data_rules import check_first_examples, check_sources
 from wmtp.config.idle import idle_problems
+from wmtp.config.inputs import inputs
 from wmtp.config.load import Loaded, located
 from wmtp.config.model_rules import model_problems
 from wmtp.config.problems import KeyPath, Problem, dotted
@@ -53,9 +54,20 @@ def check(config: Config, registry: Registry | None = None) -> None:
         raise ConfigError([f"{dotted(p.path)}: {p.message}" for p in problems])
 
 
-def check_loaded(loaded: Loaded) -> None:
-    """As `check`, with the file and line of each problem."""
-    if problems := list(_problems(loaded.config, loaded.registry)):
+def check_loaded(loaded: Loaded, *, not_yet_made: Collection[str] = ()) -> None:
+    """As `check`, with the file and line of each problem.
+
+    Args:
+        loaded: a config and its sources.
+        not_yet_made: URIs of inputs that another run will have made when this one starts: they are not looked at.
+    """
+    later = [given.path[:-1] for given in inputs(loaded.config) if given.uri in not_yet_made]
+    problems = [
+        problem
+        for problem in _problems(loaded.config, loaded.registry)
+        if not any(problem.path[: len(path)] == path for path in later)
+    ]
+    if problems:
         raise located(loaded.document, problems)
 
 

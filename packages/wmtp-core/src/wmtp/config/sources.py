@@ -10,7 +10,7 @@ from attrs import define, field
 
 from wmtp.config.overrides import Override
 from wmtp.config.problems import KeyPath, Problem, dotted
-from wmtp.config.toml_file import FileSource
+from wmtp.config.toml_file import FileSource, TableSource
 from wmtp.errors import ConfigError
 
 __all__ = ["Document", "MappingSource", "escape"]
@@ -33,7 +33,7 @@ class MappingSource:
         return
 
 
-Source = FileSource | Override | MappingSource
+Source = FileSource | TableSource | Override | MappingSource
 
 
 @define

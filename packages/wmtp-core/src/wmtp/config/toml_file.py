@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import tomli
 from wmtp.config.problems import KeyPath
 from wmtp.errors import ConfigError
 
-__all__ = ["FileSource"]
+__all__ = ["FileSource", "TableSource"]
 
 
 class FileSource:
@@ -96,6 +97,32 @@ class FileSource:
         while start < high - 1 and self._lines[start].lstrip()[:1] in ("", "#"):
             start += 1
         return f"{self.name}:{start + 1}"
+
+
+class TableSource(Mapping[str, Any]):
+    """A table inside a TOML file that is laid over a config, as a file of its own would be.
+
+    Args:
+        data: what is laid over.
+        file: where it stands; None for a table from Python, which has no lines.
+        path: of the table in the file.
+    """
+
+    def __init__(self, data: Mapping[str, Any], file: FileSource | None, path: KeyPath) -> None:
+        self._data, self._file, self._path = data, file, path
+
+    def where(self, path: KeyPath) -> str | None:
+        """``file:line`` of a key of the table; see `FileSource.where`."""
+        return None if self._file is None else self._file.where((*self._path, *path))
+
+    def __getitem__(self, key: str) -> Any:
+        return self._data[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
+    def __len__(self) -> int:
+        return len(self._data)
 
 
 def _contains(data: Any, path: KeyPath) -> bool:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from attrs import evolve
 from torch.distributed.fsdp import FSDPModule
 
+from wmtp.devices import device_name
 from wmtp.errors import PluginError, WMTPError
 from wmtp.evaluation.base import Estimate, Evaluator, Measured
 from wmtp.generation import release
@@ -94,7 +94,7 @@ def _details(config: Any, measured: Measured, found: Mapping[str, float | Estima
         "settings": settings,
         "seed": measured.seed,
         "seconds": round(seconds, 3),
-        "device": torch.cuda.get_device_name(measured.device) if measured.device.type == "cuda" else measured.device.type,
+        "device": device_name(measured.device),
         "dtype": str(measured.model.anatomy.output.weight.dtype).removeprefix("torch."),
         "versions": {name: metadata.version(name) for name in ("wmtp-core", "torch", "transformers")},
         "results": {

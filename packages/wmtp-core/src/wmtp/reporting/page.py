@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -19,10 +19,12 @@ from wmtp.runs.files import UPLOADED_FILES
 from wmtp.runs.weight_bins import WEIGHT_BINS
 from wmtp.storage.uris import backend_for, file_path, localize, scheme_of
 
-__all__ = ["write_report"]
+__all__ = ["html_page", "write_report"]
 
-_SCRIPTS: Final = ("uPlot.iife.min.js", "charts.js", "texts.js", "report.js")
+_SCRIPTS: Final = ("dom.js", "uPlot.iife.min.js", "charts.js", "texts.js", "report.js")
 _STYLES: Final = ("uPlot.min.css", "report.css")
+
+_POLICY: Final = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:"
 
 
 def write_report(
@@ -85,24 +87,35 @@ def _problem(run: Path) -> str | None:
 
 def build_page(runs: Sequence[dict[str, Any]]) -> str:
     """Build the HTML page from the output of `wmtp.reporting.collect.collect` for each run."""
-    data = json.dumps({"runs": runs, "bins": WEIGHT_BINS}, separators=(",", ":"), allow_nan=False)
+    return html_page(" · ".join(run["name"] for run in runs), {"runs": runs, "bins": WEIGHT_BINS}, _SCRIPTS, _STYLES)
+
+
+def html_page(title: str, content: Mapping[str, Any], scripts: Sequence[str], styles: Sequence[str]) -> str:
+    """Build one file that holds data, scripts and styles.
+
+    Args:
+        title: of the page.
+        content: what the scripts show.
+        scripts: names of assets, in order.
+        styles: likewise.
+    """
+    data = json.dumps(content, separators=(",", ":"), allow_nan=False)
     data = data.replace("<", "\\u003c")  # no text can end the script element
-    title = html.escape(" · ".join(run["name"] for run in runs))
-    scripts = "".join(f"<script>\n{_asset(name)}\n</script>\n" for name in _SCRIPTS)
-    styles = "".join(f"<style>\n{_asset(name)}\n</style>\n" for name in _STYLES)
+    code = "".join(f"<script>\n{_asset(name)}\n</script>\n" for name in scripts)
+    looks = "".join(f"<style>\n{_asset(name)}\n</style>\n" for name in styles)
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
-<title>{title} · WMTP</title>
-{styles}</head>
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{html.escape(title)} · WMTP</title>
+{looks}</head>
 <body>
 <main id="report"></main>
 <noscript>This page needs JavaScript; all of it is in this file.</noscript>
 <script type="application/json" id="data">{data}</script>
-{scripts}</body>
+{code}</body>
 </html>
 """
 

@@ -40,6 +40,7 @@ __all__ = [
     "differences",
     "find_unfinished",
     "git",
+    "is_free_to_change",
     "is_run_dir",
     "lock",
     "record",
@@ -53,6 +54,11 @@ _FREE_TO_CHANGE: Final = re.compile(
     r"run\.(output_dir|tags|push_to)|(tracker|launcher|storage|eval|report)(\..*)?|checkpoints\.(save_interval|keep_last|save_final)"
     r"|devices\.(threads|timeout|fsdp(\..*)?)|data\.cache_dir|data\.train\.micro_batch_size|train\.log_interval"
 )
+
+
+def is_free_to_change(key: str) -> bool:
+    """Tell whether a resumed run may change a key, because it changes nothing that is computed."""
+    return _FREE_TO_CHANGE.fullmatch(key) is not None
 
 
 #: keys that say how long a run is: they may change where the learning rate of a step does not depend on them
@@ -274,7 +280,7 @@ def differences(run_dir: Path, config: Config) -> tuple[list[str], list[str]]:
     for key in dict.fromkeys((*old, *new)):
         if old.get(key) != new.get(key):
             line = f"{key}: {_shown(old, key)} → {_shown(new, key)}"
-            is_free = key in elsewhere or _FREE_TO_CHANGE.fullmatch(key) or (key in LENGTH and not decays(config.schedule))
+            is_free = key in elsewhere or is_free_to_change(key) or (key in LENGTH and not decays(config.schedule))
             (allowed if is_free else refused).append(line)
     return refused, allowed
 

@@ -19,13 +19,14 @@ from wmtp.config.inputs import with_uris
 from wmtp.config.schema import Config, FsdpConfig
 from wmtp.config.tree import flatten
 from wmtp.data.score_cache.cached_numbers import open_token_numbers
-from wmtp.devices import autocast_context, few_cpu_threads, pick_device, pick_precision, prefer_fast_attention
+from wmtp.devices import autocast_context, device_name, few_cpu_threads, pick_device, pick_precision, prefer_fast_attention
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.errors import Terminated, WMTPError
 from wmtp.models.ends import learn_turn_end
 from wmtp.models.reward_scores import open_reward_scores
 from wmtp.models.sharding import Sharding, whole_state
 from wmtp.optim.build import build_optimizer
+from wmtp.runs.directory import record
 from wmtp.runs.fixed import pins
 from wmtp.runs.result import Result
 from wmtp.runs.step_file import last_steps
@@ -83,6 +84,9 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     data = ranks.one_by_machine_first(lambda: prepare_data(config, source.tokenizer, source.dataset_paths))
     ranks.together(lambda: check_ids(source.rows, source.tokenizer, (data.train, data.eval)))
     compare_data(data, ranks)
+    held_out = None if data.eval is None else data.eval.fingerprint
+    facts = {"data": {"train": data.train.fingerprint, "eval": held_out}, "device": device_name(device)}
+    ranks.on_main(lambda: record(run_dir, facts))
     total_steps = planned_steps(config, StepBatches(data.train, config.data.train, seed=config.run.seed))
     ranks.together(lambda: check_data(trainer, data.train, name))
     if ranks.world > config.data.train.batch_size:
@@ -164,7 +168,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             modules=modules,
             batches=batches,
             eval_batches=eval_batches(data.eval, config.data) if data.eval is not None else (),
-            eval_data=None if data.eval is None else data.eval.fingerprint,
+            eval_data=held_out,
             optimizer=build_optimizer(config, model, parameters, modules, rates, master_weights),
             schedule=config.schedule,
             train=config.train,

@@ -11,24 +11,7 @@ const Charts = (() => {
     }
   });
 
-  const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const color = number => css(`--c${number % 8}`);
-  const element = (tag, attributes = {}, ...children) => {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-      else if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : value);
-    }
-    made.append(...children.filter(child => child !== null));
-    return made;
-  };
-
-  function number(value) {
-    if (value === null || value === undefined) return "–";
-    const size = Math.abs(value);
-    if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
-    return size >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
-  }
+  const { color, css, element, number } = Dom;
 
   const axis = (more = {}) => ({
     stroke: css("--soft"), grid: { stroke: css("--line"), width: 1 }, ticks: { show: false },
@@ -195,5 +178,5 @@ const Charts = (() => {
     root.replaceChildren();
   }
 
-  return { lines, distribution, clear, color, css, element, number };
+  return { lines, distribution, clear };
 })();

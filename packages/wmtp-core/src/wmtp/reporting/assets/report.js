@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { element, number, color } = Charts;
+  const { element, number, color } = Dom;
   const { runs, bins } = JSON.parse(document.getElementById("data").textContent);
   const root = document.getElementById("report");
   const state = { hidden: new Set(), smooth: 0, head: null, by: "weight", document: 0, step: null };
@@ -139,7 +139,7 @@
       const head = /head_(\d+)$/.exec(name);
       return {
         label: several ? run.name : head ? `head ${head[1]}` : names.length > 1 ? "all heads" : "value",
-        color: several ? run.color : head ? color(Number(head[1]) - 1) : names.length > 1 ? Charts.css("--ink") : color(0),
+        color: several ? run.color : head ? color(Number(head[1]) - 1) : names.length > 1 ? Dom.css("--ink") : color(0),
         steps: run.curves[name][0], values: run.curves[name][1],
       };
     }));

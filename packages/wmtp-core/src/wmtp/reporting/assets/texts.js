@@ -2,7 +2,7 @@
 "use strict";
 
 const Texts = (() => {
-  const { element, number, css } = Charts;
+  const { element, number, css } = Dom;
   const words = name => name.replaceAll("_", " ");
 
   // every recorded document of all runs: key → {key, label, steps, runs: Map(run → Map(step → {record, document}))}

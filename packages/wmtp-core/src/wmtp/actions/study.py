@@ -1,0 +1,347 @@
+"""Run a study: what is not done yet is trained, what is done is compared. Imports no torch before a run begins."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wmtp.actions.memory import memory_outlook
+from wmtp.actions.study_pool import Outcome, Pool
+from wmtp.actions.study_records import record_failure, record_of
+from wmtp.actions.study_result import StudyResult
+from wmtp.config.load import ConfigSource
+from wmtp.config.schema import Config
+from wmtp.config.tree import dump_config
+from wmtp.errors import ConfigError
+from wmtp.evaluation.consent import code_execution_allowed, require_consent
+from wmtp.log_lines import lines_by_itself
+from wmtp.storage.lock import FileLock
+from wmtp.studies.config import load_study
+from wmtp.studies.plan import PlannedRun, StudyPlan, make_plan
+from wmtp.studies.record import RunRecord, of_plan, read_records, remove_record, write_record
+from wmtp.studies.table import StudyTable, make_table
+
+__all__ = ["study"]
+
+logger = logging.getLogger("wmtp")
+
+
+def study(
+    study: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    recipe: ConfigSource | Sequence[ConfigSource] | None = None,
+    overrides: Iterable[str] = (),
+    arms: Iterable[str] | None = None,
+    seeds: Iterable[int] | None = None,
+    jobs: int | None = None,
+    retry: bool = False,
+    dry_run: bool = False,
+    minutes: float | None = None,
+    allow_code_execution: bool = False,
+) -> StudyResult:
+    """Train every run of a study that is not done yet, and compare its arms.
+
+    The same call goes on where the last one ended: finished runs are skipped, interrupted ones resumed.
+
+    Args:
+        study: a study file, or a mapping of the same shape.
+        recipe: what every arm begins with, in place of ``study.recipe``.
+        overrides: ``KEY=VALUE`` texts, as for ``--set``, laid over every run.
+        arms: only these, and what they need.
+        seeds: only these, and what they need.
+        jobs: in place of ``study.jobs``.
+        retry: also run what failed before.
+        dry_run: only say what would be done, in ``facts``.
+        minutes: begin no run after so long that could not be done by then, going by those that are done.
+        allow_code_execution: as for `wmtp.run`.
+
+    Raises:
+        ConfigError: the study or an arm is wrong, or no run has a metric that it names.
+        WMTPError: a record is damaged or cannot be written. A run that fails raises nothing: see `StudyResult.failed`.
+        KeyboardInterrupt: Ctrl-C; runs that were being trained have saved a checkpoint.
+    """
+    with lines_by_itself():
+        for name, texts in (("overrides", overrides), ("arms", arms)):
+            if isinstance(texts, str):
+                raise TypeError(f"{name}: a list of texts is wanted; write [{texts!r}]")
+        plan = make_plan(load_study(study), _as_list(recipe), overrides)
+        chosen = plan.chosen(arms, seeds)
+        if jobs is not None and jobs < 1:
+            raise ConfigError(f"--jobs: {jobs} is not at least 1")
+        allowed = allow_code_execution or code_execution_allowed()
+        for run in chosen:
+            require_consent(run.config.eval, allowed)
+        session = _Session(plan, chosen, jobs=jobs, retry=retry, minutes=minutes, allow_code_execution=allowed)
+        return session.outlook() if dry_run else session.go_on()
+
+
+def _as_list(recipe: ConfigSource | Sequence[ConfigSource] | None) -> list[ConfigSource]:
+    if recipe is None:
+        return []
+    return [recipe] if isinstance(recipe, str | os.PathLike | Mapping | Config) else list(recipe)
+
+
+class _Session:
+    """One call of `study`.
+
+    Args:
+        plan: of the whole study.
+        chosen: the runs that this call is about.
+        jobs: at once.
+        retry: whether what failed is run again.
+        minutes: see `study`.
+        allow_code_execution: see `study`.
+    """
+
+    def __init__(
+        self,
+        plan: StudyPlan,
+        chosen: Sequence[PlannedRun],
+        *,
+        jobs: int | None,
+        retry: bool,
+        minutes: float | None,
+        allow_code_execution: bool,
+    ) -> None:
+        self._plan, self._chosen, self._retry = plan, chosen, retry
+        self._jobs = jobs or plan.file.config.study.jobs
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._allow_code_execution = allow_code_execution
+        self._records: dict[str, RunRecord] = {}
+        self._failed: dict[str, str] = {}
+        self._total = 0
+        self._ended = 0
+
+    # --- what is there
+
+    def _read(self) -> list[PlannedRun]:
+        """Read the records, and find the runs that are to be done now."""
+        folder = self._plan.folder
+        found = read_records(folder)
+        self._records, left_behind = of_plan(found, self._plan.runs)
+        if left_behind:
+            names = ", ".join(record.name for record in left_behind)
+            logger.info("the study was edited: %d finished runs no longer count: %s", len(left_behind), names)
+            if self._records:
+                logger.info("%d runs still count", len(self._records))
+        for run in self._plan.runs:  # finished, and stopped before that was recorded
+            if run.name not in self._records and (record := record_of(run, folder / "runs" / run.name)) is not None:
+                self._records[run.name] = record
+        self._failed = {
+            record.name: record.error or "failed"
+            for record in self._records.values()
+            if not record.counts and not (self._retry and any(record.name == run.name for run in self._chosen))
+        }
+        return self._to_do()
+
+    def _is_done(self, name: str) -> bool:
+        return name in self._records and self._records[name].counts
+
+    def _to_do(self) -> list[PlannedRun]:
+        """Find the runs that are not done, and those whose models such runs need and that are not there."""
+        todo = {run.name for run in self._chosen if run.name not in self._failed and not self._is_done(run.name)}
+        for run in reversed(self._plan.runs):
+            if run.name in todo:
+                todo |= {name for name in run.needs if name not in self._failed and not self._has_model(name)}
+        return [run for run in self._plan.runs if run.name in todo]
+
+    def _has_model(self, name: str) -> bool:
+        return (self._plan.folder / "runs" / name / "model").is_dir()
+
+    def outlook(self) -> StudyResult:
+        """Say what would be done."""
+        todo = self._read()
+        table = make_table(self._plan, self._records)
+        return self._result(table, [run.name for run in todo], self._facts(todo))
+
+    def _facts(self, todo: Sequence[PlannedRun]) -> dict[str, str]:
+        done = sum(record.counts for record in self._records.values())
+        tokens = [_tokens(run) for run in todo]
+        known = [count for count in tokens if count is not None]
+        facts = {
+            "study": str(self._plan.folder),
+            "arms": f"{len(self._plan.arms)}: {', '.join(arm.name for arm in self._plan.arms)}",
+            "runs": f"{len(self._plan.runs)}; {done} done, {len(self._failed)} failed, {len(todo)} to do, {self._jobs} at once",
+            "tokens": f"at most {sum(known):,}" if len(known) == len(tokens) else "not known before the data is read",
+        }
+        expected = [seconds for run in todo if (seconds := self._expected(run)) is not None]
+        if todo and len(expected) == len(todo):
+            facts["time"] = f"{sum(expected) / 3600 / self._jobs:.2f} hours, going by the runs that are done"
+        outlooks = {memory_outlook(run.config)[0] for run in self._plan.runs}
+        facts["memory"] = " | ".join(sorted(outlooks)) if len(outlooks) <= 3 else max(outlooks, key=len)
+        comparisons = [f"{arm.name} − {other.name} in {metric}" for arm, other, metric in self._plan.comparisons]
+        facts["comparisons"] = "; ".join(comparisons) or "none is named: all are exploratory"
+        if max(len(arm.seeds) for arm in self._plan.arms if arm.compared) == 1:
+            facts["intervals"] = "none: every arm has one seed"
+        return facts
+
+    def _expected(self, run: PlannedRun) -> float | None:
+        """Seconds that a run will take: as long as the runs of its arm took, else as the longest of all."""
+        times = {name: one.seconds for name, one in self._records.items() if one.counts and one.seconds}
+        own = [seconds for name, seconds in times.items() if self._records[name].arm == run.arm]
+        return max(own or times.values(), default=None)
+
+    # --- what is done
+
+    def go_on(self) -> StudyResult:
+        """Train, record and compare."""
+        folder = self._plan.folder
+        try:
+            for name in ("runs", "configs", "logs", "record"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"study.output_dir: cannot write to {folder}: {error.strerror or error}") from None
+        with _locked(folder):
+            todo = self._read()
+            for run in todo:
+                if self._is_lost(run):
+                    remove_record(folder, run.name)
+            for record in self._records.values():
+                write_record(folder, record)
+            counting = sum(record.counts for record in self._records.values())
+            logger.info("%s: %d runs, %d done, %d to do", folder, len(self._plan.runs), counting, len(todo))
+            self._total = len(todo)
+            try:
+                if todo:
+                    self._train(todo)
+            except KeyboardInterrupt:
+                self._finish()
+                raise
+            for run in self._plan.runs:
+                self._tidy(run.name)
+            return self._finish()
+
+    def _is_lost(self, run: PlannedRun) -> bool:
+        """Forget a run that has to be done again, though it was done or failed."""
+        if (record := self._records.get(run.name)) is None:
+            return False
+        if record.counts:
+            logger.info("%s is trained again: others need its model, which is not here", run.name)
+            shutil.rmtree(self._plan.folder / "runs" / run.name, ignore_errors=True)
+        del self._records[run.name]
+        return True
+
+    def _train(self, todo: Sequence[PlannedRun]) -> None:
+        Pool(
+            todo,
+            failed=self._failed,
+            job=self._job,
+            environments=_environments(min(self._jobs, len(todo))),
+            done=self._done,
+            may_begin=self._may_begin,
+        ).run()
+
+    def _job(self, run: PlannedRun) -> dict[str, Any]:
+        folder = self._plan.folder
+        config = folder / "configs" / f"{run.name}.toml"
+        config.write_text(dump_config(run.config), encoding="utf-8")
+        return {
+            "config": str(config),
+            "log": str(folder / "logs" / f"{run.name}.log"),
+            "argv": sys.argv,
+            "allow_code_execution": self._allow_code_execution,
+        }
+
+    def _may_begin(self, run: PlannedRun) -> bool:
+        if self._end is None or time.monotonic() + (self._expected(run) or 0.0) <= self._end:
+            return True
+        logger.info("--minutes are over: %s and what follows is left; the same command goes on", run.name)
+        return False
+
+    def _done(self, outcome: Outcome) -> bool:
+        """Record how a run ended; called by one thread at a time."""
+        run, folder = outcome.run, self._plan.folder
+        log = folder / "logs" / f"{run.name}.log"
+        if outcome.status == "interrupted":
+            logger.info("%s was interrupted", run.name)
+            return False
+        self._ended += 1
+        counter = f"{self._ended}/{self._total}"
+        if outcome.is_good:
+            record = record_of(run, folder / "runs" / run.name, seconds=outcome.seconds)
+            if record is None:
+                outcome = Outcome(run=run, status="failed", error=f"it left no result; see {log}", seconds=outcome.seconds)
+            else:
+                self._records[run.name] = record
+                write_record(folder, record)
+                main = next((name for name in make_table(self._plan, self._records).metrics if name in record.metrics), None)
+                shown = "" if main is None else f", {main} {record.metrics[main]:.4g}"
+                logger.info("%s %s: %s in %.0f s%s", counter, run.name, outcome.status, outcome.seconds, shown)
+                for name in run.needs:
+                    self._tidy(name)
+                self._tidy(run.name)
+                return True
+        self._failed[run.name] = outcome.error or "failed"
+        if outcome.status == "failed":
+            self._records[run.name] = record_failure(run, outcome.error or "failed", outcome.seconds)
+            write_record(folder, self._records[run.name])
+        logger.warning("%s %s: %s: %s; its log: %s", counter, run.name, outcome.status, outcome.error, log)
+        return True
+
+    def _tidy(self, name: str) -> None:
+        """Remove the model of a finished run that no other needs any more, where the study says so."""
+        record = self._records.get(name)
+        if self._plan.file.config.study.keep_models or record is None or not record.counts:
+            return
+        if any(name in run.needs and not self._is_done(run.name) for run in self._plan.runs):
+            return
+        for part in ("model", "checkpoints"):
+            shutil.rmtree(self._plan.folder / "runs" / name / part, ignore_errors=True)
+
+    def _finish(self) -> StudyResult:
+        from wmtp.reporting.study import write_study_report
+
+        left = [run.name for run in self._chosen if run.name not in self._failed and not self._is_done(run.name)]
+        counting = {name: record for name, record in self._records.items() if record.counts}
+        table = make_table(self._plan, counting)
+        result = self._result(table, left, {})
+        result.to_csv(self._plan.folder / "table.csv")
+        if counting:
+            write_study_report(self._plan, table, counting, self._plan.folder / "report.html")
+        return result
+
+    def _result(self, table: StudyTable, left: Sequence[str], facts: Mapping[str, str]) -> StudyResult:
+        return StudyResult(
+            folder=self._plan.folder,
+            table=table,
+            finished={name: record for name, record in self._records.items() if record.counts},
+            failed=dict(self._failed),
+            left=tuple(left),
+            facts=facts,
+        )
+
+
+def _tokens(run: PlannedRun) -> int | None:
+    """Tokens of a run at most; None where the data decides."""
+    steps, data = run.config.train.max_steps, run.config.data.train
+    return None if steps is None else steps * data.batch_size * data.max_length
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with FileLock(folder / ".lock") as lock:
+        if not lock.acquire(wait=False):
+            raise ConfigError(f"{folder}: another process works on this study; wait for it, or give the study another name")
+        yield
+
+
+def _environments(jobs: int) -> list[dict[str, str]]:
+    """Give each of several processes a GPU, or its share of the cores."""
+    if jobs == 1:
+        return [{}]
+    from wmtp.devices import count_devices, pick_device
+
+    devices = count_devices(pick_device("auto"))
+    cores = max(1, (os.cpu_count() or 1) // jobs)
+    if not devices:
+        return [{} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cores)} for _ in range(jobs)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = visible if len(visible) == devices and all(visible) else [str(number) for number in range(devices)]
+    return [{"CUDA_VISIBLE_DEVICES": names[slot % devices]} for slot in range(jobs)]

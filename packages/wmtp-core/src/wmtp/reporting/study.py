@@ -1,0 +1,99 @@
+"""Page of a study, made from the records of its runs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from attrs import asdict
+
+from wmtp.errors import WMTPError
+from wmtp.reporting.page import html_page
+from wmtp.runs.directory import replace_text
+from wmtp.studies.plan import StudyPlan
+from wmtp.studies.record import RunRecord
+from wmtp.studies.table import StudyTable
+
+__all__ = ["write_study_report"]
+
+_SCRIPTS: Final = ("dom.js", "svg.js", "texts.js", "study.js")
+#: keys of a config that differ between the runs of one arm, or say nothing of what is computed
+_OWN: Final = ("run.", "tracker.", "data.cache_dir", "checkpoints.", "report.", "storage.", "launcher.")
+
+
+def write_study_report(plan: StudyPlan, table: StudyTable, records: Mapping[str, RunRecord], path: Path) -> None:
+    """Write the page of a study.
+
+    Args:
+        plan: of the study.
+        table: what was found.
+        records: of the runs that count, by name.
+        path: the file.
+
+    Raises:
+        WMTPError: it cannot be written.
+    """
+    name = plan.file.config.study.name
+    try:
+        replace_text(path, html_page(name, _data(plan, table, list(records.values())), _SCRIPTS, ("report.css", "study.css")))
+    except OSError as error:
+        raise WMTPError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _data(plan: StudyPlan, table: StudyTable, records: Sequence[RunRecord]) -> dict[str, Any]:
+    arms = [arm.name for arm in plan.arms if arm.compared]
+    shown = [record for record in records if record.arm in arms]
+    headline = table.headline
+    same, different = _configs(arms, shown)
+    return {
+        "name": plan.file.config.study.name,
+        "arms": arms,
+        "baseline": plan.baseline,
+        "sentence": table.sentence(),
+        "headline": None if headline is None else asdict(headline),
+        "rows": [asdict(row) for row in table.rows],
+        "metrics": list(table.metrics),
+        "notes": list(table.notes),
+        "seeds": list(table.seeds),
+        "same": same,
+        "different": different,
+        "facts": _facts(shown),
+        "runs": [
+            {
+                "arm": record.arm,
+                "seed": record.seed,
+                "curves": record.page.get("curves", {}),
+                "samples": record.page.get("samples", []),
+            }
+            for record in shown
+        ],
+    }
+
+
+def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
+    devices = sorted({record.device for record in records if record.device})
+    versions = sorted({f"{name} {version}" for record in records for name, version in record.versions.items()})
+    return {
+        "runs": f"{len(records):,}",
+        "tokens read": f"{round(sum(record.tokens for record in records)):,}",
+        "time": f"{sum(record.seconds for record in records) / 60:,.1f} minutes of one process",
+        "device": ", ".join(devices),
+        "versions": ", ".join(versions),
+    }
+
+
+def _configs(arms: Sequence[str], records: Sequence[RunRecord]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Divide the keys of the configs into those that are the same in all arms, and the others with their value by arm."""
+    by_arm: dict[str, Mapping[str, str]] = {}
+    for record in records:
+        by_arm.setdefault(record.arm, record.page.get("config", {}))
+    keys = [key for key in dict.fromkeys(key for config in by_arm.values() for key in config) if not key.startswith(_OWN)]
+    same, different = {}, {}
+    for key in keys:
+        values = {arm: by_arm[arm].get(key, "–") for arm in arms if arm in by_arm}
+        if len(set(values.values())) == 1:
+            same[key] = next(iter(values.values()))
+        else:
+            different[key] = values
+    return same, different

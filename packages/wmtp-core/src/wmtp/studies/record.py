@@ -1,0 +1,122 @@
+"""Small files, one for each run that has ended: enough for tables, the page, and to go on elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from attrs import asdict, field, frozen
+
+from wmtp.errors import WMTPError
+from wmtp.json_files import read_json_object
+from wmtp.runs.directory import replace_text
+from wmtp.studies.plan import PlannedRun
+
+__all__ = ["FAILED", "RunRecord", "of_plan", "read_records", "remove_record", "write_record"]
+
+#: status of a run that ended with an error
+FAILED: Final = "failed"
+
+
+@frozen(kw_only=True)
+class RunRecord:
+    """Numbers, curves and texts of a run, without its weights.
+
+    Args:
+        name: of its directory.
+        arm: name of its arm.
+        seed: its seed.
+        key: see `wmtp.studies.plan.PlannedRun`.
+        status: ``finished``, ``stopped`` by early stopping, or ``failed``.
+        error: why it failed.
+        steps: optimizer steps done.
+        tokens: that were read in them.
+        seconds: from start to end, over all resumes.
+        metrics: the last value of every metric.
+        data: digests of the training and the evaluation data.
+        versions: of what decides the result.
+        device: what it was trained on.
+        page: what `wmtp.reporting` shows of it.
+    """
+
+    name: str
+    arm: str
+    seed: int
+    key: str
+    status: str
+    error: str | None = None
+    steps: int = 0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    metrics: Mapping[str, float] = field(factory=dict)
+    data: Mapping[str, str | None] = field(factory=dict)
+    versions: Mapping[str, str] = field(factory=dict)
+    device: str | None = None
+    page: Mapping[str, Any] = field(factory=dict)
+
+    @property
+    def counts(self) -> bool:
+        """True for a run that came to an end and can be compared."""
+        return self.status != FAILED
+
+    def matches(self, run: PlannedRun) -> bool:
+        """Tell whether this is what a planned run would compute."""
+        return self.key == run.key
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Write the record of a run, in place of an earlier one.
+
+    Raises:
+        WMTPError: it cannot be written.
+    """
+    path = _path(folder, record.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(_finite(asdict(record)), separators=(",", ":"), default=str) + "\n")
+    except OSError as error:
+        raise WMTPError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def remove_record(folder: Path, name: str) -> None:
+    """Forget how a run ended: it will be run again."""
+    _path(folder, name).unlink(missing_ok=True)
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / "record" / f"{name}.json"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, Mapping):
+        return {key: _finite(element) for key, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_records(folder: Path) -> dict[str, RunRecord]:
+    """Read the records of a study, by name of the run.
+
+    Raises:
+        WMTPError: a file is damaged; the message names it.
+    """
+    found: dict[str, RunRecord] = {}
+    for path in sorted((folder / "record").glob("*.json")):
+        values = read_json_object(path)
+        try:
+            found[path.stem] = RunRecord(**values)
+        except TypeError as error:
+            raise WMTPError(f"{path}: is no record of a run ({error}); remove it, and the run is done again") from None
+    return found
+
+
+def of_plan(records: Mapping[str, RunRecord], runs: Iterable[PlannedRun]) -> tuple[dict[str, RunRecord], Sequence[RunRecord]]:
+    """Divide records into those of planned runs, and those that no longer count since the study was edited."""
+    planned = {run.name: run for run in runs}
+    counted = {name: one for name, one in records.items() if name in planned and one.matches(planned[name])}
+    return counted, [one for name, one in records.items() if name not in counted]

@@ -1,0 +1,235 @@
+"""Table of a study: mean and spread of each arm, and paired differences with their intervals."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any, Final
+
+from attrs import asdict, evolve, frozen
+
+from wmtp.errors import ConfigError
+from wmtp.spelling import did_you_mean
+from wmtp.studies.plan import Arm, StudyPlan
+from wmtp.studies.record import RunRecord
+from wmtp.studies.statistics import holm, paired_difference
+
+__all__ = ["Row", "StudyTable", "as_dicts", "make_table"]
+
+_LEVEL: Final = 0.05
+_LOWER_IS_BETTER: Final = re.compile(r"(^|/)(loss|perplexity)(/|$)")
+_HIGHER_IS_BETTER: Final = re.compile(r"(^|/)(token-accuracy|pass-at-k|pass@\d+|accepted)")
+
+
+@frozen(kw_only=True)
+class Row:
+    """One arm and one metric.
+
+    Args:
+        metric: its name.
+        arm: name of the arm.
+        n: runs.
+        mean: over the runs.
+        sd: standard deviation; None for one run.
+        to: the arm that it is compared to; None for the baseline itself.
+        difference: mean of this arm minus the other, over seeds that both have.
+        low: lower end of the 95 % interval of the difference, by Student's t over seeds; None for one seed.
+        high: its upper end.
+        p: two-sided; of a named comparison corrected by Holm.
+        pairs: seeds that both arms have.
+        kind: ``named`` before the result was known, ``exploratory``, or ``baseline``.
+        verdict: in words.
+    """
+
+    metric: str
+    arm: str
+    n: int
+    mean: float
+    sd: float | None
+    to: str | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    pairs: int = 0
+    kind: str = "baseline"
+    verdict: str = ""
+
+
+@frozen(kw_only=True)
+class StudyTable:
+    """Findings of a study.
+
+    Args:
+        rows: by metric, then by arm.
+        metrics: in order; the first one is the study's main one.
+        notes: what makes runs hard to compare, one line each.
+        seeds: of the runs that count.
+    """
+
+    rows: Sequence[Row]
+    metrics: Sequence[str]
+    notes: Sequence[str]
+    seeds: Sequence[int]
+
+    @property
+    def headline(self) -> Row | None:
+        """Comparison to open with: the first that was named, else the largest of the main metric."""
+        named = [row for row in self.rows if row.kind == "named"]
+        if named:
+            return named[0]
+        others = [row for row in self.rows if row.metric in self.metrics[:1] and row.difference is not None]
+        return max(others, key=lambda row: abs(row.difference or 0.0), default=None)
+
+    def sentence(self) -> str:
+        """Say the headline in words."""
+        row = self.headline
+        if row is None or row.difference is None:
+            return "No two arms have a finished run with the same seed yet, so there is nothing to compare."
+        if row.low is None or row.high is None:
+            return (
+                f"{row.arm} − {row.to} in {row.metric}: {row.difference:+.4g}, from one seed: no interval, so nothing can be"
+                " said of chance."
+            )
+        return (
+            f"{row.arm} − {row.to} in {row.metric}: {row.difference:+.4g} (95 % interval {row.low:+.4g} to {row.high:+.4g},"
+            f" {row.pairs} seeds): {row.verdict}."
+        )
+
+
+def make_table(plan: StudyPlan, records: Mapping[str, RunRecord]) -> StudyTable:
+    """Compare the arms of a study.
+
+    Args:
+        plan: of the study.
+        records: of its runs, by name.
+
+    Raises:
+        ConfigError: every arm has a run that has ended, and none has a metric that the study names.
+    """
+    arms = [arm for arm in plan.arms if arm.compared]
+    known = {run.name for run in plan.runs}
+    found: dict[str, dict[int, RunRecord]] = {arm.name: {} for arm in arms}
+    for record in records.values():
+        if record.counts and record.name in known and record.arm in found:
+            found[record.arm][record.seed] = record
+    ended = [record for runs in found.values() for record in runs.values()]
+    metrics = _metrics(plan, ended, every_arm=all(found.values()))
+    rows = [row for metric in metrics for row in _rows(plan, arms, found, metric)]
+    named = [row for row in rows if row.kind == "named" and row.p is not None]
+    corrected = dict(zip(map(id, named), holm([row.p or 0.0 for row in named]), strict=True))
+    rows = [evolve(row, p=corrected[id(row)]) if id(row) in corrected else row for row in rows]
+    rows = [evolve(row, verdict=_verdict(row)) for row in rows]
+    seeds = sorted({seed for runs in found.values() for seed in runs})
+    return StudyTable(rows=rows, metrics=metrics, notes=_notes(plan, arms, found), seeds=seeds)
+
+
+def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) -> list[str]:
+    there = list(dict.fromkeys(name for record in records for name in record.metrics))
+    wanted = [*plan.file.config.study.metrics, *(metric for _, _, metric in plan.comparisons)]
+    if not wanted:
+        wanted = ["eval/loss/head_1", "eval/loss", "eval/loss/*", "*/head_*", "pass*"]
+    chosen: dict[str, None] = {}
+    for pattern in wanted:
+        matching = [name for name in there if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+        if not matching and every_arm and pattern in plan.file.config.study.metrics:
+            hint = did_you_mean(pattern, there)
+            place = plan.file.document.source(("study", "metrics"))
+            where = place.where(("study", "metrics")) if place is not None else None
+            some = ", ".join(name for name in there if name.startswith("eval/"))
+            message = f"study.metrics: no run has {pattern!r}; {hint or f'there is {some}'}"
+            raise ConfigError(f"{where}: {message}" if where else message)
+        chosen |= dict.fromkeys(matching)
+    default = not plan.file.config.study.metrics
+    return [name for name in chosen if not (default and not _is_measured(name))]
+
+
+def _is_measured(name: str) -> bool:
+    """Leave out what was measured while training, unless it is asked for."""
+    return name.startswith("eval/loss") or not name.startswith(("loss", "eval/", "weight", "grad"))
+
+
+def _rows(plan: StudyPlan, arms: Sequence[Arm], found: Mapping[str, Mapping[int, RunRecord]], metric: str) -> list[Row]:
+    values = {
+        arm.name: {seed: run.metrics[metric] for seed, run in found[arm.name].items() if run.metrics.get(metric) is not None}
+        for arm in arms
+    }
+    named = [(arm.name, to.name) for arm, to, name in plan.comparisons if name == metric]
+    rows = []
+    for arm in arms:
+        own = values[arm.name]
+        if not own:
+            continue
+        spread = stdev(own.values()) if len(own) > 1 else None
+        row = Row(metric=metric, arm=arm.name, n=len(own), mean=fmean(own.values()), sd=spread)
+        baseline = plan.baseline_of(arm)
+        others = [(to, "named") for name, to in named if name == arm.name]
+        if baseline is not None and baseline.name not in [arm.name, *(to for to, _ in others)]:
+            others.append((baseline.name, "exploratory"))
+        compared = [_compared(row, own, values[to], to, kind) for to, kind in others]
+        rows += compared or [row]
+    return rows
+
+
+def _compared(row: Row, own: Mapping[int, float], other: Mapping[int, float], to: str, kind: str) -> Row:
+    seeds = [seed for seed in own if seed in other]
+    if not seeds:
+        return evolve(row, to=to, kind=kind)
+    found = paired_difference([own[seed] for seed in seeds], [other[seed] for seed in seeds])
+    return evolve(row, to=to, kind=kind, difference=found.mean, low=found.low, high=found.high, p=found.p, pairs=found.n)
+
+
+def _verdict(row: Row) -> str:
+    if row.kind == "baseline":
+        return ""
+    if row.difference is None:
+        return "no seed in common"
+    if row.low is None or row.high is None:
+        return "one seed: no interval"
+    if row.low <= 0 <= row.high:
+        return "no difference seen"
+    if row.kind == "named" and row.p is not None and row.p >= _LEVEL:
+        return "no difference seen after correction"
+    word = "lower" if row.difference < 0 else "higher"
+    if _LOWER_IS_BETTER.search(row.metric):
+        word += ", better" if row.difference < 0 else ", worse"
+    elif _HIGHER_IS_BETTER.search(row.metric):
+        word += ", worse" if row.difference < 0 else ", better"
+    return word if row.kind == "named" else f"{word} (exploratory)"
+
+
+def _notes(plan: StudyPlan, arms: Sequence[Arm], found: Mapping[str, Mapping[int, RunRecord]]) -> list[str]:
+    """Say what else differs between runs that are compared."""
+    facts = {
+        "optimizer steps": lambda run: run.steps,
+        "tokens read": lambda run: round(run.tokens),
+        "training data": lambda run: run.data.get("train"),
+        "evaluation data": lambda run: run.data.get("eval"),
+        "device": lambda run: run.device,
+        "versions": lambda run: tuple(sorted(run.versions.items())),
+    }
+    notes = []
+    for arm in arms:
+        baseline = plan.baseline_of(arm)
+        if baseline is None or baseline.name == arm.name:
+            continue
+        pairs = [(run, found[baseline.name].get(seed)) for seed, run in found[arm.name].items()]
+        for fact, read in facts.items():
+            seeds = [run.seed for run, other in pairs if other is not None and read(run) != read(other)]
+            if not seeds:
+                continue
+            run, other = next((run, other) for run, other in pairs if other is not None and run.seed == seeds[0])
+            shown = f": {read(run):,} and {read(other):,}" if isinstance(read(run), int) else ""
+            notes.append(f"{arm.name} and {baseline.name} differ in {fact}{shown} (seed {', '.join(map(str, seeds))})")
+    missing = {arm.name: [seed for seed in arm.seeds if seed not in found[arm.name]] for arm in arms}
+    notes += [f"{name} has no finished run with seed {', '.join(map(str, s))}" for name, s in missing.items() if s]
+    if arms and max(len(arm.seeds) for arm in arms) == 1:
+        notes.append("every arm has one seed: nothing can be said of chance, so there is no interval; add to study.seeds")
+    return notes
+
+
+def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows as plain mappings, in the order of their fields."""
+    return [asdict(row) for row in rows]

@@ -1,0 +1,250 @@
+"""A study from the first run to the last, with workers that only pretend to train, so that everything can go wrong quickly."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import tomli_w
+from test_studies_plan import RECIPE
+
+from wmtp import study
+from wmtp.actions import study_pool
+from wmtp.cli import main
+from wmtp.errors import ConfigError
+
+# What a run is to do is asked of a file with the name of its arm: fail, kill (its own process), hang.
+WORKER = """
+import json, os, signal, sys, time, tomli
+for line in sys.stdin:
+    job = json.loads(line)
+    config = tomli.loads(open(job["config"]).read())
+    run, seed = os.path.join(config["run"]["output_dir"], config["run"]["name"]), config["run"]["seed"]
+    arm = config["run"]["name"].rpartition("-seed")[0]
+    todo = open(arm).read() if os.path.exists(arm) else ""
+    with open("trained", "a") as file:
+        file.write(arm + str(seed) + chr(10))
+    if todo == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    answer = {"status": "failed", "error": "the loss became infinite"}
+    try:
+        if todo == "hang":
+            open("hangs", "w").close()
+            time.sleep(60)
+        if todo != "fail":
+            if "ref" in config["models"]:
+                assert os.path.isdir(config["models"]["ref"]["uri"])
+            os.makedirs(run + "/model", exist_ok=True)
+            open(run + "/config.toml", "w").write(open(job["config"]).read())
+            facts = {"status": "finished", "data": {"train": "t", "eval": "e" + str(seed)}, "device": "cpu", "seed": seed}
+            json.dump(facts, open(run + "/run.json", "w"))
+            value = {"baseline": 3.0, "rho1": 2.0, "reference": 1.0}[arm] + seed / 100 * (1 if arm == "rho1" else 2)
+            line = {"step": 4, "stage": "train", "loss": value, "eval/loss": value, "tokens": 100.0}
+            open(run + "/metrics.jsonl", "w").write(json.dumps(line) + chr(10))
+            answer = {"status": "finished", "error": None}
+    except KeyboardInterrupt:
+        answer = {"status": "interrupted", "error": None}
+    print(json.dumps(answer), flush=True)
+    if answer["status"] != "finished":
+        sys.exit()
+"""
+
+STUDY = {
+    "study": {
+        "name": "small",
+        "recipe": "recipe.toml",
+        "seeds": [0, 1, 2],
+        "baseline": "baseline",
+        "metrics": ["eval/loss"],
+        "keep_models": False,
+    },
+    "arms": {
+        "reference": {"seeds": [7], "compared": False},
+        "baseline": {},
+        "rho1": {"set": {"trainer": {"type": "rho1-wmtp"}, "models": {"ref": {"type": "hf", "uri": "${arm:reference}"}}}},
+    },
+    "comparisons": [{"arm": "rho1"}],
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = json.dumps({"prompt": "def f():", "completion": " return 1"})
+    (tmp_path / "code.jsonl").write_text(f"{line}\n")
+    (tmp_path / "recipe.toml").write_text(
+        tomli_w.dumps(RECIPE | {"datasets": {"code": {"type": "jsonl", "uri": "code.jsonl"}}})
+    )
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(STUDY))
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(study_pool, "_WORKER", (str(tmp_path / "worker.py"),))
+    yield tmp_path
+    logging.getLogger("wmtp").handlers.clear()  # of `main`, which write to a stream that is closed now
+
+
+def trained(folder):
+    """Names what was trained since this was asked last."""
+    path = folder / "trained"
+    found = path.read_text().split() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return found
+
+
+ALL = ["reference7", "baseline0", "rho10", "baseline1", "rho11", "baseline2", "rho12"]
+
+
+def test_everything_is_trained_once_compared_and_skipped_afterwards(folder, capsys):
+    assert main(["study", "study.toml"]) == 0
+    assert trained(folder) == ALL
+    out = capsys.readouterr().out
+    assert "rho1 − baseline in eval/loss: -1.01 (95 % interval" in out
+    assert "lower, better" in out
+    models = [path.name for path in (folder / "studies/small/runs").glob("*/model")]
+    assert models == []  # keep_models = false
+    assert (folder / "studies/small/report.html").is_file()
+    assert (folder / "studies/small/table.csv").read_text().startswith("metric,arm,n,mean,sd,to,difference,low,high,p")
+
+    again = study("study.toml")
+    assert trained(folder) == []
+    assert len(again) == 2
+    assert len(again.finished) == 7
+    assert (again.failed, list(again.left)) == ({}, [])
+
+
+def test_a_fresh_machine_goes_on_from_the_record_alone(folder):
+    study("study.toml", seeds=[0, 1])
+    trained(folder)
+    shutil.rmtree(folder / "studies/small/runs")
+    assert study("study.toml", dry_run=True).facts["runs"] == "7; 5 done, 0 failed, 3 to do, 1 at once"
+    found = study("study.toml")
+    assert trained(folder) == ["reference7", "baseline2", "rho12"]  # the reference's weights were not in the record
+    assert [row["n"] for row in found.rows] == [3, 3]
+    size = sum(path.stat().st_size for path in (folder / "studies/small/record").iterdir())
+    assert size < 100_000
+
+
+def test_a_failure_is_one_runs_own_and_is_retried_on_request(folder, capsys):
+    (folder / "rho1").write_text("fail")
+    assert main(["study", "study.toml"]) == 1
+    assert trained(folder) == ALL
+    assert "rho1-seed1" in (errors := capsys.readouterr().err)
+    assert "the loss became infinite" in errors
+    (folder / "rho1").unlink()
+    assert main(["study", "study.toml"]) == 1
+    assert trained(folder) == []
+    assert main(["study", "study.toml", "--retry"]) == 0
+    assert trained(folder) == ["rho10", "rho11", "rho12"]  # the reference's model was kept for them
+
+
+def test_what_needs_a_failed_run_is_skipped_and_named(folder):
+    (folder / "reference").write_text("fail")
+    found = study("study.toml")
+    assert trained(folder) == ["reference7", "baseline0", "baseline1", "baseline2"]
+    assert len(found.failed) == 4
+    assert {reason.partition(",")[0] for name, reason in found.failed.items() if name.startswith("rho1")} == {
+        f"it needs {next(name for name in found.failed if name.startswith('reference'))}"
+    }
+    (folder / "reference").unlink()
+    assert not study("study.toml", retry=True).failed
+
+
+def test_a_process_that_dies_takes_one_run_with_it(folder):
+    (folder / "rho1").write_text("kill")
+    found = study("study.toml", seeds=[0], jobs=2)
+    assert list(found.failed.values()) == ["its process ended by signal SIGKILL, as the system does where memory runs out"]
+    assert len(found.finished) == 2
+
+
+def test_ctrl_c_waits_for_the_runs_and_begins_no_other(folder):
+    (folder / "rho1").write_text("hang")
+    script = folder / "go.py"
+    script.write_text(
+        "import sys\nfrom wmtp.actions import study_pool\nfrom wmtp.cli import main\n"
+        f"study_pool._WORKER = ({str(folder / 'worker.py')!r},)\nsys.exit(main(['study', 'study.toml']))\n"
+    )
+    process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (folder / "hangs").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors
+    assert trained(folder) == ["reference7", "baseline0", "rho10"]
+    (folder / "rho1").unlink()
+    study("study.toml")
+    assert trained(folder) == ["rho10", "baseline1", "rho11", "baseline2", "rho12"]
+
+
+def test_runs_of_an_edited_arm_no_longer_count_and_that_is_said(folder, capsys):
+    study("study.toml", seeds=[0, 1])
+    trained(folder)
+    edited = json.loads(json.dumps(STUDY))
+    edited["arms"]["rho1"]["set"]["trainer"]["mode"] = "token-skip"
+    (folder / "study.toml").write_text(tomli_w.dumps(edited))
+    capsys.readouterr()
+    main(["study", "study.toml"])
+    said = capsys.readouterr().err
+    assert "the study was edited: 2 finished runs no longer count: rho1-seed0-" in said
+    assert "3 runs still count" in said
+    assert trained(folder) == ["rho10", "rho11", "baseline2", "rho12"]
+
+
+def test_a_metric_that_no_run_has_is_an_error_with_its_line(folder):
+    (folder / "study.toml").write_text(tomli_w.dumps({**STUDY, "study": {**STUDY["study"], "metrics": ["eval/los"]}}))
+    with pytest.raises(ConfigError, match=r"study.toml:\d+: study.metrics: no run has 'eval/los'; did you mean 'eval/loss'\?"):
+        study("study.toml", seeds=[0])
+
+
+def test_one_seed_has_no_interval_and_that_is_said(folder):
+    one = {**STUDY, "study": {**STUDY["study"], "seeds": [0]}}
+    found = study(one, recipe="recipe.toml")
+    assert found.table.sentence().endswith("from one seed: no interval, so nothing can be said of chance.")
+    assert [row["verdict"] for row in found.rows] == ["", "one seed: no interval"]
+    assert any(note.startswith("every arm has one seed") for note in found.table.notes)
+
+
+def test_time_that_is_over_begins_no_run(folder):
+    assert len(study("study.toml", minutes=0.0).left) == 7
+    assert trained(folder) == []
+
+
+def test_two_processes_do_not_work_on_one_study(folder):
+    (folder / "baseline").write_text("hang")
+    first = threading.Thread(target=lambda: study("study.toml", seeds=[0]), daemon=True)
+    first.start()
+    while not (folder / "hangs").exists():
+        time.sleep(0.02)
+    with pytest.raises(ConfigError, match="another process works on this study"):
+        study("study.toml")
+    os.system(f"kill {' '.join(str(p) for p in _workers(folder))}")
+    first.join(30)
+
+
+def _workers(folder):
+    done = subprocess.run(["pgrep", "-f", str(folder / "worker.py")], capture_output=True, text=True)
+    return done.stdout.split()
+
+
+def test_the_result_is_like_a_frame(folder, tmp_path):
+    found = study("study.toml", seeds=[0, 1])
+    assert found.to_csv() == (folder / "studies/small/table.csv").read_text()
+    assert [row["arm"] for row in found.rows] == [row.arm for row in found] == ["baseline", "rho1"]
+    assert "<table>" in found._repr_html_()
+    pandas = pytest.importorskip("pandas")
+    assert isinstance(found.to_pandas(), pandas.DataFrame)
+    assert found.to_pandas().set_index("arm").loc["rho1", "pairs"] == 2
+
+
+def test_a_damaged_record_is_named(folder):
+    study("study.toml", seeds=[0])
+    path = next((folder / "studies/small/record").glob("rho1*"))
+    path.write_text("{")
+    assert main(["study", "study.toml"]) == 1
