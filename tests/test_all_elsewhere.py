@@ -86,6 +86,7 @@ def model(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_a_recipe_with_everything_in_a_store(recipe, preloaded, here, tmp_path, capsys):
     """Begun on machine A, which is killed; finished on machine B, which has the recipe and credentials, nothing else."""
     for name in ("base%20model", "ref"):

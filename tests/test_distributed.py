@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from crossings import sampled
 
 HERE = Path(__file__).parent
 TWO = ("--set", "launcher.processes=2")
@@ -63,7 +64,7 @@ def assert_same_model(one, other):
             assert (tensor - right[name]).abs().max() < 1e-4, (file, name)
 
 
-@pytest.mark.parametrize("script", ["steps.py", "stages.py"])
+@pytest.mark.parametrize("script", sampled(["steps.py", "stages.py"], 2))
 def test_two_ranks_do_the_same_as_one(preloaded, script):
     """The same step, for every trainer, kind of head and strategy; and compiled layers follow from stage to stage."""
     env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
@@ -187,6 +188,7 @@ run_from_shell()
 """
 
 
+@pytest.mark.slow
 def test_two_machines_with_one_process_each_equal_one(recipe, wmtp, preloaded, tmp_path):
     names = _namespaces()
     if names is None:
@@ -266,6 +268,7 @@ def test_a_model_divided_by_one_learns_as_one_that_is_whole(recipe, wmtp, tmp_pa
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-6 if precision == "fp32" else 1e-3)
 
 
+@pytest.mark.slow
 def test_layers_that_were_frozen_at_first_learn_from_their_stage_on(recipe, wmtp, tmp_path):
     """They are gathered by an evaluation when the stage begins; and torch 2.11 gives a layer that is frozen no precision."""
     settings = ["train.max_steps=6", "models.base.heads.warmup_steps=3", "train.eval_interval=3"]
@@ -280,6 +283,7 @@ def test_layers_that_were_frozen_at_first_learn_from_their_stage_on(recipe, wmtp
                 assert left["loss"] == pytest.approx(right["loss"], rel=bound), name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_a_rank_that_hangs_is_named_and_ends_the_others(recipe, preloaded, tmp_path):
     process = preloaded.start(

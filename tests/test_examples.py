@@ -79,6 +79,7 @@ def test_quickstart(wmtp, tmp_path):
     assert sent == [record["loss/head_1"] for record in curve]
 
 
+@pytest.mark.slow
 def test_a_critic_on_the_standard_library_and_wrong_copies(wmtp, tmp_path):
     short = ["--json", "--set", "data.train.batch_size=4", "--set", "datasets.stdlib.of.max_functions=60"]
     first = [option.replace("stdlib.of", "stdlib") for option in short] + ["--set", "schedule.warmup_steps=0"]

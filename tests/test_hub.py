@@ -102,12 +102,14 @@ def test_a_run_is_pinned_to_the_commit_and_resumes_there_without_the_hub(hub, ru
     assert "models.base.uri" in other.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_one_commit(hub, run_wmtp, config, tmp_path):
     done = run_wmtp("run", config("hf://tiny/llama"), "--run-name", "two", "--set", "launcher.processes=2")
     assert done.returncode == 0, done.stderr
     assert "@" in snapshot(tmp_path / "runs/two")["models"]["base"]["uri"]
 
 
+@pytest.mark.slow
 def test_a_local_folder_of_that_name_stays_one(hub, run_wmtp, config, tmp_path, folder):
     (tmp_path / "cwd/tiny").mkdir()
     (tmp_path / "cwd/tiny/llama").symlink_to(folder)
@@ -167,6 +169,7 @@ def test_a_data_set_and_a_tokenizer_of_the_hub(hub, run_wmtp, config, tmp_path):
     assert uri == f"hf://datasets/org/data@{hub.refs['datasets/org/data']['main']}/train"
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_hubs_cache_and_a_name_on_the_command_line(hub, run_wmtp, config, tmp_path):
     done = run_wmtp("generate", "tiny/llama", "--prompt", "def", "--max-new-tokens", "2", "--json")
     assert done.returncode == 0, done.stderr
@@ -198,6 +201,7 @@ def test_checkpoints_are_not_kept_on_the_hub(run_wmtp, config):
     assert "checkpoints.uri: hf:// keeps no checkpoints" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_pushed_with_its_card_and_never_by_default(hub, run_wmtp, config, tmp_path):
     path = config("tiny/llama")
     assert run_wmtp("run", path, "--run-name", "a", HF_TOKEN=TOKEN).returncode == 0

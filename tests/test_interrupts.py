@@ -112,8 +112,10 @@ def test_ctrl_c_in_the_last_step_ends_the_loop_too(recipe, start, wmtp, tmp_path
     assert json.loads(resumed.stdout)["status"] == "finished", resumed.stderr
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "processes"),
+    sampled([(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2), (signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 2)], 3),
+)
 def test_exit_codes_of_the_command(recipe, start, tmp_path, number, code, processes):
     sets = [word for override in (*LONG, f"launcher.processes={processes}") for word in ("--set", override)]
     words = ("run", recipe, "--run-name", "x", "--json", *sets)
@@ -160,6 +162,7 @@ def test_the_second_ctrl_c_ends_at_once(recipe, start, tmp_path):
     assert not list((tmp_path / "runs/first/checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_the_second_ctrl_c_does_not_wait_for_a_tracker(recipe, start, tmp_path):
     stuck = "import time\nfrom wmtp.tracking.jsonl import Jsonl\nJsonl.finish = lambda *_: time.sleep(60)\n"
     process = start(code=stuck + SLOW + loop(recipe, LONG))
@@ -173,6 +176,7 @@ def test_the_second_ctrl_c_does_not_wait_for_a_tracker(recipe, start, tmp_path):
     assert process.returncode == -signal.SIGINT
 
 
+@pytest.mark.slow
 def test_the_second_ctrl_c_ends_all_processes(recipe, tmp_path):
     """The ranks are processes of other groups, which the terminal does not reach."""
     (tmp_path / "slow").mkdir()
@@ -211,7 +215,7 @@ def stops(*arguments, **options):
 {place} = stops
 """
 AT_THE_END = {"save": "run.save_model", "measure": "run.measure_model", "sample": "run.show_sample"}
-AT_EACH_END = sampled(product(AT_THE_END, (1, 2)), 3)
+AT_EACH_END = sampled(product(AT_THE_END, (1, 2)), 5)
 SHORT = ["train.max_steps=8", "schedule.type=constant", "checkpoints.save_interval=4"]
 
 
@@ -258,6 +262,7 @@ def test_sigterm_after_the_last_step_hands_the_result_back(recipe, tmp_path, pla
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_last_upload_is_waited_for(recipe, tmp_path, s3_server):
     variables, here = stopping(tmp_path, "CheckpointUpload.finish")
     uri = f"s3://{s3_server.bucket()}/run"
@@ -269,7 +274,7 @@ def test_ctrl_c_while_the_last_upload_is_waited_for(recipe, tmp_path, s3_server)
     assert out == "ended interrupted SIGINT True 8\n", err
 
 
-@pytest.mark.parametrize(("number", "processes"), sampled(product((signal.SIGINT, signal.SIGTERM), (1, 2)), 2))
+@pytest.mark.parametrize(("number", "processes"), sampled(product((signal.SIGINT, signal.SIGTERM), (1, 2)), 4))
 def test_a_signal_before_the_first_step_leaves_no_run(recipe, tmp_path, number, processes):
     """Neither a directory in which nothing was trained, nor a name that is taken."""
     variables, here = stopping(tmp_path, "run.place_model")
@@ -283,7 +288,7 @@ def test_a_signal_before_the_first_step_leaves_no_run(recipe, tmp_path, number, 
     assert not (tmp_path / "runs/x").exists()
 
 
-@pytest.mark.parametrize(("number", "processes"), sampled(product((signal.SIGINT, signal.SIGHUP, signal.SIGTERM), (1, 2)), 3))
+@pytest.mark.parametrize(("number", "processes"), sampled(product((signal.SIGINT, signal.SIGHUP, signal.SIGTERM), (1, 2)), 6))
 def test_a_signal_that_is_ignored_stays_so(recipe, tmp_path, number, processes):
     """As ``nohup`` has it, and a shell's ``&`` in a script."""
     sets = ["--set", "train.max_steps=60", "--set", f"launcher.processes={processes}"]
@@ -320,7 +325,7 @@ def finished(recipe, wmtp, tmp_path):
     return tmp_path / "runs/done"
 
 
-@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize("name", sampled(WORK, 4))
 def test_ctrl_c_ends_a_loop_over_other_long_work(finished, start, s3_server, tmp_path, monkeypatch, name):
     for key, value in s3_server.environment.items():
         monkeypatch.setenv(key, value)

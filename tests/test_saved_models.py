@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from crossings import sampled
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -101,12 +102,15 @@ def in_transformers(*folders: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("ends", "saved"),
-    [
-        (END, IM_END),  # the base ends elsewhere
-        ([END, EOT], [IM_END, END, EOT]),  # a chat model with several ends, and now one more
-        ([EOT, IM_END], [EOT, IM_END]),  # one of them is what is trained
-        (None, IM_END),
-    ],
+    sampled(
+        [
+            ([END, EOT], [IM_END, END, EOT]),  # a chat model with several ends, and now one more
+            (END, IM_END),  # the base ends elsewhere
+            ([EOT, IM_END], [EOT, IM_END]),  # one of them is what is trained
+            (None, IM_END),
+        ],
+        4,
+    ),
 )
 def test_transformers_stops_where_training_stopped(tmp_path: Path, ends: int | list[int] | None, saved: int | list[int]):
     write_base(tmp_path / "base", ends)
@@ -123,6 +127,7 @@ def test_transformers_stops_where_training_stopped(tmp_path: Path, ends: int | l
     assert wmtp.load_model(tmp_path / "exported").generate("one two", max_new_tokens=20).tokens[-1] == IM_END
 
 
+@pytest.mark.slow
 def test_without_a_begin_token_in_training_the_configs_keep_theirs(tmp_path: Path):
     write_base(tmp_path / "base", END, begin=None)
     (found,) = in_transformers(train(tmp_path) / "model")

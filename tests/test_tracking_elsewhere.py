@@ -57,6 +57,7 @@ def view(found, run):
     return facts, experiment, whole.data.params, whole.data.tags, histories, files
 
 
+@pytest.mark.slow
 def test_runs_of_several_machines_are_merged_and_survive_exactly(recipe, wmtp, place, tmp_path):
     """One goes on on another machine; a third of another experiment comes later; pulling twice changes nothing."""
     words = [

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from crossings import sampled
 from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
@@ -94,11 +95,7 @@ def assert_whole(folder, base):
 
 @pytest.mark.parametrize(
     "how",
-    [
-        (),
-        ("--set", 'devices.fsdp.strategy="grad-op"'),
-        ("--set", "launcher.processes=2"),
-    ],
+    sampled([((),), (("--set", 'devices.fsdp.strategy="grad-op"'),), (("--set", "launcher.processes=2"),)], 3),
 )
 def test_a_multimodal_base_is_whole_again_and_trains_again(on_base, multimodal, wmtp, tmp_path, how):
     (multimodal / "generation_config.json").write_text(

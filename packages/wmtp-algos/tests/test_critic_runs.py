@@ -4,11 +4,13 @@ import json
 import random
 import shutil
 from collections import defaultdict
+from itertools import product
 from typing import ClassVar
 
 import attrs
 import pytest
 import torch
+from crossings import sampled
 from safetensors.torch import load_file
 
 from wmtp import load_config, run
@@ -159,9 +161,10 @@ def test_a_control_of_the_critic_learns_no_other_documents(folder):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"critic": "model", "value_loss": "pairwise", "value_learns": True}], ids=["trunk", "model"]
+    ("options", "kept"),
+    sampled(product(({}, {"critic": "model", "value_loss": "pairwise", "value_learns": True}), (4, 8)), 3),
+    ids=["trunk-in-value", "trunk-in-train", "model-in-value", "model-in-train"],
 )
-@pytest.mark.parametrize("kept", [4, 8], ids=["in-value", "in-train"])
 def test_a_resume_in_either_stage_is_bit_for_bit(folder, options, kept):
     overrides = ["checkpoints.save_interval=4", "checkpoints.keep_last=0", "data.train.micro_batch_size=5"]
     if "critic" in options:

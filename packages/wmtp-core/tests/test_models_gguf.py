@@ -37,6 +37,7 @@ def test_info_of_the_folder(file: Path):
     assert (info.parameters, info.layers, info.hidden_size, info.vocab_size) == (134515008, 30, 576, 49152)
 
 
+@pytest.mark.slow
 def test_it_is_wrapped_saved_and_opened_again(loaded: LoadedModel, tmp_path: Path):
     ids = torch.tensor([[1, 4093, 198, 28, 5, 2]])
     with torch.no_grad():

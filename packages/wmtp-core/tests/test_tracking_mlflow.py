@@ -247,6 +247,7 @@ SCRIPT = """if True:
 """
 
 
+@pytest.mark.slow
 def test_runs_that_start_at_once_share_one_experiment_and_say_nothing(tmp_path):
     """Two processes make one new database. Nothing is printed, and nothing is left in the working folder."""
     (tmp_path / "cwd").mkdir()
@@ -346,6 +347,7 @@ def server(tmp_path_factory, empty_database):
     server.kill()
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_and_comes_back_loses_nothing(server, run, caplog):
     caplog.set_level(logging.INFO, "wmtp")
     tracker = MLflowTracker(tracking_uri=server.uri, log_artifacts=True).build()

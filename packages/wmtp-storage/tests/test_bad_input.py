@@ -58,6 +58,7 @@ def test_a_name_that_cannot_be_a_files(bucket, put, tmp_path):
     assert not (tmp_path / "out/good").exists()
 
 
+@pytest.mark.slow
 def test_names_that_only_look_dangerous(bucket, put, tmp_path):
     names = [
         "%2e%2e/x",

@@ -53,6 +53,7 @@ def test_memory_has_a_bound_whatever_the_sizes(s3, large, tmp_path, most, option
     assert peak < most + BESIDE
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_thousands_of_small_objects(s3, tmp_path):
     bucket = s3.bucket()

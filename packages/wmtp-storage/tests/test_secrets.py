@@ -10,14 +10,15 @@ import threading
 import traceback
 
 import pytest
+from crossings import sampled
 
 from wmtp.cli import main
 from wmtp.errors import WMTPError
 from wmtp.redaction import holds_credentials, redact
 from wmtp_storage import HTTPStorage
 
-#: more for a soak: raise it
-CASES = 160
+#: command lines a seed: more for a soak
+CASES = 20
 KEYS = ("X-Goog-Signature", "X-Amz-Signature", "X-Amz-Security-Token", "key", "auth", "password", "sig", "se", "q", "token", "")
 COMMANDS = ("fetch", "push", "check", "run", "eval", "report", "start", "export", "pull", "argv")
 
@@ -129,8 +130,9 @@ def leaks(canary, texts, folder):
     ]
 
 
-def test_no_command_shows_or_saves_a_canary(server, work, capfd, monkeypatch):
-    draw = random.Random(26)
+@pytest.mark.parametrize("seed", sampled(range(8), 8))
+def test_no_command_shows_or_saves_a_canary(server, work, capfd, monkeypatch, seed):
+    draw = random.Random(26 + seed)
     codes = []
     for number in range(CASES):
         canary = "".join(draw.choices(string.ascii_letters, k=14))
@@ -143,7 +145,7 @@ def test_no_command_shows_or_saves_a_canary(server, work, capfd, monkeypatch):
         codes.append(main(words))
         out, err = capfd.readouterr()
         assert not leaks(canary, [out, err], work), f"{number}: {words}\n{out}\n{err}"
-    assert {0, 1, 2} <= set(codes), "all of them ended alike"
+    assert len(set(codes)) > 1, "all of them ended alike"
 
 
 def test_no_exception_of_the_library_holds_a_canary(server, tmp_path, caplog):
