@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from transformers import (
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models import LoadedModel, MTPModel, build_model
+from wmtp.models.loaders.hf import HfLoader
+from wmtp.models.mtp import HEADS_CONFIG
 
 VOCAB = 61
 KINDS = ("block", "linear", "residual", "chained", "shared")
@@ -361,4 +365,20 @@ class TestWantedAndBrought:
 
     def test_another_kind_is_an_error(self):
         with pytest.raises(ConfigError, match=r"models\.base\.heads\.kind: the config says 'block', .* 'linear'"):
-            build_model(self.loaded("linear"), HeadsConfig(horizon=3), seed=0)
+            build_model(self.loaded("linear"), HeadsConfig(horizon=3, kind="block"), seed=0)
+
+    def test_no_kind_is_that_of_the_model(self):
+        assert build_model(self.loaded("linear"), HeadsConfig(horizon=3), seed=0).heads.kind == "linear"
+
+    def test_heads_that_were_fed_in_another_way_are_an_error(self, tmp_path: Path):
+        """A folder that says no layout is older than these, and its heads read what ``plain`` heads read."""
+        MTPModel(make("llama"), HeadsConfig(horizon=2, kind="shared", layout="plain"), seed=0).save_pretrained(tmp_path)
+        file = tmp_path / HEADS_CONFIG
+        content = json.loads(file.read_text())
+        assert content.pop("layout") == "plain"
+        file.write_text(json.dumps(content))
+        loaded = HfLoader().load(tmp_path, dtype=torch.float32, seed=0)
+        with pytest.raises(ConfigError, match=r'heads\.layout: .* were trained as \'plain\'; write layout = "plain"'):
+            build_model(loaded, HeadsConfig(horizon=2), seed=0)
+        assert build_model(loaded, HeadsConfig(horizon=2, layout="plain"), seed=0).heads.kind == "shared"
+        assert build_model(loaded, None, seed=0).heads.layout == "plain"

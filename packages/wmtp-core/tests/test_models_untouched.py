@@ -119,7 +119,7 @@ def assert_used_but_not_trained(folder: Path, why: str) -> None:
 def trained(folder: Path) -> MTPModel:
     """Open a folder's model, with extra heads and every number 1 more than in the folder."""
     loaded = HfLoader().load(folder, dtype=torch.float32, seed=0)
-    model = build_model(loaded, HeadsConfig(horizon=2), seed=0)
+    model = build_model(loaded, HeadsConfig(horizon=2, kind="block"), seed=0)
     with torch.no_grad():
         for tensor in {tensor.data_ptr(): tensor for tensor in model.base.state_dict().values()}.values():
             tensor.add_(1)

@@ -71,7 +71,9 @@ def _summary(config: Config, registry: Registry) -> dict[str, str]:
         "run": f"{config.run.output_dir}/{config.run.name or f'{config.trainer.type}-DATE'}, seed {config.run.seed}",
         "trainer": config.trainer.type,
         "model": _with_uri(base.loader),
-        "heads": f"{heads.horizon}, {heads.kind}, trunk gradient {heads.trunk_gradient}" if heads is not None else "default",
+        "heads": f"{heads.horizon}, {heads.kind or 'of the default kind'}, trunk gradient {heads.trunk_gradient}"
+        if heads is not None
+        else "default",
         "tokenizer": _with_uri(config.tokenizer) if config.tokenizer is not None else "the model's own",
         "data": ", ".join(f"{name} ({_with_uri(config.datasets[name])})" for name in train_sources(config)),
         "evaluation": measured or "none",

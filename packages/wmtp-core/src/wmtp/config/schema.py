@@ -75,7 +75,12 @@ class HeadsConfig:
             unembedding each; ``residual``: a residual SiLU layer each before the shared unembedding (Medusa, arXiv
             2401.10774); ``chained``: a decoder layer each, fed by the previous depth and the embedding of the token that
             it predicted (DeepSeek-V3, arXiv 2412.19437); ``shared``: one such layer applied again and again (FastMTP,
-            arXiv 2509.18362). A model that brings heads of its own keeps them, and must agree with this.
+            arXiv 2509.18362); ``native``: the model's own layers for multi-token prediction, in turn where ``horizon`` asks
+            for more. A model that brings heads of WMTP's keeps them, and must agree with this. Default: what the model
+            brings, else ``native`` where it has such layers, else ``block``.
+        layout: how ``chained`` and ``shared`` heads are fed. ``mimo``: as servers feed MiMo-7B's layer, so that they can be
+            exported to one: the hidden states before the model's final norm, a norm of their own at the end, no embedding at
+            position 0. ``plain``: the hidden states after the final norm, that same norm at the end, every embedding.
         init: initial weights of new heads. ``copy``: from the model's last layer (``linear``: from its unembedding;
             ``residual``: as the identity); ``random``: from the model's own initialiser.
         trunk_gradient: ``joint``: all heads train the trunk; ``detach``: only head 1 does.
@@ -90,7 +95,8 @@ class HeadsConfig:
     """
 
     horizon: int = field(default=4, validator=ge(1))
-    kind: Literal["block", "linear", "residual", "chained", "shared"] = "block"
+    kind: Literal["block", "linear", "residual", "chained", "shared", "native"] | None = None
+    layout: Literal["mimo", "plain"] = "mimo"
     init: Literal["copy", "random"] = "copy"
     trunk_gradient: Literal["joint", "detach"] = "joint"
     head_weights: tuple[float, ...] | None = field(default=None, validator=optional(deep_iterable(ge(0.0))))
@@ -99,6 +105,11 @@ class HeadsConfig:
     lk_eta: float = field(default=3.0, validator=ge(0.0))
     warmup_steps: int = field(default=0, validator=ge(0))
     lr_factor: float = field(default=1.0, validator=gt(0.0))
+
+    @property
+    def known_kind(self) -> str:
+        """The kind, where the model is known to bring none."""
+        return self.kind or "block"
 
     def resolved_head_weights(self) -> tuple[float, ...]:
         """α of heads 1..H."""

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from wmtp.errors import ConfigError
 from wmtp.generation.cache import RowCache
-from wmtp.models.anatomy import LayerCall, evaluating, record_call
+from wmtp.models.anatomy import LayerCall, evaluating, record_call, record_output
 from wmtp.models.config_fields import field
 from wmtp.models.masks import attention_masks, reads_masks
 from wmtp.models.trial import small_windows
@@ -33,6 +33,7 @@ class Read:
 
     Args:
         hidden: ``[B, T, D]``, head 1's hidden states.
+        raw: ``[B, T, D]``, the last layer's output, before the final norm.
         call: the arguments of the last layer; its hidden states are the trunk's output ``[B, T, D]``.
         slots: ``[B, T]``, the positions that were read.
         width: slots that attention looked at.
@@ -40,6 +41,7 @@ class Read:
     """
 
     hidden: Tensor
+    raw: Tensor
     call: LayerCall
     slots: Tensor
     width: int
@@ -65,7 +67,7 @@ class CachedDecoder:
     def __init__(self, model: MTPModel, capacity: int) -> None:
         self._model = model
         self._anatomy = model.anatomy
-        self._capacity = capacity
+        self.capacity = capacity
         self._config = model.anatomy.decoder.config
         self._dtype = model.anatomy.output.weight.dtype
         self._layers_return_tuples = False
@@ -80,7 +82,7 @@ class CachedDecoder:
         Args:
             history: how many tokens of a prompt it reads again.
         """
-        return RowCache(self._capacity, self._config, history)
+        return RowCache(self.capacity, self._config, history)
 
     def read(self, ids: Tensor, slots: Tensor, start: int | None, width: int, lengths: Sequence[int] | None = None) -> Read:
         """Read tokens and put their keys and values into the cache.
@@ -99,11 +101,11 @@ class CachedDecoder:
 
         handle = self._anatomy.layers[-1].register_forward_hook(note)
         try:
-            with record_call(self._anatomy.layers[-1]) as calls:
+            with record_call(self._anatomy.layers[-1]) as calls, record_output(self._anatomy.layers[-1]) as outputs:
                 hidden = self._anatomy.decoder(**self._arguments(ids, slots, width)).last_hidden_state
         finally:
             handle.remove()
-        return Read(hidden=hidden, call=calls[0], slots=slots, width=width, lengths=lengths)
+        return Read(hidden=hidden, raw=outputs[0], call=calls[0], slots=slots, width=width, lengths=lengths)
 
     def with_rows(self, rows: Tensor) -> CachedDecoder:
         """Copy some rows into a decoder of their own."""

@@ -21,7 +21,17 @@ from wmtp.errors import ConfigError
 from wmtp.loss import Unembedding
 from wmtp.models.config_fields import field, layer_count
 
-__all__ = ["Anatomy", "LayerCall", "Unembedding", "dissect", "evaluating", "first_tensor", "record_call", "seeded"]
+__all__ = [
+    "Anatomy",
+    "LayerCall",
+    "Unembedding",
+    "dissect",
+    "evaluating",
+    "first_tensor",
+    "record_call",
+    "record_output",
+    "seeded",
+]
 
 # What models call the factor of their logits, and their cap. Which one is used, and how, is found by trying.
 _SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -130,6 +140,17 @@ def record_call(layer: nn.Module) -> Iterator[list[LayerCall]]:
     handle = layer.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
     try:
         yield calls
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def record_output(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Keep the hidden states that ``layer`` returns inside, in order."""
+    outputs: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _, __, output: outputs.append(first_tensor(output)))
+    try:
+        yield outputs
     finally:
         handle.remove()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
+from wmtp.models.native.found import Native
 from wmtp.plugins.contract import Contract
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class ModelInfo:
         kv_size: size of a token's keys in one layer, for the memory estimate; None where it is not known.
         switching_length: the length beyond which positions are scaled by the row's length (dynamic RoPE), so that packed
             documents would not be computed as they are alone; None where there is none.
+        native: its own layers for multi-token prediction; None where it has none of a layout that is known.
         unsavable: why a trained copy of the folder could not be saved whole, so that training it is refused; None where it can.
     """
 
@@ -52,6 +54,7 @@ class ModelInfo:
     feed_forward_size: int | None = None
     kv_size: int | None = None
     switching_length: int | None = None
+    native: Native | None = None
     unsavable: str | None = None
 
 
@@ -64,12 +67,14 @@ class LoadedModel:
         heads: the kind and horizon of the extra heads that the files hold; None where they hold none.
         head_state: the tensors of those extra heads, named as in `wmtp.models.mtp.MTPModel.extra_heads`' state dict.
         untouched: what else the files hold, and is written back wherever the model is saved.
+        native: the model's own layers for multi-token prediction among ``untouched``, which can be its heads.
     """
 
     model: PreTrainedModel
     heads: HeadsConfig | None = None
     head_state: Mapping[str, torch.Tensor] | None = None
     untouched: Untouched | None = None
+    native: Native | None = None
 
 
 class ModelLoader(Contract, ABC, contract=True):

@@ -13,6 +13,7 @@ from wmtp.config.schema import HeadsConfig
 from wmtp.errors import WMTPError
 from wmtp.models.anatomy import Anatomy
 from wmtp.models.mtp import MTPModel
+from wmtp.models.native.found import Native
 from wmtp.models.packing import Packing
 
 __all__ = ["Blueprint"]
@@ -35,6 +36,7 @@ class Blueprint:
         packing: how rows hold several documents.
         block_attention: whether it attends by `wmtp.models.attention`; the config says so too.
         heads: its heads.
+        native: its own layers for multi-token prediction, where the heads are these.
     """
 
     model_class: type[PreTrainedModel]
@@ -46,6 +48,7 @@ class Blueprint:
     packing: Packing
     block_attention: bool
     heads: HeadsConfig
+    native: Native | None = None
 
     @classmethod
     def of(cls, model: MTPModel) -> Blueprint:
@@ -62,6 +65,7 @@ class Blueprint:
             packing=model.packing,
             block_attention=model.block_attention,
             heads=model.heads,
+            native=model.native,
         )
 
     def build(self) -> MTPModel:
@@ -86,6 +90,6 @@ class Blueprint:
                 f"{self.model_class.__name__} cannot be divided among processes: it keeps tensors outside its parameters and "
                 f"buffers ({', '.join(hidden)}); set launcher.processes = 1"
             )
-        model = MTPModel(base, self.heads, seed=0, known=(anatomy, self.packing))
+        model = MTPModel(base, self.heads, seed=0, known=(anatomy, self.packing), native=self.native)
         model.block_attention = self.block_attention
         return model

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from attrs import evolve
 from torch import Tensor
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
 from wmtp.models.base import LoadedModel
 from wmtp.models.mtp import MTPModel
+from wmtp.models.native.found import Native
+from wmtp.models.native.tensors import head_tensors
 
 __all__ = ["build_model", "resolve_heads"]
 
@@ -18,7 +21,7 @@ _log = logging.getLogger("wmtp")
 
 
 def build_model(loaded: LoadedModel, heads: HeadsConfig | None, seed: int) -> MTPModel:
-    """Put heads on a loaded model: those that it brought, or new ones.
+    """Put heads on a loaded model: those that it brought, its own layers for multi-token prediction, or new ones.
 
     Args:
         loaded: from a `ModelLoader`.
@@ -29,31 +32,85 @@ def build_model(loaded: LoadedModel, heads: HeadsConfig | None, seed: int) -> MT
         ConfigError: the config wants other heads than the model has, or the architecture cannot get any.
         WMTPError: the brought tensors do not fit.
     """
-    resolved = resolve_heads(heads, loaded.heads)
+    resolved = resolve_heads(heads, loaded.heads, loaded.native)
+    native, untouched = loaded.native, loaded.untouched
     state = None
-    if loaded.head_state is not None and resolved.horizon > 1:
+    if resolved.kind == "native" and native is not None and untouched is not None:
+        state = head_tensors(native, untouched.tensors, loaded.model)
+        kept = {name: tensor for name, tensor in untouched.tensors.items() if name not in native.tensors}
+        untouched = evolve(untouched, tensors=kept)
+    elif loaded.head_state is not None and resolved.horizon > 1:
         state = _first_heads(loaded.head_state, resolved)
-    model = MTPModel(loaded.model, resolved, head_state=state, seed=seed)
-    model.untouched = loaded.untouched
+    if native is not None and resolved.kind != "native":
+        reason = "horizon = 1" if resolved.horizon == 1 else f"the heads are of kind '{resolved.kind}'"
+        reason = native.problem or reason
+        _log.info("the model's own layers for multi-token prediction stay as they are: %s", reason)
+    model = MTPModel(loaded.model, resolved, head_state=state, seed=seed, native=native)
+    model.untouched = untouched
     return model
 
 
-def resolve_heads(wanted: HeadsConfig | None, brought: HeadsConfig | None) -> HeadsConfig:
+def resolve_heads(wanted: HeadsConfig | None, brought: HeadsConfig | None, native: Native | None = None) -> HeadsConfig:
     """Reconcile the heads of the config with those of the model.
+
+    Args:
+        wanted: by the config.
+        brought: that WMTP, or Meta, saved with the model.
+        native: the model's own layers for multi-token prediction.
 
     Raises:
         ConfigError: they contradict each other.
     """
+    own = native is not None and native.problem is None
     if wanted is None:
-        return brought or HeadsConfig(horizon=1)
-    if brought is None or brought.horizon == 1 or wanted.horizon == 1:
-        return wanted
+        if brought is None and native is not None and own:
+            return HeadsConfig(kind="native", horizon=native.modules + 1)
+        wanted = brought or HeadsConfig(horizon=1)
+    elif brought is not None and brought.horizon > 1 and wanted.horizon > 1:
+        wanted = _agreed(wanted, brought)
+    if wanted.horizon == 1:
+        return evolve(wanted, kind=wanted.kind or "block")
+    kind = wanted.kind or ("native" if native is not None else "block")
+    if kind == "native" and not own:
+        _refuse_native(wanted, native)
+    if kind == "native" and wanted.init != HeadsConfig().init:
+        raise ConfigError(
+            f"models.base.heads.init: '{wanted.init}' has no effect: the heads are the model's own layers; remove it"
+        )
+    return evolve(wanted, kind=kind)
+
+
+def _refuse_native(wanted: HeadsConfig, native: Native | None) -> None:
+    if native is None:
+        raise ConfigError(
+            "models.base.heads.kind: 'native' are the model's own layers for multi-token prediction, and its files hold none "
+            "of a layout that WMTP knows for it (docs/models.md lists them); name another kind, which makes new heads"
+        )
+    key = "models.base.heads.kind" if wanted.kind == "native" else "models.base.heads"
+    raise ConfigError(
+        f"{key}: the model's own layers for multi-token prediction cannot be opened: {native.problem}; fetch the model again, "
+        'or name another kind (kind = "shared", say), which makes new heads and keeps these tensors as they are'
+    )
+
+
+def _agreed(wanted: HeadsConfig, brought: HeadsConfig) -> HeadsConfig:
+    """Compare the config with the heads that a model brings.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    wanted = evolve(wanted, kind=wanted.kind or brought.kind)
     if wanted.kind != brought.kind:
         raise ConfigError(
             f"models.base.heads.kind: the config says '{wanted.kind}', but the model brings heads of kind '{brought.kind}'; "
             f'write kind = "{brought.kind}"'
         )
-    if wanted.horizon > brought.horizon and wanted.kind != "shared":
+    if wanted.layout != brought.layout:
+        raise ConfigError(
+            f"models.base.heads.layout: the config says '{wanted.layout}', but the heads that the model brings were trained as "
+            f"'{brought.layout}'; write layout = \"{brought.layout}\""
+        )
+    if wanted.horizon > brought.horizon and wanted.kind not in ("shared", "native"):
         raise ConfigError(
             f"models.base.heads.horizon: the config says {wanted.horizon}, but the model brings heads for "
             f"{brought.horizon} tokens; write at most {brought.horizon}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from attrs import frozen
@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 
 from wmtp.errors import WMTPError
 from wmtp.models.anatomy import Anatomy, LayerCall
+from wmtp.models.chains import ChainedBlock, run_chain, unembeddings_of
+from wmtp.models.native.found import Native
+from wmtp.models.native.layouts import layout_named, rule_of
 
 __all__ = ["HEAD_KINDS", "HeadInput", "HeadKind", "Maker"]
 
@@ -32,7 +35,9 @@ class HeadInput:
         call: the arguments of the last decoder layer; its hidden states are the trunk's output ``[B, S, D]``.
         trunk: ``[B, S, D]``; detached where the heads must not train the trunk.
         hidden: ``[B, S, D]``, head 1's hidden states; detached likewise.
+        raw: ``[B, S, D]``, the last layer's output, before the final norm; detached likewise.
         input_ids: ``[B, S]``.
+        positions: ``[B, S]`` or ``[1, S]``, counted from 0 in each document.
         embed: from token ids to embeddings ``[B, S, D]``; without gradient likewise.
         final_norm: the model's own final norm; its parameters are without gradient likewise.
     """
@@ -40,7 +45,9 @@ class HeadInput:
     call: LayerCall
     trunk: Tensor
     hidden: Tensor
+    raw: Tensor
     input_ids: Tensor
+    positions: Tensor
     embed: Callable[[Tensor], Tensor]
     final_norm: Callable[[Tensor], Tensor]
 
@@ -53,16 +60,31 @@ class Maker:
         base: the model.
         anatomy: its parts.
         init: ``copy`` or ``random``.
+        layout: what `chained` and `shared` heads are fed: see ``models.base.heads.layout``.
+        native: the model's own layers for multi-token prediction, where heads are made of these.
     """
 
     base: PreTrainedModel
     anatomy: Anatomy
     init: str
+    layout: str = "mimo"
+    native: Native | None = None
 
     def layer(self) -> nn.Module:
         """A decoder layer: the last one's copy, or one from the model's own initialiser."""
         layer = self._duplicate(self.anatomy.layers[-1])
         return self.initialise(layer) if self.init == "random" else layer
+
+    def layer_like(self, template: str) -> nn.Module:
+        """Copy the model's ``first`` or ``last`` decoder layer."""
+        return self._duplicate(self.anatomy.layers[0 if template == "first" else -1])
+
+    def final_norm(self) -> nn.Module:
+        """Make a norm that a head has in place of the model's final one: a copy of it, or a new one."""
+        if self.init == "random" or not self.anatomy.tail:
+            return self.norm()
+        copies = [self._duplicate(module) for module in self.anatomy.tail]
+        return copies[0] if len(copies) == 1 else nn.Sequential(*copies)
 
     def norm(self) -> nn.Module:
         """A fresh norm of the kind of the model's final one (RMS norm where it has none)."""
@@ -116,6 +138,11 @@ class HeadKind:
         """Hidden states of heads 2..``extra`` + 1, ``[B, S, D]`` each."""
         raise NotImplementedError
 
+    @staticmethod
+    def unembeddings(heads: nn.ModuleList, extra: int) -> list[nn.Linear | None]:
+        """List the unembedding of each of ``extra`` heads; None: the model's."""
+        return [None] * extra
+
 
 class Block(HeadKind):
     """A decoder layer each on the trunk, side by side; final norm and unembedding shared (Meta, arXiv 2404.19737, §2)."""
@@ -148,6 +175,11 @@ class Linear(HeadKind):
     def run(heads: nn.ModuleList, given: HeadInput, extra: int) -> list[Tensor]:
         """See `HeadKind.run`."""
         return [given.hidden] * extra
+
+    @staticmethod
+    def unembeddings(heads: nn.ModuleList, extra: int) -> list[nn.Linear | None]:
+        """See `HeadKind.unembeddings`."""
+        return [cast(nn.Linear, head) for head in heads[:extra]]
 
 
 class ResidualBlock(nn.Module):
@@ -185,40 +217,6 @@ class Residual(HeadKind):
         return [head(given.hidden) for head in heads[:extra]]
 
 
-class ChainedBlock(nn.Module):
-    """One depth of a chain: ``layer(projection([norm(previous); norm(embedding)]))``.
-
-    Args:
-        hidden_norm: of the previous depth's hidden states.
-        embedding_norm: of the token's embedding.
-        projection: from 2D to D.
-        layer: a decoder layer.
-    """
-
-    def __init__(self, hidden_norm: nn.Module, embedding_norm: nn.Module, projection: nn.Linear, layer: nn.Module) -> None:
-        super().__init__()
-        self.hidden_norm = hidden_norm
-        self.embedding_norm = embedding_norm
-        self.projection = projection
-        self.layer = layer
-
-    def forward(self, previous: Tensor, embedding: Tensor, call: LayerCall) -> Tensor:
-        """``[B, S, D]`` twice to ``[B, S, D]``, before the final norm."""
-        joined = torch.cat([self.hidden_norm(previous), self.embedding_norm(embedding)], dim=-1)
-        return call.repeat(self.layer, self.projection(joined))
-
-    @classmethod
-    def make(cls, maker: Maker) -> ChainedBlock:
-        """A new one. ``copy`` starts the projection as a copy of the hidden states, blind to the embedding."""
-        size = maker.anatomy.hidden_size
-        projection = maker.linear(2 * size, size, bias=False)
-        if maker.init == "copy":
-            with torch.no_grad():
-                projection.weight.zero_()
-                projection.weight[:, :size].fill_diagonal_(1.0)
-        return cls(maker.norm(), maker.norm(), projection, maker.layer())
-
-
 class Chained(HeadKind):
     """A chain: head k reads the hidden states of head k−1 and the embedding of token t+k−1 (DeepSeek-V3,
     arXiv 2412.19437, §2.2).
@@ -230,12 +228,12 @@ class Chained(HeadKind):
     @staticmethod
     def build(maker: Maker, extra: int) -> nn.ModuleList:
         """See `HeadKind.build`."""
-        return nn.ModuleList(ChainedBlock.make(maker) for _ in range(extra))
+        return nn.ModuleList(ChainedBlock.make(maker, rule_of(maker.layout)) for _ in range(extra))
 
     @staticmethod
     def run(heads: nn.ModuleList, given: HeadInput, extra: int) -> list[Tensor]:
         """See `HeadKind.run`."""
-        return _run_chain([heads[k] for k in range(extra)], given)
+        return run_chain(heads, given, extra)
 
 
 class Shared(HeadKind):
@@ -244,20 +242,46 @@ class Shared(HeadKind):
     @staticmethod
     def build(maker: Maker, extra: int) -> nn.ModuleList:
         """See `HeadKind.build`."""
-        return nn.ModuleList([ChainedBlock.make(maker)] if extra else [])
+        return nn.ModuleList([ChainedBlock.make(maker, rule_of(maker.layout))] if extra else [])
 
     @staticmethod
     def run(heads: nn.ModuleList, given: HeadInput, extra: int) -> list[Tensor]:
         """See `HeadKind.run`."""
-        return _run_chain([heads[0]] * extra, given) if extra else []
+        return run_chain(heads, given, extra)
 
 
-def _run_chain(blocks: list[nn.Module], given: HeadInput) -> list[Tensor]:
-    hidden = [given.hidden]
-    for ahead, block in enumerate(blocks, start=1):
-        embedding = given.embed(given.input_ids.roll(-ahead, dims=1))
-        hidden.append(given.final_norm(block(hidden[-1], embedding, given.call)))
-    return hidden[1:]
+class NativeKind(HeadKind):
+    """The model's own layers for multi-token prediction; with fewer modules than heads, they take turns.
+
+    The modules come first, then their own embeddings and unembeddings, where they have any: these belong to the root when
+    processes share a model, as the loss multiplies by an unembedding outside of any module.
+    """
+
+    @staticmethod
+    def build(maker: Maker, extra: int) -> nn.ModuleList:
+        """See `HeadKind.build`. All numbers come from the folder."""
+        if maker.native is None:
+            raise WMTPError("heads of kind 'native' are the model's own, and this model has none")
+        native, layout = maker.native, layout_named(maker.native.layout)
+        count, (rows, size) = native.modules, maker.anatomy.output.weight.shape
+        parts: list[nn.Module] = [
+            ChainedBlock.make(maker, layout.rule, maker.layer_like(layout.template)) for _ in range(count)
+        ]
+        if native.own_embedding:
+            parts += [maker.initialise(nn.Embedding(rows, size)) for _ in range(count)]
+        if native.own_unembedding:
+            parts += [maker.linear(size, rows, bias=False) for _ in range(count)]
+        return nn.ModuleList(parts)
+
+    @staticmethod
+    def run(heads: nn.ModuleList, given: HeadInput, extra: int) -> list[Tensor]:
+        """See `HeadKind.run`."""
+        return run_chain(heads, given, extra)
+
+    @staticmethod
+    def unembeddings(heads: nn.ModuleList, extra: int) -> list[nn.Linear | None]:
+        """See `HeadKind.unembeddings`."""
+        return unembeddings_of(heads, extra)
 
 
 #: the kinds by their name in TOML
@@ -267,4 +291,5 @@ HEAD_KINDS: dict[str, type[HeadKind]] = {
     "residual": Residual,
     "chained": Chained,
     "shared": Shared,
+    "native": NativeKind,
 }

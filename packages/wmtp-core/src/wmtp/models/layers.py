@@ -23,7 +23,7 @@ def repeated_layers(model: MTPModel) -> list[nn.Module]:
 
     Returns:
         the decoder layers of the trunk, the last layer (head 1's), and the module of each extra head, in the order in which
-        they are called; none holds another. Linear heads are not among them: they are unembeddings, which are never called
-        and belong to the loss.
+        they are called; none holds another. Embeddings and unembeddings are not among them: those of linear heads, and of a
+        native layer with copies of its own. The loss multiplies by an unembedding outside of any module.
     """
-    return [*model.anatomy.layers, *(head for head in model.extra_heads if not isinstance(head, nn.Linear))]
+    return [*model.anatomy.layers, *(head for head in model.extra_heads if not isinstance(head, nn.Linear | nn.Embedding))]

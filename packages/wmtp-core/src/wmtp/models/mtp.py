@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from attrs import evolve
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -15,12 +17,14 @@ from transformers import PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, seeded
+from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, record_output, seeded
 from wmtp.models.attention import causal_mask, document_mask, use_block_attention
 from wmtp.models.config_fields import max_positions
 from wmtp.models.documents import reading
 from wmtp.models.ends import end_ids
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
+from wmtp.models.native.found import Native
+from wmtp.models.native.tensors import folder_tensors
 from wmtp.models.packing import Packing, find_packing
 from wmtp.models.saving import write_base
 from wmtp.models.untouched import Untouched
@@ -63,6 +67,7 @@ class MTPModel(nn.Module):
         seed: of new heads; the global random state stays as it is.
         known: what there is to find out about ``base`` (its anatomy, and how rows hold several documents), where it
             is on the meta device and cannot be tried out. See `wmtp.models.blueprint`.
+        native: the model's own layers for multi-token prediction, which heads of kind ``native`` are.
 
     Raises:
         ConfigError: the architecture cannot get heads; the message says why.
@@ -77,15 +82,17 @@ class MTPModel(nn.Module):
         head_state: Mapping[str, Tensor] | None = None,
         seed: int,
         known: tuple[Anatomy, Packing] | None = None,
+        native: Native | None = None,
     ) -> None:
         super().__init__()
         self.anatomy: Anatomy = dissect(base) if known is None else known[0]
         self.packing: Packing = find_packing(self.anatomy) if known is None else known[1]
         self.base = base
         self.block_attention = False
-        self.heads = heads
-        self.kind = HEAD_KINDS[heads.kind]
-        maker = Maker(base=base, anatomy=self.anatomy, init=heads.init)
+        self.heads = heads = evolve(heads, kind=heads.known_kind)
+        self.kind = HEAD_KINDS[heads.known_kind]
+        self.native = native if heads.kind == "native" else None  #: where its heads' tensors stand in its folder
+        maker = Maker(base=base, anatomy=self.anatomy, init=heads.init, layout=heads.layout, native=self.native)
         with seeded(seed):
             self.extra_heads = self.kind.build(maker, heads.horizon - 1)
         kinds = {type(layer) for layer in self.anatomy.layers}
@@ -163,9 +170,9 @@ class MTPModel(nn.Module):
         if self.block_attention:
             mask = causal_mask(input_ids.device) if position_ids is None else document_mask(position_ids)
             arguments["attention_mask"] = mask
-        with record_call(self.anatomy.layers[-1]) as calls:
+        with record_call(self.anatomy.layers[-1]) as calls, record_output(self.anatomy.layers[-1]) as outputs:
             first = self.anatomy.decoder(**arguments).last_hidden_state
-        call = calls[0]
+        call, raw = calls[0], outputs[0]
         trunk = call.hidden_states
         if self.horizon == 1:
             return MTPOutput(trunk=trunk, hidden=(first,))
@@ -175,7 +182,9 @@ class MTPModel(nn.Module):
             call=call,
             trunk=trunk if joint else trunk.detach(),
             hidden=first if joint else first.detach(),
+            raw=raw if joint else raw.detach(),
             input_ids=input_ids,
+            positions=torch.arange(input_ids.shape[1], device=input_ids.device)[None] if position_ids is None else position_ids,
             embed=_shared(self.anatomy.embedding, joint),
             final_norm=self._tail(joint),
         )
@@ -189,8 +198,8 @@ class MTPModel(nn.Module):
         """
         if not 1 <= head <= self.horizon:
             raise ValueError(f"head must be in 1..{self.horizon}, not {head}")
-        if head > 1 and self.heads.kind == "linear":
-            own = cast(nn.Linear, self.extra_heads[head - 2])
+        own = self.kind.unembeddings(self.extra_heads, self.horizon - 1)[head - 2] if head > 1 else None
+        if own is not None:
             return self.anatomy.unembedding(own.weight, own.bias)
         weight, bias = self.anatomy.output.weight, self.anatomy.output.bias
         if head > 1 and self.heads.trunk_gradient == "detach":
@@ -330,7 +339,9 @@ class MTPModel(nn.Module):
         try:
             for name in (HEADS_CONFIG, HEADS_WEIGHTS):
                 (folder / name).unlink(missing_ok=True)  # of another model that was saved here
-            if self.horizon > 1:
+            if self.native is not None:
+                self._describe_heads(folder)  # the folder has the tensors under its own names
+            elif self.horizon > 1:
                 self._save_heads(folder, self.extra_heads.state_dict() if state is None else _within(state, "extra_heads."))
         except (OSError, SafetensorError) as error:
             raise WMTPError(f"{folder}: the model could not be written: {error}") from error
@@ -346,7 +357,11 @@ class MTPModel(nn.Module):
             WMTPError: it could not be written in full, or transformers refuses to write its configs.
         """
         own = None if state is None else _within(state, "base.")
-        write_base(self.base, folder, state=own, source=self.source, untouched=self.untouched)
+        added: Mapping[str, Tensor] = {}
+        if self.native is not None and (state is None or own):  # of several processes, one has the tensors
+            heads = self.extra_heads.state_dict() if state is None else _within(state, "extra_heads.")
+            added = folder_tensors(self.native, heads, self.base)
+        write_base(self.base, folder, state=own, source=self.source, untouched=self.untouched, added=added)
 
     def take_origin(self, other: MTPModel) -> None:
         """Save as ``other`` would: under the names of its files, and with what else they hold."""
@@ -357,7 +372,13 @@ class MTPModel(nn.Module):
     def _save_heads(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / HEADS_WEIGHTS, metadata={"format": "pt"})
-        description = {"format": HEADS_FORMAT, "kind": self.heads.kind, "horizon": self.horizon}
+        self._describe_heads(folder)
+
+    def _describe_heads(self, folder: Path) -> None:
+        kind = self.heads.kind
+        description = {"format": HEADS_FORMAT, "kind": kind, "horizon": self.horizon}
+        if kind in ("chained", "shared"):
+            description["layout"] = self.heads.layout
         (folder / HEADS_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     def _tail(self, joint: bool) -> Callable[[Tensor], Tensor]:

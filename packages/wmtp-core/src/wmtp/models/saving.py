@@ -65,6 +65,7 @@ def write_base(
     state: Mapping[str, Tensor] | None = None,
     source: Path | None = None,
     untouched: Untouched | None = None,
+    added: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model as transformers does, with all that its folder held besides it.
 
@@ -74,6 +75,7 @@ def write_base(
         state: the whole tensors of ``base``, where this process holds only a part of them.
         source: what messages call the model.
         untouched: what else its folder holds.
+        added: tensors of its own layers for multi-token prediction that were opened as heads, by the folder's names.
 
     Raises:
         WMTPError: it could not be written in full, or transformers refuses to write its configs.
@@ -91,7 +93,7 @@ def write_base(
             (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
         table = text_table(base.config)
         if untouched is not None:
-            untouched.write(folder, base)
+            untouched.write(folder, base, added)
             table = table if untouched.config is None else untouched.text_table
         lowered = without_empty_promises(folder, base.config, table)
     except (OSError, SafetensorError) as error:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from attrs import Factory, frozen
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from wmtp.errors import WMTPError
-from wmtp.models.loaders.files import weight_files
-from wmtp.models.loaders.stored import StoredTensor, stored_tensors, write_stored
+from wmtp.models.loaders.files import config_from, weight_files
+from wmtp.models.loaders.stored import StoredTensor, in_memory, stored_tensors, write_stored
 
 __all__ = ["Untouched", "is_mtp_name", "promised_layers", "text_table", "without_empty_promises"]
 
@@ -47,7 +48,7 @@ class Untouched:
 
     def whole_config(self) -> PreTrainedConfig | None:
         """Make transformers' config of all of the folder; None where the model's own describes it."""
-        return None if self.config is None else CONFIG_MAPPING[self.config["model_type"]].from_dict(dict(self.config))
+        return None if self.config is None else config_from(self.source / "config.json", dict(self.config))
 
     def take_out_misplaced(self) -> dict[str, Any]:
         """Remove from ``config`` the settings of generation that transformers does not keep in a model's config."""
@@ -75,8 +76,13 @@ class Untouched:
         if self.tensors and self.source.exists() and folder.samefile(self.source):
             raise WMTPError(f"{folder}: holds tensors that are copied when the model is saved; save into another folder")
 
-    def write(self, folder: Path, model: PreTrainedModel) -> None:
+    def write(self, folder: Path, model: PreTrainedModel, added: Mapping[str, Tensor] | None = None) -> None:
         """Complete a folder that ``model.save_pretrained`` wrote.
+
+        Args:
+            folder: it.
+            model: that was saved.
+            added: further tensors, of the model's own layers for multi-token prediction, by the folder's names.
 
         Raises:
             OSError: it could not be written in full, or the source has changed.
@@ -86,8 +92,8 @@ class Untouched:
         if self.config is not None:
             content = _with_text_fields(self.config, self.text_table, model)
             (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if self.tensors:
-            _add_shard(folder, self.tensors)
+        if tensors := {**self.tensors, **{name: in_memory(tensor) for name, tensor in (added or {}).items()}}:
+            _add_shard(folder, tensors)
 
 
 def promised_layers(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, int]:

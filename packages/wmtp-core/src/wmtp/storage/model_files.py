@@ -14,6 +14,9 @@ __all__ = ["LAYERS_LIMIT", "check_folder", "find_gguf", "quantization", "quantiz
 
 #: ten times the deepest model known; building more would take all of the memory
 LAYERS_LIMIT: Final = 10_000
+#: architectures that transformers does not have, by the one whose tensors and arithmetic are theirs but for layers for
+#: multi-token prediction
+STAND_INS: Final = {"mimo": "qwen2"}
 _ADAPTER: Final = "adapter_config.json"
 _INDEXES: Final = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin", *_INDEXES)
@@ -135,6 +138,8 @@ def _tables(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _needs_own_code(content: Mapping[str, Any]) -> bool:
     """Tell an architecture that transformers has no folder for, and whose config names its own code."""
     model_type, code = content.get("model_type"), content.get("auto_map")
+    if model_type in STAND_INS:
+        return False
     if not isinstance(model_type, str) or not isinstance(code, dict) or "AutoConfig" not in code or "mtp_config" in content:
         return False
     found = find_spec("transformers")

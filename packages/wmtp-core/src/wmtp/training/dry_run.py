@@ -40,7 +40,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     trainer, name = build_trainer(config.trainer)
     source = open_source(config)
     info = source.model_info
-    heads = resolve_heads(config.models["base"].heads, info.heads)
+    heads = resolve_heads(config.models["base"].heads, info.heads, info.native)
     data = prepare_data(config, source.tokenizer, source.dataset_paths)
     check_ids(source.rows, source.tokenizer, (data.train, data.eval))
     batches = StepBatches(data.train, config.data.train, seed=config.run.seed)

@@ -79,7 +79,8 @@ def head_parameters(info: ModelInfo, heads: HeadsConfig) -> int:
         "residual": extra * (width + 1) * width,
         "chained": extra * (info.layer_parameters + 2 * (width + 1) * width),
         "shared": min(extra, 1) * (info.layer_parameters + 2 * (width + 1) * width),
-    }[heads.kind]
+        "native": 0 if info.native is None else info.native.parameters,
+    }[heads.known_kind]
 
 
 def estimate_memory(
@@ -111,7 +112,7 @@ def estimate_memory(
         keeps_all = devices.fsdp is not None and devices.fsdp.strategy == "grad-op"
         copies = compute * (parameters if keeps_all else min(parameters, some))
 
-    layers = info.layers + (heads.horizon - 1 if heads.kind in ("block", "chained", "shared") else 0)
+    layers = info.layers + (heads.horizon - 1 if heads.known_kind not in ("linear", "residual") else 0)
     kept, working = _kept_by_layer(devices, info, compute, residual)
     activations = round(tokens * (layers * kept + working))
     # of each head the final norm's input, its output and that one's gradient

@@ -149,10 +149,12 @@ def _check_length(info: ModelInfo, config: Config, model: str) -> None:
 
 def _check_evaluators(info: ModelInfo, config: Config) -> None:
     """Check before training that the evaluators can run after it."""
-    heads = config.models["base"].heads or info.heads
+    from wmtp.models.build import resolve_heads
+
+    heads = resolve_heads(config.models["base"].heads, info.heads, info.native)
     problems = []
     for index, evaluator in enumerate(config.eval):
-        if evaluator.needs_extra_heads and (heads is None or heads.horizon == 1):
+        if evaluator.needs_extra_heads and heads.horizon == 1:
             problems.append(
                 f"eval.{index}: '{evaluator.type}' needs extra heads, and this model has none (H = 1); write "
                 "models.base.heads.horizon = 2 or more, or leave it out"

@@ -17,10 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from wmtp.errors import WMTPError
 from wmtp.json_files import read_json_object
-from wmtp.storage.model_files import shard_files
+from wmtp.storage.model_files import STAND_INS, shard_files
 
 __all__ = [
     "config_from",
+    "has_stand_in",
     "opened_by_transformers",
     "quiet",
     "read_bin",
@@ -31,6 +32,14 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+
+_MIMO = "MiMoForCausalLM"
+
+
+def has_stand_in(config: PreTrainedConfig) -> bool:
+    """Tell whether a config was read as that of a stand-in: its folder's own has to be written back."""
+    return _MIMO in (getattr(config, "architectures", None) or ())
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -55,6 +64,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     model_type = content.get("model_type")
     if model_type is None:
         raise WMTPError(f"{file}: has no model_type: not the config of a transformers model")
+    if model_type not in CONFIG_MAPPING and model_type in STAND_INS:
+        return config_from(file, content)
     if model_type not in CONFIG_MAPPING:
         reason = (
             "its own code would have to run, which WMTP never does"
@@ -66,8 +77,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def config_from(file: Path, content: dict[str, Any]) -> PreTrainedConfig:
-    """A config from the content of a JSON file; ``model_type`` is known."""
-    return opened_by_transformers(file, lambda: CONFIG_MAPPING[content["model_type"]].from_dict(content))
+    """A config from the content of a JSON file; ``model_type`` is known, or has a stand-in."""
+    known = content["model_type"]
+    if known not in CONFIG_MAPPING and known in STAND_INS:
+        known = STAND_INS[known]
+        content = {name: value for name, value in content.items() if name != "auto_map"} | {"model_type": known}
+    return opened_by_transformers(file, lambda: CONFIG_MAPPING[known].from_dict(content))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -59,7 +59,8 @@ class HfLoader(ModelLoader):
         opening = find_untouched(folder, config)
         if opening.unknown:
             raise _misfit(folder, model, [f"{name} is unexpected" for name in opening.unknown])
-        return evolve(describe(model, _saved_heads(folder)), unsavable=opening.untouched.problem)
+        about = describe(model, _saved_heads(folder))
+        return evolve(about, native=opening.native, unsavable=opening.untouched.problem)
 
     def load(self, path: Path | None, *, dtype: torch.dtype | None, seed: int) -> LoadedModel:
         """See `ModelLoader.load`. A ``dtype`` of None is that of the files."""
@@ -80,8 +81,8 @@ class HfLoader(ModelLoader):
         opening = find_untouched(folder, config)
         model = strict_from_pretrained(AutoModelForCausalLM, folder, folder, options | {"config": config}, opening)
         heads = _saved_heads(folder)
-        state = None if heads is None else load_file(folder / HEADS_WEIGHTS)
-        return LoadedModel(model=model, heads=heads, head_state=state, untouched=opening.untouched)
+        state = None if heads is None or heads.kind == "native" else load_file(folder / HEADS_WEIGHTS)
+        return LoadedModel(model=model, heads=heads, head_state=state, untouched=opening.untouched, native=opening.native)
 
     def _locate(self, path: Path | None) -> tuple[Path, str | None]:
         """Return the folder, and the GGUF file to read in it, if any."""
@@ -161,17 +162,23 @@ def _saved_heads(folder: Path) -> HeadsConfig | None:
     description, weights = folder / HEADS_CONFIG, folder / HEADS_WEIGHTS
     if not description.exists() and not weights.exists():
         return None
-    for file in (description, weights):
-        if not file.exists():
-            raise WMTPError(f"{file}: not there, but the folder holds the other part of its extra heads")
-    content = read_json(description)
+    content = read_json(description) if description.exists() else {}
+    if content.get("kind") != "native":  # whose tensors are among the model's
+        for file in (description, weights):
+            if not file.exists():
+                raise WMTPError(f"{file}: not there, but the folder holds the other part of its extra heads")
     if content.get("format") != HEADS_FORMAT:
         raise WMTPError(f"{description}: format {content.get('format')!r} is not known to this version of WMTP")
     kind, horizon = content.get("kind"), content.get("horizon")
     if kind not in HEAD_KINDS or not isinstance(horizon, int) or horizon < 2:
         raise WMTPError(f"{description}: kind {kind!r} and horizon {horizon!r} are not those of any heads")
+    if kind == "native":
+        return HeadsConfig(kind=kind, horizon=horizon)
     tensor_shapes(weights)
-    return HeadsConfig(kind=kind, horizon=horizon)
+    layout = content.get("layout", "plain")  # as all heads were before there were layouts
+    if layout not in ("mimo", "plain"):
+        raise WMTPError(f"{description}: layout {layout!r} is not known to this version of WMTP")
+    return HeadsConfig(kind=kind, horizon=horizon, layout=layout if kind in ("chained", "shared") else HeadsConfig().layout)
 
 
 def _need_gguf() -> None:

@@ -22,8 +22,10 @@ from transformers.core_model_loading import (
 
 from wmtp.errors import WMTPError
 from wmtp.models.loaders.describe import empty_model
-from wmtp.models.loaders.files import read_json, weight_files
+from wmtp.models.loaders.files import has_stand_in, read_json, weight_files
 from wmtp.models.loaders.stored import StoredTensor, stored_tensors
+from wmtp.models.native.find import find_native
+from wmtp.models.native.found import Native
 from wmtp.models.untouched import Untouched, is_mtp_name, promised_layers, text_table
 
 __all__ = ["Opening", "find_untouched"]
@@ -46,11 +48,13 @@ class Opening:
         untouched: those that the model does not take, to be written back.
         kept: what transformers calls these.
         unknown: what belongs to nothing that is known.
+        native: layers for multi-token prediction among ``untouched`` that can be heads.
     """
 
     untouched: Untouched
     kept: frozenset[str] = frozenset()
     unknown: tuple[str, ...] = ()
+    native: Native | None = None
 
 
 @frozen(kw_only=True)
@@ -89,7 +93,7 @@ def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
     mtp = _mtp_names(config, match)
     left |= mtp
     is_part = type(model.config) is not type(config)
-    own_config = None
+    own_config = read_json(folder / "config.json") if has_stand_in(config) else None
     if is_part and (set(match.left) - mtp):
         own_config = read_json(folder / "config.json")
         try:
@@ -101,10 +105,11 @@ def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
         tensors={name: stored[name] for name in sorted(left)},
         config=own_config,
         text_table=None if own_config is None else text_table(config),
-        files=_processor_files(folder),
+        files=_processor_files(folder) | _code_files(folder, own_config),
     )
+    native = find_native(model, config, untouched.tensors)
     kept = frozenset(name for own in left for name in match.left[own])
-    return Opening(untouched=untouched, kept=kept, unknown=tuple(sorted(set(match.left) - left)))
+    return Opening(untouched=untouched, kept=kept, unknown=tuple(sorted(set(match.left) - left)), native=native)
 
 
 def _match(model: PreTrainedModel, names: Iterable[str], folder: Path) -> _Match:
@@ -202,6 +207,11 @@ def _of_the_whole(
 
 def _processor_files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in _PROCESSOR_FILES if (folder / name).is_file()}
+
+
+def _code_files(folder: Path, config: Mapping[str, Any] | None) -> dict[str, bytes]:
+    """Keep the code that a config names, which other programs may run; WMTP never does."""
+    return {} if config is None or "auto_map" not in config else {file.name: file.read_bytes() for file in folder.glob("*.py")}
 
 
 def _some(names: Collection[str]) -> str:

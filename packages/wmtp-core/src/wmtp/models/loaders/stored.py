@@ -15,7 +15,7 @@ from torch import Tensor
 from wmtp.errors import WMTPError
 from wmtp.models.loaders.files import read_bin
 
-__all__ = ["StoredTensor", "stored_tensors", "write_stored"]
+__all__ = ["StoredTensor", "in_memory", "read_stored", "stored_tensors", "write_stored"]
 
 _CHUNK = 2**24
 _LENGTH = 8  # bytes of the number that a safetensors file begins with: how long its header is
@@ -68,6 +68,28 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
         found |= tensors
         places |= dict.fromkeys(tensors, file)
     return found
+
+
+def read_stored(stored: StoredTensor) -> Tensor:
+    """Read a tensor's numbers.
+
+    Raises:
+        WMTPError: its file has changed since it was opened.
+    """
+    try:
+        content = bytearray().join(stored.read())
+    except OSError as error:
+        raise WMTPError(str(error)) from error
+    dtype = next(own for own, name in _TYPES.items() if name == stored.dtype)
+    return torch.frombuffer(content, dtype=dtype).view(stored.shape) if content else torch.empty(stored.shape, dtype=dtype)
+
+
+def in_memory(tensor: Tensor) -> StoredTensor:
+    """Wrap a tensor that is in no file yet."""
+    own = tensor.detach().cpu()
+    return StoredTensor(
+        dtype=_TYPES[own.dtype], shape=tuple(own.shape), size=own.numel() * own.element_size(), read=partial(_parts_of, own)
+    )
 
 
 def write_stored(file: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -164,6 +186,10 @@ def _in_bin(file: Path) -> dict[str, StoredTensor]:
 
 def _bytes_of(opened: _OpenFile, tensor: Tensor) -> Iterator[bytes]:
     opened.check()  # the tensor is mapped: it is whatever the file is now
+    yield from _parts_of(tensor)
+
+
+def _parts_of(tensor: Tensor) -> Iterator[bytes]:
     if tensor.numel():
         flat = tensor.contiguous().flatten().view(torch.uint8)
         for begin in range(0, flat.numel(), _CHUNK):

@@ -1,0 +1,129 @@
+"""Drafts of heads that are fed by the one before them: ``chained``, ``shared`` and a model's own (``native``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from wmtp.generation.decoder import CachedDecoder, Read
+from wmtp.generation.drafting import Choose, Drafter, at_index
+from wmtp.models.anatomy import LayerCall
+from wmtp.models.chains import blocks_of, embeddings_of, step_embedding
+
+if TYPE_CHECKING:
+    from wmtp.models.mtp import MTPModel
+
+__all__ = ["chain_drafter"]
+
+
+class _ChainedHeads(Drafter):
+    """Shared parts of both ways to draft with a chain."""
+
+    def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
+        super().__init__(model, decoder)
+        self._blocks = blocks_of(model.extra_heads, self._extra)
+        self._embeddings = embeddings_of(model.extra_heads, self._extra)
+
+    def _first_input(self, read: Read) -> Tensor:
+        return read.raw if self._blocks[0].rule.before_norm else read.hidden
+
+    def _step(self, ahead: int, previous: Tensor, ids: Tensor, slots: Tensor, call: LayerCall) -> Tensor:
+        """Run step ``ahead`` (from 1): hidden states ``[B, T, D]`` that its unembedding multiplies.
+
+        Args:
+            ahead: which.
+            previous: ``[B, T, D]``.
+            ids: ``[B, T]``, the tokens that it reads.
+            slots: ``[B, T]``, the positions of ``previous``.
+            call: of the layer, with the step's cache.
+        """
+        block, own = self._blocks[ahead - 1], self._embeddings[ahead - 1]
+        embed: Callable[[Tensor], Tensor] = self._model.anatomy.embedding if own is None else own
+        hidden = block(previous, step_embedding(block.rule, ahead, embed(ids), slots), call)
+        return self.final_norm(hidden) if block.rule.output == "model" else hidden
+
+
+class ServerDrafter(_ChainedHeads):
+    """One module again and again, as servers run it: the first step reads what the model read, each later one a single token.
+
+    A later step stands one position further, reads the draft before it, and sees the first step's keys and values of all
+    positions before its own: there is one cache, which the next draft's first step writes again.
+    """
+
+    def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
+        super().__init__(model, decoder)
+        self._caches = [decoder.new_cache()]
+
+    def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
+        """See `Drafter.draft`."""
+        [cache] = self._caches
+        rows = torch.arange(len(last), device=last.device)
+        cache.place_as(self._decoder.cache)
+        call = self._decoder.with_cache(read.call, cache)
+        following = tokens[rows[:, None], read.slots + 1]
+        hidden = at_index(self._step(1, self._first_input(read), following, read.slots, call), last - read.slots[:, 0])
+        drafts = [choose(2, self.logits(2, hidden))]
+        width = min(read.width + self._extra, self._decoder.capacity)  # known without asking the device
+        for ahead in range(2, self._extra + 1):
+            slots = (last + ahead - 1)[:, None]
+            cache.place(slots, None, width)
+            call = self._decoder.with_cache(self._decoder.call_at(slots, width), cache)
+            hidden = self._step(ahead, hidden[:, None], drafts[-1][:, None], slots, call)[:, 0]
+            drafts.append(choose(ahead + 1, self.logits(ahead + 1, hidden)))
+        return torch.stack(drafts, dim=1)
+
+
+class ChainDrafter(_ChainedHeads):
+    """Steps as they are trained: head k reads head k−1's hidden state at t and the token at t+k−1, drafted or known.
+
+    What head k made of position t was made with a draft where t+k−1 was not known yet. So each time it goes over the last
+    positions again: those that are new, at most H, and those whose token was a draft, at most H−2.
+    """
+
+    def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
+        super().__init__(model, decoder)
+        self._window = max(1, 2 * model.horizon - 2)
+        self._caches = [decoder.new_cache(self._window) for _ in range(self._extra)]
+        self._hidden: Tensor | None = None  # what the first step reads, at all positions, [B, L, D]
+
+    def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
+        """See `Drafter.draft`."""
+        rows = torch.arange(len(last), device=last.device)[:, None]
+        if self._hidden is None:
+            self._hidden = read.hidden.new_zeros(len(last), tokens.shape[1], read.hidden.shape[-1])
+        if read.lengths is not None:
+            slots = read.slots  # the prompt, all of it
+        else:
+            first = (last - self._window + 1).clamp(min=0)
+            slots = first[:, None] + torch.arange(self._window, device=last.device)
+        self._hidden[rows, read.slots] = self._first_input(read)
+        call = self._decoder.call_at(slots, read.width)
+        tokens, index = tokens.clone(), last - slots[:, 0]
+        hidden = self._hidden[rows, slots]
+        drafts = []
+        for ahead, cache in enumerate(self._caches, start=1):
+            cache.place(slots, None, read.width, read.lengths)
+            hidden = self._step(ahead, hidden, tokens[rows, slots + ahead], slots, self._decoder.with_cache(call, cache))
+            drafts.append(choose(ahead + 1, self.logits(ahead + 1, at_index(hidden, index))))
+            tokens[rows[:, 0], last + ahead + 1] = drafts[-1]
+        return torch.stack(drafts, dim=1)
+
+    def with_rows(self, rows: Tensor, decoder: CachedDecoder) -> Self:
+        """See `Drafter.with_rows`."""
+        copied = super().with_rows(rows, decoder)
+        copied._hidden = None if self._hidden is None else self._hidden[rows]
+        return copied
+
+
+def chain_drafter(model: MTPModel, decoder: CachedDecoder) -> Drafter:
+    """Make the drafter for a chain: as servers draft with one module, else as several modules are trained.
+
+    Servers hand no state on from token to token inside of such a module, so one that keeps a state drafts as it is trained.
+    """
+    modules = {id(block) for block in blocks_of(model.extra_heads, model.horizon - 1)}
+    served = len(modules) == 1 and (model.heads.kind == "native" or model.heads.layout != "plain")
+    keeps_state = any(True for _ in model.packing.find_mixers(block.layer for block in blocks_of(model.extra_heads, 1)))
+    return (ServerDrafter if served and not keeps_state else ChainDrafter)(model, decoder)

@@ -1,0 +1,85 @@
+"""Contract of what drafts tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from copy import copy
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from wmtp.generation.cache import RowCache
+from wmtp.generation.decoder import CachedDecoder, Read
+from wmtp.models.anatomy import first_tensor
+
+if TYPE_CHECKING:
+    from wmtp.models.mtp import MTPModel
+
+__all__ = ["Choose", "Drafter", "at_index"]
+
+#: from logits ``[B, V]`` of head k (2..H) to tokens ``[B]``
+Choose = Callable[[int, Tensor], Tensor]
+
+
+class Drafter(ABC):
+    """Drafts H−1 tokens.
+
+    Args:
+        model: with H ≥ 2.
+        decoder: what reads the rows.
+    """
+
+    def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
+        self._model = model
+        self._decoder = decoder
+        self._heads = model.extra_heads
+        self._extra = model.horizon - 1
+        self._caches: list[RowCache] = []  # of the heads' own layers
+
+    @abstractmethod
+    def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
+        """Draft what follows the next token.
+
+        Args:
+            read: what the model made of the tokens that it read last.
+            last: ``[B]``, of each row the position of the last token that counts; what was read after it was rejected.
+            tokens: ``[B, L]``, the rows; the one at ``last + 1`` is known.
+            choose: picks tokens from a head's logits.
+
+        Returns:
+            ``[B, H−1]``, the tokens for the positions ``last + 2`` and on.
+        """
+
+    def with_rows(self, rows: Tensor, decoder: CachedDecoder) -> Self:
+        """Copy some rows of everything that is kept between two drafts.
+
+        Args:
+            rows: which.
+            decoder: that of these rows.
+        """
+        copied = copy(self)
+        copied._decoder = decoder
+        copied._caches = [cache.with_rows(rows) for cache in self._caches]
+        return copied
+
+    def clear(self) -> None:
+        """Forget all tokens; what is kept stays where it is."""
+        for cache in self._caches:
+            cache.clear()
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """Apply what the model does after its last layer."""
+        for step in self._model.anatomy.tail:
+            hidden = first_tensor(step(hidden))
+        return hidden
+
+    def logits(self, head: int, hidden: Tensor) -> Tensor:
+        """Multiply by the unembedding of a head."""
+        return self._model.unembedding(head).logits(hidden)
+
+
+def at_index(values: Tensor, index: Tensor) -> Tensor:
+    """Of ``[B, T, D]`` the place ``index`` ``[B]`` of each row."""
+    return values[torch.arange(len(values), device=values.device), index]

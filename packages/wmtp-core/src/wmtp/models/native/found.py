@@ -1,0 +1,40 @@
+"""A model's own layers for multi-token prediction, as they were found in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import Factory, frozen
+
+__all__ = ["Native"]
+
+
+@frozen(kw_only=True)
+class Native:
+    """Modules of one layout, and where their tensors stand.
+
+    Args:
+        layout: its name in `wmtp.models.native.layouts`.
+        modules: how many there are.
+        own_embedding: each has an embedding of its own.
+        own_unembedding: each has an unembedding of its own.
+        parts: names in the folder by those in the state dict of the heads, except for what is in a decoder layer.
+        layers: what the folder's names of each module's decoder layer begin with.
+        template: what the folder's names of the model's own decoder layer of that kind begin with.
+        template_path: the path of this decoder layer in the model.
+        tensors: all names in the folder.
+        parameters: numbers in them.
+        problem: why they cannot be opened; None where they can.
+    """
+
+    layout: str
+    modules: int = 0
+    own_embedding: bool = False
+    own_unembedding: bool = False
+    parts: Mapping[str, str] = Factory(dict)
+    layers: tuple[str, ...] = ()
+    template: str = ""
+    template_path: str = ""
+    tensors: tuple[str, ...] = ()
+    parameters: int = 0
+    problem: str | None = None

@@ -1,0 +1,91 @@
+"""The tensors of a model's own layers for multi-token prediction: from its folder into heads, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from wmtp.models.loaders.stored import StoredTensor, read_stored
+from wmtp.models.native.found import Native
+
+__all__ = ["folder_tensors", "head_tensors"]
+
+
+def head_tensors(native: Native, stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Read the tensors, named as in the heads' state dict.
+
+    Args:
+        native: without a problem.
+        stored: of the folder.
+        model: opened from it; experts and the like are converted as its own are.
+    """
+    state = {name: read_stored(stored[own]) for name, own in native.parts.items()}
+    taken = set(native.parts.values())
+    for module, begin in enumerate(native.layers):
+        own = {name: stored[name] for name in native.tensors if name.startswith(begin) and name not in taken}
+        named = {native.template + name.removeprefix(begin): read_stored(tensor) for name, tensor in own.items()}
+        converted = _converted(model, named)
+        path = f"{native.template_path}."
+        state |= {f"{module}.layer.{name.removeprefix(path)}": tensor for name, tensor in converted.items()}
+    return state
+
+
+def folder_tensors(native: Native, state: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Name and lay out the heads' tensors as in the folder that they came from.
+
+    Args:
+        native: where they stand.
+        state: the state dict of the heads, with whole tensors.
+        model: as for `head_tensors`.
+    """
+    tensors = {own: state[name] for name, own in native.parts.items() if name in state}
+    for module, begin in enumerate(native.layers):
+        prefix = f"{module}.layer."
+        inside = {
+            f"{native.template_path}.{name.removeprefix(prefix)}": tensor
+            for name, tensor in state.items()
+            if name.startswith(prefix)
+        }
+        written = revert_weight_conversion(model, inside)
+        tensors |= {begin + name.removeprefix(native.template): tensor for name, tensor in written.items()}
+    return tensors
+
+
+def _converted(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert tensors of a folder as ``from_pretrained`` does: experts are joined, say."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
+    converters = [step for step in conversions if isinstance(step, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    own, prefix = model.state_dict(), model.base_model_prefix
+    steps: dict[str, WeightTransform] = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: _natural(item[0])):
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        if renamed not in own and name in own:
+            renamed, pattern = name, None
+        if pattern is None:
+            step = steps.setdefault(renamed, WeightRenaming(name, renamed))
+        else:
+            step = steps.setdefault(renamed, deepcopy(by_pattern[pattern]))
+        step.add_tensor(renamed, name, name if pattern is None else pattern, tensor)  # type: ignore[arg-type]
+    found: dict[str, Tensor] = {}
+    for first, step in steps.items():
+        for name, value in step.convert(first, model=model, config=model.config).items():  # type: ignore[attr-defined]
+            found[name] = value[0] if isinstance(value, list) else value
+    return found
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort numbers in names as numbers: expert 10 after expert 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -1,0 +1,317 @@
+"""A model's own layers for multi-token prediction: opened as heads, and written back as they were."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import native_folders as folders
+import pytest
+import torch
+from native_folders import LAYERS, NAMES, NAMING, VOCAB, native_folder, tensors_of
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from wmtp.config.schema import HeadsConfig
+from wmtp.errors import ConfigError
+from wmtp.models import MTPModel, build_model, load_model
+from wmtp.models.loaders.hf import HfLoader
+
+QWEN = ("qwen3_5", "qwen3_next")
+#: facts of each layout, once more: what stands first in the projection, the state that is read, what is zero at position 0
+HIDDEN_FIRST = ("mimo", "mimo_2")
+BEFORE_NORM = ("mimo", "mimo_2")
+READS_ALL = QWEN
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory):
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = native_folder(tmp_path_factory.mktemp(name) / "model", name)
+        return made[name]
+
+    return get
+
+
+def ids_of(rows: int = 2, length: int = 9) -> Tensor:
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def opened(folder: Path, heads: HeadsConfig | None = None, dtype: torch.dtype | None = None) -> MTPModel:
+    loaded = HfLoader().load(folder, dtype=dtype, seed=0)
+    if dtype == torch.float64:
+        loaded.model.set_experts_implementation("eager")  # the others have no float64
+    return build_model(loaded, heads, seed=0).eval()
+
+
+def plain_norm(name: str, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    factor = 1 + weight if name in QWEN else weight
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * factor
+
+
+def plain_qwen2_layer(
+    tensors: dict[str, Tensor], begin: str, x: Tensor, heads: int, kv: int, theta: float, eps: float
+) -> Tensor:
+    """Write out a Qwen2 layer: attention with biases and rotated halves, then a gated feed-forward part."""
+    rows, length, width = x.shape
+    size = width // heads
+
+    def linear(name: str, value: Tensor) -> Tensor:
+        return F.linear(value, tensors[f"{begin}{name}.weight"], tensors.get(f"{begin}{name}.bias"))
+
+    def rotated(value: Tensor) -> Tensor:
+        angle = torch.arange(length)[:, None] * theta ** (-torch.arange(0, size, 2).double() / size)
+        cos, sin = angle.cos(), angle.sin()
+        one, two = value[..., : size // 2], value[..., size // 2 :]
+        return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1)
+
+    h = plain_norm("mimo", x, tensors[f"{begin}input_layernorm.weight"], eps)
+    q, k, v = (linear(f"self_attn.{part}_proj", h).view(rows, length, -1, size).transpose(1, 2) for part in ("q", "k", "v"))
+    k, v = k.repeat_interleave(heads // kv, 1), v.repeat_interleave(heads // kv, 1)
+    scores = rotated(q) @ rotated(k).transpose(-1, -2) / size**0.5
+    scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+    x = x + linear("self_attn.o_proj", (scores.softmax(-1) @ v).transpose(1, 2).reshape(rows, length, width))
+    h = plain_norm("mimo", x, tensors[f"{begin}post_attention_layernorm.weight"], eps)
+    return x + linear("mlp.down_proj", F.silu(linear("mlp.gate_proj", h)) * linear("mlp.up_proj", h))
+
+
+def transformers_layer(name: str, folder: Path, base: PreTrainedModel, x: Tensor) -> Tensor:
+    """Run the layer as transformers reads it in a model that has it as its own."""
+    twin = AutoModelForCausalLM.from_pretrained(folder.parent / f"{folder.name}_twin", dtype=torch.float64)
+    twin.set_experts_implementation("eager")
+    layer: nn.Module = twin.model.layers[0 if name == "ernie" else LAYERS - 1]
+    places = torch.arange(x.shape[1])[None]
+    mask = torch.full((x.shape[1], x.shape[1]), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)[None, None]
+    around = base.model.rotary_emb(x, places)
+    output = layer(x, attention_mask=mask, position_embeddings=around, position_ids=places)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def plain_logits(name: str, folder: Path, ids: Tensor, horizon: int) -> list[Tensor]:
+    """Compute heads 2..H in float64 by the table of layouts, from the folder's tensors."""
+    tensors = {key: value.double() for key, value in tensors_of(folder).items()}
+    config = AutoConfig.for_model(folders.MODELS[name][0], **folders.MODELS[name][1])
+    eps = config.rms_norm_eps
+    trunk = HfLoader().load(folder, dtype=torch.float64, seed=0).model
+    trunk.set_experts_implementation("eager")
+    raw: list[Tensor] = []
+    handle = trunk.model.norm.register_forward_pre_hook(lambda _, args: raw.append(args[0]))
+    normed = trunk.model(input_ids=ids, use_cache=False).last_hidden_state
+    handle.remove()
+    hidden = raw[0] if name in BEFORE_NORM else normed
+    found = []
+    modules = HfLoader().info(folder).native.modules
+    for step in range(horizon - 1):
+        begin, parts = NAMING[name](step % modules)
+        e, h, projection, *rest = (tensors[f"{part}.weight"] for part in parts)
+        embedding = rest[1] if len(rest) == 3 else tensors["model.embed_tokens.weight"]
+        unembedding = rest[2] if len(rest) == 3 else trunk.lm_head.weight
+        embedded = embedding[ids.roll(-step - 1, 1)].clone()
+        if step == 0 and name not in READS_ALL:
+            embedded[:, 0] = 0
+        both = [plain_norm(name, embedded, e, eps), plain_norm(name, hidden, h, eps)]
+        x = torch.cat(both[::-1] if name in HIDDEN_FIRST else both, -1) @ projection.T
+        if name.startswith("mimo"):
+            x = plain_qwen2_layer(tensors, begin, x, 4, 2, config.rope_parameters["rope_theta"], eps)
+        else:
+            x = transformers_layer(name, folder, trunk, x)
+        hidden = x if name == "ernie" else plain_norm(name, x, rest[0], eps)
+        found.append(hidden @ unembedding.T)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_head_logits_are_those_of_the_table(name: str, folder_of):
+    folder = folder_of(name)
+    model = opened(folder, HeadsConfig(horizon=4), torch.float64)
+    assert model.heads.kind == "native"
+    ids = ids_of()
+    with torch.no_grad():
+        output = model(ids)
+        expected = plain_logits(name, folder, ids, 4)
+    for head, logits in enumerate(expected, start=2):
+        sure = ids.shape[1] - head + 1  # behind it, the row's beginning is read
+        difference = (model.logits(output, head) - logits)[:, : sure - 1].abs().max()
+        assert difference < 1e-5 * max(1.0, float(logits.abs().max())), (head, float(difference))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_comes_out_as_it_went_in(name: str, dtype: torch.dtype, folder_of, tmp_path: Path):
+    folder = folder_of(name) if dtype == torch.float32 else native_folder(tmp_path / "half", name, dtype)
+    model = load_model(folder)
+    modules = 2 if name in ("mimo_2", "deepseek_v3") else 1
+    assert (model.heads.kind, model.horizon) == ("native", modules + 1)
+    model.save_pretrained(tmp_path / "saved")
+    model.save_base(tmp_path / "base")
+    before = tensors_of(folder)
+    for place in (tmp_path / "saved", tmp_path / "base"):
+        after = tensors_of(place)
+        assert after.keys() == before.keys()
+        for key, tensor in before.items():
+            assert after[key].dtype == tensor.dtype, key
+            assert torch.equal(after[key], tensor), key
+        old, new = (json.loads((at / "config.json").read_text()) for at in (folder, place))
+        assert {key: new.get(key) for key in ("model_type", "architectures")} == {
+            key: old[key] for key in ("model_type", "architectures")
+        }
+    assert (tmp_path / "saved" / "configuration_mimo.py").exists() == name.startswith("mimo")
+    again, ids = load_model(tmp_path / "saved"), ids_of()
+    assert all(torch.equal(a, b) for a, b in zip(model(ids).hidden, again(ids).hidden, strict=True))
+
+
+def test_trained_heads_and_their_horizon_come_back(folder_of, tmp_path: Path):
+    model = opened(folder_of("glm4_moe"), HeadsConfig(horizon=3, trunk_gradient="detach"))
+    with torch.no_grad():
+        for parameter in model.extra_heads.parameters():
+            parameter.add_(0.5)
+    model.save_pretrained(tmp_path / "saved")
+    again, ids = load_model(tmp_path / "saved"), ids_of()
+    assert (again.heads.kind, again.horizon) == ("native", 3)
+    assert all(torch.equal(a, b) for a, b in zip(model(ids).hidden, again(ids).hidden, strict=True))
+    before, after = tensors_of(folder_of("glm4_moe")), tensors_of(tmp_path / "saved")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    begin, _ = NAMING["glm4_moe"](0)
+    # a router's correction is a buffer, which no gradient trains
+    assert changed == {name for name in before if name.startswith(begin) and "e_score" not in name}
+
+
+def test_a_tokens_experts_are_written_one_by_one(folder_of, tmp_path: Path):
+    load_model(folder_of("deepseek_v3")).save_pretrained(tmp_path / "saved")
+    names = [name for name in tensors_of(tmp_path / "saved") if name.startswith(f"model.layers.{LAYERS}.mlp.experts.")]
+    assert len(names) == 12 * 3
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("name", ["qwen3_5", "deepseek_v3"])
+def test_gradients_go_to_the_heads_and_where_joint_says(name: str, joint: bool, folder_of):
+    heads = HeadsConfig(horizon=3, trunk_gradient="joint" if joint else "detach")
+    model = opened(folder_of(name), heads, torch.float32)
+    output = model(ids_of())
+    sum(model.logits(output, head).square().mean() for head in (2, 3)).backward()
+    assert all(parameter.grad is not None for parameter in model.extra_heads.parameters() if parameter.requires_grad)
+    assert any(parameter.grad is not None for parameter in model.base.parameters()) == joint
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "mimo", "glm4_moe"])
+def test_documents_in_one_row_are_as_if_alone(name: str, folder_of):
+    model = opened(folder_of(name), HeadsConfig(horizon=3))
+    documents = [ids_of(1, length) for length in (4, 5, 7)]
+    row = torch.cat(documents, dim=1)
+    positions = torch.cat([torch.arange(document.shape[1]) for document in documents])[None]
+    with torch.no_grad():
+        packed, start = model(row, positions, True), 0
+        for document in documents:
+            alone = model(document)
+            for head, (one, other) in enumerate(zip(packed.hidden, alone.hidden, strict=True)):
+                sure = document.shape[1] - head  # beyond, the next document's tokens are read
+                torch.testing.assert_close(one[:, start : start + sure], other[:, :sure], rtol=1e-4, atol=1e-5)
+            start += document.shape[1]
+
+
+class TestKinds:
+    def test_a_config_that_names_no_kind_gets_the_models_own(self, folder_of):
+        assert opened(folder_of("mimo"), HeadsConfig(horizon=2)).heads.kind == "native"
+
+    def test_another_kind_leaves_them_as_they_are(self, folder_of, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+        with caplog.at_level("INFO", "wmtp"):
+            model = opened(folder_of("qwen3_5"), HeadsConfig(horizon=2, kind="block"))
+        assert "own layers for multi-token prediction stay as they are: the heads are of kind 'block'" in caplog.text
+        model.save_pretrained(tmp_path / "saved")
+        before, after = tensors_of(folder_of("qwen3_5")), tensors_of(tmp_path / "saved")
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        assert load_model(tmp_path / "saved").heads.kind == "block"
+
+    def test_horizon_1_leaves_them_as_they_are_and_says_so(self, folder_of, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+        with caplog.at_level("INFO", "wmtp"):
+            opened(folder_of("glm4_moe"), HeadsConfig(horizon=1)).save_pretrained(tmp_path / "saved")
+        assert "stay as they are: horizon = 1" in caplog.text
+        before, after = tensors_of(folder_of("glm4_moe")), tensors_of(tmp_path / "saved")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+    def test_a_model_without_any_has_no_native_heads(self, tmp_path: Path):
+        folders.base_of("glm4_moe").save_pretrained(tmp_path / "plain")
+        with pytest.raises(ConfigError, match=r"models\.base\.heads\.kind: 'native' are the model's own"):
+            opened(tmp_path / "plain", HeadsConfig(horizon=2, kind="native"))
+
+    def test_init_has_no_effect_on_them(self, folder_of):
+        with pytest.raises(ConfigError, match=r"heads\.init: 'random' has no effect"):
+            opened(folder_of("mimo"), HeadsConfig(horizon=2, init="random"))
+
+
+class TestDamagedFolders:
+    """Refused by name where heads are wanted; the model alone can still be used, and keeps what there is."""
+
+    def changed(self, folder_of, tmp_path: Path, name: str, change) -> Path:
+        source, folder = folder_of(name), tmp_path / "changed"
+        folder.mkdir()
+        for file in source.iterdir():
+            if file.suffix != ".safetensors":
+                (folder / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(source / "model.safetensors")
+        change(tensors, folder)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    def refused(self, folder: Path, why: str) -> None:
+        for heads in (HeadsConfig(horizon=2), HeadsConfig(horizon=2, kind="native")):
+            with pytest.raises(ConfigError, match=why) as caught:
+                opened(folder, heads)
+            assert 'kind = "shared"' in str(caught.value)
+        assert opened(folder, HeadsConfig(horizon=2, kind="linear")).horizon == 2
+        assert load_model(folder).horizon == 1
+
+    def test_a_missing_tensor(self, folder_of, tmp_path: Path):
+        folder = self.changed(folder_of, tmp_path, "qwen3_5", lambda tensors, _: tensors.pop("mtp.fc.weight"))
+        self.refused(folder, r"mtp\.fc\.weight is missing")
+
+    def test_a_tensor_of_another_shape(self, folder_of, tmp_path: Path):
+        def change(tensors, _):
+            tensors["model.mtp_layers.0.mlp.up_proj.weight"] = torch.zeros(5, 5)
+
+        self.refused(
+            self.changed(folder_of, tmp_path, "mimo", change),
+            r"up_proj\.weight has shape \[5, 5\] in place of \[48, 32\]",
+        )
+
+    def test_a_quantized_tensor(self, folder_of, tmp_path: Path):
+        def change(tensors, _):
+            name = f"model.layers.{LAYERS}.eh_proj.weight"
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+        folder = self.changed(folder_of, tmp_path, "glm4_moe", change)
+        self.refused(folder, r"eh_proj\.weight is quantized \(F8_E4M3\)")
+
+    def test_a_config_that_promises_more_modules(self, folder_of, tmp_path: Path):
+        def change(_, folder):
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 2}))
+
+        folder = self.changed(folder_of, tmp_path, "mimo", change)
+        self.refused(folder, r"config\.json says num_nextn_predict_layers = 2, and the folder holds 1")
+
+    def test_two_layouts_at_once(self, folder_of, tmp_path: Path):
+        def change(tensors, _):
+            tensors["model.mtp_layers.0.input_proj.weight"] = torch.zeros(32, 64)
+
+        folder = self.changed(folder_of, tmp_path, "qwen3_5", change)
+        self.refused(folder, r"several layouts, 'qwen' \(mtp\..*\) and 'mimo'")
+
+    def test_a_config_that_promises_layers_that_are_all_missing(self, folder_of, tmp_path: Path):
+        def change(tensors, _):
+            for name in [name for name in tensors if name.startswith("mtp.")]:
+                del tensors[name]
+
+        folder = self.changed(folder_of, tmp_path, "qwen3_5", change)
+        with pytest.raises(ConfigError, match="its files hold none"):
+            opened(folder, HeadsConfig(horizon=2, kind="native"))
+        model = opened(folder, HeadsConfig(horizon=2))
+        assert model.heads.kind == "block"
+        model.save_pretrained(tmp_path / "saved")
+        assert json.loads((tmp_path / "saved" / "config.json").read_text())["mtp_num_hidden_layers"] == 0
