@@ -108,7 +108,7 @@ class HeadsConfig:
 
     @property
     def known_kind(self) -> str:
-        """The kind, where the model is known to bring none."""
+        """Kind of the heads of a model that brings none."""
         return self.kind or "block"
 
     def resolved_head_weights(self) -> tuple[float, ...]:

@@ -251,7 +251,7 @@ class Shared(HeadKind):
 
 
 class NativeKind(HeadKind):
-    """The model's own layers for multi-token prediction; with fewer modules than heads, they take turns.
+    """Own layers of a model for multi-token prediction; with fewer modules than heads, they take turns.
 
     The modules come first, then their own embeddings and unembeddings, where they have any: these belong to the root when
     processes share a model, as the loss multiplies by an unembedding outside of any module.

@@ -1,4 +1,4 @@
-"""The layouts of models' own layers for multi-token prediction: every fact of each, in one table. Imports no torch."""
+"""Layouts of models' own layers for multi-token prediction: every fact of each, in one table. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["LAYOUTS", "PLAIN", "ChainRule", "Layout", "layout_named", "rule_of"]
 
 @frozen(kw_only=True)
 class ChainRule:
-    """What one step of a chain reads, and what its hidden states pass before the unembedding.
+    """Inputs of a step of a chain, and the norm before the unembedding.
 
     Every step gives the next one what the unembedding multiplies.
 

@@ -1,4 +1,4 @@
-"""The tensors of a model's own layers for multi-token prediction: from its folder into heads, and back."""
+"""Tensors of a model's own layers for multi-token prediction: from its folder into heads, and back."""
 
 from __future__ import annotations
 
