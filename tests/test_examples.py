@@ -65,7 +65,7 @@ def test_quickstart(wmtp, tmp_path):
     for k in (1, 2, 3, 4):
         assert curve[0][f"loss/head_{k}"] == pytest.approx(5.6, abs=0.3), "log 258 = 5.55: a new model knows nothing"
         assert curve[-1][f"loss/head_{k}"] < 3.6
-    assert "how the trained model goes on" in run.stderr
+    assert "the trained model's completion" in run.stderr
     assert "mlflow ui --backend-store-uri sqlite:///" in run.stderr
     assert_opens_everywhere(run_dir / "model", list(b"def f(self):"), 4, tmp_path)
 

@@ -191,7 +191,7 @@ def test_mistakes_are_said_and_leave_nothing(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["block", "notes", "plain"]
     new.mkdir()  # an empty folder is as good as none
     assert main(["export", str(save(tmp_path / "bare", tokenizer=False)), str(new), "--format", "hf"]) == 0
-    assert "no tokenizer lies beside the model" in capsys.readouterr().err
+    assert "the model has no tokenizer beside it" in capsys.readouterr().err
     assert "tokenizer: none was found" in (new / "README.md").read_text()
 
 

@@ -243,7 +243,7 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_refused_by_name(recipe, wm
     refused = wmtp("run", "--resume", run_dir)
     assert refused.returncode == 1
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
-    assert f"{tensors}: its content was changed or damaged; remove this folder to go on from step-10" in line
+    assert f"{tensors}: its content was changed or damaged; remove this folder to resume from step-10" in line
     for path in files:
         path.unlink()
     newest.rmdir()
@@ -310,7 +310,7 @@ def test_a_run_is_tied_to_nothing_but_its_folder(recipe, wmtp, tmp_path):
     assert wmtp("check", moved / "config.toml", cwd=there).returncode == 0
     done = wmtp("run", "--resume", moved, cwd=there)
     assert done.returncode == 0, done.stderr
-    assert "resuming" in done.stderr or "goes on from" in done.stderr
+    assert "resuming" in done.stderr
     assert (moved / "model/config.json").is_file()
     assert wmtp("eval", moved, "--set", 'eval=[{type="perplexity"}]', cwd=there).returncode == 0
     assert wmtp("report", moved, cwd=there).returncode == 0

@@ -116,7 +116,7 @@ def test_runs_of_several_machines_are_merged_and_survive_exactly(recipe, wmtp, p
     assert view(ours, two) == view(client(tmp_path / "c/two/tracking/mlflow.db"), two)
     before = {run: view(ours, run) for run in (one, two)}
     third = wmtp("runs", "pull", place, "--into", tmp_path / "all" / "mlflow.db", cwd=tmp_path)
-    assert "0 new runs, 0 that went on, 2 as before" in third.stdout
+    assert "0 new runs, 0 updated, 2 unchanged" in third.stdout
     (tmp_path / "all" / ".mlflow.db.pulled.json").unlink()
     forced = wmtp("runs", "pull", place, "--into", tmp_path / "all" / "mlflow.db", "--json", cwd=tmp_path)
     assert sorted(json.loads(forced.stdout)["changed"]) == sorted([one, two])

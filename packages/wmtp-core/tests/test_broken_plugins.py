@@ -128,7 +128,7 @@ TRAINERS = [
     ),
     (
         "def weights(self, view): return view.uniform()",
-        "Made has weights(), and neither token_weights nor auxiliary_losses, which the loop calls; to weigh tokens write "
+        "Made has weights(), and neither token_weights nor auxiliary_losses, which the loop calls; to weight tokens, write "
         "token_weights(self, view)",
     ),
     ("needs_token_loss = 'yes'", "needs_token_loss is 'yes'; write True or False"),

@@ -365,8 +365,8 @@ def test_sources_that_make_no_sense(tmp_path):
     assert "there is no [datasets.b]; there are: a, exam" in problems(sources=("b",))
     assert "names 'a' twice" in problems(sources=("a", "a"))
     assert "names no data set" in problems(sources=())
-    assert "'a' is learned from too" in problems(EvalDataConfig(sources=("a",)), sources=("a",))
-    assert "data.eval: says neither" in problems(EvalDataConfig(), sources=("a",))
+    assert "'a' is training data too" in problems(EvalDataConfig(sources=("a",)), sources=("a",))
+    assert "data.eval: has neither" in problems(EvalDataConfig(), sources=("a",))
     assert "conflicts with" in problems(EvalDataConfig(sources=("exam",), holdout=0.1))
 
 

@@ -182,7 +182,7 @@ SOUND = {
 
 HIDDEN = "Weighs.token_weights is hidden by Trainer.token_weights; write the mixin first: class Made(Weighs, Trainer)"
 NEITHER = (
-    "and neither token_weights nor auxiliary_losses, which the loop calls; to weigh tokens write token_weights(self, view)"
+    "and neither token_weights nor auxiliary_losses, which the loop calls; to weight tokens, write token_weights(self, view)"
 )
 BROKEN = {
     "a mixin behind": ("class Made(Trainer, Weighs): pass", HIDDEN),
@@ -244,11 +244,11 @@ BROKEN = {
     ),
     "a generator": (
         "class Made(Trainer):\n    def token_weights(self, view): yield view.uniform()",
-        "Made.token_weights has a yield, so a call runs nothing of it; write return",
+        "Made.token_weights has a yield, so a call does not run it; write return",
     ),
     "setup with a yield": (
         "class Made(Trainer):\n    def setup(self, setup): yield",
-        "Made.setup has a yield, so a call runs nothing of it; write return",
+        "Made.setup has a yield, so a call does not run it; write return",
     ),
     "a coroutine": (
         "class Made(Trainer):\n    async def token_weights(self, view): return view.uniform()",

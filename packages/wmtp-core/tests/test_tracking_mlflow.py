@@ -377,7 +377,7 @@ def test_a_server_that_goes_away_and_comes_back_loses_nothing(server, run, caplo
     assert len(messages) == 2, messages
     # refused, or cut in the middle of a request, as it happens
     assert messages[0].startswith(f"MLflow at {server.uri} is away: ")
-    assert "; training goes on" in messages[0]
+    assert "; training continues" in messages[0]
     assert messages[1].startswith(f"MLflow at {server.uri} is back")
 
 

@@ -112,5 +112,5 @@ def test_what_is_refused_is_dropped_and_said_once(sender, receiver, caplog):
     assert receiver.got[:3] == [1, 2, 3]
     assert receiver.got[-1] == 10
     assert [record.getMessage() for record in caplog.records] == [
-        "the receiver refuses metrics: negative; training goes on, and metrics.jsonl has everything"
+        "the receiver refuses metrics: negative; training continues, and metrics.jsonl has everything"
     ]

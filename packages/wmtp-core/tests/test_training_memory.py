@@ -131,7 +131,7 @@ def test_a_device_without_memory_is_a_clear_error():
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
     ):
         with (
-            pytest.raises(WMTPError, match="out of memory: expected was about") as caught,
+            pytest.raises(WMTPError, match="out of memory: the estimate was about") as caught,
             explain_out_of_memory(config(), info, heads, device="cuda:0"),
         ):
             raise error

@@ -131,7 +131,7 @@ def test_a_tokenizer_that_is_not_the_base_models(base, tmp_path):
         ConfigError, match=r"tokenizer: it is not .* of 7 ids compared 6 mean .*token 1 is '1' in place of 'def'"
     ):
         open_source(config)
-    with pytest.raises(ConfigError, match=r"remove .tokenizer., and the one beside the model is taken"):
+    with pytest.raises(ConfigError, match=r"remove .tokenizer. to use the one beside the model"):
         dry_run(config)
 
 

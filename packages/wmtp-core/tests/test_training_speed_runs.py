@@ -88,5 +88,5 @@ def test_a_run_out_of_memory_says_what_was_expected_and_what_helps(tmp_path):
 
     from wmtp.config.load import load_config
 
-    with pytest.raises(WMTPError, match=r"cpu is out of memory: expected was about .*what helps most: .*\(about "):
+    with pytest.raises(WMTPError, match=r"cpu is out of memory: the estimate was about .*what helps most: .*\(about "):
         wmtp.run(evolve(load_config(config(tmp_path)), trainer=_HungryConfig(), optimizer=AdamW()))

@@ -80,7 +80,7 @@ def test_list_verify_prune(bucket, s3, cache, wmtp, faulty, tmp_path):
         assert re.fullmatch(rf"{re.escape(str(cache))}: 4 entries, [\d.]+ (k|M)B", lines[-1])
         by_name = {re.split("  +", line)[-1].split("/")[-1]: line for line in lines[:-1]}
         assert [name for name, line in by_name.items() if "in use" in line] == ["busy"]
-        assert by_name.keys() == {"old", "new", "busy", "not complete: another fetch goes on with it, or prune removes it"}
+        assert by_name.keys() == {"old", "new", "busy", "not complete: another fetch continues it, or prune removes it"}
         assert wmtp("verify")[:2] == (0, [f"{cache}: all is as it was fetched"])
 
         # one byte of a file, and a file that is gone

@@ -90,7 +90,7 @@ def test_the_command_says_so_in_one_line(refusing, model, tmp_path, capsys):
     printed, said = capsys.readouterr()
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {model}/large could not be read: the credentials have expired (ExpiredToken: The provided")
-    assert line.endswith("renew them, and run it again: it goes on")
+    assert line.endswith("renew them, and run it again: it continues")
     assert json.loads(printed)["problems"] == [line.removeprefix("error: ")]
 
 

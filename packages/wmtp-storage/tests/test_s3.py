@@ -156,7 +156,7 @@ def test_acceleration_where_it_cannot_be(s3, monkeypatch):
     with pytest.raises(ConfigError, match="for the dot in its name"):
         S3Storage(acceleration=True, region="us-east-1").build().exists("s3://b.c/x")
     assert list(S3Storage(acceleration=True, endpoint="https://h", addressing="path").check()) == [
-        "acceleration: is a host of Amazon's; remove endpoint, or acceleration",
+        "acceleration: uses a host of Amazon's; remove endpoint, or acceleration",
         "acceleration: has the bucket in the host's name; remove addressing, or acceleration",
     ]
     assert list(S3Storage(endpoint="h:1", proxy="ftp://h").check()) == [

@@ -51,7 +51,7 @@ def test_a_signature_stays_and_is_not_shown():
         ("s3://bucket/a%0Ab", "control character"),
         ("s3://key:secret@bucket/a", "holds a user's name; remove it"),
         ("https://me:secret@host/a", "holds a user's name"),
-        ("s3://bucket?x", "a '/' must stand between the bucket"),
+        ("s3://bucket?x", "a '/' must be between the bucket"),
     ],
 )
 def test_what_is_wrong_is_said(uri, message):

@@ -301,7 +301,7 @@ def _take_up(directory: Path, loaded: Loaded) -> None:
     for line in changed:
         logger.info("resumed with a change: %s", line)
     for line in run_dirs.changed_versions(directory, loaded.config, loaded.registry):
-        logger.warning("resumed with another version, which may go on differently: %s", line)
+        logger.warning("resumed with another version, which may change the results: %s", line)
     run_dirs.record_resume(directory, loaded.config, loaded.registry, sys.argv, changed)
     if changed:
         run_dirs.replace_text(directory / run_dirs.CONFIG_FILE, dump_config(fixed(directory, loaded.config)))

@@ -193,7 +193,7 @@ def _first_page(store: ObjectStore, folder: str | None, after: str | None, limit
                     found.extend(page)
                     return
         except TimeoutError:
-            raise WrongAnswerError("a listing goes on and on without an object") from None
+            raise WrongAnswerError("a listing has page after page without an object") from None
 
     run(take())
     return found

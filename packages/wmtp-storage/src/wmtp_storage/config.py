@@ -105,7 +105,7 @@ class S3Storage(RemoteStorage):
         """See `RemoteStorage.check`."""
         yield from super().check()
         if self.acceleration and self.endpoint is not None:
-            yield "acceleration: is a host of Amazon's; remove endpoint, or acceleration"
+            yield "acceleration: uses a host of Amazon's; remove endpoint, or acceleration"
         if self.acceleration and self.addressing == "path":
             yield "acceleration: has the bucket in the host's name; remove addressing, or acceleration"
 

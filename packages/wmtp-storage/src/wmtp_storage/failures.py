@@ -105,7 +105,7 @@ def explained(error: BaseException, uri: object, what: str = "read") -> WMTPErro
     if failure.code == "NoSuchBucket":
         return WMTPError(f"{could_not}: there is no such bucket")
     if failure.code in _EXPIRED:
-        return WMTPError(f"{could_not}: the credentials have expired ({said}); renew them, and run it again: it goes on")
+        return WMTPError(f"{could_not}: the credentials have expired ({said}); renew them, and run it again: it continues")
     if failure.code in _CREDENTIALS:
         return WMTPError(f"{could_not}: the credentials are wrong ({said})")
     if failure.code in _CLOCK:

@@ -50,7 +50,7 @@ def listings(
     """
     for number in range(_ROUNDS):
         if number:
-            logger.warning("%s was changed while it was fetched; going on with what is there now", uri)
+            logger.warning("%s changed while it was fetched; continuing with its present content", uri)
         yield list_objects(storage, uri, include, exclude)
     raise WMTPError(f"{uri} keeps changing while it is fetched; wait until whoever writes to it has ended")
 

@@ -62,4 +62,4 @@ def _pages(store: GCSStore, prefix: str, limit: float) -> Iterator[Sequence[Obje
         if count == sum(map(len, listed_pages(store, prefix, limit=limit))):
             return
         raise WrongAnswerError("two listings, one after the other, differ in length") from None
-    raise WrongAnswerError("an object is said to be there that nobody has made")
+    raise WrongAnswerError("the store reports an object that was never created")

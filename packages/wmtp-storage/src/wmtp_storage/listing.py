@@ -83,7 +83,7 @@ def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] 
     found = _without_markers(storage, uri, found)
     if not found:
         what = "matches the patterns" if include or exclude else "is a file"
-        raise WMTPError(f"{uri}: of what is there nothing {what}")
+        raise WMTPError(f"{uri}: nothing there {what}")
     return Listing(tuple(sorted(found, key=lambda stored: stored.name)), is_folder=True)
 
 

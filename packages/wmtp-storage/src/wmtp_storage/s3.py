@@ -117,7 +117,7 @@ def _address(config: S3Storage, bucket: str, endpoint: str | None, region: str) 
     """Return the address, and whether the bucket is part of the host's name."""
     if config.acceleration:
         if endpoint is not None:
-            raise ConfigError(f"acceleration: is a host of Amazon's, but the environment names the endpoint {endpoint}")
+            raise ConfigError(f"acceleration: uses a host of Amazon's, but the environment names the endpoint {endpoint}")
         if "." in bucket:
             raise ConfigError(f"acceleration: Amazon does not serve the bucket {bucket!r} so, for the dot in its name")
         return f"https://{bucket}.s3-accelerate.amazonaws.com", True

@@ -173,7 +173,7 @@ class S3Questions:
         if answer.status_code in (400, 401, 403) and part is None:
             raise WMTPError(
                 f"{stored.key}: its checksum could not be asked for: HTTP status {answer.status_code}: permission denied, or"
-                " the credentials have expired. What came is kept: run it again to go on"
+                " the credentials have expired. What came is kept: run it again to continue"
             )
         if not 200 <= answer.status_code < 300:
             logger.debug("%s: asked for its checksum, the server answered %s", stored.key, answer.status_code)

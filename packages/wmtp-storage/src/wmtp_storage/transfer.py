@@ -160,7 +160,7 @@ class Transfer:
                 reason = str(error) if isinstance(error, _Broken) else str(explained(error, name)).partition(": ")[2]
                 tries = f"{patience.failures} tries in {patience.waited:.0f} s"
                 raise WMTPError(
-                    f"{name} could not be read: {reason}; given up after {tries}. What came is kept: run it again to go on"
+                    f"{name} could not be read: {reason}; given up after {tries}. What came is kept: run it again to continue"
                 ) from error
             logger.debug("%s at byte %d: %s; trying again", name, running.position, failure.message or error)
             await asyncio.sleep(pause)
@@ -221,5 +221,5 @@ class Transfer:
         except OSError as error:
             raise WMTPError(
                 f"{part.path} could not be written: {error.strerror or error}. What came is kept: make room, and run it again"
-                " to go on"
+                " to continue"
             ) from error

@@ -56,7 +56,7 @@ def parse(uri: str) -> RemoteURI:
         raise ConfigError(f"{shown} holds a user's name; remove it: credentials come from the environment")
     is_web = scheme.startswith("http")
     if "?" in authority or "#" in authority:
-        raise ConfigError(f"{shown}: a '/' must stand between the {'host' if is_web else 'bucket'} and what follows")
+        raise ConfigError(f"{shown}: a '/' must be between the {'host' if is_web else 'bucket'} and what follows")
     if "#" in rest or (mark and not is_web):
         raise ConfigError(f"{shown}: in a name '?' must be written %3F, and '#' %23")
     if wrong := re.search(r"%(?![0-9A-Fa-f]{2})", path):

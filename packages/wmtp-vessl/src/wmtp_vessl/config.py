@@ -201,7 +201,7 @@ class VesslLauncher(LauncherConfig):
                     yield f"{key}: {name} is set by the launcher itself; remove it"
         for name, value in self.env.items():
             if name in self.secrets:
-                yield f"env: {name} stands in secrets too; choose one"
+                yield f"env: {name} is in secrets too; choose one"
             elif SECRET_NAME.search(name) or is_secret("", str(value)):
                 yield (
                     f"env: {name} looks like a secret, and VESSL keeps and shows what it is sent; store the value as a secret"

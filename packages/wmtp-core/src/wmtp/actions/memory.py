@@ -19,7 +19,7 @@ def memory_outlook(config: Config) -> tuple[str, list[str]]:
     base = config.models["base"]
     info = outline(base.loader)
     if info is None:
-        return f"no estimate: the shape of {base.loader.type} models is read by wmtp run FILE --dry-run, which says it", []
+        return f"no estimate: the shape of {base.loader.type} models is read by wmtp run FILE --dry-run, which estimates", []
     heads = base.heads or HeadsConfig()
     processes = config.launcher.processes
     world = processes if isinstance(processes, int) else 1

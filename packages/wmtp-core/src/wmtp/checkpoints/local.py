@@ -156,13 +156,13 @@ def load_checkpoint(
         return state
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         older = [other.path.name for other in list_checkpoints(checkpoint.path.parent) if other.step < checkpoint.step]
-        then = f"go on from {older[-1]}" if older else "begin anew: there is no older one here"
+        then = f"resume from {older[-1]}" if older else "start over: there is no older one here"
         raise WMTPError(f"{checkpoint.path} cannot be read: {error}; remove this folder to {then}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch warns of what is meant: each process reads, and one alone writes, by itself."""
+    """Silence torch's warning about intended single-process I/O."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield

@@ -1,4 +1,4 @@
-"""Checkpoints in an object store: written on this machine, uploaded while training goes on, found again by another machine.
+"""Checkpoints in an object store: written on this machine, uploaded while training continues, found again by another machine.
 
 Importing this imports no torch: a run that was begun elsewhere is looked for before it is known where it will go on.
 
@@ -338,7 +338,7 @@ class CheckpointUpload:
             reason = error if isinstance(error, WMTPError | OSError) else f"{type(error).__name__}: {error}"
             failed = WMTPError(f"the checkpoint {checkpoint.path} was not uploaded to {self._remote.uri}: {reason}")
             failed.__cause__ = error
-            logger.warning("%s; training goes on", failed)
+            logger.warning("%s; training continues", failed)
             return failed
         logger.info("uploaded %s/%s", self._remote.uri, checkpoint.path.name)
         return None

@@ -262,7 +262,7 @@ def _add_remote(add: Callable[..., argparse.ArgumentParser], config: argparse.Ar
     )
     add("status", "How far a launched run is.", known)
     logs = add("logs", "Print the log of a launched run.", known)
-    logs.add_argument("--follow", "-f", action="store_true", help="go on until the run is over")
+    logs.add_argument("--follow", "-f", action="store_true", help="continue until the run is over")
     logs.add_argument("--tail", type=_natural, metavar="N", help="only the last N lines of what there is")
     add("cancel", "End a launched run.", known)
     add("metrics", "What the machine of a launched run does: of the service, and of the run itself.", known)

@@ -26,7 +26,7 @@ def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
     from wmtp.cli import runs
 
     options = storage_options()
-    command = add("fetch", "Bring a file or folder into a local folder, whole and verified; go on where it broke off.", options)
+    command = add("fetch", "Bring a file or folder into a local folder, whole and verified; resume a broken transfer.", options)
     command.set_defaults(run_command=fetch)
     command.usage = "wmtp fetch [OPTION]… URI DIR"
     command.add_argument("words", metavar="URI DIR", nargs="*", help="s3://BUCKET/MODEL, https://…, a path; a folder")
@@ -137,7 +137,7 @@ def _list(cache: Cache, arguments: argparse.Namespace) -> tuple[Any, int]:
     entries = cache.list()
     for entry in [] if arguments.json else entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
-        what = entry.uri or "not complete: another fetch goes on with it, or prune removes it"
+        what = entry.uri or "not complete: another fetch continues it, or prune removes it"
         print(
             f"{format_bytes(entry.size):>9}  {used}  {'in use' if entry.is_in_use else '      '}  {entry.path.name[:8]}  {what}"
         )

@@ -34,6 +34,6 @@ def runs(arguments: argparse.Namespace) -> tuple[Any, int]:
 
     done = pull_runs(arguments.uri, arguments.into, config=arguments.config, overrides=arguments.overrides)
     if not arguments.json:
-        print(f"{done.database}: {len(done.new)} new runs, {len(done.changed)} that went on, {done.unchanged} as before")
+        print(f"{done.database}: {len(done.new)} new runs, {len(done.changed)} updated, {done.unchanged} unchanged")
         print(f"mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{done.database}')}")
     return attrs.asdict(done), 0

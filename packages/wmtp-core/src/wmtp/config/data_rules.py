@@ -56,15 +56,15 @@ def check_sources(config: Config) -> list[str]:
         for name in sorted({name for name in names if names.count(name) > 1}):
             problems.append(f"{key}: names '{name}' twice; name it once")
     if not train:
-        problems.append("data.train.sources: names no data set; name what to learn from")
+        problems.append("data.train.sources: names no data set; name the training data")
     for name in train:
         if name in measured:
-            problems.append(f"data.eval.sources: '{name}' is learned from too; leave it out of one, or use data.eval.holdout")
+            problems.append(f"data.eval.sources: '{name}' is training data too; leave it out of one, or use data.eval.holdout")
     if config.data.eval is not None:
         if config.data.eval.sources is not None and config.data.eval.holdout is not None:
             problems.append("data.eval.holdout: conflicts with data.eval.sources; keep one of them")
         if not config.data.eval.sources and config.data.eval.holdout is None:
-            problems.append("data.eval: says neither sources nor holdout; say what to measure, or leave the table out")
+            problems.append("data.eval: has neither sources nor holdout; name one, or leave the table out")
     for name in train:
         if name in config.datasets:
             component = config.datasets[name]

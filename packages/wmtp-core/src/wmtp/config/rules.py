@@ -278,7 +278,7 @@ def _devices(config: Config) -> Iterator[Problem]:
     if config.devices.device == "mps" and isinstance(processes, int) and processes > 1:
         yield Problem(("launcher", "processes"), f'{processes}, but devices.device = "mps" computes in one process; write 1')
     if config.devices.device == "mps" and config.devices.fsdp is not None:
-        yield Problem(("devices", "fsdp"), 'divides a model among GPUs or CPU processes, not with devices.device = "mps"')
+        yield Problem(("devices", "fsdp"), 'shards a model over GPUs or CPU processes, not with devices.device = "mps"')
 
 
 def _secrets(value: Any, path: KeyPath) -> Iterator[Problem]:

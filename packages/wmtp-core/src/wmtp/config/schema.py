@@ -337,7 +337,7 @@ class CheckpointConfig:
 
     Args:
         uri: where checkpoints are written. Default: ``checkpoints`` in the run directory. To an object store (``s3://…``)
-            they are uploaded while training goes on, ``model/`` too at the end; ``--resume auto`` finds them there.
+            they are uploaded while training continues, ``model/`` too at the end; ``--resume auto`` finds them there.
         save_interval: optimizer steps between two checkpoints. Default: only at the end and on a signal.
         keep_last: how many checkpoints are kept; 0 keeps all.
         save_final: whether a checkpoint is written at the end too, besides ``model/``.

@@ -71,7 +71,7 @@ def prepare_eval_data(config: Config, tokenizer: Tokenizer, paths: Mapping[str, 
     if config.data.eval is None or config.data.eval.holdout is not None:
         held_out = prepare_data(config, tokenizer, paths).eval
         if held_out is None:
-            raise ConfigError("data.eval: missing: it says what is measured")
+            raise ConfigError("data.eval: missing: it names the evaluation data")
         return held_out
     names = eval_sources(config)
     if wrong := [name for name in names if name not in config.datasets] or ([] if names else ["(none)"]):

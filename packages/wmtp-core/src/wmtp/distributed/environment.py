@@ -129,7 +129,7 @@ def own_address(nodes: Nodes) -> str:
             probe.connect(target)  # sends nothing: it only asks for the route
             return probe.getsockname()[0]
     except OSError as error:
-        raise ConfigError(f"launcher: no way to the first machine, {nodes.address}: {error.strerror or error}") from None
+        raise ConfigError(f"launcher: no route to the first machine, {nodes.address}: {error.strerror or error}") from None
 
 
 def interface_of(address: str) -> str | None:

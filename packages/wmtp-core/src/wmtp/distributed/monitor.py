@@ -167,7 +167,7 @@ class Monitor:
         os._exit(1)
 
     def _say(self) -> None:
-        explained = self.explain() or "no rank goes on, and all are alive: a collective hangs"
+        explained = self.explain() or "no rank makes progress, and all are alive: a collective hangs"
         self.report(f"{explained} (devices.timeout = {self._timeout:g} s)")
 
 

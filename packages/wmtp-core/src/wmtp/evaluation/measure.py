@@ -55,7 +55,7 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
         alone = config.one_process and measured.ranks is not None and measured.ranks.world > 1
         if alone and isinstance(measured.model, FSDPModule):
             logger.warning(
-                "%s: needs the whole model in one process, and here it is divided: measure the saved one with wmtp eval RUN",
+                "%s: needs the whole model in one process, and here it is sharded: measure the saved one with wmtp eval RUN",
                 label,
             )
             continue

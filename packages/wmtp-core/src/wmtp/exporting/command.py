@@ -94,7 +94,7 @@ def export_model(name: str, folder: str | Path, *, format: str, storage: Storage
 def _tokenizer(name: str, path: Path, run_dir: Path | None, model: MTPModel) -> Tokenizer | None:
     known = (SAVED_NAME, MODEL_NAME, *HF_FILES)
     if run_dir is None and path.is_dir() and not any((path / file).is_file() for file in known):
-        _log.warning("%s: no tokenizer lies beside the model, so there is none in the export", name)
+        _log.warning("%s: the model has no tokenizer beside it, so the export has none", name)
         return None
     tokenizer = find_tokenizer(path, run_dir)
     check_vocabulary(model.vocab_size, tokenizer, key=name)

@@ -81,7 +81,7 @@ def submit(config: Config, launcher: RemoteLauncher, plan: LaunchPlan, *, again:
             run = _lost(launcher, plan, found)
             if run is None:
                 raise
-            logger.warning("the answer was lost, and the run is there: %s", run)
+            logger.warning("the answer was lost, but the run exists: %s", run)
         records.add(record.named(run))
         records.remove(record)
         return record.named(run)

@@ -87,7 +87,7 @@ class Blueprint:
         ]
         if hidden:
             raise WMTPError(
-                f"{self.model_class.__name__} cannot be divided among processes: it keeps tensors outside its parameters and "
+                f"{self.model_class.__name__} cannot be sharded over processes: it keeps tensors outside its parameters and "
                 f"buffers ({', '.join(hidden)}); set launcher.processes = 1"
             )
         model = MTPModel(base, self.heads, seed=0, known=(anatomy, self.packing), native=self.native)

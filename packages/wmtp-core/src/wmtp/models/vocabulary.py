@@ -94,7 +94,7 @@ def check_reading(own: Tokenizer, chosen: Tokenizer) -> None:
         token, (learned, read) = next(iter(differ.items()))
         raise ConfigError(
             f"tokenizer: it is not the base model's: of {len(texts)} ids compared {len(differ)} mean something else (token "
-            f"{token} is {read!r} in place of {learned!r}); remove [tokenizer], and the one beside the model is taken"
+            f"{token} is {read!r} in place of {learned!r}); remove [tokenizer] to use the one beside the model"
         )
 
 

@@ -81,7 +81,7 @@ def warn_of_gap(path: Path, step: int, interval: int) -> None:
     missing = [number for number in range(interval, step + 1, interval) if number not in steps]
     if missing:
         logger.warning(
-            "%s lacks %d of the steps before this resume (%d to %d); the training goes on without them in the curve",
+            "%s lacks %d of the steps before this resume (%d to %d); training continues, and the curve lacks them",
             path, len(missing), missing[0], missing[-1],
         )  # fmt: skip
 

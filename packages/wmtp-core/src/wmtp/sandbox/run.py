@@ -91,7 +91,7 @@ class Sandbox:
             trial = self.run_program("print(6 * 7)", "", "42")
             if not trial.passed:
                 raise WMTPError(
-                    f"this machine cannot shut in code that a model wrote ({trial.detail}): Linux with namespaces is needed, "
+                    f"this machine cannot isolate code that a model wrote ({trial.detail}): Linux with namespaces is needed, "
                     'as root or with unprivileged user namespaces. isolation = "process" runs it with limits only: do that on '
                     "a "
                     "machine where nothing is worth protecting"

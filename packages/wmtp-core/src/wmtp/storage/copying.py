@@ -40,9 +40,7 @@ def copy_into(storage: Storage, uri: str, target: Path, include: Sequence[str], 
         names = [source.name] if source.is_file() else sorted(_names(source))
         names = [name for name in names if is_wanted(name, include, exclude)]
         if not names:
-            raise WMTPError(
-                f"{redact(uri)}: of what is there nothing {'matches the patterns' if include or exclude else 'is a file'}"
-            )
+            raise WMTPError(f"{redact(uri)}: nothing there {'matches the patterns' if include or exclude else 'is a file'}")
         files = [_copy(source.parent if source.is_file() else source, name, staging / "new") for name in names]
         manifest = Manifest(uri=redact(uri), files=tuple(files))
         (target / MANIFEST).unlink(missing_ok=True)

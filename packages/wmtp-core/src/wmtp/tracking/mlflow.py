@@ -123,7 +123,7 @@ class MLflow(Tracker):
         sender, self._sender = self._sender, None
         receiver = f"MLflow at {redact(self._uri)}"
         if unsent := sender.close(_PATIENCE):
-            logger.warning("%s is still away: %d metric values were not sent; metrics.jsonl has them all", receiver, unsent)
+            logger.warning("%s is still gone: %d metric values were not sent; metrics.jsonl has them all", receiver, unsent)
             return
         try:
             self._client.set_tag(self._run_id, "wmtp.status", status)
@@ -137,7 +137,7 @@ class MLflow(Tracker):
                     self._upload(model)
             self._client.set_terminated(self._run_id, _STATUS[status])
         except Exception as error:
-            logger.warning("%s did not learn that the run has ended: %s", receiver, _reason(error))
+            logger.warning("%s was not told that the run has ended: %s", receiver, _reason(error))
 
     def location(self) -> str | None:
         """Command that shows the run, or the address of its page."""

@@ -100,7 +100,7 @@ def _make_current(database: Path) -> None:
         if done.returncode:
             reason = next(iter(done.stderr.strip().splitlines()[-1:]), "")
             raise WMTPError(
-                f"{database} cannot be brought to the form of the installed MLflow: {reason}; was it written by a newer one?"
+                f"{database} cannot be migrated to the installed MLflow: {reason}; was it written by a newer one?"
             ) from None
 
 

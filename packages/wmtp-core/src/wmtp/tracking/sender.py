@@ -130,12 +130,12 @@ class Sender(Generic[Item]):
         if not self._away:
             self._away = True
             message = (
-                "%s is away: %s; training goes on, metrics.jsonl has everything, and what it misses is sent when it is back"
+                "%s is away: %s; training continues, metrics.jsonl has everything, and what it misses is sent when it is back"
             )
             logger.warning(message, self._receiver, self._reason(error))
 
     def _say_refused(self, error: Exception) -> None:
         if not self._said_refused:
             self._said_refused = True
-            message = "%s refuses metrics: %s; training goes on, and metrics.jsonl has everything"
+            message = "%s refuses metrics: %s; training continues, and metrics.jsonl has everything"
             logger.warning(message, self._receiver, self._reason(error))

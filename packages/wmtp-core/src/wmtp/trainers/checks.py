@@ -368,7 +368,7 @@ def check_unchanged(view: StepView, before: Mapping[str, int], name: str) -> Non
     """
     for key, version in versions(view).items():
         if version != before[key]:
-            raise PluginError(f"{name}: it changed view.{key} in place, which the loop goes on to use; change a clone() of it")
+            raise PluginError(f"{name}: it changed view.{key} in place, which the loop still uses; change a clone() of it")
 
 
 def _tensors(view: StepView) -> Iterator[tuple[str, Tensor]]:

@@ -58,7 +58,7 @@ def method_problems(cls: Any, instance: object | None = None) -> Iterator[str]:
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             yield f"{where} is async, which the loop does not await; write def without async"
         elif inspect.isgeneratorfunction(function):
-            yield f"{where} has a yield, so a call runs nothing of it; write return"
+            yield f"{where} has a yield, so a call does not run it; write return"
         elif name in _RETURN and _returns_nothing(function):
             hint = "; for uniform weights write: return view.uniform()" if name == "token_weights" else ""
             yield f"{where} returns nothing; write return before its result{hint}"
@@ -90,7 +90,7 @@ def _unused_weights(cls: Any, given: set[str]) -> Iterator[str]:
     if unused:
         yield (
             f"{cls.__name__} has {', '.join(f'{name}()' for name in unused)}, and neither token_weights nor auxiliary_losses, "
-            "which the loop calls; to weigh tokens write token_weights(self, view)"
+            "which the loop calls; to weight tokens, write token_weights(self, view)"
         )
 
 

@@ -94,7 +94,7 @@ def show_sample(model: MTPModel, tokenizer: Tokenizer, dataset: TokenDataset, de
     completion = tokenizer.decode(generated[0, ids.shape[1] :].tolist())
     bar = "-" * 72
     logger.info(
-        "a prompt, and how the trained model goes on (greedy):\n%s\n%s\n%s\n%s\n%s",
+        "a prompt, and the trained model's completion (greedy):\n%s\n%s\n%s\n%s\n%s",
         bar,
         tokenizer.decode(prompt.tolist()),
         bar,

@@ -178,7 +178,7 @@ def too_large(estimate: MemoryEstimate, device_bytes: int) -> str | None:
     """
     if estimate.total <= device_bytes - _RESERVED:
         return None
-    return f"the device has {_size(device_bytes)}, of which {_size(_RESERVED)} are taken by the driver and between pieces"
+    return f"the device has {_size(device_bytes)}, of which {_size(_RESERVED)} are lost to the driver and to fragmentation"
 
 
 def cheaper_settings(
@@ -253,7 +253,7 @@ def explain_out_of_memory(
         estimate = estimate_memory(config, info, heads, world=world, others=others)
         what = describe_shortage(cheaper_settings(config, info, heads, world=world, others=others))
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WMTPError(f"{device} is out of memory: expected was {estimate}{what}; torch says: {first}") from error
+        raise WMTPError(f"{device} is out of memory: the estimate was {estimate}{what}; torch says: {first}") from error
 
 
 def _size(number: float) -> str:

@@ -91,7 +91,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     ranks.together(lambda: check_data(trainer, data.train, name))
     if ranks.world > config.data.train.batch_size:
         logger.info(
-            "data.train.batch_size: %d rows a step for %d processes: some compute for nothing; a larger batch uses them all",
+            "data.train.batch_size: %d rows a step for %d processes: some have no rows; a larger batch uses them all",
             config.data.train.batch_size, ranks.world,
         )  # fmt: skip
 

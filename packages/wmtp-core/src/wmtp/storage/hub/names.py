@@ -88,7 +88,7 @@ def parse_hub_uri(uri: str) -> HubName:
     revision = None
     if at:
         if path:
-            raise ConfigError(f"{uri!r}: the revision stands behind the name: write hf://{repo}@{behind}/{path}")
+            raise ConfigError(f"{uri!r}: the revision goes behind the name: write hf://{repo}@{behind}/{path}")
         special = _SPECIAL_REVISION.match(behind)
         revision = special[0] if special else unquote(behind.partition("/")[0])
         path = behind[special.end() :] if special else behind.partition("/")[2]
