@@ -52,7 +52,9 @@ def discounted_sums(values: Tensor, decay: float, document: Tensor) -> Tensor:
 
 
 def lambda_returns(value: Tensor, reward: Tensor, document: Tensor, *, gamma: float, lam: float) -> Tensor:
-    """G[t] = (1 − λ) γ V[t+1] + λ γ G[t+1], and G = R at the last token of a document (Sutton & Barto, 2nd ed., eq. 12.18).
+    """Compute λ-returns within each document (Sutton & Barto, 2nd ed., eq. 12.18).
+
+    G[t] = (1 − λ) γ V[t+1] + λ γ G[t+1], and G = R at the last token of a document.
 
     Args:
         value: ``[B, S]``, V.
@@ -106,7 +108,9 @@ def advantages(
 def advantage_weights(
     advantage: Tensor, *, mean: Tensor, std: Tensor, beta: float, min_weight: float, max_weight: float
 ) -> Tensor:
-    """clip(exp(z / β), w_min, w_max) with z = (A − mean) / std (advantage-weighted regression: arXiv 1910.00177).
+    """Compute weights of advantage-weighted regression (arXiv 1910.00177).
+
+    clip(exp(z / β), w_min, w_max) with z = (A − mean) / std.
 
     Args:
         advantage: any shape.

@@ -1,4 +1,4 @@
-"""Pairs of a correct and an incorrect document of the same problem, of about equal length."""
+"""Pairs of a correct and an incorrect answer to one problem, of similar length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["pair_documents", "pairs_of_step", "pairwise_accuracy", "pairwise_los
 def pair_documents(
     groups: NDArray[np.int64], correct: NDArray[np.bool_], lengths: NDArray[np.int64], max_ratio: float
 ) -> NDArray[np.int64]:
-    """Give as many documents as possible a partner of their own for the whole data set, so that both can be in one step.
+    """Match as many documents as possible into disjoint pairs over the whole data set.
 
     Within a group both classes are sorted by length, and each document of the smaller class takes the nearest of the other,
     in this order. Pairs of too different a length are given up.

@@ -14,7 +14,9 @@ _HALVINGS = 60
 
 
 class RandomMatchedTrainer(ControlTrainer):
-    """w' = m · exp(σ z) / mean(exp(σ z)), z a standard normal number for each valid prediction of a head.
+    """Trainer with log-normal random weights of another's mean and spread.
+
+    w' = m · exp(σ z) / mean(exp(σ z)), z a standard normal number for each valid prediction of a head.
 
     m is the mean of the treatment's weights at that head, and σ is such that the *drawn* weights have their standard deviation
     too: both are equal in every step, not only on average. σ is found by halving an interval, which works because the

@@ -11,7 +11,9 @@ __all__ = ["ShuffledTrainer"]
 
 
 class ShuffledTrainer(ControlTrainer):
-    """w'[t, k] = w[π_k(t, k)], π_k a random permutation of the valid predictions of head k, another one in every step.
+    """Trainer that permutes another's weights within each head, anew in every step.
+
+    w'[t, k] = w[π_k(t, k)], π_k a random permutation of the valid predictions of head k.
 
     Predictions are permuted, not tokens: a token at the start of a document is predicted by fewer heads than others, so
     tokens that change places would change the mean weight of a head.

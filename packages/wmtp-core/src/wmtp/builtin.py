@@ -70,5 +70,5 @@ def wmtp_launchers() -> list[type[Any]]:
 
 @hookimpl
 def wmtp_evaluators() -> list[type[Any]]:
-    """Losses and accuracies of every head, decoding, and the correctness of code that the model writes."""
+    """List the evaluators: losses, accuracies, decoding speed, and correctness of generated code."""
     return [Perplexity, TokenAccuracy, Speculative, InferenceSpeed, PassAtK]

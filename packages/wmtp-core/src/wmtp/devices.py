@@ -88,9 +88,9 @@ def autocast_context(precision: Precision, device: torch.device) -> Callable[[],
 
 @contextmanager
 def prefer_fast_attention(device: torch.device) -> Iterator[None]:
-    """On Hopper GPUs attention without a mask goes to cuDNN first inside, which torch's own order has after flash attention.
+    """Prefer cuDNN's attention on Hopper GPUs, inside, for attention without a mask.
 
-    What cuDNN cannot compute goes where it goes otherwise.
+    torch's own order has it after flash attention. Calls that cuDNN cannot compute take torch's order.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         yield

@@ -58,13 +58,13 @@ class PluginError(WMTPError):
 
 
 class AuthenticationError(WMTPError):
-    """A service to launch on does not know the user, or lets them do less than this. Raised by launchers."""
+    """A launch service does not know the user, or does not permit this. Raised by launchers."""
 
     exit_code: ClassVar[int] = 3
 
 
 class PlatformError(WMTPError):
-    """A service to launch on cannot be reached, or does not do what it was asked. Raised by launchers."""
+    """A launch service is unreachable, or fails to do what was asked. Raised by launchers."""
 
     exit_code: ClassVar[int] = 4
 

@@ -1,4 +1,4 @@
-"""Uploads a file or a folder, so that what is there afterwards is whole or as it was."""
+"""Atomic upload of a file or a folder."""
 
 from __future__ import annotations
 

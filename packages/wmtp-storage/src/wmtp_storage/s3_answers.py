@@ -1,4 +1,4 @@
-"""Reads answers of S3 that are XML, and refuses what is none of the kind that was asked for."""
+"""Parsing of S3's XML answers, with refusal of any other content."""
 
 from __future__ import annotations
 

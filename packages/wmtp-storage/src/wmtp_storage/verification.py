@@ -1,4 +1,4 @@
-"""Compares fetched files with what their store says of them, and has them on the disk, beside the transfer of others."""
+"""Verification of fetched files against the store's checksums, in parallel with the transfer."""
 
 from __future__ import annotations
 

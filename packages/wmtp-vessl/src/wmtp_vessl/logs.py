@@ -1,4 +1,4 @@
-"""Reads a log that is served in pages without line numbers, so that every line is seen once.
+"""Reader of a paged log without line numbers, which yields every line once.
 
 The service knows a line by its time only. Several lines may have the same time and text, a page may be served twice, a late
 line may stand before ones already seen, and a page holds no more than it holds. So a stretch of time is asked for again and

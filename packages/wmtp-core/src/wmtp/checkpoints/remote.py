@@ -104,7 +104,7 @@ class RemoteCheckpoints:
         return Checkpoint(path=target, step=step)
 
     def fetch_run(self, run_dir: Path) -> None:
-        """Copy the files of the run directory that were uploaded with the newest checkpoint into ``run_dir``.
+        """Copy the run files uploaded with the newest checkpoint into ``run_dir``.
 
         Raises:
             WMTPError: they could not be read.
@@ -240,7 +240,7 @@ class RemoteCheckpoints:
 
 
 class CheckpointUpload:
-    """Uploads checkpoints in a thread of its own, so that training never waits for the line.
+    """Background upload of checkpoints, so that training never waits for the network.
 
     A checkpoint that is still waiting when a newer one is there is passed over, unless it is the best: the newer one serves as
     well. One that could

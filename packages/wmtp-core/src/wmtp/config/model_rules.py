@@ -1,4 +1,4 @@
-"""Model folders on this machine, judged by their small files before anything large is read."""
+"""Checks of local model folders by their small files, before anything large is read."""
 
 from __future__ import annotations
 

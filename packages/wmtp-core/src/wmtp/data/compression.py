@@ -1,4 +1,4 @@
-"""Opens files that may be compressed, and reads no more of one than fits in memory."""
+"""Opening of compressed files, within bounded memory."""
 
 from __future__ import annotations
 

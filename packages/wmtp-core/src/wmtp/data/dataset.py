@@ -240,9 +240,10 @@ class TokenDataset:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all documents and of how they are cut, wherever they were read from.
+        """Hash of all documents and of how they are cut.
 
-        For caches of what a model makes of each token, and for a resume, which must go on with the same data.
+        It does not depend on where they were read from. It serves caches of a model's numbers per token, and a resume, which
+        must continue with the same data.
         """
         digest = hashlib.sha256()
         for store in self._stores:

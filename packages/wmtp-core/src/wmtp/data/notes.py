@@ -1,4 +1,4 @@
-"""Remarks on a data set that was read, once each, with the number of documents."""
+"""Remarks on a data set, reported once each with the number of documents."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Rows:
         return Rows(self.members[np.arange(starts[-1]) + shift], starts)
 
     def exchanged(self, lengths: Numbers, random: np.random.Generator) -> Rows:
-        """Rows of the same lengths, in which documents of equal length have changed places by chance."""
+        """Swap documents of equal length at random between rows of the same lengths."""
         shuffled = random.permutation(len(lengths))
         by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
         replacement = np.empty_like(by_length)

@@ -1,4 +1,4 @@
-"""From the config's data sets to the tokenised data that is learned from and measured."""
+"""Preparation of training and evaluation data: from the config to token data sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds out which rank is gone or hangs, and ends this process when the others no longer go on.
+"""Watcher that names a dead or hanging rank and ends a stuck process.
 
 Every rank writes a beat to the store of the run, from a thread of its own: a rank whose beats stop is gone (or its machine is,
 or it was stopped); one that beats but does fewer steps than the others hangs. Where a collective fails, or a rank has done

@@ -94,7 +94,7 @@ class Speculative(EvaluatorConfig):
 
 @frozen(kw_only=True)
 class InferenceSpeed(EvaluatorConfig):
-    """Tokens per second of reading prompts and of decoding after them, one token a forward pass, and memory.
+    """Tokens per second of prompt reading and of plain decoding, and memory.
 
     Args:
         batch_size: prompts at once.

@@ -13,7 +13,7 @@ __all__ = ["PerplexityEvaluator", "TokenAccuracyEvaluator"]
 
 
 class PerplexityEvaluator(Evaluator):
-    """exp of the mean cross entropy of head k, in nats per token, exact over any batch size."""
+    """Perplexity of head k: exp of its mean cross entropy per token, exact over batches."""
 
     def evaluate(self, measured: Measured) -> Mapping[str, Estimate]:
         """``head_k`` for every head that has a valid prediction, and by bucket; see `wmtp.evaluation.tokens.token_results`."""

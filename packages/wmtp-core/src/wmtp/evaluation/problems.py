@@ -1,4 +1,4 @@
-"""Programming problems with tests, and how a solution of each is prompted for and tried."""
+"""Programming problems with tests: their prompts, and the scoring of solutions."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Generation:
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens per forward pass, without the first token, which the prompt's own pass gives; NaN with no such pass."""
+        """New tokens per forward pass after the prompt's own; NaN without such a pass."""
         return (len(self.tokens) - 1) / self.drafts.steps if self.drafts.steps else float("nan")
 
 

@@ -171,7 +171,7 @@ class CachedDecoder:
 
 
 def open_decoder(model: MTPModel, longest: int, capacity: int) -> CachedDecoder:
-    """A decoder of ``model``, which is known to decode in pieces as it does at once.
+    """Make a decoder of ``model``, after testing that it decodes in pieces correctly.
 
     Args:
         model: in eval mode.

@@ -31,7 +31,10 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Draw from ``[..., V]`` (need not add up to 1) by the inverse of the cumulative sum at ``uniform`` ``[...]`` in [0, 1)."""
+    """Draw indices from weights ``[..., V]`` by inverse transform sampling.
+
+    The weights need not add up to 1; ``uniform`` ``[...]`` is in [0, 1).
+    """
     cumulative = probs.double().cumsum(-1) if probs.device.type == "cpu" else probs.cumsum(-1)
     wanted = (uniform.to(cumulative.dtype) * cumulative[..., -1])[..., None]
     index = torch.searchsorted(cumulative, wanted, right=True)[..., 0]

@@ -1,4 +1,4 @@
-"""States of layers that hand one on from token to token, kept so that rejected drafts leave no trace.
+"""Recurrent layer states, kept per token so that rejected drafts leave no trace.
 
 Such a part of a layer reads a prompt at once, and what follows token by token; its state is kept as it was after each of the
 last tokens. What is read next begins in each row at the state after the last token that counts.

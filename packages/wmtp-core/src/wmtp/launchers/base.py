@@ -142,7 +142,7 @@ class RemoteLauncher(Launcher, contract=True):
         return ()
 
     def find(self, plan: LaunchPlan) -> Sequence[str] | None:
-        """Ids of runs of this very plan that the service has and that are not over, whoever started them.
+        """List the living runs of this very plan, whoever started them, by id.
 
         None, the default, where the service cannot be asked: then a plan whose answer was lost is not sent again unasked.
         """

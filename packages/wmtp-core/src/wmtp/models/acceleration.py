@@ -31,7 +31,7 @@ _VARIANTS = 64
 
 
 def accelerate(model: MTPModel, devices: DevicesConfig, *, learns: bool = True) -> None:
-    """Do to a model what ``[devices]`` says, in the order in which it must be done.
+    """Apply the options of ``[devices]`` to a model, in their required order.
 
     Args:
         model: in place, where it computes.
@@ -48,7 +48,7 @@ def accelerate(model: MTPModel, devices: DevicesConfig, *, learns: bool = True) 
 
 
 def checkpoint_activations(model: MTPModel, mode: Literal["none", "full", "selective"]) -> None:
-    """Let every repeated layer keep less for its backward pass, and compute the rest again there.
+    """Turn on activation checkpointing for every repeated layer.
 
     Args:
         model: in place.

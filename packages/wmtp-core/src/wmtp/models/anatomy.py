@@ -1,4 +1,4 @@
-"""Finds the parts of a decoder-only language model that heads are put on, by running it once on a few tokens.
+"""Discovery of a model's parts (layers, norm, unembedding) by running it once.
 
 Nothing here knows an architecture by name. What is found is checked: put together again, the parts must give the model's
 own logits bit for bit.

@@ -1,4 +1,4 @@
-"""Attention that keeps the documents of a packed row apart without computing what it masks.
+"""Attention that separates the documents of a packed row without computing masked blocks.
 
 transformers hands a layer's mask to whatever attention function is registered with it. Ours takes two masks of its own beside
 those of transformers: `document_mask`, which flex attention computes block by block, and `causal_mask`, which says that there

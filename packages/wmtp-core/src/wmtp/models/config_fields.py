@@ -1,4 +1,4 @@
-"""Fields of a model's config, nested in a text config or different from layer to layer, as the architecture has them."""
+"""Fields of a model's config, wherever the architecture nests them."""
 
 from __future__ import annotations
 

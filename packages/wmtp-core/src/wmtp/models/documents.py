@@ -1,4 +1,4 @@
-"""Layers that keep a state run over each document of a packed row by itself.
+"""Layers with recurrent state, run over each document of a packed row separately.
 
 A linear attention, a state space or a convolution hands on a state from token to token, whatever mask or positions it
 gets. So its module is called with the documents as rows of their own, all those of about one length at once, and what it

@@ -145,7 +145,10 @@ class HeadKind:
 
 
 class Block(HeadKind):
-    """A decoder layer each on the trunk, side by side; final norm and unembedding shared (Meta, arXiv 2404.19737, §2)."""
+    """Decoder layer on the trunk for each head; final norm and unembedding are shared.
+
+    Meta, arXiv 2404.19737, §2.
+    """
 
     @staticmethod
     def build(maker: Maker, extra: int) -> nn.ModuleList:
@@ -159,7 +162,10 @@ class Block(HeadKind):
 
 
 class Linear(HeadKind):
-    """An unembedding ``[V, D]`` each on head 1's hidden states (the parallel linear heads of arXiv 2404.19737, table S4)."""
+    """Unembedding ``[V, D]`` for each head, on head 1's hidden states.
+
+    The parallel linear heads of arXiv 2404.19737, table S4.
+    """
 
     @staticmethod
     def build(maker: Maker, extra: int) -> nn.ModuleList:
@@ -195,10 +201,10 @@ class ResidualBlock(nn.Module):
 
 
 class Residual(HeadKind):
-    """A residual SiLU layer each on head 1's hidden states, then the shared unembedding (Medusa, arXiv 2401.10774, §2.1).
+    """Residual SiLU layer for each head, on head 1's hidden states; the unembedding is shared.
 
-    Medusa gives each head an unembedding of its own as well; here it is shared. ``copy`` starts with W = 0 as Medusa does: the
-    identity, so that every head first predicts what head 1 does.
+    Medusa (arXiv 2401.10774, §2.1) gives each head an unembedding of its own as well; here it is shared. ``copy`` starts with W
+    = 0 as Medusa does: the identity, so that every head first predicts what head 1 does.
     """
 
     @staticmethod
@@ -218,11 +224,11 @@ class Residual(HeadKind):
 
 
 class Chained(HeadKind):
-    """A chain: head k reads the hidden states of head k−1 and the embedding of token t+k−1 (DeepSeek-V3,
-    arXiv 2412.19437, §2.2).
+    """Chain of decoder layers: each reads the previous depth and the token it predicted.
 
-    At training the token is the real one, at inference the one that head k−1 predicted. Beyond the row's end the row's
-    beginning is read, beyond a document's end the next document: no prediction made there is valid.
+    Head k reads the hidden states of head k−1 and the embedding of token t+k−1 (DeepSeek-V3, arXiv 2412.19437, §2.2). In
+    training the token is the real one, at inference the one that head k−1 predicted. Beyond the row's end the row's beginning
+    is read, beyond a document's end the next document: no prediction made there is valid.
     """
 
     @staticmethod
@@ -237,7 +243,7 @@ class Chained(HeadKind):
 
 
 class Shared(HeadKind):
-    """A chain whose every depth is the same module, applied H−1 times (FastMTP, arXiv 2509.18362, §3)."""
+    """Chain in which every depth is the same module (FastMTP, arXiv 2509.18362, §3)."""
 
     @staticmethod
     def build(maker: Maker, extra: int) -> nn.ModuleList:

@@ -53,7 +53,7 @@ class MTPOutput(NamedTuple):
 
 
 class MTPModel(nn.Module):
-    """Any decoder-only Hugging Face causal language model, with heads for the tokens t+2 … t+H beside its own for t+1.
+    """Decoder-only Hugging Face model with extra heads for tokens t+2 … t+H.
 
     Head 1 is the model itself: its logits are the model's bit for bit. No logits are made in `forward`; the loss multiplies
     hidden states and unembedding in chunks, so that nothing of shape ``[B, S, H, V]`` is ever there. The model is meant to
@@ -326,7 +326,7 @@ class MTPModel(nn.Module):
         return found[0] if is_one else found
 
     def save_pretrained(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write a folder that plain transformers opens as the base model, and `wmtp.models.load_model` with all heads.
+        """Write a folder for plain transformers, with the extra heads beside the base model.
 
         Args:
             folder: made if it is not there.

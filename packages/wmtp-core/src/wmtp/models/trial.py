@@ -17,7 +17,7 @@ _SMALL = 3
 
 @contextmanager
 def small_windows(model: nn.Module) -> Iterator[None]:
-    """Have windows, chunks and choices of tokens be 3 tokens long inside, so that a trial of some more goes beyond them."""
+    """Shrink windows, chunks and sparse choices to 3 tokens inside, for short trials."""
     changed: list[tuple[dict[str, Any], str, int]] = []
     holders = {id(fields): fields for module in model.modules() for fields in _fields(module)}
     for fields in holders.values():

@@ -1,4 +1,4 @@
-"""Parts of a model folder that training does not touch, written back beside what was trained."""
+"""Parts of a model folder that training does not touch, copied into saved models."""
 
 from __future__ import annotations
 

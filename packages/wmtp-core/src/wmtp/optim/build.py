@@ -85,7 +85,7 @@ def build_muon(config: Muon, parameters: NamedParameters) -> torch.optim.Optimiz
 def change_learning_rate(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], change: Callable[[float], float]
 ) -> None:
-    """Let some parameters learn at the rate that ``change`` makes of their group's, in groups of their own."""
+    """Move some parameters to groups of their own, with a changed learning rate."""
     chosen = {id(parameter) for parameter in parameters}
     for part in optimizer.parts if isinstance(optimizer, _Joined) else [optimizer]:
         for group in list(part.param_groups):

@@ -1,4 +1,4 @@
-"""AdamW over the fp32 copies of bf16 parameters in one pass over memory, on GPUs."""
+"""Fused AdamW over the fp32 copies of bf16 parameters, on GPUs."""
 
 from __future__ import annotations
 

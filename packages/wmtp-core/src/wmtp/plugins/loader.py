@@ -1,4 +1,4 @@
-"""Finds plugins, and checks that each keeps its contract before any of its components is used.
+"""Discovery of plugins, with a check of each one's contract before use.
 
 pluggy's own `load_setuptools_entrypoints` is not used: it drops the second of two distributions with the same entry name in
 silence, and one plugin that cannot be imported stops everything.

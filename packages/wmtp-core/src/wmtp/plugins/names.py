@@ -81,7 +81,7 @@ def misspelt_names(cls: Any, members: dict[str, Any], owner: type | None = None)
 
 
 def hidden_names(cls: Any) -> Iterator[tuple[type, str, type]]:
-    """Find names of the contract in a mixin that stands behind the class of the contract, whose own are found instead.
+    """Find contract names in a mixin that comes too late among the bases.
 
     Returns:
         the mixin, the name, and the class of the contract.

@@ -89,7 +89,7 @@ class Registry:
 
     @property
     def conflicts(self) -> tuple[str, ...]:
-        """One line for every component, and every URI scheme, that more than one plugin provides."""
+        """List components and URI schemes that more than one plugin provides."""
         claims = {f"{KINDS[kind]} '{type_}'": provided for (kind, type_), provided in self._by_name.items()}
         for storage in self.of_kind("storages"):
             for scheme in storage.cls.schemes:

@@ -1,4 +1,4 @@
-"""Inputs of a run as they were fixed when it began, for a config that it is resumed with."""
+"""Inputs of a run, fixed when it began, for the config of a resume."""
 
 from __future__ import annotations
 

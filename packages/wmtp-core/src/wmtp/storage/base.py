@@ -75,7 +75,9 @@ class Storage(Contract, ABC, contract=True):
 
     @abstractmethod
     def push(self, path: Path, uri: str) -> None:
-        """Copy the file or folder ``path`` to ``uri``, which afterwards is whole or, on an error, as it was.
+        """Copy the file or folder ``path`` to ``uri``, atomically.
+
+        On an error ``uri`` is as it was.
 
         Raises:
             WMTPError: it could not be written; the message names the URI.

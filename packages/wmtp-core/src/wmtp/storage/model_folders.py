@@ -1,4 +1,4 @@
-"""Finds the model at a URI before a folder of who knows what is fetched."""
+"""Search for the model at a URI, before a possibly wrong folder is fetched."""
 
 from __future__ import annotations
 

@@ -247,8 +247,11 @@ class TrainerTests(ComponentTests):
 
     @_KINDS
     def test_constant_weights_equal_the_baseline(self, packed: bool) -> None:
-        """With constant weights in place of its own, and no auxiliary loss, the model learns as from a plain trainer, and
-        nothing reaches the trainer's modules: observing leaves the model alone, and modules learn by auxiliary losses only."""
+        """Constant weights without auxiliary losses train the model exactly as a plain trainer.
+
+        Nothing reaches the trainer's modules then: observing leaves the model alone, and modules learn by auxiliary losses
+        only.
+        """
         step = random_step(6, packed=packed)
         for stage in _weighted_stages(self.make_trainer()):
             trainer = self.make_trainer()

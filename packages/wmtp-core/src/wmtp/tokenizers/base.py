@@ -58,7 +58,7 @@ class Tokenizer(Contract, ABC, contract=True):
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """All texts that are read as one special token, which end a turn or begin one."""
+        """List the texts of single special tokens that begin or end a turn."""
         return frozenset(self.special_tokens.values())
 
     @abstractmethod

@@ -16,7 +16,7 @@ BOS_ID: Final = 257
 
 
 class BytesTokenizer(Tokenizer):
-    """Ids 0..255 are the bytes of the text's UTF-8, 256 ends a sequence, 257 begins one: 258 tokens."""
+    """Byte tokenizer: ids 0..255 are UTF-8 bytes, 256 ends and 257 begins a sequence."""
 
     @property
     def vocab_size(self) -> int:

@@ -37,7 +37,9 @@ _FOLDER: Final = "tracking"
 
 
 class MirroredMLflow(Tracker):
-    """Tracks the run in ``tracking/mlflow.db`` in the run directory, and copies that to the URI at each checkpoint and the end.
+    """MLflow tracker with a local database that is copied to the URI at checkpoints.
+
+    It is ``tracking/mlflow.db`` in the run directory, copied at each checkpoint and at the end.
 
     Args:
         config: its ``tracking_uri`` is of an object store.

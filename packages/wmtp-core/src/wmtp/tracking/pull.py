@@ -1,4 +1,4 @@
-"""Merges the runs that many machines tracked to an object store into one MLflow database."""
+"""Merging of runs from an object store into one MLflow database."""
 
 from __future__ import annotations
 

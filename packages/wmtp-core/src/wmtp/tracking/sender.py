@@ -1,4 +1,4 @@
-"""Sends what training produces from a thread of its own, so that training never waits for a server."""
+"""Background thread that sends metrics, so that training never waits for a server."""
 
 from __future__ import annotations
 

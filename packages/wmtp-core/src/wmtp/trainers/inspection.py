@@ -1,4 +1,4 @@
-"""Reads the methods of a trainer's class for mistakes that would otherwise show late, or never. Imports no torch."""
+"""Static checks of a trainer's methods, before mistakes show late or never. Imports no torch."""
 
 from __future__ import annotations
 

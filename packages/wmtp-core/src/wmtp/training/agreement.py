@@ -1,4 +1,7 @@
-"""Sums over a step, or over the evaluation data, of how far heads 2..H agree with head 1."""
+"""Sums of the agreement of heads 2..H with head 1.
+
+They are taken over a step, or over the evaluation data.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ __all__ = ["Place", "Recording", "TokenRecord", "document_record"]
 
 @frozen(kw_only=True, eq=False)
 class TokenRecord:
-    """Numbers of every token of a step, none of them read from the device yet.
+    """Per-token numbers of a step, still on the device.
 
     Args:
         weights: ``[B, S, H]``; None in a stage without weights.

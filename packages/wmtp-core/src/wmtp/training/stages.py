@@ -104,7 +104,7 @@ class StepData:
 
 
 class Prefetcher(Generic[T]):
-    """Makes what the next steps need in a thread of its own while a step computes.
+    """Background thread that prepares the next steps' data during a step.
 
     What a step gets is decided as without it. An error is raised where its step is asked for, and not before.
 
@@ -143,7 +143,7 @@ class Prefetcher(Generic[T]):
 
 
 class StageBatches:
-    """Source of a run's batches, in which each stage may have documents and an order of its own.
+    """Source of a run's batches; each stage may select and order documents itself.
 
     Args:
         plan: stages of the run, and where they end; `end_stage` and a resume change it.

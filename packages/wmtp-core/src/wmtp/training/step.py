@@ -1,4 +1,4 @@
-"""Loss and gradient of one optimizer step, the same for every algorithm and every micro-batch size.
+"""Loss and gradient of one optimizer step, for every algorithm and micro-batch size.
 
 `StepLoss.__call__` is the whole of it, from top to bottom; the methods below it are its parts, in their order.
 """

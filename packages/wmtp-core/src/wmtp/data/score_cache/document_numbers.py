@@ -1,4 +1,4 @@
-"""A number for each document of a data set, kept in a file from one run to the next."""
+"""File of one number for each document of a data set, kept between runs."""
 
 from __future__ import annotations
 

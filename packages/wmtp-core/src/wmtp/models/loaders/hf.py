@@ -30,7 +30,7 @@ __all__ = ["HfLoader", "from_tensors", "strict_from_pretrained"]
 
 
 class HfLoader(ModelLoader):
-    """Opens a folder of safetensors (or ``.bin``, without running any pickled code), or a GGUF file.
+    """Loader of safetensors or ``.bin`` folders, without running pickled code, and GGUF files.
 
     A folder that `wmtp.models.mtp.MTPModel.save_pretrained` wrote brings its extra heads, and so does one in the linear-head
     layout (`wmtp.models.loaders.linear_heads`).
