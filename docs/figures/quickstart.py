@@ -2,7 +2,7 @@
 
     uv run --with matplotlib python docs/figures/quickstart.py RUN_DIR docs/figures/quickstart.svg
 
-The picture in the README is this, of ``wmtp run examples/quickstart.toml``.
+The picture in docs/quickstart.md is this, of ``wmtp run examples/quickstart.toml``.
 """
 
 from __future__ import annotations
