@@ -7,7 +7,7 @@ default:
 
 # the environment for working on WMTP
 setup:
-    uv sync --group smollm2
+    uv sync --group smollm2 --group adapters
 
 test *arguments:
     uv run pytest {{arguments}}

@@ -35,6 +35,7 @@ SECTIONS = {
     "[run]": schema.RunConfig,
     "[models.NAME]": schema.ModelConfig,
     "[models.base.heads]": schema.HeadsConfig,
+    "[models.base.lora]": schema.LoraConfig,
     "[data]": schema.DataConfig,
     "[data.train]": schema.TrainDataConfig,
     "[data.eval]": schema.EvalDataConfig,

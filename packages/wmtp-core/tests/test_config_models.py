@@ -110,10 +110,11 @@ def test_weights_in_fp8_without_a_word_of_it(folder: Path):
             action(folder)
 
 
-def test_an_adapter_is_no_model_and_its_base_is_named(tmp_path: Path):
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    refused(tmp_path, r"holds an adapter of 'org/base' \(PEFT\), not a model; merge it")
+def test_adapters_that_cannot_be_opened(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "gone", "peft_type": "LORA"}')
+    refused(tmp_path, r"holds an adapter_config\.json and no adapter_model\.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "gone", "peft_type": "IA3"}')
+    refused(tmp_path, r"holds an adapter of type IA3, and WMTP opens LORA; merge it")
 
 
 def test_an_adapter_beside_a_model_is_refused_too(folder: Path):

@@ -74,6 +74,7 @@ def _summary(config: Config, registry: Registry) -> dict[str, str]:
         "heads": f"{heads.horizon}, {heads.kind or 'of the default kind'}, trunk gradient {heads.trunk_gradient}"
         if heads is not None
         else "default",
+        "adapters": "none" if base.lora is None else f"LoRA of rank {base.lora.rank} on {_words(base.lora.targets)}",
         "tokenizer": _with_uri(config.tokenizer) if config.tokenizer is not None else "the model's own",
         "data": ", ".join(f"{name} ({_with_uri(config.datasets[name])})" for name in train_sources(config)),
         "evaluation": measured or "none",
@@ -87,6 +88,10 @@ def _summary(config: Config, registry: Registry) -> dict[str, str]:
     providers = {str(registry.provider(type(placed.config)) or "not a plugin") for placed in components(config)}
     facts["plugins"] = ", ".join(sorted(providers))
     return facts
+
+
+def _words(targets: str | Sequence[str]) -> str:
+    return targets if isinstance(targets, str) else ", ".join(targets)
 
 
 def _with_uri(component: Any) -> str:

@@ -28,6 +28,7 @@ from wmtp.checkpoints.manifest import check_files, hash_files, write_facts
 from wmtp.checkpoints.shard_writer import ShardWriter
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.errors import WMTPError
+from wmtp.models.mtp import MTPModel
 from wmtp.storage.atomic import making_folder, partial_path
 
 __all__ = [
@@ -169,8 +170,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, tied ones once."""
-    seen: set[int] = set()
+    """List parameters and persistent buffers, tied ones once; not what never learns, which the base's files hold."""
+    seen = {id(parameter) for parameter in model.fixed_parameters()} if isinstance(model, MTPModel) else set()
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:

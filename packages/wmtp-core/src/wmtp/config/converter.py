@@ -20,8 +20,8 @@ from cattrs.errors import StructureHandlerNotFoundError
 
 from wmtp.config import values
 from wmtp.config.problems import KeyPath, Problem, Problems, unknown_key
-from wmtp.config.schema import HeadsConfig, ModelConfig, StorageConfig
-from wmtp.plugins.components import COMPONENT_KIND, DEFAULT_TYPE, KINDS
+from wmtp.config.schema import ModelConfig, StorageConfig
+from wmtp.plugins.components import COMPONENT_KIND, DEFAULT_TYPE, KINDS, OWN_TABLES
 from wmtp.plugins.registry import Registry
 
 __all__ = ["make_converter"]
@@ -266,22 +266,22 @@ def _component(converter: cattrs.Converter, registry: Registry, value: Any, type
 
 
 def _model(converter: cattrs.Converter, value: Any) -> ModelConfig:
-    """``heads`` is WMTP's; every other key of the table belongs to the loader."""
+    """`OWN_TABLES` are WMTP's; every other key of the table belongs to the loader."""
     table = dict(_as_table(value))
-    heads = table.pop("heads", None)
-    parts: list[tuple[str, Any, Any]] = [("", table, Annotated[Any, _Kind("model_loaders")])]
-    if heads is not None:
-        parts.append(("heads", heads, HeadsConfig))
+    attrs.resolve_types(ModelConfig)
+    types = {attribute.name: attribute.type for attribute in attrs.fields(ModelConfig)}
+    parts: dict[str, tuple[Any, Any]] = {name: (table.pop(name), types[name]) for name in OWN_TABLES if name in table}
+    parts["loader"] = (table, Annotated[Any, _Kind("model_loaders")])
     problems: list[Problem] = []
-    done: list[Any] = []
-    for key, part, type_ in parts:
+    done: dict[str, Any] = {}
+    for key, (part, type_) in parts.items():
         try:
-            done.append(_read(converter, part, type_))
+            done[key] = _read(converter, part, type_)
         except Problems as found:
-            problems += (problem.under(key) if key else problem for problem in found.problems)
+            problems += (problem if key == "loader" else problem.under(key) for problem in found.problems)
     if problems:
         raise Problems(problems)
-    return ModelConfig(loader=done[0], heads=done[1] if heads is not None else None)
+    return ModelConfig(**done)
 
 
 def _storage(converter: cattrs.Converter, registry: Registry, value: Any) -> StorageConfig:

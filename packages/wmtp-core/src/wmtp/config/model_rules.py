@@ -10,7 +10,7 @@ from wmtp.config.problems import Problem
 from wmtp.config.schema import Config
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.storage.hub.names import cached_snapshot
-from wmtp.storage.model_files import check_folder, find_gguf, quantization, quantized_problem
+from wmtp.storage.model_files import check_folder, find_gguf, is_adapter, quantization, quantized_problem
 from wmtp.storage.model_folders import model_within
 from wmtp.storage.uris import file_path, scheme_of
 
@@ -44,6 +44,8 @@ def model_problems(config: Config) -> Iterator[Problem]:
             find_gguf(path)
         except WMTPError as error:
             yield Problem((*key, "gguf_file"), str(error), at=(*key, "uri"))
+        if is_adapter(path) and find_spec("peft") is None:
+            yield Problem((*key, "uri"), f"{path} is an adapter, which needs peft: pip install 'wmtp-core[lora]'")
         if method is None:
             continue
         if name == "base":

@@ -35,6 +35,7 @@ __all__ = [
     "EvalDataConfig",
     "FsdpConfig",
     "HeadsConfig",
+    "LoraConfig",
     "ModelConfig",
     "ReportConfig",
     "RunConfig",
@@ -118,17 +119,55 @@ class HeadsConfig:
         return tuple((self.decay or 1.0) ** k for k in range(self.horizon))
 
 
+def _no_dropout(_: object, __: Attribute[float], value: float) -> None:
+    if value:
+        raise ValueError(
+            f"{value}, but adapters learn without dropout: weights and loss of a step come from the same "
+            "forward pass, and a resumed or divided run repeats it; remove this key"
+        )
+
+
+@frozen(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) in the model's layers: they learn in place of the model, which stays as it is.
+
+    Heads 2..H learn in full beside them. What is saved is an adapter folder, which PEFT opens too, with the heads.
+
+    Args:
+        rank: r, of the two matrices of an adapter.
+        alpha: an adapter's output is multiplied by alpha / rank. Default: twice the rank.
+        targets: ``all-linear``: every linear map of the decoder layers; or their names, as ``["q_proj", "v_proj"]``.
+        dropout: of an adapter's input: 0, nothing else. Known so that a copied recipe is told.
+        dora: learn the length of each weight vector apart from its direction (DoRA, arXiv 2402.09353).
+        rslora: multiply by alpha / √rank (rsLoRA, arXiv 2312.03732).
+    """
+
+    rank: int = field(default=16, validator=ge(1))
+    alpha: float | None = field(default=None, validator=optional([gt(0.0), lt(math.inf)]))
+    targets: Literal["all-linear"] | tuple[str, ...] = field(default="all-linear", validator=min_len(1))
+    dropout: float = field(default=0.0, validator=_no_dropout)
+    dora: bool = False
+    rslora: bool = False
+
+    @property
+    def resolved_alpha(self) -> float:
+        """Alpha, or what stands for it."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
 @frozen(kw_only=True)
 class ModelConfig:
-    """One model: ``type`` and the keys of its loader, and for ``[models.base]`` the heads.
+    """One model: ``type`` and the keys of its loader, and for ``[models.base]`` heads and adapters.
 
     Args:
         loader: where the model comes from. In TOML its keys stand in the model's own table.
         heads: the multi-token-prediction heads; only ``base`` has them.
+        lora: low-rank adapters; only ``base`` has them. Default: the whole model learns.
     """
 
     loader: ModelLoaderConfig = component("model_loaders")
     heads: HeadsConfig | None = None
+    lora: LoraConfig | None = None
 
 
 def _positive_numbers(_: object, attribute: Attribute[Mapping[str, float]], value: Mapping[str, float]) -> None:

@@ -12,6 +12,7 @@ from wmtp.config.overrides import Override
 from wmtp.config.problems import KeyPath, Problem, dotted
 from wmtp.config.toml_file import FileSource, TableSource
 from wmtp.errors import ConfigError
+from wmtp.plugins.components import OWN_TABLES
 
 __all__ = ["Document", "MappingSource", "escape"]
 
@@ -68,7 +69,9 @@ class Document:
                 old[key] = self._copied(value, here, source)
 
     def _stays(self, path: KeyPath) -> bool:
-        return isinstance(self.origins.get(path), Override) or (len(path) == 3 and path[0] == "models" and path[2] == "heads")
+        return isinstance(self.origins.get(path), Override) or (
+            len(path) == 3 and path[0] == "models" and path[2] in OWN_TABLES
+        )
 
     def _remove(self, table: dict[str, Any], key: str, path: KeyPath) -> None:
         if table.pop(key, None) is not None:

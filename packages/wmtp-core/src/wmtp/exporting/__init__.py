@@ -7,6 +7,7 @@ __all__ = ["FORMATS"]
 #: what ``wmtp export --format`` takes, and what it is
 FORMATS: Final = {
     "hf": "a plain Hugging Face folder, head 1 only",
+    "wmtp": "the model with all its heads, as a run without adapter saves it",
     "meta": "Meta's params.json and consolidated.pth with extra_heads",
     "medusa": "heads 2..H as a Medusa draft model for vLLM",
 }

@@ -45,6 +45,15 @@ model = wmtp.load_model("THIS_FOLDER")  # all heads; wmtp-core[train]
 
 `AutoModelForCausalLM.from_pretrained` of transformers opens head 1, the model's own next-token head: an ordinary model of its
 architecture. Heads 2..H are in `mtp_heads.safetensors`, where there are any.""",
+    "adapter": """\
+```python
+import wmtp
+
+model = wmtp.load_model("THIS_FOLDER")  # the base with its adapter, and all heads; wmtp-core[train,lora]
+```
+
+`peft.AutoPeftModelForCausalLM.from_pretrained` opens head 1, the model's own next-token head, on the base. Heads 2..H are in
+`mtp_heads.safetensors`, where there are any. `wmtp export --format hf` merges the adapter into the base.""",
     "meta": """\
 `consolidated.pth` is a plain mapping from names to tensors: `torch.load(file, weights_only=True)`. Heads 2..H are in
 `extra_heads`; `n_layers` counts every head. WMTP opens the folder again with `type = "meta-mtp"`.""",
@@ -60,6 +69,7 @@ vllm serve HF_EXPORT --speculative-config '{{"method": "medusa", "model": "THIS_
 _PROOF: Final = {
     "hf": "The logits of such an export in plain transformers are tested to be those of head 1.",
     "wmtp": "The logits of such a folder in plain transformers are tested to be those of head 1.",
+    "adapter": "The logits of such a folder in peft are tested to be those of head 1.",
     "meta": "Names, shapes and the forward pass of this layout are tested against a plain implementation of Meta's published\n"
     "description, not against Meta's own weights or code.",
     "medusa": "Names, shapes and the forward pass of this layout are tested against a plain re-implementation of vLLM's\n"
@@ -76,7 +86,7 @@ def model_card(model: MTPModel, *, format: str, run_dir: Path | None, source: Pa
 
     Args:
         model: what was exported.
-        format: a key of `wmtp.exporting.FORMATS`, or ``wmtp`` for the folder as a run saves it.
+        format: a key of `wmtp.exporting.FORMATS`, or ``adapter`` for the folder of an adapter.
         run_dir: the run that trained it; None where it is not known.
         source: the model's path.
         tokenizer: the one in the export; None where there is none.
@@ -85,7 +95,8 @@ def model_card(model: MTPModel, *, format: str, run_dir: Path | None, source: Pa
         WMTPError: a file of the run is damaged.
     """
     title = run_dir.name if run_dir is not None else source.stem if source.is_file() else source.name
-    library = "library_name: transformers\n" if format in ("hf", "wmtp") else ""
+    libraries = {"hf": "transformers", "wmtp": "transformers", "adapter": "peft"}
+    library = f"library_name: {libraries[format]}\n" if format in libraries else ""
     parts = [
         f"---\n{library}{_base(run_dir)}tags:\n- wmtp\n- multi-token-prediction\n---",
         f"# {title}",
@@ -121,7 +132,7 @@ def _what(model: MTPModel, format: str, tokenizer: Tokenizer | None) -> Iterator
     lines = [
         f"- architecture: {type(model.base).__name__}, {count:,} parameters, {dtype}",
         f"- heads of the model that was exported: {heads}",
-        f"- format of this folder: `{format}`, written by `wmtp {'push' if format == 'wmtp' else 'export'}`",
+        f"- format of this folder: `{format}`, written by WMTP",
     ]
     if format != "medusa":
         lines.append(f"- tokenizer: {_tokenizer(tokenizer, model.vocab_size)}")

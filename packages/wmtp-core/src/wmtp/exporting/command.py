@@ -20,6 +20,7 @@ from wmtp.models.opening import find_model, find_tokenizer, load_weights
 from wmtp.models.vocabulary import check_vocabulary
 from wmtp.runs.directory import is_run_dir
 from wmtp.storage.atomic import write_folder
+from wmtp.storage.model_files import ADAPTER_CONFIG
 from wmtp.tokenizers import Tokenizer
 from wmtp.tokenizers.hf import HF_FILES, HfTokenizer
 from wmtp.tokenizers.saved import SAVED_NAME
@@ -28,7 +29,7 @@ from wmtp.tokenizers.sentencepiece import MODEL_NAME
 __all__ = ["Exported", "export_model"]
 
 _log = logging.getLogger("wmtp")
-_MODEL_FILES = ("config.json", "params.json")
+_MODEL_FILES = ("config.json", "params.json", ADAPTER_CONFIG)
 
 
 @frozen(kw_only=True)
@@ -74,9 +75,13 @@ def export_model(name: str, folder: str | Path, *, format: str, storage: Storage
     if path.is_dir() and not any((path / file).is_file() for file in _MODEL_FILES) and not any(path.glob("*.gguf")):
         raise ConfigError(f"{name}: no model: the folder holds none of {', '.join(_MODEL_FILES)} or a .gguf file")
     model = load_weights(path)
+    if model.adapter is not None:
+        _log.info("%s: its adapter is merged into the model", name)
+        model.merge_adapter()
     tokenizer = None if format == "medusa" else _tokenizer(name, path, run_dir, model)
     write: dict[str, Callable[[Path], None]] = {
         "hf": lambda draft: _write_hf(model, tokenizer, draft),
+        "wmtp": lambda draft: _write_wmtp(model, tokenizer, draft),
         "meta": lambda draft: _write_meta(model, tokenizer, path, draft),
         "medusa": lambda draft: write_medusa(model, draft),
     }
@@ -107,6 +112,12 @@ def _write_hf(model: MTPModel, tokenizer: Tokenizer | None, folder: Path) -> Non
         tokenizer.save(folder)
     if isinstance(tokenizer, HfTokenizer):  # transformers' own files say all of it
         (folder / SAVED_NAME).unlink()
+
+
+def _write_wmtp(model: MTPModel, tokenizer: Tokenizer | None, folder: Path) -> None:
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save(folder)
 
 
 def _write_meta(model: MTPModel, tokenizer: Tokenizer | None, source: Path, folder: Path) -> None:

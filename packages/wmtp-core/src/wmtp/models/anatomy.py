@@ -27,6 +27,7 @@ __all__ = [
     "Unembedding",
     "dissect",
     "evaluating",
+    "find_layers",
     "first_tensor",
     "record_call",
     "record_output",
@@ -176,7 +177,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         raise refuse("it has no token embedding (get_input_embeddings() gives none)")
     if not isinstance(output, nn.Linear):
         raise refuse("it has no unembedding (get_output_embeddings() gives no linear layer)")
-    layers = _find_layers(model, decoder, refuse)
+    layers = find_layers(model, decoder, refuse)
 
     # fixed ids rather than random ones: the caller's random state must not change
     ids = (torch.arange(6, device=model.device) * 7919 + 1).remainder(embedding.num_embeddings).unsqueeze(0)
@@ -202,7 +203,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     return Anatomy(decoder=decoder, embedding=embedding, output=output, layers=layers, tail=tail, **found)
 
 
-def _find_layers(model: PreTrainedModel, decoder: nn.Module, refuse: Callable[[str], ConfigError]) -> nn.ModuleList:
+def find_layers(model: PreTrainedModel, decoder: nn.Module, refuse: Callable[[str], ConfigError]) -> nn.ModuleList:
     count = layer_count(model.config)
     lists = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
     if not lists:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from wmtp.config.schema import HeadsConfig
+    from wmtp.models.adapter_folder import SavedAdapter
     from wmtp.models.untouched import Untouched
 
 __all__ = ["LoadedModel", "ModelInfo", "ModelLoader"]
@@ -68,6 +69,7 @@ class LoadedModel:
         head_state: the tensors of those extra heads, named as in `wmtp.models.mtp.MTPModel.extra_heads`' state dict.
         untouched: what else the files hold, and is written back wherever the model is saved.
         native: the model's own layers for multi-token prediction among ``untouched``, which can be its heads.
+        adapter: what the files hold of an adapter, which is not on ``model`` yet; None where they hold none.
     """
 
     model: PreTrainedModel
@@ -75,6 +77,7 @@ class LoadedModel:
     head_state: Mapping[str, torch.Tensor] | None = None
     untouched: Untouched | None = None
     native: Native | None = None
+    adapter: SavedAdapter | None = None
 
 
 class ModelLoader(Contract, ABC, contract=True):

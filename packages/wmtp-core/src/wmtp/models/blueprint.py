@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import WMTPError
+from wmtp.models.adapters import Adapter, put_on
 from wmtp.models.anatomy import Anatomy
 from wmtp.models.mtp import MTPModel
 from wmtp.models.native.found import Native
@@ -37,6 +38,7 @@ class Blueprint:
         block_attention: whether it attends by `wmtp.models.attention`; the config says so too.
         heads: its heads.
         native: its own layers for multi-token prediction, where the heads are these.
+        adapter: its adapter; None where it has none.
     """
 
     model_class: type[PreTrainedModel]
@@ -49,6 +51,7 @@ class Blueprint:
     block_attention: bool
     heads: HeadsConfig
     native: Native | None = None
+    adapter: Adapter | None = None
 
     @classmethod
     def of(cls, model: MTPModel) -> Blueprint:
@@ -66,6 +69,7 @@ class Blueprint:
             block_attention=model.block_attention,
             heads=model.heads,
             native=model.native,
+            adapter=model.adapter,
         )
 
     def build(self) -> MTPModel:
@@ -92,4 +96,6 @@ class Blueprint:
             )
         model = MTPModel(base, self.heads, seed=0, known=(anatomy, self.packing), native=self.native)
         model.block_attention = self.block_attention
+        if (adapter := self.adapter) is not None:
+            put_on(model, adapter.config, seed=0, base=adapter.base, known=adapter.fingerprint)
         return model

@@ -8,28 +8,38 @@ from collections.abc import Mapping
 from attrs import evolve
 from torch import Tensor
 
-from wmtp.config.schema import HeadsConfig
+from wmtp.config.schema import HeadsConfig, LoraConfig
 from wmtp.errors import ConfigError
+from wmtp.models.adapters import BaseModelName, check_same, inject, make_peft_config, merge, put_on
 from wmtp.models.base import LoadedModel
 from wmtp.models.mtp import MTPModel
 from wmtp.models.native.found import Native
 from wmtp.models.native.tensors import head_tensors
 
-__all__ = ["build_model", "resolve_heads"]
+__all__ = ["build_model", "resolve_heads", "with_adapter_merged"]
 
 _log = logging.getLogger("wmtp")
 
 
-def build_model(loaded: LoadedModel, heads: HeadsConfig | None, seed: int) -> MTPModel:
-    """Put heads on a loaded model: those that it brought, its own layers for multi-token prediction, or new ones.
+def build_model(
+    loaded: LoadedModel,
+    heads: HeadsConfig | None,
+    seed: int,
+    *,
+    lora: LoraConfig | None = None,
+    name: BaseModelName | None = None,
+) -> MTPModel:
+    """Put heads on a loaded model, and an adapter: those that it brought, its own layers for that, or new ones.
 
     Args:
         loaded: from a `ModelLoader`.
         heads: the config's ``[models.base.heads]``; None takes the heads that the files hold, or only head 1.
-        seed: of new heads.
+        seed: of new heads, and of a new adapter.
+        lora: the config's ``[models.base.lora]``; None takes the adapter that the files hold, if they do.
+        name: of the model that a new adapter belongs to.
 
     Raises:
-        ConfigError: the config wants other heads than the model has, or the architecture cannot get any.
+        ConfigError: the config wants other heads or another adapter than the model has, or the architecture cannot get any.
         WMTPError: the brought tensors do not fit.
     """
     resolved = resolve_heads(heads, loaded.heads, loaded.native)
@@ -47,7 +57,27 @@ def build_model(loaded: LoadedModel, heads: HeadsConfig | None, seed: int) -> MT
         _log.info("the model's own layers for multi-token prediction stay as they are: %s", reason)
     model = MTPModel(loaded.model, resolved, head_state=state, seed=seed, native=native)
     model.untouched = untouched
+    if (brought := loaded.adapter) is not None:
+        if lora is not None:
+            check_same(brought.config, lora, loaded.model, brought.folder)
+        put_on(model, brought.config, seed=seed, base=brought.base, state=brought.state)
+    elif lora is not None:
+        put_on(model, make_peft_config(loaded.model, lora), seed=seed, base=name)
     return model
+
+
+def with_adapter_merged(loaded: LoadedModel) -> LoadedModel:
+    """Add the adapter that a model brings to its weights, so that all of it can learn.
+
+    Raises:
+        WMTPError: the brought tensors do not fit.
+    """
+    if loaded.adapter is None:
+        return loaded
+    _log.info("%s: its adapter is merged into the model, all of which learns", loaded.adapter.folder)
+    inject(loaded.model, loaded.adapter.config, loaded.adapter.state)
+    merge(loaded.model)
+    return evolve(loaded, adapter=None)
 
 
 def resolve_heads(wanted: HeadsConfig | None, brought: HeadsConfig | None, native: Native | None = None) -> HeadsConfig:

@@ -22,24 +22,27 @@ FEED_FORWARD: Final = 4
 
 @frozen(kw_only=True)
 class HfModel(ModelLoaderConfig):
-    """A Hugging Face folder (safetensors), a GGUF file, or a model that WMTP saved. Any heads that it holds are kept.
+    """A Hugging Face folder (safetensors), a GGUF file, an adapter of PEFT, or what WMTP saved. Any heads in it are kept.
 
     Args:
         uri: the folder, or the ``.gguf`` file itself.
         gguf_file: which ``.gguf`` file of the folder. Default: the only one, where there are no safetensors.
         attn_implementation: the attention kernel: ``sdpa``, ``eager``, ``flash_attention_2`` … Default: the model's own choice.
+        base_uri: where ``uri`` is an adapter (PEFT, LoRA): the model that it belongs to. Default: the one that it names.
     """
 
     type = "hf"
+    uri_keys = ("base_uri",)
     uri: str
     gguf_file: str | None = None
     attn_implementation: str | None = None
+    base_uri: str | None = None
 
     def build(self) -> ModelLoader:
         """Make the loader."""
         from wmtp.models.loaders.hf import HfLoader
 
-        return HfLoader(gguf_file=self.gguf_file, attn_implementation=self.attn_implementation)
+        return HfLoader(gguf_file=self.gguf_file, attn_implementation=self.attn_implementation, base_uri=self.base_uri)
 
 
 @frozen(kw_only=True)

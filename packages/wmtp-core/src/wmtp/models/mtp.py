@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.models.adapter_folder import write_adapter
+from wmtp.models.adapters import Adapter, is_adapter_name, merge
 from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, record_output, seeded
 from wmtp.models.attention import causal_mask, document_mask, use_block_attention
 from wmtp.models.config_fields import max_positions
@@ -101,6 +103,7 @@ class MTPModel(nn.Module):
             _load_heads(self.extra_heads, head_state)
         self.source: Path | None = None  #: the file or folder that it was opened from
         self.untouched: Untouched | None = None  #: what else its folder holds; see `take_origin`
+        self.adapter: Adapter | None = None  #: what learns in place of the base; see `wmtp.models.adapters`
         self._tokenizer: Tokenizer | None = None
         self.training = base.training
         self.extra_heads.train(base.training)
@@ -124,6 +127,18 @@ class MTPModel(nn.Module):
     def max_positions(self) -> int | None:
         """Longest possible row; None where there is no limit."""
         return max_positions(self.base.config)
+
+    def fixed_parameters(self) -> list[nn.Parameter]:
+        """List the parameters that never learn: with an adapter, all of the base's own."""
+        if self.adapter is None:
+            return []
+        return [parameter for name, parameter in self.base.named_parameters() if not is_adapter_name(name)]
+
+    def merge_adapter(self) -> None:
+        """Add the adapter to the weights; what is left is a plain model that can be saved whole."""
+        if self.adapter is not None:
+            merge(self.base)
+            self.adapter = None
 
     def check_packing(self) -> None:
         """Refuse rows of several documents where the architecture cannot separate them.
@@ -328,6 +343,8 @@ class MTPModel(nn.Module):
     def save_pretrained(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a folder for plain transformers, with the extra heads beside the base model.
 
+        With an adapter it is an adapter folder, which PEFT opens on the base, with the heads.
+
         Args:
             folder: made if it is not there.
             state: the state dict with whole tensors, where this process holds only a part of them.
@@ -335,8 +352,12 @@ class MTPModel(nn.Module):
         Raises:
             WMTPError: it could not be written in full: the disk is full, say.
         """
-        self.save_base(folder, state)
+        if self.adapter is None:
+            self.save_base(folder, state)
         try:
+            if self.adapter is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_adapter(self.base, self.adapter, folder, None if state is None else _within(state, "base."))
             for name in (HEADS_CONFIG, HEADS_WEIGHTS):
                 (folder / name).unlink(missing_ok=True)  # of another model that was saved here
             if self.native is not None:
@@ -355,7 +376,10 @@ class MTPModel(nn.Module):
 
         Raises:
             WMTPError: it could not be written in full, or transformers refuses to write its configs.
+            ValueError: an adapter is on it.
         """
+        if self.adapter is not None:
+            raise ValueError("the model has an adapter, so its weights alone are not what it computes; merge_adapter() first")
         own = None if state is None else _within(state, "base.")
         added: Mapping[str, Tensor] = {}
         if self.native is not None and (state is None or own):  # of several processes, one has the tensors

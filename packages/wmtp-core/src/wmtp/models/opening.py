@@ -14,10 +14,12 @@ from wmtp.config.places import build_backends
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError
 from wmtp.json_files import read_json_object
+from wmtp.models.adapter_folder import adapter_dtype
 from wmtp.models.build import build_model
 from wmtp.models.vocabulary import check_vocabulary
 from wmtp.runs.directory import CONFIG_FILE, is_run_dir
 from wmtp.storage.hub.names import cached_snapshot
+from wmtp.storage.model_files import is_adapter
 from wmtp.storage.model_folders import localize_model
 from wmtp.storage.uris import file_path, localize, scheme_of
 
@@ -162,7 +164,9 @@ def _read(path: Path, dtype: torch.dtype | None) -> MTPModel:
 
 
 def saved_precision(path: Path) -> Literal["fp32", "bf16-params"]:
-    """Return the ``devices.precision`` that keeps parameters as they were saved, by ``config.json``."""
+    """Return the ``devices.precision`` that keeps parameters as they were saved, by small files."""
+    if is_adapter(path):
+        return "bf16-params" if adapter_dtype(path) == torch.bfloat16 else "fp32"
     file = path / "config.json"
     facts = read_json_object(file) if file.is_file() else {}
     return "bf16-params" if facts.get("dtype", facts.get("torch_dtype")) == "bfloat16" else "fp32"

@@ -165,13 +165,16 @@ def _fill(tensor: Tensor, source: Tensor | None, device: torch.device, ranks: Ra
 def whole_state(model: MTPModel, ranks: Ranks) -> dict[str, Tensor] | None:
     """Gather the full state dict on the CPU of rank 0; it is empty elsewhere.
 
-    None: ``model`` is not sharded. Tied tensors are one object.
+    None: ``model`` is not sharded. Tied tensors are one object. What never learns is left out: it is in the base's files.
     """
     if not isinstance(model, FSDPModule):
         return None
     gathered: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
+    fixed = {id(parameter) for parameter in model.fixed_parameters()}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in fixed:
+            continue
         if id(tensor) not in gathered:
             whole = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
             if not ranks.is_main:

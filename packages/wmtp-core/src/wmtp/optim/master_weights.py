@@ -28,16 +28,20 @@ class MasterWeights:
 
     Args:
         model: whose fp32 parameters become bf16. Buffers (rotary frequencies, say) stay as they are.
+        fixed: parameters that never learn, and so have no copy: they are in bf16 already.
         one_pass: whether this process alone has the gradients; those of several are added up in fp32.
     """
 
-    def __init__(self, model: nn.Module, *, one_pass: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, fixed: Iterable[nn.Parameter] = (), one_pass: bool = True) -> None:
         self._one_pass = one_pass
         self._keeps_half = False
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
         self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
+        never = {id(parameter) for parameter in fixed}
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in never:
+                    continue
                 self._places.append((module, name, parameter))  # a tied one has several places, and one copy
                 if parameter not in self._masters:
                     self._masters[parameter] = nn.Parameter(parameter.detach().float().contiguous())

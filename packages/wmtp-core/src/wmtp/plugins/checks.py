@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from wmtp.plugins.components import KINDS
+from wmtp.plugins.components import KINDS, OWN_TABLES
 from wmtp.plugins.contract import CONFIG_CLASSES, StorageBackendConfig
 
 __all__ = ["contract_problem", "describe"]
@@ -45,8 +45,8 @@ def contract_problem(kind: str, cls: Any) -> str | None:
         return f"{cls.__name__} ('{type_}'): build is called as build({arguments}), and takes something else"
     if problem := next(cls.contract_problems(), None):
         return f"{cls.__name__} ('{type_}'): {problem}"
-    if kind == "model_loaders" and "heads" in names:
-        return f"{cls.__name__} ('{type_}') has a field 'heads', which is WMTP's own table in [models.base]"
+    if kind == "model_loaders" and (taken := next((name for name in OWN_TABLES if name in names), None)):
+        return f"{cls.__name__} ('{type_}') has a field '{taken}', which is WMTP's own in [models.base]"
     if issubclass(cls, StorageBackendConfig) and not cls.schemes:
         return f"{cls.__name__} ('{type_}') has no `schemes`, the URI schemes that it serves"
     if kind == "optimizers" and "lr" not in names:

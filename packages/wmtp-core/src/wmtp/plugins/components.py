@@ -9,7 +9,7 @@ import attrs
 
 from wmtp.errors import ConfigError
 
-__all__ = ["COMPONENT_KIND", "DEFAULT_TYPE", "KINDS", "Component", "component", "idle_keys"]
+__all__ = ["COMPONENT_KIND", "DEFAULT_TYPE", "KINDS", "OWN_TABLES", "Component", "component", "idle_keys"]
 
 COMPONENT_KIND: Final = "wmtp_component_kind"
 DEFAULT_TYPE: Final = "wmtp_default_type"
@@ -26,6 +26,9 @@ KINDS: Final[dict[str, str]] = {
     "evaluators": "evaluator",
     "launchers": "launcher",
 }
+
+#: keys of ``[models.NAME]`` that are WMTP's own, beside those of the model loader
+OWN_TABLES: Final = ("heads", "lora")
 
 
 @runtime_checkable

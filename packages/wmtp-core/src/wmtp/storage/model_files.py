@@ -10,14 +10,25 @@ from typing import Any, Final
 from wmtp.errors import WMTPError
 from wmtp.json_files import read_json_object
 
-__all__ = ["LAYERS_LIMIT", "check_folder", "find_gguf", "quantization", "quantized_problem", "shard_files"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "LAYERS_LIMIT",
+    "check_folder",
+    "find_gguf",
+    "is_adapter",
+    "quantization",
+    "quantized_problem",
+    "shard_files",
+]
 
 #: ten times the deepest model known; building more would take all of the memory
 LAYERS_LIMIT: Final = 10_000
 #: architectures that transformers does not have, by the one whose tensors and arithmetic are theirs but for layers for
 #: multi-token prediction
 STAND_INS: Final = {"mimo": "qwen2"}
-_ADAPTER: Final = "adapter_config.json"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 _INDEXES: Final = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin", *_INDEXES)
 #: configs of quantization that older programs wrote beside config.json, and the method
@@ -25,24 +36,26 @@ _OLD_QUANTIZATION: Final = {"quantize_config.json": "gptq", "quant_config.json":
 _FP8: Final = ("float8_e4m3fn", "float8_e5m2")
 
 
+def is_adapter(folder: Path) -> bool:
+    """Tell a folder that PEFT wrote: an adapter without the model that it belongs to."""
+    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).exists() for name in _WEIGHTS)
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that is no model which WMTP can open, by its names and its small files.
 
     Raises:
-        WMTPError: it holds an adapter, needs its own code, names shards elsewhere, or has a damaged config.
+        WMTPError: it holds an adapter that is none of LoRA or lacks its weights, needs its own code, names shards elsewhere, or
+            has a damaged config.
     """
-    adapter, file = folder / _ADAPTER, folder / "config.json"
-    if adapter.exists() and not any((folder / name).exists() for name in _WEIGHTS):
-        base = read_json_object(adapter).get("base_model_name_or_path")
-        of = f" of {base!r}" if isinstance(base, str) and base else ""
-        raise WMTPError(
-            f"{folder}: holds an adapter{of} (PEFT), not a model; merge it into its base with PEFT's merge_and_unload(), save "
-            "that with save_pretrained(), and name the new folder"
-        )
+    adapter, file = folder / ADAPTER_CONFIG, folder / "config.json"
+    if is_adapter(folder):
+        _check_adapter(folder)
+        return
     if adapter.exists():
         raise WMTPError(
-            f"{folder}: holds a model and an adapter ({_ADAPTER}), and transformers may put the one on the other; move the "
-            "adapter's files elsewhere"
+            f"{folder}: holds a model and an adapter ({ADAPTER_CONFIG}), and transformers may put the one on the other; move "
+            "the adapter's files elsewhere"
         )
     if not file.exists():
         return
@@ -61,6 +74,18 @@ def check_folder(folder: Path) -> None:
             if (folder / name).exists():
                 shard_files(folder / name)
                 return
+
+
+def _check_adapter(folder: Path) -> None:
+    content = read_json_object(folder / ADAPTER_CONFIG)
+    remedy = "merge it into its base with PEFT's merge_and_unload(), and name the folder that you save then"
+    if (kind := content.get("peft_type")) != "LORA":
+        raise WMTPError(f"{folder}: holds an adapter of type {kind}, and WMTP opens LORA; {remedy}")
+    for key, plain in (("modules_to_save", (None, [])), ("bias", (None, "none")), ("trainable_token_indices", (None, [], {}))):
+        if (value := content.get(key)) not in plain:
+            raise WMTPError(f"{folder}: its adapter changes more than LoRA's matrices ({key} = {value!r}); {remedy}")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise WMTPError(f"{folder}: holds an {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}")
 
 
 def shard_files(index: Path) -> Mapping[str, str]:

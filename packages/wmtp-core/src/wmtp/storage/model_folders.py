@@ -8,13 +8,14 @@ from pathlib import Path
 from wmtp.errors import ConfigError
 from wmtp.redaction import redact
 from wmtp.storage import Storage
+from wmtp.storage.model_files import ADAPTER_CONFIG
 from wmtp.storage.uris import backend_for, localize, scheme_of
 
 __all__ = ["LOADERS", "localize_model", "model_within"]
 
 #: the model loaders whose folders are known by the files below
 LOADERS = ("hf", "meta-mtp")
-_FILES = ("config.json", "params.json")
+_FILES = ("config.json", "params.json", ADAPTER_CONFIG)
 _OF_RUN = "model/"  # in a run directory, and below a run's checkpoints.uri
 _SHOWN = 5
 

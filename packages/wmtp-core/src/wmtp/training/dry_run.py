@@ -11,7 +11,7 @@ from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, HeadsConfig
 from wmtp.devices import count_devices, pick_device
 from wmtp.trainers.checks import check_data
-from wmtp.training.memory import estimate_memory, head_parameters, too_large
+from wmtp.training.memory import adapter_parameters, estimate_memory, head_parameters, too_large
 from wmtp.training.setup import Source, build_trainer, open_source, planned_steps
 from wmtp.training.stages import StageBatches, StagePlan
 
@@ -40,6 +40,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     trainer, name = build_trainer(config.trainer)
     source = open_source(config)
     info = source.model_info
+    lora = config.models["base"].lora
     heads = resolve_heads(config.models["base"].heads, info.heads, info.native)
     data = prepare_data(config, source.tokenizer, source.dataset_paths)
     check_ids(source.rows, source.tokenizer, (data.train, data.eval))
@@ -52,6 +53,7 @@ def dry_run(config: Config) -> dict[str, Any]:
         "trainer": name,
         "model": f"{info.architecture}, {info.parameters:,} parameters, {info.layers} layers, width {info.hidden_size}",
         "heads": f"{heads.horizon}, {heads.kind}, {head_parameters(info, heads):,} parameters",
+        "adapters": "none" if lora is None else f"rank {lora.rank}, about {adapter_parameters(info, lora):,} parameters",
         "vocabulary": f"{info.vocab_size:,} in the model, {source.tokenizer.vocab_size:,} in the tokenizer",
         "training data": f"{len(data.train):,} documents",
         "evaluation data": "none" if data.eval is None else f"{len(data.eval):,} documents",

@@ -326,6 +326,7 @@ class Fit:
         state = {
             "data": self.batches.fingerprint,
             "eval_data": self.eval_data,
+            "base": self._base,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "trainer": checked_state(self.step_loss.trainer, self.step_loss.trainer_name),
             "early_stopping": self._early_stopping.state_dict(),
@@ -356,6 +357,12 @@ class Fit:
         best = set() if self._best_on_disk is None else {self._best_on_disk}  # until a better one is whole
         prune_checkpoints(self.checkpoint_dir, self.checkpoints.keep_last, needed | best)
 
+    @property
+    def _base(self) -> str | None:
+        """Fingerprint of the model that checkpoints leave out; None where they hold all of it."""
+        adapter = self.step_loss.model.adapter
+        return None if adapter is None else adapter.fingerprint
+
     def _learned_weights(self) -> AbstractContextManager[None]:
         """A checkpoint holds the weights as the optimizer has them, so it fits runs in any precision."""
         masters = self.step_loss.master_weights
@@ -368,6 +375,11 @@ class Fit:
             raise ConfigError(
                 f"datasets: the training data is not what it was when {checkpoint.path} was written: a file or the tokenizer "
                 f"has changed; bring it back, or start a new run under another --run-name"
+            )
+        if state.get("base") != self._base:
+            raise ConfigError(
+                f"models.base: {checkpoint.path} holds an adapter of another model than this: the files of models.base.uri have "
+                "changed; bring them back, or start a new run under another --run-name"
             )
         self._compare_eval_data(checkpoint, state)
         if checkpoint.step > self.total_steps:

@@ -12,11 +12,12 @@ from wmtp.errors import WMTPError
 from wmtp.optim.config import AdamW
 
 if TYPE_CHECKING:
-    from wmtp.config.schema import Config, DevicesConfig, HeadsConfig
+    from wmtp.config.schema import Config, DevicesConfig, HeadsConfig, LoraConfig
     from wmtp.models.base import ModelInfo
 
 __all__ = [
     "MemoryEstimate",
+    "adapter_parameters",
     "cheaper_settings",
     "describe_shortage",
     "estimate_memory",
@@ -83,6 +84,23 @@ def head_parameters(info: ModelInfo, heads: HeadsConfig) -> int:
     }[heads.known_kind]
 
 
+def adapter_parameters(info: ModelInfo, lora: LoraConfig) -> int:
+    """Count the parameters of adapters on the linear maps of layers like Llama's; on some of them alone, it is less."""
+    width, kv = info.hidden_size, info.kv_size or info.hidden_size
+    ffn = _feed_forward_size(info)
+    shapes = {"q_proj": 2 * width, "k_proj": width + kv, "v_proj": width + kv, "o_proj": 2 * width}
+    shapes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), width + round(ffn))
+    known = [size for name, size in shapes.items() if lora.targets == "all-linear" or name in lora.targets]
+    return info.layers * lora.rank * sum(known or shapes.values())
+
+
+def _feed_forward_size(info: ModelInfo) -> float:
+    if info.feed_forward_size is not None:
+        return info.feed_forward_size
+    # a layer's parameters are about 2.5 D² for attention and 3 D F for a gated feed-forward layer
+    return max(0.0, (info.layer_parameters / info.hidden_size - 2.5 * info.hidden_size) / 3)
+
+
 def estimate_memory(
     config: Config, info: ModelInfo, heads: HeadsConfig, *, world: int = 1, others: Mapping[str, ModelInfo] | None = None
 ) -> MemoryEstimate:
@@ -96,7 +114,10 @@ def estimate_memory(
         others: further models that the trainer loads, by name.
     """
     devices, data = config.devices, config.data.train
-    parameters = info.parameters + head_parameters(info, heads)
+    lora = config.models["base"].lora
+    fixed = info.parameters if lora is not None else 0
+    learned = head_parameters(info, heads) + (info.parameters if lora is None else adapter_parameters(info, lora))
+    parameters = fixed + learned
     rows = -(-data.batch_size // world)
     micro = min(data.micro_batch_size or rows, rows)
     tokens = micro * data.max_length
@@ -106,7 +127,8 @@ def estimate_memory(
 
     shared = world > 1 and (devices.fsdp is None or devices.fsdp.strategy != "none")
     share = world if shared else 1
-    copies = {"fp32": 0, "bf16": 2 * parameters, "bf16-params": 2 * parameters}[devices.precision]
+    of_fixed = 2 if devices.precision == "bf16-params" else 4
+    copies = {"fp32": 0, "bf16": 2 * learned, "bf16-params": 2 * learned}[devices.precision]
     if shared:  # what is gathered of the others' shares: all of it, or two layers and the largest table at a time
         some = 2 * info.layer_parameters + info.vocab_size * width
         keeps_all = devices.fsdp is not None and devices.fsdp.strategy == "grad-op"
@@ -118,16 +140,16 @@ def estimate_memory(
     # of each head the final norm's input, its output and that one's gradient
     loss = tokens * heads.horizon * width * (residual + 2 * compute)
     loss += (4 + compute) * info.vocab_size * width + min(_LOSS_CHUNK, 6 * tokens * info.vocab_size)
-    gradients = 4 * parameters // share
+    gradients = 4 * learned // share
     if micro == rows:
         whole = world == 1 and (devices.fsdp is None or devices.fsdp.strategy == "none")
         if whole and devices.device != "cpu" and devices.precision == "bf16-params" and isinstance(config.optimizer, AdamW):
             gradients //= 2  # they stay as they came
         gradients = max(0, gradients - activations)
     return MemoryEstimate(
-        parameters=4 * parameters // share + copies,
+        parameters=(of_fixed * fixed + 4 * learned) // share + copies,
         gradients=gradients,
-        optimizer=8 * parameters // share,
+        optimizer=8 * learned // share,
         activations=activations,
         loss=round(loss),
         other_models=_other_models(config, others or {}),
@@ -142,9 +164,7 @@ def _kept_by_layer(devices: DevicesConfig, info: ModelInfo, compute: int, residu
     what norms read in that of the residual stream.
     """
     width = info.hidden_size
-    ffn, kv = info.feed_forward_size, info.kv_size
-    if ffn is None:  # a layer's parameters are about 2.5 D² for attention and 3 D F for a gated feed-forward layer
-        ffn = max(0.0, (info.layer_parameters / width - 2.5 * width) / 3)
+    ffn, kv = _feed_forward_size(info), info.kv_size
     if kv is None:
         kv = width / 4
     if devices.compile:

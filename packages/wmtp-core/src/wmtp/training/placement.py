@@ -29,24 +29,39 @@ def place_model(
 ) -> tuple[MTPModel, MasterWeights | None]:
     """Load the model onto its devices; return it with its fp32 copies, if any."""
     if fsdp is None:
-        model = load_base_model(config, source).to(device)
-        masters = MasterWeights(model) if precision == "bf16-params" else None
+        model = load_base_model(config, source)
+        if precision == "bf16-params":
+            _halve_fixed(model)
+        model = model.to(device)
+        masters = MasterWeights(model, fixed=model.fixed_parameters()) if precision == "bf16-params" else None
         accelerate(model, config.devices)
         return model, masters
 
     def load() -> MTPModel:
         loaded = load_base_model(config, source)
+        if precision == "bf16-params":
+            _halve_fixed(loaded)
         if device.type == "cuda" and config.devices.attention == "auto":
             loaded.use_block_attention()  # found out by trying, which the empty models of the other ranks cannot
         return loaded
 
     def prepare(model: MTPModel) -> None:
+        if precision == "bf16-params":
+            _halve_fixed(model)
         accelerate(model, config.devices)
 
     model = spread(load, ranks, device, fsdp, precision, prepare)
     # a divided model's own parameters are the fp32 copies: what is gathered of them is bf16
-    whole = not isinstance(model, FSDPModule)
-    return model, MasterWeights(model, one_pass=ranks.world == 1) if whole and precision == "bf16-params" else None
+    if isinstance(model, FSDPModule) or precision != "bf16-params":
+        return model, None
+    return model, MasterWeights(model, fixed=model.fixed_parameters(), one_pass=ranks.world == 1)
+
+
+def _halve_fixed(model: MTPModel) -> None:
+    """Keep what never learns in bf16 from here on; no optimizer needs more of it."""
+    for parameter in model.fixed_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 @contextmanager

@@ -122,7 +122,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     ranks.one_by_machine_first(lambda: trainer.setup(setup))
     modules = {key: module.to(device) for key, module in checked_modules(trainer, name).items()}
     rates = checked_rates(trainer, name, modules)
-    parameters = list(model.named_parameters())
+    fixed = {id(parameter) for parameter in model.fixed_parameters()}
+    parameters = [(key, parameter) for key, parameter in model.named_parameters() if id(parameter) not in fixed]
     parameters += [(f"{key}.{inner}", p) for key, module in modules.items() for inner, p in module.named_parameters()]
 
     tracker = config.tracker.build() if ranks.is_main else Jsonl()
@@ -137,8 +138,9 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     )
     ranks.on_main(lambda: tracker.start(run_info))
     logger.info(
-        "%s: %s, %s parameters, H = %d with %s, on %s%s; %d steps of %d rows",
+        "%s: %s, %s parameters, H = %d with %s%s, on %s%s; %d steps of %d rows",
         name, source.model_info.architecture, _count(model.base), model.horizon, _count(model.extra_heads, *modules.values()),
+        "" if model.adapter is None else f", of which {sum(parameter.numel() for _, parameter in parameters):,} learn",
         f"{ranks.world} × " if ranks.world > 1 else "", device, total_steps, config.data.train.batch_size,
     )  # fmt: skip
     upload = None

@@ -15,10 +15,10 @@ from wmtp.config.data_rules import read_from
 from wmtp.config.places import Place
 from wmtp.config.problems import dotted
 from wmtp.config.rules import required_models
-from wmtp.config.schema import Config, HeadsConfig, ModelConfig
+from wmtp.config.schema import Config, HeadsConfig, LoraConfig, ModelConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.base import ModelInfo
-from wmtp.plugins.contract import TrainerConfig
+from wmtp.plugins.contract import ModelLoaderConfig, TrainerConfig
 from wmtp.plugins.provenance import provenance
 from wmtp.storage.model_files import quantization, quantized_problem
 from wmtp.storage.model_folders import LOADERS
@@ -81,8 +81,10 @@ def open_source(config: Config) -> Source:
     if path is not None and base.loader.type in LOADERS and (method := quantization(path)) is not None:
         raise ConfigError(f"models.base: {quantized_problem(path, method)}")
     info = base.loader.build().info(path)
-    if info.unsavable is not None:
+    if info.unsavable is not None and base.lora is None:  # the base of an adapter is not saved
         raise ConfigError(f"models.base: {info.unsavable}")
+    if base.lora is not None:
+        _check_lora(base.loader, base.lora, path)
     _check_length(info, config, "the model")
     _check_evaluators(info, config)
     tokenizer = _open_tokenizer(config, place, path)
@@ -102,6 +104,17 @@ def open_source(config: Config) -> Source:
         component, where = read_from(dataset, ("datasets", name))
         datasets[name] = place.path(component, dotted(where))
     return Source(place=place, model_path=path, model_info=info, rows=rows, tokenizer=tokenizer, dataset_paths=datasets)
+
+
+def _check_lora(loader: ModelLoaderConfig, lora: LoraConfig, path: Path | None) -> None:
+    """Find what is to be adapted, on a model without weights."""
+    from wmtp.models.adapters import resolve_targets
+    from wmtp.models.loaders.hf import HfLoader
+
+    built = loader.build()
+    if not isinstance(built, HfLoader):  # `wmtp.config.adapter_rules` refuses others
+        raise ConfigError(f"models.base.lora: a model of type {loader.type!r} has no adapters")
+    resolve_targets(built.empty(path), lora)
 
 
 def _open_tokenizer(config: Config, place: Place, model_path: Path | None) -> Tokenizer:
@@ -219,13 +232,17 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
         ConfigError: the heads do not fit the model, or its rows cannot hold several documents.
         WMTPError: the files are missing or damaged, or the trained model could not be saved.
     """
-    from wmtp.models.build import build_model
+    from wmtp.models.adapter_folder import name_base
+    from wmtp.models.build import build_model, with_adapter_merged
     from wmtp.models.saving import make_savable
 
     base = config.models["base"]
     loaded = base.loader.build().load(source.model_path, dtype=torch.float32, seed=config.run.seed)
     make_savable(loaded.model, source.tokenizer, source=source.model_path, untouched=loaded.untouched)
-    model = build_model(loaded, base.heads, config.run.seed)
+    if base.lora is None:
+        loaded = with_adapter_merged(loaded)
+    name = None if source.model_path is None else name_base(str(base.loader.uri), source.model_path)
+    model = build_model(loaded, base.heads, config.run.seed, lora=base.lora, name=name)
     if config.data.train.packing:
         model.check_packing()
     return model

@@ -237,10 +237,12 @@ def apply_stage(stage: Stage, model: MTPModel, modules: Mapping[str, nn.Module],
         raise PluginError(
             f"{trainer_name}: stage {stage.name!r} freezes {', '.join(map(repr, sorted(unknown)))}; there is {', '.join(parts)}"
         )
+    fixed = {id(parameter) for parameter in model.fixed_parameters()}
     for name, part in parts.items():
         for parameter in part.parameters():
-            parameter.requires_grad_(name not in stage.frozen)
-            if name in stage.frozen:
+            learns = name not in stage.frozen and id(parameter) not in fixed
+            parameter.requires_grad_(learns)
+            if not learns:
                 parameter.grad = None
     if not any(parameter.requires_grad for part in parts.values() for parameter in part.parameters()):
         raise PluginError(f"{trainer_name}: stage {stage.name!r} freezes everything, so nothing can learn")

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.models.adapter_folder import adapter_dtype, find_base, need_peft, read_adapter
+from wmtp.models.adapters import BaseModelName, fingerprint
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.heads import HEAD_KINDS
 from wmtp.models.loaders import linear_heads
@@ -24,7 +26,7 @@ from wmtp.models.loaders.files import opened_by_transformers, read_config, read_
 from wmtp.models.loaders.names import Opening, find_untouched
 from wmtp.models.mtp import HEADS_CONFIG, HEADS_FORMAT, HEADS_WEIGHTS
 from wmtp.models.untouched import Untouched
-from wmtp.storage.model_files import check_folder, find_gguf
+from wmtp.storage.model_files import check_folder, find_gguf, is_adapter
 
 __all__ = ["HfLoader", "from_tensors", "strict_from_pretrained"]
 
@@ -38,11 +40,15 @@ class HfLoader(ModelLoader):
     Args:
         gguf_file: which ``.gguf`` file of the folder; None finds it.
         attn_implementation: the attention kernel; None leaves it to transformers.
+        base_uri: of the model that an adapter belongs to; None: the one that the adapter names.
     """
 
-    def __init__(self, *, gguf_file: str | None = None, attn_implementation: str | None = None) -> None:
+    def __init__(
+        self, *, gguf_file: str | None = None, attn_implementation: str | None = None, base_uri: str | None = None
+    ) -> None:
         self._gguf_file = gguf_file
         self._attn_implementation = attn_implementation
+        self._base_uri = base_uri
 
     def info(self, path: Path | None) -> ModelInfo:
         """See `ModelLoader.info`."""
@@ -53,6 +59,10 @@ class HfLoader(ModelLoader):
         if linear_heads.is_layout(folder):
             config, heads = linear_heads.read_config(folder)
             return describe(empty_model(config), heads)
+        if is_adapter(folder):
+            need_peft(f"{folder}: an adapter")
+            info = self._plain().info(self._find_base(folder)[0])
+            return evolve(info, heads=_saved_heads(folder) or info.heads)
         config = read_config(folder)
         require_causal(config)
         model = empty_model(config)
@@ -76,6 +86,8 @@ class HfLoader(ModelLoader):
             config, heads = linear_heads.read_config(folder)
             base, extra = linear_heads.read_tensors(folder)
             return LoadedModel(model=from_tensors(folder, config, base, options), heads=heads, head_state=extra)
+        if is_adapter(folder):
+            return self._load_adapter(folder, dtype=dtype, seed=seed)
         config = read_config(folder)
         require_causal(config)
         opening = find_untouched(folder, config)
@@ -84,10 +96,53 @@ class HfLoader(ModelLoader):
         state = None if heads is None or heads.kind == "native" else load_file(folder / HEADS_WEIGHTS)
         return LoadedModel(model=model, heads=heads, head_state=state, untouched=opening.untouched, native=opening.native)
 
+    def empty(self, path: Path | None) -> PreTrainedModel:
+        """Build the model without memory for its weights; of an adapter, its base.
+
+        Raises:
+            WMTPError, ConfigError: as for `info`.
+        """
+        folder, gguf_file = self._locate(path)
+        if gguf_file is not None:
+            return empty_model(_gguf_config(folder, gguf_file))
+        if linear_heads.is_layout(folder):
+            return empty_model(linear_heads.read_config(folder)[0])
+        if is_adapter(folder):
+            return self._plain().empty(self._find_base(folder)[0])
+        return empty_model(read_config(folder))
+
+    def _load_adapter(self, folder: Path, *, dtype: torch.dtype | None, seed: int) -> LoadedModel:
+        path, name = self._find_base(folder)
+        saved = read_adapter(folder, name)
+        # what a run in bf16 has saved was learned on a base in bf16
+        whole = torch.bfloat16 if dtype is None and adapter_dtype(folder) == torch.bfloat16 else dtype
+        base = self._plain().load(path, dtype=whole, seed=seed)
+        if saved.fingerprint is not None and saved.fingerprint != fingerprint(base.model):
+            raise WMTPError(
+                f"{folder}: its adapter was trained on another model than {path}, which has the same shape and other numbers; "
+                "name the right one: models.base.base_uri"
+            )
+        state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in saved.state.items()}
+        heads = _saved_heads(folder)
+        own = {} if heads is None else {"heads": heads, "head_state": load_file(folder / HEADS_WEIGHTS)}
+        return evolve(base, adapter=evolve(saved, state=state), **own)
+
+    def _find_base(self, folder: Path) -> tuple[Path, BaseModelName]:
+        path, name = find_base(folder, self._base_uri)
+        if is_adapter(path):
+            raise WMTPError(f"{folder}: its base, {path}, is an adapter too; merge that first: wmtp export --format wmtp")
+        return path, name
+
+    def _plain(self) -> HfLoader:
+        """Make the loader of an adapter's base."""
+        return HfLoader(attn_implementation=self._attn_implementation)
+
     def _locate(self, path: Path | None) -> tuple[Path, str | None]:
         """Return the folder, and the GGUF file to read in it, if any."""
         if path is None or not path.exists():
             raise WMTPError(f"{path}: no such file or folder")
+        if self._base_uri is not None and not is_adapter(path):
+            raise ConfigError("models.base.base_uri: has no effect: uri names no adapter; remove it")
         if path.is_file():
             if path.suffix != ".gguf":
                 raise WMTPError(f"{path}: not a model folder and not a .gguf file")

@@ -1,0 +1,29 @@
+"""Rules of ``[models.base.lora]``. Needs neither torch nor peft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from wmtp.config.problems import Problem
+from wmtp.config.schema import Config
+
+__all__ = ["adapter_problems"]
+
+
+def adapter_problems(config: Config) -> Iterator[Problem]:
+    """Say where adapters cannot be, and what they need that is not installed."""
+    for name, model in config.models.items():
+        if model.lora is None:
+            continue
+        path = ("models", name, "lora")
+        if name != "base":
+            yield Problem(path, "only models.base has adapters; remove this table")
+        elif model.loader.type != "hf":
+            yield Problem(
+                path,
+                f"a model of type {model.loader.type!r} is no Hugging Face folder, on which PEFT could put the adapter again; "
+                "remove this table, or train a model of type 'hf'",
+            )
+        elif not config.launcher.remote and find_spec("peft") is None:
+            yield Problem(path, "needs peft: pip install 'wmtp-core[lora]'")

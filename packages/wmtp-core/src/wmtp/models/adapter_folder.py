@@ -1,0 +1,180 @@
+"""Folders that hold an adapter (PEFT, LoRA) without the model that it belongs to."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from attrs import frozen
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wmtp.config.inputs import plain_hub_name
+from wmtp.config.places import build_backends
+from wmtp.config.schema import StorageConfig
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.json_files import read_json_object
+from wmtp.models.adapters import Adapter, BaseModelName, is_adapter_name, saved_name
+from wmtp.storage.hub.names import COMMIT, HubName, parse_hub_uri
+from wmtp.storage.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from wmtp.storage.model_folders import localize_model
+from wmtp.storage.uris import file_path, scheme_of
+
+__all__ = ["SavedAdapter", "adapter_dtype", "find_base", "name_base", "need_peft", "read_adapter", "write_adapter"]
+
+#: what WMTP knows of an adapter and PEFT's config has no place for
+_OWN_CONFIG: Final = "wmtp_adapter.json"
+_FORMAT: Final = 1
+
+
+@frozen(kw_only=True, eq=False)
+class SavedAdapter:
+    """What the files of an adapter hold.
+
+    Args:
+        folder: that they are in.
+        config: peft's ``LoraConfig``.
+        state: the tensors, named as in PEFT's files.
+        base: the model that it belongs to.
+        fingerprint: of that model; None where the files do not tell.
+    """
+
+    folder: Path
+    config: Any
+    state: Mapping[str, Tensor]
+    base: BaseModelName
+    fingerprint: str | None
+
+
+def need_peft(what: str) -> None:
+    """Refuse to go on without peft.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if find_spec("peft") is None:
+        raise ConfigError(f"{what} needs peft: pip install 'wmtp-core[lora]'")
+
+
+def name_base(uri: str, path: Path) -> BaseModelName:
+    """Name a model so that peft finds it: by its name on the hub, or by its path here."""
+    if scheme_of(uri) == "hf":
+        name = parse_hub_uri(uri)
+        if not name.path:
+            return BaseModelName(name=name.repo, revision=name.revision, uri=uri)
+    return BaseModelName(name=str(path.resolve()), uri=uri if scheme_of(uri) != "file" else str(path.resolve()))
+
+
+def find_base(folder: Path, base_uri: str | None) -> tuple[Path, BaseModelName]:
+    """Find the model of the adapter in ``folder``: where ``base_uri`` says, or under the name that the files have for it.
+
+    Raises:
+        ConfigError: they have none, or nothing is there.
+        WMTPError: a file is damaged.
+    """
+    content = read_json_object(folder / ADAPTER_CONFIG)
+    named, revision = content.get("base_model_name_or_path"), content.get("revision")
+    own = read_json_object(folder / _OWN_CONFIG) if (folder / _OWN_CONFIG).is_file() else {}
+    candidates = [base_uri] if base_uri is not None else [own.get("base_uri"), named]
+    reasons = []
+    for uri in candidates:
+        if not isinstance(uri, str) or not uri:
+            continue
+        try:
+            uri, path = _locate(uri, folder, revision if uri == named else None)
+            return path, name_base(uri, path)
+        except WMTPError as error:
+            reasons.append(str(error))
+    remedy = "name the model that it belongs to: models.base.base_uri"
+    if base_uri is None:
+        remedy += f", or base_model_name_or_path in its {ADAPTER_CONFIG}"
+    why = "; ".join(dict.fromkeys(reasons)) or f"{ADAPTER_CONFIG} names no base_model_name_or_path"
+    raise ConfigError(f"{folder} is an adapter, and its base is not found: {why}; {remedy}")
+
+
+def _locate(uri: str, folder: Path, revision: Any) -> tuple[str, Path]:
+    """Localize a URI, a path (from here or from ``folder``), or a name of the hub; also return it as a URI."""
+    storage = StorageConfig()
+    if scheme_of(uri) == "file":
+        places = [file_path(uri), folder / uri]
+        here = next((place for place in places if place.exists()), None)
+        if here is None and (name := plain_hub_name(uri)) is not None:
+            commit = revision if isinstance(revision, str) and COMMIT.fullmatch(revision) else name.revision
+            uri = HubName(repo=name.repo, revision=commit).uri
+        elif here is None:
+            raise ConfigError(f"{uri}: no such file or folder")
+        else:
+            uri = str(here.resolve())
+    return uri, localize_model(uri, build_backends(storage), Path(storage.cache_dir).expanduser())
+
+
+def read_adapter(folder: Path, base: BaseModelName) -> SavedAdapter:
+    """Read the files of an adapter; `wmtp.storage.model_files.check_folder` has looked at them.
+
+    Raises:
+        ConfigError: peft is not installed.
+        WMTPError: a file is damaged.
+    """
+    need_peft(f"{folder}: an adapter")
+    from peft import LoraConfig
+
+    own = read_json_object(folder / _OWN_CONFIG) if (folder / _OWN_CONFIG).is_file() else {}
+    if own and own.get("format") != _FORMAT:
+        raise WMTPError(f"{folder / _OWN_CONFIG}: format {own.get('format')!r} is not known to this version of WMTP")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config: Any = LoraConfig.from_pretrained(str(folder))
+        state = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
+        raise WMTPError(f"{folder}: the adapter cannot be read: {error}") from error
+    config.lora_dropout, config.inference_mode = 0.0, False
+    known = own.get("base_fingerprint")
+    return SavedAdapter(folder=folder, config=config, state=state, base=base, fingerprint=known)
+
+
+def adapter_dtype(folder: Path) -> torch.dtype:
+    """Tell the precision of the adapter in ``folder``: bf16 only where all of it is.
+
+    Raises:
+        WMTPError: the file is damaged.
+    """
+    file = folder / ADAPTER_WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise WMTPError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
+    return torch.bfloat16 if kinds == {"BF16"} else torch.float32
+
+
+def write_adapter(base: torch.nn.Module, adapter: Adapter, folder: Path, state: Mapping[str, Tensor] | None) -> None:
+    """Write an adapter as PEFT does.
+
+    Args:
+        base: the model that it is on.
+        adapter: what is known of it.
+        folder: that is there.
+        state: the whole tensors of ``base`` that learn, where this process holds only a part of them.
+
+    Raises:
+        OSError, SafetensorError: it could not be written.
+    """
+    named = dict(base.named_parameters()) if state is None else state
+    tensors = {saved_name(n): t.detach().cpu().contiguous() for n, t in named.items() if is_adapter_name(n)}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    adapter.config.inference_mode = True
+    adapter.config.save_pretrained(str(folder))
+    adapter.config.inference_mode = False
+    own = {
+        "format": _FORMAT,
+        "base_uri": None if adapter.base is None else adapter.base.uri,
+        "base_fingerprint": adapter.fingerprint,
+    }
+    (folder / _OWN_CONFIG).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,327 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in the layers of a model, by peft. Heads 2..H have none: they learn in full.
+
+peft puts a module of its own in the place of each linear map, with the map inside, so that forward passes, compiled layers and
+sharding see ordinary layers. Names of parameters are peft's; those that learn have a part that begins with ``lora_``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from wmtp.config.schema import LoraConfig
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.models.anatomy import find_layers, seeded
+from wmtp.spelling import did_you_mean
+
+if TYPE_CHECKING:
+    from wmtp.models.mtp import MTPModel
+
+__all__ = [
+    "Adapter",
+    "BaseModelName",
+    "adapter_off",
+    "check_same",
+    "fingerprint",
+    "inject",
+    "is_adapter_name",
+    "make_peft_config",
+    "merge",
+    "put_on",
+    "resolve_targets",
+    "saved_name",
+]
+
+#: peft's name of the one adapter
+_NAME = "default"
+_SAMPLES = 64
+
+
+@frozen(kw_only=True)
+class BaseModelName:
+    """The model that an adapter belongs to.
+
+    Args:
+        name: what peft shall open: ``org/name`` of the hub, or a local path.
+        revision: of the hub.
+        uri: what the run's config had as ``models.base.uri``.
+    """
+
+    name: str
+    revision: str | None = None
+    uri: str | None = None
+
+
+@frozen(kw_only=True, eq=False)
+class Adapter:
+    """The adapter of a model.
+
+    Args:
+        config: peft's ``LoraConfig``, whose targets are names of modules.
+        base: the model that it belongs to; None where it is of no file.
+        fingerprint: of that model's numbers; see `fingerprint`.
+    """
+
+    config: Any
+    base: BaseModelName | None
+    fingerprint: str
+
+
+def resolve_targets(base: PreTrainedModel, lora: LoraConfig) -> list[str]:
+    """Name the modules that ``lora.targets`` means, as peft matches names: whole, or what follows a dot.
+
+    Args:
+        base: may be on the meta device.
+        lora: the config's ``[models.base.lora]``.
+
+    Raises:
+        ConfigError: a name is none of a linear map in the decoder layers.
+    """
+    layers = find_layers(base, base.base_model, lambda reason: ConfigError(f"models.base.lora: {reason}"))
+    inside = {id(module) for module in layers.modules()}
+    modules = dict(base.named_modules())
+    maps = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and id(module) in inside]
+    if not maps:
+        raise ConfigError(
+            "models.base.lora: the decoder layers of this model have no linear maps, so there is nothing to adapt"
+        )
+    # a number alone would mean layers too
+    leaves = sorted({name if (leaf := name.rpartition(".")[2]).isdigit() else leaf for name in maps})
+    wanted = leaves if lora.targets == "all-linear" else list(dict.fromkeys(lora.targets))
+    problems, known = [], set(maps)
+    for index, target in enumerate(wanted):
+        matched = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if matched and known.issuperset(matched):
+            continue
+        problems.append(f"models.base.lora.targets.{index}: {_no_target(base, target, matched, modules, leaves)}")
+    if problems:
+        raise ConfigError(problems)
+    return wanted
+
+
+def _no_target(
+    base: PreTrainedModel, target: str, matched: list[str], modules: Mapping[str, nn.Module], leaves: list[str]
+) -> str:
+    there = f"there are: {', '.join(leaves)}"
+    if any(modules[name] is base.get_output_embeddings() for name in matched):
+        tied = " (and is the embedding too: they are tied)" if base.config.tie_word_embeddings else ""
+        return f"{target!r} is the unembedding, which all heads share{tied}; it stays as it is: leave it out"
+    if matched:
+        kind = type(modules[matched[0]]).__name__
+        return f"{target!r} means {matched[0]} ({kind}), which is no linear map of the decoder layers; {there}"
+    return f"{target!r} is no linear map of this model; {did_you_mean(target, leaves) or there}"
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Keep bitsandbytes, which peft imports where it is installed, from telling of a kernel that nobody asked for."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def make_peft_config(base: PreTrainedModel, lora: LoraConfig) -> Any:
+    """Write ``[models.base.lora]`` as peft's ``LoraConfig``.
+
+    Raises:
+        ConfigError: see `resolve_targets`.
+    """
+    with _quiet_import():
+        import peft
+
+    alpha = lora.resolved_alpha
+    targets = resolve_targets(base, lora)
+    kinds = {type(module) for name, module in base.named_modules() if any(f".{name}".endswith(f".{t}") for t in targets)}
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]  # a number is enough
+        target_modules=targets,
+        lora_dropout=0.0,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+        fan_in_fan_out=kinds == {Conv1D},
+        task_type="CAUSAL_LM",
+    )
+
+
+def put_on(
+    model: MTPModel,
+    config: Any,
+    *,
+    seed: int,
+    base: BaseModelName | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    known: str | None = None,
+) -> None:
+    """Put an adapter into a model's own layers; nothing but it and heads 2..H can learn from now on.
+
+    Args:
+        model: in place; may be on the meta device.
+        config: peft's ``LoraConfig``.
+        seed: of a new adapter, which changes nothing until it has learned.
+        base: the model that the adapter belongs to.
+        state: the adapter's tensors, by `saved_name`. Default: a new adapter.
+        known: the fingerprint of the model, where its numbers are not here.
+
+    Raises:
+        WMTPError: the tensors do not fit.
+    """
+    numbers = known or fingerprint(model.base)
+    with seeded(seed):
+        inject(model.base, config, state)
+    config.base_model_name_or_path = None if base is None else base.name
+    config.revision = None if base is None else base.revision
+    model.adapter = Adapter(config=config, base=base, fingerprint=numbers)
+
+
+def inject(base: PreTrainedModel, config: Any, state: Mapping[str, Tensor] | None = None) -> None:
+    """Have peft put its modules into a model, and fill them.
+
+    Args:
+        base: in place; may be on the meta device.
+        config: peft's ``LoraConfig``.
+        state: as for `put_on`. Default: torch's random numbers.
+
+    Raises:
+        WMTPError: the tensors do not fit.
+    """
+    with _quiet_import():
+        import peft
+
+    training, is_meta = base.training, any(parameter.is_meta for parameter in base.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is meant, or refused before
+        peft.inject_adapter_in_model(config, base, adapter_name=_NAME, low_cpu_mem_usage=is_meta)
+    base.train(training)
+    if not isinstance(config.target_modules, str):  # a pattern stays
+        config.target_modules = sorted(config.target_modules)
+    if state is not None:
+        _fill(base, state)
+
+
+def check_same(config: Any, lora: LoraConfig, base: PreTrainedModel, source: object) -> None:
+    """Refuse to go on learning an adapter under other settings than its own.
+
+    Args:
+        config: peft's, of the adapter that the files hold.
+        lora: the config's ``[models.base.lora]``.
+        base: the model, before the adapter is on it.
+        source: what messages call the adapter.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    wanted = make_peft_config(base, lora)
+    own: dict[str, tuple[Any, Any]] = {
+        "rank": (wanted.r, config.r),
+        "alpha": (wanted.lora_alpha, config.lora_alpha),
+        "dora": (wanted.use_dora, config.use_dora),
+        "rslora": (wanted.use_rslora, config.use_rslora),
+    }
+    if not isinstance(config.target_modules, str):
+        own["targets"] = (sorted(wanted.target_modules), sorted(config.target_modules))
+    problems = [
+        f"models.base.lora.{key}: {new!r}, but the adapter in {source} has {old!r}; write that, or merge it first: "
+        "wmtp export --format wmtp"
+        for key, (new, old) in own.items()
+        if new != old
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _fill(base: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = {saved_name(name): tensor for name, tensor in base.named_parameters() if is_adapter_name(name)}
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in own]
+    problems += [
+        f"{name} has shape {list(tensor.shape)} in place of {list(own[name].shape)}"
+        for name, tensor in state.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise WMTPError(f"the tensors of the adapter do not fit its base: {'; '.join(problems[:5])}{more}")
+    for name, tensor in state.items():
+        own[name].data = tensor.detach().clone()
+
+
+def is_adapter_name(name: str) -> bool:
+    """Tell the parameters of an adapter by their name."""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def saved_name(name: str) -> str:
+    """Name a parameter as PEFT's files do."""
+    short = name.replace(f".{_NAME}", "")
+    return f"base_model.model.{short.removesuffix('.weight') if 'lora_magnitude_vector' in short else short}"
+
+
+def fingerprint(base: nn.Module) -> str:
+    """Tell one model's numbers from another's by a few of each tensor, in the precision of bf16: in any, it is the same."""
+    digest = hashlib.sha256()
+    for name, parameter in base.named_parameters():
+        if parameter.is_meta:
+            return ""
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].to(torch.bfloat16).view(torch.int16).cpu().contiguous()
+        digest.update(f"{name} {list(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def merge(base: PreTrainedModel) -> None:
+    """Add a model's adapter to its weights, in fp32 at least, and take peft's modules out."""
+    for name, module in list(base.named_modules()):
+        if not _is_adapted(module):
+            continue
+        inner = module.get_base_layer()  # type: ignore[operator]
+        dtype = inner.weight.dtype
+        module.to(torch.promote_types(dtype, torch.float32))
+        module.merge(safe_merge=True)  # type: ignore[operator]
+        inner.to(dtype)
+        parent, _, leaf = name.rpartition(".")
+        setattr(base.get_submodule(parent), leaf, inner)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    base.requires_grad_(True)
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Compute without the adapter inside, as the base model does; gradients flow as before.
+
+    Args:
+        model: an `MTPModel` or a part of one. Without an adapter nothing changes.
+    """
+    layers: list[Any] = [module for module in model.modules() if _is_adapted(module)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:  # peft's own switch would change what learns too
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    if not hasattr(module, "lora_A"):  # spares models without adapters the import
+        return False
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)

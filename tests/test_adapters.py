@@ -1,0 +1,143 @@
+"""Runs with adapters from end to end: learned, resumed, opened by others, merged, and by two processes as by one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import wmtp
+from wmtp.errors import ConfigError
+from wmtp.models.config import ScratchModel
+from wmtp.tokenizers.config import Bytes
+
+pytest.importorskip("peft")
+
+SMALL = ScratchModel(vocab_size=258, hidden_size=32, layers=2, attention_heads=2, intermediate_size=48, max_positions=128)
+IDS = torch.tensor([[100, 101, 102, 103]])
+
+
+@pytest.fixture
+def adapted(recipe):
+    """The recipe with an adapter on a model in files."""
+    base = recipe.parent / "base"
+    SMALL.build().load(None, dtype=torch.float32, seed=1).model.save_pretrained(base)
+    Bytes().build(None).save(base)
+    text = recipe.read_text()
+    start, end = text.index("[models.base]"), text.index("[models.base.heads]")
+    table = f'[models.base]\ntype = "hf"\nuri = "{base}"\n[models.base.lora]\nrank = 4\n'
+    recipe.write_text(text[:start] + table + text[end:])
+    return recipe
+
+
+def learned(folder: Path):
+    from safetensors.torch import load_file
+
+    return {f"{file.name}: {k}": v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
+def test_a_run_is_resumed_bit_for_bit_and_its_model_serves_every_command(adapted, precision, tmp_path):
+    """Checkpoints hold what learns and nothing of the base; ``model/`` is an adapter with heads."""
+    import peft
+
+    settings = [f'devices.precision="{precision}"', "train.max_steps=10", "optimizer.lr=0.02"]
+    whole = wmtp.run(adapted, run_name="whole", overrides=settings)
+    names = {file.name for file in whole.model.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "mtp_heads.safetensors"} <= names
+    assert not {"model.safetensors", "config.json"} & names
+    (shard,) = whole.checkpoint.glob("*.safetensors")
+    count = sum(tensor.numel() for tensor in learned(whole.model).values())
+    assert shard.stat().st_size < 12 * count + 30_000, "weights and two means of heads and adapter"
+    before = learned(whole.model)
+
+    for folder in (whole.checkpoint, whole.model):
+        shutil.rmtree(folder)
+    resumed = wmtp.run(resume=whole.run_dir)
+    assert resumed.model == whole.model
+    after = learned(whole.model)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+    exact = precision == "fp32"
+    model = wmtp.load_model(whole.run_dir)
+    opened = peft.AutoPeftModelForCausalLM.from_pretrained(whole.model, dtype=model.anatomy.output.weight.dtype).eval()
+    with torch.no_grad():
+        logits = model.logits(model(IDS), 1)
+        torch.testing.assert_close(opened(input_ids=IDS).logits, logits, rtol=0, atol=0 if exact else 0.05)
+        wmtp.export(whole.run_dir, tmp_path / "hf", format="hf")
+        wmtp.export(whole.run_dir, tmp_path / "own", format="wmtp")
+        alone, both = wmtp.load_model(tmp_path / "hf"), wmtp.load_model(tmp_path / "own")
+        assert (alone.horizon, both.horizon, both.adapter) == (1, 3, None)
+        for merged in (alone, both):
+            torch.testing.assert_close(merged.logits(merged(IDS), 1), logits, rtol=0, atol=1e-5 if exact else 0.05)
+        plain = wmtp.load_model(tmp_path / "base")
+        assert (plain.logits(plain(IDS), 1) - logits).abs().max() > 0.05
+    assert len(wmtp.generate(whole.run_dir, "def f1", max_new_tokens=4, speculative=True).tokens) == 4
+    measured = wmtp.evaluate(whole.run_dir, overrides=['eval=[{type="perplexity"}]'])
+    assert measured.numbers["perplexity/head_1"] == pytest.approx(whole.metrics["eval/loss/head_1"], rel=1e-5 if exact else 1e-2)
+
+
+def test_an_adapter_folder_is_a_model_that_learns_on_or_whole(adapted, tmp_path):
+    first = wmtp.run(adapted, run_name="first", overrides=["train.max_steps=6"])
+    here = f'models.base.uri="{first.run_dir}"'
+    again = wmtp.run(adapted, run_name="again", overrides=[here, "train.max_steps=6", "models.base.heads.warmup_steps=0"])
+    config = json.loads((again.model / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((tmp_path / "base").resolve())
+    text = adapted.read_text().replace("[models.base.lora]\nrank = 4\n", "")
+    adapted.write_text(text)
+    full = wmtp.run(adapted, run_name="full", overrides=[here, "train.max_steps=6"])
+    assert (full.model / "config.json").is_file() and not (full.model / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["models.base.lora.rank=0"], r"recipe\.toml|models\.base\.lora\.rank: .*must be >= 1"),
+        (["models.base.lora.dropout=0.05"], r"models\.base\.lora\.dropout: 0\.05, but adapters learn without dropout"),
+        (["models.base.lora.targets=[]"], r"models\.base\.lora\.targets"),
+        (["models.base.lora.rnak=3"], r"models\.base\.lora\.rnak: unknown key; did you mean 'rank'"),
+        (['models.ref={type="hf",uri="x",lora={}}'], r"models\.ref\.lora: only models\.base has adapters"),
+        (['models.base={type="scratch",vocab_size=258,lora={}}'], r"models\.base\.lora: a model of type 'scratch' is no"),
+    ],
+)
+def test_what_cannot_be_is_said_by_check(adapted, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        wmtp.check(adapted, overrides=overrides)
+
+
+def test_a_misspelt_target_is_said_by_a_dry_run(adapted):
+    with pytest.raises(ConfigError, match=r"targets\.0: 'q_prj' is no linear map of this model; did you mean 'q_proj'\?"):
+        wmtp.run(adapted, overrides=['models.base.lora.targets=["q_prj"]'], dry_run=True)
+
+
+def test_without_peft_check_says_what_to_install(adapted, monkeypatch):
+    import wmtp.config.adapter_rules as rules
+
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"models\.base\.lora: needs peft: pip install 'wmtp-core\[lora\]'"):
+        wmtp.check(adapted)
+
+
+def test_another_base_under_the_same_name_ends_a_resume(adapted, tmp_path):
+    done = wmtp.run(adapted, run_name="x", overrides=["train.max_steps=6"])
+    for folder in (done.checkpoint, done.model):
+        shutil.rmtree(folder)
+    SMALL.build().load(None, dtype=torch.float32, seed=2).model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match="holds an adapter of another model than this"):
+        wmtp.run(resume=done.run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["full", "none"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
+def test_two_processes_learn_what_one_does(adapted, preloaded, strategy, precision, tmp_path):
+    settings = ("--set", "train.max_steps=8", "--set", f"devices.precision={precision}")
+    two = ("--set", "launcher.processes=2", "--set", f'devices.fsdp.strategy="{strategy}"')
+    for name, extra in (("one", ()), ("two", two)):
+        run = preloaded.run("run", adapted, "--run-name", name, *settings, *extra)
+        assert run.returncode == 0, run.stderr
+    one, other = (learned(tmp_path / f"runs/{name}/model") for name in ("one", "two"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() < (1e-4 if precision == "fp32" else 2e-2), name
