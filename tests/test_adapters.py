@@ -57,7 +57,8 @@ def test_a_run_is_resumed_bit_for_bit_and_its_model_serves_every_command(adapted
     resumed = wmtp.run(resume=whole.run_dir)
     assert resumed.model == whole.model
     after = learned(whole.model)
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
     exact = precision == "fp32"
     model = wmtp.load_model(whole.run_dir)
@@ -75,7 +76,9 @@ def test_a_run_is_resumed_bit_for_bit_and_its_model_serves_every_command(adapted
         assert (plain.logits(plain(IDS), 1) - logits).abs().max() > 0.05
     assert len(wmtp.generate(whole.run_dir, "def f1", max_new_tokens=4, speculative=True).tokens) == 4
     measured = wmtp.evaluate(whole.run_dir, overrides=['eval=[{type="perplexity"}]'])
-    assert measured.numbers["perplexity/head_1"] == pytest.approx(whole.metrics["eval/loss/head_1"], rel=1e-5 if exact else 1e-2)
+    assert measured.numbers["perplexity/head_1"] == pytest.approx(
+        whole.metrics["eval/loss/head_1"], rel=1e-5 if exact else 1e-2
+    )
 
 
 def test_an_adapter_folder_is_a_model_that_learns_on_or_whole(adapted, tmp_path):
@@ -87,7 +90,8 @@ def test_an_adapter_folder_is_a_model_that_learns_on_or_whole(adapted, tmp_path)
     text = adapted.read_text().replace("[models.base.lora]\nrank = 4\n", "")
     adapted.write_text(text)
     full = wmtp.run(adapted, run_name="full", overrides=[here, "train.max_steps=6"])
-    assert (full.model / "config.json").is_file() and not (full.model / "adapter_config.json").exists()
+    assert (full.model / "config.json").is_file()
+    assert not (full.model / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from wmtp.cli import main
 from wmtp.config.neighbours import NEIGHBOURS
 from wmtp.config.problems import unknown_key
-from wmtp.config.schema import Config
+from wmtp.config.schema import Config, LoraConfig
 from wmtp.optim.config import AdamW
 from wmtp.plugins.components import COMPONENT_KIND
 
@@ -92,6 +92,7 @@ def sections(cls, path=""):
 def test_every_key_that_a_hint_names_is_one():
     known = {*sections(Config), "models.base.uri", "models.base.attn_implementation", "optimizer.type", "tracker.type"}
     known |= {f"optimizer.{field.alias}" for field in attrs.fields(AdamW)} | {"tracker.project"}
+    known |= {"models.base.lora", *(f"models.base.lora.{field.alias}" for field in attrs.fields(LoraConfig))}
     named = {key for here in NEIGHBOURS.values() for key in re.findall(r"\b[a-z]+(?:\.[a-z_]+)+", here)}
     assert len(named) > 25
     assert named <= known, named - known

@@ -222,7 +222,8 @@ def test_an_adapter_that_peft_wrote_goes_on_or_is_merged(base, tmp_path):
     model = build_model(HfLoader().load(tmp_path, dtype=torch.float32, seed=0), HeadsConfig(horizon=2), 0, lora=wanted)
     assert torch.equal(model.logits(model(IDS), 1), logits)
     merged = build_model(with_adapter_merged(HfLoader().load(tmp_path, dtype=torch.float32, seed=0)), None, 0)
-    assert merged.adapter is None and all(p.requires_grad for p in merged.parameters())
+    assert merged.adapter is None
+    assert all(p.requires_grad for p in merged.parameters())
     torch.testing.assert_close(merged.logits(merged(IDS), 1), logits)
     with pytest.raises(ConfigError) as error:
         build_model(HfLoader().load(tmp_path, dtype=torch.float32, seed=0), None, 0, lora=LoraConfig(rank=3, dora=True))

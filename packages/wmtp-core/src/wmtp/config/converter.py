@@ -270,8 +270,8 @@ def _model(converter: cattrs.Converter, value: Any) -> ModelConfig:
     table = dict(_as_table(value))
     attrs.resolve_types(ModelConfig)
     types = {attribute.name: attribute.type for attribute in attrs.fields(ModelConfig)}
-    parts: dict[str, tuple[Any, Any]] = {name: (table.pop(name), types[name]) for name in OWN_TABLES if name in table}
-    parts["loader"] = (table, Annotated[Any, _Kind("model_loaders")])
+    own = {name: (table.pop(name), types[name]) for name in OWN_TABLES if name in table}
+    parts: dict[str, tuple[Any, Any]] = {"loader": (table, Annotated[Any, _Kind("model_loaders")]), **own}
     problems: list[Problem] = []
     done: dict[str, Any] = {}
     for key, (part, type_) in parts.items():

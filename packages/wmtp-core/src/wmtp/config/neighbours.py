@@ -59,7 +59,7 @@ NEIGHBOURS: Final = {
         "run_name": "run.name",
         "seed data_seed": "run.seed",
         "fp16 bf16 tf32 torch_dtype dtype": _PRECISION,
-        "lora_r r lora_rank": "models.base.lora.rank",
+        "lora_r lora_rank": "models.base.lora.rank",
         "lora_alpha": "models.base.lora.alpha",
         "lora_target lora_target_modules lora_target_linear target_modules": "models.base.lora.targets",
         "lora_dropout": "no key; adapters learn without dropout",

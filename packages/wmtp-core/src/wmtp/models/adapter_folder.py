@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from attrs import frozen
@@ -35,7 +35,7 @@ _FORMAT: Final = 1
 
 @frozen(kw_only=True, eq=False)
 class SavedAdapter:
-    """What the files of an adapter hold.
+    """Content of an adapter's files.
 
     Args:
         folder: that they are in.

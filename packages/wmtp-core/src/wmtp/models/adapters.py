@@ -289,8 +289,8 @@ def merge(base: PreTrainedModel) -> None:
     for name, module in list(base.named_modules()):
         if not _is_adapted(module):
             continue
-        inner = module.get_base_layer()  # type: ignore[operator]
-        dtype = inner.weight.dtype
+        inner: nn.Module = module.get_base_layer()  # type: ignore[operator]
+        dtype: torch.dtype = inner.weight.dtype  # type: ignore[assignment]
         module.to(torch.promote_types(dtype, torch.float32))
         module.merge(safe_merge=True)  # type: ignore[operator]
         inner.to(dtype)

@@ -204,6 +204,16 @@ def dissect(model: PreTrainedModel) -> Anatomy:
 
 
 def find_layers(model: PreTrainedModel, decoder: nn.Module, refuse: Callable[[str], ConfigError]) -> nn.ModuleList:
+    """Find the decoder layers.
+
+    Args:
+        model: may be on the meta device.
+        decoder: its part from token ids to the last hidden state.
+        refuse: makes an error of a reason.
+
+    Raises:
+        ConfigError: there is no list of them, or several could be it.
+    """
     count = layer_count(model.config)
     lists = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
     if not lists:

@@ -378,8 +378,8 @@ class Fit:
             )
         if state.get("base") != self._base:
             raise ConfigError(
-                f"models.base: {checkpoint.path} holds an adapter of another model than this: the files of models.base.uri have "
-                "changed; bring them back, or start a new run under another --run-name"
+                f"models.base: {checkpoint.path} holds an adapter of another model than this: the files of models.base.uri "
+                "have changed; bring them back, or start a new run under another --run-name"
             )
         self._compare_eval_data(checkpoint, state)
         if checkpoint.step > self.total_steps:
