@@ -286,13 +286,12 @@ def fingerprint(base: nn.Module) -> str:
 @torch.no_grad()
 def merge(base: PreTrainedModel) -> None:
     """Add a model's adapter to its weights, in fp32 at least, and take peft's modules out."""
-    for name, module in list(base.named_modules()):
-        if not _is_adapted(module):
-            continue
-        inner: nn.Module = module.get_base_layer()  # type: ignore[operator]
-        dtype: torch.dtype = inner.weight.dtype  # type: ignore[assignment]
+    adapted: list[tuple[str, Any]] = [(name, module) for name, module in base.named_modules() if _is_adapted(module)]
+    for name, module in adapted:
+        inner = module.get_base_layer()
+        dtype = inner.weight.dtype
         module.to(torch.promote_types(dtype, torch.float32))
-        module.merge(safe_merge=True)  # type: ignore[operator]
+        module.merge(safe_merge=True)
         inner.to(dtype)
         parent, _, leaf = name.rpartition(".")
         setattr(base.get_submodule(parent), leaf, inner)
