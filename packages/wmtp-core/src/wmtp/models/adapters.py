@@ -49,7 +49,7 @@ _SAMPLES = 64
 
 @frozen(kw_only=True)
 class BaseModelName:
-    """The model that an adapter belongs to.
+    """Name of the model that an adapter belongs to.
 
     Args:
         name: what peft shall open: ``org/name`` of the hub, or a local path.
@@ -64,7 +64,7 @@ class BaseModelName:
 
 @frozen(kw_only=True, eq=False)
 class Adapter:
-    """The adapter of a model.
+    """Adapter of a model.
 
     Args:
         config: peft's ``LoraConfig``, whose targets are names of modules.
