@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from attrs import evolve
+from native_folders import native_folder
 from one_step import SMALL, ByPrediction, HardHalf, gradients, make_batch, reference
 from torch import nn
 
@@ -245,7 +246,7 @@ def test_the_base_is_found_or_asked_for_and_another_is_refused(base, tmp_path):
         file.write_text(json.dumps(content | {"base_model_name_or_path": name}))
         with pytest.raises(ConfigError, match=rf"its base is not found: .*{said}.*models\.base\.base_uri"):
             HfLoader().info(tmp_path / "adapter")
-        assert HfLoader(base_uri=str(base)).info(tmp_path / "adapter").heads == HeadsConfig(horizon=3)
+        assert HfLoader(base_uri=str(base)).info(tmp_path / "adapter").heads == HeadsConfig(kind="block", horizon=3)
     file.write_text(json.dumps(content | {"base_model_name_or_path": "../other"}))  # beside it
     assert HfLoader().load(tmp_path / "adapter", dtype=torch.float32, seed=0).adapter.fingerprint is None
     with pytest.raises(ConfigError, match=r"base_uri: has no effect"):
@@ -306,3 +307,28 @@ def test_every_layer_of_an_older_architecture_is_adapted():
         before = model(IDS).hidden[0]
         model.merge_adapter()
         torch.testing.assert_close(model(IDS).hidden[0], before)
+
+
+def test_a_models_own_layers_for_multi_token_prediction_learn_beside_an_adapter(tmp_path):
+    """They are in the adapter's folder, for want of the model's; merged, they go back to their place."""
+    from safetensors.torch import load_file
+
+    base = native_folder(tmp_path / "base", "mimo")
+    loaded = HfLoader().load(base, dtype=torch.float32, seed=0)
+    model = build_model(loaded, None, 0, lora=LoraConfig(rank=2), name=name_base(str(base), base)).eval()
+    assert model.heads.kind == "native"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or name.startswith("extra_heads."):
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_model(tmp_path / "adapter")
+    with torch.no_grad():
+        assert all(torch.equal(left, right) for left, right in zip(again(IDS).hidden, model(IDS).hidden, strict=True))
+        again.merge_adapter()
+        again.save_pretrained(tmp_path / "merged")
+        merged = load_model(tmp_path / "merged")
+        assert merged.heads.kind == "native"
+        assert all(torch.equal(left, right) for left, right in zip(merged(IDS).hidden, again(IDS).hidden, strict=True))
+    names = {name for file in base.glob("*.safetensors") for name in load_file(file)}
+    assert {name for file in (tmp_path / "merged").glob("model*.safetensors") for name in load_file(file)} == names

@@ -46,7 +46,8 @@ def build_model(
     native, untouched = loaded.native, loaded.untouched
     state = None
     if resolved.kind == "native" and native is not None and untouched is not None:
-        state = head_tensors(native, untouched.tensors, loaded.model)
+        # an adapter's folder has them beside the adapter, since it does not have the model
+        state = loaded.head_state or head_tensors(native, untouched.tensors, loaded.model)
         kept = {name: tensor for name, tensor in untouched.tensors.items() if name not in native.tensors}
         untouched = evolve(untouched, tensors=kept)
     elif loaded.head_state is not None and resolved.horizon > 1:

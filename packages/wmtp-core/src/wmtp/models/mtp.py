@@ -360,7 +360,7 @@ class MTPModel(nn.Module):
                 write_adapter(self.base, self.adapter, folder, None if state is None else _within(state, "base."))
             for name in (HEADS_CONFIG, HEADS_WEIGHTS):
                 (folder / name).unlink(missing_ok=True)  # of another model that was saved here
-            if self.native is not None:
+            if self.native is not None and self.adapter is None:
                 self._describe_heads(folder)  # the folder has the tensors under its own names
             elif self.horizon > 1:
                 self._save_heads(folder, self.extra_heads.state_dict() if state is None else _within(state, "extra_heads."))
