@@ -14,8 +14,11 @@ from crossings import sampled
 from safetensors.torch import load_file
 
 from wmtp import load_config, run
+from wmtp.config.rules import check
+from wmtp.config.schema import TrainConfig
+from wmtp.data.config import Chat
 from wmtp.errors import ConfigError, WMTPError
-from wmtp_algos import CriticWMTP
+from wmtp_algos import DFT, BaselineMTP, CriticWMTP, Shuffled
 from wmtp_algos.critic_wmtp import CriticWMTPTrainer
 
 CLOCK = ("tokens_per_second", "peak_memory_gib")
@@ -210,6 +213,51 @@ def test_a_value_head_is_reused(folder):
         run(config_of(folder, value_head=str(folder)), run_name="fourth")
     with pytest.raises(ConfigError, match=r"trainer.value_head: '.*nowhere' does not exist"):
         run(config_of(folder, value_head=str(folder / "nowhere")), run_name="fourth")
+
+
+# --- pairs of answers
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '[' ~ m.role ~ ']' ~ m.content ~ '.' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    rows = [{"prompt": f"q{n % 3}", "chosen": f"good {n % 4}", "rejected": f"bad {n % 5}", "id": f"p{n}"} for n in range(12)]
+    write(tmp_path / "pairs.jsonl", rows)
+
+    def config(trainer, **answers):
+        given = config_of(tmp_path, f"data.train.chat_template={TEMPLATE!r}", "data.train.max_length=48", data="pairs")
+        return attrs.evolve(given, datasets={"pairs": Chat(uri=str(tmp_path / "pairs.jsonl"), **answers)}, trainer=trainer)
+
+    return config
+
+
+@pytest.mark.parametrize("options", [{}, {"value_loss": "pairwise"}], ids=str)
+def test_chosen_and_rejected_answers_train_a_critic(pairs, options):
+    critic = CriticWMTP(value_steps=4, value_width=32, **options)
+    config = attrs.evolve(pairs(critic, answers="both"), train=TrainConfig(max_steps=6))
+    result = run(config, run_name="pairs")
+    lines = lines_of(result.run_dir)
+    assert [line["stage"] for line in lines] == ["value"] * 4 + ["train"] * 2
+    assert result.steps == 6
+    # in stage train the chosen answers alone are learned: each a run of at most 7 tokens
+    assert all(0 < line["tokens"] <= 16 * 48 for line in lines)
+
+
+@pytest.mark.parametrize("trainer", [BaselineMTP(), DFT(), Shuffled(of=DFT())], ids=lambda trainer: trainer.type)
+def test_trainers_that_learn_from_all_must_be_given_the_chosen_answers(pairs, trainer):
+    with pytest.raises(ConfigError) as caught:
+        check(pairs(trainer, answers="both"))
+    (problem,) = caught.value.problems
+    assert problem == (
+        f"datasets.pairs.answers: 'both' gives right and wrong answers, and the trainer '{trainer.type}' would learn them "
+        "alike; write 'chosen', or take a trainer that tells them apart: critic-wmtp"
+    )
+    check(pairs(trainer, answers="chosen"))
+    check(pairs(Shuffled(of=CriticWMTP()), answers="both"))
 
 
 # --- what cannot work is said before anything is learned

@@ -392,7 +392,9 @@ def test_the_log_says_what_became_of_the_documents(tmp_path, caplog):
         prepare_file(tmp_path, path, max_length=8, on_bad_example="skip")
     lines = [record.getMessage() for record in caplog.records if "data.train" in record.getMessage()]
     assert lines == [
-        "data.train: d: 3 documents, 13 tokens, 11 learned, 1 truncated, 1 left out with nothing to learn, 1 bad and left out"
+        "data.train: d: data.train.max_length = 8 cuts off 6 tokens that would be learned, of 1 of 3 documents "
+        "(the first: a.jsonl:2); raise max_length, or see data.train.overlong",
+        "data.train: d: 3 documents, 13 tokens, 11 learned, 1 truncated, 1 left out with nothing to learn, 1 bad and left out",
     ]
 
 

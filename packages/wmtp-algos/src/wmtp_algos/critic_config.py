@@ -72,6 +72,7 @@ class CriticWMTP(TrainerConfig):
     """
 
     type = "critic-wmtp"
+    tells_right_from_wrong = True
     uri_keys = ("value_head",)
     reward: Literal["verifiable", "model"] = "verifiable"
     reward_template: str = "{prompt}{completion}"

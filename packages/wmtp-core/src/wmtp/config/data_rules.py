@@ -12,9 +12,10 @@ from wmtp.config.schema import Config
 from wmtp.config.tree import components
 from wmtp.errors import ConfigError, InputError, WMTPError
 from wmtp.plugins.contract import DataLoaderConfig
+from wmtp.plugins.registry import Registry
 from wmtp.storage.uris import file_path, scheme_of
 
-__all__ = ["check_first_examples", "check_sources", "eval_sources", "read_from", "train_sources"]
+__all__ = ["check_answers", "check_first_examples", "check_sources", "eval_sources", "read_from", "train_sources"]
 
 #: examples that are looked at for a good one, where bad ones are skipped
 _LOOKED_AT: Final = 32
@@ -75,6 +76,22 @@ def check_sources(config: Config) -> list[str]:
                     f" worthless; name other data sets in data.train.sources, or set {dotted(place)}.allow_training = true"
                 )
     return problems
+
+
+def check_answers(config: Config, registry: Registry) -> Iterator[Problem]:
+    """Refuse right and wrong answers side by side for a trainer that would learn both alike."""
+    trainers = [config.trainer, *(placed.config for placed in components(config.trainer) if placed.kind == "trainers")]
+    if any(trainer.tells_right_from_wrong for trainer in trainers):
+        return
+    telling = [provided.type for provided in registry.of_kind("trainers") if provided.cls.tells_right_from_wrong]
+    others = f", or take a trainer that tells them apart: {', '.join(sorted(telling))}" if telling else ""
+    for name in train_sources(config):
+        if name in config.datasets and config.datasets[name].gives_wrong_answers:
+            yield Problem(
+                ("datasets", name, "answers"),
+                f"'both' gives right and wrong answers, and the trainer '{config.trainer.type}' would learn them alike; write "
+                f"'chosen'{others}",
+            )
 
 
 def require_sources(config: Config) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from attrs import evolve, frozen
 
 from wmtp.config.adapter_rules import adapter_problems
-from wmtp.config.data_rules import check_first_examples, check_sources
+from wmtp.config.data_rules import check_answers, check_first_examples, check_sources
 from wmtp.config.idle import idle_problems
 from wmtp.config.inputs import inputs
 from wmtp.config.load import Loaded, located
@@ -82,6 +82,7 @@ def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
         yield from rule(config)
     yield from _secrets(to_mapping(config), ())
     yield from component_problems(config, registry)
+    yield from check_answers(config, registry)
     if config.launcher.remote:
         yield from _remote(config, registry)
 

@@ -69,6 +69,8 @@ class Example:
         weights: a weight for every token of the completion (the end-of-sequence token may have one more), or pairs of
             (text, weight): pieces that joined make the completion, whose tokens get that weight. None: 1 everywhere.
         where: what a message about a fault in it calls it: ``file:line``. Default: ``id``.
+        unread: keys of its record under which there is text that the example has not; one line says so.
+        unread_hint: what reads that text.
     """
 
     id: str
@@ -83,6 +85,8 @@ class Example:
     reward: float | None = None
     weights: tuple[float, ...] | tuple[tuple[str, float], ...] | None = None
     where: str = ""
+    unread: tuple[str, ...] = ()
+    unread_hint: str = ""
 
     @property
     def place(self) -> str:

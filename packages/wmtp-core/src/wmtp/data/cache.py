@@ -32,7 +32,7 @@ from wmtp.tokenizers.base import Tokenizer
 __all__ = ["cache_key", "token_store"]
 
 #: part of every key: raise it when the same files would be read or tokenised differently
-_VERSION: Final = 4
+_VERSION: Final = 5
 _SHOWN: Final = 10
 _ABANDONED_SECONDS: Final = 24 * 3600
 _log = logging.getLogger("wmtp")

@@ -79,6 +79,11 @@ class Chat(DataLoaderConfig):
     documents: Literal["conversation", "turn"] = "conversation"
     answers: Literal["chosen", "both"] | None = None
 
+    @property
+    def gives_wrong_answers(self) -> bool:  # type: ignore[override]
+        """With ``answers = "both"``."""
+        return self.answers == "both"
+
     def build(self) -> ExampleLoader:
         """Make the loader."""
         from wmtp.data.loaders.chat import ChatLoader

@@ -20,7 +20,7 @@ __all__ = ["DatasetCounts", "TokenDataset", "TokenizedDocument"]
 _LOOKED_AT = 2**24  # tokens in memory at once
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, eq=False)
 class DatasetCounts:
     """Counts of documents kept, cut and dropped, before any holdout.
 
@@ -30,7 +30,9 @@ class DatasetCounts:
         split: cut into several pieces.
         overlong: left out because they are longer than a row.
         without_target: pieces left out because they have no token to learn, or no second token.
-        cut_off: documents among these whose tokens to learn were all cut off.
+        shortened: numbers of the documents of which tokens to learn were cut off.
+        cut_off: those among them of which all were, so that they are left out.
+        lost: tokens to learn that were cut off.
         bad: examples that could not be read.
     """
 
@@ -39,7 +41,9 @@ class DatasetCounts:
     split: int
     overlong: int
     without_target: int
-    cut_off: int
+    shortened: NDArray[np.int64]
+    cut_off: NDArray[np.int64]
+    lost: int
     bad: int
 
 
@@ -144,10 +148,13 @@ class TokenDataset:
         # a document is its text and an end token, and perhaps a begin token that is never learned
         text_lengths = lengths[index] - self._count("never", index, np.zeros_like(index), lengths[index]) - 1
         useful = (targets > 0) & (text_lengths > 1)
-        cut_off = 0
-        if overlong == "truncate" and (lost := long[index] & (targets == 0)).any():
-            whole = self._count("learned", index[lost], np.minimum(1, lengths[index[lost]]), lengths[index[lost]])
-            cut_off = int((whole > 0).sum())
+        shortened = cut_off = np.zeros(0, np.int64)
+        lost = 0
+        if overlong == "truncate" and long.any():
+            cut = np.flatnonzero(long)
+            missing = self._count("learned", cut, stop[cut], lengths[cut])
+            shortened, lost = cut[missing > 0], int(missing.sum())
+            cut_off = shortened[targets[shortened] == 0]
         many = int(long.sum())
         counts = DatasetCounts(
             documents=len(lengths),
@@ -155,7 +162,9 @@ class TokenDataset:
             split=many if overlong == "split" else 0,
             overlong=many if overlong == "skip" else 0,
             without_target=int((~useful).sum()),
+            shortened=shortened,
             cut_off=cut_off,
+            lost=lost,
             bad=sum(store.info.bad for store in self._stores),
         )
         return _Pieces(index=index, start=start, stop=stop, learned=targets).take(useful), counts
@@ -282,6 +291,11 @@ class TokenDataset:
         while self.starts[number] != document.start:  # the pieces of a split document follow each other
             number += 1
         return number
+
+    def place(self, index: int) -> str:
+        """Name the file and line of the document with this number in the sources."""
+        source = int(np.searchsorted(self._first_index, index, side="right")) - 1
+        return self._stores[source].place(index - int(self._first_index[source]))
 
     def group_hashes(self) -> Sequence[NDArray[np.uint64]]:
         """For each source a hash of the group of each document."""

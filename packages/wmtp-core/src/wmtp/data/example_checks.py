@@ -34,6 +34,8 @@ def _problem(loader: ExampleLoader, example: Any) -> str | None:
     texts = (example.id, example.prompt, example.completion, example.group, example.where)
     if wrong := [value for value in texts if not isinstance(value, str)]:
         return f"an Example with {wrong[0]!r:.60} where a string belongs"
+    if not isinstance(example.unread, tuple | list) or not all(isinstance(key, str) for key in example.unread):
+        return f"an Example whose unread is {example.unread!r:.60}, not a tuple of keys"
     if example.is_correct not in (None, True, False):
         return f"an Example whose is_correct is {example.is_correct!r:.60}, not True, False or None"
     if example.reward is not None and not (isinstance(example.reward, int | float) and math.isfinite(example.reward)):

@@ -33,17 +33,27 @@ class Notes:
     """Collects remarks while documents are read."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, str], list[str | int]] = {}
+        self._found: dict[tuple[str, str, str], list[str | int]] = {}
 
-    def add(self, text: str, where: str, *, level: str = "warning") -> None:
-        """Note something about the document at ``where``; of one document it counts once."""
-        entry = self._found.setdefault((text, level), [0, where, ""])
+    def add(self, text: str, where: str, *, level: str = "warning", subject: str = "") -> None:
+        """Note something about the document at ``where``; of one document it counts once.
+
+        Args:
+            text: the remark.
+            where: the document.
+            level: ``warning`` or ``info``.
+            subject: stands in place of ``{}`` in ``text``. Remarks on the same documents that differ in it alone become one.
+        """
+        entry = self._found.setdefault((text, level, subject), [0, where, ""])
         if entry[2] != where:
             entry[0], entry[2] = int(entry[0]) + 1, where
 
     def list(self) -> tuple[Note, ...]:
         """All of them, in the order in which they came up."""
+        subjects: dict[tuple[str, str, int, str], list[str]] = {}
+        for (text, level, subject), (count, first, _) in self._found.items():
+            subjects.setdefault((text, level, int(count), str(first)), []).append(subject)
         return tuple(
-            Note(text=text, count=int(count), first=str(first), level=level)
-            for (text, level), (count, first, _) in self._found.items()
+            Note(text=text.replace("{}", ", ".join(names)), count=count, first=first, level=level)
+            for (text, level, count, first), names in subjects.items()
         )

@@ -15,6 +15,7 @@ from wmtp.config.data_rules import eval_sources, require_sources, train_sources
 from wmtp.config.schema import Config, TrainDataConfig
 from wmtp.data.cache import token_store
 from wmtp.data.dataset import TokenDataset
+from wmtp.data.remarks import remarks, template_remark
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.chat_template import template_source
@@ -127,18 +128,14 @@ def _dataset(
         "response_weights": data.response_weights,
     }
     for name, store in zip(names, stores, strict=True):
-        for note in store.info.notes:
-            _log.log(
-                logging.INFO if note.level == "info" else logging.WARNING,
-                "%s: %s: %s",
-                key,
-                name,
-                note.of(len(store) + store.info.bad),
-            )
         alone = TokenDataset([store], names=[name], **options)
+        for level, line in remarks(store, alone, data.max_length):
+            _log.log(level, "%s: %s: %s", key, name, line)
         _log.info("%s", _summary(f"{key}: {name}", alone))
         if not len(alone):
             raise WMTPError(f"datasets.{name}: {_nothing_to_learn(alone, data.max_length)}")
+    if key == "data.train" and (line := template_remark(dict(zip(names, stores, strict=True)), tokenizer)) is not None:
+        _log.warning("%s: %s", key, line)
     return TokenDataset(stores, names=names, **options)
 
 
@@ -149,8 +146,8 @@ def _summary(title: str, dataset: TokenDataset) -> str:
         (counts.truncated, "truncated"),
         (counts.split, "split"),
         (counts.overlong, "too long and left out"),
-        (counts.without_target - counts.cut_off, "left out with nothing to learn"),
-        (counts.cut_off, "left out because truncation cuts off all that would be learned"),
+        (counts.without_target - len(counts.cut_off), "left out with nothing to learn"),
+        (len(counts.cut_off), "left out because truncation cuts off all that would be learned"),
         (counts.bad, "bad and left out"),
     ):
         if number:

@@ -50,9 +50,14 @@ class Renderer:
             ConfigError: the chat template and ``learn`` do not fit.
         """
         try:
-            return self._conversation(example) if example.messages is not None else self._text(example)
+            found = self._conversation(example) if example.messages is not None else self._text(example)
         except UnicodeEncodeError as error:
             raise BadExample(example.place, f"holds text that is no Unicode ({error.reason})") from error
+        for key in example.unread:
+            unread = "text is under {}, which no key of the data set names: it is not read" + example.unread_hint
+            level = "warning" if example.unread_hint else "info"
+            self.notes.add(unread, example.place, level=level, subject=f'"{key}"')
+        return found
 
     def _conversation(self, example: Example) -> TokenizedExample:
         if self._template is None:

@@ -138,7 +138,8 @@ class StoreWriter:
         self._tokens.extend(tokens)
         self._end += len(tokens)
         group = example.group or example.id
-        name = json.dumps([example.id, group]).encode()
+        place = Path(example.where).name
+        name = json.dumps([example.id, group, *([place] if place not in ("", example.id) else [])]).encode()
         self._names.write(name)
         self._name_end += len(name)
         for column, value in (
@@ -230,8 +231,7 @@ class TokenStore:
             start: where the piece starts.
             source: the data set's name in the config.
         """
-        name_start = int(self._name_ends[number - 1]) if number else 0
-        example_id, group = json.loads(self._names[name_start : int(self._name_ends[number])].tobytes())
+        example_id, group, *_ = self._names_of(number)
         is_correct, reward = int(self.is_correct[number]), float(self.reward[number])
         return Document(
             index=index,
@@ -242,6 +242,15 @@ class TokenStore:
             is_correct=None if is_correct == _UNKNOWN else bool(is_correct),
             reward=None if np.isnan(reward) else reward,
         )
+
+    def place(self, number: int) -> str:
+        """Name the file and line of a document, or what stands for them."""
+        example_id, _, *place = self._names_of(number)
+        return f"{place[0]}, {example_id!r:.80}" if place else example_id
+
+    def _names_of(self, number: int) -> list[str]:
+        start = int(self._name_ends[number - 1]) if number else 0
+        return json.loads(self._names[start : int(self._name_ends[number])].tobytes())
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -158,6 +158,9 @@ class TrainerConfig(ComponentConfig, contract=True, keys=("reference_device", "r
     #: ``train.normalizer`` that the algorithm was published with, where another one changes the size of its steps: a run with
     #: another one says so; None: any will do
     published_normalizer: ClassVar[str | None] = None
+    #: whether the algorithm learns otherwise from documents with ``is_correct = false``; may be a property. Others are refused
+    #: data in which right and wrong answers stand side by side
+    tells_right_from_wrong: ClassVar[bool] = False
     #: text, may be a field: where the required models compute, for the memory estimate; None: where the trained model does
     reference_device: Any = None
     #: ``"fp32"`` or ``"bf16"``, may be a field: precision of the required models' parameters, for the memory estimate
@@ -199,6 +202,8 @@ class DataLoaderConfig(ComponentConfig, contract=True, keys=("allow_training",))
 
     #: bool, may be a field: whether a run may learn from a source whose loader says ``evaluation_only``
     allow_training: Any = False
+    #: whether right and wrong answers are given side by side, told by ``is_correct``; may be a property
+    gives_wrong_answers: ClassVar[bool] = False
 
     def build(self) -> ExampleLoader:
         """Make the loader."""

@@ -12,6 +12,7 @@ from wmtp.data.base import BadExample, Example
 from wmtp.data.fields import bool_field, name_field, number_field, text_field, type_name
 from wmtp.data.loaders.records import RecordLoader
 from wmtp.data.messages import check_messages, message_tools, normal_messages
+from wmtp.data.unread import unread_keys
 
 __all__ = ["FORMATS", "KEYS", "ChatLoader", "Format"]
 
@@ -29,6 +30,11 @@ KEYS: Final = (
     *(key for keys in _TELLING.values() for key in keys),
     *("input", "history", "system", "tools", "id", "group", "is_correct", "reward"),
 )
+#: keys that become text, and those that are read besides
+_CONTENT: Final = {name: (*keys, "system") for name, keys in _TELLING.items()}
+_CONTENT["preference"] += ("prompt",)
+_CONTENT["alpaca"] += ("input", "history")
+_LABELS: Final = ("tools", "id", "group", "is_correct", "reward")
 
 Messages = tuple[Mapping[str, Any], ...]
 
@@ -73,10 +79,15 @@ class ChatLoader(RecordLoader):
         )
         found = self._found_format(where, record)
         if found == "preference":
-            yield from self._pair(whole, record)
-            return
-        messages, first = self._conversation(where, record, found)
-        yield from self._turns(evolve(whole, messages=self._with_system(where, record, messages), first_learned=first))
+            examples = self._pair(whole, record)
+        else:
+            messages, first = self._conversation(where, record, found)
+            messages = self._with_system(where, record, messages)
+            examples = self._turns(evolve(whole, messages=messages, first_learned=first))
+        content, labels = ({keys[key] or key for key in names} for names in (_CONTENT[found], _LABELS))
+        unread = unread_keys(record, content, labels)
+        for example in examples:
+            yield evolve(example, unread=unread)
 
     def _found_format(self, where: str, record: Mapping[str, Any]) -> str:
         keys = self._keys

@@ -10,6 +10,7 @@ from typing import Any, Final
 from wmtp.data.base import BadExample, Example
 from wmtp.data.fields import Cell, bool_field, finite_number, name_field, number_field, text_field, type_name
 from wmtp.data.loaders.records import RecordLoader
+from wmtp.data.unread import unread_keys
 
 __all__ = ["FIELDS", "JsonlLoader"]
 
@@ -38,6 +39,8 @@ class JsonlLoader(RecordLoader):
     def __init__(self, keys: Mapping[str, str] | None = None, split: str | None = None) -> None:
         super().__init__(split)
         self._keys = {field: field for field in FIELDS} | dict(keys or {})
+        # a field that is not to be read is meant to be left out
+        self._read = {name or field for field, name in self._keys.items()}
 
     def _record(self, where: str, record: Mapping[str, Any], *, columns: bool) -> Iterator[Example]:
         keys = self._keys
@@ -54,6 +57,7 @@ class JsonlLoader(RecordLoader):
                     raise BadExample(where, f'no "{key}"; {needed}; {_keys_of(record)}{self._instead(record)}')
             pair = (text_field(where, record, prompt), text_field(where, record, completion))
         example_id = name_field(record, keys["id"]) or Path(where).name
+        unread = unread_keys(record, (text, prompt, completion), self._read)
         yield Example(
             id=example_id,
             prompt=pair[0],
@@ -63,17 +67,23 @@ class JsonlLoader(RecordLoader):
             reward=number_field(where, record, keys["reward"]),
             weights=_weights(where, record, keys["weights"]),
             where=where,
+            unread=unread,
+            unread_hint='; type = "chat" reads such records whole' if unread and _is_conversation(record) else "",
         )
 
     def _instead(self, record: Mapping[str, Any]) -> str:
         """Say what reads a record that this loader does not."""
-        if any(set(telling) <= record.keys() for telling in _CONVERSATIONS):
+        if _is_conversation(record):
             return '; it is a conversation: write type = "chat" in the data set'
         other = next((found for found in _ALIASES if all(name in record for name in found.values())), None)
         if other is None:
             return ""
         keys = ", ".join(f'{field} = "{name}"' for field, name in other.items())
         return f"; perhaps keys = {{ {keys} }}"
+
+
+def _is_conversation(record: Mapping[str, Any]) -> bool:
+    return any(set(telling) <= record.keys() for telling in _CONVERSATIONS)
 
 
 def _keys_of(record: Mapping[str, Any]) -> str:

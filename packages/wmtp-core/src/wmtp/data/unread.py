@@ -1,0 +1,43 @@
+"""Text of a record that is in none of its examples."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+__all__ = ["unread_keys"]
+
+
+def unread_keys(record: Mapping[str, Any], content: Iterable[str], labels: Collection[str]) -> tuple[str, ...]:
+    """Find the keys under which a record has text that is not learned from.
+
+    Text that is a part of what is read is none of it, nor is text that holds all of that, as a rendered copy does.
+
+    Args:
+        record: what stands in the file.
+        content: its keys that become the example's text.
+        labels: its keys that are read besides.
+    """
+    content = set(content)
+    rest = [key for key in record if key not in content and key not in labels]
+    if not rest:
+        return ()
+    texts = [text for key in content for text in _texts(record.get(key))]
+
+    def is_known(text: str) -> bool:
+        return any(text in each for each in texts) or all(each in text for each in texts)
+
+    return tuple(str(key) for key in rest if not all(is_known(text) for text in _texts(record[key])))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in a value that is not white space alone."""
+    if isinstance(value, str):
+        if value.strip():
+            yield value.strip().replace("\r\n", "\n")
+    elif isinstance(value, Mapping):
+        for element in value.values():
+            yield from _texts(element)
+    elif isinstance(value, list | tuple):
+        for element in value:
+            yield from _texts(element)
