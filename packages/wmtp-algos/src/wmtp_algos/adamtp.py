@@ -27,8 +27,8 @@ class AdaMTP(Trainer):
     the last of a prompt. With new heads, warm them up first (``warmup_steps`` in ``[models.base.heads]``), as the paper does.
 
     Args:
-        confidence: what counts as sure; with 0, and without prompts, it is the baseline.
-        min_depth: so many heads learn everywhere.
+        confidence: probability from which a head counts as sure; with 0, and without prompts, it is the baseline.
+        min_depth: number of heads that learn everywhere.
     """
 
     type = "adamtp"

@@ -104,12 +104,12 @@ class VesslLauncher(LauncherConfig):
         backend: ``runs``: VESSL Runs, by its HTTP interface; ``jobs``: VESSL Cloud Jobs, by the program ``vesslctl``.
         organization: default: ``VESSL_DEFAULT_ORGANIZATION``, else what ``vessl configure`` wrote.
         project: default: ``VESSL_DEFAULT_PROJECT``, else what ``vessl configure`` wrote.
-        cluster: which cluster; for ``jobs`` it may be left empty.
-        preset: which of its machines; for ``jobs`` the slug of the resource spec.
-        gpus: how many GPUs of that machine the run wants.
-        processes: that train together. Default: one a GPU.
+        cluster: the cluster; for ``jobs`` it may be left empty.
+        preset: a machine type of the cluster; for ``jobs`` the slug of the resource spec.
+        gpus: number of the machine's GPUs that the run uses.
+        processes: training processes. Default: one a GPU.
         image: the container image, best by digest: ``registry/name@sha256:…``.
-        image_credential: the name, on VESSL, of what the registry asks for.
+        image_credential: the name, on VESSL, of the registry's credentials.
         env: variables of the container. Secrets do not belong here: what is sent is kept and shown by the service.
         secrets: variable → the name that the secret has on VESSL.
         imports: folder in the container → what is copied there at the start.
@@ -121,7 +121,7 @@ class VesslLauncher(LauncherConfig):
         spot: on a machine that may be taken away; the run then saves a checkpoint.
         interactive: keep the container, with Jupyter, after the run.
         idle_timeout: of an interactive container.
-        max_runtime: after so long the run saves a checkpoint and ends.
+        max_runtime: time after which the run saves a checkpoint and ends.
         service_account: the Kubernetes service account.
         termination_protection: the service asks before it ends the run.
         tags: words for the service's list of runs, besides ``run.tags``.

@@ -48,13 +48,13 @@ __all__ = [
 
 @frozen(kw_only=True)
 class RunConfig:
-    """Who this run is.
+    """Identity of this run.
 
     Args:
         name: the run directory is ``output_dir/name``, and must be new unless the run is resumed. Without a name it is
             the trainer's and the date.
         tags: free words, sent to the tracker.
-        seed: of everything random: new weights, shuffling, splits.
+        seed: of all randomness: new weights, shuffling, splits.
         output_dir: where run directories are made.
         push_to: a URI, as ``hf://ORG/NAME``, to which the model is copied at the end, with a model card. Default: nowhere.
     """
@@ -160,7 +160,7 @@ class ModelConfig:
     """One model: ``type`` and the keys of its loader, and for ``[models.base]`` heads and adapters.
 
     Args:
-        loader: where the model comes from. In TOML its keys stand in the model's own table.
+        loader: where the model comes from. In TOML its keys are in the model's own table.
         heads: the multi-token-prediction heads; only ``base`` has them.
         lora: low-rank adapters; only ``base`` has them. Default: the whole model learns.
     """
@@ -188,18 +188,18 @@ class TrainDataConfig:
             Default: ``batch_size``.
         packing: true puts several documents into a row, which never see or predict each other; false gives a document a
             row, padded, and puts rows of like length together.
-        learn: what is learned: of conversations what every ``assistant`` says (the default) or the ``last`` alone, of other
-            documents the completion; ``all`` learns prompts, user turns and all the template writes too.
-        learn_prompt: another name: true is ``learn = "all"``.
+        learn: the tokens to learn: of conversations those of every ``assistant`` turn (the default) or of the ``last`` alone,
+            of other documents the completion; ``all`` adds prompts, user turns and everything that the template writes.
+        learn_prompt: older name: true is ``learn = "all"``.
         boundary: ``apart`` encodes a prompt and its completion separately, so that no token spans the two; ``together`` encodes
             the whole text, as other programs do, and trains on a token that spans them.
-        chat_template: how conversations are written: a Jinja template, or a file with one. Default: the model's own.
-        prompt_weights: for data sets by name a number that multiplies the weights of prompt tokens, which are learned then,
+        chat_template: template of conversations: a Jinja template, or a file with one. Default: the model's own.
+        prompt_weights: by name of a data set, a number that multiplies the weights of prompt tokens, which are then learned,
             under every trainer: ``prompt_weights = { chat = 0.1 }``.
-        response_weights: for data sets by name a number that multiplies the weights of everything else that is learned.
+        response_weights: by name of a data set, a number that multiplies the weights of all other learned tokens.
         overlong: treatment of a document of more than ``max_length`` tokens: ``truncate`` it, ``skip`` it, or
             ``split`` it into several.
-        on_bad_example: ``error`` stops at the first line that cannot be read, ``skip`` leaves it out and says how many.
+        on_bad_example: ``error`` stops at the first line that cannot be read, ``skip`` leaves it out and reports how many.
         shuffle: a new order in each epoch, by ``run.seed``; false keeps the order of the files.
     """
 
@@ -232,7 +232,8 @@ class EvalDataConfig:
         sources: names of ``[datasets.*]`` tables.
         holdout: instead of ``sources``: this share of the training documents, chosen by ``run.seed``.
         batch_size: rows computed at once. Default: the micro-batch of training.
-        max_batches: measure at most so many batches, of ``batch_size`` rows or else of ``data.train.batch_size``. Default: all.
+        max_batches: measure at most this many batches, of ``batch_size`` rows or else of ``data.train.batch_size``. Default:
+            all.
     """
 
     sources: tuple[str, ...] | None = None
@@ -275,12 +276,12 @@ class ScheduleConfig:
 
 @frozen(kw_only=True)
 class EarlyStoppingConfig:
-    """Stops when a metric no longer gets better.
+    """Early stop when a metric no longer improves.
 
     Args:
-        metric: one that is logged, for instance ``eval/loss/head_1``. One of training is measured in every step, also in those
-            that ``train.log_interval`` leaves out.
-        patience: so many measurements in a row without progress end the run.
+        metric: a logged metric, for instance ``eval/loss/head_1``. A training metric is read in every step, also in those that
+            ``train.log_interval`` leaves out.
+        patience: number of measurements in a row without progress that end the run.
         mode: whether lower (``min``) or higher (``max``) is better.
         min_delta: progress is a change of more than this.
     """
@@ -296,14 +297,14 @@ class TrainConfig:
     """Length of training, and the making of a step.
 
     Args:
-        max_steps: optimizer steps. Default: what ``epochs`` gives.
-        epochs: passes over the training data. With ``max_steps`` too, what comes first. Default 1 where neither is given.
-        normalizer: what the weighted sum of losses is divided by: ``sum_w`` Σ α w m, ``valid`` Σ α m, both over the whole
+        max_steps: optimizer steps. Default: as many as ``epochs`` gives.
+        epochs: passes over the training data. With ``max_steps`` too, the earlier end counts. Default 1 where neither is given.
+        normalizer: Z, the divisor of the weighted sum of losses: ``sum_w`` Σ α w m, ``valid`` Σ α m, both over the whole
             optimizer step; ``per_position`` only reproduces older code, and cancels every per-token weight.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
         log_interval: optimizer steps between two logged steps.
         eval_interval: optimizer steps between two evaluations. Default: only at the end.
-        early_stopping: when to stop before the last step.
+        early_stopping: stop before the last step, by a metric.
     """
 
     max_steps: int | None = field(default=None, validator=optional(ge(1)))
@@ -344,19 +345,18 @@ class DevicesConfig:
             ``bf16-params`` keeps the model in bf16, and fp32 copies of its parameters for the optimizer: faster, with less
             memory for activations. Checkpoints hold the fp32 copies, ``model/`` the bf16 parameters. Where a device cannot
             do bf16, fp32 is used and one line says so.
-        activation_checkpointing: what a layer keeps for its backward pass. ``none``: everything; ``selective``: the results
-            of matrix products and of attention, the rest is computed again; ``full``: its input alone. Less memory for more
+        activation_checkpointing: activations that a layer keeps for its backward pass. ``none``: all; ``selective``: the
+            results of matrix products and of attention, the rest is recomputed; ``full``: its input alone. Less memory for more
             time, the same gradients.
-        attention: ``auto``: on GPUs, packed rows by flex attention, which computes no block of tokens that its mask leaves
-            nothing of, for models that attend to all that came before and nothing else; ``transformers``: always the
-            model's own (see ``models.base.attn_implementation``).
-        compile: whether layers are compiled (torch.compile), one for all: the first steps take a minute more, the others
-            less time and memory.
+        attention: ``auto``: on GPUs, packed rows use flex attention, which skips masked blocks, for plainly causal models;
+            ``transformers``: always the model's own (see ``models.base.attn_implementation``).
+        compile: whether layers are compiled (torch.compile), once for all: the first steps take a minute more, the others less
+            time and memory.
         memory_gib: memory of each device, for the estimate of ``wmtp check``, which warns where a run is likely to run out
             of memory. Default: ``wmtp run FILE --dry-run`` asks the device itself.
         threads: CPU threads of a process. Default: all cores, shared among the processes of a machine; two while a GPU trains.
-        fsdp: how several processes hold one model. Default, with several: FSDP with its defaults.
-        timeout: seconds. Several processes end when one of them does nothing for so long.
+        fsdp: sharding over several processes. Default, with several: FSDP with its defaults.
+        timeout: seconds without progress of one process after which all end.
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -380,8 +380,8 @@ class CheckpointConfig:
         save_interval: optimizer steps between two checkpoints. Default: only at the end and on a signal.
         keep_last: how many checkpoints are kept; 0 keeps all.
         save_final: whether a checkpoint is written at the end too, besides ``model/``.
-        best: a metric of ``[data.eval]``, as ``eval/loss``: the checkpoint of the step that measures best is kept besides
-            ``keep_last``. Default: that of early stopping, where there is one. Where a run stops early, ``model/`` is the best.
+        best: a metric of ``[data.eval]``, as ``eval/loss``: the checkpoint of the best step is kept besides ``keep_last``.
+            Default: that of early stopping, where there is one. Where a run stops early, ``model/`` is the best.
         best_mode: whether lower (``min``) or higher (``max``) is better.
     """
 
@@ -398,11 +398,11 @@ class ReportConfig:
     """Records for ``wmtp report`` besides the metrics.
 
     Args:
-        weight_interval: optimizer steps between two records of how the weights are distributed; 0 records none. Default:
-            about 200 in a run.
-        samples: from how many documents the tokens are recorded, with weight and loss of each; 0 records none.
-        sample_interval: optimizer steps between two such records. Default: about 16 in a run.
-        sample_tokens: at most so many tokens of a document, its first.
+        weight_interval: optimizer steps between two records of the distribution of weights; 0 records none. Default: about 200
+            records in a run.
+        samples: number of documents whose tokens are recorded, with weight and loss of each; 0 records none.
+        sample_interval: optimizer steps between two such records. Default: about 16 records in a run.
+        sample_tokens: number of a document's first tokens that are recorded at most.
     """
 
     weight_interval: int | None = field(default=None, validator=optional(ge(0)))
@@ -413,12 +413,12 @@ class ReportConfig:
 
 @frozen(kw_only=True)
 class StorageConfig:
-    """Where remote files are kept after they were fetched, and how the storage backends work.
+    """Cache of remote files, and options of the storage backends.
 
     Args:
         cache_dir: default ``~/.cache/wmtp``.
-        backends: their options. In TOML each backend has a table of its own, ``[storage.s3]`` for ``s3``; those without one
-            have their defaults.
+        backends: their options. In TOML each backend has its own table, ``[storage.s3]`` for ``s3``; backends without one use
+            their defaults.
     """
 
     cache_dir: str = "~/.cache/wmtp"

@@ -26,9 +26,9 @@ class Batch:
         position: ``[B, S]`` int64, the place inside the document's piece, from 0.
         learn: ``[B, S]`` bool, whether the token is one to learn (not prompt, not padding; end-of-sequence is).
         weight: ``[B, S]`` float32, the data's own weight of each token; None where no document has any.
-        scale: ``[B, S]`` float32, what multiplies the weights that a trainer gives; the loop does it. None where that is 1.
-        documents: what is known of each document in the batch.
-        host: the same rows on the CPU, where these are on another device: to look something up without waiting for it.
+        scale: ``[B, S]`` float32, a factor of the trainer's weights, applied by the loop; None where it is 1.
+        documents: identity and labels of each document in the batch.
+        host: the same rows on the CPU, where these are on another device, for look-ups without waiting for the device.
     """
 
     input_ids: Tensor

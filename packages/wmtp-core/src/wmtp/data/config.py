@@ -197,8 +197,8 @@ class TextFiles(DataLoaderConfig):
         uri: a file or a folder of files, compressed (``.gz .bz2 .xz .zst``) or not.
         split: which files of the folder are read, where their names tell splits: ``train.txt``, ``wiki.test.txt``, ``valid/``.
         pattern: names of the files that count in a folder and the folders inside it.
-        document_separator: what stands between two documents of a file, for instance ``"\\n\\n"`` for paragraphs. Default: a
-            file is one document.
+        document_separator: text between two documents of a file, for instance ``"\\n\\n"`` for paragraphs. Default: a file is
+            one document.
     """
 
     type = "text"

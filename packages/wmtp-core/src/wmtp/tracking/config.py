@@ -147,7 +147,7 @@ class WandbTracker(TrackerConfig):
 
 @frozen(kw_only=True)
 class SeveralTrackers(TrackerConfig):
-    """Tells several trackers. One that fails while the run goes on is left behind; the others are told all the same.
+    """Several trackers at once. One that fails during the run is dropped; the others continue.
 
     Args:
         of: the trackers, each in a table ``[[tracker.of]]``.

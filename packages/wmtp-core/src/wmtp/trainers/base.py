@@ -41,16 +41,16 @@ __all__ = ["HiddenView", "NotComputed", "PredictionChunk", "Stage", "StepView", 
 
 @frozen(kw_only=True)
 class Stage:
-    """A part of a run.
+    """Stage of a run.
 
     Args:
         name: logged, and shown.
         steps: optimizer steps; None: the rest of the run.
-        frozen: what does not learn: ``model`` (trunk, head 1, embeddings), ``heads`` (heads 2..H), or names of
+        frozen: parts without training: ``model`` (trunk, head 1, embeddings), ``heads`` (heads 2..H), or names of
             `Trainer.modules`.
         model_loss: whether the weighted multi-token loss is part of the loss; False: only the auxiliary losses are.
-        until: ends the stage before its ``steps`` when a metric of its steps no longer gets better; ``patience`` counts
-            optimizer steps. What follows starts then: stages of fixed length are as long as before, and the last lasts to the
+        until: ends the stage before its ``steps`` when a metric of its steps no longer improves; ``patience`` counts
+            optimizer steps. The next stage starts then: stages of fixed length keep their length, and the last lasts to the
             end of the run. A metric of single batches is noisy: better watch a running mean of `Trainer.metrics`. Not for the
             last stage.
     """
@@ -86,11 +86,11 @@ class HiddenView:
     Args:
         batch: b rows.
         targets: ``[b, S, H]``.
-        packed: whether some row of the step holds several documents; what another model's ``forward`` needs to know.
+        packed: whether some row of the step holds several documents; another model's ``forward`` needs it.
         stage: the name of the stage that the step belongs to.
         trunk: ``[b, S, D]``, the hidden states that feed the heads. They carry a gradient where the trunk learns: detach
             them to keep a module's loss out of the trunk.
-        hidden: H tensors ``[b, S, D]``, what each head's unembedding multiplies; with a gradient as ``trunk``.
+        hidden: H tensors ``[b, S, D]``, the inputs of each head's unembedding; with a gradient as ``trunk``.
         unembeddings: one a head: ``weight`` ``[V, D]``, ``bias`` ``[V]`` or None, and ``logits(hidden)``.
     """
 
@@ -241,10 +241,10 @@ class Trainer(TrainerConfig, ABC, contract=True):
         yield from method_problems(cls, instance)
 
     def setup(self, setup: TrainerSetup) -> None:
-        """Called once, before anything else. Make modules and load other models here."""
+        """Make modules and load other models. Called once, before anything else."""
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Modules that learn besides the model, by name. They are saved in checkpoints."""
+        """Return the modules trained besides the model, by name. They are saved in checkpoints."""
         return {}
 
     def stages(self) -> Sequence[Stage]:
@@ -281,18 +281,23 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return None
 
     def learning_rates(self) -> Mapping[str, float]:
-        """Peak learning rates of `modules` that do not learn with ``optimizer.lr``, by name. The schedule is that of all."""
+        """Return peak learning rates of `modules` that differ from ``optimizer.lr``, by name.
+
+        All follow the same schedule.
+        """
         return {}
 
     def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
-        """Numbers per token, from the hidden states of one micro-batch: ``[b, S]`` or ``[b, S, H]`` each.
+        """Return numbers per token from one micro-batch's hidden states, ``[b, S]`` or ``[b, S, H]``.
 
         Called once a micro-batch, and again for the gradient where auxiliary losses use the numbers.
         """
         return {}
 
     def token_weights(self, view: StepView) -> Tensor:
-        """Weigh one step: finite, ≥ 0, without gradient. Not called in a stage without ``model_loss``.
+        """Return the weights of one step: finite, ≥ 0, without gradient.
+
+        Not called in a stage without ``model_loss``.
 
         Returns:
             ``[B, S]``: a weight for each token, placed at all its predictions; or ``[B, S, H]``: one for each prediction.
@@ -312,7 +317,7 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return None
 
     def auxiliary_losses(self, view: StepView) -> Mapping[str, Tensor]:
-        """Further terms of the loss: scalars, computed from ``view.observations``."""
+        """Return further loss terms: scalars, computed from ``view.observations``."""
         return {}
 
     def token_details(self, view: StepView) -> Mapping[str, Tensor]:
@@ -328,12 +333,15 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return view.observations
 
     def metrics(self) -> Mapping[str, Tensor | float]:
-        """Numbers of the last step to log besides the loop's own. Tensors are read a step late, without waiting."""
+        """Return numbers of the last step to log besides the loop's own.
+
+        Tensors are read a step late, without waiting.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """State beyond `modules` that a resumed run needs (running means …): tensors and plain values."""
+        """Return the state beyond `modules` that a resumed run needs: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
