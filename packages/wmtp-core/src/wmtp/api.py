@@ -254,7 +254,7 @@ def load_checked(
 def _is_same_folder(output_dir: str, folder: Path) -> bool:
     try:
         return file_path(output_dir).samefile(folder)
-    except (OSError, ConfigError):  # it is not there any more; what is wrong with it is said by the rules
+    except (OSError, ConfigError):  # it is gone; the rules report what is wrong with the config
         return False
 
 

@@ -38,7 +38,7 @@ def stopped_by_sigterm() -> Iterator[None]:
     process = os.getpid()
 
     def end(*_: object) -> None:
-        if os.getpid() != process:  # a fork, which has nothing of its own to clear away
+        if os.getpid() != process:  # a fork, which has nothing to clear away
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
             return

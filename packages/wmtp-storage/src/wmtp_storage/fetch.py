@@ -36,7 +36,7 @@ logger = logging.getLogger("wmtp.storage")
 #: how often a transfer begins anew because objects changed under it
 _ROUNDS = 3
 _BLOCK = 2**22  # bytes read at once
-_READERS = 4  # threads that look at what is there already
+_READERS = 4  # threads that check existing files
 _RESERVE = 2**24  # bytes of the disk that are left free
 
 

@@ -18,7 +18,7 @@ __all__ = ["Patience", "is_transient", "patiently"]
 logger = logging.getLogger("wmtp.storage")
 
 _FIRST, _LONGEST = 0.2, 5.0  # seconds between two tries
-_SAYS_SO_AFTER = 3.0  # seconds of failures that nobody needs to know of
+_SAYS_SO_AFTER = 3.0  # seconds of failures that are not reported
 _Result = TypeVar("_Result")
 
 

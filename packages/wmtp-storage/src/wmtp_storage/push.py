@@ -219,7 +219,7 @@ async def _whole(put: Awaitable[PutResult]) -> PutResult:
         return await asyncio.shield(upload)
     except asyncio.CancelledError:
         await asyncio.wait([upload], timeout=_GRACE)
-        upload.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody wants to know any more
+        upload.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # its outcome no longer matters
         upload.cancel()
         raise
 

@@ -97,7 +97,7 @@ class Credentials:
         self._found: Any = None
         self._given: S3Credential | None = None
         self._given_until = 0.0
-        self()  # what is missing is said before any work is done
+        self()  # missing credentials are reported before any work is done
 
     def __call__(self) -> S3Credential:
         """Credentials, and when to ask for them again."""

@@ -140,7 +140,7 @@ class S3Questions:
 
     def _once(self, method: str, url: str, headers: Mapping[str, str] | None) -> AWSResponse:
         parts = urlsplit(url)
-        url = urlunsplit(parts._replace(path=parts.path or "/"))  # a path is what is signed, and what is sent has one
+        url = urlunsplit(parts._replace(path=parts.path or "/"))  # the signature needs a path, and so does the request
         request = AWSRequest(method, url, headers=dict(headers or {}))
         if self.config.requester_pays:
             request.headers["x-amz-request-payer"] = "requester"

@@ -52,7 +52,7 @@ class Client:
                 "User-Agent": f"wmtp-vessl/{version('wmtp-vessl')}",
             },
             timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
-            follow_redirects=False,  # the token goes to nobody else
+            follow_redirects=False,  # the token is sent to no other host
         )
 
     @property

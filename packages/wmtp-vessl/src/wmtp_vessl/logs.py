@@ -110,7 +110,7 @@ class LogReader:
         """
         quiet = 0
         while quiet < 2:
-            over = is_over()  # asked first: what is printed between the two questions is not lost
+            over = is_over()  # asked first, so that lines between the two requests are not lost
             lines = self.new()
             yield from lines
             quiet = quiet + 1 if over and not lines else 0

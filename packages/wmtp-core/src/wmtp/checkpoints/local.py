@@ -102,7 +102,7 @@ def save_checkpoint(
                 raise next(iter(error.failures.values()))[0] from None
 
         def hash_own() -> dict[str, str]:
-            own = f"shard-{ranks.rank + 1:05}-"  # so the writer names them; what it may name otherwise, rank 0 reads
+            own = f"shard-{ranks.rank + 1:05}-"  # the writer's own naming; rank 0 reads files of any other name
             return hash_files(partial, [path.name for path in partial.iterdir() if path.name.startswith(own)])
 
         def finish(hashes: Mapping[str, str]) -> None:
@@ -150,7 +150,7 @@ def load_checkpoint(
         check_files(checkpoint.path, ranks.rank, ranks.world)
         state = torch.load(checkpoint.path / "state.pt", map_location="cpu", weights_only=True)
         tensors = _model_tensors(model)
-        # what the optimizer keeps of each parameter is made as it would make it, divided or whole, and then filled
+        # what the optimizer keeps of each parameter is made as it would make it, sharded or whole, and then filled
         restored = _put_in(state.pop("optimizer"), _after_a_step(optimizer), "optimizer", tensors)
         _read(checkpoint.path, tensors)
         optimizer.load_state_dict(restored)

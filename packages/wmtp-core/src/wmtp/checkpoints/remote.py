@@ -214,7 +214,7 @@ class RemoteCheckpoints:
         with tempfile.TemporaryDirectory(prefix="wmtp-") as temporary:
             for path in run_dir.iterdir():
                 if path.is_file() and not path.name.startswith("."):
-                    # a copy: the run goes on writing to some of them
+                    # a copy: the run still writes to some of them
                     copied = shutil.copyfile(path, Path(temporary, path.name))
                     self._storage.push(copied, f"{self.uri}/{UPLOADED_FILES}/{path.name}")
             marker = Path(temporary, f"{name}.json")

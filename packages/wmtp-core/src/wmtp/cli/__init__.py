@@ -33,7 +33,7 @@ def run_from_shell() -> NoReturn:
     The interpreter does all that it does at its end except to take itself apart: threads of native libraries that still have
     something to hand over (a request that Ctrl-C cancelled) would abort the process then, in place of its exit code.
     """
-    code = 1  # of an error that nobody foresaw: Python prints it before
+    code = 1  # of an unexpected error, which Python has printed
 
     def leave() -> None:
         logging.shutdown()
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parse(argv)
-    except SystemExit as stop:  # argparse has said what it had to say
+    except SystemExit as stop:  # argparse has printed its message
         return int(stop.code or 0)
     wants_json: bool = arguments.json
     set_up_logging(verbose=arguments.verbose, rank=_rank())
@@ -223,7 +223,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser, commands = make_parser()
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["launch"]:  # an option with an optional value would take the file that stands behind it
+    if words[:1] == ["launch"]:  # an option with an optional value would consume the file after it
         words = ["--dry-run-server" if word == "--dry-run=server" else word for word in words]
     arguments, rest = parser.parse_known_args(words)
     # argparse takes no files after the first option behind them

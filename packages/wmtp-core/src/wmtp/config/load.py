@@ -124,7 +124,7 @@ def _merged(
             document.override(parse_override(text))
         except ConfigError as error:
             wrong += error.problems
-    if wrong:  # what is left would only give misleading errors
+    if wrong:  # further checks would only give misleading errors
         raise ConfigError(wrong)
     if len(files) == 1:
         document.origins[()] = files[0]  # where a missing section is missed

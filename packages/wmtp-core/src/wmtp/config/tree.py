@@ -37,7 +37,7 @@ def components(config: Any, path: KeyPath = ()) -> Iterator[Placed]:
     for attribute in attrs.fields(type(config)):
         value = getattr(config, attribute.name)
         kind = attribute.metadata.get(COMPONENT_KIND)
-        # the keys of a model's loader stand in the model's own table
+        # the keys of a model's loader are in the model's own table
         here = path if isinstance(config, ModelConfig) and attribute.name == "loader" else (*path, str(attribute.alias))
         if isinstance(config, StorageConfig) and attribute.name == "backends":
             here, value = path, {backend.type: backend for backend in value}

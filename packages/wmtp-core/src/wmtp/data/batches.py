@@ -209,7 +209,7 @@ class EvalBatches(Sequence[Batch]):
         self._row_length = _common_length(self._rows, lengths, train)
         self._measured = len(self._rows)
         if measured and measured.max_batches is not None:
-            # not of micro-batches: their size decides about memory and speed, never about what is measured
+            # not of micro-batches: their size affects memory and speed, never the result
             self._measured = min(self._measured, measured.max_batches * (measured.batch_size or train.batch_size))
         self._count = -(-self._measured // self._size)
 

@@ -96,7 +96,7 @@ def _turns(
         if turn is not None:
             found.append(turn)
         elif learn == "all" and all(_is_learned(message) and message.get("weight", 1) == 1 for message in messages):
-            return [_Turn(0, len(text), -1)], text  # all of it is learned alike: which is whose does not matter
+            return [_Turn(0, len(text), -1)], text  # everything is learned alike, so whose turn it is does not matter
         elif learn == "all" or _is_learned(messages[number]):
             raise _rewrites(example, template, text, number)
     return found, text
@@ -270,7 +270,7 @@ def _check_written(
                 raise BadExample(where, f"{name}: the chat template does not write its tool calls; use another chat_template")
         is_learned = number in learned
         for what, content in _contents(message):
-            # what is not learned may be left out where the template says so: an earlier thought
+            # parts without learning may be left out by the template, such as an earlier thought
             if (is_learned or what != "thought") and not _holds(inside if is_learned else text, content):
                 raise BadExample(
                     where,

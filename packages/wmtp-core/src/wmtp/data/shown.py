@@ -112,7 +112,7 @@ def shown_documents(dataset: TokenDataset, tokenizer: Tokenizer) -> list[ShownDo
 def _shown(dataset: TokenDataset, tokenizer: Tokenizer, number: int) -> ShownDocument:
     piece = dataset.document(number)
     learned = piece.learn.copy()
-    learned[:1] = False  # nothing comes before it that could predict it
+    learned[:1] = False  # nothing before it could predict it
     ones = np.ones(len(learned), np.float32)
     columns = (
         token_texts(tokenizer, piece.tokens.tolist()),

@@ -50,7 +50,7 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
     met: list[str] = []
     for config in evaluators:
         met.append(config.type)
-        # a second one of a type, with other settings, has a name of its own
+        # a second evaluator of a type, with other settings, gets a name of its own
         label = config.type if met.count(config.type) == 1 else f"{config.type}-{met.count(config.type)}"
         alone = config.one_process and measured.ranks is not None and measured.ranks.world > 1
         if alone and isinstance(measured.model, FSDPModule):

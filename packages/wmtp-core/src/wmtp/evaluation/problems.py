@@ -82,7 +82,7 @@ def human_eval(path: Path | None) -> list[Problem]:
                     before=prompt,
                     tests=f"{text_field(where, record, 'test')}\ncheck({entry})\n",
                     names=(entry,),
-                    # the tests may use helpers that stand in the prompt before the function
+                    # the tests may use helpers from the prompt before the function
                     setup=f"{prompt}\n    pass\n",
                 )
             )

@@ -56,7 +56,9 @@ def open_step(
 
 def close_step(model: MTPModel, step: Step) -> None:
     """Keep the rows and graphs of a request for the next one, until `release`."""
-    if step.replays and not torch.is_autocast_enabled(step.kind[0].type):  # weights that autocast has cast are gone then
+    if step.replays and not torch.is_autocast_enabled(
+        step.kind[0].type
+    ):  # autocast's cached casts of the weights are gone then
         kept = _kept(model)
         kept[step.kind] = step
         while len(kept) > _MOST_KEPT:

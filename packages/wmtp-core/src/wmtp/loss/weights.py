@@ -89,7 +89,7 @@ def weight_statistics(weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
         mean, std, min, max; ``ess`` = (Σw)² / Σw², the effective number of predictions; ``ess_share`` = ess / number of valid
         predictions; ``zero_share``, the share with weight 0.
     """
-    if not weights.numel():  # what has no rows has what a row without predictions has
+    if not weights.numel():  # no rows count as one row without predictions
         weights, valid = weights.new_zeros(1), valid.new_zeros(1)
     w = weights.to(statistics_dtype(weights.device))
     count = valid.sum().to(w.dtype)

@@ -204,7 +204,7 @@ def inject(base: PreTrainedModel, config: Any, state: Mapping[str, Tensor] | Non
 
     training, is_meta = base.training, any(parameter.is_meta for parameter in base.parameters())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is meant, or refused before
+        warnings.simplefilter("ignore")  # intended, or refused before
         peft.inject_adapter_in_model(config, base, adapter_name=_NAME, low_cpu_mem_usage=is_meta)
     base.train(training)
     if not isinstance(config.target_modules, str):  # a pattern stays

@@ -44,7 +44,7 @@ def outline(loader: ModelLoaderConfig) -> ModelInfo | None:
                 return None
             return _outline(json.loads((file_path(loader.uri) / "config.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, WMTPError):
-            return None  # what is wrong with it is said by those who must read it
+            return None  # its errors are reported by the code that must read it
     return None
 
 

@@ -73,7 +73,7 @@ class RewardModel:
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         self._tokenizer: PreTrainedTokenizerBase = open_auto_tokenizer(path)
-        self._tokenizer.truncation_side = "left"  # the end of a text is what is judged
+        self._tokenizer.truncation_side = "left"  # the score depends on the end of a text
         model: PreTrainedModel = strict_from_pretrained(AutoModelForSequenceClassification, path, path, options)
         self._model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
         self._longest = max_positions(model.config)

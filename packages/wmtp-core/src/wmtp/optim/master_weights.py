@@ -42,10 +42,10 @@ class MasterWeights:
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) in never:
                     continue
-                self._places.append((module, name, parameter))  # a tied one has several places, and one copy
+                self._places.append((module, name, parameter))  # a tied parameter has several places and one copy
                 if parameter not in self._masters:
                     self._masters[parameter] = nn.Parameter(parameter.detach().float().contiguous())
-        # a parameter must not keep its copies alive: torch's hooks are nothing that Python's collector can look into
+        # a parameter must not keep its copies alive: Python's garbage collector cannot see into torch's hooks
         own = weakref.ref(self)
 
         def take_gradient(parameter: Tensor) -> None:
@@ -91,7 +91,7 @@ class MasterWeights:
     @torch.no_grad()
     def _take_gradient(self, parameter: Tensor) -> None:
         master, gradient = self._masters[cast(nn.Parameter, parameter)], parameter.grad
-        if gradient is None:  # torch calls the hook of a parameter too that a function hands no gradient to
+        if gradient is None:  # torch also calls the hook of a parameter that gets no gradient
             return
         if master.grad is None:
             master.grad = gradient if self._keeps_half else gradient.to(master.dtype)

@@ -104,7 +104,7 @@ class Contract:
             if is_function(value):
                 yield f"{name} is a method, which is not called; write @property above it"
             elif hasattr(type(value), "__get__"):
-                continue  # a property and its like: what it is shows when it is read
+                continue  # a property or other descriptor: checked when it is read
             elif isinstance(declared, tuple) and isinstance(value, str):
                 yield f"{name} is a text; write ({value!r},)"
             elif isinstance(declared, tuple) and not _is_words(value):

@@ -124,7 +124,7 @@ def takes(member: object, count: int, keywords: Iterable[str] = (), *, is_bound:
     """
     function = member.__func__ if isinstance(member, staticmethod | classmethod) else member
     if not isinstance(function, FunctionType):
-        return True  # a partial, or another callable: nobody knows
+        return True  # a partial, or another callable: unknown
     first = 0 if is_bound or isinstance(member, staticmethod) else 1
     try:
         inspect.signature(function, follow_wrapped=False).bind(*(None,) * (first + count), **dict.fromkeys(keywords))

@@ -109,7 +109,7 @@ def _new_root(libc: Any, request: dict[str, Any]) -> None:
     os.chdir("/")
     _must(libc.umount2(b"/old", _DETACH), "umount")
     os.rmdir("/old")
-    os.chroot("/root")  # whoever is in a chroot gets no further user namespace from the kernel
+    os.chroot("/root")  # inside a chroot the kernel grants no further user namespace
     os.chdir("/tmp")
 
 

@@ -234,7 +234,7 @@ class Sandbox:
 
 def _end(process: subprocess.Popen[bytes], lifeline: BinaryIO, *, guarded: bool) -> None:
     """End a sandbox with all that it started: its guard does that (see `wmtp.sandbox.child.shut_in`), if there is one."""
-    with contextlib.suppress(BrokenPipeError):  # what it had not read of its request
+    with contextlib.suppress(BrokenPipeError):  # it ended before it had read its whole request
         lifeline.close()
     if guarded:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -45,7 +45,7 @@ def making_folder(target: Path) -> Iterator[Path]:
         new.mkdir(parents=True)
         yield new
         for path in (*new.rglob("*"), new):
-            if path.is_file():  # safetensors makes files that nobody else can read
+            if path.is_file():  # safetensors makes files without read rights for others
                 path.chmod(0o666 & ~_umask())
             _flush(path)
         replace_path(new, target, staging / "old")

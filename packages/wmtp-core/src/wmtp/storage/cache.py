@@ -209,7 +209,7 @@ def _remove(entry: CacheEntry) -> bool:
     if not lock.acquire(wait=False):
         lock.release()
         return False
-    (entry.folder / _MARKER).unlink(missing_ok=True)  # first: what is left of it is never taken for whole
+    (entry.folder / _MARKER).unlink(missing_ok=True)  # first, so that a rest of it is never taken for complete
     shutil.rmtree(entry.folder, ignore_errors=True)
     lock.remove()
     return True

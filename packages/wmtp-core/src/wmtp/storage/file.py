@@ -46,7 +46,7 @@ class File(Storage):
         A file replaces a file, a folder a whole folder. Links in the source are followed. A folder is replaced by two renames:
         between them, for an instant, there is none.
         """
-        # a link that stands for the target is kept, and what it names is replaced
+        # a link in the target's place is kept, and its target is replaced
         source, target = path.resolve(), file_path(uri).resolve()
         _check_push(path, uri, source, target)
         if source == target:
@@ -105,7 +105,7 @@ def _check_push(path: Path, uri: str, source: Path, target: Path) -> None:
         raise WMTPError(f"{what} a file is there; remove it, or write another name")
     if target.is_relative_to(source):
         raise WMTPError(f"{what} a folder cannot be copied into itself")
-    # the target is replaced whole: whoever names one of these meant a folder inside it
+    # the target is replaced whole: a user who names one of these means a folder inside it
     for kept in (source, Path.cwd(), Path.home().resolve()):
         if kept.is_relative_to(target):
             raise WMTPError(f"{what} it would replace {target}, which holds {kept}; write a new folder's name")

@@ -156,7 +156,7 @@ def make_plan(study: StudyFile, recipe: Sequence[ConfigSource], overrides: Itera
             made[arm.name] = _load_arm(study, arm, arms, sources, overrides)
         except ConfigError as error:
             problems += error.problems
-    problems = list(dict.fromkeys(problems))  # what is wrong with the recipe is so for every arm
+    problems = list(dict.fromkeys(problems))  # a problem of the recipe repeats for every arm
     if not problems:
         problems += _cycles({name: needs for name, (_, needs) in made.items()})
     if problems:

@@ -133,7 +133,7 @@ class MirroredMLflow(Tracker):
                     self._copied[path] = seen
         with tempfile.TemporaryDirectory(prefix="wmtp-") as temporary:
             snapshot = Path(temporary, DATABASE)
-            # SQLite's own copy: whole, although the run goes on writing
+            # SQLite's own copy: consistent, although the run keeps writing
             with closing(sqlite3.connect(self._database)) as source, closing(sqlite3.connect(snapshot)) as copy:
                 source.backup(copy)
             self._storage.push(snapshot, f"{target}/{DATABASE}")

@@ -65,7 +65,7 @@ def method_problems(cls: Any, instance: object | None = None) -> Iterator[str]:
     members = [member for owner in classes for member in vars(owner).values()]
     for read, flag in _FLAGS.items():
         if flag in own or any(flag in vars(owner) for owner in classes) or _names(members, flag):
-            continue  # it is a property, or __init__ sets it: what it is shows when the view is read
+            continue  # a property, or set by __init__: checked when the view is read
         for name in _OF_VIEW:
             owner, function = judged.get(name, (cls, None))
             first = 0 if isinstance(resolved[name][1], staticmethod) else 1

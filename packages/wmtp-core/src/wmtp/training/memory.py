@@ -129,7 +129,7 @@ def estimate_memory(
     share = world if shared else 1
     of_fixed = 2 if devices.precision == "bf16-params" else 4
     copies = {"fp32": 0, "bf16": 2 * learned, "bf16-params": 2 * learned}[devices.precision]
-    if shared:  # what is gathered of the others' shares: all of it, or two layers and the largest table at a time
+    if shared:  # gathered from the other ranks: everything, or two layers and the largest table at a time
         some = 2 * info.layer_parameters + info.vocab_size * width
         keeps_all = devices.fsdp is not None and devices.fsdp.strategy == "grad-op"
         copies = compute * (parameters if keeps_all else min(parameters, some))
@@ -267,7 +267,7 @@ def explain_out_of_memory(
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # torch has a class of its own for GPUs alone; on a CPU it depends on the system what it says
+        # torch has an error class for GPUs only; on a CPU the message depends on the system
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         estimate = estimate_memory(config, info, heads, world=world, others=others)

@@ -51,7 +51,7 @@ def place_model(
         accelerate(model, config.devices)
 
     model = spread(load, ranks, device, fsdp, precision, prepare)
-    # a divided model's own parameters are the fp32 copies: what is gathered of them is bf16
+    # a sharded model's own parameters are the fp32 copies, gathered in bf16
     if isinstance(model, FSDPModule) or precision != "bf16-params":
         return model, None
     return model, MasterWeights(model, fixed=model.fixed_parameters(), one_pass=ranks.world == 1)

@@ -79,7 +79,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     remote = remote_checkpoints(config)
     saved = find_checkpoints(config, run_dir, remote, ranks, resume=resume)
 
-    trainer, name = build_trainer(config.trainer)  # what is wrong with it shows before anything is read
+    trainer, name = build_trainer(config.trainer)  # its errors show before anything is read
     source = ranks.one_by_machine_first(lambda: open_source(config))
     data = ranks.one_by_machine_first(lambda: prepare_data(config, source.tokenizer, source.dataset_paths))
     ranks.together(lambda: check_ids(source.rows, source.tokenizer, (data.train, data.eval)))

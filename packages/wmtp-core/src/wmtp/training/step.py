@@ -195,7 +195,7 @@ class StepLoss:
         valid, before = view.targets.valid, checks.versions(view)
 
         weights, uniform = self._weights(view, stage)
-        # what is no business of the trainer's in this stage counts neither in Z nor in statistics
+        # predictions that this stage may not learn count neither in Z nor in statistics
         eligible = checks.eligible(self.trainer, view, self.trainer_name) if stage.model_loss else valid
         coefficients = prediction_coefficients(weights, eligible, self._head_weights, self.normalizer)
         problem = bad_weights(weights, coefficients)

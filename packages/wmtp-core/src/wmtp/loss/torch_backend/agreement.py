@@ -70,7 +70,7 @@ class _Comparison:
         self._first = first
         self._cast = problem.cast()
         self._on_cpu = problem.ids.device.type == "cpu"
-        # a row more, for what a chunk holds besides the predictions of a head
+        # one more row, for a chunk's data besides the predictions of a head
         shape = 4, positions + 1, horizon
         numbers = torch.zeros(shape, dtype=problem.exact, device=problem.ids.device)
         self._losses, self._lse, self._values, self._overlap = numbers

@@ -148,7 +148,7 @@ def measure_kernel(
         total = tl.sum(sums, axis=0)
         moment = tl.sum(moments, axis=0)
         if (total < _LARGEST) == 0:
-            # a later logit stands so far above that its exponential has no number: relative to the highest of all, then
+            # a later logit is so much larger that its exponential overflows: then relative to the largest of all
             top = -float("inf")
             for start in range(0, vocabulary, BLOCK):
                 top = tl.maximum(top, tl.max(_block(logits, start, vocabulary, scale, softcap, SOFTCAP, BLOCK), axis=0))

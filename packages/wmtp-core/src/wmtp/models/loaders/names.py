@@ -159,7 +159,7 @@ def _mtp_names(config: PreTrainedConfig, match: _Match) -> set[str]:
     text = config.get_text_config(decoder=True)
     if not promised_layers(text):
         return set()
-    # what stands before ``layers.N`` in the names that the model takes
+    # the prefix of ``layers.N`` in the names that the model takes
     names = (name for names in match.taken.values() for name in names)
     stems = {found[1] for name in names if (found := re.match(r"(.*?\b)layers\.\d+\.", name))}
     return {name for name in match.left if is_mtp_name(name, stems, text.num_hidden_layers)}
