@@ -14,7 +14,7 @@ import wmtp
 from wmtp.cli import main, make_parser
 
 #: commands whose function has another name: a builtin's, a package's, or a word more on the command line
-FUNCTIONS = {"eval": "evaluate", "plugins": "load_plugins", "runs": "pull_runs"}
+FUNCTIONS = {"distill-data": "distill_data", "eval": "evaluate", "plugins": "load_plugins", "runs": "pull_runs"}
 
 #: option → parameter, where their names differ
 PARAMETERS = {"files": "config"}

@@ -3,6 +3,8 @@
 from wmtp.actions.check import Checked as Checked
 from wmtp.actions.check import check as check
 from wmtp.actions.components import show as show
+from wmtp.actions.distill import Distilled as Distilled
+from wmtp.actions.distill import distill_data as distill_data
 from wmtp.actions.files import Pushed as Pushed
 from wmtp.actions.files import Verified as Verified
 from wmtp.actions.files import cache as cache

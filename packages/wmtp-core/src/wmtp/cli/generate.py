@@ -16,7 +16,7 @@ from wmtp.errors import ConfigError
 if TYPE_CHECKING:
     from wmtp.actions.generate import Generated, Writer
 
-__all__ = ["add_arguments", "generate"]
+__all__ = ["add_arguments", "add_decoding", "count", "generate"]
 
 
 def add_arguments(add: Callable[..., ArgumentParser], model_help: str) -> None:
@@ -37,17 +37,23 @@ def add_arguments(add: Callable[..., ArgumentParser], model_help: str) -> None:
         help="answer by the model's chat template; without a prompt: a conversation, line by line",
     )
     command.add_argument("--system", metavar="TEXT", help="with --chat: a system's message before all others")
-    command.add_argument("--max-new-tokens", type=_count, metavar="N", help="default 128, with --chat 512")
+    command.add_argument("--max-new-tokens", type=count, metavar="N", help="default 128, with --chat 512")
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+    add_decoding(command)
+
+
+def add_decoding(command: ArgumentParser) -> None:
+    """Add the options of every command that decodes."""
     command.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the most probable token")
     command.add_argument("--top-p", type=float, default=1.0, help="of nucleus sampling; default 1")
     command.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
-    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     command.add_argument("--speculative", action="store_true", help="let heads 2..H draft: the same text, sooner")
     command.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto")
     command.add_argument("--precision", choices=("fp32", "bf16"), help="of the parameters; default: as saved")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Read a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)

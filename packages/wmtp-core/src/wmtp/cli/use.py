@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from wmtp.cli.distill import add_arguments as add_distill
 from wmtp.cli.files import storage_options
 from wmtp.cli.generate import add_arguments as add_generate
 from wmtp.exporting import FORMATS
@@ -24,6 +25,7 @@ def add_arguments(add: Callable[..., ArgumentParser]) -> None:
         add: makes the parser of a command from its name and a line about it.
     """
     add_generate(add, _MODEL_HELP)
+    add_distill(add, _MODEL_HELP)
     command = add("export", "Write a model in the layout of other tools, with a model card.", storage_options())
     command.set_defaults(run_command=export)
     command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
