@@ -9,7 +9,6 @@ from test_cli_generate import _save
 import wmtp
 from wmtp.cli import main
 from wmtp.data.config import Chat, Jsonl
-from wmtp.tokenizers.chat_template import ChatTemplate
 
 PROMPTS = [
     {"id": "a", "prompt": "def f"},
@@ -77,10 +76,10 @@ def test_conversations_are_written_by_the_template(chat_model, tmp_path):
     )
     done = wmtp.distill_data(chat_model, prompts, tmp_path / "d.jsonl", max_new_tokens=8, device="cpu", speculative=True)
     assert done.dataset == "chat"
-    opened, template = wmtp.load_model(chat_model), ChatTemplate(CHATML)
+    opened = wmtp.load_model(chat_model)
     for line, messages in zip(lines(tmp_path / "d.jsonl"), (TALK, [{"role": "user", "content": "q"}]), strict=True):
         assert line["prompt"] == messages
-        answer = opened.generate(template.render(messages, prompt=True), max_new_tokens=8)
+        answer = opened.chat(messages, max_new_tokens=8)
         assert line["completion"] == [{"role": "assistant", "content": str(answer)}]
     first, second = Chat(uri="x").build().examples(tmp_path / "d.jsonl")
     assert (first.first_learned, second.first_learned) == (3, 1), "an answer of the data is no text of the model's own"

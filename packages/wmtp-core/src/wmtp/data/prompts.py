@@ -13,8 +13,8 @@ from attrs import frozen
 from wmtp.data.base import BadExample
 from wmtp.data.fields import name_field, type_name
 from wmtp.data.files import read_records
-from wmtp.data.splits import data_files
 from wmtp.data.messages import message_tools, normal_messages
+from wmtp.data.splits import data_files
 from wmtp.errors import ConfigError
 
 __all__ = ["Prompt", "fingerprint", "read_prompts"]
