@@ -240,7 +240,7 @@ def generator():
     return module
 
 
-@pytest.mark.parametrize("name", ["config.md", "hooks.md"])
+@pytest.mark.parametrize("name", ["config.md", "hooks.md", "api.md"])
 def test_the_references_are_up_to_date(name):
     pages = {path.name: text for path, text in generator().pages().items()}
     written = (ROOT / "docs" / name).read_text(encoding="utf-8")

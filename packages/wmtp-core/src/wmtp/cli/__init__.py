@@ -187,7 +187,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
         return commands.add_parser(name, help=text, description=text, parents=[*parents, common], allow_abbrev=False)
 
     init.add_arguments(add)
-    run = add("run", "Train as the config says.", config)
+    run = add("run", "Train by a config.", config)
     run.add_argument("--run-name", metavar="NAME", help="the run's name, and that of its directory")
     run.add_argument("--tags", default="", metavar="A,B", help="words for the tracker, besides run.tags")
     run.add_argument("--resume", metavar="RUN_DIR|auto", help="resume a run: this one, or the one with this name or config")
@@ -260,12 +260,12 @@ def _add_remote(add: Callable[..., argparse.ArgumentParser], config: argparse.Ar
     known.add_argument(
         "--config", action="append", default=[], metavar="FILE", help="a TOML file with [launcher], for a run from elsewhere"
     )
-    add("status", "How far a launched run is.", known)
+    add("status", "Show the state of a launched run.", known)
     logs = add("logs", "Print the log of a launched run.", known)
     logs.add_argument("--follow", "-f", action="store_true", help="continue until the run is over")
     logs.add_argument("--tail", type=_natural, metavar="N", help="only the last N lines of what there is")
     add("cancel", "End a launched run.", known)
-    add("metrics", "What the machine of a launched run does: of the service, and of the run itself.", known)
+    add("metrics", "Show the machine load of a launched run, from the service and from the run itself.", known)
 
 
 def _natural(text: str) -> int:
