@@ -166,9 +166,11 @@ def train(arguments: argparse.Namespace, label: str, objective: str, source: Pat
     }
     run_dir, began = arguments.folder / "runs" / name, time.monotonic()
     if not (run_dir / "model").is_dir():
-        metrics = wmtp.run(config).metrics
-        seconds = time.monotonic() - began
-        (run_dir / "bench.json").write_text(json.dumps([seconds, dict(metrics)]), encoding="utf-8")
+        result = wmtp.run(config, resume="auto")
+        if result.status == "interrupted":
+            raise SystemExit(f"{run_dir}: interrupted; run this again to go on")
+        found = [time.monotonic() - began, dict(result.metrics)]
+        (run_dir / "bench.json").write_text(json.dumps(found), encoding="utf-8")
     seconds, metrics = json.loads((run_dir / "bench.json").read_text(encoding="utf-8"))
     wanted = ("eval/tokens_per_forward", "eval/loss/head_1", "tokens_per_second")
     return run_dir, round(seconds, 1), {name: round(metrics[name], 3) for name in wanted if name in metrics}
