@@ -7,7 +7,7 @@ import torch
 from attrs import evolve
 from torch.utils.checkpoint import checkpoint
 
-from wmtp.loss import Unembedding, token_pass, weighted_cross_entropy
+from wmtp.loss import HeadObjective, Unembedding, token_pass, weighted_cross_entropy, weighted_head_loss
 from wmtp.loss import cross_entropy as solve
 from wmtp.loss.cross_entropy import Problem, flatten
 from wmtp.loss.torch_backend import plain
@@ -212,3 +212,40 @@ def test_in_a_compiled_and_in_a_checkpointed_model_with_tied_embeddings():
         half = gradients(model)
     assert half[1].dtype == torch.float32
     assert 0 < off(half[1], expected[1].double()) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["kl", "tv", "lk"])
+def test_objectives_of_heads_equal_those_in_fp64_and_wait_for_nothing(name, dtype):
+    g = torch.Generator().manual_seed(0)
+    hidden = [torch.randn(2, 150, 64, generator=g) for _ in range(3)]
+    weight = torch.randn(1000, 64, generator=g) / 4
+    ids, valid = torch.randint(1000, (2, 150, 3), generator=g), torch.zeros(2, 150, 3, dtype=torch.bool)
+    for k in range(3):
+        valid[:, : 149 - k, k] = True
+    coefficients = torch.rand(2, 150, 3, generator=g) * valid * (torch.rand(2, 150, 3, generator=g) > 0.3)
+    coefficients /= coefficients.sum()
+    counts = valid.sum((0, 1)).tolist()
+
+    def run(device, kind):
+        states = [h.to(device, kind).requires_grad_() for h in hidden]
+        shared = weight.to(device, kind).requires_grad_()
+        given = ids.to(device), coefficients.to(device), valid.to(device)
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            found = weighted_head_loss(
+                states, [Unembedding(weight=shared)] * 3, *given, HeadObjective(name), valid_counts=counts
+            )
+            found.loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return found, [tensor.grad for tensor in (*states, shared)]
+
+    run("cuda", dtype)  # kernels are compiled
+    (ours, mine), (exact, reference) = run("cuda", dtype), run("cpu", torch.float64)
+    tolerance = TOLERANCE[dtype]
+    assert off(ours.loss.cpu(), exact.loss) < tolerance
+    assert off(ours.agreement.overlap.cpu(), exact.agreement.overlap) < tolerance
+    for found, wanted in zip(mine, reference, strict=True):
+        # a sign of q − p turns where rounding turns it
+        assert off(found.cpu(), wanted) < (tolerance if name == "kl" else 20 * tolerance)

@@ -115,6 +115,31 @@ def test_a_second_phase_gives_the_same_for_less(objective):
             torch.testing.assert_close(mine, reference)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_way_of_devices_that_are_not_asked_gives_the_same(monkeypatch, objective, counted):
+    """Without picking rows on the host, as on a GPU; test_loss_cuda.py runs it there."""
+    hidden, unembeddings, ids, coefficients, valid = case(bias=True, softcap=2.0)
+    expected = weighted_head_loss(hidden, unembeddings, ids, coefficients, valid, objective)
+    monkeypatch.setattr(module, "picks_rows", lambda device: False)
+    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 4 * 11 * 5)
+    poisoned = [torch.where(valid[..., k, None], h, torch.nan) for k, h in enumerate(hidden)]
+    counts = valid.sum((0, 1)).tolist() if counted else None
+    found = weighted_head_loss(poisoned, unembeddings, ids, coefficients, valid, objective, valid_counts=counts)
+    torch.testing.assert_close(found.loss, expected.loss)
+    for name in ("token_losses", "overlap", "same_top"):
+        torch.testing.assert_close(getattr(found.agreement, name), getattr(expected.agreement, name))
+    torch.testing.assert_close(found.values, expected.values)
+    wanted = leaves(hidden, unembeddings)
+    for mine, reference in zip(
+        torch.autograd.grad(found.loss, wanted), torch.autograd.grad(expected.loss, wanted), strict=True
+    ):
+        torch.testing.assert_close(mine, reference)
+    if counted:
+        few = weighted_head_loss(hidden, unembeddings, ids, coefficients, valid, objective, valid_counts=[counts[0] - 1, 9, 9])
+        assert few.loss.isnan(), "a number that is too small cannot go unnoticed"
+
+
 def test_agreement_is_that_of_the_whole_distributions():
     hidden, unembeddings, ids, _, valid = case()
     found = head_agreement(hidden, unembeddings, ids, valid)

@@ -37,6 +37,11 @@ def compute(problem: Problem) -> Answer:
     return _Comparison(problem, answer).run()
 
 
+def picks_rows(device: torch.device) -> bool:
+    """Tell whether the rows of a head are counted on the host: elsewhere that would wait for the device."""
+    return device.type == "cpu"
+
+
 def _head_one(problem: Problem) -> Problem:
     """Leave out heads 2..H, but not their unembeddings."""
     extra = problem.ids.shape[1] - 1
@@ -69,7 +74,7 @@ class _Comparison:
         self._problem = problem
         self._first = first
         self._cast = problem.cast()
-        self._on_cpu = problem.ids.device.type == "cpu"
+        self._picks = picks_rows(problem.ids.device)
         # one more row, for a chunk's data besides the predictions of a head
         shape = 4, positions + 1, horizon
         numbers = torch.zeros(shape, dtype=problem.exact, device=problem.ids.device)
@@ -100,9 +105,9 @@ class _Comparison:
             places = torch.argsort(~asked, stable=True)[:bound]
             broken = asked.sum() > bound
         vocabulary = len(self._problem.tensors[self._problem.heads[0].weight])
-        size = max(1, _CHUNK_BYTES["cpu" if self._on_cpu else "cuda"] // (4 * vocabulary))
+        size = max(1, _CHUNK_BYTES["cpu" if self._problem.ids.device.type == "cpu" else "cuda"] // (4 * vocabulary))
         for chunk in places.split(size) if len(places) else ():
-            self._chunk(chunk)
+            self._chunk(chunk, asked[chunk])
         if broken is not None and self._first.broken is not None:
             broken = broken | self._first.broken
         return Answer(
@@ -119,17 +124,19 @@ class _Comparison:
     def _bound(self) -> int | None:
         """Bound the positions that heads 2..H answer to, where the host knows it and a device would have to be asked."""
         counts = self._problem.valid_counts
-        return None if counts is None or self._on_cpu else min(counts[0], len(self._problem.ids))
+        return None if counts is None or self._picks else min(counts[0], len(self._problem.ids))
 
-    def _chunk(self, places: Tensor) -> None:
+    def _chunk(self, places: Tensor, answered: Tensor) -> None:
+        """Compare heads 2..H with head 1 at some positions; those not ``answered`` count nowhere, and may hold NaN."""
         problem, positions = self._problem, len(self._problem.ids)
         own = problem.heads[0]
-        target = self._logits(own, problem.tensors[0].detach()[places].to(problem.compute))
+        states = torch.where(answered.unsqueeze(1), problem.tensors[0].detach()[places].to(problem.compute), 0.0)
+        target = self._logits(own, states)
         log_p = plain.transformed(target.to(problem.exact), own).log_softmax(dim=1)
         for k, head in enumerate(problem.heads[1:], start=1):
             at = places - k
             asked = (at >= 0) & self._wanted[at.clamp(min=0), k]
-            picked = plain.rows_of(asked) if self._on_cpu else None
+            picked = plain.rows_of(asked) if self._picks else None
             if picked is not None:
                 if not len(picked):
                     continue
@@ -142,7 +149,7 @@ class _Comparison:
             logits = self._logits(head, hidden)
             c = self._coefficients(at, read, k)
             learns = c is not None and (problem.wants(k) or problem.wants(head.weight) or problem.wants(head.bias))
-            step = max(1, _SLICE_BYTES // (4 * logits.shape[1])) if self._on_cpu else len(logits)
+            step = max(1, _SLICE_BYTES // (4 * logits.shape[1])) if self._picks else len(logits)
             for start in range(0, len(logits), step):
                 part = slice(start, start + step)
                 there = log_p if picked is None else log_p[picked[part]]
@@ -174,7 +181,7 @@ class _Comparison:
         return plain.logits_of(hidden, self._cast, head)
 
     def _add_product(self, gradient: Tensor, slope: Tensor, hidden: Tensor) -> None:
-        if self._on_cpu or implementation(slope.device, slope.dtype) == "plain":
+        if self._picks or implementation(slope.device, slope.dtype) == "plain":
             plain.add_product(gradient, slope, hidden)
             return
         from wmtp.loss.triton import fused
