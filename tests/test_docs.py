@@ -20,6 +20,7 @@ from wmtp.cli import _parse, main
 from wmtp.config.load import load
 from wmtp.config.rules import check_loaded
 from wmtp.data.base import Example
+from wmtp.errors import ConfigError
 from wmtp.studies.config import load_study
 from wmtp.studies.plan import make_plan
 
@@ -132,7 +133,12 @@ def test_every_toml_block_is_a_config_or_a_part_of_one(mark, text, tmp_path, mon
     else:
         assert "models" in mapping, "a block that is no complete config needs <!-- fragment --> before it"
         sources = [mapping]
-    check_loaded(load(sources))
+    try:
+        check_loaded(load(sources))
+    except ConfigError as error:
+        if all("pip install" in problem for problem in error.problems):
+            pytest.skip(str(error))  # a package of an extra is not installed
+        raise
 
 
 @pytest.mark.usefixtures("empty_files")
