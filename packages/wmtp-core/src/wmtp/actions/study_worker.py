@@ -70,7 +70,7 @@ def _train(job: dict[str, Any], threads: int | None) -> dict[str, Any]:
         result = run(config, resume="auto", allow_code_execution=job["allow_code_execution"])
         answer = {"status": result.status, "error": None}
         del result
-        _clear()
+        _clear(compiled=bool(config.get("devices", {}).get("compile")))
     except KeyboardInterrupt:
         answer = {"status": "interrupted", "error": None}
     except ConfigError as error:
@@ -85,12 +85,12 @@ def _train(job: dict[str, Any], threads: int | None) -> dict[str, Any]:
     return {**answer, "threads": threads}
 
 
-def _clear() -> None:
-    """Leave nothing of a run to the next: its memory, and what was compiled for its shapes."""
+def _clear(*, compiled: bool) -> None:
+    """Leave nothing of a run to the next: its memory, and layers that were compiled, of which torch keeps only so many."""
     import torch
 
     gc.collect()
-    if "torch._dynamo" in sys.modules:
+    if compiled and "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
