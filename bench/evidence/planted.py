@@ -173,7 +173,8 @@ def main() -> None:
     folders = arguments.packages or [Path(paths["stdlib"]), Path(paths["purelib"])]
     wanted = arguments.functions + arguments.reference + arguments.heldout
     lengths = {"shortest": arguments.shortest, "longest": arguments.longest}
-    every = functions(folders, **lengths, most=wanted // 12, seed=arguments.seed)
+    most = wanted if arguments.packages else wanted // 12
+    every = functions(folders, **lengths, most=most, seed=arguments.seed)
     found = list(itertools.islice(every, wanted))
     if len(found) < wanted:
         parser.error(f"{len(found)} functions were found in {', '.join(map(str, folders))}, and {wanted} are wanted")

@@ -127,10 +127,12 @@ class _Session:
         found = read_records(folder)
         self._records, left_behind = of_plan(found, self._plan.runs)
         if left_behind:
-            names = ", ".join(record.name for record in left_behind)
-            logger.info("the study was edited: %d finished runs no longer count: %s", len(left_behind), names)
-            if self._records:
-                logger.info("%d runs still count", len(self._records))
+            names = ", ".join(record.name for record in left_behind[:6])
+            more = f" and {len(left_behind) - 6} more" if len(left_behind) > 6 else ""
+            logger.info(
+                "the study was edited: %d runs no longer count, and %d still do; of another config than now: %s%s",
+                len(left_behind), len(self._records), names, more,
+            )  # fmt: skip
         for run in self._plan.runs:  # finished, and stopped before that was recorded
             if run.name not in self._records and (record := record_of(run, folder / "runs" / run.name)) is not None:
                 self._records[run.name] = record
