@@ -1,11 +1,13 @@
 """The checkpoint that measures best is kept, and is what a run that stops early leaves."""
 
+import json
 import logging
 import shutil
 
 import pytest
 
 import wmtp
+from wmtp.cli import main
 
 #: the loss falls, so by mode "max" the first measurement, of step 3, is the best
 SETTINGS = [
@@ -67,6 +69,54 @@ def test_a_resumed_run_has_the_same_best(recipe, three_steps, newest):
     assert (again.status, again.steps) == ("stopped", 9)
     assert model(again) == three_steps
     assert kept(again) == [3, 9]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
+def test_a_kept_checkpoint_of_a_finished_run_becomes_a_model(recipe, three_steps, tmp_path, precision, capsys):
+    best = ['checkpoints.best="eval/loss"', 'checkpoints.best_mode="max"', "checkpoints.keep_last=1", "train.max_steps=8"]
+    result = run(recipe, "a", *best, f"devices.precision={precision}")
+    for wanted in ("best", "last", 3):
+        wmtp.export(result.run_dir, tmp_path / str(wanted), format="wmtp", checkpoint=wanted)
+    three, best, last = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")} for name in ("3", "best", "last")
+    )
+    assert three == best != last == model(result)
+    if precision == "fp32":
+        assert best == three_steps
+    assert "checkpoint of step 3" in (tmp_path / "best/README.md").read_text()
+    assert wmtp.load_model(tmp_path / "best").horizon == 3
+    for wanted, says in (("5", "--checkpoint 5: there are checkpoints of these steps in"), ("worst", "3, 8")):
+        assert main(["export", str(result.run_dir), str(tmp_path / "new"), "--format", "hf", "--checkpoint", wanted]) == 2
+        assert says in capsys.readouterr().err
+    assert main(["export", str(result.model), str(tmp_path / "hf"), "--format", "hf", "--checkpoint", "best"]) == 0
+
+
+def test_without_a_best_there_is_none_to_export(recipe, tmp_path):
+    result = run(recipe, "a", "train.max_steps=4")
+    with pytest.raises(wmtp.ConfigError, match=r"--checkpoint best: the run has remembered no best one .*: 2, 4"):
+        wmtp.export(result.run_dir, tmp_path / "x", format="wmtp", checkpoint="best")
+    shutil.copytree(result.model, tmp_path / "alone")
+    with pytest.raises(wmtp.ConfigError, match="is no run directory, and only runs have checkpoints"):
+        wmtp.export(tmp_path / "alone", tmp_path / "x", format="wmtp", checkpoint="best")
+
+
+def test_a_push_that_fails_at_the_end_leaves_the_run_whole(recipe, monkeypatch):
+    def fails(*_):
+        raise wmtp.WMTPError("hf://ada/x: the hub at http://127.0.0.1 answers with 503")
+
+    monkeypatch.setattr("wmtp.api._check_push", lambda config: None)
+    monkeypatch.setattr("wmtp.exporting.pushing.push_run", fails)
+    with pytest.raises(wmtp.WMTPError) as caught:
+        run(recipe, "a", "train.max_steps=3", 'run.push_to="hf://ada/x"')
+    result = caught.value.result
+    assert (result.steps, result.status) == (3, "finished")
+    assert str(caught.value) == (
+        "run.push_to: hf://ada/x: the hub at http://127.0.0.1 answers with 503; the run is whole, its model is in "
+        f"{result.model}; push it with: wmtp push {result.run_dir} hf://ada/x"
+    )
+    assert caught.value.exit_code == 1
+    assert json.loads((result.run_dir / "run.json").read_text())["status"] == "finished"
+    assert (result.model / "config.json").is_file()
 
 
 def test_a_best_that_was_removed_is_said(recipe, caplog):

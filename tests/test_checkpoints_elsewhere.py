@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
 import pytest
 
+import wmtp
 from wmtp.checkpoints.local import Checkpoint
 from wmtp.checkpoints.manifest import write_facts
 from wmtp.checkpoints.remote import CheckpointUpload, RemoteCheckpoints
@@ -181,6 +183,52 @@ def test_a_checkpoint_that_did_not_arrive_is_none_and_the_ones_before_stay(line,
     assert names(line, remote.uri) == ["run", "step-1", "step-1.json"]
     fetched = remote.fetch(1, tmp_path / "here")
     assert (fetched.path / "state").read_bytes() == (tmp_path / "run/checkpoints/step-1/state").read_bytes()
+
+
+def test_the_best_checkpoint_stays_in_the_store_until_a_better_one_is_there(line, remote, tmp_path):
+    upload = CheckpointUpload(remote, tmp_path / "run", keep_last=1)
+
+    def put(step, **best):
+        upload.put(checkpoint(tmp_path, step), **best)
+        while upload.needed:
+            time.sleep(0.005)
+        return remote.steps()
+
+    assert [put(1, is_best=True), put(2), put(3)] == [[1], [1, 2], [1, 3]]
+    assert [put(4, is_best=True), put(5)] == [[4], [4, 5]]
+    upload.finish()
+    # a machine that has nothing of it takes the run up: the best comes along, and stays
+    there = tmp_path / "there"
+    there.mkdir()
+    again = CheckpointUpload(remote, tmp_path / "run", keep_last=1)
+    again.restore_best(4, there)
+    assert (there / "step-4/state").read_bytes() == (tmp_path / "run/checkpoints/step-4/state").read_bytes()
+    again.put(checkpoint(tmp_path, 6))
+    again.finish()
+    assert remote.steps() == [4, 6]
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_best_in_s3_also_when_another_machine_takes_it_up(recipe, place, tmp_path):
+    """The loss falls, so by mode "max" the first measurement, of step 3, is the best."""
+    settings = [
+        *("models.base.heads.warmup_steps=0", 'schedule={type="constant",warmup_steps=0}', "train.eval_interval=3"),
+        *(
+            "checkpoints.save_interval=2",
+            'checkpoints.best="eval/loss"',
+            'checkpoints.best_mode="max"',
+            "checkpoints.keep_last=1",
+        ),
+        f'checkpoints.uri="{place}"',
+    ]
+    first = wmtp.run(recipe, run_name="a", overrides=[*settings, "train.max_steps=8"])
+    store = S3Storage().build()
+    assert [name for name in names(store, place) if name.endswith(".json")] == ["step-3.json", "step-8.json"]
+    shutil.rmtree(first.run_dir.parent)
+    second = wmtp.run(recipe, run_name="a", overrides=[*settings, "train.max_steps=10"], resume="auto")
+    assert [name for name in names(store, place) if name.endswith(".json")] == ["step-10.json", "step-3.json"]
+    wmtp.export(second.run_dir, tmp_path / "best", format="wmtp", checkpoint="best")
+    assert "checkpoint of step 3" in (tmp_path / "best/README.md").read_text()
 
 
 def test_only_the_newest_checkpoint_must_arrive(line, remote, tmp_path, caplog):

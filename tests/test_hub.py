@@ -229,3 +229,26 @@ def test_a_run_pushes_at_its_end_where_it_is_told_to(hub, run_wmtp, config, tmp_
     assert "pushed to hf://ada/end" in done.stderr
     assert {"README.md", "model.safetensors", "mtp_heads.json"} <= hub.files("models/ada/end").keys()
     assert hub.private["models/ada/end"] is True
+
+
+@pytest.mark.slow
+def test_a_push_that_fails_after_several_processes_leaves_the_run_whole_and_names_the_way(hub, run_wmtp, config, tmp_path):
+    words = ("run", config("tiny/llama"), "--set", "run.push_to=hf://ada/end", "--set", "launcher.processes=2")
+    hub.fault = lambda handler: "/commit/" in handler.path and (handler.answer(503) or True)
+    done = run_wmtp(*words, "--run-name", "a", HF_TOKEN=TOKEN)
+    assert done.returncode == 1, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: run.push_to: hf://ada/end: the hub at http://127.0.0.1")
+    run = tmp_path / "runs/a"
+    assert (run / "model/mtp_heads.safetensors").is_file()
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    way = error.partition("; push it with: wmtp ")[2].split()
+    assert way == ["push", str(run), "hf://ada/end"]
+    hub.fault = lambda handler: False
+    hub.requests.clear()
+    assert run_wmtp(*way, HF_TOKEN=TOKEN).returncode == 0
+    there = hub.files("models/ada/end")
+    assert there["mtp_heads.safetensors"] == (run / "model/mtp_heads.safetensors").read_bytes()
+    done = run_wmtp(*words, "--run-name", "b", HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert len(hub.asked("/commit/")) == 2, "rank 0 alone pushes, once"

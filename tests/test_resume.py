@@ -303,6 +303,7 @@ def test_a_run_is_tied_to_nothing_but_its_folder(recipe, wmtp, tmp_path):
     moved = tmp_path / "elsewhere/b"
     moved.parent.mkdir()
     (tmp_path / "runs/a").rename(moved)
+    shutil.rmtree(tmp_path / "runs")
     shutil.rmtree(moved / "model")
     shutil.rmtree(moved / "checkpoints/step-8")
     there = tmp_path / "there"
@@ -319,6 +320,7 @@ def test_a_run_is_tied_to_nothing_but_its_folder(recipe, wmtp, tmp_path):
     assert "`data.jsonl`" in card
     assert str(tmp_path) not in card
     assert {path.name for path in there.iterdir()} == {"out"}
+    assert not (tmp_path / "runs").exists(), "nothing is kept where the run was"
 
 
 def test_a_finished_run_gets_more_steps_where_its_schedule_allows(recipe, wmtp, tmp_path):

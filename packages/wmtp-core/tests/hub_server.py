@@ -21,6 +21,7 @@ class FakeHub:
 
     def __init__(self):
         self.repos, self.refs, self.gated, self.renamed, self.private = {}, {}, set(), {}, {}
+        self.denied = set()  # gated, and the token's user is not on the list
         self.fault = lambda handler: False
         self.requests, self.large = [], {}
         self.needs_token = set()
@@ -192,6 +193,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.hub.renamed.get(repo, repo)
         if repo in self.hub.gated and not self.has_token:
             return self.error(401, "GatedRepo", "Access to this repository is restricted")
+        if repo in self.hub.denied:
+            return self.error(403, "GatedRepo", "Your request to access this repository awaits a review")
         content = self.hub.repos[repo][self.hub.refs[repo].get(revision, revision)].get(name)
         if content is None:
             return self.error(404, "EntryNotFound", "Entry not found")

@@ -245,6 +245,19 @@ def test_a_private_model_is_told_apart_by_the_token(hub, storage, tmp_path, monk
     assert files_of(storage.localize("hf://org/mine", tmp_path)) == CHOSEN
 
 
+def test_a_gated_model_that_the_token_may_not_read_is_told_by_its_403(hub, storage, tmp_path, monkeypatch):
+    hub.put("models/org/gated", MODEL)
+    hub.gated.add("models/org/gated")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert files_of(storage.localize("hf://org/gated", tmp_path)) == CHOSEN
+    hub.put("models/org/gated", {**MODEL, "config.json": b'{"a": 2}'})
+    hub.denied.add("models/org/gated")
+    with pytest.raises(ConfigError) as caught:
+        storage.localize("hf://org/gated", tmp_path)
+    assert "this model is gated: ask for access on http://127" in str(caught.value)
+    assert "your token is not on its list; if you have access, let the token read gated repositories" in str(caught.value)
+
+
 def test_a_busy_hub_is_waited_for_and_then_told(hub, storage, tmp_path, caplog):
     hub.put("models/org/name", MODEL)
     times = iter(range(3))

@@ -174,7 +174,7 @@ def _push(config: Config, result: Result) -> None:
     """Push the model of a run that has ended, where the config says so.
 
     Raises:
-        WMTPError: it could not be pushed; the run itself is whole.
+        WMTPError: it could not be pushed; the run itself is whole, and ``error.result`` its result.
     """
     if (uri := config.run.push_to) is None or result.model is None or result.status == "interrupted":
         return
@@ -183,8 +183,10 @@ def _push(config: Config, result: Result) -> None:
     try:
         push_run(result.run_dir, uri, config.storage)
     except WMTPError as error:
-        again = f"the run is whole; push it again with: wmtp push {result.run_dir} {uri}"
-        raise WMTPError(f"run.push_to: {error}; {again}") from error
+        again = f"the run is whole, its model is in {result.model}; push it with: wmtp push {result.run_dir} {uri}"
+        failure = WMTPError(f"run.push_to: {error}; {again}")
+        failure.result = result  # type: ignore[attr-defined]
+        raise failure from error
     logger.info("pushed to %s", uri)
 
 

@@ -96,6 +96,7 @@ def export(
     folder: str | os.PathLike[str],
     *,
     format: str,
+    checkpoint: str | int | None = None,
     config: Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Exported:
@@ -105,6 +106,7 @@ def export(
         model: as for `load_model`.
         folder: a folder that is not there yet, or is empty. It appears whole or not at all.
         format: ``hf``, ``meta`` or ``medusa``.
+        checkpoint: of a run, in place of its model: ``best``, ``last``, or the step of one that it has kept.
         config: as for `load_model`.
         overrides: ``KEY=VALUE`` texts laid over those.
 
@@ -114,7 +116,9 @@ def export(
     """
     from wmtp.exporting.command import export_model
 
-    return export_model(os.fspath(model), Path(folder), format=format, storage=storage_section(config, overrides))
+    kept = None if checkpoint is None else str(checkpoint)
+    place, storage = Path(folder), storage_section(config, overrides)
+    return export_model(os.fspath(model), place, format=format, checkpoint=kept, storage=storage)
 
 
 def report(

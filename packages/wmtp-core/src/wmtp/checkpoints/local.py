@@ -33,8 +33,10 @@ from wmtp.storage.atomic import making_folder, partial_path
 
 __all__ = [
     "Checkpoint",
+    "best_step",
     "list_checkpoints",
     "load_checkpoint",
+    "load_checkpoint_weights",
     "prune_checkpoints",
     "save_checkpoint",
 ]
@@ -161,6 +163,31 @@ def load_checkpoint(
         raise WMTPError(f"{checkpoint.path} cannot be read: {error}; remove this folder to {then}") from error
 
 
+def load_checkpoint_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Read the weights alone into ``model``, which may have another precision.
+
+    Raises:
+        WMTPError: a file is missing, damaged or of another model; the message names it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        check_files(checkpoint.path, 0, 1)
+        places = _model_tensors(model)
+        tensors = {name: torch.empty_like(tensor, dtype=torch.float32) for name, tensor in places.items()}
+        _read(checkpoint.path, tensors, only="model.")
+        for name, tensor in tensors.items():
+            places[name].copy_(tensor)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise WMTPError(f"{checkpoint.path} cannot be read: {error}") from error
+
+
+def best_step(checkpoint: Checkpoint) -> int | None:
+    """Read which step had measured best when a checkpoint was written; None where none was remembered."""
+    state = torch.load(checkpoint.path / "state.pt", map_location="cpu", weights_only=True)
+    return state["best"]["step"]
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence torch's warning about intended single-process I/O."""
@@ -226,8 +253,13 @@ def _after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
-def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _read(folder: Path, tensors: dict[str, Tensor], only: str = "") -> None:
     """Fill ``tensors`` from the files; every one must be there, of the right shape, and nothing else.
+
+    Args:
+        folder: of the checkpoint.
+        tensors: by name.
+        only: how the names begin that are looked at.
 
     Raises:
         ValueError: it is not so.
@@ -235,7 +267,7 @@ def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
     reader = dcp.HuggingFaceStorageReader(str(folder))
     there = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
     problems = [f"{name} is missing" for name in tensors if name not in there]
-    problems += [f"{name} is unexpected" for name in there if name not in tensors]
+    problems += [f"{name} is unexpected" for name in there if name not in tensors and name.startswith(only)]
     problems += [
         f"{name} has shape {list(there[name])} in place of {list(tensor.shape)}"
         for name, tensor in tensors.items()

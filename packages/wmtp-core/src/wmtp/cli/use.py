@@ -31,6 +31,9 @@ def add_arguments(add: Callable[..., ArgumentParser]) -> None:
     command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     command.add_argument("folder", metavar="DIR", help="a folder that is not there yet, or is empty")
     formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
+    command.add_argument(
+        "--checkpoint", metavar="best|last|STEP", help="of a run, in place of its model: a checkpoint that it has kept"
+    )
     command.add_argument("--format", required=True, choices=tuple(FORMATS), help=formats)
 
 
@@ -39,7 +42,12 @@ def export(arguments: Namespace) -> tuple[Any, int]:
     from wmtp.actions.models import export
 
     done = export(
-        arguments.model, arguments.folder, format=arguments.format, config=arguments.config, overrides=arguments.overrides
+        arguments.model,
+        arguments.folder,
+        format=arguments.format,
+        checkpoint=arguments.checkpoint,
+        config=arguments.config,
+        overrides=arguments.overrides,
     )
     if not arguments.json:
         for name, size in done.files.items():

@@ -127,8 +127,9 @@ def evaluate_model(
 
 
 def _config(path: Path, run_dir: Path | None, files: Sequence[ConfigSource], overrides: Iterable[str]) -> Loaded:
-    if run_dir is not None:
-        return load([run_dir / CONFIG_FILE, *files], overrides)
+    if run_dir is not None:  # wherever that is now
+        here = {"run": {"output_dir": str(run_dir.resolve().parent)}}
+        return load([run_dir / CONFIG_FILE, here, *files], overrides)
     # what a whole config needs and a measurement does not; the files may say it nevertheless
     base = {
         "models": {"base": {"type": "hf", "uri": str(path)}},

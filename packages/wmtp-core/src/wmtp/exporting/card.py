@@ -81,7 +81,15 @@ Nothing is known of this model beyond what stands here: not its safety, not its 
 in other languages. The base model's own limits, and its licence and that of the data, apply; WMTP does not record them."""
 
 
-def model_card(model: MTPModel, *, format: str, run_dir: Path | None, source: Path, tokenizer: Tokenizer | None) -> str:
+def model_card(
+    model: MTPModel,
+    *,
+    format: str,
+    run_dir: Path | None,
+    source: Path,
+    tokenizer: Tokenizer | None,
+    step: int | None = None,
+) -> str:
     """Write the text of ``README.md``.
 
     Args:
@@ -90,6 +98,7 @@ def model_card(model: MTPModel, *, format: str, run_dir: Path | None, source: Pa
         run_dir: the run that trained it; None where it is not known.
         source: the model's path.
         tokenizer: the one in the export; None where there is none.
+        step: that of the checkpoint whose weights these are; None for the run's own model.
 
     Raises:
         WMTPError: a file of the run is damaged.
@@ -104,6 +113,7 @@ def model_card(model: MTPModel, *, format: str, run_dir: Path | None, source: Pa
         "## Use",
         _USE[format].format(extra=model.horizon - 1),
         "## Training",
+        *([] if step is None else [f"The weights are those of the checkpoint of step {step}, not of the run's own `model/`."]),
         *(_training(run_dir) if run_dir is not None else [_NO_RUN]),
         "## Evaluation",
         *(_evaluation(run_dir) if run_dir is not None else ["No results are recorded."]),

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from attrs import frozen
 
+from wmtp.checkpoints.find import checkpoint_folder
+from wmtp.checkpoints.local import Checkpoint, best_step, list_checkpoints, load_checkpoint_weights
+from wmtp.config.load import load
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError
 from wmtp.exporting import FORMATS
@@ -18,7 +21,7 @@ from wmtp.exporting.meta import write_meta
 from wmtp.models.mtp import MTPModel
 from wmtp.models.opening import find_model, find_tokenizer, load_weights
 from wmtp.models.vocabulary import check_vocabulary
-from wmtp.runs.directory import is_run_dir
+from wmtp.runs.directory import CONFIG_FILE, is_run_dir
 from wmtp.storage.atomic import write_folder
 from wmtp.storage.model_files import ADAPTER_CONFIG
 from wmtp.tokenizers import Tokenizer
@@ -51,13 +54,16 @@ class Exported:
     files: Mapping[str, int]
 
 
-def export_model(name: str, folder: str | Path, *, format: str, storage: StorageConfig | None = None) -> Exported:
+def export_model(
+    name: str, folder: str | Path, *, format: str, checkpoint: str | None = None, storage: StorageConfig | None = None
+) -> Exported:
     """Do what ``wmtp export`` does: the folder appears whole or not at all.
 
     Args:
         name: a run directory, a model folder, a ``.gguf`` file, or a URI of one.
         folder: a folder that is not there yet, or is empty.
         format: a key of `wmtp.exporting.FORMATS`.
+        checkpoint: of a run, in place of its model: ``best``, ``last``, or the step of one that it has kept.
         storage: how to reach the store of a URI. Default: as without a config.
 
     Raises:
@@ -75,6 +81,10 @@ def export_model(name: str, folder: str | Path, *, format: str, storage: Storage
     if path.is_dir() and not any((path / file).is_file() for file in _MODEL_FILES) and not any(path.glob("*.gguf")):
         raise ConfigError(f"{name}: no model: the folder holds none of {', '.join(_MODEL_FILES)} or a .gguf file")
     model = load_weights(path)
+    kept = None if checkpoint is None else find_checkpoint(name, run_dir, checkpoint)
+    if kept is not None:
+        load_checkpoint_weights(kept, model)
+        _log.info("%s: the weights of step %d", name, kept.step)
     if model.adapter is not None:
         _log.info("%s: its adapter is merged into the model", name)
         model.merge_adapter()
@@ -88,12 +98,41 @@ def export_model(name: str, folder: str | Path, *, format: str, storage: Storage
 
     def fill(draft: Path) -> None:
         write[format](draft)
-        card = model_card(model, format=format, run_dir=run_dir, source=path, tokenizer=tokenizer)
+        step = None if kept is None else kept.step
+        card = model_card(model, format=format, run_dir=run_dir, source=path, tokenizer=tokenizer, step=step)
         (draft / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(target, fill)
     files = {file.relative_to(target).as_posix(): file.stat().st_size for file in sorted(target.rglob("*")) if file.is_file()}
     return Exported(model=path, folder=target, format=format, horizon=model.horizon, files=files)
+
+
+def find_checkpoint(name: str, run_dir: Path | None, wanted: str) -> Checkpoint:
+    """Find a checkpoint that a run has kept.
+
+    Args:
+        name: what messages call the run.
+        run_dir: its directory; None where ``name`` is no run.
+        wanted: ``best``, ``last`` or a step.
+
+    Raises:
+        ConfigError: there is none such; the message names those that there are.
+    """
+    if run_dir is None:
+        raise ConfigError(f"--checkpoint {wanted}: {name} is no run directory, and only runs have checkpoints")
+    folder = checkpoint_folder(load(run_dir / CONFIG_FILE).config, run_dir)
+    kept = list_checkpoints(folder)
+    steps = ", ".join(str(one.step) for one in kept) or "none"
+    if wanted == "last" and kept:
+        return kept[-1]
+    step = best_step(kept[-1]) if wanted == "best" and kept else int(wanted) if wanted.isdecimal() else None
+    found = next((one for one in kept if one.step == step), None)
+    if found is not None:
+        return found
+    why = f"there are checkpoints of these steps in {folder}: {steps}"
+    if wanted == "best" and step is None:
+        why = f"the run has remembered no best one (checkpoints.best, or early stopping by [data.eval]); {why}"
+    raise ConfigError(f"--checkpoint {wanted}: {why}")
 
 
 def _tokenizer(name: str, path: Path, run_dir: Path | None, model: MTPModel) -> Tokenizer | None:
