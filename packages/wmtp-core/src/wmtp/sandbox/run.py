@@ -40,7 +40,7 @@ class Limits:
 
     Args:
         seconds: of wall-clock time, and of CPU time of each process.
-        memory_mb: address space of each process.
+        memory_mb: address space of each process; all together have at most ``processes`` times as much, and ``disk_mb``.
         processes: processes and threads.
         disk_mb: of its temporary folder, which lies in memory.
         output_kb: of standard output that is read; more ends it.
@@ -199,6 +199,7 @@ class Sandbox:
                 "FSIZE": limits.disk_mb * 2**20,
                 "NOFILE": 64,
                 "CORE": 0,
+                "MEMLOCK": 0,  # of memfd_secret too, which counts as locked
                 # without an own user the kernel counts all processes of this one
                 **({"NPROC": limits.processes} if self.isolation == "namespaces" else {}),
             },
