@@ -1,8 +1,8 @@
 """First program of a sandbox: isolates itself, then runs the code it is sent.
 
-Started as ``python -I -S -B child.py``. It uses the standard library and `shut_in`, and nothing else of wmtp. By the order of `main`: own
-namespaces, a root folder with nothing in it but Python and an empty working folder, limits, an unprivileged user without any
-capability; only then the first line of code that is not ours.
+Started as ``python -I -S -B child.py``. It uses the standard library and `shut_in`, and nothing else of wmtp. By the order of
+`main`: own namespaces, a root folder with nothing in it but Python and an empty working folder, an unprivileged user without
+any capability, a filter of system calls, limits; only then the first line of code that is not ours.
 """
 
 from __future__ import annotations
