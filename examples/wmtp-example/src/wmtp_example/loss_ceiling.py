@@ -32,5 +32,5 @@ class LossCeiling(Trainer):
     ceiling: float = attrs.field(default=5.0, validator=gt(0.0))
 
     def token_weights(self, view: StepView) -> Tensor:
-        """Weigh each prediction, ``[B, S, H]``."""
+        """Return a weight for each prediction, ``[B, S, H]``."""
         return (self.ceiling / view.token_loss).clamp(max=1.0)

@@ -35,7 +35,7 @@ class LossTruncationTrainer(Trainer):
         self._metrics: dict[str, Tensor] = {}
 
     def token_weights(self, view: StepView) -> Tensor:
-        """Weigh each token, ``[B, S]``. The view holds the whole step, whatever the micro-batches are."""
+        """Return a weight for each token, ``[B, S]``. The view holds the whole step, whatever the micro-batches are."""
         number = view.batch.document.clamp(min=0)  # padding has no valid prediction
         count = torch.zeros(len(view.batch.documents), device=number.device)
         total = torch.zeros_like(count)

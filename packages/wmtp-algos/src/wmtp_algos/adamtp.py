@@ -37,7 +37,7 @@ class AdaMTP(Trainer):
     min_depth: int = field(default=1, validator=ge(1))
 
     def token_weights(self, view: StepView) -> Tensor:
-        """Weigh each prediction, ``[B, S, H]``."""
+        """Return a weight for each prediction, ``[B, S, H]``."""
         sure = ((-view.token_loss).exp() >= self.confidence) & view.targets.valid
         before = view.uniform()  # whether all heads before this one are sure
         before[..., 1:] = sure[..., :-1].float().cumprod(dim=-1)

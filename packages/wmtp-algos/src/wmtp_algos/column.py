@@ -37,7 +37,7 @@ class Column(Trainer):
         return [] if data.has_weights else [_NO_WEIGHTS]
 
     def token_weights(self, view: StepView) -> Tensor:
-        """Weigh each token, ``[B, S]``.
+        """Return a weight for each token, ``[B, S]``.
 
         Raises:
             ConfigError: no document of the training data has weights.

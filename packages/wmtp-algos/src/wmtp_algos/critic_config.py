@@ -49,11 +49,11 @@ class CriticWMTP(TrainerConfig):
             teaches V no scale, so in advantages the value after the last token stands for R.
         pair_length_ratio: pairwise: the longer of a pair is at most this many times as long as the other.
         value_steps: optimizer steps of stage ``value``, at most.
-        value_patience: ends the stage after so many steps in which the running mean of its loss got no better. Default: never.
+        value_patience: ends the stage after this many steps without improvement of its mean loss. Default: never.
         value_min_delta: what counts as better.
         value_lr: the value head's peak learning rate. A critic model learns with ``optimizer.lr``.
         value_width: width of the value head's hidden layer.
-        value_learns: whether the value head (and a critic model) goes on learning in stage ``train``. Then documents that are
+        value_learns: whether the value head (and a critic model) keeps learning in stage ``train``. Then documents that are
             not learned are still read, to learn V from them.
         value_loss_coef: the factor of the value's loss in stage ``train``.
         value_head: a run, or its ``model`` folder, whose value head (and critic model) is taken instead of stage ``value``;

@@ -38,7 +38,7 @@ class CriticWMTPTrainer(Trainer):
     """Advantage-weighted multi-token prediction, in two stages; the formulas are in `wmtp_algos.advantage`.
 
         value    fit V to the rewards, with the model frozen
-        train    w[t, k] = the weight of token t+k by its advantage; the value head is frozen, or goes on learning
+        train    w[t, k] = the weight of token t+k by its advantage; the value head is frozen, or keeps learning
 
     Args:
         config: see `wmtp_algos.critic_config.CriticWMTP`.

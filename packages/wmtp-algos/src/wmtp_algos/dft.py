@@ -33,5 +33,5 @@ class DFT(Trainer):
     needs_token_loss = True
 
     def token_weights(self, view: StepView) -> Tensor:
-        """Weigh each prediction, ``[B, S, H]``."""
+        """Return a weight for each prediction, ``[B, S, H]``."""
         return (-view.token_loss).exp()

@@ -41,5 +41,5 @@ class EAFT(Trainer):
         return self.top_k
 
     def token_weights(self, view: StepView) -> Tensor:
-        """Weigh each prediction, ``[B, S, H]``."""
+        """Return a weight for each prediction, ``[B, S, H]``."""
         return view.entropy / math.log(min(self.top_k, view.vocab_size))

@@ -35,7 +35,7 @@ class EntropyTop(Trainer):
     scope: Literal["batch", "sequence", "head"] = "batch"
 
     def token_weights(self, view: StepView) -> Tensor:
-        """Weigh each prediction, ``[B, S, H]``."""
+        """Return a weight for each prediction, ``[B, S, H]``."""
         from wmtp_algos.selection import Groups
 
         return Groups.of(self.scope, view).top(view.entropy, self.keep).float()

@@ -32,5 +32,5 @@ class Focal(Trainer):
     gamma: float = field(default=2.0, validator=ge(0.0))
 
     def token_weights(self, view: StepView) -> Tensor:
-        """Weigh each prediction, ``[B, S, H]``."""
+        """Return a weight for each prediction, ``[B, S, H]``."""
         return (-(-view.token_loss).expm1()) ** self.gamma

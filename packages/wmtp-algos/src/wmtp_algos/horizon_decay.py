@@ -31,7 +31,7 @@ class HorizonDecay(Trainer):
     decay: float = field(default=0.6, validator=[gt(0.0), le(1.0)])
 
     def token_weights(self, view: StepView) -> Tensor:
-        """Weigh each prediction, ``[B, S, H]``."""
+        """Return a weight for each prediction, ``[B, S, H]``."""
         import torch
 
         shape = view.targets.ids.shape

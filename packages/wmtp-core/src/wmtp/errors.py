@@ -70,7 +70,7 @@ class PlatformError(WMTPError):
 
 
 def described(error: BaseException) -> str:
-    """An unforeseen error in one line; one without a message is told by its place in the code."""
+    """Describe an unexpected error in one line; without a message, by its place in the code."""
     if text := str(error):
         return f"{type(error).__name__}: {text}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -21,7 +21,7 @@ def in_notebook() -> bool:
 
 @contextmanager
 def lines_by_itself() -> Iterator[None]:
-    """Show log lines meanwhile where nobody has said anything about them: in a script, and in a notebook.
+    """Show log lines meanwhile where logging is not configured: in a script, and in a notebook.
 
     Nothing changes where the logger ``wmtp`` has handlers or a level, as under the command line, or where the program logs by
     itself: in a notebook the host may have done that (Colab), and then its level counts only if it lets the lines through.

@@ -29,7 +29,7 @@ class _CRC:
         self._function, self._size, self._value = function, size, 0
 
     def update(self, data: Any) -> None:
-        """Go on with more bytes."""
+        """Add bytes."""
         self._value = self._function(data, self._value)
 
     def digest(self) -> bytes:

@@ -88,8 +88,8 @@ class Opened:
     """A store, opened twice, and what else it can tell.
 
     Args:
-        uploader: tries a request again by itself, since a large file goes up in many; for as long as ``retry_timeout`` says.
-        store: does not: whoever asks it goes on where it failed, see `wmtp_storage.patience`.
+        uploader: retries single requests, since a large file needs many; for up to ``retry_timeout``.
+        store: does not retry: callers continue where it failed, see `wmtp_storage.patience`.
         pages: lists a folder; raises `WrongAnswerError` where something else than the store answered.
         names: lists what is directly in a folder, for hints.
         copy: copies an object to another key of the store.
@@ -164,7 +164,7 @@ def listed_pages(store: ObjectStore, prefix: str, *, limit: float) -> Iterator[S
         limit: seconds after which a page is given up, also one that never ends.
 
     Raises:
-        WrongAnswerError: a page goes on without an object.
+        WrongAnswerError: pages follow each other without an object.
     """
     folder = prefix.rstrip("/") or None
     last: str | None = None

@@ -1,4 +1,4 @@
-"""From a listing to files: what is there already is kept, the rest is transferred, and all appears at once."""
+"""Fetching of a listing: existing files are kept, the rest is transferred, all appears at once."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _still_there(
 
 @contextmanager
 def _locked(target: Path, state: Path) -> Iterator[None]:
-    """Nobody else fetches into the folder. Who waited finds the files of the other in place."""
+    """Lock the folder against other fetches. After a wait, the other's files are in place."""
     lock: FileLock | None = None
     try:
         while lock is None or not state.is_dir():  # the other removed the folder, and the lock with it
@@ -127,8 +127,8 @@ class Fetching:
         listing: the objects.
         folder: where the files will be.
         state: the folder with what a transfer has so far.
-        known: what is known of files in ``folder``, by name.
-        elsewhere: files on the same disk that were fetched from this URI before, by name, and what is known of them.
+        known: manifest entries of files in ``folder``, by name.
+        elsewhere: files on the same disk that were fetched from this URI before, by name, with their manifest entries.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class Fetching:
         return tuple(files[stored.name] for stored in self.listing.objects)
 
     def _look(self) -> None:
-        """Find out what is there already: files that the manifest knows, and stretches of files that the journal knows."""
+        """Find existing files by the manifest, and existing ranges of files by the journal."""
         journal = read_journal(self._state / "journal")
         self._check_places()
         with ThreadPoolExecutor(max_workers=_READERS) as pool:

@@ -47,11 +47,11 @@ class Journal:
     """Appends lines of JSON. A line that a kill cut off is not read; what it spoke of is fetched again.
 
     A segment's line is written after its bytes. Should the machine itself lose power, the bytes of a line may be missing:
-    whoever resumes reads them, and compares their checksum.
+    a resume reads them, and compares their checksum.
 
     Args:
         path: the file; it is replaced.
-        kept: what goes on from before.
+        kept: earlier records that are continued.
     """
 
     def __init__(self, path: Path, kept: Mapping[str, Kept]) -> None:

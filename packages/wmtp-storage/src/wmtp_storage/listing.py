@@ -88,7 +88,7 @@ def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] 
 
 
 def _name_problem(name: str) -> str | None:
-    """Why no file can have this name inside a folder. Whoever wrote it may want it to lie outside."""
+    """Reason why no file can have this name inside a folder; it may point outside."""
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\0" in name:
         return "cannot be that of a file in a folder"

@@ -1,4 +1,4 @@
-"""Fetches into the cache, and uses what is there in place."""
+"""Fetching into the cache, whose files are used in place."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Patience:
         self.renew()
 
     def renew(self) -> None:
-        """Begin anew: something came."""
+        """Restart the time: bytes have come."""
         self.failures = 0
         self._since = time.monotonic()
 

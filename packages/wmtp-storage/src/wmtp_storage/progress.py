@@ -54,7 +54,7 @@ class Progress:
             logger.info("%s: %s of %s are here already", uri, format_bytes(self._done), format_bytes(self._total))
 
     def show(self, count: int) -> None:
-        """Note that so many bytes came, and show it now and then."""
+        """Count received bytes, and show progress now and then."""
         self._done += count
         now = time.monotonic()
         if now - self._shown >= (_REDRAWN if self._is_terminal else _LINE_INTERVAL):

@@ -135,7 +135,7 @@ class Transfer:
             running = self._work.take(self._throttle.limit)
 
     async def _fetch(self, running: Range) -> None:
-        """Fetch a range, going on where it broke off; a try that brought bytes begins the count of failures anew."""
+        """Fetch a range, continuing where it broke off; a try that brought bytes resets the count of failures."""
         name = self._uri.at(running.part.stored.name) if running.part.stored.key != self._uri.key else self._uri
         patience = Patience(self._config.retry_timeout, name)
         while running.position < running.end:

@@ -68,7 +68,7 @@ class Verification:
                 self._pool.submit(self._verify, part)
 
     def stop(self) -> None:
-        """End what is going on: nobody waits for it any more."""
+        """Cancel all running work."""
         self._stopped.set()
         for pool in (self._pool, self._hashers):
             pool.shutdown(cancel_futures=True)

@@ -195,7 +195,7 @@ def _vesslctl(*arguments: str) -> str:
 
     Raises:
         ConfigError: it is not installed.
-        AuthenticationError: nobody is logged in.
+        AuthenticationError: no user is logged in.
         PlatformError: it failed.
     """
     program = shutil.which("vesslctl")

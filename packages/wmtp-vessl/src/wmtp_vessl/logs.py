@@ -23,7 +23,7 @@ class LogReader:
     """Goes through a log.
 
     Args:
-        page: the lines from a time to a time (seconds; None: now), at most so many of them. Which of them it gives where
+        page: the lines from a time to a time (seconds; None: now), up to a maximum. Which of them it gives where
             there are more, the first or the last, does not matter.
         limit: lines a page.
         overlap: seconds before the last line that are looked at again: a line may come so late.

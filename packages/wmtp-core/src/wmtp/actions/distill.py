@@ -78,7 +78,7 @@ def distill_data(
 ) -> Distilled:
     """Answer prompts with a model and write the answers as training data, as ``wmtp distill-data`` does.
 
-    Called again with the same arguments, it goes on where it broke off; no prompt is answered twice.
+    Called again with the same arguments, it continues where it stopped; no prompt is answered twice.
 
     Args:
         model: as for `wmtp.load_model`.
@@ -90,7 +90,7 @@ def distill_data(
         seed: of the draws; an answer depends on it and on the prompt's number only.
         batch_size: prompts that are answered at once.
         template: ``auto`` writes prompts by the model's chat template, where it has one; ``none`` continues their text.
-        limit: only the first so many prompts.
+        limit: number of first prompts to use.
         speculative: let heads 2..H draft: the same text, sooner.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         precision: of the parameters. Default: as saved.

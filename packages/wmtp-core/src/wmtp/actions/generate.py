@@ -68,7 +68,7 @@ def generate(
         prompt: the text to continue; with ``chat`` what a user says, or the messages of a conversation.
         chat: answer by the model's chat template, and end where a turn ends.
         system: with ``chat`` a message before all others.
-        max_new_tokens: at most so many. Default: 128, with ``chat`` 512.
+        max_new_tokens: maximum number of new tokens. Default: 128, with ``chat`` 512.
         temperature: 0 takes the most probable token.
         top_p: of nucleus sampling.
         seed: of the draws.
@@ -151,7 +151,7 @@ class Writer:
         sampling: how tokens are chosen.
         stop: texts that end a completion.
         speculative: whether heads 2..H draft.
-        max_new_tokens: at most so many. Default: 128, of an answer 512.
+        max_new_tokens: maximum number of new tokens. Default: 128, of an answer 512.
     """
 
     def __init__(

@@ -137,7 +137,7 @@ def logs(run: str, *, config: Sequence[str] = (), tail: int | None = None, follo
         run: as for `status`.
         config: as for `status`.
         tail: only the last lines of what there is.
-        follow: go on until the run is over.
+        follow: continue until the run is over.
     """
     launcher, found, _ = find_launched(run, config)
     return launcher.logs(found, tail=tail, follow=follow)

@@ -48,7 +48,7 @@ def study(
 ) -> StudyResult:
     """Train every run of a study that is not done yet, and compare its arms.
 
-    The same call goes on where the last one ended: finished runs are skipped, interrupted ones resumed.
+    The same call continues where the last one ended: finished runs are skipped, interrupted ones resumed.
 
     Args:
         study: a study file, or a mapping of the same shape.

@@ -1,6 +1,6 @@
 """Checkpoints in an object store: written on this machine, uploaded while training continues, found again by another machine.
 
-Importing this imports no torch: a run that was begun elsewhere is looked for before it is known where it will go on.
+Importing this imports no torch: a run that was begun elsewhere is looked for before its place here is known.
 
 Below ``checkpoints.uri`` are ``step-N/``, a checkpoint as it is on disk; ``step-N.json``, written after it, without which it
 is none; ``run/``, the files of the run directory; and at the end ``model/``.

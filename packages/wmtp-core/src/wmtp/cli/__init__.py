@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_closed(stream: Any) -> bool:
-    """Find out whether nobody reads the pipe that a stream writes into."""
+    """Tell whether the reader of a stream's pipe is gone."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)  # an error is told, whatever is asked for

@@ -92,7 +92,7 @@ def _keep_one_heap() -> None:
     """Have glibc keep one heap for all threads, where it is the C library.
 
     By itself it has one for each thread that receives bytes, and gives back none of it: with one, fetching takes a fifth less
-    memory and a sixth less time of the processor. It holds for the whole process, so it is no business of a library's.
+    memory and a sixth less time of the processor. It holds for the whole process, so a library must not do it.
     """
     import ctypes
 

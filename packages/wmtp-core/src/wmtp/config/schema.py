@@ -129,7 +129,7 @@ def _no_dropout(_: object, __: Attribute[float], value: float) -> None:
 
 @frozen(kw_only=True)
 class LoraConfig:
-    """Low-rank adapters (LoRA, arXiv 2106.09685) in the model's layers: they learn in place of the model, which stays as it is.
+    """Low-rank adapters (LoRA, arXiv 2106.09685) in the model's layers, trained instead of the frozen model.
 
     Heads 2..H learn in full beside them. What is saved is an adapter folder, which PEFT opens too, with the heads.
 
@@ -151,7 +151,7 @@ class LoraConfig:
 
     @property
     def resolved_alpha(self) -> float:
-        """Alpha, or what stands for it."""
+        """Alpha, or its default."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 

@@ -19,7 +19,7 @@ __all__ = ["Placed", "components", "dump_config", "flat", "flatten", "plain_valu
 
 @attrs.frozen
 class Placed:
-    """A component where it stands in a config.
+    """A component, with its place in the config.
 
     Args:
         path: its table.

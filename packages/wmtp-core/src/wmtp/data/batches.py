@@ -106,7 +106,7 @@ class StepBatches:
         return divmod(step, self.steps_per_epoch)
 
     def total_steps(self, epochs: float) -> int:
-        """Optimizer steps in so many epochs, rounded up, at least 1."""
+        """Number of optimizer steps in the configured epochs, rounded up, at least 1."""
         return max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
 
     def batch(self, step: int) -> Batch:

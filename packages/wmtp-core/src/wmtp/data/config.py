@@ -100,7 +100,7 @@ class PythonSource(DataLoaderConfig):
 
     Args:
         uri: a ``.py`` file or a folder. Default: the standard library of the Python that runs.
-        max_functions: take the first so many.
+        max_functions: number of first functions to take.
         min_length: leave out what is shorter, in characters of signature, docstring and body.
         max_length: leave out what is longer.
     """
@@ -149,7 +149,7 @@ class CodeContests(DataLoaderConfig):
         split: which files of the folder are read, where their names tell splits: ``train-00000-of-00002.parquet``,
             ``test.jsonl``, ``validation/``.
         languages: keep solutions in these: ``python3``, ``python2``, ``cpp``, ``java``, ``unknown``.
-        max_solutions: keep the first so many right solutions of a problem, and as many wrong ones. Default: all.
+        max_solutions: number of right and of wrong solutions of a problem to keep. Default: all.
         incorrect: whether wrong solutions are read too. Turn it off for a trainer that learns from everything it is given.
     """
 

@@ -63,8 +63,8 @@ def mutants(prompt: str, code: str, *, count: int, kinds: tuple[Kind, ...], draw
     Whether it also *does* something else cannot be decided for every program; mistakes that often do nothing are not made.
 
     Args:
-        prompt: what stands before the code, for instance the signature; nothing in it is changed.
-        code: with the prompt, or by itself, whole Python code.
+        prompt: text before the code, for instance the signature; it is never changed.
+        code: complete Python code, alone or with the prompt.
         count: how many at most.
         kinds: of mistakes. Each kind that is possible is as likely as any other.
         draw: decides which are taken.

@@ -42,7 +42,7 @@ class Notes:
             text: the remark.
             where: the document.
             level: ``warning`` or ``info``.
-            subject: stands in place of ``{}`` in ``text``. Remarks on the same documents that differ in it alone become one.
+            subject: replaces ``{}`` in ``text``. Remarks on the same documents that differ in it alone become one.
         """
         entry = self._found.setdefault((text, level, subject), [0, where, ""])
         if entry[2] != where:

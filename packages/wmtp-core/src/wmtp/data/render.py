@@ -28,7 +28,7 @@ class Renderer:
 
     Args:
         tokenizer: what makes the tokens.
-        learn: what is learned of conversations.
+        learn: parts of conversations to learn.
         boundary: whether a token may reach from what is not learned to what is.
     """
 

@@ -1,4 +1,4 @@
-"""A file of JSON lines that grows, and goes on where it broke off, with no line twice. Torch-free."""
+"""Growing file of JSON lines that resumes where it stopped, without duplicates. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ResumableLines"]
 
 
 class ResumableLines:
-    """Lines that each have a number under ``index``; the settings they were made with stand in a file beside them.
+    """Lines that each have a number under ``index``; a file beside them holds their settings.
 
     Args:
         path: the file. What is there is continued; a line that was cut off by a crash is removed.

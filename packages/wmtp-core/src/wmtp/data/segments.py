@@ -36,7 +36,7 @@ class StoreSegments:
 
     @classmethod
     def of(cls, store: TokenStore, *, learn_prompt: bool, prompt_weight: float | None, response_weight: float) -> Self:
-        """Decide what is learned of a store.
+        """Decide which tokens of a store are learned.
 
         Args:
             store: the documents.

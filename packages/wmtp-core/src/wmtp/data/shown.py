@@ -100,7 +100,7 @@ def shown_documents(dataset: TokenDataset, tokenizer: Tokenizer) -> list[ShownDo
     """Choose some documents of a data set: the first of each source, of a single source two.
 
     Args:
-        dataset: what is learned from.
+        dataset: the training data.
         tokenizer: made the tokens.
     """
     sources = dataset.sources

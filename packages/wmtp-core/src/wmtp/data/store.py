@@ -244,7 +244,7 @@ class TokenStore:
         )
 
     def place(self, number: int) -> str:
-        """Name the file and line of a document, or what stands for them."""
+        """Name the file and line of a document, or its substitute."""
         example_id, _, *place = self._names_of(number)
         return f"{place[0]}, {example_id!r:.80}" if place else example_id
 

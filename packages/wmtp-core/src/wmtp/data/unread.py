@@ -14,7 +14,7 @@ def unread_keys(record: Mapping[str, Any], content: Iterable[str], labels: Colle
     Text that is a part of what is read is none of it, nor is text that holds all of that, as a rendered copy does.
 
     Args:
-        record: what stands in the file.
+        record: as read from the file.
         content: its keys that become the example's text.
         labels: its keys that are read besides.
     """

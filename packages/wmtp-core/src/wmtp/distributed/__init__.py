@@ -1,1 +1,1 @@
-"""Several processes that train one model: who they are, what they tell each other, and how parameters are divided."""
+"""Several processes that train one model: ranks, messages between them, and sharding."""

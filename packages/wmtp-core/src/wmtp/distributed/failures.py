@@ -13,7 +13,7 @@ __all__ = ["Failure", "heard"]
 
 @frozen(kw_only=True)
 class Failure:
-    """An error of one rank, as the others are told of it.
+    """Error of one rank, as sent to the others.
 
     Args:
         rank: its rank.

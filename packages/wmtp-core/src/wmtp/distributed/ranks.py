@@ -141,7 +141,7 @@ class Ranks:
 
     @property
     def _messages(self) -> ProcessGroup | None:
-        """While steps are done nobody may be long in answering; before and after, reading and writing take their time."""
+        """During training answers must come in time; before and after, reading and writing may take longer."""
         return self.control if self.watch is not None and self.watch.running else self.patient
 
     # --- objects, and errors that all ranks must know

@@ -51,7 +51,7 @@ class Evaluated:
 
 @frozen(kw_only=True)
 class _NoTrainer(TrainerConfig):
-    """Stands in a config that trains nothing."""
+    """Placeholder in a config that trains nothing."""
 
     type = "none"
 

@@ -157,7 +157,7 @@ def timed(measured: Measured, action: Callable[[], list[Generation]]) -> tuple[l
 
 
 def prompts_of(measured: Measured, count: int, new_tokens: int) -> list[list[int]]:
-    """Prompts from the evaluation data: what stands before the first token to learn, or a third of a plain text.
+    """Prompts from the evaluation data: the text before the first token to learn, or a third of a plain text.
 
     Those that leave no room for ``new_tokens`` are left out.
 

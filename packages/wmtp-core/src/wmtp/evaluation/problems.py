@@ -39,7 +39,7 @@ class Problem:
         id: its name.
         prompt: what the model is given.
         stop: texts that end a completion.
-        before: what stands before the completion in the program: the prompt, or nothing.
+        before: the program's text before the completion: the prompt, or nothing.
         tests: Python code that raises where a solution is wrong; None for a problem of input and output.
         names: of the solution, which the tests use.
         setup: run before the tests.
@@ -126,7 +126,7 @@ def code_contests(path: Path, *, split: str, max_tests: int | None) -> list[Prob
     Args:
         path: a data file, or a folder of them.
         split: which files of a folder, where their names tell splits.
-        max_tests: at most so many tests a problem: public ones first, then private, then generated ones. None: all.
+        max_tests: maximum number of tests a problem: public ones first, then private, then generated ones. None: all.
     """
     problems = []
     for where, record in _records(data_files(path, preferred=split)):

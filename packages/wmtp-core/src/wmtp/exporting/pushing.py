@@ -15,11 +15,11 @@ __all__ = ["push_run"]
 
 
 def push_run(run_dir: Path, uri: str, storage: StorageConfig) -> None:
-    """Copy ``model/`` of a run to ``uri``, all heads included, with a ``README.md`` that says what is known of it.
+    """Copy ``model/`` of a run to ``uri``, all heads included, with a model card as ``README.md``.
 
     Args:
         run_dir: the run directory.
-        uri: where to; what is there is replaced.
+        uri: the target, whose content is replaced.
         storage: how to reach it.
 
     Raises:

@@ -52,7 +52,7 @@ class RowCache(Cache, StateKeeper):
             slots: ``[B, T]`` int64, consecutive in each row.
             start: the first slot where it is the same in all rows; else None.
             width: how many slots attention looks at: more than any of ``slots``.
-            lengths: of rows that begin, their tokens; what is behind them is padding. None: rows go on.
+            lengths: number of tokens of each new row; the rest is padding. None: rows continue.
         """
         self._slots, self._start, self._width, self._lengths = slots, start, width, lengths
 

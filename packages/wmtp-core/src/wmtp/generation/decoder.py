@@ -92,7 +92,7 @@ class CachedDecoder:
             slots: ``[B, T]``, their positions, consecutive in each row.
             start: the first position where it is the same in all rows, else None.
             width: more than any of ``slots``.
-            lengths: of rows that begin, their tokens; what is behind them is padding. None: rows go on.
+            lengths: number of tokens of each new row; the rest is padding. None: rows continue.
         """
         self.cache.place(slots, start, width, lengths)
 

@@ -35,7 +35,7 @@ def generate(
     rows: Sequence[int] | None = None,
     stop: Stop | None = None,
 ) -> list[Generation]:
-    """Go on after each prompt; all prompts together are one batch.
+    """Continue each prompt; all prompts are decoded as one batch.
 
     Args:
         model: in eval mode, on any device.

@@ -42,7 +42,7 @@ class PartStates:
         Args:
             call: of the part.
             slots: ``[B, T]``, the positions of the tokens, consecutive in each row.
-            lengths: of rows that begin, their tokens; the others are padding on the right. None: rows go on.
+            lengths: number of tokens of each new row; the rest is padding on the right. None: rows continue.
         """
         if lengths is not None:
             return self._begin(call, slots, lengths)

@@ -170,7 +170,7 @@ class RemoteLauncher(Launcher, contract=True):
 
         Args:
             run: its id.
-            tail: only so many from the end of what there is; None: all.
+            tail: number of last lines to begin with; None: all.
             follow: continue with new lines until the run is over, through lost connections.
         """
 

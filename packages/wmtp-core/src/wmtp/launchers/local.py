@@ -68,7 +68,7 @@ class Local(Launcher):
         """Processes on this machine.
 
         Raises:
-            ConfigError: it has not so many devices.
+            ConfigError: it has fewer devices.
         """
         from wmtp.devices import count_devices, pick_device
 

@@ -439,7 +439,7 @@ def _graph_is_kept() -> bool:
 
 
 def flatten(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding]) -> tuple[list[HeadLayout], list[Tensor]]:
-    """List all tensors once, for autograd; say for each head where its weight and bias stand in the list."""
+    """List all tensors once, for autograd; give each head the indices of its weight and bias in the list."""
     tensors = [h.reshape(-1, h.shape[-1]) for h in hidden]
     first = len(tensors)
 

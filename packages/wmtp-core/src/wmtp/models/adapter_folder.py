@@ -53,7 +53,7 @@ class SavedAdapter:
 
 
 def need_peft(what: str) -> None:
-    """Refuse to go on without peft.
+    """Raise if peft is not installed.
 
     Raises:
         ConfigError: it is not installed.
@@ -159,7 +159,7 @@ def write_adapter(base: torch.nn.Module, adapter: Adapter, folder: Path, state: 
 
     Args:
         base: the model that it is on.
-        adapter: what is known of it.
+        adapter: its facts.
         folder: that is there.
         state: the whole tensors of ``base`` that learn, where this process holds only a part of them.
 

@@ -124,7 +124,7 @@ def _no_target(
 
 @contextmanager
 def _quiet_import() -> Iterator[None]:
-    """Keep bitsandbytes, which peft imports where it is installed, from telling of a kernel that nobody asked for."""
+    """Silence bitsandbytes, imported by peft, about kernels that are not used."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -214,7 +214,7 @@ def inject(base: PreTrainedModel, config: Any, state: Mapping[str, Tensor] | Non
 
 
 def check_same(config: Any, lora: LoraConfig, base: PreTrainedModel, source: object) -> None:
-    """Refuse to go on learning an adapter under other settings than its own.
+    """Refuse to train an adapter further under other settings than its own.
 
     Args:
         config: peft's, of the adapter that the files hold.

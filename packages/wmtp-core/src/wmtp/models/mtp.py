@@ -255,7 +255,7 @@ class MTPModel(nn.Module):
         stop: Sequence[str] = (),
         eos_id: int | Collection[int] | None = None,
     ) -> Any:
-        """Go on after one prompt or several.
+        """Continue one prompt or several.
 
         Args:
             prompts: a text, or the token ids of one (``[S]``); or several of them, which are decoded as one batch. Texts get

@@ -1,4 +1,4 @@
-"""One model on several ranks: divided by FSDP2, or whole on each; its numbers come from rank 0 alone."""
+"""One model on several ranks: sharded by FSDP2 or replicated, with weights from rank 0."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Sharding", "spread", "whole_state"]
 
 @frozen(kw_only=True)
 class Sharding:
-    """When a divided model gathers its parameters, and when it adds up gradients.
+    """Times at which a sharded model gathers parameters and reduces gradients.
 
     The embedding, the final norm and the unembedding are the root's own parameters: they are gathered at the step's first
     forward pass, stay until its last backward pass, and their gradient is added up once.
@@ -90,7 +90,7 @@ def spread(
         config: ``[devices.fsdp]``.
         precision: ``bf16`` gathers layers in bf16, ``bf16-params`` everything; gradients are added up, and parameters kept,
             in fp32.
-        prepare: is given the empty model before it is divided.
+        prepare: called with the empty model before it is sharded.
 
     Raises:
         WMTPError, ConfigError: on every rank, what went wrong on rank 0.

@@ -114,7 +114,7 @@ def is_mtp_name(name: str, stems: Collection[str], layers: int) -> bool:
 
     Args:
         name: of the tensor.
-        stems: what stands before ``layers.N`` in the names of decoder layers.
+        stems: prefixes of ``layers.N`` in the names of decoder layers.
         layers: how many of those there are; further ones are for multi-token prediction.
     """
     if _MTP.search(name):

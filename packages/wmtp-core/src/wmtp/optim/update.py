@@ -67,7 +67,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Par
 
 
 def _by_kind(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Divided, whole and bf16 gradients apart: torch's functions for many tensors take one kind at a time."""
+    """Separate sharded, whole and bf16 gradients: torch's functions for many tensors take one kind at a time."""
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:

@@ -61,7 +61,7 @@ def contract_problem(kind: str, cls: Any) -> str | None:
 
 
 def _takes(cls: type[Any], arguments: Sequence[str]) -> bool:
-    """Tell whether ``build`` can be called with so many arguments."""
+    """Tell whether ``build`` can be called with this number of arguments."""
     bound = isinstance(inspect.getattr_static(cls, "build"), staticmethod | classmethod)
     try:
         inspect.signature(cls.build).bind(*(() if bound else ("self",)), *arguments)

@@ -114,13 +114,13 @@ def is_function(member: object) -> bool:
 
 
 def takes(member: object, count: int, keywords: Iterable[str] = (), *, is_bound: bool = False) -> bool:
-    """Tell whether a function in a class can be called with so many arguments besides ``self``.
+    """Tell whether a class's function accepts this number of arguments besides ``self``.
 
     Args:
         member: as it stands in the class.
         count: arguments by position.
         keywords: and by name.
-        is_bound: it stands in an object instead, so it is given no ``self``.
+        is_bound: it belongs to an object, so it gets no ``self``.
     """
     function = member.__func__ if isinstance(member, staticmethod | classmethod) else member
     if not isinstance(function, FunctionType):

@@ -205,7 +205,7 @@ def record(run_dir: Path, changes: Mapping[str, Any]) -> None:
 
 
 def record_resume(run_dir: Path, config: Config, registry: Registry, argv: Sequence[str], changed: Sequence[str]) -> None:
-    """Note in ``run.json`` that the run goes on, with which versions and which allowed changes."""
+    """Note a resume in ``run.json``, with its versions and allowed changes."""
     facts = _facts(config, registry, argv, datetime.now().astimezone())
     earlier = (_read_json(run_dir / INFO_FILE) or {}).get("resumed", [])
     entry = {key: facts[key] for key in ("started", "argv", "git", "python", "versions")} | {"changed": list(changed)}

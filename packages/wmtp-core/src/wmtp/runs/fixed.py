@@ -40,7 +40,7 @@ def fixed(run_dir: Path, config: Config) -> Config:
 
 
 def with_given_paths(run_dir: Path, snapshot: Mapping[str, Any]) -> dict[str, Any]:
-    """Put relative paths back into a run's snapshot, for others: where its folders lie is nobody else's business."""
+    """Put relative paths back into a run's snapshot, for others: the places of its folders concern only its owner."""
     given = given_inputs(run_dir)
 
     def restored(value: Any, path: KeyPath) -> Any:

@@ -49,7 +49,7 @@ def start(
 ) -> Result | Mapping[str, str]:
     """Check the machine, fetch, verify, train on all its devices, and save what the run leaves.
 
-    It goes on with the newest unfinished run of this config (or of this ``run.name``), where there is one here.
+    It resumes the newest unfinished run of this config (or of this ``run.name``), where there is one here.
 
     Args:
         config: as for `wmtp.run`; none: it is in the variable ``WMTP_CONFIG``.

@@ -104,7 +104,7 @@ class Storage(Contract, ABC, contract=True):
         """Bring the file or folder at ``uri`` into the folder ``target``, with a manifest beside it.
 
         Files appear under their names when all of them are whole and verified; other files in ``target`` stay. Called again
-        after a failure it goes on, where the backend can.
+        after a failure it continues, where the backend can.
 
         Args:
             uri: as for `localize`.

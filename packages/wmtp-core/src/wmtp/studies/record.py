@@ -1,4 +1,4 @@
-"""Small files, one for each run that has ended: enough for tables, the page, and to go on elsewhere."""
+"""Small files, one for each run that has ended: enough for tables, the page, and continuing elsewhere."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class TrackerTests(ComponentTests):
         tracker.finish(status, None)
 
     def test_resume(self, run: RunInfo, model: Path) -> None:
-        """A later process goes on with the run, with steps that were logged before, and with a changed config.
+        """A later process continues the run, with steps logged before and a changed config.
 
         Steps 4 and 5 come twice, and must be there once.
         """

@@ -131,7 +131,7 @@ class TrainerTests(ComponentTests):
 
     @_KINDS
     def test_inputs_stay_as_they_are(self, trainer: Trainer, packed: bool) -> None:
-        """A trainer does not change its inputs, which the loop goes on using."""
+        """A trainer does not change its inputs, which the loop still uses."""
         view = make_view(trainer, random_step(2, packed=packed), stage=_weighted_stages(trainer)[0].name)
         tensors = {
             "input_ids": view.batch.input_ids,
@@ -195,7 +195,7 @@ class TrainerTests(ComponentTests):
             assert not isinstance(value, Tensor) or not value.requires_grad, f"{name} keeps a graph alive; detach it"
 
     def test_state_survives_a_checkpoint(self) -> None:
-        """A trainer that took over another's state goes on as that one would have, in every stage."""
+        """A trainer with another's restored state continues as that one would, in every stage."""
         one, two = self.make_trainer(), self.make_trainer()
         for number in range(3):
             for stage in one.stages():

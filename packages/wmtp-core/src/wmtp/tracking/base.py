@@ -17,7 +17,7 @@ __all__ = ["RunInfo", "Tracker"]
 
 @frozen(kw_only=True)
 class RunInfo:
-    """Facts of a run that a tracker is told at the start.
+    """Facts of a run, given to a tracker at the start.
 
     Args:
         name: the run's name.

@@ -63,7 +63,7 @@ class _Point(NamedTuple):
 class MLflow(Tracker):
     """Writes to one MLflow run through MLflow's client; MLflow's global state (the active run, its URI) is left alone.
 
-    ``mlflow.json`` in the run directory keeps the run's id, so that a resumed run goes on in the same MLflow run. MLflow never
+    ``mlflow.json`` in the run directory keeps the run's id, so that a resumed run continues the same MLflow run. MLflow never
     replaces a point: the steps that a killed attempt had sent beyond its last checkpoint are not sent again, and the points
     that it could not send are taken from ``metrics.jsonl``. So every metric has one point a step.
     """

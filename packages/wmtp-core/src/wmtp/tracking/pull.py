@@ -32,7 +32,7 @@ class Pulled:
     Args:
         database: the MLflow database with all runs.
         new: ids of runs that were not there before.
-        changed: ids of runs that went on since.
+        changed: ids of runs that have grown since.
         unchanged: how many were there already as they are.
     """
 

@@ -232,7 +232,7 @@ def checked_units(trainer: Trainer, name: str, dataset: TokenDataset, stage: Sta
     Args:
         trainer: the algorithm.
         name: what messages call it.
-        dataset: what is learned from.
+        dataset: the training data.
         stage: one of the run's.
 
     Raises:

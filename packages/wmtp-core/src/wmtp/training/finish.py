@@ -50,7 +50,7 @@ def save_model(
         modules: what the trainer has learned besides, by name.
         tokenizer: goes along.
         folder: the model's.
-        state: the whole tensors of a divided model; None for one that is not divided.
+        state: the gathered tensors of a sharded model; None for one that is not sharded.
     """
     model.save_pretrained(folder, state)
     save_modules(modules, folder)

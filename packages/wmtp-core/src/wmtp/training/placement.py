@@ -66,7 +66,7 @@ def _halve_fixed(model: MTPModel) -> None:
 
 @contextmanager
 def ready_to_measure(step: StepLoss) -> Iterator[None]:
-    """A divided model can be called part by part inside: what is the root's own is gathered, and layers may be bf16."""
+    """Allow calls of single parts of a sharded model inside: the root's parameters are gathered, layers may be bf16."""
     if not isinstance(step.model, FSDPModule):
         yield
         return

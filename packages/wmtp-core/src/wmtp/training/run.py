@@ -58,7 +58,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     Args:
         config: complete and checked.
         run_dir: the run directory, locked by the caller.
-        resume: go on from the newest checkpoint there, if there is one.
+        resume: continue from the newest checkpoint there, if there is one.
         ranks: the processes that train together; each of them calls this with the same arguments. Rank 0 writes.
 
     Raises:

@@ -94,7 +94,7 @@ class PendingStep:
         batch: what it learned from.
         output: its loss, and what that was made of.
         numbers: what `send_numbers` gave.
-        facts: what is known of it without the device.
+        facts: numbers known without the device.
         recording: what is kept of it for the report.
     """
 
@@ -414,7 +414,7 @@ class Progress:
                 logger.info("%s", line)
 
     def close(self) -> None:
-        """Leave what is shown as it is."""
+        """Keep the last display."""
         if self._bar is not None:
             self._bar.close()
 

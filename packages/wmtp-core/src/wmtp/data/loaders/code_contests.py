@@ -23,7 +23,7 @@ class CodeContestsLoader(RecordLoader):
 
     Args:
         languages: keep solutions in these (keys of `LANGUAGES`); None: all.
-        max_solutions: keep the first so many right ones of a problem, and as many wrong ones; None: all.
+        max_solutions: number of right and of wrong solutions of a problem to keep; None: all.
         incorrect: whether wrong solutions are read.
         split: which files of a folder are read.
     """

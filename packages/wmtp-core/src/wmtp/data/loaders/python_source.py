@@ -23,7 +23,7 @@ class PythonSourceLoader(ExampleLoader):
     """Reads functions and methods that have a docstring; see `wmtp.data.config.PythonSource`.
 
     Args:
-        max_functions: take the first so many.
+        max_functions: number of first functions to take.
         min_length: leave out what is shorter, in characters of signature, docstring and body.
         max_length: leave out what is longer.
     """

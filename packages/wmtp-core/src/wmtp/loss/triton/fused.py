@@ -257,7 +257,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> N
 
 
 def _columns(rows: int, vocabulary: int, itemsize: int) -> int:
-    """Number of vocabulary columns per product for so many rows, given their log-sum-exp."""
+    """Number of vocabulary columns per product for ``rows`` rows with known log-sum-exp."""
     most = max(_CHUNK_BYTES // (rows * itemsize), 1)
     if most >= vocabulary:
         return vocabulary
