@@ -48,7 +48,7 @@ def holds_credentials(text: str) -> bool:
 
 
 def clean_chain(error: BaseException) -> None:
-    """Redact the messages of an error and of those that led to it, which a traceback shows too."""
+    """Redact the messages of an error and of all errors that led to it."""
     seen: set[int] = set()
     left: list[BaseException | None] = [error]
     while left:

@@ -44,10 +44,11 @@ def open_gs(config: GoogleStorage, uri: RemoteURI) -> Opened:
 
 
 def _pages(store: GCSStore, prefix: str, limit: float) -> Iterator[Sequence[ObjectMeta]]:
-    """List a folder, and make sure of an end that may be the login page of a proxy, which obstore takes for an empty page.
+    """List a folder, and verify an empty end.
 
-    Only its own client has the credentials to list by. So the listing is made again, and an object is asked for that does not
-    exist: a proxy says that it does, or what is no answer.
+    obstore takes a proxy's login page for an empty listing, and only its own client has the credentials to list by. So the
+    listing is made again, and an object is asked for that does not exist: a proxy reports that it does, or answers something
+    else.
 
     Raises:
         WrongAnswerError: something else than the store answers.

@@ -1,4 +1,4 @@
-"""Lists buckets of S3, and believes only answers that are a listing of what was asked for.
+"""Listing of S3 buckets, with refusal of answers to another request.
 
 obstore takes any XML for a listing: the login page of a proxy is an empty folder to it, and who finds a folder empty may remove
 what belongs to it, or begin anew what was begun before.

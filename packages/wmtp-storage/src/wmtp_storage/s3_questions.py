@@ -38,7 +38,7 @@ _BUSY = (408, 425, 429)
 
 
 def http_session(config: S3Storage, url: str) -> URLLib3Session:
-    """A connection for single questions, through the same proxy and with the same certificates as all others."""
+    """Open a connection for single requests, with the common proxy and certificates."""
     bundle = ca_bundle(config)
     proxies = {"http": config.proxy, "https": config.proxy} if config.proxy else get_environ_proxies(url)
     verify: Any = str(bundle) if bundle else True

@@ -100,7 +100,7 @@ def _with_uri(component: Any) -> str:
 
 
 def _remote_summary(config: Config) -> dict[str, str]:
-    """Say step by step what a service would do, as far as it can be told here, without a GPU.
+    """Describe the steps on a service, as far as known here.
 
     The warnings of the plan are logged.
     """

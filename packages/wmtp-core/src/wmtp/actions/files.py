@@ -159,7 +159,7 @@ def pull_runs(
     config: Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Pulled:
-    """Bring runs that were tracked to an object store into one database, as ``wmtp runs pull URI`` does.
+    """Merge runs from an object store into one database, as ``wmtp runs pull URI`` does.
 
     Args:
         uri: what was ``tracker.tracking_uri``.

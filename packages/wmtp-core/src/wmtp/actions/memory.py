@@ -11,7 +11,7 @@ __all__ = ["memory_outlook"]
 
 
 def memory_outlook(config: Config) -> tuple[str, list[str]]:
-    """Estimate the memory of each device, and warn where a run is likely to run out of it.
+    """Estimate the memory of each device, and warn of a likely shortage.
 
     Args:
         config: checked.

@@ -112,7 +112,7 @@ class RemoteCheckpoints:
         self._storage.fetch(f"{self.uri}/{UPLOADED_FILES}", run_dir)
 
     def fetch_steps(self, run_dir: Path) -> None:
-        """Bring the records of steps that another machine has made to a run directory that is older than they.
+        """Fetch the step records that another machine has added to the run.
 
         Raises:
             WMTPError: they could not be read, or written.
@@ -191,7 +191,7 @@ class RemoteCheckpoints:
                 self._storage.remove(f"{self.uri}/{name}")
 
     def upload(self, checkpoint: Checkpoint, run_dir: Path, keep_last: int, best: int | None = None) -> None:
-        """Upload a checkpoint and the files of its run, say last that it is whole, and remove older ones.
+        """Upload a checkpoint and its run's files, mark it complete, remove older ones.
 
         One that is there already, whole, is not touched: while it is replaced a kill would leave none.
 

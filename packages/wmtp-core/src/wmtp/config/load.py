@@ -97,7 +97,7 @@ def load_storage(sources: Sequence[ConfigSource], overrides: Iterable[str] = ())
 def _merged(
     sources: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str], registry: Registry | None
 ) -> tuple[Document, Registry, list[Problem]]:
-    """All sources as one mapping, the plugins, and which references to the environment could not be replaced."""
+    """Merge all sources; return the mapping, the plugins, and unresolved environment references."""
     registry = registry if registry is not None else load_plugins()
     registry.require_unambiguous()
     if isinstance(sources, str | os.PathLike | Mapping | Config):

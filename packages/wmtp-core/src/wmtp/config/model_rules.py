@@ -21,7 +21,7 @@ _NEEDS: Final = {"gptq": ("gptqmodel", "auto_gptq"), "awq": ("gptqmodel", "awq")
 
 
 def model_problems(config: Config) -> Iterator[Problem]:
-    """Say what is wrong with the folders of models of type ``hf``, as far as their small files tell."""
+    """Report problems of ``hf`` model folders, by their small files."""
     for name, model in config.models.items():
         loader = model.loader
         uri = loader.uri

@@ -100,7 +100,7 @@ class FileSource:
 
 
 class TableSource(Mapping[str, Any]):
-    """A table inside a TOML file that is laid over a config, as a file of its own would be.
+    """Table inside a TOML file, merged into a config like a file.
 
     Args:
         data: what is laid over.

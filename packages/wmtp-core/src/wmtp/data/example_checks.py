@@ -13,7 +13,7 @@ __all__ = ["check_example", "loader_title"]
 
 
 def check_example(title: str, loader: ExampleLoader, example: Any) -> None:
-    """Raise if what a loader yielded is no `Example`, or one whose fields have other types than the class says.
+    """Raise if a loader yielded no `Example`, or one with fields of wrong types.
 
     Args:
         title: what messages call the loader.

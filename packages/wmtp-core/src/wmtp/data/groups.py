@@ -83,7 +83,7 @@ class UnitBatches:
         return Rows(self._units.reordered(units).members, ends[packed.starts])
 
     def _order(self, random: np.random.Generator) -> NDArray[np.int64]:
-        """All bundles in a random order, in which neighbours have rows of about the same length where rows are padded."""
+        """Shuffle all bundles; where rows are padded, neighbours have rows of similar length."""
         order = random.permutation(len(self._sizes))
         if self._window:
             lengths = np.concatenate([self._totals[self._small], np.delete(self._totals, self._small)])

@@ -115,7 +115,7 @@ class Renderer:
         return tokens, counts
 
     def _encode(self, texts: Sequence[str], kinds: Sequence[int], example: Example) -> tuple[list[int], list[int]]:
-        """As `_apart`, but the texts encoded as one, unless a token would reach over a border and must not.
+        """Encode the texts as one, unless a token would cross a forbidden border.
 
         Of the texts that a token reaches into, the first that is learned has it.
         """

@@ -1,4 +1,4 @@
-"""Finds the data files of a folder, and the split that each is of, as their names say."""
+"""Search for the data files of a folder, and their splits by name."""
 
 from __future__ import annotations
 

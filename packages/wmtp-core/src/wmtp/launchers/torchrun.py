@@ -168,7 +168,7 @@ def _quiet() -> None:
 
 
 def share_cores(count: int) -> None:
-    """Give ``count`` processes the cores that this one may use, unless the user says how many threads each has.
+    """Share this process's cores among ``count`` processes, unless the user sets threads.
 
     torchrun's own default is one thread: rank 0 would take a minute to try out a model of 7B parameters.
     """

@@ -58,24 +58,24 @@ def mtp_loss(
     at_most: int | None = None,
     valid_counts: Sequence[int] | None = None,
 ) -> MTPLoss:
-    """L = Σ_t Σ_k α_k w[t, k] m[t, k] CE(logits_k(h_k[t]), x[t, k]) / Z, and its gradient.
+    """Compute the weighted multi-token loss, and its gradient, without full logits.
 
-    Never more than a chunk of logits is held. The gradient is computed together with the loss; that of an unembedding which
-    several heads share is accumulated once, in fp32. With a function as ``weights`` the token losses of all predictions
-    are computed first, then the gradient of those alone that have a weight.
+    L = Σ_t Σ_k α_k w[t, k] m[t, k] CE(logits_k(h_k[t]), x[t, k]) / Z. The gradient is computed together with the loss, chunk by
+    chunk; that of an unembedding which several heads share is accumulated once, in fp32. With a function as ``weights`` the
+    token losses of all predictions are computed first, then the gradient of those alone that have a weight.
 
     Args:
-        hidden: H tensors ``[…, D]``, of head 1 (which predicts the next token) to head H: what the unembedding multiplies.
+        hidden: H tensors ``[…, D]``, of head 1 (which predicts the next token) to head H: the inputs of the unembedding.
         unembedding: ``[V, D]``, or an `Unembedding` (bias, scale, soft-cap), or one of these for each head. One that
             requires no gradient costs no product for it.
         targets: ``[…, H]`` int64, x[t, k], the token that head k predicts at t; `IGNORED` where m[t, k] = 0.
-        weights: w, ``[…, H]`` or what broadcasts to it; or a function that makes it of the token losses ``[…, H]``; or
+        weights: w, ``[…, H]`` or a shape that broadcasts to it; or a function that makes it of the token losses ``[…, H]``; or
             None: 1. Finite, ≥ 0, without gradient. Values where there is no target have no effect.
         head_weights: α, H numbers; None: 1.
         normalizer: Z. ``sum_w``: Σ α w m; ``valid``: Σ α m; ``per_position``: Σ_k α w m of each position, times the number of
             positions; or Z itself, so that several calls can add up to one loss.
-        at_most: how many predictions have a weight other than 0, or a bound, where the host knows it; see docs/loss.md.
-        valid_counts: how many targets each head has, or bounds.
+        at_most: how many predictions have a weight other than 0, or an upper bound, where the host knows it; see docs/loss.md.
+        valid_counts: how many targets each head has, or upper bounds.
 
     Raises:
         TypeError: shapes that do not fit each other, or a DTensor.

@@ -31,7 +31,7 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 
 
 def prediction_coefficients(weights: Tensor, valid: Tensor, head_weights: Tensor, normalizer: Normalizer) -> Tensor:
-    """c[t, k] = α_k w[t, k] m[t, k] / Z, so that the loss is Σ c · CE.
+    """Compute the coefficients c[t, k] = α_k w[t, k] m[t, k] / Z of the loss Σ c · CE.
 
     Args:
         weights: ``[B, S, H]``, of a whole optimizer step, 0 where not valid.

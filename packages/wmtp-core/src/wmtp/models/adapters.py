@@ -272,7 +272,7 @@ def saved_name(name: str) -> str:
 
 
 def fingerprint(base: nn.Module) -> str:
-    """Tell one model's numbers from another's by a few of each tensor, in the precision of bf16: in any, it is the same."""
+    """Hash a sample of each tensor of a model, equal in every precision."""
     digest = hashlib.sha256()
     for name, parameter in base.named_parameters():
         if parameter.is_meta:

@@ -24,7 +24,7 @@ def end_ids(base: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
 
 
 def learn_ends(base: PreTrainedModel, tokenizer: Tokenizer, where: str) -> None:
-    """Have a model's configs begin and end a text as the tokenizer does, which is how it is trained.
+    """Set the begin and end tokens of a model's configs to those of training.
 
     Readers take the end of a text from the generation config (transformers, vLLM), from ``config.json`` (older programs) or
     from the tokenizer. A list keeps its further ends: a chat model has several.

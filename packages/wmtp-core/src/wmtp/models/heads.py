@@ -87,7 +87,7 @@ class Maker:
         return copies[0] if len(copies) == 1 else nn.Sequential(*copies)
 
     def norm(self) -> nn.Module:
-        """A fresh norm of the kind of the model's final one (RMS norm where it has none)."""
+        """Make a new norm of the kind of the model's final one; default: RMS norm."""
         if self.anatomy.tail:
             return self.initialise(self._duplicate(self.anatomy.tail[0]))
         return self._placed(nn.RMSNorm(self.anatomy.hidden_size))

@@ -69,7 +69,7 @@ class Packing:
 
 
 def find_packing(anatomy: Anatomy) -> Packing:
-    """Find how two documents can share a row, told apart by positions that begin again at 0.
+    """Find how two documents can share a row, separated by restarting positions.
 
     Tried on a row of a few tokens: another first document must leave the second one's hidden states as they are, and the
     second one must come out as it does alone. First with positions alone, then with masks for attention; parts of layers that

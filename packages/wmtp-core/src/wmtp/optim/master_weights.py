@@ -17,7 +17,7 @@ __all__ = ["MasterWeights"]
 
 
 class MasterWeights:
-    """An fp32 copy of every parameter of a model, which the optimizer sees in the parameter's place.
+    """Fp32 copies of a model's parameters, given to the optimizer in their place.
 
     bf16 has 8 significant bits: an update smaller than 1/256 of a weight, as nearly all of a fine-tuning are, would be lost. So
     the optimizer works on the copies. A backward pass adds each gradient to the copy's own, in fp32, the sum over micro-batches

@@ -46,7 +46,7 @@ class Result:
 
     @property
     def samples(self) -> list[TokenSample]:
-        """Texts of the last step from which some were recorded (``[report]``), with the weights of their tokens."""
+        """Texts of the last recorded step (``[report]``), with the weights of their tokens."""
         return read_samples(self.run_dir / "samples.jsonl")
 
     def report(self, output: str | os.PathLike[str] | None = None) -> Path:
@@ -60,7 +60,7 @@ class Result:
         return write_report([self.run_dir], None if output is None else Path(output))
 
     def _repr_html_(self) -> str:
-        """Show status, losses, their curve and places, as a notebook does with the last value of a cell."""
+        """Show status, losses, their curve and paths in a notebook."""
         losses = {name: value for name, value in self.metrics.items() if name.removeprefix("eval/").startswith("loss")}
         facts = {
             "status": f"{self.status} after {self.steps} steps",

@@ -16,7 +16,7 @@ logger = logging.getLogger("wmtp")
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of such a file, without a last line that a killed run left half-written.
+    """Read the records of a file, without a last line that is half-written.
 
     Raises:
         WMTPError: another line is damaged.
@@ -34,7 +34,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def set_aside_damaged(path: Path) -> None:
-    """Keep the records that can be read of a damaged file, and the file as it was beside it.
+    """Keep the readable records of a damaged file, and the original beside it.
 
     Raises:
         WMTPError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Brings what a config names to this machine, and checks it before a GPU waits for it."""
+"""Fetching and checking of a config's inputs, before a GPU waits for them."""
 
 from __future__ import annotations
 

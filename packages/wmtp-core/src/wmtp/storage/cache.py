@@ -169,7 +169,7 @@ class Cache:
         return problems
 
     def prune(self, max_size: int) -> list[CacheInfo]:
-        """Remove what failed fetches left, and then the entries whose last use is longest ago, until the others fit.
+        """Remove failed fetches, then the least recently used entries, until the rest fits.
 
         What a process uses or fills now stays.
 

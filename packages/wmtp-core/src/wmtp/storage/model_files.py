@@ -42,7 +42,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that is no model which WMTP can open, by its names and its small files.
+    """Refuse a folder that WMTP cannot open as a model, by its small files.
 
     Raises:
         WMTPError: it holds an adapter that is none of LoRA or lacks its weights, needs its own code, names shards elsewhere, or

@@ -49,7 +49,7 @@ class EvaluatorTests(ComponentTests):
 
     @pytest.fixture
     def measured(self) -> Measured:
-        """A tiny Llama with random weights and three heads, bytes as tokens, and four documents, two at once."""
+        """Make a tiny random Llama with three heads, a byte tokenizer, and four documents."""
         shape = ScratchModel(
             vocab_size=258, hidden_size=16, layers=2, attention_heads=2, intermediate_size=24, max_positions=256
         )

@@ -86,7 +86,7 @@ class ModelLoaderTests(ComponentTests):
             assert torch.equal(model.logits(model(ids), 1), loaded.model.eval()(input_ids=ids).logits)
 
     def test_a_missing_path_is_named(self, loader: ModelLoader, path: Path | None, tmp_path: Path) -> None:
-        """A model that is not there is an error that names it, not a look-up on a hub."""
+        """A missing path is an error that names it, not a look-up on a hub."""
         if path is None:
             pytest.skip("a loader without files")
         missing = tmp_path / "no-such-model"

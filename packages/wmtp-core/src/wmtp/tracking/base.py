@@ -64,9 +64,9 @@ class Tracker(Contract, ABC, contract=True):
         """
 
     def log_artifact(self, file: Path) -> None:
-        """Take a file of the run, such as the page of ``wmtp report``, to keep it with the run. By default it is left alone.
+        """Store a file of the run, such as the page of ``wmtp report``; default: ignore it.
 
-        Called before `finish`. The file stays as it is until `finish` returns.
+        Called before `finish`. The file does not change until `finish` returns.
         """
 
     def saved(self, step: int) -> None:

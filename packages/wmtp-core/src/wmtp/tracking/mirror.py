@@ -82,7 +82,7 @@ class MirroredMLflow(Tracker):
         self._tracker.log_artifact(file)
 
     def saved(self, step: int) -> None:
-        """Copy what there is, in a thread of its own, unless the copy before is still under way."""
+        """Copy the database in the background, unless the last copy is still running."""
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._try_to_copy, name="wmtp-tracking-copy", daemon=True)
             self._thread.start()
@@ -140,7 +140,7 @@ class MirroredMLflow(Tracker):
 
 
 def move_artifacts(database: Path, run_id: str, folder: Path) -> None:
-    """Tell a database that the artifacts of its run, and of runs to come, are in another folder now.
+    """Change the artifact folder of a database, for its run and later ones.
 
     Args:
         database: MLflow's.

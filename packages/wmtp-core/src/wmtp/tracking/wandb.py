@@ -71,7 +71,7 @@ class Wandb(Tracker):
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand the metrics of one step to wandb's own process, which keeps them while its server is away."""
+        """Hand the metrics of one step to wandb, which buffers them while offline."""
         assert self._run is not None, "log before start"
         if new := {name: float(value) for name, value in metrics.items() if step > self._logged.get(name, -1)}:
             self._run.log({**new, "step": step})

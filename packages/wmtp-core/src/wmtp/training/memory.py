@@ -253,7 +253,7 @@ def explain_out_of_memory(
     world: int = 1,
     others: Mapping[str, ModelInfo] | None = None,
 ) -> Iterator[None]:
-    """Turn a lack of memory inside into an error that says what was expected and what helps.
+    """Turn an out-of-memory error inside into one with the estimate and advice.
 
     Args:
         config, info, heads, world, others: see `estimate_memory`.

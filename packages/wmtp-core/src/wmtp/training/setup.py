@@ -65,7 +65,7 @@ class Source:
 
 
 def open_source(config: Config) -> Source:
-    """Find the files that a config names, and check what can be checked without reading weights.
+    """Find a config's files, and check all that needs no weights.
 
     Raises:
         ConfigError: rows longer than a model's positions, a tokenizer that is not that of every model, or a base folder of
@@ -183,7 +183,7 @@ def _check_evaluators(info: ModelInfo, config: Config) -> None:
 
 
 def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Tokenizer) -> int:
-    """Refuse a model that a trainer needs unless it reads the run's tokens as the base model does; return its V."""
+    """Refuse a further model with another vocabulary than the base model; return its V."""
     from wmtp.models.vocabulary import check_vocabulary, compare_tokenizers
 
     key = f"models.{name}"

@@ -40,7 +40,7 @@ class StagePlan:
 
     @classmethod
     def make(cls, stages: Sequence[Stage], *, warmup_steps: int, total_steps: int, trainer_name: str) -> StagePlan:
-        """Put the heads' warm-up before the trainer's stages, and lay them all out over the run.
+        """Lay out the heads' warm-up and the trainer's stages over the run.
 
         Raises:
             ConfigError: the stages with a fixed length fill the whole run, so that the last one would never start.

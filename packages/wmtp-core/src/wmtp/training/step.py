@@ -393,7 +393,7 @@ class StepLoss:
     def _loss(
         self, part: _MicroBatch, output: MTPOutput, coefficients: Tensor, seen: _Seen, at_most: int | None
     ) -> tuple[Tensor, Tensor, HeadLoss | None]:
-        """Compute the weighted loss of a micro-batch, with gradient, its token losses, and what heads 2..H make of theirs."""
+        """Compute a micro-batch's weighted loss, token losses, and agreement of heads 2..H."""
         # where all token losses are known, only the predictions that teach something are computed again
         computed = part.targets.valid if seen.losses is None or seen.known is not None else coefficients != 0
         given = output.hidden, self._unembeddings(), part.targets.ids, coefficients, computed

@@ -113,7 +113,7 @@ class Lengths:
                 self._host = counts
 
     def chunks(self, number: int, rows: int, ahead: int) -> Iterator[tuple[int, int, bool]]:
-        """First and last row of each chunk of a list, and whether it has predictions with a coefficient.
+        """Yield first and last row of each chunk, and whether it has coefficients.
 
         Args:
             number: which list.

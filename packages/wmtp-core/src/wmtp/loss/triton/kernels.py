@@ -128,7 +128,7 @@ def measure_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Token loss, logarithm of the sum of the exponentials, and, with ``ENTROPY``, entropy of one row of logits."""
+    """Compute token loss, log-sum-exp and, with ``ENTROPY``, entropy of one row of logits."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     if tl.load(kind + row) != _PADDING:

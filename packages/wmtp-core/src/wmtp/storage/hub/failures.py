@@ -1,4 +1,4 @@
-"""Says in WMTP's words what went wrong between this machine and the hub, and what to do."""
+"""Explanation of errors between this machine and the hub, with advice."""
 
 from __future__ import annotations
 
