@@ -135,9 +135,12 @@ def test_another_base_under_the_same_name_ends_a_resume(adapted, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["full", "none"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
-def test_two_processes_learn_what_one_does(adapted, preloaded, strategy, precision, tmp_path):
+@pytest.mark.parametrize(("precision", "quantize"), [("fp32", ""), ("bf16-params", ""), ("fp32", "nf4")])
+def test_two_processes_learn_what_one_does(adapted, preloaded, strategy, precision, quantize, tmp_path):
     settings = ("--set", "train.max_steps=8", "--set", f"devices.precision={precision}")
+    if quantize:
+        pytest.importorskip("bitsandbytes")
+        settings += ("--set", f'models.base.quantize="{quantize}"')
     two = ("--set", "launcher.processes=2", "--set", f'devices.fsdp.strategy="{strategy}"')
     for name, extra in (("one", ()), ("two", two)):
         run = preloaded.run("run", adapted, "--run-name", name, *settings, *extra)
@@ -146,3 +149,34 @@ def test_two_processes_learn_what_one_does(adapted, preloaded, strategy, precisi
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert (tensor - other[name]).abs().max() < (1e-4 if precision == "fp32" else 2e-2), name
+
+
+def test_a_run_on_4_bits_is_resumed_bit_for_bit_and_exported(adapted, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    settings = ['models.base.quantize="nf4"', "train.max_steps=8", "optimizer.lr=0.02"]
+    whole = wmtp.run(adapted, run_name="whole", overrides=settings)
+    before = learned(whole.model)
+    for step in ("step-8", "step-10"):
+        shutil.rmtree(whole.run_dir / "checkpoints" / step, ignore_errors=True)
+    shutil.rmtree(whole.model)
+    wmtp.run(resume=whole.run_dir)
+    after = learned(whole.model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    measured = wmtp.evaluate(whole.run_dir, overrides=['eval=[{type="perplexity"}]'])
+    assert measured.numbers["perplexity/head_1"] == pytest.approx(math.exp(whole.metrics["eval/loss/head_1"]), rel=1e-4)
+    wmtp.export(whole.run_dir, tmp_path / "own", format="wmtp")
+    model, merged = wmtp.load_model(whole.run_dir), wmtp.load_model(tmp_path / "own")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).hidden[2], model(IDS).hidden[2], rtol=0, atol=1e-4)
+
+
+def test_4_bits_without_an_adapter_or_without_bitsandbytes_are_refused(adapted, monkeypatch):
+    import wmtp.config.adapter_rules as rules
+
+    monkeypatch.setattr(rules, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    with pytest.raises(ConfigError, match=r"quantize: needs bitsandbytes: pip install 'wmtp-core\[bnb\]'"):
+        wmtp.check(adapted, overrides=['models.base.quantize="nf4"'])
+    adapted.write_text(adapted.read_text().replace("[models.base.lora]\nrank = 4\n", ""))
+    with pytest.raises(ConfigError, match=r"quantize: weights in 4 bits cannot learn; add the table \[models\.base\.lora\]"):
+        wmtp.check(adapted, overrides=['models.base.quantize="nf4"'])

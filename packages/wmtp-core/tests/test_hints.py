@@ -92,7 +92,11 @@ def sections(cls, path=""):
 def test_every_key_that_a_hint_names_is_one():
     known = {*sections(Config), "models.base.uri", "models.base.attn_implementation", "optimizer.type", "tracker.type"}
     known |= {f"optimizer.{field.alias}" for field in attrs.fields(AdamW)} | {"tracker.project"}
-    known |= {"models.base.lora", *(f"models.base.lora.{field.alias}" for field in attrs.fields(LoraConfig))}
+    known |= {
+        "models.base.quantize",
+        "models.base.lora",
+        *(f"models.base.lora.{field.alias}" for field in attrs.fields(LoraConfig)),
+    }
     named = {key for here in NEIGHBOURS.values() for key in re.findall(r"\b[a-z]+(?:\.[a-z_]+)+", here)}
     assert len(named) > 25
     assert named <= known, named - known

@@ -198,9 +198,10 @@ def _quiet() -> Iterator[None]:
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """List parameters and persistent buffers, tied ones once; not what never learns, which the base's files hold."""
-    seen = {id(parameter) for parameter in model.fixed_parameters()} if isinstance(model, MTPModel) else set()
+    seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    state = model.learned_state() if isinstance(model, MTPModel) else model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[f"model.{name}"] = tensor.detach()

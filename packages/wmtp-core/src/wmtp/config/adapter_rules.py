@@ -1,4 +1,4 @@
-"""Rules of ``[models.base.lora]``. Needs neither torch nor peft."""
+"""Rules of ``[models.base.lora]`` and ``quantize``. Needs neither torch nor peft."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ __all__ = ["adapter_problems"]
 def adapter_problems(config: Config) -> Iterator[Problem]:
     """Say where adapters cannot be, and what they need that is not installed."""
     for name, model in config.models.items():
+        if model.quantize is not None:
+            yield from _quantized(name, config)
         if model.lora is None:
             continue
         path = ("models", name, "lora")
@@ -27,3 +29,15 @@ def adapter_problems(config: Config) -> Iterator[Problem]:
             )
         elif not config.launcher.remote and find_spec("peft") is None:
             yield Problem(path, "needs peft: pip install 'wmtp-core[lora]'")
+
+
+def _quantized(name: str, config: Config) -> Iterator[Problem]:
+    path = ("models", name, "quantize")
+    if name != "base":
+        yield Problem(path, "only models.base is quantized; remove this key")
+    elif config.models[name].lora is None:
+        yield Problem(path, "weights in 4 bits cannot learn; add the table [models.base.lora], or remove this key")
+    elif config.devices.device == "mps":
+        yield Problem(path, 'bitsandbytes has no kernels for devices.device = "mps"; remove this key')
+    elif not config.launcher.remote and find_spec("bitsandbytes") is None:
+        yield Problem(path, "needs bitsandbytes: pip install 'wmtp-core[bnb]'")

@@ -66,6 +66,7 @@ NEIGHBOURS: Final = {
         "use_dora lora_use_dora peft_use_dora": "models.base.lora.dora",
         "use_rslora peft_use_rslora": "models.base.lora.rslora",
         "adapter finetuning_type use_peft peft_config": "a table [models.base.lora]",
+        "load_in_4bit bnb_4bit_quant_type quantization_bit quantization_config": 'models.base.quantize = "nf4"',
         "gradient_checkpointing use_gradient_checkpointing": "devices.activation_checkpointing",
         "torch_compile": "devices.compile",
         "attn_implementation flash_attention flash_attn": "models.base.attn_implementation",

@@ -163,11 +163,13 @@ class ModelConfig:
         loader: where the model comes from. In TOML its keys are in the model's own table.
         heads: the multi-token-prediction heads; only ``base`` has them.
         lora: low-rank adapters; only ``base`` has them. Default: the whole model learns.
+        quantize: ``nf4`` keeps the weights of the decoder layers in 4 bits (QLoRA, arXiv 2305.14314); with adapters only.
     """
 
     loader: ModelLoaderConfig = component("model_loaders")
     heads: HeadsConfig | None = None
     lora: LoraConfig | None = None
+    quantize: Literal["nf4"] | None = None
 
 
 def _positive_numbers(_: object, attribute: Attribute[Mapping[str, float]], value: Mapping[str, float]) -> None:

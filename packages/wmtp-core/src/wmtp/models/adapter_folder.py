@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from attrs import frozen
@@ -43,6 +43,7 @@ class SavedAdapter:
         state: the tensors, named as in PEFT's files.
         base: the model that it belongs to.
         fingerprint: of that model; None where the files do not tell.
+        quantize: how its weights were kept while the adapter learned.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class SavedAdapter:
     state: Mapping[str, Tensor]
     base: BaseModelName
     fingerprint: str | None
+    quantize: Literal["nf4"] | None = None
 
 
 def need_peft(what: str) -> None:
@@ -125,7 +127,8 @@ def read_adapter(folder: Path, base: BaseModelName) -> SavedAdapter:
     from peft import LoraConfig
 
     own = read_json_object(folder / _OWN_CONFIG) if (folder / _OWN_CONFIG).is_file() else {}
-    if own and own.get("format") != _FORMAT:
+    quantize = own.get("quantize")
+    if own and (own.get("format") != _FORMAT or quantize not in (None, "nf4")):
         raise WMTPError(f"{folder / _OWN_CONFIG}: format {own.get('format')!r} is not known to this version of WMTP")
     try:
         with warnings.catch_warnings():
@@ -136,7 +139,7 @@ def read_adapter(folder: Path, base: BaseModelName) -> SavedAdapter:
         raise WMTPError(f"{folder}: the adapter cannot be read: {error}") from error
     config.lora_dropout, config.inference_mode = 0.0, False
     known = own.get("base_fingerprint")
-    return SavedAdapter(folder=folder, config=config, state=state, base=base, fingerprint=known)
+    return SavedAdapter(folder=folder, config=config, state=state, base=base, fingerprint=known, quantize=quantize)
 
 
 def adapter_dtype(folder: Path) -> torch.dtype:
@@ -176,5 +179,6 @@ def write_adapter(base: torch.nn.Module, adapter: Adapter, folder: Path, state: 
         "format": _FORMAT,
         "base_uri": None if adapter.base is None else adapter.base.uri,
         "base_fingerprint": adapter.fingerprint,
+        "quantize": adapter.quantize,
     }
     (folder / _OWN_CONFIG).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

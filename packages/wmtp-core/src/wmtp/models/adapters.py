@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from attrs import frozen
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from wmtp.config.schema import LoraConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.anatomy import find_layers, seeded
+from wmtp.models.quantized import dequantize_layers, quantize_layers
 from wmtp.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "make_peft_config",
     "merge",
     "put_on",
+    "quantize_base",
     "resolve_targets",
     "saved_name",
 ]
@@ -70,11 +72,13 @@ class Adapter:
         config: peft's ``LoraConfig``, whose targets are names of modules.
         base: the model that it belongs to; None where it is of no file.
         fingerprint: of that model's numbers; see `fingerprint`.
+        quantize: how the weights of its layers are kept while the adapter learns; None: as they are.
     """
 
     config: Any
     base: BaseModelName | None
     fingerprint: str
+    quantize: Literal["nf4"] | None = None
 
 
 def resolve_targets(base: PreTrainedModel, lora: LoraConfig) -> list[str]:
@@ -166,6 +170,7 @@ def put_on(
     base: BaseModelName | None = None,
     state: Mapping[str, Tensor] | None = None,
     known: str | None = None,
+    quantize: Literal["nf4"] | None = None,
 ) -> None:
     """Put an adapter into a model's own layers; nothing but it and heads 2..H can learn from now on.
 
@@ -176,6 +181,7 @@ def put_on(
         base: the model that the adapter belongs to.
         state: the adapter's tensors, by `saved_name`. Default: a new adapter.
         known: the fingerprint of the model, where its numbers are not here.
+        quantize: how its weights shall be kept; see `quantize_base`.
 
     Raises:
         WMTPError: the tensors do not fit.
@@ -185,7 +191,18 @@ def put_on(
         inject(model.base, config, state)
     config.base_model_name_or_path = None if base is None else base.name
     config.revision = None if base is None else base.revision
-    model.adapter = Adapter(config=config, base=base, fingerprint=numbers)
+    model.adapter = Adapter(config=config, base=base, fingerprint=numbers, quantize=quantize)
+
+
+def quantize_base(model: MTPModel, device: torch.device | None = None) -> None:
+    """Quantize the base as the model's adapter wants it; heads 2..H and the adapter itself stay as they are.
+
+    Args:
+        model: in place.
+        device: where weights are quantized, one at a time. Default: where they are.
+    """
+    if model.adapter is not None and model.adapter.quantize is not None:
+        quantize_layers(model.base, device or model.anatomy.output.weight.device)
 
 
 def inject(base: PreTrainedModel, config: Any, state: Mapping[str, Tensor] | None = None) -> None:
@@ -285,7 +302,11 @@ def fingerprint(base: nn.Module) -> str:
 
 @torch.no_grad()
 def merge(base: PreTrainedModel) -> None:
-    """Add a model's adapter to its weights, in fp32 at least, and take peft's modules out."""
+    """Add a model's adapter to its weights, in fp32 at least, and take peft's modules out.
+
+    What 4 bits have left of a weight counts: the adapter was learned on that.
+    """
+    dequantize_layers(base)
     adapted: list[tuple[str, Any]] = [(name, module) for name, module in base.named_modules() if _is_adapted(module)]
     for name, module in adapted:
         inner = module.get_base_layer()

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import WMTPError
-from wmtp.models.adapters import Adapter, put_on
+from wmtp.models.adapters import Adapter, put_on, quantize_base
 from wmtp.models.anatomy import Anatomy
 from wmtp.models.mtp import MTPModel
 from wmtp.models.native.found import Native
@@ -97,5 +97,7 @@ class Blueprint:
         model = MTPModel(base, self.heads, seed=0, known=(anatomy, self.packing), native=self.native)
         model.block_attention = self.block_attention
         if (adapter := self.adapter) is not None:
-            put_on(model, adapter.config, seed=0, base=adapter.base, known=adapter.fingerprint)
+            own = {"base": adapter.base, "known": adapter.fingerprint, "quantize": adapter.quantize}
+            put_on(model, adapter.config, seed=0, **own)
+            quantize_base(model)
         return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Literal
 
 from attrs import evolve
 from torch import Tensor
@@ -15,6 +16,7 @@ from wmtp.models.base import LoadedModel
 from wmtp.models.mtp import MTPModel
 from wmtp.models.native.found import Native
 from wmtp.models.native.tensors import head_tensors
+from wmtp.models.quantized import quantize_layers
 
 __all__ = ["build_model", "resolve_heads", "with_adapter_merged"]
 
@@ -28,6 +30,7 @@ def build_model(
     *,
     lora: LoraConfig | None = None,
     name: BaseModelName | None = None,
+    quantize: Literal["nf4"] | None = None,
 ) -> MTPModel:
     """Put heads on a loaded model, and an adapter: those that it brought, its own layers for that, or new ones.
 
@@ -37,6 +40,8 @@ def build_model(
         seed: of new heads, and of a new adapter.
         lora: the config's ``[models.base.lora]``; None takes the adapter that the files hold, if they do.
         name: of the model that a new adapter belongs to.
+        quantize: the config's ``models.base.quantize``, which counts with ``lora`` only. The weights are quantized by
+            `wmtp.models.adapters.quantize_base`, when they are where they shall be.
 
     Raises:
         ConfigError: the config wants other heads or another adapter than the model has, or the architecture cannot get any.
@@ -61,9 +66,13 @@ def build_model(
     if (brought := loaded.adapter) is not None:
         if lora is not None:
             check_same(brought.config, lora, loaded.model, brought.folder)
-        put_on(model, brought.config, seed=seed, base=brought.base, state=brought.state)
+            if quantize != brought.quantize:
+                was, now = (f'"{kind}"' if kind else "no quantize" for kind in (brought.quantize, quantize))
+                raise ConfigError(f"models.base.quantize: {now}, but the adapter was learned with {was}; write that")
+        saved = {"base": brought.base, "state": brought.state, "quantize": brought.quantize}
+        put_on(model, brought.config, seed=seed, **saved)
     elif lora is not None:
-        put_on(model, make_peft_config(loaded.model, lora), seed=seed, base=name)
+        put_on(model, make_peft_config(loaded.model, lora), seed=seed, base=name, quantize=quantize)
     return model
 
 
@@ -77,6 +86,8 @@ def with_adapter_merged(loaded: LoadedModel) -> LoadedModel:
         return loaded
     _log.info("%s: its adapter is merged into the model, all of which learns", loaded.adapter.folder)
     inject(loaded.model, loaded.adapter.config, loaded.adapter.state)
+    if loaded.adapter.quantize is not None:
+        quantize_layers(loaded.model, loaded.model.device)  # what the adapter was learned on
     merge(loaded.model)
     return evolve(loaded, adapter=None)
 

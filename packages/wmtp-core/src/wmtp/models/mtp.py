@@ -134,6 +134,13 @@ class MTPModel(nn.Module):
             return []
         return [parameter for name, parameter in self.base.named_parameters() if not is_adapter_name(name)]
 
+    def learned_state(self) -> dict[str, Tensor]:
+        """Return the state dict without what never learns; its tensors are the parameters themselves."""
+        state = self.state_dict(keep_vars=True)
+        if self.adapter is None:
+            return state
+        return {name: tensor for name, tensor in state.items() if not name.startswith("base.") or is_adapter_name(name)}
+
     def merge_adapter(self) -> None:
         """Add the adapter to the weights; what is left is a plain model that can be saved whole."""
         if self.adapter is not None:

@@ -15,6 +15,7 @@ from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError
 from wmtp.json_files import read_json_object
 from wmtp.models.adapter_folder import adapter_dtype
+from wmtp.models.adapters import quantize_base
 from wmtp.models.build import build_model
 from wmtp.models.vocabulary import check_vocabulary
 from wmtp.runs.directory import CONFIG_FILE, is_run_dir
@@ -160,7 +161,9 @@ def load_weights(path: Path, dtype: torch.dtype | None = None) -> MTPModel:
 
 
 def _read(path: Path, dtype: torch.dtype | None) -> MTPModel:
-    return build_model(_loader(path).load(path, dtype=dtype, seed=0), None, seed=0).eval()  # type: ignore[arg-type]
+    model = build_model(_loader(path).load(path, dtype=dtype, seed=0), None, seed=0).eval()  # type: ignore[arg-type]
+    quantize_base(model)
+    return model
 
 
 def saved_precision(path: Path) -> Literal["fp32", "bf16-params"]:

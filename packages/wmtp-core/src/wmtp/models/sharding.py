@@ -171,10 +171,7 @@ def whole_state(model: MTPModel, ranks: Ranks) -> dict[str, Tensor] | None:
         return None
     gathered: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
-    fixed = {id(parameter) for parameter in model.fixed_parameters()}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in fixed:
-            continue
+    for name, tensor in model.learned_state().items():
         if id(tensor) not in gathered:
             whole = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
             if not ranks.is_main:

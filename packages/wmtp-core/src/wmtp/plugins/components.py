@@ -28,7 +28,7 @@ KINDS: Final[dict[str, str]] = {
 }
 
 #: keys of ``[models.NAME]`` that are WMTP's own, beside those of the model loader
-OWN_TABLES: Final = ("heads", "lora")
+OWN_TABLES: Final = ("heads", "lora", "quantize")
 
 
 @runtime_checkable

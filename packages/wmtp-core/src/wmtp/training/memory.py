@@ -117,7 +117,6 @@ def estimate_memory(
     lora = config.models["base"].lora
     fixed = info.parameters if lora is not None else 0
     learned = head_parameters(info, heads) + (info.parameters if lora is None else adapter_parameters(info, lora))
-    parameters = fixed + learned
     rows = -(-data.batch_size // world)
     micro = min(data.micro_batch_size or rows, rows)
     tokens = micro * data.max_length
@@ -125,6 +124,11 @@ def estimate_memory(
     compute, residual = (2 if half else 4), (2 if devices.precision == "bf16-params" else 4)
     width = info.hidden_size
 
+    in_4_bits = 0
+    if config.models["base"].quantize is not None:  # with a scale of 4 bytes for 64; each process has all of it
+        quantized = info.layers * info.layer_parameters
+        fixed, in_4_bits = max(0, fixed - quantized), round(0.5625 * quantized)
+    parameters = fixed + learned
     shared = world > 1 and (devices.fsdp is None or devices.fsdp.strategy != "none")
     share = world if shared else 1
     of_fixed = 2 if devices.precision == "bf16-params" else 4
@@ -147,7 +151,7 @@ def estimate_memory(
             gradients //= 2  # they stay as they came
         gradients = max(0, gradients - activations)
     return MemoryEstimate(
-        parameters=(of_fixed * fixed + 4 * learned) // share + copies,
+        parameters=(of_fixed * fixed + 4 * learned) // share + in_4_bits + copies,
         gradients=gradients,
         optimizer=8 * learned // share,
         activations=activations,

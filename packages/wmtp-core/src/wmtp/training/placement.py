@@ -13,6 +13,7 @@ from wmtp.config.schema import Config, FsdpConfig
 from wmtp.devices import Precision
 from wmtp.distributed.ranks import Ranks
 from wmtp.models.acceleration import accelerate
+from wmtp.models.adapters import quantize_base
 from wmtp.models.sharding import spread
 from wmtp.optim.master_weights import MasterWeights
 from wmtp.training.setup import Source, load_base_model
@@ -30,8 +31,7 @@ def place_model(
     """Load the model onto its devices; return it with its fp32 copies, if any."""
     if fsdp is None:
         model = load_base_model(config, source)
-        if precision == "bf16-params":
-            _halve_fixed(model)
+        _shrink_fixed(model, precision, device)
         model = model.to(device)
         masters = MasterWeights(model, fixed=model.fixed_parameters()) if precision == "bf16-params" else None
         accelerate(model, config.devices)
@@ -39,8 +39,7 @@ def place_model(
 
     def load() -> MTPModel:
         loaded = load_base_model(config, source)
-        if precision == "bf16-params":
-            _halve_fixed(loaded)
+        _shrink_fixed(loaded, precision, device)
         if device.type == "cuda" and config.devices.attention == "auto":
             loaded.use_block_attention()  # found out by trying, which the empty models of the other ranks cannot
         return loaded
@@ -55,6 +54,13 @@ def place_model(
     if isinstance(model, FSDPModule) or precision != "bf16-params":
         return model, None
     return model, MasterWeights(model, fixed=model.fixed_parameters(), one_pass=ranks.world == 1)
+
+
+def _shrink_fixed(model: MTPModel, precision: Precision, device: torch.device) -> None:
+    """Keep what never learns as small as it may be, before it takes memory of the device."""
+    if precision == "bf16-params":
+        _halve_fixed(model)
+    quantize_base(model, device)
 
 
 def _halve_fixed(model: MTPModel) -> None:

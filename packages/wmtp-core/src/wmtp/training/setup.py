@@ -242,7 +242,7 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
     if base.lora is None:
         loaded = with_adapter_merged(loaded)
     name = None if source.model_path is None else name_base(str(base.loader.uri), source.model_path)
-    model = build_model(loaded, base.heads, config.run.seed, lora=base.lora, name=name)
+    model = build_model(loaded, base.heads, config.run.seed, lora=base.lora, name=name, quantize=base.quantize)
     if config.data.train.packing:
         model.check_packing()
     return model

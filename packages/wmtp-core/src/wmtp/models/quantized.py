@@ -1,0 +1,145 @@
+"""Linear maps whose weights are kept in 4 bits (NF4, arXiv 2305.14314, §3), by bitsandbytes, on GPUs and CPUs.
+
+Weights come back to the precision of the input for each product, in the forward and in the backward pass, so that numbers are
+the same with and without gradient, and nothing of a weight's full size is kept between.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from wmtp.errors import ConfigError
+from wmtp.models.anatomy import find_layers
+
+__all__ = ["Linear4Bit", "dequantize_layers", "quantize_layers"]
+
+#: weights that share a scale
+_BLOCK = 64
+
+
+class Linear4Bit(nn.Module):
+    """A linear map with a weight of 4 bits, which never learns.
+
+    Args:
+        shape: of the weight.
+        bias: as it was; None where there is none.
+        dtype: of the weight before.
+        device: of new memory for the weight.
+    """
+
+    packed: Tensor
+    scales: Tensor
+
+    def __init__(self, shape: torch.Size, bias: nn.Parameter | None, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        _load_operators()
+        self.out_features, self.in_features = shape
+        self.bias = bias
+        self.dtype = dtype
+        size = shape.numel()
+        # not among a model's tensors on disk: made again of the weight there
+        self.register_buffer("packed", torch.empty((-(-size // 2), 1), dtype=torch.uint8, device=device), persistent=False)
+        self.register_buffer("scales", torch.empty(-(-size // _BLOCK), device=device), persistent=False)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, device: torch.device) -> Linear4Bit:
+        """Quantize on ``device``; the result is where the weight was."""
+        weight = linear.weight.detach()
+        made = cls(weight.shape, linear.bias, weight.dtype, torch.device("meta") if weight.is_meta else weight.device)
+        if not weight.is_meta:
+            packed, scales = torch.ops.bitsandbytes.quantize_4bit.default(
+                weight.to(device).contiguous(), _BLOCK, "nf4", torch.uint8
+            )
+            made.packed.copy_(packed.view_as(made.packed))
+            made.scales.copy_(scales)
+        return made.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in its old precision; not a parameter."""
+        return _dequantized(self.packed, self.scales, self.out_features, self.in_features, self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        result = _Product.apply(x.to(dtype), self.packed, self.scales, self.out_features, self.in_features)
+        return result if self.bias is None else result + self.bias.to(dtype)
+
+    def extra_repr(self) -> str:
+        """Say what it is, as `nn.Linear` does."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, nf4"
+
+
+class _Product(torch.autograd.Function):
+    """x · Wᵀ, with W made anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
+        """See the class."""
+        ctx.save_for_backward(packed, scales)
+        ctx.shape = (rows, columns)
+        return torch.nn.functional.linear(x, _dequantized(packed, scales, rows, columns, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Pass the gradient of x on; the weight has none."""
+        (gradient,) = gradients
+        return gradient @ _dequantized(*ctx.saved_tensors, *ctx.shape, gradient.dtype), None, None, None, None
+
+
+def quantize_layers(base: PreTrainedModel, device: torch.device) -> None:
+    """Put 4-bit weights in the place of those of all linear maps in the decoder layers; adapters stay as they are.
+
+    Args:
+        base: in place; may be on the meta device.
+        device: where weights are quantized, one at a time.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed, or there are no such maps.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("4-bit weights need bitsandbytes: pip install 'wmtp-core[bnb]'")
+    layers = find_layers(base, base.base_model, lambda reason: ConfigError(f"models.base.quantize: {reason}"))
+    found = [(layer, name) for layer in layers for name, module in layer.named_modules() if _is_weight(name, module)]
+    if not found:
+        raise ConfigError("models.base.quantize: the decoder layers of this model have no nn.Linear to quantize; remove it")
+    for layer, name in found:
+        parent, _, leaf = name.rpartition(".")
+        setattr(layer.get_submodule(parent), leaf, Linear4Bit.of(layer.get_submodule(name), device))  # type: ignore[arg-type]
+
+
+def dequantize_layers(base: nn.Module) -> None:
+    """Put weights in their old precision back, in place."""
+    for path, module in list(base.named_modules()):
+        if isinstance(module, Linear4Bit):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight, linear.bias = nn.Parameter(module.weight), module.bias
+            parent, _, leaf = path.rpartition(".")
+            setattr(base.get_submodule(parent), leaf, linear.train(module.training))
+
+
+def _is_weight(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and not any(part.startswith("lora_") for part in name.split("."))
+
+
+def _dequantized(packed: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    exact = torch.float32 if dtype == torch.float64 else dtype
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, _BLOCK, "nf4", (rows, columns), exact).to(dtype)
+
+
+def _load_operators() -> None:
+    """Have bitsandbytes register its operators with torch."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it tells of a kernel that nobody asked for
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        logger.setLevel(level)
