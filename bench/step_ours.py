@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -135,11 +135,12 @@ _SETTINGS: dict[str, dict[str, str]] = {
 }
 
 
-def _run(
+def run(
     shape: Shape,
     warmup: int,
     steps: int,
     *,
+    make: Callable[[Shape, int], MTPModel] = _model,
     trainer: Trainer | None = None,
     precision: str = "bf16-params",
     checkpointing: Literal["none", "full", "selective"] = "none",
@@ -147,8 +148,12 @@ def _run(
     known: Any = None,
 ) -> float:
     with prefer_fast_attention(DEVICE):
-        model = _model(shape, shape.horizon)
-        masters = MasterWeights(model) if precision == "bf16-params" else None
+        model = make(shape, shape.horizon)
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # what made the model does not count
+        fixed = {id(parameter) for parameter in model.fixed_parameters()}
+        masters = MasterWeights(model, fixed=model.fixed_parameters()) if precision == "bf16-params" else None
         accelerate(model, DevicesConfig(activation_checkpointing=checkpointing, compile=True))
         trainer = trainer or _DataWeights()
 
@@ -170,7 +175,7 @@ def _run(
             )
         )
         modules = {name: module.to(DEVICE) for name, module in trainer.modules().items()}
-        parameters = list(model.parameters())
+        parameters = [parameter for parameter in model.parameters() if id(parameter) not in fixed]
         if masters is not None:
             parameters = masters.replace(parameters)
         parameters += [parameter for module in modules.values() for parameter in module.parameters()]
@@ -215,27 +220,27 @@ def _run(
 
 def baseline(shape: Shape, warmup: int, steps: int) -> float:
     """Weights known before the step."""
-    return _run(shape, warmup, steps)
+    return run(shape, warmup, steps)
 
 
 def selective(shape: Shape, warmup: int, steps: int) -> float:
     """With selective activation checkpointing."""
-    return _run(shape, warmup, steps, checkpointing="selective")
+    return run(shape, warmup, steps, checkpointing="selective")
 
 
 def full(shape: Shape, warmup: int, steps: int) -> float:
     """With full activation checkpointing."""
-    return _run(shape, warmup, steps, checkpointing="full")
+    return run(shape, warmup, steps, checkpointing="full")
 
 
 def autocast(shape: Shape, warmup: int, steps: int) -> float:
     """fp32 parameters under autocast."""
-    return _run(shape, warmup, steps, precision="bf16")
+    return run(shape, warmup, steps, precision="bf16")
 
 
 def packed(shape: Shape, warmup: int, steps: int) -> float:
     """Four documents a row, kept apart."""
-    return _run(shape, warmup, steps, documents_a_row=4)
+    return run(shape, warmup, steps, documents_a_row=4)
 
 
 class _Known:
@@ -255,14 +260,14 @@ def rho1_cached(shape: Shape, warmup: int, steps: int) -> float:
     from wmtp_algos import Rho1WMTP
 
     trainer = Rho1WMTP(mode="token-skip", reference_cache=True).build()
-    return _run(shape, warmup, steps, trainer=trainer, known=_Known(shape))
+    return run(shape, warmup, steps, trainer=trainer, known=_Known(shape))
 
 
 def rho1_online(shape: Shape, warmup: int, steps: int) -> float:
     """rho1, token-skip, reference losses by a forward pass of a model of the same size."""
     from wmtp_algos import Rho1WMTP
 
-    return _run(shape, warmup, steps, trainer=Rho1WMTP(mode="token-skip", reference_precision="bf16").build())
+    return run(shape, warmup, steps, trainer=Rho1WMTP(mode="token-skip", reference_precision="bf16").build())
 
 
 def critic(shape: Shape, warmup: int, steps: int) -> float:
@@ -270,4 +275,4 @@ def critic(shape: Shape, warmup: int, steps: int) -> float:
     from wmtp_algos.critic_config import CriticWMTP
 
     trainer = CriticWMTP(value_steps=1, value_learns=True, train_on="all").build()
-    return _run(shape, warmup, steps, trainer=trainer)
+    return run(shape, warmup, steps, trainer=trainer)

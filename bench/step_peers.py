@@ -75,7 +75,7 @@ def _naive(model: PlainMTP, hidden: list[Tensor], ids: Tensor, weights: Tensor) 
     return total / norm
 
 
-def _liger(model: PlainMTP, hidden: list[Tensor], ids: Tensor, weights: Tensor) -> Tensor:
+def liger(model: PlainMTP, hidden: list[Tensor], ids: Tensor, weights: Tensor) -> Tensor:
     """Liger's fused linear cross entropy a head, the loss of each token weighted."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
 
@@ -101,9 +101,10 @@ def _make(shape: Shape, loss: Loss, **options: bool) -> PlainMTP:
         return PlainMTP(shape, loss, **options).to(torch.bfloat16)
 
 
-def _loop(shape: Shape, warmup: int, steps: int, model: PlainMTP) -> float:
+def loop(shape: Shape, warmup: int, steps: int, model: PlainMTP) -> float:
     """A plain loop: bf16 parameters and optimizer, fused AdamW, pinned data."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
+    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learns, lr=1e-5, betas=(0.9, 0.95), fused=True)
     rows = [tuple(tensor.pin_memory() for tensor in shape.rows(step)) for step in range(2)]
     began = 0.0
     for step in range(warmup + steps):
@@ -112,7 +113,7 @@ def _loop(shape: Shape, warmup: int, steps: int, model: PlainMTP) -> float:
             began = time.perf_counter()
         ids, weights = (tensor.to("cuda", non_blocking=True) for tensor in rows[step % 2])
         model(ids, weights)["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learns, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
@@ -121,22 +122,22 @@ def _loop(shape: Shape, warmup: int, steps: int, model: PlainMTP) -> float:
 
 def loop_liger(shape: Shape, warmup: int, steps: int) -> float:
     """The strongest plain loop: compiled layers and Liger."""
-    return _loop(shape, warmup, steps, _make(shape, _liger, compiled=True))
+    return loop(shape, warmup, steps, _make(shape, liger, compiled=True))
 
 
 def loop_liger_full(shape: Shape, warmup: int, steps: int) -> float:
     """The same with every layer checkpointed."""
-    return _loop(shape, warmup, steps, _make(shape, _liger, compiled=True, checkpointed=True))
+    return loop(shape, warmup, steps, _make(shape, liger, compiled=True, checkpointed=True))
 
 
 def loop_liger_mean(shape: Shape, warmup: int, steps: int) -> float:
     """The same without weights: what it costs a peer to weigh."""
-    return _loop(shape, warmup, steps, _make(shape, _liger_mean, compiled=True))
+    return loop(shape, warmup, steps, _make(shape, _liger_mean, compiled=True))
 
 
 def naive(shape: Shape, warmup: int, steps: int) -> float:
     """Eager layers and all logits."""
-    return _loop(shape, warmup, steps, _make(shape, _naive, compiled=False))
+    return loop(shape, warmup, steps, _make(shape, _naive, compiled=False))
 
 
 class _Rows(torch.utils.data.Dataset):
@@ -180,6 +181,6 @@ def trainer_liger(shape: Shape, warmup: int, steps: int) -> float:
             disable_tqdm=True,
             dataloader_num_workers=2,
         )
-        model = _make(shape, _liger, compiled=True)
+        model = _make(shape, liger, compiled=True)
         Trainer(model=model, args=arguments, train_dataset=_Rows(shape, warmup + steps), callbacks=[Clock()]).train()
     return (times[1] - times[0]) / steps

@@ -1,0 +1,187 @@
+"""LoRA and QLoRA steps of WMTP and of a plain loop with peft and Liger: tokens per second and peak memory, on one GPU.
+
+    python bench/lora.py --batch 4
+    python bench/lora.py --rows qlora-full loop-qlora-full --batch 1 --json lora.json
+
+Every row trains a 7B Llama of random weights (V = 32,000) with block heads that learn in full, adapters of rank 16 on every
+linear map of the base's layers, and a weight for each token. The plain loop keeps all that learns in bf16, its optimizer too; WMTP keeps fp32 copies and fp32 means of it. Layers are compiled in both; ``-full`` checkpoints each layer.
+
+Needs peft and liger-kernel, and bitsandbytes for the rows of 4 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import step_ours
+import step_peers
+import torch
+from step_shape import Shape
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from wmtp.config.schema import HeadsConfig, LoraConfig
+from wmtp.models.adapters import quantize_base
+from wmtp.models.base import LoadedModel
+from wmtp.models.build import build_model
+from wmtp.models.mtp import MTPModel
+
+RANK = 16
+
+
+def _adapted(shape: Shape, horizon: int, *, quantize: Literal["nf4"] | None) -> MTPModel:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with step_ours.DEVICE:
+            base = LlamaForCausalLM(shape.config()).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    heads = HeadsConfig(horizon=horizon)
+    model = build_model(LoadedModel(model=base), heads, 0, lora=LoraConfig(rank=RANK), quantize=quantize)
+    fixed = {id(parameter) for parameter in model.fixed_parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) not in fixed)
+    quantize_base(model)
+    return model
+
+
+def ours(
+    shape: Shape, warmup: int, steps: int, *, quantize: Literal["nf4"] | None = None, mode: Literal["none", "full"] = "none"
+) -> float:
+    """The real loop, in ``bf16-params``."""
+    make = partial(_adapted, quantize=quantize)
+    return step_ours.run(shape, warmup, steps, make=make, checkpointing=mode)
+
+
+def whole(shape: Shape, warmup: int, steps: int) -> float:
+    """All of the model learns."""
+    return step_ours.full(shape, warmup, steps)
+
+
+def loop(shape: Shape, warmup: int, steps: int, *, quantize: bool = False, checkpointed: bool = False) -> float:
+    """What one writes with peft and Liger."""
+    import peft
+
+    with step_ours.DEVICE:
+        torch.set_default_dtype(torch.bfloat16)
+        model = step_peers.PlainMTP(shape, step_peers.liger, compiled=True, checkpointed=checkpointed)
+        torch.set_default_dtype(torch.float32)
+    if quantize:
+        _quantize(model.base)
+    settings = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft.inject_adapter_in_model(settings, model.base)
+    for name, parameter in model.base.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+        else:
+            parameter.requires_grad_(False)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return step_peers.loop(shape, warmup, steps, model)
+
+
+def _quantize(base: nn.Module) -> None:
+    """Put bitsandbytes' own layers in, as transformers does when it loads a model in 4 bits."""
+    import bitsandbytes as bnb
+
+    for layer in base.model.layers:  # type: ignore[union-attr]
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                made = bnb.nn.Linear4bit(
+                    module.in_features,
+                    module.out_features,
+                    bias=False,
+                    compute_dtype=torch.bfloat16,
+                    quant_type="nf4",
+                    device="meta",
+                )
+                made.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4").to(
+                    step_ours.DEVICE
+                )
+                parent, _, leaf = name.rpartition(".")
+                setattr(layer.get_submodule(parent), leaf, made)
+    base.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
+ROWS: dict[str, Callable[[Shape, int, int], float]] = {
+    "loop-lora": loop,
+    "loop-lora-full": partial(loop, checkpointed=True),
+    "loop-qlora": partial(loop, quantize=True),
+    "loop-qlora-full": partial(loop, quantize=True, checkpointed=True),
+    "lora": ours,
+    "lora-full": partial(ours, mode="full"),
+    "qlora": partial(ours, quantize="nf4"),
+    "qlora-full": partial(ours, quantize="nf4", mode="full"),
+    "all-full": whole,
+}
+
+
+def main() -> None:
+    """Run the rows that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[row for row in ROWS if row != "all-full"])
+    for name, value in (("vocab", 32_000), ("hidden", 4096), ("layers", 32), ("ffn", 11_008), ("attention-heads", 32)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--kv-heads", type=int, default=32)
+    parser.add_argument("--horizon", type=int, default=4)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    given = vars(parser.parse_args())
+    rows, warmup, steps, file = (given.pop(name) for name in ("rows", "warmup", "steps", "json"))
+    shape = Shape(**given)
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, B = {shape.batch}, S = {shape.length}, H = {shape.horizon}"
+    )
+    print(f"{'row':<18}{'tokens/s':>10}{'ms':>9}{'peak GiB':>10}{'vs loop':>9}{'start s':>9}", flush=True)
+    results: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        began = time.monotonic()
+        result = results[row] = measure(row, shape, warmup, steps)
+        if "failed" in result:
+            print(f"{row:<18}{result['failed']:>10}", flush=True)
+        else:
+            peer = results.get(f"loop-{row}", {}).get("tokens_per_second")
+            ratio = "-" if peer is None else f"{result['tokens_per_second'] / peer:.3f}"
+            start = time.monotonic() - began - steps * result["seconds"]
+            print(
+                f"{row:<18}{result['tokens_per_second']:>10,.0f}{1e3 * result['seconds']:>9.1f}{result['peak_gib']:>10.1f}"
+                f"{ratio:>9}{start:>9.0f}",
+                flush=True,
+            )
+        if file:
+            about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "batch": shape.batch}
+            file.write_text(json.dumps({"about": about, "rows": results}, indent=1) + "\n")
+
+
+def measure(row: str, shape: Shape, warmup: int, steps: int) -> dict[str, Any]:
+    """Measure one row: seconds a step, tokens a second, and the most memory that its steps took."""
+    torch.cuda.synchronize()
+    gc.collect()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    try:
+        seconds = ROWS[row](shape, warmup, steps)
+    except torch.OutOfMemoryError:
+        return {"failed": "no memory"}
+    except Exception as error:
+        traceback.print_exc(limit=-6)
+        return {"failed": f"{type(error).__name__}"}
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return {"seconds": seconds, "tokens_per_second": shape.tokens / seconds, "peak_gib": peak}
+
+
+if __name__ == "__main__":
+    main()
