@@ -4,7 +4,8 @@
     python bench/lora.py --rows qlora-full loop-qlora-full --batch 1 --json lora.json
 
 Every row trains a 7B Llama of random weights (V = 32,000) with block heads that learn in full, adapters of rank 16 on every
-linear map of the base's layers, and a weight for each token. The plain loop keeps all that learns in bf16, its optimizer too; WMTP keeps fp32 copies and fp32 means of it. Layers are compiled in both; ``-full`` checkpoints each layer.
+linear map of the base's layers, and a weight for each token. The plain loop keeps all that learns in bf16, its optimizer too;
+WMTP keeps fp32 copies and fp32 means of it. Layers are compiled in both; ``-full`` checkpoints each layer.
 
 Needs peft and liger-kernel, and bitsandbytes for the rows of 4 bits.
 """
@@ -103,7 +104,7 @@ def _quantize(base: nn.Module) -> None:
                     quant_type="nf4",
                     device="meta",
                 )
-                made.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4").to(
+                weight: Any = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4").to(
                     step_ours.DEVICE
                 )
                 parent, _, leaf = name.rpartition(".")

@@ -62,7 +62,7 @@ class Linear4Bit(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in its old precision; not a parameter."""
+        """Weight in its old precision; not a parameter."""
         return _dequantized(self.packed, self.scales, self.out_features, self.in_features, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,7 +91,9 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Pass the gradient of x on; the weight has none."""
         (gradient,) = gradients
-        return gradient @ _dequantized(*ctx.saved_tensors, *ctx.shape, gradient.dtype), None, None, None, None
+        packed, scales = ctx.saved_tensors
+        rows, columns = ctx.shape
+        return gradient @ _dequantized(packed, scales, rows, columns, gradient.dtype), None, None, None, None
 
 
 def quantize_layers(base: PreTrainedModel, device: torch.device) -> None:
@@ -120,7 +122,8 @@ def dequantize_layers(base: nn.Module) -> None:
     for path, module in list(base.named_modules()):
         if isinstance(module, Linear4Bit):
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            linear.weight, linear.bias = nn.Parameter(module.weight), module.bias
+            linear.weight = nn.Parameter(module.weight)
+            linear.register_parameter("bias", module.bias)
             parent, _, leaf = path.rpartition(".")
             setattr(base.get_submodule(parent), leaf, linear.train(module.training))
 
