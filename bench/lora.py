@@ -104,9 +104,8 @@ def _quantize(base: nn.Module) -> None:
                     quant_type="nf4",
                     device="meta",
                 )
-                weight: Any = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4").to(
-                    step_ours.DEVICE
-                )
+                weight: Any = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                made.weight = weight.to(step_ours.DEVICE)
                 parent, _, leaf = name.rpartition(".")
                 setattr(layer.get_submodule(parent), leaf, made)
     base.is_loaded_in_4bit = True  # type: ignore[assignment]
