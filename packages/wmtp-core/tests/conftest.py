@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +30,13 @@ def without_the_compiler(monkeypatch):
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.fixture
+def mbpp():
+    """The folder of MBPP's files."""
+    root = Path(__file__).parents[3]
+    path = Path(os.environ.get("WMTP_TEST_MBPP", root.parent / "shared" / "data" / "mbpp"))
+    if not (path / "train.jsonl").is_file():
+        pytest.skip("MBPP is not at hand; set WMTP_TEST_MBPP to its folder")
+    return path

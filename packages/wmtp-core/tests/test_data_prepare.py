@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import attrs
 import pytest
@@ -403,17 +402,6 @@ def test_mbpp_is_read_where_it_is_at_hand(tmp_path, mbpp):
 
     data = prepare(tmp_path, {"mbpp": Mbpp(uri="")}, {"mbpp": mbpp}, evaluation=EvalDataConfig(holdout=0.1), max_length=2048)
     assert len(data.train) + len(data.eval) == 374
-
-
-@pytest.fixture
-def mbpp():
-    import os
-
-    root = Path(__file__).parents[3]
-    path = Path(os.environ.get("WMTP_TEST_MBPP", root.parent / "shared" / "data" / "mbpp"))
-    if not (path / "train.jsonl").is_file():
-        pytest.skip("MBPP is not at hand; set WMTP_TEST_MBPP to its folder")
-    return path
 
 
 @attrs.frozen(kw_only=True)
