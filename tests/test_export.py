@@ -223,6 +223,8 @@ def test_the_card_says_what_the_run_knows_and_what_nobody_does(tmp_path, recipe,
         assert "max_steps = 6" in card
         last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
         assert f"| loss/head_2 | {last['loss/head_2']:.4f} | 6 |" in card
+        assert "| metric | step 3 | step 6 |" in card, "before and after"
+        assert f" | {last['eval/tokens_per_forward']:.4g} |" in card
         found = json.loads((folder / "evaluation-details.json").read_text())["perplexity"]["results"]["head_2"]
         interval = f"{found['low']:.4g} to {found['high']:.4g}"
         assert f"| perplexity | head_2 | {found['value']:.4g} | {interval} | {found['n']} documents |" in card

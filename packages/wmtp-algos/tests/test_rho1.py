@@ -15,7 +15,8 @@ from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, make_view, pad,
 from wmtp.trainers import Stage, TrainerSetup
 from wmtp.training.step import StepLoss
 from wmtp_algos import Rho1WMTP
-from wmtp_algos.rho1_wmtp import Rho1WMTPTrainer, next_token_losses
+from wmtp_algos.reference import next_token_losses
+from wmtp_algos.rho1_wmtp import Rho1WMTPTrainer
 
 
 def reference_model(dtype=torch.float64, seed=3):

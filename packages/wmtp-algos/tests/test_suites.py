@@ -9,6 +9,7 @@ from wmtp.plugins.contract import TrainerConfig
 from wmtp.testing import TrainerTests
 from wmtp.trainers import Stage, Trainer
 from wmtp_algos import (
+    ASFT,
     DFT,
     EAFT,
     AdaMTP,
@@ -21,6 +22,7 @@ from wmtp_algos import (
     RandomMatched,
     Rho1WMTP,
     Shuffled,
+    SSToken,
 )
 
 
@@ -42,6 +44,14 @@ class TestRho1ByReference(TrainerTests):
 
 class TestDFT(TrainerTests):
     config = DFT()
+
+
+class TestASFT(TrainerTests):
+    config = ASFT()
+
+
+class TestSSToken(TrainerTests):
+    config = SSToken(keep=0.4, scope="sequence", reference_precision="bf16", reference_device="cpu")
 
 
 class TestFocal(TrainerTests):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from wmtp_algos.adamtp import AdaMTP
+from wmtp_algos.asft import ASFT
 from wmtp_algos.baseline_mtp import BaselineMTP
 from wmtp_algos.column import Column
 from wmtp_algos.config import RandomMatched, Rho1WMTP, Shuffled
@@ -12,8 +13,10 @@ from wmtp_algos.eaft import EAFT
 from wmtp_algos.entropy_top import EntropyTop
 from wmtp_algos.focal import Focal
 from wmtp_algos.horizon_decay import HorizonDecay
+from wmtp_algos.sstoken import SSToken
 
 __all__ = [
+    "ASFT",
     "DFT",
     "EAFT",
     "AdaMTP",
@@ -25,5 +28,6 @@ __all__ = [
     "HorizonDecay",
     "RandomMatched",
     "Rho1WMTP",
+    "SSToken",
     "Shuffled",
 ]

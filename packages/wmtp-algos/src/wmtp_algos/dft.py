@@ -23,7 +23,7 @@ class DFT(Trainer):
     It cancels the 1/p in the gradient of the cross entropy, so unlikely tokens no longer dominate. Where new facts are to be
     learned, whose tokens *are* unlikely, it does harm. Published with the mean over tokens: set
     ``train.normalizer = "valid"``. With ``sum_w`` the steps are several times as large, and the model may collapse onto what is
-    certain already.
+    certain already; `asft` anchors it.
 
     w[t, k] = P_k(x[t+k] | x_≤t) = exp(−CE[t, k]).
     """

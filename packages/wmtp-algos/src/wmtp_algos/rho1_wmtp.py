@@ -8,21 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wmtp.data.batch import align_targets
-from wmtp.errors import ConfigError
-from wmtp.loss import token_losses
 from wmtp.trainers import HiddenView, StepView, Trainer, TrainerSetup
+from wmtp_algos.reference import next_token_losses, open_reference
 from wmtp_algos.selection import Groups
 
 if TYPE_CHECKING:
-    from wmtp.data.batch import Batch
-    from wmtp.models.mtp import MTPModel
     from wmtp_algos.config import Rho1WMTP
 
-__all__ = ["Rho1WMTPTrainer", "next_token_losses"]
+__all__ = ["Rho1WMTPTrainer"]
 
 _KNOWN = "next-token loss"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Rho1WMTPTrainer(Trainer):
@@ -49,10 +44,9 @@ class Rho1WMTPTrainer(Trainer):
     def setup(self, setup: TrainerSetup) -> None:
         """See `Trainer.setup`."""
         config = self._config
-        device = setup.device if config.reference_device is None else _device(config.reference_device)
         self._known = setup.token_numbers("ref", f"{_KNOWN} {config.reference_precision}") if config.reference_cache else None
         if self._known is None or not self._known.complete:
-            self._reference = setup.model("ref", dtype=_DTYPES[config.reference_precision], device=device)
+            self._reference = open_reference(config, setup, "ref")
 
     def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
         """``reference_loss``: CE_ref of each token, ``[b, S]``."""
@@ -87,38 +81,7 @@ class Rho1WMTPTrainer(Trainer):
         return self._metrics
 
 
-@torch.no_grad()
-def next_token_losses(model: MTPModel, batch: Batch, packed: bool) -> Tensor:
-    """A model's own next-token loss of each token, by one forward pass.
-
-    Args:
-        model: anywhere; it computes in the precision of its parameters.
-        batch: b rows.
-        packed: whether some row holds several documents; none of them sees another.
-
-    Returns:
-        ``[b, S]`` fp32 on the batch's device: −log P(x_j | x_<j) at place j, for every token to learn but the first of its
-        document, which follows nothing; 0 elsewhere.
-    """
-    targets = align_targets(batch, horizon=1)
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, enabled=False):
-        output = model(batch.input_ids.to(device), batch.position.to(device), packed)
-        losses = token_losses(output.hidden, [model.unembedding(1)], targets.ids.to(device), targets.valid.to(device))
-    by_token = torch.zeros(batch.input_ids.shape, device=batch.input_ids.device)
-    by_token[:, 1:] = losses[:, :-1, 0]  # what is predicted at j − 1 is token j
-    return by_token
-
-
 def _mean(view: StepView, values: Tensor) -> Tensor:
     """Average over the valid predictions."""
     valid = view.targets.valid
     return torch.where(valid, values, 0.0).sum() / valid.sum()
-
-
-def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= counts[device.type]:
-        raise ConfigError(f"rho1-wmtp: reference_device: this machine has no {name} that torch can use")
-    return device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wmtp.config.rules import required_models
+from wmtp.config.rules import models_beside
 from wmtp.config.schema import Config, HeadsConfig
 from wmtp.models.outline import outline
 from wmtp.training.memory import cheaper_settings, describe_shortage, estimate_memory, too_large
@@ -23,7 +23,7 @@ def memory_outlook(config: Config) -> tuple[str, list[str]]:
     heads = base.heads or HeadsConfig()
     processes = config.launcher.processes
     world = processes if isinstance(processes, int) else 1
-    names = list(required_models(config))
+    names = list(models_beside(config))
     found = {name: outline(config.models[name].loader) for name in names if name in config.models}
     others = {name: other for name, other in found.items() if other is not None}
     estimate = estimate_memory(config, info, heads, world=world, others=others)

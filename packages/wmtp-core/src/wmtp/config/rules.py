@@ -26,7 +26,7 @@ from wmtp.storage.hub.names import both_readings, plain_name
 from wmtp.storage.uris import PACKAGES, backend_for, file_path, scheme_of
 from wmtp.tokenizers.chat_template import template_source
 
-__all__ = ["Need", "check", "check_loaded", "component_problems", "is_secret", "required_models"]
+__all__ = ["Need", "check", "check_loaded", "component_problems", "is_secret", "models_beside", "required_models"]
 
 _MODELS: Final = ("base", "ref", "rm", "critic")
 _RUN_NAME: Final = re.compile(r"[\w][\w.+=@ -]*(?<! )")
@@ -159,6 +159,12 @@ def required_models(config: Config) -> dict[str, Need]:
         for name in getattr(placed.config, key)
         if name != "base"
     }
+
+
+def models_beside(config: Config) -> list[str]:
+    """Name the models that are in memory beside the trained one; ``base`` where a trainer needs it as it was at the start."""
+    trainers = [placed.config for placed in components(config) if placed.kind == "trainers"]
+    return [*required_models(config), *(["base"] if any("base" in trainer.required_models for trainer in trainers) else [])]
 
 
 def _models(config: Config) -> Iterator[Problem]:

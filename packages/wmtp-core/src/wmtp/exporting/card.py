@@ -182,6 +182,7 @@ def _training(run_dir: Path) -> Iterator[str]:
     yield "\n".join(f"- `{name}`: {_component(datasets[name])}" for name in used if name in datasets) or "Not recorded."
     yield "### Metrics"
     yield from _metrics(steps)
+    yield from _drafts(steps)
     yield "### Settings"
     yield f"```toml\n{tomli_w.dumps({key: _public(config[key]) for key in _SETTINGS if key in config})}```"
 
@@ -198,6 +199,24 @@ def _metrics(steps: list[dict[str, Any]]) -> Iterator[str]:
     yield "Cross entropy in nats a token, of the last step at which each was logged; `eval/` is on data held out from training."
     rows = [f"| {name} | {value:.4f} | {step:,} |" for name, (value, step) in last.items()]
     yield "\n".join(["| metric | value | step |", "| --- | --- | --- |", *rows])
+
+
+def _drafts(steps: list[dict[str, Any]]) -> Iterator[str]:
+    """Show how many drafts head 1 would accept, at the first and at the last evaluation."""
+    measured = [record for record in steps if "eval/tokens_per_forward" in record]
+    if not measured:
+        return
+    first, last = measured[0], measured[-1]
+    names = [
+        name for name in last if name.startswith(("eval/acceptance/", "eval/accepted/")) or name == "eval/tokens_per_forward"
+    ]
+    yield (
+        "Drafts of heads 2..H that head 1 would accept on data held out from training: `acceptance` sampled, by head; `accepted` "
+        "greedy, all up to a depth; `tokens_per_forward` 1 + their sum."
+    )
+    rows = [f"| {name} | {_number(first.get(name))} | {_number(last[name])} |" for name in names]
+    header = [f"| metric | step {first['step']:,} | step {last['step']:,} |", "| --- | --- | --- |"]
+    yield "\n".join([*header, *rows])
 
 
 def _evaluation(run_dir: Path) -> Iterator[str]:

@@ -151,7 +151,8 @@ class ComponentConfig(Contract, contract=True, keys=("uri",)):
 class TrainerConfig(ComponentConfig, contract=True, keys=("reference_device", "reference_precision")):
     """Config class of an algorithm. A `wmtp.Trainer` without state is its own; this is for those with state."""
 
-    #: sections ``[models.*]`` besides ``base`` that the algorithm needs, with the base model's vocabulary; may be a property
+    #: sections ``[models.*]`` besides ``base`` that the algorithm needs, with the base model's vocabulary; may be a property.
+    #: ``base`` itself: the model as it was at the start, once more beside the one that learns
     required_models: ClassVar[tuple[str, ...]] = ()
     #: sections ``[models.*]`` with sequence classifiers of one output, with any vocabulary; may be a property
     reward_models: ClassVar[tuple[str, ...]] = ()

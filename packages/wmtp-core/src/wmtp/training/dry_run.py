@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from wmtp.checkpoints.remote import remote_checkpoints
-from wmtp.config.rules import required_models
+from wmtp.config.rules import models_beside
 from wmtp.config.schema import Config, HeadsConfig
 from wmtp.devices import count_devices, pick_device
 from wmtp.trainers.checks import check_data
@@ -68,7 +68,7 @@ def _memory(config: Config, source: Source, heads: HeadsConfig, device: torch.de
     """Estimate the memory, and compare it with the device's."""
     others = {
         name: config.models[name].loader.build().info(source.place.path(config.models[name].loader, f"models.{name}"))
-        for name in required_models(config)
+        for name in models_beside(config)
     }
     processes = config.launcher.processes
     world = processes if isinstance(processes, int) else count_devices(device) or 1

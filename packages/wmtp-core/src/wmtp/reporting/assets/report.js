@@ -58,7 +58,7 @@
     const fact = name => [name, run => run.facts[name] ?? "–"];
     const rows = [
       ...names.filter(name => !long.includes(name)).map(fact),
-      ...["loss", "eval/loss", "eval/loss/head_1"].filter(name => runs.some(run => run.curves[name]))
+      ...["loss", "eval/loss", "eval/loss/head_1", "eval/tokens_per_forward"].filter(name => runs.some(run => run.curves[name]))
         .map(name => [`last ${title(name)}`, last(name)]),
       ...measured.map(name => [title(name), estimated(name)]),
       ...names.filter(name => long.includes(name)).map(fact),
@@ -93,6 +93,8 @@
 
   const GROUPS = [
     ["loss", "Loss of every head", name => /^(loss|eval\/loss)(\/|$)/.test(name)],
+    ["drafts", "Drafts that the model would accept",
+      name => /^(eval\/)?(acceptance|top1|accepted|objective)\//.test(name) || name === "eval/tokens_per_forward"],
     ["weights", "Weights", name => /^(weight|weighted_loss)\//.test(name)],
     ["more", "What the algorithm measures", name => name.includes("/") && !name.startsWith("eval/")],
     ["machine", "Speed and optimizer", () => true],

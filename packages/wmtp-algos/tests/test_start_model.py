@@ -1,0 +1,109 @@
+"""asft and sstoken, which look back at the model of the start, against plain computations."""
+
+import contextlib
+
+import pytest
+import torch
+from attrs import evolve
+
+from wmtp.config.schema import HeadsConfig
+from wmtp.errors import ConfigError
+from wmtp.models.mtp import MTPModel
+from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, make_view, random_step, tiny_model
+from wmtp.trainers import Stage, TrainerSetup
+from wmtp.training.step import StepLoss
+from wmtp_algos import ASFT, DFT, SSToken
+
+
+def model(seed=3, horizon=1):
+    return MTPModel(tiny_model(seed=seed), HeadsConfig(horizon=horizon), seed=0).double().eval()
+
+
+def set_up(config, start):
+    trainer = config.build()
+    trainer.setup(
+        TrainerSetup(
+            hidden_size=HIDDEN_SIZE, vocab_size=VOCAB_SIZE, horizon=HORIZON, device=torch.device("cpu"), seed=0, tokenizer=None,
+            model=lambda name, *, dtype, device: {"base": start}[name], token_numbers=None,
+        )
+    )  # fmt: skip
+    return trainer
+
+
+def learn(trainer, learner, batch, normalizer="valid", micro=99):
+    learner.zero_grad(set_to_none=True)
+    loss = StepLoss(
+        model=learner, trainer=trainer, trainer_name="asft", micro_batch_size=micro, normalizer=normalizer,
+        device=torch.device("cpu"), autocast=contextlib.nullcontext, seed=0,
+    )  # fmt: skip
+    output = loss(batch, 0, Stage())
+    return output, {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("micro", [1, 99])
+def test_asft_is_dft_and_the_divergence_from_the_start(packed, micro):
+    start, learner = model().requires_grad_(False), model(seed=4, horizon=HORIZON)
+    batch = random_step(1, packed=packed).batch
+    found, gradients = learn(set_up(ASFT(kl_weight=0.3), start), learner, batch, micro=micro)
+    plain, expected = learn(DFT(), learner, batch)
+
+    learner.zero_grad(set_to_none=True)
+    output, before = (m(batch.input_ids, batch.position, batch.packed) for m in (learner, start))
+    p, q = start.logits(before, 1).softmax(-1), learner.logits(output, 1).softmax(-1)
+    terms = []
+    for b in range(len(batch.input_ids)):
+        for t in range(batch.input_ids.shape[1] - 1):
+            if batch.document[b, t] == batch.document[b, t + 1] and batch.learn[b, t + 1]:
+                terms.append((p[b, t] * (p[b, t] / q[b, t]).log()).sum())
+    anchor = 0.3 * sum(terms) / len(terms)
+    anchor.backward()
+    torch.testing.assert_close(found.metrics["auxiliary/anchor"].double(), anchor.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.loss, plain.loss + anchor.detach(), rtol=1e-6, atol=0, check_dtype=False)
+    for name, parameter in learner.named_parameters():
+        whole = expected[name] + (0 if parameter.grad is None else parameter.grad)
+        torch.testing.assert_close(gradients[name], whole, rtol=1e-5, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_asft_at_the_start_model_has_nothing_to_pull_back():
+    learner, batch = model(horizon=HORIZON), random_step(1, packed=True).batch
+    found, _ = learn(set_up(ASFT(), model().requires_grad_(False)), learner, batch)
+    assert abs(float(found.metrics["auxiliary/anchor"])) < 1e-12
+    without, _ = learn(set_up(ASFT(kl_weight=0.0), None), learner, batch)
+    assert "auxiliary/anchor" not in without.metrics
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence", "head"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_sstoken_learns_what_has_got_better(scope, packed):
+    start = model().requires_grad_(False)
+    trainer, step = set_up(SSToken(keep=0.4, scope=scope), start), random_step(2, packed=packed, rows=5)
+    batch = step.batch
+    weights = trainer.token_weights(make_view(trainer, step))
+    output = start(batch.input_ids, batch.position, batch.packed)
+    log_p = start.logits(output, 1).log_softmax(-1)
+    groups = {}
+    for b, t, k in make_view(trainer, step).targets.valid.nonzero().tolist():
+        j = t + k + 1
+        rel = -float(log_p[b, j - 1, batch.input_ids[b, j]]) - float(step.token_loss[b, t, k])
+        group = {"batch": 0, "sequence": int(batch.document[b, t]), "head": k}[scope]
+        groups.setdefault(group, []).append((rel, b, t, k))
+    for members in groups.values():
+        members.sort(key=lambda member: -member[0])
+        kept = max(1, round(0.4 * len(members)))
+        assert [float(weights[member[1:]]) for member in members] == [1.0] * kept + [0.0] * (len(members) - kept)
+    assert trainer.metrics()["sstoken/progress"] == pytest.approx(
+        sum(rel for members in groups.values() for rel, *_ in members) / sum(map(len, groups.values())), rel=1e-5
+    )
+    broken = evolve(step, token_loss=torch.full_like(step.token_loss, torch.nan))
+    assert trainer.token_weights(make_view(trainer, broken)).isnan().any()
+
+
+def test_what_is_not_built_is_refused_and_a_missing_device_named():
+    assert list(SSToken(gamma=0.5).check()) == [
+        "gamma: 0.5, and only 1 is built: importance by attention is not; write 1, or remove it"
+    ]
+    assert not list(SSToken().check())
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="asft: reference_device: this machine has no cuda that torch can use"):
+            set_up(ASFT(reference_device="cuda"), None)
