@@ -211,8 +211,8 @@ def _drafts(steps: list[dict[str, Any]]) -> Iterator[str]:
         name for name in last if name.startswith(("eval/acceptance/", "eval/accepted/")) or name == "eval/tokens_per_forward"
     ]
     yield (
-        "Drafts of heads 2..H that head 1 would accept on data held out from training: `acceptance` sampled, by head; `accepted` "
-        "greedy, all up to a depth; `tokens_per_forward` 1 + their sum."
+        "Drafts of heads 2..H that head 1 would accept on data held out from training: `acceptance` sampled, by head; "
+        "`accepted` greedy, all up to a depth; `tokens_per_forward` 1 + their sum."
     )
     rows = [f"| {name} | {_number(first.get(name))} | {_number(last[name])} |" for name in names]
     header = [f"| metric | step {first['step']:,} | step {last['step']:,} |", "| --- | --- | --- |"]
