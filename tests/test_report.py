@@ -124,7 +124,9 @@ def test_a_page_has_curves_weights_facts_and_coloured_texts_that_explain_themsel
         write_report([run]),
         """
         const tokens = [...document.querySelectorAll('.text .token')];
-        const before = { headings: [...document.querySelectorAll('h2')].map(e => e.textContent),
+        const before = {
+          lead: document.querySelector(".lead").textContent, delta: document.querySelector('.delta b').textContent,
+          headings: [...document.querySelectorAll('h2')].map(e => e.textContent),
           charts: [...document.querySelectorAll('figcaption')].map(e => e.textContent),
           drawn: document.querySelectorAll('canvas').length,
           legend: [...document.querySelector('figure').querySelectorAll('.u-label')].map(e => e.textContent),
@@ -138,7 +140,10 @@ def test_a_page_has_curves_weights_facts_and_coloured_texts_that_explain_themsel
         return before;
         """,
     )
-    assert found["headings"][:3] == ["Run", "Loss of every head", "Texts, each token coloured by the weight it got"]
+    assert found["headings"][:2] == ["Texts, each token coloured by the weight it got", "Loss of every head"]
+    assert found["headings"][-1] == "Run"
+    assert found["lead"] == "Finished: rho1-wmtp brought loss from 3 at step 1 to 0.15 at step 20."
+    assert found["delta"] == "−2.85"
     assert {"loss", "weight/mean", "run"} <= set(found["charts"])
     assert found["drawn"] == len(found["charts"])
     assert found["legend"] == ["step", "all heads", "head 1", "head 2"]
@@ -196,12 +201,13 @@ def test_several_runs_are_compared(tmp_path):
           legend: [...document.querySelector('figure').querySelectorAll('.u-label')].map(e => e.textContent) });
         const before = look();
         document.querySelectorAll('.chip')[1].click();
-        return [before, look(), document.querySelector('details').textContent];
+        return [before, look(), document.querySelector('details').textContent, document.querySelector('.lead').textContent];
         """,
     )
     assert found[0] == {"panels": 2, "legend": ["step", "one", "two"]}
     assert found[1] == {"panels": 1, "legend": ["step", "one"]}
     assert "trainer.typerho1-wmtpbaseline-mtp" in found[2]
+    assert found[3] == "two − one in loss: 0.15 against 0.15, one run each."
     assert page.stat().st_size < 200_000
 
 
@@ -224,6 +230,25 @@ def test_texts_are_only_text(tmp_path):
     )
     assert found[0] == [HOSTILE, "한글 👩‍🔬", "\u2028\u2029\x00", "·", HOSTILE]
     assert found[1:] == [0, "a&b <i> · WMTP", "a&b <i>"]
+
+
+@in_browser
+def test_runs_that_differ_in_their_seed_alone_are_one_arm(tmp_path):
+    runs = []
+    for trainer, level in (("baseline-mtp", 3.0), ("rho1-wmtp", 2.0)):
+        for seed in (0, 1, 2):
+            run = make_run(tmp_path, f"{trainer}{seed}", trainer=trainer, eval__loss=lambda s, v=level + seed / 50: v)
+            config = (run / "config.toml").read_text()
+            (run / "config.toml").write_text(f"{config}\n[run]\nseed = {seed}\nname = '{run.name}'\n")
+            runs.append(run)
+    page = write_report(runs, tmp_path / "all.html")
+    found = browse(page, ask(".lead, #table tbody th"))
+    assert found[0].startswith("rho1-wmtp − baseline-mtp in eval/loss: -1 (95 % interval")
+    assert found[1:] == ["baseline-mtp", "rho1-wmtp"]
+    # one of them alone, or one that has not ended: no arm
+    assert "Runs" in browse(write_report([runs[0], runs[3]], tmp_path / "two.html"), ask("h2"))
+    (runs[5] / "run.json").write_text('{"status": "running"}')
+    assert "Runs" in browse(write_report(runs, tmp_path / "running.html"), ask("h2"))
 
 
 class Loads(HTMLParser):

@@ -54,7 +54,7 @@ def make_study(folder, *, seeds=(0, 1, 2), texts=True):
 def write(folder, **options):
     plan, records = make_study(folder, **options)
     page = folder / "report.html"
-    write_study_report(plan, make_table(plan, records), records, page)
+    write_study_report("Weights", "baseline", make_table(plan, records), list(records.values()), page)
     return page
 
 

@@ -1,6 +1,6 @@
 """Makes training data in which it is known which text is worth learning: functions with planted noise.
 
-    python bench/evidence/planted.py DIR [--kind foreign] [--share 0.4] [--functions 10000] [--longest 1500] [PACKAGE_FOLDER …]
+    python bench/evidence/planted.py DIR [PACKAGE_FOLDER …] [--kind foreign] [--share 0.4] [--functions 10000] [--longest 1500]
 
 ``DIR/train-KIND-SHARE.jsonl.gz`` has functions of installed Python packages with noise in them, and a weight for every piece of
 text: 1 for what is the function's own, 0 for what was planted. ``reference.jsonl.gz`` and ``heldout.jsonl.gz`` have other
@@ -8,13 +8,14 @@ functions, without noise. No function is in two of them. The same arguments and 
 
 Kinds of noise: ``foreign`` lines of other functions between the function's own; ``shuffled`` lines, in an order that is not
 theirs; ``mutated`` names and numbers, in place of which stands one of another function; ``boilerplate``, one block of text in
-every function.
+every function; ``blobs``, lines of encoded data.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import gzip
 import itertools
 import json
@@ -109,11 +110,22 @@ def boilerplate(lines: Sequence[str], share: float, others: Sequence[str], draw:
     return [(lines[0], False), *((line, True) for line in _BOILERPLATE), *((line, False) for line in lines[1:])]
 
 
+def blobs(lines: Sequence[str], share: float, others: Sequence[str], draw: random.Random) -> Pieces:
+    """Put lines of encoded data between the lines of a function, so that of all lines this share is such."""
+    pieces: Pieces = []
+    for line in lines:
+        pieces.append((line, False))
+        while draw.random() < share:
+            pieces.append((f"{base64.b64encode(draw.randbytes(24)).decode()}\n", True))
+    return pieces
+
+
 KINDS: dict[str, Callable[[Sequence[str], float, Sequence[str], random.Random], Pieces]] = {
     "foreign": foreign,
     "shuffled": shuffled,
     "mutated": mutated,
     "boilerplate": boilerplate,
+    "blobs": blobs,
 }
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from wmtp.actions.memory import memory_outlook
 from wmtp.actions.study_pool import Outcome, Pool
-from wmtp.actions.study_records import record_failure, record_of
 from wmtp.actions.study_result import StudyResult
 from wmtp.config.load import ConfigSource
 from wmtp.config.schema import Config
@@ -22,6 +21,7 @@ from wmtp.config.tree import dump_config
 from wmtp.errors import ConfigError
 from wmtp.evaluation.consent import code_execution_allowed, require_consent
 from wmtp.log_lines import lines_by_itself
+from wmtp.reporting.records import record_failure, record_of
 from wmtp.storage.lock import FileLock
 from wmtp.studies.config import load_study
 from wmtp.studies.plan import PlannedRun, StudyPlan, make_plan
@@ -134,7 +134,7 @@ class _Session:
                 len(left_behind), len(self._records), names, more,
             )  # fmt: skip
         for run in self._plan.runs:  # finished, and stopped before that was recorded
-            if run.name not in self._records and (record := record_of(run, folder / "runs" / run.name)) is not None:
+            if run.name not in self._records and (record := self._record(run)) is not None:
                 self._records[run.name] = record
         self._failed = {
             record.name: record.error or "failed"
@@ -142,6 +142,10 @@ class _Session:
             if not record.counts and not (self._retry and any(record.name == run.name for run in self._chosen))
         }
         return self._to_do()
+
+    def _record(self, run: PlannedRun, seconds: float | None = None) -> RunRecord | None:
+        run_dir = self._plan.folder / "runs" / run.name
+        return record_of(run_dir, arm=run.arm, seed=run.seed, key=run.key, seconds=seconds)
 
     def _is_done(self, name: str) -> bool:
         return name in self._records and self._records[name].counts
@@ -267,7 +271,7 @@ class _Session:
         self._ended += 1
         counter = f"{self._ended}/{self._total}"
         if outcome.is_good:
-            record = record_of(run, folder / "runs" / run.name, seconds=outcome.seconds)
+            record = self._record(run, outcome.seconds)
             if record is None:
                 outcome = Outcome(run=run, status="failed", error=f"it left no result; see {log}", seconds=outcome.seconds)
             else:
@@ -306,7 +310,8 @@ class _Session:
         result = self._result(table, left, {})
         result.to_csv(self._plan.folder / "table.csv")
         if counting:
-            write_study_report(self._plan, table, counting, self._plan.folder / "report.html")
+            section, page = self._plan.file.config.study, self._plan.folder / "report.html"
+            write_study_report(section.name, section.baseline, table, list(counting.values()), page)
         return result
 
     def _result(self, table: StudyTable, left: Sequence[str], facts: Mapping[str, str]) -> StudyResult:

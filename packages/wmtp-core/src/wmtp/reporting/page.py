@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import html
-import json
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,17 +11,17 @@ from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.redaction import redact
 from wmtp.reporting.collect import collect
+from wmtp.reporting.groups import grouped_page
+from wmtp.reporting.html import html_page
 from wmtp.runs.directory import is_run_dir, replace_text
 from wmtp.runs.files import UPLOADED_FILES
 from wmtp.runs.weight_bins import WEIGHT_BINS
 from wmtp.storage.uris import backend_for, file_path, localize, scheme_of
 
-__all__ = ["html_page", "write_report"]
+__all__ = ["write_report"]
 
 _SCRIPTS: Final = ("dom.js", "uPlot.iife.min.js", "charts.js", "texts.js", "report.js")
 _STYLES: Final = ("uPlot.min.css", "report.css")
-
-_POLICY: Final = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:"
 
 
 def write_report(
@@ -57,7 +54,7 @@ def write_report(
     page = beside / "report.html" if output is None else Path(output).expanduser()
     if page.is_dir():
         raise ConfigError(f"--output {page}: is a folder; name a file in it")
-    content = build_page([collect(folder, status=status) for folder in folders])
+    content = grouped_page(folders) or build_page([collect(folder, status=status) for folder in folders])
     try:
         replace_text(page, content)
     except OSError as error:
@@ -88,37 +85,3 @@ def _problem(run: Path) -> str | None:
 def build_page(runs: Sequence[dict[str, Any]]) -> str:
     """Build the HTML page from the output of `wmtp.reporting.collect.collect` for each run."""
     return html_page(" · ".join(run["name"] for run in runs), {"runs": runs, "bins": WEIGHT_BINS}, _SCRIPTS, _STYLES)
-
-
-def html_page(title: str, content: Mapping[str, Any], scripts: Sequence[str], styles: Sequence[str]) -> str:
-    """Build one file that holds data, scripts and styles.
-
-    Args:
-        title: of the page.
-        content: what the scripts show.
-        scripts: names of assets, in order.
-        styles: likewise.
-    """
-    data = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    data = data.replace("<", "\\u003c")  # no text can end the script element
-    code = "".join(f"<script>\n{_asset(name)}\n</script>\n" for name in scripts)
-    looks = "".join(f"<style>\n{_asset(name)}\n</style>\n" for name in styles)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{html.escape(title)} · WMTP</title>
-{looks}</head>
-<body>
-<main id="report"></main>
-<noscript>This page needs JavaScript; all of it is in this file.</noscript>
-<script type="application/json" id="data">{data}</script>
-{code}</body>
-</html>
-"""
-
-
-def _asset(name: str) -> str:
-    return (resources.files("wmtp.reporting") / "assets" / name).read_text(encoding="utf-8")

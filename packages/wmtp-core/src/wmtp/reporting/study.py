@@ -9,50 +9,54 @@ from typing import Any, Final
 from attrs import asdict
 
 from wmtp.errors import WMTPError
-from wmtp.reporting.page import html_page
+from wmtp.reporting.html import html_page
 from wmtp.runs.directory import replace_text
-from wmtp.studies.plan import StudyPlan
 from wmtp.studies.record import RunRecord
-from wmtp.studies.table import StudyTable
+from wmtp.studies.table import StudyTable, as_dicts
 
-__all__ = ["write_study_report"]
+__all__ = ["study_page", "write_study_report"]
 
 _SCRIPTS: Final = ("dom.js", "svg.js", "texts.js", "study.js")
 #: keys of a config that differ between the runs of one arm, or say nothing of what is computed
 _OWN: Final = ("run.", "tracker.", "data.cache_dir", "checkpoints.", "report.", "storage.", "launcher.")
 
 
-def write_study_report(plan: StudyPlan, table: StudyTable, records: Mapping[str, RunRecord], path: Path) -> None:
+def write_study_report(name: str, baseline: str, table: StudyTable, records: Sequence[RunRecord], path: Path) -> None:
     """Write the page of a study.
 
     Args:
-        plan: of the study.
+        name: of the study.
+        baseline: the arm that others are compared to.
         table: what was found.
-        records: of the runs that count, by name.
+        records: of the runs that count.
         path: the file.
 
     Raises:
         WMTPError: it cannot be written.
     """
-    name = plan.file.config.study.name
     try:
-        replace_text(path, html_page(name, _data(plan, table, list(records.values())), _SCRIPTS, ("report.css", "study.css")))
+        replace_text(path, study_page(name, baseline, table, records))
     except OSError as error:
         raise WMTPError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _data(plan: StudyPlan, table: StudyTable, records: Sequence[RunRecord]) -> dict[str, Any]:
-    arms = [arm.name for arm in plan.arms if arm.compared]
+def study_page(name: str, baseline: str, table: StudyTable, records: Sequence[RunRecord]) -> str:
+    """Build the HTML page; arguments as for `write_study_report`."""
+    return html_page(name, _data(name, baseline, table, records), _SCRIPTS, ("report.css", "study.css"))
+
+
+def _data(name: str, baseline: str, table: StudyTable, records: Sequence[RunRecord]) -> dict[str, Any]:
+    arms = list(dict.fromkeys(row.arm for row in table.rows))
     shown = [record for record in records if record.arm in arms]
     headline = table.headline
     same, different = _configs(arms, shown)
     return {
-        "name": plan.file.config.study.name,
+        "name": name,
         "arms": arms,
-        "baseline": plan.baseline,
+        "baseline": baseline,
         "sentence": table.sentence(),
         "headline": None if headline is None else asdict(headline),
-        "rows": [asdict(row) for row in table.rows],
+        "rows": as_dicts(table.rows),
         "metrics": list(table.metrics),
         "notes": list(table.notes),
         "seeds": list(table.seeds),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, Final
 
@@ -16,10 +16,11 @@ from wmtp.studies.plan import Arm, StudyPlan
 from wmtp.studies.record import RunRecord
 from wmtp.studies.statistics import holm, paired_difference
 
-__all__ = ["Row", "StudyTable", "as_dicts", "make_table"]
+__all__ = ["Compared", "Row", "StudyTable", "as_dicts", "compare", "make_table", "measured"]
 
 _LEVEL: Final = 0.05
 _LOWER_IS_BETTER: Final = re.compile(r"(^|/)(loss|perplexity)(/|$)")
+_WHILE_TRAINING: Final = ("loss", "eval", "weight", "weighted_loss", "agreement", "grad")
 _HIGHER_IS_BETTER: Final = re.compile(r"(^|/)(token-accuracy|pass-at-k|pass@\d+|accepted)")
 
 
@@ -99,6 +100,21 @@ class StudyTable:
         )
 
 
+@frozen(kw_only=True)
+class Compared:
+    """One arm, and what it is compared to.
+
+    Args:
+        name: of the arm.
+        baseline: of the arm that it is compared to; None for none.
+        seeds: that it should have runs of.
+    """
+
+    name: str
+    baseline: str | None
+    seeds: Sequence[int]
+
+
 def make_table(plan: StudyPlan, records: Mapping[str, RunRecord]) -> StudyTable:
     """Compare the arms of a study.
 
@@ -109,32 +125,56 @@ def make_table(plan: StudyPlan, records: Mapping[str, RunRecord]) -> StudyTable:
     Raises:
         ConfigError: every arm has a run that has ended, and none has a metric that the study names.
     """
-    arms = [arm for arm in plan.arms if arm.compared]
     known = {run.name for run in plan.runs}
+    arms = [_compared_arm(plan, arm) for arm in plan.arms if arm.compared]
+    counting = [record for record in records.values() if record.name in known]
+    found = by_arm(arms, counting)
+    metrics = _metrics(plan, [run for runs in found.values() for run in runs.values()], every_arm=all(found.values()))
+    return compare(arms, counting, metrics, [(arm.name, to.name, metric) for arm, to, metric in plan.comparisons])
+
+
+def _compared_arm(plan: StudyPlan, arm: Arm) -> Compared:
+    baseline = plan.baseline_of(arm)
+    return Compared(name=arm.name, baseline=None if baseline is None else baseline.name, seeds=arm.seeds)
+
+
+def by_arm(arms: Sequence[Compared], records: Iterable[RunRecord]) -> dict[str, dict[int, RunRecord]]:
+    """Sort the records that count by arm and seed."""
     found: dict[str, dict[int, RunRecord]] = {arm.name: {} for arm in arms}
-    for record in records.values():
-        if record.counts and record.name in known and record.arm in found:
+    for record in records:
+        if record.counts and record.arm in found:
             found[record.arm][record.seed] = record
-    ended = [record for runs in found.values() for record in runs.values()]
-    metrics = _metrics(plan, ended, every_arm=all(found.values()))
-    rows = [row for metric in metrics for row in _rows(plan, arms, found, metric)]
-    named = [row for row in rows if row.kind == "named" and row.p is not None]
-    corrected = dict(zip(map(id, named), holm([row.p or 0.0 for row in named]), strict=True))
+    return found
+
+
+def compare(
+    arms: Sequence[Compared], records: Sequence[RunRecord], metrics: Sequence[str], named: Sequence[tuple[str, str, str]] = ()
+) -> StudyTable:
+    """Compare arms by the records of their runs.
+
+    Args:
+        arms: in order.
+        records: of their runs.
+        metrics: what is compared.
+        named: arm, other arm and metric of each comparison that was chosen before.
+    """
+    found = by_arm(arms, records)
+    rows = [row for metric in metrics for row in _rows(arms, found, metric, named)]
+    chosen = [row for row in rows if row.kind == "named" and row.p is not None]
+    corrected = dict(zip(map(id, chosen), holm([row.p or 0.0 for row in chosen]), strict=True))
     rows = [evolve(row, p=corrected[id(row)]) if id(row) in corrected else row for row in rows]
     rows = [evolve(row, verdict=_verdict(row)) for row in rows]
     seeds = sorted({seed for runs in found.values() for seed in runs})
-    return StudyTable(rows=rows, metrics=metrics, notes=_notes(plan, arms, found), seeds=seeds)
+    return StudyTable(rows=rows, metrics=list(metrics), notes=_notes(arms, found), seeds=seeds)
 
 
 def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) -> list[str]:
     there = list(dict.fromkeys(name for record in records for name in record.metrics))
-    wanted = [*plan.file.config.study.metrics, *(metric for _, _, metric in plan.comparisons)]
-    if not wanted:
-        wanted = ["eval/loss/head_1", "eval/loss", "eval/loss/*", "*/head_*", "pass*"]
-    chosen: dict[str, None] = {}
-    for pattern in wanted:
+    own = plan.file.config.study.metrics
+    chosen: dict[str, None] = dict.fromkeys(() if own else measured(records))
+    for pattern in [*own, *(metric for _, _, metric in plan.comparisons)]:
         matching = [name for name in there if name == pattern or fnmatch.fnmatchcase(name, pattern)]
-        if not matching and every_arm and pattern in plan.file.config.study.metrics:
+        if not matching and every_arm and pattern in own:
             hint = did_you_mean(pattern, there)
             place = plan.file.document.source(("study", "metrics"))
             where = place.where(("study", "metrics")) if place is not None else None
@@ -142,21 +182,27 @@ def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) 
             message = f"study.metrics: no run has {pattern!r}; {hint or f'there is {some}'}"
             raise ConfigError(f"{where}: {message}" if where else message)
         chosen |= dict.fromkeys(matching)
-    default = not plan.file.config.study.metrics
-    return [name for name in chosen if not (default and not _is_measured(name))]
+    return list(chosen)
 
 
-def _is_measured(name: str) -> bool:
-    """Leave out what was measured while training, unless it is asked for."""
-    return name.startswith("eval/loss") or not name.startswith(("loss", "eval/", "weight", "grad"))
+def measured(records: Iterable[RunRecord]) -> list[str]:
+    """Name every loss of the evaluation data, head 1 first, and every number of an evaluator."""
+    there = dict.fromkeys(name for record in records for name in record.metrics)
+    losses = [name for name in there if name.startswith("eval/loss")]
+    losses.sort(key=lambda name: (name != "eval/loss/head_1", name))
+    return losses + [name for name in there if re.match(r"[a-z-]+/head_|pass", name) and not name.startswith(_WHILE_TRAINING)]
 
 
-def _rows(plan: StudyPlan, arms: Sequence[Arm], found: Mapping[str, Mapping[int, RunRecord]], metric: str) -> list[Row]:
+def _rows(
+    arms: Sequence[Compared],
+    found: Mapping[str, Mapping[int, RunRecord]],
+    metric: str,
+    named: Sequence[tuple[str, str, str]],
+) -> list[Row]:
     values = {
         arm.name: {seed: run.metrics[metric] for seed, run in found[arm.name].items() if run.metrics.get(metric) is not None}
         for arm in arms
     }
-    named = [(arm.name, to.name) for arm, to, name in plan.comparisons if name == metric]
     rows = []
     for arm in arms:
         own = values[arm.name]
@@ -164,10 +210,9 @@ def _rows(plan: StudyPlan, arms: Sequence[Arm], found: Mapping[str, Mapping[int,
             continue
         spread = stdev(own.values()) if len(own) > 1 else None
         row = Row(metric=metric, arm=arm.name, n=len(own), mean=fmean(own.values()), sd=spread)
-        baseline = plan.baseline_of(arm)
-        others = [(to, "named") for name, to in named if name == arm.name]
-        if baseline is not None and baseline.name not in [arm.name, *(to for to, _ in others)]:
-            others.append((baseline.name, "exploratory"))
+        others = [(to, "named") for name, to, of in named if name == arm.name and of == metric]
+        if arm.baseline is not None and arm.baseline not in [arm.name, *(to for to, _ in others)]:
+            others.append((arm.baseline, "exploratory"))
         compared = [_compared(row, own, values[to], to, kind) for to, kind in others]
         rows += compared or [row]
     return rows
@@ -200,7 +245,7 @@ def _verdict(row: Row) -> str:
     return word if row.kind == "named" else f"{word} (exploratory)"
 
 
-def _notes(plan: StudyPlan, arms: Sequence[Arm], found: Mapping[str, Mapping[int, RunRecord]]) -> list[str]:
+def _notes(arms: Sequence[Compared], found: Mapping[str, Mapping[int, RunRecord]]) -> list[str]:
     """Say what else differs between runs that are compared."""
     facts = {
         "optimizer steps": lambda run: run.steps,
@@ -212,21 +257,20 @@ def _notes(plan: StudyPlan, arms: Sequence[Arm], found: Mapping[str, Mapping[int
     }
     notes = []
     for arm in arms:
-        baseline = plan.baseline_of(arm)
-        if baseline is None or baseline.name == arm.name:
+        if arm.baseline is None or arm.baseline == arm.name:
             continue
-        pairs = [(run, found[baseline.name].get(seed)) for seed, run in found[arm.name].items()]
+        pairs = [(run, found[arm.baseline].get(seed)) for seed, run in found[arm.name].items()]
         for fact, read in facts.items():
             seeds = [run.seed for run, other in pairs if other is not None and read(run) != read(other)]
             if not seeds:
                 continue
             run, other = next((run, other) for run, other in pairs if other is not None and run.seed == seeds[0])
             shown = f": {read(run):,} and {read(other):,}" if isinstance(read(run), int) else ""
-            notes.append(f"{arm.name} and {baseline.name} differ in {fact}{shown} (seed {', '.join(map(str, seeds))})")
+            notes.append(f"{arm.name} and {arm.baseline} differ in {fact}{shown} (seed {', '.join(map(str, seeds))})")
     missing = {arm.name: [seed for seed in arm.seeds if seed not in found[arm.name]] for arm in arms}
     notes += [f"{name} has no finished run with seed {', '.join(map(str, s))}" for name, s in missing.items() if s]
     if arms and max(len(arm.seeds) for arm in arms) == 1:
-        notes.append("every arm has one seed: nothing can be said of chance, so there is no interval; add to study.seeds")
+        notes.append("every arm has one seed: nothing can be said of chance, so there is no interval; add seeds")
     return notes
 
 

@@ -21,6 +21,8 @@ const Dom = (() => {
     return size >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
   }
 
+  const signed = value => (value > 0 ? "+" : value < 0 ? "−" : "") + number(Math.abs(value));
+
   function save(name, content, type) {
     const url = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
     const link = element("a", { href: url, download: name });
@@ -36,5 +38,5 @@ const Dom = (() => {
     return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   }).join(",")).join("\n") + "\n";
 
-  return { color, css, csv, element, number, save };
+  return { color, css, csv, element, number, save, signed };
 })();

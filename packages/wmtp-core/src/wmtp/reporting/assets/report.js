@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { element, number, color } = Dom;
+  const { element, number, color, signed } = Dom;
   const { runs, bins } = JSON.parse(document.getElementById("data").textContent);
   const root = document.getElementById("report");
   const state = { hidden: new Set(), smooth: 0, head: null, by: "weight", document: 0, step: null };
@@ -37,6 +37,33 @@
     root.append(element("header", { class: "top" },
       element("h1", {}, runs.length > 1 ? `${runs.length} runs compared` : runs[0].name),
       element("div", { class: "tools" }, chips, element("label", {}, "smooth curves ", smooth))));
+  }
+
+  // --- one sentence, one difference
+
+  const WORDS = { finished: "Finished", stopped: "Stopped early", running: "Running", failed: "Failed", interrupted: "Interrupted" };
+
+  // the curve to speak of: of the evaluation data if there is one
+  const main = run => ["eval/loss/head_1", "eval/loss", "loss"].find(name => run.curves[name]?.[0].length > 1);
+
+  function lead() {
+    const say = (sentence, difference, note) => root.append(element("p", { class: "lead" }, sentence),
+      element("p", { class: "delta" }, element("b", {}, signed(difference)), element("span", {}, note)));
+    const last = (run, name) => run.curves[name][1][run.curves[name][1].length - 1];
+    const [first] = runs, name = main(first);
+    if (!name) return;
+    if (runs.length === 1) {
+      const [steps, values] = first.curves[name];
+      say(`${WORDS[first.status] ?? "State unknown"}: ${first.facts.trainer ?? "training"} brought ${name} from ${number(values[0])} at step ${
+        steps[0]} to ${number(last(first, name))} at step ${steps[steps.length - 1]}.`, last(first, name) - values[0], `in ${name}`);
+      return;
+    }
+    const others = runs.slice(1).filter(run => run.curves[name]);
+    if (!others.length) return;
+    const far = run => Math.abs(last(run, name) - last(first, name));
+    const other = others.reduce((best, run) => (far(run) > far(best) ? run : best));
+    say(`${other.name} − ${first.name} in ${name}: ${number(last(other, name))} against ${number(last(first, name))}, one run each.`,
+      last(other, name) - last(first, name), "no interval: runs with several seeds have one");
   }
 
   // --- facts
@@ -114,10 +141,7 @@
         section(id, heading, grid);
         redraws.push(() => { Charts.clear(grid); charts(mine).forEach(one => drawChart(grid, ...one)); });
       }
-      if (id === "loss") {
-        texts();
-        distributions();
-      }
+      if (id === "loss") distributions();
     }
   }
 
@@ -231,8 +255,10 @@
   if (!runs.some(weighs)) state.by = "loss";
   paintRuns();
   header();
-  facts();
+  lead();
+  texts();
   curves();
+  facts();
   redraw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   document.documentElement.dataset.ready = "true";

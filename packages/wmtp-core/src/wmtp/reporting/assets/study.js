@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { color, csv, element, number, save } = Dom;
+  const { color, csv, element, number, save, signed } = Dom;
   const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.getElementById("report");
   const state = { metric: data.metrics[0], head: null, by: "weight", document: 0, arms: [null, null] };
@@ -10,7 +10,6 @@
   const redraw = () => redraws.forEach(one => one());
   const paint = arm => color(data.arms.indexOf(arm));
   const words = name => name.replaceAll("_", " ");
-  const signed = value => (value > 0 ? "+" : value < 0 ? "−" : "") + number(Math.abs(value));
   const interval = row => (row.low === null ? "" : `${signed(row.low)} to ${signed(row.high)}`);
 
   function section(id, heading, ...children) {

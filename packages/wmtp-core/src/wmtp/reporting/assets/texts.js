@@ -59,14 +59,21 @@ const Texts = (() => {
     });
   }
 
-  // value → [share of cold or hot colour from −1 to 1, whether the token is left out]
+  // value → [share of cold or hot colour from −1 to 1, whether the token is left out]; weights by their rank on their side of the mean
   function scale(name, values, meanWeight) {
+    const known = values.filter(value => value !== null && value !== undefined);
     if (name === "weight") {
       const usual = meanWeight || 1;
-      return value => (value === 0 ? [0, true] : [clamp(Math.log2(value / usual) / 2), false]);
+      const above = known.filter(value => value > usual), below = known.filter(value => value > 0 && value < usual);
+      return value => {
+        if (value === 0) return [0, true];
+        if (Math.abs(value / usual - 1) < 0.01) return [0, false];
+        if (value > usual) return [above.filter(one => one <= value).length / above.length, false];
+        return [-below.filter(one => one >= value).length / below.length, false];
+      };
     }
-    const known = values.filter(value => value !== null).map(Math.abs).sort((a, b) => a - b);
-    const top = known.length ? known[Math.floor(0.98 * (known.length - 1))] || known[known.length - 1] || 1 : 1;
+    const sizes = known.map(Math.abs).sort((a, b) => a - b);
+    const top = sizes.length ? sizes[Math.floor(0.98 * (sizes.length - 1))] || sizes[sizes.length - 1] || 1 : 1;
     return value => [clamp(value / top), false];
   }
 
@@ -79,12 +86,13 @@ const Texts = (() => {
     token.style.background = `color-mix(in srgb, var(--${share > 0 ? "hot" : "cold"}) ${strength}%, transparent)`;
   }
 
-  function legend(name, meanWeight) {
+  function legend(name, values, meanWeight) {
     const bar = element("span", { class: name === "weight" ? "bar both" : "bar" });
     if (name !== "weight") return element("span", { class: "scale" }, "0", bar, "high", element("span", { class: "soft" }, " (below 0: blue)"));
-    const usual = meanWeight || 1;
-    return element("span", { class: "scale" }, `≤ ${number(usual / 4)}`, bar, `≥ ${number(usual * 4)}`,
-      element("span", { class: "soft" }, ` no colour: ${number(usual)}, the step's mean · `), element("span", { class: "skipped" }, "weight 0"));
+    const usual = meanWeight || 1, known = values.filter(value => value !== null && value !== undefined && value > 0);
+    return element("span", { class: "scale" }, number(Math.min(usual, ...known)), bar, number(Math.max(usual, ...known)),
+      element("span", { class: "soft" }, ` by rank; no colour: ${number(usual)}, the step's mean · `),
+      element("span", { class: "skipped" }, "weight 0"));
   }
 
   function show(text) {
@@ -116,7 +124,7 @@ const Texts = (() => {
       element("header", {},
         element("i", { class: "dot", style: `background:${run.color}` }), element("b", {}, run.name),
         element("span", { class: "soft" }, ` step ${record.step.toLocaleString("en")}, ${record.stage}`), label, missing,
-        legend(name, record.mean_weight)),
+        legend(name, values, record.mean_weight)),
       text);
   }
 

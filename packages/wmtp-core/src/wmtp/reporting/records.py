@@ -20,12 +20,14 @@ _CURVE_POINTS: Final = 100
 _DOCUMENTS: Final = 2
 
 
-def record_of(run: PlannedRun, run_dir: Path, *, seconds: float | None = None) -> RunRecord | None:
+def record_of(run_dir: Path, *, arm: str, seed: int, key: str = "", seconds: float | None = None) -> RunRecord | None:
     """Make the record of a run that has ended well; None where it has not.
 
     Args:
-        run: as it was planned.
         run_dir: its directory.
+        arm: name of its arm.
+        seed: its seed.
+        key: see `RunRecord`.
         seconds: that it took; default: as ``run.json`` has it.
 
     Raises:
@@ -43,10 +45,10 @@ def record_of(run: PlannedRun, run_dir: Path, *, seconds: float | None = None) -
     read = [line["tokens"] for line in steps if "tokens" in line]
     done = int(steps[-1]["step"]) if steps else 0
     return RunRecord(
-        name=run.name,
-        arm=run.arm,
-        seed=run.seed,
-        key=run.key,
+        name=run_dir.name,
+        arm=arm,
+        seed=seed,
+        key=key,
         status=str(info["status"]),
         steps=done,
         tokens=sum(read) / len(read) * done if read else 0.0,
