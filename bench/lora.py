@@ -104,7 +104,7 @@ def _quantize(base: nn.Module) -> None:
                     quant_type="nf4",
                     device="meta",
                 )
-                weight: Any = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                weight: Any = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")  # type: ignore[call-arg]
                 made.weight = weight.to(step_ours.DEVICE)
                 parent, _, leaf = name.rpartition(".")
                 setattr(layer.get_submodule(parent), leaf, made)

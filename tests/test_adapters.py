@@ -82,6 +82,31 @@ def test_a_run_is_resumed_bit_for_bit_and_its_model_serves_every_command(adapted
     )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
+def test_a_reference_that_is_the_base_takes_no_second_model(adapted, precision, tmp_path, monkeypatch, caplog):
+    """The same run as with a copy of the base in another folder."""
+    shutil.copytree(tmp_path / "base", tmp_path / "copy")
+    kind = "bf16" if precision == "bf16-params" else "fp32"
+    found = []
+    for name in ("base", "copy"):
+        text = adapted.read_text().replace('type = "baseline-mtp"', f'type = "rho1-wmtp"\nreference_precision = "{kind}"')
+        recipe = tmp_path / f"{name}.toml"
+        recipe.write_text(text + f'\n[models.ref]\ntype = "hf"\nuri = "{tmp_path / name}"\n')
+        settings = [
+            f'devices.precision="{precision}"',
+            "train.max_steps=7",
+            "data.train.micro_batch_size=2",
+            "optimizer.lr=0.02",
+        ]
+        caplog.clear()
+        with caplog.at_level("INFO", "wmtp"):
+            result = wmtp.run(recipe, run_name=name, overrides=settings)
+        said = [record for record in caplog.records if "with its adapter off" in record.getMessage()]
+        assert len(said) == (name == "base")
+        found.append(learned(result.model))
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
 def test_an_adapter_folder_is_a_model_that_learns_on_or_whole(adapted, tmp_path):
     first = wmtp.run(adapted, run_name="first", overrides=["train.max_steps=6"])
     here = f'models.base.uri="{first.run_dir}"'

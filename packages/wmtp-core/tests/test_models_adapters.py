@@ -18,6 +18,7 @@ from wmtp.models.adapter_folder import name_base
 from wmtp.models.adapters import adapter_off, is_adapter_name, quantize_base
 from wmtp.models.build import build_model, with_adapter_merged
 from wmtp.models.loaders.hf import HfLoader
+from wmtp.models.mtp import StartModel
 from wmtp.models.opening import load_model, saved_precision
 from wmtp.models.quantized import Linear4Bit, dequantize_layers
 from wmtp.optim.config import AdamW
@@ -119,6 +120,19 @@ def test_accelerated_layers_have_the_same_gradients_in_every_stage(base, mode, c
             found.append(gradients(model, ByPrediction(), batch, micro=2, stage=stage)[1])
         assert found[0].keys() == found[1].keys()
         assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-6, atol=1e-10) for name in found[0])
+
+
+def test_a_model_is_its_own_start_model_while_it_learns(base):
+    model = make(base)
+    start, plain = StartModel(model), build_model(HfLoader().load(base, dtype=torch.float32, seed=0), None, 0).eval()
+    apply_stage(Stage(), model, {}, "mine")
+    trunk = model(IDS)
+    with torch.no_grad():
+        assert torch.equal(start.logits(start(IDS), 1), plain.logits(plain(IDS), 1))
+    assert (start.horizon, model.horizon) == (1, 3)
+    trunk.hidden[0].sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name and ".layers." in name)
+    assert torch.equal(model(IDS).hidden[2], trunk.hidden[2])
 
 
 def test_a_new_adapter_changes_nothing_and_the_seed_makes_it(base):

@@ -8,7 +8,13 @@ from importlib.util import find_spec
 from wmtp.config.problems import Problem
 from wmtp.config.schema import Config
 
-__all__ = ["adapter_problems"]
+__all__ = ["adapter_problems", "is_start_model"]
+
+
+def is_start_model(config: Config, name: str) -> bool:
+    """Tell whether ``[models.NAME]`` is the model that is trained, as it was before its adapter learned."""
+    base = config.models["base"]
+    return base.lora is not None and (name == "base" or (name == "ref" and config.models[name].loader == base.loader))
 
 
 def adapter_problems(config: Config) -> Iterator[Problem]:

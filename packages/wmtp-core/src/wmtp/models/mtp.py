@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.adapter_folder import write_adapter
-from wmtp.models.adapters import Adapter, is_adapter_name, merge
+from wmtp.models.adapters import Adapter, adapter_off, is_adapter_name, merge
 from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, record_output, seeded
 from wmtp.models.attention import causal_mask, document_mask, use_block_attention
 from wmtp.models.config_fields import max_positions
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from wmtp.generation import Sampling
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["HEADS_CONFIG", "HEADS_FORMAT", "HEADS_WEIGHTS", "MTPModel", "MTPOutput"]
+__all__ = ["HEADS_CONFIG", "HEADS_FORMAT", "HEADS_WEIGHTS", "MTPModel", "MTPOutput", "StartModel"]
 
 HEADS_WEIGHTS = "mtp_heads.safetensors"
 HEADS_CONFIG = "mtp_heads.json"
@@ -430,6 +430,26 @@ def _sampling(temperature: float, top_p: float, seed: int) -> Sampling:
         return Sampling(temperature=temperature, top_p=top_p, seed=seed)
     except ValueError as error:
         raise ConfigError(str(error.args[0])) from None
+
+
+class StartModel(MTPModel):
+    """A model as it was before its adapter learned: head 1 of the same weights, with the adapter off. It takes no memory.
+
+    Args:
+        model: has an adapter, and goes on learning.
+    """
+
+    def __init__(self, model: MTPModel) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update({name: value for name, value in vars(model).items() if not name.startswith("_")})
+        self.base, self.extra_heads = model.base, nn.ModuleList()
+        self.heads = evolve(model.heads, horizon=1)
+        self._tokenizer = None
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, packed: bool = False) -> MTPOutput:
+        """Run the trunk and head 1; see `MTPModel.forward`."""
+        with adapter_off(self.base):
+            return super().forward(input_ids, position_ids, packed)
 
 
 def _within(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve, frozen
 
+from wmtp.config.adapter_rules import is_start_model
 from wmtp.errors import WMTPError
 from wmtp.optim.config import AdamW
 
@@ -190,7 +191,10 @@ def _other_models(config: Config, others: Mapping[str, ModelInfo]) -> int:
     if trainer.reference_device not in (None, config.devices.device):
         return 0
     size = 2 if trainer.reference_precision == "bf16" else 4
-    return sum(size * info.parameters for info in others.values())
+    # the trained model with its adapter off takes no memory, where its weights have the precision that is asked for
+    shared = (size == 2) == (config.devices.precision == "bf16-params")
+    counted = [info for name, info in others.items() if not (shared and is_start_model(config, name))]
+    return sum(size * info.parameters for info in counted)
 
 
 def too_large(estimate: MemoryEstimate, device_bytes: int) -> str | None:

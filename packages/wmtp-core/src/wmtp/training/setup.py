@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from attrs import frozen
+from torch.distributed.fsdp import FSDPModule
 
+from wmtp.config.adapter_rules import is_start_model
 from wmtp.config.data_rules import read_from
 from wmtp.config.places import Place
 from wmtp.config.problems import dotted
@@ -20,7 +22,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.base import ModelInfo
 from wmtp.plugins.contract import ModelLoaderConfig, TrainerConfig
 from wmtp.plugins.provenance import provenance
-from wmtp.storage.model_files import quantization, quantized_problem
+from wmtp.storage.model_files import is_adapter, quantization, quantized_problem
 from wmtp.storage.model_folders import LOADERS
 from wmtp.tokenizers import Tokenizer
 from wmtp.trainers.base import Trainer
@@ -248,16 +250,28 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
     return model
 
 
-def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> OpenModel:
-    """Return the function by which a trainer loads ``[models.NAME]``; see `OpenModel`."""
+def load_extra_model(config: Config, place: Place, trained_on: torch.device, trained: MTPModel | None = None) -> OpenModel:
+    """Return the function by which a trainer loads ``[models.NAME]``; see `OpenModel`.
+
+    Args:
+        config: names the models.
+        place: resolves their URIs.
+        trained_on: the trained model's device.
+        trained: the model that is trained. With an adapter it is its own start model too, where it computes as that would.
+    """
     from wmtp.models.acceleration import accelerate
     from wmtp.models.build import build_model
+    from wmtp.models.mtp import StartModel
 
     def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = trained_on) -> MTPModel:
         entry: ModelConfig | None = config.models.get(name)
         if entry is None:
             raise ConfigError(f"models.{name}: the trainer needs this model; add the table [models.{name}]")
-        loaded = entry.loader.build().load(place.path(entry.loader, f"models.{name}"), dtype=dtype, seed=config.run.seed)
+        path = place.path(entry.loader, f"models.{name}")
+        if trained is not None and device == trained_on and is_start_model(config, name) and _has_start(trained, path, dtype):
+            logger.info("models.%s: the trained model with its adapter off; there is no second one", name)
+            return StartModel(trained)
+        loaded = entry.loader.build().load(path, dtype=dtype, seed=config.run.seed)
         try:
             model = build_model(loaded, HeadsConfig(horizon=1), config.run.seed)
         except ConfigError as error:  # it says so of the model that is trained
@@ -270,6 +284,15 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device) -> 
         return model
 
     return load
+
+
+def _has_start(trained: MTPModel, path: Path | None, dtype: torch.dtype) -> bool:
+    """Tell whether a model with its adapter off computes as another copy of the base would, in ``dtype``.
+
+    It does not where it began with an adapter that had learned, or where its processes hold a part each.
+    """
+    began_plain = path is None or not is_adapter(path)
+    return began_plain and not isinstance(trained, FSDPModule) and trained.anatomy.output.weight.dtype == dtype
 
 
 def build_trainer(component: TrainerConfig) -> tuple[Trainer, str]:
