@@ -1,5 +1,7 @@
 """Rows and batches: nothing lost, nothing twice, nothing predicted across documents, and any step made again the same."""
 
+import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from wmtp.data.batch import PADDING, Batch, align_targets
 from wmtp.data.batches import StepBatches, eval_batches
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.packing import best_fit, in_order
-from wmtp.data.store import StoreWriter, TokenStore
-from wmtp.data.tokenized import TokenizedExample
+from wmtp.data.store import STORE_INFO, TokenStore
+from wmtp.data.store_writer import StoreWriter
+from wmtp.data.tokenized import CONTEXT, LEARNED, TokenizedExample
 from wmtp.errors import WMTPError
 
 EOS, BOS, FIRST = 0, 1, 2
@@ -351,3 +354,46 @@ def test_a_batch_elsewhere_keeps_its_rows_on_the_cpu_too():
     assert moved.input_ids.is_meta
     assert moved.host is not None
     assert torch.equal(moved.host.position, values[1:])
+
+
+def test_a_store_beyond_two_to_the_31_tokens(tmp_path):
+    """The files are sparse: two documents of a thousand tokens stand behind one of 2.2 billion zeros."""
+    long, short = 2_200_000_000, 1000
+    ends = [long, long + short, long + 2 * short]
+    columns = {
+        "ends": (np.int64, ends),
+        "prompt_lengths": (np.int64, [0, 10, 20]),
+        "is_correct": (np.int8, [-1, 1, 0]),
+        "reward": (np.float64, [np.nan] * 3),
+        "group_hashes": (np.uint64, [1, 2, 3]),
+        "segment_ends": (np.int64, [long, long + 10, ends[1], ends[1] + 20, ends[2]]),
+        "segment_kinds": (np.int8, [LEARNED, CONTEXT, LEARNED, CONTEXT, LEARNED]),
+        "segment_scales": (np.float32, [1.0] * 5),
+        "names": (np.uint8, list(b'["a", "a"]["b", "b"]["c", "c"]')),
+        "name_ends": (np.int64, [10, 20, 30]),
+    }
+    for name, (dtype, values) in columns.items():
+        np.array(values, dtype).tofile(tmp_path / f"{name}.bin")
+    with (tmp_path / "tokens.bin").open("wb") as file:
+        file.seek(2 * long)
+        np.arange(2 * short, dtype=np.uint16).tofile(file)
+    assert os.stat(tmp_path / "tokens.bin").st_blocks * 512 < 1_000_000
+    info = {
+        "documents": 3, "tokens": ends[-1], "bad": 0, "bad_messages": [], "token_type": "uint16", "has_weights": False,
+        "has_scales": False, "conversations": 0, "notes": [], "digest": "x",
+        "sizes": {file.name: file.stat().st_size for file in tmp_path.glob("*.bin")},
+    }  # fmt: skip
+    (tmp_path / STORE_INFO).write_text(json.dumps(info))
+    store = TokenStore(tmp_path, "key")
+    dataset = TokenDataset([store], max_length=1024, overlong="skip", learn_prompt=False, pad_id=0)
+    assert (len(dataset), dataset.tokens, dataset.learned_tokens, dataset.counts.overlong) == (2, 2000, 1970, 1)
+    last = dataset.document(1)
+    assert last.tokens.tolist() == list(range(short, 2 * short))
+    assert (last.document.id, last.prompt_length, int(last.learn.sum())) == ("c", 20, 980)
+    batch = StepBatches(dataset, TrainDataConfig(max_length=1024, batch_size=2), seed=0).batch(0)
+    assert sorted(int(row[:short].sum()) for row in batch.input_ids) == [sum(range(short)), sum(range(short, 2 * short))]
+    length = 1 << 20
+    whole = TokenDataset([store], max_length=length, overlong="split", learn_prompt=False, pad_id=0)
+    assert whole.tokens == ends[-1]
+    piece = whole.document(long // length)  # the last of the long document
+    assert (piece.document.start, len(piece.tokens)) == (long // length * length, long % length)

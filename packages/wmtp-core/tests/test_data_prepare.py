@@ -13,6 +13,7 @@ import pytest
 
 from wmtp.config.schema import Config, DataConfig, EvalDataConfig, ModelConfig, RunConfig, TrainDataConfig
 from wmtp.data.base import Example, ExampleLoader
+from wmtp.data.cache import token_store
 from wmtp.data.config import HumanEval, Jsonl, PythonSource
 from wmtp.data.loaders.jsonl import JsonlLoader
 from wmtp.data.prepare import prepare_data
@@ -202,6 +203,49 @@ def test_a_build_that_is_killed_leaves_nothing_that_counts(tmp_path):
     tokenizer = CountingTokenizer()
     assert len(prepare_file(tmp_path, path, tokenizer).train) == 30
     assert tokenizer.calls == 60
+
+
+KILLED_BUILD = """
+import os, signal, sys
+from pathlib import Path
+from wmtp.data import ahead, building
+from wmtp.data.cache import token_store
+from wmtp.data.config import Jsonl
+from wmtp.tokenizers.bytes import BytesTokenizer
+
+class Killed(BytesTokenizer):
+    calls = 0
+
+    def encode(self, text):
+        self.calls += 1
+        if self.calls > int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(text)
+
+building._PROGRESS_SECONDS = 0
+ahead._DOCUMENTS = 4
+token_store("d", Jsonl(uri=""), Path(sys.argv[1]), Killed(), cache_dir=Path(sys.argv[2]), on_bad_example="skip")
+"""
+
+
+def test_a_build_that_is_killed_is_resumed_and_gives_the_same(tmp_path):
+    records = [record | ({"weights": [0.5] * (len(record["completion"]))} if n > 8 else {}) for n, record in enumerate(PAIRS)]
+    path = write_lines(tmp_path / "a.jsonl", [{"text": 3}, *records])
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder, calls, status in ((whole, 1000, 0), (cut, 30, -signal.SIGKILL)):
+        assert subprocess.run([sys.executable, "-c", KILLED_BUILD, path, folder, str(calls)]).returncode == status
+    done = json.loads(next(cut.glob(".building-*/progress.json")).read_text())["done"]
+    assert 8 <= done < 20
+    # what was written after the progress is dropped
+    with next(cut.glob(".building-*/tokens.bin")).open("ab") as file:
+        file.write(b"torn")
+    tokenizer = CountingTokenizer()
+    config = Jsonl(uri="")
+    store = token_store("d", config, path, tokenizer, cache_dir=cut, on_bad_example="skip")
+    assert tokenizer.calls == 2 * (31 - done)
+    assert store.info == token_store("d", config, path, tokenizer, cache_dir=whole, on_bad_example="skip").info
+    assert (store.info.documents, store.info.bad) == (30, 1)
+    assert [entry.name for entry in cut.iterdir()] == [store.key]
 
 
 def test_two_processes_at_once_agree(tmp_path):

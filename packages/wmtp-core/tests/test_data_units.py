@@ -14,7 +14,8 @@ from wmtp.data.base import Example
 from wmtp.data.batch import PADDING
 from wmtp.data.batches import StepBatches
 from wmtp.data.dataset import TokenDataset
-from wmtp.data.store import StoreWriter, TokenStore
+from wmtp.data.store import TokenStore
+from wmtp.data.store_writer import StoreWriter
 from wmtp.data.tokenized import TokenizedExample
 from wmtp.errors import ConfigError
 

@@ -111,6 +111,13 @@ def test_each_token_has_its_text(tokenizer, text):
         assert text.startswith("".join(cut).rstrip("\ufffd"))
 
 
+def test_many_texts_are_encoded_as_one_by_one(tokenizer):
+    texts = ["a b", " b\n", "", "def f():\n    return 1", "ä€ 🙂"]
+    assert list(tokenizer.encode_many(texts)) == [tokenizer.encode(text) for text in texts]
+    assert list(tokenizer.encode_many(texts, first=True)) == [tokenizer.encode_first(text) for text in texts]
+    assert list(tokenizer.encode_many_with_offsets(texts)) == [tokenizer.encode_with_offsets(text) for text in texts]
+
+
 def test_every_token_has_a_name_of_its_own(tokenizer):
     names = [tokenizer.token(token) for token in range(tokenizer.vocab_size)]
     assert len(set(names)) == tokenizer.vocab_size

@@ -6,12 +6,7 @@ import hashlib
 import inspect
 import json
 import logging
-import os
-import shutil
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -20,12 +15,12 @@ import attrs
 from wmtp.config.data_rules import read_from
 from wmtp.config.problems import dotted
 from wmtp.config.tree import components
-from wmtp.data.base import BadExample, ExampleLoader
+from wmtp.data.base import ExampleLoader
+from wmtp.data.building import Building, bad_error, stamps
 from wmtp.data.conversation import Learn
-from wmtp.data.example_checks import check_example, loader_title
 from wmtp.data.render import Boundary, Renderer
-from wmtp.data.store import StoreWriter, TokenStore
-from wmtp.errors import ConfigError, InputError, PluginError, WMTPError
+from wmtp.data.store import TokenStore
+from wmtp.errors import ConfigError, InputError, WMTPError
 from wmtp.plugins.contract import DataLoaderConfig
 from wmtp.tokenizers.base import Tokenizer
 
@@ -33,8 +28,6 @@ __all__ = ["cache_key", "token_store"]
 
 #: part of every key: raise it when the same files would be read or tokenised differently
 _VERSION: Final = 5
-_SHOWN: Final = 10
-_ABANDONED_SECONDS: Final = 24 * 3600
 _log = logging.getLogger("wmtp")
 
 
@@ -51,7 +44,7 @@ def token_store(
 ) -> TokenStore:
     """Open the tokenised documents of a data set, tokenising them on a cache miss.
 
-    Processes that do this at once each make their own, and the first to finish is kept.
+    Of processes of a machine that do this at once one makes them, and the others wait. A build that was killed is resumed.
 
     Args:
         name: the data set's name, for messages.
@@ -69,7 +62,7 @@ def token_store(
     """
     loader: ExampleLoader = component.build()
     try:
-        before = _stamps(loader, path)
+        before = stamps(loader, path)
     except InputError as error:
         place = read_from(component, ("datasets", name))[1]
         raise ConfigError(f"{dotted((*place, error.key))}: {error}") from error
@@ -85,9 +78,12 @@ def token_store(
     if store is None:
         if folder.exists():
             _log.warning("datasets.%s: the token cache %s is damaged; it is made again", name, folder)
-        store = _build(name, loader, path, before, renderer, tokenizer.vocab_size, folder, on_bad_example)
+        building = Building(
+            name=name, loader=loader, path=path, renderer=renderer, folder=folder, on_bad_example=on_bad_example
+        )
+        store = building.build(before)
     if store.info.bad and on_bad_example == "error":
-        raise _bad_error(name, store.info.bad_messages, store.info.bad)
+        raise bad_error(name, store.info.bad_messages, store.info.bad)
     return store
 
 
@@ -129,139 +125,3 @@ def cache_key(
         relative = file.relative_to(path).as_posix() if path is not None and file != path else file.name
         digest.update(json.dumps(relative).encode() + content)
     return digest.hexdigest()[:40]
-
-
-def _build(
-    name: str,
-    loader: ExampleLoader,
-    path: Path | None,
-    before: Mapping[Path, tuple[int, ...]],
-    renderer: Renderer,
-    vocab_size: int,
-    folder: Path,
-    on_bad_example: str,
-) -> TokenStore:
-    _log.info("datasets.%s: tokenising …", name)
-    began = time.monotonic()
-    with _writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.parent)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-    try:
-        tokens = _write(name, loader, path, renderer, StoreWriter(building, vocab_size), building, on_bad_example)
-        if changed := _changed(before, _stamps(loader, path)):
-            raise WMTPError(f"datasets.{name}: {changed} has changed while it was read; run again once it is whole")
-        with _writing(folder):
-            _publish(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    _log.info("datasets.%s: %s tokens made in %.1f s, kept in %s", name, f"{tokens:,}", time.monotonic() - began, folder)
-    return TokenStore(folder, folder.name)
-
-
-def _stamps(loader: ExampleLoader, path: Path | None) -> dict[Path, tuple[int, ...]]:
-    """Note of each file what changes when its content does."""
-    stamps = {}
-    for file in loader.files(path):
-        try:
-            found = file.stat()
-        except OSError as error:
-            raise WMTPError(f"{file}: cannot be read ({error})") from error
-        stamps[file] = (found.st_size, found.st_mtime_ns, found.st_ino)
-    return stamps
-
-
-def _changed(before: Mapping[Path, tuple[int, ...]], after: Mapping[Path, tuple[int, ...]]) -> Path | None:
-    """Find a file that is not what it was."""
-    return next((file for file in {**before, **after} if before.get(file) != after.get(file)), None)
-
-
-def _write(
-    name: str,
-    loader: ExampleLoader,
-    path: Path | None,
-    renderer: Renderer,
-    writer: StoreWriter,
-    building: Path,
-    on_bad_example: str,
-) -> int:
-    bad: list[BadExample] = []
-    bad_count = documents = tokens = 0
-    examples = loader.examples(path)
-    if not isinstance(examples, Iterable):
-        raise PluginError(f"datasets.{name}: {loader_title(loader)}: examples() returned {examples!r:.60}, not an iterator")
-    for example in examples:
-        try:
-            if isinstance(example, BadExample):
-                raise example
-            check_example(f"datasets.{name}: {loader_title(loader)}", loader, example)
-            if bad and on_bad_example == "error" and example.weights is None and example.messages is None:
-                continue  # nothing will be kept: only look for more problems to report
-            document = renderer(example)
-        except BadExample as problem:
-            bad_count += 1
-            if len(bad) < _SHOWN:
-                bad.append(problem)
-            if len(bad) == _SHOWN and on_bad_example == "error":
-                break
-            continue
-        with _writing(building):
-            writer.add(example, document)
-        documents += 1
-        tokens += len(document.tokens)
-    with _writing(building):
-        writer.close(bad, bad_count, renderer.notes.list())
-    if bad and on_bad_example == "error":
-        raise _bad_error(name, [str(problem) for problem in bad], bad_count)
-    if not documents:
-        what = (
-            f"all {bad_count:,} examples are bad, the first: {bad[0]}"
-            if bad
-            else f"it holds no example{f' ({path})' if path else ''}"
-        )
-        raise WMTPError(f"datasets.{name}: {what}")
-    return tokens
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WMTPError(
-            f"{folder.parent}: the token cache cannot be written ({error.strerror or error});"
-            " free some space, or set data.cache_dir"
-        ) from error
-
-
-def _publish(building: Path, folder: Path) -> None:
-    for _ in range(2):
-        try:
-            os.rename(building, folder)
-            return
-        except OSError:
-            if not folder.exists():
-                raise
-            if TokenStore.open_if_whole(folder, folder.name) is not None:
-                return  # another process was faster
-        aside = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-        with suppress(FileNotFoundError):  # another process has put the damaged one aside
-            os.rename(folder, aside / "damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-    raise WMTPError(f"{folder}: cannot be replaced; delete it")
-
-
-def _remove_abandoned(cache_dir: Path) -> None:
-    """Remove what processes that were killed a day or more ago have left."""
-    for entry in cache_dir.glob(".building-*"):
-        with suppress(OSError):
-            if time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(entry)
-
-
-def _bad_error(name: str, messages: Sequence[str], count: int) -> WMTPError:
-    shown = "\n".join(f"  {message}" for message in messages)
-    more = "" if count <= len(messages) and len(messages) < _SHOWN else "\n  … and maybe more"
-    return WMTPError(
-        f"datasets.{name}: examples cannot be read; repair them, or set data.train.on_bad_example = 'skip'\n{shown}{more}"
-    )

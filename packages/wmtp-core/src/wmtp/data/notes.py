@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 from attrs import frozen
 
 __all__ = ["Note", "Notes"]
@@ -47,6 +50,14 @@ class Notes:
         entry = self._found.setdefault((text, level, subject), [0, where, ""])
         if entry[2] != where:
             entry[0], entry[2] = int(entry[0]) + 1, where
+
+    def state(self) -> Sequence[tuple[str, str, str, str | int, str | int]]:
+        """Return what `restore` takes."""
+        return [(*key, count, first) for key, (count, first, _) in self._found.items()]
+
+    def restore(self, state: Iterable[Sequence[Any]]) -> None:
+        """Continue from the remarks on the documents before."""
+        self._found = {(text, level, subject): [count, first, ""] for text, level, subject, count, first in state}
 
     def list(self) -> tuple[Note, ...]:
         """All of them, in the order in which they came up."""

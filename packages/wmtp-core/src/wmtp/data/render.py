@@ -3,24 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Final, Literal
 
 import numpy as np
+from attrs import field, frozen
 
 from wmtp.data.base import BadExample, Example, Span
 from wmtp.data.conversation import Learn, Part, conversation_text
-from wmtp.data.notes import Notes
+from wmtp.data.encoded import Encoded
+from wmtp.data.notes import Note, Notes
 from wmtp.data.tokenized import CONTEXT, LEARNED, NEVER, Segment, TokenizedExample
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.chat_template import ChatTemplate
 
-__all__ = ["Boundary", "Renderer"]
+__all__ = ["Boundary", "Prepared", "Renderer"]
 
 Boundary = Literal["apart", "together"]
 
 #: characters on either side of a border that decide whether a token reaches over it
 _NEAR: Final = 16
+
+
+@frozen
+class Prepared:
+    """An example whose texts are to be encoded.
+
+    Args:
+        example: where it is from.
+        parts: texts that are learned alike.
+        spans: what they were made of; None of a conversation.
+        apart: whether each is encoded on its own.
+        notes: remarks on it.
+    """
+
+    example: Example
+    parts: Sequence[Part]
+    spans: Sequence[Span] | None
+    apart: bool = field(kw_only=True)
+    notes: Sequence[Note] = field(default=(), kw_only=True)
 
 
 class Renderer:
@@ -34,7 +57,8 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer, *, learn: Learn = "assistant", boundary: Boundary = "apart") -> None:
         self.notes = Notes()
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self._eos_id, self._bos_id = tokenizer.eos_id, tokenizer.bos_id
         self._learn: Learn = learn
         self._boundary = boundary
         self._template = None
@@ -49,38 +73,80 @@ class Renderer:
             BadExample: it cannot be learned from; the message says why.
             ConfigError: the chat template and ``learn`` do not fit.
         """
-        try:
-            found = self._conversation(example) if example.messages is not None else self._text(example)
-        except UnicodeEncodeError as error:
-            raise BadExample(example.place, f"holds text that is no Unicode ({error.reason})") from error
+        encoded = Encoded(self.tokenizer)
+        return self.finished(self.prepared(example, encoded), encoded)
+
+    def prepared(self, example: Example, encoded: Encoded) -> Prepared:
+        """Divide an example into texts, and note those that it needs encoded.
+
+        Raises:
+            BadExample: see `__call__`.
+            ConfigError: see `__call__`.
+        """
+        with _unicode(example):
+            return self._conversation(example, encoded) if example.messages is not None else self._text(example, encoded)
+
+    def finished(self, prepared: Prepared, encoded: Encoded) -> TokenizedExample:
+        """Make the tokens of a prepared example.
+
+        Raises:
+            BadExample: see `__call__`.
+        """
+        example = prepared.example
+        with _unicode(example):
+            if prepared.spans is None:
+                found = self._finished_conversation(prepared, encoded)
+            else:
+                found = self._finished_text(prepared, prepared.spans, encoded)
         for key in example.unread:
             unread = "text is under {}, which no key of the data set names: it is not read" + example.unread_hint
             level = "warning" if example.unread_hint else "info"
             self.notes.add(unread, example.place, level=level, subject=f'"{key}"')
         return found
 
-    def _conversation(self, example: Example) -> TokenizedExample:
+    def _conversation(self, example: Example, encoded: Encoded) -> Prepared:
         if self._template is None:
             raise BadExample(example.place, "is a conversation, and the tokenizer has no chat template")
-        parts = conversation_text(example, self._template, self._learn, self._control_tokens, self.notes)
-        tokens, counts = self._encode([part.text for part in parts], [part.kind for part in parts], example)
-        begin = int(bool(tokens) and tokens[0] == self._tokenizer.bos_id)
-        return TokenizedExample(tokens=tokens, segments=_segments(parts, counts, begin), conversation=True)
+        notes = Notes()  # others are prepared before this one is finished
+        parts = conversation_text(example, self._template, self._learn, self._control_tokens, notes)
+        encoded.want(offsets="".join(part.text for part in parts))
+        return Prepared(example, parts, None, apart=False, notes=notes.list())
 
-    def _text(self, example: Example) -> TokenizedExample:
+    def _text(self, example: Example, encoded: Encoded) -> Prepared:
         spans = example_spans(example)
         parts = [
             Part(span.text, NEVER if not span.weight else LEARNED if span.learn else CONTEXT, span.weight or 1.0)
             for span in spans
         ]
-        texts, kinds = [part.text for part in parts], [part.kind for part in parts]
-        if self._boundary == "apart" or any(span.token_weights is not None for span in spans):
-            tokens, counts = self._apart(texts)
-            self._count_merges(texts, kinds, example)
+        apart = self._boundary == "apart" or any(span.token_weights is not None for span in spans)
+        if not apart:
+            encoded.want(offsets="".join(part.text for part in parts))
+            return Prepared(example, parts, spans, apart=False)
+        texts = [part.text for part in parts if part.text]
+        encoded.want(first=texts[0] if texts else "")
+        for text in texts[1:]:
+            encoded.want(following=text)
+        for left, right in _borders(parts):
+            encoded.want(offsets=left + right)
+        return Prepared(example, parts, spans, apart=True)
+
+    def _finished_conversation(self, prepared: Prepared, encoded: Encoded) -> TokenizedExample:
+        parts, example = prepared.parts, prepared.example
+        for note in prepared.notes:
+            self.notes.add(note.text, note.first, level=note.level)
+        tokens, counts = self._encode(parts, example, encoded)
+        begin = int(bool(tokens) and tokens[0] == self._bos_id)
+        return TokenizedExample(tokens=tokens, segments=_segments(parts, counts, begin), conversation=True)
+
+    def _finished_text(self, prepared: Prepared, spans: Sequence[Span], encoded: Encoded) -> TokenizedExample:
+        parts, example = prepared.parts, prepared.example
+        if prepared.apart:
+            tokens, counts = _apart(parts, encoded)
+            self._count_merges(parts, example, encoded)
         else:
-            tokens, counts = self._encode(texts, kinds, example)
+            tokens, counts = self._encode(parts, example, encoded)
         weights, end_weight = _token_weights(spans, counts, example)
-        eos, bos = self._tokenizer.eos_id, self._tokenizer.bos_id
+        eos, bos = self._eos_id, self._bos_id
         if self._ends(tokens):
             self._note_own("end", eos, example)
         else:
@@ -98,30 +164,20 @@ class Renderer:
 
     def _ends(self, tokens: Sequence[int]) -> bool:
         """Tell whether a text ends with an end token, or with one and a token of white space."""
-        eos = self._tokenizer.eos_id
+        eos = self._eos_id
         if not tokens or tokens[-1] == eos:
             return bool(tokens)
-        return len(tokens) > 1 and tokens[-2] == eos and self._tokenizer.decode(tokens[-1:]).isspace()
+        return len(tokens) > 1 and tokens[-2] == eos and self.tokenizer.decode(tokens[-1:]).isspace()
 
-    def _apart(self, texts: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Encode texts each on its own: all their tokens, and how many each has."""
-        tokens: list[int] = []
-        counts: list[int] = []
-        for text in texts:
-            before = len(tokens)
-            if text:
-                tokens += self._tokenizer.encode(text) if tokens else self._tokenizer.encode_first(text)
-            counts.append(len(tokens) - before)
-        return tokens, counts
-
-    def _encode(self, texts: Sequence[str], kinds: Sequence[int], example: Example) -> tuple[list[int], list[int]]:
+    def _encode(self, parts: Sequence[Part], example: Example, encoded: Encoded) -> tuple[list[int], list[int]]:
         """Encode the texts as one, unless a token would cross a forbidden border.
 
         Of the texts that a token reaches into, the first that is learned has it.
         """
-        found = self._tokenizer.encode_with_offsets("".join(texts))
+        texts = [part.text for part in parts]
+        found = encoded.with_offsets("".join(texts))
         if found is None:
-            return self._apart(texts)
+            return _apart(parts, encoded)
         tokens, offsets = found
         ends = np.cumsum([len(text) for text in texts])
         starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
@@ -131,19 +187,17 @@ class Renderer:
         if len(crossing):
             self._note_merge(example)
             if self._boundary == "apart":
-                return self._apart(texts)
+                return _apart(parts, encoded)
         for token in crossing:
             reached = range(owners[token], last[token] + 1)
-            owners[token] = next((part for part in reached if texts[part] and kinds[part] == LEARNED), owners[token])
-        return tokens, np.bincount(np.minimum(owners, len(texts) - 1), minlength=len(texts)).tolist()
+            learned = (part for part in reached if texts[part] and parts[part].kind == LEARNED)
+            owners[token] = next(learned, owners[token])
+        return list(tokens), np.bincount(np.minimum(owners, len(texts) - 1), minlength=len(texts)).tolist()
 
-    def _count_merges(self, texts: Sequence[str], kinds: Sequence[int], example: Example) -> None:
+    def _count_merges(self, parts: Sequence[Part], example: Example, encoded: Encoded) -> None:
         """Note an example of which a token would reach over a border, were it encoded as a whole."""
-        for number in range(1, len(texts)):
-            left, right = texts[number - 1][-_NEAR:], texts[number][:_NEAR]
-            if not left or not right or kinds[number - 1] == kinds[number]:
-                continue
-            found = self._tokenizer.encode_with_offsets(left + right)
+        for left, right in _borders(parts):
+            found = encoded.with_offsets(left + right)
             if found is not None and any(start < len(left) < stop for start, stop in found[1]):
                 self._note_merge(example)
                 return
@@ -157,8 +211,35 @@ class Renderer:
         self.notes.add(apart if self._boundary == "apart" else merged, example.place, level="info")
 
     def _note_own(self, which: Literal["begin", "end"], token: int, example: Example) -> None:
-        text = f"the text brings its own {which} token, {self._tokenizer.token(token)!r}; no second one is added"
+        text = f"the text brings its own {which} token, {self.tokenizer.token(token)!r}; no second one is added"
         self.notes.add(text, example.place, level="warning" if which == "begin" else "info")
+
+
+def _apart(parts: Sequence[Part], encoded: Encoded) -> tuple[list[int], list[int]]:
+    """Encode texts each on its own: all their tokens, and how many each has."""
+    tokens: list[int] = []
+    counts: list[int] = []
+    for part in parts:
+        before = len(tokens)
+        if part.text:
+            tokens += encoded.following(part.text) if tokens else encoded.first(part.text)
+        counts.append(len(tokens) - before)
+    return tokens, counts
+
+
+def _borders(parts: Sequence[Part]) -> Iterator[tuple[str, str]]:
+    """List the texts around each border between what is learned and what is not."""
+    for before, after in pairwise(parts):
+        if before.kind != after.kind and before.text and after.text:
+            yield before.text[-_NEAR:], after.text[:_NEAR]
+
+
+@contextmanager
+def _unicode(example: Example) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise BadExample(example.place, f"holds text that is no Unicode ({error.reason})") from error
 
 
 def example_spans(example: Example) -> Sequence[Span]:
@@ -186,6 +267,8 @@ def _token_weights(spans: Sequence[Span], counts: Sequence[int], example: Exampl
 
     The last span may have one more than tokens: it is that of the end token.
     """
+    if all(span.token_weights is None for span in spans):
+        return None, 1.0
     found: list[float] = []
     all_given: list[float] = []
     for number, (span, count) in enumerate(zip(spans, counts, strict=True)):
@@ -202,8 +285,6 @@ def _token_weights(spans: Sequence[Span], counts: Sequence[int], example: Exampl
         found += values
         if given is not None:
             all_given += values
-    if all(span.token_weights is None for span in spans):
-        return None, 1.0
     # a document whose weights are all 0 teaches nothing, its end neither
     return found, 0.0 if all_given and not any(all_given) else 1.0
 

@@ -7,27 +7,24 @@ decided when it is read.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from array import array
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
-from attrs import asdict, field, frozen
+from attrs import field, frozen
 from numpy.typing import NDArray
 
-from wmtp.data.base import BadExample, Document, Example
+from wmtp.data.base import Document
 from wmtp.data.notes import Note
-from wmtp.data.tokenized import TokenizedExample
 from wmtp.errors import WMTPError
 
-__all__ = ["StoreInfo", "StoreWriter", "TokenStore"]
+__all__ = ["STORE_INFO", "UNKNOWN", "StoreInfo", "TokenStore"]
 
-_INFO: Final = "store.json"
-_FLUSH_ITEMS: Final = 1 << 20
-_UNKNOWN: Final = -1
+#: file of a store that is whole
+STORE_INFO: Final = "store.json"
+#: label of a document that has none
+UNKNOWN: Final = -1
 
 
 @frozen(kw_only=True)
@@ -61,133 +58,11 @@ class StoreInfo:
     digest: str
 
 
-class _Column:
-    """A file of numbers that is written piece by piece."""
-
-    def __init__(self, path: Path, typecode: str) -> None:
-        self._file = path.open("wb")
-        self._buffer = array(typecode)
-
-    def extend(self, values: Sequence[Any]) -> None:
-        self._buffer.extend(values)
-        if len(self._buffer) > _FLUSH_ITEMS:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._buffer.tofile(self._file)
-        del self._buffer[:]
-
-    def close(self) -> None:
-        self._flush()
-        self._file.close()
-
-
-class StoreWriter:
-    """Writes a store into an empty folder. Nothing counts until `close` has written ``store.json``.
-
-    Args:
-        folder: exists, empty.
-        vocab_size: decides whether a token takes two bytes or four.
-    """
-
-    def __init__(self, folder: Path, vocab_size: int) -> None:
-        self._folder = folder
-        self._token_type = "uint16" if vocab_size <= 1 << 16 else "uint32"
-        self._tokens = _Column(folder / "tokens.bin", "H" if self._token_type == "uint16" else "I")
-        typecodes = {
-            "ends": "q",
-            "prompt_lengths": "q",
-            "is_correct": "b",
-            "reward": "d",
-            "group_hashes": "Q",
-            "name_ends": "q",
-            "segment_ends": "q",
-            "segment_kinds": "b",
-            "segment_scales": "f",
-        }
-        self._columns = {name: _Column(folder / f"{name}.bin", typecode) for name, typecode in typecodes.items()}
-        self._names = (folder / "names.bin").open("wb")
-        self._weights: _Column | None = None
-        self._count = 0
-        self._end = 0
-        self._name_end = 0
-        self._has_scales = False
-        self._conversations = 0
-
-    def add(self, example: Example, document: TokenizedExample) -> None:
-        """Append a document.
-
-        Args:
-            example: where it is from.
-            document: its tokens.
-        """
-        tokens, weights = document.tokens, document.weights
-        segment_end = self._end
-        for segment in document.segments:
-            segment_end += segment.length
-            self._columns["segment_ends"].extend((segment_end,))
-            self._columns["segment_kinds"].extend((segment.kind,))
-            self._columns["segment_scales"].extend((segment.scale,))
-            self._has_scales |= segment.scale != 1.0
-        self._conversations += document.conversation
-        if weights is not None and self._weights is None:
-            self._weights = _Column(self._folder / "weights.bin", "f")
-            self._weights.extend([1.0] * self._end)
-        if self._weights is not None:
-            self._weights.extend([1.0] * len(tokens) if weights is None else weights)
-        self._tokens.extend(tokens)
-        self._end += len(tokens)
-        group = example.group or example.id
-        place = Path(example.where).name
-        name = json.dumps([example.id, group, *([place] if place not in ("", example.id) else [])]).encode()
-        self._names.write(name)
-        self._name_end += len(name)
-        for column, value in (
-            ("ends", self._end),
-            ("prompt_lengths", document.prompt_length),
-            ("is_correct", _UNKNOWN if example.is_correct is None else int(example.is_correct)),
-            ("reward", float("nan") if example.reward is None else example.reward),
-            ("group_hashes", int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest())),
-            ("name_ends", self._name_end),
-        ):
-            self._columns[column].extend((value,))
-        self._count += 1
-
-    def close(self, bad: Sequence[BadExample], bad_count: int, notes: Sequence[Note] = ()) -> None:
-        """Finish the store.
-
-        Args:
-            bad: the first examples that could not be read.
-            bad_count: how many there were.
-            notes: what is to be said of the data whenever it is read.
-        """
-        for column in (self._tokens, *self._columns.values()):
-            column.close()
-        self._names.close()
-        if self._weights is not None:
-            self._weights.close()
-        files = sorted(self._folder.iterdir())
-        info = StoreInfo(
-            documents=self._count,
-            tokens=self._end,
-            bad=bad_count,
-            bad_messages=tuple(str(problem) for problem in bad),
-            token_type=self._token_type,
-            has_weights=self._weights is not None,
-            has_scales=self._has_scales,
-            conversations=self._conversations,
-            notes=tuple(notes),
-            sizes={file.name: file.stat().st_size for file in files},
-            digest=_digest(files),
-        )
-        (self._folder / _INFO).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
-
-
 class TokenStore:
     """A store that was written whole.
 
     Args:
-        folder: what `StoreWriter` wrote.
+        folder: what `wmtp.data.store_writer.StoreWriter` wrote.
         key: the hash of all that decided its content.
 
     Raises:
@@ -239,7 +114,7 @@ class TokenStore:
             id=example_id,
             group=group,
             source=source,
-            is_correct=None if is_correct == _UNKNOWN else bool(is_correct),
+            is_correct=None if is_correct == UNKNOWN else bool(is_correct),
             reward=None if np.isnan(reward) else reward,
         )
 
@@ -253,17 +128,9 @@ class TokenStore:
         return json.loads(self._names[start : int(self._name_ends[number])].tobytes())
 
 
-def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
 def _read_info(folder: Path) -> StoreInfo:
     try:
-        info = StoreInfo(**json.loads((folder / _INFO).read_text(encoding="utf-8")))
+        info = StoreInfo(**json.loads((folder / STORE_INFO).read_text(encoding="utf-8")))
         broken = [name for name, size in info.sizes.items() if (folder / name).stat().st_size != size]
     except (OSError, ValueError, TypeError) as error:
         raise WMTPError(f"{folder}: not a whole token store ({error}); delete the folder") from error

@@ -101,6 +101,15 @@ class HfTokenizer(Tokenizer):
         encoded = self._first.encode(text, add_special_tokens=False)
         return encoded.ids, encoded.offsets
 
+    def encode_many(self, texts: Sequence[str], *, first: bool = False) -> list[list[int]]:
+        """Encode many texts, on all cores."""
+        backend = self._first if first else self._backend
+        return [encoded.ids for encoded in backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def encode_many_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Encode many texts with the places of their tokens, on all cores."""
+        return [(encoded.ids, encoded.offsets) for encoded in self._first.encode_batch(list(texts), add_special_tokens=False)]
+
     @property
     def special_tokens(self) -> Mapping[str, str]:
         """Special tokens that transformers gives to a chat template."""

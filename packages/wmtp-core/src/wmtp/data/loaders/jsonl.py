@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from wmtp.data.base import BadExample, Example
@@ -56,7 +55,7 @@ class JsonlLoader(RecordLoader):
                     needed = f'needs "{prompt}" and "{completion}", or "{text}"'
                     raise BadExample(where, f'no "{key}"; {needed}; {_keys_of(record)}{self._instead(record)}')
             pair = (text_field(where, record, prompt), text_field(where, record, completion))
-        example_id = name_field(record, keys["id"]) or Path(where).name
+        example_id = name_field(record, keys["id"]) or where.rpartition("/")[2]
         unread = unread_keys(record, (text, prompt, completion), self._read)
         yield Example(
             id=example_id,

@@ -1,0 +1,205 @@
+"""Writes tokenised documents to disk, for `wmtp.data.store`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from attrs import asdict
+
+from wmtp.data.base import Example
+from wmtp.data.notes import Note
+from wmtp.data.store import STORE_INFO, UNKNOWN, StoreInfo
+from wmtp.data.tokenized import TokenizedExample
+
+__all__ = ["StoreWriter"]
+
+_FLUSH_ITEMS: Final = 1 << 20
+_json_text: Final = json.encoder.encode_basestring_ascii
+
+
+class _Column:
+    """A file of numbers that is written piece by piece.
+
+    Args:
+        path: the file.
+        typecode: of the numbers.
+        size: bytes that are there already; the file is cut to them.
+    """
+
+    def __init__(self, path: Path, typecode: str, size: int = 0) -> None:
+        self._file = path.open("r+b" if size else "wb")
+        self._file.truncate(size)
+        self._file.seek(size)
+        self._buffer = array(typecode)
+
+    def extend(self, values: Sequence[Any]) -> None:
+        self._buffer.extend(values)
+        if len(self._buffer) > _FLUSH_ITEMS:
+            self.flush()
+
+    def append(self, value: float) -> None:
+        self._buffer.append(value)
+        if len(self._buffer) > _FLUSH_ITEMS:
+            self.flush()
+
+    def repeat(self, value: float, count: int) -> None:
+        for begin in range(0, count, _FLUSH_ITEMS):
+            self.extend([value] * min(_FLUSH_ITEMS, count - begin))
+
+    def flush(self) -> None:
+        self._buffer.tofile(self._file)
+        del self._buffer[:]
+
+    def saved(self) -> int:
+        """Write everything to the disk, and return the size of the file."""
+        self.flush()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+
+class StoreWriter:
+    """Writes a store into a folder. Nothing counts until `close` has written ``store.json``.
+
+    Args:
+        folder: exists, empty, or as it was after `saved`.
+        vocab_size: decides whether a token takes two bytes or four.
+        saved: what `saved` returned; what was written after that is dropped.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, saved: Mapping[str, Any] | None = None) -> None:
+        state = saved or {"sizes": {}, "count": 0, "end": 0, "name_end": 0, "has_scales": False, "conversations": 0}
+        self._folder = folder
+        self._sizes: Mapping[str, int] = state["sizes"]
+        self._token_type = "uint16" if vocab_size <= 1 << 16 else "uint32"
+        self._tokens = self._column("tokens", "H" if self._token_type == "uint16" else "I")
+        typecodes = {
+            "ends": "q",
+            "prompt_lengths": "q",
+            "is_correct": "b",
+            "reward": "d",
+            "group_hashes": "Q",
+            "name_ends": "q",
+            "segment_ends": "q",
+            "segment_kinds": "b",
+            "segment_scales": "f",
+        }
+        self._columns = {name: self._column(name, typecode) for name, typecode in typecodes.items()}
+        self._names = self._column("names", "B")
+        self._weights = self._column("weights", "f") if "weights" in self._sizes else None
+        self._count: int = state["count"]
+        self._end: int = state["end"]
+        self._name_end: int = state["name_end"]
+        self._has_scales: bool = state["has_scales"]
+        self._conversations: int = state["conversations"]
+
+    def _column(self, name: str, typecode: str) -> _Column:
+        return _Column(self._folder / f"{name}.bin", typecode, self._sizes.get(name, 0))
+
+    @property
+    def documents(self) -> int:
+        """Documents so far."""
+        return self._count
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far."""
+        return self._end
+
+    def add(self, example: Example, document: TokenizedExample) -> None:
+        """Append a document.
+
+        Args:
+            example: where it is from.
+            document: its tokens.
+        """
+        tokens, weights, columns = document.tokens, document.weights, self._columns
+        segment_end = self._end
+        for segment in document.segments:
+            segment_end += segment.length
+            columns["segment_ends"].append(segment_end)
+            columns["segment_kinds"].append(segment.kind)
+            columns["segment_scales"].append(segment.scale)
+            self._has_scales |= segment.scale != 1.0
+        self._conversations += document.conversation
+        if weights is not None and self._weights is None:
+            self._weights = self._column("weights", "f")
+            self._weights.repeat(1.0, self._end)
+        if self._weights is not None:
+            self._weights.extend([1.0] * len(tokens) if weights is None else weights)
+        self._tokens.extend(tokens)
+        self._end += len(tokens)
+        group = example.group or example.id
+        place = example.where.rpartition("/")[2]
+        texts = (example.id, group) if place in ("", example.id) else (example.id, group, place)
+        name = f"[{', '.join(map(_json_text, texts))}]".encode()
+        self._names.extend(name)
+        self._name_end += len(name)
+        columns["ends"].append(self._end)
+        columns["prompt_lengths"].append(document.prompt_length)
+        columns["is_correct"].append(UNKNOWN if example.is_correct is None else int(example.is_correct))
+        columns["reward"].append(float("nan") if example.reward is None else example.reward)
+        columns["group_hashes"].append(int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest()))
+        columns["name_ends"].append(self._name_end)
+        self._count += 1
+
+    def saved(self) -> dict[str, Any]:
+        """Write everything so far to the files, and return what a writer needs to continue behind it."""
+        written = {"tokens": self._tokens, "names": self._names, **self._columns}
+        if self._weights is not None:
+            written["weights"] = self._weights
+        return {
+            "sizes": {name: column.saved() for name, column in written.items()},
+            "count": self._count,
+            "end": self._end,
+            "name_end": self._name_end,
+            "has_scales": self._has_scales,
+            "conversations": self._conversations,
+        }
+
+    def close(self, bad: Sequence[str], bad_count: int, notes: Sequence[Note] = ()) -> None:
+        """Finish the store.
+
+        Args:
+            bad: messages on the first examples that could not be read.
+            bad_count: how many there were.
+            notes: what is to be said of the data whenever it is read.
+        """
+        for column in (self._tokens, *self._columns.values()):
+            column.close()
+        self._names.close()
+        if self._weights is not None:
+            self._weights.close()
+        files = sorted(self._folder.glob("*.bin"))
+        info = StoreInfo(
+            documents=self._count,
+            tokens=self._end,
+            bad=bad_count,
+            bad_messages=tuple(bad),
+            token_type=self._token_type,
+            has_weights=self._weights is not None,
+            has_scales=self._has_scales,
+            conversations=self._conversations,
+            notes=tuple(notes),
+            sizes={file.name: file.stat().st_size for file in files},
+            digest=_digest(files),
+        )
+        (self._folder / STORE_INFO).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
