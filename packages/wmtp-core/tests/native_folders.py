@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-VOCAB, WIDTH, LAYERS = 64, 32, 4
+VOCAB, WIDTH, LAYERS = 258, 32, 4
 _COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,

@@ -105,7 +105,7 @@ def export(
     Args:
         model: as for `load_model`.
         folder: a folder that is not there yet, or is empty. It appears whole or not at all.
-        format: ``hf``, ``meta`` or ``medusa``.
+        format: ``hf``, ``wmtp``, ``meta``, ``mtp`` or ``medusa``.
         checkpoint: of a run, in place of its model: ``best``, ``last``, or the step of one that it has kept.
         config: as for `load_model`.
         overrides: ``KEY=VALUE`` texts laid over those.

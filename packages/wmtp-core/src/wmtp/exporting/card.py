@@ -36,6 +36,14 @@ model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
 ```
 
 The folder holds head 1 alone, the model's own next-token head: an ordinary model of its architecture.""",
+    "native": """\
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")  # without its layers for multi-token prediction
+```
+
+The model with its own layers for multi-token prediction, trained, under the names that servers read.""",
     "wmtp": """\
 ```python
 import wmtp
@@ -57,6 +65,13 @@ model = wmtp.load_model("THIS_FOLDER")  # the base with its adapter, and all hea
     "meta": """\
 `consolidated.pth` is a plain mapping from names to tensors: `torch.load(file, weights_only=True)`. Heads 2..H are in
 `extra_heads`; `n_layers` counts every head. WMTP opens the folder again with `type = "meta-mtp"`.""",
+    "mtp": """\
+```sh
+vllm serve THIS_FOLDER --speculative-config '{{"method": "mtp", "num_speculative_tokens": {extra}}}'
+```
+
+An ordinary model with a layer for multi-token prediction, in MiMo-7B's layout. `num_speculative_tokens` may be any number: the
+layer is applied again and again. It was trained for {extra}. WMTP opens the folder again, with heads of kind `native`.""",
     "medusa": """\
 This folder holds the draft heads only. The model that they belong to is its `--format hf` export:
 
@@ -64,7 +79,8 @@ This folder holds the draft heads only. The model that they belong to is its `--
 vllm serve HF_EXPORT --speculative-config '{{"method": "medusa", "model": "THIS_FOLDER", "num_speculative_tokens": {extra}}}'
 ```
 
-`num_speculative_tokens` may be less than {extra}, never more.""",
+`num_speculative_tokens` may be less than {extra}, never more. vLLM up to 0.32 reads such a folder; vLLM 0.33 and
+SGLang 0.5.23 do not.""",
 }
 _PROOF: Final = {
     "hf": "The logits of such an export in plain transformers are tested to be those of head 1.",
@@ -72,6 +88,8 @@ _PROOF: Final = {
     "adapter": "The logits of such a folder in peft are tested to be those of head 1.",
     "meta": "Names, shapes and the forward pass of this layout are tested against a plain implementation of Meta's published\n"
     "description, not against Meta's own weights or code.",
+    "mtp": "Such folders of small models were served by vLLM 0.32 on a CPU: the text was the same with and without\n"
+    "speculation.",
     "medusa": "Names, shapes and the forward pass of this layout are tested against a plain re-implementation of vLLM's\n"
     "`MedusaModel`; the folder was not run inside vLLM.",
 }
@@ -111,7 +129,7 @@ def model_card(
         f"# {title}",
         *_what(model, format, tokenizer),
         "## Use",
-        _USE[format].format(extra=model.horizon - 1),
+        _USE["native" if format == "hf" and model.native is not None else format].format(extra=model.horizon - 1),
         "## Training",
         *([] if step is None else [f"The weights are those of the checkpoint of step {step}, not of the run's own `model/`."]),
         *(_training(run_dir) if run_dir is not None else [_NO_RUN]),

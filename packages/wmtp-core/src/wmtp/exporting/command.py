@@ -18,6 +18,7 @@ from wmtp.exporting import FORMATS
 from wmtp.exporting.card import model_card
 from wmtp.exporting.medusa import write_medusa
 from wmtp.exporting.meta import write_meta
+from wmtp.exporting.served import write_served
 from wmtp.models.mtp import MTPModel
 from wmtp.models.opening import find_model, find_tokenizer, load_weights
 from wmtp.models.vocabulary import check_vocabulary
@@ -93,6 +94,7 @@ def export_model(
         "hf": lambda draft: _write_hf(model, tokenizer, draft),
         "wmtp": lambda draft: _write_wmtp(model, tokenizer, draft),
         "meta": lambda draft: _write_meta(model, tokenizer, path, draft),
+        "mtp": lambda draft: _write_served(model, tokenizer, draft),
         "medusa": lambda draft: write_medusa(model, draft),
     }
 
@@ -145,8 +147,17 @@ def _tokenizer(name: str, path: Path, run_dir: Path | None, model: MTPModel) -> 
     return tokenizer
 
 
+def _write_served(model: MTPModel, tokenizer: Tokenizer | None, folder: Path) -> None:
+    write_served(model, folder)
+    _save_tokenizer(tokenizer, folder)
+
+
 def _write_hf(model: MTPModel, tokenizer: Tokenizer | None, folder: Path) -> None:
     model.save_base(folder)
+    _save_tokenizer(tokenizer, folder)
+
+
+def _save_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> None:
     if tokenizer is not None:
         tokenizer.save(folder)
     if isinstance(tokenizer, HfTokenizer):  # transformers' own files say all of it

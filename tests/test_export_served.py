@@ -1,0 +1,107 @@
+"""``wmtp export --format mtp``: a folder that servers take for a MiMo-7B, and those that they would not."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from wmtp.cli import main
+from wmtp.config.schema import HeadsConfig
+from wmtp.errors import ConfigError
+from wmtp.exporting.served import write_served
+from wmtp.models.mtp import MTPModel
+from wmtp.models.opening import load_model
+from wmtp.tokenizers.bytes import BytesTokenizer
+
+SMALL = {
+    "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.2,
+}  # fmt: skip
+IDS = torch.tensor([[3, 60, 7, 7, 0, 41, 12]])
+
+
+def bases():
+    torch.manual_seed(0)
+    yield "llama", LlamaForCausalLM(LlamaConfig(**SMALL, rope_theta=5000.0))
+    yield "tied", LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True, head_dim=16))
+    yield "qwen2", Qwen2ForCausalLM(Qwen2Config(**SMALL))
+
+
+def with_heads(base, **heads):
+    model = MTPModel(base.eval(), HeadsConfig(**{"kind": "shared", "horizon": 4, "init": "random"} | heads), seed=3).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+def served_names(layers, tied):
+    """Return the tensors that vLLM 0.32 loads: of ``Qwen2Model``, and of ``MiMoMultiTokenPredictorLayer``."""
+    layer = [f"self_attn.{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias")]
+    layer += ["self_attn.o_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"]
+    layer += ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    own = ["token_layernorm.weight", "hidden_layernorm.weight", "input_proj.weight", "final_layernorm.weight"]
+    names = {f"model.layers.{number}.{name}" for number in range(layers) for name in layer}
+    names |= {f"model.mtp_layers.0.{name}" for name in layer + own}
+    return names | {"model.embed_tokens.weight", "model.norm.weight"} | (set() if tied else {"lm_head.weight"})
+
+
+@pytest.mark.parametrize(("name", "base"), bases(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("heads", [{}, {"kind": "chained", "horizon": 2}], ids=["shared", "chained"])
+@torch.no_grad()
+def test_a_server_finds_all_it_loads_and_wmtp_the_same_heads(tmp_path, capsys, name, base, heads):
+    model = with_heads(base, **heads)
+    model.save_pretrained(tmp_path / "model")
+    BytesTokenizer().save(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "served"), "--format", "mtp"]) == 0, capsys.readouterr()
+    config = json.loads((tmp_path / "served" / "config.json").read_text())
+    assert (config["architectures"], config["model_type"], config["num_nextn_predict_layers"]) == (
+        ["MiMoForCausalLM"],
+        "qwen2",
+        1,
+    )
+    assert config["rope_parameters"]["rope_theta"] == (5000.0 if name == "llama" else base.config.rope_parameters["rope_theta"])
+    tensors = {key: value for file in (tmp_path / "served").glob("*.safetensors") for key, value in load_file(file).items()}
+    assert tensors.keys() == served_names(3, name == "tied")
+    index = json.loads((tmp_path / "served" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors.keys()
+    again = load_model(tmp_path / "served")
+    assert (again.heads.kind, again.horizon) == ("native", 2)
+    old, new = model(IDS), again(IDS)
+    for head in (1, 2):
+        torch.testing.assert_close(again.logits(new, head), model.logits(old, head), rtol=1e-6, atol=1e-6)
+    assert "speculative-config" in (tmp_path / "served" / "README.md").read_text()
+
+
+def test_what_the_layout_cannot_hold_is_refused_with_the_reason(tmp_path):
+    def refused(base, why, **heads):
+        with pytest.raises(ConfigError, match=re.escape(why)):
+            write_served(with_heads(base, **heads), tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    llama = LlamaForCausalLM(LlamaConfig(**SMALL))
+    refused(llama, "no extra heads (H = 1); use --format hf", kind="block", horizon=1)
+    refused(llama, "of kind 'block', which no current server reads; train heads of kind 'shared'", kind="block")
+    refused(llama, "it has 3 chained modules, and vLLM's loader of this layout takes one", kind="chained")
+    refused(llama, 'trained with layout = "plain", and a server feeds them otherwise', layout="plain")
+    qwen3 = Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8))
+    refused(qwen3, "it is a Qwen3ForCausalLM: the norms of its queries and keys have no place in the layout")
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4))
+    refused(gpt2, "it is a GPT2LMHeadModel, and the layout's layers are those of LlamaForCausalLM and Qwen2ForCausalLM")
+    biased = LlamaForCausalLM(LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True))
+    refused(biased, "its attention's output has a bias")
+    sliding = Qwen2ForCausalLM(Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=1))
+    refused(sliding, "its attention has a sliding window")
