@@ -3,10 +3,12 @@
 import json
 import signal
 import subprocess
+import sys
+import sysconfig
 import time
 
 import pytest
-from conftest import command, environment
+from conftest import ROOT, command, environment
 
 STUDY = """
 [study]
@@ -78,3 +80,34 @@ def test_ctrl_c_inside_a_run_is_resumed_to_the_same_numbers(recipe, tmp_path):
     assert study(tmp_path).returncode == 0
     assert len(json.loads((baseline / "run.json").read_text())["resumed"]) == 1
     assert [line["step"] for line in map(json.loads, (baseline / "metrics.jsonl").read_text().splitlines())] == [*range(1, 401)]
+
+
+@pytest.mark.slow
+def test_the_quickstart_study_shows_an_effect_and_its_control(tmp_path):
+    words = [
+        "--kind",
+        "blobs",
+        "--functions",
+        "600",
+        "--reference",
+        "600",
+        "--heldout",
+        "60",
+        "--shortest",
+        "80",
+        "--longest",
+        "400",
+    ]
+    script = [sys.executable, ROOT / "bench" / "evidence" / "planted.py", "data/planted", sysconfig.get_path("stdlib"), *words]
+    subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    shorter = ["--set", "train.max_steps=60", "--set", "schedule.warmup_steps=10", "--seeds", "0,1"]
+    done = subprocess.run(
+        command("study", ROOT / "examples" / "study-quickstart.toml", "--json", *shorter),
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in json.loads(done.stdout)["rows"] if row["metric"] == "eval/loss/head_1"]
+    means = {row["arm"]: row["mean"] for row in rows}
+    assert means["rho1"] < means["baseline"] - 0.05
+    assert means["column"] < means["baseline"] - 0.05
+    assert means["shuffled"] > means["rho1"] + 0.05  # the same weights on other tokens: it is the assignment
