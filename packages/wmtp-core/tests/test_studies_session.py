@@ -108,6 +108,8 @@ def test_everything_is_trained_once_compared_and_skipped_afterwards(folder, caps
     models = [path.name for path in (folder / "studies/small/runs").glob("*/model")]
     assert models == []  # keep_models = false
     assert (folder / "studies/small/report.html").is_file()
+    assert main(["report", "studies/small"]) == 2
+    assert "is a study, whose page is " in capsys.readouterr().err
     assert (folder / "studies/small/table.csv").read_text().startswith("metric,arm,n,mean,sd,to,difference,low,high,p")
 
     again = study("study.toml")

@@ -32,7 +32,7 @@ def main() -> int:
     threading.Thread(target=_listen, args=(os.fdopen(os.dup(0)), jobs, state), daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nothing that a run starts may take a job away
     threads: int | None = None
-    while line := jobs.get():
+    while line := _next(jobs):
         job = json.loads(line)
         state["trains"] = True
         answer = _train(job, threads)
@@ -42,6 +42,14 @@ def main() -> int:
         if answer["status"] not in ("finished", "stopped"):
             return 0  # what an error leaves behind is no place for the next run
     return 0
+
+
+def _next(jobs: queue.SimpleQueue[str]) -> str:
+    """Wait for a job; Ctrl-C between two runs is the end, and no error."""
+    try:
+        return jobs.get()
+    except KeyboardInterrupt:
+        return ""
 
 
 def _listen(jobs_in: IO[str], jobs: queue.SimpleQueue[str], state: dict[str, bool]) -> None:

@@ -77,6 +77,8 @@ def _problem(run: Path) -> str | None:
         return None
     if not run.exists():
         return f"{run}: does not exist"
+    if (run / "record").is_dir() and (run / "runs").is_dir():
+        return f"{run}: is a study, whose page is {run / 'report.html'}; wmtp study STUDY.toml writes it anew"
     inside = sorted(path.name for path in run.iterdir() if is_run_dir(path)) if run.is_dir() else []
     hint = f"; it holds the runs {', '.join(inside[:10])}: name some of them" if inside else ""
     return f"{run}: holds no run (no config.toml){hint}"

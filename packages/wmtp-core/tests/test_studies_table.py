@@ -1,0 +1,109 @@
+"""The table of a study: who is compared to whom, in which words, and what makes a comparison unfair."""
+
+import pytest
+
+from wmtp.studies.record import RunRecord
+from wmtp.studies.statistics import holm, paired_difference
+from wmtp.studies.table import Compared, compare, measured
+
+SEEDS = (0, 1, 2)
+
+
+def runs(arm, values, *, metric="eval/loss", **facts):
+    defaults = {"status": "finished", "steps": 10, "tokens": 100.0, "device": "cpu", "versions": {"wmtp-core": "1"}}
+    return [
+        RunRecord(
+            name=f"{arm}{seed}", arm=arm, seed=seed, key="", metrics={metric: value},
+            **{**defaults, "data": {"train": f"t{seed}", "eval": f"e{seed}"}, **facts},
+        )
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def table(*groups, named=(), metric="eval/loss"):
+    records = [record for group in groups for record in group]
+    arms = [Compared(name=name, baseline="base", seeds=SEEDS) for name in dict.fromkeys(record.arm for record in records)]
+    return compare(arms, records, [metric], named)
+
+
+BASE = [3.0, 3.1, 2.9]
+
+
+@pytest.mark.parametrize(
+    ("values", "metric", "verdict"),
+    [
+        ([2.0, 2.11, 1.9], "eval/loss", "lower, better (exploratory)"),
+        ([4.0, 4.11, 3.9], "eval/loss", "higher, worse (exploratory)"),
+        ([4.0, 4.11, 3.9], "token-accuracy/head_1", "higher, better (exploratory)"),
+        ([4.0, 4.11, 3.9], "critic/value", "higher (exploratory)"),
+        ([2.5, 3.6, 2.4], "eval/loss", "no difference seen"),
+        ([2.5], "eval/loss", "one seed: no interval"),
+    ],
+)
+def test_verdicts(values, metric, verdict):
+    found = table(runs("base", BASE, metric=metric), runs("other", values, metric=metric), metric=metric)
+    assert [row.verdict for row in found.rows] == ["", verdict]
+
+
+def test_differences_are_paired_by_seed_and_named_ones_corrected():
+    first, second = [2.9, 3.02, 2.81], [2.8, 2.95, 2.66]
+    named = [("first", "base", "eval/loss"), ("second", "first", "eval/loss")]
+    found = table(runs("base", BASE), runs("first", first), runs("second", second), named=named)
+    kinds = [(row.arm, row.to, row.kind) for row in found.rows]
+    assert kinds == [
+        ("base", None, "baseline"), ("first", "base", "named"), ("second", "first", "named"), ("second", "base", "exploratory")
+    ]  # fmt: skip
+    wanted = [paired_difference(first, BASE), paired_difference(second, first)]
+    assert [row.p for row in found.rows[1:3]] == holm([one.p for one in wanted])
+    assert [(row.low, row.high) for row in found.rows[1:3]] == [(one.low, one.high) for one in wanted]
+    assert found.rows[3].p == paired_difference(second, BASE).p  # not corrected
+    assert found.headline is found.rows[1]
+
+
+def test_what_holm_takes_back_is_said():
+    values = [2.6, 2.85, 2.62]
+    alone = table(runs("base", BASE), runs("a", values), named=[("a", "base", "eval/loss")])
+    assert alone.rows[1].verdict == "lower, better"
+    others = [runs(name, [3.1, 2.9, 3.05]) for name in "bcd"]
+    named = [(name, "base", "eval/loss") for name in "abcd"]
+    assert table(runs("base", BASE), runs("a", values), *others, named=named).rows[1].verdict == (
+        "no difference seen after correction"
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "note"),
+    [
+        ({"steps": 12}, "other and base differ in optimizer steps: 12 and 10 (seed 0, 1, 2)"),
+        ({"tokens": 250.0}, "other and base differ in tokens read: 250 and 100 (seed 0, 1, 2)"),
+        ({"data": {"train": "x", "eval": "e0"}}, "other and base differ in training data (seed 0, 1, 2)"),
+        ({"data": {"train": "t1", "eval": "x"}}, "other and base differ in evaluation data (seed 0, 1, 2)"),
+        ({"device": "NVIDIA H100"}, "other and base differ in device (seed 0, 1, 2)"),
+        ({"versions": {"wmtp-core": "2"}}, "other and base differ in versions (seed 0, 1, 2)"),
+    ],
+)
+def test_what_else_differs_is_said(facts, note):
+    assert note in table(runs("base", BASE), runs("other", BASE, **facts)).notes
+    assert not table(runs("base", BASE), runs("other", BASE)).notes
+
+
+def test_failed_runs_and_missing_seeds_are_left_out_and_said():
+    broken = runs("other", BASE)
+    broken[1] = RunRecord(name="x", arm="other", seed=1, key="", status="failed", error="no")
+    found = table(runs("base", BASE), broken)
+    assert (found.rows[1].n, found.rows[1].pairs) == (2, 2)
+    assert "other has no finished run with seed 1" in found.notes
+
+
+def test_by_default_losses_come_first_and_numbers_of_training_not_at_all():
+    names = [
+        "loss/head_1",
+        "eval/loss",
+        "eval/loss/head_1",
+        "weight/mean",
+        "perplexity/head_1",
+        "eval/predictions",
+        "pass-at-k/pass@1",
+    ]
+    record = RunRecord(name="x", arm="a", seed=0, key="", status="finished", metrics=dict.fromkeys(names, 1.0))
+    assert measured([record]) == ["eval/loss/head_1", "eval/loss", "perplexity/head_1", "pass-at-k/pass@1"]
