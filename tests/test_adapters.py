@@ -127,6 +127,7 @@ def test_an_adapter_folder_is_a_model_that_learns_on_or_whole(adapted, tmp_path)
         (["models.base.lora.dropout=0.05"], r"models\.base\.lora\.dropout: 0\.05, but adapters learn without dropout"),
         (["models.base.lora.targets=[]"], r"models\.base\.lora\.targets"),
         (["models.base.lora.rnak=3"], r"models\.base\.lora\.rnak: unknown key; did you mean 'rank'"),
+        (['optimizer={type="adamw-8bit"}', "launcher.processes=2"], r"'adamw-8bit' takes whole parameters, which FSDP divides"),
         (['models.ref={type="hf",uri="x",lora={}}'], r"models\.ref\.lora: only models\.base has adapters"),
         (['models.base={type="scratch",vocab_size=258,lora={}}'], r"models\.base\.lora: a model of type 'scratch' is no"),
     ],
@@ -178,7 +179,8 @@ def test_two_processes_learn_what_one_does(adapted, preloaded, strategy, precisi
 
 def test_a_run_on_4_bits_is_resumed_bit_for_bit_and_exported(adapted, tmp_path):
     pytest.importorskip("bitsandbytes")
-    settings = ['models.base.quantize="nf4"', "train.max_steps=8", "optimizer.lr=0.02"]
+    optimizer = 'optimizer={type="adamw-8bit",lr=0.02}'
+    settings = ['models.base.quantize="nf4"', "train.max_steps=8", optimizer, 'devices.precision="bf16-params"']
     whole = wmtp.run(adapted, run_name="whole", overrides=settings)
     before = learned(whole.model)
     for step in ("step-8", "step-10"):
@@ -189,11 +191,11 @@ def test_a_run_on_4_bits_is_resumed_bit_for_bit_and_exported(adapted, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     measured = wmtp.evaluate(whole.run_dir, overrides=['eval=[{type="perplexity"}]'])
-    assert measured.numbers["perplexity/head_1"] == pytest.approx(math.exp(whole.metrics["eval/loss/head_1"]), rel=1e-4)
+    assert measured.numbers["perplexity/head_1"] == pytest.approx(math.exp(whole.metrics["eval/loss/head_1"]), rel=1e-2)
     wmtp.export(whole.run_dir, tmp_path / "own", format="wmtp")
     model, merged = wmtp.load_model(whole.run_dir), wmtp.load_model(tmp_path / "own")
     with torch.no_grad():
-        torch.testing.assert_close(merged(IDS).hidden[2], model(IDS).hidden[2], rtol=0, atol=1e-4)
+        torch.testing.assert_close(merged(IDS).hidden[2], model(IDS).hidden[2], rtol=0, atol=0.2)
 
 
 def test_4_bits_without_an_adapter_or_without_bitsandbytes_are_refused(adapted, monkeypatch):

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from wmtp.checkpoints.local import load_checkpoint, save_checkpoint
 from wmtp.config.schema import ScheduleConfig
+from wmtp.errors import ConfigError
 from wmtp.optim.build import change_learning_rate
-from wmtp.optim.config import AdamW, Muon
+from wmtp.optim.config import AdamW, AdamW8bit, Muon
 from wmtp.optim.update import learning_rate_factor
 
 
@@ -102,3 +104,55 @@ def test_schedules_rise_to_one_and_end_where_they_should(type_, warmup):
 def test_runs_of_one_or_two_steps_have_a_rate(total):
     for type_ in ("constant", "linear", "cosine"):
         assert learning_rate_factor(ScheduleConfig(type=type_), 0, total) == 1.0
+
+
+def eight_bits(**settings):
+    pytest.importorskip("bitsandbytes")
+    model = torch.nn.Linear(96, 64)
+    torch.nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(0))
+    return model, AdamW8bit(lr=0.01, **settings).build(list(model.named_parameters()))
+
+
+def steps(model, optimizer, first, last):
+    for step in range(first, last):
+        draw = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        optimizer.step()
+
+
+def test_adamw_in_8_bits_is_nearly_adamw_at_a_quarter_of_its_state():
+    model, optimizer = eight_bits(weight_decay=0.1)
+    plain, _ = eight_bits()
+    steps(model, optimizer, 0, 20)
+    steps(plain, AdamW(lr=0.01, weight_decay=0.1).build(list(plain.named_parameters())), 0, 20)
+    start, _ = eight_bits()
+    moved = (plain.weight - start.weight).abs().mean()
+    assert (model.weight - plain.weight).abs().mean() < 0.05 * moved
+    state = optimizer.state[model.weight]
+    assert {state[name].dtype for name in ("state1", "state2")} == {torch.uint8}
+    assert optimizer.state[model.bias]["state1"].dtype == torch.float32
+
+
+def test_adamw_in_8_bits_is_in_a_checkpoint_bit_for_bit(tmp_path):
+    whole, optimizer = eight_bits()
+    steps(whole, optimizer, 0, 3)
+    saved = save_checkpoint(tmp_path, 3, whole, optimizer, {})
+    steps(whole, optimizer, 3, 6)
+    again, optimizer = eight_bits()
+    load_checkpoint(saved, again, optimizer)
+    steps(again, optimizer, 3, 6)
+    assert torch.equal(again.weight, whole.weight)
+    assert torch.equal(again.bias, whole.bias)
+
+
+def test_what_8_bits_cannot_do_is_refused(monkeypatch):
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.paged: memory is paged between a GPU and its host, .* on cpu; remove it"
+    ):
+        eight_bits(paged=True)
+    meta = torch.nn.Linear(3, 3, device="meta")
+    with pytest.raises(ConfigError, match=r"optimizer\.type: 'adamw-8bit' computes on GPUs of NVIDIA and on CPUs"):
+        AdamW8bit().build(list(meta.named_parameters()))
+    monkeypatch.setattr("wmtp.optim.config.find_spec", lambda name: None)
+    assert list(AdamW8bit().check()) == ["type: needs bitsandbytes: pip install 'wmtp-core[bnb]'"]

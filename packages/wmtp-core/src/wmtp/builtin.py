@@ -8,7 +8,7 @@ from wmtp.data.config import Chat, CodeContests, HumanEval, Jsonl, Mbpp, Mutated
 from wmtp.evaluation.config import InferenceSpeed, PassAtK, Perplexity, Speculative, TokenAccuracy
 from wmtp.launchers.config import LocalLauncher
 from wmtp.models.config import HfModel, MetaMtpModel, ScratchModel
-from wmtp.optim.config import AdamW, Muon
+from wmtp.optim.config import AdamW, AdamW8bit, Muon
 from wmtp.plugins.hookspecs import hookimpl
 from wmtp.storage.config import FileStorage, HubStorage, PackageStorage
 from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers, OwnTokenizer
@@ -52,8 +52,8 @@ def wmtp_storages() -> list[type[Any]]:
 
 @hookimpl
 def wmtp_optimizers() -> list[type[Any]]:
-    """AdamW and Muon."""
-    return [AdamW, Muon]
+    """AdamW, also with its state in 8 bits, and Muon."""
+    return [AdamW, AdamW8bit, Muon]
 
 
 @hookimpl

@@ -285,6 +285,13 @@ def _devices(config: Config) -> Iterator[Problem]:
     processes = config.launcher.processes
     if config.devices.device == "mps" and isinstance(processes, int) and processes > 1:
         yield Problem(("launcher", "processes"), f'{processes}, but devices.device = "mps" computes in one process; write 1')
+    several = isinstance(processes, int) and processes > 1
+    divides = config.devices.fsdp.strategy != "none" if config.devices.fsdp is not None else several
+    if divides and config.optimizer.takes_whole_only:
+        yield Problem(
+            ("optimizer", "type"),
+            f"'{config.optimizer.type}' takes whole parameters, which FSDP divides; set devices.fsdp.strategy = \"none\"",
+        )
     if config.devices.device == "mps" and config.devices.fsdp is not None:
         yield Problem(("devices", "fsdp"), 'shards a model over GPUs or CPU processes, not with devices.device = "mps"')
 

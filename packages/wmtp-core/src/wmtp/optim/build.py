@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from wmtp.optim.config import AdamW, Muon
     from wmtp.optim.master_weights import MasterWeights
 
-__all__ = ["build_adamw", "build_muon", "build_optimizer", "change_learning_rate"]
+__all__ = ["build_adamw", "build_muon", "build_optimizer", "change_learning_rate", "decay_groups"]
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -47,16 +47,21 @@ def build_optimizer(
 
 def build_adamw(config: AdamW, parameters: NamedParameters) -> torch.optim.Optimizer:
     """AdamW with one group that decays and one that does not."""
-    decayed = [p for _, p in parameters if p.ndim >= 2]
-    plain = [p for _, p in parameters if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        decay_groups(parameters, config.weight_decay),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         fused=all(p.device.type in ("cpu", "cuda", "mps") and p.is_floating_point() for _, p in parameters),
     )
+
+
+def decay_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
+    """Put matrices, which decay, and vectors, which do not, into groups of their own."""
+    decayed = [p for _, p in parameters if p.ndim >= 2]
+    plain = [p for _, p in parameters if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def build_muon(config: Muon, parameters: NamedParameters) -> torch.optim.Optimizer:

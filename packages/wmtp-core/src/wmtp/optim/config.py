@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -14,7 +15,7 @@ from wmtp.plugins.contract import OptimizerConfig
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdamW", "Muon"]
+__all__ = ["AdamW", "AdamW8bit", "Muon"]
 
 
 @frozen(kw_only=True)
@@ -39,6 +40,38 @@ class AdamW(OptimizerConfig):
         from wmtp.optim.build import build_adamw
 
         return build_adamw(self, parameters)
+
+
+@frozen(kw_only=True)
+class AdamW8bit(AdamW):
+    """AdamW with its running means in 8 bits, in blocks of 256 (arXiv 2110.02861), by bitsandbytes.
+
+    2 bytes a parameter in place of 8. Parameters of fewer than 4,096 numbers keep theirs in fp32. On GPUs and CPUs; several
+    processes each hold the model whole.
+
+    Args:
+        lr: the peak learning rate.
+        betas: decay of the running means of gradient and squared gradient.
+        eps: added to the denominator.
+        weight_decay: of weight matrices; biases, norms and other vectors have none.
+        paged: let the driver move the means to the host's memory while a GPU needs its own for something else.
+    """
+
+    type = "adamw-8bit"
+    takes_whole_only = True
+    state_bytes = 2
+    paged: bool = False
+
+    def check(self) -> Iterator[str]:
+        """Say what to install."""
+        if find_spec("bitsandbytes") is None:
+            yield "type: needs bitsandbytes: pip install 'wmtp-core[bnb]'"
+
+    def build(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        """Make the optimizer for ``(name, parameter)`` pairs."""
+        from wmtp.optim.eight_bits import build_adamw_8bit
+
+        return build_adamw_8bit(self, parameters)
 
 
 @frozen(kw_only=True)

@@ -231,6 +231,10 @@ class StorageBackendConfig(ComponentConfig, contract=True):
 class OptimizerConfig(ComponentConfig, contract=True, keys=("lr",)):
     """Config class of an optimizer."""
 
+    #: it takes whole parameters only, not those that FSDP divides among processes
+    takes_whole_only: ClassVar[bool] = False
+    #: bytes of state for each parameter that learns, for the memory estimate
+    state_bytes: ClassVar[int] = 8
     #: float, a field of every config class: the peak learning rate
     lr: Any = None
 

@@ -148,13 +148,13 @@ def estimate_memory(
     gradients = 4 * learned // share
     if micro == rows:
         whole = world == 1 and (devices.fsdp is None or devices.fsdp.strategy == "none")
-        if whole and devices.device != "cpu" and devices.precision == "bf16-params" and isinstance(config.optimizer, AdamW):
+        if whole and devices.device != "cpu" and devices.precision == "bf16-params" and type(config.optimizer) is AdamW:
             gradients //= 2  # they stay as they came
         gradients = max(0, gradients - activations)
     return MemoryEstimate(
         parameters=(of_fixed * fixed + 4 * learned) // share + in_4_bits + copies,
         gradients=gradients,
-        optimizer=8 * learned // share,
+        optimizer=config.optimizer.state_bytes * learned // share,
         activations=activations,
         loss=round(loss),
         other_models=_other_models(config, others or {}),
