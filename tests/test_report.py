@@ -187,6 +187,25 @@ def test_head_colour_and_step_can_be_chosen(tmp_path):
 
 
 @in_browser
+def test_tokens_are_reached_by_keyboard(tmp_path):
+    run = make_run(tmp_path, samples=[sample(1, document(["a", "b", "c"]))])
+    found = browse(
+        write_report([run]),
+        """
+        const text = document.querySelector('.text'), tip = document.querySelector('body > .tip'), seen = [];
+        const press = key => {
+          document.activeElement.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));
+          seen.push([document.activeElement.textContent, tip.hidden ? '' : tip.querySelector('code').textContent]);
+        };
+        text.focus();
+        ['ArrowRight', 'ArrowRight', 'ArrowLeft', 'End', 'ArrowRight', 'Escape'].forEach(press);
+        return seen;
+        """,
+    )
+    assert found == [["a", '"a"'], ["b", '"b"'], ["a", '"a"'], ["c", '"c"'], ["c", '"c"'], ["c", ""]]
+
+
+@in_browser
 def test_several_runs_are_compared(tmp_path):
     shown = document(["a", "b"])
     runs = [

@@ -105,7 +105,8 @@ const Texts = (() => {
     const name = shown.has(choice.by) ? choice.by : shown.keys().next().value;
     const values = shown.get(name);
     const color = scale(name, values, record.mean_weight);
-    const text = element("div", { class: "text", lang: "" });
+    const text = element("div", { class: "text", lang: "", tabindex: "0", role: "group",
+      "aria-label": `${run.name}: the text; arrow keys go from token to token`, onkeydown: event => walk(event, text, tip) });
     document.tokens.forEach((token, place) => {
       const span = element("span", { class: "token", tabindex: "-1" });
       span.textContent = show(token);
@@ -126,6 +127,17 @@ const Texts = (() => {
         element("span", { class: "soft" }, ` step ${record.step.toLocaleString("en")}, ${record.stage}`), label, missing,
         legend(name, values, record.mean_weight)),
       text);
+  }
+
+  // arrow keys go from token to token, Escape closes what is told of one
+  function walk(event, text, tip) {
+    const tokens = [...text.children], at = tokens.indexOf(document.activeElement);
+    const places = { ArrowRight: at + 1, ArrowLeft: at < 0 ? -1 : at - 1, Home: 0, End: tokens.length - 1 };
+    if (event.key === "Escape") tip.hidden = true;
+    const next = tokens[places[event.key]];
+    if (!next) return;
+    event.preventDefault();
+    next.focus();
   }
 
   function explain(tip, span, document, place) {
