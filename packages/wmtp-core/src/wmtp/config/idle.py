@@ -22,7 +22,17 @@ def idle_problems(config: Config) -> Iterator[Problem]:
         yield from _idle(base.heads, ("lk_eta",), path, f'objective = "{base.heads.objective}" has no η')
     if base is not None and base.heads is not None and base.heads.horizon == 1:
         heads = evolve(base.heads, decay=None) if base.heads.decay == 1.0 else base.heads  # so that an overlay can undo it
-        keys = ("kind", "layout", "init", "trunk_gradient", "head_weights", "decay", "objective", "lr_factor")
+        keys = (
+            "kind",
+            "layout",
+            "init",
+            "trunk_gradient",
+            "head_weights",
+            "decay",
+            "objective",
+            "draft_vocabulary",
+            "lr_factor",
+        )
         yield from _idle(heads, keys, path, "horizon = 1 is the model's own head alone")
     if config.schedule.type == "constant":
         yield from _idle(config.schedule, ("min_ratio",), ("schedule",), 'type = "constant" does not decay')

@@ -285,6 +285,14 @@ class TokenDataset:
             prompt_length=int(np.clip(store.prompt_lengths[local] - start, 0, stop - start)),
         )
 
+    def token_counts(self, size: int) -> NDArray[np.int64]:
+        """Count how often each id below ``size`` occurs in the sources."""
+        counts = np.zeros(size, np.int64)
+        for store in self._stores:
+            for start in range(0, len(store.tokens), _LOOKED_AT):
+                counts += np.bincount(store.tokens[start : start + _LOOKED_AT], minlength=size)
+        return counts
+
     def number_of(self, document: Document) -> int:
         """Find the piece's number from what `document` returned."""
         number = int(np.searchsorted(self.indices, document.index))

@@ -89,6 +89,11 @@ def export_model(
     if model.adapter is not None:
         _log.info("%s: its adapter is merged into the model", name)
         model.merge_adapter()
+    if model.draft_ids is not None and format in ("meta", "medusa"):
+        raise ConfigError(
+            f"format: {format!r} cannot say that heads 2..H draft from {len(model.draft_ids):,} of {model.vocab_size:,} tokens "
+            "(models.base.heads.draft_vocabulary); export 'wmtp' or 'hf'"
+        )
     tokenizer = None if format == "medusa" else _tokenizer(name, path, run_dir, model)
     write: dict[str, Callable[[Path], None]] = {
         "hf": lambda draft: _write_hf(model, tokenizer, draft),

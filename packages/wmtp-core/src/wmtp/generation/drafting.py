@@ -8,6 +8,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Self
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from wmtp.generation.cache import RowCache
@@ -37,6 +38,8 @@ class Drafter(ABC):
         self._heads = model.extra_heads
         self._extra = model.horizon - 1
         self._caches: list[RowCache] = []  # of the heads' own layers
+        ids, device = model.draft_ids, model.anatomy.output.weight.device
+        self._ids = None if ids is None else torch.tensor(ids, device=device)
 
     @abstractmethod
     def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
@@ -76,8 +79,15 @@ class Drafter(ABC):
         return hidden
 
     def logits(self, head: int, hidden: Tensor) -> Tensor:
-        """Multiply by the unembedding of a head."""
-        return self._model.unembedding(head).logits(hidden)
+        """Multiply by the unembedding of a head; −∞ for tokens that are not drafted."""
+        unembedding = self._model.unembedding(head)
+        if self._ids is None:
+            return unembedding.logits(hidden)
+        # taken anew each time: the weight may have learned since
+        bias = None if unembedding.bias is None else unembedding.bias[self._ids]
+        few = evolve(unembedding, weight=unembedding.weight[self._ids], bias=bias).logits(hidden)
+        all_logits = few.new_full((*few.shape[:-1], len(unembedding.weight)), -torch.inf)
+        return all_logits.index_copy(-1, self._ids, few)
 
 
 def at_index(values: Tensor, index: Tensor) -> Tensor:

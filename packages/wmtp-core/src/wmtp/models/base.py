@@ -66,6 +66,7 @@ class LoadedModel:
     Args:
         model: an ordinary causal language model; its own layers are untouched.
         heads: the kind and horizon of the extra heads that the files hold; None where they hold none.
+        draft_ids: the tokens that these heads draft from; None: all.
         head_state: the tensors of those extra heads, named as in `wmtp.models.mtp.MTPModel.extra_heads`' state dict.
         untouched: what else the files hold, and is written back wherever the model is saved.
         native: the model's own layers for multi-token prediction among ``untouched``, which can be its heads.
@@ -74,6 +75,7 @@ class LoadedModel:
 
     model: PreTrainedModel
     heads: HeadsConfig | None = None
+    draft_ids: tuple[int, ...] | None = None
     head_state: Mapping[str, torch.Tensor] | None = None
     untouched: Untouched | None = None
     native: Native | None = None

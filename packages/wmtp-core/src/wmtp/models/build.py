@@ -63,6 +63,7 @@ def build_model(
         _log.info("the model's own layers for multi-token prediction stay as they are: %s", reason)
     model = MTPModel(loaded.model, resolved, head_state=state, seed=seed, native=native)
     model.untouched = untouched
+    model.draft_ids = loaded.draft_ids if resolved.horizon > 1 else None
     if (brought := loaded.adapter) is not None:
         if lora is not None:
             check_same(brought.config, lora, loaded.model, brought.folder)

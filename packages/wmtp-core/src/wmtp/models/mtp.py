@@ -103,6 +103,7 @@ class MTPModel(nn.Module):
             _load_heads(self.extra_heads, head_state)
         self.source: Path | None = None  #: the file or folder that it was opened from
         self.untouched: Untouched | None = None  #: what else its folder holds; see `take_origin`
+        self.draft_ids: tuple[int, ...] | None = None  #: the tokens that heads 2..H draft from; None: all
         self.adapter: Adapter | None = None  #: what learns in place of the base; see `wmtp.models.adapters`
         self._tokenizer: Tokenizer | None = None
         self.training = base.training
@@ -396,7 +397,7 @@ class MTPModel(nn.Module):
 
     def take_origin(self, other: MTPModel) -> None:
         """Save as ``other`` would: under the names of its files, and with what else they hold."""
-        self.source, self.untouched = other.source, other.untouched
+        self.source, self.untouched, self.draft_ids = other.source, other.untouched, other.draft_ids
         if (conversions := getattr(other.base, "_weight_conversions", None)) is not None:
             self.base._weight_conversions = conversions
 
@@ -407,9 +408,11 @@ class MTPModel(nn.Module):
 
     def _describe_heads(self, folder: Path) -> None:
         kind = self.heads.kind
-        description = {"format": HEADS_FORMAT, "kind": kind, "horizon": self.horizon}
+        description: dict[str, Any] = {"format": HEADS_FORMAT, "kind": kind, "horizon": self.horizon}
         if kind in ("chained", "shared"):
             description["layout"] = self.heads.layout
+        if self.draft_ids is not None:
+            description["draft_vocabulary"] = list(self.draft_ids)
         (folder / HEADS_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     def _tail(self, joint: bool) -> Callable[[Tensor], Tensor]:

@@ -22,7 +22,8 @@ from wmtp.data.score_cache.cached_numbers import open_token_numbers
 from wmtp.devices import autocast_context, device_name, few_cpu_threads, pick_device, pick_precision, prefer_fast_attention
 from wmtp.distributed.ranks import ALONE, Ranks
 from wmtp.errors import Terminated, WMTPError
-from wmtp.models.ends import learn_turn_end
+from wmtp.models.draft_vocabulary import frequent_tokens
+from wmtp.models.ends import end_ids, learn_turn_end
 from wmtp.models.reward_scores import open_reward_scores
 from wmtp.models.sharding import Sharding, whole_state
 from wmtp.optim.build import build_optimizer
@@ -105,6 +106,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         model, master_weights = place_model(config, source, ranks, device, precision, fsdp)
     if data.train.conversations:
         learn_turn_end(model.base, source.tokenizer, "models.base")
+    if (size := model.heads.draft_vocabulary) is not None and model.horizon > 1:
+        model.draft_ids = frequent_tokens(data.train, size, model.vocab_size, end_ids(model.base, source.tokenizer))
     plan = StagePlan.make(trainer.stages(), warmup_steps=model.heads.warmup_steps, total_steps=total_steps, trainer_name=name)
     batches = StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
     setup = TrainerSetup(

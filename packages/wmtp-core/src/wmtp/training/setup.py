@@ -88,6 +88,7 @@ def open_source(config: Config) -> Source:
     if base.lora is not None:
         _check_lora(base.loader, base.lora, path)
     _check_length(info, config, "the model")
+    _check_draft_vocabulary(info, config)
     _check_evaluators(info, config)
     tokenizer = _open_tokenizer(config, place, path)
     use_chat_template(tokenizer, config.data.train)
@@ -159,6 +160,16 @@ def _check_length(info: ModelInfo, config: Config, model: str) -> None:
             f"data.train.packing: {model} scales its positions by the length of a text beyond {switching} tokens, so the "
             "longest document of a row would change the others; set data.train.packing = false, or data.train.max_length to "
             f"at most {switching}"
+        )
+
+
+def _check_draft_vocabulary(info: ModelInfo, config: Config) -> None:
+    heads = config.models["base"].heads
+    size = None if heads is None else heads.draft_vocabulary
+    if size is not None and size > info.vocab_size:
+        raise ConfigError(
+            f"models.base.heads.draft_vocabulary: {size}, but the model has a vocabulary of {info.vocab_size}; write less, or "
+            "leave it out"
         )
 
 

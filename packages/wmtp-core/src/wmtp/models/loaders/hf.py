@@ -94,7 +94,14 @@ class HfLoader(ModelLoader):
         model = strict_from_pretrained(AutoModelForCausalLM, folder, folder, options | {"config": config}, opening)
         heads = _saved_heads(folder)
         state = None if heads is None or heads.kind == "native" else load_file(folder / HEADS_WEIGHTS)
-        return LoadedModel(model=model, heads=heads, head_state=state, untouched=opening.untouched, native=opening.native)
+        return LoadedModel(
+            model=model,
+            heads=heads,
+            head_state=state,
+            draft_ids=_saved_draft_ids(folder, model),
+            untouched=opening.untouched,
+            native=opening.native,
+        )
 
     def empty(self, path: Path | None) -> PreTrainedModel:
         """Build the model without memory for its weights; of an adapter, its base.
@@ -124,7 +131,10 @@ class HfLoader(ModelLoader):
             )
         state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in saved.state.items()}
         heads = _saved_heads(folder)
-        own = {} if heads is None else {"heads": heads, "head_state": load_file(folder / HEADS_WEIGHTS)}
+        own: dict[str, Any] = {}
+        if heads is not None:
+            own = {"heads": heads, "head_state": load_file(folder / HEADS_WEIGHTS)}
+            own["draft_ids"] = _saved_draft_ids(folder, base.model)
         return evolve(base, adapter=evolve(saved, state=state), **own)
 
     def _find_base(self, folder: Path) -> tuple[Path, BaseModelName]:
@@ -234,6 +244,18 @@ def _saved_heads(folder: Path) -> HeadsConfig | None:
     if layout not in ("mimo", "plain"):
         raise WMTPError(f"{description}: layout {layout!r} is not known to this version of WMTP")
     return HeadsConfig(kind=kind, horizon=horizon, layout=layout if kind in ("chained", "shared") else HeadsConfig().layout)
+
+
+def _saved_draft_ids(folder: Path, model: PreTrainedModel) -> tuple[int, ...] | None:
+    """Read from ``mtp_heads.json`` which tokens heads 2..H draft from."""
+    vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    description = folder / HEADS_CONFIG
+    ids = read_json(description).get("draft_vocabulary") if description.exists() else None
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
+        raise WMTPError(f"{description}: draft_vocabulary holds no ids of this model's {vocab_size} tokens")
+    return tuple(ids)
 
 
 def _need_gguf() -> None:
