@@ -79,7 +79,12 @@ def test_notes_of_the_same_documents_are_joined_by_their_subjects():
         notes.add("under {}", where, subject='"x"')
         notes.add("under {}", where, subject='"y"')
     notes.add("under {}", "a:2", subject='"z"')
-    assert [(note.text, note.count) for note in notes.list()] == [('under "x", "y"', 2), ('under "z"', 1)]
+    notes.add("begins with '{}'", "a:3")
+    assert [(note.text, note.count) for note in notes.list()] == [
+        ('under "x", "y"', 2),
+        ('under "z"', 1),
+        ("begins with '{}'", 1),
+    ]
 
 
 # truncation

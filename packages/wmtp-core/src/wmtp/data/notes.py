@@ -65,6 +65,6 @@ class Notes:
         for (text, level, subject), (count, first, _) in self._found.items():
             subjects.setdefault((text, level, int(count), str(first)), []).append(subject)
         return tuple(
-            Note(text=text.replace("{}", ", ".join(names)), count=count, first=first, level=level)
+            Note(text=text.replace("{}", ", ".join(names)) if names[0] else text, count=count, first=first, level=level)
             for (text, level, count, first), names in subjects.items()
         )
