@@ -19,7 +19,7 @@ from wmtp.loss.torch_backend import plain
 
 __all__ = ["compute"]
 
-#: bytes of fp32 logits of one head that are held at once; about six times as much is, in all
+#: bytes of fp32 logits of one head that are held at once; about eight times as much is, in all
 _CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 192 * 2**20}
 
 #: bytes of fp32 logits that a CPU works on at once
@@ -133,6 +133,7 @@ class _Comparison:
         states = torch.where(answered.unsqueeze(1), problem.tensors[0].detach()[places].to(problem.compute), 0.0)
         target = self._logits(own, states)
         log_p = plain.transformed(target.to(problem.exact), own).log_softmax(dim=1)
+        p, top = log_p.exp(), log_p.argmax(dim=1)  # once for all heads
         for k, head in enumerate(problem.heads[1:], start=1):
             at = places - k
             asked = (at >= 0) & self._wanted[at.clamp(min=0), k]
@@ -152,7 +153,8 @@ class _Comparison:
             step = max(1, _SLICE_BYTES // (4 * logits.shape[1])) if self._picks else len(logits)
             for start in range(0, len(logits), step):
                 part = slice(start, start + step)
-                there = log_p if picked is None else log_p[picked[part]]
+                rows_of_p = part if picked is None else picked[part]
+                there = log_p[rows_of_p], p[rows_of_p], top[rows_of_p]
                 given = problem.ids[read[part], k], problem.objective, None if c is None else c[part]
                 found = _compare(there, logits[part].to(problem.exact), head, *given, learns=learns)
                 rows = at[part]
@@ -210,7 +212,7 @@ class _Compared(NamedTuple):
 
 
 def _compare(
-    log_p: Tensor,
+    target: tuple[Tensor, Tensor, Tensor],
     logits: Tensor,
     head: HeadLayout,
     ids: Tensor,
@@ -222,7 +224,7 @@ def _compare(
     """Compare distributions.
 
     Args:
-        log_p: ``[n, V]`` of head 1.
+        target: of head 1 log p and p ``[n, V]``, and the most probable token ``[n]``.
         logits: ``[n, V]`` of head k, which it may change.
         head: how these are scaled and capped.
         ids: ``[n]``, the data's tokens.
@@ -230,13 +232,14 @@ def _compare(
         coefficients: ``[n]``; None: the objective is not wanted.
         learns: whether its gradient is.
     """
+    log_p, p, top = target
     z = plain.transformed(logits, head)
     lse = z.logsumexp(dim=1, keepdim=True)
     through = None if head.softcap is None or not learns else 1 - (z / head.softcap).square_()
     log_q = z.sub_(lse)
     loss = -log_q.gather(1, ids.unsqueeze(1)).squeeze(1)
-    same_top = log_p.argmax(dim=1) == log_q.argmax(dim=1)
-    p, q = log_p.exp(), log_q.exp()
+    same_top = top == log_q.argmax(dim=1)
+    q = log_q.exp()
     difference = q - p
     overlap = 1 - difference.abs().sum(dim=1) / 2
     if coefficients is None or objective is None:
@@ -250,11 +253,9 @@ def _compare(
     value = torch.where(coefficients != 0, value, 0.0)
     if not learns:
         return _Compared(loss, lse.squeeze(1), overlap, same_top, value, None)
-    slope = torch.zeros_like(q)
-    if objective.name != "tv":
-        slope.addcmul_(difference, (coefficients * share).unsqueeze(1))
+    slope = difference * (coefficients * share).unsqueeze(1)
     if objective.name != "kl":
-        sign = difference.sign()
+        sign = difference.sign_()
         sign -= (q * sign).sum(dim=1, keepdim=True)
         slope.addcmul_(q.mul_(sign), (coefficients * (1 - share) / 2).unsqueeze(1))
     if head.scale != 1.0:
