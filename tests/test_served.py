@@ -20,26 +20,27 @@ from wmtp.models.opening import load_model, load_weights
 
 ROOT = Path(__file__).parent.parent
 VLLM = os.environ.get("WMTP_TEST_VLLM")
-DRAFTS, NEW = 3, 80
+DRAFTS = 3
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(VLLM is None, reason="needs vLLM; name the Python that has it by WMTP_TEST_VLLM"),
 ]
 
 
-def vllm(folder, prompts, drafts, place):
+def vllm(folder, prompts, new, drafts, place):
     file = place / "prompts.json"
     file.write_text(json.dumps(prompts))
-    command = [VLLM, ROOT / "tests/served_by_vllm.py", folder, file, str(NEW), str(drafts)]
+    command = [VLLM, ROOT / "tests/served_by_vllm.py", folder, file, str(new), str(drafts)]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.partition("RESULT ")[2])
 
 
-def compared(model, folder, prompts, place):
+def compared(model, folder, prompts, new, place):
     """Serve ``folder``, and compare with ``model``; return the accepted drafts by head."""
-    plain, served = vllm(folder, prompts, 0, place), vllm(folder, prompts, DRAFTS, place)
-    rows = [generate(model, [prompt], max_new_tokens=NEW, eos_id=None, speculative=True)[0] for prompt in prompts]
+    plain, served = vllm(folder, prompts, new, 0, place), vllm(folder, prompts, new, DRAFTS, place)
+    rows = [generate(model, [prompt], max_new_tokens=new, eos_id=None, speculative=True)[0] for prompt in prompts]
     assert served["texts"] == plain["texts"]
     assert served["texts"] == [list(row.tokens) for row in rows]
     accepted = [sum(row.drafts.accepted[head] for row in rows) for head in range(DRAFTS)]
@@ -57,7 +58,7 @@ def test_the_quickstart_with_a_shared_head(tmp_path):
     assert main(["export", str(tmp_path / "runs/served"), str(tmp_path / "served"), "--format", "mtp"]) == 0
     texts = ("def add(a, b):\n    ", "class Reader:\n    def __init__(self", "import os\n\ndef read(path):\n")
     prompts = [[257, *text.encode()] for text in texts]
-    accepted = compared(load_model(tmp_path / "runs/served"), tmp_path / "served", prompts, tmp_path)
+    accepted = compared(load_model(tmp_path / "runs/served"), tmp_path / "served", prompts, 80, tmp_path)
     print("accepted", accepted)
     assert all(accepted), accepted
 
@@ -73,5 +74,5 @@ def test_smollm2_with_a_shared_head(tmp_path):
             parameter.add_(torch.randn(parameter.shape) * 0.002)
     model.save_pretrained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "served"), "--format", "mtp"]) == 0
-    prompts = [[504, 3575, 282, 4649, 314], [1, 4093, 198, 504, 2, 198]]
-    print("accepted", compared(model.eval(), tmp_path / "served", prompts, tmp_path))
+    prompts = [[504] * 12, [28, 29, 30] * 5]  # texts that go on as they began, so that a copied layer is right at times
+    print("accepted", compared(model.eval(), tmp_path / "served", prompts, 24, tmp_path))
