@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -282,6 +283,36 @@ def test_other_evaluation_data_is_named_and_refused_where_it_decides_the_end(rec
     with caplog.at_level("WARNING", logger="wmtp"):
         assert library.run(resume=result.run_dir).steps == 8
     assert f"datasets: the evaluation data is not what it was when {result.checkpoint} was written" in caplog.text
+
+
+def test_a_mixture_is_resumed_bit_for_bit_and_logs_the_loss_of_each_data_set(recipe, tmp_path, caplog):
+    import shutil
+
+    import wmtp as library
+
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} and {i + 1}. " * 3}) + "\n" for i in range(20)))
+    text = recipe.read_text().replace("max_steps = 40", "max_steps = 10")
+    text = text.replace("max_length = 64", "max_length = 64\nmixture = { code = 0.3, text = 0.7 }")
+    recipe.write_text(text + f'[datasets.text]\ntype = "jsonl"\nuri = "{tmp_path}/text.jsonl"\n')
+    with caplog.at_level("INFO", logger="wmtp"):
+        whole = library.run(recipe, run_name="whole")
+    assert re.search(
+        r"data\.train\.mixture: code 30\.0% of the tokens, \d\.\d\d epochs; text 70\.0% of the tokens", caplog.text
+    )
+    steps = curve(whole.run_dir)
+    for record in steps:
+        losses = [record[name] for name in ("source_loss/code", "source_loss/text") if record.get(name) is not None]
+        assert min(losses) - 1e-4 <= record["loss/head_1"] <= max(losses) + 1e-4
+    assert {name for name in steps[-1] if name.startswith("eval/")} >= {"eval/loss"}
+    cut = tmp_path / "runs" / "cut"
+    shutil.copytree(whole.run_dir, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-10")
+    shutil.rmtree(cut / "model")
+    assert library.run(resume=cut).steps == 10
+    assert curve(cut) == steps
+    rows = library.run(recipe, run_name="rows", overrides=["data.train.micro_batch_size=1"])
+    for name in ("loss", "source_loss/code", "source_loss/text"):
+        assert rows.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-4)
 
 
 def test_how_many_steps_are_logged_does_not_decide_when_a_run_stops_early(recipe):

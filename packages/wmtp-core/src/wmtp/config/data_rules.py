@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,8 @@ _LOOKED_AT: Final = 32
 
 def train_sources(config: Config) -> tuple[str, ...]:
     """Names of the data sets to learn from: those that the config names, else all that ``[data.eval]`` does not name."""
+    if config.data.train.mixture is not None:
+        return tuple(sorted(config.data.train.mixture))  # however it is written
     if config.data.train.sources is not None:
         return config.data.train.sources
     measured = eval_sources(config)
@@ -50,13 +53,15 @@ def check_sources(config: Config) -> list[str]:
     problems: list[str] = []
     train, measured = train_sources(config), eval_sources(config)
     installed = ", ".join(config.datasets)
-    for key, names in (("data.train.sources", train), ("data.eval.sources", measured)):
+    problems += _mixture_problems(config)
+    trained = "data.train.sources" if config.data.train.mixture is None else "data.train.mixture"
+    for key, names in ((trained, train), ("data.eval.sources", measured)):
         for name in names:
             if name not in config.datasets:
                 problems.append(f"{key}: there is no [datasets.{name}]; there are: {installed}")
         for name in sorted({name for name in names if names.count(name) > 1}):
             problems.append(f"{key}: names '{name}' twice; name it once")
-    if not train:
+    if not train and config.data.train.mixture is None:
         problems.append("data.train.sources: names no data set; name the training data")
     for name in train:
         if name in measured:
@@ -92,6 +97,23 @@ def check_answers(config: Config, registry: Registry) -> Iterator[Problem]:
                 f"'both' gives right and wrong answers, and the trainer '{config.trainer.type}' would learn them alike; write "
                 f"'chosen'{others}",
             )
+
+
+def _mixture_problems(config: Config) -> list[str]:
+    mixture, key = config.data.train.mixture, "data.train.mixture"
+    if mixture is None:
+        return []
+    problems = []
+    if config.data.train.sources is not None:
+        problems.append(f"{key}: conflicts with data.train.sources; remove one of them")
+    if not mixture:
+        problems.append(f"{key}: names no data set; write each with its share, as {{ a = 0.7, b = 0.3 }}")
+    problems += [
+        f"{key}.{name}: {share:g} must be a finite number above 0; leave out what is not to be learned from"
+        for name, share in mixture.items()
+        if not 0 < share < math.inf
+    ]
+    return problems
 
 
 def require_sources(config: Config) -> None:

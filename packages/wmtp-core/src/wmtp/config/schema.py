@@ -188,6 +188,9 @@ class TrainDataConfig:
 
     Args:
         sources: names of ``[datasets.*]`` tables. Default: all of them that ``[data.eval]`` does not name.
+        mixture: in place of ``sources``: data sets by name, and what share of the tokens each gives, as
+            ``{ code = 0.7, chat = 0.3 }``. A data set begins again when it has been read; an epoch has as many rows as all of
+            them together.
         max_length: tokens in one row of a batch.
         batch_size: rows in one optimizer step of the whole job, over all devices.
         micro_batch_size: rows that one device computes at once. It changes memory and speed, never the result.
@@ -210,6 +213,7 @@ class TrainDataConfig:
     """
 
     sources: tuple[str, ...] | None = None
+    mixture: Mapping[str, float] | None = None
     max_length: int = field(default=1024, validator=ge(2))
     batch_size: int = field(default=8, validator=ge(1))
     micro_batch_size: int | None = field(default=None, validator=optional(ge(1)))

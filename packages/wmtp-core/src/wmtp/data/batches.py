@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Final, overload
 
@@ -16,8 +16,9 @@ from wmtp.config.schema import DataConfig, TrainDataConfig
 from wmtp.data.batch import PADDING, Batch
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.groups import UnitBatches
+from wmtp.data.mixture import Mixture
 from wmtp.data.packing import Rows, best_fit, in_order, one_each
-from wmtp.errors import WMTPError
+from wmtp.errors import ConfigError, WMTPError
 
 __all__ = ["EvalBatches", "StepBatches", "eval_batches"]
 
@@ -64,7 +65,7 @@ class StepBatches:
         self, dataset: TokenDataset, config: TrainDataConfig, *, seed: int, units: NDArray[np.int64] | None = None
     ) -> None:
         self._fingerprint = dataset.fingerprint
-        self._units = None
+        self._units = self._mixture = None
         if units is not None:
             dataset, units = dataset.select(units >= 0), units[units >= 0]
         self._dataset = dataset
@@ -73,7 +74,17 @@ class StepBatches:
         lengths = dataset.lengths
         if not len(lengths):
             raise WMTPError("data.train: there is no document to make batches of")
-        if units is not None and len(np.unique(units)) < len(units):
+        if config.mixture is not None:
+            if units is not None and len(np.unique(units)) < len(units):
+                raise ConfigError(
+                    "data.train.mixture: the trainer wants several documents in one step, of which a mixture takes single ones;"
+                    " write data.train.sources"
+                )
+            self._mixture = Mixture(
+                lengths, dataset.sources, dataset.names, config.mixture,
+                max_length=config.max_length, packing=config.packing, shuffle=config.shuffle, seed=seed,
+            )  # fmt: skip
+        elif units is not None and len(np.unique(units)) < len(units):
             self._units = UnitBatches(
                 lengths, units, max_length=config.max_length, batch_size=config.batch_size, packing=config.packing
             )
@@ -95,7 +106,9 @@ class StepBatches:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in every epoch: packing gives each the same number of rows."""
-        return len(self._units) if self._units is not None else -(-len(self._rows) // self._config.batch_size)
+        if self._units is not None:
+            return len(self._units)
+        return -(-len(self._rows if self._mixture is None else self._mixture) // self._config.batch_size)
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Optimizer steps in this epoch (from 0)."""
@@ -109,16 +122,31 @@ class StepBatches:
         """Number of optimizer steps in the configured epochs, rounded up, at least 1."""
         return max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
 
+    def mixed(self, steps: int) -> Mapping[str, tuple[float, float]]:
+        """Tell of each data set of a mixture its share of the tokens and its epochs in so many steps; empty without one."""
+        if self._mixture is None:
+            return {}
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return self._mixture.epochs(epochs * len(self._mixture) + min(rest * self._config.batch_size, len(self._mixture)))
+
     def batch(self, step: int) -> Batch:
         """All rows of optimizer step ``step`` (from 0), on the CPU."""
         epoch, index = self.locate(step)
-        plan = self._plan(epoch if self._config.shuffle else 0)
+        plan = self._plan(epoch if self._config.shuffle or self._mixture is not None else 0)
         size = self._config.batch_size
         first, stop = (index * size, index * size + size) if plan.starts is None else map(int, plan.starts[index : index + 2])
         return _collate(self._dataset, plan.rows, first, stop - first, plan.length, self._config.max_length)
 
     def _make_plan(self, epoch: int) -> _Plan:
         config, lengths = self._config, self._dataset.lengths
+        if self._mixture is not None:
+            rows = self._mixture.epoch(epoch)
+            if config.packing:
+                return _Plan(rows=rows, length=_rounded(self._mixture.longest, config.max_length))
+            if config.shuffle:
+                random = np.random.default_rng([self._seed, epoch])
+                rows = one_each(_batches_of_like_length(lengths, rows.members, config.batch_size, random))
+            return _Plan(rows=rows, length=None)
         length = _common_length(self._rows, lengths, config)
         if self._units is not None:
             rows, starts = self._units.epoch(np.random.default_rng([self._seed, epoch]) if config.shuffle else None)
@@ -129,7 +157,8 @@ class StepBatches:
         if config.packing:
             rows = self._rows.exchanged(lengths, random)
             return _Plan(rows=rows.reordered(random.permutation(len(rows))), length=length)
-        return _Plan(rows=one_each(_batches_of_like_length(lengths, config.batch_size, random)), length=length)
+        order = random.permutation(len(lengths))
+        return _Plan(rows=one_each(_batches_of_like_length(lengths, order, config.batch_size, random)), length=length)
 
 
 def _common_length(rows: Rows, lengths: NDArray[np.int64], config: TrainDataConfig) -> int | None:
@@ -141,8 +170,10 @@ def _rounded(length: int, max_length: int) -> int:
     return min(max_length, -(-length // multiple) * multiple)
 
 
-def _batches_of_like_length(lengths: NDArray[np.int64], batch_size: int, random: np.random.Generator) -> NDArray[np.int64]:
-    order = random.permutation(len(lengths))
+def _batches_of_like_length(
+    lengths: NDArray[np.int64], order: NDArray[np.int64], batch_size: int, random: np.random.Generator
+) -> NDArray[np.int64]:
+    order = order.copy()
     window = batch_size * _WINDOW
     for start in range(0, len(order), window):
         part = order[start : start + window]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from wmtp.data.packing import Numbers, Rows, best_fit, one_each
+from wmtp.data.packing import Numbers, Rows, best_fit, joined, one_each
 from wmtp.errors import ConfigError
 
 __all__ = ["UnitBatches"]
@@ -63,7 +63,7 @@ class UnitBatches:
             random: shuffles the order; None: ordered by document number.
         """
         packed = self._packed if random is None else self._packed.exchanged(self._totals[self._small], random)
-        rows = _joined([self._documents(packed), *self._large])
+        rows = joined([self._documents(packed), *self._large])
         first_rows = np.concatenate([[0], np.cumsum(self._sizes)])
         bundles = Rows(np.arange(len(rows)), first_rows)
         pattern = self._pattern
@@ -98,9 +98,3 @@ class UnitBatches:
         members = np.empty_like(order)
         members[np.argsort(places, kind="stable")] = order[np.argsort(self._sizes[order], kind="stable")]
         return Rows(members, self._pattern.starts)
-
-
-def _joined(parts: list[Rows]) -> Rows:
-    """All rows of the parts, one part after the other."""
-    sizes = np.concatenate([np.diff(part.starts) for part in parts])
-    return Rows(np.concatenate([part.members for part in parts]), np.concatenate([[0], np.cumsum(sizes)]))

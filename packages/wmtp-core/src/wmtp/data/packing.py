@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-__all__ = ["Rows", "best_fit", "in_order", "one_each"]
+__all__ = ["Rows", "best_fit", "in_order", "joined", "one_each"]
 
 Numbers = NDArray[np.int64]
 
@@ -93,3 +95,9 @@ def best_fit(lengths: Numbers, capacity: int) -> Rows:
             rooms |= 1 << left
     members = np.lexsort((-lengths, row_of))
     return Rows(members, np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=rows))]))
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Concatenate the rows of several parts."""
+    sizes = np.concatenate([np.diff(part.starts) for part in parts])
+    return Rows(np.concatenate([part.members for part in parts]), np.concatenate([[0], np.cumsum(sizes)]))

@@ -169,6 +169,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
                 ranks=ranks,
                 master_weights=master_weights,
                 sharding=None if fsdp is None else Sharding(config=fsdp),
+                sources=data.train.names if len(data.train.names) > 1 else (),
             ),
             modules=modules,
             batches=batches,

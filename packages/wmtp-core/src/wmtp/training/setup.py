@@ -321,4 +321,8 @@ def planned_steps(config: Config, batches: StepBatches) -> int:
     limits = [] if config.train.max_steps is None else [config.train.max_steps]
     if config.train.epochs is not None or not limits:
         limits.append(batches.total_steps(config.train.epochs or 1.0))
-    return min(limits)
+    steps = min(limits)
+    if mixed := batches.mixed(steps):
+        parts = (f"{name} {share:.1%} of the tokens, {epochs:.2f} epochs" for name, (share, epochs) in mixed.items())
+        logger.info("data.train.mixture: %s", "; ".join(parts))
+    return steps

@@ -150,6 +150,7 @@ class StepLoss:
         ranks: the processes that share the rows of a step.
         master_weights: the copies of the model's parameters that gradients are added to; None: the parameters themselves.
         sharding: how they hold the model; None: one process that holds it whole.
+        sources: names of data sets whose losses are logged each.
     """
 
     model: MTPModel
@@ -163,6 +164,7 @@ class StepLoss:
     ranks: Ranks = ALONE
     master_weights: MasterWeights | None = None
     sharding: Sharding | None = None
+    sources: Sequence[str] = ()
     _head_weights: Tensor = field(init=False)
     _objective: HeadObjective | None = field(init=False)
 
@@ -240,7 +242,8 @@ class StepLoss:
             loss=whole,
             bad_weights=problem,
             early=early,
-            metrics=self._metrics(whole, auxiliary, losses, weights, eligible, fit),
+            metrics=self._metrics(whole, auxiliary, losses, weights, eligible, fit)
+            | self._source_losses(batch, rows.batch, losses, eligible),
             weight_histogram=weight_histogram(recorded, eligible) if histogram and recorded is not None else None,
             tokens=TokenRecord(weights=recorded, losses=losses, valid=valid, details=self._details(view)) if tokens else None,
         )
@@ -437,6 +440,22 @@ class StepLoss:
         metrics |= {f"auxiliary/{name}": value for name, value in auxiliary.items()}
         metrics |= checks.checked_metrics(self.trainer, self.trainer_name, metrics)
         return metrics
+
+    def _source_losses(self, on_host: Batch, batch: Batch, losses: Tensor, eligible: Tensor) -> dict[str, Tensor | float]:
+        """Average head 1's losses of the documents of each data set; NaN for one that the step has nothing of."""
+        if not self.sources:
+            return {}
+        numbers = torch.tensor([self.sources.index(document.source) for document in on_host.documents])
+        if self.device.type == "cuda":
+            numbers = numbers.pin_memory()  # else the copy would wait for the device
+        of = numbers.to(self.device, non_blocking=True)[batch.document.clamp(min=0)]
+        found = {}
+        for number, name in enumerate(self.sources):
+            own = eligible[..., 0] & (of == number)
+            found[f"source_loss/{name}"] = (
+                torch.where(own, losses[..., 0], 0.0).to(statistics_dtype(self.device)).sum() / own.sum()
+            )
+        return found
 
     @torch.no_grad()
     def _details(self, view: StepView) -> dict[str, Tensor]:
