@@ -95,6 +95,16 @@ def test_failed_runs_and_missing_seeds_are_left_out_and_said():
     assert "other has no finished run with seed 1" in found.notes
 
 
+def test_how_far_other_documents_would_move_a_run_is_said():
+    pages = [
+        {"estimates": {"perplexity/head_1": {"low": 3.0, "high": high, "n": 48, "unit": "documents"}}} for high in (3.2, 3.4)
+    ]
+    groups = [runs("base", [3.1], metric="perplexity/head_1", page=pages[0])]
+    groups.append(runs("other", [3.2], metric="perplexity/head_1", page=pages[1]))
+    notes = table(*groups, metric="perplexity/head_1").notes
+    assert "perplexity/head_1: within a run ±0.15, by a bootstrap over 48 documents; arms share them" in notes
+
+
 def test_by_default_losses_come_first_and_numbers_of_training_not_at_all():
     names = [
         "loss/head_1",

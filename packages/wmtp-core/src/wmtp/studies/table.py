@@ -165,7 +165,8 @@ def compare(
     rows = [evolve(row, p=corrected[id(row)]) if id(row) in corrected else row for row in rows]
     rows = [evolve(row, verdict=_verdict(row)) for row in rows]
     seeds = sorted({seed for runs in found.values() for seed in runs})
-    return StudyTable(rows=rows, metrics=list(metrics), notes=_notes(arms, found), seeds=seeds)
+    notes = [*_notes(arms, found), *_within_runs(metrics, [run for runs in found.values() for run in runs.values()])]
+    return StudyTable(rows=rows, metrics=list(metrics), notes=notes, seeds=seeds)
 
 
 def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) -> list[str]:
@@ -271,6 +272,18 @@ def _notes(arms: Sequence[Compared], found: Mapping[str, Mapping[int, RunRecord]
     notes += [f"{name} has no finished run with seed {', '.join(map(str, s))}" for name, s in missing.items() if s]
     if arms and max(len(arm.seeds) for arm in arms) == 1:
         notes.append("every arm has one seed: nothing can be said of chance, so there is no interval; add seeds")
+    return notes
+
+
+def _within_runs(metrics: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
+    """Say how far other evaluation data would move a number of one run, where an evaluator has measured that."""
+    notes = []
+    for metric in metrics:
+        estimates = [found for record in records if (found := record.page.get("estimates", {}).get(metric)) is not None]
+        if estimates:
+            half = fmean((found["high"] - found["low"]) / 2 for found in estimates)
+            number, unit = estimates[0]["n"], estimates[0]["unit"]
+            notes.append(f"{metric}: within a run ±{half:.2g}, by a bootstrap over {number} {unit}; arms share them")
     return notes
 
 
