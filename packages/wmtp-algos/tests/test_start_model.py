@@ -1,11 +1,13 @@
 """asft and sstoken, which look back at the model of the start, against plain computations."""
 
 import contextlib
+import json
 
 import pytest
 import torch
 from attrs import evolve
 
+import wmtp
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
 from wmtp.models.mtp import MTPModel
@@ -107,3 +109,38 @@ def test_what_is_not_built_is_refused_and_a_missing_device_named():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="asft: reference_device: this machine has no cuda that torch can use"):
             set_up(ASFT(reference_device="cuda"), None)
+
+
+@pytest.mark.parametrize("trainer", [{"type": "asft", "kl_weight": 0.5}, {"type": "sstoken", "reference_cache": True}])
+def test_a_run_and_its_resume_look_back_at_the_start(tmp_path, trainer):
+    """Not at a checkpoint: in the first step after the resume the model has moved already."""
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "a", "completion": f"bcd{i}" * 4}) + "\n" for i in range(12)))
+    config = {
+        "run": {"output_dir": str(tmp_path / "runs"), "name": "x"},
+        "models": {
+            "base": {
+                "type": "scratch", "vocab_size": 258, "hidden_size": 16, "layers": 2, "attention_heads": 2, "max_positions": 64,
+                "heads": {"horizon": 2},
+            }
+        },
+        "tokenizer": {"type": "bytes"},
+        "datasets": {"d": {"type": "jsonl", "uri": str(data)}},
+        "data": {"train": {"max_length": 32, "batch_size": 4}},
+        "trainer": trainer,
+        "optimizer": {"type": "adamw", "lr": 1e-2},
+        "schedule": {"type": "constant"},
+        "train": {"max_steps": 4, "normalizer": "valid"},
+        "checkpoints": {"save_interval": 2},
+        "devices": {"device": "cpu"},
+        "tracker": {"type": "jsonl"},
+    }  # fmt: skip
+    whole = wmtp.run(config).history
+    name = {"asft": "auxiliary/anchor", "sstoken": "sstoken/progress"}[trainer["type"]]
+    if name == "auxiliary/anchor":
+        assert abs(whole[0][name]) < 1e-6 < whole[3][name]
+    else:
+        assert whole[3][name] > whole[0][name]
+    wmtp.run(config, overrides=["run.name=y", "train.max_steps=2"])
+    resumed = wmtp.run(config, overrides=["run.name=y"], resume="auto").history
+    assert [line[name] for line in resumed] == pytest.approx([line[name] for line in whole], rel=1e-5, abs=1e-7)
