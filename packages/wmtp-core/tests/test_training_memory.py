@@ -51,6 +51,16 @@ def test_it_is_near_what_runs_on_an_h200_took(vocab, devices, measured):
     assert estimate_memory(wanted, info, HeadsConfig(horizon=4)).total / 2**30 == pytest.approx(measured, rel=0.15)
 
 
+def test_an_objective_of_the_heads_holds_two_models_distributions():
+    info = evolve(ONE_BILLION, vocab_size=128_256).build().info(None)
+    plain, agreeing, alone = (
+        estimate_memory(config(), info, HeadsConfig(**heads)).loss
+        for heads in ({}, {"objective": "kl"}, {"objective": "kl", "horizon": 1})
+    )
+    assert agreeing - plain == 1.5 * 2**30
+    assert alone < plain
+
+
 def test_it_depends_on_the_micro_batch_and_not_on_the_batch():
     info, heads = ONE_BILLION.build().info(None), HeadsConfig(horizon=4)
     whole = estimate_memory(config(), info, heads)

@@ -29,6 +29,8 @@ __all__ = [
 
 #: what the loss takes for a chunk of logits and what is made of it
 _LOSS_CHUNK = 0.75 * 2**30
+#: the same where heads 2..H learn to agree with head 1: eight tensors of a chunk's size, by the code
+_COMPARED_CHUNK = 1.5 * 2**30
 #: what a GPU's driver and torch's libraries take, and what is lost between pieces of memory
 _RESERVED = 1.5 * 2**30
 
@@ -145,6 +147,8 @@ def estimate_memory(
     # of each head the final norm's input, its output and that one's gradient
     loss = tokens * heads.horizon * width * (residual + 2 * compute)
     loss += (4 + compute) * info.vocab_size * width + min(_LOSS_CHUNK, 6 * tokens * info.vocab_size)
+    if heads.objective != "ce" and heads.horizon > 1:
+        loss += min(_COMPARED_CHUNK, 32 * tokens * info.vocab_size)
     gradients = 4 * learned // share
     if micro == rows:
         whole = world == 1 and (devices.fsdp is None or devices.fsdp.strategy == "none")
