@@ -14,7 +14,7 @@ import pytest
 from wmtp.config.schema import Config, DataConfig, EvalDataConfig, ModelConfig, RunConfig, TrainDataConfig
 from wmtp.data.base import Example, ExampleLoader
 from wmtp.data.cache import token_store
-from wmtp.data.config import HumanEval, Jsonl, PythonSource
+from wmtp.data.config import CodeContests, HumanEval, Jsonl, PythonSource
 from wmtp.data.loaders.jsonl import JsonlLoader
 from wmtp.data.prepare import prepare_data
 from wmtp.errors import ConfigError, PluginError, WMTPError
@@ -295,6 +295,16 @@ def test_a_split_that_a_fetched_folder_leaves_open_is_said_with_its_key(tmp_path
         prepare(tmp_path, {"a": Jsonl(uri="hf://datasets/x/y")}, {"a": tmp_path})
 
 
+def test_a_source_of_which_its_settings_leave_nothing_is_an_error(tmp_path):
+    solutions = {"language": [3], "solution": ["print(1)"]}
+    path = write_lines(tmp_path / "a.jsonl", [{"name": "1_A", "description": "Print.", "solutions": solutions}])
+    assert len(prepare(tmp_path, {"d": CodeContests(uri="")}, {"d": path}).train) == 1
+    with pytest.raises(
+        WMTPError, match=r"datasets\.d: it gives no example .*; it is empty, or its settings leave nothing of it"
+    ):
+        prepare(tmp_path, {"d": CodeContests(uri="", languages=("cpp",))}, {"d": path})
+
+
 def test_all_bad_lines_are_said_at_once(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n{"text": 3}\n{oops\n{"prompt": "p", "completion": "abc", "weights": [1, 2]}\n')
@@ -325,7 +335,7 @@ def test_many_bad_lines_are_cut_short(tmp_path):
 @pytest.mark.parametrize(
     ("records", "options", "message"),
     [
-        ([], {}, "datasets.d: it holds no example"),
+        ([], {}, "datasets.d: it gives no example .*; it is empty, or its settings leave nothing of it"),
         ([{"text": ""}, {"text": "a"}], {}, "datasets.d: none of its 2 documents has a token to learn after its first"),
         ([{"prompt": "long prompt", "completion": "b"}], {"max_length": 8}, "once cut to data.train.max_length = 8"),
         ([{"text": "much too long"}], {"max_length": 8, "overlong": "skip"}, "longer than data.train.max_length = 8"),

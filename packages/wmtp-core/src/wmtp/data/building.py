@@ -155,11 +155,10 @@ class Building:
         if self._bad and stops:
             raise bad_error(self.name, self._bad, self._bad_count)
         if not writer.documents:
-            what = (
-                f"all {self._bad_count:,} examples are bad, the first: {self._bad[0]}"
-                if self._bad
-                else f"it holds no example{f' ({self.path})' if self.path else ''}"
-            )
+            place = f" ({self.path})" if self.path else ""
+            what = f"it gives no example{place}; it is empty, or its settings leave nothing of it"
+            if self._bad:
+                what = f"all {self._bad_count:,} examples are bad, the first: {self._bad[0]}"
             raise WMTPError(f"datasets.{self.name}: {what}")
 
     def _examples(self) -> Iterator[Example | BadExample]:

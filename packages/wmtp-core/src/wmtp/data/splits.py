@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -81,14 +81,7 @@ def data_files(path: Path, split: str | None = None, *, preferred: str | None = 
     return files
 
 
-def chosen(
-    path: Path,
-    found: Sequence[Named],
-    split: str | None,
-    *,
-    preferred: str | None = None,
-    unnamed: Collection[str] = ("train",),
-) -> Sequence[Path]:
+def chosen(path: Path, found: Sequence[Named], split: str | None, *, preferred: str | None = None) -> Sequence[Path]:
     """Choose the files of a split.
 
     Without one, all files must be of one split, and that must be no other than ``train``: nobody is to learn from
@@ -99,19 +92,19 @@ def chosen(
         found: the files there.
         split: the split that is wanted, or None.
         preferred: see `data_files`.
-        unnamed: kinds of splits that are taken without being asked for.
 
     Raises:
         InputError: there is no such split, or one must be named.
     """
     splits = {entry.split: entry.kind for entry in found if entry.split is not None}
     if split is None:
-        if path.is_file() or not splits or (len(splits) == 1 and {None, *unnamed} >= set(splits.values())):
+        if path.is_file() or not splits or (len(splits) == 1 and {None, "train"} >= set(splits.values())):
             return [entry.file for entry in found]
         if preferred is None:
             files = ", ".join(f"{name} ({_files(found, name)})" for name in sorted(splits))
             what = f"holds the splits {files}" if len(splits) > 1 else f"holds the split {files} and no other"
-            raise InputError("split", f"{path}: {what}; write which of them is read: split = {next(iter(sorted(splits)))!r}")
+            shown = min(splits, key=lambda name: (splits[name] != "train", name))
+            raise InputError("split", f"{path}: {what}; write which of them is read, as split = {shown!r}")
         split = preferred
     matching = [entry.file for entry in found if entry.split == split]
     if not matching:
