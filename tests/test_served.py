@@ -74,5 +74,5 @@ def test_smollm2_with_a_shared_head(tmp_path):
             parameter.add_(torch.randn(parameter.shape) * 0.002)
     model.save_pretrained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "served"), "--format", "mtp"]) == 0
-    prompts = [[504] * 12, [28, 29, 30] * 5]  # texts that go on as they began, so that a copied layer is right at times
+    prompts = [[504] * 12, [28, 29, 30] * 5]
     print("accepted", compared(model.eval(), tmp_path / "served", prompts, 24, tmp_path))

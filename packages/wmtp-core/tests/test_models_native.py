@@ -11,7 +11,8 @@ import torch
 from native_folders import LAYERS, NAMES, NAMING, VOCAB, native_folder, tensors_of
 from native_plain import plain_logits
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
@@ -232,3 +233,53 @@ class TestDamagedFolders:
         assert model.heads.kind == "block"
         model.save_pretrained(tmp_path / "saved")
         assert json.loads((tmp_path / "saved" / "config.json").read_text())["mtp_num_hidden_layers"] == 0
+
+
+def test_a_multimodal_folder_is_whole_again_and_its_own_layer_is_trained(folder_of, tmp_path: Path):
+    """As Qwen3.5 is published: the text model under ``model.language_model``, the layer beside it, and a vision tower."""
+    text = tensors_of(folder_of("qwen3_5"))
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
+    vision |= {"spatial_merge_size": 1, "temporal_patch_size": 1, "num_position_embeddings": 16}
+    config = Qwen3_5Config(text_config=folders.MODELS["qwen3_5"][1], vision_config=vision)
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    renamed = {name.replace("model.", "model.language_model.", 1): value for name, value in text.items() if "mtp." not in name}
+    mtp = {name: value for name, value in text.items() if name.startswith("mtp.")}
+    save_file(load_file(file) | renamed | mtp, file, metadata={"format": "pt"})
+    model, alone, ids = load_model(tmp_path / "base"), load_model(folder_of("qwen3_5")), ids_of()
+    assert (model.heads.kind, model.horizon) == ("native", 2)
+    assert all(torch.equal(a, b) for a, b in zip(model(ids).hidden, alone(ids).hidden, strict=True))
+    with torch.no_grad():
+        model.extra_heads[0].projection.weight.add_(1)
+    model.save_pretrained(tmp_path / "saved")
+    before, after = tensors_of(tmp_path / "base"), tensors_of(tmp_path / "saved")
+    assert before.keys() == after.keys()
+    assert {name for name, tensor in before.items() if not torch.equal(after[name], tensor)} == {"mtp.fc.weight"}
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+def test_modules_compute_as_transformers_own(name: str, folder_of):
+    """``MtpLayer`` of transformers, with the tensors of the folder under its names."""
+    from transformers.modeling_layers import MtpLayer
+
+    model = opened(folder_of(name), HeadsConfig(horizon=2), torch.float32)
+    block, layers = model.extra_heads[0], model.base.model.layers
+    theirs = MtpLayer(model.base.config, type(layers[-1]), type(model.base.model.norm), LAYERS - 1).eval()
+    names = {"hidden_norm": "hnorm", "embedding_norm": "enorm", "projection": "eh_proj", "layer": "mtp_block"}
+    names["output_norm"] = "post_norm"
+    state = {}
+    for key, value in block.state_dict().items():
+        part, _, rest = key.partition(".")
+        state[f"{names[part]}.{rest}"] = value
+    theirs.load_state_dict(state)
+    ids, places = ids_of(), torch.arange(9)[None]
+    mask = torch.full((9, 9), torch.finfo(torch.float32).min).triu(1)[None, None]
+    with torch.no_grad():
+        output = model(ids)
+        embedded = next(head for head in model.extra_heads if isinstance(head, nn.Embedding))(ids.roll(-1, 1))
+        embedded[:, 0] = 0  # which vLLM does, and transformers does not
+        around = model.base.model.rotary_emb(embedded, places)
+        expected = theirs(embedded, output.hidden[0], around, mask, places, None)
+    torch.testing.assert_close(output.hidden[1], expected, rtol=1e-4, atol=1e-5)

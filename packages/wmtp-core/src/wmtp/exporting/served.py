@@ -123,8 +123,9 @@ def _base_problems(model: MTPModel) -> list[str]:
 
 def _config(config: PreTrainedConfig) -> Qwen2Config:
     fields: dict[str, Any] = {name: getattr(config, name) for name in _FIELDS}
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Qwen2Config(**fields, head_dim=size, use_sliding_window=False, attention_dropout=0.0)
+    # no field of a Qwen2's config, but what its layers go by
+    fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Qwen2Config(**fields, use_sliding_window=False, attention_dropout=0.0)
 
 
 def _head_tensors(head: ChainedBlock) -> dict[str, Tensor]:
