@@ -48,10 +48,12 @@ class MTPOutput(NamedTuple):
     Args:
         trunk: ``[B, S, D]``, the output of all decoder layers but the last.
         hidden: H tensors ``[B, S, D]``, after the final norm: the inputs of each head's unembedding.
+        router_logits: of each layer with experts ``[B · S, E]``, where they were asked for.
     """
 
     trunk: Tensor
     hidden: tuple[Tensor, ...]
+    router_logits: tuple[Tensor, ...] = ()
 
 
 class MTPModel(nn.Module):
@@ -162,13 +164,16 @@ class MTPModel(nn.Module):
         self.block_attention = use_block_attention(self.anatomy)
         return self.block_attention
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, packed: bool = False) -> MTPOutput:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, packed: bool = False, router_logits: bool = False
+    ) -> MTPOutput:
         """Run trunk and heads.
 
         Args:
             input_ids: ``[B, S]``. Padding stands on the right, where causal attention never looks at it.
             position_ids: ``[B, S]``, places counted from 0 in each document. Read only if ``packed``.
             packed: some row holds several documents; none of them sees another. False costs no mask.
+            router_logits: return those of the base's layers too, where it is a mixture of experts.
 
         Returns:
             The trunk's output and the hidden states of all H heads.
@@ -178,27 +183,30 @@ class MTPModel(nn.Module):
             ValueError: ``packed``, and there are no positions.
         """
         if not packed:
-            return self._run(input_ids, None)
+            return self._run(input_ids, None, router_logits)
         self.check_packing()
         if position_ids is None:
             raise ValueError("position_ids: packed rows need them, counted from 0 in each document; give them")
         with reading(self.packing.documents(position_ids)):
-            return self._run(input_ids, position_ids)
+            return self._run(input_ids, position_ids, router_logits)
 
-    def _run(self, input_ids: Tensor, position_ids: Tensor | None) -> MTPOutput:
+    def _run(self, input_ids: Tensor, position_ids: Tensor | None, router_logits: bool) -> MTPOutput:
         """Run trunk and heads; ``position_ids`` only of packed rows."""
         arguments: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
         if position_ids is not None:
             arguments |= self.packing.arguments(self.anatomy, position_ids)
+        if router_logits:
+            arguments["output_router_logits"] = True
         if self.block_attention:
             mask = causal_mask(input_ids.device) if position_ids is None else document_mask(position_ids)
             arguments["attention_mask"] = mask
         with record_call(self.anatomy.layers[-1]) as calls, record_output(self.anatomy.layers[-1]) as outputs:
-            first = self.anatomy.decoder(**arguments).last_hidden_state
+            output = self.anatomy.decoder(**arguments)
+        first, routed = output.last_hidden_state, tuple(output.router_logits or ()) if router_logits else ()
         call, raw = calls[0], outputs[0]
         trunk = call.hidden_states
         if self.horizon == 1:
-            return MTPOutput(trunk=trunk, hidden=(first,))
+            return MTPOutput(trunk=trunk, hidden=(first,), router_logits=routed)
 
         joint = self.heads.trunk_gradient == "joint"
         given = HeadInput(
@@ -211,7 +219,8 @@ class MTPModel(nn.Module):
             embed=_shared(self.anatomy.embedding, joint),
             final_norm=self._tail(joint),
         )
-        return MTPOutput(trunk=trunk, hidden=(first, *self.kind.run(self.extra_heads, given, self.horizon - 1)))
+        further = self.kind.run(self.extra_heads, given, self.horizon - 1)
+        return MTPOutput(trunk=trunk, hidden=(first, *further), router_logits=routed)
 
     def unembedding(self, head: int) -> Unembedding:
         """Return the unembedding of one head: from its hidden states to logits.
@@ -449,10 +458,12 @@ class StartModel(MTPModel):
         self.heads = evolve(model.heads, horizon=1)
         self._tokenizer = None
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, packed: bool = False) -> MTPOutput:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, packed: bool = False, router_logits: bool = False
+    ) -> MTPOutput:
         """Run the trunk and head 1; see `MTPModel.forward`."""
         with adapter_off(self.base):
-            return super().forward(input_ids, position_ids, packed)
+            return super().forward(input_ids, position_ids, packed, router_logits)
 
 
 def _within(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -117,7 +117,12 @@ def _check_lora(loader: ModelLoaderConfig, lora: LoraConfig, path: Path | None) 
     built = loader.build()
     if not isinstance(built, HfLoader):  # `wmtp.config.adapter_rules` refuses others
         raise ConfigError(f"models.base.lora: a model of type {loader.type!r} has no adapters")
-    resolve_targets(built.empty(path), lora)
+    base = built.empty(path)
+    resolve_targets(base, lora)
+    if experts := sorted({name.rpartition(".")[2] for name, tensor in base.named_parameters() if tensor.ndim == 3}):
+        logger.info(
+            "models.base.lora: experts (%s) are no linear maps: they get no adapters, and stay as they are", ", ".join(experts)
+        )
 
 
 def _open_tokenizer(config: Config, place: Place, model_path: Path | None) -> Tokenizer:

@@ -14,7 +14,7 @@ from attrs import evolve, field, frozen
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from wmtp.data.batch import Batch, Targets, align_targets
+from wmtp.data.batch import PADDING, Batch, Targets, align_targets
 from wmtp.distributed.ranks import ALONE, Ranks, Share
 from wmtp.loss import (
     HeadLoss,
@@ -41,6 +41,7 @@ from wmtp.trainers import checks
 from wmtp.trainers.base import HiddenView, Stage, StepView, Trainer
 from wmtp.training.agreement import AgreementSums
 from wmtp.training.recording import TokenRecord
+from wmtp.training.router import CHOICES, PROBABILITIES, RouterLoss
 from wmtp.training.telemetry import Readback
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ class StepLoss:
     sources: Sequence[str] = ()
     _head_weights: Tensor = field(init=False)
     _objective: HeadObjective | None = field(init=False)
+    _router: RouterLoss | None = field(init=False)
 
     @_head_weights.default  # type: ignore[attr-defined]
     def _(self) -> Tensor:
@@ -177,6 +179,10 @@ class StepLoss:
     def _(self) -> HeadObjective | None:
         heads = self.model.heads
         return None if heads.objective == "ce" or heads.horizon == 1 else HeadObjective(heads.objective, heads.lk_eta)
+
+    @_router.default  # type: ignore[attr-defined]
+    def _(self) -> RouterLoss | None:
+        return RouterLoss.of(self.model)
 
     def __call__(self, batch: Batch, step: int, stage: Stage, *, histogram: bool = False, tokens: bool = False) -> StepOutput:
         """Add the gradient of one step's loss to the parameters' ``grad``.
@@ -201,12 +207,12 @@ class StepLoss:
         eligible = checks.eligible(self.trainer, view, self.trainer_name) if stage.model_loss else valid
         coefficients = prediction_coefficients(weights, eligible, self._head_weights, self.normalizer)
         problem = bad_weights(weights, coefficients)
-        auxiliary, slopes = self._auxiliary(view)
+        auxiliary, slopes, of_router = self._auxiliary(view, seen)
         checks.check_unchanged(view, before, self.trainer_name)
         if not stage.model_loss:
             coefficients = torch.zeros_like(coefficients)
             problem = torch.zeros_like(problem)  # a stage may have nothing to learn from the model loss
-        elif slopes:
+        elif slopes.keys() - {PROBABILITIES}:
             problem = torch.where(problem == NO_WEIGHT, 0, problem)  # there is something else to learn
 
         early = None if uniform else Readback({_PROBLEM: problem})
@@ -243,7 +249,8 @@ class StepLoss:
             bad_weights=problem,
             early=early,
             metrics=self._metrics(whole, auxiliary, losses, weights, eligible, fit)
-            | self._source_losses(batch, rows.batch, losses, eligible),
+            | self._source_losses(batch, rows.batch, losses, eligible)
+            | of_router,
             weight_histogram=weight_histogram(recorded, eligible) if histogram and recorded is not None else None,
             tokens=TokenRecord(weights=recorded, losses=losses, valid=valid, details=self._details(view)) if tokens else None,
         )
@@ -289,7 +296,7 @@ class StepLoss:
             kept = self._forward(part, rows.packed, stage)
             known = self._token_pass(part, kept[0]) if self._needs_statistics else None
             return self._seen(rows, [kept[1]], [] if known is None else [known], kept, known)
-        if not self._needs_statistics and type(self.trainer).observe is Trainer.observe:
+        if not self._needs_statistics and type(self.trainer).observe is Trainer.observe and not self._balances(stage):
             return _Seen()
         observed, passes = [], []
         with torch.no_grad():
@@ -327,7 +334,7 @@ class StepLoss:
             targets=rows.targets,
             token_loss=seen.losses if self.trainer.needs_token_loss else None,
             entropy=seen.entropy,
-            observations=seen.observations,
+            observations={name: value for name, value in seen.observations.items() if name not in (PROBABILITIES, CHOICES)},
             step=step,
             stage=stage.name,
             generator=torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63),
@@ -343,19 +350,28 @@ class StepLoss:
             return weights, view.is_uniform(given)
         return weights * view.by_prediction(view.batch.scale), False
 
-    def _auxiliary(self, view: StepView) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Ask for the auxiliary losses of the step, and find their gradient with respect to each observation."""
-        leaves = {name: value.detach().clone() for name, value in view.observations.items()}
+    def _auxiliary(self, view: StepView, seen: _Seen) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Ask for the auxiliary losses, find their gradient with respect to each observation, and log the router."""
+        leaves = {name: value.detach().clone() for name, value in seen.observations.items()}
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())
         with torch.enable_grad():
-            terms = checks.auxiliary_losses(self.trainer, evolve(view, observations=leaves), self.trainer_name)
+            own = {name: leaves[name] for name in view.observations}
+            terms = dict(checks.auxiliary_losses(self.trainer, evolve(view, observations=own), self.trainer_name))
+            of_router: dict[str, Tensor] = {}
+            if self._router is not None and PROBABILITIES in leaves:
+                balance, of_router = self._router.balance(leaves, view.batch.document != PADDING)
+                terms["router"] = self._router.weight * balance
             learned = [term.reshape(()) for term in terms.values() if term.requires_grad]
             if learned:
                 # every rank computes these terms, and their gradients of parameters are added up over the ranks
                 (torch.stack(learned).sum() / self.ranks.world).backward()
         slopes = {name: leaf.grad * self.ranks.world for name, leaf in leaves.items() if leaf.grad is not None}
-        return {name: term.detach().reshape(()) for name, term in terms.items()}, slopes
+        return {name: term.detach().reshape(()) for name, term in terms.items()}, slopes, of_router
+
+    def _balances(self, stage: Stage) -> bool:
+        """Tell whether the balance of a router is part of a stage's loss."""
+        return self._router is not None and stage.model_loss
 
     def _forward(
         self, part: _MicroBatch, packed: bool, stage: Stage, *, observe: bool = True
@@ -365,7 +381,7 @@ class StepLoss:
         if self.sharding is not None:
             self.sharding.micro_batch(self.model, last=part.last)
         with self.autocast():
-            output = self.model(batch.input_ids, batch.position, packed)
+            output = self.model(batch.input_ids, batch.position, packed, router_logits=observe and self._balances(stage))
         if not observe:
             return output, {}
         view = HiddenView(
@@ -378,7 +394,10 @@ class StepLoss:
             unembeddings=self._unembeddings(),
         )
         with self.autocast():
-            return output, checks.observed(self.trainer, view, self.trainer_name)
+            observed = dict(checks.observed(self.trainer, view, self.trainer_name))
+            if self._router is not None and self._balances(stage):
+                observed |= self._router.observe(output.router_logits, batch.input_ids.shape)
+        return output, observed
 
     def _token_pass(self, part: _MicroBatch, output: MTPOutput) -> TokenPass:
         """Compute the token losses of a micro-batch, and the entropy where it is asked for, without gradient."""
