@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_named(recipe, wmtp, tmp_path):
     state = newest / "state.pt"
     state.write_bytes(state.read_bytes()[:-100])
     run = wmtp("run", "--resume", tmp_path / "runs/x")
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert "error: " in run.stderr
     assert str(state) in run.stderr
     assert "Traceback" not in run.stderr

@@ -369,11 +369,11 @@ def test_a_damaged_file_is_named(tmp_path, capsys):
     for name, content, said in (
         ("weights.jsonl", "[]\n{}\n", "weights.jsonl:1: not the record of a step"),
         ("run.json", "{", "run.json: cannot be read as JSON"),
-        ("config.toml", "a = ", "config.toml cannot be read"),
+        ("config.toml", "a = ", "config.toml: is damaged"),
     ):
         kept = (run / name).read_text()
         (run / name).write_text(content)
-        assert main(["report", str(run)]) == 1
+        assert main(["report", str(run)]) == 2
         assert said in capsys.readouterr().err
         (run / name).write_text(kept)
     assert not (run / "report.html").exists()

@@ -200,7 +200,7 @@ def test_the_name_of_a_run_that_could_not_start_stays_free(recipe, wmtp, tmp_pat
     data = tmp_path / "code.jsonl"
     original = data.read_text()
     data.write_text(original + "{broken\n")
-    assert wmtp("run", recipe, "--run-name", "x").returncode == 1
+    assert wmtp("run", recipe, "--run-name", "x").returncode == 2
     data.write_text(original)
     done = wmtp("run", recipe, "--run-name", "x", "--set", "train.max_steps=6")
     assert done.returncode == 0, done.stderr
@@ -242,7 +242,7 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_refused_by_name(recipe, wm
     tensors = next(path for path in files if path.suffix == ".safetensors")
     flip(tensors, -1000)
     refused = wmtp("run", "--resume", run_dir)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert f"{tensors}: its content was changed or damaged; remove this folder to resume from step-10" in line
     for path in files:

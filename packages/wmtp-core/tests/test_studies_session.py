@@ -248,4 +248,4 @@ def test_a_damaged_record_is_named(folder):
     study("study.toml", seeds=[0])
     path = next((folder / "studies/small/record").glob("rho1*"))
     path.write_text("{")
-    assert main(["study", "study.toml"]) == 1
+    assert main(["study", "study.toml"]) == 2

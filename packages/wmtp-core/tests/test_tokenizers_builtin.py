@@ -250,7 +250,7 @@ def test_another_plugins_tokenizer_is_not_guessed(tmp_path):
     with pytest.raises(WMTPError, match="'characters'"):
         load_tokenizer(tmp_path)
     (tmp_path / "wmtp_tokenizer.json").write_text("{")
-    with pytest.raises(WMTPError, match=r"wmtp_tokenizer\.json: not JSON"):
+    with pytest.raises(WMTPError, match=r"wmtp_tokenizer\.json: cannot be read as JSON"):
         load_tokenizer(tmp_path)
 
 

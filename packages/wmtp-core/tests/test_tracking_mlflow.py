@@ -191,7 +191,7 @@ def test_a_resume_whose_run_is_gone_makes_a_new_one(run, how, caplog, tmp_path, 
 
 def test_a_damaged_state_file_is_named(run):
     (run.run_dir / "mlflow.json").write_text("{")
-    with pytest.raises(WMTPError, match=r"mlflow\.json is damaged; remove it"):
+    with pytest.raises(WMTPError, match=r"mlflow\.json: cannot be read as JSON: .*; remove it"):
         MLflowTracker().build().start(resumed(run, 1))
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 __all__ = [
     "AuthenticationError",
     "ConfigError",
+    "FileError",
     "InputError",
     "PlatformError",
     "PluginError",
@@ -19,7 +20,7 @@ __all__ = [
 
 
 class WMTPError(Exception):
-    """Failure at run time: a damaged file, a full disk, an infinite loss."""
+    """Failure at run time: a full disk, a server that is away, an infinite loss."""
 
     exit_code: ClassVar[int] = 1  #: of the command line
 
@@ -36,6 +37,12 @@ class ConfigError(WMTPError):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class FileError(WMTPError):
+    """A file that was given, or one of a run or model that was given, is missing, damaged or of another format."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class InputError(WMTPError):

@@ -1,28 +1,93 @@
-"""Reads JSON files that others wrote. Imports no torch."""
+"""Reads files that others wrote, and names the file where one is damaged. Imports no torch."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, WMTPError
 
-__all__ = ["read_json_object"]
+__all__ = ["DAMAGE", "parse_json", "read_json", "read_json_object", "reading", "writing"]
+
+#: what reading a file and its values raises where the content is not what it was meant to be; a deep one overflows the stack
+DAMAGE: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+@contextmanager
+def reading(where: Path | str, advice: str = "") -> Iterator[None]:
+    """Name the file in whatever its content raises within this block.
+
+    Args:
+        where: the file, as messages call it.
+        advice: the end of the message: what to do.
+
+    Raises:
+        FileError: instead of any other error that a missing or damaged file causes.
+    """
+    end = f"; {advice}" if advice else ""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"{where}: cannot be read: {error.strerror or error}{end}") from error
+    except DAMAGE as error:
+        if isinstance(error, RecursionError):
+            reason = "it is nested too deeply"
+        elif isinstance(error, MemoryError):
+            reason = "it needs more memory than there is"
+        else:
+            reason = f"there is no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise FileError(f"{where}: is damaged: {reason}{end}") from error
+
+
+@contextmanager
+def writing(where: Path | str) -> Iterator[None]:
+    """Name the file in whatever the system says to writing it.
+
+    Raises:
+        WMTPError: instead of an OSError: the disk is full, or the folder is not writable.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WMTPError(f"{where}: cannot be written: {error.strerror or error}") from error
+
+
+def parse_json(content: str | bytes, where: Path | str, advice: str = "") -> Any:
+    """Parse JSON.
+
+    Raises:
+        FileError: it is none; the message says where it comes from.
+    """
+    with reading(where, advice):
+        return json.loads(content)
+
+
+def read_json(path: Path, advice: str = "") -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileError: it cannot be read, or is none; the message names it.
+    """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise FileError(f"{path}: is not a file")
+    with reading(path, advice):
+        text = path.read_text(encoding="utf-8")
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise FileError(f"{path}: cannot be read as JSON: {error}{f'; {advice}' if advice else ''}") from error
+
+
+def read_json_object(path: Path, advice: str = "") -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        WMTPError: the file cannot be read, or holds something else; the message names it.
+        FileError: the file cannot be read, or holds something else; the message names it.
     """
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise WMTPError(f"{path}: is not a file")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WMTPError(f"{path}: cannot be read as JSON: {error}") from error
+    value = read_json(path, advice)
     if not isinstance(value, dict):
-        raise WMTPError(f"{path}: holds no JSON object")
+        raise FileError(f"{path}: holds no JSON object{f'; {advice}' if advice else ''}")
     return value

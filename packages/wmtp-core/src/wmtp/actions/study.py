@@ -20,6 +20,7 @@ from wmtp.config.schema import Config
 from wmtp.config.tree import dump_config
 from wmtp.errors import ConfigError
 from wmtp.evaluation.consent import code_execution_allowed, require_consent
+from wmtp.json_files import writing
 from wmtp.log_lines import lines_by_itself
 from wmtp.reporting.records import record_failure, record_of
 from wmtp.storage.lock import FileLock
@@ -247,7 +248,8 @@ class _Session:
     def _job(self, run: PlannedRun) -> dict[str, Any]:
         folder = self._plan.folder
         config = folder / "configs" / f"{run.name}.toml"
-        config.write_text(dump_config(run.config), encoding="utf-8")
+        with writing(config):
+            config.write_text(dump_config(run.config), encoding="utf-8")
         return {
             "config": str(config),
             "log": str(folder / "logs" / f"{run.name}.log"),

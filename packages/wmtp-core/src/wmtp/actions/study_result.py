@@ -13,6 +13,7 @@ from typing import Any, Final
 from attrs import field, fields, frozen
 
 from wmtp.errors import WMTPError
+from wmtp.json_files import writing
 from wmtp.studies.record import RunRecord
 from wmtp.studies.table import Row, StudyTable, as_dicts
 
@@ -62,7 +63,8 @@ class StudyResult:
         writer.writerows(self.rows)
         if path is None:
             return out.getvalue()
-        Path(path).write_text(out.getvalue(), encoding="utf-8")
+        with writing(Path(path)):
+            Path(path).write_text(out.getvalue(), encoding="utf-8")
         return None
 
     def to_pandas(self) -> Any:

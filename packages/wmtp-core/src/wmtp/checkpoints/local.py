@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 from wmtp.checkpoints.manifest import check_files, hash_files, write_facts
 from wmtp.checkpoints.shard_writer import ShardWriter
 from wmtp.distributed.ranks import ALONE, Ranks
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, WMTPError
+from wmtp.json_files import DAMAGE
 from wmtp.models.mtp import MTPModel
 from wmtp.storage.atomic import making_folder, partial_path
 
@@ -119,7 +120,7 @@ def save_checkpoint(
         except Exception as error:
             if ranks.is_main or isinstance(error, WMTPError):
                 raise  # there a full disk gets its name, and what was written is removed
-            raise WMTPError(f"{target} could not be written: {error}") from error
+            raise FileError(f"{target} could not be written: {error}") from error
     return Checkpoint(path=target, step=step)
 
 
@@ -157,10 +158,10 @@ def load_checkpoint(
         _read(checkpoint.path, tensors)
         optimizer.load_state_dict(restored)
         return state
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, *DAMAGE) as error:
         older = [other.path.name for other in list_checkpoints(checkpoint.path.parent) if other.step < checkpoint.step]
         then = f"resume from {older[-1]}" if older else "start over: there is no older one here"
-        raise WMTPError(f"{checkpoint.path} cannot be read: {error}; remove this folder to {then}") from error
+        raise FileError(f"{checkpoint.path} cannot be read: {error}; remove this folder to {then}") from error
 
 
 def load_checkpoint_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -178,8 +179,8 @@ def load_checkpoint_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
         _read(checkpoint.path, tensors, only="model.")
         for name, tensor in tensors.items():
             places[name].copy_(tensor)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise WMTPError(f"{checkpoint.path} cannot be read: {error}") from error
+    except (OSError, RuntimeError, SafetensorError, *DAMAGE) as error:
+        raise FileError(f"{checkpoint.path} cannot be read: {error}") from error
 
 
 def best_step(checkpoint: Checkpoint) -> int | None:

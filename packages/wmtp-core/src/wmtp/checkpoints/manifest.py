@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from wmtp.errors import WMTPError
+from wmtp.json_files import DAMAGE
 from wmtp.storage.manifest import ManifestFile, hash_file, verify
 
 __all__ = ["check_files", "hash_files", "write_facts"]
@@ -80,7 +81,7 @@ def check_files(folder: Path, rank: int = 0, world: int = 1) -> None:
         sizes = facts["files"]
         hashes = dict.fromkeys(sizes) if is_old else facts["hashes"]
         files = [ManifestFile(name=name, size=sizes[name], hash=hashes[name] or "") for name in sorted(sizes)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if problems := verify(folder, files[rank::world]):
         raise ValueError("; ".join(problems[:5]))

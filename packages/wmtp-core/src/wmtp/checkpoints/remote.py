@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 from wmtp.checkpoints.manifest import check_files
 from wmtp.config.places import build_backends
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.json_files import DAMAGE
 from wmtp.runs.files import UPLOADED_FILES
 from wmtp.runs.step_file import merge_steps, set_aside_damaged
 from wmtp.storage import Storage
@@ -143,7 +144,7 @@ class RemoteCheckpoints:
             files = {str(name): int(size) for name, size in marker["files"].items()}
             if marker["step"] == step:
                 return files
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except DAMAGE:
             pass
         raise WMTPError(f"{uri} is not what was uploaded: it begins with {content[:60].decode(errors='replace')!r}")
 

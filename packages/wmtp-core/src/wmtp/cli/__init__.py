@@ -112,7 +112,7 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
             return {"error": "\n".join(lines), "problems": lines}, code
         if arguments.debug:
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        elif not isinstance(error, KeyboardInterrupt | WMTPError):
+        elif not isinstance(error, KeyboardInterrupt | WMTPError) and getattr(error, "filename", None) is None:
             print("run it again with --debug for the traceback of this error:", file=sys.stderr)
     rank = f"rank {_rank()}: " if _rank() else ""
     with contextlib.suppress(BrokenPipeError):  # the exit code says it too
@@ -131,6 +131,8 @@ def _explained(error: BaseException) -> tuple[list[str], int]:
         return list(error.problems), error.exit_code
     if isinstance(error, WMTPError):
         return str(error).splitlines() or [type(error).__name__], error.exit_code
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return [f"{os.fspath(error.filename)!s}: {error.strerror}"], 1
     return [" ".join(f"{described(error)}{_place_in_plugin(error)}".split())], 1
 
 

@@ -22,7 +22,7 @@ from wmtp.data.example_checks import check_example, loader_title
 from wmtp.data.render import Renderer
 from wmtp.data.store import TokenStore
 from wmtp.data.store_writer import StoreWriter
-from wmtp.errors import PluginError, WMTPError
+from wmtp.errors import FileError, PluginError, WMTPError
 from wmtp.runs.directory import replace_text
 from wmtp.storage.lock import FileLock
 
@@ -179,7 +179,7 @@ def stamps(loader: ExampleLoader, path: Path | None) -> dict[Path, tuple[int, ..
         try:
             found = file.stat()
         except OSError as error:
-            raise WMTPError(f"{file}: cannot be read ({error})") from error
+            raise FileError(f"{file}: cannot be read ({error})") from error
         stamps[file] = (found.st_size, found.st_mtime_ns, found.st_ino)
     return stamps
 
@@ -225,10 +225,10 @@ def _remove_abandoned(cache_dir: Path) -> None:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def bad_error(name: str, messages: Sequence[str], count: int) -> WMTPError:
+def bad_error(name: str, messages: Sequence[str], count: int) -> FileError:
     """Make the error of examples that cannot be read."""
     shown = "\n".join(f"  {message}" for message in messages)
     more = "" if count <= len(messages) and len(messages) < _SHOWN else "\n  … and maybe more"
-    return WMTPError(
+    return FileError(
         f"datasets.{name}: examples cannot be read; repair them, or set data.train.on_bad_example = 'skip'\n{shown}{more}"
     )

@@ -20,7 +20,7 @@ from wmtp.data.building import Building, bad_error, stamps
 from wmtp.data.conversation import Learn
 from wmtp.data.render import Boundary, Renderer
 from wmtp.data.store import TokenStore
-from wmtp.errors import ConfigError, InputError, WMTPError
+from wmtp.errors import ConfigError, FileError, InputError
 from wmtp.plugins.contract import DataLoaderConfig
 from wmtp.tokenizers.base import Tokenizer
 
@@ -121,7 +121,7 @@ def cache_key(
             with file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").digest()
         except OSError as error:
-            raise WMTPError(f"{file}: cannot be read ({error})") from error
+            raise FileError(f"{file}: cannot be read ({error})") from error
         relative = file.relative_to(path).as_posix() if path is not None and file != path else file.name
         digest.update(json.dumps(relative).encode() + content)
     return digest.hexdigest()[:40]

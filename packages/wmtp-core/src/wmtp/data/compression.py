@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, WMTPError
 from wmtp.sizes import format_bytes
 
 __all__ = ["COMPRESSIONS", "MAX_LINE", "TOO_LONG", "lines", "open_binary", "read_whole", "readable", "uncompressed_name"]
@@ -69,8 +69,8 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if path.suffix in COMPRESSIONS and not isinstance(error, FileNotFoundError | PermissionError):
-            raise WMTPError(f"{path}: damaged or truncated {path.suffix} file ({error}); fetch it again") from error
-        raise WMTPError(f"{path}: cannot be read ({error})") from error
+            raise FileError(f"{path}: damaged or truncated {path.suffix} file ({error}); fetch it again") from error
+        raise FileError(f"{path}: cannot be read ({error})") from error
 
 
 def lines(file: BinaryIO) -> Iterator[bytes | None]:
@@ -100,5 +100,5 @@ def read_whole(path: Path, *, instead: str) -> bytes:
             parts.append(part)
             length += len(part)
             if length > MAX_WHOLE:
-                raise WMTPError(f"{path}: holds more than {format_bytes(MAX_WHOLE)}, and would be read at once; {instead}")
+                raise FileError(f"{path}: holds more than {format_bytes(MAX_WHOLE)}, and would be read at once; {instead}")
     return b"".join(parts)

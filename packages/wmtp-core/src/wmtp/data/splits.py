@@ -10,7 +10,7 @@ from typing import Final
 from attrs import frozen
 
 from wmtp.data.compression import COMPRESSIONS, uncompressed_name
-from wmtp.errors import InputError, WMTPError
+from wmtp.errors import FileError, InputError
 from wmtp.json_files import read_json_object
 
 __all__ = ["FORMATS", "Named", "chosen", "data_files", "format_of", "named"]
@@ -172,7 +172,7 @@ def _saved(folder: Path) -> list[Named]:
     if (listed := folder / "dataset_dict.json").is_file():
         splits = read_json_object(listed).get("splits")
         if not isinstance(splits, list):
-            raise WMTPError(f"{listed}: names no splits; save the data set again")
+            raise FileError(f"{listed}: names no splits; save the data set again")
         return [Named(file, str(split), _split(str(split))[1]) for split in splits for file in _shards(folder / str(split))]
     if not (folder / "state.json").is_file():
         return []
@@ -185,10 +185,10 @@ def _shards(folder: Path) -> list[Path]:
     state = folder / "state.json"
     entries = read_json_object(state).get("_data_files") if state.is_file() else None
     if not isinstance(entries, list) or not entries:
-        raise WMTPError(f"{state}: {'names no files' if state.is_file() else 'no such file'}; save the data set again")
+        raise FileError(f"{state}: {'names no files' if state.is_file() else 'no such file'}; save the data set again")
     files = [folder / Path(str(entry.get("filename") if isinstance(entry, dict) else entry)).name for entry in entries]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise WMTPError(f"{folder}: {', '.join(missing[:_SHOWN])} missing, which state.json names; save the data set again")
+        raise FileError(f"{folder}: {', '.join(missing[:_SHOWN])} missing, which state.json names; save the data set again")
     return files
 
 

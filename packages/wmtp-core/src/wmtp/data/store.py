@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from wmtp.data.base import Document
 from wmtp.data.notes import Note
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, WMTPError
+from wmtp.json_files import DAMAGE, read_json_object
 
 __all__ = ["STORE_INFO", "UNKNOWN", "StoreInfo", "TokenStore"]
 
@@ -130,12 +131,12 @@ class TokenStore:
 
 def _read_info(folder: Path) -> StoreInfo:
     try:
-        info = StoreInfo(**json.loads((folder / STORE_INFO).read_text(encoding="utf-8")))
+        info = StoreInfo(**read_json_object(folder / STORE_INFO))
         broken = [name for name, size in info.sizes.items() if (folder / name).stat().st_size != size]
-    except (OSError, ValueError, TypeError) as error:
-        raise WMTPError(f"{folder}: not a whole token store ({error}); delete the folder") from error
+    except (OSError, FileError, *DAMAGE) as error:
+        raise FileError(f"{folder}: not a whole token store ({error}); delete the folder") from error
     if broken:
-        raise WMTPError(f"{folder / broken[0]}: damaged, it has another size than when it was written; delete the folder")
+        raise FileError(f"{folder / broken[0]}: damaged, it has another size than when it was written; delete the folder")
     return info
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Final
 from wmtp.data.base import BadExample
 from wmtp.data.compression import MAX_LINE, TOO_LONG, lines, open_binary, read_whole
 from wmtp.data.fields import Cell
-from wmtp.errors import InputError, WMTPError
+from wmtp.errors import FileError, InputError, WMTPError
 
 __all__ = ["arrow_rows", "csv_rows", "parquet_rows"]
 
@@ -93,7 +93,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
             source = io.BytesIO(read_whole(path, instead="decompress it")) if whole else file
             yield from _rows(path, pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=_ROWS))
     except pyarrow.ArrowException as error:
-        raise WMTPError(f"{path}: not a readable Parquet file ({error})") from error
+        raise FileError(f"{path}: not a readable Parquet file ({error})") from error
 
 
 def arrow_rows(path: Path) -> Iterator[Row]:
@@ -112,7 +112,7 @@ def arrow_rows(path: Path) -> Iterator[Row]:
             source = io.BytesIO(read_whole(path, instead="decompress it"))
             yield from _rows(path, _slices(_batches(pyarrow.ipc.open_file(source))))
     except pyarrow.ArrowException as error:
-        raise WMTPError(f"{path}: not a readable Arrow file ({error})") from error
+        raise FileError(f"{path}: not a readable Arrow file ({error})") from error
 
 
 def _pyarrow(path: Path, what: str) -> Any:

@@ -22,6 +22,7 @@ from wmtp.evaluation.base import Measured
 from wmtp.evaluation.consent import require_consent
 from wmtp.evaluation.measure import measure
 from wmtp.evaluation.unread import unread_problems
+from wmtp.json_files import DAMAGE
 from wmtp.models.acceleration import accelerate
 from wmtp.models.opening import OpenedModel, find_model, open_model, saved_precision
 from wmtp.plugins import load_plugins
@@ -188,5 +189,5 @@ def last_step(metrics: Path) -> int | None:
     try:
         lines = metrics.read_text(encoding="utf-8").splitlines()
         return int(json.loads(lines[-1])["step"])
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, *DAMAGE):
         return None

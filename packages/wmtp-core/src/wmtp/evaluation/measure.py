@@ -19,6 +19,7 @@ from wmtp.devices import device_name
 from wmtp.errors import PluginError, WMTPError
 from wmtp.evaluation.base import Estimate, Evaluator, Measured
 from wmtp.generation import release
+from wmtp.json_files import read_json_object
 from wmtp.plugins.provenance import provenance
 from wmtp.runs.directory import replace_text
 
@@ -116,7 +117,7 @@ def _write(folder: Path, numbers: Mapping[str, float], kind: str, details: Mappi
         folder.mkdir(parents=True, exist_ok=True)
         for name, prefix, new in ((NUMBERS_FILE, f"{kind}/", numbers), (DETAILS_FILE, kind, {kind: details})):
             file = folder / name
-            old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            old = read_json_object(file) if file.is_file() else {}
             kept = {key: value for key, value in old.items() if not (key == prefix or key.startswith(f"{kind}/"))}
             replace_text(file, json.dumps(_finite({**kept, **new}), indent=2, default=str) + "\n")
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.json_files import read_json_object
 from wmtp.runs.directory import replace_text
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class SampleFile:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if about.is_file():
-                self._compare(folder, json.loads(about.read_text(encoding="utf-8")), plain)
+                self._compare(folder, read_json_object(about), plain)
             elif self.path.exists():
                 raise ConfigError(f"{self.path}: there is no generations.json that says whose they are; move the folder away")
             else:

@@ -13,8 +13,8 @@ import tomli_w
 from wmtp.evaluation.measure import DETAILS_FILE
 from wmtp.models.mtp import MTPModel
 from wmtp.redaction import redact
-from wmtp.runs.directory import CONFIG_FILE, INFO_FILE
-from wmtp.runs.files import read_object, read_snapshot
+from wmtp.runs.directory import CONFIG_FILE
+from wmtp.runs.files import read_info, read_object, read_snapshot
 from wmtp.runs.fixed import with_given_paths
 from wmtp.runs.step_file import read_steps
 from wmtp.storage.hub.names import parse_hub_uri
@@ -178,7 +178,7 @@ def _tokenizer(tokenizer: Tokenizer | None, rows: int) -> str:
 
 def _training(run_dir: Path) -> Iterator[str]:
     config = with_given_paths(run_dir, read_snapshot(run_dir / CONFIG_FILE))
-    info = read_object(run_dir / INFO_FILE)
+    info = read_info(run_dir)
     metrics = run_dir / "metrics.jsonl"
     steps = read_steps(metrics) if metrics.exists() else []
     versions = ", ".join(f"{name} {version}" for name, version in info.get("versions", {}).items())

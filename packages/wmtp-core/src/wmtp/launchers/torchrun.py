@@ -22,6 +22,7 @@ from wmtp.config.load import load
 from wmtp.config.tree import dump_config
 from wmtp.distributed.environment import Nodes, interface_of, own_address
 from wmtp.errors import ConfigError, PluginError, Terminated, WMTPError
+from wmtp.json_files import writing
 from wmtp.runs.result import Result
 from wmtp.signals import can_be_caught
 
@@ -118,7 +119,8 @@ def _signals_kept() -> Iterator[None]:
 def _write_job(job: Path, config: Config, run_dir: Path | None, *, resume: bool) -> None:
     """Write the config that the processes read, and check that TOML preserves it."""
     text = dump_config(config)
-    (job / "config.toml").write_text(text, encoding="utf-8")
+    with writing(job / "config.toml"):
+        (job / "config.toml").write_text(text, encoding="utf-8")
     try:
         same = load(job / "config.toml").config == config
     except ConfigError as error:
@@ -136,7 +138,8 @@ def _write_job(job: Path, config: Config, run_dir: Path | None, *, resume: bool)
         "parent": os.getpid(),
         "verbose": logger.isEnabledFor(logging.DEBUG),
     }
-    (job / "job.json").write_text(json.dumps(facts))
+    with writing(job / "job.json"):
+        (job / "job.json").write_text(json.dumps(facts))
 
 
 def _rendezvous(nodes: Nodes) -> dict[str, Any]:
@@ -191,8 +194,9 @@ def write_result(job: Path, result: Result) -> None:
         "signal": result.signal,
     }
     draft = job / "result.json.new"
-    draft.write_text(json.dumps(facts))
-    draft.replace(job / "result.json")
+    with writing(job / "result.json"):
+        draft.write_text(json.dumps(facts))
+        draft.replace(job / "result.json")
 
 
 def read_result(job: Path) -> Result | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from wmtp.config.inputs import plain_hub_name
 from wmtp.config.places import build_backends
 from wmtp.config.schema import StorageConfig
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.json_files import read_json_object
 from wmtp.models.adapters import Adapter, BaseModelName, is_adapter_name, saved_name
 from wmtp.storage.hub.names import COMMIT, HubName, parse_hub_uri
@@ -129,14 +129,14 @@ def read_adapter(folder: Path, base: BaseModelName) -> SavedAdapter:
     own = read_json_object(folder / _OWN_CONFIG) if (folder / _OWN_CONFIG).is_file() else {}
     quantize = own.get("quantize")
     if own and (own.get("format") != _FORMAT or quantize not in (None, "nf4")):
-        raise WMTPError(f"{folder / _OWN_CONFIG}: format {own.get('format')!r} is not known to this version of WMTP")
+        raise FileError(f"{folder / _OWN_CONFIG}: format {own.get('format')!r} is not known to this version of WMTP")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config: Any = LoraConfig.from_pretrained(str(folder))
         state = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
-        raise WMTPError(f"{folder}: the adapter cannot be read: {error}") from error
+        raise FileError(f"{folder}: the adapter cannot be read: {error}") from error
     config.lora_dropout, config.inference_mode = 0.0, False
     known = own.get("base_fingerprint")
     return SavedAdapter(folder=folder, config=config, state=state, base=base, fingerprint=known, quantize=quantize)
@@ -153,7 +153,7 @@ def adapter_dtype(folder: Path) -> torch.dtype:
         with safe_open(file, framework="pt") as tensors:
             kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise WMTPError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
+        raise FileError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
     return torch.bfloat16 if kinds == {"BF16"} else torch.float32
 
 

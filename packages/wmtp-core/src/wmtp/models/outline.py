@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wmtp.errors import WMTPError
+from wmtp.json_files import DAMAGE
 from wmtp.models.base import ModelInfo
 from wmtp.models.config import FEED_FORWARD, HfModel, ScratchModel
 from wmtp.plugins.contract import ModelLoaderConfig
@@ -43,7 +44,7 @@ def outline(loader: ModelLoaderConfig) -> ModelInfo | None:
             if scheme_of(loader.uri) != "file":
                 return None
             return _outline(json.loads((file_path(loader.uri) / "config.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, WMTPError):
+        except (OSError, WMTPError, *DAMAGE):
             return None  # its errors are reported by the code that must read it
     return None
 

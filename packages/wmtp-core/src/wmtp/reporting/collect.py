@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from wmtp.config.tree import flat
-from wmtp.runs.directory import CONFIG_FILE, INFO_FILE
-from wmtp.runs.files import read_object, read_snapshot
+from wmtp.json_files import reading
+from wmtp.runs.directory import CONFIG_FILE
+from wmtp.runs.files import read_info, read_object, read_snapshot
 from wmtp.runs.step_file import read_steps
 
 __all__ = ["collect"]
@@ -32,21 +33,30 @@ def collect(run_dir: Path, *, status: str | None = None) -> dict[str, Any]:
         status: replaces the status in ``run.json``.
 
     Raises:
-        WMTPError: a file is damaged.
+        FileError: one of its files is damaged.
     """
-    info = read_object(run_dir / INFO_FILE)
+    info = read_info(run_dir)
     config = read_snapshot(run_dir / CONFIG_FILE)
     metrics = _steps(run_dir / "metrics.jsonl")
+    details, weights = run_dir / "evaluation-details.json", run_dir / "weights.jsonl"
+    with reading(run_dir / CONFIG_FILE):  # the other two are what they should be
+        facts = _facts(run_dir, info, config, metrics)
+    with reading(run_dir / "metrics.jsonl"):
+        curves, stages = _curves(metrics), _stages(metrics)
+    with reading(details):
+        estimates = _estimates(read_object(details))
+    with reading(weights):
+        distributions = _distributions(_steps(weights))
     return {
         "name": run_dir.name,
         "status": status or info.get("status", "unknown"),
-        "facts": _facts(run_dir, info, config, metrics),
+        "facts": facts,
         "config": {key: _word(value) for key, value in flat(config).items()},
-        "curves": _curves(metrics),
-        "stages": _stages(metrics),
+        "curves": curves,
+        "stages": stages,
         "evaluation": read_object(run_dir / "evaluation.json"),
-        "estimates": _estimates(read_object(run_dir / "evaluation-details.json")),
-        "weights": _distributions(_steps(run_dir / "weights.jsonl")),
+        "estimates": estimates,
+        "weights": distributions,
         "samples": _thinned(_steps(run_dir / "samples.jsonl")),
     }
 
@@ -95,7 +105,7 @@ def _facts(
         "last step written": _moment_of(run_dir / "metrics.jsonl") if info.get("status") == "running" else None,
         "resumed": f"{len(info['resumed'])}×" if info.get("resumed") else None,
         "speed": f"{_median([line.get('tokens_per_second') for line in metrics]):,.0f} tokens/s" if metrics else None,
-        "peak memory": f"{last['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in last else None,
+        "peak memory": f"{last['peak_memory_gib']:.2f} GiB" if isinstance(last.get("peak_memory_gib"), float) else None,
         "command": " ".join(["wmtp", *map(str, info["argv"][1:])]) if info.get("argv") else None,
         "git": _commit(info.get("git")),
         "versions": ", ".join(f"{name} {version}" for name, version in info.get("versions", {}).items()),

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from wmtp.config.places import build_backends
 from wmtp.config.schema import StorageConfig
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError
 from wmtp.redaction import redact
 from wmtp.reporting.collect import collect
 from wmtp.reporting.groups import grouped_page
@@ -55,10 +55,7 @@ def write_report(
     if page.is_dir():
         raise ConfigError(f"--output {page}: is a folder; name a file in it")
     content = grouped_page(folders) or build_page([collect(folder, status=status) for folder in folders])
-    try:
-        replace_text(page, content)
-    except OSError as error:
-        raise WMTPError(f"{page} cannot be written: {error.strerror or error}") from error
+    replace_text(page, content)
     return page
 
 

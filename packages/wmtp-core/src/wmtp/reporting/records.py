@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from wmtp.reporting.collect import collect
-from wmtp.runs.files import INFO_FILE, read_object
+from wmtp.runs.files import read_info
 from wmtp.runs.step_file import read_steps
 from wmtp.studies.plan import PlannedRun
 from wmtp.studies.record import FAILED, RunRecord
@@ -33,7 +33,7 @@ def record_of(run_dir: Path, *, arm: str, seed: int, key: str = "", seconds: flo
     Raises:
         WMTPError: a file of the run is damaged.
     """
-    info = read_object(run_dir / INFO_FILE)
+    info = read_info(run_dir)
     if info.get("status") not in ("finished", "stopped"):
         return None
     steps = read_steps(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from attrs import asdict
 
-from wmtp.errors import WMTPError
 from wmtp.reporting.html import html_page
 from wmtp.runs.directory import replace_text
 from wmtp.studies.record import RunRecord
@@ -34,10 +33,7 @@ def write_study_report(name: str, baseline: str, table: StudyTable, records: Seq
     Raises:
         WMTPError: it cannot be written.
     """
-    try:
-        replace_text(path, study_page(name, baseline, table, records))
-    except OSError as error:
-        raise WMTPError(f"{path} cannot be written: {error.strerror or error}") from error
+    replace_text(path, study_page(name, baseline, table, records))
 
 
 def study_page(name: str, baseline: str, table: StudyTable, records: Sequence[RunRecord]) -> str:

@@ -22,7 +22,8 @@ from wmtp.config.rules import is_secret
 from wmtp.config.schema import Config, ScheduleConfig
 from wmtp.config.sources import escape
 from wmtp.config.tree import components, dump_config, flat, to_mapping
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, FileError, WMTPError
+from wmtp.json_files import read_json_object, writing
 from wmtp.plugins.registry import Registry
 from wmtp.runs.files import CONFIG_FILE, INFO_FILE, read_snapshot
 from wmtp.runs.fixed import fixed, given_inputs
@@ -91,7 +92,8 @@ def create(config: Config, registry: Registry, argv: Sequence[str], pins: Mappin
 
     def write(draft: Path) -> None:
         (draft / CONFIG_FILE).write_text(dump_config(snapshot), encoding="utf-8")
-        _write_json(draft / INFO_FILE, _facts(config, registry, argv, started) | {"given": given})
+        facts = _facts(config, registry, argv, started) | {"given": given}
+        (draft / INFO_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     return _make(config, started, write)
 
@@ -222,10 +224,9 @@ def changed_versions(run_dir: Path, config: Config, registry: Registry) -> list[
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path)
+    except FileError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -233,10 +234,15 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half written."""
+    """Write a file so that it is never seen half written.
+
+    Raises:
+        WMTPError: it cannot be written; the message names it.
+    """
     draft = path.with_name(f".{path.name}.new")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    with writing(path):
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
 
 
 def is_run_dir(path: Path) -> bool:

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import tomli
 
-from wmtp.errors import WMTPError
-from wmtp.json_files import read_json_object
+from wmtp.errors import FileError
+from wmtp.json_files import read_json_object, reading
 
-__all__ = ["CONFIG_FILE", "INFO_FILE", "UPLOADED_FILES", "read_object", "read_snapshot"]
+__all__ = ["CONFIG_FILE", "INFO_FILE", "UPLOADED_FILES", "read_info", "read_object", "read_snapshot"]
 
 CONFIG_FILE: Final = "config.toml"
 INFO_FILE: Final = "run.json"
@@ -19,11 +19,36 @@ INFO_FILE: Final = "run.json"
 UPLOADED_FILES: Final = "run"
 
 
+#: types of what is read in ``run.json``; a key may be absent or null
+_INFO_TYPES: Final = {
+    **dict.fromkeys(("data", "given", "git", "versions"), dict),
+    **dict.fromkeys(("argv", "resumed"), list),
+    **dict.fromkeys(("ended", "started", "status"), str),
+}
+
+
+def read_info(run_dir: Path) -> dict[str, Any]:
+    """Read ``run.json`` of a run; empty where there is none.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    path = run_dir / INFO_FILE
+    info = read_object(path)
+    for key, kind in _INFO_TYPES.items():
+        if not isinstance(info.get(key), kind | None):
+            raise FileError(f"{path}: is damaged: {key} is {info[key]!r:.40}")
+    for entry in info.get("resumed") or ():
+        if not isinstance(entry, dict) or not isinstance(entry.get("versions", {}), dict):
+            raise FileError(f"{path}: is damaged: resumed has {entry!r:.40}")
+    return info
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file; an empty one where there is no file.
 
     Raises:
-        WMTPError: it cannot be read, or holds something else; the message names it.
+        FileError: it cannot be read, or holds something else; the message names it.
     """
     return read_json_object(path) if path.exists() else {}
 
@@ -32,12 +57,16 @@ def read_snapshot(path: Path) -> dict[str, Any]:
     """Read a run's ``config.toml`` as plain tables.
 
     Raises:
-        WMTPError: it cannot be read; the message names it.
+        FileError: it cannot be read; the message names it.
     """
-    try:
+    with reading(path):
         found = tomli.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WMTPError(f"{path} cannot be read: {error}") from error
+    for key, value in found.items():
+        tables = value if key == "eval" and isinstance(value, list) else [value]
+        if key in ("models", "datasets", "data") and isinstance(value, dict):
+            tables = [*value.values()] if key != "data" else [each for each in value.values() if isinstance(each, list)]
+        if not all(isinstance(table, dict) for table in tables):
+            raise FileError(f"{path}: is damaged: [{key}] is no table")
     if not found:
-        raise WMTPError(f"{path} is empty, though every run has its whole config there: bring it back, or start a new run")
+        raise FileError(f"{path} is empty, though every run has its whole config there: bring it back, or start a new run")
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from wmtp.config.inputs import anchored, inputs, with_uris
 from wmtp.config.problems import KeyPath, dotted
 from wmtp.config.tree import flat
-from wmtp.runs.files import CONFIG_FILE, INFO_FILE, read_object, read_snapshot
+from wmtp.runs.files import CONFIG_FILE, read_info, read_snapshot
 from wmtp.storage.uris import scheme_of
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ __all__ = ["fixed", "given_inputs", "pins", "with_given_paths"]
 
 def given_inputs(run_dir: Path) -> Mapping[str, str]:
     """Read how inputs were given that the snapshot has otherwise, by key."""
-    given = read_object(run_dir / INFO_FILE).get("given")
-    return given if isinstance(given, dict) else {}
+    return read_info(run_dir).get("given") or {}
 
 
 def pins(run_dir: Path, config: Config) -> dict[str, str]:

@@ -17,6 +17,7 @@ from attrs import evolve, field, frozen
 from wmtp.config.schema import Config
 from wmtp.config.tree import plain_value
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.json_files import DAMAGE, writing
 from wmtp.runs.directory import git, replace_text
 from wmtp.storage.lock import FileLock
 
@@ -92,11 +93,9 @@ def add(record: Record) -> None:
     """
     path = _path(record)
     values = {key: getattr(record, key) for key in Record.__annotations__}
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(values, indent=2) + "\n")
-    except OSError as error:
-        raise WMTPError(f"{path} could not be written: {error.strerror or error}") from None
 
 
 def remove(record: Record) -> None:
@@ -111,7 +110,7 @@ def records() -> list[Record]:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             found.append(Record(**{key: values[key] for key in Record.__annotations__}))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, *DAMAGE):
             continue
     return sorted(found, key=lambda record: record.submitted, reverse=True)
 

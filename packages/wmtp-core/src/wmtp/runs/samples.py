@@ -10,6 +10,7 @@ from typing import Any
 
 from attrs import frozen
 
+from wmtp.json_files import reading
 from wmtp.runs.step_file import read_steps
 
 __all__ = ["TokenSample", "read_samples"]
@@ -61,7 +62,8 @@ def _span(token: str, weight: float | None, loss: float | None, mean: float) -> 
 def read_samples(path: Path) -> list[TokenSample]:
     """Read the texts of the last recorded step; none where there is no file."""
     records = read_steps(path) if path.exists() else []
-    return [_sample(records[-1]["step"], document) for document in records[-1]["documents"]] if records else []
+    with reading(path):
+        return [_sample(records[-1]["step"], document) for document in records[-1]["documents"]] if records else []
 
 
 def _sample(step: int, document: Mapping[str, Any]) -> TokenSample:

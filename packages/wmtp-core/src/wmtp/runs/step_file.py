@@ -8,7 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, WMTPError
+from wmtp.json_files import DAMAGE, reading
 
 __all__ = ["last_steps", "merge_steps", "read_steps", "set_aside_damaged", "warn_of_gap"]
 
@@ -19,16 +20,17 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     """Read the records of a file, without a last line that is half-written.
 
     Raises:
-        WMTPError: another line is damaged.
+        FileError: another line is damaged, or the file cannot be read.
     """
     records = []
-    lines = path.read_text(errors="replace").splitlines()
+    with reading(path):
+        lines = path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         record = _record(line)
         if record is None:
             if number == len(lines):
                 break
-            raise WMTPError(f"{path}:{number}: not the record of a step; remove this line")
+            raise FileError(f"{path}:{number}: not the record of a step; remove this line")
         records.append(record)
     return records
 
@@ -90,7 +92,7 @@ def _record(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         return record if isinstance(record["step"], int) else None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except DAMAGE:
         return None
 
 

@@ -16,8 +16,8 @@ from wmtp.config.problems import KeyPath, dotted
 from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, StorageConfig
 from wmtp.config.tree import components
-from wmtp.errors import ConfigError, WMTPError
-from wmtp.json_files import read_json_object
+from wmtp.errors import ConfigError, FileError, WMTPError
+from wmtp.json_files import DAMAGE, read_json_object
 from wmtp.redaction import redact
 from wmtp.storage.uris import file_path, localize, scheme_of
 
@@ -175,8 +175,8 @@ def _check_safetensors(key: str, file: Path) -> None:
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         if 8 + length + max(ends, default=0) != size:
             raise ValueError(f"it has {size:,} bytes in place of {8 + length + max(ends, default=0):,}")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise WMTPError(f"{key}: {file} is not whole: {error}; fetch it again") from None
+    except (OSError, *DAMAGE) as error:
+        raise FileError(f"{key}: {file} is not whole: {error}; fetch it again") from None
 
 
 def _stated_vocabulary(path: Path) -> int | None:

@@ -14,7 +14,8 @@ from typing import Any, Final
 import attrs
 from attrs import frozen
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, WMTPError
+from wmtp.json_files import DAMAGE
 
 __all__ = ["MANIFEST", "Manifest", "ManifestFile", "hash_file", "verify"]
 
@@ -90,8 +91,8 @@ class Manifest:
                 raise WMTPError(f"{where} was written by another version of WMTP; fetch again")
             files = tuple(ManifestFile(**file) for file in table.pop("files"))
             return cls(files=files, **table)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise WMTPError(f"{where} is damaged; fetch again") from error
+        except DAMAGE as error:
+            raise FileError(f"{where} is damaged; fetch again") from error
 
     @classmethod
     def read(cls, path: Path) -> Manifest | None:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError
 from wmtp.json_files import read_json_object
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ADAPTER_WEIGHTS",
     "LAYERS_LIMIT",
     "check_folder",
+    "check_types",
     "find_gguf",
     "is_adapter",
     "quantization",
@@ -24,6 +25,8 @@ __all__ = [
 
 #: ten times the deepest model known; building more would take all of the memory
 LAYERS_LIMIT: Final = 10_000
+#: types of what is read in ``config.json`` before transformers reads it; a key may be absent or null
+_TYPES: Final = {"architectures": list, **dict.fromkeys(("dtype", "model_type", "torch_dtype"), str)}
 #: architectures that transformers does not have, by the one whose tensors and arithmetic are theirs but for layers for
 #: multi-token prediction
 STAND_INS: Final = {"mimo": "qwen2"}
@@ -53,19 +56,20 @@ def check_folder(folder: Path) -> None:
         _check_adapter(folder)
         return
     if adapter.exists():
-        raise WMTPError(
+        raise FileError(
             f"{folder}: holds a model and an adapter ({ADAPTER_CONFIG}), and transformers may put the one on the other; move "
             "the adapter's files elsewhere"
         )
     if not file.exists():
         return
     content = read_json_object(file)
+    check_types(file, content)
     for table in _tables(content):
         layers = table.get("num_hidden_layers")
         if isinstance(layers, int) and not 0 < layers <= LAYERS_LIMIT:
-            raise WMTPError(f"{file}: num_hidden_layers = {layers}, and a model has 1 to {LAYERS_LIMIT:,}; is it damaged?")
+            raise FileError(f"{file}: num_hidden_layers = {layers}, and a model has 1 to {LAYERS_LIMIT:,}; is it damaged?")
     if _needs_own_code(content):
-        raise WMTPError(
+        raise FileError(
             f"{file}: the installed transformers has no architecture '{content.get('model_type')}'; its own code would have "
             "to run, which WMTP never does"
         )
@@ -80,12 +84,12 @@ def _check_adapter(folder: Path) -> None:
     content = read_json_object(folder / ADAPTER_CONFIG)
     remedy = "merge it into its base with PEFT's merge_and_unload(), and name the folder that you save then"
     if (kind := content.get("peft_type")) != "LORA":
-        raise WMTPError(f"{folder}: holds an adapter of type {kind}, and WMTP opens LORA; {remedy}")
+        raise FileError(f"{folder}: holds an adapter of type {kind}, and WMTP opens LORA; {remedy}")
     for key, plain in (("modules_to_save", (None, [])), ("bias", (None, "none")), ("trainable_token_indices", (None, [], {}))):
         if (value := content.get(key)) not in plain:
-            raise WMTPError(f"{folder}: its adapter changes more than LoRA's matrices ({key} = {value!r}); {remedy}")
+            raise FileError(f"{folder}: its adapter changes more than LoRA's matrices ({key} = {value!r}); {remedy}")
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise WMTPError(f"{folder}: holds an {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}")
+        raise FileError(f"{folder}: holds an {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}")
 
 
 def shard_files(index: Path) -> Mapping[str, str]:
@@ -96,14 +100,14 @@ def shard_files(index: Path) -> Mapping[str, str]:
     """
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise WMTPError(f"{index}: has no weight_map")
+        raise FileError(f"{index}: has no weight_map")
     for tensor, name in weight_map.items():
         # a name with a folder in it could lead anywhere on this machine
         if not isinstance(name, str) or not name.strip(".") or {"/", "\\", "\0"} & set(name):
-            raise WMTPError(f"{index}: weight_map places {tensor} in {name!r}, which is not the name of a file in its folder")
+            raise FileError(f"{index}: weight_map places {tensor} in {name!r}, which is not the name of a file in its folder")
     for name in sorted(set(weight_map.values())):
         if not (index.parent / name).is_file():
-            raise WMTPError(f"{index.parent / name}: not there, but {index.name} names it; fetch the model again")
+            raise FileError(f"{index.parent / name}: not there, but {index.name} names it; fetch the model again")
     return weight_map
 
 
@@ -117,9 +121,9 @@ def find_gguf(folder: Path) -> str | None:
     if not files or (any((folder / name).exists() for name in _WEIGHTS) and (folder / "config.json").exists()):
         return None
     if len(files) > 1:
-        raise WMTPError(f"{folder} holds several: {', '.join(files)}; name one of them")
+        raise FileError(f"{folder} holds several: {', '.join(files)}; name one of them")
     if others := sorted(file.name for file in folder.glob("*.safetensors")):
-        raise WMTPError(
+        raise FileError(
             f"{folder} holds {files[0]} and {others[0]}, without a config.json for the latter; name the .gguf file, or add "
             "config.json"
         )
@@ -158,6 +162,17 @@ def quantized_problem(folder: Path, method: str) -> str:
 def _tables(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield content
     yield from (value for key, value in content.items() if key.endswith("text_config") and isinstance(value, dict))
+
+
+def check_types(file: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a ``config.json`` whose names are none.
+
+    Raises:
+        FileError: one has another type.
+    """
+    for key, kind in _TYPES.items():
+        if not isinstance(content.get(key), kind | None):
+            raise FileError(f"{file}: is damaged: {key} is {content[key]!r:.40}")
 
 
 def _needs_own_code(content: Mapping[str, Any]) -> bool:

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from attrs import asdict, field, frozen
 
-from wmtp.errors import WMTPError
-from wmtp.json_files import read_json_object
+from wmtp.errors import FileError
+from wmtp.json_files import read_json_object, writing
 from wmtp.runs.directory import replace_text
 from wmtp.studies.plan import PlannedRun
 
@@ -74,11 +74,9 @@ def write_record(folder: Path, record: RunRecord) -> None:
         WMTPError: it cannot be written.
     """
     path = _path(folder, record.name)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(_finite(asdict(record)), separators=(",", ":"), default=str) + "\n")
-    except OSError as error:
-        raise WMTPError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def remove_record(folder: Path, name: str) -> None:
@@ -111,7 +109,7 @@ def read_records(folder: Path) -> dict[str, RunRecord]:
         try:
             found[path.stem] = RunRecord(**values)
         except TypeError as error:
-            raise WMTPError(f"{path}: is no record of a run ({error}); remove it, and the run is done again") from None
+            raise FileError(f"{path}: is no record of a run ({error}); remove it, and the run is done again") from None
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.saved import write_saved
 
@@ -151,15 +151,15 @@ def open_auto_tokenizer(path: Path, gguf_file: str | None = None) -> PreTrainedT
     if path.is_file() and path.suffix == ".gguf":
         path, gguf_file = path.parent, path.name
     if not path.is_dir():
-        raise WMTPError(f"{path}: {'not a folder or .gguf file' if path.exists() else 'no such folder or .gguf file'}")
+        raise FileError(f"{path}: {'not a folder or .gguf file' if path.exists() else 'no such folder or .gguf file'}")
     if gguf_file is None and not any((path / name).is_file() for name in HF_FILES):
         found = sorted(file.name for file in path.glob("*.gguf"))
         if len(found) != 1:
             reason = f"several .gguf files ({', '.join(found)}); set gguf_file" if found else f"none of {', '.join(HF_FILES)}"
-            raise WMTPError(f"{path}: holds no tokenizer that transformers can open: {reason}")
+            raise FileError(f"{path}: holds no tokenizer that transformers can open: {reason}")
         gguf_file = found[0]
     if gguf_file is not None and not (path / gguf_file).is_file():
-        raise WMTPError(f"{path / gguf_file}: no such file")
+        raise FileError(f"{path / gguf_file}: no such file")
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         opened = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
@@ -168,18 +168,18 @@ def open_auto_tokenizer(path: Path, gguf_file: str | None = None) -> PreTrainedT
         raise
     except ImportError as error:
         extra = "gguf" if gguf_file else "train"
-        raise WMTPError(
+        raise FileError(
             f"{path}: its tokenizer needs a package that is missing ({error}); pip install wmtp-core[{extra}]"
         ) from error
     except Exception as error:  # transformers and tokenizers raise many types for a damaged file
         reason = str(error).strip().partition("\n")[0]
-        raise WMTPError(f"{path / (gguf_file or '')}: transformers cannot open this tokenizer ({reason})") from error
+        raise FileError(f"{path / (gguf_file or '')}: transformers cannot open this tokenizer ({reason})") from error
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase, path: Path) -> Backend:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
-        raise WMTPError(
+        raise FileError(
             f"{path}: {type(tokenizer).__name__} works without the tokenizers package, which is not supported;"
             " convert it to tokenizer.json, or use type = 'hf-sentencepiece'"
         )
@@ -200,7 +200,7 @@ def _named_as_in(file: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTo
     if field is not None:
         number = int(field.contents())
         if not 0 <= number < len(tokenizer):
-            raise WMTPError(f"{file}: tokenizer.ggml.eos_token_id is {number}, and there are {len(tokenizer)} tokens")
+            raise FileError(f"{file}: tokenizer.ggml.eos_token_id is {number}, and there are {len(tokenizer)} tokens")
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(number)
     return tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, FileError
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers
 from wmtp.tokenizers.saved import read_saved, read_template
@@ -24,7 +24,7 @@ def load_tokenizer(path: Path, *, eos_token: str | None = None) -> Tokenizer:
         ConfigError: it has no end-of-sequence token.
     """
     if not path.exists():
-        raise WMTPError(f"{path}: no such file or folder")
+        raise FileError(f"{path}: no such file or folder")
     found = _load(path, eos_token)
     if found.chat_template is None and path.is_dir():
         found.chat_template = read_template(path)
@@ -44,7 +44,7 @@ def _load(path: Path, eos_token: str | None) -> Tokenizer:
             case HfSentencePiece.type:
                 return HfSentencePiece(eos_token=eos_token or saved.get("eos_token")).build(path)
             case other:
-                raise WMTPError(f"{path}: its tokenizer is a '{other}', which only the config that names it can open")
+                raise FileError(f"{path}: its tokenizer is a '{other}', which only the config that names it can open")
     if path.suffix == ".model" or (path.is_dir() and _only_sentencepiece(path)):
         return HfSentencePiece(eos_token=eos_token).build(path)
     return HfTransformers(eos_token=eos_token).build(path)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError
+from wmtp.json_files import read_json_object
 from wmtp.tokenizers.chat_template import TEMPLATE_NAME
 
 __all__ = ["SAVED_NAME", "read_saved", "read_template", "write_saved", "write_template"]
@@ -25,17 +26,14 @@ def read_saved(folder: Path) -> Mapping[str, Any] | None:
     """Read the file of `write_saved`; None where the folder has none.
 
     Raises:
-        WMTPError: the file is damaged.
+        FileError: the file is damaged.
     """
     path = folder / SAVED_NAME
     if not path.is_file():
         return None
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WMTPError(f"{path}: not JSON ({error}); save the model again") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("type"), str):
-        raise WMTPError(f"{path}: has no 'type'; save the model again")
+    saved = read_json_object(path, "save the model again")
+    if not isinstance(saved.get("type"), str):
+        raise FileError(f"{path}: has no 'type'; save the model again")
     return saved
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 import sentencepiece
 
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, FileError
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.saved import write_saved, write_template
 
@@ -46,13 +46,13 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._model = file.read_bytes()
         except OSError as error:
-            raise WMTPError(f"{file}: no SentencePiece model can be read there ({error.strerror})") from error
+            raise FileError(f"{file}: no SentencePiece model can be read there ({error.strerror})") from error
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             if not self._model or not self._processor.LoadFromSerializedProto(self._model + _EXACT_SPACES):
                 raise RuntimeError("empty")
         except RuntimeError as error:
-            raise WMTPError(f"{file}: not a SentencePiece model, or damaged") from error
+            raise FileError(f"{file}: not a SentencePiece model, or damaged") from error
         own = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         self._first = self._processor
         if own.encode("a") != self._processor.encode("a"):

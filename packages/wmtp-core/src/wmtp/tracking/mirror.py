@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from attrs import evolve
 
 from wmtp.errors import WMTPError
+from wmtp.json_files import read_json_object, reading, writing
 from wmtp.storage.uris import backend_for
 from wmtp.tracking.base import RunInfo, Tracker
 from wmtp.tracking.mlflow import MLflow
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from wmtp.tracking.config import MLflowTracker
 
 __all__ = ["ARTIFACTS", "DATABASE", "MirroredMLflow", "move_artifacts"]
+
+_ANEW = "remove it, and the rest of the run is tracked as a new one"
 
 logger = logging.getLogger("wmtp")
 
@@ -100,7 +103,8 @@ class MirroredMLflow(Tracker):
         return f"wmtp runs pull {self._uri}"
 
     def _bring_back(self, state: Path, local: str) -> None:
-        run_id = str(json.loads(state.read_text())["run_id"])
+        with reading(state, _ANEW):
+            run_id = str(read_json_object(state, _ANEW)["run_id"])
         if not self._storage.exists(f"{self._uri}/{run_id}/{DATABASE}"):
             return
         self._storage.fetch(f"{self._uri}/{run_id}", self._folder)
@@ -110,7 +114,8 @@ class MirroredMLflow(Tracker):
         target.parent.mkdir(parents=True, exist_ok=True)
         if fetched.exists() and not target.exists():
             fetched.rename(target)
-        state.write_text(json.dumps({"tracking_uri": local, "run_id": run_id}, indent=2) + "\n")
+        with writing(state):
+            state.write_text(json.dumps({"tracking_uri": local, "run_id": run_id}, indent=2) + "\n")
 
     def _try_to_copy(self) -> bool:
         try:

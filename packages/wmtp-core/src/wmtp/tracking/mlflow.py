@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.json_files import read_json_object, reading
 from wmtp.redaction import redact
 from wmtp.runs.step_file import read_steps
 from wmtp.storage.lock import FileLock
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from wmtp.tracking.config import MLflowTracker
 
 __all__ = ["ENVIRONMENT", "MLflow", "database_lock"]
+
+_ANEW = "remove it, and the rest of the run is tracked as a new one"
 
 logger = logging.getLogger("wmtp")
 
@@ -187,11 +190,9 @@ class MLflow(Tracker):
 
         if not state_file.exists():
             return None
-        try:
-            state = json.loads(state_file.read_text())
+        with reading(state_file, _ANEW):
+            state = read_json_object(state_file, _ANEW)
             uri, run_id = str(state["tracking_uri"]), str(state["run_id"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise WMTPError(f"{state_file} is damaged; remove it, and the rest of the run is tracked as a new one") from error
         if uri != redact(self._uri):
             return None
         try:

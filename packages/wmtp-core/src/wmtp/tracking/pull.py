@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from wmtp.errors import WMTPError
+from wmtp.json_files import read_json_object, writing
 from wmtp.tracking.mirror import ARTIFACTS, DATABASE
 from wmtp.tracking.mlflow import ENVIRONMENT, database_lock
 
@@ -66,7 +67,7 @@ def pull(storage: Storage, uri: str, database: Path) -> Pulled:
     database = database.absolute()
     record = database.parent / f".{database.name}.pulled.json"
     with database_lock(database):
-        seen = json.loads(record.read_text()) if record.exists() and database.exists() else {}
+        seen = read_json_object(record, "remove it, and all is compared again") if record.exists() and database.exists() else {}
         _make_current(database)
         new, changed = [], []
         for run_id, identity in sorted(found.items()):
@@ -77,7 +78,8 @@ def pull(storage: Storage, uri: str, database: Path) -> Pulled:
                 was_there = _merge(Path(temporary), run_id, database, f"{uri}/{run_id}")
             (changed if was_there else new).append(run_id)
             seen[f"{uri}/{run_id}"] = identity
-            record.write_text(json.dumps(seen, indent=2) + "\n")
+            with writing(record):
+                record.write_text(json.dumps(seen, indent=2) + "\n")
     return Pulled(database=database, new=new, changed=changed, unchanged=len(found) - len(new) - len(changed))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wmtp.errors import WMTPError
+from wmtp.json_files import read_json_object, reading, writing
 from wmtp.tracking.base import RunInfo, Tracker
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Wandb"]
 
 _TAG_LENGTH = 64  # wandb's own limit
+
+
+_ANEW = "remove it, and the rest of the run is tracked as a new one"
 
 
 class Wandb(Tracker):
@@ -41,7 +45,8 @@ class Wandb(Tracker):
         except ImportError as error:
             raise WMTPError(f"tracker 'wandb': {error}; install wmtp-core[wandb]") from error
         state = run.run_dir / "wandb.json"
-        earlier = json.loads(state.read_text(encoding="utf-8"))["id"] if state.exists() else None
+        with reading(state, _ANEW):
+            earlier = read_json_object(state, _ANEW)["id"] if state.exists() else None
         settings = {"silent": True, "console": "off", "disable_git": True, "disable_code": True, "login_timeout": 1}
         try:
             self._run = wandb.init(
@@ -60,7 +65,8 @@ class Wandb(Tracker):
                 f"Weights & Biases cannot be used: {error}; run `wandb login`, set WANDB_API_KEY,"
                 " or set tracker.mode = 'offline'"
             ) from error
-        state.write_text(json.dumps({"id": self._run.id}) + "\n", encoding="utf-8")
+        with writing(state):
+            state.write_text(json.dumps({"id": self._run.id}) + "\n", encoding="utf-8")
         self._run.config.update({**run.params, "tags": dict(run.tags)}, allow_val_change=True)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from wmtp.data.batch import PADDING, Batch
 from wmtp.errors import PluginError, WMTPError
+from wmtp.json_files import writing
 from wmtp.log_lines import in_notebook
 from wmtp.loss.weights import BAD_WEIGHTS, NO_WEIGHT
 from wmtp.runs.step_file import read_steps
@@ -204,8 +205,13 @@ class StepFile:
             raise WMTPError(f"{self.path} cannot be written: {error}") from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; that writes again what a full disk has refused.
+
+        Raises:
+            WMTPError: it still cannot be written.
+        """
+        with writing(self.path):
+            self._file.close()
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, WMTPError
 from wmtp.json_files import read_json_object
-from wmtp.storage.model_files import STAND_INS, shard_files
+from wmtp.storage.model_files import STAND_INS, check_types, shard_files
 
 __all__ = [
     "config_from",
@@ -61,9 +61,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """
     file = folder / "config.json"
     content = read_json(file)
+    check_types(file, content)
     model_type = content.get("model_type")
     if model_type is None:
-        raise WMTPError(f"{file}: has no model_type: not the config of a transformers model")
+        raise FileError(f"{file}: has no model_type: not the config of a transformers model")
     if model_type not in CONFIG_MAPPING and model_type in STAND_INS:
         return config_from(file, content)
     if model_type not in CONFIG_MAPPING:
@@ -72,7 +73,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
             if "auto_map" in content
             else "a newer transformers may know it"
         )
-        raise WMTPError(f"{file}: the installed transformers has no architecture '{model_type}'; {reason}")
+        raise FileError(f"{file}: the installed transformers has no architecture '{model_type}'; {reason}")
     return opened_by_transformers(file, lambda: AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
@@ -103,7 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / single]
         if (folder / index).is_file():
             return _indexed_files(folder / index)
-    raise WMTPError(f"{folder}: holds no weights (model.safetensors, its shards, pytorch_model.bin, or a .gguf file)")
+    raise FileError(f"{folder}: holds no weights (model.safetensors, its shards, pytorch_model.bin, or a .gguf file)")
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -116,7 +117,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise WMTPError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
+        raise FileError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
 
 
 def read_bin(file: Path) -> dict[str, Tensor]:
@@ -128,7 +129,7 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     mmap = zipfile.is_zipfile(file)  # files of very old PyTorch are no zip, and cannot be mapped
     state = opened_by_transformers(file, lambda: torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WMTPError(f"{file}: holds no plain mapping from names to tensors")
+        raise FileError(f"{file}: holds no plain mapping from names to tensors")
     return state
 
 
@@ -145,7 +146,7 @@ def _indexed_files(index: Path) -> list[Path]:
     present = {name for file in files for name in tensor_shapes(file)}
     for name, shard in weight_map.items():
         if name not in present:
-            raise WMTPError(f"{index.parent / shard}: lacks the tensor {name}, which {index.name} places there")
+            raise FileError(f"{index.parent / shard}: lacks the tensor {name}, which {index.name} places there")
     return files
 
 
@@ -172,10 +173,10 @@ def opened_by_transformers(path: Path, action: Callable[[], T]) -> T:
     except (WMTPError, MemoryError):
         raise
     except pickle.UnpicklingError as error:  # torch's own text advises to run it
-        raise WMTPError(
+        raise FileError(
             f"{path}: its .bin files hold more than tensors, and what a file holds is never run; get it as safetensors, or "
             "convert it where its source is trusted"
         ) from error
     except Exception as error:
         # its exceptions have no common base: OSError, ValueError, KeyError, UnpicklingError, dataclass validation …
-        raise WMTPError(f"{path}: transformers cannot open it: {type(error).__name__}: {error}") from error
+        raise FileError(f"{path}: transformers cannot open it: {type(error).__name__}: {error}") from error

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.models.adapter_folder import adapter_dtype, find_base, need_peft, read_adapter
 from wmtp.models.adapters import BaseModelName, fingerprint
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
@@ -26,7 +26,7 @@ from wmtp.models.loaders.files import opened_by_transformers, read_config, read_
 from wmtp.models.loaders.names import Opening, find_untouched
 from wmtp.models.mtp import HEADS_CONFIG, HEADS_FORMAT, HEADS_WEIGHTS
 from wmtp.models.untouched import Untouched
-from wmtp.storage.model_files import check_folder, find_gguf, is_adapter
+from wmtp.storage.model_files import LAYERS_LIMIT, check_folder, find_gguf, is_adapter
 
 __all__ = ["HfLoader", "from_tensors", "strict_from_pretrained"]
 
@@ -125,7 +125,7 @@ class HfLoader(ModelLoader):
         whole = torch.bfloat16 if dtype is None and adapter_dtype(folder) == torch.bfloat16 else dtype
         base = self._plain().load(path, dtype=whole, seed=seed)
         if saved.fingerprint is not None and saved.fingerprint != fingerprint(base.model):
-            raise WMTPError(
+            raise FileError(
                 f"{folder}: its adapter was trained on another model than {path}, which has the same shape and other numbers; "
                 "name the right one: models.base.base_uri"
             )
@@ -140,7 +140,7 @@ class HfLoader(ModelLoader):
     def _find_base(self, folder: Path) -> tuple[Path, BaseModelName]:
         path, name = find_base(folder, self._base_uri)
         if is_adapter(path):
-            raise WMTPError(f"{folder}: its base, {path}, is an adapter too; merge that first: wmtp export --format wmtp")
+            raise FileError(f"{folder}: its base, {path}, is an adapter too; merge that first: wmtp export --format wmtp")
         return path, name
 
     def _plain(self) -> HfLoader:
@@ -150,18 +150,18 @@ class HfLoader(ModelLoader):
     def _locate(self, path: Path | None) -> tuple[Path, str | None]:
         """Return the folder, and the GGUF file to read in it, if any."""
         if path is None or not path.exists():
-            raise WMTPError(f"{path}: no such file or folder")
+            raise FileError(f"{path}: no such file or folder")
         if self._base_uri is not None and not is_adapter(path):
             raise ConfigError("models.base.base_uri: has no effect: uri names no adapter; remove it")
         if path.is_file():
             if path.suffix != ".gguf":
-                raise WMTPError(f"{path}: not a model folder and not a .gguf file")
+                raise FileError(f"{path}: not a model folder and not a .gguf file")
             if self._gguf_file is not None:
                 raise ConfigError(f"models.base.gguf_file: has no effect: uri names the file {path.name}; remove it")
             return path.parent, path.name
         if self._gguf_file is not None:
             if not (path / self._gguf_file).is_file():
-                raise WMTPError(f"{path / self._gguf_file}: no such file")
+                raise FileError(f"{path / self._gguf_file}: no such file")
             return path, self._gguf_file
         check_folder(path)
         try:
@@ -218,8 +218,8 @@ def strict_from_pretrained(
     return model.eval()
 
 
-def _misfit(source: Path, model: PreTrainedModel, problems: list[str]) -> WMTPError:
-    return WMTPError(f"{source}: the tensors do not fit {type(model).__name__}: {'; '.join(problems)}")
+def _misfit(source: Path, model: PreTrainedModel, problems: list[str]) -> FileError:
+    return FileError(f"{source}: the tensors do not fit {type(model).__name__}: {'; '.join(problems)}")
 
 
 def _saved_heads(folder: Path) -> HeadsConfig | None:
@@ -231,18 +231,18 @@ def _saved_heads(folder: Path) -> HeadsConfig | None:
     if content.get("kind") != "native":  # whose tensors are among the model's
         for file in (description, weights):
             if not file.exists():
-                raise WMTPError(f"{file}: not there, but the folder holds the other part of its extra heads")
+                raise FileError(f"{file}: not there, but the folder holds the other part of its extra heads")
     if content.get("format") != HEADS_FORMAT:
-        raise WMTPError(f"{description}: format {content.get('format')!r} is not known to this version of WMTP")
+        raise FileError(f"{description}: format {content.get('format')!r} is not known to this version of WMTP")
     kind, horizon = content.get("kind"), content.get("horizon")
-    if kind not in HEAD_KINDS or not isinstance(horizon, int) or horizon < 2:
-        raise WMTPError(f"{description}: kind {kind!r} and horizon {horizon!r} are not those of any heads")
+    if str(kind) not in HEAD_KINDS or not isinstance(horizon, int) or not 2 <= horizon <= LAYERS_LIMIT:
+        raise FileError(f"{description}: kind {kind!r} and horizon {horizon!r} are not those of any heads")
     if kind == "native":
         return HeadsConfig(kind=kind, horizon=horizon)
     tensor_shapes(weights)
     layout = content.get("layout", "plain")  # as all heads were before there were layouts
     if layout not in ("mimo", "plain"):
-        raise WMTPError(f"{description}: layout {layout!r} is not known to this version of WMTP")
+        raise FileError(f"{description}: layout {layout!r} is not known to this version of WMTP")
     return HeadsConfig(kind=kind, horizon=horizon, layout=layout if kind in ("chained", "shared") else HeadsConfig().layout)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from wmtp.config.schema import HeadsConfig
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, WMTPError
 from wmtp.models.loaders.files import config_from, read_bin, read_json, tensor_shapes, weight_files
 
 __all__ = ["is_layout", "read_config", "read_tensors"]
@@ -44,7 +44,7 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, HeadsConfig]:
     mtp = content["mtp_config"]
     horizon = mtp.get("n_future_tokens") if isinstance(mtp, dict) else None
     if not isinstance(horizon, int) or horizon < 1:
-        raise WMTPError(f"{file}: mtp_config.n_future_tokens must be a whole number ≥ 1, not {horizon!r}")
+        raise FileError(f"{file}: mtp_config.n_future_tokens must be a whole number ≥ 1, not {horizon!r}")
     shapes = _shapes(folder)
     heads = sorted(name for name in shapes if name.startswith(_HEADS))
     expected = sorted(f"{_HEADS}{index}.weight" for index in range(horizon - 1))
@@ -62,7 +62,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     tensors = {name: tensor for file in weight_files(folder) for name, tensor in _load(file).items()}
     other = [name for name in tensors if not name.startswith((_BASE, _HEADS))]
     if other:
-        raise WMTPError(f"{folder}: unexpected tensors, neither {_BASE}* nor {_HEADS}*: {', '.join(other)}")
+        raise FileError(f"{folder}: unexpected tensors, neither {_BASE}* nor {_HEADS}*: {', '.join(other)}")
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -79,7 +79,7 @@ def _base_config(file: Path, content: dict[str, Any], shapes: dict[str, tuple[in
     embedding = shapes.get(f"{_BASE}transformer.wte.weight")
     positions = shapes.get(f"{_BASE}transformer.wpe.weight")
     if embedding is None or positions is None:
-        raise WMTPError(f"{file}: names no model_type that transformers knows for the tensors {_BASE}*; add it")
+        raise FileError(f"{file}: names no model_type that transformers knows for the tensors {_BASE}*; add it")
     # GPT-2 by its tensors, which say every size but one
     layers = {name.split(".")[3] for name in shapes if name.startswith(f"{_BASE}transformer.h.")}
     heads = next((table["n_head"] for table in tables if "n_head" in table), None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from wmtp.config.schema import HeadsConfig
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.loaders.describe import describe, empty_model
 from wmtp.models.loaders.files import read_bin, read_json
@@ -98,7 +98,7 @@ class MetaMtpLoader(ModelLoader):
 
     def _read(self, path: Path | None) -> tuple[_Shape, dict[str, Tensor]]:
         if path is None or not path.is_dir():
-            raise WMTPError(f"{path}: no such folder; a Meta checkpoint is a folder with params.json and consolidated.pth")
+            raise FileError(f"{path}: no such folder; a Meta checkpoint is a folder with params.json and consolidated.pth")
         params = read_json(path / "params.json")
         tensors = _read_tensors(_weights(path))
         shape = self._shape(path / "params.json", params, tensors)
@@ -110,17 +110,17 @@ class MetaMtpLoader(ModelLoader):
             value = params.get(name)
             value = default if value is None else value
             if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise WMTPError(f"{file}: {name} must be a number above 0, not {value!r}")
+                raise FileError(f"{file}: {name} must be a number above 0, not {value!r}")
             return value
 
         if params.get("use_scaled_rope"):
-            raise WMTPError(f"{file}: use_scaled_rope is not supported: no multi-token checkpoint of Meta's uses it")
+            raise FileError(f"{file}: use_scaled_rope is not supported: no multi-token checkpoint of Meta's uses it")
         for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
             if name not in tensors or tensors[name].dim() != 2:
-                raise WMTPError(f"{file.parent}: the tensor {name} is missing or no matrix")
+                raise FileError(f"{file.parent}: the tensor {name} is missing or no matrix")
         horizon, layers, heads = int(number("n_future_tokens", 1)), int(number("n_layers")), int(number("n_heads"))
         if layers < horizon:
-            raise WMTPError(
+            raise FileError(
                 f"{file}: n_layers = {layers} counts every head, and so cannot be under n_future_tokens = {horizon}"
             )
         vocab_size = params.get("vocab_size")
@@ -138,7 +138,7 @@ class MetaMtpLoader(ModelLoader):
             max_positions=self._max_positions or int(number("max_seq_len", 4096)),
         )
         if shape.dim % (2 * heads) or heads % shape.kv_heads:
-            raise WMTPError(
+            raise FileError(
                 f"{file}: dim = {shape.dim}, n_heads = {heads} and n_kv_heads = {shape.kv_heads} do not go together"
             )
         return shape
@@ -152,11 +152,11 @@ def _weights(folder: Path) -> Path:
     if len(shards) == 1:
         return shards[0]
     if shards:
-        raise WMTPError(
+        raise FileError(
             f"{folder}: {len(shards)} tensor-parallel shards ({shards[0].name} …) are not supported; merge them into one "
             "consolidated.pth first"
         )
-    raise WMTPError(f"{folder}: holds no consolidated.pth")
+    raise FileError(f"{folder}: holds no consolidated.pth")
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ def _check(folder: Path, expected: Mapping[str, tuple[int, ...]], tensors: Mappi
         if name in expected and tuple(tensor.shape) != expected[name]
     ]
     if problems:
-        raise WMTPError(f"{folder}: the tensors do not fit params.json: {'; '.join(problems)}")
+        raise FileError(f"{folder}: the tensors do not fit params.json: {'; '.join(problems)}")
 
 
 def _rotate_half_rows(part: str, tensor: Tensor, shape: _Shape) -> Tensor:

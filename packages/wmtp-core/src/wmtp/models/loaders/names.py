@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, WMTPError
 from wmtp.models.loaders.describe import empty_model
 from wmtp.models.loaders.files import has_stand_in, read_json, weight_files
 from wmtp.models.loaders.stored import StoredTensor, stored_tensors
@@ -135,7 +135,7 @@ def _match(model: PreTrainedModel, names: Iterable[str], folder: Path) -> _Match
         for target in targets:
             taken.setdefault(target, []).append(name)
         if pattern is None and len(taken[renamed]) > 1:
-            raise WMTPError(f"{folder}: {' and '.join(taken[renamed])} are both {renamed} of {type(model).__name__}")
+            raise FileError(f"{folder}: {' and '.join(taken[renamed])} are both {renamed} of {type(model).__name__}")
     model._weight_conversions = [step for step in conversions if step.was_used()]  # type: ignore[assignment]
     return _Match(taken=taken, left=left)
 
@@ -148,7 +148,7 @@ def _check_types(folder: Path, stored: Mapping[str, StoredTensor], match: _Match
     """
     small = [name for names in match.taken.values() for name in names if stored[name].dtype.startswith("F8_")]
     if small:
-        raise WMTPError(
+        raise FileError(
             f"{folder}: holds weights in fp8 ({_some(small)}), and its config.json does not say how they are scaled; use the "
             "model in bf16 or fp32"
         )
@@ -185,13 +185,13 @@ def _of_the_whole(
     if not (
         isinstance(whole_class, type) and issubclass(whole_class, PreTrainedModel) and whole_class.config_class is type(config)
     ):
-        raise WMTPError(
+        raise FileError(
             f"{folder}: has more than {type(model).__name__} takes ({_some(match.left)}), and its config.json names no "
             f"architecture of transformers for all of it ({name})"
         )
     written = set(revert_weight_conversion(model, model.state_dict())) - set(model.all_tied_weights_keys)
     if renamed := written - set(stored):
-        raise WMTPError(
+        raise FileError(
             f"{folder}: the text model in it would be saved under other names than {name} reads ({_some(renamed)}), and so the "
             f"folder could not be made whole again; give the text model alone, saved by {type(model).__name__}.save_pretrained"
         )
@@ -200,7 +200,7 @@ def _of_the_whole(
     of_whole = _match(whole, stored, folder)
     persistent = set(whole.state_dict()) - set(whole.all_tied_weights_keys)
     if missing := persistent - set(of_whole.taken):
-        raise WMTPError(f"{folder}: the tensors do not fit {name}: {'; '.join(f'{n} is missing' for n in sorted(missing))}")
+        raise FileError(f"{folder}: the tensors do not fit {name}: {'; '.join(f'{n} is missing' for n in sorted(missing))}")
     known = {own for names in of_whole.taken.values() for own in names} | _ignored(whole, of_whole.left)
     return {own for own in match.left if own in known}
 

@@ -12,7 +12,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError
+from wmtp.json_files import DAMAGE
 from wmtp.models.loaders.files import read_bin
 
 __all__ = ["StoredTensor", "in_memory", "read_stored", "stored_tensors", "write_stored"]
@@ -64,7 +65,7 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
     for file in files:
         tensors = _in_safetensors(file) if file.suffix == ".safetensors" else _in_bin(file)
         if twice := sorted(tensors.keys() & found.keys()):
-            raise WMTPError(f"{file}: {', '.join(twice)} is in {places[twice[0]].name} too; fetch the model again")
+            raise FileError(f"{file}: {', '.join(twice)} is in {places[twice[0]].name} too; fetch the model again")
         found |= tensors
         places |= dict.fromkeys(tensors, file)
     return found
@@ -79,7 +80,7 @@ def read_stored(stored: StoredTensor) -> Tensor:
     try:
         content = bytearray().join(stored.read())
     except OSError as error:
-        raise WMTPError(str(error)) from error
+        raise FileError(str(error)) from error
     dtype = next(own for own, name in _TYPES.items() if name == stored.dtype)
     return torch.frombuffer(content, dtype=dtype).view(stored.shape) if content else torch.empty(stored.shape, dtype=dtype)
 
@@ -157,8 +158,8 @@ def _in_safetensors(file: Path) -> dict[str, StoredTensor]:
                 read = partial(_read_part, opened, start + begin, end - begin)
                 shape = tuple(entry["shape"])
                 tensors[name] = StoredTensor(dtype=entry["dtype"], shape=shape, size=end - begin, read=read)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise WMTPError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
+    except (OSError, *DAMAGE) as error:
+        raise FileError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
     return tensors
 
 
@@ -177,7 +178,7 @@ def _in_bin(file: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, tensor in read_bin(file).items():
         if tensor.dtype not in _TYPES:
-            raise WMTPError(f"{file}: {name} is of type {tensor.dtype}, which no safetensors file can hold")
+            raise FileError(f"{file}: {name} is of type {tensor.dtype}, which no safetensors file can hold")
         size = tensor.numel() * tensor.element_size()
         read = partial(_bytes_of, opened, tensor.detach())
         tensors[name] = StoredTensor(dtype=_TYPES[tensor.dtype], shape=tuple(tensor.shape), size=size, read=read)

@@ -11,6 +11,7 @@ from typing import Final, Literal
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
+from wmtp.json_files import DAMAGE
 from wmtp.storage.base import StoredFile
 from wmtp.storage.hub.failures import explained
 from wmtp.storage.hub.names import HubName
@@ -78,5 +79,5 @@ def is_whole(name: HubName) -> bool:
     try:
         files = json.loads(_note_of(name).read_text(encoding="utf-8"))
         return bool(files) and all((snapshot / file).stat().st_size == size for file, size in files.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, *DAMAGE):
         return False

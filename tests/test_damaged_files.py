@@ -1,0 +1,166 @@
+"""Seeded damage of every JSON, JSONL and TOML file of a run and its model: commands name the file, and exit with 2."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_recipe
+from crossings import sampled
+
+from wmtp.cli import main
+from wmtp.errors import FileError, WMTPError
+from wmtp.json_files import reading
+from wmtp.runs.directory import replace_text
+from wmtp.training.telemetry import StepFile
+
+_SHORT = ("train.max_steps=6", "train.eval_interval=3", "checkpoints.save_interval=3", "models.base.heads.warmup_steps=0")
+_STRANGE = (None, "x", [], {}, -1, 10**400, [[1]], {"a": 1}, True, 1.5, 10**18)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = write_recipe(folder)
+    recipe.write_text(recipe.read_text() + '\n[[eval]]\ntype = "perplexity"\n')
+    words = [word for setting in _SHORT for word in ("--set", setting)]
+    assert main(["run", str(recipe), "--run-name", "one", *words]) == 0
+    return folder
+
+
+def _bytes(rng: random.Random, text: bytes) -> Iterator[tuple[str, bytes]]:
+    """What a disk, a copy or another program makes of any file."""
+    flipped = bytearray(text)
+    flipped[rng.randrange(len(text))] ^= 1 << rng.randrange(8)
+    yield "empty", b""
+    yield "cut", text[: rng.randrange(1, len(text))]
+    yield "deep list", b"[" * 200_000
+    yield "deep object", b'{"a":' * 100_000
+    yield "UTF-16", b"\xff\xfe" + text
+    yield "null", b"null\n"
+    yield "list", b"[1, 2]\n"
+    yield "number", b"1e999\n"
+    yield "bit", bytes(flipped)
+    yield "zeros", bytes(len(text))
+
+
+def _values(rng: random.Random, text: bytes) -> Iterator[tuple[str, bytes]]:
+    """Valid JSON in which one value is of another type, or missing."""
+    records = [json.loads(line) for line in text.splitlines()] if text.count(b"\n{") > 1 else [json.loads(text)]
+    holders: list[tuple[Any, Any]] = []
+
+    def walk(value: Any) -> None:
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            holders.append((value, key))
+            walk(value[key])
+
+    for record in records:
+        walk(record)
+    outer = [holder for holder in holders if any(holder[0] is record for record in records)]
+    holder, key = rng.choice(outer if rng.random() < 0.5 else holders)
+    if isinstance(holder, dict) and rng.random() < 0.3:
+        del holder[key]
+        yield f"without {key}", "".join(json.dumps(record) + "\n" for record in records).encode()
+    else:
+        holder[key] = rng.choice(_STRANGE)
+        yield f"{key} = {holder[key]!r:.20}", "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def _said(words: list[str]) -> tuple[int, str]:
+    said = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(said):
+        code = main(words)
+    return code, said.getvalue()
+
+
+def _commands(run: Path) -> list[list[str]]:
+    return [
+        ["report", str(run), "--output", str(run.parent / "page.html")],
+        ["check", str(run / "config.toml")],
+        ["generate", str(run / "model"), "--prompt", "x", "--max-new-tokens", "2"],
+    ]
+
+
+def _interrupted(run: Path) -> list[list[str]]:
+    return [["run", "--resume", str(run)]]
+
+
+def _attack(folder: Path, seed: int, commands: Callable[[Path], list[list[str]]], share: float) -> list[str]:
+    """Run the commands over damaged copies; return what they said wrongly."""
+    rng, run, wrong = random.Random(seed), folder / "runs/one", []
+    kept = folder.with_name("kept")
+    shutil.copytree(folder, kept)
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".jsonl", ".toml") and path.stat().st_size]
+    for file in files:
+        text = file.read_bytes()
+        cases = [*_bytes(rng, text), *(case for _ in range(4) if file.suffix != ".toml" for case in _values(rng, text))]
+        for name, content in cases:
+            for words in commands(run):
+                if rng.random() > share:
+                    continue
+                file.write_bytes(content)
+                code, said = _said(words)
+                is_named = code == 0 or file.name in said or file.parent.name in said
+                if code not in (0, 2) or "--debug" in said or "Traceback" in said or not is_named:
+                    wrong.append(f"{words[0]}: {file.relative_to(folder)}, {name}: {code}: {said[-300:]}")
+                if words[0] == "run":
+                    shutil.rmtree(folder)
+                    shutil.copytree(kept, folder)
+        file.write_bytes(text)
+    return wrong
+
+
+def _copy(trained: Path, folder: Path) -> Path:
+    work = folder / "work"
+    shutil.copytree(trained, work)
+    config = work / "runs/one/config.toml"
+    config.write_text(config.read_text().replace(str(trained), str(work)))
+    return work
+
+
+@pytest.mark.parametrize("seed", sampled(range(6), 6))
+def test_damaged_files_are_named(trained: Path, tmp_path: Path, seed: int) -> None:
+    assert _attack(_copy(trained, tmp_path), seed, _commands, 0.25 if seed == 0 else 1) == []
+
+
+@pytest.mark.slow
+def test_damaged_files_are_named_at_a_resume(trained: Path, tmp_path: Path) -> None:
+    work = _copy(trained, tmp_path)
+    run = work / "runs/one"
+    for folder in (run / "model", run / "checkpoints/step-6"):
+        shutil.rmtree(folder)
+    info = run / "run.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"status": "interrupted"}))
+    assert _attack(work, 0, _interrupted, 1) == []
+
+
+@pytest.mark.parametrize(
+    "damage", [ValueError("x"), KeyError("x"), TypeError("x"), RecursionError(), MemoryError(), OSError(5, "x")]
+)
+def test_reading_names_the_file(damage: Exception) -> None:
+    with (
+        pytest.raises(FileError, match=r"^folder/file\.json: (is damaged|cannot be read): ") as caught,
+        reading("folder/file.json"),
+    ):
+        raise damage
+    assert caught.value.exit_code == 2
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = StepFile(tmp_path / "metrics.jsonl", 0)
+    steps.close()
+    steps._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+    for act in (lambda: steps.write(1, {"loss": 1.0}), steps.close):
+        with pytest.raises(WMTPError, match=r"metrics\.jsonl.* cannot be written: .*No space left"):
+            act()
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    with pytest.raises(WMTPError, match=r"run\.json: cannot be written: No space left"):
+        replace_text(tmp_path / "run.json", "{}\n")
