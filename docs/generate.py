@@ -1,9 +1,9 @@
-"""Writes the parts of the documentation that the code itself knows: the config reference and the hook reference.
+"""Writes the parts of the documentation that the code itself knows: the references, and the table of architectures.
 
     uv run python docs/generate.py
 
-It replaces the parts between markers in ``docs/config.md``, ``docs/hooks.md`` and ``docs/api.md``; ``tests/test_docs.py`` fails
-where they are out of date.
+It replaces the parts between markers in ``docs/config.md``, ``docs/hooks.md``, ``docs/api.md`` and
+``docs/models.md``; ``tests/test_docs.py`` fails where they are out of date.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import json
 import re
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
@@ -324,6 +325,47 @@ def first_sentence(module: str, name: str) -> str:
     return markdown(match[1]) if match else ""
 
 
+def architectures() -> str:
+    """Tabulate what the last walks over all architectures found."""
+    newest = json.loads((DOCS / "architectures.json").read_text(encoding="utf-8"))
+    oldest = json.loads((DOCS / "architectures-oldest.json").read_text(encoding="utf-8"))
+    steps = ("padded", "packed", "decode", "speculate")
+    opened = {name: found for name, found in sorted(newest["types"].items()) if found.get("open") == "ok"}
+    counts = ", ".join(f"{sum(found.get(step) == 'ok' for found in opened.values())} {step}" for step in steps)
+    head = f"| type | padded | packed | decode | speculate | {oldest['transformers']} |"
+    rows = [head, "| --- | --- | --- | --- | --- | --- |"]
+    for name, found in opened.items():
+        before = oldest["types"].get(name, {})
+        same = "" if before.get("open") != "ok" else "same" if _words(before) == _words(found) else "differs"
+        rows.append(f"| `{name}` | {' | '.join(_word(found, step) for step in steps)} | {same} |")
+    refused = [
+        f"- `{name}`: {cell(_reason(found))}" for name, found in sorted(newest["types"].items()) if found.get("open") != "ok"
+    ]
+    said = (
+        f"Of {len(newest['types'])} types of transformers {newest['transformers']}, {len(opened)} open: {counts}. The last column"
+        f" is for transformers {oldest['transformers']}: the same, something differs, or not there."
+    )
+    return "\n".join([said, "", *rows, "", "Not opened:", "", *refused])
+
+
+def _word(found: dict[str, str], step: str) -> str:
+    state = found.get(step, "").partition(":")[0]
+    return {"ok": "yes", "refused": "–"}.get(state, state)
+
+
+def _words(found: dict[str, str]) -> list[str]:
+    return [_word(found, step) for step in ("padded", "packed", "save", "decode", "speculate")]
+
+
+def _reason(found: dict[str, str]) -> str:
+    """Shorten why an architecture is not opened."""
+    if "make" in found:
+        return f"no tiny model of it could be made ({found['make'].partition(':')[0]}): not tried"
+    text = re.sub(r"^\w+ cannot get multi-token heads: ", "", found["open"].partition(": ")[2].removeprefix("models.base: "))
+    text = text.removesuffix(". docs/models.md says what can")
+    return text if len(text) < 200 else f"{text[:197]}…"
+
+
 def written(text: str, marker: str, content: str) -> str:
     """``text`` with ``content`` between its two markers."""
     begin, end = f"<!-- begin {marker}: written by docs/generate.py -->", f"<!-- end {marker} -->"
@@ -336,11 +378,12 @@ def written(text: str, marker: str, content: str) -> str:
 
 def pages() -> dict[Path, str]:
     """The pages with generated parts, as they should be."""
-    config, hooks, api = DOCS / "config.md", DOCS / "hooks.md", DOCS / "api.md"
+    config, hooks, api, models = (DOCS / f"{name}.md" for name in ("config", "hooks", "api", "models"))
     return {
         config: written(config.read_text(encoding="utf-8"), "config", config_reference(load_plugins())),
         hooks: written(hooks.read_text(encoding="utf-8"), "hooks", hook_reference()),
         api: written(api.read_text(encoding="utf-8"), "api", api_reference()),
+        models: written(models.read_text(encoding="utf-8"), "architectures", architectures()),
     }
 
 

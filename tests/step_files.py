@@ -66,7 +66,7 @@ def count(trainer: dict[str, Any], folder: Path, *, micro_batches: int, models: 
             "data": {"train": {"max_length": 16, "batch_size": 4, "micro_batch_size": 4 // micro_batches, "packing": False}},
             "trainer": trainer,
             "devices": {"device": "cpu"},
-            "train": {"max_steps": _STEPS},
+            "train": {"max_steps": _STEPS, "accuracy_interval": 0},
             "checkpoints": {"save_final": False},
             "report": {"samples": 0, "weight_interval": 0},
             "tracker": {"type": "jsonl"},

@@ -61,7 +61,7 @@ def trains_packed(model: MTPModel) -> None:
 
     def keep(_: object, __: object, result: Tensor) -> Tensor:
         inputs.append(result.detach().requires_grad_())
-        return inputs[-1]
+        return inputs[-1] * 1  # some architectures change it in place, which a leaf does not allow
 
     handle = model.anatomy.embedding.register_forward_hook(keep)
     try:

@@ -313,6 +313,8 @@ class TrainConfig:
             optimizer step; ``per_position`` only reproduces older code, and cancels every per-token weight.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
         log_interval: optimizer steps between two logged steps.
+        accuracy_interval: optimizer steps between two measurements of every head's token accuracy and of head 1's entropy, from
+            the step's own hidden states; 0 measures none. One costs the logits of all heads once more.
         eval_interval: optimizer steps between two evaluations. Default: only at the end.
         early_stopping: stop before the last step, by a metric.
     """
@@ -322,6 +324,7 @@ class TrainConfig:
     normalizer: Literal["sum_w", "valid", "per_position"] = "sum_w"
     max_grad_norm: float = field(default=1.0, validator=ge(0.0))
     log_interval: int = field(default=1, validator=ge(1))
+    accuracy_interval: int = field(default=20, validator=ge(0))
     eval_interval: int | None = field(default=None, validator=optional(ge(1)))
     early_stopping: EarlyStoppingConfig | None = None
 

@@ -53,7 +53,7 @@ _LOCK_FILE: Final = ".lock"
 #: keys that a resumed run may change: none of them changes what is computed
 _FREE_TO_CHANGE: Final = re.compile(
     r"run\.(output_dir|tags|push_to)|(tracker|launcher|storage|eval|report)(\..*)?|checkpoints\.(save_interval|keep_last|save_final)"
-    r"|devices\.(threads|timeout|fsdp(\..*)?)|data\.cache_dir|data\.train\.micro_batch_size|train\.log_interval"
+    r"|devices\.(threads|timeout|fsdp(\..*)?)|data\.cache_dir|data\.train\.micro_batch_size|train\.(log|accuracy)_interval"
 )
 
 

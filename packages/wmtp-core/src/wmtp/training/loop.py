@@ -207,6 +207,11 @@ class Fit:
             logger.info("stage %s ends early, at step %d", stage.name, end)
             self.batches.end_stage(end)
 
+    def _measures_accuracy(self, step: int) -> bool:
+        """Tell whether accuracy is due after so many steps: in the first that is logged of each interval, and the last."""
+        logged, every = self.train.log_interval, self.train.accuracy_interval
+        return every > 0 and (step == self.total_steps or (step % logged == 0 and step % every < logged))
+
     def _optimizer_step(self) -> None:
         began = time.monotonic()
         data = self.batches.step(self._step)
@@ -217,7 +222,10 @@ class Fit:
             group["lr"] = group["initial_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
         recording = self.recorder.recording(self._step, batch, epoch=data.epoch, epoch_steps=data.epoch_steps)
-        output = self.step_loss(batch, self._step, stage, histogram=recording.weights, tokens=bool(recording.documents))
+        accuracy = self._measures_accuracy(self._step + 1)
+        output = self.step_loss(
+            batch, self._step, stage, histogram=recording.weights, tokens=bool(recording.documents), accuracy=accuracy
+        )
         learned = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not learned:
             raise PluginError(

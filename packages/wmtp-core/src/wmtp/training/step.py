@@ -25,6 +25,7 @@ from wmtp.loss import (
     weighted_cross_entropy,
     weighted_head_loss,
 )
+from wmtp.loss.accuracy import PredictionSums
 from wmtp.loss.weights import (
     NO_WEIGHT,
     Normalizer,
@@ -184,7 +185,16 @@ class StepLoss:
     def _(self) -> RouterLoss | None:
         return RouterLoss.of(self.model)
 
-    def __call__(self, batch: Batch, step: int, stage: Stage, *, histogram: bool = False, tokens: bool = False) -> StepOutput:
+    def __call__(
+        self,
+        batch: Batch,
+        step: int,
+        stage: Stage,
+        *,
+        histogram: bool = False,
+        tokens: bool = False,
+        accuracy: bool = False,
+    ) -> StepOutput:
         """Add the gradient of one step's loss to the parameters' ``grad``.
 
         Args:
@@ -193,6 +203,7 @@ class StepLoss:
             stage: the stage that the step belongs to.
             histogram: whether the distribution of weights is wanted.
             tokens: whether the numbers of every token are wanted.
+            accuracy: whether `PredictionSums` are wanted among the metrics.
 
         Raises:
             PluginError: the trainer breaks its contract.
@@ -221,12 +232,16 @@ class StepLoss:
         model_loss = torch.zeros((), dtype=statistics_dtype(self.device), device=self.device)
         own_losses = []
         fit = None if self._objective is None else AgreementSums(self.model.horizon, self.device)
+        predictions = PredictionSums(self.model.horizon, self.device) if accuracy else None
         for part in rows.micro_batches:
             output, observed = seen.kept or self._forward(part, rows.packed, stage, observe=bool(slopes))
             at_most = 0 if not stage.model_loss else sum(part.valid_counts) if uniform else None
             loss, losses, objective = self._loss(part, output, coefficients[part.place], seen, at_most)
             if fit is not None and objective is not None:
                 fit.add(objective, coefficients[part.place])
+            if predictions is not None:
+                with self.autocast():
+                    predictions.add(output.hidden, self._unembeddings(), part.targets.ids, part.targets.valid)
             # d aux / d parameters = Σ (d aux / d observation) · (d observation / d parameters)
             slope = ((observed[name] * slope[part.place]).sum() for name, slope in slopes.items())
             total = loss + sum(slope, start=loss.new_zeros(()))
@@ -237,8 +252,9 @@ class StepLoss:
         if self.sharding is not None:
             self.sharding.release(self.model)
         self.ranks.sum(model_loss)
-        if fit is not None:
-            self.ranks.sum(fit.sums)
+        for sums in (fit, predictions):
+            if sums is not None:
+                self.ranks.sum(sums.sums)
         self.ranks.sum_gradients(self._whole_parameters())
 
         losses = rows.share.gather(torch.cat(own_losses)) if seen.losses is None else seen.losses
@@ -248,7 +264,7 @@ class StepLoss:
             loss=whole,
             bad_weights=problem,
             early=early,
-            metrics=self._metrics(whole, auxiliary, losses, weights, eligible, fit)
+            metrics=self._metrics(whole, auxiliary, losses, weights, eligible, fit, predictions)
             | self._source_losses(batch, rows.batch, losses, eligible)
             | of_router,
             weight_histogram=weight_histogram(recorded, eligible) if histogram and recorded is not None else None,
@@ -448,14 +464,15 @@ class StepLoss:
         losses: Tensor,
         weights: Tensor,
         eligible: Tensor,
-        fit: AgreementSums | None,
+        *measured: AgreementSums | PredictionSums | None,
     ) -> dict[str, Tensor | float]:
         """Gather the numbers of a step that are logged, the trainer's own among them."""
         metrics: dict[str, Tensor | float] = {"loss": loss}
         metrics |= head_statistics(torch.where(eligible, losses, 0.0), weights, eligible)
         metrics |= weight_statistics(weights, eligible)
-        if fit is not None:
-            metrics |= fit.means()
+        for sums in measured:
+            if sums is not None:
+                metrics |= sums.means()
         metrics |= {f"auxiliary/{name}": value for name, value in auxiliary.items()}
         metrics |= checks.checked_metrics(self.trainer, self.trainer_name, metrics)
         return metrics

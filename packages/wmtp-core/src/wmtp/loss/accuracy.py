@@ -1,0 +1,62 @@
+"""Token accuracy and entropy of predictions, from hidden states that a step has computed already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from wmtp.loss.unembedding import Unembedding
+
+__all__ = ["PredictionSums"]
+
+#: logits that are held at once
+_LOGITS: Final = 2**24
+
+
+class PredictionSums:
+    """Sums over predictions: right ones and all by head, and the entropy of head 1.
+
+    Args:
+        horizon: H.
+        device: where the hidden states are.
+    """
+
+    def __init__(self, horizon: int, device: torch.device) -> None:
+        #: ``[3, H]``: right predictions, all, entropy in nats (of head 1 alone); to be added up over ranks
+        self.sums = torch.zeros(3, horizon, device=device)
+
+    @torch.no_grad()
+    def add(self, hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding], ids: Tensor, valid: Tensor) -> None:
+        """Add predictions, a chunk of logits at a time.
+
+        Args:
+            hidden: one ``[B, S, D]`` a head.
+            unembeddings: one a head.
+            ids: ``[B, S, H]``, the targets.
+            valid: ``[B, S, H]``.
+        """
+        for head, (states, unembedding) in enumerate(zip(hidden, unembeddings, strict=True)):
+            rows = max(1, _LOGITS // len(unembedding.weight))
+            parts = zip(
+                states.detach().flatten(0, 1).split(rows),
+                ids[..., head].flatten().split(rows),
+                valid[..., head].flatten().split(rows),
+                strict=True,
+            )
+            for chunk, wanted, counted in parts:
+                logits = unembedding.logits(chunk)
+                self.sums[0, head] += ((logits.argmax(-1) == wanted) & counted).sum()
+                self.sums[1, head] += counted.sum()
+                if head == 0:
+                    logarithms = logits.float().log_softmax(-1)
+                    entropy = -(logarithms.exp() * logarithms).nansum(-1)
+                    self.sums[2, head] += torch.where(counted, entropy, 0).sum()
+
+    def means(self) -> dict[str, Tensor]:
+        """Make ``accuracy/head_k`` and ``entropy/head_1``; NaN for a head without predictions."""
+        right, all_, entropy = self.sums
+        found = {f"accuracy/head_{k + 1}": right[k] / all_[k] for k in range(len(right))}
+        return found | {"entropy/head_1": entropy[0] / all_[0]}
