@@ -342,8 +342,8 @@ def architectures() -> str:
         f"- `{name}`: {cell(_reason(found))}" for name, found in sorted(newest["types"].items()) if found.get("open") != "ok"
     ]
     said = (
-        f"Of {len(newest['types'])} types of transformers {newest['transformers']}, {len(opened)} open: {counts}. The last column"
-        f" is for transformers {oldest['transformers']}: the same, something differs, or not there."
+        f"Of {len(newest['types'])} types of transformers {newest['transformers']}, {len(opened)} open: {counts}. The last"
+        f" column is for transformers {oldest['transformers']}: the same, something differs, or not there."
     )
     return "\n".join([said, "", *rows, "", "Not opened:", "", *refused])
 

@@ -68,7 +68,15 @@ _OWN: dict[str, dict[str, Any]] = {
         }
     },
     "ctrl": {"dff": 48},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "dots1": {
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma4_text": {"num_global_key_value_heads": 2, "global_head_dim": 16},
     "gemma4_unified_text": {"num_global_key_value_heads": 2, "global_head_dim": 16},

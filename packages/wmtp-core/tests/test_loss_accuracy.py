@@ -65,8 +65,8 @@ def test_a_run_logs_them_in_some_of_its_logged_steps(log: int, every: int, steps
     result = wmtp.run(
         {
             "run": {"output_dir": str(tmp_path)},
-            "models": {"base": {"type": "scratch", "vocab_size": 320, "hidden_size": 16, "layers": 1, "attention_heads": 2, "max_positions": 32,
-                                "heads": {"horizon": 2}}},
+            "models": {"base": {"type": "scratch", "vocab_size": 320, "hidden_size": 16, "layers": 1, "attention_heads": 2,
+                                "max_positions": 32, "heads": {"horizon": 2}}},
             "tokenizer": {"type": "bytes"},
             "datasets": {"d": {"type": "jsonl", "uri": str(tmp_path / "data.jsonl")}},
             "data": {"train": {"max_length": 16, "batch_size": 4, "micro_batch_size": 2}},

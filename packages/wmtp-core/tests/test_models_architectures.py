@@ -28,7 +28,7 @@ SAMPLE: dict[str, dict[str, str]] = {
     "mamba2": {},
     "qwen3_5_text": {},
     "bloom": {"packed": "a document sees the one before it", "decode": "cannot be decoded", "speculate": "cannot be decoded"},
-    "doge": {"packed": "does not start its positions again", "decode": "in pieces", "speculate": "in pieces"},
+    "doge": {"packed": "differently in a row of several than alone", "decode": "in pieces", "speculate": "in pieces"},
 }
 
 

@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 # What models call the factor of their logits, and their cap. Which one is used, and how, is found by trying.
-_SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-_SOFTCAP_NAMES = ("final_logit_softcapping", "softcap")
+_SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier")
+_SOFTCAP_NAMES = ("final_logit_softcapping", "softcap", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @frozen(kw_only=True, eq=False)
@@ -170,6 +170,8 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     if getattr(model.config, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder; a decoder-only causal language model is needed")
     decoder = cast(PreTrainedModel, model.base_model)
+    if decoder is model:  # the prefix is what a multimodal model calls this one (Llama 4)
+        decoder = cast(PreTrainedModel, getattr(model, "model", model))
     if decoder is model:
         raise refuse(f"no decoder was found at its attribute '{model.base_model_prefix}'")
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()

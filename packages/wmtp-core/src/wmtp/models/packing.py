@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from wmtp.models.anatomy import Anatomy, LayerCall, evaluating
 from wmtp.models.documents import DocumentRows, by_document, reading, undo_by_document
 from wmtp.models.masks import attention_masks
-from wmtp.models.trial import small_windows
+from wmtp.models.trial import chooses_tokens, small_windows
 
 __all__ = ["Packing", "find_packing"]
 
 #: tokens of the trial's two documents
-_FIRST, _SECOND = 3, 5
+_FIRST, _SECOND, _LONG = 3, 5, 24
 
 
 @frozen(kw_only=True)
@@ -109,24 +109,29 @@ def _ids(anatomy: Anatomy, start: int, count: int) -> Tensor:
     return (places * 7919).remainder(anatomy.embedding.num_embeddings).unsqueeze(0)
 
 
+def _second(anatomy: Anatomy) -> int:
+    """Choose the second document's length: where layers choose tokens, so long that each has many to choose from."""
+    return _LONG if chooses_tokens(anatomy.decoder) else _SECOND
+
+
 def _positions(anatomy: Anatomy) -> Tensor:
-    return torch.cat([torch.arange(_FIRST), torch.arange(_SECOND)]).to(anatomy.output.weight.device).unsqueeze(0)
+    return torch.cat([torch.arange(_FIRST), torch.arange(_second(anatomy))]).to(anatomy.output.weight.device).unsqueeze(0)
 
 
 def _run(anatomy: Anatomy, packing: Packing, ids: Tensor, positions: Tensor) -> Tensor:
     with reading(packing.documents(positions)):
         arguments = packing.arguments(anatomy, positions)
-        return anatomy.decoder(input_ids=ids, use_cache=False, **arguments).last_hidden_state[:, -_SECOND:].float()
+        return anatomy.decoder(input_ids=ids, use_cache=False, **arguments).last_hidden_state[:, -_second(anatomy) :].float()
 
 
 def _try(anatomy: Anatomy, packing: Packing) -> Packing:
     """Return ``packing`` where it works, else with the problem."""
     name = type(anatomy.decoder).__name__
-    document, positions = _ids(anatomy, 1, _SECOND), _positions(anatomy)
+    document, positions = _ids(anatomy, 1, _second(anatomy)), _positions(anatomy)
     try:
         one = _run(anatomy, packing, torch.cat([_ids(anatomy, 11, _FIRST), document], dim=1), positions)
         other = _run(anatomy, packing, torch.cat([_ids(anatomy, 23, _FIRST), document], dim=1), positions)
-        alone = _run(anatomy, Packing(), document, positions[:, -_SECOND:])
+        alone = _run(anatomy, Packing(), document, positions[:, -_second(anatomy) :])
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         return Packing(problem=f"{name} takes no position_ids that begin again inside a row ({reason})")
@@ -135,13 +140,13 @@ def _try(anatomy: Anatomy, packing: Packing) -> Packing:
     if (one - other).abs().max() > 1e-6 * size:
         return Packing(problem=f"in {name} a document sees the one before it in the same row")
     if (one - alone).abs().max() > (1e-3 if anatomy.output.weight.dtype == torch.float32 else 0.1) * size:
-        return Packing(problem=f"{name} does not start its positions again with each document of a row")
+        return Packing(problem=f"in {name} a document comes out differently in a row of several than alone")
     return packing
 
 
 def _leaking_parts(anatomy: Anatomy, packing: Packing) -> tuple[tuple[str, str], ...]:
     """Find the outermost parts of decoder layers in which a document changes the one after it."""
-    ids = torch.cat([_ids(anatomy, 11, _FIRST), _ids(anatomy, 1, _SECOND)], dim=1)
+    ids = torch.cat([_ids(anatomy, 11, _FIRST), _ids(anatomy, 1, _second(anatomy))], dim=1)
     calls: dict[nn.Module, LayerCall] = {}
     handles = []
 
@@ -160,15 +165,18 @@ def _leaking_parts(anatomy: Anatomy, packing: Packing) -> tuple[tuple[str, str],
     found: dict[tuple[str, str], None] = {}
     leaking: list[nn.Module] = []
     for name, module in parts:
-        if module in calls and not any(module in outer.modules() for outer in leaking) and _leaks(module, calls[module]):
+        if (
+            module in calls
+            and not any(module in outer.modules() for outer in leaking)
+            and _leaks(module, calls[module], ids.shape[1])
+        ):
             leaking.append(module)
             found[name, type(module).__name__] = None
     return tuple(found)
 
 
-def _leaks(module: nn.Module, call: LayerCall) -> bool:
-    """Call ``module`` again with another first document."""
-    length = _FIRST + _SECOND
+def _leaks(module: nn.Module, call: LayerCall, length: int) -> bool:
+    """Call ``module`` again with another first document; the row has ``length`` tokens."""
 
     def changed(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 3 or value.shape[:2] != (1, length):

@@ -8,11 +8,16 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["small_windows"]
+__all__ = ["chooses_tokens", "small_windows"]
 
 #: how far a layer looks back, or how many tokens it chooses, by the names that architectures give it
 _NAMES = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size", "window_size", "attention_window_size")
 _SMALL = 3
+
+
+def chooses_tokens(model: nn.Module) -> bool:
+    """Tell whether layers attend to a choice of tokens, as sparse attention does."""
+    return any(isinstance(fields.get("index_topk"), int) for module in model.modules() for fields in _fields(module))
 
 
 @contextmanager
