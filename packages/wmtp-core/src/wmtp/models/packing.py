@@ -18,7 +18,7 @@ from wmtp.models.trial import chooses_tokens, small_windows
 __all__ = ["Packing", "find_packing"]
 
 #: tokens of the trial's two documents
-_FIRST, _SECOND, _LONG = 3, 5, 24
+_FIRST, _SECOND, _LONG = 4, 5, 24
 
 
 @frozen(kw_only=True)
