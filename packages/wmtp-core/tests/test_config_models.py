@@ -20,7 +20,7 @@ from wmtp.models import load_model
 from wmtp.models.loaders.hf import HfLoader
 
 ENOUGH: dict[str, Any] = {
-    "datasets": {"code": {"type": "jsonl", "uri": "."}},
+    "datasets": {"code": {"type": "jsonl", "uri": "s3://bucket/code"}},
     "trainer": {"type": "baseline-mtp"},
     "tracker": {"type": "jsonl"},
 }

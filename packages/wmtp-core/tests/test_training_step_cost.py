@@ -14,8 +14,8 @@ from wmtp.training import step as step_module
 def test_what_is_known_of_the_losses_is_not_computed_again(monkeypatch, micro):
     """With the losses known, the second pass makes logits of the predictions that teach something, and all are logged."""
     computed, rows = [], []
-    logits = loss_module._logits
-    monkeypatch.setattr(loss_module, "_logits", lambda hidden, *rest: rows.append(len(hidden)) or logits(hidden, *rest))
+    logits = loss_module.logits_of
+    monkeypatch.setattr(loss_module, "logits_of", lambda hidden, *rest: rows.append(len(hidden)) or logits(hidden, *rest))
 
     def counting(hidden, unembeddings, ids, coefficients, valid, **told):
         rows.clear()

@@ -178,8 +178,8 @@ class Pool:
         return worker
 
     def _ask(self, worker: subprocess.Popen[str], run: PlannedRun) -> dict[str, Any]:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
+        assert worker.stdin is not None, "it was started with pipes"
+        assert worker.stdout is not None, "it was started with pipes"
         try:
             worker.stdin.write(json.dumps(self._job(run)) + "\n")
             worker.stdin.flush()
@@ -196,8 +196,8 @@ class Pool:
         return {"status": "failed", "error": f"its process ended by {reason}"}
 
     def _end(self, worker: subprocess.Popen[str]) -> None:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
+        assert worker.stdin is not None, "it was started with pipes"
+        assert worker.stdout is not None, "it was started with pipes"
         with contextlib.suppress(OSError):
             worker.stdin.close()
         worker.wait()

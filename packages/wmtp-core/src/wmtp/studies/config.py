@@ -145,7 +145,7 @@ def load_study(study: str | os.PathLike[str] | Mapping[str, Any]) -> StudyFile:
     """
     file = None if isinstance(study, Mapping) else FileSource(study)
     data = file.data if file is not None else study
-    assert isinstance(data, Mapping)
+    assert isinstance(data, Mapping), "a parsed TOML document is a table"
     source = file if file is not None else MappingSource()
     section = Document()
     section.merge({"study": data.get("study", {})}, source)
