@@ -235,7 +235,7 @@ def test_decoding_is_measured_by_one_of_several_processes(recipe, wmtp, preloade
         *evaluation,
     )
     assert run.returncode == 0, run.stderr
-    assert "warning" not in run.stderr
+    assert not [line for line in run.stderr.splitlines() if line.startswith("warning") and "max_length" not in line]
     of_run = json.loads((run_dir / "evaluation.json").read_text())
 
     arguments = ["eval", run_dir, "--json", "--output", tmp_path / "two"]

@@ -120,10 +120,10 @@ def test_a_mistake_in_the_config_is_one_line_and_exit_2(recipe, wmtp, overrides,
 @pytest.mark.parametrize(
     ("content", "code", "words"),
     [
-        ("", 1, ["code.jsonl"]),
+        ("", 2, ["code.jsonl"]),
         ('{"prompt": "", "completion": ""}\n', 1, ["code"]),
-        ('{"text": "abc"}\n{"text": \n', 1, ["code.jsonl:2"]),
-        ('{"txt": "abc"}\n', 1, ["code.jsonl:1"]),
+        ('{"text": "abc"}\n{"text": \n', 2, ["code.jsonl:2"]),
+        ('{"txt": "abc"}\n', 2, ["code.jsonl:1"]),
     ],
 )
 def test_bad_data_names_file_and_line(recipe, wmtp, tmp_path, content, code, words):

@@ -117,7 +117,7 @@ def _aligned(by: Callable[[Batch, int], Targets]) -> Callable[[MTPModel, pytest.
 
 def _one_document(model: MTPModel, patch: pytest.MonkeyPatch) -> None:
     plain = model.forward
-    patch.setattr(model, "forward", lambda ids, positions, packed: plain(ids, positions, False))
+    patch.setattr(model, "forward", lambda ids, positions, packed, **more: plain(ids, positions, False, **more))
 
 
 #: what was done, and where; the names are those in docs/correctness.md

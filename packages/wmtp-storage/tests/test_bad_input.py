@@ -136,7 +136,7 @@ def test_what_is_not_there(bucket, put, s3, tmp_path):
         STORAGE.fetch("s3://no-such-bucket/x", tmp_path / "out")
     with pytest.raises(WMTPError, match="the bucket is empty"):
         STORAGE.fetch(f"s3://{s3.bucket()}", tmp_path / "out")
-    with pytest.raises(WMTPError, match="nothing matches the patterns"):
+    with pytest.raises(WMTPError, match="nothing there matches the patterns"):
         STORAGE.fetch(f"s3://{bucket}/models", tmp_path / "out", include=["*.safetensors"])
     assert not (tmp_path / "out").exists() or not files(tmp_path / "out").keys() - {".wmtp-fetch/lock"}
 

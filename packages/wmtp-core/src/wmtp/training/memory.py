@@ -77,12 +77,14 @@ class MemoryEstimate:
 def head_parameters(info: ModelInfo, heads: HeadsConfig) -> int:
     """Count the parameters of heads 2..H, whose norms are taken as RMS norms."""
     extra, width = heads.horizon - 1, info.hidden_size
+    # norms of the two inputs, the projection, and where a server's layout is kept a norm of the output
+    link = (3 if heads.layout == "mimo" else 2) * width + 2 * width * width
     return {
         "block": extra * info.layer_parameters,
         "linear": extra * info.vocab_size * width,
         "residual": extra * (width + 1) * width,
-        "chained": extra * (info.layer_parameters + 2 * (width + 1) * width),
-        "shared": min(extra, 1) * (info.layer_parameters + 2 * (width + 1) * width),
+        "chained": extra * (info.layer_parameters + link),
+        "shared": min(extra, 1) * (info.layer_parameters + link),
         "native": 0 if info.native is None else info.native.parameters,
     }[heads.known_kind]
 
