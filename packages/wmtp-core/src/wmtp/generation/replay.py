@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -45,12 +46,18 @@ class Replay(Generic[T]):
             return self.function()
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
+            # graphs that are garbage must not be freed inside: the device does not allow it meanwhile
+            collects = gc.isenabled()
+            gc.disable()
             try:
                 # other threads may use the device meanwhile, as one that fetches batches
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._result = self.function()
             except RuntimeError as error:
                 raise CannotReplayError(" ".join(str(error).split("\n")[0].split())) from error
+            finally:
+                if collects:
+                    gc.enable()
             self._graph = graph
         self._graph.replay()
         return self._result
