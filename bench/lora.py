@@ -68,7 +68,7 @@ def whole(shape: Shape, warmup: int, steps: int) -> float:
 
 
 def loop(shape: Shape, warmup: int, steps: int, *, quantize: bool = False, checkpointed: bool = False) -> float:
-    """What one writes with peft and Liger."""
+    """Training loop as one writes it by hand with peft and Liger."""
     import peft
 
     with step_ours.DEVICE:

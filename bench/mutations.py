@@ -1,4 +1,4 @@
-"""How many of MBPP's training solutions with one mistake fail the problem's own tests.
+"""Count the MBPP training solutions with one mistake that fail the problem's own tests.
 
     uv run python bench/mutations.py data/mbpp [--seed N]
 

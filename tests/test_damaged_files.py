@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _bytes(rng: random.Random, text: bytes) -> Iterator[tuple[str, bytes]]:
-    """What a disk, a copy or another program makes of any file."""
+    """Damage that a disk, a copy or another program does to any file."""
     flipped = bytearray(text)
     flipped[rng.randrange(len(text))] ^= 1 << rng.randrange(8)
     yield "empty", b""

@@ -27,7 +27,7 @@ def axe(tmp_path_factory):
 
 
 def violations(page, axe, *, width, dark):
-    """What axe-core finds in a page that is serious or critical: rule and elements."""
+    """List the serious and critical findings of axe-core in a page: rule and elements."""
     driver = (
         f"<pre id='answer'></pre><script>{axe}</script><script>addEventListener('load', () => setTimeout(() => "
         "axe.run('main').then(found => { document.getElementById('answer').textContent = encodeURIComponent(JSON.stringify("
