@@ -156,22 +156,25 @@ TURNS = "{{ bos_token }}{% for m in messages %}{{ ' ' + m['content'] + ' <|im_en
 MESSAGES = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three four"}]
 
 
-def test_conversations_are_asked_and_ended_as_trained_also_after_every_export(tmp_path: Path):
+@pytest.mark.parametrize(("kind", "formats"), [("block", ("hf", "wmtp", "meta")), ("shared", ("mtp",))])
+def test_conversations_are_asked_and_ended_as_trained_also_after_every_export(
+    tmp_path: Path, kind: str, formats: tuple[str, ...]
+):
     write_base(tmp_path / "base", END)
     data = tmp_path / "chat.jsonl"
     data.write_text(json.dumps({"messages": MESSAGES}) + "\n")
     run_dir = train(
         tmp_path,
-        models={"base": {"type": "hf", "uri": str(tmp_path / "base"), "heads": {"horizon": 2, "kind": "block"}}},
+        models={"base": {"type": "hf", "uri": str(tmp_path / "base"), "heads": {"horizon": 2, "kind": kind}}},
         datasets={"code": {"type": "chat", "uri": str(data)}},
         data={"train": {"sources": ["code"], "max_length": 16, "batch_size": 4, "chat_template": TURNS}},
     )
     folders = [run_dir / "model"]
-    for format in ("hf", "meta"):
+    for format in formats:
         wmtp.export(run_dir, tmp_path / format, format=format)
         folders.append(tmp_path / format)
     for folder in folders:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer" if folder.name == "mtp" else folder)
         inputs = tokenizer.apply_chat_template(MESSAGES[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt")
         asked = [BEGIN, 4, 5, IM_END]
         assert inputs["input_ids"][0].tolist() == asked

@@ -155,6 +155,14 @@ def _tokenizer(name: str, path: Path, run_dir: Path | None, model: MTPModel) -> 
 def _write_served(model: MTPModel, tokenizer: Tokenizer | None, folder: Path) -> None:
     write_served(model, folder)
     _save_tokenizer(tokenizer, folder)
+    if isinstance(tokenizer, HfTokenizer):
+        # beside a config of the type qwen2, transformers puts Qwen2's way of splitting in the place of the tokenizer's own
+        own = folder / "tokenizer"
+        own.mkdir()
+        _save_tokenizer(tokenizer, own)
+        _log.warning(
+            "servers would split text as Qwen2 does: start them with --tokenizer and the folder 'tokenizer' in this one"
+        )
 
 
 def _write_hf(model: MTPModel, tokenizer: Tokenizer | None, folder: Path) -> None:
