@@ -73,6 +73,14 @@ def test_two_ranks_do_the_same_as_one(preloaded, script):
     assert "all equal" in run.stdout
 
 
+def test_two_machines_of_two_ranks_do_the_same_as_one_rank(preloaded):
+    """``hybrid``: the same steps, gradients that cross the network once a step, and checkpoints that open in other layouts."""
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    run = preloaded.run("--standalone", "--nproc-per-node=4", HERE / "ranks/hybrid.py", code=TORCHRUN, env=env, timeout=500)
+    assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if "[rank0]" in line or "Error" in line)
+    assert "all equal" in run.stdout
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(recipe, wmtp, preloaded, tmp_path):
     overrides = ("--set", "train.max_steps=2000", "--set", "data.train.batch_size=3")
@@ -144,6 +152,7 @@ def test_ranks_with_another_config_are_named(recipe, preloaded, tmp_path):
         (["launcher.processes=2", 'devices.device="cuda"'], ["devices.device", "no cuda"]),
         (["launcher.processes=2", 'devices.device="mps"'], ["launcher.processes", "mps"]),
         (['devices.fsdp.strategy="half"'], ["devices.fsdp.strategy", "grad-op"]),
+        (["launcher.processes=1", 'devices.fsdp.strategy="hybrid"'], ["devices.fsdp.strategy", "launcher.processes = 1"]),
         (["devices.timeout=0"], ["devices.timeout"]),
     ],
 )
@@ -214,6 +223,63 @@ def test_two_machines_with_one_process_each_equal_one(recipe, wmtp, preloaded, t
         evaluation = [json.loads((tmp_path / f"runs/{name}/evaluation.json").read_text()) for name in ("two", "one")]
         assert evaluation[0] == pytest.approx(evaluation[1], rel=1e-5)
         assert_same_model(tmp_path / "runs/two/model", tmp_path / "runs/one/model")
+    finally:
+        _remove(names)
+
+
+def _on_two_machines(preloaded, names, *arguments, processes=("2", "2"), timeout=400):
+    """Start a command in each namespace; return exit codes and what was written."""
+    variables = os.environ | {"WMTP_NNODES": "2", "WMTP_MASTER_ADDR": "10.99.7.1"}
+    started = [
+        preloaded.start(
+            *(name, "run", *arguments, "--set", f"launcher.processes={count}"),
+            code=INSIDE,
+            env=variables | {"WMTP_NODE_RANK": str(number)},
+        )
+        for number, (name, count) in enumerate(zip(names, processes, strict=True))
+    ]
+    ended = [process.communicate(timeout=timeout) for process in started]
+    return [process.returncode for process in started], ended
+
+
+@pytest.mark.slow
+def test_a_hybrid_run_on_two_machines_equals_one_process_and_resumes_elsewhere(recipe, wmtp, preloaded, tmp_path):
+    names = _namespaces()
+    if names is None:
+        pytest.skip("network namespaces need root and iproute2")
+    settings = ("--set", "data.train.batch_size=8", "--set", "data.train.micro_batch_size=1", "--set", "train.eval_interval=4",
+                "--set", "schedule.type=constant")  # fmt: skip
+    hybrid = ("--set", 'devices.fsdp.strategy="hybrid"')
+    try:
+        one = wmtp("run", recipe, "--run-name", "one", "--set", "train.max_steps=12", *settings)
+        assert one.returncode == 0, one.stderr
+        expected = curve(tmp_path / "runs/one")
+
+        def compare(run_dir, steps):
+            found = curve(run_dir)
+            assert len(found) == steps
+            for left, right in zip(found, expected, strict=False):
+                for key in right.keys() - {"tokens_per_second", "peak_memory_gib", "stage"}:
+                    assert left[key] == pytest.approx(right[key], rel=1e-4, abs=1e-6), (run_dir, left["step"], key)
+
+        codes, ended = _on_two_machines(
+            preloaded, names, recipe, "--run-name", "two", "--set", "train.max_steps=8", *settings, *hybrid
+        )
+        assert codes == [0, 0], ended
+        compare(tmp_path / "runs/two", 8)
+        # the same checkpoint, continued by one process, by two that shard it, and by two machines
+        for name in ("single", "full"):
+            shutil.copytree(tmp_path / "runs/two", tmp_path / name / "two")
+        more = ("--set", "train.max_steps=12", *settings)
+        for name, own in (("single", ()), ("full", (*TWO, "--set", 'devices.fsdp.strategy="full"'))):
+            run = wmtp("run", recipe, "--resume", tmp_path / name / "two", *more, *own)
+            assert run.returncode == 0, run.stderr
+            compare(tmp_path / name / "two", 12)
+        codes, ended = _on_two_machines(preloaded, names, recipe, "--run-name", "two", "--resume", "auto", *more, *hybrid)
+        assert codes == [0, 0], ended
+        compare(tmp_path / "runs/two", 12)
+        for name in ("runs", "single", "full"):
+            assert_same_model(tmp_path / name / "two/model", tmp_path / "runs/one/model")
     finally:
         _remove(names)
 

@@ -194,6 +194,7 @@ def one_process_group():
         rank=dist.get_rank(),
         world=dist.get_world_size(),
         local_rank=int(os.environ["LOCAL_RANK"]),
+        per_machine=dist.get_world_size(),
         control=dist.new_group(backend="gloo"),
         patient=dist.new_group(backend="gloo"),
     )

@@ -5,10 +5,21 @@ import torch
 from attrs import evolve, frozen
 
 from wmtp.checkpoints.find import compare_data
+from wmtp.config.load import load_config
+from wmtp.config.schema import DevicesConfig, FsdpConfig
 from wmtp.data.batch import align_targets
 from wmtp.distributed.ranks import ALONE, Ranks, Share
+from wmtp.distributed.start import compare_processes
 from wmtp.errors import ConfigError
 from wmtp.testing.steps import random_step
+
+CONFIG = {
+    "models": {"base": {"type": "scratch", "vocab_size": 1024}},
+    "tokenizer": {"type": "bytes"},
+    "datasets": {"code": {"type": "python-source"}},
+    "data": {"train": {"max_length": 8, "batch_size": 2}},
+    "trainer": {"type": "baseline-mtp"},
+}
 
 
 @frozen(kw_only=True, eq=False)
@@ -49,6 +60,18 @@ def test_a_rank_that_reads_other_data_is_named():
     compare_data(Data("x"), Answered(world=2, answers=same))
     with pytest.raises(ConfigError, match=r"rank 1 \(b\) reads other data than rank 0 \(a\)"):
         compare_data(Data("x"), Answered(world=2, answers=[same[0], ("b", "y", None)]))
+
+
+def test_hybrid_wants_as_many_processes_on_every_machine():
+    def joined(strategy, *local_ranks):
+        changed = evolve(load_config(CONFIG), devices=DevicesConfig(fsdp=FsdpConfig(strategy=strategy)))
+        answers = [(f"host-{number}", local, {}) for number, local in enumerate(local_ranks)]
+        return compare_processes(changed, Answered(world=len(local_ranks), answers=answers))
+
+    assert joined("hybrid", 0, 1, 0, 1) == 2
+    assert joined("full", 0, 1, 0) is None
+    with pytest.raises(ConfigError, match=r"devices\.fsdp\.strategy: .* they have 2, 1; start as many on each"):
+        joined("hybrid", 0, 1, 0)
 
 
 def test_alone_nothing_is_said():

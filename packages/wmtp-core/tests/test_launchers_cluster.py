@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from wmtp.distributed.environment import Nodes, Worker, interface_of, own_address
+from wmtp.distributed.environment import Nodes, Worker, interface_of, own_address, processes_by_machine
 from wmtp.errors import ConfigError
 
 
@@ -55,6 +55,20 @@ def test_machines_that_make_no_sense(environment, words):
     with pytest.raises(ConfigError) as found:
         Nodes.of(environment)
     assert all(word in str(found.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("local_ranks", "expected"),
+    [
+        ([0], [1]),
+        ([0, 1, 0, 1], [2, 2]),
+        ([0, 0, 0], [1, 1, 1]),
+        ([0, 1, 2, 0], [3, 1]),
+        ([0, 0, 1, 1], [1, 2, 1]),  # one rank of each machine after another
+    ],
+)
+def test_processes_of_each_machine(local_ranks, expected):
+    assert processes_by_machine(local_ranks) == expected
 
 
 def test_a_process_that_torchrun_started():

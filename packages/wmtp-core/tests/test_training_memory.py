@@ -51,6 +51,19 @@ def test_it_is_near_what_runs_on_an_h200_took(vocab, devices, measured):
     assert estimate_memory(wanted, info, HeadsConfig(horizon=4)).total / 2**30 == pytest.approx(measured, rel=0.15)
 
 
+def test_a_hybrid_run_divides_by_the_processes_of_a_machine():
+    info, heads = ONE_BILLION.build().info(None), HeadsConfig(horizon=4)
+
+    def kept(strategy, world, per_machine):
+        wanted = evolve(config(), devices=DevicesConfig(precision="bf16", fsdp=FsdpConfig(strategy=strategy)))
+        return estimate_memory(wanted, info, heads, world=world, per_machine=per_machine).optimizer
+
+    assert kept("hybrid", 16, 8) == kept("full", 8, 8) == 2 * kept("full", 16, 8)
+    wanted = evolve(config(), devices=DevicesConfig(precision="bf16", fsdp=FsdpConfig(strategy="hybrid")))
+    named = [setting for setting, _ in cheaper_settings(wanted, info, heads, world=64, per_machine=2)]
+    assert 'devices.fsdp.strategy = "full"' in named
+
+
 def test_an_objective_of_the_heads_holds_two_models_distributions():
     info = evolve(ONE_BILLION, vocab_size=128_256).build().info(None)
     plain, agreeing, alone = (

@@ -292,6 +292,12 @@ def _devices(config: Config) -> Iterator[Problem]:
             ("optimizer", "type"),
             f"'{config.optimizer.type}' takes whole parameters, which FSDP divides; set devices.fsdp.strategy = \"none\"",
         )
+    if processes == 1 and config.devices.fsdp is not None and config.devices.fsdp.strategy == "hybrid":
+        yield Problem(
+            ("devices", "fsdp", "strategy"),
+            "'hybrid' shards a model over the processes of a machine, and launcher.processes = 1; write more processes, or "
+            '"full" (shards over machines) or "none" (replicates)',
+        )
     if config.devices.device == "mps" and config.devices.fsdp is not None:
         yield Problem(("devices", "fsdp"), 'shards a model over GPUs or CPU processes, not with devices.device = "mps"')
 

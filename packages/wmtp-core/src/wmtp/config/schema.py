@@ -338,13 +338,15 @@ class FsdpConfig:
 
     Args:
         strategy: ``full`` gathers each layer when it computes and frees it again; ``grad-op`` keeps the gathered layers
-            from the forward to the backward pass: more memory, less communication; ``none`` keeps everything on every device,
-            and adds up gradients: for models that are small for their device.
-        reduce_every_micro_batch: true reduces gradients after each micro-batch, so that a device holds only its shard of them;
-            false once a step: less communication, but each device holds all gradients meanwhile.
+            from the forward to the backward pass: more memory, less communication; ``hybrid`` shards as ``full`` within each
+            machine and replicates between machines, so that only gradients cross the network, once a step; ``none`` keeps
+            everything on every device, and adds up gradients: for models that are small for their device.
+        reduce_every_micro_batch: true reduces gradients after each micro-batch (under ``hybrid`` within the machine), so that a
+            device holds only its shard of them; false once a step: less communication, but each device holds all gradients
+            meanwhile.
     """
 
-    strategy: Literal["full", "grad-op", "none"] = "full"
+    strategy: Literal["full", "grad-op", "hybrid", "none"] = "full"
     reduce_every_micro_batch: bool = False
 
 

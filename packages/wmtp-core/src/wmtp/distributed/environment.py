@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from attrs import frozen
 
 from wmtp.errors import ConfigError
 
-__all__ = ["DEFAULT_PORT", "Nodes", "Worker", "interface_of", "own_address"]
+__all__ = ["DEFAULT_PORT", "Nodes", "Worker", "interface_of", "own_address", "processes_by_machine"]
 
 DEFAULT_PORT = 29400
 
@@ -115,6 +115,22 @@ def _number(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"launcher: {name}={text!r} in the environment is not a number") from None
+
+
+def processes_by_machine(local_ranks: Sequence[int]) -> list[int]:
+    """Count the processes of each machine.
+
+    Args:
+        local_ranks: of every process, in the order of their ranks. A machine whose processes have no consecutive ranks counts
+            as several.
+    """
+    found: list[int] = []
+    for local in local_ranks:
+        if found and local == found[-1]:
+            found[-1] += 1
+        else:
+            found.append(1)
+    return found
 
 
 def own_address(nodes: Nodes) -> str:

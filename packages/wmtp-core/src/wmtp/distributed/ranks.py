@@ -52,6 +52,7 @@ class Ranks:
         rank: this process, from 0; rank 0 writes files and logs.
         world: how many there are.
         local_rank: this process among those of its machine, from 0.
+        per_machine: processes of each machine, which have consecutive ranks; None where machines differ.
         control: a group for small messages between the CPUs.
         patient: the same, for messages where another rank may rightly take long: reading data, loading a model.
         watch: is told of this rank's progress.
@@ -60,6 +61,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    per_machine: int | None = 1
     control: ProcessGroup | None = None
     patient: ProcessGroup | None = None
     watch: Watch | None = None

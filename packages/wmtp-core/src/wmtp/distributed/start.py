@@ -13,17 +13,18 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from attrs import evolve
 
 from wmtp.config.schema import Config
 from wmtp.config.sources import escape
 from wmtp.config.tree import flat, to_mapping
 from wmtp.devices import pick_device
-from wmtp.distributed.environment import Worker
+from wmtp.distributed.environment import Worker, processes_by_machine
 from wmtp.distributed.monitor import LostRankError, Monitor
 from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError, WMTPError
 
-__all__ = ["joined"]
+__all__ = ["compare_processes", "joined"]
 
 #: how long others may read data and load models
 _PATIENCE = timedelta(hours=4)
@@ -79,7 +80,7 @@ def joined(config: Config, worker: Worker, *, parent: int | None = None, report:
             patient=patient,
             watch=monitor,
         )
-        _compare(config, ranks)
+        ranks = evolve(ranks, per_machine=compare_processes(config, ranks))
         yield ranks
         ranks.barrier()
     except Exception as error:
@@ -103,20 +104,32 @@ def _of_a_collective(error: BaseException | None) -> bool:
     return False
 
 
-def _compare(config: Config, ranks: Ranks) -> None:
-    """Check that all ranks run the same versions and config."""
+def compare_processes(config: Config, ranks: Ranks) -> int | None:
+    """Check that all ranks run the same versions and config; return `Ranks.per_machine`."""
     own = {name: metadata.version(name) for name in _COMPARED} | flat(to_mapping(config, text=escape))
-    found = ranks.objects((socket.gethostname(), own))
-    main_host, main = found[0]
+    found = ranks.objects((socket.gethostname(), ranks.local_rank, own))
+    main_host, _, main = found[0]
     problems = [
         f"rank {rank} ({host}) differs from rank 0 ({main_host}): {key}: {other.get(key)!r} in place of {main.get(key)!r}"
-        for rank, (host, other) in enumerate(found)
+        for rank, (host, _, other) in enumerate(found)
         for key in dict.fromkeys((*main, *other))
         if other.get(key) != main.get(key)
     ]
     if problems:
-        error = ConfigError([*problems, "start every process with the same files and the same --set"])
+        problems.append("start every process with the same files and the same --set")
+    machines = processes_by_machine([local for _, local, _ in found])
+    per_machine = machines[0] if len(set(machines)) == 1 else None
+    if per_machine is None and config.devices.fsdp is not None and config.devices.fsdp.strategy == "hybrid":
+        counted = ", ".join(map(str, machines))
+        problems.append(
+            "devices.fsdp.strategy: 'hybrid' shards a model within each machine, so all need as many processes, with "
+            f'consecutive ranks; they have {counted}; start as many on each, or write "full"'
+        )
+    if problems:
+        error = ConfigError(problems)
         error.said_by_main = not ranks.is_main  # type: ignore[attr-defined]
         raise error
     if ranks.world > 1:
-        logging.getLogger("wmtp").info("%d processes on %d machines", ranks.world, len({host for host, _ in found}))
+        # several machines may call themselves the same, as containers do
+        logging.getLogger("wmtp").info("%d processes on %d machines", ranks.world, len(machines))
+    return per_machine

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -48,7 +48,8 @@ class Sharding:
         model.set_is_last_backward(last)
         model.set_requires_gradient_sync(last or self.config.reduce_every_micro_batch)
         model.set_requires_gradient_sync(last, recurse=False)
-        model.set_reshard_after_backward(last or self.config.strategy == "full")
+        model.set_requires_all_reduce(last)  # between machines, once a step
+        model.set_reshard_after_backward(last or self.config.strategy != "grad-op")
         model.set_reshard_after_backward(last, recurse=False)
 
     @contextmanager
@@ -118,20 +119,29 @@ def spread(
 
 
 def _shard(model: MTPModel, ranks: Ranks, device: torch.device, config: FsdpConfig, precision: Precision) -> None:
-    mesh = init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("ranks",))
+    mesh = _mesh(ranks, device, config)
     # Inputs are not cast: autocast decides what is computed in bf16, with several ranks as with one. What flows from layer to
     # layer has the type of the root's embedding.
     half = None if precision == "fp32" else torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False)
     root = policy if precision == "bf16-params" else MixedPrecisionPolicy(cast_forward_inputs=False)
     for layer in repeated_layers(model):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=config.strategy == "full", mp_policy=policy)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=config.strategy != "grad-op", mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=root)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # the loss is divided by the whole step's Z already: gradients are added, not averaged
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _mesh(ranks: Ranks, device: torch.device, config: FsdpConfig) -> DeviceMesh:
+    """Arrange the ranks: FSDP shards over the last dimension, and replicates over one before it."""
+    if config.strategy != "hybrid" or ranks.world == ranks.per_machine:
+        return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("ranks",))
+    assert ranks.per_machine is not None, "machines with as many processes each: `wmtp.distributed.start` has checked"
+    shape = (ranks.world // ranks.per_machine, ranks.per_machine)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("machines", "ranks"))
 
 
 def _tensors(model: MTPModel) -> Iterable[tuple[str, Tensor]]:

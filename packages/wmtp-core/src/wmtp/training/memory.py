@@ -107,7 +107,13 @@ def _feed_forward_size(info: ModelInfo) -> float:
 
 
 def estimate_memory(
-    config: Config, info: ModelInfo, heads: HeadsConfig, *, world: int = 1, others: Mapping[str, ModelInfo] | None = None
+    config: Config,
+    info: ModelInfo,
+    heads: HeadsConfig,
+    *,
+    world: int = 1,
+    per_machine: int | None = None,
+    others: Mapping[str, ModelInfo] | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory that training needs on each device.
 
@@ -116,6 +122,7 @@ def estimate_memory(
         info: of the base model.
         heads: the heads that it gets.
         world: processes of the job.
+        per_machine: those of each machine, where there are several machines.
         others: further models that the trainer loads, by name.
     """
     devices, data = config.devices, config.data.train
@@ -135,7 +142,8 @@ def estimate_memory(
         fixed, in_4_bits = max(0, fixed - quantized), round(0.5625 * quantized)
     parameters = fixed + learned
     shared = world > 1 and (devices.fsdp is None or devices.fsdp.strategy != "none")
-    share = world if shared else 1
+    hybrid = devices.fsdp is not None and devices.fsdp.strategy == "hybrid"
+    share = (per_machine or world if hybrid else world) if shared else 1
     of_fixed = 2 if devices.precision == "bf16-params" else 4
     copies = {"fp32": 0, "bf16": 2 * learned, "bf16-params": 2 * learned}[devices.precision]
     if shared:  # gathered from the other ranks: everything, or two layers and the largest table at a time
@@ -216,7 +224,13 @@ def too_large(estimate: MemoryEstimate, device_bytes: int) -> str | None:
 
 
 def cheaper_settings(
-    config: Config, info: ModelInfo, heads: HeadsConfig, *, world: int = 1, others: Mapping[str, ModelInfo] | None = None
+    config: Config,
+    info: ModelInfo,
+    heads: HeadsConfig,
+    *,
+    world: int = 1,
+    per_machine: int | None = None,
+    others: Mapping[str, ModelInfo] | None = None,
 ) -> list[tuple[str, int]]:
     """Find the three single settings that lower the estimate most, with their totals."""
     devices, data = config.devices, config.data.train
@@ -243,8 +257,11 @@ def cheaper_settings(
         tried['devices.fsdp.strategy = "full"'] = evolve(
             config, devices=evolve(devices, fsdp=evolve(devices.fsdp, strategy="full"))
         )
-    now = estimate_memory(config, info, heads, world=world, others=others).total
-    totals = {key: estimate_memory(other, info, heads, world=world, others=others).total for key, other in tried.items()}
+    now = estimate_memory(config, info, heads, world=world, per_machine=per_machine, others=others).total
+    totals = {
+        key: estimate_memory(other, info, heads, world=world, per_machine=per_machine, others=others).total
+        for key, other in tried.items()
+    }
     # one value of each key: the one that helps most
     best: dict[str, tuple[str, int]] = {}
     for setting, total in sorted(totals.items(), key=lambda entry: entry[1]):
@@ -265,12 +282,13 @@ def explain_out_of_memory(
     *,
     device: object,
     world: int = 1,
+    per_machine: int | None = None,
     others: Mapping[str, ModelInfo] | None = None,
 ) -> Iterator[None]:
     """Turn an out-of-memory error inside into one with the estimate and advice.
 
     Args:
-        config, info, heads, world, others: see `estimate_memory`.
+        config, info, heads, world, per_machine, others: see `estimate_memory`.
         device: what the message calls the device.
 
     Raises:
@@ -284,8 +302,8 @@ def explain_out_of_memory(
         # torch has an error class for GPUs only; on a CPU the message depends on the system
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        estimate = estimate_memory(config, info, heads, world=world, others=others)
-        what = describe_shortage(cheaper_settings(config, info, heads, world=world, others=others))
+        estimate = estimate_memory(config, info, heads, world=world, per_machine=per_machine, others=others)
+        what = describe_shortage(cheaper_settings(config, info, heads, world=world, per_machine=per_machine, others=others))
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WMTPError(f"{device} is out of memory: the estimate was {estimate}{what}; torch says: {first}") from error
 

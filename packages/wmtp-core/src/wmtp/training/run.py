@@ -101,7 +101,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     precision = pick_precision(config.devices.precision, device)
     fsdp = config.devices.fsdp or (FsdpConfig() if ranks.world > 1 else None)
     heads = resolve_heads(config.models["base"].heads, source.model_info.heads, source.model_info.native)
-    explained = partial(explain_out_of_memory, config, source.model_info, heads, device=device, world=ranks.world)
+    explained = partial(
+        explain_out_of_memory, config, source.model_info, heads,
+        device=device, world=ranks.world, per_machine=ranks.per_machine,
+    )  # fmt: skip
     with explained():
         model, master_weights = place_model(config, source, ranks, device, precision, fsdp)
     if data.train.conversations:
