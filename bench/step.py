@@ -30,6 +30,7 @@ ROWS: dict[str, Callable[[Shape, int, int], float]] = {
     "ours": step_ours.baseline,
     "ours-selective": step_ours.selective,
     "ours-full": step_ours.full,
+    "ours-offload": step_ours.offload,
     "ours-autocast": step_ours.autocast,
     "ours-packed": step_ours.packed,
     "rho1-cached": step_ours.rho1_cached,

@@ -28,7 +28,7 @@ from wmtp.optim.master_weights import MasterWeights
 from wmtp.tracking import Tracker
 from wmtp.trainers import StepView, Trainer, TrainerSetup
 from wmtp.training.loop import Fit
-from wmtp.training.memory import estimate_memory
+from wmtp.training.memory import MemoryEstimate, estimate_memory
 from wmtp.training.stages import StageBatches, StagePlan
 from wmtp.training.step import StepLoss
 from wmtp.training.telemetry import Recorder
@@ -99,8 +99,11 @@ def _model(shape: Shape, horizon: int) -> MTPModel:
 
 def estimated_gib(row: str, shape: Shape) -> float | None:
     """What ``wmtp check`` says of a row's memory, beside which the measured peak stands; None for the peers."""
-    if row not in _SETTINGS:
-        return None
+    return estimate(shape, _SETTINGS[row]).total / 2**30 if row in _SETTINGS else None
+
+
+def estimate(shape: Shape, devices: Mapping[str, str]) -> MemoryEstimate:
+    """Estimate the memory of a run as ``wmtp check`` does, with these changes of ``[devices]``."""
     config = load_config(
         {
             "models": {"base": {"type": "scratch", "vocab_size": shape.vocab}},
@@ -108,7 +111,7 @@ def estimated_gib(row: str, shape: Shape) -> float | None:
             "datasets": {"code": {"type": "python-source"}},
             "data": {"train": {"max_length": shape.length, "batch_size": shape.batch}},
             "trainer": {"type": "baseline-mtp"},
-            "devices": {"precision": "bf16-params", "compile": True} | _SETTINGS[row],
+            "devices": {"precision": "bf16-params", "compile": True} | dict(devices),
         }
     )
     model = ScratchModel(
@@ -122,7 +125,7 @@ def estimated_gib(row: str, shape: Shape) -> float | None:
     )
     info = outline(model)
     assert info is not None
-    return estimate_memory(config, info, HeadsConfig(horizon=shape.horizon)).total / 2**30
+    return estimate_memory(config, info, HeadsConfig(horizon=shape.horizon))
 
 
 #: what the rows without other models have in ``[devices]``
@@ -130,6 +133,7 @@ _SETTINGS: dict[str, dict[str, str]] = {
     "ours": {},
     "ours-selective": {"activation_checkpointing": "selective"},
     "ours-full": {"activation_checkpointing": "full"},
+    "ours-offload": {"activation_checkpointing": "offload"},
     "ours-autocast": {"precision": "bf16"},
     "ours-packed": {},
 }
@@ -143,7 +147,7 @@ def run(
     make: Callable[[Shape, int], MTPModel] = _model,
     trainer: Trainer | None = None,
     precision: str = "bf16-params",
-    checkpointing: Literal["none", "full", "selective"] = "none",
+    checkpointing: Literal["none", "full", "selective", "offload"] = "none",
     documents_a_row: int = 1,
     known: Any = None,
 ) -> float:
@@ -231,6 +235,11 @@ def selective(shape: Shape, warmup: int, steps: int) -> float:
 def full(shape: Shape, warmup: int, steps: int) -> float:
     """With full activation checkpointing."""
     return run(shape, warmup, steps, checkpointing="full")
+
+
+def offload(shape: Shape, warmup: int, steps: int) -> float:
+    """With full activation checkpointing, and the layers' inputs on the host."""
+    return run(shape, warmup, steps, checkpointing="offload")
 
 
 def autocast(shape: Shape, warmup: int, steps: int) -> float:

@@ -152,6 +152,10 @@ def test_ranks_with_another_config_are_named(recipe, preloaded, tmp_path):
         (["launcher.processes=2", 'devices.device="cuda"'], ["devices.device", "no cuda"]),
         (["launcher.processes=2", 'devices.device="mps"'], ["launcher.processes", "mps"]),
         (['devices.fsdp.strategy="half"'], ["devices.fsdp.strategy", "grad-op"]),
+        (
+            ['devices.activation_checkpointing="offload"', 'devices.device="cpu"'],
+            ["devices.activation_checkpointing", 'write "full"'],
+        ),
         (["launcher.processes=1", 'devices.fsdp.strategy="hybrid"'], ["devices.fsdp.strategy", "launcher.processes = 1"]),
         (["devices.timeout=0"], ["devices.timeout"]),
     ],

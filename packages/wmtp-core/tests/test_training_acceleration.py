@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wmtp.config.schema import HeadsConfig
-from wmtp.models.acceleration import checkpoint_activations, compile_layers
+from wmtp.models.acceleration import checkpoint_activations, compile_layers, offload_inputs
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
 
@@ -48,9 +48,11 @@ def test_checkpointing_changes_no_gradient(mode, kind, trunk):
 
 
 def kept_numbers(mode):
-    """How many numbers autograd keeps between the two passes."""
+    """Numbers that autograd keeps between the two passes, where the model computes."""
     model = make()
     checkpoint_activations(model, mode)
+    if mode == "offload":
+        offload_inputs(model)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -68,6 +70,31 @@ def test_checkpointing_keeps_less_and_full_keeps_least():
     none, _ = kept_numbers("none")
     full, _ = kept_numbers("full")
     assert full < 0.5 * none
+    offload, _ = kept_numbers("offload")
+    assert full - offload == 3 * IDS.numel() * 16, "the inputs of the trunk's three layers, and nothing else"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inputs_on_the_host_give_the_same_gradients(compiled, without_the_compiler, monkeypatch):
+    moved = []
+
+    def copied(host, tensor, **_):
+        moved.append(tensor.shape)
+        return real(host, tensor)
+
+    real = torch.Tensor.copy_
+    model = make(trunk_gradient="joint")
+    checkpoint_activations(model, "offload")
+    if compiled:
+        compile_layers(model)
+    offload_inputs(model)
+    expected = gradients(make(trunk_gradient="joint"), packed=True, position_ids=POSITIONS)
+    gradients(model, packed=True, position_ids=POSITIONS)  # compiles
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", copied)
+        found = gradients(model, packed=True, position_ids=POSITIONS)
+    assert_same(found, expected)
+    assert moved == [(2, 12, 16)] * 3
 
 
 def matrix_products(mode):

@@ -51,6 +51,21 @@ def test_it_is_near_what_runs_on_an_h200_took(vocab, devices, measured):
     assert estimate_memory(wanted, info, HeadsConfig(horizon=4)).total / 2**30 == pytest.approx(measured, rel=0.15)
 
 
+def test_inputs_of_layers_wait_on_the_host():
+    info, heads = ONE_BILLION.build().info(None), HeadsConfig(horizon=4)
+    wanted = config(max_length=2048, batch_size=4)
+    full, offload = (
+        estimate_memory(
+            evolve(wanted, devices=DevicesConfig(precision="bf16-params", activation_checkpointing=mode)), info, heads
+        )
+        for mode in ("full", "offload")
+    )
+    assert offload.host == 15 * 4 * 2048 * 2048 * 2, "of 16 layers all but head 1's"
+    assert full.activations - offload.activations == offload.host * 14 / 15, "one is on its way"
+    assert str(offload).endswith("; 480.0 MiB of activations on the host")
+    assert "host" not in str(full)
+
+
 def test_a_hybrid_run_divides_by_the_processes_of_a_machine():
     info, heads = ONE_BILLION.build().info(None), HeadsConfig(horizon=4)
 

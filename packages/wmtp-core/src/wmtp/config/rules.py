@@ -292,6 +292,12 @@ def _devices(config: Config) -> Iterator[Problem]:
             ("optimizer", "type"),
             f"'{config.optimizer.type}' takes whole parameters, which FSDP divides; set devices.fsdp.strategy = \"none\"",
         )
+    if config.devices.activation_checkpointing == "offload" and config.devices.device in ("cpu", "mps"):
+        yield Problem(
+            ("devices", "activation_checkpointing"),
+            f"'offload' moves activations from a GPU to the host's memory, where \"{config.devices.device}\" has them already; "
+            'write "full"',
+        )
     if processes == 1 and config.devices.fsdp is not None and config.devices.fsdp.strategy == "hybrid":
         yield Problem(
             ("devices", "fsdp", "strategy"),

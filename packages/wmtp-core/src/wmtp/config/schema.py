@@ -361,8 +361,9 @@ class DevicesConfig:
             memory for activations. Checkpoints hold the fp32 copies, ``model/`` the bf16 parameters. Where a device cannot
             do bf16, fp32 is used and one line says so.
         activation_checkpointing: activations that a layer keeps for its backward pass. ``none``: all; ``selective``: the
-            results of matrix products and of attention, the rest is recomputed; ``full``: its input alone. Less memory for more
-            time, the same gradients.
+            results of matrix products and of attention, the rest is recomputed; ``full``: its input alone; ``offload``: as
+            ``full``, and that input in the host's memory, for long rows on a GPU. Less memory for more time, the same
+            gradients.
         attention: ``auto``: on GPUs, packed rows use flex attention, which skips masked blocks, for plainly causal models;
             ``transformers``: always the model's own (see ``models.base.attn_implementation``).
         compile: whether layers are compiled (torch.compile), once for all: the first steps take a minute more, the others less
@@ -376,7 +377,7 @@ class DevicesConfig:
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16", "bf16-params"] = "fp32"
-    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    activation_checkpointing: Literal["none", "full", "selective", "offload"] = "none"
     attention: Literal["auto", "transformers"] = "auto"
     compile: bool = False
     memory_gib: float | None = field(default=None, validator=optional(gt(0.0)))

@@ -12,7 +12,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import Cache
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from wmtp.config.schema import DevicesConfig
     from wmtp.models.mtp import MTPModel
 
-__all__ = ["accelerate", "checkpoint_activations", "compile_layers"]
+__all__ = ["accelerate", "checkpoint_activations", "compile_layers", "offload_inputs"]
 
 #: Variants of one layer's code before torch gives up compiling it. Stages, evaluation, packing and ragged rows each ask for
 #: one; torch's own limit, 8, is less than what a run with several stages needs.
@@ -45,15 +45,18 @@ def accelerate(model: MTPModel, devices: DevicesConfig, *, learns: bool = True) 
         checkpoint_activations(model, devices.activation_checkpointing)
     if devices.compile:
         compile_layers(model)
+    if learns and devices.activation_checkpointing == "offload":
+        offload_inputs(model)
 
 
-def checkpoint_activations(model: MTPModel, mode: Literal["none", "full", "selective"]) -> None:
+def checkpoint_activations(model: MTPModel, mode: Literal["none", "full", "selective", "offload"]) -> None:
     """Turn on activation checkpointing for every repeated layer.
 
     Args:
         model: in place.
         mode: ``full`` keeps a layer's input alone; ``selective`` keeps the results of matrix products and of attention too,
-            so that only what is cheap is computed again; ``none`` leaves the model as it is.
+            so that only what is cheap is computed again; ``offload`` is ``full`` here, and `offload_inputs` the rest of it;
+            ``none`` leaves the model as it is.
     """
     if mode == "none":
         return
@@ -78,6 +81,37 @@ def compile_layers(model: MTPModel) -> None:
     for layer in (*repeated_layers(model), *model.anatomy.tail):
         plain = layer.forward
         layer.forward = partial(_uncached, torch.compile(plain), plain)
+
+
+def offload_inputs(model: MTPModel) -> None:
+    """Keep the inputs of the trunk's layers in the host's memory between the two passes.
+
+    The heads read the last layer's result, which stays where it is: the loss needs it.
+
+    Args:
+        model: in place, after `compile_layers`: a compiled layer's own code knows nothing of it.
+    """
+    for layer in model.anatomy.layers[:-1]:
+        layer.forward = partial(_offloaded, layer.forward)
+
+
+def _offloaded(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not (args and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    place, shape = args[0].data_ptr(), args[0].shape
+
+    # Parameters and masks are saved too, where the layer is compiled. They stay: none of them is freed by it.
+    def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        if tensor.data_ptr() != place or tensor.shape != shape:
+            return tensor
+        host = torch.empty(shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        return tensor.device, host.copy_(tensor, non_blocking=True)
+
+    def unpack(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept[1].to(kept[0], non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return forward(*args, **kwargs)
 
 
 def _uncached(compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +140,7 @@ def _selective(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-_CHECKPOINTED: dict[str, Callable[..., Any]] = {"full": _full, "selective": _selective}
+_CHECKPOINTED: dict[str, Callable[..., Any]] = {"full": _full, "selective": _selective, "offload": _full}
 
 
 def _selective_contexts() -> Any:

@@ -48,6 +48,7 @@ class MemoryEstimate:
         activations: what the layers of one micro-batch keep for the backward pass.
         loss: hidden states of all heads, the unembedding's gradient, and a chunk of logits.
         other_models: the parameters of reference models and the like.
+        host: activations that wait in the host's memory, for each device; no part of the total.
     """
 
     parameters: int
@@ -56,6 +57,7 @@ class MemoryEstimate:
     activations: int
     loss: int
     other_models: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -71,7 +73,8 @@ class MemoryEstimate:
             "loss": self.loss,
             "other models": self.other_models,
         }
-        return f"about {_size(self.total)}: " + ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
+        text = f"about {_size(self.total)}: " + ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
+        return f"{text}; {_size(self.host)} of activations on the host" if self.host else text
 
 
 def head_parameters(info: ModelInfo, heads: HeadsConfig) -> int:
@@ -153,7 +156,9 @@ def estimate_memory(
 
     layers = info.layers + (heads.horizon - 1 if heads.known_kind not in ("linear", "residual") else 0)
     kept, working = _kept_by_layer(devices, info, compute, residual)
-    activations = round(tokens * (layers * kept + working))
+    # the trunk's inputs wait on the host, but for the one that is on its way
+    moved = info.layers - 1 if devices.activation_checkpointing == "offload" else 0
+    activations = round(tokens * ((layers - moved + min(moved, 1)) * kept + working))
     # of each head the final norm's input, its output and that one's gradient
     loss = tokens * heads.horizon * width * (residual + 2 * compute)
     loss += (4 + compute) * info.vocab_size * width + min(_LOSS_CHUNK, 6 * tokens * info.vocab_size)
@@ -172,6 +177,7 @@ def estimate_memory(
         activations=activations,
         loss=round(loss),
         other_models=_other_models(config, others or {}),
+        host=round(tokens * moved * kept),
     )
 
 
@@ -241,7 +247,7 @@ def cheaper_settings(
         tried[f"data.train.micro_batch_size = {smaller}"] = evolve(
             config, data=evolve(config.data, train=evolve(data, micro_batch_size=smaller))
         )
-    modes = ["none", "selective", "full"]
+    modes = ["none", "selective", "full", *(["offload"] if devices.device not in ("cpu", "mps") else [])]
     for mode in modes[modes.index(devices.activation_checkpointing) + 1 :]:
         tried[f'devices.activation_checkpointing = "{mode}"'] = evolve(
             config, devices=evolve(devices, activation_checkpointing=mode)

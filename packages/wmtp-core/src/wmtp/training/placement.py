@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from wmtp.config.schema import Config, FsdpConfig
 from wmtp.devices import Precision
 from wmtp.distributed.ranks import Ranks
+from wmtp.errors import ConfigError
 from wmtp.models.acceleration import accelerate
 from wmtp.models.adapters import quantize_base
 from wmtp.models.sharding import spread
@@ -28,7 +29,17 @@ __all__ = ["place_model", "ready_to_measure"]
 def place_model(
     config: Config, source: Source, ranks: Ranks, device: torch.device, precision: Precision, fsdp: FsdpConfig | None
 ) -> tuple[MTPModel, MasterWeights | None]:
-    """Load the model onto its devices; return it with its fp32 copies, if any."""
+    """Load the model onto its devices; return it with its fp32 copies, if any.
+
+    Raises:
+        ConfigError: it shall keep activations on the host, and the device is the host.
+        WMTPError: its files are missing or damaged.
+    """
+    if config.devices.activation_checkpointing == "offload" and device.type != "cuda":
+        raise ConfigError(
+            "devices.activation_checkpointing: 'offload' moves activations from a GPU to the host's memory, and this run "
+            f'computes on {device.type}; write "full"'
+        )
     if fsdp is None:
         model = load_base_model(config, source)
         _shrink_fixed(model, precision, device)
