@@ -38,19 +38,23 @@ def learned(folder: Path):
     return {f"{file.name}: {k}": v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
-def test_a_run_is_resumed_bit_for_bit_and_its_model_serves_every_command(adapted, precision, tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "heads"),
+    [("fp32", "full"), ("bf16-params", "adapters"), pytest.param("bf16-params", "full", marks=pytest.mark.slow)],
+)
+def test_a_run_is_resumed_bit_for_bit_and_its_model_serves_every_command(adapted, precision, heads, tmp_path):
     """Checkpoints hold what learns and nothing of the base; ``model/`` is an adapter with heads."""
     import peft
 
     settings = [f'devices.precision="{precision}"', "train.max_steps=10", "optimizer.lr=0.02"]
+    settings.append(f'models.base.lora.heads="{heads}"')
     whole = wmtp.run(adapted, run_name="whole", overrides=settings)
     names = {file.name for file in whole.model.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "mtp_heads.safetensors"} <= names
     assert not {"model.safetensors", "config.json"} & names
     (shard,) = whole.checkpoint.glob("*.safetensors")
-    count = sum(tensor.numel() for tensor in learned(whole.model).values())
-    assert shard.stat().st_size < 12 * count + 30_000, "weights and two means of heads and adapter"
+    count = sum(tensor.numel() for name, tensor in learned(whole.model).items() if heads == "full" or "lora_" in name)
+    assert shard.stat().st_size < 12 * count + 40_000, "weights and two means of heads and adapter"
     before = learned(whole.model)
 
     for folder in (whole.checkpoint, whole.model):
@@ -126,6 +130,11 @@ def test_an_adapter_folder_is_a_model_that_learns_on_or_whole(adapted, tmp_path)
         (["models.base.lora.rank=0"], r"recipe\.toml|models\.base\.lora\.rank: .*must be >= 1"),
         (["models.base.lora.dropout=0.05"], r"models\.base\.lora\.dropout: 0\.05, but adapters learn without dropout"),
         (["models.base.lora.targets=[]"], r"models\.base\.lora\.targets"),
+        (
+            ['models.base.lora.heads="adapters"', 'models.base.heads.kind="shared"'],
+            r"lora\.heads: heads that are of kind 'shared'",
+        ),
+        (['models.base.lora.heads="adapters"', "models.base.heads.horizon=1"], r"lora\.heads: there are no heads 2\.\.H"),
         (["models.base.lora.rnak=3"], r"models\.base\.lora\.rnak: unknown key; did you mean 'rank'"),
         (['optimizer={type="adamw-8bit"}', "launcher.processes=2"], r"'adamw-8bit' takes whole parameters, which FSDP divides"),
         (['models.ref={type="hf",uri="x",lora={}}'], r"models\.ref\.lora: only models\.base has adapters"),
@@ -161,9 +170,13 @@ def test_another_base_under_the_same_name_ends_a_resume(adapted, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["full", "none"])
-@pytest.mark.parametrize(("precision", "quantize"), [("fp32", ""), ("bf16-params", ""), ("fp32", "nf4")])
-def test_two_processes_learn_what_one_does(adapted, preloaded, strategy, precision, quantize, tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "quantize", "heads"),
+    [("fp32", "", "full"), ("bf16-params", "", "full"), ("fp32", "nf4", "full"), ("fp32", "", "adapters")],
+)
+def test_two_processes_learn_what_one_does(adapted, preloaded, strategy, precision, quantize, heads, tmp_path):
     settings = ("--set", "train.max_steps=8", "--set", f"devices.precision={precision}")
+    settings += ("--set", f"models.base.lora.heads={heads}")
     if quantize:
         pytest.importorskip("bitsandbytes")
         settings += ("--set", f'models.base.quantize="{quantize}"')

@@ -16,7 +16,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.acceleration import accelerate
 from wmtp.models.adapter_folder import name_base
 from wmtp.models.adapters import adapter_off, is_adapter_name, quantize_base
-from wmtp.models.build import build_model, with_adapter_merged
+from wmtp.models.build import build_model, merge_brought
 from wmtp.models.loaders.hf import HfLoader
 from wmtp.models.mtp import StartModel
 from wmtp.models.opening import load_model, saved_precision
@@ -58,11 +58,11 @@ def plain_twin(base, model, lora):
     twin = build_model(HfLoader().load(base, dtype=torch.float32, seed=0), heads, 5).double().eval()
     adapter = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if "lora_" in name}
     scale = lora.resolved_alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
-    for name, module in list(twin.base.named_modules()):
-        if (a := adapter.get(f"base.{name}.lora_A.default.weight")) is not None:
-            weight = module.weight.detach() + scale * adapter[f"base.{name}.lora_B.default.weight"] @ a
+    for name, module in list(twin.named_modules()):
+        if (a := adapter.get(f"{name}.lora_A.default.weight")) is not None:
+            weight = module.weight.detach() + scale * adapter[f"{name}.lora_B.default.weight"] @ a
             if lora.dora:  # the norm is taken as a constant (arXiv 2402.09353, §4.3)
-                length = adapter[f"base.{name}.lora_magnitude_vector.default.weight"]
+                length = adapter[f"{name}.lora_magnitude_vector.default.weight"]
                 weight = weight * (length / weight.norm(dim=1).detach())[:, None]
             del module._parameters["weight"]
             module.weight = weight
@@ -76,8 +76,10 @@ def plain_twin(base, model, lora):
         ({"targets": ("q_proj", "down_proj"), "alpha": 3.0}, {"kind": "linear"}),
         ({"rslora": True}, {"kind": "chained", "trunk_gradient": "detach"}),
         ({"dora": True}, {"kind": "shared"}),
+        ({"dora": True, "heads": "adapters"}, {"init": "copy"}),
+        ({"targets": ("q_proj", "down_proj"), "heads": "adapters"}, {"init": "copy", "trunk_gradient": "detach"}),
     ],
-    ids=["block", "some-linear", "rslora-chained-detach", "dora-shared"],
+    ids=["block", "some-linear", "rslora-chained-detach", "dora-shared", "dora-heads", "some-heads-detach"],
 )
 def test_gradients_are_those_of_the_merged_weights(base, lora, heads):
     """Against plain autograd over W + s·B·A, in float64, over micro-batches and packed rows."""
@@ -89,7 +91,8 @@ def test_gradients_are_those_of_the_merged_weights(base, lora, heads):
     twin, adapter = plain_twin(base, model, lora)
     reference(twin, batch, lambda b, t, k, id: float(id % 4 + k), [1.0, 1.0, 1.0]).backward()
     expected = {name: p.grad for name, p in adapter.items()}
-    expected |= {name: p.grad for name, p in twin.named_parameters() if name.startswith("extra_heads.")}
+    if lora.heads == "full":
+        expected |= {name: p.grad for name, p in twin.named_parameters() if name.startswith("extra_heads.")}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
@@ -146,8 +149,9 @@ def test_a_new_adapter_changes_nothing_and_the_seed_makes_it(base):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_stages_free_the_adapter_and_never_the_base(base):
-    model = make(base)
+@pytest.mark.parametrize("in_heads", [False, True])
+def test_stages_free_the_adapter_and_never_the_base(base, in_heads):
+    model = make(base, lora=LoraConfig(rank=2, heads="adapters" if in_heads else "full"), init="copy")
     for stage, expected in (
         (Stage(), {"adapter", "heads"}),
         (Stage(frozen=frozenset({"model"})), {"heads"}),
@@ -157,12 +161,15 @@ def test_stages_free_the_adapter_and_never_the_base(base):
         learns = {name for name, p in model.named_parameters() if p.requires_grad}
         kinds = {"heads" if n.startswith("extra_heads.") else "adapter" if is_adapter_name(n) else "base" for n in learns}
         assert kinds == expected
+        assert not in_heads or all(map(is_adapter_name, learns))
 
 
-def test_only_what_learns_has_a_copy_in_fp32_and_is_in_a_checkpoint(base, tmp_path):
+@pytest.mark.parametrize("heads", ["full", "adapters"])
+def test_only_what_learns_has_a_copy_in_fp32_and_is_in_a_checkpoint(base, tmp_path, heads):
     from safetensors import safe_open
 
-    model = make(base)
+    lora = LoraConfig(rank=2, heads=heads)
+    model = make(base, lora=lora, init="copy")
     for parameter in model.fixed_parameters():
         parameter.data = parameter.data.bfloat16()
     masters = MasterWeights(model, fixed=model.fixed_parameters())
@@ -179,18 +186,22 @@ def test_only_what_learns_has_a_copy_in_fp32_and_is_in_a_checkpoint(base, tmp_pa
     with safe_open(file, framework="pt") as tensors:
         assert set(tensors.keys()) == {f"model.{name}" for name, _ in named}
         expected = {name: tensors.get_tensor(f"model.{name}") for name, _ in named}
-    other = make(base, moved=False)
+    other = make(base, lora=lora, init="copy", moved=False)
     learned = dict(other.named_parameters())
     optimizer = AdamW(lr=1e-3).build([(name, learned[name]) for name, _ in named])
     load_checkpoint(Checkpoint(path=tmp_path / "step-1", step=1), other, optimizer)
     assert all(torch.equal(learned[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("lora", [{}, {"dora": True}, {"rslora": True, "targets": ("v_proj",)}], ids=["lora", "dora", "rslora"])
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"dora": True}, {"rslora": True, "targets": ("v_proj",)}, {"heads": "adapters", "dora": True}],
+    ids=["lora", "dora", "rslora", "heads"],
+)
 def test_peft_opens_what_is_saved_and_so_does_wmtp(base, tmp_path, lora):
     from transformers import AutoModelForCausalLM
 
-    model = make(base, lora=LoraConfig(rank=2, **lora))
+    model = make(base, lora=LoraConfig(rank=2, **lora), init="copy")
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     again, opened = load_model(tmp_path), peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -205,8 +216,8 @@ def test_peft_opens_what_is_saved_and_so_does_wmtp(base, tmp_path, lora):
             assert torch.equal(again.logits(again(IDS), 1), plain)
         assert torch.equal(again.logits(again(IDS), 1), logits), "the adapter is on again"
         again.merge_adapter()
-        torch.testing.assert_close(again.logits(again(IDS), 1), logits)
-    assert {type(module).__module__.split(".")[0] for module in again.base.modules()} <= {"torch", "transformers"}
+        torch.testing.assert_close(again(IDS).hidden, expected.hidden)
+    assert {type(module).__module__.split(".")[0] for module in again.modules()} <= {"torch", "transformers", "wmtp"}
     again.save_pretrained(tmp_path / "merged")
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(input_ids=IDS).logits
@@ -237,7 +248,8 @@ def test_an_adapter_that_peft_wrote_goes_on_or_is_merged(base, tmp_path):
     wanted = LoraConfig(rank=2, alpha=4.0, targets=("v_proj", "q_proj"))
     model = build_model(HfLoader().load(tmp_path, dtype=torch.float32, seed=0), HeadsConfig(horizon=2), 0, lora=wanted)
     assert torch.equal(model.logits(model(IDS), 1), logits)
-    merged = build_model(with_adapter_merged(HfLoader().load(tmp_path, dtype=torch.float32, seed=0)), None, 0)
+    merged = build_model(HfLoader().load(tmp_path, dtype=torch.float32, seed=0), None, 0)
+    merge_brought(merged)
     assert merged.adapter is None
     assert all(p.requires_grad for p in merged.parameters())
     torch.testing.assert_close(merged.logits(merged(IDS), 1), logits)
@@ -324,17 +336,18 @@ def test_every_layer_of_an_older_architecture_is_adapted():
         torch.testing.assert_close(model(IDS).hidden[0], before)
 
 
-def test_a_models_own_layers_for_multi_token_prediction_learn_beside_an_adapter(tmp_path):
+@pytest.mark.parametrize("heads", ["full", "adapters"])
+def test_a_models_own_layers_for_multi_token_prediction_learn_beside_an_adapter(tmp_path, heads):
     """They are in the adapter's folder, for want of the model's; merged, they go back to their place."""
     from safetensors.torch import load_file
 
     base = native_folder(tmp_path / "base", "mimo")
     loaded = HfLoader().load(base, dtype=torch.float32, seed=0)
-    model = build_model(loaded, None, 0, lora=LoraConfig(rank=2), name=name_base(str(base), base)).eval()
+    model = build_model(loaded, None, 0, lora=LoraConfig(rank=2, heads=heads), name=name_base(str(base), base)).eval()
     assert model.heads.kind == "native"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or name.startswith("extra_heads."):
+            if "lora_B" in name or (heads == "full" and name.startswith("extra_heads.")):
                 parameter.add_(0.1)
     model.save_pretrained(tmp_path / "adapter")
     again = load_model(tmp_path / "adapter")
@@ -385,6 +398,35 @@ def test_gradients_on_4_bits_are_those_of_what_the_4_bits_say(base):
         torch.testing.assert_close(found[name], leaf.grad, rtol=1e-6, atol=1e-8)
 
 
+def test_adapted_heads_go_on_under_the_same_settings_or_learn_whole(base, tmp_path):
+    lora = LoraConfig(rank=2, heads="adapters")
+    model = make(base, lora=lora, init="copy")
+    model.save_pretrained(tmp_path)
+    loaded = HfLoader().load(tmp_path, dtype=torch.float32, seed=0)
+    goes_on = build_model(HfLoader().load(tmp_path, dtype=torch.float32, seed=0), None, 0, lora=lora)
+    assert goes_on.learned_state().keys() == model.learned_state().keys()
+    with pytest.raises(ConfigError, match=r"models\.base\.lora\.heads: 'full', but the adapter in .* has 'adapters'"):
+        build_model(HfLoader().load(tmp_path, dtype=torch.float32, seed=0), None, 0, lora=LoraConfig(rank=2))
+    whole = build_model(loaded, None, 0)
+    merge_brought(whole)
+    assert whole.adapter is None
+    assert not whole.fixed_parameters()
+    torch.testing.assert_close(whole(IDS).hidden, model(IDS).hidden)
+
+
+@pytest.mark.parametrize(
+    ("targets", "heads", "said"),
+    [
+        (("model.layers.0.self_attn.q_proj",), {}, r"none of model\.layers\.0\.self_attn\.q_proj is in the heads' layers"),
+        ("all-linear", {"init": "random"}, "begin with random layers must learn in full"),
+        ("all-linear", {"kind": "shared"}, "are of kind 'shared' must learn in full"),
+    ],
+)
+def test_heads_that_no_adapter_can_teach_are_refused(base, targets, heads, said):
+    with pytest.raises(ConfigError, match=rf"models\.base\.lora\.heads: .*{said}"):
+        make(base, lora=LoraConfig(rank=2, targets=targets, heads="adapters"), **{"init": "copy"} | heads)
+
+
 def test_a_base_in_4_bits_is_opened_and_merged_as_it_was_learned_on(base, tmp_path):
     model = quantized(base)
     model.save_pretrained(tmp_path / "adapter")
@@ -395,8 +437,9 @@ def test_a_base_in_4_bits_is_opened_and_merged_as_it_was_learned_on(base, tmp_pa
         again.save_pretrained(tmp_path / "merged")
         merged = load_model(tmp_path / "merged")
         torch.testing.assert_close(merged(IDS).hidden[0], model(IDS).hidden[0], rtol=1e-5, atol=1e-5)
-    whole = with_adapter_merged(HfLoader().load(tmp_path / "adapter", dtype=torch.float32, seed=0))
-    assert torch.equal(whole.model(input_ids=IDS).logits, merged.logits(merged(IDS), 1))
+    whole = build_model(HfLoader().load(tmp_path / "adapter", dtype=torch.float32, seed=0), None, 0)
+    merge_brought(whole)
+    assert torch.equal(whole.logits(whole(IDS), 1), merged.logits(merged(IDS), 1))
     loaded = HfLoader().load(tmp_path / "adapter", dtype=torch.float32, seed=0)
     with pytest.raises(ConfigError, match=r'models\.base\.quantize: no quantize, but the adapter was learned with "nf4"'):
         build_model(loaded, None, 0, lora=LoraConfig(rank=2))

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from wmtp.config.problems import Problem
-from wmtp.config.schema import Config
+from wmtp.config.schema import Config, HeadsConfig
 
-__all__ = ["adapter_problems", "is_start_model"]
+__all__ = ["adapted_heads_problem", "adapter_problems", "is_start_model"]
 
 
 def is_start_model(config: Config, name: str) -> bool:
@@ -27,6 +27,8 @@ def adapter_problems(config: Config) -> Iterator[Problem]:
         path = ("models", name, "lora")
         if name != "base":
             yield Problem(path, "only models.base has adapters; remove this table")
+        elif model.lora.heads == "adapters" and model.heads and (problem := adapted_heads_problem(model.heads)):
+            yield Problem((*path, "heads"), problem)
         elif model.loader.type != "hf":
             yield Problem(
                 path,
@@ -35,6 +37,19 @@ def adapter_problems(config: Config) -> Iterator[Problem]:
             )
         elif not config.launcher.remote and find_spec("peft") is None:
             yield Problem(path, "needs peft: pip install 'wmtp-core[lora]'")
+
+
+def adapted_heads_problem(heads: HeadsConfig) -> str | None:
+    """Say why heads 2..H cannot learn by adapters alone; None where they can, as far as the config tells."""
+    if heads.horizon == 1:
+        return 'there are no heads 2..H (horizon = 1); write heads = "full", the default'
+    if heads.kind in (None, "native") or (heads.kind == "block" and heads.init == "copy"):
+        return None
+    what = "begin with random layers" if heads.kind == "block" else f"are of kind '{heads.kind}'"
+    return (
+        f'heads that {what} must learn in full: an adapter changes little; write heads = "full", or take copies of the last '
+        'layer: models.base.heads.kind = "block", init = "copy"'
+    )
 
 
 def _quantized(name: str, config: Config) -> Iterator[Problem]:

@@ -135,7 +135,7 @@ def _no_dropout(_: object, __: Attribute[float], value: float) -> None:
 class LoraConfig:
     """Low-rank adapters (LoRA, arXiv 2106.09685) in the model's layers, trained instead of the frozen model.
 
-    Heads 2..H learn in full beside them. What is saved is an adapter folder, which PEFT opens too, with the heads.
+    What is saved is an adapter folder, which PEFT opens too, with heads 2..H.
 
     Args:
         rank: r, of the two matrices of an adapter.
@@ -144,6 +144,9 @@ class LoraConfig:
         dropout: of an adapter's input: 0, nothing else. Known so that a copied recipe is told.
         dora: learn the length of each weight vector apart from its direction (DoRA, arXiv 2402.09353).
         rslora: multiply by alpha / √rank (rsLoRA, arXiv 2312.03732).
+        heads: ``full``: heads 2..H learn all of their weights. ``adapters``: they learn by adapters of their own, of the same
+            settings, in their decoder layers; for heads that begin as copies of the last layer (``block``) or are the model's
+            own (``native``), and take little memory.
     """
 
     rank: int = field(default=16, validator=ge(1))
@@ -152,6 +155,7 @@ class LoraConfig:
     dropout: float = field(default=0.0, validator=_no_dropout)
     dora: bool = False
     rslora: bool = False
+    heads: Literal["full", "adapters"] = "full"
 
     @property
     def resolved_alpha(self) -> float:

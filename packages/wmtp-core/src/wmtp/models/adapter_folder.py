@@ -44,6 +44,7 @@ class SavedAdapter:
         base: the model that it belongs to.
         fingerprint: of that model; None where the files do not tell.
         quantize: how its weights were kept while the adapter learned.
+        in_heads: the tensors of heads 2..H hold adapters of their own.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class SavedAdapter:
     base: BaseModelName
     fingerprint: str | None
     quantize: Literal["nf4"] | None = None
+    in_heads: bool = False
 
 
 def need_peft(what: str) -> None:
@@ -138,8 +140,10 @@ def read_adapter(folder: Path, base: BaseModelName) -> SavedAdapter:
     except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
         raise FileError(f"{folder}: the adapter cannot be read: {error}") from error
     config.lora_dropout, config.inference_mode = 0.0, False
-    known = own.get("base_fingerprint")
-    return SavedAdapter(folder=folder, config=config, state=state, base=base, fingerprint=known, quantize=quantize)
+    known, in_heads = own.get("base_fingerprint"), own.get("heads") == "adapters"
+    return SavedAdapter(
+        folder=folder, config=config, state=state, base=base, fingerprint=known, quantize=quantize, in_heads=in_heads
+    )
 
 
 def adapter_dtype(folder: Path) -> torch.dtype:
@@ -180,5 +184,6 @@ def write_adapter(base: torch.nn.Module, adapter: Adapter, folder: Path, state: 
         "base_uri": None if adapter.base is None else adapter.base.uri,
         "base_fingerprint": adapter.fingerprint,
         "quantize": adapter.quantize,
+        "heads": "adapters" if adapter.in_heads else "full",
     }
     (folder / _OWN_CONFIG).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) in the layers of a model, by peft. Heads 2..H have none: they learn in full.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in the layers of a model, by peft, and in those of its heads where asked for.
 
 peft puts a module of its own in the place of each linear map, with the map inside, so that forward passes, compiled layers and
 sharding see ordinary layers. Names of parameters are peft's; those that learn have a part that begins with ``lora_``.
@@ -6,6 +6,7 @@ sharding see ordinary layers. Names of parameters are peft's; those that learn h
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import warnings
@@ -42,6 +43,7 @@ __all__ = [
     "quantize_base",
     "resolve_targets",
     "saved_name",
+    "split_state",
 ]
 
 #: peft's name of the one adapter
@@ -73,12 +75,14 @@ class Adapter:
         base: the model that it belongs to; None where it is of no file.
         fingerprint: of that model's numbers; see `fingerprint`.
         quantize: how the weights of its layers are kept while the adapter learns; None: as they are.
+        in_heads: heads 2..H have adapters of their own, and learn nothing else.
     """
 
     config: Any
     base: BaseModelName | None
     fingerprint: str
     quantize: Literal["nf4"] | None = None
+    in_heads: bool = False
 
 
 def resolve_targets(base: PreTrainedModel, lora: LoraConfig) -> list[str]:
@@ -171,6 +175,8 @@ def put_on(
     state: Mapping[str, Tensor] | None = None,
     known: str | None = None,
     quantize: Literal["nf4"] | None = None,
+    in_heads: bool = False,
+    head_state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Put an adapter into a model's own layers; nothing but it and heads 2..H can learn from now on.
 
@@ -182,16 +188,35 @@ def put_on(
         state: the adapter's tensors, by `saved_name`. Default: a new adapter.
         known: the fingerprint of the model, where its numbers are not here.
         quantize: how its weights shall be kept; see `quantize_base`.
+        in_heads: put adapters of the same settings into heads 2..H as well, which then learn nothing else.
+        head_state: the tensors of these, by `saved_name`. Default: new ones.
 
     Raises:
         WMTPError: the tensors do not fit.
+        ConfigError: no target is in the heads.
     """
     numbers = known or fingerprint(model.base)
     with seeded(seed):
         inject(model.base, config, state)
+        if in_heads:
+            inject(model.extra_heads, _config_within(model.extra_heads, config), head_state)
     config.base_model_name_or_path = None if base is None else base.name
     config.revision = None if base is None else base.revision
-    model.adapter = Adapter(config=config, base=base, fingerprint=numbers, quantize=quantize)
+    model.adapter = Adapter(config=config, base=base, fingerprint=numbers, quantize=quantize, in_heads=in_heads)
+
+
+def _config_within(heads: nn.Module, config: Any) -> Any:
+    """Narrow an adapter's settings to the targets that are in the heads; those of one layer of the base are not."""
+    names = [name for name, module in heads.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    targets = [target for target in config.target_modules if any(name.endswith(f".{target}") for name in names)]
+    if not targets:
+        raise ConfigError(
+            f"models.base.lora.heads: none of {', '.join(sorted(config.target_modules))} is in the heads' layers; name linear "
+            'maps without their layer in models.base.lora.targets, or write heads = "full"'
+        )
+    own = copy.copy(config)
+    own.target_modules = targets
+    return own
 
 
 def quantize_base(model: MTPModel, device: torch.device | None = None) -> None:
@@ -205,8 +230,8 @@ def quantize_base(model: MTPModel, device: torch.device | None = None) -> None:
         quantize_layers(model.base, device or model.anatomy.output.weight.device)
 
 
-def inject(base: PreTrainedModel, config: Any, state: Mapping[str, Tensor] | None = None) -> None:
-    """Have peft put its modules into a model, and fill them.
+def inject(base: nn.Module, config: Any, state: Mapping[str, Tensor] | None = None) -> None:
+    """Have peft put its modules into a model or a part of one, and fill them.
 
     Args:
         base: in place; may be on the meta device.
@@ -230,7 +255,7 @@ def inject(base: PreTrainedModel, config: Any, state: Mapping[str, Tensor] | Non
         _fill(base, state)
 
 
-def check_same(config: Any, lora: LoraConfig, base: PreTrainedModel, source: object) -> None:
+def check_same(config: Any, lora: LoraConfig, base: PreTrainedModel, source: object, *, in_heads: bool) -> None:
     """Refuse to train an adapter further under other settings than its own.
 
     Args:
@@ -238,6 +263,7 @@ def check_same(config: Any, lora: LoraConfig, base: PreTrainedModel, source: obj
         lora: the config's ``[models.base.lora]``.
         base: the model, before the adapter is on it.
         source: what messages call the adapter.
+        in_heads: the files hold adapters of heads 2..H.
 
     Raises:
         ConfigError: they differ.
@@ -248,6 +274,7 @@ def check_same(config: Any, lora: LoraConfig, base: PreTrainedModel, source: obj
         "alpha": (wanted.lora_alpha, config.lora_alpha),
         "dora": (wanted.use_dora, config.use_dora),
         "rslora": (wanted.use_rslora, config.use_rslora),
+        "heads": (lora.heads, "adapters" if in_heads else "full"),
     }
     if not isinstance(config.target_modules, str):
         own["targets"] = (sorted(wanted.target_modules), sorted(config.target_modules))
@@ -282,6 +309,12 @@ def is_adapter_name(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
 
 
+def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Part adapted heads' own tensors, under the names that they have without adapters, from the adapters', by `saved_name`."""
+    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if not is_adapter_name(name)}
+    return plain, {saved_name(name): tensor for name, tensor in state.items() if is_adapter_name(name)}
+
+
 def saved_name(name: str) -> str:
     """Name a parameter as PEFT's files do."""
     short = name.replace(f".{_NAME}", "")
@@ -301,8 +334,8 @@ def fingerprint(base: nn.Module) -> str:
 
 
 @torch.no_grad()
-def merge(base: PreTrainedModel) -> None:
-    """Add a model's adapter to its weights, in fp32 at least, and take peft's modules out.
+def merge(base: nn.Module) -> None:
+    """Add the adapter of a model or a part of one to its weights, in fp32 at least, and take peft's modules out.
 
     What 4 bits have left of a weight counts: the adapter was learned on that.
     """

@@ -98,6 +98,7 @@ class Blueprint:
         model.block_attention = self.block_attention
         if (adapter := self.adapter) is not None:
             own = {"base": adapter.base, "known": adapter.fingerprint, "quantize": adapter.quantize}
+            own["in_heads"] = adapter.in_heads
             put_on(model, adapter.config, seed=0, **own)
             quantize_base(model)
         return model

@@ -9,16 +9,16 @@ from typing import Literal
 from attrs import evolve
 from torch import Tensor
 
+from wmtp.config.adapter_rules import adapted_heads_problem
 from wmtp.config.schema import HeadsConfig, LoraConfig
 from wmtp.errors import ConfigError
-from wmtp.models.adapters import BaseModelName, check_same, inject, make_peft_config, merge, put_on
+from wmtp.models.adapters import BaseModelName, check_same, make_peft_config, put_on, quantize_base, split_state
 from wmtp.models.base import LoadedModel
 from wmtp.models.mtp import MTPModel
 from wmtp.models.native.found import Native
 from wmtp.models.native.tensors import head_tensors
-from wmtp.models.quantized import quantize_layers
 
-__all__ = ["build_model", "resolve_heads", "with_adapter_merged"]
+__all__ = ["build_model", "merge_brought", "resolve_heads"]
 
 _log = logging.getLogger("wmtp")
 
@@ -61,36 +61,35 @@ def build_model(
         reason = "horizon = 1" if resolved.horizon == 1 else f"the heads are of kind '{resolved.kind}'"
         reason = native.problem or reason
         _log.info("the model's own layers for multi-token prediction stay as they are: %s", reason)
+    brought, head_adapters = loaded.adapter, None
+    if brought is not None and brought.in_heads and state is not None:
+        state, head_adapters = split_state(state)
     model = MTPModel(loaded.model, resolved, head_state=state, seed=seed, native=native)
     model.untouched = untouched
     model.draft_ids = loaded.draft_ids if resolved.horizon > 1 else None
-    if (brought := loaded.adapter) is not None:
+    if brought is not None:
         if lora is not None:
-            check_same(brought.config, lora, loaded.model, brought.folder)
+            check_same(brought.config, lora, loaded.model, brought.folder, in_heads=brought.in_heads)
             if quantize != brought.quantize:
                 was, now = (f'"{kind}"' if kind else "no quantize" for kind in (brought.quantize, quantize))
                 raise ConfigError(f"models.base.quantize: {now}, but the adapter was learned with {was}; write that")
         saved = {"base": brought.base, "state": brought.state, "quantize": brought.quantize}
-        put_on(model, brought.config, seed=seed, **saved)
+        put_on(model, brought.config, seed=seed, in_heads=head_adapters is not None, head_state=head_adapters, **saved)
     elif lora is not None:
-        put_on(model, make_peft_config(loaded.model, lora), seed=seed, base=name, quantize=quantize)
+        in_heads = lora.heads == "adapters"
+        if in_heads and (problem := adapted_heads_problem(resolved)) is not None:
+            raise ConfigError(f"models.base.lora.heads: {problem}")
+        put_on(model, make_peft_config(loaded.model, lora), seed=seed, base=name, quantize=quantize, in_heads=in_heads)
     return model
 
 
-def with_adapter_merged(loaded: LoadedModel) -> LoadedModel:
-    """Add the adapter that a model brings to its weights, so that all of it can learn.
-
-    Raises:
-        WMTPError: the brought tensors do not fit.
-    """
-    if loaded.adapter is None:
-        return loaded
-    _log.info("%s: its adapter is merged into the model, all of which learns", loaded.adapter.folder)
-    inject(loaded.model, loaded.adapter.config, loaded.adapter.state)
-    if loaded.adapter.quantize is not None:
-        quantize_layers(loaded.model, loaded.model.device)  # what the adapter was learned on
-    merge(loaded.model)
-    return evolve(loaded, adapter=None)
+def merge_brought(model: MTPModel) -> None:
+    """Add the adapter that a model brought to its weights, so that all of it can learn."""
+    if model.adapter is None:
+        return
+    _log.info("the adapter that the model brings is merged into it, all of which learns")
+    quantize_base(model)  # what the adapter was learned on
+    model.merge_adapter()
 
 
 def resolve_heads(wanted: HeadsConfig | None, brought: HeadsConfig | None, native: Native | None = None) -> HeadsConfig:

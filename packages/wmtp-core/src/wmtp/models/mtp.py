@@ -135,19 +135,24 @@ class MTPModel(nn.Module):
         """List the parameters that never learn: with an adapter, all of the base's own."""
         if self.adapter is None:
             return []
-        return [parameter for name, parameter in self.base.named_parameters() if not is_adapter_name(name)]
+        parts = [self.base, self.extra_heads] if self.adapter.in_heads else [self.base]
+        return [parameter for part in parts for name, parameter in part.named_parameters() if not is_adapter_name(name)]
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Return the state dict without an adapted base's own weights; its tensors are the parameters themselves."""
+        state = self.state_dict(keep_vars=True)
+        return state if self.adapter is None else _without_fixed(state, "base.")
 
     def learned_state(self) -> dict[str, Tensor]:
         """Return the state dict without what never learns; its tensors are the parameters themselves."""
-        state = self.state_dict(keep_vars=True)
-        if self.adapter is None:
-            return state
-        return {name: tensor for name, tensor in state.items() if not name.startswith("base.") or is_adapter_name(name)}
+        state = self.own_state()
+        return _without_fixed(state, "extra_heads.") if self.adapter is not None and self.adapter.in_heads else state
 
     def merge_adapter(self) -> None:
         """Add the adapter to the weights; what is left is a plain model that can be saved whole."""
         if self.adapter is not None:
             merge(self.base)
+            merge(self.extra_heads)
             self.adapter = None
 
     def check_packing(self) -> None:
@@ -464,6 +469,11 @@ class StartModel(MTPModel):
         """Run the trunk and head 1; see `MTPModel.forward`."""
         with adapter_off(self.base):
             return super().forward(input_ids, position_ids, packed, router_logits)
+
+
+def _without_fixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Leave out the tensors of one part that are no adapter's."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(prefix) or is_adapter_name(name)}
 
 
 def _within(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

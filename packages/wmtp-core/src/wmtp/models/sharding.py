@@ -175,13 +175,14 @@ def _fill(tensor: Tensor, source: Tensor | None, device: torch.device, ranks: Ra
 def whole_state(model: MTPModel, ranks: Ranks) -> dict[str, Tensor] | None:
     """Gather the full state dict on the CPU of rank 0; it is empty elsewhere.
 
-    None: ``model`` is not sharded. Tied tensors are one object. What never learns is left out: it is in the base's files.
+    None: ``model`` is not sharded. Tied tensors are one object. An adapted base's own weights are left out: its files have
+    them.
     """
     if not isinstance(model, FSDPModule):
         return None
     gathered: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
-    for name, tensor in model.learned_state().items():
+    for name, tensor in model.own_state().items():
         if id(tensor) not in gathered:
             whole = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
             if not ranks.is_main:

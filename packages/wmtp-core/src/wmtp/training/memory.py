@@ -92,14 +92,20 @@ def head_parameters(info: ModelInfo, heads: HeadsConfig) -> int:
     }[heads.known_kind]
 
 
-def adapter_parameters(info: ModelInfo, lora: LoraConfig) -> int:
-    """Count the parameters of adapters on the linear maps of layers like Llama's; on some of them alone, it is less."""
+def adapter_parameters(info: ModelInfo, lora: LoraConfig, layers: int | None = None) -> int:
+    """Count the parameters of adapters on the linear maps of layers like Llama's; on some of them alone, it is less.
+
+    Args:
+        info: of the base model.
+        lora: rank and targets.
+        layers: that have adapters. Default: the base's.
+    """
     width, kv = info.hidden_size, info.kv_size or info.hidden_size
     ffn = _feed_forward_size(info)
     shapes = {"q_proj": 2 * width, "k_proj": width + kv, "v_proj": width + kv, "o_proj": 2 * width}
     shapes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), width + round(ffn))
     known = [size for name, size in shapes.items() if lora.targets == "all-linear" or name in lora.targets]
-    return info.layers * lora.rank * sum(known or shapes.values())
+    return (info.layers if layers is None else layers) * lora.rank * sum(known or shapes.values())
 
 
 def _feed_forward_size(info: ModelInfo) -> float:
@@ -130,8 +136,14 @@ def estimate_memory(
     """
     devices, data = config.devices, config.data.train
     lora = config.models["base"].lora
-    fixed = info.parameters if lora is not None else 0
-    learned = head_parameters(info, heads) + (info.parameters if lora is None else adapter_parameters(info, lora))
+    fixed, learned = 0, head_parameters(info, heads) + info.parameters
+    if lora is not None:
+        fixed, learned = info.parameters, head_parameters(info, heads) + adapter_parameters(info, lora)
+        if lora.heads == "adapters":
+            fixed, learned = (
+                fixed + head_parameters(info, heads),
+                adapter_parameters(info, lora, info.layers + heads.horizon - 1),
+            )
     rows = -(-data.batch_size // world)
     micro = min(data.micro_batch_size or rows, rows)
     tokens = micro * data.max_length

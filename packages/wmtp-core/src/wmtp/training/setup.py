@@ -251,16 +251,16 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
         WMTPError: the files are missing or damaged, or the trained model could not be saved.
     """
     from wmtp.models.adapter_folder import name_base
-    from wmtp.models.build import build_model, with_adapter_merged
+    from wmtp.models.build import build_model, merge_brought
     from wmtp.models.saving import make_savable
 
     base = config.models["base"]
     loaded = base.loader.build().load(source.model_path, dtype=torch.float32, seed=config.run.seed)
     make_savable(loaded.model, source.tokenizer, source=source.model_path, untouched=loaded.untouched)
-    if base.lora is None:
-        loaded = with_adapter_merged(loaded)
     name = None if source.model_path is None else name_base(str(base.loader.uri), source.model_path)
     model = build_model(loaded, base.heads, config.run.seed, lora=base.lora, name=name, quantize=base.quantize)
+    if base.lora is None:
+        merge_brought(model)
     if config.data.train.packing:
         model.check_packing()
     return model

@@ -133,7 +133,8 @@ class HfLoader(ModelLoader):
         heads = _saved_heads(folder)
         own: dict[str, Any] = {}
         if heads is not None:
-            own = {"heads": heads, "head_state": load_file(folder / HEADS_WEIGHTS)}
+            tensors = load_file(folder / HEADS_WEIGHTS)
+            own = {"heads": heads, "head_state": {n: t if dtype is None else t.to(dtype) for n, t in tensors.items()}}
             own["draft_ids"] = _saved_draft_ids(folder, base.model)
         return evolve(base, adapter=evolve(saved, state=state), **own)
 
