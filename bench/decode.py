@@ -5,15 +5,18 @@
     python bench/decode.py --batch 1 16 --new 512 --heads shared
 
 The floor of one forward pass is its bytes (the base's parameters, keys and values) over the rate at which this card copies,
-measured in the same run. Heads of random weights accept what chance gives them: without `--model` the speculative row shows
+measured in the same run. Rows with compiled layers take some seconds more to start; `--kernels` lists what a step launches.
+Heads of random weights accept what chance gives them: without `--model` the speculative row shows
 what a verify step costs, not what it gains.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import wmtp
 from wmtp.config.schema import HeadsConfig
-from wmtp.generation import Generation, generate
+from wmtp.generation import Generation, compile_model, generate
 from wmtp.models.mtp import MTPModel
 
 #: SmolLM2-135M
@@ -45,6 +48,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--skip-peers", action="store_true")
+    parser.add_argument("--kernels", action="store_true", help="count the kernels of a step, and list those that take longest")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,14 +59,19 @@ def main() -> None:
     )
     results = []
     for dtype in given.dtype:
-        model = _model(given, DTYPES[dtype], device)
+        model, fast = _model(given, DTYPES[dtype], device), None
+        if device.type == "cuda":
+            fast = _model(given, DTYPES[dtype], device)
+            compile_model(fast)
         for batch in given.batch:
-            results.append({"dtype": dtype, "batch": batch} | _measure(model, batch, rate, device, given))
+            results.append({"dtype": dtype, "batch": batch} | _measure(model, fast, batch, rate, device, given))
             if given.json:
                 given.json.write_text(json.dumps(results, indent=1))
 
 
-def _measure(model: MTPModel, batch: int, rate: float, device: torch.device, given: argparse.Namespace) -> dict[str, float]:
+def _measure(
+    model: MTPModel, fast: MTPModel | None, batch: int, rate: float, device: torch.device, given: argparse.Namespace
+) -> dict[str, float]:
     vocabulary = model.anatomy.embedding.num_embeddings
     torch.manual_seed(1)
     lengths = [given.prompt - row % 7 for row in range(batch)]
@@ -73,13 +82,19 @@ def _measure(model: MTPModel, batch: int, rate: float, device: torch.device, giv
     rows: dict[str, Any] = {"ours, plain": lambda: _ours(model, prompts, given.new, speculative=False)}
     if model.horizon > 1:
         rows["ours, speculative"] = lambda: _ours(model, prompts, given.new, speculative=True)
+    if fast is not None:
+        rows["ours, plain, compiled layers"] = lambda: _ours(fast, prompts, given.new, speculative=False)
+        if model.horizon > 1:
+            rows["ours, speculative, compiled layers"] = lambda: _ours(fast, prompts, given.new, speculative=True)
     if not given.skip_peers:
         rows["transformers, dynamic cache"] = lambda: _theirs(model, prompts, given.new, None)
         if device.type == "cuda":
             rows["transformers, static cache, compiled"] = lambda: _theirs(model, prompts, given.new, "static")
     for name, action in rows.items():
         try:
+            began = time.perf_counter()
             forwards = action()
+            first = time.perf_counter() - began
             forwards = action()
             seconds = []
             for _ in range(3):
@@ -96,8 +111,26 @@ def _measure(model: MTPModel, batch: int, rate: float, device: torch.device, giv
         print(
             f"  {name:40} {found[name]:10.0f} tokens/s  {1000 * took / forwards:7.3f} ms a step"
             f"  {batch * given.new / forwards / batch:5.2f} tokens a step  {took / forwards / step:6.1f} x floor"
+            f"  {first:5.1f} s the first time",
+            flush=True,
         )
+        if given.kernels and device.type == "cuda" and name.startswith("ours"):
+            _list_kernels(action, forwards)
+        gc.collect()
     return found
+
+
+def _list_kernels(action: Callable[[], float], forwards: float) -> None:
+    """Print how many kernels a step launches, and which take longest in all."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        action()
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    total = sum(event.self_device_time_total for event in events)
+    count = sum(event.count for event in events)
+    print(f"      {count / forwards:.0f} kernels and {total / forwards / 1000:.3f} ms a step; of it")
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:10]:
+        share, each = event.self_device_time_total / total, event.self_device_time_total / event.count
+        print(f"      {share:6.1%}  {event.count / forwards:6.1f} a step of {each:6.1f} us  {event.key[:90]}")
 
 
 def _ours(model: MTPModel, prompts: list[list[int]], new: int, *, speculative: bool) -> float:

@@ -8,14 +8,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_config import tiny_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from wmtp import devices
 from wmtp.config.schema import HeadsConfig
-from wmtp.generation import Generation, Sampling, generate, release, replay, step
+from wmtp.errors import ConfigError
+from wmtp.generation import Generation, Sampling, cache, generate, release, replay, step
+from wmtp.models import attention
+from wmtp.models.acceleration import compile_layers
 from wmtp.models.mtp import MTPModel
 
 KINDS = ("block", "linear", "residual", "chained", "shared")
@@ -36,6 +42,11 @@ def _model(kind: str, device: str, base: torch.nn.Module | None = None) -> MTPMo
         for parameter in model.extra_heads.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.02)
     return model.to(device)
+
+
+def _llama(config: dict[str, Any]) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**config))
 
 
 def _decode(model: MTPModel, sampling: Sampling, speculative: bool, new: int = 60) -> list[Generation]:
@@ -91,7 +102,7 @@ def test_a_finished_row_stays_until_half_are(monkeypatch: pytest.MonkeyPatch) ->
     sizes: list[int] = []
     look = step.Step._look_at
 
-    def noted(self: step.Step) -> torch.Tensor:
+    def noted(self: step.Step) -> Any:
         sizes.append(len(self._lengths))
         return look(self)
 
@@ -152,3 +163,71 @@ def test_what_graphs_cannot_hold_is_decoded_without(model_type: str, monkeypatch
     found = _decode(model, Sampling(), speculative=True, new=20)
     assert [row.tokens for row in found] == [row.tokens for row in wanted]
     print(model_type, "refused" if model.__dict__.get("_cannot_replay") else "replayed")
+
+
+@pytest.mark.parametrize("kind", ["block", pytest.param("shared", marks=pytest.mark.slow)])
+def test_compiled_steps_share_code_among_layers_and_decode_the_same(
+    kind: str, device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    from torch._dynamo.utils import counters
+
+    def decode(model: MTPModel) -> list[tuple[int, ...]]:
+        rows = generate(model, [[5, 6, 7]], max_new_tokens=8, eos_id=None, speculative=True, sampling=SAMPLED)
+        return [row.tokens for row in rows]
+
+    monkeypatch.setattr(step, "_FIRST_WIDTH", 256)
+    if device == "cpu":
+        request.getfixturevalue("without_the_compiler")
+    graphs = []
+    for layers in (2, 5):
+        base = SMALL | {"num_hidden_layers": layers}
+        plain, fast = (_model(kind, device, _llama(base)) for _ in range(2))
+        wanted = decode(plain)
+        torch._dynamo.reset()
+        counters.clear()
+        compile_layers(fast)
+        with monkeypatch.context() as patch:
+            _replayed(patch, device)
+            assert decode(fast) == wanted
+        assert not counters["graph_break"]
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 2 < graphs[1] == graphs[0], "code for steps, and none for a layer of its own"
+
+
+def test_a_model_that_trained_with_block_attention_decodes_the_same() -> None:
+    model, other = _model("block", "cpu"), _model("block", "cpu")
+    assert other.use_block_attention()
+    assert [row.tokens for row in _decode(other, Sampling(), True)] == [row.tokens for row in _decode(model, Sampling(), True)]
+
+
+def test_few_tokens_attend_to_shared_keys_as_repeated_ones() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 4, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
+    mask = torch.rand(2, 1, 4, 20) > 0.3
+    for place in (slice(0, 1), slice(0, 4)):
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, place], key.repeat_interleave(3, 1), value.repeat_interleave(3, 1), attn_mask=mask[:, :, place]
+        )
+        found, _ = attention._attend(torch.nn.Identity(), query[:, :, place], key, value, mask[:, :, place])
+        torch.testing.assert_close(found, wanted.transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_cache_larger_than_memory_is_refused_before_it_is_made(speculative: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "free_memory", lambda _: 1_000_000)
+    model = _model("block", "cpu")
+    generate(model, [[5, 6, 7]] * 4, max_new_tokens=20, eos_id=None, speculative=speculative)
+    # 3 layers of keys and values, each of 64 rows, 2 heads, 103 slots and 12 for drafts, 8 numbers of 4 bytes
+    with pytest.raises(
+        ConfigError, match=r"cache of 64 rows of up to 115 tokens takes 2\.8 MB, and cpu has 1\.0 MB free.*batch_size"
+    ):
+        generate(model, [[5, 6, 7]] * 64, max_new_tokens=100, eos_id=None, speculative=speculative)
+
+
+def test_free_memory_is_at_most_what_a_container_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("2000000\n")
+    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
+    assert devices.free_memory(torch.device("cpu")) == 3_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (devices.free_memory(torch.device("cpu")) or 0) > 3_000_000

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,12 +19,16 @@ __all__ = [
     "count_devices",
     "device_name",
     "few_cpu_threads",
+    "free_memory",
     "pick_device",
     "pick_precision",
     "prefer_fast_attention",
 ]
 
 logger = logging.getLogger("wmtp")
+
+#: files about the memory of a container
+_CGROUP = Path("/sys/fs/cgroup")
 
 Precision = Literal["fp32", "bf16", "bf16-params"]
 
@@ -66,6 +71,23 @@ def device_name(device: torch.device) -> str:
 def count_devices(device: torch.device) -> int | None:
     """Count the devices that processes can have for themselves; None: a CPU serves any number."""
     return None if device.type == "cpu" else torch.cuda.device_count() if device.type == "cuda" else 1
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that tensors on a device may still take; None where they cannot be asked for."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if device.type != "cpu":
+        return None
+    known: list[int] = []
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        known.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+    with suppress(OSError, ValueError):  # of a container; "max" where it has no limit
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        known.append(limit - used)
+    return min(known, default=None)
 
 
 def pick_precision(precision: Precision, device: torch.device) -> Precision:

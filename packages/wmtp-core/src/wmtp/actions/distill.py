@@ -71,6 +71,7 @@ def distill_data(
     template: Literal["auto", "none"] = "auto",
     limit: int | None = None,
     speculative: bool = False,
+    compiled: bool = False,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["fp32", "bf16"] | None = None,
     config: Sequence[ConfigSource] = (),
@@ -92,6 +93,7 @@ def distill_data(
         template: ``auto`` writes prompts by the model's chat template, where it has one; ``none`` continues their text.
         limit: number of first prompts to use.
         speculative: let heads 2..H draft: the same text, sooner.
+        compiled: compile the model's layers; see `wmtp.generation.compile_model`.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         precision: of the parameters. Default: as saved.
         config: as for `wmtp.load_model`.
@@ -104,7 +106,7 @@ def distill_data(
     from wmtp.data.prompts import fingerprint, read_prompts
     from wmtp.data.resumable_lines import ResumableLines
     from wmtp.devices import pick_device
-    from wmtp.generation import Sampling
+    from wmtp.generation import Sampling, compile_model
     from wmtp.models.opening import open_model
     from wmtp.storage.uris import localize
 
@@ -127,6 +129,8 @@ def distill_data(
     read = read_prompts([localize(os.fspath(name), backends, cache_dir) for name in given])[:limit]
 
     opened = open_model(model, device=pick_device(device), precision=precision, storage=storage)
+    if compiled:
+        compile_model(opened.model)
     if speculative and opened.model.horizon == 1:
         raise ConfigError("--speculative: this model has no extra heads (H = 1), so nothing can draft; leave it out")
     speaker = _Speaker(opened, read, use_template=template == "auto" and opened.tokenizer.chat_template is not None)

@@ -14,7 +14,7 @@ from wmtp.config.load import ConfigSource
 from wmtp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from wmtp.generation import Sampling
+    from wmtp.generation import Sampling, compile_model
     from wmtp.models.opening import OpenedModel
 
 __all__ = ["Generated", "Writer", "conversation", "generate", "open_writer"]
@@ -55,6 +55,7 @@ def generate(
     seed: int = 0,
     stop: Sequence[str] = (),
     speculative: bool = False,
+    compiled: bool = False,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["fp32", "bf16"] | None = None,
     on_text: Callable[[str], None] | None = None,
@@ -74,6 +75,7 @@ def generate(
         seed: of the draws.
         stop: texts that end the completion; they are not part of it.
         speculative: let heads 2..H draft: the same text, sooner.
+        compiled: compile the model's layers; see `wmtp.generation.compile_model`.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         precision: of the parameters. Default: as saved.
         on_text: called with each piece of the text as it comes; with ``stop`` once, with the whole, because a piece might be
@@ -97,6 +99,7 @@ def generate(
         seed=seed,
         stop=stop,
         speculative=speculative,
+        compiled=compiled,
         device=device,
         precision=precision,
         config=config,
@@ -122,6 +125,7 @@ def open_writer(
     seed: int,
     stop: Sequence[str],
     speculative: bool,
+    compiled: bool,
     device: Literal["auto", "cpu", "cuda", "mps"],
     precision: Literal["fp32", "bf16"] | None,
     config: Sequence[ConfigSource],
@@ -140,6 +144,8 @@ def open_writer(
         raise ConfigError(f"--temperature, --top-p, --seed: {error.args[0]}") from None
     storage = storage_section(config, overrides)
     opened = open_model(model, device=pick_device(device), precision=precision, storage=storage)
+    if compiled:
+        compile_model(opened.model)
     return Writer(opened, sampling=sampling, stop=stop, speculative=speculative, max_new_tokens=max_new_tokens)
 
 

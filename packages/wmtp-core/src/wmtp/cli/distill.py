@@ -58,6 +58,7 @@ def distill_data(arguments: Namespace) -> tuple[Any, int]:
         template=arguments.template,
         limit=arguments.limit,
         speculative=arguments.speculative,
+        compiled=arguments.compile,
         device=arguments.device,
         precision=arguments.precision,
         config=arguments.config,

@@ -48,6 +48,7 @@ def add_decoding(command: ArgumentParser) -> None:
     command.add_argument("--top-p", type=float, default=1.0, help="of nucleus sampling; default 1")
     command.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
     command.add_argument("--speculative", action="store_true", help="let heads 2..H draft: the same text, sooner")
+    command.add_argument("--compile", action="store_true", help="compile the layers: on a GPU, for many tokens")
     command.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto")
     command.add_argument("--precision", choices=("fp32", "bf16"), help="of the parameters; default: as saved")
 
@@ -74,6 +75,7 @@ def generate(arguments: Namespace) -> tuple[Any, int]:
         seed=arguments.seed,
         stop=arguments.stop,
         speculative=arguments.speculative,
+        compiled=arguments.compile,
         device=arguments.device,
         precision=arguments.precision,
         config=arguments.config,

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
+from wmtp.devices import free_memory
+from wmtp.errors import ConfigError
 from wmtp.generation.states import PartCall, PartStates
 from wmtp.models.documents import StateKeeper
+from wmtp.models.step_cache import LayeredCache
+from wmtp.sizes import format_bytes
 
 __all__ = ["RowCache"]
 
 
-class RowCache(Cache, StateKeeper):
+class RowCache(Cache, StateKeeper, LayeredCache):
     """Keys and values of one or more layers: the token at position p of a row is always in slot p.
 
     So nothing has to be moved or masked out when a row's draft is rejected: its slots are written again by what comes next,
@@ -28,10 +32,12 @@ class RowCache(Cache, StateKeeper):
         capacity: slots of a row.
         config: of the model.
         history: how many tokens of a prompt may be read again.
+        layers: how many will keep keys and values here.
     """
 
-    def __init__(self, capacity: int, config: PreTrainedConfig, history: int = 1) -> None:
+    def __init__(self, capacity: int, config: PreTrainedConfig, history: int = 1, layers: int = 1) -> None:
         super().__init__(layers=[])
+        self._layers = layers
         self._capacity, self._config, self._history = capacity, config, history
         self._states: dict[nn.Module, PartStates] = {}
         self._lengths: Sequence[int] | None = None
@@ -39,6 +45,7 @@ class RowCache(Cache, StateKeeper):
         self._slots = torch.zeros(0)
         self._start: int | None = None
         self._width = 0
+        self._ranges: dict[int, Tensor] = {}  # of numbers of rows and of heads
 
     @property
     def holds_only_slots(self) -> bool:
@@ -63,20 +70,49 @@ class RowCache(Cache, StateKeeper):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write keys and values ``[B, heads, T, d]`` of one layer; what it returns is transformers' contract."""
         if layer_idx not in self._store:
+            if not self._store:
+                self._check_memory(key_states, value_states)
             rows, heads = key_states.shape[:2]
             self._store[layer_idx] = (
                 key_states.new_zeros(rows, heads, self._capacity, key_states.shape[-1]),
                 value_states.new_zeros(rows, heads, self._capacity, value_states.shape[-1]),
             )
+        if self._start is None:
+            return self.of_layer(layer_idx).update(key_states, value_states)
         stored = self._store[layer_idx]
         tokens = key_states.shape[2]
         for kept, new in zip(stored, (key_states, value_states), strict=True):
-            if self._start is not None:
-                kept[:, :, self._start : self._start + tokens] = new
-            else:
-                row = torch.arange(len(new), device=new.device)[:, None]
-                kept[row, :, self._slots] = new.transpose(1, 2)
+            kept[:, :, self._start : self._start + tokens] = new
         return stored[0][:, :, : self._width], stored[1][:, :, : self._width]
+
+    def _check_memory(self, keys: Tensor, values: Tensor) -> None:
+        """Compare the whole cache, by its first layer, with the memory that is free.
+
+        Raises:
+            ConfigError: it is larger.
+        """
+        rows, heads = keys.shape[:2]
+        needed = self._layers * rows * heads * self._capacity * (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+        free = free_memory(keys.device)
+        if free is not None and needed > free:
+            raise ConfigError(
+                f"the cache of {rows} rows of up to {self._capacity:,} tokens takes {format_bytes(needed)}, and "
+                f"{keys.device} has {format_bytes(free)} free: decode fewer rows at once (batch_size, or samples of a prompt), "
+                "or write fewer tokens (max_new_tokens)"
+            )
+
+    def of_layer(self, number: int) -> LayerSlots:
+        """Return keys and values of one layer, and where the next `update` writes."""
+        keys, values = self._store[number]
+        rows, heads = (self._range(count, keys.device) for count in keys.shape[:2])
+        places = (rows[:, None, None], heads[None, :, None], self._slots[:, None, :])
+        return LayerSlots(self, keys, values, places, self._width)
+
+    def _range(self, count: int, device: torch.device) -> Tensor:
+        """Return 0, 1 … ``count`` − 1; made once, since making it takes as long as writing a token."""
+        if count not in self._ranges:
+            self._ranges[count] = torch.arange(count, device=device)
+        return self._ranges[count]
 
     def run_part(self, module: nn.Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `StateKeeper.run_part`."""
@@ -104,3 +140,28 @@ class RowCache(Cache, StateKeeper):
             keys.zero_()
             values.zero_()
         self._states.clear()
+
+
+class LayerSlots:
+    """Keys and values of one layer, written where each row's next tokens belong.
+
+    Args:
+        cache: that it is a part of; it answers whatever else is asked.
+        keys, values: ``[B, heads, capacity, d]``.
+        places: row, head and slot of each new key.
+        width: slots that attention looks at.
+    """
+
+    def __init__(
+        self, cache: RowCache, keys: Tensor, values: Tensor, places: tuple[Tensor, Tensor, Tensor], width: int
+    ) -> None:
+        self._cache, self._keys, self._values, self._places, self._width = cache, keys, values, places, width
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write ``[B, heads, T, d]``, and return what attention looks at."""
+        self._keys[self._places] = key_states
+        self._values[self._places] = value_states
+        return self._keys[:, :, : self._width], self._values[:, :, : self._width]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)

@@ -18,7 +18,7 @@ from wmtp.errors import ConfigError
 from wmtp.generation.cache import RowCache
 from wmtp.models.anatomy import LayerCall, evaluating, record_call, record_output
 from wmtp.models.config_fields import field
-from wmtp.models.masks import attention_masks, reads_masks
+from wmtp.models.masks import attending_layers, attention_masks, reads_masks
 from wmtp.models.trial import small_windows
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class CachedDecoder:
         parameters = signature(model.anatomy.decoder.forward).parameters
         self._cache_name = next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[0])
         self._has_attention = reads_masks(self._config)
-        self.cache = RowCache(capacity, self._config)
+        self.cache = RowCache(capacity, self._config, layers=attending_layers(self._config))
 
     def new_cache(self, history: int = 1) -> RowCache:
         """Make a cache for a head's own layer.
@@ -183,7 +183,7 @@ def open_decoder(model: MTPModel, longest: int, capacity: int) -> CachedDecoder:
     """
     name = type(model.base).__name__
     kernel = getattr(model.base.config, "_attn_implementation", "eager")
-    if kernel not in ("sdpa", "eager"):
+    if kernel not in ("sdpa", "eager") and not model.block_attention:
         raise ConfigError(f"{name} with the attention kernel '{kernel}' cannot be decoded here; load it with sdpa or eager")
     window = field(model.base.config, "window_size")
     if "local" in field(model.base.config, "attention_layers", ()) and longest > window:

@@ -17,7 +17,8 @@ more than half of `TIE`. In bf16 and fp16, rounding is so coarse that this would
 and the text may differ in such places.
 
 On a CUDA device both halves of a step, reading and drafting, are replayed as CUDA graphs (`Replay`): launching the kernels of a
-small model one by one takes much longer than running them. The CPU reads one small tensor a step, between the halves.
+small model one by one takes much longer than running them. The CPU reads one small tensor a step, between the halves. Where the
+model's layers are compiled, the graphs hold their compiled form, which has fewer kernels.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from wmtp.generation.decoder import Read, open_decoder
 from wmtp.generation.drafters import Drafter, make_drafter
 from wmtp.generation.replay import CannotReplayError, Replay, can_replay, refuse_replay
 from wmtp.generation.sampling import Draws, draw, probabilities
+from wmtp.models.step_cache import compiled_steps
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
@@ -197,7 +199,8 @@ class Step:
         if self.replays:
             graphs = self._graphs.setdefault(self._width, (Replay(self._look_at), Replay(self._commit)))
             try:
-                return graphs[half]()
+                with compiled_steps():
+                    return graphs[half]()
             except CannotReplayError as error:
                 self.replays = False
                 refuse_replay(self._model, error)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import Cache
 
+from wmtp.models.anatomy import LayerCall
 from wmtp.models.documents import within_reading
 from wmtp.models.layers import repeated_layers
+from wmtp.models.step_cache import layer_number, steps_are_compiled, swap_caches
 
 if TYPE_CHECKING:
     from wmtp.config.schema import DevicesConfig
@@ -80,7 +82,9 @@ def compile_layers(model: MTPModel) -> None:
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 8 * _VARIANTS)
     for layer in (*repeated_layers(model), *model.anatomy.tail):
         plain = layer.forward
-        layer.forward = partial(_uncached, torch.compile(plain), plain)
+        # steps of decoding have few shapes, each of which is worth code of its own
+        step = torch.compile(plain, dynamic=False)
+        layer.forward = partial(_forward, torch.compile(plain), step, plain, layer_number(layer))
 
 
 def offload_inputs(model: MTPModel) -> None:
@@ -114,10 +118,27 @@ def _offloaded(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
 
-def _uncached(compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Generating text has a cache, which grows with each token, and as many shapes: it goes the plain way."""
-    has_cache = any(isinstance(value, Cache) for value in kwargs.values())
-    return (plain if has_cache else compiled)(*args, **kwargs)
+def _forward(
+    compiled: Callable[..., Any],
+    step: Callable[..., Any],
+    plain: Callable[..., Any],
+    number: int | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a layer: compiled; or with a cache that grows with each token, and so has as many shapes, the plain way."""
+    if not any(_has_cache(value) for value in (*args, *kwargs.values())):
+        return compiled(*args, **kwargs)
+    if number is None or not steps_are_compiled():
+        return plain(*args, **kwargs)
+    args = tuple(swap_caches(value, number) for value in args)
+    return step(*args, **{name: swap_caches(value, number) for name, value in kwargs.items()})
+
+
+def _has_cache(value: Any) -> bool:
+    if isinstance(value, LayerCall):
+        return any(isinstance(item, Cache) for item in (*value.args, *value.kwargs.values()))
+    return isinstance(value, Cache)
 
 
 # Functions of the module rather than closures: torch.compile knows a layer's code by its function, and one function is

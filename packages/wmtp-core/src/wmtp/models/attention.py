@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -27,6 +28,8 @@ __all__ = ["BLOCK", "causal_mask", "document_mask", "use_block_attention"]
 _NAME = "wmtp"
 #: tokens of a block that is computed or left out as a whole
 BLOCK = 128
+#: tokens of a row up to which decoding looks at its cache in the form for few
+_FEW = 16
 
 
 def document_mask(position_ids: Tensor) -> BlockMask:
@@ -122,8 +125,11 @@ def _attend(
         attention_mask = create_mask(attention_mask.mask_mod, rows, 1, length, length, device=str(query.device))
     if not isinstance(attention_mask, BlockMask):
         nothing = attention_mask is not None and attention_mask.numel() == 0
+        groups = query.shape[1] // key.shape[1]
+        if attention_mask is not None and not nothing and groups > 1 and query.shape[2] <= _FEW and not _special(kwargs):
+            return _attend_by_groups(query, key, value, attention_mask, groups, kwargs.get("scaling")), None
         return sdpa_attention_forward(module, query, key, value, None if nothing else attention_mask, **kwargs)
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+    if _special(kwargs):
         raise NotImplementedError("attention with a cap, sinks or a bias")
     groups = query.shape[1] // key.shape[1]
     if groups & (groups - 1):  # what flex attention's kernel has no form of
@@ -131,6 +137,20 @@ def _attend(
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     attended = attend(query, key, value, block_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=True)
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _special(kwargs: dict[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+
+
+def _attend_by_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, groups: int, scale: float | None) -> Tensor:
+    """Attend where several heads share keys, with their queries side by side: a long cache is not copied for each of them."""
+    rows, heads, tokens, width = query.shape
+    together = query.reshape(rows, heads // groups, groups * tokens, width)
+    if tokens > 1:  # the same mask for each head; one row of it does for all
+        mask = mask.repeat(1, 1, groups, 1)
+    found = scaled_dot_product_attention(together, key, value, attn_mask=mask, scale=scale)
+    return found.reshape(rows, heads, tokens, value.shape[-1]).transpose(1, 2).contiguous()
 
 
 @functools.cache

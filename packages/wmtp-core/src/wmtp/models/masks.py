@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from wmtp.models.config_fields import field, layer_kinds
 
-__all__ = ["attention_masks", "reads_masks"]
+__all__ = ["attending_layers", "attention_masks", "reads_masks"]
 
 #: layers that read no mask of tokens by tokens
 _WITHOUT_MASK = frozenset({"linear_attention", "conv", "mamba", "recurrent"})
@@ -17,6 +17,11 @@ _WITHOUT_MASK = frozenset({"linear_attention", "conv", "mamba", "recurrent"})
 def reads_masks(config: PreTrainedConfig) -> bool:
     """Tell whether any layer of a model attends."""
     return not set(layer_kinds(config)) <= _WITHOUT_MASK
+
+
+def attending_layers(config: PreTrainedConfig) -> int:
+    """Count the layers that attend, each with keys and values of its own."""
+    return sum(kind not in _WITHOUT_MASK for kind in layer_kinds(config))
 
 
 def attention_masks(

@@ -1,0 +1,65 @@
+"""Contract between compiled layers and a cache for decoding, whose tensors keep their places and shapes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from attrs import evolve
+from torch import nn
+
+from wmtp.models.anatomy import LayerCall
+
+__all__ = ["LayeredCache", "compiled_steps", "layer_number", "steps_are_compiled", "swap_caches"]
+
+
+class LayeredCache(ABC):
+    """A cache that can hand out the part of one layer."""
+
+    @abstractmethod
+    def of_layer(self, number: int) -> object:
+        """Return an object with ``update`` that holds the tensors of layer ``number`` and of no other.
+
+        Compiled code is chosen by what it reads. It reads the whole cache by the layer's number, so each layer would need code
+        of its own; this part is of the same kind for all.
+        """
+
+
+_compiled = False
+
+
+@contextmanager
+def compiled_steps() -> Iterator[None]:
+    """Inside, compiled layers run compiled with a `LayeredCache` too: every call has the shapes of one before."""
+    global _compiled
+    before, _compiled = _compiled, True
+    try:
+        yield
+    finally:
+        _compiled = before
+
+
+def steps_are_compiled() -> bool:
+    """Tell whether this is inside of `compiled_steps`."""
+    return _compiled
+
+
+def layer_number(layer: nn.Module) -> int | None:
+    """Return the number by which a layer finds its part of a cache; None where its modules have several or none."""
+    numbers = {vars(module)["layer_idx"] for module in layer.modules() if "layer_idx" in vars(module)}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def swap_caches(value: Any, number: int) -> Any:
+    """Replace a `LayeredCache` among a layer's arguments by that layer's part of it."""
+    if isinstance(value, LayeredCache):
+        return value.of_layer(number)
+    if isinstance(value, LayerCall):
+        return evolve(
+            value,
+            args=tuple(swap_caches(item, number) for item in value.args),
+            kwargs={name: swap_caches(item, number) for name, item in value.kwargs.items()},
+        )
+    return value
