@@ -111,6 +111,24 @@ def test_a_reference_that_is_the_base_takes_no_second_model(adapted, precision, 
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
+def test_the_start_model_of_asft_is_the_base_without_its_adapter(adapted, monkeypatch, caplog):
+    """The same run as with a copy of the start model, and away from one without an anchor."""
+    import wmtp.training.setup as setup
+
+    found, settings = {}, ["train.max_steps=7", "optimizer.lr=0.02", "models.base.heads.warmup_steps=0"]
+    for name, anchor in (("off", 0.5), ("copy", 0.5), ("free", 0.0)):
+        if name == "copy":
+            monkeypatch.setattr(setup, "_has_start", lambda *_: False)
+        trainer = f'trainer={{type="asft",kl_weight={anchor}}}'
+        caplog.clear()
+        with caplog.at_level("INFO", "wmtp"):
+            result = wmtp.run(adapted, run_name=name, overrides=[*settings, trainer])
+        assert any("with its adapter off" in record.getMessage() for record in caplog.records) == (name == "off")
+        found[name] = learned(result.model)
+    assert all(torch.equal(found["off"][key], found["copy"][key]) for key in found["off"])
+    assert not all(torch.equal(found["off"][key], found["free"][key]) for key in found["off"])
+
+
 def test_an_adapter_folder_is_a_model_that_learns_on_or_whole(adapted, tmp_path):
     first = wmtp.run(adapted, run_name="first", overrides=["train.max_steps=6"])
     here = f'models.base.uri="{first.run_dir}"'
