@@ -2,10 +2,12 @@
 
     python bench/step.py --vocab 32000 128256 --batch 16
     python bench/step.py --rows ours loop-liger rho1-cached --batch 8 --json step.json
+    python bench/step.py --shape smollm2 --rows ours ours-eager ours-accuracy
 
 Every row trains the same model (a Llama of random weights with block heads) on the same random tokens with a weight for each
 token, by AdamW with clipped gradients. MFU counts 6 operations a parameter and token, the unembedding once a head, and causal
-attention, against the matrix rate that the GPU's data sheet says; what is computed again counts nothing.
+attention, against the matrix rate that the GPU's data sheet says; what is computed again counts nothing. The row `ours-accuracy`
+measures each head's token accuracy in every step, which a run does in one of 20.
 
 Needs liger-kernel for the rows of that name, and accelerate for the Hugging Face Trainer.
 """
@@ -33,6 +35,8 @@ ROWS: dict[str, Callable[[Shape, int, int], float]] = {
     "ours-offload": step_ours.offload,
     "ours-autocast": step_ours.autocast,
     "ours-packed": step_ours.packed,
+    "ours-eager": step_ours.eager,
+    "ours-accuracy": step_ours.accuracy,
     "rho1-cached": step_ours.rho1_cached,
     "rho1-online": step_ours.rho1_online,
     "critic": step_ours.critic,
@@ -42,6 +46,17 @@ ROWS: dict[str, Callable[[Shape, int, int], float]] = {
     "loop-liger-mean": step_peers.loop_liger_mean,
     "naive": step_peers.naive,
 }
+#: what the options about the model and its rows are by default
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {
+        "vocab": [32_000, 128_256], "hidden": 2048, "layers": 16, "ffn": 8192, "attention_heads": 32, "kv_heads": 8,
+        "length": 2048, "batch": 16,
+    },
+    "smollm2": {
+        "vocab": [49_152], "hidden": 576, "layers": 30, "ffn": 1536, "attention_heads": 9, "kv_heads": 3,
+        "length": 1024, "batch": 32,
+    },
+}  # fmt: skip
 #: dense bf16 operations a second that data sheets give
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
@@ -50,19 +65,18 @@ def main() -> None:
     """Run the rows that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--vocab", nargs="+", type=int, default=[32_000, 128_256])
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--ffn", type=int, default=8192)
-    parser.add_argument("--attention-heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--shape", choices=SHAPES, default="1b", help="of the model; the options below change it")
+    parser.add_argument("--vocab", nargs="+", type=int)
+    for name in ("hidden", "layers", "ffn", "attention-heads", "kv-heads", "length", "batch"):
+        parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--horizon", type=int, default=4)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    for name, value in SHAPES[given.shape].items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
     name = torch.cuda.get_device_name()
     peak = next((rate for chip, rate in PEAKS.items() if chip in name), None)
     print(f"{name}, torch {torch.__version__}, B = {given.batch}, S = {given.length}, H = {given.horizon}")

@@ -136,6 +136,7 @@ _SETTINGS: dict[str, dict[str, str]] = {
     "ours-offload": {"activation_checkpointing": "offload"},
     "ours-autocast": {"precision": "bf16"},
     "ours-packed": {},
+    "ours-accuracy": {},
 }
 
 
@@ -149,6 +150,8 @@ def run(
     precision: str = "bf16-params",
     checkpointing: Literal["none", "full", "selective", "offload"] = "none",
     documents_a_row: int = 1,
+    compiled: bool = True,
+    accuracy_interval: int = 0,
     known: Any = None,
 ) -> float:
     with prefer_fast_attention(DEVICE):
@@ -158,7 +161,7 @@ def run(
             torch.cuda.reset_peak_memory_stats()  # what made the model does not count
         fixed = {id(parameter) for parameter in model.fixed_parameters()}
         masters = MasterWeights(model, fixed=model.fixed_parameters()) if precision == "bf16-params" else None
-        accelerate(model, DevicesConfig(activation_checkpointing=checkpointing, compile=True))
+        accelerate(model, DevicesConfig(activation_checkpointing=checkpointing, compile=compiled))
         trainer = trainer or _DataWeights()
 
         def reference(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> MTPModel:
@@ -208,7 +211,7 @@ def run(
                 eval_batches=(),
                 optimizer=optimizer,
                 schedule=ScheduleConfig(type="constant"),
-                train=TrainConfig(),
+                train=TrainConfig(accuracy_interval=accuracy_interval),
                 checkpoints=CheckpointConfig(save_final=False),
                 checkpoint_dir=Path(folder) / "checkpoints",
                 metrics_path=Path(folder) / "metrics.jsonl",
@@ -250,6 +253,16 @@ def autocast(shape: Shape, warmup: int, steps: int) -> float:
 def packed(shape: Shape, warmup: int, steps: int) -> float:
     """Four documents a row, kept apart."""
     return run(shape, warmup, steps, documents_a_row=4)
+
+
+def eager(shape: Shape, warmup: int, steps: int) -> float:
+    """Without compilation."""
+    return run(shape, warmup, steps, compiled=False)
+
+
+def accuracy(shape: Shape, warmup: int, steps: int) -> float:
+    """With token accuracies in every step."""
+    return run(shape, warmup, steps, accuracy_interval=1)
 
 
 class _Known:
