@@ -164,7 +164,7 @@ class Clock:
     """Wall time by part: a part's time is what no part inside of it took."""
 
     def __init__(self) -> None:
-        self.parts = dict.fromkeys(PARTS, 0.0)
+        self.parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self.steady: dict[str, float] = {}
         self._open: list[str] = []
         self._last = time.time()

@@ -6,7 +6,7 @@
 
 Every row trains the same model (a Llama of random weights with block heads) on the same random tokens with a weight for each
 token, by AdamW with clipped gradients. MFU counts 6 operations a parameter and token, the unembedding once a head, and causal
-attention, against the matrix rate that the GPU's data sheet says; what is computed again counts nothing. The row `ours-accuracy`
+attention, against the matrix rate that the GPU's data sheet says; what is computed again counts nothing. `ours-accuracy`
 measures each head's token accuracy in every step, which a run does in one of 20.
 
 Needs liger-kernel for the rows of that name, and accelerate for the Hugging Face Trainer.
