@@ -142,7 +142,7 @@ def estimate(config: dict[str, object]) -> MemoryEstimate:
     found = {name: other for name, other in others.items() if other is not None}
     processes = cast(LocalLauncher, loaded.launcher).processes
     assert isinstance(processes, int)
-    return estimate_memory(loaded, info, base.heads or HeadsConfig(), world=processes, others=found)
+    return estimate_memory(loaded, info, base.heads or HeadsConfig(), world_size=processes, others=found)
 
 
 def chip_name() -> str:

@@ -16,7 +16,7 @@ from steps import ValueHead, compare, make_model, one_process_group, one_step, w
 
 from wmtp.checkpoints.local import Checkpoint, load_checkpoint, save_checkpoint
 from wmtp.config.schema import FsdpConfig
-from wmtp.distributed.ranks import ALONE
+from wmtp.distributed.ranks import SINGLE_PROCESS
 from wmtp.models.layers import repeated_layers
 from wmtp.models.sharding import Sharding, spread
 from wmtp.optim.config import AdamW
@@ -88,7 +88,7 @@ def take_checkpoints(ranks, folder):
     stepped(model, optimizer)
     saved = save_checkpoint(folder, 1, model, optimizer, {"a": 1}, ranks)
     expected = stepped(model, optimizer)
-    for strategy, group in (("full", ranks), (None, ALONE)):
+    for strategy, group in (("full", ranks), (None, SINGLE_PROCESS)):
         other, its_optimizer = made(strategy, group)
         assert load_checkpoint(saved, other, its_optimizer, group) == {"a": 1}
         ranks.barrier()  # none may use what it has read before all have
@@ -96,9 +96,9 @@ def take_checkpoints(ranks, folder):
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=f"{strategy}: {name}")
-    single, its_optimizer = made(None, ALONE)
+    single, its_optimizer = made(None, SINGLE_PROCESS)
     stepped(single, its_optimizer)
-    written = ranks.on_main(lambda: save_checkpoint(folder, 2, single, its_optimizer, {}).path)
+    written = ranks.main_only(lambda: save_checkpoint(folder, 2, single, its_optimizer, {}).path)
     model, optimizer = made("hybrid", ranks)
     load_checkpoint(Checkpoint(path=written, step=2), model, optimizer, ranks)
     ours = stepped(model, optimizer)
@@ -112,5 +112,5 @@ if __name__ == "__main__":
         compare("hybrid", machines, ValueHead, "hybrid", rows=5, micro=1)
         compare("hybrid, every micro-batch", machines, ValueHead, "hybrid", packed=True, rows=4, micro=1)
         count_collectives(machines)
-        take_checkpoints(machines, Path(machines.on_main(lambda: own)))
+        take_checkpoints(machines, Path(machines.main_only(lambda: own)))
         print("all equal" if everyone.is_main else "", flush=True)

@@ -13,7 +13,7 @@ from steps import SHAPE, one_process_group, set_up, step_loss
 
 from wmtp.config.schema import FsdpConfig, HeadsConfig
 from wmtp.devices import autocast_context
-from wmtp.distributed.ranks import ALONE
+from wmtp.distributed.ranks import SINGLE_PROCESS
 from wmtp.models.acceleration import compile_layers
 from wmtp.models.build import build_model
 from wmtp.models.sharding import Sharding, spread
@@ -76,7 +76,7 @@ def all_cases(ranks):
     ):
         alone = make(tied)
         masters = MasterWeights(alone) if precision == "bf16-params" else None
-        expected, _ = train(alone, ALONE, precision, None, masters)
+        expected, _ = train(alone, SINGLE_PROCESS, precision, None, masters)
         torch._dynamo.reset()
         fsdp = FsdpConfig(strategy=strategy)
         model = spread(lambda tied=tied: make(tied), ranks, CPU, fsdp, precision, compile_layers).eval()

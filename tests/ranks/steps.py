@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from wmtp.config.schema import FsdpConfig, HeadsConfig
-from wmtp.distributed.ranks import ALONE, Ranks
+from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
 from wmtp.models.sharding import Sharding, spread
@@ -140,7 +140,7 @@ def whole(tensor):
 def compare(case, ranks, make_trainer, strategy, *, heads=None, packed=False, rows=5, micro=99, stage=None, optimizer="adamw"):
     step = random_step(len(case) % 7, packed=packed, rows=5)
     arguments = {"step": step, "rows": rows, "micro": micro, "stage": stage or Stage(), "optimizer": optimizer}
-    expected = one_step(make_model(**heads or {}), make_trainer(), ALONE, **arguments)
+    expected = one_step(make_model(**heads or {}), make_trainer(), SINGLE_PROCESS, **arguments)
     fsdp = FsdpConfig(strategy=strategy, reduce_every_micro_batch=rows % 2 == 0)
     model = spread(lambda: make_model(**heads or {}), ranks, torch.device("cpu"), fsdp, "fp32").eval()
     assert isinstance(model, FSDPModule) == (strategy != "none")
@@ -192,7 +192,7 @@ def one_process_group():
     torch.set_num_threads(1)
     yield Ranks(
         rank=dist.get_rank(),
-        world=dist.get_world_size(),
+        world_size=dist.get_world_size(),
         local_rank=int(os.environ["LOCAL_RANK"]),
         per_machine=dist.get_world_size(),
         control=dist.new_group(backend="gloo"),

@@ -8,7 +8,7 @@ from wmtp.checkpoints.find import compare_data
 from wmtp.config.load import load_config
 from wmtp.config.schema import DevicesConfig, FsdpConfig
 from wmtp.data.batch import align_targets
-from wmtp.distributed.ranks import ALONE, Ranks, Share
+from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks, Share
 from wmtp.distributed.start import compare_processes
 from wmtp.errors import ConfigError
 from wmtp.testing.steps import random_step
@@ -33,11 +33,11 @@ class Answered(Ranks):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_shares_of_all_ranks_are_the_batch(world, rows):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_shares_of_all_ranks_are_the_batch(world_size, rows):
     batch = random_step(3, packed=True, rows=4).batch.rows(0, rows)
     whole = align_targets(batch, 3)
-    shares = [Share(ranks=evolve(ALONE, rank=rank, world=world), rows=rows) for rank in range(world)]
+    shares = [Share(ranks=evolve(SINGLE_PROCESS, rank=rank, world_size=world_size), rows=rows) for rank in range(world_size)]
     own = [share.batch(batch) for share in shares]
     assert len({part.input_ids.shape for part in own}) == 1, "every rank computes as many rows"
     together = torch.cat([align_targets(part, 3).valid for part in own])
@@ -57,16 +57,16 @@ def test_a_rank_that_reads_other_data_is_named():
             self.fingerprint = fingerprint
 
     same = [("a", "x", None), ("b", "x", None)]
-    compare_data(Data("x"), Answered(world=2, answers=same))
+    compare_data(Data("x"), Answered(world_size=2, answers=same))
     with pytest.raises(ConfigError, match=r"rank 1 \(b\) reads other data than rank 0 \(a\)"):
-        compare_data(Data("x"), Answered(world=2, answers=[same[0], ("b", "y", None)]))
+        compare_data(Data("x"), Answered(world_size=2, answers=[same[0], ("b", "y", None)]))
 
 
 def test_hybrid_wants_as_many_processes_on_every_machine():
     def joined(strategy, *local_ranks):
         changed = evolve(load_config(CONFIG), devices=DevicesConfig(fsdp=FsdpConfig(strategy=strategy)))
         answers = [(f"host-{number}", local, {}) for number, local in enumerate(local_ranks)]
-        return compare_processes(changed, Answered(world=len(local_ranks), answers=answers))
+        return compare_processes(changed, Answered(world_size=len(local_ranks), answers=answers))
 
     assert joined("hybrid", 0, 1, 0, 1) == 2
     assert joined("full", 0, 1, 0) is None
@@ -75,9 +75,9 @@ def test_hybrid_wants_as_many_processes_on_every_machine():
 
 
 def test_alone_nothing_is_said():
-    assert ALONE.objects(3) == [3]
-    assert ALONE.on_main(lambda: 4) == ALONE.together(lambda: 4) == ALONE.one_by_machine_first(lambda: 4) == 4
-    assert ALONE.any(True)
-    assert not ALONE.any(False)
+    assert SINGLE_PROCESS.objects(3) == [3]
+    assert SINGLE_PROCESS.main_only(lambda: 4) == SINGLE_PROCESS.collective(lambda: 4) == SINGLE_PROCESS.one_by_machine_first(lambda: 4) == 4
+    assert SINGLE_PROCESS.any(True)
+    assert not SINGLE_PROCESS.any(False)
     with pytest.raises(ZeroDivisionError):
-        ALONE.together(lambda: 1 // 0)
+        SINGLE_PROCESS.collective(lambda: 1 // 0)

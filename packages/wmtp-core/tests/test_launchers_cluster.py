@@ -73,7 +73,7 @@ def test_processes_of_each_machine(local_ranks, expected):
 
 def test_a_process_that_torchrun_started():
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert Worker.of(variables) == Worker(rank=3, world=4, local_rank=1)
+    assert Worker.of(variables) == Worker(rank=3, world_size=4, local_rank=1)
     # a cluster that numbers machines by RANK has started no process yet
     assert Worker.of({key: value for key, value in variables.items() if key != "LOCAL_RANK"}) is None
     for wrong, word in (

@@ -26,18 +26,18 @@ def test_checksums_are_those_of_plain_crc32(folder):
     assert facts["hashes"] == {name: f"crc32:{zlib.crc32(content):08x}" for name, content in contents.items()}
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 9])
-def test_ranks_that_share_the_work_leave_no_file_out(folder, world):
-    for rank in range(world):
-        check_files(folder, rank, world)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])
+def test_ranks_that_share_the_work_leave_no_file_out(folder, world_size):
+    for rank in range(world_size):
+        check_files(folder, rank, world_size)
     for name in ("shard-1", "shard-2", "shard-3"):
         path = folder / name
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         found = []
-        for rank in range(world):
+        for rank in range(world_size):
             try:
-                check_files(folder, rank, world)
+                check_files(folder, rank, world_size)
             except ValueError as error:
                 found.append(str(error))
         assert found == [f"{path}: its content was changed or damaged"]

@@ -69,13 +69,13 @@ def test_inputs_of_layers_wait_on_the_host():
 def test_a_hybrid_run_divides_by_the_processes_of_a_machine():
     info, heads = ONE_BILLION.build().info(None), HeadsConfig(horizon=4)
 
-    def kept(strategy, world, per_machine):
+    def kept(strategy, world_size, per_machine):
         wanted = evolve(config(), devices=DevicesConfig(precision="bf16", fsdp=FsdpConfig(strategy=strategy)))
-        return estimate_memory(wanted, info, heads, world=world, per_machine=per_machine).optimizer
+        return estimate_memory(wanted, info, heads, world_size=world_size, per_machine=per_machine).optimizer
 
     assert kept("hybrid", 16, 8) == kept("full", 8, 8) == 2 * kept("full", 16, 8)
     wanted = evolve(config(), devices=DevicesConfig(precision="bf16", fsdp=FsdpConfig(strategy="hybrid")))
-    named = [setting for setting, _ in cheaper_settings(wanted, info, heads, world=64, per_machine=2)]
+    named = [setting for setting, _ in cheaper_settings(wanted, info, heads, world_size=64, per_machine=2)]
     assert 'devices.fsdp.strategy = "full"' in named
 
 
@@ -95,7 +95,7 @@ def test_it_depends_on_the_micro_batch_and_not_on_the_batch():
     assert estimate_memory(config(batch_size=64), info, heads) == whole
     assert estimate_memory(config(micro_batch_size=2), info, heads).activations == whole.activations // 2
     rows = config(batch_size=64, micro_batch_size=None)
-    assert estimate_memory(rows, info, heads, world=4).activations == 4 * whole.activations
+    assert estimate_memory(rows, info, heads, world_size=4).activations == 4 * whole.activations
     assert estimate_memory(config(), info, evolve(heads, horizon=1)).parameters < whole.parameters
 
 
@@ -110,13 +110,13 @@ def test_processes_share_parameters_gradients_and_optimizer_unless_they_hold_all
         wanted = evolve(config(batch_size=64), devices=DevicesConfig(fsdp=fsdp))
         return estimate_memory(wanted, info, heads, **job)
 
-    one, eight = estimate(), estimate(world=8)
-    whole = estimate(FsdpConfig(strategy="none"), world=8)
+    one, eight = estimate(), estimate(world_size=8)
+    whole = estimate(FsdpConfig(strategy="none"), world_size=8)
     assert eight.optimizer == one.optimizer // 8
     assert eight.gradients == one.gradients // 8
     assert one.parameters / 8 < eight.parameters < one.parameters / 3
     assert (whole.optimizer, whole.gradients, whole.parameters) == (one.optimizer, one.gradients, one.parameters)
-    kept = estimate(FsdpConfig(strategy="grad-op"), world=8)
+    kept = estimate(FsdpConfig(strategy="grad-op"), world_size=8)
     assert eight.parameters < kept.parameters
 
 

@@ -196,7 +196,7 @@ def _run_as_one_of_several(loaded: Loaded, resume: str | os.PathLike[str] | None
     from wmtp.training.run import train
 
     with joined(loaded.config, worker) as ranks, ExitStack() as stack:
-        directory, is_resumed = ranks.on_main(lambda: stack.enter_context(_prepared(loaded, resume)))
+        directory, is_resumed = ranks.main_only(lambda: stack.enter_context(_prepared(loaded, resume)))
 
         def work() -> Result:
             return train(loaded.config, directory, resume=is_resumed, ranks=ranks)

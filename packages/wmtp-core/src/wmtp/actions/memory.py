@@ -22,12 +22,12 @@ def memory_outlook(config: Config) -> tuple[str, list[str]]:
         return f"no estimate: the shape of {base.loader.type} models is read by wmtp run FILE --dry-run, which estimates", []
     heads = base.heads or HeadsConfig()
     processes = config.launcher.processes
-    world = processes if isinstance(processes, int) else 1
+    world_size = processes if isinstance(processes, int) else 1
     names = list(models_beside(config))
     found = {name: outline(config.models[name].loader) for name in names if name in config.models}
     others = {name: other for name, other in found.items() if other is not None}
-    estimate = estimate_memory(config, info, heads, world=world, others=others)
-    text = f"{estimate}; on each of {world} devices" if world > 1 else f"{estimate}; on one device"
+    estimate = estimate_memory(config, info, heads, world_size=world_size, others=others)
+    text = f"{estimate}; on each of {world_size} devices" if world_size > 1 else f"{estimate}; on one device"
     if unknown := [name for name in names if name not in others]:
         text += f", without [models.{'], [models.'.join(unknown)}]"
     if config.devices.memory_gib is None:
@@ -35,5 +35,5 @@ def memory_outlook(config: Config) -> tuple[str, list[str]]:
     shortage = too_large(estimate, round(config.devices.memory_gib * 2**30))
     if shortage is None:
         return text, []
-    helps = cheaper_settings(config, info, heads, world=world, others=others)
+    helps = cheaper_settings(config, info, heads, world_size=world_size, others=others)
     return text, [f"devices.memory_gib: the run is likely to run out of memory: {shortage}{describe_shortage(helps)}"]

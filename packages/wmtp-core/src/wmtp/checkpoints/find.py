@@ -38,10 +38,10 @@ def find_checkpoints(
         WMTPError: a rank does not see them, or the newest could not be fetched.
     """
     folder = checkpoint_folder(config, run_dir)
-    saved = ranks.on_main(lambda: _tidy(folder, run_dir, remote, resume=resume))
+    saved = ranks.main_only(lambda: _tidy(folder, run_dir, remote, resume=resume))
     if saved:
-        ranks.on_main(lambda: _tidy_records(run_dir, saved[-1].step, config.train.log_interval))
-        ranks.together(lambda: _see(saved[-1].path))
+        ranks.main_only(lambda: _tidy_records(run_dir, saved[-1].step, config.train.log_interval))
+        ranks.collective(lambda: _see(saved[-1].path))
     return saved
 
 

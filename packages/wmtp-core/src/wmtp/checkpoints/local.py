@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from wmtp.checkpoints.manifest import check_files, hash_files, write_facts
 from wmtp.checkpoints.shard_writer import ShardWriter
-from wmtp.distributed.ranks import ALONE, Ranks
+from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks
 from wmtp.errors import FileError, WMTPError
 from wmtp.json_files import DAMAGE
 from wmtp.models.mtp import MTPModel
@@ -74,7 +74,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Checkpoint:
     """Write ``folder/step-N``. All ranks call it.
 
@@ -93,13 +93,13 @@ def save_checkpoint(
     skeleton = _take_out(optimizer.state_dict(), "optimizer", tensors)
     target = folder / f"step-{step}"
     with ExitStack() as stack:
-        partial = ranks.on_main(lambda: stack.enter_context(making_folder(target)))
+        partial = ranks.main_only(lambda: stack.enter_context(making_folder(target)))
 
         def write_tensors() -> None:
             try:
                 with _quiet():
                     dcp.save(
-                        tensors, storage_writer=ShardWriter(partial), process_group=ranks.control, no_dist=ranks.world == 1
+                        tensors, storage_writer=ShardWriter(partial), process_group=ranks.control, no_dist=ranks.world_size == 1
                     )
             except CheckpointException as error:  # no Exception, and it says at length what went wrong on each rank
                 raise next(iter(error.failures.values()))[0] from None
@@ -114,9 +114,9 @@ def save_checkpoint(
             stack.close()
 
         try:
-            ranks.together(write_tensors)
-            parts = ranks.objects(ranks.together(hash_own))
-            ranks.on_main(lambda: finish({name: value for part in parts for name, value in part.items()}))
+            ranks.collective(write_tensors)
+            parts = ranks.objects(ranks.collective(hash_own))
+            ranks.main_only(lambda: finish({name: value for part in parts for name, value in part.items()}))
         except Exception as error:
             if ranks.is_main or isinstance(error, WMTPError):
                 raise  # there a full disk gets its name, and what was written is removed
@@ -137,7 +137,7 @@ def prune_checkpoints(folder: Path, keep_last: int, needed: Collection[int] = ()
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = SINGLE_PROCESS
 ) -> dict[str, Any]:
     """Read the tensors into ``model`` and ``optimizer``, and return the rest of the state, on the CPU.
 
@@ -150,7 +150,7 @@ def load_checkpoint(
     from safetensors import SafetensorError
 
     try:
-        check_files(checkpoint.path, ranks.rank, ranks.world)
+        check_files(checkpoint.path, ranks.rank, ranks.world_size)
         state = torch.load(checkpoint.path / "state.pt", map_location="cpu", weights_only=True)
         tensors = _model_tensors(model)
         # what the optimizer keeps of each parameter is made as it would make it, sharded or whole, and then filled

@@ -55,7 +55,7 @@ def write_facts(folder: Path, step: int, hashes: Mapping[str, str]) -> None:
     (folder / _NAME).write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def check_files(folder: Path, rank: int = 0, world: int = 1) -> None:
+def check_files(folder: Path, rank: int = 0, world_size: int = 1) -> None:
     """Verify that the files are as written; ranks share the work.
 
     Checkpoints of earlier versions have sizes only.
@@ -63,7 +63,7 @@ def check_files(folder: Path, rank: int = 0, world: int = 1) -> None:
     Args:
         folder: the checkpoint's.
         rank: of this process.
-        world: how many there are.
+        world_size: how many there are.
 
     Raises:
         ValueError: a file is missing or damaged; the message names it.
@@ -83,7 +83,7 @@ def check_files(folder: Path, rank: int = 0, world: int = 1) -> None:
         files = [ManifestFile(name=name, size=sizes[name], hash=hashes[name] or "") for name in sorted(sizes)]
     except DAMAGE as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if problems := verify(folder, files[rank::world]):
+    if problems := verify(folder, files[rank::world_size]):
         raise ValueError("; ".join(problems[:5]))
 
 

@@ -33,10 +33,10 @@ def add_arguments(add: Callable[..., ArgumentParser], config: ArgumentParser) ->
 def evaluate(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp eval``. One process measures; where torchrun has started several, that is rank 0, and the others end at once."""
     worker = Worker.of()
-    if worker is not None and worker.world > 1:
+    if worker is not None and worker.world_size > 1:
         if worker.rank:
             return {}, 0
-        logger.info("wmtp eval measures in one process: rank 0 does, and the other %d end", worker.world - 1)
+        logger.info("wmtp eval measures in one process: rank 0 does, and the other %d end", worker.world_size - 1)
     from wmtp.actions.models import evaluate
 
     found = evaluate(

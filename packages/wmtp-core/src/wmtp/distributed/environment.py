@@ -22,12 +22,12 @@ class Worker:
 
     Args:
         rank: among all processes, from 0.
-        world: how many there are.
+        world_size: how many there are.
         local_rank: among those of this machine, from 0.
     """
 
     rank: int
-    world: int
+    world_size: int
     local_rank: int
 
     @classmethod
@@ -41,16 +41,16 @@ class Worker:
         """
         if not all(environment.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
             return None
-        rank, world, local_rank = (_number(name, environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        if not 0 <= local_rank <= rank < world:
+        rank, world_size, local_rank = (_number(name, environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if not 0 <= local_rank <= rank < world_size:
             raise ConfigError(
-                f"launcher: RANK={rank}, WORLD_SIZE={world}, LOCAL_RANK={local_rank} in the environment contradict each "
+                f"launcher: RANK={rank}, WORLD_SIZE={world_size}, LOCAL_RANK={local_rank} in the environment contradict each "
                 "other; start wmtp by torchrun, or unset them"
             )
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
-        if world > 1 and missing:
+        if world_size > 1 and missing:
             raise ConfigError(f"launcher: RANK and WORLD_SIZE are set in the environment, but not {' and '.join(missing)}")
-        return cls(rank=rank, world=world, local_rank=local_rank)
+        return cls(rank=rank, world_size=world_size, local_rank=local_rank)
 
 
 #: which variables say how many machines there are, which of them this is, and where the first is reached; the first that has

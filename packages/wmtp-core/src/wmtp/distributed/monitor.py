@@ -58,13 +58,13 @@ class Monitor:
 
     Args:
         rank: this one.
-        world: how many there are.
+        world_size: how many there are.
         timeout: seconds without progress after which this process is ended.
         parent: the process that started this one; once it is gone, this one is asked to end. None: no process is watched.
     """
 
-    def __init__(self, *, rank: int, world: int, timeout: float, parent: int | None = None) -> None:
-        self._rank, self._world, self._timeout, self._parent = rank, world, timeout, parent
+    def __init__(self, *, rank: int, world_size: int, timeout: float, parent: int | None = None) -> None:
+        self._rank, self._world_size, self._timeout, self._parent = rank, world_size, timeout, parent
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -131,7 +131,7 @@ class Monitor:
 
     def _beats(self) -> dict[int, _Beat | None]:
         found: dict[int, _Beat | None] = {}
-        for rank in range(self._world):
+        for rank in range(self._world_size):
             key = f"wmtp/beat/{rank}"
             if not self._store.check([key]):
                 found[rank] = None

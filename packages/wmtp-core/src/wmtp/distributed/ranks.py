@@ -21,7 +21,7 @@ from wmtp.errors import WMTPError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ALONE", "Ranks", "Share", "Watch"]
+__all__ = ["SINGLE_PROCESS", "Ranks", "Share", "Watch"]
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Ranks:
 
     Args:
         rank: this process, from 0; rank 0 writes files and logs.
-        world: how many there are.
+        world_size: how many there are.
         local_rank: this process among those of its machine, from 0.
         per_machine: processes of each machine, which have consecutive ranks; None where machines differ.
         control: a group for small messages between the CPUs.
@@ -59,7 +59,7 @@ class Ranks:
     """
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int = 0
     per_machine: int | None = 1
     control: ProcessGroup | None = None
@@ -90,17 +90,17 @@ class Ranks:
 
     def gather(self, values: Tensor) -> Tensor:
         """Concatenate the ``values`` of all ranks along the first dimension. Shapes must be equal everywhere."""
-        if self.world == 1:
+        if self.world_size == 1:
             return values
         sent = values.contiguous()
         sent = sent.view(torch.uint8) if sent.dtype == torch.bool else sent
-        found = sent.new_empty((self.world * len(sent), *sent.shape[1:]))
+        found = sent.new_empty((self.world_size * len(sent), *sent.shape[1:]))
         dist.all_gather_into_tensor(found, sent)
         return found.view(torch.bool) if values.dtype == torch.bool else found
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(value)
         return value
 
@@ -109,7 +109,7 @@ class Ranks:
 
         A parameter that no rank has a gradient for keeps none; one that only some have a gradient for counts as 0 elsewhere.
         """
-        if self.world == 1:
+        if self.world_size == 1:
             return
         learns = [parameter for parameter in parameters if parameter.requires_grad]
         has = torch.tensor([parameter.grad is not None for parameter in learns], dtype=torch.uint8)
@@ -135,7 +135,7 @@ class Ranks:
 
     def max(self, value: float) -> float:
         """Return the largest ``value`` of all ranks."""
-        if self.world == 1:
+        if self.world_size == 1:
             return value
         number = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self.control)
@@ -150,15 +150,15 @@ class Ranks:
 
     def objects(self, value: T) -> list[T]:
         """Return the ``value`` of every rank, in rank order."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
-        found: list[Any] = [None] * self.world
+        found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, value, group=self._messages)
         return found
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def main_only(self, work: Callable[[], T]) -> T:
         """Do ``work`` on rank 0 only; every rank gets what it returned, or the error that it raised."""
-        if self.world == 1:
+        if self.world_size == 1:
             return work()
         value, error = self._attempt(work) if self.is_main else (None, None)
         sent: list[Any] = [value, error and Failure.of(error, self.rank)]
@@ -169,42 +169,42 @@ class Ranks:
             raise heard(sent[1].error(named=False))
         return sent[0] if not self.is_main else value  # type: ignore[return-value]
 
-    def together(self, work: Callable[[], T]) -> T:
+    def collective(self, work: Callable[[], T]) -> T:
         """Do ``work`` on every rank. If it fails on one, it fails on all, with an error that names the rank."""
         value, error = self._attempt(work)
         self._raise_if_any(error)
         return value  # type: ignore[return-value]
 
     def one_by_machine_first(self, work: Callable[[], T]) -> T:
-        """As `together`, but on each machine one rank goes first: it fills the caches that the others then find filled."""
+        """As `collective`, but on each machine one rank goes first: it fills the caches that the others then find filled."""
         value, error = self._attempt(work) if self.local_rank == 0 else (None, None)
         self._raise_if_any(error)
         if self.local_rank != 0:
             value, error = self._attempt(work)
-        if self.world > 1:
+        if self.world_size > 1:
             self._raise_if_any(error)
         return value  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier(group=self.control)
 
     def _attempt(self, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         try:
             return work(), None
         except Exception as error:
-            if self.world == 1:
+            if self.world_size == 1:
                 raise
             return None, error
 
     def _raise_if_any(self, error: Exception | None) -> None:
-        if self.world == 1:
+        if self.world_size == 1:
             return
         failures = [found for found in self.objects(error and Failure.of(error, self.rank)) if found is not None]
         if not failures:
             return
-        everywhere = len(failures) == self.world and len({failure.lines for failure in failures}) == 1
+        everywhere = len(failures) == self.world_size and len({failure.lines for failure in failures}) == 1
         if error is not None and (everywhere or (len(failures) == 1 and not isinstance(error, WMTPError))):
             raise error if self.is_main or not everywhere else heard(error)
         raised = failures[0].error(named=not everywhere)
@@ -212,7 +212,7 @@ class Ranks:
 
 
 #: a run of one process
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 @frozen(kw_only=True, eq=False)
@@ -233,11 +233,11 @@ class Share:
     @property
     def count(self) -> int:
         """Rows that each rank computes."""
-        return -(-self.rows // self.ranks.world)
+        return -(-self.rows // self.ranks.world_size)
 
     def batch(self, whole: Batch) -> Batch:
         """This rank's rows of a batch."""
-        if self.ranks.world == 1:
+        if self.ranks.world_size == 1:
             return whole
         index, real = self._index()
         return evolve(
@@ -252,7 +252,7 @@ class Share:
 
     def take(self, whole: Tensor) -> Tensor:
         """This rank's rows of ``[B, …]``; 0 in rows that fill up."""
-        if self.ranks.world == 1:
+        if self.ranks.world_size == 1:
             return whole
         first = min(self.ranks.rank * self.count, self.rows)
         own = whole[first : first + self.count]

@@ -38,7 +38,7 @@ def joined(config: Config, worker: Worker, *, parent: int | None = None, report:
 
     Args:
         config: complete and checked.
-        worker: this process; a world of one needs no others, and no variables.
+        worker: this process; one alone needs no others, and no variables.
         parent: the process that started this one; this one ends when that one is gone.
         report: told that another rank is lost, just before this process is ended. Default: a log line.
 
@@ -47,7 +47,7 @@ def joined(config: Config, worker: Worker, *, parent: int | None = None, report:
         LostRankError: another rank is gone or hangs.
         WMTPError: the others are not there in time.
     """
-    several = worker.world > 1
+    several = worker.world_size > 1
     device = pick_device(config.devices.device, worker.local_rank if several else None)
     if device.type == "mps":
         raise ConfigError('devices.device: "mps" computes in one process without [devices.fsdp]')
@@ -57,7 +57,7 @@ def joined(config: Config, worker: Worker, *, parent: int | None = None, report:
             "nccl" if device.type == "cuda" else "gloo",
             store=None if several else dist.HashStore(),
             rank=worker.rank,
-            world_size=worker.world,
+            world_size=worker.world_size,
             timeout=timeout,
             device_id=device if device.type == "cuda" and device.index is not None else None,
         )
@@ -69,12 +69,12 @@ def joined(config: Config, worker: Worker, *, parent: int | None = None, report:
         raise WMTPError(f"rank {worker.rank} cannot join the other processes at {place}: {error}") from error
     monitor = None
     if several:
-        monitor = Monitor(rank=worker.rank, world=worker.world, timeout=config.devices.timeout, parent=parent)
+        monitor = Monitor(rank=worker.rank, world_size=worker.world_size, timeout=config.devices.timeout, parent=parent)
         monitor.report = report or monitor.report
     try:
         ranks = Ranks(
             rank=worker.rank,
-            world=worker.world,
+            world_size=worker.world_size,
             local_rank=worker.local_rank,
             control=control,
             patient=patient,
@@ -129,7 +129,7 @@ def compare_processes(config: Config, ranks: Ranks) -> int | None:
         error = ConfigError(problems)
         error.said_by_main = not ranks.is_main  # type: ignore[attr-defined]
         raise error
-    if ranks.world > 1:
+    if ranks.world_size > 1:
         # several machines may call themselves the same, as containers do
-        logging.getLogger("wmtp").info("%d processes on %d machines", ranks.world, len(machines))
+        logging.getLogger("wmtp").info("%d processes on %d machines", ranks.world_size, len(machines))
     return per_machine

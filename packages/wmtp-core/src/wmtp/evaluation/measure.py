@@ -53,7 +53,7 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
         met.append(config.type)
         # a second evaluator of a type, with other settings, gets a name of its own
         label = config.type if met.count(config.type) == 1 else f"{config.type}-{met.count(config.type)}"
-        alone = config.one_process and measured.ranks is not None and measured.ranks.world > 1
+        alone = config.one_process and measured.ranks is not None and measured.ranks.world_size > 1
         if alone and isinstance(measured.model, FSDPModule):
             logger.warning(
                 "%s: needs the whole model in one process, and here it is sharded: measure the saved one with wmtp eval RUN",
@@ -65,7 +65,7 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
             raise PluginError(f"{name}: build returned a {type(evaluator).__name__}, not an Evaluator")
         started = time.perf_counter()
         if alone and measured.ranks is not None:  # the others wait
-            found = measured.ranks.on_main(lambda evaluator=evaluator: evaluator.evaluate(evolve(measured, ranks=None)))
+            found = measured.ranks.main_only(lambda evaluator=evaluator: evaluator.evaluate(evolve(measured, ranks=None)))
         else:
             found = evaluator.evaluate(measured)
         if not isinstance(found, Mapping):

@@ -42,7 +42,7 @@ class Local(Launcher):
             return train(config, run_dir, resume=resume)
         from wmtp.distributed.start import joined
 
-        with joined(config, Worker(rank=0, world=1, local_rank=0)) as ranks:
+        with joined(config, Worker(rank=0, world_size=1, local_rank=0)) as ranks:
             return train(config, run_dir, resume=resume, ranks=ranks)
 
     def follow(self, config: Config, nodes: Nodes) -> Result:

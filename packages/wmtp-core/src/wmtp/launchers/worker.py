@@ -37,7 +37,7 @@ def main(folder: str) -> int:
         config = load(job / "config.toml").config
         report = lambda line: write_failure(job, worker.rank, "lost", [line])  # noqa: E731
         with joined(config, worker, parent=facts["parent"], report=report) as ranks:
-            place = ranks.on_main(lambda: (facts["run_dir"], facts["resume"]))
+            place = ranks.main_only(lambda: (facts["run_dir"], facts["resume"]))
             result = train(config, Path(place[0]), resume=place[1], ranks=ranks)
             if worker.local_rank == 0:
                 write_result(job, result)

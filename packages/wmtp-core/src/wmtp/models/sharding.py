@@ -102,7 +102,7 @@ def spread(
         loaded.append(load())
         return Blueprint.of(loaded[0])
 
-    model = ranks.on_main(describe).build()
+    model = ranks.main_only(describe).build()
     source = dict(_tensors(loaded[0])) if loaded else {}
     if loaded:
         model.take_origin(loaded[0])
@@ -137,10 +137,10 @@ def _shard(model: MTPModel, ranks: Ranks, device: torch.device, config: FsdpConf
 
 def _mesh(ranks: Ranks, device: torch.device, config: FsdpConfig) -> DeviceMesh:
     """Arrange the ranks: FSDP shards over the last dimension, and replicates over one before it."""
-    if config.strategy != "hybrid" or ranks.world == ranks.per_machine:
-        return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("ranks",))
+    if config.strategy != "hybrid" or ranks.world_size == ranks.per_machine:
+        return init_device_mesh(device.type, (ranks.world_size,), mesh_dim_names=("ranks",))
     assert ranks.per_machine is not None, "machines with as many processes each: `wmtp.distributed.start` has checked"
-    shape = (ranks.world // ranks.per_machine, ranks.per_machine)
+    shape = (ranks.world_size // ranks.per_machine, ranks.per_machine)
     return init_device_mesh(device.type, shape, mesh_dim_names=("machines", "ranks"))
 
 
@@ -167,7 +167,7 @@ def _fill(tensor: Tensor, source: Tensor | None, device: torch.device, ranks: Ra
     if isinstance(tensor, DTensor):
         tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
     else:
-        if ranks.world > 1:
+        if ranks.world_size > 1:
             dist.broadcast(whole, src=0)
         tensor.copy_(whole)
 

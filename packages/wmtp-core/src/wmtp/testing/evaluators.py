@@ -15,7 +15,7 @@ from attrs import evolve
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.data.batch import PADDING, Batch
-from wmtp.distributed.ranks import ALONE
+from wmtp.distributed.ranks import SINGLE_PROCESS
 from wmtp.errors import ConfigError
 from wmtp.evaluation import Estimate, Evaluator, Measured
 from wmtp.evaluation.measure import measure
@@ -95,7 +95,7 @@ class EvaluatorTests(ComponentTests):
         first = self.measure(measured)
         torch.manual_seed(2)
         assert self.measure(measured) == pytest.approx(first, rel=1e-6, nan_ok=True), "the second measurement differs"
-        assert self.measure(evolve(measured, ranks=ALONE)) == pytest.approx(first, rel=1e-6, nan_ok=True)
+        assert self.measure(evolve(measured, ranks=SINGLE_PROCESS)) == pytest.approx(first, rel=1e-6, nan_ok=True)
 
     def test_batches_change_nothing(self, measured: Measured) -> None:
         """A mean of means would depend on how rows are put into batches."""

@@ -71,11 +71,11 @@ def _memory(config: Config, source: Source, heads: HeadsConfig, device: torch.de
         for name in models_beside(config)
     }
     processes = config.launcher.processes
-    world = processes if isinstance(processes, int) else count_devices(device) or 1
-    estimate = estimate_memory(config, source.model_info, heads, world=world, others=others)
+    world_size = processes if isinstance(processes, int) else count_devices(device) or 1
+    estimate = estimate_memory(config, source.model_info, heads, world_size=world_size, others=others)
     given = config.devices.memory_gib
     there = round(given * 2**30) if given else None
     if there is None and device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     shortage = None if there is None else too_large(estimate, there)
-    return f"{estimate}; on each of {world} × {device.type}" + (f"; likely out of memory: {shortage}" if shortage else "")
+    return f"{estimate}; on each of {world_size} × {device.type}" + (f"; likely out of memory: {shortage}" if shortage else "")

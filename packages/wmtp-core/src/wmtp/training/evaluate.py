@@ -10,7 +10,7 @@ import torch
 from attrs import evolve
 
 from wmtp.data.batch import Batch, align_targets
-from wmtp.distributed.ranks import ALONE, Ranks
+from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks
 from wmtp.loss import head_agreement, token_losses
 from wmtp.loss.weights import statistics_dtype
 from wmtp.training.agreement import DraftSums
@@ -27,7 +27,7 @@ def evaluate(
     batches: Sequence[Batch],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """Mean token losses over all valid predictions, whatever the batches.
 
@@ -77,8 +77,8 @@ def evaluate(
 
 
 def _share(batches: Sequence[Batch], ranks: Ranks) -> Iterator[Batch]:
-    """Every ``world``-th batch; as many on every rank, so where they do not suffice one with nothing to measure."""
-    for first in range(0, len(batches), ranks.world):
+    """Every ``world_size``-th batch; as many on every rank, so where they do not suffice one with nothing to measure."""
+    for first in range(0, len(batches), ranks.world_size):
         if (index := first + ranks.rank) < len(batches):
             yield batches[index]
         else:

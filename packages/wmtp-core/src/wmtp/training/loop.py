@@ -118,7 +118,7 @@ class Fit:
             group.setdefault("initial_lr", group["lr"])
         if self.resumed is not None:
             self._restore(self.resumed)
-        self._ranks.on_main(self._open_files)
+        self._ranks.main_only(self._open_files)
         self.batches.open(pin=self.step_loss.device.type == "cuda")
         self.step_loss.model.eval()  # the layers' eval mode: no dropout, so that one step has one value
         try:
@@ -143,7 +143,7 @@ class Fit:
 
     def _saved(self) -> list[Checkpoint]:
         """List the checkpoints that rank 0 sees."""
-        return self._ranks.on_main(lambda: list_checkpoints(self.checkpoint_dir))
+        return self._ranks.main_only(lambda: list_checkpoints(self.checkpoint_dir))
 
     def _newest(self) -> Path | None:
         """Where the newest checkpoint is."""
@@ -299,7 +299,7 @@ class Fit:
 
     def _judge(self, step: int, numbers: Mapping[str, float]) -> None:
         """Remember a step that measures better than all before: its checkpoint is saved, and kept."""
-        value = self._ranks.on_main(lambda: self._best.better(numbers))
+        value = self._ranks.main_only(lambda: self._best.better(numbers))
         self._is_best = value is not None
         if value is not None:
             self._best.take(step, value)
@@ -314,7 +314,7 @@ class Fit:
             logger.warning("model/ is that of the last step, %d: the checkpoint of the best is gone (%s)", self._step, best)
             return
         with self._learned_weights():
-            state = self._ranks.together(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer, self._ranks))
+            state = self._ranks.collective(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer, self._ranks))
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         logger.info("model/ is the best, not the last of %d steps: %s", self._step, best)
@@ -345,7 +345,7 @@ class Fit:
             "skipped": self._skipped,
             "random": _random_state(),
         }
-        self._ranks.on_main(self._prune)  # fewer may be wanted since a resume
+        self._ranks.main_only(self._prune)  # fewer may be wanted since a resume
         try:
             folder, model = self.checkpoint_dir, self.step_loss.model
             with self._learned_weights():
@@ -356,7 +356,7 @@ class Fit:
         if self.upload is not None:
             self.upload.put(saved_now, is_best=is_best)
         self._best_on_disk = self._best.step
-        self._ranks.on_main(self._prune)
+        self._ranks.main_only(self._prune)
         if self._log is not None:
             self._log.saved(self._step)
 
@@ -378,7 +378,7 @@ class Fit:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         with self._learned_weights():
-            state = self._ranks.together(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer, self._ranks))
+            state = self._ranks.collective(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer, self._ranks))
         if state["data"] != self.batches.fingerprint:
             raise ConfigError(
                 f"datasets: the training data is not what it was when {checkpoint.path} was written: a file or the tokenizer "
@@ -402,7 +402,7 @@ class Fit:
         self._early_stopping.load_state_dict(state["early_stopping"])
         self._best.load_state_dict(state["best"])
         self._best_on_disk = self._best.step
-        self._ranks.on_main(lambda: self._resume_upload(checkpoint))
+        self._ranks.main_only(lambda: self._resume_upload(checkpoint))
         # the last stage ends with the run, which may be longer now
         self.batches.plan = evolve(self.batches.plan, ends=(*state["stage_ends"][:-1], self.total_steps))
         self._resumed_stage = state["stage"]

@@ -120,7 +120,7 @@ def estimate_memory(
     info: ModelInfo,
     heads: HeadsConfig,
     *,
-    world: int = 1,
+    world_size: int = 1,
     per_machine: int | None = None,
     others: Mapping[str, ModelInfo] | None = None,
 ) -> MemoryEstimate:
@@ -130,7 +130,7 @@ def estimate_memory(
         config: for rows, precision, checkpointing and sharding.
         info: of the base model.
         heads: the heads that it gets.
-        world: processes of the job.
+        world_size: processes of the job.
         per_machine: those of each machine, where there are several machines.
         others: further models that the trainer loads, by name.
     """
@@ -144,7 +144,7 @@ def estimate_memory(
                 fixed + head_parameters(info, heads),
                 adapter_parameters(info, lora, info.layers + heads.horizon - 1),
             )
-    rows = -(-data.batch_size // world)
+    rows = -(-data.batch_size // world_size)
     micro = min(data.micro_batch_size or rows, rows)
     tokens = micro * data.max_length
     half = devices.precision != "fp32"
@@ -156,9 +156,9 @@ def estimate_memory(
         quantized = info.layers * info.layer_parameters
         fixed, in_4_bits = max(0, fixed - quantized), round(0.5625 * quantized)
     parameters = fixed + learned
-    shared = world > 1 and (devices.fsdp is None or devices.fsdp.strategy != "none")
+    shared = world_size > 1 and (devices.fsdp is None or devices.fsdp.strategy != "none")
     hybrid = devices.fsdp is not None and devices.fsdp.strategy == "hybrid"
-    share = (per_machine or world if hybrid else world) if shared else 1
+    share = (per_machine or world_size if hybrid else world_size) if shared else 1
     of_fixed = 2 if devices.precision == "bf16-params" else 4
     copies = {"fp32": 0, "bf16": 2 * learned, "bf16-params": 2 * learned}[devices.precision]
     if shared:  # gathered from the other ranks: everything, or two layers and the largest table at a time
@@ -178,7 +178,7 @@ def estimate_memory(
         loss += min(_COMPARED_CHUNK, 32 * tokens * info.vocab_size)
     gradients = 4 * learned // share
     if micro == rows:
-        whole = world == 1 and (devices.fsdp is None or devices.fsdp.strategy == "none")
+        whole = world_size == 1 and (devices.fsdp is None or devices.fsdp.strategy == "none")
         if whole and devices.device != "cpu" and devices.precision == "bf16-params" and type(config.optimizer) is AdamW:
             gradients //= 2  # they stay as they came
         gradients = max(0, gradients - activations)
@@ -246,13 +246,13 @@ def cheaper_settings(
     info: ModelInfo,
     heads: HeadsConfig,
     *,
-    world: int = 1,
+    world_size: int = 1,
     per_machine: int | None = None,
     others: Mapping[str, ModelInfo] | None = None,
 ) -> list[tuple[str, int]]:
     """Find the three single settings that lower the estimate most, with their totals."""
     devices, data = config.devices, config.data.train
-    rows = -(-data.batch_size // world)
+    rows = -(-data.batch_size // world_size)
     micro = min(data.micro_batch_size or rows, rows)
     tried: dict[str, Config] = {}
     for smaller in {max(1, micro // 2), 1} - {micro}:
@@ -271,13 +271,13 @@ def cheaper_settings(
     if data.max_length > 2:
         half = data.max_length // 2
         tried[f"data.train.max_length = {half}"] = evolve(config, data=evolve(config.data, train=evolve(data, max_length=half)))
-    if devices.fsdp is not None and devices.fsdp.strategy != "full" and world > 1:
+    if devices.fsdp is not None and devices.fsdp.strategy != "full" and world_size > 1:
         tried['devices.fsdp.strategy = "full"'] = evolve(
             config, devices=evolve(devices, fsdp=evolve(devices.fsdp, strategy="full"))
         )
-    now = estimate_memory(config, info, heads, world=world, per_machine=per_machine, others=others).total
+    now = estimate_memory(config, info, heads, world_size=world_size, per_machine=per_machine, others=others).total
     totals = {
-        key: estimate_memory(other, info, heads, world=world, per_machine=per_machine, others=others).total
+        key: estimate_memory(other, info, heads, world_size=world_size, per_machine=per_machine, others=others).total
         for key, other in tried.items()
     }
     # one value of each key: the one that helps most
@@ -299,14 +299,14 @@ def explain_out_of_memory(
     heads: HeadsConfig,
     *,
     device: object,
-    world: int = 1,
+    world_size: int = 1,
     per_machine: int | None = None,
     others: Mapping[str, ModelInfo] | None = None,
 ) -> Iterator[None]:
     """Turn an out-of-memory error inside into one with the estimate and advice.
 
     Args:
-        config, info, heads, world, per_machine, others: see `estimate_memory`.
+        config, info, heads, world_size, per_machine, others: see `estimate_memory`.
         device: what the message calls the device.
 
     Raises:
@@ -320,8 +320,8 @@ def explain_out_of_memory(
         # torch has an error class for GPUs only; on a CPU the message depends on the system
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        estimate = estimate_memory(config, info, heads, world=world, per_machine=per_machine, others=others)
-        what = describe_shortage(cheaper_settings(config, info, heads, world=world, per_machine=per_machine, others=others))
+        estimate = estimate_memory(config, info, heads, world_size=world_size, per_machine=per_machine, others=others)
+        what = describe_shortage(cheaper_settings(config, info, heads, world_size=world_size, per_machine=per_machine, others=others))
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WMTPError(f"{device} is out of memory: the estimate was {estimate}{what}; torch says: {first}") from error
 

@@ -64,7 +64,7 @@ def place_model(
     # a sharded model's own parameters are the fp32 copies, gathered in bf16
     if isinstance(model, FSDPModule) or precision != "bf16-params":
         return model, None
-    return model, MasterWeights(model, fixed=model.fixed_parameters(), one_pass=ranks.world == 1)
+    return model, MasterWeights(model, fixed=model.fixed_parameters(), one_pass=ranks.world_size == 1)
 
 
 def _shrink_fixed(model: MTPModel, precision: Precision, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from wmtp.config.schema import Config, FsdpConfig
 from wmtp.config.tree import flatten
 from wmtp.data.score_cache.cached_numbers import open_token_numbers
 from wmtp.devices import autocast_context, device_name, few_cpu_threads, pick_device, pick_precision, prefer_fast_attention
-from wmtp.distributed.ranks import ALONE, Ranks
+from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks
 from wmtp.errors import Terminated, WMTPError
 from wmtp.models.draft_vocabulary import frequent_tokens
 from wmtp.models.ends import end_ids, learn_turn_end
@@ -53,7 +53,7 @@ logger = logging.getLogger("wmtp")
 _AFTER_CTRL_C = 3.0  #: seconds that a tracker has to close the run
 
 
-def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) -> Result:
+def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_PROCESS) -> Result:
     """Train in this process.
 
     Args:
@@ -74,36 +74,36 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
     transformers.utils.logging.disable_progress_bar()  # one bar is enough: ours
     if config.devices.threads is not None:
         torch.set_num_threads(config.devices.threads)
-    pinned = ranks.on_main(lambda: pins(run_dir, config))
+    pinned = ranks.main_only(lambda: pins(run_dir, config))
     config = with_uris(config, pinned)
-    device = ranks.together(lambda: pick_device(config.devices.device, ranks.local_rank if ranks.world > 1 else None))
+    device = ranks.collective(lambda: pick_device(config.devices.device, ranks.local_rank if ranks.world_size > 1 else None))
     remote = remote_checkpoints(config)
     saved = find_checkpoints(config, run_dir, remote, ranks, resume=resume)
 
     trainer, name = build_trainer(config.trainer)  # its errors show before anything is read
     source = ranks.one_by_machine_first(lambda: open_source(config))
     data = ranks.one_by_machine_first(lambda: prepare_data(config, source.tokenizer, source.dataset_paths))
-    ranks.together(lambda: check_ids(source.rows, source.tokenizer, (data.train, data.eval)))
+    ranks.collective(lambda: check_ids(source.rows, source.tokenizer, (data.train, data.eval)))
     compare_data(data, ranks)
     held_out = None if data.eval is None else data.eval.fingerprint
     facts = {"data": {"train": data.train.fingerprint, "eval": held_out}, "device": device_name(device)}
-    ranks.on_main(lambda: record(run_dir, facts))
+    ranks.main_only(lambda: record(run_dir, facts))
     total_steps = planned_steps(config, StepBatches(data.train, config.data.train, seed=config.run.seed))
-    ranks.together(lambda: check_data(trainer, data.train, name))
-    if ranks.world > config.data.train.batch_size:
+    ranks.collective(lambda: check_data(trainer, data.train, name))
+    if ranks.world_size > config.data.train.batch_size:
         logger.info(
             "data.train.batch_size: %d rows a step for %d processes: some have no rows; a larger batch uses them all",
-            config.data.train.batch_size, ranks.world,
+            config.data.train.batch_size, ranks.world_size,
         )  # fmt: skip
 
     random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
     precision = pick_precision(config.devices.precision, device)
-    fsdp = config.devices.fsdp or (FsdpConfig() if ranks.world > 1 else None)
+    fsdp = config.devices.fsdp or (FsdpConfig() if ranks.world_size > 1 else None)
     heads = resolve_heads(config.models["base"].heads, source.model_info.heads, source.model_info.native)
     explained = partial(
         explain_out_of_memory, config, source.model_info, heads,
-        device=device, world=ranks.world, per_machine=ranks.per_machine,
+        device=device, world_size=ranks.world_size, per_machine=ranks.per_machine,
     )  # fmt: skip
     with explained():
         model, master_weights = place_model(config, source, ranks, device, precision, fsdp)
@@ -142,12 +142,12 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
         logged=last_steps(run_dir / "metrics.jsonl") if resume and ranks.is_main else {},
         backends=source.place.backends,
     )
-    ranks.on_main(lambda: tracker.start(run_info))
+    ranks.main_only(lambda: tracker.start(run_info))
     logger.info(
         "%s: %s, %s parameters, H = %d with %s%s, on %s%s; %d steps of %d rows",
         name, source.model_info.architecture, _count(model.base), model.horizon, _count(model.extra_heads, *modules.values()),
         "" if model.adapter is None else f", of which {sum(parameter.numel() for _, parameter in parameters):,} learn",
-        f"{ranks.world} × " if ranks.world > 1 else "", device, total_steps, config.data.train.batch_size,
+        f"{ranks.world_size} × " if ranks.world_size > 1 else "", device, total_steps, config.data.train.batch_size,
     )  # fmt: skip
     upload = None
     if remote is not None and ranks.is_main:
@@ -203,13 +203,13 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             def save(partial: Path) -> None:
                 save_model(model, modules, source.tokenizer, partial, state)
 
-            ranks.on_main(lambda: write_folder(target, save))
+            ranks.main_only(lambda: write_folder(target, save))
             state = None
             with ready_to_measure(fit.step_loss):
                 measurements = measure_model(config, run_dir, fit, source.tokenizer)
                 fit.track(outcome.steps, measurements)
                 show_sample(model, source.tokenizer, data.eval or data.train, device)
-        ranks.on_main(lambda: upload.finish(saved_model) if upload is not None else None)
+        ranks.main_only(lambda: upload.finish(saved_model) if upload is not None else None)
         status = outcome.status
     except KeyboardInterrupt as error:  # the second Ctrl-C, or the first one after the last step: it ends now
         status, is_aborted = "interrupted", True
@@ -226,7 +226,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = ALONE) 
             status="interrupted",
             signal="SIGTERM" if isinstance(error, Terminated) else "SIGINT",
         )
-        if ranks.world == 1 and isinstance(error, Terminated):
+        if ranks.world_size == 1 and isinstance(error, Terminated):
             return result
         error.result = result  # type: ignore[attr-defined]
         raise

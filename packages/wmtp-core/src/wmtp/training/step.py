@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from wmtp.data.batch import PADDING, Batch, Targets, align_targets
-from wmtp.distributed.ranks import ALONE, Ranks, Share
+from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks, Share
 from wmtp.loss import (
     HeadLoss,
     HeadObjective,
@@ -163,7 +163,7 @@ class StepLoss:
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
     seed: int
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
     master_weights: MasterWeights | None = None
     sharding: Sharding | None = None
     sources: Sequence[str] = ()
@@ -291,7 +291,7 @@ class StepLoss:
                     last=place.stop == share.count,
                 )
             )
-        alone = self.ranks.world == 1
+        alone = self.ranks.world_size == 1
         whole = own if alone else batch.to(self.device)
         return _Rows(
             share=share,
@@ -381,8 +381,8 @@ class StepLoss:
             learned = [term.reshape(()) for term in terms.values() if term.requires_grad]
             if learned:
                 # every rank computes these terms, and their gradients of parameters are added up over the ranks
-                (torch.stack(learned).sum() / self.ranks.world).backward()
-        slopes = {name: leaf.grad * self.ranks.world for name, leaf in leaves.items() if leaf.grad is not None}
+                (torch.stack(learned).sum() / self.ranks.world_size).backward()
+        slopes = {name: leaf.grad * self.ranks.world_size for name, leaf in leaves.items() if leaf.grad is not None}
         return {name: term.detach().reshape(()) for name, term in terms.items()}, slopes, of_router
 
     def _balances(self, stage: Stage) -> bool:
