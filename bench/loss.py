@@ -122,7 +122,7 @@ def two_phase(keep: float, told: bool = True) -> Row:
             case.ids,
             coefficients.view(n, h),
             valid,
-            known=first,
+            precomputed=first,
             at_most=kept if told else None,
             valid_counts=[n] * h,
         )[0]

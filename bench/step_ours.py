@@ -70,7 +70,7 @@ def _batch(shape: Shape, step: int, documents_a_row: int) -> Batch:
         input_ids=ids,
         document=number,
         position=(place % part).contiguous(),
-        learn=torch.ones_like(ids, dtype=torch.bool),
+        loss_mask=torch.ones_like(ids, dtype=torch.bool),
         weight=weights,
         documents=[
             Document(index=i, start=0, id=str(i), group=str(i), is_correct=i % 2 == 0)

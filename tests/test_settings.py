@@ -108,7 +108,9 @@ def measured(monkeypatch):
     def look(evaluators, measured, folder):
         digest = hashlib.sha256()
         for batch in measured.batches:
-            digest.update(batch.input_ids.numpy().tobytes() + batch.learn.numpy().tobytes() + str(batch.learn.shape).encode())
+            digest.update(
+                batch.input_ids.numpy().tobytes() + batch.loss_mask.numpy().tobytes() + str(batch.loss_mask.shape).encode()
+            )
         with measured.autocast():
             autocast = torch.is_autocast_enabled("cpu")
         seen.update(

@@ -179,8 +179,8 @@ def check_conversations(kind, conversations, number, packing, seed):
         targets = align_targets(batch, HORIZON)
         for index, document in enumerate(batch.documents):
             inside = batch.document == index
-            tokens, learn = batch.input_ids[inside].tolist(), batch.learn[inside].tolist()
-            answers = [token for token, on in zip(tokens, learn, strict=True) if on]
+            tokens, loss_mask = batch.input_ids[inside].tolist(), batch.loss_mask[inside].tolist()
+            answers = [token for token, on in zip(tokens, loss_mask, strict=True) if on]
             assert tokenizer._backend.decode(answers, skip_special_tokens=False) == wanted[document.id]
             for k in range(HORIZON):
                 own = inside & targets.valid[..., k]

@@ -96,7 +96,7 @@ def test_weights_equal_loops(options):
             pairwise=config.value_loss == "pairwise",
         )
         right = [config.train_on == "all" or document.is_correct for document in batch.documents]
-        learned = {place: a for place, a in known.items() if batch.learn[place] and right[int(batch.document[place])]}
+        learned = {place: a for place, a in known.items() if batch.loss_mask[place] and right[int(batch.document[place])]}
         mean = sum(learned.values()) / len(learned)
         square = sum(a * a for a in learned.values()) / len(learned)
         decay = config.ema_decay if config.whitening == "ema" else 0.0
@@ -113,10 +113,10 @@ def test_weights_equal_loops(options):
         average = sum(raw[place] * n for place, n in predicted.items()) / sum(predicted.values())
         for place, weight in raw.items():
             assert float(ours[place]) == pytest.approx(weight / average, rel=2e-4)
-        wrong = [place for place in known if batch.learn[place] and not right[int(batch.document[place])]]
+        wrong = [place for place in known if batch.loss_mask[place] and not right[int(batch.document[place])]]
         assert all(float(ours[place]) == 0 for place in wrong)
-        assert all(float(ours[place]) == 0 for place in known if not batch.learn[place]), "a prompt has no weight"
-        placed = view.by_prediction(ours)[trainer.weighed(view)]
+        assert all(float(ours[place]) == 0 for place in known if not batch.loss_mask[place]), "a prompt has no weight"
+        placed = view.by_prediction(ours)[trainer.eligible(view)]
         assert float(placed.mean()) == pytest.approx(1.0, abs=1e-5)
         assert len(placed) == sum(predicted.values())
 
@@ -136,7 +136,7 @@ def test_the_value_loss_equals_loops(gamma, lam):
                     after = places[n + 1]
                     target = (1 - lam) * gamma * float(value[after]) + lam * gamma * target
                 # after each token to learn, and after the prompt
-                if batch.learn[place] or (n < len(places) - 1 and batch.learn[places[n + 1]]):
+                if batch.loss_mask[place] or (n < len(places) - 1 and batch.loss_mask[places[n + 1]]):
                     errors.append((float(value[place]) - target) ** 2)
                     targets.append(gamma ** (len(places) - 1 - n) * reward(document))
                     values.append(float(value[place]))
@@ -170,7 +170,7 @@ def test_the_pairwise_loss_equals_loops():
         batch, value = view.batch, view.observations["value"].double()
         means, lengths = {}, {}
         for number in range(len(batch.documents)):
-            own = [place for place in tokens_of(batch, number) if batch.learn[place]]
+            own = [place for place in tokens_of(batch, number) if batch.loss_mask[place]]
             lengths[number] = len(own)
             means[number] = sum(float(value[place]) for place in own) / len(own) if own else 0.0
         pairs = plain_pairs(batch.documents, lengths, 3.0)
@@ -284,7 +284,7 @@ def test_the_head_warm_up_learns_the_same_documents_without_a_value():
     view = make_view(trainer, step, stage="head-warmup")
     assert not view.observations
     weights = trainer.token_weights(view)
-    for place in step.batch.learn.nonzero().tolist():
+    for place in step.batch.loss_mask.nonzero().tolist():
         right = step.batch.documents[int(step.batch.document[tuple(place)])].is_correct
         assert float(weights[tuple(place)]) == float(right)
     assert trainer.auxiliary_losses(view) == {}
@@ -295,7 +295,7 @@ def test_a_control_gives_no_weight_to_documents_that_are_not_learned(control):
     treatment = make(value_learns=True)
     view = make_view(treatment, random_step(1, packed=True, rows=6, length=17))
     weights = control(treatment, "x").token_weights(view)
-    learned = treatment.weighed(view)
+    learned = treatment.eligible(view)
     assert (weights[~learned] == 0).all()
     assert (weights[learned] > 0).all()
     assert (view.targets.valid & ~learned).any()
@@ -308,12 +308,12 @@ def test_a_value_that_explodes_gives_weights_that_the_loop_refuses(value, whiten
     trainer = make(whitening=whitening)
     view = make_view(trainer, random_step(0, packed=True))
     broken = view.observations["value"].clone()
-    broken[view.batch.learn] = value
+    broken[view.batch.loss_mask] = value
     broken[0] = -broken[0]
     weights = view.by_prediction(trainer.token_weights(evolve(view, observations={"value": broken})))
-    assert value == 1e38 or not torch.isfinite(weights[trainer.weighed(view)]).all()
+    assert value == 1e38 or not torch.isfinite(weights[trainer.eligible(view)]).all()
     if value == 1e38:
-        assert torch.isfinite(weights[trainer.weighed(view)]).all(), "large, but numbers: clipped"
+        assert torch.isfinite(weights[trainer.eligible(view)]).all(), "large, but numbers: clipped"
 
 
 def test_details_for_the_report():
@@ -323,7 +323,7 @@ def test_details_for_the_report():
     details = trainer.token_details(view)
     known = plain_advantages(view.batch, view.observations["value"], gamma=1.0, lam=0.95, delta="gae")
     for b, t in (view.batch.document != PADDING).nonzero().tolist():
-        shown = view.batch.learn[b, t] and (b, t) in known
+        shown = view.batch.loss_mask[b, t] and (b, t) in known
         assert bool(torch.isnan(details["advantage"][b, t])) is not bool(shown)
         if shown:
             assert float(details["advantage"][b, t]) == pytest.approx(known[b, t], abs=1e-5)

@@ -87,7 +87,7 @@ class Spy(CriticWMTPTrainer):
 
     def token_weights(self, view):
         weights = super().token_weights(view)
-        for token, weight in zip(view.batch.input_ids[view.batch.learn], weights[view.batch.learn], strict=True):
+        for token, weight in zip(view.batch.input_ids[view.batch.loss_mask], weights[view.batch.loss_mask], strict=True):
             Spy.weights[chr(int(token)) if token < 256 else "end"].append(float(weight))
         return weights
 

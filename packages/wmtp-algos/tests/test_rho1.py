@@ -61,7 +61,7 @@ def plain_scores(step, reference_losses, score):
         for t in range(length):
             for k in range(1, HORIZON + 1):
                 j = t + k
-                if j >= length or batch.document[b, j] != batch.document[b, t] or not batch.learn[b, j]:
+                if j >= length or batch.document[b, j] != batch.document[b, t] or not batch.loss_mask[b, j]:
                     continue
                 excess = float(step.token_loss[b, t, k - 1]) - reference_losses[b, j]
                 scores[b, t, k] = {"excess": excess, "absolute": abs(excess), "reference": -reference_losses[b, j]}[score]
@@ -116,7 +116,7 @@ def test_reference_losses_are_those_of_each_document_alone(packed, seed):
     plain = plain_reference_losses(model, batch)
     assert ours.shape == batch.input_ids.shape
     for place, loss in plain.items():
-        expected = loss if batch.learn[place] else 0.0
+        expected = loss if batch.loss_mask[place] else 0.0
         assert float(ours[place]) == pytest.approx(expected, rel=1e-6, abs=1e-6), place
     assert float(ours[:, 0].abs().max()) == 0.0
 
@@ -248,7 +248,7 @@ def test_a_perfect_reference_has_no_loss():
         input_ids=ids,
         document=torch.zeros_like(ids),
         position=torch.arange(12)[None],
-        learn=torch.ones_like(ids, dtype=torch.bool),
+        loss_mask=torch.ones_like(ids, dtype=torch.bool),
         documents=[Document(index=0, start=0, id="d", group="d")],
     )
     losses = next_token_losses(reference, batch, packed=False)[0]

@@ -56,7 +56,7 @@ def test_asft_is_dft_and_the_divergence_from_the_start(packed, micro):
     terms = []
     for b in range(len(batch.input_ids)):
         for t in range(batch.input_ids.shape[1] - 1):
-            if batch.document[b, t] == batch.document[b, t + 1] and batch.learn[b, t + 1]:
+            if batch.document[b, t] == batch.document[b, t + 1] and batch.loss_mask[b, t + 1]:
                 terms.append((p[b, t] * (p[b, t] / q[b, t]).log()).sum())
     anchor = 0.3 * sum(terms) / len(terms)
     anchor.backward()

@@ -134,7 +134,7 @@ class LearnedWeights(Trainer):
         return view.by_prediction(view.observations["value"].exp()) * (view.entropy + view.token_loss + self.mean)
 
     def auxiliary_losses(self, view):
-        return {"value": (view.observations["value"][view.batch.learn] - 1).square().sum()}
+        return {"value": (view.observations["value"][view.batch.loss_mask] - 1).square().sum()}
 
     def metrics(self):
         return {"learned/mean": self.mean}

@@ -223,7 +223,7 @@ def test_a_control_is_its_treatment_in_all_but_the_weights(control):
         def check_data(self, data):
             return [data]
 
-        def units(self, data, stage):
+        def groups(self, data, stage):
             return [data, stage]
 
         def learning_rates(self):
@@ -252,7 +252,7 @@ def test_a_control_is_its_treatment_in_all_but_the_weights(control):
     assert list(trainer.modules()) == ["value"]
     assert trainer.stages() == treatment.stages()
     assert trainer.check_data("x") == ["x"]
-    assert trainer.units("x", Stage()) == ["x", Stage()]
+    assert trainer.groups("x", Stage()) == ["x", Stage()]
     assert trainer.learning_rates() == {"value": 1.0}
     assert trainer.observe(1) == {"seen": 1}
     assert trainer.auxiliary_losses(2) == {"loss": 2}

@@ -31,7 +31,7 @@ def make_batch(rows=5, length=14, *, packed, seed=0, pad_columns=0, pad_rows=0):
     ids = torch.randint(1, VOCAB, (rows, length), generator=g)
     document = torch.full((rows, length), PADDING)
     position = torch.zeros((rows, length), dtype=torch.int64)
-    learn = torch.zeros((rows, length), dtype=torch.bool)
+    loss_mask = torch.zeros((rows, length), dtype=torch.bool)
     documents = []
     for row in range(rows):
         at = 0
@@ -49,7 +49,7 @@ def make_batch(rows=5, length=14, *, packed, seed=0, pad_columns=0, pad_rows=0):
             prompt = int(torch.randint(0, size, (1,), generator=g))
             document[row, at : at + size] = len(documents)
             position[row, at : at + size] = torch.arange(size)
-            learn[row, at + prompt : at + size] = True
+            loss_mask[row, at + prompt : at + size] = True
             documents.append(Document(index=len(documents), start=0, id=f"d{len(documents)}", group=f"g{len(documents) // 2}"))
             at += size
     pad = lambda t, value: torch.nn.functional.pad(t, (0, pad_columns, 0, pad_rows), value=value)
@@ -57,7 +57,7 @@ def make_batch(rows=5, length=14, *, packed, seed=0, pad_columns=0, pad_rows=0):
         input_ids=pad(ids, 7),
         document=pad(document, PADDING),
         position=pad(position, 0),
-        learn=pad(learn, False),
+        loss_mask=pad(loss_mask, False),
         documents=documents,
     )
 
@@ -190,7 +190,7 @@ def reference(model, batch, weight_of, alpha, normalizer="sum_w"):
                 j = t + k
                 if batch.document[b, t] == PADDING or j >= length:
                     continue
-                if batch.document[b, j] != batch.document[b, t] or not batch.learn[b, j]:
+                if batch.document[b, j] != batch.document[b, t] or not batch.loss_mask[b, j]:
                     continue
                 if k > 1 and model.heads.objective != "ce":
                     ce = head_objective(model, logits, b, t, k)

@@ -22,6 +22,7 @@ from wmtp.testing import (
     TrackerTests,
     TrainerTests,
 )
+from wmtp.testing.steps import random_step
 from wmtp.training.setup import build_trainer
 
 SUITES = {
@@ -260,6 +261,19 @@ def test_the_contract_imports_no_torch():
     """A one-class trainer is read whenever ``wmtp`` starts."""
     code = "import sys; from wmtp import StepView, Trainer, TrainerConfig; print({'torch', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("name", "arguments", "now"), [("units", "data, stage", "groups"), ("weighed", "view", "eligible")])
+def test_a_trainer_of_an_earlier_contract_hears_the_new_name(name, arguments, now):
+    with pytest.raises(PluginError, match=f"Old: the method '{name}' is called '{now}' now; rename it"):
+        type("Old", (wmtp.Trainer,), {name: eval(f"lambda self, {arguments}: None")})
+    type("Own", (wmtp.Trainer,), {name: lambda self: 3})  # the host could not call it, so it is the plugin's own
+
+
+def test_an_earlier_name_of_the_batch_says_the_new_one():
+    with pytest.raises(AttributeError, match="a Batch has no 'learn'; it is called loss_mask now"):
+        _ = random_step(0, packed=False).batch.learn
+    assert not hasattr(random_step(0, packed=False).batch, "anything")
 
 
 def test_an_old_import_path_says_the_new_one():

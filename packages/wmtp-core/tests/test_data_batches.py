@@ -75,7 +75,7 @@ def pieces_of(batch):
                     (
                         batch.documents[number],
                         batch.input_ids[at].tolist(),
-                        batch.learn[at].tolist(),
+                        batch.loss_mask[at].tolist(),
                         batch.position[at].tolist(),
                     )
                 )
@@ -109,7 +109,7 @@ def test_every_token_comes_once_in_every_epoch(documents, layout, bos, seed):
             for batch in seen:
                 padding = batch.document == PADDING
                 assert batch.input_ids.shape[1] <= layout["max_length"]
-                assert not batch.learn[padding].any()
+                assert not batch.loss_mask[padding].any()
                 assert (batch.input_ids[padding] == EOS).all()
                 assert batch.packed <= layout["packing"]
 
@@ -133,7 +133,7 @@ def test_no_head_predicts_across_a_documents_end(documents, layout, bos, horizon
                         if t + k >= length or batch.document[row, t] == PADDING:
                             continue
                         crossed = any(batch.document[row, t] != batch.document[row, j] for j in range(t, t + k + 1))
-                        if not crossed and batch.learn[row, t + k]:
+                        if not crossed and batch.loss_mask[row, t + k]:
                             expected.add((row, t, k, int(batch.input_ids[row, t + k])))
             found = {
                 (row, t, k + 1, int(targets.ids[row, t, k]))
@@ -151,8 +151,8 @@ def test_the_end_is_learned_and_the_prompt_is_not(documents, bos, learn_prompt):
             piece = dataset.document(number)
             prompt, completion = documents[piece.document.index]
             assert piece.tokens[-1] == EOS
-            assert piece.learn.tolist() == [False] * bos + [learn_prompt] * prompt + [True] * (completion + 1)
-        learned = sum(int(dataset.document(number).learn[1:].sum()) for number in range(len(dataset)))
+            assert piece.loss_mask.tolist() == [False] * bos + [learn_prompt] * prompt + [True] * (completion + 1)
+        learned = sum(int(dataset.document(number).loss_mask[1:].sum()) for number in range(len(dataset)))
         assert learned == dataset.learned_tokens
 
 
@@ -179,7 +179,7 @@ def test_an_overlong_document_is_truncated_skipped_or_split(tmp_path):
     # 35 tokens in 16 + 16 + 3, and 26 in 16 + 10; the first part of document 2 is all prompt
     assert cut == [(0, 0, 7), (1, 0, 16), (1, 16, 16), (1, 32, 3), (2, 16, 10)]
     assert pieces[3].tokens[-1] == EOS
-    assert pieces[4].learn.tolist() == [False] * 5 + [True] * 5
+    assert pieces[4].loss_mask.tolist() == [False] * 5 + [True] * 5
     assert (dataset.counts.split, dataset.counts.without_target) == (2, 1)
 
 
@@ -348,7 +348,7 @@ def test_nothing_to_batch_is_said(tmp_path):
 
 def test_a_batch_elsewhere_keeps_its_rows_on_the_cpu_too():
     values = torch.arange(12).view(3, 4)
-    batch = Batch(input_ids=values, document=values, position=values, learn=values > 3, documents=())
+    batch = Batch(input_ids=values, document=values, position=values, loss_mask=values > 3, documents=())
     assert batch.to(torch.device("cpu")).host is None
     moved = batch.to(torch.device("meta")).rows(1, 3)
     assert moved.input_ids.is_meta
@@ -389,7 +389,7 @@ def test_a_store_beyond_two_to_the_31_tokens(tmp_path):
     assert (len(dataset), dataset.tokens, dataset.learned_tokens, dataset.counts.overlong) == (2, 2000, 1970, 1)
     last = dataset.document(1)
     assert last.tokens.tolist() == list(range(short, 2 * short))
-    assert (last.document.id, last.prompt_length, int(last.learn.sum())) == ("c", 20, 980)
+    assert (last.document.id, last.prompt_length, int(last.loss_mask.sum())) == ("c", 20, 980)
     batch = StepBatches(dataset, TrainDataConfig(max_length=1024, batch_size=2), seed=0).batch(0)
     assert sorted(int(row[:short].sum()) for row in batch.input_ids) == [sum(range(short)), sum(range(short, 2 * short))]
     length = 1 << 20

@@ -199,8 +199,8 @@ def learned(tokenizer, data):
     found = []
     for number in range(len(data)):
         piece = data.document(number)
-        runs = np.split(np.arange(len(piece.learn)), np.flatnonzero(np.diff(piece.learn)) + 1)
-        tokens = [piece.tokens[run].tolist() for run in runs if piece.learn[run[0]]]
+        runs = np.split(np.arange(len(piece.loss_mask)), np.flatnonzero(np.diff(piece.loss_mask)) + 1)
+        tokens = [piece.tokens[run].tolist() for run in runs if piece.loss_mask[run[0]]]
         found.append([tokenizer._backend.decode(ids, skip_special_tokens=False) for ids in tokens])
     return found
 
@@ -231,7 +231,7 @@ def test_prompt_and_response_weights(tmp_path):
     record = {"messages": [USER, {**ANSWER, "weight": 0.5}]}
     data = prepare(tmp_path, tokenizer, [record], prompt_weights={"chat": 0.25}, response_weights={"chat": 2.0})
     piece = data.document(0)
-    assert piece.learn.all()
+    assert piece.loss_mask.all()
     assert sorted(set(piece.scale.tolist())) == [0.25, 1.0]
     assert piece.scale[-2] == 0.5 * 2.0
     assert prepare(tmp_path, tokenizer, [{"messages": [USER, ANSWER]}]).document(0).scale is None
@@ -266,7 +266,7 @@ def test_conversations_without_a_template_are_told_before_anything_is_read(tmp_p
         "{% if add_generation_prompt %}assistant:{% endif %}",
     )
     piece = data.document(0)
-    assert bytes(piece.tokens[piece.learn].tolist()) == b"a;b;"
+    assert bytes(piece.tokens[piece.loss_mask].tolist()) == b"a;b;"
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").chat_template == tokenizer.chat_template
 

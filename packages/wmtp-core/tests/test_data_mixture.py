@@ -115,10 +115,10 @@ def test_a_mixture_of_documents_that_belong_together_is_refused(tmp_path):
     dataset = make_dataset(tmp_path, {"a": [9, 9], "b": [9, 9]})
     config = TrainDataConfig(max_length=32, batch_size=4, mixture=SHARES)
     with pytest.raises(ConfigError, match=r"data\.train\.mixture: the trainer wants several documents in one step"):
-        StepBatches(dataset, config, seed=0, units=np.array([0, 0, 1, 1]))
+        StepBatches(dataset, config, seed=0, groups=np.array([0, 0, 1, 1]))
     with pytest.raises(ConfigError, match=r"data\.train\.mixture\.b: no document of it is left"):
-        StepBatches(dataset, config, seed=0, units=np.array([0, 1, -1, -1]))
-    assert StepBatches(dataset, config, seed=0, units=np.arange(4)).steps_per_epoch == 1
+        StepBatches(dataset, config, seed=0, groups=np.array([0, 1, -1, -1]))
+    assert StepBatches(dataset, config, seed=0, groups=np.arange(4)).steps_per_epoch == 1
 
 
 BASE = {

@@ -104,10 +104,10 @@ def test_documents_are_begin_prompt_completion_end(tmp_path):
     assert data.eval is None
     first, second = data.train.document(0), data.train.document(1)
     assert first.tokens.tolist() == [BOS, *b"abcd", EOS]
-    assert first.learn.tolist() == [False, False, False, True, True, True]
+    assert first.loss_mask.tolist() == [False, False, False, True, True, True]
     assert (first.document.id, first.document.group, first.document.is_correct, first.document.reward) == ("7", "g", True, 0.5)
     assert second.tokens.tolist() == [BOS, *b"xyz", EOS]
-    assert second.learn.tolist() == [False, True, True, True, True]
+    assert second.loss_mask.tolist() == [False, True, True, True, True]
     assert (second.document.id, second.document.is_correct, second.document.reward) == ("a.jsonl:2", None, None)
     assert data.train.learned_tokens == 3 + 4
 

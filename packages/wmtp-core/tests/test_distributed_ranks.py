@@ -76,7 +76,12 @@ def test_hybrid_wants_as_many_processes_on_every_machine():
 
 def test_alone_nothing_is_said():
     assert SINGLE_PROCESS.objects(3) == [3]
-    assert SINGLE_PROCESS.main_only(lambda: 4) == SINGLE_PROCESS.collective(lambda: 4) == SINGLE_PROCESS.one_by_machine_first(lambda: 4) == 4
+    assert (
+        SINGLE_PROCESS.main_only(lambda: 4)
+        == SINGLE_PROCESS.collective(lambda: 4)
+        == SINGLE_PROCESS.one_by_machine_first(lambda: 4)
+        == 4
+    )
     assert SINGLE_PROCESS.any(True)
     assert not SINGLE_PROCESS.any(False)
     with pytest.raises(ZeroDivisionError):

@@ -43,14 +43,14 @@ def _batches(rows_at_once: int) -> list[Batch]:
         ids = torch.full((len(texts), length), 256)
         document = torch.full((len(texts), length), PADDING)
         position = torch.zeros(len(texts), length, dtype=torch.int64)
-        learn = torch.zeros(len(texts), length, dtype=torch.bool)
+        loss_mask = torch.zeros(len(texts), length, dtype=torch.bool)
         for row, text in enumerate(texts):
             ids[row, : len(text)] = torch.tensor(text)
             document[row, : len(text)] = row
             position[row, : len(text)] = torch.arange(len(text))
-            learn[row, PROMPTS[start + row] : len(text)] = True
+            loss_mask[row, PROMPTS[start + row] : len(text)] = True
         documents = [Document(index=start + row, start=0, id=str(row), group=str(row)) for row in range(len(texts))]
-        batches.append(Batch(input_ids=ids, document=document, position=position, learn=learn, documents=documents))
+        batches.append(Batch(input_ids=ids, document=document, position=position, loss_mask=loss_mask, documents=documents))
     return batches
 
 

@@ -118,7 +118,7 @@ def test_the_host_waits_for_nothing(told):
         first = token_pass(hidden, unembeddings, ids, valid, valid_counts=counts)
         keep = first.losses > first.losses.mean()
         loss, _ = weighted_cross_entropy(
-            hidden, unembeddings, ids, keep / keep.sum(), valid, known=first, at_most=ids.numel() if told else None
+            hidden, unembeddings, ids, keep / keep.sum(), valid, precomputed=first, at_most=ids.numel() if told else None
         )
         loss.backward()
         weighted_cross_entropy(hidden, unembeddings, ids, keep / keep.sum(), valid, valid_counts=counts)[0].backward()

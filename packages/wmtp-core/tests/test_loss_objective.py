@@ -103,7 +103,7 @@ def test_a_second_phase_gives_the_same_for_less(objective):
     hidden, unembeddings, ids, coefficients, valid = case()
     whole = weighted_head_loss(hidden, unembeddings, ids, coefficients, valid, objective)
     known = token_pass(hidden, unembeddings, ids, valid)
-    later = weighted_head_loss(hidden, unembeddings, ids, coefficients, valid, objective, known=known)
+    later = weighted_head_loss(hidden, unembeddings, ids, coefficients, valid, objective, precomputed=known)
     few = weighted_head_loss(hidden, unembeddings, ids, coefficients, coefficients != 0, objective)
     torch.testing.assert_close(later.agreement.token_losses, whole.agreement.token_losses)
     wanted = leaves(hidden, unembeddings)

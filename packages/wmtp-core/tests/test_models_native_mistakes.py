@@ -62,12 +62,12 @@ def expected(folder: Path, batch: Batch) -> float:
     for number in batch.document.unique().tolist():
         if number == PADDING:
             continue
-        ids, learn = batch.input_ids[batch.document == number], batch.learn[batch.document == number]
+        ids, loss_mask = batch.input_ids[batch.document == number], batch.loss_mask[batch.document == number]
         with torch.no_grad():
             logits = plain_logits("mimo", folder, ids[None], HORIZON)
         for k in range(1, HORIZON + 1):
             for t in range(len(ids) - k):
-                if learn[t + k]:
+                if loss_mask[t + k]:
                     w = float(own_weights(ids[t + k]))
                     total -= ALPHA[k - 1] * w * float(logits[k - 1][0, t].log_softmax(-1)[ids[t + k]])
                     weight += ALPHA[k - 1] * w
@@ -87,11 +87,11 @@ def _everywhere(batch: Batch, horizon: int) -> Targets:
 
 
 def _prompts_too(batch: Batch, horizon: int) -> Targets:
-    return align_targets(evolve(batch, learn=batch.document != PADDING), horizon)
+    return align_targets(evolve(batch, loss_mask=batch.document != PADDING), horizon)
 
 
 def _one_off(batch: Batch, horizon: int) -> Targets:
-    return align_targets(evolve(batch, learn=batch.learn.roll(1, dims=1)), horizon)
+    return align_targets(evolve(batch, loss_mask=batch.loss_mask.roll(1, dims=1)), horizon)
 
 
 def _across_documents(batch: Batch, horizon: int) -> Targets:

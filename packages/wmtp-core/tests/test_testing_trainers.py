@@ -60,7 +60,7 @@ class HardTokens(Trainer):
         return noise * torch.sigmoid(losses - self.mean)
 
     def auxiliary_losses(self, view):
-        return {"value": (view.observations["value"] ** 2)[view.batch.learn].sum() / view.batch.learn.sum()}
+        return {"value": (view.observations["value"] ** 2)[view.batch.loss_mask].sum() / view.batch.loss_mask.sum()}
 
     def metrics(self):
         return {"hard/mean": self.mean}
@@ -191,7 +191,7 @@ def test_batches_cover_what_trainers_meet():
     assert packed.packed
     assert not random_step(0, packed=False).batch.packed
     assert (packed.document == -1).any()
-    assert not packed.learn[packed.document == 1].any(), "a document with nothing to learn"
+    assert not packed.loss_mask[packed.document == 1].any(), "a document with nothing to learn"
 
 
 def test_suites_are_collected_only_where_they_are_inherited():

@@ -15,7 +15,7 @@ def make(step):
         input_ids=torch.full(shape, step),
         document=torch.zeros(shape, dtype=torch.int64),
         position=torch.arange(2).unsqueeze(0),
-        learn=torch.ones(shape, dtype=torch.bool),
+        loss_mask=torch.ones(shape, dtype=torch.bool),
         documents=(),
     )
 

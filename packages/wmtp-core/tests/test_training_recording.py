@@ -113,7 +113,7 @@ def test_every_number_stands_at_its_token(tmp_path, packed, seed):
     shown = {document["index"]: document for document in line["documents"]}
     for number, document in enumerate(batch.documents):
         places = [(row, place) for row, place in (batch.document == number).nonzero().tolist()]
-        learns = any(bool(batch.learn[place]) for place in places[1:])
+        learns = any(bool(batch.loss_mask[place]) for place in places[1:])
         assert (document.index in shown) == learns, "a document is shown where something in it is predicted"
         if not learns:
             continue
@@ -121,7 +121,7 @@ def test_every_number_stands_at_its_token(tmp_path, packed, seed):
         assert len(seen["tokens"]) == len(places)
         for j, (row, place) in enumerate(places):
             for k in range(1, HORIZON + 1):
-                predicted = j - k >= 0 and bool(batch.learn[row, place])
+                predicted = j - k >= 0 and bool(batch.loss_mask[row, place])
                 for name, values in (
                     ("weight", record.weights),
                     ("loss", record.losses),
@@ -133,7 +133,7 @@ def test_every_number_stands_at_its_token(tmp_path, packed, seed):
                     else:
                         assert given[k - 1][j] is None
             by_token = seen["details"]["by_token"][j]
-            if batch.learn[row, place]:
+            if batch.loss_mask[row, place]:
                 assert by_token == pytest.approx(float(record.details["by_token"][row, place]), rel=1e-3)
             else:
                 assert by_token is None
@@ -166,7 +166,7 @@ def text_batch(numbers, *, rows_of=2, length=8):
         input_ids=torch.full(shape, 65) % VOCAB_SIZE,
         document=document,
         position=torch.arange(shape[1]).expand(shape) % length,
-        learn=document != PADDING,
+        loss_mask=document != PADDING,
         documents=[Document(index=n, start=0, id=f"d{n}", group=f"d{n}") for n in numbers],
     )
 

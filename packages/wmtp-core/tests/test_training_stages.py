@@ -105,12 +105,12 @@ class TwoStages(Trainer):
         first = Stage(name="value", steps=12, frozen=frozenset({"model", "heads"}), model_loss=False, until=until)
         return (first, Stage(name="train", frozen=frozenset({"value"})))
 
-    def units(self, data, stage):
-        if self.config.units == "none":
+    def groups(self, data, stage):
+        if self.config.groups == "none":
             return None
-        if self.config.units == "bad":
+        if self.config.groups == "bad":
             return np.zeros(3)
-        if self.config.units == "empty":
+        if self.config.groups == "empty":
             return np.full(len(data), -1)
         wanted = 1 if stage.name == "value" else 0
         return np.where(data.indices % 2 == wanted, data.indices, -1)
@@ -127,7 +127,7 @@ class TwoStages(Trainer):
             return {}
         self.count += 1
         scale = float("inf") if self.count == self.config.explodes else 1.0
-        return {"value": scale * (view.observations["value"][view.batch.learn] - 1).square().mean()}
+        return {"value": scale * (view.observations["value"][view.batch.loss_mask] - 1).square().mean()}
 
     def metrics(self):
         return {"made-up": max(1.0, 5.0 - self.count), "odd": self.odd}
@@ -142,7 +142,7 @@ class TwoStages(Trainer):
 @attrs.frozen(kw_only=True)
 class TwoStagesConfig(TrainerConfig):
     type = "two-stages"
-    units: str = "halves"
+    groups: str = "halves"
     problem: str = ""
     explodes: int = 0
 
@@ -250,19 +250,19 @@ def test_problems_of_the_data_come_before_the_model(make_config):
 
 
 @pytest.mark.parametrize(
-    ("units", "words"),
+    ("groups", "words"),
     [
-        ("bad", r"units returned float64 of shape \[3\] for stage 'value'"),
-        ("empty", "units leaves no document to stage 'value'"),
+        ("bad", r"groups returned float64 of shape \[3\] for stage 'value'"),
+        ("empty", "groups leaves no document to stage 'value'"),
     ],
 )
-def test_units_of_the_wrong_form_name_the_trainer(make_config, units, words):
+def test_groups_of_the_wrong_form_name_the_trainer(make_config, groups, words):
     with pytest.raises(PluginError, match=r"trainer 'two-stages'.*" + words):
-        wmtp.run(make_config(units=units), run_name="x")
+        wmtp.run(make_config(groups=groups), run_name="x")
 
 
-def test_without_units_the_order_is_that_of_any_other_trainer(make_config):
-    config = make_config(units="none")
+def test_without_groups_the_order_is_that_of_any_other_trainer(make_config):
+    config = make_config(groups="none")
     result = wmtp.run(config, run_name="x")
     assert [line["epoch"] for line in lines_of(result.run_dir)] == [0.0] * 10 + [1.0] * 4
 

@@ -138,18 +138,18 @@ def test_constant_weights_equal_the_baseline():
 class OddDocuments(Trainer):
     """Learns every other document; the rest is none of its business."""
 
-    def weighed(self, view):
+    def eligible(self, view):
         return view.targets.valid & (view.batch.document % 2 == 1).unsqueeze(-1)
 
     def token_weights(self, view):
-        return torch.where(self.weighed(view), (view.targets.ids % 4 + 1.0), 0.0)
+        return torch.where(self.eligible(view), (view.targets.ids % 4 + 1.0), 0.0)
 
 
 @pytest.mark.parametrize("normalizer", ["sum_w", "valid", "per_position"])
 def test_what_a_stage_may_not_learn_counts_neither_in_z_nor_in_statistics(normalizer):
     model, batch = make_model(), make_batch(packed=True)
     mixed, found = gradients(model, OddDocuments(), batch, normalizer=normalizer)
-    odd = evolve(batch, learn=batch.learn & (batch.document % 2 == 1))
+    odd = evolve(batch, loss_mask=batch.loss_mask & (batch.document % 2 == 1))
 
     class All(Trainer):
         def token_weights(self, view):
@@ -255,7 +255,9 @@ def test_evaluation_counts_the_drafts_that_head_one_would_accept():
             agreed = True
             for k in (2, 3):
                 places = range(t + 1, t + k + 1)
-                if t + k >= 14 or not all(batch.document[b, j] == batch.document[b, t] and batch.learn[b, j] for j in places):
+                if t + k >= 14 or not all(
+                    batch.document[b, j] == batch.document[b, t] and batch.loss_mask[b, j] for j in places
+                ):
                     break
                 agreed &= bool(tops[k - 1][b, t] == tops[0][b, t + k - 1])
                 depths[k - 1].append(agreed)

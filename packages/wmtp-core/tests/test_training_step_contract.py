@@ -94,7 +94,7 @@ def test_other_returns_of_the_wrong_form_name_the_trainer_too(method, returned, 
 _SHARED = {
     "view.token_loss": lambda v: v.token_loss.masked_fill_(~v.targets.valid, -math.inf),
     "view.targets.valid": lambda v: v.targets.valid.zero_(),
-    "view.batch.learn": lambda v: v.batch.learn.logical_not_(),
+    "view.batch.loss_mask": lambda v: v.batch.loss_mask.logical_not_(),
 }
 _SEEN = {"view.observations['seen']": lambda v: v.observations["seen"].add_(1)}  # for auxiliary losses they are copies
 

@@ -19,7 +19,7 @@ def test_logged_statistics_equal_plain_ones():
         for t in range(length):
             for k in heads:
                 j = t + k
-                if j < length and batch.document[b, t] == batch.document[b, j] != PADDING and batch.learn[b, j]:
+                if j < length and batch.document[b, t] == batch.document[b, j] != PADDING and batch.loss_mask[b, j]:
                     ce = -torch.log_softmax(logits[k][b, t], -1)[batch.input_ids[b, j]]
                     heads[k].append((float(batch.input_ids[b, j] % 5), ce.item()))
     w = torch.tensor([weight for values in heads.values() for weight, _ in values], dtype=torch.float64)

@@ -66,9 +66,9 @@ class ControlTrainer(Trainer):
         """See `Trainer.check_data`."""
         return self._treatment.check_data(data)
 
-    def units(self, data: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
-        """See `Trainer.units`."""
-        return self._treatment.units(data, stage)
+    def groups(self, data: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
+        """See `Trainer.groups`."""
+        return self._treatment.groups(data, stage)
 
     def learning_rates(self) -> Mapping[str, float]:
         """See `Trainer.learning_rates`."""
@@ -81,8 +81,8 @@ class ControlTrainer(Trainer):
     def token_weights(self, view: StepView) -> Tensor:
         """See `Trainer.token_weights`; ``[B, S, H]``."""
         _, weights = given_weights(self._treatment, view, self._name)
-        weighed = self._treatment.weighed(view)
-        places = view.targets.valid if weighed is None else view.targets.valid & weighed
+        chosen = self._treatment.eligible(view)
+        places = view.targets.valid if chosen is None else view.targets.valid & chosen
         changed = torch.zeros_like(weights)
         for k in range(weights.shape[-1]):
             valid = places[..., k]
@@ -92,9 +92,9 @@ class ControlTrainer(Trainer):
             changed[..., k][valid] = torch.where(allowed, self.replace(treated, view.generator), treated)
         return changed
 
-    def weighed(self, view: StepView) -> Tensor | None:
-        """See `Trainer.weighed`."""
-        return self._treatment.weighed(view)
+    def eligible(self, view: StepView) -> Tensor | None:
+        """See `Trainer.eligible`."""
+        return self._treatment.eligible(view)
 
     @abstractmethod
     def replace(self, weights: Tensor, generator: torch.Generator) -> Tensor:

@@ -68,7 +68,7 @@ class CriticWMTPTrainer(Trainer):
         train = Stage(name=_TRAIN, frozen=frozenset() if config.value_learns else frozenset(modules))
         return (train,) if config.value_head is not None else (value, train)
 
-    def units(self, data: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
+    def groups(self, data: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
         """``value``: all documents, or pairs of them; ``train``: those to learn, and where the value learns too, the rest."""
         config, numbers = self._config, np.arange(len(data))
         learns_value = stage.name == _VALUE or (stage.name == _TRAIN and config.value_learns)
@@ -152,7 +152,7 @@ class CriticWMTPTrainer(Trainer):
         config, batch = self._config, view.batch
         value, reward = view.observations["value"], self._rewards(batch)
         states = _states(batch)
-        of_document = maths.document_means(value, batch.learn, batch.document, len(batch.documents))
+        of_document = maths.document_means(value, batch.loss_mask, batch.document, len(batch.documents))
         pairs = self._pairs(batch)
         if config.value_loss == "pairwise":
             loss, known = pairwise_loss(of_document, pairs), pairs.any()
@@ -170,8 +170,8 @@ class CriticWMTPTrainer(Trainer):
             return {"value": loss}
         return {"value": config.value_loss_coef * loss} if config.value_learns else {}
 
-    def weighed(self, view: StepView) -> Tensor:
-        """See `Trainer.weighed`: the predictions of tokens in documents that are learned, ``[B, S, H]``."""
+    def eligible(self, view: StepView) -> Tensor:
+        """See `Trainer.eligible`: the predictions of tokens in documents that are learned, ``[B, S, H]``."""
         return view.by_prediction(self._learned(view.batch)) & view.targets.valid
 
     def token_weights(self, view: StepView) -> Tensor:
@@ -187,8 +187,7 @@ class CriticWMTPTrainer(Trainer):
         weights = maths.advantage_weights(
             advantage, mean=mean, std=std, beta=config.beta, min_weight=config.min_weight, max_weight=config.max_weight
         )
-        weighed = self.weighed(view)
-        _, average, _ = maths.masked_moments(view.by_prediction(weights), weighed)
+        _, average, _ = maths.masked_moments(view.by_prediction(weights), self.eligible(view))
         self._metrics = {"critic/advantage_mean": mean, "critic/advantage_std": std}
         return torch.where(learned, weights / average.to(weights.dtype), 0.0)
 
@@ -196,7 +195,7 @@ class CriticWMTPTrainer(Trainer):
         """``value`` and ``advantage`` of each token to learn."""
         if "value" not in view.observations:
             return {}
-        known = view.batch.learn & (view.batch.position > 0)
+        known = view.batch.loss_mask & (view.batch.position > 0)
         details = {"value": view.observations["value"].detach(), "advantage": self._advantages(view)}
         return {name: torch.where(known, number, torch.nan) for name, number in details.items()}
 
@@ -226,9 +225,9 @@ class CriticWMTPTrainer(Trainer):
     def _learned(self, batch: Batch) -> Tensor:
         """Mark the tokens that stage ``train`` learns, ``[B, S]`` bool."""
         if self._config.train_on == "all":
-            return batch.learn
+            return batch.loss_mask
         correct = [float(is_correct(self._config, document)) for document in batch.documents]
-        return batch.learn & (maths.by_token(self._of_documents(batch, correct), batch.document) > 0)
+        return batch.loss_mask & (maths.by_token(self._of_documents(batch, correct), batch.document) > 0)
 
     def _pairs(self, batch: Batch) -> Tensor:
         """``[N, N]``, see `pairs_of_step`; none where some document has no label."""
@@ -236,7 +235,7 @@ class CriticWMTPTrainer(Trainer):
         group = self._of_documents(batch, [numbers[d.source, d.group] for d in batch.documents])
         labelled = all(d.is_correct is not None or d.reward is not None for d in batch.documents)
         correct = [float(labelled and is_correct(self._config, d)) for d in batch.documents]
-        place = torch.where(batch.learn, batch.document, len(batch.documents)).flatten()
+        place = torch.where(batch.loss_mask, batch.document, len(batch.documents)).flatten()
         length = torch.zeros(len(batch.documents) + 1, device=place.device).index_add(0, place, torch.ones_like(place).float())
         right = self._of_documents(batch, correct) > 0
         return pairs_of_step(group, right, length[:-1], self._config.pair_length_ratio)
@@ -280,6 +279,6 @@ class CriticWMTPTrainer(Trainer):
 
 def _states(batch: Batch) -> Tensor:
     """Where V counts, ``[B, S]`` bool: after each token to learn, and before the first, whose advantage is taken against it."""
-    before = torch.zeros_like(batch.learn)
-    before[:, :-1] = batch.learn[:, 1:] & (batch.document[:, 1:] == batch.document[:, :-1])
-    return (batch.learn | before) & (batch.document != PADDING)
+    before = torch.zeros_like(batch.loss_mask)
+    before[:, :-1] = batch.loss_mask[:, 1:] & (batch.document[:, 1:] == batch.document[:, :-1])
+    return (batch.loss_mask | before) & (batch.document != PADDING)

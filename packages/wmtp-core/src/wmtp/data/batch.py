@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import evolve, frozen
@@ -24,7 +25,7 @@ class Batch:
         input_ids: ``[B, S]`` int64; padding holds any valid id.
         document: ``[B, S]`` int64, for each place the number of its document in ``documents``, or `PADDING`.
         position: ``[B, S]`` int64, the place inside the document's piece, from 0.
-        learn: ``[B, S]`` bool, whether the token is one to learn (not prompt, not padding; end-of-sequence is).
+        loss_mask: ``[B, S]`` bool, whether the token is one to learn (not prompt, not padding; end-of-sequence is).
         weight: ``[B, S]`` float32, the data's own weight of each token; None where no document has any.
         scale: ``[B, S]`` float32, a factor of the trainer's weights, applied by the loop; None where it is 1.
         documents: identity and labels of each document in the batch.
@@ -34,11 +35,17 @@ class Batch:
     input_ids: Tensor
     document: Tensor
     position: Tensor
-    learn: Tensor
+    loss_mask: Tensor
     documents: Sequence[Document]
     weight: Tensor | None = None
     scale: Tensor | None = None
     host: Batch | None = None
+
+    if not TYPE_CHECKING:  # else a checker of types would take every name
+
+        def __getattr__(self, name: str) -> Any:
+            now = "; it is called loss_mask now" if name == "learn" else ""
+            raise AttributeError(f"a Batch has no {name!r}{now}", name=name, obj=self)
 
     @property
     def packed(self) -> bool:
@@ -69,7 +76,7 @@ class Batch:
             input_ids=change(self.input_ids),
             document=change(self.document),
             position=change(self.position),
-            learn=change(self.learn),
+            loss_mask=change(self.loss_mask),
             weight=None if self.weight is None else change(self.weight),
             scale=None if self.scale is None else change(self.scale),
         )
@@ -99,10 +106,10 @@ def align_targets(batch: Batch, horizon: int) -> Targets:
         ids and valid mask, ``[B, S, H]``.
     """
     ids = shift_to_predictions(batch.input_ids, horizon)
-    learn = shift_to_predictions(batch.learn, horizon)
+    loss_mask = shift_to_predictions(batch.loss_mask, horizon)
     # PADDING − 1 differs from every document number, padding included
     document = shift_to_predictions(batch.document, horizon, fill=PADDING - 1)
-    return Targets(ids=ids, valid=learn & (document == batch.document.unsqueeze(-1)))
+    return Targets(ids=ids, valid=loss_mask & (document == batch.document.unsqueeze(-1)))
 
 
 def shift_to_predictions(by_token: Tensor, horizon: int, fill: float = 0) -> Tensor:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from wmtp.config.schema import DataConfig, TrainDataConfig
 from wmtp.data.batch import PADDING, Batch
 from wmtp.data.dataset import TokenDataset
-from wmtp.data.groups import UnitBatches
+from wmtp.data.groups import GroupBatches
 from wmtp.data.mixture import Mixture
 from wmtp.data.packing import Rows, best_fit, in_order, one_each
 from wmtp.errors import ConfigError, WMTPError
@@ -52,22 +52,22 @@ class StepBatches:
         dataset: the training data.
         config: ``[data.train]``.
         seed: of the order.
-        units: one number for each piece of the data set: pieces with the same number share a step, those with −1 are left out.
-            Where units have several pieces a batch may have fewer rows than ``batch_size``, if the next unit does not fit.
+        groups: one number for each piece of the data set: pieces with the same number share a step, those with −1 are left out.
+            Where groups have several pieces a batch may have fewer rows than ``batch_size``, if the next group does not fit.
             Default: each piece for itself.
 
     Raises:
-        ConfigError: a unit is too large for a batch.
+        ConfigError: a group is too large for a batch.
         WMTPError: there is no document.
     """
 
     def __init__(
-        self, dataset: TokenDataset, config: TrainDataConfig, *, seed: int, units: NDArray[np.int64] | None = None
+        self, dataset: TokenDataset, config: TrainDataConfig, *, seed: int, groups: NDArray[np.int64] | None = None
     ) -> None:
         self._fingerprint = dataset.fingerprint
-        self._units = self._mixture = None
-        if units is not None:
-            dataset, units = dataset.select(units >= 0), units[units >= 0]
+        self._groups = self._mixture = None
+        if groups is not None:
+            dataset, groups = dataset.select(groups >= 0), groups[groups >= 0]
         self._dataset = dataset
         self._config = config
         self._seed = seed
@@ -75,7 +75,7 @@ class StepBatches:
         if not len(lengths):
             raise WMTPError("data.train: there is no document to make batches of")
         if config.mixture is not None:
-            if units is not None and len(np.unique(units)) < len(units):
+            if groups is not None and len(np.unique(groups)) < len(groups):
                 raise ConfigError(
                     "data.train.mixture: the trainer wants several documents in one step, of which a mixture takes single ones;"
                     " write data.train.sources"
@@ -84,11 +84,11 @@ class StepBatches:
                 lengths, dataset.sources, dataset.names, config.mixture,
                 max_length=config.max_length, packing=config.packing, shuffle=config.shuffle, seed=seed,
             )  # fmt: skip
-        elif units is not None and len(np.unique(units)) < len(units):
-            self._units = UnitBatches(
-                lengths, units, max_length=config.max_length, batch_size=config.batch_size, packing=config.packing
+        elif groups is not None and len(np.unique(groups)) < len(groups):
+            self._groups = GroupBatches(
+                lengths, groups, max_length=config.max_length, batch_size=config.batch_size, packing=config.packing
             )
-            self._rows, _ = self._units.epoch(None)
+            self._rows, _ = self._groups.epoch(None)
         elif not config.packing:
             self._rows = one_each(np.arange(len(lengths)))
         elif config.shuffle:
@@ -100,14 +100,14 @@ class StepBatches:
 
     @property
     def fingerprint(self) -> str:
-        """See `TokenDataset.fingerprint`: with the same config, seed and units, the same batches."""
+        """See `TokenDataset.fingerprint`: with the same config, seed and groups, the same batches."""
         return self._fingerprint
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in every epoch: packing gives each the same number of rows."""
-        if self._units is not None:
-            return len(self._units)
+        if self._groups is not None:
+            return len(self._groups)
         return -(-len(self._rows if self._mixture is None else self._mixture) // self._config.batch_size)
 
     def steps_in_epoch(self, epoch: int) -> int:
@@ -148,8 +148,8 @@ class StepBatches:
                 rows = one_each(_batches_of_like_length(lengths, rows.members, config.batch_size, random))
             return _Plan(rows=rows, length=None)
         length = _common_length(self._rows, lengths, config)
-        if self._units is not None:
-            rows, starts = self._units.epoch(np.random.default_rng([self._seed, epoch]) if config.shuffle else None)
+        if self._groups is not None:
+            rows, starts = self._groups.epoch(np.random.default_rng([self._seed, epoch]) if config.shuffle else None)
             return _Plan(rows=rows, length=length, starts=starts)
         if not config.shuffle:
             return _Plan(rows=self._rows, length=length)
@@ -191,7 +191,7 @@ def _collate(dataset: TokenDataset, rows: Rows, first: int, count: int, length: 
     input_ids = np.full(shape, dataset.pad_id, np.int64)
     document = np.full(shape, PADDING, np.int64)
     position = np.zeros(shape, np.int64)
-    learn = np.zeros(shape, np.bool_)
+    loss_mask = np.zeros(shape, np.bool_)
     weight = np.zeros(shape, np.float32) if dataset.has_weights else None
     scale = np.zeros(shape, np.float32) if dataset.has_scales else None
     documents = []
@@ -203,7 +203,7 @@ def _collate(dataset: TokenDataset, rows: Rows, first: int, count: int, length: 
             input_ids[row, start:stop] = piece.tokens
             document[row, start:stop] = len(documents)
             position[row, start:stop] = np.arange(stop - start)
-            learn[row, start:stop] = piece.learn
+            loss_mask[row, start:stop] = piece.loss_mask
             if weight is not None and piece.weight is not None:
                 weight[row, start:stop] = piece.weight
             if scale is not None and piece.scale is not None:
@@ -214,7 +214,7 @@ def _collate(dataset: TokenDataset, rows: Rows, first: int, count: int, length: 
         input_ids=torch.from_numpy(input_ids),
         document=torch.from_numpy(document),
         position=torch.from_numpy(position),
-        learn=torch.from_numpy(learn),
+        loss_mask=torch.from_numpy(loss_mask),
         weight=None if weight is None else torch.from_numpy(weight),
         scale=None if scale is None else torch.from_numpy(scale),
         documents=documents,

@@ -53,7 +53,7 @@ class TokenizedDocument:
 
     Args:
         tokens: ``[L]`` int64.
-        learn: ``[L]`` bool, whether the token is one to learn.
+        loss_mask: ``[L]`` bool, whether the token is one to learn.
         weight: ``[L]`` float32; None where no document of the data set has weights.
         scale: ``[L]`` float32, what multiplies a trainer's weights; None where that is 1 in the whole data set.
         document: where it is from.
@@ -61,7 +61,7 @@ class TokenizedDocument:
     """
 
     tokens: NDArray[np.int64]
-    learn: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
     weight: NDArray[np.float32] | None
     scale: NDArray[np.float32] | None
     document: Document
@@ -275,10 +275,10 @@ class TokenDataset:
                 if store.weights is None
                 else np.array(store.weights[origin + start : origin + stop], np.float32)
             )
-        learn, scale = self._segments[source].tokens(origin + start, origin + stop)
+        loss_mask, scale = self._segments[source].tokens(origin + start, origin + stop)
         return TokenizedDocument(
             tokens=store.tokens[origin + start : origin + stop].astype(np.int64),
-            learn=learn,
+            loss_mask=loss_mask,
             weight=weight,
             scale=None if not self.has_scales else np.ones(stop - start, np.float32) if scale is None else scale,
             document=store.document(local, index, start, self.names[source]),

@@ -8,42 +8,42 @@ from numpy.typing import NDArray
 from wmtp.data.packing import Numbers, Rows, best_fit, joined, one_each
 from wmtp.errors import ConfigError
 
-__all__ = ["UnitBatches"]
+__all__ = ["GroupBatches"]
 
 
-class UnitBatches:
-    """Puts units, documents that must be in one optimizer step, into rows and batches; every epoch has the same number.
+class GroupBatches:
+    """Puts groups, documents that must share an optimizer step, into rows and batches; every epoch has the same number.
 
-    The documents of a unit share a row where they fit into one (with ``packing``), else they get rows of their own in the same
-    batch. In each epoch units of equal size change places by chance.
+    The documents of a group share a row where they fit into one (with ``packing``), else they get rows of their own in the same
+    batch. In each epoch groups of equal size change places by chance.
 
     Args:
         lengths: tokens of each document.
-        units: for each document the number of its unit.
+        groups: for each document the number of its group.
         max_length: tokens in a row.
         batch_size: the most rows of a batch.
         packing: whether a row may hold several documents.
 
     Raises:
-        ConfigError: a unit needs more rows than a batch has.
+        ConfigError: a group needs more rows than a batch has.
     """
 
-    def __init__(self, lengths: Numbers, units: Numbers, *, max_length: int, batch_size: int, packing: bool) -> None:
-        order = np.argsort(units, kind="stable")
-        begins = np.flatnonzero(np.diff(units[order], prepend=np.iinfo(np.int64).min))
-        self._units = Rows(order, np.append(begins, len(order)))
-        self._counts = np.diff(self._units.starts)
-        self._totals = self._units.lengths(lengths)
+    def __init__(self, lengths: Numbers, groups: Numbers, *, max_length: int, batch_size: int, packing: bool) -> None:
+        order = np.argsort(groups, kind="stable")
+        begins = np.flatnonzero(np.diff(groups[order], prepend=np.iinfo(np.int64).min))
+        self._groups = Rows(order, np.append(begins, len(order)))
+        self._counts = np.diff(self._groups.starts)
+        self._totals = self._groups.lengths(lengths)
         fits = self._totals <= max_length if packing else self._counts == 1
-        # units that have a row of their own or share one, and rows of the others
+        # groups that have a row of their own or share one, and rows of the others
         self._small = np.flatnonzero(fits)
         self._packed = best_fit(self._totals[fits], max_length) if packing else one_each(np.arange(len(self._small)))
         self._large: list[Rows] = []
-        for unit in np.flatnonzero(~fits):
-            documents = self._units.row(int(unit))
+        for group in np.flatnonzero(~fits):
+            documents = self._groups.row(int(group))
             rows = best_fit(lengths[documents], max_length) if packing else one_each(np.arange(len(documents)))
             self._large.append(Rows(documents[rows.members], rows.starts))
-        # a bundle is what one batch must hold whole: a row of small units, or all rows of a large one
+        # a bundle is what one batch must hold whole: a row of small groups, or all rows of a large one
         self._sizes = np.array([1] * len(self._packed) + [len(rows) for rows in self._large], np.int64)
         if int(self._sizes.max()) > batch_size:
             raise ConfigError(
@@ -77,10 +77,10 @@ class UnitBatches:
         return rows.reordered(taken.members), starts
 
     def _documents(self, packed: Rows) -> Rows:
-        """Rows of small units as rows of documents."""
-        units = self._small[packed.members]
-        ends = np.concatenate([[0], np.cumsum(self._counts[units])])
-        return Rows(self._units.reordered(units).members, ends[packed.starts])
+        """Rows of small groups as rows of documents."""
+        groups = self._small[packed.members]
+        ends = np.concatenate([[0], np.cumsum(self._counts[groups])])
+        return Rows(self._groups.reordered(groups).members, ends[packed.starts])
 
     def _order(self, random: np.random.Generator) -> NDArray[np.int64]:
         """Shuffle all bundles; where rows are padded, neighbours have rows of similar length."""

@@ -81,5 +81,5 @@ class StoreSegments:
         first = int(np.searchsorted(self.ends, start, side="right"))
         last = int(np.searchsorted(self.ends, stop, side="left")) + 1
         lengths = np.diff(np.minimum(self.ends[first:last], stop), prepend=start)
-        learn = np.repeat(self.learned[first:last], lengths)
-        return learn, None if self.scales is None else np.repeat(self.scales[first:last], lengths)
+        loss_mask = np.repeat(self.learned[first:last], lengths)
+        return loss_mask, None if self.scales is None else np.repeat(self.scales[first:last], lengths)

@@ -111,7 +111,7 @@ def shown_documents(dataset: TokenDataset, tokenizer: Tokenizer) -> list[ShownDo
 
 def _shown(dataset: TokenDataset, tokenizer: Tokenizer, number: int) -> ShownDocument:
     piece = dataset.document(number)
-    learned = piece.learn.copy()
+    learned = piece.loss_mask.copy()
     learned[:1] = False  # nothing before it could predict it
     ones = np.ones(len(learned), np.float32)
     columns = (

@@ -245,7 +245,7 @@ class Share:
             input_ids=whole.input_ids[index],
             document=whole.document[index],
             position=whole.position[index],
-            learn=whole.learn[index] & real.unsqueeze(1),
+            loss_mask=whole.loss_mask[index] & real.unsqueeze(1),
             weight=None if whole.weight is None else whole.weight[index],
             scale=None if whole.scale is None else whole.scale[index],
         )

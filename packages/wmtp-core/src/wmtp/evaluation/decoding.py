@@ -186,7 +186,7 @@ def _prompts(measured: Measured) -> Iterator[list[int]]:
                 if number == PADDING or batch.documents[number].start > 0:
                     continue
                 places = [place for place, other in enumerate(documents) if other == number]
-                learn = batch.learn[batch.document == number]
+                learn = batch.loss_mask[batch.document == number]
                 first = int(learn.int().argmax())
                 yield [row[place] for place in places[: first if first > 1 else len(places) // 3 + 1]]
 

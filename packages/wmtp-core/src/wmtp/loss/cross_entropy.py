@@ -165,7 +165,7 @@ def weighted_cross_entropy(
     coefficients: Tensor,
     valid: Tensor,
     *,
-    known: TokenPass | None = None,
+    precomputed: TokenPass | None = None,
     at_most: int | None = None,
     valid_counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -178,7 +178,7 @@ def weighted_cross_entropy(
         coefficients: ``[…, H]``, without gradient; 0 where a prediction does not count.
         valid: ``[…, H]`` bool, the predictions whose token loss is wanted. Must include every non-zero coefficient; where
             the token losses are known already, ``coefficients != 0`` saves the logits of the others too.
-        known: the pass over the same hidden states that the coefficients were made from. Its token losses are
+        precomputed: the pass over the same hidden states that the coefficients were made from. Its token losses are
             returned, and only predictions with a coefficient are computed.
         at_most: how many coefficients are not 0, or an upper bound, where the host knows it. On a GPU the products of no
             more predictions are started, and nothing is read back. If there are more, the loss is NaN.
@@ -192,7 +192,7 @@ def weighted_cross_entropy(
     """
     check_shapes(hidden, unembeddings, ids)
     heads, tensors = flatten(hidden, unembeddings)
-    loss, losses = differentiable(heads, tensors, ids, coefficients, valid, known, at_most, valid_counts)
+    loss, losses = differentiable(heads, tensors, ids, coefficients, valid, precomputed, at_most, valid_counts)
     return loss, losses
 
 
@@ -202,7 +202,7 @@ def differentiable(
     ids: Tensor,
     coefficients: Tensor,
     valid: Tensor,
-    known: TokenPass | None,
+    precomputed: TokenPass | None,
     at_most: int | None,
     valid_counts: Sequence[int] | None,
     objective: HeadObjective | None = None,
@@ -217,8 +217,8 @@ def differentiable(
         ids.reshape(-1, horizon),
         coefficients.detach().reshape(-1, horizon),
         valid.reshape(-1, horizon),
-        None if known is None else known.losses.reshape(-1, horizon),
-        None if known is None else known.lse.reshape(-1, horizon),
+        None if precomputed is None else precomputed.losses.reshape(-1, horizon),
+        None if precomputed is None else precomputed.lse.reshape(-1, horizon),
         tuple((h.weight, h.bias, h.scale, h.softcap) for h in heads),
         precision(tensors[0]),
         torch.is_grad_enabled(),

@@ -88,11 +88,11 @@ def mtp_loss(
     valid = targets != IGNORED
     ids = torch.where(valid, targets, 0)
 
-    known: TokenPass | None = None
+    precomputed: TokenPass | None = None
     if callable(weights):
-        known = token_pass(hidden, heads, ids, valid, valid_counts=valid_counts)
+        precomputed = token_pass(hidden, heads, ids, valid, valid_counts=valid_counts)
         with torch.no_grad():
-            weights = weights(known.losses.clone())  # which the function may change
+            weights = weights(precomputed.losses.clone())  # which the function may change
     w = _placed(weights, valid)
     alpha = torch.ones(horizon, device=w.device) if head_weights is None else _on_device(head_weights, w.device)
     if alpha.shape != (horizon,):
@@ -112,7 +112,14 @@ def mtp_loss(
             raise ValueError(f"head_weights: numbers ≥ 0 are wanted, not {alpha.tolist()}")
         raise ValueError(f"weights: {BAD_WEIGHTS[int(problem)].removeprefix('token_weights returned ')}")
     loss, losses = weighted_cross_entropy(
-        hidden, heads, ids, coefficients.view(w.shape), valid, known=known, at_most=at_most, valid_counts=valid_counts
+        hidden,
+        heads,
+        ids,
+        coefficients.view(w.shape),
+        valid,
+        precomputed=precomputed,
+        at_most=at_most,
+        valid_counts=valid_counts,
     )
     statistics = head_statistics(losses.view(flat.shape), flat, mask) | weight_statistics(flat, mask)
     return MTPLoss(loss=torch.where(wrong, torch.nan, loss), token_losses=losses, weights=w, statistics=statistics)

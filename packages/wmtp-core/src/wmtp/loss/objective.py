@@ -84,7 +84,7 @@ def weighted_head_loss(
     valid: Tensor,
     objective: HeadObjective,
     *,
-    known: TokenPass | None = None,
+    precomputed: TokenPass | None = None,
     at_most: int | None = None,
     valid_counts: Sequence[int] | None = None,
 ) -> HeadLoss:
@@ -100,14 +100,14 @@ def weighted_head_loss(
         coefficients: ``[B, S, H]``.
         valid: ``[B, S, H]``.
         objective: of heads 2..H.
-        known: see `weighted_cross_entropy`.
+        precomputed: see `weighted_cross_entropy`.
         at_most: see `weighted_cross_entropy`.
         valid_counts: see `weighted_cross_entropy`; head 1's number bounds the positions that heads 2..H answer to.
     """
     check_shapes(hidden, unembeddings, ids)
     heads, tensors = flatten(hidden, unembeddings)
     loss, losses, values, overlap, same_top = differentiable(
-        heads, tensors, ids, coefficients, valid, known, at_most, valid_counts, objective
+        heads, tensors, ids, coefficients, valid, precomputed, at_most, valid_counts, objective
     )
     agreement = HeadAgreement(token_losses=losses, overlap=overlap, same_top=same_top)
     return HeadLoss(loss=loss, values=values, agreement=agreement)

@@ -94,7 +94,7 @@ class Blueprint:
                 f"{self.model_class.__name__} cannot be sharded over processes: it keeps tensors outside its parameters and "
                 f"buffers ({', '.join(hidden)}); set launcher.processes = 1"
             )
-        model = MTPModel(base, self.heads, seed=0, known=(anatomy, self.packing), native=self.native)
+        model = MTPModel(base, self.heads, seed=0, precomputed=(anatomy, self.packing), native=self.native)
         model.block_attention = self.block_attention
         if (adapter := self.adapter) is not None:
             own = {"base": adapter.base, "known": adapter.fingerprint, "quantize": adapter.quantize}

@@ -69,7 +69,7 @@ class MTPModel(nn.Module):
             give no gradient to any parameter of the base: it learns exactly as it does with head 1 alone.
         head_state: the tensors of `extra_heads`, from a file; None makes new heads as ``heads.init`` says.
         seed: of new heads; the global random state stays as it is.
-        known: what there is to find out about ``base`` (its anatomy, and how rows hold several documents), where it
+        precomputed: what there is to find out about ``base`` (its anatomy, and how rows hold several documents), where it
             is on the meta device and cannot be tried out. See `wmtp.models.blueprint`.
         native: the model's own layers for multi-token prediction, which heads of kind ``native`` are.
 
@@ -85,12 +85,12 @@ class MTPModel(nn.Module):
         *,
         head_state: Mapping[str, Tensor] | None = None,
         seed: int,
-        known: tuple[Anatomy, Packing] | None = None,
+        precomputed: tuple[Anatomy, Packing] | None = None,
         native: Native | None = None,
     ) -> None:
         super().__init__()
-        self.anatomy: Anatomy = dissect(base) if known is None else known[0]
-        self.packing: Packing = find_packing(self.anatomy) if known is None else known[1]
+        self.anatomy: Anatomy = dissect(base) if precomputed is None else precomputed[0]
+        self.packing: Packing = find_packing(self.anatomy) if precomputed is None else precomputed[1]
         self.base = base
         self.block_attention = False
         self.heads = heads = evolve(heads, kind=heads.known_kind)

@@ -12,7 +12,7 @@ from types import MemberDescriptorType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from wmtp.errors import PluginError
-from wmtp.plugins.names import hidden_names, is_contract, is_function, misspelt_names, own_classes
+from wmtp.plugins.names import former_names, hidden_names, is_contract, is_function, misspelt_names, own_classes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +53,8 @@ class Contract:
     _contract_methods: ClassVar[frozenset[str]] = frozenset()
     _contract_flags: ClassVar[frozenset[str]] = frozenset()
     _contract_keys: ClassVar[frozenset[str]] = frozenset()
+    #: methods that the contract had earlier, each with its name of today
+    _former_methods: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, *, contract: bool = False, keys: Sequence[str] = (), **options: Any) -> None:
         """Declare the contract's names, or refuse a plugin's that are nearly such.
@@ -74,6 +76,11 @@ class Contract:
         for owner in own_classes(cls):
             if owner is not cls and issubclass(owner, Contract):
                 continue  # its names were compared when it was made
+            for name, now in former_names(cls, owner):
+                raise PluginError(
+                    f"{owner.__module__}.{owner.__qualname__}: the method {name!r} is called {now!r} now; rename it. "
+                    f"If it is a name of your own, call it _{name}"
+                )
             for name, meant in misspelt_names(cls, public_members(owner), owner):
                 raise PluginError(
                     f"{owner.__module__}.{owner.__qualname__} has {name!r}, which WMTP does not read; did you mean {meant!r}? "

@@ -17,6 +17,7 @@ from typing import Any, Final
 from wmtp.spelling import nearest
 
 __all__ = [
+    "former_names",
     "hidden_names",
     "is_contract",
     "is_function",
@@ -78,6 +79,21 @@ def misspelt_names(cls: Any, members: dict[str, Any], owner: type | None = None)
         functions = [f for other in own_classes(cls) for key, f in vars(other).items() if key != name]
         if name not in loaded_names(functions):
             yield name, meant
+
+
+def former_names(cls: Any, owner: type) -> Iterator[tuple[str, str]]:
+    """Find methods under names that the contract had earlier.
+
+    Args:
+        cls: the class, with the contract's names.
+        owner: the class that has them.
+
+    Returns:
+        pairs of former name, and name of today.
+    """
+    for name, now in cls._former_methods.items():
+        if name in vars(owner) and now not in vars(owner) and _may_be(vars(owner)[name], _declared(cls, now), is_bound=False):
+            yield name, now
 
 
 def hidden_names(cls: Any) -> Iterator[tuple[type, str, type]]:

@@ -48,7 +48,7 @@ def random_step(seed: int, *, packed: bool, rows: int = 4, length: int = 12) -> 
     shape = (rows, length)
     document = torch.full(shape, PADDING)
     position = torch.zeros(shape, dtype=torch.int64)
-    learn = torch.zeros(shape, dtype=torch.bool)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
     documents: list[Document] = []
     for row in range(rows):
         start = 0
@@ -60,9 +60,9 @@ def random_step(seed: int, *, packed: bool, rows: int = 4, length: int = 12) -> 
             prompt = stop - start if number == 1 else integer(0, (stop - start + 1) // 2 + 1)
             document[row, start:stop] = number
             position[row, start:stop] = torch.arange(stop - start)
-            learn[row, start + prompt : stop] = True
+            loss_mask[row, start + prompt : stop] = True
             if stop - start - prompt > 3:  # a conversation: something between two answers is not learned
-                learn[row, start + prompt + 1 + number % 2 : stop - 1] = False
+                loss_mask[row, start + prompt + 1 + number % 2 : stop - 1] = False
             label = number % 2 == 0
             documents.append(
                 Document(index=number, start=0, id=f"d{number}", group=f"g{number // 2}", is_correct=label, reward=float(label))
@@ -72,7 +72,7 @@ def random_step(seed: int, *, packed: bool, rows: int = 4, length: int = 12) -> 
         input_ids=torch.randint(0, VOCAB_SIZE, shape, generator=draw),
         document=document,
         position=position,
-        learn=learn,
+        loss_mask=loss_mask,
         documents=documents,
         weight=torch.rand(shape, generator=draw),
     )
@@ -100,7 +100,7 @@ def pad(step: Step, *, columns: int, rows: int) -> Step:
         input_ids=grown(batch.input_ids, VOCAB_SIZE - 1),
         document=grown(batch.document, PADDING),
         position=grown(batch.position, 0),
-        learn=grown(batch.learn, False),
+        loss_mask=grown(batch.loss_mask, False),
         weight=None if weight is None else grown(weight, 7.0),
     )
     return evolve(

@@ -107,7 +107,7 @@ class TrainerTests(ComponentTests):
             assert (weights[valid] > 0).any(), "all weights are 0"
             view = make_view(trainer, step, stage=stage.name)
             eligible = checks.eligible(trainer, view, type(trainer).__name__)
-            assert not weights[valid & ~eligible].any(), "a prediction that weighed() leaves out has a weight"
+            assert not weights[valid & ~eligible].any(), "a prediction that eligible() leaves out has a weight"
 
     @_KINDS
     def test_weights_are_the_same_each_time(self, packed: bool) -> None:
@@ -137,7 +137,7 @@ class TrainerTests(ComponentTests):
             "input_ids": view.batch.input_ids,
             "document": view.batch.document,
             "position": view.batch.position,
-            "learn": view.batch.learn,
+            "loss_mask": view.batch.loss_mask,
             "weight": view.batch.weight,
             "targets.ids": view.targets.ids,
             "targets.valid": view.targets.valid,
@@ -155,7 +155,7 @@ class TrainerTests(ComponentTests):
     def test_a_step_with_nothing_to_learn(self, trainer: Trainer) -> None:
         """A batch of prompts only must not stop the run."""
         step = random_step(3, packed=False)
-        step.batch.learn.zero_()
+        step.batch.loss_mask.zero_()
         weights, valid = self._weights(trainer, step)
         assert not valid.any()
         assert torch.isfinite(weights).all()

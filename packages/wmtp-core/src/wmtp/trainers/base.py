@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import field, frozen
 
@@ -228,6 +228,7 @@ class Trainer(TrainerConfig, ABC, contract=True):
     #: over how many of the most probable tokens that entropy is taken, their probabilities made to add up to 1; None, or as
     #: many as the vocabulary has: over all; may be a property
     entropy_top_k: int | None = None
+    _former_methods: ClassVar[Mapping[str, str]] = {"units": "groups", "weighed": "eligible"}
 
     def build(self) -> Trainer:
         """Return itself: a trainer without state is its own config."""
@@ -264,8 +265,8 @@ class Trainer(TrainerConfig, ABC, contract=True):
         """
         return ()
 
-    def units(self, data: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
-        """Group pieces of data into units of one optimizer step; −1 drops a piece.
+    def groups(self, data: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
+        """Group pieces of data that must share an optimizer step; −1 drops a piece.
 
         Called once a stage, before `setup`. Stages with the same answer continue in one order of the data; a stage with another
         answer starts an order of its own.
@@ -305,7 +306,7 @@ class Trainer(TrainerConfig, ABC, contract=True):
         """
         return view.uniform()
 
-    def weighed(self, view: StepView) -> Tensor | None:
+    def eligible(self, view: StepView) -> Tensor | None:
         """Select the valid predictions that this stage may learn; the others have weight 0.
 
         Only these count in ``normalizer = "valid"`` and in what is logged, and a control such as ``shuffled`` deals out weights

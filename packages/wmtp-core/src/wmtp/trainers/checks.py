@@ -29,11 +29,11 @@ __all__ = [
     "check_data",
     "check_trainer",
     "check_unchanged",
+    "checked_groups",
     "checked_metrics",
     "checked_modules",
     "checked_rates",
     "checked_state",
-    "checked_units",
     "eligible",
     "given_weights",
     "observed",
@@ -121,13 +121,13 @@ def eligible(trainer: Trainer, view: StepView, name: str) -> Tensor:
     Returns:
         ``[B, S, H]`` bool, no more than are valid.
     """
-    weighed, valid = asked(trainer, "weighed", name, view), view.targets.valid
-    if weighed is None:
+    chosen, valid = asked(trainer, "eligible", name, view), view.targets.valid
+    if chosen is None:
         return valid
-    if not isinstance(weighed, Tensor) or weighed.shape != valid.shape or weighed.dtype != torch.bool:
-        found = f"{weighed.dtype} of shape {list(weighed.shape)}" if isinstance(weighed, Tensor) else type(weighed).__name__
-        raise PluginError(f"{name}: weighed returned {found}; it must be bool, [B, S, H] = {list(valid.shape)}, or None")
-    return valid & weighed
+    if not isinstance(chosen, Tensor) or chosen.shape != valid.shape or chosen.dtype != torch.bool:
+        found = f"{chosen.dtype} of shape {list(chosen.shape)}" if isinstance(chosen, Tensor) else type(chosen).__name__
+        raise PluginError(f"{name}: eligible returned {found}; it must be bool, [B, S, H] = {list(valid.shape)}, or None")
+    return valid & chosen
 
 
 def place_weights(weights: object, targets: Targets, trainer: str) -> Tensor:
@@ -226,8 +226,8 @@ def check_data(trainer: Trainer, dataset: TokenDataset, name: str) -> None:
         raise ConfigError(problems)
 
 
-def checked_units(trainer: Trainer, name: str, dataset: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
-    """`Trainer.units`.
+def checked_groups(trainer: Trainer, name: str, dataset: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
+    """`Trainer.groups`.
 
     Args:
         trainer: the algorithm.
@@ -238,19 +238,19 @@ def checked_units(trainer: Trainer, name: str, dataset: TokenDataset, stage: Sta
     Raises:
         PluginError: something else than a whole number for each piece, or no document is left.
     """
-    units = trainer.units(dataset, stage)
-    if units is None:
+    groups = trainer.groups(dataset, stage)
+    if groups is None:
         return None
-    units = np.asarray(units)
-    if units.shape != (len(dataset),) or units.dtype.kind not in "iu":
+    groups = np.asarray(groups)
+    if groups.shape != (len(dataset),) or groups.dtype.kind not in "iu":
         raise PluginError(
-            f"{name}: units returned {units.dtype} of shape {list(units.shape)} for stage {stage.name!r}; "
+            f"{name}: groups returned {groups.dtype} of shape {list(groups.shape)} for stage {stage.name!r}; "
             f"it must be a whole number for each of {len(dataset)} pieces"
         )
-    units = units.astype(np.int64)
-    if not (units >= 0).any():
-        raise PluginError(f"{name}: units leaves no document to stage {stage.name!r}")
-    return units
+    groups = groups.astype(np.int64)
+    if not (groups >= 0).any():
+        raise PluginError(f"{name}: groups leaves no document to stage {stage.name!r}")
+    return groups
 
 
 def checked_modules(trainer: Trainer, name: str) -> dict[str, nn.Module]:
@@ -377,7 +377,7 @@ def _tensors(view: StepView) -> Iterator[tuple[str, Tensor]]:
         "batch.input_ids": batch.input_ids,
         "batch.document": batch.document,
         "batch.position": batch.position,
-        "batch.learn": batch.learn,
+        "batch.loss_mask": batch.loss_mask,
         "batch.weight": batch.weight,
         "targets.ids": targets.ids,
         "targets.valid": targets.valid,

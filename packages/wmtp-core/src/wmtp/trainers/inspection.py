@@ -19,10 +19,10 @@ _RETURN = (
 )  # fmt: skip
 _FLAGS = {"token_loss": "needs_token_loss", "entropy": "needs_entropy"}
 #: methods that are given a view with those
-_OF_VIEW = ("token_weights", "weighed", "auxiliary_losses", "token_details")
+_OF_VIEW = ("token_weights", "eligible", "auxiliary_losses", "token_details")
 #: a trainer without any of them is a baseline; other trainers may have whatever they need beside them
 _LEARNS = frozenset({"token_weights", "auxiliary_losses"})
-_SCHEDULES = frozenset({"stages", "units", "observe"})
+_SCHEDULES = frozenset({"stages", "groups", "observe"})
 
 
 def flag_problems(cls: type, instance: object | None = None) -> Iterator[str]:

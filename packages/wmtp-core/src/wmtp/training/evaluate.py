@@ -82,4 +82,4 @@ def _share(batches: Sequence[Batch], ranks: Ranks) -> Iterator[Batch]:
         if (index := first + ranks.rank) < len(batches):
             yield batches[index]
         else:
-            yield evolve(batches[0], learn=torch.zeros_like(batches[0].learn))
+            yield evolve(batches[0], loss_mask=torch.zeros_like(batches[0].loss_mask))

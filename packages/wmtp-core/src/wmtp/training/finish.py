@@ -78,7 +78,7 @@ def measure_model(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer)
 @torch.no_grad()
 def show_sample(model: MTPModel, tokenizer: Tokenizer, dataset: TokenDataset, device: torch.device) -> None:
     """Log the trained model's continuation of the first document's prompt, or of its first tokens."""
-    tokens, learned = dataset.document(0).tokens, dataset.document(0).learn
+    tokens, learned = dataset.document(0).tokens, dataset.document(0).loss_mask
     prompt_length = int(learned.argmax()) if not learned[0] else 0
     longest = (model.max_positions or 10**9) - _SAMPLE_TOKENS
     prompt = tokens[: min(prompt_length if prompt_length > 1 else len(tokens) // 3 + 1, max(1, longest))]

@@ -314,7 +314,9 @@ class Fit:
             logger.warning("model/ is that of the last step, %d: the checkpoint of the best is gone (%s)", self._step, best)
             return
         with self._learned_weights():
-            state = self._ranks.collective(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer, self._ranks))
+            state = self._ranks.collective(
+                lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer, self._ranks)
+            )
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         logger.info("model/ is the best, not the last of %d steps: %s", self._step, best)
@@ -378,7 +380,9 @@ class Fit:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         with self._learned_weights():
-            state = self._ranks.collective(lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer, self._ranks))
+            state = self._ranks.collective(
+                lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer, self._ranks)
+            )
         if state["data"] != self.batches.fingerprint:
             raise ConfigError(
                 f"datasets: the training data is not what it was when {checkpoint.path} was written: a file or the tokenizer "

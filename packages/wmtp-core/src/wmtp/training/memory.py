@@ -321,7 +321,9 @@ def explain_out_of_memory(
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         estimate = estimate_memory(config, info, heads, world_size=world_size, per_machine=per_machine, others=others)
-        what = describe_shortage(cheaper_settings(config, info, heads, world_size=world_size, per_machine=per_machine, others=others))
+        what = describe_shortage(
+            cheaper_settings(config, info, heads, world_size=world_size, per_machine=per_machine, others=others)
+        )
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WMTPError(f"{device} is out of memory: the estimate was {estimate}{what}; torch says: {first}") from error
 

@@ -81,7 +81,7 @@ def document_record(batch: Batch, place: Place, record: TokenRecord, tokenizer: 
     row, inside = place.row, slice(place.start, place.stop)
     document = batch.documents[place.number]
     valid = record.valid[row, inside].cpu()
-    learned = batch.learn[row, inside]
+    learned = batch.loss_mask[row, inside]
     details = {}
     for name, value in record.details.items():
         values = value[row, inside].detach().float().cpu()

@@ -13,7 +13,7 @@ from torch import nn
 from wmtp.data.batches import StepBatches
 from wmtp.errors import ConfigError, PluginError
 from wmtp.trainers.base import Stage, Trainer
-from wmtp.trainers.checks import checked_units
+from wmtp.trainers.checks import checked_groups
 
 if TYPE_CHECKING:
     from wmtp.config.schema import TrainDataConfig
@@ -169,10 +169,10 @@ class StageBatches:
         made: dict[bytes | None, StepBatches] = {}
         by_stage = []
         for stage in plan.stages:
-            units = checked_units(trainer, trainer_name, dataset, stage)
-            key = None if units is None else units.tobytes()
+            groups = checked_groups(trainer, trainer_name, dataset, stage)
+            key = None if groups is None else groups.tobytes()
             if key not in made:
-                made[key] = StepBatches(dataset, config, seed=seed, units=units)
+                made[key] = StepBatches(dataset, config, seed=seed, groups=groups)
             by_stage.append(made[key])
         return cls(plan, by_stage)
 

@@ -126,14 +126,14 @@ class _Seen:
         entropy: ``[B, S, H]``.
         observations: by name, detached.
         kept: the forward pass of the only micro-batch, and what was observed in it; None where there are several.
-        known: token losses of that pass.
+        precomputed: token losses of that pass.
     """
 
     losses: Tensor | None = None
     entropy: Tensor | None = None
     observations: Mapping[str, Tensor] = field(factory=dict)
     kept: tuple[MTPOutput, dict[str, Tensor]] | None = None
-    known: TokenPass | None = None
+    precomputed: TokenPass | None = None
 
 
 @frozen(kw_only=True, eq=False)
@@ -310,8 +310,8 @@ class StepLoss:
         if len(rows.micro_batches) == 1:
             (part,) = rows.micro_batches
             kept = self._forward(part, rows.packed, stage)
-            known = self._token_pass(part, kept[0]) if self._needs_statistics else None
-            return self._seen(rows, [kept[1]], [] if known is None else [known], kept, known)
+            precomputed = self._token_pass(part, kept[0]) if self._needs_statistics else None
+            return self._seen(rows, [kept[1]], [] if precomputed is None else [precomputed], kept, precomputed)
         if not self._needs_statistics and type(self.trainer).observe is Trainer.observe and not self._balances(stage):
             return _Seen()
         observed, passes = [], []
@@ -329,7 +329,7 @@ class StepLoss:
         observed: Sequence[Mapping[str, Tensor]],
         passes: Sequence[TokenPass],
         kept: tuple[MTPOutput, dict[str, Tensor]] | None = None,
-        known: TokenPass | None = None,
+        precomputed: TokenPass | None = None,
     ) -> _Seen:
         """Join what was seen of micro-batches, and of all ranks: a trainer sees the rows of all."""
         entropies = [found.entropy for found in passes if found.entropy is not None]
@@ -340,7 +340,7 @@ class StepLoss:
                 name: rows.share.gather(_joined([values[name].detach() for values in observed])) for name in observed[0]
             },
             kept=kept,
-            known=known,
+            precomputed=precomputed,
         )
 
     def _view(self, rows: _Rows, seen: _Seen, step: int, stage: Stage) -> StepView:
@@ -433,9 +433,9 @@ class StepLoss:
     ) -> tuple[Tensor, Tensor, HeadLoss | None]:
         """Compute a micro-batch's weighted loss, token losses, and agreement of heads 2..H."""
         # where all token losses are known, only the predictions that teach something are computed again
-        computed = part.targets.valid if seen.losses is None or seen.known is not None else coefficients != 0
+        computed = part.targets.valid if seen.losses is None or seen.precomputed is not None else coefficients != 0
         given = output.hidden, self._unembeddings(), part.targets.ids, coefficients, computed
-        told = {"known": seen.known, "at_most": at_most, "valid_counts": part.valid_counts}
+        told = {"precomputed": seen.precomputed, "at_most": at_most, "valid_counts": part.valid_counts}
         with self.autocast():
             if self._objective is None:
                 return *weighted_cross_entropy(*given, **told), None

@@ -346,7 +346,7 @@ class Recorder:
                 stop = min(stop, start + self._config.sample_tokens)
                 is_followed = _key(batch, number) in self._followed
                 # the first token follows nothing, so nothing predicts it
-                if batch.learn[row, start + 1 : stop].any() and (is_followed or not followed_only):
+                if batch.loss_mask[row, start + 1 : stop].any() and (is_followed or not followed_only):
                     found.append((not is_followed, rank, Place(number=number, row=row, start=start, stop=stop)))
         found.sort(key=lambda entry: entry[:2])
         return [place for *_, place in found[: self._config.samples]]

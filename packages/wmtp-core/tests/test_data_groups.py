@@ -1,4 +1,4 @@
-"""Batches of documents that belong together: nothing lost, nothing twice, no unit torn apart."""
+"""Batches of documents that belong together: nothing lost, nothing twice, no group torn apart."""
 
 import tempfile
 from pathlib import Path
@@ -41,17 +41,17 @@ def folder():
 
 
 @settings(max_examples=60, deadline=None)
-@given(units=st.lists(st.lists(st.integers(4, 12), min_size=1, max_size=3), min_size=1, max_size=25), layout=layouts)
-def test_every_epoch_has_every_unit_once_and_whole(units, layout):
-    numbers = np.array([unit for unit, members in enumerate(units) for _ in members])
-    lengths = [length for members in units for length in members]
+@given(groups=st.lists(st.lists(st.integers(4, 12), min_size=1, max_size=3), min_size=1, max_size=25), layout=layouts)
+def test_every_epoch_has_every_group_once_and_whole(groups, layout):
+    numbers = np.array([group for group, members in enumerate(groups) for _ in members])
+    lengths = [length for members in groups for length in members]
     shuffled = np.random.default_rng(0).permutation(len(numbers))
     numbers, lengths = numbers[shuffled], [lengths[i] for i in shuffled]
-    left_out = np.random.default_rng(1).random(len(units)) < 0.2
+    left_out = np.random.default_rng(1).random(len(groups)) < 0.2
     left_out[numbers[0]] = False
-    given_units = np.where(left_out[numbers], -1, numbers * 7)
+    given_groups = np.where(left_out[numbers], -1, numbers * 7)
     with tempfile.TemporaryDirectory() as folder:
-        batches = StepBatches(make_dataset(Path(folder), lengths), TrainDataConfig(**layout), seed=3, units=given_units)
+        batches = StepBatches(make_dataset(Path(folder), lengths), TrainDataConfig(**layout), seed=3, groups=given_groups)
         orders = []
         for epoch in range(2):
             seen = []
@@ -62,20 +62,20 @@ def test_every_epoch_has_every_unit_once_and_whole(units, layout):
                 own = [document.index for document in batch.documents]
                 assert sorted(torch.unique(batch.document[batch.document != PADDING]).tolist()) == list(range(len(own)))
                 for number in set(numbers[own]):
-                    assert set(np.flatnonzero(numbers == number)) <= set(own), "a unit is torn apart"
+                    assert set(np.flatnonzero(numbers == number)) <= set(own), "a group is torn apart"
                 again = batches.batch(epoch * batches.steps_per_epoch + index)
                 assert torch.equal(again.input_ids, batch.input_ids)
                 seen += own
-            assert sorted(seen) == sorted(np.flatnonzero(given_units >= 0).tolist())
+            assert sorted(seen) == sorted(np.flatnonzero(given_groups >= 0).tolist())
             orders.append(seen)
         if not layout["shuffle"]:
             assert orders[0] == orders[1]
 
 
 def test_epochs_have_other_orders(folder):
-    units = np.arange(40) // 2
+    groups = np.arange(40) // 2
     batches = StepBatches(
-        make_dataset(folder, [6] * 40), TrainDataConfig(batch_size=4, max_length=12, packing=False), seed=0, units=units
+        make_dataset(folder, [6] * 40), TrainDataConfig(batch_size=4, max_length=12, packing=False), seed=0, groups=groups
     )
     assert batches.steps_per_epoch == 10
     together = [
@@ -85,11 +85,11 @@ def test_epochs_have_other_orders(folder):
     assert together[0] != together[1]
 
 
-def test_single_units_are_the_ordinary_batches_of_what_is_left(folder):
+def test_single_groups_are_the_ordinary_batches_of_what_is_left(folder):
     dataset = make_dataset(folder, [5, 7, 9, 11, 6, 8])
     chosen = np.array([1, 0, 1, 1, 0, 1], bool)
     config = TrainDataConfig(batch_size=2, max_length=12, packing=False)
-    ours = StepBatches(dataset, config, seed=1, units=np.where(chosen, np.arange(6), -1))
+    ours = StepBatches(dataset, config, seed=1, groups=np.where(chosen, np.arange(6), -1))
     plain = StepBatches(dataset.select(chosen), config, seed=1)
     assert ours.steps_per_epoch == plain.steps_per_epoch
     for step in range(4):
@@ -101,7 +101,7 @@ def test_single_units_are_the_ordinary_batches_of_what_is_left(folder):
 def test_a_unit_that_needs_more_rows_than_a_batch_has(folder, packing):
     config = TrainDataConfig(batch_size=1, max_length=12, packing=packing)
     with pytest.raises(ConfigError, match=r"data.train.batch_size: 1, but the trainer wants documents in one step that need 2"):
-        StepBatches(make_dataset(folder, [9, 9]), config, seed=0, units=np.zeros(2, np.int64))
+        StepBatches(make_dataset(folder, [9, 9]), config, seed=0, groups=np.zeros(2, np.int64))
 
 
 def test_labels_of_every_piece(folder):
