@@ -1,10 +1,13 @@
 """Speed of tokenising: the token cache, beside `tokenizers` alone and `datasets.map`.
 
-    uv run python bench/tokenise.py TOKENIZER_FOLDER [FILE.jsonl] [--rounds 3]
+    uv run python bench/tokenise.py TOKENIZER_FOLDER [FILE.jsonl] [--rounds 3] [--megabytes 8] [--forms long,short,pairs]
 
-Texts are the records' ``text``; without a file, the standard library of Python in documents of 4,000 characters. What is
-compared is measured in turn, in every round: the machine may have other work. CPU seconds say what it costs, wall seconds what
-cores give.
+Texts are the records' ``text``, or their ``prompt`` and ``completion``; without a file, the standard library of Python in
+documents of 4,000 characters (``long``), of 300 (``short``), and in pairs of 200 and 400 (``pairs``). `encode_batch` encodes
+the same texts, all at once, and is to the store what a disk's speed is to a copy.
+
+What is compared is measured in turn, in every round: the machine may have other work. CPU seconds say what it costs, wall
+seconds what cores give; ``taskset -c 0,1`` says what two cores give. The last line has the best of all rounds.
 `datasets.map` is measured where the package is installed (``uv pip install datasets``).
 """
 
@@ -13,17 +16,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
+from typing import Final
 
 from wmtp.data.cache import token_store
 from wmtp.data.config import Jsonl
 from wmtp.tokenizers.hf import HfTokenizer
+
+#: characters of a document, and of them those of its prompt
+FORMS: Final = {"long": (4000, 0), "short": (300, 0), "pairs": (600, 200)}
 
 
 def main() -> None:
@@ -32,31 +41,48 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megabytes", type=float, default=8.0)
+    parser.add_argument("--forms", default=",".join(FORMS))
     options = parser.parse_args()
     tokenizer = HfTokenizer(options.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
-        data = options.data or write_sample(Path(scratch) / "sample.jsonl")
-        texts = [json.loads(line)["text"] for line in data.open(encoding="utf-8")]
-        tokens = sum(len(tokenizer.encode_first(text)) for text in texts)
-        print(f"{len(texts):,} texts, {tokens:,} tokens, {os.cpu_count()} cores")
-        work: dict[str, Callable[[], object]] = {
-            "encode_batch": lambda: tokenizer._first.encode_batch(texts, add_special_tokens=False),
-            "wmtp": lambda: store(data, tokenizer),
-        }
-        if find_spec("datasets") is not None:
-            work["datasets.map"] = lambda: mapped(texts, tokenizer)
-        for _ in range(options.rounds):
-            report(tokens, {name: measured(each) for name, each in work.items()})
+        if options.data is not None:
+            compared(options.data.name, options.data, tokenizer, options.rounds)
+            return
+        for form in options.forms.split(","):
+            sample = write_sample(Path(scratch) / f"{form}.jsonl", *FORMS[form], round(options.megabytes * 1e6))
+            compared(form, sample, tokenizer, options.rounds)
+            sample.unlink()
 
 
-def report(tokens: int, found: Mapping[str, tuple[float, float]]) -> None:
+def compared(name: str, data: Path, tokenizer: HfTokenizer, rounds: int) -> None:
+    """Measure the ways to tokenise a file."""
+    texts = list(texts_of(data))
+    tokens = sum(len(ids) for start in range(0, len(texts), 1000) for ids in tokenizer.encode_many(texts[start : start + 1000]))
+    print(f"{name}: {len(texts):,} texts, {tokens:,} tokens, {len(os.sched_getaffinity(0))} cores", flush=True)
+    work: dict[str, Callable[[], object]] = {
+        "encode_batch": lambda: tokenizer._first.encode_batch(texts, add_special_tokens=False),
+        "wmtp": lambda: store(data, tokenizer),
+    }
+    if find_spec("datasets") is not None:
+        work["datasets.map"] = lambda: mapped(texts, tokenizer)
+    found: list[dict[str, tuple[float, float]]] = []
+    for _ in range(rounds):
+        found.append({name: measured(each) for name, each in work.items()})
+        report("  ", tokens, found[-1])
+    best = {name: (min(each[name][0] for each in found), min(each[name][1] for each in found)) for name in work}
+    report("  best: ", tokens, best)
+    print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB", flush=True)
+
+
+def report(title: str, tokens: int, found: Mapping[str, tuple[float, float]]) -> None:
     """Print tokens per second, and how each compares with `encode_batch`."""
     bare = found["encode_batch"]
     parts = [
         f"{name} {tokens / wall:,.0f} tokens/s ({bare[0] / wall:.2f} of encode_batch; by CPU time {bare[1] / cpu:.2f})"
         for name, (wall, cpu) in found.items()
     ]
-    print("; ".join(parts), flush=True)
+    print(title + "; ".join(parts), flush=True)
 
 
 def measured(work: Callable[[], object]) -> tuple[float, float]:
@@ -91,18 +117,28 @@ def mapped(texts: Sequence[str], tokenizer: HfTokenizer) -> object:
         return len(made)
 
 
-def write_sample(path: Path) -> Path:
-    """Write the standard library as documents."""
+def texts_of(data: Path) -> Iterator[str]:
+    """Read the texts of a file, prompts and completions apart."""
+    with data.open(encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            yield from (record[key] for key in ("prompt", "completion", "text") if record.get(key))
+
+
+def write_sample(path: Path, length: int, prompt: int, size: int) -> Path:
+    """Write the standard library as documents, again and again until the file has its size."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    count = 0
+    sources = [source for source in sorted(root.rglob("*.py")) if "site-packages" not in source.parts]
+    written = 0
     with path.open("w", encoding="utf-8") as file:
-        for source in sorted(root.rglob("*.py")):
-            if "site-packages" in source.parts or count > 2000:
-                continue
+        for source in cycle(sources):
             text = source.read_text(encoding="utf-8", errors="replace")
-            for start in range(0, len(text), 4000):
-                file.write(json.dumps({"text": text[start : start + 4000]}) + "\n")
-                count += 1
+            for start in range(0, len(text), length):
+                part = text[start : start + length]
+                record = {"prompt": part[:prompt], "completion": part[prompt:] or "\n"} if prompt else {"text": part}
+                written += file.write(json.dumps(record) + "\n")
+            if written > size:
+                return path
     return path
 
 

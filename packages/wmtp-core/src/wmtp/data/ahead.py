@@ -15,10 +15,9 @@ from wmtp.data.tokenized import TokenizedExample
 
 __all__ = ["tokenized"]
 
-#: characters and documents that are encoded at once: a tokenizer holds some 30 bytes a character meanwhile, and taking and
-#: giving back memory more often costs as much as the tokens
-_CHARACTERS: Final = 4_000_000
-_DOCUMENTS: Final = 1 << 14
+#: characters and documents that are encoded at once: a tokenizer holds some 30 bytes a character meanwhile
+_CHARACTERS: Final = 2_000_000
+_DOCUMENTS: Final = 1 << 13
 #: assumed of a conversation, which has no text yet
 _CONVERSATION: Final = 2_000
 
@@ -43,6 +42,7 @@ def tokenized(
             entries: list[Prepared | BadExample] = []
             encoded = Encoded(renderer.tokenizer)
             for example in chunk:
+                renderer.seen += 1
                 try:
                     if isinstance(example, BadExample):
                         raise example

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -33,6 +34,8 @@ _ABANDONED_SECONDS: Final = 24 * 3600
 _PROGRESS: Final = "progress.json"
 #: so much work is lost at most where a build is killed
 _PROGRESS_SECONDS: Final = 20.0
+#: containers that are made and not freed again before Python looks for cycles: more than wait to be encoded
+_COLLECTED_AFTER: Final = 500_000
 _log = logging.getLogger("wmtp")
 
 
@@ -85,7 +88,8 @@ class Building:
         with _writing(self.folder):
             writer = self._resumed(building) or self._new(building)
         try:
-            self._write(writer, building)
+            with _rare_collections():
+                self._write(writer, building)
             if changed := _changed(before, stamps(self.loader, self.path)):
                 raise WMTPError(f"datasets.{self.name}: {changed} has changed while it was read; run again once it is whole")
             with _writing(self.folder):
@@ -119,6 +123,7 @@ class Building:
             self._done, self._bad, self._bad_count = 0, [], 0
             return None
         self.renderer.notes.restore(state["notes"])
+        self.renderer.seen = self._done
         _log.info("datasets.%s: tokenising, resumed after %s examples …", self.name, f"{self._done:,}")
         return StoreWriter(building, self.renderer.tokenizer.vocab_size, state["writer"])
 
@@ -145,11 +150,13 @@ class Building:
                 if len(self._bad) == _SHOWN and stops:
                     break
                 continue
-            with _writing(building):
+            try:
                 writer.add(*result)
                 if time.monotonic() - saved > _PROGRESS_SECONDS and not (stops and self._bad):
                     self._save(writer, building)
                     saved = time.monotonic()
+            except OSError as error:
+                raise _not_written(building, error) from error
         with _writing(building):
             writer.close(self._bad, self._bad_count, self.renderer.notes.list())
         if self._bad and stops:
@@ -169,7 +176,7 @@ class Building:
         return islice(examples, self._done, None)
 
     def _check(self, example: Example) -> None:
-        check_example(f"datasets.{self.name}: {loader_title(self.loader)}", self.loader, example)
+        check_example(self.name, self.loader, example)
 
 
 def stamps(loader: ExampleLoader, path: Path | None) -> dict[Path, tuple[int, ...]]:
@@ -190,14 +197,27 @@ def _changed(before: Mapping[Path, tuple[int, ...]], after: Mapping[Path, tuple[
 
 
 @contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let the garbage collector run seldom: it would look through all that waits, which is freed without it."""
+    before = gc.get_threshold()
+    gc.set_threshold(_COLLECTED_AFTER, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WMTPError(
-            f"{folder.parent}: the token cache cannot be written ({error.strerror or error});"
-            " free some space, or set data.cache_dir"
-        ) from error
+        raise _not_written(folder, error) from error
+
+
+def _not_written(folder: Path, error: OSError) -> WMTPError:
+    reason = error.strerror or error
+    return WMTPError(f"{folder.parent}: the token cache cannot be written ({reason}); free some space, or set data.cache_dir")
 
 
 def _publish(building: Path, folder: Path) -> None:

@@ -18,16 +18,22 @@ class Encoded:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._wanted: tuple[dict[str, None], dict[str, None], dict[str, None]] = ({}, {}, {})
-        self._first: dict[str, Sequence[int]] = {}
-        self._next: dict[str, Sequence[int]] = {}
+        # None: wanted, and not encoded yet
+        self._first: dict[str, Sequence[int] | None] = {}
+        self._next: dict[str, Sequence[int] | None] = {}
         self._offsets: dict[str, tuple[list[int], list[tuple[int, int]]] | None] = {}
 
-    def want(self, *, first: str = "", following: str = "", offsets: str = "") -> None:
-        """Note texts for `encode`: the first of a document, one behind it, one of which places are wanted too."""
-        for texts, text in zip(self._wanted, (first, following, offsets), strict=True):
-            if text:
-                texts[text] = None
+    def want_first(self, text: str) -> None:
+        """Note the first text of a document for `encode`."""
+        self._first[text] = None
+
+    def want_following(self, text: str) -> None:
+        """Note a text that stands behind another."""
+        self._next[text] = None
+
+    def want_offsets(self, text: str) -> None:
+        """Note a text of which the places of the tokens are wanted too."""
+        self._offsets[text] = None
 
     def encode(self) -> None:
         """Encode all that was noted.
@@ -35,12 +41,11 @@ class Encoded:
         Raises:
             UnicodeEncodeError: some text is no Unicode; each is encoded when it is asked for then.
         """
-        first, following, offsets = (list(texts) for texts in self._wanted)
-        if first:
+        if first := list(self._first):
             self._first = dict(zip(first, self._tokenizer.encode_many(first, first=True), strict=True))
-        if following:
+        if following := list(self._next):
             self._next = dict(zip(following, self._tokenizer.encode_many(following), strict=True))
-        if offsets:
+        if offsets := list(self._offsets):
             self._offsets = dict(zip(offsets, self._tokenizer.encode_many_with_offsets(offsets), strict=True))
 
     def first(self, text: str) -> Sequence[int]:

@@ -12,11 +12,11 @@ from wmtp.errors import PluginError
 __all__ = ["check_example", "loader_title"]
 
 
-def check_example(title: str, loader: ExampleLoader, example: Any) -> None:
+def check_example(name: str, loader: ExampleLoader, example: Any) -> None:
     """Raise if a loader yielded no `Example`, or one with fields of wrong types.
 
     Args:
-        title: what messages call the loader.
+        name: of the data set.
         loader: what yielded it.
         example: what was yielded.
 
@@ -25,16 +25,16 @@ def check_example(title: str, loader: ExampleLoader, example: Any) -> None:
     """
     problem = _problem(loader, example)
     if problem is not None:
-        raise PluginError(f"{title}: examples() yielded {problem}")
+        raise PluginError(f"datasets.{name}: {loader_title(loader)}: examples() yielded {problem}")
 
 
 def _problem(loader: ExampleLoader, example: Any) -> str | None:
     if not isinstance(example, Example):
         return f"{example!r:.60} ({type(example).__name__}), not an Example"
-    texts = (example.id, example.prompt, example.completion, example.group, example.where)
-    if wrong := [value for value in texts if not isinstance(value, str)]:
-        return f"an Example with {wrong[0]!r:.60} where a string belongs"
-    if not isinstance(example.unread, tuple | list) or not all(isinstance(key, str) for key in example.unread):
+    for value in (example.id, example.prompt, example.completion, example.group, example.where):
+        if not isinstance(value, str):
+            return f"an Example with {value!r:.60} where a string belongs"
+    if example.unread != () and not _are_keys(example.unread):
         return f"an Example whose unread is {example.unread!r:.60}, not a tuple of keys"
     if example.is_correct not in (None, True, False):
         return f"an Example whose is_correct is {example.is_correct!r:.60}, not True, False or None"
@@ -42,10 +42,11 @@ def _problem(loader: ExampleLoader, example: Any) -> str | None:
         return f"an Example whose reward is {example.reward!r:.60}, not a finite number or None"
     if example.weights is not None and not _are_weights(example.weights):
         return f"an Example whose weights are {example.weights!r:.60}, neither numbers nor (text, number) tuples"
-    forms = [bool(example.prompt or example.completion), example.spans is not None, example.messages is not None]
-    if sum(forms) > 1:
+    if example.spans is None and example.messages is None:
+        return None
+    if example.prompt or example.completion or (example.spans is not None and example.messages is not None):
         return "an Example with more than one of prompt and completion, spans, and messages"
-    if example.weights is not None and any(forms[1:]):
+    if example.weights is not None:
         return "an Example with weights beside spans or messages, which have their own"
     if example.messages is not None:
         return _message_problem(loader, example)
@@ -78,6 +79,10 @@ def _span_problem(spans: Any) -> str | None:
 def loader_title(loader: ExampleLoader) -> str:
     """Name a loader in messages."""
     return f"data loader {type(loader).__module__}.{type(loader).__qualname__}"
+
+
+def _are_keys(keys: Any) -> bool:
+    return isinstance(keys, tuple | list) and all(isinstance(key, str) for key in keys)
 
 
 def _is_number(value: Any) -> bool:

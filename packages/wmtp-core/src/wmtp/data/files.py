@@ -66,9 +66,10 @@ def parsed(
 
 
 def _json_lines(path: Path) -> Iterator[Record | BadExample]:
+    name = str(path)
     with open_binary(path) as file:
         for number, line in enumerate(lines(file), start=1):
-            where = f"{path}:{number}"
+            where = f"{name}:{number}"
             if line is None:
                 yield BadExample(where, TOO_LONG)
                 continue

@@ -19,16 +19,20 @@ class Note:
         count: how many it is about.
         first: where the first of them stands.
         level: ``warning`` or ``info``.
+        among: how many documents, the first ones, were looked at; None: all.
     """
 
     text: str
     count: int
     first: str
     level: str = "warning"
+    among: int | None = None
 
     def of(self, documents: int) -> str:
         """Write the remark, with the number of all documents that were read."""
         place = "at" if self.count == 1 else "the first at"
+        if self.among is not None and self.among < documents:
+            return f"{self.count:,} of the first {self.among:,} documents ({place} {self.first}): {self.text}"
         return f"{self.count:,} of {documents:,} documents ({place} {self.first}): {self.text}"
 
 
@@ -36,35 +40,42 @@ class Notes:
     """Collects remarks while documents are read."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, str, str], list[str | int]] = {}
+        self._found: dict[tuple[str, str, str, int | None], list[str | int]] = {}
 
-    def add(self, text: str, where: str, *, level: str = "warning", subject: str = "") -> None:
+    def add(self, text: str, where: str, *, level: str = "warning", subject: str = "", among: int | None = None) -> None:
         """Note something about the document at ``where``; of one document it counts once.
 
         Args:
             text: the remark.
             where: the document.
             level: ``warning`` or ``info``.
+            among: see `Note`.
             subject: replaces ``{}`` in ``text``. Remarks on the same documents that differ in it alone become one.
         """
-        entry = self._found.setdefault((text, level, subject), [0, where, ""])
+        entry = self._found.setdefault((text, level, subject, among), [0, where, ""])
         if entry[2] != where:
             entry[0], entry[2] = int(entry[0]) + 1, where
 
-    def state(self) -> Sequence[tuple[str, str, str, str | int, str | int]]:
+    def state(self) -> Sequence[tuple[str | int | None, ...]]:
         """Return what `restore` takes."""
         return [(*key, count, first) for key, (count, first, _) in self._found.items()]
 
     def restore(self, state: Iterable[Sequence[Any]]) -> None:
         """Continue from the remarks on the documents before."""
-        self._found = {(text, level, subject): [count, first, ""] for text, level, subject, count, first in state}
+        self._found = {tuple(key): [count, first, ""] for *key, count, first in state}
 
     def list(self) -> tuple[Note, ...]:
         """All of them, in the order in which they came up."""
-        subjects: dict[tuple[str, str, int, str], list[str]] = {}
-        for (text, level, subject), (count, first, _) in self._found.items():
-            subjects.setdefault((text, level, int(count), str(first)), []).append(subject)
+        subjects: dict[tuple[str, str, int | None, int, str], list[str]] = {}
+        for (text, level, subject, among), (count, first, _) in self._found.items():
+            subjects.setdefault((text, level, among, int(count), str(first)), []).append(subject)
         return tuple(
-            Note(text=text.replace("{}", ", ".join(names)) if names[0] else text, count=count, first=first, level=level)
-            for (text, level, count, first), names in subjects.items()
+            Note(
+                text=text.replace("{}", ", ".join(names)) if names[0] else text,
+                count=count,
+                first=first,
+                level=level,
+                among=among,
+            )
+            for (text, level, among, count, first), names in subjects.items()
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Final, Literal
 
@@ -15,7 +13,8 @@ from wmtp.data.base import BadExample, Example, Span
 from wmtp.data.conversation import Learn, Part, conversation_text
 from wmtp.data.encoded import Encoded
 from wmtp.data.notes import Note, Notes
-from wmtp.data.tokenized import CONTEXT, LEARNED, NEVER, Segment, TokenizedExample
+from wmtp.data.parts import text_parts, token_weights, weighted_spans
+from wmtp.data.tokenized import LEARNED, NEVER, Segment, TokenizedExample
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.chat_template import ChatTemplate
 
@@ -25,6 +24,8 @@ Boundary = Literal["apart", "together"]
 
 #: characters on either side of a border that decide whether a token reaches over it
 _NEAR: Final = 16
+#: so many documents are looked at for tokens that would reach over a border: each border is encoded twice
+_LOOKED_AT: Final = 2_000
 
 
 @frozen
@@ -34,8 +35,9 @@ class Prepared:
     Args:
         example: where it is from.
         parts: texts that are learned alike.
-        spans: what they were made of; None of a conversation.
+        spans: what they were made of, where these have weights of their tokens.
         apart: whether each is encoded on its own.
+        borders: texts around each border between what is learned and what is not, with the place of the border.
         notes: remarks on it.
     """
 
@@ -43,6 +45,7 @@ class Prepared:
     parts: Sequence[Part]
     spans: Sequence[Span] | None
     apart: bool = field(kw_only=True)
+    borders: Sequence[tuple[str, int]] = field(default=(), kw_only=True)
     notes: Sequence[Note] = field(default=(), kw_only=True)
 
 
@@ -57,6 +60,8 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer, *, learn: Learn = "assistant", boundary: Boundary = "apart") -> None:
         self.notes = Notes()
+        #: examples of the data set so far, bad ones included
+        self.seen = 0
         self.tokenizer = tokenizer
         self._eos_id, self._bos_id = tokenizer.eos_id, tokenizer.bos_id
         self._learn: Learn = learn
@@ -83,8 +88,10 @@ class Renderer:
             BadExample: see `__call__`.
             ConfigError: see `__call__`.
         """
-        with _unicode(example):
+        try:
             return self._conversation(example, encoded) if example.messages is not None else self._text(example, encoded)
+        except UnicodeEncodeError as error:
+            raise _no_unicode(example, error) from error
 
     def finished(self, prepared: Prepared, encoded: Encoded) -> TokenizedExample:
         """Make the tokens of a prepared example.
@@ -93,11 +100,13 @@ class Renderer:
             BadExample: see `__call__`.
         """
         example = prepared.example
-        with _unicode(example):
-            if prepared.spans is None:
+        try:
+            if example.messages is not None:
                 found = self._finished_conversation(prepared, encoded)
             else:
-                found = self._finished_text(prepared, prepared.spans, encoded)
+                found = self._finished_text(prepared, encoded)
+        except UnicodeEncodeError as error:
+            raise _no_unicode(example, error) from error
         for key in example.unread:
             unread = "text is under {}, which no key of the data set names: it is not read" + example.unread_hint
             level = "warning" if example.unread_hint else "info"
@@ -109,26 +118,23 @@ class Renderer:
             raise BadExample(example.place, "is a conversation, and the tokenizer has no chat template")
         notes = Notes()  # others are prepared before this one is finished
         parts = conversation_text(example, self._template, self._learn, self._control_tokens, notes)
-        encoded.want(offsets="".join(part.text for part in parts))
+        encoded.want_offsets("".join(part.text for part in parts))
         return Prepared(example, parts, None, apart=False, notes=notes.list())
 
     def _text(self, example: Example, encoded: Encoded) -> Prepared:
-        spans = example_spans(example)
-        parts = [
-            Part(span.text, NEVER if not span.weight else LEARNED if span.learn else CONTEXT, span.weight or 1.0)
-            for span in spans
-        ]
-        apart = self._boundary == "apart" or any(span.token_weights is not None for span in spans)
-        if not apart:
-            encoded.want(offsets="".join(part.text for part in parts))
+        spans, parts = weighted_spans(example), text_parts(example)
+        if self._boundary == "together" and spans is None:
+            encoded.want_offsets("".join(part.text for part in parts))
             return Prepared(example, parts, spans, apart=False)
-        texts = [part.text for part in parts if part.text]
-        encoded.want(first=texts[0] if texts else "")
-        for text in texts[1:]:
-            encoded.want(following=text)
-        for left, right in _borders(parts):
-            encoded.want(offsets=left + right)
-        return Prepared(example, parts, spans, apart=True)
+        want = encoded.want_first
+        for part in parts:
+            if part.text:
+                want(part.text)
+                want = encoded.want_following
+        borders = list(_borders(parts)) if self.seen <= _LOOKED_AT else []
+        for text, _ in borders:
+            encoded.want_offsets(text)
+        return Prepared(example, parts, spans, apart=True, borders=borders)
 
     def _finished_conversation(self, prepared: Prepared, encoded: Encoded) -> TokenizedExample:
         parts, example = prepared.parts, prepared.example
@@ -138,14 +144,14 @@ class Renderer:
         begin = int(bool(tokens) and tokens[0] == self._bos_id)
         return TokenizedExample(tokens=tokens, segments=_segments(parts, counts, begin), conversation=True)
 
-    def _finished_text(self, prepared: Prepared, spans: Sequence[Span], encoded: Encoded) -> TokenizedExample:
+    def _finished_text(self, prepared: Prepared, encoded: Encoded) -> TokenizedExample:
         parts, example = prepared.parts, prepared.example
         if prepared.apart:
             tokens, counts = _apart(parts, encoded)
-            self._count_merges(parts, example, encoded)
+            self._count_merges(prepared, encoded)
         else:
             tokens, counts = self._encode(parts, example, encoded)
-        weights, end_weight = _token_weights(spans, counts, example)
+        weights, end_weight = (None, 1.0) if prepared.spans is None else token_weights(prepared.spans, counts, example)
         eos, bos = self._eos_id, self._bos_id
         if self._ends(tokens):
             self._note_own("end", eos, example)
@@ -194,21 +200,21 @@ class Renderer:
             owners[token] = next(learned, owners[token])
         return list(tokens), np.bincount(np.minimum(owners, len(texts) - 1), minlength=len(texts)).tolist()
 
-    def _count_merges(self, parts: Sequence[Part], example: Example, encoded: Encoded) -> None:
+    def _count_merges(self, prepared: Prepared, encoded: Encoded) -> None:
         """Note an example of which a token would reach over a border, were it encoded as a whole."""
-        for left, right in _borders(parts):
-            found = encoded.with_offsets(left + right)
-            if found is not None and any(start < len(left) < stop for start, stop in found[1]):
-                self._note_merge(example)
+        for text, border in prepared.borders:
+            found = encoded.with_offsets(text)
+            if found is not None and any(start < border < stop for start, stop in found[1]):
+                self._note_merge(prepared.example, among=_LOOKED_AT)
                 return
 
-    def _note_merge(self, example: Example) -> None:
+    def _note_merge(self, example: Example, among: int | None = None) -> None:
         merged = "a token reaches from what is not learned to what is, and is learned"
         apart = (
             "encoded as a whole, they would have a token that reaches from what is not learned to what is; these parts are "
             "encoded apart (data.train.boundary = 'together' learns that token)"
         )
-        self.notes.add(apart if self._boundary == "apart" else merged, example.place, level="info")
+        self.notes.add(apart if self._boundary == "apart" else merged, example.place, level="info", among=among)
 
     def _note_own(self, which: Literal["begin", "end"], token: int, example: Example) -> None:
         text = f"the text brings its own {which} token, {self.tokenizer.token(token)!r}; no second one is added"
@@ -227,66 +233,16 @@ def _apart(parts: Sequence[Part], encoded: Encoded) -> tuple[list[int], list[int
     return tokens, counts
 
 
-def _borders(parts: Sequence[Part]) -> Iterator[tuple[str, str]]:
-    """List the texts around each border between what is learned and what is not."""
+def _borders(parts: Sequence[Part]) -> Iterator[tuple[str, int]]:
+    """List the text around each border between what is learned and what is not, and where in it the border is."""
     for before, after in pairwise(parts):
         if before.kind != after.kind and before.text and after.text:
-            yield before.text[-_NEAR:], after.text[:_NEAR]
+            left = before.text[-_NEAR:]
+            yield left + after.text[:_NEAR], len(left)
 
 
-@contextmanager
-def _unicode(example: Example) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeEncodeError as error:
-        raise BadExample(example.place, f"holds text that is no Unicode ({error.reason})") from error
-
-
-def example_spans(example: Example) -> Sequence[Span]:
-    """List the spans of an example that is no conversation.
-
-    Raises:
-        BadExample: the texts of its weights are not its completion.
-    """
-    if example.spans is not None:
-        return example.spans
-    prompt = [Span(example.prompt, learn=False)] if example.prompt else []
-    weights = example.weights
-    if weights is None:
-        return [*prompt, Span(example.completion)]
-    if weights and isinstance(weights[0], tuple):
-        pairs: Sequence[tuple[str, float]] = weights  # type: ignore[assignment]
-        if "".join(text for text, _ in pairs) != example.completion:
-            raise BadExample(example.place, "the texts of its weights, joined, are not the completion")
-        return [*prompt, *(Span(text, token_weights=float(weight)) for text, weight in pairs)]
-    return [*prompt, Span(example.completion, token_weights=tuple(float(weight) for weight in weights))]  # type: ignore[arg-type]
-
-
-def _token_weights(spans: Sequence[Span], counts: Sequence[int], example: Example) -> tuple[list[float] | None, float]:
-    """Collect the data's own weight of each token (or None), and that of an end token without one.
-
-    The last span may have one more than tokens: it is that of the end token.
-    """
-    if all(span.token_weights is None for span in spans):
-        return None, 1.0
-    found: list[float] = []
-    all_given: list[float] = []
-    for number, (span, count) in enumerate(zip(spans, counts, strict=True)):
-        given = span.token_weights
-        values = list(given) if isinstance(given, tuple) else [1.0 if given is None else given] * count
-        if wrong := [value for value in values if not 0 <= value < math.inf]:
-            raise BadExample(example.place, f"has a weight of {wrong[0]}; weights are finite and ≥ 0")
-        if len(values) != count and not (number == len(spans) - 1 and len(values) == count + 1):
-            raise BadExample(
-                example.place,
-                f"has {len(values)} weights, but its completion is {count} tokens with this tokenizer;"
-                " give one for each token (and maybe one for the end), or [text, weight] pairs",
-            )
-        found += values
-        if given is not None:
-            all_given += values
-    # a document whose weights are all 0 teaches nothing, its end neither
-    return found, 0.0 if all_given and not any(all_given) else 1.0
+def _no_unicode(example: Example, error: UnicodeEncodeError) -> BadExample:
+    return BadExample(example.place, f"holds text that is no Unicode ({error.reason})")
 
 
 def _segments(parts: Sequence[Part], counts: Sequence[int], begin: int) -> list[Segment]:

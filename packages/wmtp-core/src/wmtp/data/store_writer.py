@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from array import array
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from attrs import asdict
 
 from wmtp.data.base import Example
@@ -20,6 +23,17 @@ from wmtp.data.tokenized import TokenizedExample
 __all__ = ["StoreWriter"]
 
 _FLUSH_ITEMS: Final = 1 << 20
+_FLUSH_TOKENS: Final = 1 << 18
+_FLUSH_ROWS: Final = 1 << 12
+_DOCUMENT_COLUMNS: Final = {
+    "ends": "q",
+    "prompt_lengths": "q",
+    "is_correct": "b",
+    "reward": "d",
+    "group_hashes": "Q",
+    "name_ends": "q",
+}
+_SEGMENT_COLUMNS: Final = {"segment_ends": "q", "segment_kinds": "b", "segment_scales": "f"}
 _json_text: Final = json.encoder.encode_basestring_ascii
 
 
@@ -43,8 +57,8 @@ class _Column:
         if len(self._buffer) > _FLUSH_ITEMS:
             self.flush()
 
-    def append(self, value: float) -> None:
-        self._buffer.append(value)
+    def extend_bytes(self, content: bytes) -> None:
+        self._buffer.frombytes(content)
         if len(self._buffer) > _FLUSH_ITEMS:
             self.flush()
 
@@ -68,6 +82,48 @@ class _Column:
         self._file.close()
 
 
+class _Tokens(_Column):
+    """The column of tokens, which takes a document at a time: numpy reads many lists faster than an array one."""
+
+    def __init__(self, path: Path, typecode: str, size: int = 0) -> None:
+        super().__init__(path, typecode, size)
+        self._lists: list[Sequence[int]] = []
+        self._length = 0
+
+    def extend(self, values: Sequence[int]) -> None:
+        self._lists.append(values)
+        self._length += len(values)
+        if self._length > _FLUSH_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        np.fromiter(chain.from_iterable(self._lists), self._buffer.typecode, self._length).tofile(self._file)
+        self._lists.clear()
+        self._length = 0
+
+
+class _Table:
+    """Columns that are written together, row by row: one call a row is faster than one a value.
+
+    Args:
+        columns: by name, in the order of a row's values.
+    """
+
+    def __init__(self, columns: Mapping[str, _Column]) -> None:
+        self.columns = columns
+        self._rows: list[tuple[float, ...]] = []
+
+    def append(self, row: tuple[float, ...]) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= _FLUSH_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        for column, values in zip(self.columns.values(), zip(*self._rows, strict=True), strict=False):
+            column.extend(values)
+        self._rows.clear()
+
+
 class StoreWriter:
     """Writes a store into a folder. Nothing counts until `close` has written ``store.json``.
 
@@ -82,19 +138,10 @@ class StoreWriter:
         self._folder = folder
         self._sizes: Mapping[str, int] = state["sizes"]
         self._token_type = "uint16" if vocab_size <= 1 << 16 else "uint32"
-        self._tokens = self._column("tokens", "H" if self._token_type == "uint16" else "I")
-        typecodes = {
-            "ends": "q",
-            "prompt_lengths": "q",
-            "is_correct": "b",
-            "reward": "d",
-            "group_hashes": "Q",
-            "name_ends": "q",
-            "segment_ends": "q",
-            "segment_kinds": "b",
-            "segment_scales": "f",
-        }
-        self._columns = {name: self._column(name, typecode) for name, typecode in typecodes.items()}
+        typecode = "H" if self._token_type == "uint16" else "I"
+        self._tokens = _Tokens(folder / "tokens.bin", typecode, self._sizes.get("tokens", 0))
+        self._documents = _Table({name: self._column(name, typecode) for name, typecode in _DOCUMENT_COLUMNS.items()})
+        self._segments = _Table({name: self._column(name, typecode) for name, typecode in _SEGMENT_COLUMNS.items()})
         self._names = self._column("names", "B")
         self._weights = self._column("weights", "f") if "weights" in self._sizes else None
         self._count: int = state["count"]
@@ -123,13 +170,11 @@ class StoreWriter:
             example: where it is from.
             document: its tokens.
         """
-        tokens, weights, columns = document.tokens, document.weights, self._columns
+        tokens, weights = document.tokens, document.weights
         segment_end = self._end
         for segment in document.segments:
             segment_end += segment.length
-            columns["segment_ends"].append(segment_end)
-            columns["segment_kinds"].append(segment.kind)
-            columns["segment_scales"].append(segment.scale)
+            self._segments.append((segment_end, segment.kind, segment.scale))
             self._has_scales |= segment.scale != 1.0
         self._conversations += document.conversation
         if weights is not None and self._weights is None:
@@ -143,23 +188,32 @@ class StoreWriter:
         place = example.where.rpartition("/")[2]
         texts = (example.id, group) if place in ("", example.id) else (example.id, group, place)
         name = f"[{', '.join(map(_json_text, texts))}]".encode()
-        self._names.extend(name)
+        self._names.extend_bytes(name)
         self._name_end += len(name)
-        columns["ends"].append(self._end)
-        columns["prompt_lengths"].append(document.prompt_length)
-        columns["is_correct"].append(UNKNOWN if example.is_correct is None else int(example.is_correct))
-        columns["reward"].append(float("nan") if example.reward is None else example.reward)
-        columns["group_hashes"].append(int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest()))
-        columns["name_ends"].append(self._name_end)
+        self._documents.append(
+            (
+                self._end,
+                document.prompt_length,
+                UNKNOWN if example.is_correct is None else int(example.is_correct),
+                math.nan if example.reward is None else example.reward,
+                int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest()),
+                self._name_end,
+            )
+        )
         self._count += 1
+
+    def _columns(self) -> dict[str, _Column]:
+        """List the columns by name, with all rows so far in them."""
+        found = {"tokens": self._tokens, "names": self._names}
+        for table in (self._documents, self._segments):
+            table.flush()
+            found |= table.columns
+        return found if self._weights is None else found | {"weights": self._weights}
 
     def saved(self) -> dict[str, Any]:
         """Write everything so far to the files, and return what a writer needs to continue behind it."""
-        written = {"tokens": self._tokens, "names": self._names, **self._columns}
-        if self._weights is not None:
-            written["weights"] = self._weights
         return {
-            "sizes": {name: column.saved() for name, column in written.items()},
+            "sizes": {name: column.saved() for name, column in self._columns().items()},
             "count": self._count,
             "end": self._end,
             "name_end": self._name_end,
@@ -175,11 +229,8 @@ class StoreWriter:
             bad_count: how many there were.
             notes: what is to be said of the data whenever it is read.
         """
-        for column in (self._tokens, *self._columns.values()):
+        for column in self._columns().values():
             column.close()
-        self._names.close()
-        if self._weights is not None:
-            self._weights.close()
         files = sorted(self._folder.glob("*.bin"))
         info = StoreInfo(
             documents=self._count,

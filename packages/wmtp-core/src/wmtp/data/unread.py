@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 __all__ = ["unread_keys"]
 
 
-def unread_keys(record: Mapping[str, Any], content: Iterable[str], labels: Collection[str]) -> tuple[str, ...]:
+def unread_keys(record: Mapping[str, Any], content: Sequence[str], labels: Collection[str]) -> tuple[str, ...]:
     """Find the keys under which a record has text that is not learned from.
 
     Text that is a part of what is read is none of it, nor is text that holds all of that, as a rendered copy does.
@@ -18,7 +18,6 @@ def unread_keys(record: Mapping[str, Any], content: Iterable[str], labels: Colle
         content: its keys that become the example's text.
         labels: its keys that are read besides.
     """
-    content = set(content)
     rest = [key for key in record if key not in content and key not in labels]
     if not rest:
         return ()

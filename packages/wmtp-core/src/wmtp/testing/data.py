@@ -55,7 +55,7 @@ class DataLoaderTests(ComponentTests):
             assert isinstance(example.group, str)
             assert example.is_correct is None or isinstance(example.is_correct, bool)
             assert example.reward is None or isinstance(example.reward, int | float)
-            check_example("the loader", loader, example)
+            check_example("data", loader, example)
         good = [example for example in examples if isinstance(example, Example)]
         assert any(example.prompt or example.completion or example.spans or example.messages for example in good)
         twice = [name for name, count in Counter(e.id for e in examples if isinstance(e, Example)).items() if count > 1]

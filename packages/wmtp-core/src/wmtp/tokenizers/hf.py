@@ -104,7 +104,7 @@ class HfTokenizer(Tokenizer):
     def encode_many(self, texts: Sequence[str], *, first: bool = False) -> list[list[int]]:
         """Encode many texts, on all cores."""
         backend = self._first if first else self._backend
-        return [encoded.ids for encoded in backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [encoded.ids for encoded in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_many_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Encode many texts with the places of their tokens, on all cores."""

@@ -38,12 +38,13 @@ class JsonlLoader(RecordLoader):
     def __init__(self, keys: Mapping[str, str] | None = None, split: str | None = None) -> None:
         super().__init__(split)
         self._keys = {field: field for field in FIELDS} | dict(keys or {})
+        self._content = (self._keys["text"], self._keys["prompt"], self._keys["completion"])
         # a field that is not to be read is meant to be left out
         self._read = {name or field for field, name in self._keys.items()}
 
     def _record(self, where: str, record: Mapping[str, Any], *, columns: bool) -> Iterator[Example]:
         keys = self._keys
-        text, prompt, completion = (keys[field] for field in ("text", "prompt", "completion"))
+        text, prompt, completion = self._content
         if text in record and (prompt in record or completion in record):
             other = prompt if prompt in record else completion
             raise BadExample(where, f'has both "{text}" and "{other}"; keep "{text}", or "{prompt}" and "{completion}"')
@@ -56,7 +57,7 @@ class JsonlLoader(RecordLoader):
                     raise BadExample(where, f'no "{key}"; {needed}; {_keys_of(record)}{self._instead(record)}')
             pair = (text_field(where, record, prompt), text_field(where, record, completion))
         example_id = name_field(record, keys["id"]) or where.rpartition("/")[2]
-        unread = unread_keys(record, (text, prompt, completion), self._read)
+        unread = unread_keys(record, self._content, self._read)
         yield Example(
             id=example_id,
             prompt=pair[0],
