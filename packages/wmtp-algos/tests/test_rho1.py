@@ -157,6 +157,63 @@ def test_weights_have_mean_one_where_none_is_clipped(scope):
     assert max(ours.values()) > 1.5
 
 
+def new_heads(step, spread=5.0):
+    """Losses as heads that are new have them: beside the reference's, SmolLM2's were 7 nats higher on average, and 5 apart."""
+    draw = torch.Generator().manual_seed(0)
+    far = 7.0 + spread * torch.randn(step.token_loss.shape, generator=draw, dtype=step.token_loss.dtype)
+    step.token_loss[..., 1:] += far[..., 1:].clamp(min=0)
+    return step
+
+
+def shares(weights):
+    """The effective sample of each head, as a share of its predictions, and each head's part of all weight."""
+    found = {}
+    for head in range(1, HORIZON + 1):
+        of_head = [weight for (_, _, k), weight in weights.items() if k == head]
+        ess = sum(of_head) ** 2 / sum(weight**2 for weight in of_head) / len(of_head)
+        found[head] = ess, sum(of_head) / sum(weights.values())
+    return found
+
+
+def test_new_heads_leave_head_1_its_weight_and_learn_from_more_than_a_few_predictions():
+    step = new_heads(random_step(0, packed=True, rows=24, length=64))
+    ours, trainer = weights_of(Rho1WMTP(), step, reference_model())
+    for ess, part in shares(ours).values():
+        assert ess > 0.0999
+        assert part == pytest.approx(1 / HORIZON, rel=0.2)
+    assert float(trainer.metrics()["rho1/temperature"]) > 0.7
+    former, _ = weights_of(Rho1WMTP(scope="batch", min_ess_share=0.0), step, reference_model())
+    assert shares(former)[1][1] < 0.01
+    assert min(ess for ess, _ in shares(former).values()) < 0.05
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence", "head"])
+def test_the_temperature_is_the_lowest_with_the_effective_sample_asked_for(scope):
+    """Each group's weights are those of one temperature in a loop; a lower one has a smaller effective sample."""
+    reference = reference_model()
+    step = new_heads(random_step(1, packed=True, rows=6, length=40))
+    ours, _ = weights_of(Rho1WMTP(scope=scope, min_ess_share=0.3), step, reference)
+    scores, groups = plain_scores(step, plain_reference_losses(reference, step.batch), "excess")
+    raised = 0
+    for places in members_of(groups[scope]):
+        own = {place: scores[place] for place in places}
+
+        def weigh(temperature, own=own):
+            found = plain_softmax(own, dict.fromkeys(own, 0), temperature, 0.01, 3.0)
+            return found, sum(found.values()) ** 2 / sum(weight**2 for weight in found.values()) / len(found)
+
+        if weigh(0.7)[1] < 0.3:
+            raised += 1
+            low, high = 0.7, 700.0
+            for _ in range(60):
+                middle = (low + high) / 2
+                low, high = (middle, high) if weigh(middle)[1] < 0.3 else (low, middle)
+        else:
+            high = 0.7
+        assert {place: ours[place] for place in own} == pytest.approx(weigh(high)[0], rel=1e-3, abs=1e-6)
+    assert raised
+
+
 def test_of_equal_scores_the_first_are_kept():
     step = random_step(0, packed=False)
     flat = step.token_loss.zero_()
@@ -186,6 +243,7 @@ def test_metrics_are_means_over_valid_predictions():
     excess, _ = plain_scores(step, losses, "excess")
     by_reference, _ = plain_scores(step, losses, "reference")
     metrics = {name: float(value) for name, value in trainer.metrics().items()}
+    assert metrics.pop("rho1/temperature") == pytest.approx(0.7)
     assert metrics == pytest.approx(
         {
             "rho1/excess": sum(excess.values()) / len(excess),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen
-from attrs.validators import ge, gt, le, matches_re, optional
+from attrs.validators import ge, gt, le, lt, matches_re, optional
 
 from wmtp import TrainerConfig
 from wmtp.plugins.components import component, idle_keys
@@ -39,9 +39,13 @@ class Rho1WMTP(TrainerConfig):
         score: ``excess``: Δ; ``absolute``: |Δ|, which learns too what the model does better than the reference;
             ``reference``: −CE_ref, what the reference finds likely. The paper's is ``excess``; the others are to compare.
         scope: what scores compete within: the whole ``batch`` of an optimizer step, each ``sequence`` (a document), or
-            each ``head``. Far heads have higher losses than head 1, and so win in a batch.
+            each ``head``. Default: ``batch`` for token-skip, ``head`` for weighted. Far heads have higher losses than head 1,
+            and so win in a batch; where they are new, head 1 has no weight left there.
         keep: token-skip: the share of predictions that is learned (Rho-1: 0.6 at 1B parameters, 0.7 at 7B).
         temperature: weighted: T; the lower, the more the highest scores win.
+        min_ess_share: weighted: where the effective sample (Σw)² / Σw² of a scope would be a smaller share of its predictions,
+            T is raised until it is this share: excess losses of heads that are new, or of another reference, are many times 0.7
+            apart, and a few predictions would have all weight. 0: never.
         min_excess: weighted: a |Δ| below this counts as 0.
         max_weight: weighted: weights are clipped to this, and then divided by their mean, which clipping has made smaller.
         reference_precision: of the reference's parameters and products; ``bf16`` needs half the memory.
@@ -55,9 +59,10 @@ class Rho1WMTP(TrainerConfig):
     required_models = ("ref",)
     mode: Literal["weighted", "token-skip"] = "weighted"
     score: Literal["excess", "absolute", "reference"] = "excess"
-    scope: Literal["batch", "sequence", "head"] = "batch"
+    scope: Literal["batch", "sequence", "head"] | None = None
     keep: float = field(default=0.6, validator=[gt(0.0), le(1.0)])
     temperature: float = field(default=0.7, validator=gt(0.0))
+    min_ess_share: float = field(default=0.1, validator=[ge(0.0), lt(1.0)])
     min_excess: float = field(default=0.01, validator=ge(0.0))
     max_weight: float = field(default=3.0, validator=ge(1.0))
     reference_precision: Literal["fp32", "bf16"] = "fp32"
@@ -69,7 +74,8 @@ class Rho1WMTP(TrainerConfig):
         if self.mode == "weighted":
             yield from idle_keys(self, ("keep",), 'mode = "weighted" learns every prediction')
         else:
-            yield from idle_keys(self, ("temperature", "min_excess", "max_weight"), 'mode = "token-skip" gives weights 0 and 1')
+            weighted = ("temperature", "min_ess_share", "min_excess", "max_weight")
+            yield from idle_keys(self, weighted, 'mode = "token-skip" gives weights 0 and 1')
         if self.mode == "weighted" and self.score == "reference":
             yield from idle_keys(self, ("min_excess",), 'score = "reference" is no excess')
 

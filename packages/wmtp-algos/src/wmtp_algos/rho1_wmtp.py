@@ -28,6 +28,8 @@ class Rho1WMTPTrainer(Trainer):
         token-skip   w = 1 where s is among the best share ``keep`` of its scope, else 0
         weighted     w = min(max_weight, n · softmax(s / T)) / mean        over the n valid predictions of its scope
 
+    T is ``temperature``, or higher where the effective sample would be under ``min_ess_share`` (`Groups.tempered`).
+
     Args:
         config: see `wmtp_algos.config.Rho1WMTP`.
     """
@@ -66,18 +68,22 @@ class Rho1WMTPTrainer(Trainer):
             self._metrics["rho1/excess"] = _mean(view, scores)
         if config.score == "absolute":
             scores = scores.abs()
-        groups = Groups.of(config.scope, view)
+        groups = Groups.of(config.scope or ("head" if config.mode == "weighted" else "batch"), view)
         if config.mode == "token-skip":
             weights = groups.top(scores, config.keep).float()
         else:
             if config.score != "reference":
                 scores = torch.where(scores.abs() < config.min_excess, 0.0, scores)
-            weights = groups.mean_one(groups.softmax(scores / config.temperature).clamp(max=config.max_weight))
+            weights, temperature = groups.tempered(
+                scores, config.temperature, max_weight=config.max_weight, min_share=config.min_ess_share
+            )
+            weights = groups.mean_one(weights)
+            self._metrics["rho1/temperature"] = temperature.max()
         # a score that is no number has no rank: let the loop say so
         return torch.where(scores.isfinite(), weights, torch.nan)
 
     def metrics(self) -> Mapping[str, Tensor]:
-        """``rho1/reference_loss`` and ``rho1/excess``: the means of CE_ref and Δ over the valid predictions."""
+        """``rho1/reference_loss`` and ``rho1/excess``, means over the valid predictions; ``rho1/temperature``, the highest."""
         return self._metrics
 
 

@@ -13,6 +13,9 @@ from wmtp.trainers import StepView
 
 __all__ = ["Groups", "Scope"]
 
+#: T is raised to 2^20 times itself at most, and found to 1 in 10⁵
+_DOUBLINGS, _HALVINGS = 20.0, 21
+
 Scope = Literal["batch", "sequence", "head"]
 
 
@@ -87,6 +90,57 @@ class Groups:
         exponentials = (exact - highest[group]).exp()
         sums = torch.zeros_like(highest).index_add(0, group, exponentials)
         return (exponentials * (self._sizes(group) / sums)[group]).view(scores.shape).float()
+
+    def tempered(self, scores: Tensor, temperature: float, *, max_weight: float, min_share: float) -> tuple[Tensor, Tensor]:
+        """Compute softmax(scores / T) as clipped weights, and raise T in groups where too few predictions count.
+
+        A softmax of scores that are many times T apart gives all weight to a few. T is then the lowest at which the effective
+        sample of the group, (Σw)² / Σw², is ``min_share`` of its predictions: the adaptive tempering of sequential Monte Carlo
+        (Jasra et al., 2011, *Inference for Lévy-driven stochastic volatility models via adaptive SMC*). In all other groups T
+        is ``temperature``, and nothing changes.
+
+        Args:
+            scores: ``[B, S, H]``; only valid places count.
+            temperature: T > 0.
+            max_weight: weights are clipped to this.
+            min_share: of the group, 0 ≤ min_share < 1; 0 leaves T as it is.
+
+        Returns:
+            Weights ``[B, S, H]`` fp32, of mean 1 before the clip, and T of each group ``[count]``.
+        """
+        factor = self._factors(scores / temperature, max_weight, min_share)
+        of_group = torch.cat([factor, factor.new_ones(1)])
+        weights = self.softmax(scores / (temperature * of_group[self.number])).clamp(max=max_weight)
+        return weights, temperature * factor
+
+    def _factors(self, scores: Tensor, max_weight: float, min_share: float) -> Tensor:
+        """Find by bisection what T must be multiplied with in each group, ``[count]`` ≥ 1."""
+        group, order = self.number.flatten().sort(stable=True)
+        sizes = self._sizes(group)[: self.count]
+        scores = scores.flatten()[order].to(sizes.dtype)
+        highest = scores.new_full((self.count + 1,), -torch.inf).scatter_reduce(0, group, scores, "amax")
+        below = scores - highest[group]
+        ends = sizes.cumsum(0).to(torch.int64)
+
+        def sums(values: Tensor) -> Tensor:
+            running = torch.cat([values.new_zeros(1), values.cumsum(0)])
+            return running[ends] - running[ends - sizes.to(torch.int64)]
+
+        def enough(logarithm: Tensor) -> Tensor:
+            """Tell the groups whose effective sample is large enough with 2^logarithm times the temperature."""
+            padded = torch.cat([logarithm, logarithm.new_zeros(1)])
+            exponentials = (below / padded[group].exp2()).exp()
+            limits = torch.cat([max_weight * sums(exponentials) / sizes, sizes.new_ones(1)])
+            clipped = exponentials.minimum(limits[group])
+            return sums(clipped).square() >= min_share * sizes * sums(clipped.square())
+
+        low, high = torch.zeros_like(sizes), torch.full_like(sizes, _DOUBLINGS)
+        fits = enough(low) | (sizes == 0)
+        for _ in range(_HALVINGS):  # a fixed number: whether one is needed is not asked of a GPU
+            middle = (low + high) / 2
+            found = enough(middle)
+            low, high = torch.where(found, low, middle), torch.where(found, middle, high)
+        return torch.where(fits, 1.0, high.exp2())
 
     def mean_one(self, weights: Tensor) -> Tensor:
         """Divide weights ``[B, S, H]`` ≥ 0 by the mean of their group."""
