@@ -17,6 +17,7 @@ from conftest import write_recipe
 from crossings import sampled
 
 from wmtp.cli import main
+from wmtp.data.store import TokenStore
 from wmtp.errors import FileError, WMTPError
 from wmtp.json_files import reading
 from wmtp.runs.directory import replace_text
@@ -128,7 +129,8 @@ def _copy(trained: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("seed", sampled(range(6), 6))
 def test_damaged_files_are_named(trained: Path, tmp_path: Path, seed: int) -> None:
-    assert _attack(_copy(trained, tmp_path), seed, _commands, 0.25 if seed == 0 else 1) == []
+    wrong = _attack(_copy(trained, tmp_path), seed, _commands, 0.25 if seed == 0 else 1)
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.slow
@@ -139,7 +141,39 @@ def test_damaged_files_are_named_at_a_resume(trained: Path, tmp_path: Path) -> N
         shutil.rmtree(folder)
     info = run / "run.json"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"status": "interrupted"}))
-    assert _attack(work, 0, _interrupted, 1) == []
+    wrong = _attack(work, 0, _interrupted, 1)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("value", [1.5, "x", {}, [[1]]])
+def test_an_end_token_that_is_none_is_named(trained: Path, tmp_path: Path, value: Any) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(trained / "runs/one/model", model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    code, said = _said(["generate", str(model), "--prompt", "x", "--max-new-tokens", "2"])
+    assert code == 2
+    assert "generation_config.json: is damaged: eos_token_id is" in said
+
+
+@pytest.mark.parametrize(
+    "change", [{"token_type": {"a": 1}}, {"has_weights": {"a": 1}}, {"has_weights": True}, {"tokens": "x"}]
+)
+def test_a_token_store_with_a_wrong_value_is_none(trained: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """It is made anew: the cache is no file of the user's."""
+    (source,) = (trained / "runs/.cache/tokens").glob("*/store.json")
+    shutil.copytree(source.parent, tmp_path / "store")
+    assert TokenStore.open_if_whole(tmp_path / "store", "x") is not None
+    info = tmp_path / "store/store.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | change))
+    assert TokenStore.open_if_whole(tmp_path / "store", "x") is None
+
+
+def test_a_damaged_config_of_a_run_ends_its_resume_with_2(trained: Path, tmp_path: Path) -> None:
+    run = _copy(trained, tmp_path) / "runs/one"
+    (run / "config.toml").write_text("[run")
+    code, said = _said(["run", "--resume", str(run)])
+    assert code == 2
+    assert "config.toml: is damaged: " in said
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,19 @@
 """Whatever the network does: the right bytes, or an error and a state to go on from."""
 
+import gc
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from obstore.exceptions import PreconditionError
 
 from wmtp.errors import WMTPError
 from wmtp.storage.manifest import MANIFEST, Manifest, verify
 from wmtp_storage import S3Storage, patience
 from wmtp_storage.journal import read_journal
 from wmtp_storage.throttle import Throttle
+from wmtp_storage.transfer import Transfer
 
 KB = 2**10
 SIZES = {"a/small": 1, "empty": 0, "a/b/one": 16 * KB, "two": 32 * KB + 1, "large": 300 * KB, "multipart": 6 * 2**20}
@@ -126,6 +129,26 @@ def test_an_object_that_changes_under_the_transfer_is_never_mixed(faulty, s3, tm
         target = tmp_path / str(moment)
         storage(faulty((), on_get=change)).fetch(f"s3://{bucket}/m", target)
         assert files(target) == dict.fromkeys(("first", "second"), bytes([100 + moment]) * 200 * KB)
+
+
+def test_many_objects_that_change_at_once_are_one_line(s3, tmp_path, caplog, monkeypatch):
+    """Every connection finds its object changed in the same moment; asyncio prints a traceback for errors nobody takes."""
+    bucket, seen, read = s3.bucket(), [], Transfer._read
+    for number in range(8):
+        s3.store(bucket).put(f"m/{number}", bytes(30 + number))
+
+    async def changed(self, running):
+        seen.append(running)
+        if len(seen) <= 8:
+            raise PreconditionError("")
+        await read(self, running)
+
+    monkeypatch.setattr(Transfer, "_read", changed)
+    S3Storage().build().fetch(f"s3://{bucket}/m", tmp_path / "out")
+    gc.collect()
+    said = [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert said == [f"s3://{bucket}/m changed while it was fetched; continuing with its present content"]
+    assert len(files(tmp_path / "out")) == 8
 
 
 def test_what_keeps_changing_is_an_error(faulty, s3, tmp_path):

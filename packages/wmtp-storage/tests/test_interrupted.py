@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,27 @@ def test_kill_at_random_moments(faulty, model, tmp_path):
     proxy = faulty(())
     done = S3Storage(endpoint=proxy.endpoint, region="us-east-1").build().fetch(model, target)
     assert done.transferred == done.size - before
+    assert is_whole(target)
+
+
+def test_a_kill_keeps_what_came_of_a_range(faulty, s3, tmp_path):
+    """One range is the whole object, and the store stops within it: hours of a slow line must not be lost."""
+    bucket, size = s3.bucket(), 4 * KB * KB
+    s3.store(bucket).put("m/x", random.Random(4).randbytes(size), use_multipart=False)
+    target, proxy = tmp_path / "out", faulty(["stall"], share=1, seed=6, stall=100)  # stops after 3.88 MB
+    running = start(f"s3://{bucket}/m", target, proxy, 64 * KB, read_timeout=100)
+    part = target / ".wmtp-fetch/files/x"
+    deadline = time.monotonic() + 20
+    while kept(target) < 3 * KB * KB and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    running.kill()
+    running.communicate(timeout=60)
+    assert part.stat().st_size == size
+    before = kept(target)
+    assert before >= 3 * KB * KB
+    done = S3Storage(endpoint=faulty(()).endpoint, region="us-east-1").build().fetch(f"s3://{bucket}/m", target)
+    assert done.transferred == size - before
     assert is_whole(target)
 
 

@@ -13,6 +13,10 @@ import time
 
 import pytest
 
+from wmtp.actions import files as actions
+from wmtp.cli import main
+from wmtp.storage.base import Fetched
+
 KB = 2**10
 
 
@@ -78,4 +82,24 @@ def test_in_a_log_there_are_plain_lines_and_one_object(words):
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stderr + done.stdout
     answer = json.loads(done.stdout)
-    assert (answer["files"], answer["size"], answer["transferred"]) == (12, 1200 * KB, 1200 * KB)
+    assert (answer["files"], answer["checked"], answer["size"], answer["transferred"]) == (12, 12, 1200 * KB, 1200 * KB)
+
+
+@pytest.mark.parametrize(
+    ("checked", "said"),
+    [
+        (3, "whole and verified"),
+        (0, "whole by size (there is no checksum to compare with)"),
+        (1, "whole; 1 of 3 verified, the others by size (the store has no checksum of them)"),
+    ],
+)
+def test_verified_is_said_of_what_was_compared(checked, said, monkeypatch, tmp_path, capsys):
+    done = Fetched(uri="x", target=tmp_path, files=3, checked=checked, size=3, transferred=0, seconds=1.0)
+    monkeypatch.setattr(actions, "fetch", lambda *_, **__: done)
+    assert main(["fetch", "x", str(tmp_path)]) == 0
+    assert f": 3 files, 3 B, {said}; 0 B came" in capsys.readouterr().out
+
+
+def test_a_copy_of_local_files_is_compared_with_nothing(tmp_path):
+    (tmp_path / "a").write_text("1")
+    assert actions.fetch(tmp_path / "a", tmp_path / "out").checked == 0

@@ -4,13 +4,14 @@ import http.server
 import re
 import threading
 from typing import ClassVar
+from xml.etree import ElementTree
 
 import pytest
 from crossings import sampled
 
 from wmtp.errors import WMTPError
 from wmtp.storage.manifest import MANIFEST
-from wmtp_storage import GoogleStorage, HTTPStorage, S3Storage
+from wmtp_storage import GoogleStorage, HTTPStorage, S3Storage, s3_listing, s3_uploads
 from wmtp_storage.failures import WrongAnswerError
 
 KB = 2**10
@@ -142,7 +143,6 @@ def test_pages_now_and_then(login_page, s3, model, tmp_path, seed):
         (lambda uri: listing(uri, prefix="n/"), "the listing of 'n/', not of 'm/'"),
         (lambda uri: listing(uri, "n/a"), "'n/a' in it"),
         (lambda uri: listing(uri, "m/b", "m/a"), "'m/a' stands after 'm/b'"),
-        (lambda uri: listing(uri, "m/a", "m/a").replace(b"<Size>1", b"<Size>2", 1), "'m/a' stands after 'm/a'"),
         (lambda uri: listing(uri, "m/a", truncated="<MaxKeys>1</MaxKeys>"), "does not say whether more follows"),
         (lambda uri: listing(uri, "m/a", truncated="<IsTruncated>no</IsTruncated>"), "does not say whether more follows"),
         (lambda uri: listing(uri, truncated=f"{NO_MORE}<KeyCount>2</KeyCount>"), "0 of the 2 entries that it counts"),
@@ -243,8 +243,73 @@ def test_pages_that_do_not_end(faulty, model):
         more = f"{MORE}<NextContinuationToken>{next(numbers)}</NextContinuationToken>"
         return listing(model, truncated=more)
 
-    with pytest.raises(WrongAnswerError, match="1000 pages came one after the other without an object"):
+    with pytest.raises(WrongAnswerError, match="1000 pages came one after the other without a new object"):
         list(storage(faulty((), edit=edit)).files(model))
+
+
+class DirectoryBucket:
+    """Answers each question for a listing with the same objects, and another page to follow. The test server has none."""
+
+    address = ""
+    pages = 0
+
+    def ask(self, *_):
+        self.pages += 1
+        more = f"{MORE}<NextContinuationToken>{self.pages}</NextContinuationToken>"
+        return ElementTree.fromstring(listing("s3://b--x-s3/m", "m/b", "m/a", truncated=more))
+
+
+def test_the_same_objects_on_page_after_page_of_a_bucket_without_order():
+    """That nothing new comes is all that shows it."""
+    with pytest.raises(WrongAnswerError, match="1000 pages came one after the other without a new object"):
+        list(s3_listing.S3Listing(DirectoryBucket(), "b--x-s3").pages("m/"))
+
+
+@pytest.mark.parametrize(
+    ("marker", "said"),
+    [(lambda number: "m/a", "names one that came before"), (lambda number: f"m/{number:04}", "30 pages came with 0 uploads")],
+)
+def test_unfinished_uploads_whose_pages_do_not_end(faulty, model, monkeypatch, marker, said):
+    monkeypatch.setattr(s3_uploads, "_MOST_EMPTY", 30)
+    numbers = iter(range(10**6))
+
+    def edit(path, content):
+        if "uploads" not in path:
+            return content
+        next_one = f"<NextKeyMarker>{marker(next(numbers))}</NextKeyMarker><NextUploadIdMarker>1</NextUploadIdMarker>"
+        return f"<ListMultipartUploadsResult>{MORE}{next_one}</ListMultipartUploadsResult>".encode()
+
+    with pytest.raises(WrongAnswerError, match=said):
+        storage(faulty((), edit=edit)).tidy(model)
+
+
+def test_a_key_that_is_listed_twice_is_fetched_as_it_is_now(faulty, model, tmp_path):
+    """A store that is slow to agree lists an old version beside the present one, at every try."""
+    old = OBJECT.format("m/a").encode()
+
+    def edit(path, content):
+        if not is_listing("GET", path) or b"<Prefix>m/</Prefix>" not in content:
+            return content
+        before, start, after = re.sub(rb"<KeyCount>\d+</KeyCount>", b"", content).partition(b"<Contents>")
+        return before + old + start + after
+
+    done = storage(faulty((), edit=edit)).fetch(model, tmp_path / "out")
+    assert done.files == len(CONTENT)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in CONTENT} == CONTENT
+
+
+def test_an_object_whose_name_ends_with_a_slash_is_named(faulty, s3, model, tmp_path):
+    """With content it is no mark of a folder, and no file can hold it."""
+    s3.client().put_object(Bucket=model.split("/")[2], Key="m/odd", Body=b"z")
+
+    def edit(path, content):
+        return content.replace(b"<Key>m/odd</Key>", b"<Key>m/odd/</Key>") if is_listing("GET", path) else content
+
+    back = storage(faulty((), edit=edit))
+    with pytest.raises(WMTPError, match="'odd/' cannot be that of a file in a folder; leave it out with --exclude"):
+        back.fetch(model, tmp_path / "out")
+    back.fetch(model, tmp_path / "out", exclude=["odd/"])
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in CONTENT} == CONTENT
 
 
 def test_a_page_in_place_of_a_later_page_of_a_listing(login_page, s3):

@@ -78,6 +78,7 @@ def fetch_into(storage: ObjectStorage, uri: RemoteURI, target: Path, include: Se
                     uri=str(uri),
                     target=target,
                     files=len(listing.objects),
+                    checked=sum(file.checked is not None for file in files[: len(listing.objects)]),
                     size=listing.size,
                     transferred=received,
                     seconds=time.monotonic() - began,

@@ -76,7 +76,7 @@ def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] 
     if not found:
         raise WMTPError(_nothing_at(storage, uri))
     found = [stored for stored in found if stored.name != MANIFEST and stored.name.partition("/")[0] != STATE_FOLDER]
-    found = _once_each(uri, [stored for stored in found if is_wanted(stored.name, include, exclude)])
+    found = _once_each(storage, uri, [stored for stored in found if is_wanted(stored.name, include, exclude)])
     for stored in found:
         if problem := _name_problem(stored.name):
             raise WMTPError(f"{uri}: the name {stored.name!r} {problem}; leave it out with --exclude, or rename it")
@@ -99,19 +99,27 @@ def _name_problem(name: str) -> str | None:
     return None
 
 
-def _once_each(uri: RemoteURI, found: list[StoredObject]) -> list[StoredObject]:
+def _once_each(storage: ObjectStorage, uri: RemoteURI, found: list[StoredObject]) -> list[StoredObject]:
     """Drop what a listing names a second time; an empty object is the mark of a folder, which obstore lists without its slash.
 
+    Of two versions of an object, as stores list them that are slow to agree, the one counts that is there when it is asked for.
+
     Raises:
-        WrongAnswerError: two objects of one name differ.
+        WrongAnswerError: an object is listed twice, and does not exist.
     """
     kept: dict[str, StoredObject] = {}
+    twice: set[str] = set()
     for stored in found:
         other = kept.setdefault(stored.name, stored)
         if not other.size:
             kept[stored.name] = stored
         elif stored.size and (other.size, other.identity) != (stored.size, stored.identity):
-            raise WrongAnswerError(f"{uri}: {stored.name!r} was listed twice, as two versions; run it again")
+            twice.add(stored.name)
+    for name in sorted(twice):
+        now = storage.head(uri.at(name))
+        if now is None:
+            raise WrongAnswerError(f"{uri}: {name!r} was listed twice, as two versions, and does not exist; run it again")
+        kept[name] = evolve(now, name=name)
     return list(kept.values())
 
 

@@ -48,6 +48,10 @@ class S3Listing:
     questions: S3Questions
     bucket: str
 
+    @property
+    def _is_ordered(self) -> bool:
+        return not self.bucket.endswith(_UNORDERED)
+
     def pages(self, prefix: str) -> Iterator[list[ObjectMeta]]:
         """List all objects whose key begins with a prefix.
 
@@ -57,15 +61,18 @@ class S3Listing:
         """
         token, tokens, empty = "", set[str](), 0
         last: ObjectMeta | None = None
+        keys = set[str]()  # of a bucket without an order, in which pages that come again show by nothing else
         while True:
             page = self._page({"prefix": prefix} | ({"continuation-token": token} if token else {}))
             found: list[ObjectMeta] = []
             for entry in page.findall("{*}Contents"):
                 meta = _meta(entry, _decoded(page, text_of(entry, "Key")))
-                if not self._repeats(meta, prefix, last):
+                if not self._repeats(meta, prefix, last) and meta["path"] not in keys:
                     found.append(meta)
                 last = meta
-            yield [each | {"path": _path(each["path"])} for each in found]  # type: ignore[misc]
+            if not self._is_ordered:
+                keys.update(each["path"] for each in found)
+            yield [each | {"path": _path(each)} for each in found]  # type: ignore[misc]
             if _is_last(page):
                 return
             token = text_of(page, "NextContinuationToken")
@@ -74,7 +81,7 @@ class S3Listing:
             tokens.add(token)
             empty = 0 if found else empty + 1
             if empty == _MOST_EMPTY:
-                raise WrongAnswerError(f"{_MOST_EMPTY} pages came one after the other without an object")
+                raise WrongAnswerError(f"{_MOST_EMPTY} pages came one after the other without a new object")
 
     def names(self, prefix: str) -> list[str]:
         """List what is directly in a folder, by full keys: the first page of it. Raises as `pages`."""
@@ -115,10 +122,9 @@ class S3Listing:
         key, last = meta["path"], "" if before is None else before["path"]
         if not key or not key.startswith(prefix):
             raise WrongAnswerError(f"a listing of {prefix!r} came with {key!r} in it")
-        if meta == before:
-            return True
-        is_ordered = not self.bucket.endswith(_UNORDERED)
-        if key == last or (is_ordered and last and key < last and key.split("/") < last.split("/")):
+        if key == last:  # of two versions the one counts that is there when it is asked for, see `list_objects`
+            return meta == before
+        if self._is_ordered and last and key < last and key.split("/") < last.split("/"):
             raise WrongAnswerError(f"a listing came in which {key!r} stands after {last!r}: its pages do not belong together")
         return False
 
@@ -168,6 +174,10 @@ def _meta(entry: Element, key: str) -> ObjectMeta:
     }
 
 
-def _path(key: str) -> str:
-    """A key as obstore takes it, so without a slash at an end."""
-    return key.removeprefix("/").removesuffix("/")
+def _path(meta: ObjectMeta) -> str:
+    """A key as obstore takes it, so without a slash at an end.
+
+    An object with content and a slash at an end cannot be asked for by obstore: it keeps its key, which no file can have.
+    """
+    key = meta["path"]
+    return key if meta["size"] else key.removeprefix("/").removesuffix("/")

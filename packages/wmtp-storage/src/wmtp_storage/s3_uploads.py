@@ -23,6 +23,9 @@ __all__ = ["abort_uploads"]
 
 logger = logging.getLogger("wmtp.storage")
 
+#: more pages than uploads, after which no end is expected any more
+_MOST_EMPTY = 1000
+
 
 def abort_uploads(questions: S3Questions, folder: str) -> None:
     """Abort the unfinished uploads of the objects in a folder.
@@ -55,6 +58,7 @@ def _unfinished(questions: S3Questions, prefix: str) -> list[tuple[str, str]]:
     """Key and number of each."""
     found: list[tuple[str, str]] = []
     after: dict[str, str] = {}
+    markers = set[tuple[str, ...]]()
     while True:
         words = urlencode({"uploads": "", "prefix": prefix, **after}, quote_via=quote, safe="")
         try:
@@ -71,7 +75,10 @@ def _unfinished(questions: S3Questions, prefix: str) -> list[tuple[str, str]]:
                 found.append((text_of(upload, "Key"), text_of(upload, "UploadId")))
         if text_of(page, "IsTruncated") != "true":
             return found
-        before = after
+        key = after.get("key-marker", "")
         after = {"key-marker": text_of(page, "NextKeyMarker"), "upload-id-marker": text_of(page, "NextUploadIdMarker")}
-        if after == before:
-            raise WrongAnswerError("a page says that more follows, and names the same page again")
+        if tuple(after.values()) in markers or after["key-marker"] < key:
+            raise WrongAnswerError("a page says that more follows, and names one that came before")
+        markers.add(tuple(after.values()))
+        if len(markers) - len(found) == _MOST_EMPTY:
+            raise WrongAnswerError(f"{len(markers)} pages came with {len(found)} uploads, and more are to follow")

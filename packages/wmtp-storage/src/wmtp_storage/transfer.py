@@ -36,6 +36,7 @@ _FIRST_PIECE = 2**18
 _MOMENT = 1 / 128  # seconds between two pieces of a connection
 #: what a connection holds beside the piece that is being written: the next one, and what the client has read ahead
 _HELD = 4
+_NOTED = 2**20  # bytes of a range between two notes in the journal: a kill loses less of each connection
 _TICK = 0.1  # seconds between two looks at how it goes
 
 
@@ -107,8 +108,10 @@ class Transfer:
                     await asyncio.sleep(_TICK / 5)
                     continue
                 ended, workers = await asyncio.wait(workers, timeout=_TICK, return_when=asyncio.FIRST_COMPLETED)
-                for worker in ended:
-                    worker.result()
+                # every one is asked: asyncio prints a traceback of an error that nobody takes
+                errors = [error for worker in ended if (error := worker.exception()) is not None]
+                if errors:
+                    raise next((error for error in errors if isinstance(error, Changed)), errors[0])
                 self._throttle.decide()
                 self._report()
         finally:
@@ -180,7 +183,18 @@ class Transfer:
         if answer.range != (begin, end):
             raise _Broken(f"the server sent bytes {answer.range[0]} to {answer.range[1]} in place of {begin} to {end}")
         md5 = hashlib.md5(usedforsecurity=False) if is_whole and etag_md5(stored.etag) is not None else None
-        written = crc = 0
+        noted = written = begin
+        crc = 0
+
+        def note() -> None:
+            """Have a kill from now on lose nothing of what is written."""
+            nonlocal noted, crc
+            if written > noted:
+                segment = Segment(noted, written, crc)
+                part.segments.append(segment)
+                self._journal.add(stored.name, segment)
+                noted, crc = written, 0
+
         try:
             async for piece in answer.stream(min_chunk_size=self._piece()):
                 view = memoryview(piece)
@@ -190,6 +204,8 @@ class Transfer:
                 view = view[:count]
                 self._write(part, view, start)
                 crc, written = crc64nvme(view, crc), written + count  # type: ignore[arg-type]
+                if part.has_ranges and written - noted >= _NOTED:
+                    note()
                 if md5 is not None:
                     md5.update(view)
                 self.received += count
@@ -198,11 +214,9 @@ class Transfer:
                 if running.position >= running.end:
                     break
         finally:
-            if written and (part.has_ranges or written == stored.size):
-                segment = Segment(begin, begin + written, crc)
-                part.segments.append(segment)
-                self._journal.add(stored.name, segment)
-            elif written:
+            if part.has_ranges or written == stored.size:
+                note()
+            elif written > begin:
                 self._work.restart(running)
         if running.position < running.end:
             raise _Broken("the server sent fewer bytes than it was asked for")

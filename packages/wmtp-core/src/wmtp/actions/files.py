@@ -72,9 +72,10 @@ def fetch(
     config: Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Fetched:
-    """Bring a file or folder into a local folder, whole and verified, as ``wmtp fetch`` does.
+    """Bring a file or folder into a local folder, whole, as ``wmtp fetch`` does.
 
-    What broke off before is continued.
+    Contents are compared with the store's checksums where it has any (``checked`` says how many). What broke off before is
+    continued.
 
     Args:
         uri: a URI or a path.

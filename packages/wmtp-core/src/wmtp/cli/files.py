@@ -26,7 +26,11 @@ def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
     from wmtp.cli import runs
 
     options = storage_options()
-    command = add("fetch", "Bring a file or folder into a local folder, whole and verified; resume a broken transfer.", options)
+    command = add(
+        "fetch",
+        "Bring a file or folder into a local folder, whole, compared with its checksums; resume a broken transfer.",
+        options,
+    )
     command.set_defaults(run_command=fetch)
     command.usage = "wmtp fetch [OPTION]… URI DIR"
     command.add_argument("words", metavar="URI DIR", nargs="*", help="s3://BUCKET/MODEL, https://…, a path; a folder")
@@ -81,11 +85,18 @@ def fetch(arguments: argparse.Namespace) -> tuple[Any, int]:
         rate = f", {format_bytes(done.transferred / done.seconds)}/s" if done.transferred and done.seconds else ""
         print(
             f"{done.target}: {done.files} {'file' if done.files == 1 else 'files'}, {format_bytes(done.size)},"
-            " whole and verified;"
-            f" {format_bytes(done.transferred)} came in"
-            f" {done.seconds:.1f} s{rate}"
+            f" {_compared(done.files, done.checked)}; {format_bytes(done.transferred)} came in {done.seconds:.1f} s{rate}"
         )
     return attrs.asdict(done), 0
+
+
+def _compared(files: int, checked: int) -> str:
+    """Say how much of what was fetched was compared with checksums of the store's."""
+    if checked == files:
+        return "whole and verified"
+    if not checked:
+        return "whole by size (there is no checksum to compare with)"
+    return f"whole; {checked} of {files} verified, the others by size (the store has no checksum of them)"
 
 
 def _keep_one_heap() -> None:

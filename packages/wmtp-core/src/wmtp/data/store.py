@@ -13,12 +13,13 @@ from typing import Any, Final, Self
 
 import numpy as np
 from attrs import field, frozen
+from attrs.validators import in_, instance_of
 from numpy.typing import NDArray
 
 from wmtp.data.base import Document
 from wmtp.data.notes import Note
 from wmtp.errors import FileError, WMTPError
-from wmtp.json_files import DAMAGE, read_json_object
+from wmtp.json_files import DAMAGE, read_json_object, reading
 
 __all__ = ["STORE_INFO", "UNKNOWN", "StoreInfo", "TokenStore"]
 
@@ -46,14 +47,14 @@ class StoreInfo:
         digest: a hash of their content.
     """
 
-    documents: int
-    tokens: int
-    bad: int
+    documents: int = field(validator=instance_of(int))
+    tokens: int = field(validator=instance_of(int))
+    bad: int = field(validator=instance_of(int))
     bad_messages: tuple[str, ...]
-    token_type: str
-    has_weights: bool
-    has_scales: bool
-    conversations: int
+    token_type: str = field(validator=in_(("uint16", "uint32")))
+    has_weights: bool = field(validator=instance_of(bool))
+    has_scales: bool = field(validator=instance_of(bool))
+    conversations: int = field(validator=instance_of(int))
     notes: tuple[Note, ...] = field(converter=lambda notes: tuple(n if isinstance(n, Note) else Note(**n) for n in notes))
     sizes: dict[str, int]
     digest: str
@@ -73,6 +74,10 @@ class TokenStore:
     def __init__(self, folder: Path, key: str) -> None:
         self.key = key
         self.info = _read_info(folder)
+        with reading(folder / STORE_INFO, "delete the folder"):  # it may tell of columns that are not there
+            self._open(folder)
+
+    def _open(self, folder: Path) -> None:
         self.tokens = _mapped(folder / "tokens.bin", self.info.token_type)
         self.weights = _mapped(folder / "weights.bin", "float32") if self.info.has_weights else None
         ends = _mapped(folder / "ends.bin", "int64")

@@ -265,7 +265,7 @@ def _snapshot(run_dir: Path) -> dict[str, Any]:
     try:
         return read_snapshot(run_dir / CONFIG_FILE)
     except WMTPError as error:
-        raise WMTPError(f"{error}; the run cannot be resumed") from None
+        raise FileError(f"{error}; the run cannot be resumed") from None
 
 
 def differences(run_dir: Path, config: Config) -> tuple[list[str], list[str]]:

@@ -37,6 +37,7 @@ class Fetched:
         uri: the source, without secrets.
         target: the folder.
         files: how many are there now.
+        checked: how many of them were compared with a checksum of the store's; of the others it gave the size alone.
         size: their bytes.
         transferred: bytes that were downloaded; the others were there already.
         seconds: duration.
@@ -45,6 +46,7 @@ class Fetched:
     uri: str
     target: Path
     files: int
+    checked: int = 0
     size: int
     transferred: int
     seconds: float
@@ -103,8 +105,8 @@ class Storage(Contract, ABC, contract=True):
     def fetch(self, uri: str, target: Path, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Fetched:
         """Bring the file or folder at ``uri`` into the folder ``target``, with a manifest beside it.
 
-        Files appear under their names when all of them are whole and verified; other files in ``target`` stay. Called again
-        after a failure it continues, where the backend can.
+        Files appear under their names when all of them are whole, and compared with what the store says of them; other files
+        in ``target`` stay. Called again after a failure it continues, where the backend can.
 
         Args:
             uri: as for `localize`.

@@ -15,6 +15,7 @@ __all__ = [
     "ADAPTER_WEIGHTS",
     "LAYERS_LIMIT",
     "check_folder",
+    "check_generation",
     "check_types",
     "find_gguf",
     "is_adapter",
@@ -32,6 +33,7 @@ _TYPES: Final = {"architectures": list, **dict.fromkeys(("dtype", "model_type", 
 STAND_INS: Final = {"mimo": "qwen2"}
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
+GENERATION_CONFIG: Final = "generation_config.json"
 _INDEXES: Final = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin", *_INDEXES)
 #: configs of quantization that older programs wrote beside config.json, and the method
@@ -173,6 +175,21 @@ def check_types(file: Path, content: Mapping[str, Any]) -> None:
     for key, kind in _TYPES.items():
         if not isinstance(content.get(key), kind | None):
             raise FileError(f"{file}: is damaged: {key} is {content[key]!r:.40}")
+
+
+def check_generation(folder: Path) -> None:
+    """Refuse a ``generation_config.json`` whose tokens are none.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    file = folder / GENERATION_CONFIG
+    content = read_json_object(file) if file.is_file() else {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = content.get(key)
+        tokens = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token, int) for token in tokens):
+            raise FileError(f"{file}: is damaged: {key} is {value!r:.40}, and no number of a token")
 
 
 def _needs_own_code(content: Mapping[str, Any]) -> bool:

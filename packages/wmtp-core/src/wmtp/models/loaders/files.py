@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from wmtp.errors import FileError, WMTPError
 from wmtp.json_files import read_json_object
-from wmtp.storage.model_files import STAND_INS, check_types, shard_files
+from wmtp.storage.model_files import STAND_INS, check_generation, check_types, shard_files
 
 __all__ = [
     "config_from",
@@ -62,6 +62,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     file = folder / "config.json"
     content = read_json(file)
     check_types(file, content)
+    check_generation(folder)
     model_type = content.get("model_type")
     if model_type is None:
         raise FileError(f"{file}: has no model_type: not the config of a transformers model")
