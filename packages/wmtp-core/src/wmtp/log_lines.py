@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from wmtp.redaction import redact
 
-__all__ = ["in_notebook", "lines_by_itself", "set_up_logging"]
+__all__ = ["in_notebook", "lines_by_itself", "set_up_logging", "transformers_quiet"]
 
 
 def in_notebook() -> bool:
@@ -63,3 +63,19 @@ class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = redact(super().format(record))
         return f"{record.levelname.lower()}: {self._prefix}{text}" if record.levelno >= logging.WARNING else text
+
+
+@contextmanager
+def transformers_quiet() -> Iterator[None]:
+    """Turn off transformers' own lines and progress bars meanwhile: what they would say is raised or logged by us."""
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()

@@ -34,5 +34,5 @@ def write_recipe(arguments: Namespace) -> tuple[Any, int]:
     if not arguments.json:
         for file in done.files:
             print(file)
-        print(f"next: cd {shlex.quote(str(done.folder))} && wmtp run recipe.toml")
+        print(f"next: cd {shlex.quote(str(done.folder))} && {done.command}")
     return attrs.asdict(done), 0

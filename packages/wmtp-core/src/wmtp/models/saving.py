@@ -15,8 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from wmtp.errors import WMTPError
+from wmtp.log_lines import transformers_quiet
 from wmtp.models.ends import learn_ends
-from wmtp.models.loaders.files import quiet
 from wmtp.models.untouched import Untouched, text_table, without_empty_promises
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def write_base(
         if untouched is not None:
             untouched.check_target(folder)
         index.unlink(missing_ok=True)  # of an older save
-        with quiet():
+        with transformers_quiet():
             base.save_pretrained(folder, state_dict=state)  # type: ignore[arg-type]
         if index.exists():  # readers would prefer the one file of an older save to these shards
             (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def _refusal(save: Callable[[Any], Any], scratch: Path) -> str | None:
     Raises:
         OSError: the disk took nothing, which says nothing of what was to be written.
     """
-    with tempfile.TemporaryDirectory(dir=scratch) as folder, quiet():
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, transformers_quiet():
         try:
             save(Path(folder))
         except Exception as error:  # transformers' exceptions have no common base

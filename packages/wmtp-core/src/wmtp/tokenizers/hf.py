@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from wmtp.errors import ConfigError, FileError, WMTPError
+from wmtp.log_lines import transformers_quiet
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.saved import write_saved
 
@@ -162,7 +163,8 @@ def open_auto_tokenizer(path: Path, gguf_file: str | None = None) -> PreTrainedT
         raise FileError(f"{path / gguf_file}: no such file")
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        opened = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
+        with transformers_quiet():  # it remarks on a model's type that it does not know
+            opened = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
         return opened if gguf_file is None else _named_as_in(path / gguf_file, _own_tokens_only(opened, path))
     except WMTPError:
         raise

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,17 +12,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from wmtp.errors import FileError, WMTPError
 from wmtp.json_files import read_json_object
+from wmtp.log_lines import transformers_quiet
 from wmtp.storage.model_files import STAND_INS, check_generation, check_types, shard_files
 
 __all__ = [
     "config_from",
     "has_stand_in",
     "opened_by_transformers",
-    "quiet",
     "read_bin",
     "read_config",
     "read_json",
@@ -151,25 +149,10 @@ def _indexed_files(index: Path) -> list[Path]:
     return files
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers' own report and progress bars are off inside: what they would say is raised or logged by us."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def opened_by_transformers(path: Path, action: Callable[[], T]) -> T:
     """Do ``action``; whatever transformers raises becomes one clear error about ``path``."""
     try:
-        with quiet():
+        with transformers_quiet():
             return action()
     except (WMTPError, MemoryError):
         raise
