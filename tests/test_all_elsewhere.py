@@ -10,6 +10,7 @@ from contextlib import closing
 import pytest
 from conftest import environment
 
+import wmtp as library
 from wmtp.checkpoints.remote import RemoteCheckpoints
 from wmtp.cli import main
 from wmtp_storage import S3Storage
@@ -84,6 +85,22 @@ def model(folder):
     LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=128, **sizes)).save_pretrained(folder)
     (folder / "wmtp_tokenizer.json").write_text('{"type": "bytes"}')
     return folder
+
+
+def test_a_run_in_a_store_is_a_model(here, tmp_path, capsys):
+    """As its checkpoints.uri names it, and so that what its steps left there is not fetched."""
+    run = f"s3://{here}/runs/one"
+    S3Storage().build().push(model(tmp_path / "made"), f"{run}/model")
+    for name in ("run/config.toml", "step-5/state.pt"):
+        (tmp_path / "other").write_text("large")
+        S3Storage().build().push(tmp_path / "other", f"{run}/{name}")
+    found = library.load_model(run)
+    assert found.generate("def f", max_new_tokens=2).tokens == library.load_model(f"{run}/model").generate(
+        "def f", max_new_tokens=2).tokens  # fmt: skip
+    assert library.load_tokenizer(run).encode("ab") == [*b"ab"]
+    assert wmtp(capsys, "generate", run, "--prompt", "def f", "--max-new-tokens", 2)[0] == 0
+    assert wmtp(capsys, "export", run, tmp_path / "exported", "--format", "hf")[0] == 0
+    assert not list((tmp_path / "home").rglob("state.pt"))
 
 
 @pytest.mark.slow
@@ -208,4 +225,6 @@ def test_without_the_package_it_is_named(recipe, here, monkeypatch, capsys):
     recipe.write_text(RECIPE.format(bucket=here))
     code, _, said = wmtp(capsys, "check", recipe)
     assert code == 2
-    assert said.count("no installed plugin serves s3:// URIs; install the package wmtp-storage") == 6
+    assert (
+        said.count("no installed plugin serves s3:// URIs; installed: file://, hf://, package://; WMTP_PLUGINS leaves out") == 6
+    )

@@ -17,7 +17,7 @@ from wmtp.cli import main, make_parser
 FUNCTIONS = {"distill-data": "distill_data", "eval": "evaluate", "plugins": "load_plugins", "runs": "pull_runs"}
 
 #: option → parameter, where their names differ
-PARAMETERS = {"files": "config"}
+PARAMETERS = {"files": "config", "compile": "compiled"}  # `compile` is a builtin of Python
 COMMON = {"help", "json", "verbose", "debug"}  # how a command prints
 #: options that only the command line needs, or that another function or a method has
 ELSEWHERE = {
@@ -161,6 +161,15 @@ def test_a_model_is_taken_in_every_form(form, trained, monkeypatch, tmp_path, ca
     assert "perplexity/head_1" in str(wmtp.evaluate(name, [tables], output="measured").numbers)
     assert main(["generate", str(name), "--prompt", "ab", "--max-new-tokens", "3", "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == text.text
+
+
+@pytest.mark.parametrize("form", sorted(forms(Path("/x"))))
+def test_a_config_takes_a_model_in_every_form(form, trained, monkeypatch):
+    monkeypatch.syspath_prepend(str(trained.parent.parent / "site"))
+    tables = tomllib.loads((trained / "config.toml").read_text())
+    expected = wmtp.check(tables).summary["memory"]
+    tables["models"] = {"base": {"type": "hf", "uri": str(forms(trained)[form])} | {"heads": {"horizon": 2}}}
+    assert wmtp.check(tables).summary["memory"] == expected, "estimated from the files of the model"
 
 
 def test_models_base_takes_a_run_directory(trained):

@@ -49,12 +49,15 @@ def parse(uri: str) -> RemoteURI:
     """
     scheme = scheme_of(uri)
     shown = repr(re.split(r"[?#]", redact(uri), maxsplit=1)[0])
+    is_web = scheme.startswith("http")
     authority, _, rest = uri.partition("://")[2].partition("/")
+    if not re.split(r"[?#]", authority, maxsplit=1)[0].rpartition("@")[2]:
+        place = "host" if is_web else "bucket"
+        raise ConfigError(f"{shown} names no {place}; write {scheme}://{place.upper()}/PATH")
     path, mark, query = rest.partition("?")
     place = re.split(r"[?#]", uri, maxsplit=1)[0]
     if redact(place) != place or ("@" in authority and scheme not in ("abfs", "abfss")):
         raise ConfigError(f"{shown} holds a user's name; remove it: credentials come from the environment")
-    is_web = scheme.startswith("http")
     if "?" in authority or "#" in authority:
         raise ConfigError(f"{shown}: a '/' must be between the {'host' if is_web else 'bucket'} and what follows")
     if "#" in rest or (mark and not is_web):

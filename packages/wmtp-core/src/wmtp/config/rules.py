@@ -23,7 +23,7 @@ from wmtp.plugins.registry import Registry
 from wmtp.redaction import holds_credentials
 from wmtp.spelling import did_you_mean
 from wmtp.storage.hub.names import both_readings, plain_name
-from wmtp.storage.uris import PACKAGES, backend_for, file_path, scheme_of
+from wmtp.storage.uris import backend_for, file_path, scheme_of, storage_scheme
 from wmtp.tokenizers.chat_template import template_source
 
 __all__ = ["Need", "check", "check_loaded", "component_problems", "is_secret", "models_beside", "required_models"]
@@ -339,8 +339,10 @@ def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
     is_remote = config.launcher.remote  # then a path is one of the other machine
     for placed in components(config):
         tracking = placed.config.tracking_uri if placed.kind == "trackers" else None
-        if isinstance(tracking, str) and tracking.partition("://")[0] in PACKAGES.keys() - {"http", "https"}:
+        if isinstance(tracking, str) and (scheme := storage_scheme(tracking, placed.config.own_schemes)):
             yield from _uri(tracking, (*placed.path, "tracking_uri"), schemes, must_exist=False)
+            if scheme in schemes and not schemes[scheme].holds_checkpoints:
+                yield Problem((*placed.path, "tracking_uri"), f"{scheme}:// keeps no runs; write an object store (s3://…)")
         for key in ("uri", *placed.config.uri_keys):
             uri = getattr(placed.config, key, None)
             if isinstance(uri, str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from wmtp.errors import WMTPError
@@ -11,6 +12,9 @@ from wmtp.json_files import DAMAGE
 from wmtp.models.base import ModelInfo
 from wmtp.models.config import FEED_FORWARD, HfModel, ScratchModel
 from wmtp.plugins.contract import ModelLoaderConfig
+from wmtp.storage.hub.names import cached_snapshot
+from wmtp.storage.model_folders import model_within
+from wmtp.storage.package import Package
 from wmtp.storage.uris import file_path, scheme_of
 
 __all__ = ["outline"]
@@ -22,7 +26,8 @@ _LIKE_LLAMA = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"
 def outline(loader: ModelLoaderConfig) -> ModelInfo | None:
     """Estimate a model's `ModelInfo` without torch; None where that is not possible.
 
-    It is possible for models from scratch and for Hugging Face folders on this machine, of architectures built as Llama is.
+    It is possible for models from scratch, and for Hugging Face folders and runs on this machine, of architectures built as
+    Llama is.
     Biases, and norms inside attention, are left out: far less than 1 % of the parameters.
     """
     if isinstance(loader, ScratchModel):
@@ -41,12 +46,19 @@ def outline(loader: ModelLoaderConfig) -> ModelInfo | None:
         return _outline(fields)
     if isinstance(loader, HfModel):
         try:
-            if scheme_of(loader.uri) != "file":
-                return None
-            return _outline(json.loads((file_path(loader.uri) / "config.json").read_text(encoding="utf-8")))
+            folder = _folder_here(loader.uri)
+            return folder and _outline(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         except (OSError, WMTPError, *DAMAGE):
             return None  # its errors are reported by the code that must read it
     return None
+
+
+def _folder_here(uri: str) -> Path | None:
+    """Return the model folder that ``uri`` means; None where it would have to be fetched."""
+    scheme = scheme_of(uri)
+    if scheme not in ("file", "package"):
+        return None
+    return model_within(cached_snapshot(file_path(uri)) if scheme == "file" else Package().localize(uri, Path()))
 
 
 def _outline(fields: Mapping[str, Any]) -> ModelInfo | None:

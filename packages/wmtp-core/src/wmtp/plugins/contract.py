@@ -257,8 +257,11 @@ class OptimizerConfig(ComponentConfig, contract=True, keys=("lr",)):
 class TrackerConfig(ComponentConfig, contract=True, keys=("tracking_uri",)):
     """Config class of a tracker."""
 
-    #: text, may be a field: the place of the runs; where it is one of a storage backend's, that must be installed
+    #: text, may be a field: the place of the runs
     tracking_uri: Any = None
+    #: schemes of ``tracking_uri`` that the tracker serves itself, without what follows a ``+``; a URI of any other is a place
+    #: of a storage backend's, which must be installed
+    own_schemes: ClassVar[tuple[str, ...]] = ("http", "https")
 
     def build(self) -> Tracker:
         """Make the tracker."""

@@ -6,20 +6,15 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 from urllib.parse import unquote_to_bytes
 
 from wmtp.errors import ConfigError
+from wmtp.plugins.loader import load_plugins
 from wmtp.redaction import redact
 from wmtp.storage.base import Storage
 
-__all__ = ["PACKAGES", "backend_for", "file_path", "localize", "scheme_of"]
-
-#: scheme → the package whose storage backend serves it
-PACKAGES: Final[Mapping[str, str]] = dict.fromkeys(
-    ("s3", "gs", "az", "abfs", "abfss", "http", "https"),
-    "wmtp-storage",
-)
+__all__ = ["backend_for", "file_path", "localize", "scheme_of", "storage_scheme"]
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # Linux'; others allow no more
 
@@ -31,27 +26,24 @@ def scheme_of(uri: str) -> str:
     """Return the scheme of ``uri`` in lower case; ``file`` for a plain path.
 
     Raises:
-        ConfigError: ``uri`` is empty, or is missing its slashes, its bucket or its host.
+        ConfigError: ``uri`` is empty.
     """
     if not uri.strip():
         raise ConfigError("the URI is empty; write a path or a URI")
     match = _SCHEME.match(uri)
-    if match is None:
-        return "file"
-    scheme, slashes = match[1].lower(), match[2]
-    if scheme == "file":
-        return scheme
-    if slashes is None:
-        # a colon is legal in a file's name, so only a scheme that is known makes this a mistake
-        if scheme in PACKAGES:
-            rest = uri[match.end() :].lstrip("/")
-            raise ConfigError(f"{redact(uri)!r} is no URI; write {redact(f'{scheme}://{rest}')!r}")
-        return "file"
-    authority = re.split(r"[/?#]", uri[match.end() :], maxsplit=1)[0]
-    if scheme in PACKAGES and not authority.rpartition("@")[2]:
-        place = "host" if scheme.startswith("http") else "bucket"
-        raise ConfigError(f"{redact(uri)!r} names no {place}; write {scheme}://{place.upper()}/PATH")
-    return scheme
+    # a colon is legal in a file's name; `backend_for` knows the schemes that make one a mistake
+    return "file" if match is None or match[2] is None else match[1].lower()
+
+
+def storage_scheme(uri: str, own_schemes: Collection[str]) -> str | None:
+    """Return the scheme that a storage backend must serve; None for a path, and for a scheme that needs none.
+
+    Args:
+        uri: any text, as a tracker's ``tracking_uri``.
+        own_schemes: those that need none, without what follows a ``+``.
+    """
+    scheme, slashes, _ = uri.lower().partition("://")
+    return scheme if slashes and scheme.partition("+")[0] not in own_schemes else None
 
 
 def file_path(uri: str) -> Path:
@@ -101,11 +93,12 @@ def backend_for(uri: str, backends: Mapping[str, _Backend], *, key: str | None =
         key: the dotted config key that ``uri`` comes from, for messages.
 
     Raises:
-        ConfigError: the URI is wrong, or no installed plugin serves its scheme; the message says which package does.
+        ConfigError: the URI is wrong, or no installed plugin serves its scheme.
     """
     try:
         scheme = scheme_of(uri)
         if scheme == "file":
+            _check_slashes(uri, backends)
             file_path(uri)
         if scheme not in backends:
             raise ConfigError(_no_backend(uri, scheme, backends))
@@ -114,11 +107,18 @@ def backend_for(uri: str, backends: Mapping[str, _Backend], *, key: str | None =
     return backends[scheme]
 
 
+def _check_slashes(uri: str, schemes: Collection[str]) -> None:
+    """Refuse ``s3:bucket/x`` where a backend serves ``s3://``."""
+    match = _SCHEME.match(uri)
+    if match is not None and (scheme := match[1].lower()) != "file" and scheme in schemes:
+        rest = uri[match.end() :].lstrip("/")
+        raise ConfigError(f"{redact(uri)!r} is no URI; write {redact(f'{scheme}://{rest}')!r}")
+
+
 def _no_backend(uri: str, scheme: str, schemes: Collection[str]) -> str:
-    found = f"{redact(uri)!r}: no installed plugin serves {scheme}:// URIs"
-    if package := PACKAGES.get(scheme):
-        return f"{found}; install the package {package}"
-    return f"{found}; installed: {', '.join(f'{name}://' for name in sorted(schemes))}"
+    installed = ", ".join(f"{name}://" for name in sorted(schemes))
+    remedy = load_plugins().remedy("storages", scheme)
+    return f"{redact(uri)!r}: no installed plugin serves {scheme}:// URIs; installed: {installed}{remedy}"
 
 
 def localize(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *, key: str | None = None) -> Path:

@@ -11,14 +11,13 @@ from attrs.validators import min_len, optional
 
 from wmtp.plugins.components import component
 from wmtp.plugins.contract import TrackerConfig
+from wmtp.storage.uris import storage_scheme
 
 if TYPE_CHECKING:
     from wmtp.tracking.base import Tracker
 
 __all__ = ["JsonlTracker", "MLflowTracker", "SeveralTrackers", "TensorBoardTracker", "WandbTracker"]
 
-#: MLflow keeps no runs there; `wmtp.tracking.mirror` does
-_STORES = ("s3", "gs", "az", "abfs", "abfss")
 _DATABASES = ("postgresql", "mysql", "mssql")
 
 
@@ -38,18 +37,24 @@ class MLflowTracker(TrackerConfig):
     """
 
     type = "mlflow"
+    own_schemes = ("http", "https", "file", "sqlite", *_DATABASES)
     tracking_uri: str | None = None
     experiment: str = field(default="wmtp", validator=min_len(1))
     log_artifacts: bool = False
 
+    @property
+    def _is_mirrored(self) -> bool:
+        """MLflow keeps no runs in an object store; `wmtp.tracking.mirror` does."""
+        return self.tracking_uri is not None and storage_scheme(self.tracking_uri, self.own_schemes) is not None
+
     def check(self) -> Iterator[str]:
         """Check the values, one line for each problem: ``key: what is wrong; what to do``."""
-        if self.tracking_uri is not None and (problem := _uri_problem(self.tracking_uri)):
+        if self.tracking_uri is not None and not self._is_mirrored and (problem := _uri_problem(self.tracking_uri)):
             yield f"tracking_uri: {problem}"
 
     def build(self) -> Tracker:
         """Make the tracker."""
-        if self.tracking_uri is not None and urlsplit(self.tracking_uri).scheme in _STORES:
+        if self._is_mirrored:
             from wmtp.tracking.mirror import MirroredMLflow
 
             return MirroredMLflow(self)
@@ -84,8 +89,6 @@ def _uri_problem(uri: str) -> str | None:
     if parts.scheme in ("", "file"):
         path = (parts.path if parts.scheme else uri).rstrip("/")
         return f"{uri!r} is a path, and MLflow no longer keeps runs in plain files; write sqlite:///{path}/mlflow.db"
-    if parts.scheme in _STORES:
-        return None if host else f"{uri!r} names no bucket; write {parts.scheme}://BUCKET/PATH"
     return (
         f"MLflow cannot track to {parts.scheme}:; write sqlite:///PATH/mlflow.db, or the address of a server, http://HOST:5000"
     )
