@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from wmtp.data import compression
 from wmtp.data.base import BadExample, Example
 from wmtp.data.config import CodeContests, HumanEval, Jsonl, Mbpp, PythonSource, TextFiles
 from wmtp.data.files import read_records
@@ -84,24 +85,31 @@ def test_records_are_read_from_parquet(tmp_path, name):
     assert found[2].where == f"{tmp_path / name}: row 3"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("compression") is not None, reason="this Python reads .zst by itself")
-@pytest.mark.skipif(importlib.util.find_spec("backports") is not None, reason="a package that reads .zst may be installed")
-def test_zst_without_its_package_names_it(tmp_path):
+def test_zst_without_its_package_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(compression, "_ZSTD", ("no_such_module",))
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
-    with pytest.raises(WMTPError, match=r"a\.jsonl\.zst.*pip install backports\.zstd"):
+    with pytest.raises(WMTPError, match=r"a\.jsonl\.zst.*pip install wmtp-core\[zstd\]"):
         read(Jsonl(uri=""), tmp_path / "a.jsonl.zst")
 
 
-def test_zst_is_read_where_its_package_is_installed(tmp_path):
-    try:
-        zstd = pytest.importorskip("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
-    except ModuleNotFoundError:
-        pytest.skip("no package reads .zst here")
-    content = zstd.compress(lines(*RECORDS))
-    (tmp_path / "a.jsonl.zst").write_bytes(content)
-    assert len(good(Jsonl(uri=""), tmp_path)) == 5
-    (tmp_path / "a.jsonl.zst").write_bytes(content[:-5])
-    with pytest.raises(WMTPError, match=r"a\.jsonl\.zst: damaged or truncated"):
+def zstd_module():
+    return pytest.importorskip("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+
+
+def test_zst_is_read_in_several_frames_and_with_a_large_window(tmp_path):
+    zstd = zstd_module()
+    large = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 30})
+    middle = large.compress(lines(*RECORDS)) + large.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(lines(RECORDS[0])) + middle + zstd.compress(lines(RECORDS[1])))
+    assert [example.completion for example in good(Jsonl(uri=""), tmp_path)] == [
+        record["text"] for record in (RECORDS[0], *RECORDS, RECORDS[1])
+    ]
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:-5], lambda c: c + b"junk", lambda c: b"text", lambda c: b""])
+def test_damaged_zst_is_named(tmp_path, damage):
+    (tmp_path / "a.jsonl.zst").write_bytes(damage(zstd_module().compress(lines(*RECORDS))))
+    with pytest.raises(WMTPError, match=r"a\.jsonl\.zst: damaged or truncated \.zst file"):
         read(Jsonl(uri=""), tmp_path)
 
 

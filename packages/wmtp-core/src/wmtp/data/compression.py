@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import lzma
+import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final, cast
 
 from wmtp.errors import FileError, WMTPError
 from wmtp.sizes import format_bytes
@@ -21,6 +23,8 @@ TOO_LONG: Final = f"longer than {format_bytes(MAX_LINE)}, which is no record; is
 #: of a file that is read at once
 MAX_WHOLE: Final = 1_000_000_000
 _PART: Final = 1 << 24
+#: the first is in Python since 3.14. (The package zstandard takes a file that was cut off for a whole one.)
+_ZSTD: Final = ("compression.zstd", "backports.zstd")
 
 
 def uncompressed_name(path: Path) -> str:
@@ -46,20 +50,24 @@ def open_binary(path: Path) -> BinaryIO:
         case ".xz":
             return cast(BinaryIO, lzma.open(path, "rb"))
         case ".zst":
-            return _zstd_open(path)(path, "rb")
+            zstd = _zstd(path)
+            # as written by `zstd --long=31`; the module's own limit is 27
+            return cast(BinaryIO, zstd.open(path, "rb", options={zstd.DecompressionParameter.window_log_max: 31}))
         case _:
             return path.open("rb")
 
 
-def _zstd_open(path: Path) -> Callable[[Path, str], BinaryIO]:
-    import importlib
-
-    for name in ("compression.zstd", "backports.zstd"):  # the first is in Python since 3.14
+def _zstd(path: Path) -> Any:
+    for name in _ZSTD:
         try:
-            return importlib.import_module(name).open
+            return importlib.import_module(name)
         except ModuleNotFoundError:
             continue
-    raise WMTPError(f"{path}: reading .zst needs a package that is not installed; pip install backports.zstd")
+    raise WMTPError(f"{path}: reading .zst needs a package that is not installed; pip install wmtp-core[zstd]")
+
+
+def _zstd_errors() -> tuple[type[Exception], ...]:
+    return tuple(sys.modules[name].ZstdError for name in _ZSTD if name in sys.modules)
 
 
 @contextmanager
@@ -67,7 +75,7 @@ def readable(path: Path) -> Iterator[None]:
     """Turn the errors of reading ``path``, which may be compressed, into a `WMTPError` that names it."""
     try:
         yield
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, *_zstd_errors()) as error:
         if path.suffix in COMPRESSIONS and not isinstance(error, FileNotFoundError | PermissionError):
             raise FileError(f"{path}: damaged or truncated {path.suffix} file ({error}); fetch it again") from error
         raise FileError(f"{path}: cannot be read ({error})") from error
