@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from wmtp.actions.check import check
 from wmtp.config.load import load
 from wmtp.config.rules import check_loaded
 from wmtp.errors import ConfigError
@@ -99,3 +100,32 @@ def test_check_reads_tables_without_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, "check", config], capture_output=True, text=True)
     assert done.stdout.strip() == "2"
     assert 'a.parquet: row 1: no "prompt"' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("record", "table", "unread", "typo"),
+    [
+        ({"prompt": "a", "completion": "b", "weight": [1]}, JSONL, "weight", ("weight", "weights")),
+        (
+            {"text": "a", "is_corect": True, "idx": 1, "context": "c"},
+            JSONL,
+            "is_corect, idx, context",
+            ("is_corect", "is_correct"),
+        ),
+        ({"text": "a", "idx": 1, "id": "a", "weights": None}, JSONL, "idx", None),
+        ({"text": "a", "score": 1}, JSONL + '\nkeys = { reward = "score", id = "" }', "none", None),
+        ({**json.loads(TALK), "rewards": 1, "prompt": "a"}, 'type = "chat"', "rewards, prompt", ("rewards", "reward")),
+        ({**json.loads(TALK), "tools": None, "id": 3}, 'type = "chat"', "none", None),
+    ],
+)
+def test_keys_that_nothing_reads_are_named(tmp_path, record, table, unread, typo):
+    content = "".join(json.dumps(each) + "\n" for each in (record, record)).encode()
+    found = check(write(tmp_path, {"d/a.jsonl": content}, f'[datasets.mine]\nuri = "DATA"\n{table}\n'))
+    assert found.summary["unread keys"] == (unread if unread == "none" else f"datasets.mine: {unread}")
+    said = [warning for warning in found.warnings if "which nothing reads" in warning]
+    wanted = (
+        []
+        if typo is None
+        else ["datasets.mine.keys: the records have \"{}\", which nothing reads; did you mean '{}'?".format(*typo)]
+    )
+    assert [warning.partition(" Rename")[0] for warning in said] == wanted

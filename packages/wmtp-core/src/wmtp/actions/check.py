@@ -11,8 +11,9 @@ from attrs import frozen
 from wmtp.actions.memory import memory_outlook
 from wmtp.api import load_checked
 from wmtp.config.advice import unwise_settings
-from wmtp.config.data_rules import eval_sources, train_sources
+from wmtp.config.data_rules import eval_sources, train_sources, unread_keys
 from wmtp.config.load import ConfigSource
+from wmtp.config.problems import dotted
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
 from wmtp.launchers.remote import remote_launcher
@@ -77,6 +78,7 @@ def _summary(config: Config, registry: Registry) -> dict[str, str]:
         "adapters": "none" if base.lora is None else f"LoRA of rank {base.lora.rank} on {_words(base.lora.targets)}",
         "tokenizer": _with_uri(config.tokenizer) if config.tokenizer is not None else "the model's own",
         "data": ", ".join(f"{name} ({_with_uri(config.datasets[name])})" for name in train_sources(config)),
+        "unread keys": "; ".join(f"{dotted(place)}: {', '.join(keys)}" for place, keys in unread_keys(config)) or "none",
         "evaluation": measured or "none",
         "steps": f"{' or '.join(limits)}{', what comes first' if len(limits) > 1 else ''}; {data.batch_size} rows of"
         f" {data.max_length} tokens each",

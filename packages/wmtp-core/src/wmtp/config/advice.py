@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from wmtp.config.data_rules import unread_keys
+from wmtp.config.problems import dotted
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
 from wmtp.plugins.contract import TrainerConfig
@@ -13,6 +15,13 @@ __all__ = ["unwise_settings"]
 
 def unwise_settings(config: Config) -> Iterator[str]:
     """List warnings about a config that has passed its checks, ``dotted.key: what may go wrong; what to do``."""
+    for place, keys in unread_keys(config):
+        for key, meant in keys.items():
+            if meant is not None:
+                yield (
+                    f'{dotted((*place, "keys"))}: the records have "{key}", which nothing reads; did you mean {meant!r}? '
+                    "Rename it in the files, or name it in this table"
+                )
     for placed in components(config):
         trainer, chosen = placed.config, config.train.normalizer
         if not isinstance(trainer, TrainerConfig) or trainer.published_normalizer in (None, chosen):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -16,7 +17,15 @@ from wmtp.plugins.contract import DataLoaderConfig
 from wmtp.plugins.registry import Registry
 from wmtp.storage.uris import file_path, scheme_of
 
-__all__ = ["check_answers", "check_first_examples", "check_sources", "eval_sources", "read_from", "train_sources"]
+__all__ = [
+    "check_answers",
+    "check_first_examples",
+    "check_sources",
+    "eval_sources",
+    "read_from",
+    "train_sources",
+    "unread_keys",
+]
 
 #: examples that are looked at for a good one, where bad ones are skipped
 _LOOKED_AT: Final = 32
@@ -145,6 +154,19 @@ def check_first_examples(config: Config) -> Iterator[Problem]:
         else:
             if found and all(isinstance(example, WMTPError) for example in found):  # BadExample
                 yield Problem((*place, "uri"), str(found[0]))
+
+
+def unread_keys(config: Config) -> Iterator[tuple[KeyPath, Mapping[str, str | None]]]:
+    """Yield the keys of the first records of data files here that nothing is read from, see `ExampleLoader.unread_keys`."""
+    if config.launcher.remote:  # a path is one of the other machine
+        return
+    for name in dict.fromkeys((*train_sources(config), *eval_sources(config))):
+        source, place = read_from(config.datasets[name], ("datasets", name))
+        if (path := _local_path(source.uri)) is None:
+            continue
+        with suppress(WMTPError):  # which `check_first_examples` reports
+            if found := config.datasets[name].build().unread_keys(path):
+                yield place, found
 
 
 def _local_path(uri: object) -> Path | None:

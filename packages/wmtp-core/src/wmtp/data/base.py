@@ -146,6 +146,13 @@ class ExampleLoader(Contract, ABC, contract=True):
         """
         return iter(())
 
+    def unread_keys(self, path: Path | None) -> Mapping[str, str | None]:
+        """Name the keys of the first records that nothing is read from, for ``wmtp check``, each with the key that it is like.
+
+        Default: none.
+        """
+        return {}
+
     def files(self, path: Path | None) -> Sequence[Path]:
         """List the files that determine `examples`; a change in one invalidates the token cache.
 

@@ -83,7 +83,7 @@ class _Column:
 
 
 class _Tokens(_Column):
-    """The column of tokens, which takes a document at a time: numpy reads many lists faster than an array one."""
+    """Column of tokens that takes a document at a time: numpy reads many lists faster than an array one."""
 
     def __init__(self, path: Path, typecode: str, size: int = 0) -> None:
         super().__init__(path, typecode, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -63,6 +63,8 @@ class ChatLoader(RecordLoader):
         super().__init__(split)
         self._format = format
         self._keys = {key: key for key in KEYS} | dict(keys or {})
+        # a key that is not to be read is meant to be left out
+        self._left_out = {key for key, name in self._keys.items() if not name}
         self._documents = documents
         self._answers = answers
 
@@ -88,6 +90,13 @@ class ChatLoader(RecordLoader):
         unread = unread_keys(record, content, labels)
         for example in examples:
             yield evolve(example, unread=unread)
+
+    def _keys_read(self, record: Mapping[str, Any]) -> Set[str] | None:
+        try:
+            found = self._found_format("", record)
+        except BadExample:  # which is said elsewhere
+            return None
+        return {self._keys[key] for key in (*_CONTENT[found], *_LABELS)} | self._left_out
 
     def _found_format(self, where: str, record: Mapping[str, Any]) -> str:
         keys = self._keys

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any, Final
 
 from wmtp.data.base import BadExample, Example
@@ -70,6 +70,9 @@ class JsonlLoader(RecordLoader):
             unread=unread,
             unread_hint='; type = "chat" reads such records whole' if unread and _is_conversation(record) else "",
         )
+
+    def _keys_read(self, record: Mapping[str, Any]) -> Set[str]:
+        return self._read
 
     def _instead(self, record: Mapping[str, Any]) -> str:
         """Say what reads a record that this loader does not."""

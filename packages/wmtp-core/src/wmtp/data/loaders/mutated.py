@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from attrs import evolve
@@ -42,6 +42,10 @@ class MutatedLoader(ExampleLoader):
     def first_examples(self, path: Path | None) -> Iterator[Example | BadExample]:
         """Read those of the other loader."""
         return self._of.first_examples(path)
+
+    def unread_keys(self, path: Path | None) -> Mapping[str, str | None]:
+        """Read those of the other loader."""
+        return self._of.unread_keys(path)
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
         """Each example, then its wrong copies. One that is known to be wrong has none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -11,15 +11,18 @@ from typing import Any, Final
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.compression import COMPRESSIONS
-from wmtp.data.files import given_path, in_columns, parsed, read_records
+from wmtp.data.files import Record, given_path, in_columns, parsed, read_records
 from wmtp.data.splits import data_files, format_of
 from wmtp.errors import InputError
+from wmtp.spelling import nearest
 
 __all__ = ["RecordLoader"]
 
 #: of a file that must be read whole before its first record is known
 _QUICK: Final = 32_000_000
 _FIRST: Final = 32
+#: weight and weights, but not idx and id, or context and text
+_ALIKE: Final = 0.85
 
 
 class RecordLoader(ExampleLoader, contract=True):
@@ -47,14 +50,28 @@ class RecordLoader(ExampleLoader, contract=True):
     def first_examples(self, path: Path | None) -> Iterator[Example | BadExample]:
         """Read the first records, unless their file is large and must be read whole."""
         files = self.files(path)
-        columns = in_columns(files[0])
-        whole = format_of(files[0]) == ".json" or (files[0].suffix in COMPRESSIONS and columns)
-        if whole and files[0].stat().st_size > _QUICK:
+        records = _first_records(files)
+        if records is None:
             return
-        records = list(islice(read_records(files), _FIRST))
         if not records:
             raise InputError("uri", f"{path}: holds no record")
-        yield from parsed(records, partial(self._record, columns=columns))
+        yield from parsed(records, partial(self._record, columns=in_columns(files[0])))
+
+    def unread_keys(self, path: Path | None) -> Mapping[str, str | None]:
+        """Look at the first records, unless their file is large and must be read whole."""
+        found: dict[str, str | None] = {}
+        for record in _first_records(self.files(path)) or ():
+            if isinstance(record, BadExample):
+                continue
+            known = self._keys_read(record[1])
+            for key in record[1] if known is not None else ():
+                if key not in known and key not in found:
+                    found[key] = nearest(key, known - record[1].keys(), cutoff=_ALIKE)
+        return found
+
+    def _keys_read(self, record: Mapping[str, Any]) -> Set[str] | None:
+        """Name the keys that are read of such a record; None: that is not known."""
+        return None
 
     @abstractmethod
     def _record(self, where: str, record: Mapping[str, Any], *, columns: bool) -> Iterator[Example]:
@@ -68,3 +85,11 @@ class RecordLoader(ExampleLoader, contract=True):
         Raises:
             BadExample: it is none.
         """
+
+
+def _first_records(files: Sequence[Path]) -> list[Record | BadExample] | None:
+    """Read the first records; None where that takes reading a large file whole."""
+    whole = format_of(files[0]) == ".json" or (files[0].suffix in COMPRESSIONS and in_columns(files[0]))
+    if whole and files[0].stat().st_size > _QUICK:
+        return None
+    return list(islice(read_records(files), _FIRST))
