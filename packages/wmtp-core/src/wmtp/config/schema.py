@@ -10,15 +10,16 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from attrs import Attribute, Factory, field, frozen
-from attrs.validators import deep_iterable, ge, gt, le, lt, min_len, optional
+from attrs import Factory, field, frozen
+from attrs.validators import ge, gt, le, lt, min_len, optional
 
+from wmtp.config.data_schema import DataConfig, EvalDataConfig, TrainDataConfig
+from wmtp.config.model_schema import HeadsConfig, LoraConfig, ModelConfig
 from wmtp.plugins.components import component
 from wmtp.plugins.contract import (
     DataLoaderConfig,
     EvaluatorConfig,
     LauncherConfig,
-    ModelLoaderConfig,
     OptimizerConfig,
     StorageBackendConfig,
     TokenizerConfig,
@@ -64,211 +65,6 @@ class RunConfig:
     seed: int = field(default=0, validator=[ge(0), lt(2**32)])
     output_dir: str = "runs"
     push_to: str | None = None
-
-
-@frozen(kw_only=True)
-class HeadsConfig:
-    """Heads that predict the next ``horizon`` tokens. Head 1 is the model's own.
-
-    Args:
-        horizon: H, how many tokens ahead are predicted.
-        kind: architecture of heads 2..H. ``block``: a decoder layer each on the trunk (Meta, arXiv 2404.19737); ``linear``: an
-            unembedding each; ``residual``: a residual SiLU layer each before the shared unembedding (Medusa, arXiv
-            2401.10774); ``chained``: a decoder layer each, fed by the previous depth and the embedding of the token that
-            it predicted (DeepSeek-V3, arXiv 2412.19437); ``shared``: one such layer applied again and again (FastMTP,
-            arXiv 2509.18362); ``native``: the model's own layers for multi-token prediction, in turn where ``horizon`` asks
-            for more. A model that brings heads of WMTP's keeps them, and must agree with this. Default: what the model
-            brings, else ``native`` where it has such layers, else ``block``.
-        layout: how ``chained`` and ``shared`` heads are fed. ``mimo``: as servers feed MiMo-7B's layer, so that they can be
-            exported to one: the hidden states before the model's final norm, a norm of their own at the end, no embedding at
-            position 0. ``plain``: the hidden states after the final norm, that same norm at the end, every embedding.
-        init: initial weights of new heads. ``copy``: from the model's last layer (``linear``: from its unembedding;
-            ``residual``: as the identity); ``random``: from the model's own initialiser.
-        trunk_gradient: ``joint``: all heads train the trunk; ``detach``: only head 1 does.
-        head_weights: α, one a head. Default 1 each.
-        decay: instead of ``head_weights``: α_k = decay^(k−1).
-        objective: what heads 2..H learn: ``ce``, the data, as head 1 does; ``kl``, ``tv`` or ``lk``, to agree with head 1's
-            distribution of the same token, by which their drafts are accepted: docs/loss.md has the formulas. Weights, α and
-            normaliser hold in the same way.
-        lk_eta: η of ``lk``.
-        draft_vocabulary: number of tokens that heads 2..H draft from in decoding: the most frequent of the training data, and
-            those that end a text (FastMTP, arXiv 2509.18362). A smaller product for each draft, and the same text. Training and
-            its metrics are of the whole vocabulary. Default: all, or what the model brings.
-        warmup_steps: number of optimizer steps at the start in which only heads 2..H are trained, on a frozen model.
-        lr_factor: multiplies ``optimizer.lr`` for heads 2..H; new heads tolerate a higher rate than a pretrained model.
-    """
-
-    horizon: int = field(default=4, validator=ge(1))
-    kind: Literal["block", "linear", "residual", "chained", "shared", "native"] | None = None
-    layout: Literal["mimo", "plain"] = "mimo"
-    init: Literal["copy", "random"] = "copy"
-    trunk_gradient: Literal["joint", "detach"] = "joint"
-    head_weights: tuple[float, ...] | None = field(default=None, validator=optional(deep_iterable(ge(0.0))))
-    decay: float | None = field(default=None, validator=optional([gt(0.0), le(1.0)]))
-    objective: Literal["ce", "kl", "tv", "lk"] = "ce"
-    lk_eta: float = field(default=3.0, validator=ge(0.0))
-    draft_vocabulary: int | None = field(default=None, validator=optional(ge(1)))
-    warmup_steps: int = field(default=0, validator=ge(0))
-    lr_factor: float = field(default=1.0, validator=gt(0.0))
-
-    @property
-    def known_kind(self) -> str:
-        """Kind of the heads of a model that brings none."""
-        return self.kind or "block"
-
-    def resolved_head_weights(self) -> tuple[float, ...]:
-        """α of heads 1..H."""
-        if self.head_weights is not None:
-            return self.head_weights
-        return tuple((self.decay or 1.0) ** k for k in range(self.horizon))
-
-
-def _no_dropout(_: object, __: Attribute[float], value: float) -> None:
-    if value:
-        raise ValueError(
-            f"{value}, but adapters learn without dropout: weights and loss of a step come from the same "
-            "forward pass, and a resumed or divided run repeats it; remove this key"
-        )
-
-
-@frozen(kw_only=True)
-class LoraConfig:
-    """Low-rank adapters (LoRA, arXiv 2106.09685) in the model's layers, trained instead of the frozen model.
-
-    What is saved is an adapter folder, which PEFT opens too, with heads 2..H.
-
-    Args:
-        rank: r, of the two matrices of an adapter.
-        alpha: an adapter's output is multiplied by alpha / rank. Default: twice the rank.
-        targets: ``all-linear``: every linear map of the decoder layers; or their names, as ``["q_proj", "v_proj"]``.
-        dropout: of an adapter's input: 0, nothing else. Known so that a copied recipe is told.
-        dora: learn the length of each weight vector apart from its direction (DoRA, arXiv 2402.09353).
-        rslora: multiply by alpha / √rank (rsLoRA, arXiv 2312.03732).
-        heads: ``full``: heads 2..H learn all of their weights. ``adapters``: they learn by adapters of their own, of the same
-            settings, in their decoder layers; for heads that begin as copies of the last layer (``block``) or are the model's
-            own (``native``), and take little memory.
-    """
-
-    rank: int = field(default=16, validator=ge(1))
-    alpha: float | None = field(default=None, validator=optional([gt(0.0), lt(math.inf)]))
-    targets: Literal["all-linear"] | tuple[str, ...] = field(default="all-linear", validator=min_len(1))
-    dropout: float = field(default=0.0, validator=_no_dropout)
-    dora: bool = False
-    rslora: bool = False
-    heads: Literal["full", "adapters"] = "full"
-
-    @property
-    def resolved_alpha(self) -> float:
-        """Alpha, or its default."""
-        return 2.0 * self.rank if self.alpha is None else self.alpha
-
-
-@frozen(kw_only=True)
-class ModelConfig:
-    """One model: ``type`` and the keys of its loader, and for ``[models.base]`` heads and adapters.
-
-    Args:
-        loader: where the model comes from. In TOML its keys are in the model's own table.
-        heads: the multi-token-prediction heads; only ``base`` has them.
-        lora: low-rank adapters; only ``base`` has them. Default: the whole model learns.
-        quantize: ``nf4`` keeps the weights of the decoder layers in 4 bits (QLoRA, arXiv 2305.14314); with adapters only.
-    """
-
-    loader: ModelLoaderConfig = component("model_loaders")
-    heads: HeadsConfig | None = None
-    lora: LoraConfig | None = None
-    quantize: Literal["nf4"] | None = None
-
-
-def _positive_numbers(_: object, attribute: Attribute[Mapping[str, float]], value: Mapping[str, float]) -> None:
-    for name, number in value.items():
-        if not 0 < number < math.inf:
-            raise ValueError(f"{attribute.name}: {name} = {number} must be a number above 0")
-
-
-@frozen(kw_only=True)
-class TrainDataConfig:
-    """Training data, and how it becomes batches.
-
-    Args:
-        sources: names of ``[datasets.*]`` tables. Default: all of them that ``[data.eval]`` does not name.
-        mixture: in place of ``sources``: data sets by name, and what share of the tokens each gives, as
-            ``{ code = 0.7, chat = 0.3 }``. A data set begins again when it has been read; an epoch has as many rows as all of
-            them together.
-        max_length: tokens in one row of a batch.
-        batch_size: rows in one optimizer step of the whole job, over all devices.
-        micro_batch_size: rows that one device computes at once. It changes memory and speed, never the result.
-            Default: ``batch_size``.
-        packing: true puts several documents into a row, which never see or predict each other; false gives a document a
-            row, padded, and puts rows of like length together.
-        learn: the tokens to learn: of conversations those of every ``assistant`` turn (the default) or of the ``last`` alone,
-            of other documents the completion; ``all`` adds prompts, user turns and everything that the template writes.
-        learn_prompt: older name: true is ``learn = "all"``.
-        boundary: ``apart`` encodes a prompt and its completion separately, so that no token spans the two; ``together`` encodes
-            the whole text, as other programs do, and trains on a token that spans them.
-        chat_template: template of conversations: a Jinja template, or a file with one. Default: the model's own.
-        prompt_weights: by name of a data set, a number that multiplies the weights of prompt tokens, which are then learned,
-            under every trainer: ``prompt_weights = { chat = 0.1 }``.
-        response_weights: by name of a data set, a number that multiplies the weights of all other learned tokens.
-        overlong: treatment of a document of more than ``max_length`` tokens: ``truncate`` it, ``skip`` it, or
-            ``split`` it into several.
-        on_bad_example: ``error`` stops at the first line that cannot be read, ``skip`` leaves it out and reports how many.
-        shuffle: a new order in each epoch, by ``run.seed``; false keeps the order of the files.
-    """
-
-    sources: tuple[str, ...] | None = None
-    mixture: Mapping[str, float] | None = None
-    max_length: int = field(default=1024, validator=ge(2))
-    batch_size: int = field(default=8, validator=ge(1))
-    micro_batch_size: int | None = field(default=None, validator=optional(ge(1)))
-    packing: bool = True
-    learn: Literal["assistant", "last", "all"] | None = None
-    learn_prompt: bool | None = None
-    boundary: Literal["apart", "together"] = "apart"
-    chat_template: str | None = field(default=None, validator=optional(min_len(1)))
-    prompt_weights: Mapping[str, float] = field(factory=dict, validator=_positive_numbers)
-    response_weights: Mapping[str, float] = field(factory=dict, validator=_positive_numbers)
-    overlong: Literal["truncate", "skip", "split"] = "truncate"
-    on_bad_example: Literal["error", "skip"] = "error"
-    shuffle: bool = True
-
-    @property
-    def learned(self) -> Literal["assistant", "last", "all"]:
-        """Name what is learned, under either key."""
-        return "all" if self.learn_prompt else self.learn or "assistant"
-
-
-@frozen(kw_only=True)
-class EvalDataConfig:
-    """Data measured during training and never trained on. Rows are made as in ``[data.train]``.
-
-    Args:
-        sources: names of ``[datasets.*]`` tables.
-        holdout: instead of ``sources``: this share of the training documents, chosen by ``run.seed``.
-        batch_size: rows computed at once. Default: the micro-batch of training.
-        max_batches: measure at most this many batches, of ``batch_size`` rows or else of ``data.train.batch_size``. Default:
-            all.
-    """
-
-    sources: tuple[str, ...] | None = None
-    holdout: float | None = field(default=None, validator=optional([gt(0.0), lt(1.0)]))
-    batch_size: int | None = field(default=None, validator=optional(ge(1)))
-    max_batches: int | None = field(default=None, validator=optional(ge(1)))
-
-
-@frozen(kw_only=True)
-class DataConfig:
-    """Training and evaluation data.
-
-    Args:
-        train: the training data.
-        eval: the evaluation data; none by default.
-        cache_dir: where tokenised data is kept, by content. Default: ``.cache/tokens`` in ``run.output_dir``.
-    """
-
-    train: TrainDataConfig = Factory(TrainDataConfig)
-    eval: EvalDataConfig | None = None
-    cache_dir: str | None = None
 
 
 @frozen(kw_only=True)
