@@ -7,7 +7,7 @@ default:
 
 # the environment for working on WMTP
 setup:
-    uv sync --group smollm2 --group adapters
+    uv sync --group smollm2 --group adapters --group fp8
 
 test *arguments:
     uv run pytest {{arguments}}

@@ -14,13 +14,22 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from wmtp.config.load import load_config
-from wmtp.config.schema import CheckpointConfig, DevicesConfig, HeadsConfig, ReportConfig, ScheduleConfig, TrainConfig
+from wmtp.config.schema import (
+    CheckpointConfig,
+    DevicesConfig,
+    Fp8Config,
+    HeadsConfig,
+    ReportConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from wmtp.data.batch import Batch, Document
 from wmtp.devices import autocast_context, prefer_fast_attention
 from wmtp.models.acceleration import accelerate
 from wmtp.models.base import LoadedModel
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
+from wmtp.models.fp8 import multiply_in_fp8
 from wmtp.models.mtp import MTPModel
 from wmtp.models.outline import outline
 from wmtp.optim.config import AdamW
@@ -34,6 +43,8 @@ from wmtp.training.step import StepLoss
 from wmtp.training.telemetry import Recorder
 
 _NO_TOKENIZER: Any = None
+#: of the steps of the last row
+LOSSES: list[float] = []
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -102,7 +113,7 @@ def estimated_gib(row: str, shape: Shape) -> float | None:
     return estimate(shape, _SETTINGS[row]).total / 2**30 if row in _SETTINGS else None
 
 
-def estimate(shape: Shape, devices: Mapping[str, str]) -> MemoryEstimate:
+def estimate(shape: Shape, devices: Mapping[str, Any]) -> MemoryEstimate:
     """Estimate the memory of a run as ``wmtp check`` does, with these changes of ``[devices]``."""
     config = load_config(
         {
@@ -153,15 +164,20 @@ def run(
     compiled: bool = True,
     accuracy_interval: int = 0,
     known: Any = None,
+    fp8: Fp8Config | None = None,
 ) -> float:
     with prefer_fast_attention(DEVICE):
         model = make(shape, shape.horizon)
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()  # what made the model does not count
+        devices = DevicesConfig(
+            precision="bf16-params" if fp8 is None else "fp8", fp8=fp8, activation_checkpointing=checkpointing, compile=compiled
+        )
+        multiply_in_fp8(model, devices)
         fixed = {id(parameter) for parameter in model.fixed_parameters()}
         masters = MasterWeights(model, fixed=model.fixed_parameters()) if precision == "bf16-params" else None
-        accelerate(model, DevicesConfig(activation_checkpointing=checkpointing, compile=compiled))
+        accelerate(model, devices)
         trainer = trainer or _DataWeights()
 
         def reference(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> MTPModel:
@@ -222,6 +238,7 @@ def run(
                 total_steps=total,
             )
             fit.run()
+    LOSSES[:] = clock.losses.values()
     return (clock.times[warmup + steps] - clock.times[warmup]) / steps
 
 

@@ -44,6 +44,7 @@ SECTIONS = {
     "[train]": schema.TrainConfig,
     "[train.early_stopping]": schema.EarlyStoppingConfig,
     "[devices]": schema.DevicesConfig,
+    "[devices.fp8]": schema.Fp8Config,
     "[devices.fsdp]": schema.FsdpConfig,
     "[checkpoints]": schema.CheckpointConfig,
     "[report]": schema.ReportConfig,

@@ -4,7 +4,7 @@ import pytest
 from attrs import evolve
 
 from wmtp.config.load import load_config
-from wmtp.config.schema import DevicesConfig, FsdpConfig, HeadsConfig
+from wmtp.config.schema import DevicesConfig, Fp8Config, FsdpConfig, HeadsConfig
 from wmtp.errors import WMTPError
 from wmtp.models.build import build_model
 from wmtp.models.config import HfModel, ScratchModel
@@ -77,6 +77,20 @@ def test_a_hybrid_run_divides_by_the_processes_of_a_machine():
     wanted = evolve(config(), devices=DevicesConfig(precision="bf16", fsdp=FsdpConfig(strategy="hybrid")))
     named = [setting for setting, _ in cheaper_settings(wanted, info, heads, world_size=64, per_machine=2)]
     assert 'devices.fsdp.strategy = "full"' in named
+
+
+def test_it_is_near_what_a_run_in_fp8_took():
+    """The same in fp8, all linear maps, torchao's tensorwise recipe: 49.6 GiB."""
+    wanted = config(batch_size=16, micro_batch_size=16)
+    info, heads = evolve(ONE_BILLION, vocab_size=32_000).build().info(None), HeadsConfig(horizon=4)
+
+    def gib(**fp8):
+        devices = DevicesConfig(precision="fp8", compile=True, fp8=Fp8Config(**fp8))
+        return estimate_memory(evolve(wanted, devices=devices), info, heads).total / 2**30
+
+    assert gib() == pytest.approx(49.6, rel=0.15)
+    half = DevicesConfig(precision="bf16-params", compile=True)
+    assert gib(recipe="rowwise-gw-hp") == estimate_memory(evolve(wanted, devices=half), info, heads).total / 2**30
 
 
 def test_an_objective_of_the_heads_holds_two_models_distributions():

@@ -51,8 +51,16 @@ def losses(run_dir):
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_with_bf16_parameters_is_resumed_as_if_it_had_never_stopped(tmp_path):
-    whole = wmtp.run(config(tmp_path))
+FP8 = {"precision": "fp8", "fp8": {"emulate": True, "min_features": 16, "exclude": ["extra_heads.1.*"]}}
+
+
+@pytest.mark.parametrize("precision", [{}, FP8], ids=["bf16", "fp8"])
+def test_a_run_with_bf16_parameters_is_resumed_as_if_it_had_never_stopped(tmp_path, precision):
+    if precision:
+        pytest.importorskip("torchao")
+    changed = config(tmp_path)
+    changed["devices"] |= precision
+    whole = wmtp.run(changed)
     expected, checkpoint = losses(whole.run_dir), model_tensors(whole.checkpoint)
     assert len(expected) == 4
     assert checkpoint
@@ -64,10 +72,23 @@ def test_a_run_with_bf16_parameters_is_resumed_as_if_it_had_never_stopped(tmp_pa
 
     shutil.rmtree(whole.run_dir / "checkpoints" / "step-4")
     shutil.rmtree(whole.run_dir / "model")
-    again = wmtp.run(config(tmp_path), resume=whole.run_dir)
+    again = wmtp.run(changed, resume=whole.run_dir)
     assert losses(again.run_dir) == expected
     resumed = model_tensors(again.checkpoint)
     assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in resumed.items())
+
+
+def test_a_run_in_fp8_differs_from_bf16_fits_its_checkpoint_and_is_evaluated_in_bf16(tmp_path):
+    pytest.importorskip("torchao")
+    measured = {"data": {"train": {"max_length": 48, "batch_size": 4}, "eval": {"holdout": 0.4}}}
+    eighth = config(tmp_path, **measured, train={"max_steps": 3, "epochs": 100.0, "eval_interval": 3})
+    eighth["devices"] |= FP8
+    done = wmtp.run(eighth)
+    plain = config(tmp_path, **measured, train={"max_steps": 3, "epochs": 100.0}, run={"output_dir": str(tmp_path / "plain")})
+    assert losses(done.run_dir) != losses(wmtp.run(plain).run_dir)
+
+    evaluated = wmtp.evaluate(done.run_dir, overrides=["eval=[{type='perplexity'}]"])
+    assert evaluated.numbers["eval/perplexity/loss"] == pytest.approx(done.metrics["eval/loss/head_1"], rel=1e-6)
 
 
 class _Hungry(Trainer):

@@ -43,6 +43,7 @@ from wmtp.config.schema import CheckpointConfig as CheckpointConfig
 from wmtp.config.schema import Config as Config
 from wmtp.config.schema import DevicesConfig as DevicesConfig
 from wmtp.config.schema import EarlyStoppingConfig as EarlyStoppingConfig
+from wmtp.config.schema import Fp8Config as Fp8Config
 from wmtp.config.schema import FsdpConfig as FsdpConfig
 from wmtp.config.schema import ReportConfig as ReportConfig
 from wmtp.config.schema import RunConfig as RunConfig

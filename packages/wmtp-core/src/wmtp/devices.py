@@ -90,8 +90,10 @@ def free_memory(device: torch.device) -> int | None:
     return min(known, default=None)
 
 
-def pick_precision(precision: Precision, device: torch.device) -> Precision:
-    """Return the configured precision, or fp32 with a warning where the device lacks bf16."""
+def pick_precision(precision: Precision | Literal["fp8"], device: torch.device) -> Precision:
+    """Return the precision of parameters and of what is not in fp8; fp32 with a warning where the device lacks bf16."""
+    if precision == "fp8":
+        precision = "bf16-params"
     able = device.type == "cpu" or (
         torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.amp.is_autocast_available(device.type)
     )

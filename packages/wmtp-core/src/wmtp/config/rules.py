@@ -10,6 +10,7 @@ from attrs import evolve, frozen
 
 from wmtp.config.adapter_rules import adapter_problems
 from wmtp.config.data_rules import check_answers, check_first_examples, check_sources
+from wmtp.config.fp8_rules import fp8_problems
 from wmtp.config.idle import idle_problems
 from wmtp.config.inputs import inputs
 from wmtp.config.load import Loaded, located
@@ -78,7 +79,7 @@ def is_secret(key: str, value: str) -> bool:
 
 
 def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
-    for rule in (_run, _models, _heads, _data, _length, _best, _devices, adapter_problems, idle_problems):
+    for rule in (_run, _models, _heads, _data, _length, _best, _devices, adapter_problems, fp8_problems, idle_problems):
         yield from rule(config)
     yield from _secrets(to_mapping(config), ())
     yield from component_problems(config, registry)

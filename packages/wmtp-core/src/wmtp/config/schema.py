@@ -151,6 +151,34 @@ class FsdpConfig:
 
 
 @frozen(kw_only=True)
+class Fp8Config:
+    """Matrix products in fp8 by torchao, for ``devices.precision = "fp8"``.
+
+    The linear maps in the decoder layers and in the extra heads multiply in fp8, forward and backward. All else stays in bf16:
+    attention, norms, embeddings, unembeddings, the loss, and the experts and routers of a mixture.
+
+    Args:
+        recipe: which numbers share a scale, measured anew for every product. ``tensorwise``: all of a tensor, the fastest;
+            ``rowwise``: those of a row; ``rowwise-gw-hp``: the same, and the gradients of weights are computed in bf16.
+        fast_accumulation: which products add up in the tensor cores' own precision, with about 14 bits, which is faster:
+            ``forward``, ``all``, or ``none``.
+        first_layers: decoder layers at the beginning that stay in bf16.
+        last_layers: decoder layers at the end that stay in bf16.
+        min_features: maps with fewer input or output features stay in bf16: they gain nothing.
+        exclude: maps that stay in bf16, by patterns of their names: ``["*.k_proj", "extra_heads.*"]``.
+        emulate: rounds to fp8 and multiplies in fp32: the numbers of fp8, slowly, on any device.
+    """
+
+    recipe: Literal["tensorwise", "rowwise", "rowwise-gw-hp"] = "tensorwise"
+    fast_accumulation: Literal["none", "forward", "all"] = "forward"
+    first_layers: int = field(default=0, validator=ge(0))
+    last_layers: int = field(default=0, validator=ge(0))
+    min_features: int = field(default=256, validator=ge(16))
+    exclude: tuple[str, ...] = ()
+    emulate: bool = False
+
+
+@frozen(kw_only=True)
 class DevicesConfig:
     """Device, precision and memory options of the computation.
 
@@ -159,7 +187,9 @@ class DevicesConfig:
         precision: ``fp32``; ``bf16`` keeps parameters and optimizer in fp32 and computes in bf16 (autocast);
             ``bf16-params`` keeps the model in bf16, and fp32 copies of its parameters for the optimizer: faster, with less
             memory for activations. Checkpoints hold the fp32 copies, ``model/`` the bf16 parameters. Where a device cannot
-            do bf16, fp32 is used and one line says so.
+            do bf16, fp32 is used and one line says so. ``fp8`` is ``bf16-params`` with the layers' products in fp8: for
+            NVIDIA GPUs from Hopper on, with torchao (``pip install 'wmtp-core[fp8]'``).
+        fp8: options of ``precision = "fp8"``.
         activation_checkpointing: activations that a layer keeps for its backward pass. ``none``: all; ``selective``: the
             results of matrix products and of attention, the rest is recomputed; ``full``: its input alone; ``offload``: as
             ``full``, and that input in the host's memory, for long rows on a GPU. Less memory for more time, the same
@@ -176,7 +206,8 @@ class DevicesConfig:
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["fp32", "bf16", "bf16-params"] = "fp32"
+    precision: Literal["fp32", "bf16", "bf16-params", "fp8"] = "fp32"
+    fp8: Fp8Config | None = None
     activation_checkpointing: Literal["none", "full", "selective", "offload"] = "none"
     attention: Literal["auto", "transformers"] = "auto"
     compile: bool = False
@@ -184,6 +215,11 @@ class DevicesConfig:
     threads: int | None = field(default=None, validator=optional(ge(1)))
     fsdp: FsdpConfig | None = None
     timeout: float = field(default=600.0, validator=[gt(0.0), lt(math.inf)])
+
+    @property
+    def keeps_bf16(self) -> bool:
+        """True where the parameters are in bf16, with fp32 copies for the optimizer."""
+        return self.precision in ("bf16-params", "fp8")
 
 
 @frozen(kw_only=True)

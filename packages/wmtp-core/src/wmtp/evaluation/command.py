@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from wmtp.storage.uris import file_path, scheme_of
 from wmtp.tracking import RunInfo
 
 __all__ = ["Evaluated", "evaluate_model"]
+
+logger = logging.getLogger("wmtp")
 
 
 @frozen(kw_only=True)
@@ -107,6 +110,8 @@ def evaluate_model(
         torch.set_num_threads(config.devices.threads)
     device = pick_device(config.devices.device)
     precision = pick_precision(config.devices.precision, device)
+    if config.devices.precision == "fp8":
+        logger.info('devices.precision: an evaluation computes in bf16, as with "bf16-params"; fp8 is for training')
     parameters = "bf16" if precision == "bf16-params" else "fp32"
     opened = open_model(name, device=device, precision=parameters, config=config)
     accelerate(opened.model, config.devices, learns=False)

@@ -177,6 +177,7 @@ _aten = torch.ops.aten
 _KEPT = frozenset(
     {
         _aten.mm.default,
+        _aten._scaled_mm.default,  # in fp8
         _aten.addmm.default,
         _aten.bmm.default,
         _aten.linear.default,

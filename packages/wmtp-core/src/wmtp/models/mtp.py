@@ -24,6 +24,7 @@ from wmtp.models.attention import causal_mask, document_mask, use_block_attentio
 from wmtp.models.config_fields import max_positions
 from wmtp.models.documents import reading
 from wmtp.models.ends import end_ids
+from wmtp.models.fp8 import products_in_bf16
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
 from wmtp.models.native.found import Native
 from wmtp.models.native.tensors import folder_tensors
@@ -467,7 +468,7 @@ class StartModel(MTPModel):
         self, input_ids: Tensor, position_ids: Tensor | None = None, packed: bool = False, router_logits: bool = False
     ) -> MTPOutput:
         """Run the trunk and head 1; see `MTPModel.forward`."""
-        with adapter_off(self.base):
+        with adapter_off(self.base), products_in_bf16(self.base):
             return super().forward(input_ids, position_ids, packed, router_logits)
 
 

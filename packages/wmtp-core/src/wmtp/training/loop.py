@@ -19,6 +19,7 @@ from wmtp.data.batch import PADDING, Batch
 from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.loss.weights import BAD_WEIGHTS, NO_WEIGHT
+from wmtp.models.fp8 import products_in_bf16
 from wmtp.optim.update import clip_gradients, gradient_norm, learning_rate_factor
 from wmtp.trainers.base import Stage
 from wmtp.trainers.checks import checked_state
@@ -281,9 +282,9 @@ class Fit:
         self.recorder.write(pending.step, str(pending.facts["stage"]), pending.batch, pending.recording, pending.output)
         self._watch(pending, finite(values))
         if evaluates:
-            values |= evaluate(
-                self.step_loss.model, self.eval_batches, self.step_loss.device, self.step_loss.autocast, self._ranks
-            )
+            model = self.step_loss.model
+            with products_in_bf16(model):
+                values |= evaluate(model, self.eval_batches, self.step_loss.device, self.step_loss.autocast, self._ranks)
             self._judge(pending.step, finite(values))
         # every step is judged, however few are logged
         if self.train.early_stopping is not None:

@@ -148,7 +148,7 @@ def estimate_memory(
     micro = min(data.micro_batch_size or rows, rows)
     tokens = micro * data.max_length
     half = devices.precision != "fp32"
-    compute, residual = (2 if half else 4), (2 if devices.precision == "bf16-params" else 4)
+    compute, residual = (2 if half else 4), (2 if devices.keeps_bf16 else 4)
     width = info.hidden_size
 
     in_4_bits = 0
@@ -159,8 +159,8 @@ def estimate_memory(
     shared = world_size > 1 and (devices.fsdp is None or devices.fsdp.strategy != "none")
     hybrid = devices.fsdp is not None and devices.fsdp.strategy == "hybrid"
     share = (per_machine or world_size if hybrid else world_size) if shared else 1
-    of_fixed = 2 if devices.precision == "bf16-params" else 4
-    copies = {"fp32": 0, "bf16": 2 * learned, "bf16-params": 2 * learned}[devices.precision]
+    of_fixed = 2 if devices.keeps_bf16 else 4
+    copies = 0 if devices.precision == "fp32" else 2 * learned
     if shared:  # gathered from the other ranks: everything, or two layers and the largest table at a time
         some = 2 * info.layer_parameters + info.vocab_size * width
         keeps_all = devices.fsdp is not None and devices.fsdp.strategy == "grad-op"
@@ -179,7 +179,7 @@ def estimate_memory(
     gradients = 4 * learned // share
     if micro == rows:
         whole = world_size == 1 and (devices.fsdp is None or devices.fsdp.strategy == "none")
-        if whole and devices.device != "cpu" and devices.precision == "bf16-params" and type(config.optimizer) is AdamW:
+        if whole and devices.device != "cpu" and devices.keeps_bf16 and type(config.optimizer) is AdamW:
             gradients //= 2  # they stay as they came
         gradients = max(0, gradients - activations)
     return MemoryEstimate(
@@ -204,7 +204,9 @@ def _kept_by_layer(devices: DevicesConfig, info: ModelInfo, compute: int, residu
     ffn, kv = _feed_forward_size(info), info.kv_size
     if kv is None:
         kv = width / 4
-    if devices.compile:
+    if devices.compile and _saves_fp8(devices):  # norms and the gated product are made again, or kept with a byte a number
+        everything = compute * (3 * width + 2 * kv + 2 * ffn) + (2 + residual) * width
+    elif devices.compile:
         everything = compute * (5 * width + 2 * kv + 3 * ffn) + residual * width
     else:
         norms = {2: 8, 4: 16}[residual] * width
@@ -217,6 +219,11 @@ def _kept_by_layer(devices: DevicesConfig, info: ModelInfo, compute: int, residu
     return residual * width, everything + compute * 2 * ffn
 
 
+def _saves_fp8(devices: DevicesConfig) -> bool:
+    """Tell whether the gradients of weights read inputs in fp8."""
+    return devices.precision == "fp8" and (devices.fp8 is None or devices.fp8.recipe != "rowwise-gw-hp")
+
+
 def _other_models(config: Config, others: Mapping[str, ModelInfo]) -> int:
     """Those that compute where the trained model does; see `wmtp.plugins.contract.TrainerConfig`."""
     trainer = config.trainer
@@ -224,7 +231,7 @@ def _other_models(config: Config, others: Mapping[str, ModelInfo]) -> int:
         return 0
     size = 2 if trainer.reference_precision == "bf16" else 4
     # the trained model with its adapter off takes no memory, where its weights have the precision that is asked for
-    shared = (size == 2) == (config.devices.precision == "bf16-params")
+    shared = (size == 2) == config.devices.keeps_bf16
     counted = [info for name, info in others.items() if not (shared and is_start_model(config, name))]
     return sum(size * info.parameters for info in counted)
 
@@ -264,7 +271,7 @@ def cheaper_settings(
         tried[f'devices.activation_checkpointing = "{mode}"'] = evolve(
             config, devices=evolve(devices, activation_checkpointing=mode)
         )
-    if devices.precision != "bf16-params":
+    if not devices.keeps_bf16:
         tried['devices.precision = "bf16-params"'] = evolve(config, devices=evolve(devices, precision="bf16-params"))
     if not devices.compile:
         tried["devices.compile = true"] = evolve(config, devices=evolve(devices, compile=True))

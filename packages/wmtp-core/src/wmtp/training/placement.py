@@ -15,6 +15,7 @@ from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError
 from wmtp.models.acceleration import accelerate
 from wmtp.models.adapters import quantize_base
+from wmtp.models.fp8 import multiply_in_fp8
 from wmtp.models.sharding import spread
 from wmtp.optim.master_weights import MasterWeights
 from wmtp.training.setup import Source, load_base_model
@@ -44,6 +45,7 @@ def place_model(
         model = load_base_model(config, source)
         _shrink_fixed(model, precision, device)
         model = model.to(device)
+        multiply_in_fp8(model, config.devices)
         masters = MasterWeights(model, fixed=model.fixed_parameters()) if precision == "bf16-params" else None
         accelerate(model, config.devices)
         return model, masters
@@ -58,6 +60,7 @@ def place_model(
     def prepare(model: MTPModel) -> None:
         if precision == "bf16-params":
             _halve_fixed(model)
+        multiply_in_fp8(model, config.devices)
         accelerate(model, config.devices)
 
     model = spread(load, ranks, device, fsdp, precision, prepare)

@@ -24,6 +24,7 @@ from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks
 from wmtp.errors import Terminated, WMTPError
 from wmtp.models.draft_vocabulary import frequent_tokens
 from wmtp.models.ends import end_ids, learn_turn_end
+from wmtp.models.fp8 import check_fp8, products_in_bf16
 from wmtp.models.reward_scores import open_reward_scores
 from wmtp.models.sharding import Sharding, whole_state
 from wmtp.optim.build import build_optimizer
@@ -77,6 +78,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
     pinned = ranks.main_only(lambda: pins(run_dir, config))
     config = with_uris(config, pinned)
     device = ranks.collective(lambda: pick_device(config.devices.device, ranks.local_rank if ranks.world_size > 1 else None))
+    ranks.collective(lambda: check_fp8(config.devices, device))
     remote = remote_checkpoints(config)
     saved = find_checkpoints(config, run_dir, remote, ranks, resume=resume)
 
@@ -205,7 +207,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
 
             ranks.main_only(lambda: write_folder(target, save))
             state = None
-            with ready_to_measure(fit.step_loss):
+            with products_in_bf16(model), ready_to_measure(fit.step_loss):
                 measurements = measure_model(config, run_dir, fit, source.tokenizer)
                 fit.track(outcome.steps, measurements)
                 show_sample(model, source.tokenizer, data.eval or data.train, device)

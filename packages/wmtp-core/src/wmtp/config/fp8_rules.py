@@ -1,0 +1,35 @@
+"""Rules of ``devices.precision = "fp8"`` and ``[devices.fp8]``. Needs neither torch nor torchao."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from wmtp.config.problems import Problem
+from wmtp.config.schema import Config
+
+__all__ = ["fp8_problems"]
+
+
+def fp8_problems(config: Config) -> Iterator[Problem]:
+    """Say where fp8 cannot be, and what it needs that is not installed."""
+    devices = config.devices
+    if devices.precision != "fp8":
+        if devices.fp8 is not None:
+            reason = f'devices.precision = "{devices.precision}" computes nothing in fp8'
+            yield Problem(("devices", "fp8"), f"has no effect: {reason}; remove it")
+        return
+    path = ("devices", "precision")
+    emulates = devices.fp8 is not None and devices.fp8.emulate
+    if devices.device in ("cpu", "mps") and not emulates:
+        yield Problem(
+            path,
+            f'fp8 needs an NVIDIA GPU, and devices.device = "{devices.device}"; write "bf16-params", or '
+            "devices.fp8.emulate = true to try it slowly",
+        )
+    if config.models["base"].quantize is not None:
+        yield Problem(
+            path, 'models.base.quantize keeps the layers in 4 bits, which fp8 products cannot read; write "bf16-params"'
+        )
+    if not config.launcher.remote and find_spec("torchao") is None:
+        yield Problem(path, "fp8 needs torchao: pip install 'wmtp-core[fp8]'")

@@ -1,0 +1,182 @@
+"""Matrix products in fp8 (arXiv 2209.05433) for the linear maps in a model's layers, by torchao.
+
+torchao's module takes the place of each `nn.Linear` and holds the same parameter, so names, optimizer and checkpoints stay as
+they are. Its class is a subclass of `nn.Linear` that only multiplies otherwise; `products_in_bf16` makes use of that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+
+from wmtp.errors import ConfigError
+from wmtp.models.adapters import is_adapter_name
+from wmtp.models.layers import repeated_layers
+
+if TYPE_CHECKING:
+    from wmtp.config.schema import DevicesConfig, Fp8Config
+    from wmtp.models.mtp import MTPModel
+
+__all__ = ["check_fp8", "multiply_in_fp8", "products_in_bf16"]
+
+logger = logging.getLogger("wmtp")
+
+#: of a GPU whose matrix units take fp8 and for which torchao's recipes are made: Hopper
+_CAPABILITY: Final = (9, 0)
+#: fp8 products need rows and columns in whole pieces of 16 bytes
+_PIECE: Final = 16
+
+
+def check_fp8(devices: DevicesConfig, device: torch.device) -> None:
+    """Refuse a device without fp8 products, and a torchao that cannot be used, before anything is read.
+
+    Args:
+        devices: the config section.
+        device: that was picked.
+
+    Raises:
+        ConfigError: there are no fp8 products.
+    """
+    if devices.precision != "fp8":
+        return
+    fp8 = _options(devices)
+    _torchao_config(fp8)
+    if fp8.emulate:
+        return
+    instead = 'write "bf16-params", or devices.fp8.emulate = true to try it slowly'
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise ConfigError(f"devices.precision: fp8 needs an NVIDIA GPU, and the run computes on {device.type}; {instead}")
+    if (found := torch.cuda.get_device_capability(device)) < _CAPABILITY:
+        name, version = torch.cuda.get_device_name(device), ".".join(map(str, found))
+        raise ConfigError(f"devices.precision: fp8 needs Hopper or newer, and {name} has capability {version}; {instead}")
+
+
+def multiply_in_fp8(model: MTPModel, devices: DevicesConfig) -> int:
+    """Have a model's layers multiply in fp8, if the config says so. Call it before copies or shards of parameters are made.
+
+    Args:
+        model: in place, on any device.
+        devices: the config section.
+
+    Returns:
+        number of maps that do.
+
+    Raises:
+        ConfigError: ``exclude`` names nothing, or no map is left.
+    """
+    if devices.precision != "fp8":
+        return 0
+    fp8 = _options(devices)
+    config = _torchao_config(fp8)
+    maps = _linear_maps(model)
+    problems = [
+        f"devices.fp8.exclude: {pattern!r} names no linear map of the layers; there are {_examples(maps)}"
+        for pattern in fp8.exclude
+        if not any(fnmatchcase(name, pattern) for name in maps)
+    ]
+    chosen = {id(module) for name, module in maps.items() if _fits(name, module, model, fp8)}
+    if not chosen and not problems:
+        problems = [
+            f"devices.precision: no linear map of this model is left for fp8 ({_examples(maps)}); lower "
+            'devices.fp8.min_features or exclude less, or write "bf16-params"'
+        ]
+    if problems:
+        raise ConfigError(problems)
+    from torchao.float8 import convert_to_float8_training
+
+    for layer in repeated_layers(model):
+        convert_to_float8_training(layer, config=config, module_filter_fn=lambda module, _: id(module) in chosen)
+    if not devices.compile and not fp8.emulate:
+        logger.warning("devices.precision: fp8 without devices.compile = true is slower than bf16: scaling is not fused")
+    logger.info("fp8: %d of %d linear maps of the layers, %s", len(chosen), len(maps), fp8.recipe)
+    return len(chosen)
+
+
+@contextmanager
+def products_in_bf16(model: nn.Module) -> Iterator[None]:
+    """Have a model multiply inside as the saved one will: its linear maps are plain ones."""
+    maps = [(module, type(module)) for module in model.modules() if _is_fp8(module)]
+    for module, _ in maps:
+        _become(module, nn.Linear)
+    try:
+        yield
+    finally:
+        for module, own in maps:
+            _become(module, own)
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+    # compiled code looks at a module's class again only where an attribute has changed
+    module.turned = getattr(module, "turned", 0) + 1  # type: ignore[assignment]
+
+
+def _options(devices: DevicesConfig) -> Fp8Config:
+    from wmtp.config.schema import Fp8Config
+
+    return devices.fp8 or Fp8Config()
+
+
+def _linear_maps(model: MTPModel) -> dict[str, nn.Linear]:
+    """List the linear maps in the repeated layers by their names in the model, without those of adapters."""
+    inside = {id(module) for layer in repeated_layers(model) for module in layer.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in inside and not is_adapter_name(name)
+    }
+
+
+def _fits(name: str, module: nn.Linear, model: MTPModel, fp8: Fp8Config) -> bool:
+    sizes = module.in_features, module.out_features
+    if min(sizes) < fp8.min_features or any(size % _PIECE for size in sizes):
+        return False
+    if any(fnmatchcase(name, pattern) for pattern in fp8.exclude):
+        return False
+    layers = list(model.anatomy.layers)
+    spared = layers[: fp8.first_layers] + (layers[-fp8.last_layers :] if fp8.last_layers else [])
+    return not any(module is inner for layer in spared for inner in layer.modules())
+
+
+def _examples(maps: dict[str, nn.Linear]) -> str:
+    if not maps:
+        return "none"
+    shown = [f"{name} ({module.in_features} to {module.out_features} features)" for name, module in list(maps.items())[:2]]
+    return ", ".join(shown) + (f" and {len(maps) - 2} more" if len(maps) > 2 else "")
+
+
+def _is_fp8(module: nn.Module) -> bool:
+    return type(module).__module__ == "torchao.float8.float8_linear"
+
+
+def _torchao_config(fp8: Fp8Config) -> Any:
+    """Translate the options into torchao's."""
+    torchs = logging.getLogger("torch.utils._pytree")
+    level = torchs.level
+    torchs.setLevel(logging.ERROR)  # it warns torchao's authors
+    try:
+        from torchao.float8 import Float8GemmConfig, Float8LinearConfig
+    except ImportError as error:
+        raise ConfigError(
+            f"devices.precision: fp8 needs torchao, which cannot be imported here ({error}); pip install 'wmtp-core[fp8]'"
+        ) from error
+    finally:
+        torchs.setLevel(level)
+    recipe = Float8LinearConfig.from_recipe_name(fp8.recipe.replace("gw-hp", "with_gw_hp").replace("-", "_"))
+    forward = Float8GemmConfig(use_fast_accum=fp8.fast_accumulation != "none")
+    backward = Float8GemmConfig(use_fast_accum=fp8.fast_accumulation == "all")
+    return replace(
+        recipe,
+        gemm_config_output=forward,
+        gemm_config_grad_input=backward,
+        gemm_config_grad_weight=backward,
+        emulate=fp8.emulate,
+        pad_inner_dim=True,  # the number of tokens need not divide by 16
+    )

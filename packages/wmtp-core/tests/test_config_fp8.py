@@ -1,0 +1,60 @@
+"""Rules of ``devices.precision = "fp8"``, which ask neither torch nor torchao."""
+
+import pytest
+
+from wmtp.config import fp8_rules
+from wmtp.config.load import load
+from wmtp.config.rules import check_loaded
+from wmtp.errors import ConfigError
+
+GOOD = {
+    "models": {"base": {"type": "scratch", "vocab_size": 300}},
+    "datasets": {"py": {"type": "python-source"}},
+    "trainer": {"type": "baseline-mtp"},
+    "devices": {"precision": "fp8"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _torchao(monkeypatch):
+    monkeypatch.setattr(fp8_rules, "find_spec", lambda _: "there")
+
+
+def problems(*sets):
+    with pytest.raises(ConfigError) as caught:
+        check_loaded(load([GOOD], sets))
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [[], ["devices.fp8={recipe = 'rowwise'}", "devices.device=cuda"], ["devices.device=cpu", "devices.fp8={emulate = true}"]],
+)
+def test_what_can_be_passes(sets):
+    check_loaded(load([GOOD], sets))
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (
+            ["devices.device=cpu"],
+            'devices.precision: fp8 needs an NVIDIA GPU, and devices.device = "cpu"; write "bf16-params", or',
+        ),
+        (["devices.device=mps"], 'devices.precision: fp8 needs an NVIDIA GPU, and devices.device = "mps"'),
+        (
+            ["devices.precision=bf16", "devices.fp8={}"],
+            'devices.fp8: has no effect: devices.precision = "bf16" computes nothing',
+        ),
+        (["models.base.quantize=nf4"], "devices.precision: models.base.quantize keeps the layers in 4 bits"),
+        (["devices.fp8={recipe = 'row'}"], "devices.fp8.recipe"),
+        (["devices.fp8={min_features = 8}"], "devices.fp8.min_features"),
+    ],
+)
+def test_what_cannot_be_is_said_with_the_way_out(sets, message):
+    assert any(message in line for line in problems(*sets)), problems(*sets)
+
+
+def test_without_torchao_the_check_says_what_to_install_unless_the_run_is_elsewhere(monkeypatch):
+    monkeypatch.setattr(fp8_rules, "find_spec", lambda _: None)
+    assert problems() == ["devices.precision: fp8 needs torchao: pip install 'wmtp-core[fp8]'"]
