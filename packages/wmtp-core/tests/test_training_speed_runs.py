@@ -1,6 +1,7 @@
 """Whole runs with the speed options: resumed as if never interrupted, and out of memory."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from wmtp.errors import WMTPError
 from wmtp.optim.config import AdamW
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.trainers import Trainer
+from wmtp.training import loop
 
 
 def config(folder, **sections):
@@ -78,17 +80,30 @@ def test_a_run_with_bf16_parameters_is_resumed_as_if_it_had_never_stopped(tmp_pa
     assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in resumed.items())
 
 
-def test_a_run_in_fp8_differs_from_bf16_fits_its_checkpoint_and_is_evaluated_in_bf16(tmp_path):
+def test_a_run_in_fp8_trains_in_fp8_and_is_measured_in_bf16(tmp_path, monkeypatch):
     pytest.importorskip("torchao")
-    measured = {"data": {"train": {"max_length": 48, "batch_size": 4}, "eval": {"holdout": 0.4}}}
-    eighth = config(tmp_path, **measured, train={"max_steps": 3, "epochs": 100.0, "eval_interval": 3})
-    eighth["devices"] |= FP8
-    done = wmtp.run(eighth)
-    plain = config(tmp_path, **measured, train={"max_steps": 3, "epochs": 100.0}, run={"output_dir": str(tmp_path / "plain")})
-    assert losses(done.run_dir) != losses(wmtp.run(plain).run_dir)
+    seen = {"trained": set(), "measured": set()}
 
-    evaluated = wmtp.evaluate(done.run_dir, overrides=["eval=[{type='perplexity'}]"])
-    assert evaluated.numbers["eval/perplexity/loss"] == pytest.approx(done.metrics["eval/loss/head_1"], rel=1e-6)
+    def spy(owner, name, what, model_of):
+        real = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            seen[what] |= {type(module).__name__ for module in model_of(args[0]).modules()}
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    spy(loop, "evaluate", "measured", lambda model: model)
+    spy(loop.Fit, "_optimizer_step", "trained", lambda fit: fit.step_loss.model)
+    changed = config(tmp_path, train={"max_steps": 2, "epochs": 100.0})
+    changed["data"]["eval"] = {"holdout": 0.4}
+    changed["devices"] |= FP8
+    done = wmtp.run(changed)
+    assert "Float8Linear" in seen["trained"]
+    assert seen["measured"]
+    assert "Float8Linear" not in seen["measured"]
+    again = wmtp.evaluate(done.run_dir, overrides=["eval=[{type='perplexity'}]"])
+    assert again.numbers["perplexity/head_1"] == pytest.approx(math.exp(done.metrics["eval/loss/head_1"]), rel=1e-2)
 
 
 class _Hungry(Trainer):
