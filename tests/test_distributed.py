@@ -73,6 +73,15 @@ def test_two_ranks_do_the_same_as_one(preloaded, script):
     assert "all equal" in run.stdout
 
 
+def test_ranks_read_their_own_parts_of_the_files(preloaded, tmp_path):
+    """No rank holds the whole model in fp32, or reads more than it keeps; the numbers are those of one process."""
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    command = ("--standalone", "--nproc-per-node=2", HERE / "ranks/loading.py", tmp_path)
+    run = preloaded.run(*command, code=TORCHRUN, env=env, timeout=500)
+    assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if "[rank0]" in line or "Error" in line)
+    assert "all equal" in run.stdout
+
+
 def test_two_machines_of_two_ranks_do_the_same_as_one_rank(preloaded):
     """``hybrid``: the same steps, gradients that cross the network once a step, and checkpoints that open in other layouts."""
     env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}

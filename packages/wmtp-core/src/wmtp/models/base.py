@@ -71,6 +71,8 @@ class LoadedModel:
         untouched: what else the files hold, and is written back wherever the model is saved.
         native: the model's own layers for multi-token prediction among ``untouched``, which can be its heads.
         adapter: what the files hold of an adapter, which is not on ``model`` yet; None where they hold none.
+        stored: of a model as `ModelLoader.open_stored` gives it: the parameters that are, unchanged, a tensor of the folder's
+            safetensors files, with its name there. None: parameters have the type that was asked for.
     """
 
     model: PreTrainedModel
@@ -80,6 +82,7 @@ class LoadedModel:
     untouched: Untouched | None = None
     native: Native | None = None
     adapter: SavedAdapter | None = None
+    stored: Mapping[str, str] | None = None
 
 
 class ModelLoader(Contract, ABC, contract=True):
@@ -109,3 +112,17 @@ class ModelLoader(Contract, ABC, contract=True):
             WMTPError: a tensor is missing, unexpected or of the wrong shape; the message names it. Nothing is ever filled
                 with random values in place of a missing tensor.
         """
+
+    def open_stored(self, path: Path | None, *, seed: int) -> LoadedModel | None:
+        """Open the weights where they lie: mapped from their files, in the files' type.
+
+        None, the default, has `load` called. What is opened so takes no memory of its own until it is used, and several
+        processes read no more of it than their parts.
+
+        Args:
+            path, seed: as for `load`.
+
+        Raises:
+            WMTPError: as for `load`.
+        """
+        return None

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from attrs import evolve
 from torch import Tensor
 
@@ -64,7 +65,10 @@ def build_model(
     brought, head_adapters = loaded.adapter, None
     if brought is not None and brought.in_heads and state is not None:
         state, head_adapters = split_state(state)
-    model = MTPModel(loaded.model, resolved, head_state=state, seed=seed, native=native)
+    # the base may be as small as in its files; heads are made in what they learn in
+    dtype = None if loaded.stored is None else torch.float32
+    model = MTPModel(loaded.model, resolved, head_state=state, seed=seed, native=native, head_dtype=dtype)
+    model.stored = {f"base.{name}": own for name, own in (loaded.stored or {}).items()}
     model.untouched = untouched
     model.draft_ids = loaded.draft_ids if resolved.horizon > 1 else None
     if brought is not None:

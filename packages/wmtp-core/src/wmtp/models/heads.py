@@ -62,6 +62,7 @@ class Maker:
         init: ``copy`` or ``random``.
         layout: what `chained` and `shared` heads are fed: see ``models.base.heads.layout``.
         native: the model's own layers for multi-token prediction, where heads are made of these.
+        dtype: of the heads' parameters. Default: that of the model's.
     """
 
     base: PreTrainedModel
@@ -69,6 +70,7 @@ class Maker:
     init: str
     layout: str = "mimo"
     native: Native | None = None
+    dtype: torch.dtype | None = None
 
     def layer(self) -> nn.Module:
         """A decoder layer: the last one's copy, or one from the model's own initialiser."""
@@ -118,11 +120,12 @@ class Maker:
     def _duplicate(self, module: nn.Module) -> nn.Module:
         # layers hold the model's config: sharing it keeps a later change (of the attention kernel, say) in step
         config = self.base.config
-        return copy.deepcopy(module, {id(config): config}).requires_grad_(True)
+        copied = copy.deepcopy(module, {id(config): config}).requires_grad_(True)
+        return copied if self.dtype is None else copied.to(self.dtype)
 
     def _placed(self, module: M) -> M:
         weight = self.anatomy.output.weight
-        return module.to(device=weight.device, dtype=weight.dtype)
+        return module.to(device=weight.device, dtype=self.dtype or weight.dtype)
 
 
 class HeadKind:

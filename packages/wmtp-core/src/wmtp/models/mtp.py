@@ -73,6 +73,7 @@ class MTPModel(nn.Module):
         precomputed: what there is to find out about ``base`` (its anatomy, and how rows hold several documents), where it
             is on the meta device and cannot be tried out. See `wmtp.models.blueprint`.
         native: the model's own layers for multi-token prediction, which heads of kind ``native`` are.
+        head_dtype: of the parameters of new heads. Default: that of ``base``.
 
     Raises:
         ConfigError: the architecture cannot get heads; the message says why.
@@ -88,6 +89,7 @@ class MTPModel(nn.Module):
         seed: int,
         precomputed: tuple[Anatomy, Packing] | None = None,
         native: Native | None = None,
+        head_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.anatomy: Anatomy = dissect(base) if precomputed is None else precomputed[0]
@@ -97,7 +99,9 @@ class MTPModel(nn.Module):
         self.heads = heads = evolve(heads, kind=heads.known_kind)
         self.kind = HEAD_KINDS[heads.known_kind]
         self.native = native if heads.kind == "native" else None  #: where its heads' tensors stand in its folder
-        maker = Maker(base=base, anatomy=self.anatomy, init=heads.init, layout=heads.layout, native=self.native)
+        maker = Maker(
+            base=base, anatomy=self.anatomy, init=heads.init, layout=heads.layout, native=self.native, dtype=head_dtype
+        )
         with seeded(seed):
             self.extra_heads = self.kind.build(maker, heads.horizon - 1)
         kinds = {type(layer) for layer in self.anatomy.layers}
@@ -107,6 +111,7 @@ class MTPModel(nn.Module):
         self.source: Path | None = None  #: the file or folder that it was opened from
         self.untouched: Untouched | None = None  #: what else its folder holds; see `take_origin`
         self.draft_ids: tuple[int, ...] | None = None  #: the tokens that heads 2..H draft from; None: all
+        self.stored: Mapping[str, str] = {}  #: parameters that are tensors of the folder's files; see `LoadedModel.stored`
         self.adapter: Adapter | None = None  #: what learns in place of the base; see `wmtp.models.adapters`
         self._tokenizer: Tokenizer | None = None
         self.training = base.training

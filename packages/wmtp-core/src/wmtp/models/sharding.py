@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from wmtp.devices import Precision
 from wmtp.distributed.ranks import Ranks
 from wmtp.models.blueprint import Blueprint
 from wmtp.models.layers import repeated_layers
+from wmtp.models.mapped import compare_files, open_tensors
 from wmtp.models.mtp import MTPModel
 
 __all__ = ["Sharding", "spread", "whole_state"]
@@ -81,29 +83,39 @@ def spread(
     config: FsdpConfig,
     precision: Precision,
     prepare: Callable[[MTPModel], None] = lambda _: None,
+    folder: Path | None = None,
 ) -> MTPModel:
     """Have rank 0 load a model, and give every rank its part: no device ever holds more than a layer besides that.
 
+    Parameters that are tensors of the folder's files (`MTPModel.stored`) every rank reads there, and no more of them than its
+    part. What else there is rank 0 sends.
+
     Args:
-        load: gives the model on the CPU; called on rank 0 only.
+        load: gives the model on the CPU; called on rank 0 only. Its parameters may be of a smaller type.
         ranks: all of them; every one calls this.
         device: of this rank.
         config: ``[devices.fsdp]``.
         precision: ``bf16`` gathers layers in bf16, ``bf16-params`` everything; gradients are added up, and parameters kept,
             in fp32.
         prepare: called with the empty model before it is sharded.
+        folder: where this rank finds the model's files. None: nowhere.
 
     Raises:
-        WMTPError, ConfigError: on every rank, what went wrong on rank 0.
+        WMTPError, ConfigError: on every rank, what went wrong on rank 0; or the machines have different files.
     """
     loaded: list[MTPModel] = []
 
-    def describe() -> Blueprint:
+    def describe() -> tuple[Blueprint, Mapping[str, str]]:
         loaded.append(load())
-        return Blueprint.of(loaded[0])
+        return Blueprint.of(loaded[0]), loaded[0].stored if folder is not None else {}
 
-    model = ranks.main_only(describe).build()
+    blueprint, stored = ranks.main_only(describe)
+    model = blueprint.build()
     source = dict(_tensors(loaded[0])) if loaded else {}
+    files = None
+    if stored and folder is not None:
+        files = ranks.collective(lambda: {name: source[name] for name in stored} if source else open_tensors(folder, stored))
+        compare_files(files, ranks, folder)
     if loaded:
         model.take_origin(loaded[0])
     prepare(model)
@@ -114,7 +126,10 @@ def spread(
         model.to_empty(device=device)
     with torch.no_grad():
         for name, tensor in _tensors(model):
-            _fill(tensor, source.get(name), device, ranks)
+            if files is not None and name in files:
+                _fill_from_file(tensor, files[name], device)
+            else:
+                _fill(tensor, source.get(name), device, ranks)
     return model
 
 
@@ -163,13 +178,26 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
 
 def _fill(tensor: Tensor, source: Tensor | None, device: torch.device, ranks: Ranks) -> None:
     """Take the numbers from rank 0."""
-    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if source is None else source.detach().to(device)
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    if source is not None:
+        whole.copy_(source)
     if isinstance(tensor, DTensor):
         tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
     else:
         if ranks.world_size > 1:
             dist.broadcast(whole, src=0)
         tensor.copy_(whole)
+
+
+def _fill_from_file(tensor: Tensor, stored: Tensor, device: torch.device) -> None:
+    """Take this rank's part of a tensor that is mapped from its file: nothing else of it is read."""
+    own = tensor
+    if isinstance(tensor, DTensor):
+        own, mesh = tensor.to_local(), tensor.device_mesh
+        each = -(-len(stored) // mesh.size(-1))  # FSDP divides the first dimension, and the last ranks may have less
+        begin = min(mesh.get_local_rank(mesh.ndim - 1) * each, len(stored))
+        stored = stored[begin : begin + each]
+    own.copy_(stored.to(device))  # in the file's type to the device, and converted there
 
 
 def whole_state(model: MTPModel, ranks: Ranks) -> dict[str, Tensor] | None:

@@ -59,6 +59,17 @@ class ModelLoaderTests(ComponentTests):
         loader.load(path, dtype=torch.float32, seed=4)
         assert torch.equal(torch.get_rng_state(), state), "load() used up torch's global random numbers"
 
+    def test_opened_where_it_lies(self, loader: ModelLoader, path: Path | None) -> None:
+        """What `ModelLoader.open_stored` gives is what `ModelLoader.load` reads, in the files' type."""
+        opened = loader.open_stored(path, seed=0)
+        if opened is None:
+            return
+        expected = dict(loader.load(path, dtype=torch.float32, seed=0).model.named_parameters())
+        assert opened.stored is not None
+        assert opened.stored.keys() <= expected.keys()
+        for name, parameter in opened.model.named_parameters():
+            assert torch.equal(parameter.to(torch.float32), expected[name]), name
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
     def test_dtype_and_device(self, loader: ModelLoader, path: Path | None, dtype: torch.dtype) -> None:
         """Every parameter has the dtype that was asked for, and is on the CPU."""

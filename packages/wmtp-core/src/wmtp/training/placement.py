@@ -16,6 +16,7 @@ from wmtp.errors import ConfigError
 from wmtp.models.acceleration import accelerate
 from wmtp.models.adapters import quantize_base
 from wmtp.models.fp8 import multiply_in_fp8
+from wmtp.models.mapped import settle
 from wmtp.models.sharding import spread
 from wmtp.optim.master_weights import MasterWeights
 from wmtp.training.setup import Source, load_base_model
@@ -44,7 +45,8 @@ def place_model(
     if fsdp is None:
         model = load_base_model(config, source)
         _shrink_fixed(model, precision, device)
-        model = model.to(device)
+        # bf16 parameters get their fp32 copies on the device; what never learns stays as it is
+        settle(model, device, torch.float32 if precision != "bf16-params" and model.adapter is None else None)
         multiply_in_fp8(model, config.devices)
         masters = MasterWeights(model, fixed=model.fixed_parameters()) if precision == "bf16-params" else None
         accelerate(model, config.devices)
@@ -63,7 +65,7 @@ def place_model(
         multiply_in_fp8(model, config.devices)
         accelerate(model, config.devices)
 
-    model = spread(load, ranks, device, fsdp, precision, prepare)
+    model = spread(load, ranks, device, fsdp, precision, prepare, folder=source.model_path)
     # a sharded model's own parameters are the fp32 copies, gathered in bf16
     if isinstance(model, FSDPModule) or precision != "bf16-params":
         return model, None

@@ -19,7 +19,7 @@ from wmtp.config.problems import dotted
 from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, HeadsConfig, LoraConfig, ModelConfig
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.models.base import ModelInfo
+from wmtp.models.base import LoadedModel, ModelInfo
 from wmtp.plugins.contract import ModelLoaderConfig, TrainerConfig
 from wmtp.plugins.provenance import provenance
 from wmtp.storage.model_files import is_adapter, quantization, quantized_problem
@@ -246,6 +246,9 @@ def _own_tokenizer(config: Config, path: Path, key: str) -> Tokenizer:
 def load_base_model(config: Config, source: Source) -> MTPModel:
     """Load the model to train, with its heads, on the CPU.
 
+    Without an adapter its parameters may be those of its files (`wmtp.models.base.ModelLoader.open_stored`), which the
+    trained ones are made of where they shall be.
+
     Raises:
         ConfigError: the heads do not fit the model, or its rows cannot hold several documents.
         WMTPError: the files are missing or damaged, or the trained model could not be saved.
@@ -255,7 +258,7 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
     from wmtp.models.saving import make_savable
 
     base = config.models["base"]
-    loaded = base.loader.build().load(source.model_path, dtype=torch.float32, seed=config.run.seed)
+    loaded = _open(base.loader, source.model_path, torch.float32, config.run.seed, stored=base.lora is None)
     make_savable(loaded.model, source.tokenizer, source=source.model_path, untouched=loaded.untouched)
     name = None if source.model_path is None else name_base(str(base.loader.uri), source.model_path)
     model = build_model(loaded, base.heads, config.run.seed, lora=base.lora, name=name, quantize=base.quantize)
@@ -264,6 +267,13 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
     if config.data.train.packing:
         model.check_packing()
     return model
+
+
+def _open(loader: ModelLoaderConfig, path: Path | None, dtype: torch.dtype, seed: int, *, stored: bool = True) -> LoadedModel:
+    """Open a model's weights where they lie, where that is possible and wanted, and else read them."""
+    built = loader.build()
+    opened = built.open_stored(path, seed=seed) if stored else None
+    return built.load(path, dtype=dtype, seed=seed) if opened is None else opened
 
 
 def load_extra_model(config: Config, place: Place, trained_on: torch.device, trained: MTPModel | None = None) -> OpenModel:
@@ -277,6 +287,7 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device, tra
     """
     from wmtp.models.acceleration import accelerate
     from wmtp.models.build import build_model
+    from wmtp.models.mapped import settle
     from wmtp.models.mtp import StartModel
 
     def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = trained_on) -> MTPModel:
@@ -287,7 +298,9 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device, tra
         if trained is not None and device == trained_on and is_start_model(config, name) and _has_start(trained, path, dtype):
             logger.info("models.%s: the trained model with its adapter off; there is no second one", name)
             return StartModel(trained)
-        loaded = entry.loader.build().load(path, dtype=dtype, seed=config.run.seed)
+        loaded = _open(entry.loader, path, dtype, config.run.seed)
+        if loaded.stored is not None:  # else it has its type already, and perhaps an adapter to come
+            settle(loaded.model, device or torch.device("cpu"), dtype)
         try:
             model = build_model(loaded, HeadsConfig(horizon=1), config.run.seed)
         except ConfigError as error:  # it says so of the model that is trained

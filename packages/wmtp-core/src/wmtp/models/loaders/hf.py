@@ -22,13 +22,16 @@ from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.heads import HEAD_KINDS
 from wmtp.models.loaders import linear_heads
 from wmtp.models.loaders.describe import describe, empty_model, require_causal
-from wmtp.models.loaders.files import opened_by_transformers, read_config, read_json, tensor_shapes
+from wmtp.models.loaders.files import opened_by_transformers, read_config, read_json, tensor_shapes, weight_files
 from wmtp.models.loaders.names import Opening, find_untouched
 from wmtp.models.mtp import HEADS_CONFIG, HEADS_FORMAT, HEADS_WEIGHTS
 from wmtp.models.untouched import Untouched
 from wmtp.storage.model_files import LAYERS_LIMIT, check_folder, find_gguf, is_adapter
 
 __all__ = ["HfLoader", "from_tensors", "strict_from_pretrained"]
+
+#: the types of weights that can be used as they lie in files, as safetensors calls them. fp16 is too narrow to be tried out in
+_STORED = {frozenset({"BF16"}): torch.bfloat16, frozenset({"F32"}): torch.float32}
 
 
 class HfLoader(ModelLoader):
@@ -75,9 +78,7 @@ class HfLoader(ModelLoader):
     def load(self, path: Path | None, *, dtype: torch.dtype | None, seed: int) -> LoadedModel:
         """See `ModelLoader.load`. A ``dtype`` of None is that of the files."""
         folder, gguf_file = self._locate(path)
-        options: dict[str, Any] = {"dtype": dtype or "auto"}
-        if self._attn_implementation is not None:
-            options["attn_implementation"] = self._attn_implementation
+        options = self._options(dtype)
         if gguf_file is not None:
             model = _load_gguf(folder, gguf_file, options)
             file = folder / gguf_file
@@ -90,8 +91,37 @@ class HfLoader(ModelLoader):
             return self._load_adapter(folder, dtype=dtype, seed=seed)
         config = read_config(folder)
         require_causal(config)
+        return self._load_folder(folder, config, find_untouched(folder, config), options)
+
+    def open_stored(self, path: Path | None, *, seed: int) -> LoadedModel | None:
+        """See `ModelLoader.open_stored`: for folders in bf16 or fp32, of an architecture whose buffers are fp32 in both."""
+        folder, gguf_file = self._locate(path)
+        if gguf_file is not None or linear_heads.is_layout(folder) or is_adapter(folder):
+            return None
+        config = read_config(folder)
+        require_causal(config)
         opening = find_untouched(folder, config)
-        model = strict_from_pretrained(AutoModelForCausalLM, folder, folder, options | {"config": config}, opening)
+        if opening.types not in _STORED:
+            return None
+        loaded = self._load_folder(folder, config, opening, self._options(_STORED[opening.types]))
+        # what an architecture computes when it is made may be rounded to the type of its parameters
+        if any(buffer.is_floating_point() and buffer.dtype != torch.float32 for buffer in loaded.model.buffers()):
+            return None
+        loaded.model.config.dtype = torch.float32  # of the trained copies
+        parameters = dict(loaded.model.named_parameters())
+        in_safetensors = all(file.suffix == ".safetensors" for file in weight_files(folder))
+        stored = {name: own for name, own in opening.plain.items() if name in parameters} if in_safetensors else {}
+        return evolve(loaded, stored=stored)
+
+    def _options(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        options: dict[str, Any] = {"dtype": dtype or "auto"}
+        if self._attn_implementation is not None:
+            options["attn_implementation"] = self._attn_implementation
+        return options
+
+    @staticmethod
+    def _load_folder(folder: Path, config: PreTrainedConfig, opening: Opening, options: Mapping[str, Any]) -> LoadedModel:
+        model = strict_from_pretrained(AutoModelForCausalLM, folder, folder, {**options, "config": config}, opening)
         heads = _saved_heads(folder)
         state = None if heads is None or heads.kind == "native" else load_file(folder / HEADS_WEIGHTS)
         return LoadedModel(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from attrs import frozen
+from attrs import Factory, frozen
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -49,12 +49,16 @@ class Opening:
         kept: what transformers calls these.
         unknown: what belongs to nothing that is known.
         native: layers for multi-token prediction among ``untouched`` that can be heads.
+        plain: the model's name of each tensor that it takes as it is, with the folder's name.
+        types: safetensors' names of the types of all tensors that the model takes.
     """
 
     untouched: Untouched
     kept: frozenset[str] = frozenset()
     unknown: tuple[str, ...] = ()
     native: Native | None = None
+    plain: Mapping[str, str] = Factory(dict)
+    types: frozenset[str] = frozenset()
 
 
 @frozen(kw_only=True)
@@ -64,10 +68,12 @@ class _Match:
     Args:
         taken: the model's name → the folder's names that become it.
         left: the folder's name → the names that transformers gives it, which the model does not have.
+        plain: those of ``taken`` that are renamed and nothing else.
     """
 
     taken: Mapping[str, list[str]]
     left: Mapping[str, list[str]]
+    plain: Mapping[str, str]
 
 
 def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
@@ -109,7 +115,14 @@ def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
     )
     native = find_native(model, config, untouched.tensors)
     kept = frozenset(name for own in left for name in match.left[own])
-    return Opening(untouched=untouched, kept=kept, unknown=tuple(sorted(set(match.left) - left)), native=native)
+    return Opening(
+        untouched=untouched,
+        kept=kept,
+        unknown=tuple(sorted(set(match.left) - left)),
+        native=native,
+        plain=match.plain,
+        types=frozenset(stored[name].dtype for names in match.taken.values() for name in names),
+    )
 
 
 def _match(model: PreTrainedModel, names: Iterable[str], folder: Path) -> _Match:
@@ -121,6 +134,7 @@ def _match(model: PreTrainedModel, names: Iterable[str], folder: Path) -> _Match
     own, prefix = model.state_dict(), model.base_model_prefix
     taken: dict[str, list[str]] = {}
     left: dict[str, list[str]] = {}
+    plain: dict[str, str] = {}
     for name in names:
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, own)
         if renamed not in own and name in own:
@@ -132,12 +146,14 @@ def _match(model: PreTrainedModel, names: Iterable[str], folder: Path) -> _Match
         if renamed not in own:
             left[name] = targets
             continue
+        if pattern is None:
+            plain[renamed] = name
         for target in targets:
             taken.setdefault(target, []).append(name)
         if pattern is None and len(taken[renamed]) > 1:
             raise FileError(f"{folder}: {' and '.join(taken[renamed])} are both {renamed} of {type(model).__name__}")
     model._weight_conversions = [step for step in conversions if step.was_used()]  # type: ignore[assignment]
-    return _Match(taken=taken, left=left)
+    return _Match(taken=taken, left=left, plain=plain)
 
 
 def _check_types(folder: Path, stored: Mapping[str, StoredTensor], match: _Match) -> None:
