@@ -86,7 +86,7 @@ def settle(model: nn.Module, device: torch.device, dtype: torch.dtype | None) ->
         device: where it shall be.
         dtype: of its parameters; None: as they are.
     """
-    for parameter in () if device.type == "meta" else model.parameters():  # there parameters are made anew, and cost nothing
+    for parameter in model.parameters():
         moved = parameter.data.to(device)
         convert = dtype is not None and moved.dtype in (torch.bfloat16, torch.float32)
         parameter.data = moved.to(dtype) if convert else moved

@@ -60,7 +60,7 @@ class ModelLoaderTests(ComponentTests):
         assert torch.equal(torch.get_rng_state(), state), "load() used up torch's global random numbers"
 
     def test_opened_where_it_lies(self, loader: ModelLoader, path: Path | None) -> None:
-        """What `ModelLoader.open_stored` gives is what `ModelLoader.load` reads, in the files' type."""
+        """Compare `ModelLoader.open_stored`, which gives the files' own type, with `ModelLoader.load`."""
         opened = loader.open_stored(path, seed=0)
         if opened is None:
             return

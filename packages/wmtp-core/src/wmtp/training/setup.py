@@ -300,7 +300,8 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device, tra
             return StartModel(trained)
         loaded = _open(entry.loader, path, dtype, config.run.seed)
         if loaded.stored is not None:  # else it has its type already, and perhaps an adapter to come
-            settle(loaded.model, device or torch.device("cpu"), dtype)
+            # there it is tried out too, which needs numbers
+            settle(loaded.model, torch.device("cpu") if device is None or device.type == "meta" else device, dtype)
         try:
             model = build_model(loaded, HeadsConfig(horizon=1), config.run.seed)
         except ConfigError as error:  # it says so of the model that is trained
