@@ -363,6 +363,46 @@ def test_layers_that_were_frozen_at_first_learn_from_their_stage_on(recipe, wmtp
 
 
 @pytest.mark.slow
+def test_processes_multiply_in_fp8_as_one_does_and_their_checkpoint_fits(recipe, wmtp, tmp_path):
+    """Each process scales activations by its own rows, so losses are near, not equal."""
+    pytest.importorskip("torchao")
+    fp8 = 'devices={device="cpu", precision="fp8", fp8={emulate=true, min_features=16}'
+    for name, devices, own in (
+        ("one", fp8 + "}", ()),
+        ("divided", fp8 + ', fsdp={strategy="grad-op"}}', ()),
+        ("full", fp8 + "}", TWO),
+        ("none", fp8 + ', fsdp={strategy="none"}}', TWO),
+    ):
+        run = wmtp("run", recipe, "--run-name", name, *own, "--set", "train.max_steps=6", "--set", devices)
+        assert run.returncode == 0, run.stderr
+        assert "fp8: " in run.stderr
+    one = [line["loss"] for line in curve(tmp_path / "runs/one")]
+    for name, bound in (("divided", 1e-3), ("full", 1e-2), ("none", 1e-2)):
+        assert [line["loss"] for line in curve(tmp_path / f"runs/{name}")] == pytest.approx(one, rel=bound), name
+    resumed = wmtp(
+        "run",
+        recipe,
+        "--run-name",
+        "more",
+        *TWO,
+        "--set",
+        "train.max_steps=6",
+        "--set",
+        fp8 + "}",
+        "--set",
+        "checkpoints.save_interval=3",
+        "--set",
+        "checkpoints.keep_last=0",
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    before = curve(tmp_path / "runs/more")
+    shutil.rmtree(tmp_path / "runs/more/checkpoints/step-6")
+    again = wmtp("run", "--resume", tmp_path / "runs/more")
+    assert again.returncode == 0, again.stderr
+    assert [line["loss"] for line in curve(tmp_path / "runs/more")] == [line["loss"] for line in before]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_a_rank_that_hangs_is_named_and_ends_the_others(recipe, preloaded, tmp_path):
     process = preloaded.start(
