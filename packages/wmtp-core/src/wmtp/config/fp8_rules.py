@@ -27,6 +27,11 @@ def fp8_problems(config: Config) -> Iterator[Problem]:
             f'fp8 needs an NVIDIA GPU, and devices.device = "{devices.device}"; write "bf16-params", or '
             "devices.fp8.emulate = true to try it slowly",
         )
+    if devices.fp8 is not None and devices.fp8.recipe == "rowwise" and devices.fp8.accumulates_fast == "all":
+        yield Problem(
+            ("devices", "fp8", "fast_accumulation"),
+            '"all" with recipe = "rowwise" gave numbers on a GPU unlike their emulation; write "forward", or another recipe',
+        )
     if config.models["base"].quantize is not None:
         yield Problem(
             path, 'models.base.quantize keeps the layers in 4 bits, which fp8 products cannot read; write "bf16-params"'

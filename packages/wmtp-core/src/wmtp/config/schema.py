@@ -161,7 +161,7 @@ class Fp8Config:
         recipe: which numbers share a scale, measured anew for every product. ``tensorwise``: all of a tensor, the fastest;
             ``rowwise``: those of a row; ``rowwise-gw-hp``: the same, and the gradients of weights are computed in bf16.
         fast_accumulation: which products add up in the tensor cores' own precision, with about 14 bits, which is faster:
-            ``forward``, ``all``, or ``none``.
+            those of the ``forward`` pass, ``all``, or ``none``. Default: ``all`` for ``tensorwise``, else ``forward``.
         first_layers: decoder layers at the beginning that stay in bf16.
         last_layers: decoder layers at the end that stay in bf16.
         min_features: maps with fewer input or output features stay in bf16: they gain nothing.
@@ -170,12 +170,17 @@ class Fp8Config:
     """
 
     recipe: Literal["tensorwise", "rowwise", "rowwise-gw-hp"] = "tensorwise"
-    fast_accumulation: Literal["none", "forward", "all"] = "forward"
+    fast_accumulation: Literal["none", "forward", "all"] | None = None
     first_layers: int = field(default=0, validator=ge(0))
     last_layers: int = field(default=0, validator=ge(0))
     min_features: int = field(default=256, validator=ge(16))
     exclude: tuple[str, ...] = ()
     emulate: bool = False
+
+    @property
+    def accumulates_fast(self) -> Literal["none", "forward", "all"]:
+        """Resolved ``fast_accumulation``."""
+        return self.fast_accumulation or ("all" if self.recipe == "tensorwise" else "forward")
 
 
 @frozen(kw_only=True)

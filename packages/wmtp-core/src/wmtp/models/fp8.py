@@ -170,8 +170,8 @@ def _torchao_config(fp8: Fp8Config) -> Any:
     finally:
         torchs.setLevel(level)
     recipe = Float8LinearConfig.from_recipe_name(fp8.recipe.replace("gw-hp", "with_gw_hp").replace("-", "_"))
-    forward = Float8GemmConfig(use_fast_accum=fp8.fast_accumulation != "none")
-    backward = Float8GemmConfig(use_fast_accum=fp8.fast_accumulation == "all")
+    forward = Float8GemmConfig(use_fast_accum=fp8.accumulates_fast != "none")
+    backward = Float8GemmConfig(use_fast_accum=fp8.accumulates_fast == "all")
     return replace(
         recipe,
         gemm_config_output=forward,
