@@ -76,6 +76,11 @@ _OWN: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "first_k_dense_replace": 1,
     },
+    # the base of its positions is in the published file, and no field of transformers' config
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma4_text": {"num_global_key_value_heads": 2, "global_head_dim": 16},
@@ -100,7 +105,15 @@ _OWN: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "roc_bert": {"shape_vocab_size": 30, "pronunciation_vocab_size": 30, "shape_embed_dim": 16, "pronunciation_embed_dim": 16},
     "xlnet": {"d_inner": 48},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
+    # their attention is over the hidden state and the embedding, side by side
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+    },
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4, "mamba_headdim": 32},
     "zaya": {"num_experts_per_tok": 1},
 }
 

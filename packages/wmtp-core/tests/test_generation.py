@@ -372,3 +372,16 @@ def test_probabilities_and_draws() -> None:
     drawn = draw(nucleus.expand(1000, -1), uniform)
     assert drawn.bincount(minlength=4).tolist() == [625, 375, 0, 0]
     assert draw(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([1.0 - 1e-17])).tolist() == [1]
+
+
+def test_a_model_that_cannot_read_a_single_token_is_refused():
+    """GIT of transformers 5.17 widens a mask of its own when it reads one token."""
+    model = MTPModel(_llama(), HeadsConfig(horizon=1), seed=0).eval()
+
+    def break_off(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] == 1 and kwargs["use_cache"]:
+            raise RuntimeError("Tensors must have same number of dimensions")
+
+    model.anatomy.decoder.register_forward_pre_hook(break_off, with_kwargs=True)
+    with pytest.raises(ConfigError, match=r"cannot be decoded here: .*RuntimeError: Tensors must have"):
+        generate(model, [[5, 6, 7]], max_new_tokens=4, eos_id=None)

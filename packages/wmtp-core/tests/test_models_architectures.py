@@ -13,6 +13,7 @@ from walk_architectures import STEPS, examine
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
+from wmtp.models.anatomy import dissect
 from wmtp.models.config_fields import field, layer_count, layer_kinds
 from wmtp.models.loaders.describe import describe, empty_model
 from wmtp.models.mtp import MTPModel
@@ -78,10 +79,37 @@ def test_an_encoder_is_refused_by_what_it_is():
         MTPModel(model, HeadsConfig(horizon=2), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        (
+            "modernbert-decoder",
+            "between its last hidden state and its unembedding it has ModernBertDecoderPredictionHead, which",
+        ),
+        ("gemma3n_text", r"its layers pass on 2 streams of hidden states at once \(shape 2 × 1 × 6 × 32\), and a head"),
+        ("inkling2_text", "Inkling2BlockAttentionResidual, behind its last layer, takes more than that layer's hidden states"),
+    ],
+)
+def test_a_model_that_heads_cannot_continue_is_refused_by_what_it_is(model_type: str, reason: str):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval()
+    with pytest.raises(ConfigError, match=rf"cannot get multi-token heads: {reason}"):
+        dissect(model)
+
+
+def test_layers_that_count_twice_are_found():
+    """A layer of LongCat-Flash has two attentions, and num_hidden_layers counts these."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("longcat_flash")).eval()
+    assert (layer_count(model.config), len(dissect(model).layers)) == (6, 3)
+
+
 def test_a_model_that_transformers_cannot_build_is_refused():
-    """DBRX's attention asks its config for a field that it does not have."""
+    """DBRX's attention asks its config for a field that transformers gives no default."""
+    config = tiny_config("dbrx")
+    del config.attn_config.rope_theta
     with pytest.raises(ConfigError, match=r"cannot make this model: .*rope_theta.*'dbrx'"):
-        empty_model(tiny_config("dbrx"))
+        empty_model(config)
 
 
 def test_a_model_of_no_single_stack_is_refused():

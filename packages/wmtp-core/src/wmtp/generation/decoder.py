@@ -205,6 +205,7 @@ def _try_out(model: MTPModel, name: str) -> None:
     slots = torch.arange(4, device=device).expand(2, 4)
     later = slots[:, :3] + torch.tensor([[4], [2]], device=device)
     again = later[:, 1:]
+    last = again[:, 1:]  # some architectures treat a single token in their own way
     decoder = model.anatomy.decoder
     with evaluating(decoder), small_windows(decoder):
         whole = decoder(input_ids=ids, use_cache=False).last_hidden_state
@@ -213,6 +214,7 @@ def _try_out(model: MTPModel, name: str) -> None:
             first = in_pieces.read(ids[:, :4], slots, 0, 4, lengths=(4, 2)).hidden
             second = in_pieces.read(ids.gather(1, later), later, None, 7).hidden
             third = in_pieces.read(ids.gather(1, again), again, None, 7).hidden
+            fourth = in_pieces.read(ids.gather(1, last), last, None, 7).hidden
         except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
@@ -223,8 +225,10 @@ def _try_out(model: MTPModel, name: str) -> None:
     def compared(parts: list[Tensor]) -> Tensor:
         return torch.cat([parts[0][0], parts[0][1, :2], *(row for part in parts[1:] for row in part)])
 
-    found = compared([first, second, third])
-    wanted = compared([whole.gather(1, places[..., None].expand(-1, -1, whole.shape[-1])) for places in (slots, later, again)])
+    found = compared([first, second, third, fourth])
+    wanted = compared(
+        [whole.gather(1, places[..., None].expand(-1, -1, whole.shape[-1])) for places in (slots, later, again, last)]
+    )
     tolerance = 1e-3 if whole.dtype in (torch.float32, torch.float64) else 0.1
     if not (found - wanted).abs().max() <= tolerance * wanted.abs().max():
         raise ConfigError(f"{name} gives another result when it reads a text in pieces; it cannot be decoded with a cache")

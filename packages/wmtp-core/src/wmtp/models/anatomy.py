@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import product
 from typing import Any, cast
 
 import torch
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from wmtp.errors import ConfigError
 from wmtp.loss import Unembedding
 from wmtp.models.config_fields import field, layer_count
+from wmtp.models.unembedding import SCALE_NAMES, SOFTCAP_NAMES, called_between, find_transform
 
 __all__ = [
     "Anatomy",
@@ -33,10 +33,6 @@ __all__ = [
     "record_output",
     "seeded",
 ]
-
-# What models call the factor of their logits, and their cap. Which one is used, and how, is found by trying.
-_SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier")
-_SOFTCAP_NAMES = ("final_logit_softcapping", "softcap", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @frozen(kw_only=True, eq=False)
@@ -196,11 +192,18 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         if hidden.shape[-1] != field(model.config, "hidden_size", hidden.shape[-1]):
             raise refuse(f"its last hidden state is {hidden.shape[-1]} wide, and its layers are not")
         logits = F.linear(hidden, output.weight, output.bias)
-        found = _find_transform(model, logits, expected)
+        found = find_transform(model, logits, expected)
+        between = [] if found is not None else called_between(model, decoder, output, ids)
+    if between:
+        raise refuse(
+            f"between its last hidden state and its unembedding it has {', '.join(between)}, "
+            "which each head would need of its own"
+        )
     if found is None:
         raise refuse(
-            "its logits are not those of its last hidden state times its unembedding, with or without a factor "
-            f"({', '.join(_SCALE_NAMES)}) and a cap ({', '.join(_SOFTCAP_NAMES)}) from its config"
+            "its logits are not, bit for bit, those of its last hidden state times its unembedding, with or without a factor "
+            f"of the logits ({', '.join(SCALE_NAMES)}) and a cap ({', '.join(SOFTCAP_NAMES)}) from its config; a factor "
+            "of the hidden state rounds otherwise"
         )
     return Anatomy(decoder=decoder, embedding=embedding, output=output, layers=layers, tail=tail, **found)
 
@@ -217,7 +220,9 @@ def find_layers(model: PreTrainedModel, decoder: nn.Module, refuse: Callable[[st
         ConfigError: there is no list of them, or several could be it.
     """
     count = layer_count(model.config)
-    lists = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    # a layer of LongCat-Flash has two attentions, and counts as two hidden layers
+    counts = {count, field(model.config, "num_layers", count)}
+    lists = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) in counts}
     if not lists:
         raise refuse(f"no list of {count} decoder layers (num_hidden_layers) was found in {type(decoder).__name__}")
     # with one layer, lists inside the layer can have that length too: the decoder's own is the outermost
@@ -288,29 +293,20 @@ def _find_tail(
     again = calls[0].repeat(last, calls[0].hidden_states)
     if not torch.equal(again, output[0]):
         raise refuse("its last decoder layer, called again with the same arguments, gives another result")
+    if output[0].dim() > 3:
+        raise refuse(
+            f"its layers pass on {output[0].shape[0]} streams of hidden states at once (shape "
+            f"{' × '.join(map(str, output[0].shape))}), and a head continues one"
+        )
     for module in tail:
-        again = first_tensor(module(again))
+        try:
+            again = first_tensor(module(again))
+        except TypeError as error:
+            raise refuse(
+                f"{type(module).__name__}, behind its last layer, takes more than that layer's hidden states, which is all "
+                "that a head has"
+            ) from error
     if again.numel() != hidden.numel() or not torch.equal(again.view_as(hidden), hidden):
         steps = ", ".join(type(module).__name__ for module in tail) or "nothing"
         raise refuse(f"its last hidden state is not that of its last layer followed by {steps}")
     return tuple(tail), hidden
-
-
-def _find_transform(model: PreTrainedModel, logits: Tensor, expected: Tensor) -> dict[str, Any] | None:
-    """Find the `Unembedding` settings that reproduce the model's own logits bit for bit."""
-
-    def numbers(names: tuple[str, ...]) -> list[float]:
-        values = (field(model.config, name) for name in names)
-        return [float(value) for value in values if isinstance(value, int | float) and value]
-
-    scales = [(1.0, False)]
-    for value in numbers(_SCALE_NAMES):
-        scales += [(value, False), (1.0 / value, True)]
-    caps = [*numbers(_SOFTCAP_NAMES), None]
-    for (scale, divides), softcap, float32 in product(scales, caps, (False, True)):
-        settings = {"scale": scale, "divides": divides, "softcap": softcap, "float32": float32}
-        attempt = Unembedding(weight=logits, **settings).transform(logits)
-        if attempt.dtype == expected.dtype and torch.equal(attempt, expected):
-            # fp32 logits stay as they are: asking for fp32 again would only hide the model's own precision
-            return settings
-    return None
