@@ -161,6 +161,32 @@ def test_a_page_has_curves_weights_facts_and_coloured_texts_that_explain_themsel
 
 
 @in_browser
+def test_every_figure_and_table_is_saved_and_the_sample_is_shown(tmp_path):
+    run = make_run(tmp_path, samples=[sample(5, document(["def", " f", "()"]))])
+    said = {"prompt": "def add(", "before": "): pass", "after": "a, b): return a + b"}
+    (run / "sample.json").write_text(json.dumps(said))
+    script = """
+      const saved = [];
+      URL.createObjectURL = blob => { saved.push(blob.type); return "blob:x"; };
+      const figures = document.querySelectorAll("figure").length, tables = document.querySelectorAll("table, #facts dl").length;
+      const buttons = [...document.querySelectorAll(".saves button")];
+      buttons.filter(one => one.textContent !== "PNG").forEach(one => one.click());
+      const names = buttons.map(one => one.getAttribute("aria-label"));
+      return { saved, figures, tables, kinds: buttons.map(one => one.textContent),
+        distinct: new Set(names).size === names.length,
+        sample: [...document.querySelectorAll("#sample dd")].map(one => one.textContent) };
+    """
+    found = browse(write_report([run]), script)
+    assert found["figures"] >= 3
+    assert [found["kinds"].count(kind) for kind in ("SVG", "PNG")] == [found["figures"]] * 2
+    assert found["kinds"].count("CSV") == found["tables"] == 2
+    assert sorted(set(found["saved"])) == ["image/svg+xml", "text/csv"]
+    assert len(found["saved"]) == found["figures"] + found["tables"]
+    assert found["distinct"]
+    assert found["sample"] == list(said.values())
+
+
+@in_browser
 def test_head_colour_and_step_can_be_chosen(tmp_path):
     late = document(["a", "b", "c"], advantage=[None, 2.0, -2.0], weights=[[None, 2.0, 0.5], [None, None, 1.0]])
     early = document(["a", "b", "c"], advantage=[None, -1.0, 1.0], weights=[[None, 1.0, 1.0], [None, None, 1.0]])

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import wmtp
 from wmtp.cli import main
+from wmtp.config.model_rules import model_problems
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import WMTPError
 from wmtp.generation import Sampling, generate
@@ -77,10 +78,10 @@ def test_the_most_frequent_and_the_ends_are_chosen():
     assert frequent_tokens(data, 6, 6, []) == (0, 1, 2, 3, 4, 5)
 
 
-def test_a_run_chooses_them_and_says_what_is_wrong(tmp_path):
+def run_config(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps({"prompt": "a", "completion": "bcb" * 8}) + "\n" for _ in range(8)))
-    config = {
+    return {
         "run": {"output_dir": str(tmp_path / "runs"), "name": "x"},
         "models": {
             "base": {
@@ -96,7 +97,52 @@ def test_a_run_chooses_them_and_says_what_is_wrong(tmp_path):
         "checkpoints": {"save_final": False},
         "tracker": {"type": "jsonl"},
     }  # fmt: skip
+
+
+def test_a_run_chooses_them_and_says_what_is_wrong(tmp_path):
+    config = run_config(tmp_path)
     result = wmtp.run(config, overrides=["devices.device=cpu"])
     assert set(wmtp.load_model(result.run_dir).draft_ids) == {256, ord("a"), ord("b"), ord("c")}
     with pytest.raises(wmtp.ConfigError, match="draft_vocabulary: 300, but the model has a vocabulary of 258"):
         wmtp.run(config, overrides=["models.base.heads.draft_vocabulary=300", "run.name=y", "devices.device=cpu"])
+
+
+def test_check_says_that_the_vocabulary_is_smaller(tmp_path):
+    config = run_config(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for content in ({"model_type": "llama", "vocab_size": 258}, {"model_type": "gemma3", "text_config": {"vocab_size": 258}}):
+        (folder / "config.json").write_text(json.dumps(content))
+        for of_hf in (False, True):
+            changed = json.loads(json.dumps(config))
+            if of_hf:
+                changed["models"]["base"] = {"type": "hf", "uri": str(folder), "heads": changed["models"]["base"]["heads"]}
+            for size, wrong in ((258, False), (259, True)):
+                changed["models"]["base"]["heads"]["draft_vocabulary"] = size
+                problems = list(model_problems(wmtp.load_config(changed)))
+                assert [problem.message for problem in problems if "vocabulary of 258" in problem.message] == (
+                    [f"{size}, but the model has a vocabulary of 258; write less, or leave it out"] if wrong else []
+                )
+
+
+def test_the_start_is_measured_and_a_tiny_effective_sample_is_warned_of(tmp_path, caplog):
+    config = run_config(tmp_path)
+    weights = [["b", 0.0], ["c", 1.0], ["b" * 300, 0.0]]
+    text = "".join(part for part, _ in weights)
+    record = {"prompt": "a", "completion": text, "weights": weights}
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for _ in range(8)))
+    base = config["models"]["base"] | {"max_positions": 512, "heads": {"horizon": 2}}
+    data = {"train": {"max_length": 512, "batch_size": 4}, "eval": {"holdout": 0.25}}
+    changed = config | {"models": {"base": base}, "data": data, "trainer": {"type": "column"}}
+    changed["train"] = {"max_steps": 2, "eval_start": True}
+    result = wmtp.run(changed, overrides=["devices.device=cpu"])
+    steps = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [0, 1, 2]
+    assert steps[0]["eval/loss/head_1"] > steps[2]["eval/loss/head_1"]
+    assert "eval/tokens_per_forward" in steps[0]
+    said = json.loads((result.run_dir / "sample.json").read_text())
+    assert said.keys() == {"prompt", "before", "after"}
+    assert said["prompt"]
+    warned = [record.getMessage() for record in caplog.records if "effective sample" in record.getMessage()]
+    assert len(warned) == 1, warned
+    assert warned[0].startswith("step 1: the weights leave an effective sample of ")

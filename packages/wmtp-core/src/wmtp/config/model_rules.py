@@ -9,6 +9,7 @@ from typing import Final
 from wmtp.config.problems import Problem
 from wmtp.config.schema import Config
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.json_files import read_json_object
 from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.model_files import check_folder, find_gguf, is_adapter, quantization, quantized_problem
 from wmtp.storage.model_folders import model_within
@@ -21,7 +22,8 @@ _NEEDS: Final = {"gptq": ("gptqmodel", "auto_gptq"), "awq": ("gptqmodel", "awq")
 
 
 def model_problems(config: Config) -> Iterator[Problem]:
-    """Report problems of ``hf`` model folders, by their small files."""
+    """Report problems of ``hf`` model folders, by their small files, and drafts from more tokens than a model has."""
+    yield from _draft_vocabulary_problems(config)
     for name, model in config.models.items():
         loader = model.loader
         uri = loader.uri
@@ -56,3 +58,22 @@ def model_problems(config: Config) -> Iterator[Problem]:
                 f"{path} is quantized ({method}), for which transformers needs {' or '.join(needed)}; install it, or use the "
                 "model in bf16 or fp32 that it was made from",
             )
+
+
+def _draft_vocabulary_problems(config: Config) -> Iterator[Problem]:
+    """Compare the draft vocabulary with the base model's, where a small file or the config tells its size."""
+    base = config.models.get("base")
+    wanted = None if base is None or base.heads is None else base.heads.draft_vocabulary
+    if base is None or wanted is None:
+        return
+    size = getattr(base.loader, "vocab_size", None)
+    uri = base.loader.uri
+    try:
+        if base.loader.type == "hf" and uri is not None and scheme_of(uri) == "file":
+            content = read_json_object(model_within(cached_snapshot(file_path(uri))) / "config.json")
+            size = content.get("vocab_size") or content.get("text_config", {}).get("vocab_size")
+    except (WMTPError, AttributeError):  # said of the uri, or of the file
+        return
+    if isinstance(size, int) and wanted > size:
+        key = ("models", "base", "heads", "draft_vocabulary")
+        yield Problem(key, f"{wanted}, but the model has a vocabulary of {size}; write less, or leave it out")

@@ -38,7 +38,7 @@ class HeadsConfig:
         objective: what heads 2..H learn: ``ce``, the data, as head 1 does; ``kl``, ``tv`` or ``lk``, to agree with head 1's
             distribution of the same token, by which their drafts are accepted: docs/loss.md has the formulas. Weights, α and
             normaliser hold in the same way.
-        lk_eta: η of ``lk``.
+        lk_eta: η of ``lk``; 3 in vLLM's ``speculators`` too.
         draft_vocabulary: number of tokens that heads 2..H draft from in decoding: the most frequent of the training data, and
             those that end a text (FastMTP, arXiv 2509.18362). A smaller product for each draft, and the same text. Training and
             its metrics are of the whole vocabulary. Default: all, or what the model brings.

@@ -116,6 +116,8 @@ class TrainConfig:
         accuracy_interval: optimizer steps between two measurements of every head's token accuracy and of head 1's entropy, from
             the step's own hidden states; 0 measures none. One costs the logits of all heads once more.
         eval_interval: optimizer steps between two evaluations. Default: only at the end.
+        eval_start: true measures the evaluation data before the first step too, as step 0, and keeps a
+            sample text of the untrained model for the page: what training has changed.
         early_stopping: stop before the last step, by a metric.
     """
 
@@ -126,6 +128,7 @@ class TrainConfig:
     log_interval: int = field(default=1, validator=ge(1))
     accuracy_interval: int = field(default=20, validator=ge(0))
     eval_interval: int | None = field(default=None, validator=optional(ge(1)))
+    eval_start: bool = False
     early_stopping: EarlyStoppingConfig | None = None
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from wmtp.config.tree import flat
 from wmtp.json_files import reading
 from wmtp.runs.directory import CONFIG_FILE
-from wmtp.runs.files import read_info, read_object, read_snapshot
+from wmtp.runs.files import SAMPLE_FILE, read_info, read_object, read_snapshot
 from wmtp.runs.step_file import read_steps
 
 __all__ = ["collect"]
@@ -57,6 +57,7 @@ def collect(run_dir: Path, *, status: str | None = None) -> dict[str, Any]:
         "evaluation": read_object(run_dir / "evaluation.json"),
         "estimates": estimates,
         "weights": distributions,
+        "sample": read_object(run_dir / SAMPLE_FILE),
         "samples": _thinned(_steps(run_dir / "samples.jsonl")),
     }
 

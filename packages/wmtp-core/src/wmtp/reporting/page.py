@@ -20,7 +20,7 @@ from wmtp.storage.uris import backend_for, file_path, localize, scheme_of
 
 __all__ = ["write_report"]
 
-_SCRIPTS: Final = ("dom.js", "uPlot.iife.min.js", "charts.js", "texts.js", "report.js")
+_SCRIPTS: Final = ("dom.js", "svg.js", "uPlot.iife.min.js", "charts.js", "texts.js", "report.js")
 _STYLES: Final = ("uPlot.min.css", "report.css")
 
 

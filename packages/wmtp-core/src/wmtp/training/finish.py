@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from wmtp.evaluation.consent import code_execution_allowed
 from wmtp.evaluation.measure import measure
 from wmtp.models.ends import end_ids
 from wmtp.reporting import write_report
+from wmtp.runs.directory import replace_text
+from wmtp.runs.files import SAMPLE_FILE, read_object
 from wmtp.tracking import Tracker
 from wmtp.trainers.modules import save_modules
 from wmtp.training.loop import Fit
@@ -76,8 +79,25 @@ def measure_model(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer)
 
 
 @torch.no_grad()
-def show_sample(model: MTPModel, tokenizer: Tokenizer, dataset: TokenDataset, device: torch.device) -> None:
-    """Log the trained model's continuation of the first document's prompt, or of its first tokens."""
+def show_sample(
+    model: MTPModel,
+    tokenizer: Tokenizer,
+    dataset: TokenDataset,
+    device: torch.device,
+    *,
+    run_dir: Path | None,
+    when: Literal["before", "after"] = "after",
+) -> None:
+    """Log the model's continuation of the first document's prompt, or of its first tokens, and keep it.
+
+    Args:
+        model: every rank must call this.
+        tokenizer: the model's.
+        dataset: has the document.
+        device: where the model is.
+        run_dir: gets ``sample.json``; None on all ranks but the first.
+        when: before or after training.
+    """
     tokens, learned = dataset.document(0).tokens, dataset.document(0).loss_mask
     prompt_length = int(learned.argmax()) if not learned[0] else 0
     longest = (model.max_positions or 10**9) - _SAMPLE_TOKENS
@@ -93,10 +113,15 @@ def show_sample(model: MTPModel, tokenizer: Tokenizer, dataset: TokenDataset, de
     generated = model.base.generate(ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
     completion = tokenizer.decode(generated[0, ids.shape[1] :].tolist())
     bar = "-" * 72
+    given = tokenizer.decode(prompt.tolist())
+    if run_dir is not None:
+        file = run_dir / SAMPLE_FILE
+        replace_text(file, json.dumps(read_object(file) | {"prompt": given, when: completion}, indent=1))
     logger.info(
-        "a prompt, and the trained model's completion (greedy):\n%s\n%s\n%s\n%s\n%s",
+        "a prompt, and the %s model's completion (greedy):\n%s\n%s\n%s\n%s\n%s",
+        "trained" if when == "after" else "untrained",
         bar,
-        tokenizer.decode(prompt.tolist()),
+        given,
         bar,
         completion,
         bar,

@@ -124,6 +124,8 @@ class Fit:
         self.step_loss.model.eval()  # the layers' eval mode: no dropout, so that one step has one value
         try:
             with catch_signals() as interrupt:
+                if self.train.eval_start and self._step == 0:
+                    self._evaluate_start()
                 status = self._steps(interrupt)
             signal = interrupt.agreed(self._ranks)
             if signal is not None:  # it may have come in the very last step
@@ -150,6 +152,19 @@ class Fit:
         """Where the newest checkpoint is."""
         saved = self._saved()
         return saved[-1].path if saved else None
+
+    def _evaluate_start(self) -> None:
+        """Log what the evaluation data gives before the first step; it is no candidate for the best."""
+        values = self._evaluate()
+        if self._log is not None and values:
+            self._log.write(0, values, finite(values), shown=True)
+
+    def _evaluate(self) -> dict[str, float]:
+        if not self.eval_batches:
+            return {}
+        step_loss = self.step_loss
+        with products_in_bf16(step_loss.model):
+            return evaluate(step_loss.model, self.eval_batches, step_loss.device, step_loss.autocast, self._ranks)
 
     def _steps(self, interrupt: Interrupt) -> Literal["finished", "stopped", "interrupted"]:
         if self._early_stopping.exhausted:
@@ -282,9 +297,7 @@ class Fit:
         self.recorder.write(pending.step, str(pending.facts["stage"]), pending.batch, pending.recording, pending.output)
         self._watch(pending, finite(values))
         if evaluates:
-            model = self.step_loss.model
-            with products_in_bf16(model):
-                values |= evaluate(model, self.eval_batches, self.step_loss.device, self.step_loss.autocast, self._ranks)
+            values |= self._evaluate()
             self._judge(pending.step, finite(values))
         # every step is judged, however few are logged
         if self.train.early_stopping is not None:

@@ -192,6 +192,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
             resumed=saved[-1] if saved else None,
             upload=upload,
         )
+        written = run_dir if ranks.is_main else None
+        if config.train.eval_start and not saved:
+            with ready_to_measure(fit.step_loss):
+                show_sample(model, source.tokenizer, data.eval or data.train, device, run_dir=written, when="before")
         with prefer_fast_attention(device), few_cpu_threads(device, config.devices.threads), explained():
             outcome = fit.run()
         ending.enter_context(stopped_by_sigterm())  # from here on it ends at once: there is a checkpoint, or a model soon
@@ -210,7 +214,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
             with products_in_bf16(model), ready_to_measure(fit.step_loss):
                 measurements = measure_model(config, run_dir, fit, source.tokenizer)
                 fit.track(outcome.steps, measurements)
-                show_sample(model, source.tokenizer, data.eval or data.train, device)
+                show_sample(model, source.tokenizer, data.eval or data.train, device, run_dir=written)
         ranks.main_only(lambda: upload.finish(saved_model) if upload is not None else None)
         status = outcome.status
     except KeyboardInterrupt as error:  # the second Ctrl-C, or the first one after the last step: it ends now

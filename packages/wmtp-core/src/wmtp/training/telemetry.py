@@ -45,6 +45,8 @@ _LOSS, _BAD_WEIGHTS = "\0loss", "\0bad weights"
 #: how often is recorded by default, in a whole run
 _DISTRIBUTIONS: Final = 200
 _TEXTS: Final = 16
+#: a smaller effective sample, as a share of all predictions, is warned of
+_FEW: Final = 0.01
 #: seconds between two lines in a log, and between two updates of a cell
 _LINE_INTERVAL: Final = 10.0
 _CELL_INTERVAL: Final = 0.5
@@ -234,6 +236,7 @@ class StepLog:
         self._tracker = tracker
         self._progress = Progress(total, start)
         self._tracker_failed = False
+        self._warned_of_few = False
 
     def write(self, step: int, values: Mapping[str, float | str], numbers: Mapping[str, float], *, shown: bool) -> None:
         """Write a step.
@@ -245,6 +248,16 @@ class StepLog:
             shown: whether a person must see it; else only now and then.
         """
         self._file.write(step, values)
+        if not self._warned_of_few and numbers.get("weight/ess_share", 1.0) < _FEW:
+            logger.warning(
+                "step %d: the weights leave an effective sample of %.0f predictions, %.2g %% of all (weight/ess_share): the "
+                "model learns from these few; raise the trainer's temperature, or train new heads first "
+                "(models.base.heads.warmup_steps)",
+                step,
+                numbers["weight/ess"],
+                100 * numbers["weight/ess_share"],
+            )
+            self._warned_of_few = True
         self.track(step, numbers)
         self._progress.show(step, numbers, always=shown)
 

@@ -159,6 +159,18 @@ const Charts = (() => {
         }],
       },
     }, [steps, steps.map(() => null)]);
+    return () => {
+      const u = live.find(one => one.place === place).plot, { canvas, node, text, ticks } = Svg;
+      const svg = canvas(u.width, u.height, "distribution of weights over training");
+      const x = step => u.over.offsetLeft + u.valToPos(step, "x"), y = bin => u.over.offsetTop + u.valToPos(bin, "y");
+      shares.forEach((share, i) => share.forEach((part, bin) => part && svg.append(node("rect", {
+        x: x(steps[i]), width: Math.max(x(steps[i + 1] ?? last + width) - x(steps[i]), 1),
+        y: y(row(bin) + 0.5), height: y(row(bin) - 0.5) - y(row(bin) + 0.5), fill: paint, opacity: 0.08 + 0.92 * Math.sqrt(part / most),
+      }))));
+      for (const bin of u.axes[1].splits(u)) svg.append(text(u.over.offsetLeft - 6, y(bin) + 4, bin === zero ? "0" : name(bin), { "text-anchor": "end" }));
+      for (const step of ticks(steps[0], last, 6)) svg.append(text(x(step), u.height - 12, number(step), { "text-anchor": "middle" }));
+      return svg;
+    };
   }
 
   // the last of the ascending steps that is not beyond value
@@ -178,5 +190,5 @@ const Charts = (() => {
     root.replaceChildren();
   }
 
-  return { lines, distribution, clear };
+  return { lines, distribution, smoothed, clear };
 })();

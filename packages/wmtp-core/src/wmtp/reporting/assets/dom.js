@@ -38,5 +38,9 @@ const Dom = (() => {
     return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   }).join(",")).join("\n") + "\n";
 
-  return { color, css, csv, element, number, save, signed };
+  // the button below a table that saves it; rows() gives the heads first
+  const saveTable = (name, label, rows) => element("div", { class: "saves" }, element("button", { type: "button",
+    "aria-label": `save ${label} as CSV`, onclick: () => save(`${name}.csv`, csv(rows()), "text/csv") }, "CSV"));
+
+  return { color, css, csv, element, number, save, saveTable, signed };
 })();

@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { element, number, color, signed } = Dom;
+  const { element, number, color, saveTable, signed } = Dom;
   const { runs, bins } = JSON.parse(document.getElementById("data").textContent);
   const root = document.getElementById("report");
   const state = { hidden: new Set(), smooth: 0, head: null, by: "weight", document: 0, step: null };
@@ -10,6 +10,7 @@
   const paintRuns = () => runs.forEach((run, i) => { run.color = color(i); });
   const redraws = [];
   const redraw = () => { paintRuns(); redraws.forEach(one => one()); };
+  const file = name => `${runs.length > 1 ? "runs" : runs[0].name}-${name.replace(/[^\w.-]+/g, "-")}`;
   const title = name => name.replace("peak_memory_gib", "peak memory (GiB)").replaceAll("_", " ");
 
   function section(id, heading, ...children) {
@@ -90,29 +91,33 @@
       ...measured.map(name => [title(name), estimated(name)]),
       ...names.filter(name => long.includes(name)).map(fact),
     ];
+    const saved = saveTable(file("facts"), "the facts", () => [["", ...runs.map(run => run.name)],
+      ...rows.map(([name, value]) => [name, ...runs.map(value)])]);
     if (runs.length === 1) {
       const list = element("dl", { class: "wide" }, ...rows.map(([name, value]) =>
         element("div", { class: long.includes(name) ? "long" : null }, element("dt", {}, name), element("dd", {}, value(runs[0])))));
-      section("facts", "Run", list, ...configs());
+      section("facts", "Run", list, saved, ...configs());
       return;
     }
     const table = element("table", { class: "facts" },
       element("tr", {}, element("th"), ...runs.map(run => element("th", { scope: "col" }, run.name))),
       ...rows.map(([name, value]) => element("tr", {}, element("th", { scope: "row" }, name),
         ...runs.map(run => element("td", {}, value(run))))));
-    section("facts", "Runs", element("div", { class: "wide" }, table), ...configs());
+    section("facts", "Runs", element("div", { class: "wide" }, table), saved, ...configs());
   }
 
   function configs() {
     const keys = [...new Set(runs.flatMap(run => Object.keys(run.config)))];
     const differs = key => new Set(runs.map(run => run.config[key])).size > 1;
-    const table = chosen => element("div", { class: "wide" }, element("table", { class: "facts" }, ...chosen.map(key =>
-      element("tr", {}, element("th", { scope: "row" }, key), ...runs.map(run => element("td", {}, run.config[key] ?? "–"))))));
+    const cells = key => runs.map(run => run.config[key] ?? "–");
+    const table = (chosen, name) => element("div", {}, element("div", { class: "wide" }, element("table", { class: "facts" },
+      ...chosen.map(key => element("tr", {}, element("th", { scope: "row" }, key), ...cells(key).map(cell => element("td", {}, cell)))))),
+    saveTable(file(name), `the table: ${name}`, () => [["key", ...runs.map(run => run.name)], ...chosen.map(key => [key, ...cells(key)])]));
     const different = keys.filter(differs);
     return [
       ...(runs.length > 1 ? [element("details", { open: different.length <= 12 },
-        element("summary", {}, `What differs in the configs (${different.length})`), table(different))] : []),
-      element("details", {}, element("summary", {}, runs.length > 1 ? "All of the configs" : "The whole config"), table(keys)),
+        element("summary", {}, `What differs in the configs (${different.length})`), table(different, "differences"))] : []),
+      element("details", {}, element("summary", {}, runs.length > 1 ? "All of the configs" : "The whole config"), table(keys, "config")),
     ];
   }
 
@@ -159,7 +164,8 @@
 
   function drawChart(grid, heading, names) {
     const place = element("div", { class: "plot" });
-    grid.append(element("figure", {}, element("figcaption", {}, heading), place));
+    const drawn = element("figure", {}, element("figcaption", {}, heading), place);
+    grid.append(drawn);
     const several = runs.length > 1;
     const chosen = visible().flatMap(run => names.filter(name => run.curves[name]).map(name => {
       const head = /head_(\d+)$/.exec(name);
@@ -170,6 +176,10 @@
       };
     }));
     Charts.lines(place, chosen, state.smooth, several ? [] : runs[0].stages);
+    if (!chosen.length) return;
+    const smooth = values => (state.smooth ? Charts.smoothed(values, state.smooth) : values);
+    const lines = chosen.map(line => ({ ...line, mean: smooth(line.values), low: null, high: null }));
+    drawn.append(Svg.saves(file(heading), heading, () => Svg.curves(lines, heading)(Math.max(place.clientWidth, 420)), () => lines));
   }
 
   function distributions() {
@@ -185,9 +195,11 @@
       Charts.clear(grid);
       for (const run of known()) {
         const place = element("div", { class: "plot" });
-        grid.append(element("figure", {}, element("figcaption", {}, run.name), place));
-        Charts.distribution(place, run.weights, bins, state.head === null ? null : Math.min(state.head, run.weights[0][1].length - 1),
+        const drawn = element("figure", {}, element("figcaption", {}, run.name), place);
+        grid.append(drawn);
+        const draw = Charts.distribution(place, run.weights, bins, state.head === null ? null : Math.min(state.head, run.weights[0][1].length - 1),
           runs.length > 1 ? run.color : color(0));
+        drawn.append(Svg.saves(`${run.name}-weights`, `the distribution of weights of ${run.name}`, draw));
       }
     });
   }
@@ -249,6 +261,17 @@
     addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
   }
 
+  // --- one prompt, continued
+
+  function sample() {
+    const known = runs.filter(run => run.sample.prompt !== undefined);
+    if (!known.length) return;
+    const said = (words, text) => (text === undefined ? [] : [element("dt", {}, words), element("dd", { class: "text" }, text)]);
+    section("sample", "The same prompt, continued before and after training", ...known.map(run => element("article", { class: "panel" },
+      runs.length > 1 ? element("h3", {}, run.name) : null, element("dl", { class: "sample" }, ...said("prompt", run.sample.prompt),
+        ...said("before", run.sample.before), ...said("after", run.sample.after)))));
+  }
+
   // weights that are all the same show nothing
   const weighs = run => run.samples.some(record => record.documents.some(document =>
     document.weight && new Set(document.weight.flat().filter(weight => weight !== null)).size > 1));
@@ -257,6 +280,7 @@
   header();
   lead();
   texts();
+  sample();
   curves();
   facts();
   redraw();

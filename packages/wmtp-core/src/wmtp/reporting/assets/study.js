@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { color, csv, element, number, save, signed } = Dom;
+  const { color, element, number, saveTable, signed } = Dom;
   const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.getElementById("report");
   const state = { metric: data.metrics[0], head: null, by: "weight", document: 0, arms: [null, null] };
@@ -108,7 +108,7 @@
     section("curves", "Curves: mean over seeds, and one standard deviation around it", key, grid,
       chosen.length > 4 ? element("details", {}, element("summary", {}, `${chosen.length - 4} more`), more) : null);
     chosen.forEach((metric, i) => {
-      const figure = Svg.figure(metric.replaceAll("/", "-"), metric, width => Svg.curves(lines(metric), `${metric} over training, by arm`)(width));
+      const figure = Svg.figure(metric.replaceAll("/", "-"), metric, width => Svg.curves(lines(metric), `${metric} over training, by arm`)(width), () => lines(metric));
       (i < 4 ? grid : more).append(figure.made);
       redraws.push(figure.redraw);
     });
@@ -147,8 +147,7 @@
     section("table", "Table", element("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "table of all differences" },
       element("table", { class: "facts numbers" }, element("thead", {}, element("tr", {}, ...HEADS.map(head => element("th", { scope: "col" }, head)))),
         element("tbody", {}, ...body))),
-    element("div", { class: "saves" }, element("button", { type: "button", "aria-label": "save the table as CSV",
-      onclick: () => save(`${data.name}.csv`, csv([keys, ...data.rows.map(row => keys.map(key => row[key]))]), "text/csv") }, "CSV")));
+    saveTable(data.name, "the table", () => [keys, ...data.rows.map(row => keys.map(key => row[key]))]));
   }
 
   // --- what was run
@@ -159,7 +158,9 @@
     const differences = element("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "settings that differ" },
       element("table", { class: "facts" }, element("thead", {}, element("tr", {}, element("th", {}, ""), ...arms.map(arm => element("th", { scope: "col" }, arm)))),
         element("tbody", {}, ...keys.map(key => element("tr", {}, element("th", { scope: "row" }, key), ...arms.map(arm => element("td", {}, data.different[key][arm] ?? "–")))))));
-    section("settings", "What differs between the arms", keys.length ? differences : element("p", { class: "soft" }, "Nothing."),
+    const saved = saveTable(`${data.name}-settings`, "the settings that differ", () => [["key", ...arms],
+      ...keys.map(key => [key, ...arms.map(arm => data.different[key][arm] ?? "–")])]);
+    section("settings", "What differs between the arms", keys.length ? element("div", {}, differences, saved) : element("p", { class: "soft" }, "Nothing."),
       element("details", {}, element("summary", {}, `The same in all arms (${Object.keys(data.same).length} settings)`),
         element("p", { class: "same" }, Object.entries(data.same).map(([key, value]) => `${key} = ${value}`).join(" · "))),
       element("p", { class: "soft" }, data.facts.versions));

@@ -35,12 +35,17 @@ const Svg = (() => {
     });
   }
 
-  // a figure with its caption and the buttons that save it; draw(width) → svg
-  function figure(name, caption, draw) {
+  // the buttons that save a figure; draw() → svg, key() → [{label, color}] for a legend in the file
+  const saves = (name, caption, draw, key = () => []) => element("div", { class: "saves" }, ...["SVG", "PNG"].map(kind =>
+    element("button", { type: "button", "aria-label": `save ${caption} as ${kind}`, onclick: () => {
+      const svg = standalone(draw(), key());
+      if (kind === "PNG") savePng(name, svg); else save(`${name}.svg`, new XMLSerializer().serializeToString(svg), "image/svg+xml");
+    } }, kind)));
+
+  // a figure with its caption and these buttons; draw(width) → svg
+  function figure(name, caption, draw, key) {
     const place = element("div", { class: "drawn" });
-    const made = element("figure", {}, element("figcaption", {}, caption), place, element("div", { class: "saves" },
-      element("button", { type: "button", onclick: () => saveSvg(name, place.firstChild), "aria-label": `save ${caption} as SVG` }, "SVG"),
-      element("button", { type: "button", onclick: () => savePng(name, place.firstChild), "aria-label": `save ${caption} as PNG` }, "PNG")));
+    const made = element("figure", {}, element("figcaption", {}, caption), place, saves(name, caption, () => place.firstChild, key));
     let last = 0;
     const redraw = () => {
       last = place.clientWidth || 320;
@@ -51,24 +56,32 @@ const Svg = (() => {
     return { made, redraw };
   }
 
-  function standalone(svg) {
-    const copy = svg.cloneNode(true);
+  // a copy that needs no page: with a ground, and the legend below
+  function standalone(svg, key) {
+    const copy = svg.cloneNode(true), width = Number(svg.getAttribute("width")), left = 52;
+    let x = left, y = Number(svg.getAttribute("height")) + (key.length ? 14 : -8);
+    for (const { label, color } of key) {
+      const room = 30 + 7 * label.length;
+      if (x > left && x + room > width) [x, y] = [left, y + 18];
+      copy.append(node("circle", { cx: x, cy: y - 4, r: 4, fill: color }), text(x + 9, y, label));
+      x += room;
+    }
+    copy.setAttribute("height", y + 8);
+    copy.setAttribute("viewBox", `0 0 ${width} ${y + 8}`);
     copy.prepend(node("rect", { width: "100%", height: "100%", fill: css("--card") }));
-    return new XMLSerializer().serializeToString(copy);
+    return copy;
   }
-
-  const saveSvg = (name, svg) => save(`${name}.svg`, standalone(svg), "image/svg+xml");
 
   function savePng(name, svg) {
     const image = new Image(), scale = 2;
     image.onload = () => {
       const board = document.createElement("canvas");
-      board.width = svg.width.baseVal.value * scale;
-      board.height = svg.height.baseVal.value * scale;
+      board.width = Number(svg.getAttribute("width")) * scale;
+      board.height = Number(svg.getAttribute("height")) * scale;
       board.getContext("2d").drawImage(image, 0, 0, board.width, board.height);
       board.toBlob(blob => save(`${name}.png`, blob));
     };
-    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(standalone(svg))}`;
+    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(new XMLSerializer().serializeToString(svg))}`;
   }
 
   // lines: [{label, color, steps, mean, low, high, n}]; low and high may be null
@@ -151,5 +164,5 @@ const Svg = (() => {
     };
   }
 
-  return { curves, figure, forest };
+  return { canvas, curves, figure, forest, node, saves, text, ticks };
 })();
