@@ -140,6 +140,10 @@ def test_the_start_is_measured_and_a_tiny_effective_sample_is_warned_of(tmp_path
     assert [step["step"] for step in steps] == [0, 1, 2]
     assert steps[0]["eval/loss/head_1"] > steps[2]["eval/loss/head_1"]
     assert "eval/tokens_per_forward" in steps[0]
+    by_document = json.loads((result.run_dir / "eval-documents.json").read_text())
+    for head, (sums, counts) in by_document.items():
+        assert len(counts) == 2, "a quarter of eight documents is held out"
+        assert sum(sums) / sum(counts) == pytest.approx(steps[2][f"eval/loss/{head}"], rel=1e-4)
     said = json.loads((result.run_dir / "sample.json").read_text())
     assert said.keys() == {"prompt", "before", "after"}
     assert said["prompt"]

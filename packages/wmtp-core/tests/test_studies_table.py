@@ -1,6 +1,10 @@
 """The table of a study: who is compared to whom, in which words, and what makes a comparison unfair."""
 
+import random
+import re
+
 import pytest
+from attrs import evolve
 
 from wmtp.studies.record import RunRecord
 from wmtp.studies.statistics import holm, paired_difference
@@ -117,3 +121,42 @@ def test_by_default_losses_come_first_and_numbers_of_training_not_at_all():
     ]
     record = RunRecord(name="x", arm="a", seed=0, key="", status="finished", metrics=dict.fromkeys(names, 1.0))
     assert measured([record]) == ["eval/loss/head_1", "eval/loss", "perplexity/head_1", "pass-at-k/pass@1"]
+
+
+def with_documents(arm, losses, counts, shift=0.0):
+    """Runs whose metric is the mean of these losses by document, with another noise a seed."""
+    found = []
+    for seed in SEEDS:
+        sums = [loss + shift * count + 0.1 * (seed - 1) for loss, count in zip(losses, counts, strict=True)]
+        value = sum(sums) / sum(counts)
+        found += runs(arm, [value], metric="eval/loss/head_1", page={"documents": {"head_1": [sums, counts]}})
+        found[-1] = evolve(found[-1], seed=seed, name=f"{arm}{seed}", data={})
+    return found
+
+
+def test_a_named_difference_has_an_interval_over_documents_too():
+    draw = random.Random(0)
+    counts = [draw.randint(5, 60) for _ in range(80)]
+    losses = [count * draw.uniform(0.5, 6.0) for count in counts]  # documents differ far more than arms do
+    other = [loss + count * draw.gauss(-0.2, 0.1) for loss, count in zip(losses, counts, strict=True)]
+    metric = "eval/loss/head_1"
+    groups = with_documents("base", losses, counts), with_documents("other", other, counts)
+    found = table(*groups, named=[("other", "base", metric)], metric=metric)
+    (note,) = [note for note in found.notes if "bootstrap" in note]
+    value, low, high = map(float, re.search(r": (\S+) \[(\S+), (\S+)\] by a paired bootstrap over 80 documents", note).groups())
+    assert value == pytest.approx(found.rows[1].difference, rel=1e-3)
+    assert low < -0.2 < high or abs(value + 0.2) < 0.05
+    # by hand: the ratio of drawn sums
+    gains = [b - a for a, b in zip(losses, other, strict=True)]
+    drawn = [[draw.randrange(80) for _ in range(80)] for _ in range(2000)]
+    ratios = sorted(sum(gains[i] for i in one) / sum(counts[i] for i in one) for one in drawn)
+    assert (low, high) == pytest.approx((ratios[50], ratios[1949]), abs=0.006)
+    # unpaired, the documents' own spread would be in it
+    assert high - low < 0.2
+
+
+def test_other_documents_are_not_paired():
+    metric = "eval/loss/head_1"
+    groups = with_documents("base", [1.0, 2.0], [3, 4]), with_documents("other", [1.0, 2.0], [4, 3])
+    found = table(*groups, named=[("other", "base", metric)], metric=metric)
+    assert not [note for note in found.notes if "bootstrap" in note]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from wmtp.reporting.collect import collect
-from wmtp.runs.files import read_info
+from wmtp.runs.files import DOCUMENTS_FILE, read_info, read_object
 from wmtp.runs.step_file import read_steps
 from wmtp.studies.plan import PlannedRun
 from wmtp.studies.record import FAILED, RunRecord
@@ -57,7 +57,7 @@ def record_of(run_dir: Path, *, arm: str, seed: int, key: str = "", seconds: flo
         data=info.get("data") or {},
         versions=info.get("versions") or {},
         device=info.get("device"),
-        page=_small(page),
+        page=_small(page) | ({"documents": documents} if (documents := read_object(run_dir / DOCUMENTS_FILE)) else {}),
     )
 
 

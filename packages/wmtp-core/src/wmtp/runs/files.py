@@ -10,13 +10,24 @@ import tomli
 from wmtp.errors import FileError
 from wmtp.json_files import read_json_object, reading
 
-__all__ = ["CONFIG_FILE", "INFO_FILE", "SAMPLE_FILE", "UPLOADED_FILES", "read_info", "read_object", "read_snapshot"]
+__all__ = [
+    "CONFIG_FILE",
+    "DOCUMENTS_FILE",
+    "INFO_FILE",
+    "SAMPLE_FILE",
+    "UPLOADED_FILES",
+    "read_info",
+    "read_object",
+    "read_snapshot",
+]
 
 CONFIG_FILE: Final = "config.toml"
 INFO_FILE: Final = "run.json"
 
 #: below ``checkpoints.uri``: the folder with the files of the run directory
 UPLOADED_FILES: Final = "run"
+#: losses of the last evaluation by document
+DOCUMENTS_FILE: Final = "eval-documents.json"
 #: a prompt, and the model's continuations before and after training
 SAMPLE_FILE: Final = "sample.json"
 

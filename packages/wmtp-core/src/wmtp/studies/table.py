@@ -12,6 +12,7 @@ from attrs import asdict, evolve, frozen
 
 from wmtp.errors import ConfigError
 from wmtp.spelling import did_you_mean
+from wmtp.studies.documents import paired_over_documents
 from wmtp.studies.plan import Arm, StudyPlan
 from wmtp.studies.record import RunRecord
 from wmtp.studies.statistics import holm, paired_difference
@@ -165,7 +166,11 @@ def compare(
     rows = [evolve(row, p=corrected[id(row)]) if id(row) in corrected else row for row in rows]
     rows = [evolve(row, verdict=_verdict(row)) for row in rows]
     seeds = sorted({seed for runs in found.values() for seed in runs})
-    notes = [*_notes(arms, found), *_within_runs(metrics, [run for runs in found.values() for run in runs.values()])]
+    notes = [
+        *_notes(arms, found),
+        *_over_documents(rows, found),
+        *_within_runs(metrics, [run for runs in found.values() for run in runs.values()]),
+    ]
     return StudyTable(rows=rows, metrics=list(metrics), notes=notes, seeds=seeds)
 
 
@@ -272,6 +277,22 @@ def _notes(arms: Sequence[Compared], found: Mapping[str, Mapping[int, RunRecord]
     notes += [f"{name} has no finished run with seed {', '.join(map(str, s))}" for name, s in missing.items() if s]
     if arms and max(len(arm.seeds) for arm in arms) == 1:
         notes.append("every arm has one seed: nothing can be said of chance, so there is no interval; add seeds")
+    return notes
+
+
+def _over_documents(rows: Iterable[Row], found: Mapping[str, Mapping[int, RunRecord]]) -> list[str]:
+    """Say of named comparisons how far other texts would move the difference, where runs have losses by document."""
+    notes = []
+    for row in rows:
+        if row.kind != "named" or row.to is None:
+            continue
+        first, second = found[row.arm], found.get(row.to, {})
+        estimate = paired_over_documents(row.metric, first, second, [seed for seed in first if seed in second])
+        if estimate is not None:
+            notes.append(
+                f"{row.arm} − {row.to} in {row.metric}: {estimate.value:+.4g} [{estimate.low:+.4g}, {estimate.high:+.4g}] by a "
+                f"paired bootstrap over {estimate.n} documents, these runs as they are"
+            )
     return notes
 
 

@@ -17,6 +17,7 @@ from wmtp.training.agreement import DraftSums
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
+    from wmtp.training.document_losses import DocumentLosses
 
 __all__ = ["evaluate"]
 
@@ -28,6 +29,7 @@ def evaluate(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
     ranks: Ranks = SINGLE_PROCESS,
+    documents: DocumentLosses | None = None,
 ) -> dict[str, float]:
     """Mean token losses over all valid predictions, whatever the batches.
 
@@ -37,6 +39,7 @@ def evaluate(
         device: where the model is.
         autocast: makes the context in which the model computes.
         ranks: the processes that share the batches; every one of them must call this, and gets all of the result.
+        documents: is given the losses by document.
 
     Returns:
         ``eval/loss/head_k``, the unweighted mean of head k; ``eval/loss``, their mean over all heads by α and number of
@@ -63,11 +66,15 @@ def evaluate(
                 found = head_agreement(output.hidden, unembeddings, targets.ids, targets.valid)
                 losses = found.token_losses
                 drafts.add(found, targets.valid)
+        if documents is not None:
+            documents.add(on_device, losses, targets.valid)
         sums += losses.to(dtype).sum((0, 1))
         counts += targets.valid.sum((0, 1))
     ranks.sum(sums)
     ranks.sum(counts)
     ranks.sum(drafts.sums)
+    if documents is not None:
+        ranks.sum(documents.sums)
     head_weights = torch.tensor(model.heads.resolved_head_weights(), dtype=dtype, device=device)
     total = (sums * head_weights).sum() / (counts * head_weights).sum()
     heads = {f"eval/loss/head_{k + 1}": sums[k] / counts[k] for k in range(model.horizon)}

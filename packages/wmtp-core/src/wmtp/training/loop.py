@@ -21,9 +21,11 @@ from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.loss.weights import BAD_WEIGHTS, NO_WEIGHT
 from wmtp.models.fp8 import products_in_bf16
 from wmtp.optim.update import clip_gradients, gradient_norm, learning_rate_factor
+from wmtp.runs.files import DOCUMENTS_FILE
 from wmtp.trainers.base import Stage
 from wmtp.trainers.checks import checked_state
 from wmtp.training.best import Best
+from wmtp.training.document_losses import DocumentLosses
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.evaluate import evaluate
 from wmtp.training.interrupt import Interrupt, catch_signals
@@ -163,8 +165,11 @@ class Fit:
         if not self.eval_batches:
             return {}
         step_loss = self.step_loss
+        documents = DocumentLosses(self.eval_batches, step_loss.model.horizon, step_loss.device)
         with products_in_bf16(step_loss.model):
-            return evaluate(step_loss.model, self.eval_batches, step_loss.device, step_loss.autocast, self._ranks)
+            found = evaluate(step_loss.model, self.eval_batches, step_loss.device, step_loss.autocast, self._ranks, documents)
+        self._ranks.main_only(lambda: documents.write(self.metrics_path.parent / DOCUMENTS_FILE))
+        return found
 
     def _steps(self, interrupt: Interrupt) -> Literal["finished", "stopped", "interrupted"]:
         if self._early_stopping.exhausted:
