@@ -168,7 +168,8 @@ def test_every_figure_and_table_is_saved_and_the_sample_is_shown(tmp_path):
     script = """
       const saved = [];
       URL.createObjectURL = blob => { saved.push(blob.type); return "blob:x"; };
-      const figures = document.querySelectorAll("figure").length, tables = document.querySelectorAll("table, #facts dl").length;
+      const figures = document.querySelectorAll("figure").length;
+      const tables = document.querySelectorAll("table.facts, #facts dl").length;
       const buttons = [...document.querySelectorAll(".saves button")];
       buttons.filter(one => one.textContent !== "PNG").forEach(one => one.click());
       const names = buttons.map(one => one.getAttribute("aria-label"));
