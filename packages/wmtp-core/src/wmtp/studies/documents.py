@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from wmtp.studies.record import RunRecord
-
-if TYPE_CHECKING:
-    from wmtp.evaluation.base import Estimate
+from wmtp.studies.statistics import bootstrap_ratio
 
 __all__ = ["paired_over_documents"]
 
 
 def paired_over_documents(
     metric: str, first: Mapping[int, RunRecord], second: Mapping[int, RunRecord], seeds: Sequence[int]
-) -> Estimate | None:
+) -> tuple[float, float, float, int] | None:
     """Estimate the difference of two arms in a head's loss, with a 95 % interval by a bootstrap over documents.
 
     Each document's losses are averaged over the seeds and subtracted before it is drawn, so what makes a document hard for
@@ -29,7 +26,8 @@ def paired_over_documents(
         seeds: that both have.
 
     Returns:
-        the difference; None where the metric is another, or runs have no losses by document or other documents.
+        the difference, the ends of its interval, and how many documents; None where the metric is another, or runs have no
+        losses by document, or other documents.
     """
     if (head := re.fullmatch(r"eval/loss/(head_\d+)", metric)) is None or not seeds:
         return None
@@ -37,10 +35,8 @@ def paired_over_documents(
     known = [one for arm in found for one in arm if one is not None]
     if len(known) < 2 * len(seeds) or any(one[1] != known[0][1] for one in known) or len(known[0][1]) < 2:
         return None
-    from wmtp.evaluation.bootstrap import Bootstrap
-
     counts = known[0][1]
     differences = [
         sum(own[0][i] - other[0][i] for own, other in zip(*found, strict=True)) / len(seeds) for i in range(len(counts))
     ]
-    return Bootstrap(len(counts), "documents", seed=0).ratio(differences, counts)
+    return *bootstrap_ratio(differences, counts), len(counts)

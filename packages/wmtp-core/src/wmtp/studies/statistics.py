@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import fmean, quantiles, stdev
 from typing import Final
 
 from attrs import frozen
 
-__all__ = ["Difference", "holm", "paired_difference", "t_cdf", "t_quantile"]
+__all__ = ["Difference", "bootstrap_ratio", "holm", "paired_difference", "t_cdf", "t_quantile"]
 
 _CONFIDENCE: Final = 0.95
+_DRAWS: Final = 1000
 
 
 def t_cdf(t: float, freedom: int) -> float:
@@ -100,6 +102,27 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
     half = t_quantile((1 + _CONFIDENCE) / 2, n - 1) * error
     p = 2 * t_cdf(-abs(mean) / error, n - 1) if error else float(mean == 0)
     return Difference(mean=mean, low=mean - half, high=mean + half, p=p, n=n)
+
+
+def bootstrap_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
+    """Estimate Σ above / Σ below over units that are drawn again, with replacement, a thousand times.
+
+    The draws are the same in every call with as many units.
+
+    Args:
+        above: one number a unit.
+        below: as many, none of them negative.
+
+    Returns:
+        the ratio, and the ends of its 95 % interval.
+    """
+    draw, units, found = random.Random(0), range(len(above)), []
+    for _ in range(_DRAWS):
+        drawn = draw.choices(units, k=len(above))
+        if total := sum(below[i] for i in drawn):
+            found.append(sum(above[i] for i in drawn) / total)
+    cuts = quantiles(found, n=40)
+    return sum(above) / sum(below), cuts[0], cuts[-1]
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -289,9 +289,10 @@ def _over_documents(rows: Iterable[Row], found: Mapping[str, Mapping[int, RunRec
         first, second = found[row.arm], found.get(row.to, {})
         estimate = paired_over_documents(row.metric, first, second, [seed for seed in first if seed in second])
         if estimate is not None:
+            value, low, high, documents = estimate
             notes.append(
-                f"{row.arm} − {row.to} in {row.metric}: {estimate.value:+.4g} [{estimate.low:+.4g}, {estimate.high:+.4g}] by a "
-                f"paired bootstrap over {estimate.n} documents, these runs as they are"
+                f"{row.arm} − {row.to} in {row.metric}: {value:+.4g} [{low:+.4g}, {high:+.4g}] by a paired bootstrap over "
+                f"{documents} documents, these runs as they are"
             )
     return notes
 
