@@ -2,15 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from wmtp.checkpoints.local import list_checkpoints, load_checkpoint, save_checkpoint
 from wmtp.checkpoints.shard_writer import ShardWriter
+from wmtp.config.schema import HeadsConfig
+from wmtp.models.mtp import MTPModel
 
 TENSORS = {
     "bytes": torch.arange(5, dtype=torch.uint8),
@@ -76,6 +80,22 @@ def test_writing_takes_no_copy_of_the_checkpoint(tmp_path):
         parameter.data.zero_()
     load_checkpoint(list_checkpoints(tmp_path)[-1], model, optimizer)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process's memory is read from /proc")
+def test_writing_the_model_takes_no_copy_of_it(tmp_path):
+    shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+    small = shape | {"hidden_size": 16, "num_hidden_layers": 2}
+    for name, config in (("first", small), ("large", shape)):
+        base = LlamaForCausalLM(LlamaConfig(vocab_size=8192, **config)).eval()
+        model = MTPModel(base, HeadsConfig(horizon=4, init="copy"), seed=0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory("VmHWM")
+        model.save_pretrained(tmp_path / name)
+        needed = memory("VmHWM") - before
+    written = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
+    assert written > 120 * 2**20
+    assert needed < written / 8
 
 
 def memory(field):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,6 +31,8 @@ class Local(Launcher):
 
     def launch(self, config: Config, run_dir: Path, *, resume: bool) -> Result:
         """Train here; see `Launcher.launch`."""
+        # beside torch and transformers, whose import takes longer
+        threading.Thread(target=config.tracker.preload, name="wmtp-preload").start()
         from wmtp.training.run import train
 
         nodes = Nodes.of()

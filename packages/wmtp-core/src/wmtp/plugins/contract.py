@@ -263,6 +263,9 @@ class TrackerConfig(ComponentConfig, contract=True, keys=("tracking_uri",)):
     #: of a storage backend's, which must be installed
     own_schemes: ClassVar[tuple[str, ...]] = ("http", "https")
 
+    def preload(self) -> None:
+        """Import what the tracker needs; called in a thread, while other packages are imported. What fails fails in `start`."""
+
     def build(self) -> Tracker:
         """Make the tracker."""
         raise NotImplementedError

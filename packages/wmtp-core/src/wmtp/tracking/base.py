@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from attrs import field, frozen
 
@@ -45,7 +45,12 @@ class Tracker(Contract, ABC, contract=True):
 
     Training never stops for a tracker once it has started: after `start`, a tracker that cannot reach its server says so once
     (`logging.getLogger("wmtp")`), keeps what was missed and sends it when the server is back.
+
+    Attributes:
+        starts_in_thread: `start` may be called in another thread than the rest, so that the model loads meanwhile.
     """
+
+    starts_in_thread: ClassVar[bool] = False
 
     @abstractmethod
     def start(self, run: RunInfo) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
@@ -51,6 +52,14 @@ class MLflowTracker(TrackerConfig):
         """Check the values, one line for each problem: ``key: what is wrong; what to do``."""
         if self.tracking_uri is not None and not self._is_mirrored and (problem := _uri_problem(self.tracking_uri)):
             yield f"tracking_uri: {problem}"
+
+    def preload(self) -> None:
+        """Import MLflow, which takes seconds."""
+        from wmtp.tracking.mlflow import set_environment
+
+        set_environment()
+        with suppress(ImportError):
+            import mlflow  # noqa: F401
 
     def build(self) -> Tracker:
         """Make the tracker."""
@@ -164,6 +173,11 @@ class SeveralTrackers(TrackerConfig):
         types = [tracker.type for tracker in self.of]
         for type_ in sorted({type_ for type_ in types if types.count(type_) > 1}):
             yield f"of: {type_!r} is there {types.count(type_)} times; keep one"
+
+    def preload(self) -> None:
+        """Import what each of them needs."""
+        for tracker in self.of:
+            tracker.preload()
 
     def build(self) -> Tracker:
         """Make the trackers, and one that tells them all."""

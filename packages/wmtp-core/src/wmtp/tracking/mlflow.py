@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from wmtp.tracking.config import MLflowTracker
 
-__all__ = ["ENVIRONMENT", "MLflow", "database_lock"]
+__all__ = ["ENVIRONMENT", "MLflow", "database_lock", "set_environment"]
 
 _ANEW = "remove it, and the rest of the run is tracked as a new one"
 
@@ -71,6 +71,8 @@ class MLflow(Tracker):
     that it could not send are taken from ``metrics.jsonl``. So every metric has one point a step.
     """
 
+    starts_in_thread = True
+
     def __init__(self, config: MLflowTracker) -> None:
         self._config = config
         self._sender: Sender[_Point] | None = None
@@ -85,8 +87,7 @@ class MLflow(Tracker):
             raise ConfigError(problems)
         self._uri = self._config.tracking_uri or f"sqlite:///{run.run_dir.resolve().parent / 'mlflow.db'}"
         self._run_dir = run.run_dir
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        set_environment()
         try:
             from mlflow import MlflowClient
         except ImportError as error:
@@ -268,6 +269,12 @@ class MLflow(Tracker):
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; or set tracker.type = 'jsonl'"
             )
         return "check tracker.tracking_uri, or set tracker.type = 'jsonl'"
+
+
+def set_environment() -> None:
+    """Set `ENVIRONMENT`, which MLflow reads when it is imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _sqlite_file(uri: str) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
@@ -18,7 +17,7 @@ from attrs import frozen
 from wmtp.errors import WMTPError
 from wmtp.json_files import read_json_object, writing
 from wmtp.tracking.mirror import ARTIFACTS, DATABASE
-from wmtp.tracking.mlflow import ENVIRONMENT, database_lock
+from wmtp.tracking.mlflow import database_lock, set_environment
 
 if TYPE_CHECKING:
     from wmtp.storage import Storage
@@ -92,8 +91,7 @@ def _make_current(database: Path) -> None:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     try:
         MlflowClient(f"sqlite:///{database}").search_experiments(max_results=1)
     except MlflowException:

@@ -36,6 +36,7 @@ from wmtp.signals import stopped_by_sigterm
 from wmtp.storage.atomic import write_folder
 from wmtp.tracking import RunInfo
 from wmtp.tracking.jsonl import Jsonl
+from wmtp.tracking.starting import starting_beside
 from wmtp.trainers.checks import check_data, checked_modules, checked_rates
 from wmtp.trainers.setup import TrainerSetup
 from wmtp.training.finish import finish_tracking, measure_model, report, save_model, show_sample
@@ -107,33 +108,6 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
         explain_out_of_memory, config, source.model_info, heads,
         device=device, world_size=ranks.world_size, per_machine=ranks.per_machine,
     )  # fmt: skip
-    with explained():
-        model, master_weights = place_model(config, source, ranks, device, precision, fsdp)
-    if data.train.conversations:
-        learn_turn_end(model.base, source.tokenizer, "models.base")
-    if (size := model.heads.draft_vocabulary) is not None and model.horizon > 1:
-        model.draft_ids = frequent_tokens(data.train, size, model.vocab_size, end_ids(model.base, source.tokenizer))
-    plan = StagePlan.make(trainer.stages(), warmup_steps=model.heads.warmup_steps, total_steps=total_steps, trainer_name=name)
-    batches = StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
-    setup = TrainerSetup(
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
-        horizon=model.horizon,
-        device=device,
-        seed=config.run.seed,
-        tokenizer=source.tokenizer,
-        model=load_extra_model(config, source.place, device, model),
-        token_numbers=open_token_numbers(config, source, data.train),
-        reward_scores=open_reward_scores(config, source, data.train, device),
-        fetch=source.place.fetch,
-    )
-    ranks.one_by_machine_first(lambda: trainer.setup(setup))
-    modules = {key: module.to(device) for key, module in checked_modules(trainer, name).items()}
-    rates = checked_rates(trainer, name, modules)
-    fixed = {id(parameter) for parameter in model.fixed_parameters()}
-    parameters = [(key, parameter) for key, parameter in model.named_parameters() if id(parameter) not in fixed]
-    parameters += [(f"{key}.{inner}", p) for key, module in modules.items() for inner, p in module.named_parameters()]
-
     tracker = config.tracker.build() if ranks.is_main else Jsonl()
     run_info = RunInfo(
         name=run_dir.name,
@@ -144,7 +118,36 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
         logged=last_steps(run_dir / "metrics.jsonl") if resume and ranks.is_main else {},
         backends=source.place.backends,
     )
-    ranks.main_only(lambda: tracker.start(run_info))
+    with starting_beside(tracker, run_info) as starting:
+        with explained():
+            model, master_weights = place_model(config, source, ranks, device, precision, fsdp)
+        if data.train.conversations:
+            learn_turn_end(model.base, source.tokenizer, "models.base")
+        if (size := model.heads.draft_vocabulary) is not None and model.horizon > 1:
+            model.draft_ids = frequent_tokens(data.train, size, model.vocab_size, end_ids(model.base, source.tokenizer))
+        plan = StagePlan.make(
+            trainer.stages(), warmup_steps=model.heads.warmup_steps, total_steps=total_steps, trainer_name=name
+        )
+        batches = StageBatches.make(plan, trainer, data.train, config.data.train, seed=config.run.seed, trainer_name=name)
+        setup = TrainerSetup(
+            hidden_size=model.hidden_size,
+            vocab_size=model.vocab_size,
+            horizon=model.horizon,
+            device=device,
+            seed=config.run.seed,
+            tokenizer=source.tokenizer,
+            model=load_extra_model(config, source.place, device, model),
+            token_numbers=open_token_numbers(config, source, data.train),
+            reward_scores=open_reward_scores(config, source, data.train, device),
+            fetch=source.place.fetch,
+        )
+        ranks.one_by_machine_first(lambda: trainer.setup(setup))
+        modules = {key: module.to(device) for key, module in checked_modules(trainer, name).items()}
+        rates = checked_rates(trainer, name, modules)
+        fixed = {id(parameter) for parameter in model.fixed_parameters()}
+        parameters = [(key, parameter) for key, parameter in model.named_parameters() if id(parameter) not in fixed]
+        parameters += [(f"{key}.{inner}", p) for key, module in modules.items() for inner, p in module.named_parameters()]
+        ranks.main_only(starting.wait)
     logger.info(
         "%s: %s, %s parameters, H = %d with %s%s, on %s%s; %d steps of %d rows",
         name, source.model_info.architecture, _count(model.base), model.horizon, _count(model.extra_heads, *modules.values()),

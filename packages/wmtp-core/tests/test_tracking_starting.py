@@ -1,0 +1,76 @@
+"""A tracker that starts while the model loads: what fails is said before the first step, and a failed run is told."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wmtp.errors import WMTPError
+from wmtp.tracking.base import RunInfo, Tracker
+from wmtp.tracking.starting import starting_beside
+
+RUN = RunInfo(name="a", run_dir=Path("a"), tags={}, params={})
+
+
+class Noted(Tracker):
+    """Keeps what it was told, and waits for a signal to start."""
+
+    starts_in_thread = True
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.told: list[Any] = []
+        self.may_start = threading.Event()
+        self._error = error
+
+    def start(self, run: RunInfo) -> None:
+        self.may_start.wait(10)
+        if self._error is not None:
+            raise self._error
+        self.told.append("start")
+
+    def log(self, step: int, metrics: Any) -> None:
+        raise AssertionError
+
+    def finish(self, status: str, model: Path | None) -> None:
+        self.told.append((status, model))
+
+
+def test_the_run_goes_on_while_the_tracker_starts() -> None:
+    tracker = Noted()
+    with starting_beside(tracker, RUN) as starting:
+        assert tracker.told == []
+        tracker.may_start.set()  # deadlocks if the start were waited for before
+        starting.wait()
+        assert tracker.told == ["start"]
+    assert tracker.told == ["start"]
+
+
+def test_what_fails_in_the_thread_is_raised_where_the_run_waits() -> None:
+    tracker = Noted(WMTPError("no server"))
+    tracker.may_start.set()
+    with pytest.raises(WMTPError, match="no server"), starting_beside(tracker, RUN) as starting:
+        starting.wait()
+    assert tracker.told == []
+
+
+def test_a_run_that_fails_meanwhile_is_a_failed_one() -> None:
+    tracker = Noted()
+    tracker.may_start.set()
+    with pytest.raises(ValueError, match="the model"), starting_beside(tracker, RUN):
+        raise ValueError("the model")
+    assert tracker.told == ["start", ("failed", None)]
+
+
+def test_a_tracker_that_has_not_said_so_starts_in_the_same_thread_at_the_end() -> None:
+    tracker = Noted()
+    tracker.starts_in_thread = False  # type: ignore[misc]
+    with starting_beside(tracker, RUN) as starting:
+        assert tracker.told == []
+        tracker.may_start.set()
+        starting.wait()
+    with pytest.raises(ValueError), starting_beside(tracker, RUN):
+        raise ValueError
+    assert tracker.told == ["start"], "it was never started the second time"
