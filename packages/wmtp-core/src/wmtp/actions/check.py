@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import frozen
 
-from wmtp.actions.memory import memory_outlook
+from wmtp.actions.memory import outlook
 from wmtp.api import load_checked
 from wmtp.config.advice import unwise_settings
 from wmtp.config.data_rules import eval_sources, train_sources, unread_keys
@@ -51,7 +51,8 @@ def check(config: ConfigSource | Sequence[ConfigSource], *, overrides: Iterable[
     """
     loaded = load_checked(config, overrides=overrides)
     summary = _summary(loaded.config, loaded.registry)
-    summary["memory"], warnings = memory_outlook(loaded.config)
+    estimates, warnings = outlook(loaded.config)
+    summary |= estimates
     if loaded.config.launcher.remote:
         summary |= _remote_summary(loaded.config)
     return Checked(config=loaded.config, summary=summary, warnings=[*warnings, *unwise_settings(loaded.config)])

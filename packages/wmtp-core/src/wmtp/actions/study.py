@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wmtp.actions.memory import memory_outlook
+from wmtp.actions.memory import outlook
 from wmtp.actions.study_pool import Outcome, Pool
 from wmtp.actions.study_result import StudyResult
 from wmtp.config.load import ConfigSource
@@ -181,7 +181,7 @@ class _Session:
         expected = [seconds for run in todo if (seconds := self._expected(run)) is not None]
         if todo and len(expected) == len(todo):
             facts["time"] = f"{sum(expected) / 3600 / self._jobs:.2f} hours, going by the runs that are done"
-        outlooks = {memory_outlook(run.config)[0] for run in self._plan.runs}
+        outlooks = {outlook(run.config)[0]["memory"] for run in self._plan.runs}
         facts["memory"] = " | ".join(sorted(outlooks)) if len(outlooks) <= 3 else max(outlooks, key=len)
         comparisons = [f"{arm.name} − {other.name} in {metric}" for arm, other, metric in self._plan.comparisons]
         facts["comparisons"] = "; ".join(comparisons) or "none is named: all are exploratory"

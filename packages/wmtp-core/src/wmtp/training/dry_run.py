@@ -13,6 +13,7 @@ from wmtp.devices import count_devices, pick_device
 from wmtp.trainers.checks import check_data
 from wmtp.training.memory import adapter_parameters, estimate_memory, head_parameters, too_large
 from wmtp.training.setup import Source, build_trainer, open_source, planned_steps
+from wmtp.training.speed import describe_speed
 from wmtp.training.stages import StageBatches, StagePlan
 
 __all__ = ["dry_run"]
@@ -59,13 +60,13 @@ def dry_run(config: Config) -> dict[str, Any]:
         "evaluation data": "none" if data.eval is None else f"{len(data.eval):,} documents",
         "steps": f"{total_steps:,} of {config.data.train.batch_size} rows",
         "stages": ", ".join(f"{stage.name} to step {end:,}" for stage, end in zip(plan.stages, plan.ends, strict=True)),
-        "memory": _memory(config, source, heads, device),
+        **_estimates(config, source, heads, device, total_steps),
         "documents": shown_documents(data.train, source.tokenizer),
     }
 
 
-def _memory(config: Config, source: Source, heads: HeadsConfig, device: torch.device) -> str:
-    """Estimate the memory, and compare it with the device's."""
+def _estimates(config: Config, source: Source, heads: HeadsConfig, device: torch.device, steps: int) -> dict[str, str]:
+    """Estimate the memory and compare it with the device's; and the speed on GPUs, unless the run is to be elsewhere."""
     others = {
         name: config.models[name].loader.build().info(source.place.path(config.models[name].loader, f"models.{name}"))
         for name in models_beside(config)
@@ -78,4 +79,8 @@ def _memory(config: Config, source: Source, heads: HeadsConfig, device: torch.de
     if there is None and device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     shortage = None if there is None else too_large(estimate, there)
-    return f"{estimate}; on each of {world_size} × {device.type}" + (f"; likely out of memory: {shortage}" if shortage else "")
+    memory = f"{estimate}; on each of {world_size} × {device.type}"
+    facts = {"memory": memory + (f"; likely out of memory: {shortage}" if shortage else "")}
+    if config.devices.device in ("auto", "cuda"):
+        facts["speed"] = describe_speed(config, source.model_info, heads, steps=steps, world_size=world_size, others=others)
+    return facts

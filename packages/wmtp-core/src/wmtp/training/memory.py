@@ -24,6 +24,7 @@ __all__ = [
     "estimate_memory",
     "explain_out_of_memory",
     "head_parameters",
+    "kept_by_layer",
     "too_large",
 ]
 
@@ -193,24 +194,34 @@ def estimate_memory(
     )
 
 
-def _kept_by_layer(devices: DevicesConfig, info: ModelInfo, compute: int, residual: int) -> tuple[float, float]:
-    """Bytes a token that a layer keeps, and that the layer at work takes besides.
+def kept_by_layer(devices: DevicesConfig, info: ModelInfo, compute: int, residual: int) -> float:
+    """Count the bytes a token that a layer keeps for its backward pass, without activation checkpointing.
 
     Counted in what autograd saves of a Llama layer. A gated feed-forward layer of width F keeps its two inputs, the activation
     and their product; attention its queries, keys, values and result; what the products read is kept in their precision, and
     what norms read in that of the residual stream.
+
+    Args:
+        devices: for compilation.
+        info: of the model.
+        compute, residual: bytes of a number in products, and in the residual stream.
     """
-    width = info.hidden_size
-    ffn, kv = _feed_forward_size(info), info.kv_size
-    if kv is None:
-        kv = width / 4
+    width, ffn, kv = info.hidden_size, _feed_forward_size(info), _kv_size(info)
     if devices.compile and _saves_fp8(devices):  # norms and the gated product are made again, or kept with a byte a number
-        everything = compute * (3 * width + 2 * kv + 2 * ffn) + (2 + residual) * width
-    elif devices.compile:
-        everything = compute * (5 * width + 2 * kv + 3 * ffn) + residual * width
-    else:
-        norms = {2: 8, 4: 16}[residual] * width
-        everything = compute * ((7 if residual > 2 else 6) * width + 2 * kv + 4 * ffn) + norms
+        return compute * (3 * width + 2 * kv + 2 * ffn) + (2 + residual) * width
+    if devices.compile:
+        return compute * (5 * width + 2 * kv + 3 * ffn) + residual * width
+    return compute * ((7 if residual > 2 else 6) * width + 2 * kv + 4 * ffn) + {2: 8, 4: 16}[residual] * width
+
+
+def _kv_size(info: ModelInfo) -> float:
+    return info.hidden_size / 4 if info.kv_size is None else info.kv_size
+
+
+def _kept_by_layer(devices: DevicesConfig, info: ModelInfo, compute: int, residual: int) -> tuple[float, float]:
+    """Bytes a token that a layer keeps, and that the layer at work takes besides."""
+    width, ffn, kv = info.hidden_size, _feed_forward_size(info), _kv_size(info)
+    everything = kept_by_layer(devices, info, compute, residual)
     if devices.activation_checkpointing == "none":
         return everything, compute * 2 * ffn
     if devices.activation_checkpointing == "selective":
