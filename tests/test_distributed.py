@@ -92,6 +92,11 @@ def test_two_machines_of_two_ranks_do_the_same_as_one_rank(preloaded):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(recipe, wmtp, preloaded, tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} and {i + 1}. " * 3}) + "\n" for i in range(20)))
+    recipe.write_text(
+        recipe.read_text().replace("max_length = 64", "max_length = 64\nmixture = { code = 0.3, text = 0.7 }")
+        + f'[datasets.text]\ntype = "jsonl"\nuri = "{tmp_path}/text.jsonl"\n'
+    )
     overrides = ("--set", "train.max_steps=2000", "--set", "data.train.batch_size=3")
     whole = wmtp("run", recipe, "--run-name", "whole", "--set", "train.max_steps=90", *overrides[2:],
                  "--set", "schedule.type=constant", "--set", "train.eval_interval=50")  # fmt: skip
@@ -127,6 +132,7 @@ def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(reci
     found = curve(run_dir)
     compared = min(len(found), len(expected))
     assert compared > 15
+    assert any("source_loss/text" in step for step in expected)
     for left, right in zip(found[:compared], expected[:compared], strict=True):
         assert left["step"] == right["step"]
         for name in right.keys() - {"tokens_per_second", "peak_memory_gib", "stage"}:
