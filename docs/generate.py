@@ -160,7 +160,7 @@ def documentation(obj: Any) -> tuple[str, dict[str, str]]:
     for line in after.splitlines():
         if line and not line.startswith(" "):
             break
-        if match := re.fullmatch(r" {4}(\w+): (.*)", line):
+        if match := re.fullmatch(r" {4}(\w+(?:, \w+)*): (.*)", line):
             name = match[1]
             arguments[name] = match[2]
         elif line.strip():
