@@ -20,7 +20,7 @@ from wmtp.plugins.contract import TokenizerConfig, TrainerConfig
 from wmtp.tokenizers.config import Bytes, HfTransformers, OwnTokenizer
 from wmtp.trainers import Trainer
 from wmtp.training.dry_run import dry_run
-from wmtp.training.setup import load_extra_model, open_source
+from wmtp.training.setup import load_base_model, load_extra_model, open_source
 from wmtp_algos import BaselineMTP
 
 WORDS = ["</s>", "def", "return", "x", "y", "+", "=", "1"]
@@ -272,6 +272,31 @@ def test_a_model_for_a_trainer_is_frozen_and_has_head_1_alone(base):
     assert next(load("ref", device=torch.device("meta")).parameters()).is_meta
     with pytest.raises(ConfigError, match=r"models\.rm: the trainer needs this model; add the table \[models\.rm\]"):
         load("rm")
+
+
+def test_a_base_in_bf16_is_mapped_and_fp32_decides_where_few_bits_fail(base, monkeypatch):
+    import wmtp.models.build as build
+
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    config = config_of(base, HfModel(uri=str(base)))
+    source = open_source(config)
+    mapped = load_base_model(config, source)
+    assert {parameter.dtype for parameter in mapped.base.parameters()} == {torch.bfloat16}
+    assert mapped.stored["base.lm_head.weight"] == "lm_head.weight"
+
+    real = build.build_model
+
+    def in_fp32_alone(loaded, *args, **kwargs):
+        if loaded.model.dtype == torch.bfloat16:
+            raise ConfigError("models.base: a trial failed")
+        return real(loaded, *args, **kwargs)
+
+    monkeypatch.setattr(build, "build_model", in_fp32_alone)
+    whole = load_base_model(config, source)
+    assert not whole.stored
+    for name, parameter in whole.base.named_parameters():
+        assert torch.equal(parameter, state[name].float())
 
 
 def test_a_reference_that_lets_documents_see_each_other(base, tmp_path):

@@ -253,12 +253,22 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
         ConfigError: the heads do not fit the model, or its rows cannot hold several documents.
         WMTPError: the files are missing or damaged, or the trained model could not be saved.
     """
+    base, loader = config.models["base"], config.models["base"].loader.build()
+    stored = loader.open_stored(source.model_path, seed=config.run.seed) if base.lora is None else None
+    if stored is not None and stored.model.dtype == torch.float32:
+        return _build_base(config, source, stored)
+    if stored is not None:
+        with suppress(ConfigError):  # a trial in few bits may fail where one in fp32 does not, which then decides
+            return _build_base(config, source, stored)
+    return _build_base(config, source, loader.load(source.model_path, dtype=torch.float32, seed=config.run.seed))
+
+
+def _build_base(config: Config, source: Source, loaded: LoadedModel) -> MTPModel:
     from wmtp.models.adapter_folder import name_base
     from wmtp.models.build import build_model, merge_brought
     from wmtp.models.saving import make_savable
 
     base = config.models["base"]
-    loaded = _open(base.loader, source.model_path, torch.float32, config.run.seed, stored=base.lora is None)
     make_savable(loaded.model, source.tokenizer, source=source.model_path, untouched=loaded.untouched)
     name = None if source.model_path is None else name_base(str(base.loader.uri), source.model_path)
     model = build_model(loaded, base.heads, config.run.seed, lora=base.lora, name=name, quantize=base.quantize)
@@ -267,13 +277,6 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
     if config.data.train.packing:
         model.check_packing()
     return model
-
-
-def _open(loader: ModelLoaderConfig, path: Path | None, dtype: torch.dtype, seed: int, *, stored: bool = True) -> LoadedModel:
-    """Open a model's weights where they lie, where that is possible and wanted, and else read them."""
-    built = loader.build()
-    opened = built.open_stored(path, seed=seed) if stored else None
-    return built.load(path, dtype=dtype, seed=seed) if opened is None else opened
 
 
 def load_extra_model(config: Config, place: Place, trained_on: torch.device, trained: MTPModel | None = None) -> OpenModel:
@@ -298,7 +301,8 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device, tra
         if trained is not None and device == trained_on and is_start_model(config, name) and _has_start(trained, path, dtype):
             logger.info("models.%s: the trained model with its adapter off; there is no second one", name)
             return StartModel(trained)
-        loaded = _open(entry.loader, path, dtype, config.run.seed)
+        loader = entry.loader.build()
+        loaded = loader.open_stored(path, seed=config.run.seed) or loader.load(path, dtype=dtype, seed=config.run.seed)
         if loaded.stored is not None:  # else it has its type already, and perhaps an adapter to come
             # there it is tried out too, which needs numbers
             settle(loaded.model, torch.device("cpu") if device is None or device.type == "meta" else device, dtype)
