@@ -1,5 +1,7 @@
 """Products in fp8: which maps, their error, and what they leave alone. On a CPU they are rounded and multiplied in fp32."""
 
+import sys
+
 import pytest
 import torch
 from attrs import evolve
@@ -212,6 +214,14 @@ def test_the_device_is_asked_before_anything_is_read():
         check_fp8(devices(emulate=False), CPU)
     check_fp8(devices(), CPU)
     check_fp8(DevicesConfig(), CPU)
+
+
+def test_a_torchao_that_cannot_be_imported_is_said_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(
+        ConfigError, match=r"fp8 needs torchao, which cannot be imported here \(.*pip install 'wmtp-core\[fp8\]'"
+    ):
+        check_fp8(devices(), CPU)
 
 
 def test_a_gpu_before_hopper_is_refused(monkeypatch):

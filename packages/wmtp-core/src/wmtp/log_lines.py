@@ -51,6 +51,12 @@ def set_up_logging(*, verbose: bool, rank: int = 0) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if rank else logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
+    # torch 2.15 warns torchao's authors as soon as transformers imports torchao, which it does where it is installed
+    logging.getLogger("torch.utils._pytree").addFilter(_is_for_users)
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    return "is an Enum subclass" not in str(record.msg)
 
 
 class _Lines(logging.Formatter):

@@ -47,8 +47,8 @@ def check_fp8(devices: DevicesConfig, device: torch.device) -> None:
     if devices.precision != "fp8":
         return
     fp8 = _options(devices)
-    _torchao_config(fp8)
     if fp8.emulate:
+        _torchao_config(fp8)
         return
     instead = 'write "bf16-params", or devices.fp8.emulate = true to try it slowly'
     if device.type != "cuda" or torch.version.hip is not None:
@@ -56,6 +56,7 @@ def check_fp8(devices: DevicesConfig, device: torch.device) -> None:
     if (found := torch.cuda.get_device_capability(device)) < _CAPABILITY:
         name, version = torch.cuda.get_device_name(device), ".".join(map(str, found))
         raise ConfigError(f"devices.precision: fp8 needs Hopper or newer, and {name} has capability {version}; {instead}")
+    _torchao_config(fp8)
 
 
 def multiply_in_fp8(model: MTPModel, devices: DevicesConfig) -> int:
@@ -158,17 +159,12 @@ def _is_fp8(module: nn.Module) -> bool:
 
 def _torchao_config(fp8: Fp8Config) -> Any:
     """Translate the options into torchao's."""
-    torchs = logging.getLogger("torch.utils._pytree")
-    level = torchs.level
-    torchs.setLevel(logging.ERROR)  # it warns torchao's authors
     try:
         from torchao.float8 import Float8GemmConfig, Float8LinearConfig
     except ImportError as error:
         raise ConfigError(
             f"devices.precision: fp8 needs torchao, which cannot be imported here ({error}); pip install 'wmtp-core[fp8]'"
         ) from error
-    finally:
-        torchs.setLevel(level)
     recipe = Float8LinearConfig.from_recipe_name(fp8.recipe.replace("gw-hp", "with_gw_hp").replace("-", "_"))
     forward = Float8GemmConfig(use_fast_accum=fp8.accumulates_fast != "none")
     backward = Float8GemmConfig(use_fast_accum=fp8.accumulates_fast == "all")
