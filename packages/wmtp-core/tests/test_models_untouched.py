@@ -321,17 +321,26 @@ class TestMultimodal:
             with pytest.raises(WMTPError, match=r"model\.visual\.ear\.weight is unexpected"):
                 open_it(folder)
 
-    def test_names_that_would_not_come_back_are_refused(self, tmp_path: Path):
-        """transformers opens the text model in a Llama 4, and saves it as if there were nothing else."""
+    def test_a_llama_4_trains_its_text_part_and_keeps_the_rest(self, tmp_path: Path):
+        """transformers opens the text model in it, and saves that under names of its own."""
         text = {name: value for name, value in TEXT.items() if not name.startswith(("linear", "mtp"))}
         text |= {"intermediate_size_mlp": 48, "num_hidden_layers": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
         vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         vision |= {"image_size": 8, "patch_size": 4, "projector_input_dim": 16, "projector_output_dim": 16}
         config = Llama4Config(text_config=text, vision_config=vision | {"vision_output_dim": 16})
+        torch.manual_seed(0)
         Llama4ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
-        said = HfLoader().info(tmp_path / "base").unsavable
-        assert said is not None
-        assert re.search(r"saved under other names than Llama4ForConditionalGeneration .*lm_head\.weight", said)
+        assert HfLoader().info(tmp_path / "base").unsavable is None
+        old = tensors_of(tmp_path / "base")
+        rest = {name for name in old if not name.startswith("language_model.")}
+        assert rest
+        trained(tmp_path / "base").save_pretrained(tmp_path / "first")
+        assert_trained(old, tensors_of(tmp_path / "first"), rest)
+        trained(tmp_path / "first").save_pretrained(tmp_path / "second")
+        assert_trained(tensors_of(tmp_path / "first"), tensors_of(tmp_path / "second"), rest)
+        _, found = Llama4ForConditionalGeneration.from_pretrained(tmp_path / "second", output_loading_info=True)
+        assert not any(found.values()), found
+        assert config_of(tmp_path / "second")["model_type"] == "llama4"
 
     def test_a_config_without_an_architecture_for_all_of_it_is_refused(self, tmp_path: Path):
         folder = multimodal_folder(tmp_path / "base")

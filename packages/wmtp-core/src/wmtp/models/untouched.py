@@ -33,6 +33,7 @@ class Untouched:
             `take_out_misplaced` found; None leaves it to transformers.
         text_table: the table of ``config`` that describes that model; None where it has none of its own.
         files: further files by name.
+        names: of tensors that the model is saved under other names than the folder's: its names, and the folder's.
         problem: why not all of the folder could be written back; None where it can.
     """
 
@@ -41,6 +42,7 @@ class Untouched:
     config: dict[str, Any] | None = None
     text_table: str | None = None
     files: Mapping[str, bytes] = Factory(dict)
+    names: Mapping[str, str] = Factory(dict)
     problem: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Untouched:
@@ -92,6 +94,8 @@ class Untouched:
         if self.config is not None:
             content = _with_text_fields(self.config, self.text_table, model)
             (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if self.names:
+            _rename(folder, self.names)
         if tensors := {**self.tensors, **{name: in_memory(tensor) for name, tensor in (added or {}).items()}}:
             _add_shard(folder, tensors)
 
@@ -184,6 +188,14 @@ def _with_text_fields(own: Mapping[str, Any], text_table: str | None, model: Pre
             if value is not None and (name in table or key is not None):  # above the text's table only where it stood there
                 table[name] = value
     return content
+
+
+def _rename(folder: Path, names: Mapping[str, str]) -> None:
+    """Give tensors of a saved model the names of the folder that it is a part of."""
+    for shard in weight_files(folder):
+        renamed = shard.with_suffix(".renamed")
+        write_stored(renamed, {names.get(name, name): tensor for name, tensor in stored_tensors([shard]).items()})
+        renamed.replace(shard)
 
 
 def _add_shard(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:

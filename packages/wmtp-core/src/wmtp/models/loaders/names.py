@@ -100,10 +100,12 @@ def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
     left |= mtp
     is_part = type(model.config) is not type(config)
     own_config = read_json(folder / "config.json") if has_stand_in(config) else None
+    names: Mapping[str, str] = {}
     if is_part and (set(match.left) - mtp):
         own_config = read_json(folder / "config.json")
         try:
-            left = _of_the_whole(model, config, stored, match, folder) | mtp
+            of_whole, names = _of_the_whole(model, config, stored, match, folder)
+            left = of_whole | mtp
         except WMTPError as error:
             return Opening(untouched=Untouched(source=folder, problem=str(error)))
     untouched = Untouched(
@@ -111,6 +113,7 @@ def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
         tensors={name: stored[name] for name in sorted(left)},
         config=own_config,
         text_table=None if own_config is None else text_table(config),
+        names=names,
         files=_processor_files(folder) | _code_files(folder, own_config),
     )
     native = find_native(model, config, untouched.tensors)
@@ -190,8 +193,10 @@ def _ignored(model: PreTrainedModel, left: Mapping[str, list[str]]) -> set[str]:
 
 def _of_the_whole(
     model: PreTrainedModel, config: PreTrainedConfig, stored: Collection[str], match: _Match, folder: Path
-) -> set[str]:
+) -> tuple[set[str], dict[str, str]]:
     """Return what a multimodal folder has besides its text model, which must make it whole again.
+
+    With it come the folder's names of tensors that the text model would be saved under other names.
 
     Raises:
         WMTPError: it cannot be written back so that the multimodal class opens it.
@@ -206,7 +211,8 @@ def _of_the_whole(
             f"architecture of transformers for all of it ({name})"
         )
     written = set(revert_weight_conversion(model, model.state_dict())) - set(model.all_tied_weights_keys)
-    if renamed := written - set(stored):
+    names = {own: match.plain[own] for own in written - set(stored) if own in match.plain}
+    if renamed := written - set(stored) - set(names):
         raise FileError(
             f"{folder}: the text model in it would be saved under other names than {name} reads ({_some(renamed)}), and so the "
             f"folder could not be made whole again; give the text model alone, saved by {type(model).__name__}.save_pretrained"
@@ -218,7 +224,7 @@ def _of_the_whole(
     if missing := persistent - set(of_whole.taken):
         raise FileError(f"{folder}: the tensors do not fit {name}: {'; '.join(f'{n} is missing' for n in sorted(missing))}")
     known = {own for names in of_whole.taken.values() for own in names} | _ignored(whole, of_whole.left)
-    return {own for own in match.left if own in known}
+    return {own for own in match.left if own in known}, names
 
 
 def _processor_files(folder: Path) -> dict[str, bytes]:
