@@ -86,7 +86,7 @@ def test_a_run_is_resumed_bit_for_bit_and_its_model_serves_every_command(adapted
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16-params", marks=pytest.mark.slow)])
 def test_a_reference_that_is_the_base_takes_no_second_model(adapted, precision, tmp_path, monkeypatch, caplog):
     """The same run as with a copy of the base in another folder."""
     shutil.copytree(tmp_path / "base", tmp_path / "copy")

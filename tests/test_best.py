@@ -57,7 +57,10 @@ def test_a_run_that_comes_to_its_end_keeps_the_best_beside_the_last(recipe, thre
     assert kept(run(recipe, "b", "checkpoints.keep_last=1", "train.max_steps=8")) == [8]
 
 
-@pytest.mark.parametrize("newest", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "newest",
+    [3, 8, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 4))],  # 3 is itself the best so far
+)
 def test_a_resumed_run_has_the_same_best(recipe, three_steps, newest):
     result = run(recipe, "a", *STOPS, "checkpoints.keep_last=0")
     assert kept(result) == [2, 3, 4, 6, 8, 9]
@@ -71,7 +74,7 @@ def test_a_resumed_run_has_the_same_best(recipe, three_steps, newest):
     assert kept(again) == [3, 9]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-params"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16-params"])
 def test_a_kept_checkpoint_of_a_finished_run_becomes_a_model(recipe, three_steps, tmp_path, precision, capsys):
     best = ['checkpoints.best="eval/loss"', 'checkpoints.best_mode="max"', "checkpoints.keep_last=1", "train.max_steps=8"]
     result = run(recipe, "a", *best, f"devices.precision={precision}")

@@ -101,7 +101,9 @@ class SpyConfig(CriticWMTP):
         return Spy(self)
 
 
-@pytest.mark.parametrize("options", [{}, {"delta": "td"}, {"train_on": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, *(pytest.param(more, marks=pytest.mark.slow) for more in ({"delta": "td"}, {"train_on": "all"}))], ids=str
+)
 def test_the_token_that_decides_gets_the_largest_weight(folder, options):
     config = config_of(folder, "train.max_steps=130", "data.train.batch_size=32", value_steps=120, value_lr=5e-3)
     config = attrs.evolve(config, trainer=SpyConfig(**attrs.asdict(config.trainer) | options))
@@ -235,7 +237,7 @@ def pairs(tmp_path):
     return config
 
 
-@pytest.mark.parametrize("options", [{}, {"value_loss": "pairwise"}], ids=str)
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), {"value_loss": "pairwise"}], ids=str)
 def test_chosen_and_rejected_answers_train_a_critic(pairs, options):
     critic = CriticWMTP(value_steps=4, value_width=32, **options)
     config = attrs.evolve(pairs(critic, answers="both"), train=TrainConfig(max_steps=6))

@@ -414,6 +414,20 @@ def test_an_address_that_answers_and_is_no_mlflow(run, body):
     server.server_close()
 
 
+def test_a_store_that_stays_away_is_said_at_the_end(run, caplog, monkeypatch):
+    def away(*_, **__):
+        raise ConnectionError("connection refused")
+
+    monkeypatch.setattr("wmtp.tracking.mlflow._PATIENCE", 0.1)
+    tracker = MLflowTracker().build()
+    tracker.start(run)
+    monkeypatch.setattr(tracker._client, "log_batch", away)
+    tracker.log(1, {"a": 1.0, "b": 1.0})
+    tracker.finish("finished", None)
+    assert "2 metric values were not sent; metrics.jsonl has them all" in caplog.text
+
+
+@pytest.mark.slow
 def test_a_server_that_stays_away_is_said_at_the_end(server, run, caplog, monkeypatch):
     monkeypatch.setattr("wmtp.tracking.mlflow._PATIENCE", 0.5)
     tracker = MLflowTracker(tracking_uri=server.uri).build()
