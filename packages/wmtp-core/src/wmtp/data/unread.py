@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 __all__ = ["unread_keys"]
 
 
-def unread_keys(record: Mapping[str, Any], content: Sequence[str], labels: Collection[str]) -> tuple[str, ...]:
+def unread_keys(record: Mapping[str, Any], content: Collection[str], labels: Collection[str]) -> tuple[str, ...]:
     """Find the keys under which a record has text that is not learned from.
 
     Text that is a part of what is read is none of it, nor is text that holds all of that, as a rendered copy does.

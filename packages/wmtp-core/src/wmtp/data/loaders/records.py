@@ -61,10 +61,9 @@ class RecordLoader(ExampleLoader, contract=True):
         """Look at the first records, unless their file is large and must be read whole."""
         found: dict[str, str | None] = {}
         for record in _first_records(self.files(path)) or ():
-            if isinstance(record, BadExample):
+            if isinstance(record, BadExample) or (known := self._keys_read(record[1])) is None:
                 continue
-            known = self._keys_read(record[1])
-            for key in record[1] if known is not None else ():
+            for key in record[1]:
                 if key not in known and key not in found:
                     found[key] = nearest(key, known - record[1].keys(), cutoff=_ALIKE)
         return found
