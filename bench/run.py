@@ -61,14 +61,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="wmtp-run-") as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        bench = None if given.skip_bench or given.device != "cuda" else bench_alone(given, folder)
+        bench = {} if given.skip_bench or given.device != "cuda" else bench_alone(given, folder)
         recipe = write_recipe(given, folder)
         for name in ("cold", "warm"):
             show(name, command(recipe, folder, name), given, bench)
 
 
-def bench_alone(given: argparse.Namespace, folder: Path) -> float:
-    """Positions a second of ``bench/step.py``: single documents, and four a row as in packed text; the better one."""
+def bench_alone(given: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Positions a second of ``bench/step.py``: one document a row, and four, whose attention takes a quarter of the time."""
     shape, file = SHAPES[given.shape], folder / "step.json"
     options = {
         "vocab": shape["vocab_size"], "hidden": shape["hidden_size"], "layers": shape["layers"],
@@ -78,7 +78,7 @@ def bench_alone(given: argparse.Namespace, folder: Path) -> float:
     script = [sys.executable, str(Path(__file__).with_name("step.py")), "--rows", "ours", "ours-packed", "--json", str(file)]
     subprocess.run([*script, *(f"--{name}={value}" for name, value in options.items())], check=True)
     rows = json.loads(file.read_text())
-    return max(row.get("tokens_per_second", 0.0) for row in rows)
+    return {row["row"]: row["tokens_per_second"] for row in rows if "failed" not in row}
 
 
 def write_recipe(given: argparse.Namespace, folder: Path) -> Path:
@@ -142,15 +142,17 @@ def command(recipe: Path, folder: Path, name: str) -> dict[str, Any]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def show(name: str, found: dict[str, Any], given: argparse.Namespace, bench: float | None) -> None:
+def show(name: str, found: dict[str, Any], given: argparse.Namespace, bench: dict[str, float]) -> None:
     """Print one run."""
     times, tokens = found["times"], found["tokens"]
     steps = len(times) - WARMUP
     seconds = times[-1] - times[WARMUP - 1]
     places = given.batch * SHAPES[given.shape]["max_positions"] * steps / seconds
     real = sum(tokens[WARMUP:]) / seconds
-    ratio = "" if bench is None else f", {places / bench:.3f} x bench/step.py ({bench:,.0f})"
-    print(f"\nwmtp run, {name} cache: {places:,.0f} positions/s{ratio}; {real:,.0f} tokens/s; rows {real / places:.1%} full")
+    ratio = "".join(f", {places / alone:.3f} x {row} ({alone:,.0f})" for row, alone in bench.items())
+    documents = sum(found["documents"][WARMUP:]) / (steps * given.batch)
+    print(f"\nwmtp run, {name} cache: {places:,.0f} positions/s{ratio}")
+    print(f"  {real:,.0f} tokens/s: rows are {real / places:.1%} full, of {documents:.1f} documents each")
     print(f"  first step after {found['first']:.1f} s; the command took {found['wall']:.1f} s:")
     for part in PARTS:
         print(f"  {part:<12}{found['parts'][part]:8.2f} s {found['parts'][part] / found['wall']:7.1%}")
@@ -208,7 +210,14 @@ def inside(recipe: Path) -> None:
     clock.timed(loop.Fit, "_save", "saving")
     clock.timed(run, "write_folder", "saving")
     times: list[float] = []
+    documents: list[int] = []
     plain_step, at_warmup = loop.Fit._optimizer_step, {}
+
+    plain_read = telemetry.PendingStep.read
+
+    def read(pending: telemetry.PendingStep, *args: Any) -> dict[str, float | str]:
+        documents.append(len(pending.batch.documents))
+        return plain_read(pending, *args)
 
     def step(fit: loop.Fit) -> None:
         if not times:
@@ -223,6 +232,7 @@ def inside(recipe: Path) -> None:
             clock.steady.update({k: clock.parts[k] - at_warmup[k] for k in ("data", "step", "logging")})
 
     loop.Fit._optimizer_step = step  # type: ignore[method-assign]
+    telemetry.PendingStep.read = read  # type: ignore[method-assign]
     name = os.environ["BENCH_RUN"]
     from wmtp.cli import main as wmtp
 
@@ -238,7 +248,7 @@ def inside(recipe: Path) -> None:
         json.dumps(
             {
                 "wall": time.time() - began, "first": times[0] - began, "times": times, "parts": clock.parts,
-                "steady": clock.steady, "tokens": [record["tokens"] for record in records],
+                "steady": clock.steady, "tokens": [record["tokens"] for record in records], "documents": documents,
             }
         )
     )  # fmt: skip

@@ -210,6 +210,12 @@ def test_few_tokens_attend_to_shared_keys_as_repeated_ones() -> None:
         )
         found, _ = attention._attend(torch.nn.Identity(), query[:, :, place], key, value, mask[:, :, place])
         torch.testing.assert_close(found, wanted.transpose(1, 2), rtol=1e-5, atol=1e-6)
+        for form in (mask[:, :, place], torch.where(mask[:, :, place], 0.0, -torch.inf)):
+            repeated = (key.repeat_interleave(3, 1), value.repeat_interleave(3, 1))
+            products = attention._by_products(query[:, :, place], *repeated, form, None)
+            torch.testing.assert_close(products, wanted, rtol=1e-5, atol=1e-6)
+    nothing = attention._by_products(query[:, :2], key, value, torch.zeros(2, 1, 4, 20, dtype=torch.bool), None)
+    torch.testing.assert_close(nothing, value.mean(2, keepdim=True).expand(-1, -1, 4, -1))
 
 
 @pytest.mark.parametrize("speculative", [False, True])

@@ -16,6 +16,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "1B": {"hidden_size": 2048, "layers": 16, "attention_heads": 32, "kv_heads": 8, "intermediate_size": 8192},
     "2.7B": {"hidden_size": 2560, "layers": 32, "attention_heads": 32, "kv_heads": 32, "intermediate_size": 6912},
     "7B": {"hidden_size": 4096, "layers": 32, "attention_heads": 32, "kv_heads": 32, "intermediate_size": 11008},
+    "8 wide layers": {"hidden_size": 4096, "layers": 8, "attention_heads": 32, "kv_heads": 32, "intermediate_size": 11008},
     "SmolLM2": {"hidden_size": 576, "layers": 30, "attention_heads": 9, "kv_heads": 3, "intermediate_size": 1536},
 }
 HEADS = HeadsConfig(horizon=4)
@@ -54,6 +55,10 @@ FULL = {"activation_checkpointing": "full"}
         ("H200", 1, "1B", 128_256, 16, {"activation_checkpointing": "selective"}, 40_173),
         ("H200", 1, "1B", 128_256, 16, FULL, 36_403),
         ("H200", 1, "1B", 128_256, 16, {"precision": "bf16"}, 40_191),
+        ("H200", 1, "1B", 32_000, 16, {"precision": "fp8"}, 72_400),
+        ("H200", 1, "8 wide layers", 32_000, 8, {"precision": "fp8"}, 45_800),
+        ("H200", 1, "8 wide layers", 32_000, 8, {}, 34_186),
+        ("H200", 1, "1B", 32_000, 8, {}, 58_512),
         ("H100", 1, "1B", 32_000, 8, {}, 44_314 / PACKED),
         ("H100", 2, "1B", 32_000, 16, {}, 87_951 / PACKED),
         ("H200", 1, "1B", 32_000, 8, {}, 51_808 / PACKED),

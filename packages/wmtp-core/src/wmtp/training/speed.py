@@ -1,7 +1,7 @@
 """Estimate of a run's speed on named GPUs. Torch-free.
 
 A step takes the time of its matrix products at the rate that the cards reach with them, of the bytes that everything between
-the products and the optimizer moves, and of what several devices exchange and cannot hide. The five constants were fitted to
+the products and the optimizer moves, and of what several devices exchange and cannot hide. The constants were fitted to
 measured runs, which a test repeats; see docs/performance.md.
 """
 
@@ -22,6 +22,8 @@ __all__ = ["CARDS", "Card", "describe_speed", "step_seconds"]
 
 #: share of a data sheet's matrix rate that products reach at the card's power limit
 _RATE: Final = 0.69
+#: times that products of layers are faster in fp8
+_FP8: Final = 1.38
 #: share of its memory's rate
 _BANDWIDTH: Final = 0.83
 #: bytes that a layer moves between its products, forward and backward, by the bytes that it keeps for the backward pass
@@ -81,7 +83,7 @@ def step_seconds(
     devices, data, lora = config.devices, config.data.train, config.models["base"].lora
     width, vocabulary = info.hidden_size, info.vocab_size
     half = devices.precision != "fp32"
-    compute, residual = (2 if half else 4), (2 if devices.precision == "bf16-params" else 4)
+    compute, residual = (2 if half else 4), (2 if devices.keeps_bf16 else 4)
     extra = heads.horizon - 1 if heads.known_kind not in ("linear", "residual") else 0
     layers, attention = info.layers + extra, data.max_length * width
     tokens = -(-data.batch_size // world_size) * data.max_length
@@ -104,6 +106,8 @@ def step_seconds(
     learned = head_parameters(info, heads) + (info.parameters if lora is None else adapter_parameters(info, lora))
     shared = world_size > 1 and (devices.fsdp is None or devices.fsdp.strategy != "none")
     bytes_moved = tokens * moved + _OPTIMIZER * learned / (world_size if shared else 1)
+    if devices.precision == "fp8":
+        operations -= products * layers * info.layer_parameters * (1 - 1 / _FP8)
     seconds = tokens * operations / (_RATE * (card.matrix if half else card.fp32)) + bytes_moved / (_BANDWIDTH * card.memory)
     if world_size > 1:
         gathered = 2 * compute * (info.parameters + head_parameters(info, heads)) if shared else 0
