@@ -455,3 +455,24 @@ def test_4_bits_are_those_of_bitsandbytes_and_follow_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(made(x), nn.functional.linear(x, made.weight) + linear.bias.bfloat16())
     assert not made.state_dict().keys() - {"bias"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_no_weight_of_4_bits_is_kept_in_full_between_the_passes(compiled):
+    """A compiler that sees the weight made twice keeps it: 17 GiB of a 7B model."""
+    pytest.importorskip("bitsandbytes")
+    size = 256
+    maps = [Linear4Bit.of(nn.Linear(size, size, bias=False), torch.device("cpu")) for _ in range(2)]
+    run = nn.Sequential(maps[0], nn.SiLU(), maps[1]).forward
+    x, kept = torch.randn(4, size, requires_grad=True), {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        (torch.compile(run) if compiled else run)(x).sum().backward()
+    assert sum(kept.values()) < 1.2 * size * size
+    plain = nn.functional.silu(x @ maps[0].weight.T) @ maps[1].weight.T
+    torch.testing.assert_close(torch.autograd.grad(plain.sum(), x)[0], x.grad)

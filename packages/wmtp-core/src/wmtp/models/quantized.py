@@ -69,7 +69,7 @@ class Linear4Bit(nn.Module):
         """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        result = _Product.apply(x.to(dtype), self.packed, self.scales, self.out_features, self.in_features)
+        result = _linear(x.to(dtype), self.packed, self.scales, self.out_features, self.in_features)
         return result if self.bias is None else result + self.bias.to(dtype)
 
     def extra_repr(self) -> str:
@@ -77,23 +77,42 @@ class Linear4Bit(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, nf4"
 
 
-class _Product(torch.autograd.Function):
-    """x · Wᵀ, with W made anew in the backward pass."""
+# Operators of their own, into which no compiler looks: it would see the same weight made in both passes, and keep the first.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
-        """See the class."""
-        ctx.save_for_backward(packed, scales)
-        ctx.shape = (rows, columns)
-        return torch.nn.functional.linear(x, _dequantized(packed, scales, rows, columns, x.dtype))
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        """Pass the gradient of x on; the weight has none."""
-        (gradient,) = gradients
-        packed, scales = ctx.saved_tensors
-        rows, columns = ctx.shape
-        return gradient @ _dequantized(packed, scales, rows, columns, gradient.dtype), None, None, None, None
+@torch.library.custom_op("wmtp::linear_4bit", mutates_args=())
+def _linear(x: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
+    """x · Wᵀ; its backward pass makes W anew."""
+    return torch.nn.functional.linear(x, _dequantized(packed, scales, rows, columns, x.dtype))
+
+
+@torch.library.custom_op("wmtp::linear_4bit_backward", mutates_args=())
+def _linear_backward(gradient: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
+    """Gradient of x in `_linear`."""
+    return gradient @ _dequantized(packed, scales, rows, columns, gradient.dtype)
+
+
+@_linear.register_fake
+def _(x: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+@_linear_backward.register_fake
+def _(gradient: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
+    return gradient.new_empty((*gradient.shape[:-1], columns))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, scales, *ctx.shape = inputs
+    ctx.save_for_backward(packed, scales)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    """Pass the gradient of x on; the weight has none."""
+    return _linear_backward(gradient, *ctx.saved_tensors, *ctx.shape), None, None, None, None
+
+
+_linear.register_autograd(_differentiate, setup_context=_keep)
 
 
 def quantize_layers(base: PreTrainedModel, device: torch.device) -> None:
