@@ -13,24 +13,16 @@ import tempfile
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any
 
 from attrs import Factory, frozen
+from tiny_recipe import TINY_MODEL
 
 import wmtp
 from wmtp.config.load import load_config
 
 #: steps of the run, and those that are counted: in one step alone, the thread of the batches might have nothing to do
 _STEPS, _COUNTED = 12, range(4, 8)
-_MODEL: Final = {
-    "type": "scratch",
-    "vocab_size": 258,
-    "hidden_size": 16,
-    "layers": 1,
-    "attention_heads": 2,
-    "intermediate_size": 16,
-    "max_positions": 128,
-}
 
 
 @frozen
@@ -60,7 +52,7 @@ def count(trainer: dict[str, Any], folder: Path, *, micro_batches: int, models: 
     config = load_config(
         {
             "run": {"output_dir": str(folder / "runs")},
-            "models": dict.fromkeys(models, _MODEL),
+            "models": dict.fromkeys(models, TINY_MODEL),
             "tokenizer": {"type": "bytes"},
             "datasets": {"numbers": {"type": "jsonl", "uri": str(data)}},
             "data": {"train": {"max_length": 16, "batch_size": 4, "micro_batch_size": 4 // micro_batches, "packing": False}},

@@ -5,7 +5,9 @@ import re
 import sys
 
 import pytest
+import tomli_w
 from chat_tokenizers import CHATML, chat_tokenizer, prepare
+from tiny_recipe import tiny_recipe
 
 import wmtp
 from wmtp.cli import main
@@ -15,28 +17,6 @@ from wmtp.data.shown import ShownDocument, ShownToken, shown_documents
 from wmtp.tokenizers.bytes import BytesTokenizer
 
 TURNS = [{"role": "user", "content": "q\n\x1b[2J"}, {"role": "assistant", "content": "an answer", "weight": 0.5}]
-
-RECIPE = """
-[models.base]
-type = "scratch"
-vocab_size = 258
-hidden_size = 16
-layers = 1
-attention_heads = 2
-max_positions = 64
-[tokenizer]
-type = "bytes"
-[datasets.sums]
-type = "jsonl"
-uri = "sums.jsonl"
-[data.train]
-max_length = 32
-batch_size = 1
-[trainer]
-type = "plain"
-[train]
-max_steps = 1
-"""
 
 
 def test_marks_stand_around_what_is_learned(tmp_path):
@@ -95,7 +75,11 @@ def recipe(tmp_path, monkeypatch):
     (tmp_path / "sums.jsonl").write_text(
         "\n".join(json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) for n in range(5))
     )
-    (tmp_path / "recipe.toml").write_text(RECIPE.replace("plain", "baseline-mtp"))
+    tables = {
+        "datasets": {"sums": {"type": "jsonl", "uri": "sums.jsonl"}},
+        "data": {"train": {"max_length": 32, "batch_size": 1}},
+    }
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tiny_recipe(**tables)))
     return "recipe.toml"
 
 

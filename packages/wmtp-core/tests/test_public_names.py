@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tiny_recipe import TINY_MODEL, tiny_recipe
 
 import wmtp
 from wmtp.cli import main, make_parser
@@ -80,36 +81,6 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = wmtp.runn
 
 
-RECIPE = """
-[run]
-output_dir = "runs"
-[models.base]
-type = "scratch"
-vocab_size = 258
-hidden_size = 16
-layers = 1
-attention_heads = 2
-intermediate_size = 24
-max_positions = 64
-[models.base.heads]
-horizon = 2
-[tokenizer]
-type = "bytes"
-[datasets.code]
-type = "jsonl"
-uri = "code.jsonl"
-[data.train]
-max_length = 32
-batch_size = 2
-[trainer]
-type = "baseline-mtp"
-[train]
-max_steps = 1
-[tracker]
-type = "jsonl"
-"""
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run directory, and beside it what its ``checkpoints.uri`` would hold, as a package's files."""
@@ -117,9 +88,8 @@ def trained(tmp_path_factory):
     lines = [json.dumps({"id": str(i), "prompt": "ab", "completion": "cd" * 8}) for i in range(8)]
     (folder / "code.jsonl").write_text("\n".join(lines))
 
-    recipe = tomllib.loads(RECIPE)
-    recipe["run"]["output_dir"] = str(folder / "runs")
-    recipe["datasets"]["code"]["uri"] = str(folder / "code.jsonl")
+    models = {"base": TINY_MODEL | {"heads": {"horizon": 2}}}
+    recipe = tiny_recipe(str(folder / "code.jsonl"), run={"output_dir": str(folder / "runs")}, models=models)
     result = wmtp.run(recipe, run_name="first")
     package = folder / "site" / "some_models"
     package.mkdir(parents=True)

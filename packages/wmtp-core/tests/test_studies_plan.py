@@ -7,19 +7,11 @@ import attrs
 import pytest
 import tomli
 import tomli_w
+from tiny_recipe import tiny_recipe
 
 from wmtp.errors import ConfigError
 from wmtp.studies.config import ArmConfig, ComparisonConfig, StudySection, load_study
 from wmtp.studies.plan import make_plan
-
-RECIPE = {
-    "models": {"base": {"type": "scratch", "vocab_size": 258, "hidden_size": 32, "layers": 2, "attention_heads": 2}},
-    "tokenizer": {"type": "bytes"},
-    "data": {"train": {"max_length": 64}},
-    "trainer": {"type": "baseline-mtp"},
-    "train": {"max_steps": 4},
-    "tracker": {"type": "jsonl"},
-}
 
 STUDY = """
 [study]
@@ -47,9 +39,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = json.dumps({"prompt": "def f():", "completion": " return 1"})
     (tmp_path / "code.jsonl").write_text(f"{line}\n")
-    (tmp_path / "recipe.toml").write_text(
-        tomli_w.dumps(RECIPE | {"datasets": {"code": {"type": "jsonl", "uri": "code.jsonl"}}})
-    )
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tiny_recipe()))
     return tmp_path
 
 

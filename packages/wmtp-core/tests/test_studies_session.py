@@ -12,7 +12,7 @@ import time
 
 import pytest
 import tomli_w
-from test_studies_plan import RECIPE
+from tiny_recipe import tiny_recipe
 
 from wmtp import study
 from wmtp.actions import study_pool
@@ -78,9 +78,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = json.dumps({"prompt": "def f():", "completion": " return 1"})
     (tmp_path / "code.jsonl").write_text(f"{line}\n")
-    (tmp_path / "recipe.toml").write_text(
-        tomli_w.dumps(RECIPE | {"datasets": {"code": {"type": "jsonl", "uri": "code.jsonl"}}})
-    )
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tiny_recipe()))
     (tmp_path / "study.toml").write_text(tomli_w.dumps(STUDY))
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setattr(study_pool, "_WORKER", (str(tmp_path / "worker.py"),))
