@@ -16,8 +16,8 @@ from wmtp.data.tokenized import TokenizedExample
 __all__ = ["tokenized"]
 
 #: characters and documents that are encoded at once: a tokenizer holds some 30 bytes a character meanwhile
-_CHARACTERS: Final = 2_000_000
-_DOCUMENTS: Final = 1 << 13
+_CHARACTERS: Final = 1_000_000
+_DOCUMENTS: Final = 1 << 12
 #: assumed of a conversation, which has no text yet
 _CONVERSATION: Final = 2_000
 
