@@ -11,7 +11,8 @@ import pytest
 #: beyond what transformers itself imports
 HEAVY = (
     "mlflow", "wandb", "tensorboard", "sqlalchemy", "alembic", "pandas", "pyarrow", "sklearn", "matplotlib", "IPython",
-    "datasets", "torchao", "bitsandbytes", "peft", "gguf", "obstore", "boto3", "torchvision", "liger_kernel", "torch._inductor.compile_fx",
+    "datasets", "torchao", "bitsandbytes", "peft", "gguf", "obstore", "boto3", "torchvision",
+    "liger_kernel", "torch._inductor.compile_fx",
 )  # fmt: skip
 RECIPE = """
 [run]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from wmtp.models.base import ModelInfo
 from wmtp.models.config import ScratchModel
 from wmtp.training.speed import CARDS, describe_speed, step_seconds
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "1B": {"hidden_size": 2048, "layers": 16, "attention_heads": 32, "kv_heads": 8, "intermediate_size": 8192},
     "2.7B": {"hidden_size": 2560, "layers": 32, "attention_heads": 32, "kv_heads": 32, "intermediate_size": 6912},
     "7B": {"hidden_size": 4096, "layers": 32, "attention_heads": 32, "kv_heads": 32, "intermediate_size": 11008},
@@ -28,7 +29,7 @@ def info(shape: str, vocab: int = 32_000) -> ModelInfo:
     return ScratchModel(vocab_size=vocab, max_positions=2048, **SHAPES[shape]).build().info(None)
 
 
-def config(rows: int, length: int = 2048, **devices: Any) -> Config:
+def config(rows: int, length: int = 2048, devices: Mapping[str, Any] | None = None) -> Config:
     return load_config(
         {
             "models": {"base": {"type": "scratch", "vocab_size": 1024}},
@@ -36,7 +37,7 @@ def config(rows: int, length: int = 2048, **devices: Any) -> Config:
             "datasets": {"code": {"type": "python-source"}},
             "data": {"train": {"max_length": length, "batch_size": rows}},
             "trainer": {"type": "baseline-mtp"},
-            "devices": {"precision": "bf16-params", "compile": True} | devices,
+            "devices": {"precision": "bf16-params", "compile": True} | dict(devices or {}),
         }
     )
 
@@ -73,14 +74,14 @@ def test_it_is_within_a_fifth_of_what_was_measured(
     card: str, gpus: int, shape: str, vocab: int, rows: int, devices: dict[str, Any], measured: float
 ) -> None:
     length = 1024 if shape == "SmolLM2" else 2048
-    seconds = step_seconds(config(rows, length, **devices), info(shape, vocab), HEADS, CARDS[card], world_size=gpus)
+    seconds = step_seconds(config(rows, length, devices), info(shape, vocab), HEADS, CARDS[card], world_size=gpus)
     assert rows * length / seconds == pytest.approx(measured, rel=0.2)
 
 
 @pytest.mark.parametrize(("card", "gpus", "measured"), [("H100", 2, 13_753), ("H200", 4, 26_156)])
 def test_a_reference_model_costs_its_forward_pass(card: str, gpus: int, measured: float) -> None:
     rows, others = 4 * gpus, {"ref": info("2.7B")}
-    seconds = step_seconds(config(rows, **FULL), info("7B"), HEADS, CARDS[card], world_size=gpus, others=others)
+    seconds = step_seconds(config(rows, devices=FULL), info("7B"), HEADS, CARDS[card], world_size=gpus, others=others)
     assert rows * 2048 / seconds == pytest.approx(measured, rel=0.2)
 
 
