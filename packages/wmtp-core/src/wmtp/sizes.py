@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Final
 
-__all__ = ["format_bytes", "parse_bytes"]
+__all__ = ["file_size", "format_bytes", "parse_bytes"]
 
 _UNITS: Final = {"": 1, **{f"{u}{i}".lower(): (1024 if i else 1000) ** n for n, u in enumerate("KMGT", 1) for i in ("", "i")}}
 _SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?|)B?", re.IGNORECASE)
+
+
+def file_size(path: Path) -> int:
+    """Return the bytes of a file; -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def format_bytes(count: float) -> str:

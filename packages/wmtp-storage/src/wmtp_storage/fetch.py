@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from awscrt.checksums import crc64nvme
 
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.sizes import file_size
 from wmtp.storage.base import Fetched
 from wmtp.storage.lock import FileLock
 from wmtp.storage.manifest import MANIFEST, Manifest, ManifestFile, hash_file
@@ -237,7 +238,7 @@ class Fetching:
             if not part.segments and kept.segments and not part.path.exists():
                 # a kill while the files were put into their places: this one is there already
                 whole = _written(path, kept.segments)
-                if sum(segment.end - segment.start for segment in whole) == stored.size == _size(path):
+                if sum(segment.end - segment.start for segment in whole) == stored.size == file_size(path):
                     part.path.parent.mkdir(parents=True, exist_ok=True)
                     path.replace(part.path)
                     part.segments = whole
@@ -333,13 +334,6 @@ def _written(path: Path, segments: list[Segment]) -> list[Segment]:
     except OSError:
         pass
     return good
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 def _allocated(path: Path) -> int:

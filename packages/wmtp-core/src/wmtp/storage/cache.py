@@ -18,6 +18,7 @@ from typing import Final
 from attrs import frozen
 
 from wmtp.errors import WMTPError
+from wmtp.sizes import file_size
 from wmtp.storage.lock import FileLock
 from wmtp.storage.manifest import Manifest, verify
 
@@ -103,7 +104,7 @@ class CacheEntry:
     def is_complete(self) -> bool:
         """Return True if all files are there, with their sizes."""
         manifest = self.manifest()
-        return manifest is not None and all(_size(self.files / file.name) == file.size for file in manifest.files)
+        return manifest is not None and all(file_size(self.files / file.name) == file.size for file in manifest.files)
 
     def complete(self, manifest: Manifest) -> None:
         """Say that all of it is there, and on the disk.
@@ -222,7 +223,7 @@ def _info(entry: CacheEntry) -> CacheInfo:
     return CacheInfo(
         path=entry.folder,
         uri=None if manifest is None else manifest.uri,
-        size=sum(_size(path) for path in paths),
+        size=sum(file_size(path) for path in paths),
         files=len(paths) if manifest is None else len(manifest.files),
         last_used=(marker if marker.exists() else entry.folder).stat().st_mtime if entry.folder.exists() else time.time(),
         is_in_use=_is_in_use(entry),
@@ -237,14 +238,6 @@ def _is_in_use(entry: CacheEntry) -> bool:
         return not lock.acquire(wait=False)
     finally:
         lock.release()
-
-
-def _size(path: Path) -> int:
-    """Bytes; -1 where there is no such file."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 @atexit.register

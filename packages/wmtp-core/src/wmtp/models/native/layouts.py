@@ -48,7 +48,6 @@ class Layout:
         embedding, unembedding: likewise tensors; a folder may have them or not, and without them the model's are used.
         rule: how it computes.
         template: which of the model's decoder layers it is like: the ``last``, or the ``first`` (dense in models of experts).
-        norms_minus_one: its norms multiply by 1 + w, as the model's own do.
     """
 
     name: str
@@ -65,7 +64,6 @@ class Layout:
     unembedding: str | None = None
     rule: ChainRule
     template: Literal["last", "first"] = "last"
-    norms_minus_one: bool = False
 
     def part(self, name: str | None, module: int, layers: int) -> str | None:
         """Name a tensor, or what a layer's names begin with, of one module.
@@ -91,7 +89,6 @@ LAYOUTS: Final = (
         output_norm="mtp.norm",
         layer="mtp.layers.{i}.",
         rule=ChainRule(embedding_first=True),
-        norms_minus_one=True,
     ),
     Layout(
         name="mimo",
