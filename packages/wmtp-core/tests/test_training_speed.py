@@ -89,6 +89,8 @@ def test_cards_and_hours_are_named() -> None:
     text = describe_speed(config(16), info("1B"), HEADS, steps=1000)
     assert text.startswith("H100 about 5")
     assert "; H200 about 6" in text
-    assert "tokens/s, 0.15 h" in text
+    assert "tokens/s, 9.1 min" in text
+    assert "tokens/s, 1.5 h;" in describe_speed(config(16), info("1B"), HEADS, steps=10_000)
+    assert "tokens/s, under a minute;" in describe_speed(config(16), info("1B"), HEADS, steps=10)
     assert "2 × A100 about" in describe_speed(config(16), info("1B"), HEADS, steps=None, world_size=2)
-    assert " h" not in describe_speed(config(16), info("1B"), HEADS, steps=None)
+    assert "tokens/s;" in describe_speed(config(16), info("1B"), HEADS, steps=None)

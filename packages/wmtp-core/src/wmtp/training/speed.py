@@ -34,6 +34,9 @@ _LOGITS: Final = 4.0
 _OPTIMIZER: Final = 30.0
 #: share of a link's rate, and of an exchange that no computation hides
 _LINK, _EXPOSED = 0.45, 0.5
+#: seconds in which the host launches a step: in all, and a layer; not measured, for models too small to keep a GPU busy
+_LAUNCH: Final = 5e-3
+_COMPILED_LAUNCHES, _EAGER_LAUNCHES = 0.25e-3, 0.75e-3
 
 
 @frozen(kw_only=True)
@@ -113,7 +116,7 @@ def step_seconds(
         gathered = 2 * compute * (info.parameters + head_parameters(info, heads)) if shared else 0
         exchanged = (gathered + 4 * learned) * (world_size - 1) / world_size
         seconds += _EXPOSED * exchanged / (_LINK * card.link)
-    return seconds
+    return max(seconds, _LAUNCH + layers * (_COMPILED_LAUNCHES if devices.compile else _EAGER_LAUNCHES))
 
 
 def describe_speed(
@@ -131,9 +134,15 @@ def describe_speed(
     for name, card in CARDS.items():
         seconds = step_seconds(config, info, heads, card, world_size=world_size, others=others)
         devices = f"{world_size} × {name}" if world_size > 1 else name
-        hours = "" if steps is None else f", {_rounded(steps * seconds / 3600)} h"
+        hours = "" if steps is None else f", {_time(steps * seconds)}"
         parts.append(f"{devices} about {_rounded(tokens / seconds)} tokens/s{hours}")
     return f"{'; '.join(parts)} (full rows, the training steps alone)"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return "under a minute"
+    return f"{_rounded(seconds / 60)} min" if seconds < 3600 else f"{_rounded(seconds / 3600)} h"
 
 
 def _rounded(number: float) -> str:
