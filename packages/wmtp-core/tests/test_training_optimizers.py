@@ -146,7 +146,7 @@ def test_adamw_in_8_bits_is_in_a_checkpoint_bit_for_bit(tmp_path):
     assert torch.equal(again.bias, whole.bias)
 
 
-def test_what_8_bits_cannot_do_is_refused(monkeypatch):
+def test_what_8_bits_cannot_do_is_refused():
     with pytest.raises(
         ConfigError, match=r"optimizer\.paged: memory is paged between a GPU and its host, .* on cpu; remove it"
     ):
@@ -154,5 +154,4 @@ def test_what_8_bits_cannot_do_is_refused(monkeypatch):
     meta = torch.nn.Linear(3, 3, device="meta")
     with pytest.raises(ConfigError, match=r"optimizer\.type: 'adamw-8bit' computes on GPUs of NVIDIA and on CPUs"):
         AdamW8bit().build(list(meta.named_parameters()))
-    monkeypatch.setattr("wmtp.optim.config.find_spec", lambda name: None)
-    assert list(AdamW8bit().check()) == ["type: needs bitsandbytes: pip install 'wmtp-core[bnb]'"]
+    assert AdamW8bit.needs_packages == {"bitsandbytes": "wmtp-core[bnb]"}

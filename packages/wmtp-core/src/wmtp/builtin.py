@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from wmtp.data.config import Chat, CodeContests, HumanEval, Jsonl, Mbpp, Mutated, PythonSource, TextFiles
-from wmtp.evaluation.config import InferenceSpeed, PassAtK, Perplexity, Speculative, TokenAccuracy
+from wmtp.evaluation.config import InferenceSpeed, LmEval, PassAtK, Perplexity, Speculative, TokenAccuracy
 from wmtp.launchers.config import LocalLauncher
 from wmtp.models.config import HfModel, MetaMtpModel, ScratchModel
 from wmtp.optim.config import AdamW, AdamW8bit, Muon
@@ -70,5 +70,5 @@ def wmtp_launchers() -> list[type[Any]]:
 
 @hookimpl
 def wmtp_evaluators() -> list[type[Any]]:
-    """List the evaluators: losses, accuracies, decoding speed, and correctness of generated code."""
-    return [Perplexity, TokenAccuracy, Speculative, InferenceSpeed, PassAtK]
+    """List the evaluators: losses, accuracies, decoding speed, correctness of generated code, and others' tasks."""
+    return [Perplexity, TokenAccuracy, Speculative, InferenceSpeed, PassAtK, LmEval]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
+from importlib.util import find_spec
 from typing import Any, Final
 
 from attrs import evolve, frozen
@@ -94,7 +95,15 @@ def component_problems(config: Config, registry: Registry) -> Iterator[Problem]:
     if not config.launcher.remote:  # there a path is one of the other machine
         yield from model_problems(config)
     for placed in components(config):
+        if not config.launcher.remote:
+            yield from _packages(placed.path, placed.config)
         yield from _own_rules(placed.path, placed.config, registry)
+
+
+def _packages(path: KeyPath, config: Any) -> Iterator[Problem]:
+    for module, install in config.needs_packages.items():
+        if find_spec(module) is None:
+            yield Problem((*path, "type"), f"'{config.type}' needs {module}: pip install '{install}'")
 
 
 def _remote(config: Config, registry: Registry) -> Iterator[Problem]:

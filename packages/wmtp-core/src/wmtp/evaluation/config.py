@@ -14,7 +14,7 @@ from wmtp.plugins.contract import EvaluatorConfig
 if TYPE_CHECKING:
     from wmtp.evaluation.base import Evaluator
 
-__all__ = ["InferenceSpeed", "PassAtK", "PassAtKSettings", "Perplexity", "Speculative", "TokenAccuracy"]
+__all__ = ["InferenceSpeed", "LmEval", "PassAtK", "PassAtKSettings", "Perplexity", "Speculative", "TokenAccuracy"]
 
 
 @frozen(kw_only=True)
@@ -236,3 +236,51 @@ class PassAtK(EvaluatorConfig):
         from wmtp.evaluation.pass_at_k import PassAtKEvaluator
 
         return PassAtKEvaluator(self)
+
+
+@frozen(kw_only=True)
+class LmEval(EvaluatorConfig):
+    """Tasks of lm-evaluation-harness, by head 1 of the model. Needs ``wmtp-core[lm-eval]``.
+
+    Scores are those of the harness, with its seeds. Tasks that run code which the model wrote are refused: ``pass-at-k`` has a
+    sandbox. A folder of your own tasks may bring Python functions, which run.
+
+    Args:
+        tasks: names of tasks, groups or tags, as ``hellaswag``; or ``.yaml`` files of single tasks.
+        uri: a folder with further tasks in ``.yaml`` files.
+        num_fewshot: examples before each question. Default: what the task says.
+        limit: measure the first examples of each task only.
+        batch_size: requests that are computed together.
+        max_length: tokens of context and answer together; longer contexts lose their beginning. Default: the model's positions,
+            2048 where it has no limit.
+        chat_template: ask by the model's chat template, examples as turns before.
+        speculative: whether heads 2..H draft where tasks let the model write.
+    """
+
+    type = "lm-eval"
+    one_process = True
+    needs_packages = {"lm_eval": "wmtp-core[lm-eval]"}  # noqa: RUF012
+    tasks: tuple[str, ...] = field(validator=min_len(1))
+    uri: str | None = None
+    num_fewshot: int | None = field(default=None, validator=optional(ge(0)))
+    limit: int | None = field(default=None, validator=optional(ge(1)))
+    batch_size: int = field(default=8, validator=ge(1))
+    max_length: int | None = field(default=None, validator=optional(ge(2)))
+    chat_template: bool = False
+    speculative: bool = False
+
+    @property
+    def needs_extra_heads(self) -> bool:  # type: ignore[override]
+        """With ``speculative``."""
+        return self.speculative
+
+    @property
+    def needed_positions(self) -> int:  # type: ignore[override]
+        """Of the model, with ``max_length``."""
+        return self.max_length or 0
+
+    def build(self) -> Evaluator:
+        """Make the evaluator."""
+        from wmtp.evaluation.lm_eval import LmEvalEvaluator
+
+        return LmEvalEvaluator(self)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -60,12 +59,8 @@ class AdamW8bit(AdamW):
     type = "adamw-8bit"
     takes_whole_only = True
     state_bytes = 2
+    needs_packages = {"bitsandbytes": "wmtp-core[bnb]"}  # noqa: RUF012
     paged: bool = False
-
-    def check(self) -> Iterator[str]:
-        """Say what to install."""
-        if find_spec("bitsandbytes") is None:
-            yield "type: needs bitsandbytes: pip install 'wmtp-core[bnb]'"
 
     def build(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
         """Make the optimizer for ``(name, parameter)`` pairs."""

@@ -145,6 +145,8 @@ class ComponentConfig(Contract, contract=True, keys=("uri",)):
     uri_keys: ClassVar[tuple[str, ...]] = ()
     #: keys that earlier versions had, each with what to write instead; a config that has one is refused so
     former_keys: ClassVar[Mapping[str, str]] = {}
+    #: modules that the component imports, each with what pip installs: a config that names it is refused where one is missing
+    needs_packages: ClassVar[Mapping[str, str]] = {}
 
     def check(self) -> Iterable[str]:
         """Find what is wrong with the values. Called by ``wmtp check`` and before every run; imports no torch, uses no network.

@@ -125,6 +125,7 @@ class TensorBoardTracker(TrackerConfig):
     """
 
     type = "tensorboard"
+    needs_packages = {"tensorboard": "wmtp-core[tensorboard]"}  # noqa: RUF012
     folder: str | None = field(default=None, validator=optional(min_len(1)))
 
     def build(self) -> Tracker:
@@ -146,6 +147,7 @@ class WandbTracker(TrackerConfig):
     """
 
     type = "wandb"
+    needs_packages = {"wandb": "wmtp-core[wandb]"}  # noqa: RUF012
     project: str = field(default="wmtp", validator=min_len(1))
     entity: str | None = None
     mode: Literal["online", "offline"] | None = None
