@@ -153,3 +153,21 @@ def test_the_cells_of_the_example_notebooks_run(name, tmp_path, monkeypatch):
     assert "<svg" in result._repr_html_()
     assert all("weight" in sample._repr_html_() for sample in result.samples)
     assert len(result.samples) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["first-run", "token-weights"])
+def test_the_example_notebooks_run_in_a_kernel(name, tmp_path):
+    """In Jupyter's own process, where a progress line is updated and results show themselves as HTML."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "examples" / "notebooks" / f"{name}.ipynb", as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    data = [output.data for output in outputs if "data" in output]
+    assert any("text/html" in shown for shown in data)
+    assert any(shown.get("text/plain", "").startswith("step ") for shown in data)
+    assert not any(output.output_type == "error" for output in outputs)
