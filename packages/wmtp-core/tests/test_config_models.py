@@ -18,6 +18,7 @@ import wmtp
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models import load_model
 from wmtp.models.loaders.hf import HfLoader
+from wmtp.storage.model_files import check_folder
 
 ENOUGH: dict[str, Any] = {
     "datasets": {"code": {"type": "jsonl", "uri": "s3://bucket/code"}},
@@ -181,3 +182,13 @@ def test_a_gguf_file_beside_a_config_alone_is_the_model(folder: Path):
     assert HfLoader()._locate(folder) == (folder, "a.gguf")
     (folder.parent / "model.safetensors").rename(folder / "model.safetensors")
     assert HfLoader()._locate(folder) == (folder, None)
+
+
+@pytest.mark.parametrize(("model_type", "is_known"), [("llamma", False), ("kosmos-2.5", True), ("qwen3_5_text", True)])
+def test_an_unknown_model_type_is_said_before_transformers_is_imported(tmp_path, model_type, is_known):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if is_known:
+        check_folder(tmp_path)
+        return
+    with pytest.raises(WMTPError, match=f"has no architecture '{model_type}'; correct model_type, or install a newer one"):
+        check_folder(tmp_path)

@@ -70,11 +70,15 @@ def check_folder(folder: Path) -> None:
         layers = table.get("num_hidden_layers")
         if isinstance(layers, int) and not 0 < layers <= LAYERS_LIMIT:
             raise FileError(f"{file}: num_hidden_layers = {layers}, and a model has 1 to {LAYERS_LIMIT:,}; is it damaged?")
-    if _needs_own_code(content):
-        raise FileError(
-            f"{file}: the installed transformers has no architecture '{content.get('model_type')}'; its own code would have "
-            "to run, which WMTP never does"
+    if _is_unknown(content):
+        code = content.get("auto_map")
+        own_code = isinstance(code, dict) and "AutoConfig" in code
+        why = (
+            "its own code would have to run, which WMTP never does"
+            if own_code
+            else "correct model_type, or install a newer one"
         )
+        raise FileError(f"{file}: the installed transformers has no architecture '{content['model_type']}'; {why}")
     if not any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
         for name in _INDEXES:
             if (folder / name).exists():
@@ -192,16 +196,17 @@ def check_generation(folder: Path) -> None:
             raise FileError(f"{file}: is damaged: {key} is {value!r:.40}, and no number of a token")
 
 
-def _needs_own_code(content: Mapping[str, Any]) -> bool:
-    """Tell an architecture that transformers has no folder for, and whose config names its own code."""
-    model_type, code = content.get("model_type"), content.get("auto_map")
-    if model_type in STAND_INS:
-        return False
-    if not isinstance(model_type, str) or not isinstance(code, dict) or "AutoConfig" not in code or "mtp_config" in content:
+def _is_unknown(content: Mapping[str, Any]) -> bool:
+    """Tell an architecture that transformers neither has a folder for nor names in its tables, without importing it."""
+    model_type = content.get("model_type")
+    if model_type in STAND_INS or not isinstance(model_type, str) or "mtp_config" in content:
         return False
     found = find_spec("transformers")
     if found is None or not found.submodule_search_locations:
         return False
+    models = Path(found.submodule_search_locations[0]) / "models"
     name = model_type.replace("-", "_").lower()
-    known = [entry.name for entry in (Path(found.submodule_search_locations[0]) / "models").iterdir() if entry.is_dir()]
-    return bool(known) and not any(name == own or name.startswith(f"{own}_") for own in known)
+    known = [entry.name for entry in models.iterdir() if entry.is_dir()]
+    if not known or any(name == own or name.startswith(f"{own}_") for own in known):
+        return False
+    return not any(f'"{model_type}"' in file.read_text(encoding="utf-8") for file in (models / "auto").glob("*.py"))
