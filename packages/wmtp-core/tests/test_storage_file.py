@@ -8,6 +8,7 @@ import pytest
 
 from wmtp.errors import WMTPError
 from wmtp.storage.config import FileStorage
+from wmtp.storage.lock import FileLock
 
 STORAGE = FileStorage().build()
 
@@ -165,6 +166,47 @@ def test_a_killed_push_leaves_the_old_or_the_new_whole(tmp_path):
         process.wait()
         process.stdout.close()
         assert target.read_bytes() in ((tmp_path / "one").read_bytes(), (tmp_path / "two").read_bytes())
+    FileStorage().build().push(tmp_path / "one", str(target))
+    assert sorted(os.listdir(tmp_path)) == ["one", "target", "two"], "the next one removes what they left"
+
+
+def leftover(folder: Path, name: str, *inside: str) -> Path:
+    """What a killed push leaves: a folder whose lock nobody holds any more."""
+    staging = folder / name
+    for each in ("lock", *inside):
+        (staging / each).parent.mkdir(parents=True, exist_ok=True)
+        (staging / each).write_text(each)
+    return staging
+
+
+def test_a_push_that_is_under_way_is_not_a_leftover(tmp_path):
+    live, dead, other = (leftover(tmp_path, f".target.abcdefg{n}.part", "new") for n in "123")
+    (other / "notes").write_text("of somebody else")
+    (tmp_path / "one").write_text("1")
+    with FileLock(live / "lock") as lock:
+        lock.acquire()
+        FileStorage().build().push(tmp_path / "one", str(tmp_path / "target"))
+        assert (live.exists(), dead.exists(), other.exists()) == (True, False, True)
+        assert FileStorage().build().clean(str(tmp_path), older_than=0) == []
+    (found,) = FileStorage().build().clean(str(tmp_path), older_than=0, dry_run=True)
+    assert (found.uri, found.size, live.exists()) == (str(live), len("lock" + "new"), True)
+    assert FileStorage().build().clean(str(tmp_path), older_than=3600) == []
+    FileStorage().build().clean(str(tmp_path), older_than=0)
+    assert not live.exists()
+
+
+@pytest.mark.parametrize("how", ["push", "clean", "tidy"])
+def test_a_kill_between_the_two_renames_loses_no_folder(model, tmp_path, how):
+    """The folder that was there is in the killed copy's folder alone then."""
+    leftover(tmp_path, ".target.abcdefgh.part", "new/weights", "old/weights")
+    storage, target = FileStorage().build(), tmp_path / "target"
+    if how == "push":
+        storage.push(model, str(target))
+        assert tree(target) == tree(model)
+    else:
+        storage.clean(str(tmp_path), older_than=0) if how == "clean" else storage.tidy(str(tmp_path))
+        assert tree(target) == {"weights": b"old/weights"}
+    assert not (tmp_path / ".target.abcdefgh.part").exists()
 
 
 def test_exists(tmp_path):

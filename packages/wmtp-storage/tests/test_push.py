@@ -7,7 +7,7 @@ import pytest
 from wmtp.errors import WMTPError
 from wmtp.storage.manifest import MANIFEST, Manifest
 from wmtp_storage import S3Storage
-from wmtp_storage.push import INCOMPLETE
+from wmtp_storage.leftovers import INCOMPLETE
 
 STORAGE = S3Storage().build()
 

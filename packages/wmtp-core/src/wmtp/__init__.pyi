@@ -8,6 +8,7 @@ from wmtp.actions.distill import distill_data as distill_data
 from wmtp.actions.files import Pushed as Pushed
 from wmtp.actions.files import Verified as Verified
 from wmtp.actions.files import cache as cache
+from wmtp.actions.files import clean as clean
 from wmtp.actions.files import fetch as fetch
 from wmtp.actions.files import pull_runs as pull_runs
 from wmtp.actions.files import push as push
@@ -127,6 +128,7 @@ from wmtp.runs.result import Result as Result
 from wmtp.runs.samples import TokenSample as TokenSample
 from wmtp.startup.start import start as start
 from wmtp.storage.base import Fetched as Fetched
+from wmtp.storage.base import Leftover as Leftover
 from wmtp.storage.base import Storage as Storage
 from wmtp.storage.base import StoredFile as StoredFile
 from wmtp.storage.cache import Cache as Cache

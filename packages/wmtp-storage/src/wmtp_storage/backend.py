@@ -17,12 +17,14 @@ from obstore.exceptions import NotSupportedError
 
 from wmtp.errors import WMTPError
 from wmtp.storage import Fetched, Storage, StoredFile
+from wmtp.storage.base import Leftover
 from wmtp.storage.manifest import MANIFEST, Manifest
 from wmtp_storage.failures import WrongAnswerError, explained, understand
 from wmtp_storage.fetch import fetch_into
+from wmtp_storage.leftovers import find, remove, remove_leftovers
 from wmtp_storage.localize import localize
 from wmtp_storage.patience import patiently
-from wmtp_storage.push import push, remove, remove_leftovers
+from wmtp_storage.push import push
 from wmtp_storage.uris import RemoteURI, parse
 
 if TYPE_CHECKING:
@@ -265,7 +267,17 @@ class ObjectStorage(Storage):
         """See `Storage.tidy`: ends uploads that were left unfinished, and removes folders that were never whole."""
         place = parse(uri)
         remove_leftovers(self, place)
-        self.opened(place).abort_uploads(place.key)
+        opened = self.opened(place)
+        opened.abort(opened.unfinished(f"{place.key}/" if place.key else ""))
+
+    def clean(self, uri: str, *, older_than: float, dry_run: bool = False) -> Sequence[Leftover]:
+        """See `Storage.clean`."""
+        place = parse(uri)
+        found = find(self, place, older_than)
+        for each in () if dry_run else found:
+            remove(self, place, each.keys)
+            self.opened(place).abort(each.unfinished)
+        return [each.leftover for each in found]
 
 
 def _lists_nothing(error: Exception) -> bool:

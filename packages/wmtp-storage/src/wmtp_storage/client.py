@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from wmtp_storage.backend import StoredObject
     from wmtp_storage.checksums import StoreChecksum
     from wmtp_storage.config import RemoteStorage
+    from wmtp_storage.leftovers import Unfinished
 
     #: what the store knows of an object's content; asked again, with True, where that did not match what came
     Checksum = Callable[[StoredObject, bool], StoreChecksum | None]
@@ -95,7 +96,8 @@ class Opened:
         copy: copies an object to another key of the store.
         checksum: of an object's content, as the store knows it.
         listed_checksum: what the listing says of it already; None where the store must be asked.
-        abort_uploads: ends what was never uploaded to its end in a folder, which is given by its key.
+        unfinished: lists the uploads that were never ended of the objects whose keys begin with a text.
+        abort: ends such uploads.
         buckets: the names of the buckets that these credentials may see, as far as they may: for hints.
     """
 
@@ -106,7 +108,8 @@ class Opened:
     copy: Copy
     checksum: Checksum
     listed_checksum: Callable[[StoredObject], StoreChecksum | None]
-    abort_uploads: Callable[[str], None]
+    unfinished: Callable[[str], Sequence[Unfinished]]
+    abort: Callable[[Iterable[Unfinished]], None]
     buckets: Callable[[], list[str]]
 
 
@@ -119,7 +122,8 @@ def opened(
     copy: Copy | None = None,
     checksum: Checksum | None = None,
     listed_checksum: Callable[[StoredObject], StoreChecksum | None] | None = None,
-    abort_uploads: Callable[[str], None] | None = None,
+    unfinished: Callable[[str], Sequence[Unfinished]] = lambda _: (),
+    abort: Callable[[Iterable[Unfinished]], None] = lambda _: None,
     buckets: Callable[[], list[str]] = list,
 ) -> Opened:
     """Open a store.
@@ -132,7 +136,8 @@ def opened(
         copy: see `Opened`; None: as obstore copies.
         checksum: see `Opened`; None for a store that tells none.
         listed_checksum: see `Opened`; None for a store whose listing tells none.
-        abort_uploads: see `Opened`; None for a store that forgets them by itself.
+        unfinished: see `Opened`. Default: none, of a store that forgets them by itself.
+        abort: see `Opened`.
         buckets: see `Opened`.
     """
     retries: RetryConfig = {
@@ -150,7 +155,8 @@ def opened(
         copy=copy if copy is not None else lambda a, b: patiently(limit, b, lambda: obstore.copy(plain, a, b)),
         checksum=checksum if checksum is not None else lambda *_: None,
         listed_checksum=listed_checksum if listed_checksum is not None else lambda _: None,
-        abort_uploads=abort_uploads if abort_uploads is not None else lambda _: None,
+        unfinished=unfinished,
+        abort=abort,
         buckets=buckets,
     )
 

@@ -15,7 +15,7 @@ from wmtp.errors import WMTPError
 from wmtp.storage.copying import is_wanted
 from wmtp.storage.manifest import MANIFEST
 from wmtp_storage.failures import WrongAnswerError
-from wmtp_storage.push import INCOMPLETE
+from wmtp_storage.leftovers import INCOMPLETE
 
 if TYPE_CHECKING:
     from wmtp_storage.backend import ObjectStorage, StoredObject

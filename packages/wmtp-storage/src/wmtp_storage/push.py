@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
-import secrets
-from collections.abc import Awaitable, Iterable, Iterator
+import time
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import obstore
-from attrs import evolve, frozen
+from attrs import frozen
 
 from wmtp.errors import WMTPError
 from wmtp_storage.aio import Budget, run, together
-from wmtp_storage.arrival import Uploaded, check_arrived, check_gone
+from wmtp_storage.arrival import Uploaded, check_arrived
 from wmtp_storage.failures import WrongAnswerError, explained
+from wmtp_storage.leftovers import INCOMPLETE, REPLACING, remove, staging_folders
+from wmtp_storage.only_push import OLD, only_push
 from wmtp_storage.patience import Patience, is_transient, patiently
 
 if TYPE_CHECKING:
@@ -26,12 +27,9 @@ if TYPE_CHECKING:
     from wmtp_storage.backend import ObjectStorage
     from wmtp_storage.uris import RemoteURI
 
-__all__ = ["INCOMPLETE", "push", "remove", "remove_leftovers"]
+__all__ = ["push"]
 
-#: stands in a folder while it is written or replaced: who finds it must not read the folder
-INCOMPLETE = ".wmtp-incomplete"
-
-_STAGING = re.compile(r"\.partial-[0-9a-f]{16}$")
+_NEW = b"This folder is being written, or was left half-written.\n"
 _PART = 8 * 2**20
 _GRACE = 5.0  # seconds
 #: S3 copies no larger objects in one request
@@ -58,50 +56,15 @@ def push(storage: ObjectStorage, path: Path, uri: RemoteURI) -> None:
     if not uri.key and not path.is_dir():
         raise WMTPError(f"{what} write the file's name too: {uri.at(path.name)}")
     files = _local_files(path, what)
-    if path.is_dir():
-        if storage.head(uri) is not None:
-            raise WMTPError(f"{what} an object is there; remove it, or write another name")
-        _push_folder(storage, path, files, uri)
-        return
-    if next(storage.objects(uri), None) is not None:
+    if path.is_dir() and storage.head(uri) is not None:
+        raise WMTPError(f"{what} an object is there; remove it, or write another name")
+    if not path.is_dir() and next(storage.objects(uri), None) is not None:
         raise WMTPError(f"{what} a folder is there; write the file's name too: {uri.at(path.name)}")
-    _upload(storage, files, uri, f"{uri} is as it was")
-
-
-def remove(storage: ObjectStorage, uri: RemoteURI, keys: Iterable[str]) -> None:
-    """Delete objects.
-
-    Raises:
-        WMTPError: some of them could not be deleted.
-    """
-    names = list(keys)
-    try:
-        patiently(storage.config.retry_timeout, uri, lambda: obstore.delete(storage.opened(uri).store, names))
-    except FileNotFoundError:  # somebody else was quicker
-        pass
-    except (obstore.exceptions.BaseError, OSError, ValueError) as error:
-        raise explained(error, uri, "deleted") from error
-    check_gone(storage, uri, names)
-
-
-def remove_leftovers(storage: ObjectStorage, uri: RemoteURI) -> None:
-    """Remove the folders inside ``uri`` that a killed `push` left: those that were never whole, and those beside their target.
-
-    Raises:
-        WMTPError: some of it could not be removed.
-    """
-    objects = list(storage.objects(uri))
-    folders: dict[str, set[str]] = {}
-    for found in objects:
-        folder, _, name = found.name.partition("/")
-        folders.setdefault(folder, set()).add(name)
-    # the mark is asked for again: the listing may be one of yesterday, out of the cache of a proxy
-    half = {
-        folder
-        for folder, names in folders.items()
-        if _STAGING.search(folder) or (INCOMPLETE in names and storage.head(uri.at(f"{folder}/{INCOMPLETE}")) is not None)
-    }
-    remove(storage, uri, [found.key for found in objects if found.name.partition("/")[0] in half])
+    with only_push(storage, uri) as staging:
+        if path.is_dir():
+            _push_folder(storage, files, uri, staging)
+        else:
+            _upload(storage, files, uri, f"{uri} is as it was")
 
 
 def _local_files(path: Path, what: str) -> list[_File]:
@@ -125,12 +88,12 @@ def _local_files(path: Path, what: str) -> list[_File]:
     return files
 
 
-def _push_folder(storage: ObjectStorage, path: Path, files: list[_File], uri: RemoteURI) -> None:
+def _push_folder(storage: ObjectStorage, files: list[_File], uri: RemoteURI, staging: RemoteURI) -> None:
     there = {found.key for found in storage.objects(uri)}
     marker = uri.at(INCOMPLETE).key
     wanted = {uri.at(file.name).key for file in files}
     if not there:
-        put_marker(storage, uri)
+        put_marker(storage, uri, _NEW)
         try:
             _upload(storage, files, uri, f"nothing is at {uri}")
         except BaseException:
@@ -140,12 +103,13 @@ def _push_folder(storage: ObjectStorage, path: Path, files: list[_File], uri: Re
             raise
         remove(storage, uri, [marker])
         return
-    beside = secrets.token_hex(8)
-    staging = evolve(uri, key=f"{uri.key}.partial-{beside}")
+    for left in staging_folders(storage, uri):
+        if time.time() - max((found.modified.timestamp() for found in left), default=0.0) > OLD:
+            remove(storage, uri, [found.key for found in left])
     copied = [file for file in files if file.size <= _LARGEST_COPY]
     try:
         _upload(storage, copied, staging, f"{uri} is as it was")
-        put_marker(storage, uri)
+        put_marker(storage, uri, REPLACING)
         half = f"{uri} is half replaced, and will not be read: upload it again"
         with _said(half):
             run(_copy(storage, copied, staging, uri))
@@ -165,9 +129,8 @@ def _said(state: str) -> Iterator[None]:
         raise WMTPError(f"{error}; {state}") from error
 
 
-def put_marker(storage: ObjectStorage, uri: RemoteURI) -> None:
+def put_marker(storage: ObjectStorage, uri: RemoteURI, text: bytes) -> None:
     """Say that the folder must not be read."""
-    text = b"This folder is being written, or was left half-written.\n"
     place = uri.at(INCOMPLETE)
     try:
         patiently(storage.config.retry_timeout, uri, lambda: obstore.put(storage.opened(uri).store, place.key, text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from wmtp_storage.backend import StoredObject
     from wmtp_storage.config import S3Storage
+    from wmtp_storage.leftovers import Unfinished
     from wmtp_storage.s3_listing import S3Listing
     from wmtp_storage.s3_questions import S3Questions
     from wmtp_storage.uris import RemoteURI
@@ -76,10 +78,15 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
             credentials=credentials,
         )
 
-    def abort_uploads(folder: str) -> None:
+    def unfinished(prefix: str) -> Sequence[Unfinished]:
+        from wmtp_storage.s3_uploads import unfinished_uploads
+
+        return unfinished_uploads(questions(), prefix)
+
+    def abort(uploads: Iterable[Unfinished]) -> None:
         from wmtp_storage.s3_uploads import abort_uploads
 
-        abort_uploads(questions(), folder)
+        abort_uploads(questions(), uploads)
 
     def checksum(stored: StoredObject, did_not_match: bool) -> StoreChecksum | None:
         return questions().checksum(stored, did_not_match)
@@ -97,7 +104,8 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
         copy=lambda source, target: questions().copy(bucket, source, target),
         checksum=checksum,
         listed_checksum=partial(_listed_checksum, config),
-        abort_uploads=abort_uploads,
+        unfinished=unfinished,
+        abort=abort,
         buckets=lambda: questions().buckets(),
     )
 

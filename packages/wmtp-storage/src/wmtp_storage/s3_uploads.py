@@ -6,6 +6,8 @@ obstore has no call for that.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from datetime import datetime
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
@@ -14,12 +16,13 @@ from obstore.exceptions import GenericError
 
 from wmtp.errors import WMTPError
 from wmtp_storage.failures import WrongAnswerError, explained, understand
+from wmtp_storage.leftovers import Unfinished
 from wmtp_storage.s3_answers import text_of
 
 if TYPE_CHECKING:
     from wmtp_storage.s3_questions import S3Questions
 
-__all__ = ["abort_uploads"]
+__all__ = ["abort_uploads", "unfinished_uploads"]
 
 logger = logging.getLogger("wmtp.storage")
 
@@ -27,36 +30,46 @@ logger = logging.getLogger("wmtp.storage")
 _MOST_EMPTY = 1000
 
 
-def abort_uploads(questions: S3Questions, folder: str) -> None:
-    """Abort the unfinished uploads of the objects in a folder.
+def abort_uploads(questions: S3Questions, uploads: Iterable[Unfinished]) -> None:
+    """Abort unfinished uploads.
+
+    Raises:
+        WMTPError: the store could not be reached, or did not abort one.
+    """
+    for each in uploads:
+        url = f"{questions.address}/{quote(each.key)}?{urlencode({'uploadId': each.upload})}"
+        try:
+            answer = questions.send("DELETE", url)
+        except BotoCoreError as error:
+            raise WMTPError(f"{each.key}: an unfinished upload could not be aborted: {error}") from error
+        if answer.status_code not in (200, 204, 404):
+            raise WMTPError(f"{each.key}: an unfinished upload could not be aborted: HTTP status {answer.status_code}")
+        logger.info("%s: an upload that never ended was aborted", each.key)
+
+
+def unfinished_uploads(questions: S3Questions, prefix: str) -> list[Unfinished]:
+    """List the unfinished uploads of objects.
 
     Who may write objects may not be allowed to ask for unfinished uploads, and not every store knows the question: one line
     says so then.
 
     Args:
         questions: of the bucket.
-        folder: its key; empty for the whole bucket.
+        prefix: the keys begin with it.
 
     Raises:
-        WMTPError: the store could not be reached, answered what is no list of uploads, or did not abort one.
+        WMTPError: the store could not be reached, or answered what is no list of uploads.
     """
-    prefix = f"{folder}/" if folder else ""
     try:
-        for key, upload in _unfinished(questions, prefix):
-            url = f"{questions.address}/{quote(key)}?{urlencode({'uploadId': upload})}"
-            answer = questions.send("DELETE", url)
-            if answer.status_code not in (200, 204, 404):
-                raise WMTPError(f"{key}: an unfinished upload could not be aborted: HTTP status {answer.status_code}")
-            logger.info("%s: an upload that never ended was aborted", key)
+        return _listed(questions, prefix)
     except BotoCoreError as error:
         raise WMTPError(f"{prefix}: unfinished uploads could not be asked for: {error}") from error
     except WrongAnswerError as error:
         raise explained(error, f"unfinished uploads to {prefix or 'the bucket'}", "listed") from error
 
 
-def _unfinished(questions: S3Questions, prefix: str) -> list[tuple[str, str]]:
-    """Key and number of each."""
-    found: list[tuple[str, str]] = []
+def _listed(questions: S3Questions, prefix: str) -> list[Unfinished]:
+    found: list[Unfinished] = []
     after: dict[str, str] = {}
     markers = set[tuple[str, ...]]()
     while True:
@@ -72,7 +85,11 @@ def _unfinished(questions: S3Questions, prefix: str) -> list[tuple[str, str]]:
             return []
         for upload in page.findall("{*}Upload"):
             if text_of(upload, "Key").startswith(prefix):
-                found.append((text_of(upload, "Key"), text_of(upload, "UploadId")))
+                try:
+                    began = datetime.fromisoformat(text_of(upload, "Initiated"))
+                except ValueError:
+                    raise WrongAnswerError("an unfinished upload came without the time of its beginning") from None
+                found.append(Unfinished(text_of(upload, "Key"), text_of(upload, "UploadId"), began))
         if text_of(page, "IsTruncated") != "true":
             return found
         key = after.get("key-marker", "")

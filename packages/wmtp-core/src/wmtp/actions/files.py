@@ -16,7 +16,7 @@ from wmtp.config.places import build_backends
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.redaction import redact
 from wmtp.runs.directory import is_run_dir
-from wmtp.storage.base import Fetched, Storage
+from wmtp.storage.base import Fetched, Leftover, Storage
 from wmtp.storage.cache import Cache
 from wmtp.storage.manifest import MANIFEST, Manifest
 from wmtp.storage.manifest import verify as verify_files
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from wmtp.config.schema import StorageConfig
     from wmtp.tracking.pull import Pulled
 
-__all__ = ["Pushed", "Verified", "cache", "fetch", "pull_runs", "push", "storage_section", "verify"]
+__all__ = ["Pushed", "Verified", "cache", "clean", "fetch", "pull_runs", "push", "storage_section", "verify"]
 
 
 @frozen(kw_only=True)
@@ -135,6 +135,30 @@ def push(
     else:
         _backend(uri, config, overrides).push(source, os.fspath(uri))
     return Pushed(path=source, uri=redact(os.fspath(uri)), seconds=time.monotonic() - began)
+
+
+def clean(
+    uri: str | os.PathLike[str],
+    *,
+    older_than: float = 24 * 3600.0,
+    dry_run: bool = False,
+    config: Sequence[ConfigSource] = (),
+    overrides: Iterable[str] = (),
+) -> Sequence[Leftover]:
+    """Remove what killed uploads left at a URI, inside it and beside it, as ``wmtp clean`` does.
+
+    Args:
+        uri: a URI or a path.
+        older_than: seconds since something was added to it: uploads under way stay.
+        dry_run: only find it.
+        config: as for `fetch`.
+        overrides: ``KEY=VALUE`` texts laid over those.
+
+    Raises:
+        ConfigError: the URI is wrong, or no installed plugin serves its scheme.
+        WMTPError: the store could not be asked, or something could not be removed.
+    """
+    return _backend(uri, config, overrides).clean(os.fspath(uri), older_than=older_than, dry_run=dry_run)
 
 
 def cache(

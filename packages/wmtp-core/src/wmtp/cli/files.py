@@ -1,4 +1,4 @@
-"""Commands for files on every storage backend: ``wmtp fetch``, ``push`` and ``cache``."""
+"""Commands for files on every storage backend: ``wmtp fetch``, ``push``, ``clean`` and ``cache``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from wmtp.errors import ConfigError
-from wmtp.sizes import format_bytes, parse_bytes
+from wmtp.redaction import redact
+from wmtp.sizes import format_bytes, format_seconds, parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
     from wmtp.storage.cache import Cache
 
-__all__ = ["add_arguments", "cache", "fetch", "push", "storage_options"]
+__all__ = ["add_arguments", "cache", "clean", "fetch", "push", "storage_options"]
 
 _M_ARENA_MAX = -8  # of malloc.h
 
@@ -45,6 +46,16 @@ def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.set_defaults(run_command=push)
     command.add_argument("path", metavar="PATH")
     command.add_argument("uri", metavar="URI")
+    command = add("clean", "Remove what killed uploads left at a URI: half-written folders, unfinished uploads.", options)
+    command.set_defaults(run_command=clean)
+    command.add_argument("uri", metavar="URI", help="a file or folder; what is inside it and beside it counts")
+    command.add_argument(
+        "--older-than",
+        default="24h",
+        metavar="TIME",
+        help="since something was added, as 90m or 7d, so that uploads under way stay; default: 24h",
+    )
+    command.add_argument("--dry-run", action="store_true", help="only list it")
     command = add("cache", "List, verify or prune the cache of fetched files.", options)
     command.set_defaults(run_command=cache)
     command.add_argument("action", choices=("list", "verify", "prune"))
@@ -132,6 +143,31 @@ def push(arguments: argparse.Namespace) -> tuple[Any, int]:
     if not arguments.json:
         print(f"{done.uri}: whole, in {done.seconds:.1f} s")
     return attrs.asdict(done), 0
+
+
+def clean(arguments: argparse.Namespace) -> tuple[Any, int]:
+    """``wmtp clean``."""
+    from wmtp.actions.files import clean
+
+    older_than = parse_seconds(arguments.older_than)
+    if older_than is None:
+        raise ConfigError(f"--older-than: {arguments.older_than!r} is no time; write, for instance, 24h, 90m or 7d")
+    found = clean(
+        arguments.uri,
+        older_than=older_than,
+        dry_run=arguments.dry_run,
+        config=arguments.config,
+        overrides=arguments.overrides,
+    )
+    for each in [] if arguments.json else found:
+        done = "would be removed" if arguments.dry_run else "removed"
+        if not each.is_removable:
+            done = "stays, since it held files before: upload it again, or remove it yourself"
+        size = "" if each.size is None else f", {format_bytes(each.size)}"
+        print(f"{each.uri}: {each.kind}{size}, {format_seconds(each.age)} old: {done}")
+    if not arguments.json and not found:
+        print(f"{redact(arguments.uri)}: nothing is left of killed uploads that is older than {format_seconds(older_than)}")
+    return {"uri": arguments.uri, "leftovers": [attrs.asdict(each) for each in found], "dry_run": arguments.dry_run}, 0
 
 
 def cache(arguments: argparse.Namespace) -> tuple[Any, int]:

@@ -11,7 +11,7 @@ from attrs import frozen
 from wmtp.errors import WMTPError
 from wmtp.plugins.contract import Contract
 
-__all__ = ["Fetched", "Storage", "StoredFile"]
+__all__ = ["Fetched", "Leftover", "Storage", "StoredFile"]
 
 
 @frozen(kw_only=True)
@@ -50,6 +50,25 @@ class Fetched:
     size: int
     transferred: int
     seconds: float
+
+
+@frozen(kw_only=True)
+class Leftover:
+    """Remains of an upload or copy that was killed.
+
+    Args:
+        uri: where.
+        kind: for people: ``half-written folder``, ``unfinished upload``, …
+        size: its bytes; None where the store does not say.
+        age: seconds since something was added to it.
+        is_removable: False for a folder with files that were there before.
+    """
+
+    uri: str
+    kind: str
+    size: int | None
+    age: float
+    is_removable: bool = True
 
 
 class Storage(Contract, ABC, contract=True):
@@ -145,3 +164,19 @@ class Storage(Contract, ABC, contract=True):
         Raises:
             WMTPError: it could not be removed; the message names the URI.
         """
+
+    def clean(self, uri: str, *, older_than: float, dry_run: bool = False) -> Sequence[Leftover]:
+        """Remove what killed pushes left at ``uri``, inside it and beside it; default: nothing is ever left.
+
+        Args:
+            uri: a file or a folder.
+            older_than: seconds: who writes there now must not lose its work.
+            dry_run: only find it.
+
+        Returns:
+            what was found. All of it is removed but what is not ``is_removable``.
+
+        Raises:
+            WMTPError: the backend could not be asked, or something could not be removed.
+        """
+        return ()

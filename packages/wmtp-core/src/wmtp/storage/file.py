@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from wmtp.errors import WMTPError
 from wmtp.storage.atomic import replace_path
-from wmtp.storage.base import Storage, StoredFile
+from wmtp.storage.base import Leftover, Storage, StoredFile
 from wmtp.storage.hub.names import cached_snapshot
+from wmtp.storage.lock import FileLock
 from wmtp.storage.uris import file_path
 
 __all__ = ["File"]
 
 _PARTIAL = ".part"
+_LONGEST = 100  # characters of a target's name in that of the folder beside it
+_LOCK = "lock"
+_YOUNG = 60.0  # seconds
 
 
 class File(Storage):
@@ -52,9 +59,13 @@ class File(Storage):
         if source == target:
             return
         staging = None
+        lock = ExitStack()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=_PARTIAL, dir=target.parent))
+            for left in _left_beside(target):
+                _remove_left(left)
+            staging = Path(tempfile.mkdtemp(prefix=f".{target.name[:_LONGEST]}.", suffix=_PARTIAL, dir=target.parent))
+            lock.enter_context(_held(staging))
             _copy(source, staging / "new")
             replace_path(staging / "new", target, staging / "old")
         except OSError as error:
@@ -63,6 +74,7 @@ class File(Storage):
         finally:
             if staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)
+            lock.close()
 
     def files(self, uri: str) -> Iterator[StoredFile]:
         """See `Storage.files`. What a killed `push` left is not among them."""
@@ -90,7 +102,68 @@ class File(Storage):
         """See `Storage.tidy`."""
         folder = file_path(uri)
         for path in folder.glob(f".*{_PARTIAL}") if folder.is_dir() else ():
-            shutil.rmtree(path, ignore_errors=True)
+            if _is_staging(path):
+                _remove_left(path)
+
+    def clean(self, uri: str, *, older_than: float, dry_run: bool = False) -> Sequence[Leftover]:
+        """See `Storage.clean`. What a process is writing is locked, and stays."""
+        place, found = file_path(uri), []
+        inside = place.rglob(f".*{_PARTIAL}") if place.is_dir() else ()
+        for path in (*_left_beside(place), *(path for path in inside if _is_staging(path) and not _is_held(path))):
+            files = [file.stat() for file in path.rglob("*") if file.is_file()]
+            age = time.time() - max(path.stat().st_mtime, *(facts.st_mtime for facts in files), 0.0)
+            if age >= older_than:
+                size = sum(facts.st_size for facts in files)
+                found.append(Leftover(uri=str(path), kind="copy that was not ended", size=size, age=age))
+                if not dry_run:
+                    _remove_left(path)
+        return found
+
+
+def _is_staging(path: Path) -> bool:
+    """Tell a folder of `File.push` from one of somebody else's with a name like it."""
+    try:
+        return not path.is_symlink() and {each.name for each in path.iterdir()} <= {_LOCK, "new", "old"}
+    except OSError:  # no folder, or removed by its owner just now
+        return False
+
+
+@contextmanager
+def _held(staging: Path) -> Iterator[None]:
+    """Show that a process is at work in this folder, until it ends or is killed."""
+    lock = FileLock(staging / _LOCK)
+    lock.acquire()
+    with lock:
+        yield
+
+
+def _is_held(staging: Path) -> bool:
+    """Tell whether the process that made a folder is still at work. One without a lock yet is new, or older than locks."""
+    try:
+        if not (staging / _LOCK).exists():
+            return time.time() - staging.stat().st_mtime < _YOUNG
+        with FileLock(staging / _LOCK) as lock:
+            return not lock.acquire(wait=False)
+    except OSError:  # removed by its owner just now
+        return True
+
+
+def _left_beside(target: Path) -> list[Path]:
+    """List the folders that killed copies to ``target`` left beside it."""
+    name = re.compile(rf"\.{re.escape(target.name[:_LONGEST])}\.[a-z0-9_]{{8}}{re.escape(_PARTIAL)}")
+    beside = target.parent.iterdir() if target.parent.is_dir() else ()
+    return [path for path in beside if name.fullmatch(path.name) and _is_staging(path) and not _is_held(path)]
+
+
+def _remove_left(staging: Path) -> None:
+    """Remove a folder of a killed copy. One that was killed between its two renames has what the target was: that goes back."""
+    name = staging.name[1 : -len(_PARTIAL) - 9]
+    target, old = staging.parent / name, staging / "old"
+    if old.exists() and not target.exists():
+        if len(name) == _LONGEST:  # the target's whole name is not known
+            return
+        old.rename(target)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check_push(path: Path, uri: str, source: Path, target: Path) -> None:
