@@ -9,14 +9,17 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+import native_folders
 import pytest
 import torch
 
+import wmtp
 from wmtp.cli import main
 from wmtp.config.schema import HeadsConfig
 from wmtp.generation import generate
 from wmtp.models.mtp import MTPModel
 from wmtp.models.opening import load_model, load_weights
+from wmtp.tokenizers.config import Bytes
 
 ROOT = Path(__file__).parent.parent
 VLLM = os.environ.get("WMTP_TEST_VLLM")
@@ -37,15 +40,16 @@ def vllm(folder, prompts, new, drafts, place):
     return json.loads(done.stdout.partition("RESULT ")[2])
 
 
-def compared(model, folder, prompts, new, place):
+def compared(model, folder, prompts, new, place, slack=0):
     """Serve ``folder``, and compare with ``model``; return the accepted drafts by head."""
     plain, served = vllm(folder, prompts, new, 0, place), vllm(folder, prompts, new, DRAFTS, place)
     rows = [generate(model, [prompt], max_new_tokens=new, eos_id=None, speculative=True)[0] for prompt in prompts]
     assert served["texts"] == plain["texts"]
     assert served["texts"] == [list(row.tokens) for row in rows]
     accepted = [sum(row.drafts.accepted[head] for row in rows) for head in range(DRAFTS)]
-    assert served["vllm:spec_decode_num_accepted_tokens_per_pos"] == accepted
-    assert served["vllm:spec_decode_num_drafts"] == sum(row.drafts.steps for row in rows)
+    theirs = served["vllm:spec_decode_num_accepted_tokens_per_pos"]
+    assert all(abs(one - other) <= slack for one, other in zip(theirs, accepted, strict=True)), (theirs, accepted)
+    assert abs(served["vllm:spec_decode_num_drafts"] - sum(row.drafts.steps for row in rows)) <= slack
     return accepted
 
 
@@ -59,6 +63,35 @@ def test_the_quickstart_with_a_shared_head(tmp_path):
     texts = ("def add(a, b):\n    ", "class Reader:\n    def __init__(self", "import os\n\ndef read(path):\n")
     prompts = [[257, *text.encode()] for text in texts]
     accepted = compared(load_model(tmp_path / "runs/served"), tmp_path / "served", prompts, 80, tmp_path)
+    print("accepted", accepted)
+    assert all(accepted), accepted
+
+
+def test_a_models_own_layer_that_was_trained(tmp_path, monkeypatch):
+    """GLM-4.5's layout with experts, of a size that vLLM's kernels for CPUs take; tables as real folders have them."""
+    kind, fields = native_folders.MODELS["glm4_moe"]
+    monkeypatch.setattr(native_folders, "WIDTH", 128)
+    sizes = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}
+    monkeypatch.setitem(native_folders.MODELS, "glm4_moe", (kind, fields | sizes))
+    base = native_folders.native_folder(tmp_path / "base", "glm4_moe")
+    assert native_folders.copy_tables(base)
+    Bytes().build(None).save(base)
+    config = {
+        "models": {"base": {"type": "hf", "uri": str(base), "heads": {"horizon": DRAFTS + 1}}},
+        "datasets": {"code": {"type": "python-source"}},
+        "data": {"train": {"max_length": 128, "batch_size": 8}},
+        "train": {"max_steps": 60},
+        "optimizer": {"lr": 0.01},
+        "trainer": {"type": "baseline-mtp"},
+        "tracker": {"type": "jsonl"},
+        "run": {"output_dir": str(tmp_path / "runs")},
+    }
+    run = wmtp.run(config)
+    wmtp.export(run.run_dir, tmp_path / "served", format="hf")
+    prompts = [[257, *text.encode()] for text in ("def add(a, b):\n    ", "class Reader:\n", "import os\n\ndef")]
+    accepted = compared(
+        load_model(run.run_dir), tmp_path / "served", prompts, 40, tmp_path, slack=3
+    )  # experts are added up in another order
     print("accepted", accepted)
     assert all(accepted), accepted
 

@@ -125,6 +125,20 @@ def native_folder(folder: Path, name: str, dtype: torch.dtype = torch.float32) -
     return folder
 
 
+def copy_tables(folder: Path) -> dict[str, str]:
+    """Put copies of the model's embedding and unembedding in the place of its further layers', as real folders have them.
+
+    Returns:
+        the names of the copies, and of what each is a copy of.
+    """
+    tensors = tensors_of(folder)
+    tables = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+    copies = {name: own for name in tensors for part, own in tables.items() if name.endswith(part) and name != own}
+    both = {name: tensors[copies.get(name, name)].clone() for name in tensors}
+    save_file(both, folder / "model.safetensors", metadata={"format": "pt"})
+    return copies
+
+
 def _is_kept_in_fp32(name: str, own: str) -> bool:
     return "e_score" in own or (".gate.weight" in own and name != "qwen3_next")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import native_folders as folders
 import pytest
 import torch
-from native_folders import LAYERS, NAMES, NAMING, VOCAB, native_folder, tensors_of
+from native_folders import LAYERS, NAMES, NAMING, VOCAB, copy_tables, native_folder, tensors_of
 from native_plain import plain_logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -97,6 +98,34 @@ def test_trained_heads_and_their_horizon_come_back(folder_of, tmp_path: Path):
     begin, _ = NAMING["glm4_moe"](0)
     # a router's correction is a buffer, which no gradient trains
     assert changed == {name for name in before if name.startswith(begin) and "e_score" not in name}
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+def test_tables_that_are_copies_are_the_models_own_and_are_written_again(name: str, folder_of, tmp_path: Path, caplog):
+    """vLLM puts the model's in their place, so what they learned apart would be lost."""
+    model = load_model(folder_of(name))
+    assert "vLLM puts the model's in its place" in caplog.text
+    assert any(isinstance(part, torch.nn.Embedding) for part in model.extra_heads)
+    folder = shutil.copytree(folder_of(name).parent, tmp_path / "made") / "model"
+    copies = copy_tables(folder)
+    tensors = tensors_of(folder)
+    assert len(copies) == 2 * model.horizon - 2
+    model, ids = load_model(folder), ids_of()
+    assert not any(isinstance(part, torch.nn.Embedding | torch.nn.Linear) for part in model.extra_heads)
+    with torch.no_grad():
+        expected = plain_logits(name, folder, ids, 3)
+        found = opened(folder, HeadsConfig(horizon=3), torch.float64)
+        sure = ids.shape[1] - 3
+        assert (found.logits(found(ids), 2) - expected[1])[:, :sure].abs().max() < 1e-5 * float(expected[1].abs().max())
+        model.anatomy.embedding.weight.mul_(0.5)
+        model.anatomy.output.weight.mul_(2.0)
+    model.save_pretrained(tmp_path / "saved")
+    after = tensors_of(tmp_path / "saved")
+    assert after.keys() == tensors.keys()
+    assert all(torch.equal(after[key], after[own]) for key, own in copies.items())
+    assert torch.equal(after["lm_head.weight"], 2.0 * tensors["lm_head.weight"])
+    again = load_model(tmp_path / "saved")
+    assert all(torch.equal(a, b) for a, b in zip(model(ids).hidden, again(ids).hidden, strict=True))
 
 
 def test_a_tokens_experts_are_written_one_by_one(folder_of, tmp_path: Path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_folders import LAYERS, NAMES, NAMING, native_folder, tensors_of
+from native_folders import LAYERS, NAMES, NAMING, copy_tables, native_folder, tensors_of
 
 from wmtp.cli import main
 from wmtp.tokenizers.bytes import BytesTokenizer
@@ -111,10 +111,13 @@ def test_every_way_to_weigh_trains_them(tmp_path: Path, trainer: str, more: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_5", "deepseek_v3", "mimo"])
-def test_two_processes_do_as_one(tmp_path: Path, name: str):
-    """Divided by FSDP2: layers, heads, and the copies of embedding and unembedding that DeepSeek's modules have."""
+@pytest.mark.parametrize(
+    ("name", "copied"), [("qwen3_5", False), ("deepseek_v3", False), ("deepseek_v3", True), ("mimo", False)]
+)
+def test_two_processes_do_as_one(tmp_path: Path, name: str, copied: bool):
+    """Divided by FSDP2: layers, heads, and the tables that DeepSeek's modules have, their own or the model's."""
     recipe = prepare(tmp_path, name)
+    copies = copy_tables(tmp_path / "base") if copied else {}
     one = run(recipe, "one")
     command = [sys.executable, "-m", "wmtp", "run", str(recipe), "--run-name", "two", "--set", "launcher.processes=2"]
     done = subprocess.run(
@@ -126,3 +129,4 @@ def test_two_processes_do_as_one(tmp_path: Path, name: str):
     for key, tensor in left.items():
         # Adam makes whole steps of gradients that are all but zero, whose sign is rounding
         assert ((tensor - right[key]).abs() > 2e-4).float().mean() < 1e-3, key
+    assert all(torch.equal(right[key], right[own]) for key, own in copies.items())

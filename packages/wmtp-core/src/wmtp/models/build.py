@@ -17,7 +17,7 @@ from wmtp.models.adapters import BaseModelName, check_same, make_peft_config, pu
 from wmtp.models.base import LoadedModel
 from wmtp.models.mtp import MTPModel
 from wmtp.models.native.found import Native
-from wmtp.models.native.tensors import head_tensors
+from wmtp.models.native.tensors import head_tensors, share_tables
 
 __all__ = ["build_model", "merge_brought", "resolve_heads"]
 
@@ -52,6 +52,7 @@ def build_model(
     native, untouched = loaded.native, loaded.untouched
     state = None
     if resolved.kind == "native" and native is not None and untouched is not None:
+        native = share_tables(native, untouched.tensors, loaded.model)
         # an adapter's folder has them beside the adapter, since it does not have the model
         state = loaded.head_state or head_tensors(native, untouched.tensors, loaded.model)
         kept = {name: tensor for name, tensor in untouched.tensors.items() if name not in native.tensors}

@@ -412,7 +412,7 @@ class MTPModel(nn.Module):
         added: Mapping[str, Tensor] = {}
         if self.native is not None and (state is None or own):  # of several processes, one has the tensors
             heads = self.extra_heads.state_dict() if state is None else _within(state, "extra_heads.")
-            added = folder_tensors(self.native, heads, self.base)
+            added = folder_tensors(self.native, heads, self.base, own)
         write_base(self.base, folder, state=own, source=self.source, untouched=self.untouched, added=added)
 
     def take_origin(self, other: MTPModel) -> None:

@@ -18,6 +18,8 @@ class Native:
         modules: how many there are.
         own_embedding: each has an embedding of its own.
         own_unembedding: each has an unembedding of its own.
+        copies: names in the folder of tables that are copies of the model's own, ``embedding`` or ``unembedding``: the heads
+            use that, and the folder gets copies again.
         parts: names in the folder by those in the state dict of the heads, except for what is in a decoder layer.
         layers: what the folder's names of each module's decoder layer begin with.
         template: what the folder's names of the model's own decoder layer of that kind begin with.
@@ -31,6 +33,7 @@ class Native:
     modules: int = 0
     own_embedding: bool = False
     own_unembedding: bool = False
+    copies: Mapping[str, str] = Factory(dict)
     parts: Mapping[str, str] = Factory(dict)
     layers: tuple[str, ...] = ()
     template: str = ""

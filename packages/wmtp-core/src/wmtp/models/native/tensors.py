@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from copy import deepcopy
 
+import torch
+from attrs import evolve
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -19,7 +22,52 @@ from transformers.core_model_loading import (
 from wmtp.models.loaders.stored import StoredTensor, read_stored
 from wmtp.models.native.found import Native
 
-__all__ = ["folder_tensors", "head_tensors"]
+__all__ = ["folder_tensors", "head_tensors", "share_tables"]
+
+_log = logging.getLogger("wmtp")
+
+
+def share_tables(native: Native, stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> Native:
+    """Let the heads use the model's embedding and unembedding where their own are copies.
+
+    Servers do so whatever the tables are (vLLM 0.32, ``_maybe_share_embeddings``, ``_maybe_share_lm_head``): copies that were
+    trained apart would be lost there.
+
+    Args:
+        native: without a problem.
+        stored: of the folder.
+        model: opened from it.
+    """
+    first = place = native.modules
+    parts = {name: own for name, own in native.parts.items() if not name.split(".")[0].isdigit() or name.count(".") > 1}
+    copies: dict[str, str] = {}
+    kept = {"embedding": False, "unembedding": False}
+    for kind, has in (("embedding", native.own_embedding), ("unembedding", native.own_unembedding)):
+        if not has:
+            continue
+        names = [native.parts[f"{first + module}.weight"] for module in range(native.modules)]
+        first += native.modules
+        table = _table(model, kind)[1]
+        if all(torch.equal(read_stored(stored[name]).to(table), table) for name in names):
+            copies |= dict.fromkeys(names, kind)
+            continue
+        _log.warning(
+            "the model's own layers for multi-token prediction have another %s than the model; they are trained with it, but "
+            "vLLM puts the model's in its place",
+            kind,
+        )
+        kept[kind] = True
+        parts |= {f"{place + module}.weight": name for module, name in enumerate(names)}
+        place += native.modules
+    own = {f"own_{kind}": value for kind, value in kept.items()}
+    return evolve(native, parts=parts, copies=copies, **own)
+
+
+def _table(model: PreTrainedModel, kind: str) -> tuple[str, Tensor]:
+    """Name and weight of the model's embedding or unembedding."""
+    found = model.get_input_embeddings() if kind == "embedding" else model.get_output_embeddings()
+    path = next(path for path, module in model.named_modules() if module is found)
+    return f"{path}.weight", model.get_parameter(f"{path}.weight").detach()
 
 
 def head_tensors(native: Native, stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> dict[str, Tensor]:
@@ -31,7 +79,7 @@ def head_tensors(native: Native, stored: Mapping[str, StoredTensor], model: PreT
         model: opened from it; experts and the like are converted as its own are.
     """
     state = {name: read_stored(stored[own]) for name, own in native.parts.items()}
-    taken = set(native.parts.values())
+    taken = {*native.parts.values(), *native.copies}
     for module, begin in enumerate(native.layers):
         own = {name: stored[name] for name in native.tensors if name.startswith(begin) and name not in taken}
         named = {native.template + name.removeprefix(begin): read_stored(tensor) for name, tensor in own.items()}
@@ -41,15 +89,22 @@ def head_tensors(native: Native, stored: Mapping[str, StoredTensor], model: PreT
     return state
 
 
-def folder_tensors(native: Native, state: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+def folder_tensors(
+    native: Native, state: Mapping[str, Tensor], model: PreTrainedModel, base: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Name and lay out the heads' tensors as in the folder that they came from.
 
     Args:
         native: where they stand.
         state: the state dict of the heads, with whole tensors.
         model: as for `head_tensors`.
+        base: its state dict with whole tensors, where this process holds only a part of them.
     """
-    tensors = {own: state[name] for name, own in native.parts.items() if name in state}
+    tensors: dict[str, Tensor] = {}
+    for name, kind in native.copies.items():
+        path, table = _table(model, kind)
+        tensors[name] = table if base is None else base[path]
+    tensors |= {own: state[name] for name, own in native.parts.items() if name in state}
     for module, begin in enumerate(native.layers):
         prefix = f"{module}.layer."
         inside = {
