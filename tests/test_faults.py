@@ -104,7 +104,10 @@ write_folder(Path(sys.argv[1]) / "step-7", write)
         (['devices.device="mps"'], ["devices.device"]),
         (["models.base.heads.head_weights=[1.0]"], ["head_weights"]),
         (["models.base.heads.horizon=1"], ["warmup_steps"]),
-        (['tracker={type="mlflow", tracking_uri="hdfs://host/mlruns"}'], ["tracker.tracking_uri", "sqlite:///PATH"]),
+        (
+            ['tracker={type="mlflow", tracking_uri="hdfs://host/mlruns"}'],
+            ["tracker.tracking_uri", "no installed plugin serves hdfs://"],
+        ),
     ],
 )
 def test_a_mistake_in_the_config_is_one_line_and_exit_2(recipe, wmtp, overrides, words):

@@ -175,7 +175,8 @@ def test_the_recipe_over_the_quickstart(folder, monkeypatch, mode):
     monkeypatch.setenv("REFERENCE", str(folder / "runs/reference/model"))
     config = load_config([root / "examples/quickstart.toml", root / f"configs/recipes/rho1-{mode}.toml"])
     check(config)
-    assert config.trainer == Rho1WMTP(mode=mode), "the recipes show the defaults"
+    scope = {"weighted": "head", "token-skip": "batch"}[mode]
+    assert config.trainer == Rho1WMTP(mode=mode, scope=scope), "the recipes show the defaults"
 
 
 # --- the cache of reference losses

@@ -258,7 +258,10 @@ class TestHuggingFaceFolders:
             ("{broken", "config.json: cannot be read as JSON"),
             ("[]", "config.json: holds no JSON object"),
             ("{}", "has no model_type"),
-            ('{"model_type": "from-the-future"}', "no architecture 'from-the-future'; a newer transformers"),
+            (
+                '{"model_type": "from-the-future"}',
+                "no architecture 'from-the-future'; correct model_type, or install a newer one",
+            ),
             ('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}', "its own code would have to run"),
             ('{"model_type": "llama", "hidden_size": "wide"}', "transformers cannot open it: .*hidden_size"),
             ('{"model_type": "t5"}', "no decoder-only causal language model of the architecture 't5'"),

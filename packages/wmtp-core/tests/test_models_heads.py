@@ -291,7 +291,7 @@ def test_a_model_without_an_unembedding_is_refused():
 def test_logits_that_are_not_understood_are_refused():
     base = make("llama")
     base.lm_head.register_forward_hook(lambda module, args, output: output * 3)
-    with pytest.raises(ConfigError, match="logits are not those of its last hidden state"):
+    with pytest.raises(ConfigError, match="logits are not, bit for bit, those of its last hidden state"):
         MTPModel(base, HeadsConfig(), seed=0)
 
 
