@@ -172,7 +172,7 @@ def test_a_killed_push_leaves_the_old_or_the_new_whole(tmp_path):
 
 
 def leftover(folder: Path, name: str, *inside: str) -> Path:
-    """What a killed push leaves: a folder whose lock nobody holds any more."""
+    """Make what a killed push leaves: a folder whose lock nobody holds any more."""
     staging = folder / name
     for each in ("lock", *inside):
         (staging / each).parent.mkdir(parents=True, exist_ok=True)
