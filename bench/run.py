@@ -3,10 +3,11 @@
     python bench/run.py --shape 1b --batch 8
     python bench/run.py --shape smollm2 --batch 32
 
-First the steps of the bench alone, random tokens in memory; then the command, twice: with an empty cache of compiled code and
-tokens, and again. Positions a second count every place of a row, as the bench does; tokens a second those that hold text. The
-split is of the command's wall time: each part is the time of the process inside of it, and ``step`` holds the waits for the
-device. Reports are recorded as often as in a run of 5,000 steps.
+The command runs twice: with an empty cache of compiled code and tokens, and again. Then the steps of the bench alone, random
+tokens in memory: one document a row, and the documents of the run, since attention over short ones takes less time. Positions a
+second count every place of a row, as the bench does; tokens a second those that hold text. The split is of the command's wall
+time: each part is the time of the process inside of it, and ``step`` holds the waits for the device. Reports are recorded as
+often as in a run of 5,000 steps.
 """
 
 from __future__ import annotations
@@ -61,21 +62,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="wmtp-run-") as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        bench = {} if given.skip_bench or given.device != "cuda" else bench_alone(given, folder)
         recipe = write_recipe(given, folder)
-        for name in ("cold", "warm"):
-            show(name, command(recipe, folder, name), given, bench)
+        found = {name: command(recipe, folder, name) for name in ("cold", "warm")}
+        bench = {} if given.skip_bench or given.device != "cuda" else bench_alone(given, folder, found["warm"]["layouts"])
+        for name in found:
+            show(name, found[name], given, bench)
 
 
-def bench_alone(given: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Positions a second of ``bench/step.py``: one document a row, and four, whose attention takes a quarter of the time."""
-    shape, file = SHAPES[given.shape], folder / "step.json"
+def bench_alone(given: argparse.Namespace, folder: Path, layouts: list[list[list[int]]]) -> dict[str, float]:
+    """Positions a second of ``bench/step.py``: one document a row, and the documents that the run had, step by step."""
+    shape, file, layout = SHAPES[given.shape], folder / "step.json", folder / "layout.json"
+    layout.write_text(json.dumps(layouts))
     options = {
         "vocab": shape["vocab_size"], "hidden": shape["hidden_size"], "layers": shape["layers"],
         "ffn": shape["intermediate_size"], "attention-heads": shape["attention_heads"], "kv-heads": shape["kv_heads"],
-        "length": shape["max_positions"], "batch": given.batch,
+        "length": shape["max_positions"], "batch": given.batch, "layout": layout, "warmup": 8, "steps": 24,
     }  # fmt: skip
-    script = [sys.executable, str(Path(__file__).with_name("step.py")), "--rows", "ours", "ours-packed", "--json", str(file)]
+    script = [sys.executable, str(Path(__file__).with_name("step.py")), "--rows", "ours", "ours-layout", "--json", str(file)]
     subprocess.run([*script, *(f"--{name}={value}" for name, value in options.items())], check=True)
     rows = json.loads(file.read_text())
     return {row["row"]: row["tokens_per_second"] for row in rows if "failed" not in row}
@@ -211,12 +214,14 @@ def inside(recipe: Path) -> None:
     clock.timed(run, "write_folder", "saving")
     times: list[float] = []
     documents: list[int] = []
+    layouts: list[list[list[int]]] = []
     plain_step, at_warmup = loop.Fit._optimizer_step, {}
 
     plain_read = telemetry.PendingStep.read
 
     def read(pending: telemetry.PendingStep, *args: Any) -> dict[str, float | str]:
         documents.append(len(pending.batch.documents))
+        layouts.append([row.unique_consecutive(return_counts=True)[1].tolist() for row in pending.batch.document])
         return plain_read(pending, *args)
 
     def step(fit: loop.Fit) -> None:
@@ -249,6 +254,7 @@ def inside(recipe: Path) -> None:
             {
                 "wall": time.time() - began, "first": times[0] - began, "times": times, "parts": clock.parts,
                 "steady": clock.steady, "tokens": [record["tokens"] for record in records], "documents": documents,
+                "layouts": layouts[WARMUP:],
             }
         )
     )  # fmt: skip

@@ -35,6 +35,7 @@ ROWS: dict[str, Callable[[Shape, int, int], float]] = {
     "ours-offload": step_ours.offload,
     "ours-autocast": step_ours.autocast,
     "ours-packed": step_ours.packed,
+    "ours-layout": step_ours.laid_out,
     "ours-eager": step_ours.eager,
     "ours-accuracy": step_ours.accuracy,
     "rho1-cached": step_ours.rho1_cached,
@@ -64,7 +65,8 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 def main() -> None:
     """Run the rows that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[row for row in ROWS if row != "ours-layout"])
+    parser.add_argument("--layout", type=Path, help="documents of the row ours-layout: JSON, lengths by step and row")
     parser.add_argument("--shape", choices=SHAPES, default="1b", help="of the model; the options below change it")
     parser.add_argument("--vocab", nargs="+", type=int)
     for name in ("hidden", "layers", "ffn", "attention-heads", "kv-heads", "length", "batch"):
@@ -77,6 +79,8 @@ def main() -> None:
     for name, value in SHAPES[given.shape].items():
         if getattr(given, name) is None:
             setattr(given, name, value)
+    if given.layout:
+        step_ours.LAYOUTS[:] = json.loads(given.layout.read_text())
     name = torch.cuda.get_device_name()
     peak = next((rate for chip, rate in PEAKS.items() if chip in name), None)
     print(f"{name}, torch {torch.__version__}, B = {given.batch}, S = {given.length}, H = {given.horizon}")

@@ -45,6 +45,8 @@ from wmtp.training.telemetry import Recorder
 _NO_TOKENIZER: Any = None
 #: of the steps of the last row
 LOSSES: list[float] = []
+#: for each step, the lengths of each row's documents: the row ``ours-layout``
+LAYOUTS: list[list[list[int]]] = []
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -62,31 +64,29 @@ class _Rows:
     fingerprint = "bench"
     steps_per_epoch = 10**6
 
-    def __init__(self, shape: Shape, documents_a_row: int) -> None:
-        self._made = [_batch(shape, step, documents_a_row) for step in range(2)]
+    def __init__(self, shape: Shape, layouts: list[list[list[int]]]) -> None:
+        self._made = [_batch(shape, step, layout) for step, layout in enumerate(layouts)]
 
     def batch(self, step: int) -> Batch:
-        return self._made[step % 2]
+        return self._made[step % len(self._made)]
 
     def locate(self, step: int) -> tuple[int, int]:
         return 0, step
 
 
-def _batch(shape: Shape, step: int, documents_a_row: int) -> Batch:
+def _batch(shape: Shape, step: int, layout: list[list[int]]) -> Batch:
+    """Make a step's batch; `layout` has the lengths of each row's documents."""
     ids, weights = shape.rows(step)
-    part = -(-shape.length // documents_a_row)
-    place = torch.arange(shape.length).expand_as(ids)
-    number = place // part + documents_a_row * torch.arange(shape.batch).unsqueeze(1)
+    lengths = torch.tensor([length for row in layout for length in row])
+    number = torch.arange(len(lengths)).repeat_interleave(lengths)
+    starts = lengths.cumsum(0) - lengths
     return Batch(
         input_ids=ids,
-        document=number,
-        position=(place % part).contiguous(),
+        document=number.view_as(ids),
+        position=(torch.arange(ids.numel()) - starts[number]).view_as(ids),
         loss_mask=torch.ones_like(ids, dtype=torch.bool),
         weight=weights,
-        documents=[
-            Document(index=i, start=0, id=str(i), group=str(i), is_correct=i % 2 == 0)
-            for i in range(shape.batch * documents_a_row)
-        ],
+        documents=[Document(index=i, start=0, id=str(i), group=str(i), is_correct=i % 2 == 0) for i in range(len(lengths))],
     )
 
 
@@ -147,6 +147,7 @@ _SETTINGS: dict[str, dict[str, str]] = {
     "ours-offload": {"activation_checkpointing": "offload"},
     "ours-autocast": {"precision": "bf16"},
     "ours-packed": {},
+    "ours-layout": {},
     "ours-accuracy": {},
 }
 
@@ -160,7 +161,7 @@ def run(
     trainer: Trainer | None = None,
     precision: str = "bf16-params",
     checkpointing: Literal["none", "full", "selective", "offload"] = "none",
-    documents_a_row: int = 1,
+    layouts: list[list[list[int]]] | None = None,
     compiled: bool = True,
     accuracy_interval: int = 0,
     known: Any = None,
@@ -206,7 +207,7 @@ def run(
         if masters is not None:
             optimizer = masters.take_over(optimizer)
         clock = _Clock()
-        rows: Any = _Rows(shape, documents_a_row)  # no data set stands behind it
+        rows: Any = _Rows(shape, layouts or 2 * [shape.batch * [[shape.length]]])  # no data set stands behind it
         with tempfile.TemporaryDirectory() as folder:
             total = warmup + steps + 1
             plan = StagePlan.make(trainer.stages(), warmup_steps=0, total_steps=total, trainer_name="bench")
@@ -269,7 +270,12 @@ def autocast(shape: Shape, warmup: int, steps: int) -> float:
 
 def packed(shape: Shape, warmup: int, steps: int) -> float:
     """Four documents a row, kept apart."""
-    return run(shape, warmup, steps, documents_a_row=4)
+    return run(shape, warmup, steps, layouts=2 * [shape.batch * [4 * [shape.length // 4]]])
+
+
+def laid_out(shape: Shape, warmup: int, steps: int) -> float:
+    """The documents of `LAYOUTS`, kept apart."""
+    return run(shape, warmup, steps, layouts=LAYOUTS)
 
 
 def eager(shape: Shape, warmup: int, steps: int) -> float:
