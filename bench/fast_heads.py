@@ -159,6 +159,7 @@ def train(arguments: argparse.Namespace, label: str, objective: str, source: Pat
         "devices": {
             "precision": "bf16" if torch.cuda.is_available() and arguments.device != "cpu" else "fp32",
             "device": arguments.device,
+            "compile": torch.cuda.is_available() and arguments.device != "cpu",
         },
         "checkpoints": {"save_final": False},
         "report": {"samples": 0},
