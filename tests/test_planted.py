@@ -62,6 +62,20 @@ def test_the_files_are_the_same_again_and_share_no_function(data, tmp_path, monk
     assert len(names) == len(set(names)) == 8
 
 
+def test_other_noise_is_planted_in_the_functions_of_an_earlier_file(data, tmp_path, monkeypatch, capsys):
+    functions = [(f"m.py:f{i}:1", "".join(LINES).replace("f(x)", f"f{i}(x)")) for i in range(6)]
+    data["write"](tmp_path / "train-foreign-40.jsonl.gz", data["noisy"](functions, "foreign", 0.4, 0))
+    for kind, share in (("foreign", 0.4), ("foreign", 0.0), ("mutated", 0.5)):
+        words = ["--from", str(tmp_path / "train-foreign-40.jsonl.gz"), "--kind", kind, "--share", str(share)]
+        monkeypatch.setattr(sys, "argv", ["planted.py", str(tmp_path / "new"), *words])
+        data["main"]()
+    new, old = tmp_path / "new", tmp_path / "train-foreign-40.jsonl.gz"
+    assert (new / old.name).read_bytes() == old.read_bytes()
+    assert data["unplanted"](new / "train-foreign-0.jsonl.gz") == functions
+    with pytest.raises(SystemExit, match="not whole"):
+        data["unplanted"](new / "train-mutated-50.jsonl.gz")
+
+
 def test_tokens_are_labelled_by_their_place_in_the_text(measures):
     text = "def f():\n    x = 1\n"
     planted = [place >= 9 for place in range(len(text))]

@@ -4,7 +4,8 @@
 
 ``DIR/train-KIND-SHARE.jsonl.gz`` has functions of installed Python packages with noise in them, and a weight for every piece of
 text: 1 for what is the function's own, 0 for what was planted. ``reference.jsonl.gz`` and ``heldout.jsonl.gz`` have other
-functions, without noise. No function is in two of them. The same arguments and packages give the same files.
+functions, without noise. No function is in two of them. The same arguments and packages give the same files. ``--from FILE``
+plants other noise in the functions of a file that was made before, on a machine with other packages too.
 
 Kinds of noise: ``foreign`` lines of other functions between the function's own; ``shuffled`` lines, in an order that is not
 theirs; ``mutated`` names and numbers, in place of which stands one of another function; ``boilerplate``, one block of text in
@@ -167,6 +168,17 @@ def noisy(found: Sequence[tuple[str, str]], kind: str, share: float, seed: int) 
         yield {"id": place, "prompt": "", "completion": whole, "weights": pairs, "is_correct": True}
 
 
+def unplanted(path: Path) -> list[tuple[str, str]]:
+    """Read the functions of a file with noise, without it; only kinds that add lines leave a function whole."""
+    if path.name.startswith(("train-shuffled", "train-mutated")):
+        raise SystemExit(f"{path}: its functions are not whole any more; take a file of another kind")
+    found: list[tuple[str, str]] = []
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            found.append((record["id"], "".join(text for text, weight in record["weights"] if weight)))
+    return found
+
+
 def main() -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -180,7 +192,13 @@ def main() -> None:
     parser.add_argument("--shortest", type=int, default=200, help="characters")
     parser.add_argument("--longest", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--from", dest="before", type=Path, metavar="FILE", help="functions of an earlier train-foreign-… file")
     arguments = parser.parse_args()
+    name = f"train-{arguments.kind}-{round(100 * arguments.share)}.jsonl.gz"
+    if arguments.before is not None:
+        records = noisy(unplanted(arguments.before), arguments.kind, arguments.share, arguments.seed)
+        write(arguments.folder / name, records)
+        return
     paths = sysconfig.get_paths()
     folders = arguments.packages or [Path(paths["stdlib"]), Path(paths["purelib"])]
     wanted = arguments.functions + arguments.reference + arguments.heldout
@@ -195,7 +213,6 @@ def main() -> None:
     reference, train = rest[: arguments.reference], rest[arguments.reference :][: arguments.functions]
     write(arguments.folder / "heldout.jsonl.gz", clean(heldout))
     write(arguments.folder / "reference.jsonl.gz", clean(reference))
-    name = f"train-{arguments.kind}-{round(100 * arguments.share)}.jsonl.gz"
     write(arguments.folder / name, noisy(train, arguments.kind, arguments.share, arguments.seed))
 
 
