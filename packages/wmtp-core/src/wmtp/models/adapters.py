@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from wmtp.config.schema import LoraConfig
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.models.anatomy import find_layers, seeded
+from wmtp.models.anatomy import find_layers
+from wmtp.models.drawing import seeded
 from wmtp.models.quantized import dequantize_layers, quantize_layers
 from wmtp.spelling import did_you_mean
 

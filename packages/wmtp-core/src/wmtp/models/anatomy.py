@@ -31,7 +31,6 @@ __all__ = [
     "first_tensor",
     "record_call",
     "record_output",
-    "seeded",
 ]
 
 
@@ -115,14 +114,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers on the CPU come from ``seed`` inside; the random state outside, also of other devices, stays."""
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 @contextmanager

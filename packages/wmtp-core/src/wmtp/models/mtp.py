@@ -19,10 +19,11 @@ from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.adapter_folder import write_adapter
 from wmtp.models.adapters import Adapter, adapter_off, is_adapter_name, merge
-from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, record_output, seeded
+from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, record_output
 from wmtp.models.attention import causal_mask, document_mask, use_block_attention
 from wmtp.models.config_fields import max_positions
 from wmtp.models.documents import reading
+from wmtp.models.drawing import seeded
 from wmtp.models.ends import end_ids
 from wmtp.models.fp8 import products_in_bf16
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from wmtp.errors import ConfigError
-from wmtp.models.anatomy import seeded
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.config import FEED_FORWARD
+from wmtp.models.drawing import seeded
 from wmtp.models.loaders.describe import describe, empty_model, require_causal
 from wmtp.spelling import did_you_mean
 
