@@ -1,4 +1,4 @@
-"""asft and sstoken, which look back at the model of the start, against plain computations."""
+"""asft and sstoken, which look back at the model of the start, and distill, against plain computations."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from wmtp.models.mtp import MTPModel
 from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, make_view, random_step, tiny_model
 from wmtp.trainers import Stage, TrainerSetup
 from wmtp.training.step import StepLoss
-from wmtp_algos import ASFT, DFT, SSToken
+from wmtp_algos import ASFT, DFT, BaselineMTP, Distill, SSToken
 
 
 def model(seed=3, horizon=1):
@@ -26,7 +26,7 @@ def set_up(config, start):
     trainer.setup(
         TrainerSetup(
             hidden_size=HIDDEN_SIZE, vocab_size=VOCAB_SIZE, horizon=HORIZON, device=torch.device("cpu"), seed=0, tokenizer=None,
-            model=lambda name, *, dtype, device: {"base": start}[name], token_numbers=None,
+            model=lambda name, *, dtype, device: {"base": start, "ref": start}[name], token_numbers=None,
         )
     )  # fmt: skip
     return trainer
@@ -44,11 +44,16 @@ def learn(trainer, learner, batch, normalizer="valid", micro=99):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("micro", [1, 99])
-def test_asft_is_dft_and_the_divergence_from_the_start(packed, micro):
+@pytest.mark.parametrize(
+    ("config", "without", "name"),
+    [(ASFT(kl_weight=0.3), DFT(), "anchor"), (Distill(kl_weight=0.3), BaselineMTP(), "distill")],
+    ids=["asft", "distill"],
+)
+def test_the_divergence_from_another_model_is_added(packed, micro, config, without, name):
     start, learner = model().requires_grad_(False), model(seed=4, horizon=HORIZON)
     batch = random_step(1, packed=packed).batch
-    found, gradients = learn(set_up(ASFT(kl_weight=0.3), start), learner, batch, micro=micro)
-    plain, expected = learn(DFT(), learner, batch)
+    found, gradients = learn(set_up(config, start), learner, batch, micro=micro)
+    plain, expected = learn(without, learner, batch)
 
     learner.zero_grad(set_to_none=True)
     output, before = (m(batch.input_ids, batch.position, batch.packed) for m in (learner, start))
@@ -60,7 +65,7 @@ def test_asft_is_dft_and_the_divergence_from_the_start(packed, micro):
                 terms.append((p[b, t] * (p[b, t] / q[b, t]).log()).sum())
     anchor = 0.3 * sum(terms) / len(terms)
     anchor.backward()
-    torch.testing.assert_close(found.metrics["auxiliary/anchor"].double(), anchor.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.metrics[f"auxiliary/{name}"].double(), anchor.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(found.loss, plain.loss + anchor.detach(), rtol=1e-6, atol=0, check_dtype=False)
     for name, parameter in learner.named_parameters():
         whole = expected[name] + (0 if parameter.grad is None else parameter.grad)

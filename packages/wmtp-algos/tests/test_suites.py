@@ -16,6 +16,7 @@ from wmtp_algos import (
     BaselineMTP,
     Column,
     CriticWMTP,
+    Distill,
     EntropyTop,
     Focal,
     HorizonDecay,
@@ -48,6 +49,10 @@ class TestDFT(TrainerTests):
 
 class TestASFT(TrainerTests):
     config = ASFT()
+
+
+class TestDistill(TrainerTests):
+    config = Distill(kl_weight=2.0)
 
 
 class TestSSToken(TrainerTests):

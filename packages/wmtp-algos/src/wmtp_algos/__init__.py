@@ -9,6 +9,7 @@ from wmtp_algos.column import Column
 from wmtp_algos.config import RandomMatched, Rho1WMTP, Shuffled
 from wmtp_algos.critic_config import CriticWMTP
 from wmtp_algos.dft import DFT
+from wmtp_algos.distill import Distill
 from wmtp_algos.eaft import EAFT
 from wmtp_algos.entropy_top import EntropyTop
 from wmtp_algos.focal import Focal
@@ -23,6 +24,7 @@ __all__ = [
     "BaselineMTP",
     "Column",
     "CriticWMTP",
+    "Distill",
     "EntropyTop",
     "Focal",
     "HorizonDecay",

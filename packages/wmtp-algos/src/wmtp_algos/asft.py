@@ -68,18 +68,9 @@ class ASFTTrainer(Trainer):
 
     def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
         """``anchor_kl``: KL(p₀ ‖ p_θ) of the prediction made at each place, ``[b, S]``, with gradient."""
-        import torch
+        from wmtp_algos.reference import divergence
 
-        from wmtp.loss.anchor import divergence_from
-
-        if not self._config.kl_weight:
-            return {}
-        batch, device = view.batch, next(self._start.parameters()).device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            output = self._start(batch.input_ids.to(device), batch.position.to(device), view.packed)
-        other = output.hidden[0], self._start.unembedding(1)
-        kl = divergence_from(other, view.hidden[0], view.unembeddings[0], view.targets.valid[..., 0])
-        return {"anchor_kl": kl}
+        return {"anchor_kl": divergence(self._start, view)} if self._config.kl_weight else {}
 
     def token_weights(self, view: StepView) -> Tensor:
         """See `Trainer.token_weights`; p, ``[B, S, H]``."""

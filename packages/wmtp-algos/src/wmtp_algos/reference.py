@@ -9,13 +9,14 @@ import torch
 from wmtp.data.batch import align_targets
 from wmtp.errors import ConfigError
 from wmtp.loss import token_losses
+from wmtp.loss.anchor import divergence_from
 
 if TYPE_CHECKING:
     from wmtp.data.batch import Batch
     from wmtp.models.mtp import MTPModel
-    from wmtp.trainers import TrainerSetup
+    from wmtp.trainers import HiddenView, TrainerSetup
 
-__all__ = ["next_token_losses", "open_reference"]
+__all__ = ["divergence", "next_token_losses", "open_reference"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -67,3 +68,20 @@ def next_token_losses(model: MTPModel, batch: Batch, packed: bool) -> torch.Tens
     by_token = torch.zeros(batch.input_ids.shape, device=batch.input_ids.device)
     by_token[:, 1:] = losses[:, :-1, 0]  # what is predicted at j − 1 is token j
     return by_token
+
+
+def divergence(model: MTPModel, view: HiddenView) -> torch.Tensor:
+    """KL(p ‖ p_θ) of each of head 1's valid predictions from another model's p, with gradient.
+
+    Args:
+        model: anywhere; it computes in the precision of its parameters.
+        view: of a micro-batch.
+
+    Returns:
+        ``[b, S]`` fp32; 0 where not valid.
+    """
+    batch, device = view.batch, next(model.parameters()).device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        output = model(batch.input_ids.to(device), batch.position.to(device), view.packed)
+    other = output.hidden[0], model.unembedding(1)
+    return divergence_from(other, view.hidden[0], view.unembeddings[0], view.targets.valid[..., 0])
