@@ -40,3 +40,14 @@ def mbpp():
     if not (path / "train.jsonl").is_file():
         pytest.skip("MBPP is not at hand; set WMTP_TEST_MBPP to its folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The folder of a small model."""
+    import torch
+    from one_step import SMALL
+
+    folder = tmp_path_factory.mktemp("models") / "base"
+    SMALL.build().load(None, dtype=torch.float32, seed=1).model.save_pretrained(folder)
+    return folder

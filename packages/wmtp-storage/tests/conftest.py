@@ -12,6 +12,7 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
+from false_answers import CONTENT
 
 from wmtp_storage.testing import s3_server
 
@@ -26,6 +27,15 @@ def s3(s3_server, monkeypatch):
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture
+def model(s3):
+    """A folder in the store that holds `CONTENT`."""
+    bucket = s3.bucket()
+    for name, data in CONTENT.items():
+        s3.store(bucket).put(f"m/{name}", data)
+    return f"s3://{bucket}/m"
 
 
 @pytest.fixture

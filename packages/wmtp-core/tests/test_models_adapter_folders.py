@@ -1,0 +1,202 @@
+"""Adapters in folders: written, opened by peft and here, merged, resumed, refused."""
+
+import json
+
+import pytest
+import torch
+from adapted import IDS, make
+from attrs import evolve
+from native_folders import native_folder
+from one_step import SMALL
+
+from wmtp.checkpoints.local import Checkpoint, load_checkpoint, save_checkpoint
+from wmtp.config.schema import HeadsConfig, LoraConfig
+from wmtp.errors import ConfigError, WMTPError
+from wmtp.models.adapter_folder import name_base
+from wmtp.models.adapters import adapter_off
+from wmtp.models.build import build_model, merge_brought
+from wmtp.models.loaders.hf import HfLoader
+from wmtp.models.opening import load_model, saved_precision
+from wmtp.optim.config import AdamW
+from wmtp.optim.master_weights import MasterWeights
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.mark.parametrize("heads", ["full", "adapters"])
+def test_only_what_learns_has_a_copy_in_fp32_and_is_in_a_checkpoint(base, tmp_path, heads):
+    from safetensors import safe_open
+
+    lora = LoraConfig(rank=2, heads=heads)
+    model = make(base, lora=lora, init="copy")
+    for parameter in model.fixed_parameters():
+        parameter.data = parameter.data.bfloat16()
+    masters = MasterWeights(model, fixed=model.fixed_parameters())
+    fixed = {id(p) for p in model.fixed_parameters()}
+    named = [(name, p) for name, p in model.named_parameters() if id(p) not in fixed]
+    copies = masters.replace([p for _, p in named])
+    assert len(masters._masters) == len(named)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in copies} == {torch.float32}
+    optimizer = AdamW(lr=1e-3).build(list(zip([name for name, _ in named], copies, strict=True)))
+    with masters.in_place():
+        save_checkpoint(tmp_path, 1, model, optimizer, {})
+    (file,) = (tmp_path / "step-1").glob("*.safetensors")
+    with safe_open(file, framework="pt") as tensors:
+        assert set(tensors.keys()) == {f"model.{name}" for name, _ in named}
+        expected = {name: tensors.get_tensor(f"model.{name}") for name, _ in named}
+    other = make(base, lora=lora, init="copy", moved=False)
+    learned = dict(other.named_parameters())
+    optimizer = AdamW(lr=1e-3).build([(name, learned[name]) for name, _ in named])
+    load_checkpoint(Checkpoint(path=tmp_path / "step-1", step=1), other, optimizer)
+    assert all(torch.equal(learned[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"dora": True}, {"rslora": True, "targets": ("v_proj",)}, {"heads": "adapters", "dora": True}],
+    ids=["lora", "dora", "rslora", "heads"],
+)
+def test_peft_opens_what_is_saved_and_so_does_wmtp(base, tmp_path, lora):
+    from transformers import AutoModelForCausalLM
+
+    model = make(base, lora=LoraConfig(rank=2, **lora), init="copy")
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    again, opened = load_model(tmp_path), peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = model(IDS)
+        logits = model.logits(expected, 1)
+        assert torch.equal(opened(input_ids=IDS).logits, logits)
+        assert all(torch.equal(left, right) for left, right in zip(again(IDS).hidden, expected.hidden, strict=True))
+        plain = AutoModelForCausalLM.from_pretrained(base).eval()(input_ids=IDS).logits
+        assert (plain - logits).abs().max() > 1e-3
+        with adapter_off(again):
+            assert torch.equal(again.logits(again(IDS), 1), plain)
+        assert torch.equal(again.logits(again(IDS), 1), logits), "the adapter is on again"
+        again.merge_adapter()
+        torch.testing.assert_close(again(IDS).hidden, expected.hidden)
+    assert {type(module).__module__.split(".")[0] for module in again.modules()} <= {"torch", "transformers", "wmtp"}
+    again.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(input_ids=IDS).logits
+        assert torch.equal(plain, again.logits(again(IDS), 1))
+
+
+def test_bf16_parameters_are_opened_as_they_were_saved(base, tmp_path):
+    model = make(base)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert saved_precision(tmp_path) == "bf16-params"
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.equal(again(IDS).hidden[2], model(IDS).hidden[2])
+
+
+def test_an_adapter_that_peft_wrote_goes_on_or_is_merged(base, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    settings = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.1
+    )
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).eval()
+    theirs.save_pretrained(tmp_path)
+    logits = theirs(input_ids=IDS).logits
+    wanted = LoraConfig(rank=2, alpha=4.0, targets=("v_proj", "q_proj"))
+    model = build_model(HfLoader().load(tmp_path, dtype=torch.float32, seed=0), HeadsConfig(horizon=2), 0, lora=wanted)
+    assert torch.equal(model.logits(model(IDS), 1), logits)
+    merged = build_model(HfLoader().load(tmp_path, dtype=torch.float32, seed=0), None, 0)
+    merge_brought(merged)
+    assert merged.adapter is None
+    assert all(p.requires_grad for p in merged.parameters())
+    torch.testing.assert_close(merged.logits(merged(IDS), 1), logits)
+    with pytest.raises(ConfigError) as error:
+        build_model(HfLoader().load(tmp_path, dtype=torch.float32, seed=0), None, 0, lora=LoraConfig(rank=3, dora=True))
+    found = [problem.split(":")[0] for problem in error.value.problems]
+    assert found == [f"models.base.lora.{key}" for key in ("rank", "alpha", "dora", "targets")]
+
+
+def test_the_base_is_found_or_asked_for_and_another_is_refused(base, tmp_path):
+    make(base).save_pretrained(tmp_path / "adapter")
+    other = tmp_path / "other"
+    SMALL.build().load(None, dtype=torch.float32, seed=2).model.save_pretrained(other)
+    with pytest.raises(WMTPError, match=r"trained on another model than .*other.*: models\.base\.base_uri"):
+        HfLoader(base_uri=str(other)).load(tmp_path / "adapter", dtype=torch.float32, seed=0)
+    file, own = tmp_path / "adapter/adapter_config.json", tmp_path / "adapter/wmtp_adapter.json"
+    content = json.loads(file.read_text())
+    assert content["base_model_name_or_path"] == str(base.resolve())
+    own.unlink()
+    for name, said in (("../gone", "no such file or folder"), (None, "names no base_model_name_or_path")):
+        file.write_text(json.dumps(content | {"base_model_name_or_path": name}))
+        with pytest.raises(ConfigError, match=rf"its base is not found: .*{said}.*models\.base\.base_uri"):
+            HfLoader().info(tmp_path / "adapter")
+        assert HfLoader(base_uri=str(base)).info(tmp_path / "adapter").heads == HeadsConfig(kind="block", horizon=3)
+    file.write_text(json.dumps(content | {"base_model_name_or_path": "../other"}))  # beside it
+    assert HfLoader().load(tmp_path / "adapter", dtype=torch.float32, seed=0).adapter.fingerprint is None
+    with pytest.raises(ConfigError, match=r"base_uri: has no effect"):
+        HfLoader(base_uri=str(base)).info(base)
+    wide = evolve(SMALL, hidden_size=32).build().load(None, dtype=torch.float32, seed=2).model
+    wide.save_pretrained(other)
+    make(base, horizon=1).save_pretrained(tmp_path / "adapter")
+    own.unlink()
+    file.write_text(json.dumps(content | {"base_model_name_or_path": "../other"}))
+    with pytest.raises(WMTPError, match=r"do not fit its base: .* has shape \[2, 16\] in place of \[2, 32\]"):
+        load_model(tmp_path / "adapter")
+
+
+def test_what_is_no_adapter_of_lora_is_refused(base, tmp_path):
+    make(base).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    content = json.loads(file.read_text())
+    for change, said in (
+        ({"peft_type": "IA3"}, "of type IA3, and WMTP opens LORA"),
+        ({"modules_to_save": ["lm_head"]}, "changes more than LoRA's matrices"),
+        ({"bias": "all"}, "changes more than LoRA's matrices"),
+    ):
+        file.write_text(json.dumps(content | change))
+        with pytest.raises(WMTPError, match=said):
+            HfLoader().info(tmp_path)
+
+
+@pytest.mark.parametrize("heads", ["full", "adapters"])
+def test_a_models_own_layers_for_multi_token_prediction_learn_beside_an_adapter(tmp_path, heads):
+    """They are in the adapter's folder, for want of the model's; merged, they go back to their place."""
+    from safetensors.torch import load_file
+
+    base = native_folder(tmp_path / "base", "mimo")
+    loaded = HfLoader().load(base, dtype=torch.float32, seed=0)
+    model = build_model(loaded, None, 0, lora=LoraConfig(rank=2, heads=heads), name=name_base(str(base), base)).eval()
+    assert model.heads.kind == "native"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or (heads == "full" and name.startswith("extra_heads.")):
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_model(tmp_path / "adapter")
+    with torch.no_grad():
+        assert all(torch.equal(left, right) for left, right in zip(again(IDS).hidden, model(IDS).hidden, strict=True))
+        again.merge_adapter()
+        again.save_pretrained(tmp_path / "merged")
+        merged = load_model(tmp_path / "merged")
+        assert merged.heads.kind == "native"
+        assert all(torch.equal(left, right) for left, right in zip(merged(IDS).hidden, again(IDS).hidden, strict=True))
+    names = {name for file in base.glob("*.safetensors") for name in load_file(file)}
+    assert {name for file in (tmp_path / "merged").glob("model*.safetensors") for name in load_file(file)} == names
+
+
+def test_adapted_heads_go_on_under_the_same_settings_or_learn_whole(base, tmp_path):
+    lora = LoraConfig(rank=2, heads="adapters")
+    model = make(base, lora=lora, init="copy")
+    model.save_pretrained(tmp_path)
+    loaded = HfLoader().load(tmp_path, dtype=torch.float32, seed=0)
+    goes_on = build_model(HfLoader().load(tmp_path, dtype=torch.float32, seed=0), None, 0, lora=lora)
+    assert goes_on.learned_state().keys() == model.learned_state().keys()
+    with pytest.raises(ConfigError, match=r"models\.base\.lora\.heads: 'full', but the adapter in .* has 'adapters'"):
+        build_model(HfLoader().load(tmp_path, dtype=torch.float32, seed=0), None, 0, lora=LoraConfig(rank=2))
+    whole = build_model(loaded, None, 0)
+    merge_brought(whole)
+    assert whole.adapter is None
+    assert not whole.fixed_parameters()
+    torch.testing.assert_close(whole(IDS).hidden, model(IDS).hidden)
