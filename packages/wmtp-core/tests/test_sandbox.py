@@ -28,7 +28,7 @@ def test_right_and_wrong_solutions(sandbox: Sandbox) -> None:
     assert sandbox.run_tests("def f(x):\n    return 2 * x\n", TESTS, names=["f"]).passed
     assert sandbox.run_tests("f = lambda x: 3 * x\n", TESTS, names=["f"]).detail.startswith("failed: AssertionError")
     assert "SyntaxError" in sandbox.run_tests("def f(x:", TESTS, names=["f"]).detail
-    assert "KeyError" in sandbox.run_tests("def g(x):\n    return 2 * x\n", TESTS, names=["f"]).detail
+    assert "NameError" in sandbox.run_tests("def g(x):\n    return 2 * x\n", TESTS, names=["f"]).detail
 
 
 def test_values_of_every_plain_type_come_through(sandbox: Sandbox) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -87,15 +88,56 @@ DOORS = {
     "user namespace by unshare": "call('unshare', 0x10000000)",
     "user namespace by clone": "call('clone', 0x10000011, 0, 0, 0, 0)",
     "limits of another": "resource.prlimit(1, resource.RLIMIT_CPU)",
+    "locked ranges": "fcntl.lockf(os.open('/tmp/l', os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX, 1, 5)",
+    "locked ranges with high bits": "call('fcntl', 1, HIGH | 6, LOCK)",
+    "locked ranges of an open file": "fcntl.fcntl(1, 37, LOCK)",
+    "access list": "os.close(os.open('/tmp/a', os.O_CREAT)); os.setxattr('/tmp/a', 'system.posix_acl_access', ACL)",
+    "attribute": "os.close(os.open('/tmp/a', os.O_CREAT)); os.setxattr('/tmp/a', 'user.x', b'x' * 60_000)",
+    "attribute by a folder": "shut(38, lambda: call(463, 1, b'x', 0, b'user.x', 0, 0))",
+    "asynchronous input": "call('io_setup', 1000, ctypes.byref(ctypes.c_ulong()))",
+    "inotify": "call('inotify_init1', 0)",
+    "huge pages": "shut(12, lambda: call('mmap', 0, 1 << 21, 3, 0x40022, -1, 0))",
+    "send buffer": "socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 30)",
+    "send buffer with high bits": "call('setsockopt', socket.socketpair()[0].detach(), HIGH | 1, 7, INT, 4)",
+    "size of a pipe": "fcntl.fcntl(os.pipe()[1], 1031, 1 << 20)",
+    "time of a device": "os.utime('/dev/null')",
+    "mode of a device": "os.chmod('/dev/zero', 0o777)",
+    "name of the machine": "if os.uname().nodename == 'sandbox': raise OSError",
+    "queued signals": "signal.pthread_sigmask(0, [40]); [refused(libc.sigqueue(os.getpid(), 40, 0)) for _ in range(1000)]",
+    "timers": "[call('timer_create', 1, None, INT) for _ in range(1000)]",
+    "secret memory": "fd = call('memfd_secret', 0); os.ftruncate(fd, 4096); mmap.mmap(fd, 4096)",
+    "priority": "os.nice(-5)",
+    "real time": "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))",
+    "a terminal's input": "fcntl.ioctl(0, 0x5412, b'x')",
+    "lease": "fcntl.fcntl(os.open('/usr', os.O_RDONLY), 1024, 0)",
+}
+#: programs that the kernel must end: system calls of another architecture, which no filter of this one sees
+ENDED = {
+    "int 0x80": "m = mmap.mmap(-1, 4096, prot=7); m.write(bytes.fromhex('b814000000cd80c3'))\n"
+    "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()",
+    "x32": "ctypes.CDLL(None).syscall(0x40000000 | 39)",
 }
 
 _DOORS = """
-import ctypes, os, resource, socket
+import ctypes, fcntl, mmap, os, resource, signal, socket, struct
+HIGH = 1 << 32  # bits of an argument that the kernel does not read
+INT = ctypes.byref(ctypes.c_int(1))
+LOCK = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 5, 1, 0)
+ACL = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, 7, 2**32 - 1) for tag in (1, 4, 32))
 libc, seccomp = ctypes.CDLL(None, use_errno=True), None
 def call(name, *arguments):
-    result = libc.syscall(NUMBERS[name], *arguments)
+    arguments = [ctypes.c_ulong(each) if isinstance(each, int) and each >> 32 == 1 else each for each in arguments]
+    result = libc.syscall(NUMBERS.get(name, name), *arguments)
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+def refused(result):
+    if result < 0:
+        raise OSError
+def shut(unless, act):  # an error of the kernel's own says that the door was open
+    try: act()
+    except OSError as error:
+        if error.errno != unless: raise
 def attempt():
     opened = []
     for name, door in DOORS.items():
@@ -161,7 +203,8 @@ def test_a_killed_guard_takes_all_with_it(sandbox: Sandbox) -> None:
 
 def test_doors_of_the_kernel_are_shut(sandbox: Sandbox) -> None:
     names = ("socket", "socketpair", "io_uring_setup", "add_key", "keyctl", "shmget", "msgget", "semget", "mq_open")
-    names += ("ptrace", "userfaultfd", "bpf", "unshare", "clone")
+    names += ("ptrace", "userfaultfd", "bpf", "unshare", "clone", "fcntl", "io_setup", "inotify_init1", "mmap", "setsockopt")
+    names += ("timer_create", "memfd_secret")
     numbers = {name: ctypes.CDLL("libseccomp.so.2").seccomp_syscall_resolve_name(name.encode()) for name in names}
     code = _DOORS.replace("NUMBERS", repr(numbers)).replace("DOORS", repr(DOORS))
     outcome = sandbox.run_tests(code, "opened = attempt()\nassert opened == [], opened\n", names=["attempt"])
@@ -171,6 +214,13 @@ def test_doors_of_the_kernel_are_shut(sandbox: Sandbox) -> None:
     works += "    if os.fork() == 0: os._exit(7)\n    return said, os.waitstatus_to_exitcode(os.wait()[1])\n"
     outcome = sandbox.run_tests(works, "assert f() == ([b'x'], 7)\n", names=["f"])
     assert outcome.passed, outcome.detail
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="machine code of x86-64")
+@pytest.mark.parametrize("name", ENDED)
+def test_doors_of_another_architecture_end_the_program(sandbox: Sandbox, name: str) -> None:
+    outcome = sandbox.run_program(f"import ctypes, mmap\n{ENDED[name]}\nprint('alive')\n", "", "alive")
+    assert outcome.detail.startswith("failed: exit code"), outcome.detail
 
 
 def test_files_are_few_and_small_together(sandbox: Sandbox) -> None:

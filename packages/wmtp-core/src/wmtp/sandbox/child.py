@@ -1,8 +1,8 @@
 """First program of a sandbox: isolates itself, then runs the code it is sent.
 
-Started as ``python -I -S -B child.py``. It uses the standard library and `shut_in`, and nothing else of wmtp. By the order of
-`main`: own namespaces, a root folder with nothing in it but Python and an empty working folder, an unprivileged user without
-any capability, a filter of system calls, limits; only then the first line of code that is not ours.
+Started as ``python -I -S -B child.py``. It uses the standard library and the files beside it, and nothing else of wmtp. By the
+order of `main`: own namespaces, a root folder with nothing in it but Python and an empty working folder, an unprivileged user
+without any capability, a filter of system calls, limits; only then the first line of code that is not ours.
 """
 
 from __future__ import annotations
@@ -11,73 +11,17 @@ import builtins
 import json
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wmtp.sandbox.plain_data import Known, contents, decode, encode, fill
     from wmtp.sandbox.shut_in import set_limits, shut_in
 else:  # as a program, this knows the files beside it and no wmtp
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from plain_data import Known, contents, decode, encode, fill
     from shut_in import set_limits, shut_in
 
     del sys.path[0]
-
-_COLLECTIONS = ((list, "l"), (tuple, "t"), (set, "e"), (frozenset, "z"))
-
-
-def encode(value: Any, refs: list[Any], depth: int = 0) -> Any:
-    """Plain data as JSON can hold it. Anything else stays here, and only its number goes out."""
-    if depth > 200:
-        raise ValueError("too deep")
-    if value is None or value is True or value is False:
-        return value
-    if isinstance(value, int):
-        return {"i": hex(int(value))}
-    if isinstance(value, float):
-        return {"f": float.hex(float(value))}
-    if isinstance(value, complex):
-        return {"c": [float.hex(value.real), float.hex(value.imag)]}
-    if isinstance(value, str):
-        return {"s": str.__str__(value).encode("utf-8", "surrogatepass").hex()}
-    if isinstance(value, (bytes, bytearray)):
-        return {"b": bytes(value).hex()}
-    for kind, name in _COLLECTIONS:
-        iterate: Any = kind.__iter__  # not what a subclass makes of it
-        if isinstance(value, kind):
-            return {name: [encode(element, refs, depth + 1) for element in iterate(value)]}
-    if isinstance(value, dict):
-        return {"d": [[encode(k, refs, depth + 1), encode(v, refs, depth + 1)] for k, v in dict.items(value)]}
-    if isinstance(value, type) and vars(builtins).get(value.__name__) is value:
-        return {"y": value.__name__}
-    refs.append(value)
-    return {"r": len(refs) - 1}
-
-
-def decode(value: Any, refs: Callable[[int], Any]) -> Any:
-    """Reverse `encode`; ``refs`` maps a number to its object."""
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "r":
-        return refs(content)
-    if kind == "y":
-        found = vars(builtins)[content]
-        if not isinstance(found, type):
-            raise ValueError(content)
-        return found
-    if kind == "i":
-        return int(content, 16)
-    if kind == "f":
-        return float.fromhex(content)
-    if kind == "c":
-        return complex(*map(float.fromhex, content))
-    if kind == "s":
-        return bytes.fromhex(content).decode("utf-8", "surrogatepass")
-    if kind == "b":
-        return bytes.fromhex(content)
-    if kind == "d":
-        return {decode(k, refs): decode(v, refs) for k, v in content}
-    return {"l": list, "t": tuple, "e": set, "z": frozenset}[kind](decode(element, refs) for element in content)
 
 
 def _renumbered(value: Any, numbers: list[Any]) -> Any:
@@ -126,14 +70,29 @@ def serve(request: dict[str, Any], code: str) -> None:
             call = pipes.receive()
         except EOFError:
             return
+        if "ref" not in call and call["name"] not in names:
+            pipes.send({"missing": call["name"]})
+            continue
+        known = Known()
         try:
             function = refs[call["ref"]] if "ref" in call else names[call["name"]]
-            arguments = [decode(value, refs.__getitem__) for value in call["args"]]
-            keywords = {name: decode(value, refs.__getitem__) for name, value in call["kwargs"].items()}
-            answer = {"value": encode(function(*arguments, **keywords), refs)}
+            arguments = [decode(value, refs.__getitem__, known) for value in call["args"]]
+            keywords = {name: decode(value, refs.__getitem__, known) for name, value in call["kwargs"].items()}
+            before, given = _all_contents(known, refs), len(known.all)
+            try:
+                answer = {"value": encode(function(*arguments, **keywords), refs, known)}
+            except BaseException as error:
+                answer = {"error": _builtin_kind(error), "text": str(error)[:500], "args": encode(error.args, refs, known)}
+            # what it changed in its arguments, as the tests would see it if they ran in this process
+            now = [(number, contents(known.all[number], refs, known)) for number in range(given)]
+            answer["changed"] = [(number, content) for number, content in now if content != before[number]]
         except BaseException as error:
             answer = {"error": _builtin_kind(error), "text": str(error)[:500]}
         pipes.send(answer)
+
+
+def _all_contents(known: Known, refs: list[Any]) -> list[Any]:
+    return [contents(container, refs, known) for container in tuple(known.all)]
 
 
 def _builtin_kind(error: BaseException) -> str:
@@ -145,19 +104,40 @@ def judge(request: dict[str, Any], code: str) -> None:
     """Run the trusted side: the tests, in which the solution's names call the other sandbox."""
     pipes = _Pipes(request["pipes"][0], request["pipes"][1], request["message"])
 
+    broken: list[str] = []  # why the solution gives no more answers: whatever the tests make of that, it has not passed them
+
+    def answered(call: dict[str, Any]) -> dict[str, Any]:
+        if not broken:
+            try:
+                pipes.send(call)
+                answer = pipes.receive()
+                if "missing" not in answer:
+                    return answer
+                broken.append(f"NameError: name {str(answer['missing'])!r} is not defined")
+            except (OSError, EOFError, ValueError, TypeError, RecursionError):
+                broken.append("the solution ended by itself")
+        raise SystemExit
+
     class Remote:
         def __init__(self, **target: Any) -> None:
             self._target = target
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            out = {name: _out(value) for name, value in kwargs.items()}
-            pipes.send({**self._target, "args": [_out(value) for value in args], "kwargs": out})
-            answer = pipes.receive()
+            known = Known()
+            sent = [_out(value, known) for value in args]
+            answer = answered({**self._target, "args": sent, "kwargs": {name: _out(kwargs[name], known) for name in kwargs}})
+            value: Any = None
+            try:
+                given = len(known.all)
+                value = _exception(answer, known) if "error" in answer else decode(answer["value"], _remote, known)
+                for number, content in answer.get("changed", ()):
+                    fill(known.all[:given][number], content, _remote, known)
+            except BaseException as error:
+                broken.append(f"its answer is none: {type(error).__name__}")
+                raise SystemExit from None
             if "error" in answer:
-                kind = getattr(builtins, str(answer["error"]), None)
-                usable = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, AssertionError)
-                raise (kind if usable and kind else RuntimeError)(str(answer.get("text", "")))
-            return decode(answer["value"], lambda number: Remote(ref=int(number)))
+                raise value
+            return value
 
         def _refuse(self, *_: Any) -> Any:
             raise TypeError("the solution's answer is no plain data: it can be called and handed back, and nothing else")
@@ -165,15 +145,28 @@ def judge(request: dict[str, Any], code: str) -> None:
         # by default every object is true, and unequal to all others: both would pass tests that the object itself fails
         __bool__ = __eq__ = __ne__ = __hash__ = _refuse
 
+    def _remote(number: int) -> Remote:
+        return Remote(ref=int(number))
+
+    def _exception(answer: dict[str, Any], known: Known) -> BaseException:
+        kind = getattr(builtins, str(answer["error"]), None)
+        if not isinstance(kind, type) or not issubclass(kind, BaseException):
+            raise TypeError
+        text = str(answer.get("text", ""))
+        try:
+            return kind(*decode(answer["args"], _remote, known)) if "args" in answer else kind(text)
+        except TypeError:  # it is made of more than its arguments
+            return Exception(text)
+
     class References(list[Any]):
         def append(self, value: Any) -> None:
             if not isinstance(value, Remote):
                 raise TypeError(f"a test passes a {type(value).__name__}, which cannot be sent to the solution")
             super().append(value)
 
-    def _out(value: Any) -> Any:
+    def _out(value: Any, known: Known) -> Any:
         refs = References()
-        return _renumbered(encode(value, refs), [remote._target.get("ref") for remote in refs])
+        return _renumbered(encode(value, refs, known), [remote._target.get("ref") for remote in refs])
 
     verdict = os.fdopen(request["verdict"], "w")
     try:
@@ -191,6 +184,8 @@ def judge(request: dict[str, Any], code: str) -> None:
         result = "failed: the solution ended by itself"
     except BaseException as error:
         result = f"failed: {type(error).__name__}: {error}"
+    if broken:
+        result = f"failed: {broken[0]}"
     verdict.write(json.dumps(result[:500]) + "\n")
     verdict.flush()
 

@@ -200,6 +200,7 @@ class Sandbox:
                 "NOFILE": 64,
                 "CORE": 0,
                 "MEMLOCK": 0,  # of memfd_secret too, which counts as locked
+                "SIGPENDING": 256,  # queued signals and timers, of which a user has some ten thousand
                 # without an own user the kernel counts all processes of this one
                 **({"NPROC": limits.processes} if self.isolation == "namespaces" else {}),
             },

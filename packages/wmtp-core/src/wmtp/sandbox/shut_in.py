@@ -22,7 +22,8 @@ _MOST_FILES = 8192  # inodes of the temporary folder; each takes about a kilobyt
 
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _EQ, _GE, _MASKED_EQ = 4, 5, 7
-_EPERM, _ENOSYS = 1, 38
+_EPERM, _ENOLCK, _ENOSYS, _ENOTSUP = 1, 37, 38, 95
+_INT = 0xFFFFFFFF  # the part of an argument that the kernel reads of an int: a program may set the bits above it
 #: socket families that Python programs use: AF_UNIX, AF_INET and AF_INET6, all within the empty network namespace
 _FAMILIES = (1, 2, 10)
 _NAMESPACES = (_NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET, _NEWCGROUP, _NEWTIME)
@@ -35,7 +36,16 @@ _REFUSED = (
     *("unshare", "setns", "mount", "umount2", "pivot_root", "chroot", "open_tree", "move_mount", "fsopen", "fsconfig"),
     *("fsmount", "fspick", "open_by_handle_at", "name_to_handle_at", "quotactl", "fanotify_init", "vmsplice"),
     *("init_module", "finit_module", "delete_module", "kexec_load", "swapon", "swapoff", "acct", "syslog", "reboot"),
+    *("io_setup", "inotify_init", "inotify_init1"),  # the machine, or the user, has few of them
 )
+#: an access list takes 64 KB of the kernel's memory a file, which the size of a tmpfs does not count
+_ATTRIBUTES = ("setxattr", "lsetxattr", "fsetxattr")
+_SETXATTRAT = 463  # newer than many a libseccomp
+#: commands of fcntl: a lock on a part of a file takes memory that nothing counts (F_SETLK, F_SETLKW, and the OFD ones)
+_LOCKS = (6, 7, 37, 38)
+_F_SETPIPE_SZ = 1031
+_SOL_SOCKET, _SO_SNDBUF, _SO_SNDBUFFORCE = 1, 7, 32
+_MAP_HUGETLB = 0x40000  # takes from pages that somebody has set aside for another program
 
 
 def _must(result: int, what: str) -> None:
@@ -81,6 +91,7 @@ def shut_in(request: dict[str, Any], lifeline: int) -> None:
     os.setsid()  # else a signal to the solution's process group would reach the guard
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel drops signals to the first process that it has no handler for
     libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0)  # nobody traces it, or reads its memory
+    _must(libc.sethostname(b"sandbox", 7), "sethostname")
     _new_root(libc, seccomp, request)
     solution = os.fork()
     if solution:
@@ -127,10 +138,11 @@ def _new_root(libc: Any, seccomp: Any, request: dict[str, Any]) -> None:
             with open(target, "w"):
                 pass
         _mount(libc, place, target, None, _BIND | _REC)
+        has = os.statvfs(place).f_flag
+        kept = sum(flag for of_statvfs, flag in _KEPT_FLAGS if has & of_statvfs)
         if not place.startswith("/dev/"):
-            has = os.statvfs(place).f_flag
-            kept = sum(flag for of_statvfs, flag in _KEPT_FLAGS if has & of_statvfs)
-            _mount(libc, place, target, None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV | kept)
+            kept |= _NODEV
+        _mount(libc, place, target, None, _BIND | _REMOUNT | _RDONLY | _NOSUID | kept)  # a device is written to all the same
     _must(libc.syscall(seccomp.seccomp_syscall_resolve_name(b"pivot_root"), os.fsencode(new), os.fsencode(old)), "pivot_root")
     os.chdir("/")
     _must(libc.umount2(b"/old", _DETACH), "umount")
@@ -164,14 +176,12 @@ def _filter_system_calls(seccomp: Any) -> None:
     seccomp.seccomp_init.restype = ctypes.c_void_p
     rules = ctypes.c_void_p(seccomp.seccomp_init(ctypes.c_uint32(_ALLOW)))  # calls of another architecture end the program
 
-    def refuse(name: str, *comparison: int, error: int = _EPERM) -> None:
-        number = seccomp.seccomp_syscall_resolve_name(name.encode())
+    def refuse(name: str | int, *comparisons: tuple[int, int, int, int], error: int = _EPERM) -> None:
+        number = seccomp.seccomp_syscall_resolve_name(name.encode()) if isinstance(name, str) else name
         if number == -1:
             raise OSError(f"libseccomp is too old: it does not know the system call {name}")
-        given = (_Comparison * 1)(_Comparison(*comparison)) if comparison else None
-        result = seccomp.seccomp_rule_add_array(
-            rules, ctypes.c_uint32(_ERRNO | error), number, 1 if given is not None else 0, given
-        )
+        given = (_Comparison * max(1, len(comparisons)))(*(_Comparison(*each) for each in comparisons))
+        result = seccomp.seccomp_rule_add_array(rules, ctypes.c_uint32(_ERRNO | error), number, len(comparisons), given)
         if result != 0:
             raise OSError(-result, f"libseccomp: {name}: {os.strerror(-result)}")
 
@@ -180,12 +190,20 @@ def _filter_system_calls(seccomp: Any) -> None:
     for name in ("socket", "socketpair"):
         for family in range(1 + max(_FAMILIES)):
             if family not in _FAMILIES:
-                refuse(name, 0, _EQ, family)
-        refuse(name, 0, _GE, 1 + max(_FAMILIES))
+                refuse(name, (0, _EQ, family, 0))
+        refuse(name, (0, _GE, 1 + max(_FAMILIES), 0))
     for flag in _NAMESPACES:
-        refuse("clone", 0, _MASKED_EQ, flag, flag)
+        refuse("clone", (0, _MASKED_EQ, flag, flag))
     refuse("clone3", error=_ENOSYS)  # its flags lie in memory; the C library then calls clone
-    refuse("prlimit64", 0, _GE, 1)  # limits of another process
+    refuse("prlimit64", (0, _GE, 1, 0))  # limits of another process
+    for name in (*_ATTRIBUTES, _SETXATTRAT):
+        refuse(name, error=_ENOTSUP)
+    for command in _LOCKS:
+        refuse("fcntl", (1, _MASKED_EQ, _INT, command), error=_ENOLCK)
+    refuse("fcntl", (1, _MASKED_EQ, _INT, _F_SETPIPE_SZ))
+    for option in (_SO_SNDBUF, _SO_SNDBUFFORCE):
+        refuse("setsockopt", (1, _MASKED_EQ, _INT, _SOL_SOCKET), (2, _MASKED_EQ, _INT, option))
+    refuse("mmap", (3, _MASKED_EQ, _MAP_HUGETLB, _MAP_HUGETLB))
     result = seccomp.seccomp_load(rules)
     if result != 0:
         raise OSError(-result, f"seccomp: {os.strerror(-result)}")
