@@ -96,3 +96,14 @@ def test_tokens_to_a_level_lie_on_the_curve(measures):
     assert measures["tokens_to_reach"](curve, 2.5, 100.0) == 2500.0
     assert measures["tokens_to_reach"](curve, 5.0, 100.0) == 1000.0
     assert measures["tokens_to_reach"](curve, 1.0, 100.0) is None
+
+
+def test_a_problem_becomes_a_conversation():
+    write = runpy.run_path(str(SCRIPTS / "conversations.py"))["conversation"]
+    found = write(
+        {"task_id": 3, "text": "Add. ", "code": "def f(x):\r\n\treturn x\r\n", "test_list": ["assert f(1) == 1", "assert f(2)"]}
+    )
+    assert found["id"] == "mbpp-3"
+    assert [message["role"] for message in found["messages"]] == ["user", "assistant"]
+    assert found["messages"][0]["content"] == "Add.\nIt must pass these tests:\nassert f(1) == 1\nassert f(2)"
+    assert found["messages"][1]["content"] == "```python\ndef f(x):\n    return x\n```"

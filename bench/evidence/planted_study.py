@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--retry", action="store_true")
+    parser.add_argument("--allow-code-execution", action="store_true")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     arguments = parser.parse_args()
     place = Path("studies")
@@ -182,6 +183,7 @@ def main() -> None:
         jobs=arguments.jobs,
         minutes=arguments.minutes,
         retry=arguments.retry,
+        allow_code_execution=arguments.allow_code_execution,
     )
     folder = result.folder
     measured = folder / "planted"
