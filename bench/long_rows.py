@@ -87,7 +87,8 @@ def measure(shape: Shape, mode: Any, warmup: int, steps: int, documents: int) ->
     began = time.monotonic()
     found: dict[str, Any]
     try:
-        seconds = step_ours.run(shape, warmup, steps, checkpointing=mode, documents_a_row=documents)
+        layout = shape.batch * [documents * [shape.length // documents]]
+        seconds = step_ours.run(shape, warmup, steps, checkpointing=mode, layouts=2 * [layout])
         found = {"seconds": seconds, "tokens_per_second": shape.tokens / seconds}
     except torch.OutOfMemoryError:
         found = {"failed": "no memory"}
