@@ -192,7 +192,8 @@ def test_runs_of_an_edited_arm_no_longer_count_and_that_is_said(folder, capsys):
     capsys.readouterr()
     main(["study", "study.toml"])
     said = capsys.readouterr().err
-    assert "the study was edited: 2 runs no longer count, and 3 still do; of another config than now: rho1-seed0-" in said
+    assert "2 runs no longer count, 3 still do; of another config than now: rho1-seed0-" in said
+    assert said.count(" (trainer.mode)") == 2
     assert trained(folder) == ["rho10", "rho11", "baseline2", "rho12"]
 
 

@@ -26,7 +26,7 @@ from wmtp.reporting.records import record_failure, record_of
 from wmtp.storage.lock import FileLock
 from wmtp.studies.config import load_study
 from wmtp.studies.plan import PlannedRun, StudyPlan, make_plan
-from wmtp.studies.record import RunRecord, of_plan, read_records, remove_record, write_record
+from wmtp.studies.record import RunRecord, changed_keys, of_plan, read_records, remove_record, write_record
 from wmtp.studies.table import StudyTable, make_table
 
 __all__ = ["study"]
@@ -128,12 +128,7 @@ class _Session:
         found = read_records(folder)
         self._records, left_behind = of_plan(found, self._plan.runs)
         if left_behind:
-            names = ", ".join(record.name for record in left_behind[:6])
-            more = f" and {len(left_behind) - 6} more" if len(left_behind) > 6 else ""
-            logger.info(
-                "the study was edited: %d runs no longer count, and %d still do; of another config than now: %s%s",
-                len(left_behind), len(self._records), names, more,
-            )  # fmt: skip
+            logger.info("%s", _left_behind(left_behind, len(self._records), self._plan.runs))
         for run in self._plan.runs:  # finished, and stopped before that was recorded
             if run.name not in self._records and (record := self._record(run)) is not None:
                 self._records[run.name] = record
@@ -325,6 +320,20 @@ class _Session:
             left=tuple(left),
             facts=facts,
         )
+
+
+def _left_behind(records: Sequence[RunRecord], still: int, runs: Sequence[PlannedRun]) -> str:
+    """Say which runs no longer count, and what in their configs is another than now."""
+    names = []
+    for record in records[:6]:
+        keys = changed_keys(record, runs)
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        names.append(f"{record.name} ({', '.join(keys[:3])}{more})" if keys else record.name)
+    rest = f" and {len(records) - 6} more" if len(records) > 6 else ""
+    return (
+        f"configs have changed, by an edit or another version of WMTP: {len(records)} runs no longer count, {still} still do; "
+        f"of another config than now: {', '.join(names)}{rest}"
+    )
 
 
 def _tokens(run: PlannedRun) -> int | None:

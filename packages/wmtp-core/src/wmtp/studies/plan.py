@@ -26,7 +26,7 @@ from wmtp.spelling import did_you_mean
 from wmtp.storage.uris import file_path
 from wmtp.studies.config import MOST_COMPARISONS, StudyFile
 
-__all__ = ["Arm", "PlannedRun", "StudyPlan", "make_plan"]
+__all__ = ["Arm", "PlannedRun", "StudyPlan", "counted", "make_plan"]
 
 _MODEL_OF: Final = re.compile(r"\$\{arm:(?P<arm>[^{}]*)\}")
 #: stands for the model of an arm, whose seed is not known yet
@@ -303,14 +303,15 @@ def _planned(study: StudyFile, arm: Arm, seed: int, config: Config, before: Sequ
     )
 
 
+def counted(config: Config) -> dict[str, Any]:
+    """Flatten what decides the result of a run."""
+    values = flat(to_mapping(config)).items()
+    return {key: one for key, one in values if key != "run.name" and (key.startswith("eval") or not is_free_to_change(key))}
+
+
 def _key(config: Config) -> str:
     """Digest what decides the result of a run."""
-    counted = {
-        key: value
-        for key, value in flat(to_mapping(config)).items()
-        if key != "run.name" and (key.startswith("eval") or not is_free_to_change(key))
-    }
-    return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(counted(config), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _comparisons(study: StudyFile, arms: Sequence[Arm]) -> list[tuple[Arm, Arm, str]]:

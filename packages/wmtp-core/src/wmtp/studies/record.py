@@ -12,10 +12,10 @@ from attrs import asdict, field, frozen
 
 from wmtp.errors import FileError
 from wmtp.json_files import read_json_object, writing
-from wmtp.runs.directory import replace_text
-from wmtp.studies.plan import PlannedRun
+from wmtp.runs.directory import is_free_to_change, replace_text
+from wmtp.studies.plan import PlannedRun, counted
 
-__all__ = ["FAILED", "RunRecord", "of_plan", "read_records", "remove_record", "write_record"]
+__all__ = ["FAILED", "RunRecord", "changed_keys", "of_plan", "read_records", "remove_record", "write_record"]
 
 #: status of a run that ended with an error
 FAILED: Final = "failed"
@@ -118,3 +118,19 @@ def of_plan(records: Mapping[str, RunRecord], runs: Iterable[PlannedRun]) -> tup
     planned = {run.name: run for run in runs}
     counted = {name: one for name, one in records.items() if name in planned and one.matches(planned[name])}
     return counted, [one for name, one in records.items() if name not in counted]
+
+
+def changed_keys(record: RunRecord, runs: Iterable[PlannedRun]) -> list[str]:
+    """Name the keys in which a run's config is another than that of the planned run of its arm and seed."""
+    planned = next((run for run in runs if (run.arm, run.seed) == (record.arm, record.seed)), None)
+    before = record.page.get("config")
+    if planned is None or not isinstance(before, Mapping):
+        return []
+    now = {key: value if isinstance(value, str) else json.dumps(value) for key, value in counted(planned.config).items()}
+    was = {key: value for key, value in before.items() if key in now or not (key == "run.name" or is_free_to_change(key))}
+    return [key for key in now | was if not _same(was.get(key), now.get(key))]
+
+
+def _same(was: Any, now: str | None) -> bool:
+    """Compare two values; a run's own config has absolute paths, perhaps of another machine."""
+    return was == now or (bool(now) and str(was).endswith(f"/{now}"))
