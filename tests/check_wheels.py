@@ -43,8 +43,12 @@ class Environment:
         self.work = folder / "work"
         self.work.mkdir(parents=True)
         run("uv", "venv", "--quiet", "--no-project", "--python", sys.executable, folder / "venv", cwd=folder)
+        self.install(*requirements)
+
+    def install(self, *requirements: str | Path) -> None:
+        """Install more: wheels, and names from the index."""
         install = ("uv", "pip", "install", "--quiet", "--no-config", "--exclude-newer", SETTINGS["exclude-newer"])
-        run(*install, "--python", self.bin / "python", *requirements, cwd=folder)
+        run(*install, "--python", self.bin / "python", *requirements, cwd=self.work)
 
     def __call__(self, *command: str | Path, expect: int = 0) -> str:
         """Run an installed command in the empty folder, and return its standard output."""
@@ -187,8 +191,10 @@ def main() -> None:
             cwd=folder,
         )
         check_vessl(laptop)
-        check_first_screen(Environment(folder / "first", core, algos))
-        check_training(Environment(folder / "train", core, algos, example, "pytest"))
+        trains = Environment(folder / "trains", core, algos)
+        check_first_screen(trains)
+        trains.install(example, "pytest")
+        check_training(trains)
     print("check_wheels: all is well")
 
 

@@ -40,7 +40,10 @@ def learned(folder: Path):
 
 @pytest.mark.parametrize(
     ("precision", "heads"),
-    [("fp32", "full"), ("bf16-params", "adapters"), pytest.param("bf16-params", "full", marks=pytest.mark.slow)],
+    [
+        ("bf16-params", "adapters"),
+        *(pytest.param(precision, "full", marks=pytest.mark.slow) for precision in ("fp32", "bf16-params")),
+    ],
 )
 def test_a_run_is_resumed_bit_for_bit_and_its_model_serves_every_command(adapted, precision, heads, tmp_path):
     """Checkpoints hold what learns and nothing of the base; ``model/`` is an adapter with heads."""

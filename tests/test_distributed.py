@@ -64,11 +64,13 @@ def assert_same_model(one, other):
             assert (tensor - right[name]).abs().max() < 1e-4, (file, name)
 
 
-@pytest.mark.parametrize("script", sampled(["steps.py", "stages.py"], 2))
+@pytest.mark.parametrize("script", sampled(["steps.py", "steps.py all", "stages.py"], 3))
 def test_two_ranks_do_the_same_as_one(preloaded, script):
     """The same step, for every trainer, kind of head and strategy; and compiled layers follow from stage to stage."""
     env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-    run = preloaded.run("--standalone", "--nproc-per-node=2", HERE / "ranks" / script, code=TORCHRUN, env=env, timeout=500)
+    file, *arguments = script.split()
+    command = ("--standalone", "--nproc-per-node=2", HERE / "ranks" / file, *arguments)
+    run = preloaded.run(*command, code=TORCHRUN, env=env, timeout=500)
     assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if "[rank0]" in line or "Error" in line)
     assert "all equal" in run.stdout
 
@@ -336,7 +338,7 @@ def test_decoding_is_measured_by_one_of_several_processes(recipe, wmtp, preloade
         assert of_eval[name] == pytest.approx(of_run[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_model_divided_by_one_learns_as_one_that_is_whole(recipe, wmtp, tmp_path, precision):
     settings = (
         "--set",

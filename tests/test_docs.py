@@ -354,7 +354,7 @@ def test_every_message_is_what_the_command_says(words, text, project, capsys, mo
     assert errors == text or re.fullmatch(expected, errors), errors
 
 
-def test_the_tutorial_gives_the_example_plugin(tmp_path):
+def test_the_tutorial_gives_the_example_plugin(preloaded, tmp_path):
     """Its files are those of examples/wmtp-example; installed as pip would, they are listed, checked, and pass their tests."""
     text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
     example = ROOT / "examples" / "wmtp-example"
@@ -385,4 +385,7 @@ def test_the_tutorial_gives_the_example_plugin(tmp_path):
     assert expected in run("wmtp", "plugins")
     assert "drop = 0.1" in run("wmtp", "show", "loss-truncation")
     run("wmtp", "check", "example.toml")
-    assert " passed" in run("pytest", "-q", "-p", "no:cacheprovider", "tests")
+    of_plugin = f"import sys\nsys.path.insert(0, {str(tmp_path / 'src')!r})\nimport pytest\nsys.exit(pytest.main(sys.argv[1:]))"
+    tested = preloaded.run("-q", "-p", "no:cacheprovider", "tests", code=of_plugin, cwd=tmp_path, env=variables)
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+    assert " passed" in tested.stdout

@@ -7,6 +7,7 @@ import sys
 import pytest
 import sentencepiece
 import torch
+from crossings import sampled
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -52,7 +53,7 @@ assert "wmtp" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", sampled([True, False], 2))
 def test_hf_is_opened_by_plain_transformers(tmp_path, capsys, tied):
     save(tmp_path / "model", kind="chained", tie_word_embeddings=tied)
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "new" / "hf"), "--format", "hf", "--json"]) == 0

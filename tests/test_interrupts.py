@@ -221,11 +221,17 @@ AT_EACH_END = sampled(product(AT_THE_END, (1, 2)), 5)
 SHORT = ["train.max_steps=8", "schedule.type=constant", "checkpoints.save_interval=4"]
 
 
+def stop_at(tmp_path, place):
+    """Code that makes a process, and those that it forks, stop at a place; and the file that shows that one is there."""
+    here = tmp_path / "here"
+    return STOPS.format(here=str(here), place=place), here
+
+
 def stopping(tmp_path, place):
-    """Make processes stop at a place: their variables, and the file that shows that one is there."""
+    """The same for interpreters that are started anew, by their variables."""
+    code, here = stop_at(tmp_path, place)
     (tmp_path / "stops").mkdir()
-    here = tmp_path / "stops/here"
-    (tmp_path / "stops/sitecustomize.py").write_text(STOPS.format(here=str(here), place=place))
+    (tmp_path / "stops/sitecustomize.py").write_text(code)
     return {"PYTHONPATH": str(tmp_path / "stops")}, here
 
 
@@ -236,11 +242,10 @@ def wait_for(here, process):
 
 
 @pytest.mark.parametrize(("place", "processes"), AT_EACH_END)
-def test_ctrl_c_after_the_last_step_hands_the_result_over(recipe, tmp_path, place, processes):
+def test_ctrl_c_after_the_last_step_hands_the_result_over(recipe, start, tmp_path, place, processes):
     """Ctrl-C while the model is saved or measured: the steps have left a checkpoint all the same."""
-    variables, here = stopping(tmp_path, AT_THE_END[place])
-    words = LOOP.format(recipe=str(recipe), overrides=[*SHORT, f"launcher.processes={processes}"])
-    process = start_interpreter("-c", words, **variables)
+    stops, here = stop_at(tmp_path, AT_THE_END[place])
+    process = start(code=stops + loop(recipe, [*SHORT, f"launcher.processes={processes}"]))
     wait_for(here, process)
     press_ctrl_c(process)
     began = time.monotonic()
@@ -252,11 +257,10 @@ def test_ctrl_c_after_the_last_step_hands_the_result_over(recipe, tmp_path, plac
 
 
 @pytest.mark.parametrize(("place", "processes"), AT_EACH_END)
-def test_sigterm_after_the_last_step_hands_the_result_back(recipe, tmp_path, place, processes):
-    variables, here = stopping(tmp_path, AT_THE_END[place])
-    words = LOOP.replace('("first", "second", "third")', '("first",)')
-    words = words.format(recipe=str(recipe), overrides=[*SHORT, f"launcher.processes={processes}"])
-    process = start_interpreter("-c", words, **variables)
+def test_sigterm_after_the_last_step_hands_the_result_back(recipe, start, tmp_path, place, processes):
+    stops, here = stop_at(tmp_path, AT_THE_END[place])
+    once = loop(recipe, [*SHORT, f"launcher.processes={processes}"]).replace('("first", "second", "third")', '("first",)')
+    process = start(code=stops + once)
     wait_for(here, process)
     process.terminate()
     out, err = process.communicate(timeout=50)

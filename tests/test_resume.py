@@ -77,7 +77,7 @@ def test_killed_runs_resume_bit_for_bit(recipe, wmtp, preloaded, tmp_path):
     assert_equal_runs(whole, killed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(recipe, wmtp, preloaded, tmp_path, number):
     overrides = ["--set", "checkpoints.save_interval=1000", "--set", "train.max_steps=60"]
     arguments = ["run", recipe, *overrides, "--run-name", "x"]
@@ -104,7 +104,11 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(recipe, wmtp, p
             "metrics.jsonl lacks 1 of the steps before this resume (3 to 3)",
         ),
         (lambda text: "\0\ufffd{[\n" * 4 + text, "lines are kept; as it was it is in metrics.jsonl.damaged-1"),
-        (lambda text: "[" * 10**5 + "\n" + text, "lines are kept; as it was it is in metrics.jsonl.damaged-1"),
+        pytest.param(
+            lambda text: "[" * 10**5 + "\n" + text,
+            "lines are kept; as it was it is in metrics.jsonl.damaged-1",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["emptied", "a line lost", "garbled", "too deep"],
 )

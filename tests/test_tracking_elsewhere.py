@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from wmtp_storage.testing import s3_server
 
 __all__ = ["s3_server"]
 
-mlflow = pytest.importorskip("mlflow")
+pytestmark = pytest.mark.skipif(find_spec("mlflow") is None, reason="needs mlflow")
 
 
 @pytest.fixture
@@ -28,8 +29,14 @@ def place(s3_server, monkeypatch):
     return f"s3://{s3_server.bucket()}/team/mlruns"
 
 
+def client_of(uri):
+    from mlflow import MlflowClient  # takes seconds
+
+    return MlflowClient(uri)
+
+
 def client(database):
-    return mlflow.MlflowClient(f"sqlite:///{database}")
+    return client_of(f"sqlite:///{database}")
 
 
 def run_id(run_dir):
@@ -122,7 +129,7 @@ def test_runs_of_several_machines_are_merged_and_survive_exactly(recipe, wmtp, p
     assert sorted(json.loads(forced.stdout)["changed"]) == sorted([one, two])
     assert {run: view(client(tmp_path / "all" / "mlflow.db"), run) for run in (one, two)} == before
     with _server(tmp_path / "all" / "mlflow.db", tmp_path) as address:
-        assert {run: view(mlflow.MlflowClient(address), run) for run in (one, two)} == before
+        assert {run: view(client_of(address), run) for run in (one, two)} == before
 
 
 class _server:

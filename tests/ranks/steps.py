@@ -1,7 +1,11 @@
-"""Two ranks against one, step by step, for every trainer: run by test_distributed.py in each of two processes."""
+"""Two ranks against one, step by step: run by test_distributed.py in each of two processes.
+
+Of trainers, kinds of head and strategies it takes a sample; with ``all`` as argument, each of them.
+"""
 
 import contextlib
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -23,7 +27,7 @@ from wmtp.tokenizers.config import Bytes
 from wmtp.trainers import Stage, Trainer, TrainerSetup
 from wmtp.training.stages import apply_stage
 from wmtp.training.step import StepLoss
-from wmtp_algos import CriticWMTP, Rho1WMTP
+from wmtp_algos import CriticWMTP, RandomMatched, Rho1WMTP
 
 VOCAB = 61
 SHAPE = ScratchModel(vocab_size=VOCAB, hidden_size=16, layers=2, attention_heads=2, max_positions=64, intermediate_size=24)
@@ -157,8 +161,9 @@ def compare(case, ranks, make_trainer, strategy, *, heads=None, packed=False, ro
             )
 
 
-def all_cases(ranks):
-    makers = {"value head": ValueHead}
+def every_trainer(ranks):
+    """Compare all that are registered, by turns in each strategy and layout."""
+    makers = {}
     for provided in load_plugins().of_kind("trainers"):
         for options in OPTIONS.get(provided.cls.type, [{}]):
             makers[f"{provided.cls.type} {options}"] = provided.cls(**options).build
@@ -166,20 +171,47 @@ def all_cases(ranks):
         strategy = ("full", "none", "grad-op")[number % 3]
         packed = number % 2 == 1
         compare(f"{name}, {strategy}", ranks, make, strategy, packed=packed, rows=5, micro=1 if packed else 99)
+
+
+def sample(ranks):
+    """Compare trainers with a reference, a pool of all rows, random numbers or a module, and every kind of layer."""
+    compare("rho1", ranks, Rho1WMTP(mode="token-skip").build, "full", rows=5, micro=1)
+    compare("random-matched rho1", ranks, RandomMatched(of=Rho1WMTP()).build, "none", packed=True, rows=5, micro=1)
+    for strategy, packed, rows in (("full", False, 5), ("grad-op", True, 4), ("none", False, 4), ("full", True, 1)):
+        compare(f"value head, {strategy}, {rows} rows", ranks, ValueHead, strategy, packed=packed, rows=rows, micro=1)
+    for kind in ("chained", "shared"):
+        compare_kind(kind, ranks)
+    compare("lk", ranks, ValueHead, "full", heads={"kind": "shared", "objective": "lk"}, packed=True, rows=5, micro=1)
+    compare("frozen", ranks, ValueHead, "full", rows=4, micro=1, stage=Stage(frozen=frozenset({"model"})))
+    critic_first(ranks)
+    compare("muon", ranks, ValueHead, "full", optimizer="muon")
+
+
+def compare_kind(kind, ranks):
+    heads = {"kind": kind, "trunk_gradient": "detach" if kind in ("linear", "chained") else "joint", "init": "random"}
+    compare(kind, ranks, ValueHead, "full", heads=heads, rows=4, micro=1)
+
+
+def critic_first(ranks):
+    value = Stage(name="value", frozen=frozenset({"model", "heads"}), model_loss=False)
+    compare("critic's first stage", ranks, CriticWMTP().build, "full", rows=5, micro=1, stage=value)
+
+
+def all_cases(ranks):
+    every_trainer(ranks)
+    compare("value head", ranks, ValueHead, "full", rows=5)
     for strategy in ("full", "grad-op", "none"):
         for rows in (1, 4):  # fewer than ranks
             compare(f"value head, {strategy}, {rows} rows", ranks, ValueHead, strategy, rows=rows, micro=1)
     for kind in ("linear", "residual", "chained", "shared"):
-        heads = {"kind": kind, "trunk_gradient": "detach" if kind in ("linear", "chained") else "joint", "init": "random"}
-        compare(kind, ranks, ValueHead, "full", heads=heads, rows=4, micro=1)
+        compare_kind(kind, ranks)
     for strategy in ("full", "none"):
         lk = {"kind": "shared", "objective": "lk"}
         compare(f"lk, {strategy}", ranks, ValueHead, strategy, heads=lk, packed=True, rows=5, micro=1)
     for frozen in ({"model"}, {"heads"}, {"model", "heads"}):
         stage = Stage(frozen=frozenset(frozen), model_loss=len(frozen) == 1)
         compare(f"frozen {sorted(frozen)}", ranks, ValueHead, "full", rows=4, micro=1, stage=stage)
-    value = Stage(name="value", frozen=frozenset({"model", "heads"}), model_loss=False)
-    compare("critic's first stage", ranks, CriticWMTP().build, "full", rows=5, micro=1, stage=value)
+    critic_first(ranks)
     compare("block attention", ranks, ValueHead, "full", heads={"block_attention": True}, packed=True, rows=5, micro=2)
     compare("muon", ranks, ValueHead, "full", optimizer="muon")
     compare("muon, whole", ranks, ValueHead, "none", optimizer="muon")
@@ -203,5 +235,5 @@ def one_process_group():
 
 if __name__ == "__main__":
     with one_process_group() as everyone:
-        all_cases(everyone)
+        (all_cases if sys.argv[1:] == ["all"] else sample)(everyone)
         print("all equal" if everyone.is_main else "", flush=True)

@@ -3,9 +3,11 @@
 import contextlib
 import math
 from collections import defaultdict
+from itertools import product
 
 import pytest
 import torch
+from crossings import sampled
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.data.batch import PADDING, Batch, Document
@@ -107,6 +109,9 @@ def weights_of(config, step, reference):
     return {(b, t, k + 1): float(weights[b, t, k]) for b, t, k in view.targets.valid.nonzero().tolist()}, trainer
 
 
+CROSSING = sampled(product(("excess", "absolute", "reference"), ("batch", "sequence", "head"), (False, True)), 5)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("seed", range(3))
 def test_reference_losses_are_those_of_each_document_alone(packed, seed):
@@ -121,10 +126,8 @@ def test_reference_losses_are_those_of_each_document_alone(packed, seed):
     assert float(ours[:, 0].abs().max()) == 0.0
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("scope", ["batch", "sequence", "head"])
-@pytest.mark.parametrize("score", ["excess", "absolute", "reference"])
-def test_selection_equals_the_loop(packed, scope, score):
+@pytest.mark.parametrize(("score", "scope", "packed"), CROSSING)
+def test_selection_equals_the_loop(score, scope, packed):
     reference = reference_model()
     for seed in range(4):
         for keep in (0.05, 0.37, 0.6, 1.0):
@@ -134,10 +137,8 @@ def test_selection_equals_the_loop(packed, scope, score):
             assert ours == plain_kept(scores, groups[scope], keep)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("scope", ["batch", "sequence", "head"])
-@pytest.mark.parametrize("score", ["excess", "absolute", "reference"])
-def test_weights_equal_the_loop(packed, scope, score):
+@pytest.mark.parametrize(("score", "scope", "packed"), CROSSING)
+def test_weights_equal_the_loop(score, scope, packed):
     reference = reference_model()
     for seed in range(6):
         config = Rho1WMTP(scope=scope, score=score, temperature=0.4 + seed, min_excess=0.3 * seed, max_weight=1.5 + seed)

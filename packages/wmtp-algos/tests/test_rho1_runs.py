@@ -225,14 +225,14 @@ def test_cached_reference_losses(folder, tmp_path, monkeypatch):
     monkeypatch.undo()
 
     # what decides the losses decides the file
-    run_here(folder, "other-data", reference, "data.train.max_length=48")
+    run_here(folder, "other-data", reference, "data.train.max_length=48", "train.max_steps=2")
     assert files() == 2
-    run_here(folder, "other-targets", reference, "data.train.learn_prompt=true")
+    run_here(folder, "other-targets", reference, "data.train.learn_prompt=true", "train.max_steps=2")
     assert files() == 3
-    run_here(folder, "other-precision", reference, "trainer.reference_precision=bf16")
+    run_here(folder, "other-precision", reference, "trainer.reference_precision=bf16", "train.max_steps=2")
     assert files() == 4
     weights = load_file(reference / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, reference / "model.safetensors", {"format": "pt"})
-    changed = run_here(folder, "other-reference", reference)
+    changed = run_here(folder, "other-reference", reference, "train.max_steps=2")
     assert files() == 5
     assert changed[0][1] != first[0][1]

@@ -39,6 +39,7 @@ class TestRho1TokenSkip(TrainerTests):
     config = Rho1WMTP(mode="token-skip", keep=0.3, scope="sequence", score="absolute")
 
 
+@pytest.mark.slow
 class TestRho1ByReference(TrainerTests):
     config = Rho1WMTP(mode="token-skip", scope="head", score="reference", reference_precision="bf16", reference_device="cpu")
 
@@ -89,14 +90,17 @@ class TestCriticThatLearnsByPairs(TrainerTests):
     )
 
 
+@pytest.mark.slow
 class TestCriticOnAll(TrainerTests):
     config = CriticWMTP(train_on="all", value_learns=True, gamma=0.97, gae_lambda=0.5, ema_decay=0.5)
 
 
+@pytest.mark.slow
 class TestShuffledCritic(TrainerTests):
     config = Shuffled(of=CriticWMTP(value_learns=True))
 
 
+@pytest.mark.slow
 class TestRandomMatchedCritic(TrainerTests):
     config = RandomMatched(of=CriticWMTP(value_loss="pairwise"))
 
@@ -105,10 +109,12 @@ class TestAdaMTP(TrainerTests):
     config = AdaMTP()
 
 
+@pytest.mark.slow
 class TestShuffledRho1(TrainerTests):
     config = Shuffled(of=Rho1WMTP(mode="token-skip"))
 
 
+@pytest.mark.slow
 class TestRandomMatchedDFT(TrainerTests):
     config = RandomMatched(of=DFT())
 

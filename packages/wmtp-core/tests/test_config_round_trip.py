@@ -104,7 +104,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(configs)
 def test_reading_a_dump_gives_the_same_config(config):
     dumped = dump_config(config)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from crossings import sampled
 from tiny_config import tiny_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -68,9 +69,7 @@ def _replayed(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
         monkeypatch.setattr(replay.Replay, "__call__", lambda self: self.function())
 
 
-@pytest.mark.parametrize("speculative", [False, True])
-@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "sampling", "speculative"), sampled(product(KINDS, (Sampling(), SAMPLED), (False, True)), 3))
 def test_replayed_steps_give_what_plain_steps_give(
     kind: str, sampling: Sampling, speculative: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

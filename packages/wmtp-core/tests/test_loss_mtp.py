@@ -2,8 +2,6 @@
 
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -255,8 +253,7 @@ dist.destroy_process_group()
 """
 
 
-def test_under_fsdp_the_gathered_unembedding_is_a_plain_tensor():
-    env = os.environ | {"HERE": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True)
+def test_under_fsdp_the_gathered_unembedding_is_a_plain_tensor(preloaded):
+    done = preloaded.run(code=SHARDED, env=os.environ | {"HERE": os.path.dirname(__file__)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "this is a DTensor" in done.stdout

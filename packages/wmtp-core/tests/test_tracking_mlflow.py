@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.tracking import RunInfo
 from wmtp.tracking.config import MLflowTracker
 
-pytest.importorskip("mlflow")
+# not imported before a test needs it: that takes seconds
+pytestmark = pytest.mark.skipif(find_spec("mlflow") is None, reason="needs mlflow")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from importlib.util import find_spec
 
 import attrs
 import pytest
@@ -12,7 +13,8 @@ from wmtp.testing import TrackerTests
 from wmtp.tracking import RunInfo, Tracker
 from wmtp.tracking.config import JsonlTracker, MLflowTracker, SeveralTrackers, TensorBoardTracker
 
-pytest.importorskip("tensorboard")
+# not imported before a test needs it: that takes seconds
+pytestmark = pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
 
 RECIPE = (
     '[models.base]\ntype = "scratch"\nvocab_size = 258\n[tokenizer]\ntype = "bytes"\n[datasets.py]\ntype = "python-source"\n'

@@ -1,5 +1,7 @@
 """TensorBoard reads back what the tracker wrote, by its own reader."""
 
+from importlib.util import find_spec
+
 import pytest
 
 from wmtp.errors import WMTPError
@@ -7,7 +9,8 @@ from wmtp.testing import TrackerTests
 from wmtp.tracking import RunInfo
 from wmtp.tracking.config import TensorBoardTracker
 
-pytest.importorskip("tensorboard")
+# not imported before a test needs it: that takes seconds
+pytestmark = pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
 
 
 @pytest.fixture(autouse=True)

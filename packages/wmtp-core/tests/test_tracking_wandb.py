@@ -2,6 +2,7 @@
 
 import json
 import struct
+from importlib.util import find_spec
 
 import pytest
 
@@ -10,7 +11,8 @@ from wmtp.testing import TrackerTests
 from wmtp.tracking import RunInfo
 from wmtp.tracking.config import WandbTracker
 
-pytest.importorskip("wandb")
+# not imported before a test needs it: that takes seconds
+pytestmark = pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb")
 _BLOCK = 32768
 
 
