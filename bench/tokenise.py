@@ -1,14 +1,19 @@
 """Speed of tokenising: the token cache, beside `tokenizers` alone and `datasets.map`.
 
-    uv run python bench/tokenise.py TOKENIZER_FOLDER [FILE.jsonl] [--rounds 3] [--megabytes 8] [--forms long,short,pairs]
+    uv run python bench/tokenise.py TOKENIZER_FOLDER [FILE.jsonl] [--rounds 3] [--megabytes 24] [--forms long,short,pairs]
+    uv run python bench/tokenise.py TOKENIZER_FOLDER --memory 300
 
 Texts are the records' ``text``, or their ``prompt`` and ``completion``; without a file, the standard library of Python in
 documents of 4,000 characters (``long``), of 300 (``short``), and in pairs of 200 and 400 (``pairs``). `encode_batch` encodes
 the same texts, all at once, and is to the store what a disk's speed is to a copy.
 
 What is compared is measured in turn, in every round: the machine may have other work. CPU seconds say what it costs, wall
-seconds what cores give; ``taskset -c 0,1`` says what two cores give. The last line has the best of all rounds.
-`datasets.map` is measured where the package is installed (``uv pip install datasets``).
+seconds what cores give; ``taskset -c 0,1`` says what two cores give. The last line has the best of all rounds. A cache starts
+processes after 4 million characters, half a second of work of each core; less data shows that start, more the steady state.
+`datasets.map` is measured where the package is installed (``uv pip install datasets``), also with a process a core.
+
+With ``--memory`` a cache is made of so many megabytes and of a tenth of them; the peaks of all its processes together should be
+alike.
 """
 
 from __future__ import annotations
@@ -19,8 +24,11 @@ import os
 import resource
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import cycle
@@ -41,11 +49,15 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--megabytes", type=float, default=8.0)
+    parser.add_argument("--megabytes", type=float, default=24.0)
+    parser.add_argument("--memory", type=float, help="measure memory, with so many megabytes")
     parser.add_argument("--forms", default=",".join(FORMS))
     options = parser.parse_args()
     tokenizer = HfTokenizer(options.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
+        if options.memory is not None:
+            memory(Path(scratch), tokenizer, options.memory)
+            return
         if options.data is not None:
             compared(options.data.name, options.data, tokenizer, options.rounds)
             return
@@ -66,6 +78,7 @@ def compared(name: str, data: Path, tokenizer: HfTokenizer, rounds: int) -> None
     }
     if find_spec("datasets") is not None:
         work["datasets.map"] = lambda: mapped(texts, tokenizer)
+        work["datasets.map with processes"] = lambda: mapped(texts, tokenizer, len(os.sched_getaffinity(0)))
     found: list[dict[str, tuple[float, float]]] = []
     for _ in range(rounds):
         found.append({name: measured(each) for name, each in work.items()})
@@ -73,6 +86,44 @@ def compared(name: str, data: Path, tokenizer: HfTokenizer, rounds: int) -> None
     best = {name: (min(each[name][0] for each in found), min(each[name][1] for each in found)) for name in work}
     report("  best: ", tokens, best)
     print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB", flush=True)
+
+
+def memory(folder: Path, tokenizer: HfTokenizer, megabytes: float) -> None:
+    """Print the peak memory of a small cache and of a large one."""
+    print(f"before: {resident() / 1e6:.0f} MB", flush=True)
+    for size in (megabytes / 10, megabytes):
+        sample = write_sample(folder / "memory.jsonl", *FORMS["short"], round(size * 1e6))
+        began = time.monotonic()
+        peak = peak_of(partial(store, sample, tokenizer))
+        print(f"{size:.0f} MB of texts in {time.monotonic() - began:.0f} s: peak {peak / 1e6:.0f} MB", flush=True)
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Return the most bytes that were in memory meanwhile."""
+    ended, peaks = threading.Event(), [0]
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            peaks.append(resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        work()
+    finally:
+        ended.set()
+        thread.join()
+    return max(peaks)
+
+
+def resident() -> int:
+    """Return the bytes in memory of this process and its children."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    total = 0
+    for each in ("self", *children):
+        with suppress(OSError):
+            total += int(Path(f"/proc/{each}/statm").read_text().split()[1]) * resource.getpagesize()
+    return total
 
 
 def report(title: str, tokens: int, found: Mapping[str, tuple[float, float]]) -> None:
@@ -87,11 +138,17 @@ def report(title: str, tokens: int, found: Mapping[str, tuple[float, float]]) ->
 
 def measured(work: Callable[[], object]) -> tuple[float, float]:
     """Return wall and CPU seconds."""
-    began, cpu = time.monotonic(), time.process_time()
+    began, cpu = time.monotonic(), cpu_seconds()
     kept = work()
-    ended = time.monotonic() - began, time.process_time() - cpu
+    ended = time.monotonic() - began, cpu_seconds() - cpu
     del kept  # what it holds is freed outside of the time
     return ended
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process, and of those that it started and that have ended."""
+    used = [resource.getrusage(which) for which in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def store(data: Path, tokenizer: HfTokenizer) -> object:
@@ -101,7 +158,7 @@ def store(data: Path, tokenizer: HfTokenizer) -> object:
         return len(token_store("bench", config, data, tokenizer, cache_dir=Path(folder), on_bad_example="error"))
 
 
-def mapped(texts: Sequence[str], tokenizer: HfTokenizer) -> object:
+def mapped(texts: Sequence[str], tokenizer: HfTokenizer, processes: int | None = None) -> object:
     """Tokenise with the package datasets, in batches, into a cache of its own."""
     datasets = import_module("datasets")
     datasets.disable_progress_bars()
@@ -111,6 +168,7 @@ def mapped(texts: Sequence[str], tokenizer: HfTokenizer) -> object:
             lambda batch: tokenizer._tokenizer(batch["text"], return_attention_mask=False, verbose=False),
             batched=True,
             remove_columns=["text"],
+            num_proc=processes,
             cache_file_name=f"{folder}/tokens.arrow",
             load_from_cache_file=False,
         )

@@ -49,6 +49,7 @@ CASES = [
     ("d", PAIR, 'type = "text"\npattern = "*.md"', "pattern", r"is one file, which pattern = '\*.md' does not match"),
     ("d/a.txt", b"a", 'type = "text"\nsplit = "train"', "split", r"has no split 'train'; the splits here: none"),
     ("d/a.jsonl", PAIR, 'type = "mbpp"\nsplit = "test"', "split", r"has no split 'test'; the splits here: none"),
+    ("d/a.jsonl", b"PAR1\x15\x04\x00", JSONL, "uri", r"a\.jsonl: is no \.jsonl file by its content; name it \.parquet"),
     ("d/a.jsonl.gz", PAIR, JSONL, "uri", r"a\.jsonl\.gz: damaged or truncated \.gz file"),
 ]
 
@@ -100,6 +101,12 @@ def test_check_reads_tables_without_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, "check", config], capture_output=True, text=True)
     assert done.stdout.strip() == "2"
     assert 'a.parquet: row 1: no "prompt"' in done.stderr
+
+
+def test_check_warns_of_missing_shards(tmp_path):
+    config = write(tmp_path, {"d/train-00000-of-00002.jsonl": PAIR}, '[datasets.mine]\nuri = "DATA"\ntype = "jsonl"\n')
+    said = f"datasets.mine.uri: {tmp_path}/d/train: 1 of 2 shards are here; missing: 1 (from 0)"
+    assert said in check(config).warnings
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Data files as others publish them: splits, tables, what `save_to_disk` writes, and what is too large to read."""
 
+import bz2
 import gzip
 import json
+import lzma
 import tracemalloc
 
 import pyarrow
@@ -52,6 +54,12 @@ def read(config, path):
         ([f"{name}-00000-of-00001.parquet" for name in ("test_gen", "train_gen", "train_sft")], "train_sft", [2]),
         (["my_test.jsonl", "my_train.jsonl"], "train", [1]),
         (["train_1.jsonl", "train_2.jsonl", "test_1.jsonl"], "train", [0, 1]),
+        (["TRAIN.JSONL", "Test.Jsonl.GZ"], "train", [0]),
+        (["train/0/a.jsonl", "train/1/b.jsonl", "train/.tmp/c.jsonl", "dev/a.jsonl"], "train", [0, 1]),
+        (["eval.jsonl", "test.jsonl", "train.jsonl"], "eval", [0]),
+        (["eval.jsonl", "test.jsonl", "train.jsonl"], "test", [1]),
+        (["dev.jsonl", "train.jsonl", "validation.jsonl"], "validation", [2]),
+        (["heldout.jsonl", "train.jsonl"], "train", [1]),
     ],
 )
 def test_the_files_of_a_split_are_chosen_and_one_must_be_named(tmp_path, names, split, files):
@@ -96,6 +104,40 @@ def test_folders_inside_that_hold_data_are_named(tmp_path):
     write(tmp_path, "main/train.jsonl", "socratic/train.jsonl", "images/a.png")
     with pytest.raises(InputError, match="holds no data file; the folders main, socratic in it do"):
         found(tmp_path)
+
+    write(tmp_path / "deep", "data/en/train.jsonl")
+    with pytest.raises(InputError, match=r"holds no data file; the folders data/en in it do: name one of them"):
+        data_files(tmp_path / "deep")
+
+
+def test_splits_of_one_kind_are_told_apart(tmp_path):
+    write(tmp_path, "train.jsonl", "val.jsonl", "dev.jsonl")
+    with pytest.raises(InputError, match=r"has no split 'validation'; the splits here: dev, train, val$"):
+        data_files(tmp_path, "validation")
+
+
+def test_a_file_beside_its_compressed_copy_is_not_read_twice(tmp_path):
+    write(tmp_path, "a.jsonl", "train.jsonl", "train.jsonl.gz")
+    with pytest.raises(InputError, match=r"holds train\.jsonl and train\.jsonl\.gz, which would be read both; keep one"):
+        data_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "other-1-of-3.jsonl"], None),
+        (["train-00001-of-00002.jsonl"], "1 of 2 shards are here; missing: 0 (from 0)"),
+        (["c4-train.00003-of-01024.jsonl"], "1 of 1024 shards are here; missing: 0, 1, 2, 4, 5, 6, 7, 8 … (from 0)"),
+        (
+            ["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"],
+            "there are shards of 1 and of 2, which may hold the same records; keep those of one",
+        ),
+    ],
+)
+def test_missing_shards_are_said(tmp_path, names, said):
+    write(tmp_path, *names)
+    doubts = Jsonl(uri=str(tmp_path)).build().doubts(tmp_path)
+    assert [doubt.partition(": ")[2] for doubt in doubts] == ([] if said is None else [said])
 
 
 def test_humaneval_is_a_test_split(tmp_path):
@@ -240,6 +282,60 @@ def test_labels_in_numbers_and_columns_that_are_none(tmp_path):
 
 
 # what is too large
+
+
+def test_tables_with_empty_cells_write_labels_as_floats(tmp_path):
+    write(tmp_path, "a.CSV", content=b",,text,is_correct,id\n0,0,a,1.0,1.0\n1,1,b,,\n2,2,c,0.0,2.5\n")
+    examples = read(Jsonl(uri=str(tmp_path)), tmp_path)
+    assert [(example.is_correct, example.id) for example in examples] == [(True, "1.0"), (None, "a.CSV:3"), (False, "2.5")]
+
+
+TABLE = pyarrow.table({"text": ["a"]})
+
+
+def _bytes(write_table):
+    sink = pyarrow.BufferOutputStream()
+    write_table(sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _arrow(opened):
+    with opened as writer:
+        writer.write_table(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", gzip.compress(b'{"text": "a"}', mtime=0), r"is compressed; name it a\.jsonl\.gz"),
+        ("a.csv", bz2.compress(b"text\na"), r"is compressed; name it a\.csv\.bz2"),
+        ("a.json", lzma.compress(b"[]"), r"is compressed; name it a\.json\.xz"),
+        ("a.csv", "text\nä".encode("utf-16"), r"is text in UTF-16; save it in UTF-8"),
+        ("a.jsonl", '{"text": "ä"}'.encode("utf-16"), r"is text in UTF-16; save it in UTF-8"),
+        ("a.parquet", b'{"text": "a"}', r"is JSON by its content; name it \.jsonl"),
+        ("a.arrow.gz", gzip.compress(b'{"text": "a"}', mtime=0), r"is JSON by its content; name it \.jsonl"),
+        (
+            "a.jsonl",
+            _bytes(lambda sink: pyarrow.parquet.write_table(TABLE, sink)),
+            r"is no \.jsonl file by its content; name it \.parquet",
+        ),
+        (
+            "a.parquet",
+            _bytes(lambda sink: _arrow(pyarrow.ipc.new_stream(sink, TABLE.schema))),
+            r"is no \.parquet file by its content; name it \.arrow",
+        ),
+        (
+            "a.csv",
+            _bytes(lambda sink: _arrow(pyarrow.ipc.new_file(sink, TABLE.schema))),
+            r"is no \.csv file by its content; name it \.arrow",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_of_another_format_is_refused_at_once(tmp_path, name, content, message):
+    write(tmp_path, name, content=content)
+    with pytest.raises(InputError, match=message):
+        list(read_records([tmp_path / name]))
 
 
 def test_a_line_that_is_too_long_is_refused_and_the_next_is_read(tmp_path, monkeypatch):

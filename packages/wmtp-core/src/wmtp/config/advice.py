@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from wmtp.config.data_rules import unread_keys
+from wmtp.config.data_rules import doubts, unread_keys
 from wmtp.config.problems import dotted
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
@@ -15,6 +15,8 @@ __all__ = ["unwise_settings"]
 
 def unwise_settings(config: Config) -> Iterator[str]:
     """List warnings about a config that has passed its checks, ``dotted.key: what may go wrong; what to do``."""
+    for place, doubt in doubts(config):
+        yield f"{dotted(place)}: {doubt}"
     for place, keys in unread_keys(config):
         for key, meant in keys.items():
             if meant is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from wmtp.config.problems import KeyPath, Problem, dotted
 from wmtp.config.schema import Config
@@ -17,10 +17,14 @@ from wmtp.plugins.contract import DataLoaderConfig
 from wmtp.plugins.registry import Registry
 from wmtp.storage.uris import file_path, scheme_of
 
+if TYPE_CHECKING:
+    from wmtp.data.base import ExampleLoader
+
 __all__ = [
     "check_answers",
     "check_first_examples",
     "check_sources",
+    "doubts",
     "eval_sources",
     "read_from",
     "train_sources",
@@ -158,15 +162,27 @@ def check_first_examples(config: Config) -> Iterator[Problem]:
 
 def unread_keys(config: Config) -> Iterator[tuple[KeyPath, Mapping[str, str | None]]]:
     """Yield the keys of the first records of data files here that nothing is read from, see `ExampleLoader.unread_keys`."""
+    for place, loader, path in _local_loaders(config):
+        with suppress(WMTPError):  # which `check_first_examples` reports
+            if found := loader.unread_keys(path):
+                yield place, found
+
+
+def doubts(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """Yield what may be wrong with the data files here, see `ExampleLoader.doubts`."""
+    for place, loader, path in _local_loaders(config):
+        with suppress(WMTPError):
+            for found in loader.doubts(path):
+                yield (*place, "uri"), found
+
+
+def _local_loaders(config: Config) -> Iterator[tuple[KeyPath, ExampleLoader, Path]]:
     if config.launcher.remote:  # a path is one of the other machine
         return
     for name in dict.fromkeys((*train_sources(config), *eval_sources(config))):
         source, place = read_from(config.datasets[name], ("datasets", name))
-        if (path := _local_path(source.uri)) is None:
-            continue
-        with suppress(WMTPError):  # which `check_first_examples` reports
-            if found := config.datasets[name].build().unread_keys(path):
-                yield place, found
+        if (path := _local_path(source.uri)) is not None:
+            yield place, config.datasets[name].build(), path
 
 
 def _local_path(uri: object) -> Path | None:

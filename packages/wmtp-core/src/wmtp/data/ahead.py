@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Final
 
@@ -12,12 +12,13 @@ from wmtp.data.base import BadExample, Example
 from wmtp.data.encoded import Encoded
 from wmtp.data.render import Prepared, Renderer
 from wmtp.data.tokenized import TokenizedExample
+from wmtp.tokenizers.processes import Encodings
 
 __all__ = ["tokenized"]
 
 #: characters and documents that are encoded at once: a tokenizer holds some 30 bytes a character meanwhile
-_CHARACTERS: Final = 1_000_000
-_DOCUMENTS: Final = 1 << 12
+_CHARACTERS: Final = 500_000
+_DOCUMENTS: Final = 1 << 11
 #: assumed of a conversation, which has no text yet
 _CONVERSATION: Final = 2_000
 
@@ -27,7 +28,7 @@ Result = tuple[Example, TokenizedExample] | BadExample
 def tokenized(
     examples: Iterable[Example | BadExample], renderer: Renderer, *, check: Callable[[Example], None], stop_at_bad: bool
 ) -> Iterator[Result]:
-    """Make the tokens of examples, in order; a thread encodes the next ones meanwhile, on as many cores as it likes.
+    """Make the tokens of examples, in order; the next ones are encoded meanwhile, on all cores.
 
     Args:
         examples: what a loader yields.
@@ -36,7 +37,7 @@ def tokenized(
         stop_at_bad: whether nothing is kept once there is a bad example: what follows is looked at for problems only.
     """
     has_bad = False
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="wmtp-tokens") as thread:
+    with Encodings(renderer.tokenizer) as encodings:
         waiting: deque[tuple[Sequence[Prepared | BadExample], Encoded, Future[None]]] = deque()
         for chunk in _chunks(examples):
             entries: list[Prepared | BadExample] = []
@@ -53,8 +54,8 @@ def tokenized(
                 except BadExample as bad:
                     has_bad = True
                     entries.append(bad)
-            waiting.append((entries, encoded, thread.submit(encoded.encode)))
-            if len(waiting) > 1:
+            waiting.append((entries, encoded, encodings.submit(encoded)))
+            while len(waiting) > encodings.ahead:
                 yield from _finished(renderer, *waiting.popleft())
         while waiting:
             yield from _finished(renderer, *waiting.popleft())

@@ -146,6 +146,10 @@ class ExampleLoader(Contract, ABC, contract=True):
         """
         return iter(())
 
+    def doubts(self, path: Path | None) -> Sequence[str]:
+        """Say what may be wrong with the files at ``path``, for ``wmtp check``. Default: nothing."""
+        return ()
+
     def unread_keys(self, path: Path | None) -> Mapping[str, str | None]:
         """Name the keys of the first records that nothing is read from, for ``wmtp check``, each with the key that it is like.
 

@@ -14,7 +14,17 @@ from typing import Any, BinaryIO, Final, cast
 from wmtp.errors import FileError, WMTPError
 from wmtp.sizes import format_bytes
 
-__all__ = ["COMPRESSIONS", "MAX_LINE", "TOO_LONG", "lines", "open_binary", "read_whole", "readable", "uncompressed_name"]
+__all__ = [
+    "COMPRESSIONS",
+    "MAX_LINE",
+    "TOO_LONG",
+    "is_compressed",
+    "lines",
+    "open_binary",
+    "read_whole",
+    "readable",
+    "uncompressed_name",
+]
 
 COMPRESSIONS: Final = (".gz", ".bz2", ".xz", ".zst")
 #: a line beyond this is no record: a small compressed file can hold one that fills the memory
@@ -29,7 +39,12 @@ _ZSTD: Final = ("compression.zstd", "backports.zstd")
 
 def uncompressed_name(path: Path) -> str:
     """Return the file's name without its compression suffix."""
-    return path.stem if path.suffix in COMPRESSIONS else path.name
+    return path.stem if is_compressed(path) else path.name
+
+
+def is_compressed(path: Path) -> bool:
+    """Tell whether the file's name has a compression suffix."""
+    return path.suffix.lower() in COMPRESSIONS
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -38,7 +53,7 @@ def open_binary(path: Path) -> BinaryIO:
     Raises:
         WMTPError: ``.zst``, and no module to read it is installed.
     """
-    match path.suffix:
+    match path.suffix.lower():
         case ".gz":
             import gzip
 
@@ -76,7 +91,7 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError, zlib.error, lzma.LZMAError, *_zstd_errors()) as error:
-        if path.suffix in COMPRESSIONS and not isinstance(error, FileNotFoundError | PermissionError):
+        if is_compressed(path) and not isinstance(error, FileNotFoundError | PermissionError):
             raise FileError(f"{path}: damaged or truncated {path.suffix} file ({error}); fetch it again") from error
         raise FileError(f"{path}: cannot be read ({error})") from error
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from wmtp.tokenizers.base import Tokenizer
+from wmtp.tokenizers.processes import Encoder
 
 __all__ = ["Encoded"]
 
@@ -21,7 +22,12 @@ class Encoded:
         # None: wanted, and not encoded yet
         self._first: dict[str, Sequence[int] | None] = {}
         self._next: dict[str, Sequence[int] | None] = {}
-        self._offsets: dict[str, tuple[list[int], list[tuple[int, int]]] | None] = {}
+        self._offsets: dict[str, tuple[Sequence[int], Collection[Sequence[int]]] | None] = {}
+
+    @property
+    def characters(self) -> int:
+        """Count the characters of all that was noted."""
+        return sum(len(text) for noted in (self._first, self._next, self._offsets) for text in noted)
 
     def want_first(self, text: str) -> None:
         """Note the first text of a document for `encode`."""
@@ -35,18 +41,21 @@ class Encoded:
         """Note a text of which the places of the tokens are wanted too."""
         self._offsets[text] = None
 
-    def encode(self) -> None:
+    def encode(self, encoder: Encoder) -> None:
         """Encode all that was noted.
+
+        Args:
+            encoder: the tokenizer, or a process that does the same.
 
         Raises:
             UnicodeEncodeError: some text is no Unicode; each is encoded when it is asked for then.
         """
         if first := list(self._first):
-            self._first = dict(zip(first, self._tokenizer.encode_many(first, first=True), strict=True))
+            self._first = dict(zip(first, encoder.encode_many(first, first=True), strict=True))
         if following := list(self._next):
-            self._next = dict(zip(following, self._tokenizer.encode_many(following), strict=True))
+            self._next = dict(zip(following, encoder.encode_many(following), strict=True))
         if offsets := list(self._offsets):
-            self._offsets = dict(zip(offsets, self._tokenizer.encode_many_with_offsets(offsets), strict=True))
+            self._offsets = dict(zip(offsets, encoder.encode_many_with_offsets(offsets), strict=True))
 
     def first(self, text: str) -> Sequence[int]:
         """Encode the start of a document."""
@@ -58,7 +67,7 @@ class Encoded:
         known = self._next.get(text)
         return self._tokenizer.encode(text) if known is None else known
 
-    def with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+    def with_offsets(self, text: str) -> tuple[Sequence[int], Collection[Sequence[int]]] | None:
         """Encode the start of a document, with the places of its tokens; None: the tokenizer cannot tell them."""
         known = self._offsets.get(text)
         return self._tokenizer.encode_with_offsets(text) if known is None else known

@@ -22,7 +22,8 @@ _TYPE_NAMES: Final = {
     type(None): "null",
 }
 
-_TRUTHS: Final = {"true": True, "1": True, "false": False, "0": False}
+#: tables with empty cells write 1 as 1.0
+_TRUTHS: Final = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 class Cell(str):

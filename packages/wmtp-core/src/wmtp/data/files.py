@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from wmtp.data.base import BadExample, Example
-from wmtp.data.compression import TOO_LONG, lines, open_binary, read_whole, readable
+from wmtp.data.compression import COMPRESSIONS, TOO_LONG, lines, open_binary, read_whole, readable
 from wmtp.data.fields import type_name
 from wmtp.data.splits import format_of
 from wmtp.data.tables import arrow_rows, csv_rows, parquet_rows
@@ -18,6 +18,21 @@ __all__ = ["Record", "given_path", "in_columns", "parsed", "read_records"]
 
 #: ``file:line`` and what stands there
 Record = tuple[str, Mapping[str, Any]]
+
+#: formats of which the first bytes tell, and those
+_TABLES: Final = (".parquet", ".arrow")
+_BEGINNINGS: Final = {
+    b"PAR1\x15": ".parquet",
+    b"ARROW1": ".arrow",
+    b"\xff\xff\xff\xff": ".arrow",
+    b"\x1f\x8b": ".gz",
+    b"BZh": ".bz2",
+    b"\xfd7zXZ\x00": ".xz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_HEAD: Final = 8
 
 
 def given_path(path: Path | None) -> Path:
@@ -29,7 +44,7 @@ def given_path(path: Path | None) -> Path:
 
 def in_columns(file: Path) -> bool:
     """Tell whether a file is a table, in which absent values are null."""
-    return format_of(file) in (".parquet", ".arrow")
+    return format_of(file) in _TABLES
 
 
 def read_records(files: Sequence[Path]) -> Iterator[Record | BadExample]:
@@ -43,7 +58,29 @@ def read_records(files: Sequence[Path]) -> Iterator[Record | BadExample]:
     readers = {".jsonl": _json_lines, ".json": _json, ".csv": csv_rows, ".tsv": csv_rows, ".arrow": arrow_rows}
     for file in files:
         with readable(file):
+            _check_content(file)
             yield from readers.get(format_of(file) or "", parquet_rows)(file)
+
+
+def _check_content(file: Path) -> None:
+    """Refuse a file that begins as one of another format than its name says."""
+    with open_binary(file) as stream:
+        head = stream.read(_HEAD)
+    wanted = format_of(file)
+    found = next((name for begin, name in _BEGINNINGS.items() if head.startswith(begin)), None)
+    if wanted in _TABLES:
+        if found is None and head.lstrip()[:1] in (b"{", b"["):
+            raise InputError("uri", f"{file}: is JSON by its content; name it .jsonl")
+        wrong = found is not None and found != wanted
+    else:
+        wrong = found is not None
+    if not wrong:
+        return
+    if found == "UTF-16":
+        raise InputError("uri", f"{file}: is text in UTF-16; save it in UTF-8")
+    if found in COMPRESSIONS:
+        raise InputError("uri", f"{file}: is compressed; name it {file.name}{found}")
+    raise InputError("uri", f"{file}: is no {wanted} file by its content; name it {found}")
 
 
 def parsed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Final, Literal
@@ -175,7 +176,7 @@ class Renderer:
             return bool(tokens)
         return len(tokens) > 1 and tokens[-2] == eos and self.tokenizer.decode(tokens[-1:]).isspace()
 
-    def _encode(self, parts: Sequence[Part], example: Example, encoded: Encoded) -> tuple[list[int], list[int]]:
+    def _encode(self, parts: Sequence[Part], example: Example, encoded: Encoded) -> tuple[array[int], list[int]]:
         """Encode the texts as one, unless a token would cross a forbidden border.
 
         Of the texts that a token reaches into, the first that is learned has it.
@@ -198,7 +199,7 @@ class Renderer:
             reached = range(owners[token], last[token] + 1)
             learned = (part for part in reached if texts[part] and parts[part].kind == LEARNED)
             owners[token] = next(learned, owners[token])
-        return list(tokens), np.bincount(np.minimum(owners, len(texts) - 1), minlength=len(texts)).tolist()
+        return array("I", tokens), np.bincount(np.minimum(owners, len(texts) - 1), minlength=len(texts)).tolist()
 
     def _count_merges(self, prepared: Prepared, encoded: Encoded) -> None:
         """Note an example of which a token would reach over a border, were it encoded as a whole."""
@@ -221,14 +222,14 @@ class Renderer:
         self.notes.add(text, example.place, level="warning" if which == "begin" else "info")
 
 
-def _apart(parts: Sequence[Part], encoded: Encoded) -> tuple[list[int], list[int]]:
+def _apart(parts: Sequence[Part], encoded: Encoded) -> tuple[array[int], list[int]]:
     """Encode texts each on its own: all their tokens, and how many each has."""
-    tokens: list[int] = []
+    tokens = array("I")
     counts: list[int] = []
     for part in parts:
         before = len(tokens)
         if part.text:
-            tokens += encoded.following(part.text) if tokens else encoded.first(part.text)
+            tokens.extend(encoded.following(part.text) if tokens else encoded.first(part.text))
         counts.append(len(tokens) - before)
     return tokens, counts
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from wmtp.data.compression import COMPRESSIONS, uncompressed_name
 from wmtp.errors import FileError, InputError
 from wmtp.json_files import read_json_object
 
-__all__ = ["FORMATS", "Named", "chosen", "data_files", "format_of", "named"]
+__all__ = ["FORMATS", "Named", "chosen", "data_files", "format_of", "incomplete", "named"]
 
 FORMATS: Final = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
 #: what lies beside data, and is none
@@ -21,10 +21,10 @@ _METADATA: Final = frozenset({"dataset_info.json", "dataset_infos.json", "datase
 _KINDS: Final = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation", "heldout", "holdout"), "test"),
 }
 #: ``train-00000-of-00002``, and with a hash behind it
-_SHARD: Final = re.compile(r"(?P<name>.+?)[-_.]\d{5}-of-\d{5}(-[0-9a-f]+)?")
+_SHARD: Final = re.compile(r"(?P<name>.+?)[-_.](?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?")
 _EXPECTED: Final = f"expected {', '.join(FORMATS)}, as they are or compressed ({', '.join(COMPRESSIONS)})"
 _SHOWN: Final = 8
 
@@ -37,16 +37,18 @@ class Named:
         file: the file.
         split: as the name has it; None: it names none.
         kind: ``train``, ``validation`` or ``test``; None: it is none of these.
+        word: the name itself, where ``split`` is the kind that it means (``dev``: ``validation``).
     """
 
     file: Path
     split: str | None = None
     kind: str | None = None
+    word: str | None = None
 
 
 def format_of(path: Path) -> str | None:
     """Return the suffix of a data file's format, without compression; None for another file."""
-    suffix = Path(uncompressed_name(path)).suffix
+    suffix = Path(uncompressed_name(path)).suffix.lower()
     return suffix if suffix in FORMATS else None
 
 
@@ -74,6 +76,9 @@ def data_files(path: Path, split: str | None = None, *, preferred: str | None = 
     found = _saved(path) or list(_inside(path))
     if not found:
         raise InputError("uri", f"{path}: holds no data file; {_elsewhere(path) or _EXPECTED}")
+    if twice := _twice([entry.file for entry in found]):
+        names = " and ".join(file.name for file in twice)
+        raise InputError("uri", f"{twice[0].parent}: holds {names}, which would be read both; keep one")
     files = chosen(path, found, split, preferred=preferred)
     formats = sorted({str(format_of(file)) for file in files})
     if len(formats) > 1:
@@ -96,6 +101,7 @@ def chosen(path: Path, found: Sequence[Named], split: str | None, *, preferred: 
     Raises:
         InputError: there is no such split, or one must be named.
     """
+    found = _told_apart(found)
     splits = {entry.split: entry.kind for entry in found if entry.split is not None}
     if split is None:
         if path.is_file() or not splits or (len(splits) == 1 and {None, "train"} >= set(splits.values())):
@@ -121,6 +127,41 @@ def chosen(path: Path, found: Sequence[Named], split: str | None, *, preferred: 
     return matching
 
 
+def _told_apart(found: Sequence[Named]) -> Sequence[Named]:
+    """Keep ``eval`` and ``test`` (``dev`` and ``val``) apart where a folder has both: one of them is meant."""
+    words: dict[str | None, set[str]] = {}
+    for entry in found:
+        if entry.word is not None and entry.kind != "train":
+            words.setdefault(entry.split, set()).add(entry.word)
+    several = {split for split, names in words.items() if len(names) > 1}
+    return [evolve(entry, split=entry.word) if entry.word and entry.split in several else entry for entry in found]
+
+
+def _twice(files: Sequence[Path]) -> Sequence[Path]:
+    """Find a file that is there as it is and compressed."""
+    plain = {file.parent / uncompressed_name(file): file for file in reversed(files)}
+    return next(([plain[name], file] for file in files if plain[name := file.parent / uncompressed_name(file)] != file), ())
+
+
+def incomplete(files: Sequence[Path]) -> Sequence[str]:
+    """Say which of the shards that names tell are not there, or there in two divisions."""
+    shards: dict[str, dict[int, set[int]]] = {}
+    for file in files:
+        if found := _SHARD.fullmatch(Path(uncompressed_name(file)).stem):
+            counts = shards.setdefault(str(file.parent / found["name"]), {})
+            counts.setdefault(int(found["count"]), set()).add(int(found["number"]))
+    said = []
+    for name, counts in shards.items():
+        if len(counts) > 1:
+            divisions = " and of ".join(map(str, sorted(counts)))
+            said.append(f"{name}: there are shards of {divisions}, which may hold the same records; keep those of one")
+        for count, there in counts.items():
+            if missing := sorted(set(range(count)) - there):
+                shown = ", ".join(map(str, missing[:_SHOWN])) + (" …" if len(missing) > _SHOWN else "")
+                said.append(f"{name}: {len(there)} of {count} shards are here; missing: {shown} (from 0)")
+    return said
+
+
 def named(path: Path, folder: Path | None = None, *, words: bool = True) -> Named:
     """Read the split in a file's name, or in the name of the folder that it is in.
 
@@ -134,8 +175,8 @@ def named(path: Path, folder: Path | None = None, *, words: bool = True) -> Name
     return Named(path, *_split(Path(uncompressed_name(path)).stem, words=words))
 
 
-def _split(stem: str, *, words: bool = True) -> tuple[str | None, str | None]:
-    """Read the split that a name tells, and its kind."""
+def _split(stem: str, *, words: bool = True) -> tuple[str | None, str | None, str | None]:
+    """Read the split that a name tells, its kind, and the word for it."""
     shard = _SHARD.fullmatch(stem)
     name = (shard["name"] if shard else stem).lower()
     parts = [part for part in re.split(r"[-.]" if words else r"\.", name) if part]
@@ -146,8 +187,8 @@ def _split(stem: str, *, words: bool = True) -> tuple[str | None, str | None]:
             continue
         kind = _KINDS[known[0]]
         # train_sft and test_sft, in shards, are splits of their own; train_1 and train_2 are not
-        return (part if shard and len(pieces) > 1 else kind), kind
-    return None, None
+        return (part, kind, None) if shard and len(pieces) > 1 else (kind, kind, known[0])
+    return None, None, None
 
 
 def _inside(folder: Path) -> Iterator[Named]:
@@ -158,9 +199,13 @@ def _inside(folder: Path) -> Iterator[Named]:
         elif entry.is_dir() and entry.name == "data":
             yield from _inside(entry)
         elif entry.is_dir() and _split(entry.name, words=False)[0] is not None:
-            for file in sorted(entry.iterdir()):
-                if file.is_file() and _is_data(file):
+            for file in sorted(entry.rglob("*")):
+                if file.is_file() and _is_data(file) and not _is_hidden(file.relative_to(entry)):
                     yield named(file, entry)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _is_data(file: Path) -> bool:
@@ -177,7 +222,7 @@ def _saved(folder: Path) -> list[Named]:
     if not (folder / "state.json").is_file():
         return []
     name = str(read_json_object(folder / "state.json").get("_split") or "")
-    split, kind = _split(name)
+    split, kind, _ = _split(name)
     return [Named(file, split and name, kind) for file in _shards(folder)]
 
 
@@ -194,8 +239,8 @@ def _shards(folder: Path) -> list[Path]:
 
 def _elsewhere(folder: Path) -> str:
     """Name the folders inside that hold data, one of which may be meant."""
-    inside = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
-    there = [entry.name for entry in inside if _saved(entry) or any(True for _ in _inside(entry))]
+    inside = [entry for entry in sorted(folder.rglob("*")) if entry.is_dir() and not _is_hidden(entry.relative_to(folder))]
+    there = [entry.relative_to(folder).as_posix() for entry in inside if _saved(entry) or any(True for _ in _inside(entry))]
     return f"the folders {', '.join(there[:_SHOWN])} in it do: name one of them" if there else ""
 
 

@@ -8,7 +8,6 @@ import math
 import os
 from array import array
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +22,6 @@ from wmtp.data.tokenized import TokenizedExample
 __all__ = ["StoreWriter"]
 
 _FLUSH_ITEMS: Final = 1 << 20
-_FLUSH_TOKENS: Final = 1 << 18
 _FLUSH_ROWS: Final = 1 << 12
 _DOCUMENT_COLUMNS: Final = {
     "ends": "q",
@@ -83,23 +81,21 @@ class _Column:
 
 
 class _Tokens(_Column):
-    """Column of tokens that takes a document at a time: numpy reads many lists faster than an array one."""
+    """Column of tokens, which come in four bytes each.
 
-    def __init__(self, path: Path, typecode: str, size: int = 0) -> None:
-        super().__init__(path, typecode, size)
-        self._lists: list[Sequence[int]] = []
-        self._length = 0
+    Args:
+        path: the file.
+        dtype: of the tokens in it.
+        size: see `_Column`.
+    """
 
-    def extend(self, values: Sequence[int]) -> None:
-        self._lists.append(values)
-        self._length += len(values)
-        if self._length > _FLUSH_TOKENS:
-            self.flush()
+    def __init__(self, path: Path, dtype: str, size: int = 0) -> None:
+        super().__init__(path, "I", size)
+        self._dtype = dtype
 
     def flush(self) -> None:
-        np.fromiter(chain.from_iterable(self._lists), self._buffer.typecode, self._length).tofile(self._file)
-        self._lists.clear()
-        self._length = 0
+        np.frombuffer(self._buffer, np.uint32).astype(self._dtype, copy=False).tofile(self._file)
+        self._buffer = array("I")
 
 
 class _Table:
@@ -138,8 +134,7 @@ class StoreWriter:
         self._folder = folder
         self._sizes: Mapping[str, int] = state["sizes"]
         self._token_type = "uint16" if vocab_size <= 1 << 16 else "uint32"
-        typecode = "H" if self._token_type == "uint16" else "I"
-        self._tokens = _Tokens(folder / "tokens.bin", typecode, self._sizes.get("tokens", 0))
+        self._tokens = _Tokens(folder / "tokens.bin", self._token_type, self._sizes.get("tokens", 0))
         self._documents = _Table({name: self._column(name, typecode) for name, typecode in _DOCUMENT_COLUMNS.items()})
         self._segments = _Table({name: self._column(name, typecode) for name, typecode in _SEGMENT_COLUMNS.items()})
         self._names = self._column("names", "B")

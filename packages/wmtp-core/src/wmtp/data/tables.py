@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from wmtp.data.base import BadExample
-from wmtp.data.compression import MAX_LINE, TOO_LONG, lines, open_binary, read_whole
+from wmtp.data.compression import MAX_LINE, TOO_LONG, is_compressed, lines, open_binary, read_whole
 from wmtp.data.fields import Cell
+from wmtp.data.splits import format_of
 from wmtp.errors import FileError, InputError, WMTPError
 
 __all__ = ["arrow_rows", "csv_rows", "parquet_rows"]
@@ -30,7 +31,7 @@ def csv_rows(path: Path) -> Iterator[Row | BadExample]:
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
     with open_binary(path) as file:
-        reader = csv.reader(_texts(path, file), delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+        reader = csv.reader(_texts(path, file), delimiter="\t" if format_of(path) == ".tsv" else ",", strict=True)
         header: list[str] | None = None
         line = 1
         while True:
@@ -64,7 +65,7 @@ def _texts(path: Path, file: BinaryIO) -> Iterator[str]:
 
 def _header(where: str, row: Sequence[str]) -> list[str]:
     names = [name.strip() for name in row]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):  # what has no name is not read
         raise InputError("uri", f"{where}: names the column {twice[0]!r} twice; its first line must name the columns")
     if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)) is not None:
         raise InputError(
@@ -89,8 +90,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     pyarrow = _pyarrow(path, "Parquet")
     try:
         with open_binary(path) as file:
-            whole = path.suffix != ".parquet"
-            source = io.BytesIO(read_whole(path, instead="decompress it")) if whole else file
+            source = io.BytesIO(read_whole(path, instead="decompress it")) if is_compressed(path) else file
             yield from _rows(path, pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=_ROWS))
     except pyarrow.ArrowException as error:
         raise FileError(f"{path}: not a readable Parquet file ({error})") from error
@@ -105,12 +105,12 @@ def arrow_rows(path: Path) -> Iterator[Row]:
         if not has_index:
             with open_binary(path) as file, pyarrow.ipc.open_stream(file) as reader:
                 yield from _rows(path, _slices(reader))
-        elif path.suffix == ".arrow":
-            with pyarrow.memory_map(str(path)) as source:
-                yield from _rows(path, _slices(_batches(pyarrow.ipc.open_file(source))))
-        else:
+        elif is_compressed(path):
             source = io.BytesIO(read_whole(path, instead="decompress it"))
             yield from _rows(path, _slices(_batches(pyarrow.ipc.open_file(source))))
+        else:
+            with pyarrow.memory_map(str(path)) as source:
+                yield from _rows(path, _slices(_batches(pyarrow.ipc.open_file(source))))
     except pyarrow.ArrowException as error:
         raise FileError(f"{path}: not a readable Arrow file ({error})") from error
 

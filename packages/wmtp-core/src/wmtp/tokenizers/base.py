@@ -60,6 +60,13 @@ class Tokenizer(Contract, ABC, contract=True):
         """Encode many texts as `encode_with_offsets` does."""
         return [self.encode_with_offsets(text) for text in texts]
 
+    def backend_specs(self) -> Sequence[str] | None:
+        """Describe the tokenizer to a process that encodes many texts, as JSON of the package ``tokenizers``.
+
+        One text, or two: for `encode_first` and for `encode`. None, the default: it encodes in this process only.
+        """
+        return None
+
     @property
     def special_tokens(self) -> Mapping[str, str]:
         """Names of special tokens (``bos_token``, ``eos_token`` …) and how a text writes them; for chat templates."""

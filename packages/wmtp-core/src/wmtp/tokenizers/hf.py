@@ -46,11 +46,13 @@ class HfTokenizer(Tokenizer):
         spec = json.loads(_backend(self._tokenizer, path).to_str())
         # a post-processor adds special tokens, which is done elsewhere, and makes offsets leave out spaces
         spec["truncation"] = spec["padding"] = spec["post_processor"] = None
-        self._spec, own = (json.dumps(each, sort_keys=True) for each in (_without_added_space(spec), spec))
-        self._backend = Backend.from_str(self._spec)
-        self._first = self._backend
+        following = _without_added_space(spec)
+        self._spec, own = (json.dumps(each, sort_keys=True) for each in (following, spec))
+        self._backend = self._first = Backend.from_str(self._spec)
+        if following | {"decoder": None} != spec | {"decoder": None}:
+            self._first = Backend.from_str(own)
         if own != self._spec:
-            self._spec, self._first = self._spec + own, Backend.from_str(own)
+            self._spec += own
         self.chat_template = self._tokenizer.chat_template
         begin = self._tokenizer.bos_token_id
         added = self._tokenizer("a")["input_ids"]
@@ -110,6 +112,13 @@ class HfTokenizer(Tokenizer):
     def encode_many_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Encode many texts with the places of their tokens, on all cores."""
         return [(encoded.ids, encoded.offsets) for encoded in self._first.encode_batch(list(texts), add_special_tokens=False)]
+
+    def backend_specs(self) -> Sequence[str] | None:
+        """Describe the tokenizer to other processes; None for a class derived from this one, which may do more."""
+        if type(self) is not HfTokenizer:
+            return None
+        backends = (self._first,) if self._first is self._backend else (self._first, self._backend)
+        return [backend.to_str() for backend in backends]
 
     @property
     def special_tokens(self) -> Mapping[str, str]:

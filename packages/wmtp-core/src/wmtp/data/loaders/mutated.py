@@ -43,6 +43,10 @@ class MutatedLoader(ExampleLoader):
         """Read those of the other loader."""
         return self._of.first_examples(path)
 
+    def doubts(self, path: Path | None) -> Sequence[str]:
+        """Say what the other source does."""
+        return self._of.doubts(path)
+
     def unread_keys(self, path: Path | None) -> Mapping[str, str | None]:
         """Read those of the other loader."""
         return self._of.unread_keys(path)

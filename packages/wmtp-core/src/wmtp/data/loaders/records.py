@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
-from wmtp.data.compression import COMPRESSIONS
+from wmtp.data.compression import is_compressed
 from wmtp.data.files import Record, given_path, in_columns, parsed, read_records
-from wmtp.data.splits import data_files, format_of
+from wmtp.data.splits import data_files, format_of, incomplete
 from wmtp.errors import InputError
 from wmtp.spelling import nearest
 
@@ -57,6 +57,10 @@ class RecordLoader(ExampleLoader, contract=True):
             raise InputError("uri", f"{path}: holds no record")
         yield from parsed(records, partial(self._record, columns=in_columns(files[0])))
 
+    def doubts(self, path: Path | None) -> Sequence[str]:
+        """Name the shards that are missing."""
+        return incomplete(self.files(path))
+
     def unread_keys(self, path: Path | None) -> Mapping[str, str | None]:
         """Look at the first records, unless their file is large and must be read whole."""
         found: dict[str, str | None] = {}
@@ -88,7 +92,7 @@ class RecordLoader(ExampleLoader, contract=True):
 
 def _first_records(files: Sequence[Path]) -> list[Record | BadExample] | None:
     """Read the first records; None where that takes reading a large file whole."""
-    whole = format_of(files[0]) == ".json" or (files[0].suffix in COMPRESSIONS and in_columns(files[0]))
+    whole = format_of(files[0]) == ".json" or (is_compressed(files[0]) and in_columns(files[0]))
     if whole and files[0].stat().st_size > _QUICK:
         return None
     return list(islice(read_records(files), _FIRST))

@@ -1,0 +1,198 @@
+"""Processes that encode texts beside this one.
+
+Threads do not do: what they encode becomes Python's objects one after another, since only one thread of a process runs Python.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from array import array
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from typing import BinaryIO, Final, Protocol, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wmtp.tokenizers import worker
+from wmtp.tokenizers.base import Tokenizer
+
+__all__ = ["Encoder", "EncodingProcess", "Encodings"]
+
+#: characters after which processes are worth their start of half a second
+_WORTH: Final = 4_000_000
+#: one that reads and writes keeps no more of them busy
+_MOST: Final = 16
+_log = logging.getLogger("wmtp")
+
+
+class Encoder(Protocol):
+    """Tokenizer, or a process of its own that does the same."""
+
+    def encode_many(self, texts: Sequence[str], *, first: bool = False) -> Sequence[Sequence[int]]:
+        """See `Tokenizer`."""
+        ...
+
+    def encode_many_with_offsets(
+        self, texts: Sequence[str]
+    ) -> Sequence[tuple[Sequence[int], Collection[Sequence[int]]] | None]:
+        """See `Tokenizer`."""
+        ...
+
+
+class Encoding(Protocol):
+    """Texts that an `Encoder` is to encode."""
+
+    @property
+    def characters(self) -> int:
+        """Count their characters."""
+        ...
+
+    def encode(self, encoder: Encoder) -> None:
+        """Encode them."""
+        ...
+
+
+class EncodingProcess:
+    """A process that encodes as a tokenizer does.
+
+    Args:
+        settings: see `worker.main`, as one line of JSON.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(self, settings: bytes) -> None:
+        command = [sys.executable, "-P", str(Path(worker.__file__))]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=1 << 20
+        )
+        self._to, self._from = cast(BinaryIO, self._process.stdin), cast(BinaryIO, self._process.stdout)
+        self._to.write(settings + b"\n")
+
+    def encode_many(self, texts: Sequence[str], *, first: bool = False) -> list[array[int]]:
+        """Encode as `Tokenizer.encode_many`.
+
+        Raises:
+            UnicodeEncodeError: a text is no Unicode.
+            OSError: the process has ended.
+        """
+        ends, tokens = self._asked(worker.FIRST if first else worker.NEXT, texts)
+        return [tokens[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+    def encode_many_with_offsets(self, texts: Sequence[str]) -> list[tuple[array[int], NDArray[np.uint32]]]:
+        """Encode as `Tokenizer.encode_many_with_offsets`; the places of tokens are rows of start and stop.
+
+        Raises:
+            UnicodeEncodeError: a text is no Unicode.
+            OSError: the process has ended.
+        """
+        ends, tokens = self._asked(worker.OFFSETS, texts)
+        places = np.frombuffer(self._read(8 * len(tokens)), np.uint32).reshape(-1, 2)
+        return [(tokens[begin:end], places[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
+
+    def _asked(self, kind: int, texts: Sequence[str]) -> tuple[list[int], array[int]]:
+        """Send texts, and read their tokens, and where those of each end."""
+        contents = [text.encode() for text in texts]
+        sizes = array("I", map(len, contents))
+        self._to.write(worker.REQUEST.pack(kind, len(texts), sum(sizes)))
+        self._to.write(sizes.tobytes())
+        self._to.writelines(contents)
+        self._to.flush()
+        (total,) = worker.ANSWER.unpack(self._read(worker.ANSWER.size))
+        counts = np.frombuffer(self._read(4 * len(texts)), np.uint32)
+        return np.cumsum(counts, dtype=np.int64).tolist(), array("I", self._read(4 * total))
+
+    def _read(self, size: int) -> bytes:
+        content = self._from.read(size)
+        if len(content) < size:
+            raise EOFError(f"exit code {self._process.wait()}")
+        return content
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self._to, self._from):
+            with suppress(OSError):
+                stream.close()
+        self._process.wait()
+
+
+class Encodings:
+    """Encodes texts in turn, in this process, and where there are many of them in processes on all cores.
+
+    Args:
+        tokenizer: makes the tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._here = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wmtp-tokens")
+        self._pool: ThreadPoolExecutor | None = None
+        self._free: SimpleQueue[EncodingProcess | None] = SimpleQueue()
+        self._settings = b""
+        self._characters = 0
+        #: how many encodings should wait for their turn so that no core does
+        self.ahead = 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in (self._here, self._pool):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+        while not self._free.empty():
+            if (process := self._free.get()) is not None:
+                process.close()
+
+    def submit(self, encoding: Encoding) -> Future[None]:
+        """Have texts encoded."""
+        before, self._characters = self._characters, self._characters + encoding.characters
+        if before < _WORTH <= self._characters:
+            self._start_processes()
+        if self._pool is None:
+            return self._here.submit(encoding.encode, self._tokenizer)
+        return self._pool.submit(self._by, encoding)
+
+    def _start_processes(self) -> None:
+        count = _processes()
+        specs = self._tokenizer.backend_specs() if count > 1 else None
+        if specs is None:
+            return
+        self._settings = json.dumps({"path": sys.path, "specs": specs}).encode()
+        self._pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix="wmtp-tokens")
+        self.ahead = count + 1
+        for _ in range(count):
+            self._free.put(None)
+
+    def _by(self, encoding: Encoding) -> None:
+        """Encode by a process that is free, which is started if it was not."""
+        process = self._free.get()
+        try:
+            process = process or EncodingProcess(self._settings)
+            encoding.encode(process)
+        except (OSError, EOFError) as error:
+            _log.warning("a process that tokenises has ended (%s); this one goes on without it", error)
+            if process is not None:
+                process.close()
+            process = None
+            encoding.encode(self._tokenizer)
+        finally:
+            self._free.put(process)
+
+
+def _processes() -> int:
+    """Count the processes to start, as the package tokenizers counts its threads."""
+    if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("off", "false", "f", "no", "n", "0"):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("RAYON_NUM_THREADS", "")
+    return min(_MOST, int(wanted) if wanted.isdecimal() and int(wanted) else cores)

@@ -1,0 +1,69 @@
+"""Program of a process that encodes texts; `wmtp.tokenizers.processes` starts it.
+
+It is run by its path, and imports nothing but the standard library and `tokenizers`, so that it starts at once. It reads one
+JSON line with its settings, then requests, and ends when its standard input does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import sys
+from array import array
+from typing import Any, Final
+
+__all__ = ["ANSWER", "FIRST", "NEXT", "OFFSETS", "REQUEST"]
+
+#: what is asked for: the start of documents, what stands behind other text, and the start with the places of tokens
+FIRST: Final = 0
+NEXT: Final = 1
+OFFSETS: Final = 2
+#: kind, number of texts, bytes of them all; then the bytes of each text (uint32), and the texts
+REQUEST: Final = struct.Struct("<BIQ")
+#: number of all tokens; then that of each text (uint32), the tokens (uint32), and their starts and stops (uint32)
+ANSWER: Final = struct.Struct("<Q")
+
+
+def main() -> None:
+    """Answer requests."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; who asked closes the pipe
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    source, target = sys.stdin.buffer, sys.stdout.buffer
+    settings = json.loads(source.readline())
+    sys.path[:] = settings["path"]
+    from tokenizers import Tokenizer
+
+    backends = [Tokenizer.from_str(spec) for spec in settings["specs"]]
+    while head := source.read(REQUEST.size):
+        kind, count, size = REQUEST.unpack(head)
+        sizes = array("I", source.read(4 * count))
+        texts = _texts(source.read(size), sizes)
+        target.write(_answer(backends[-1 if kind == NEXT else 0], texts, offsets=kind == OFFSETS))
+        target.flush()
+
+
+def _texts(content: bytes, sizes: array[int]) -> list[str]:
+    texts, begin = [], 0
+    for size in sizes:
+        texts.append(content[begin : begin + size].decode())
+        begin += size
+    return texts
+
+
+def _answer(backend: Any, texts: list[str], *, offsets: bool) -> bytes:
+    counts, tokens, places = array("I"), array("I"), array("I")
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    for encoded in encode(texts, add_special_tokens=False):
+        ids = encoded.ids
+        counts.append(len(ids))
+        tokens.extend(ids)
+        if offsets:
+            for place in encoded.offsets:
+                places.extend(place)
+    return b"".join([ANSWER.pack(len(tokens)), counts, tokens, places])
+
+
+if __name__ == "__main__":
+    main()
