@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import logging
 import random
+import re
 import socket
 import threading
 import time
@@ -44,12 +45,14 @@ class Breaking:
         share: of the connections that are cut.
         most: so many are cut, and then none.
         direction: what is cut: ``requests`` while they are sent, ``answers`` while they come, or ``both``.
+        of: a pattern of request lines: the answers to the first ``most`` of these are cut, and nothing else.
     """
 
-    def __init__(self, endpoint, *, seed=0, share=0.3, most=None, direction="both", longest=3000):
+    def __init__(self, endpoint, *, seed=0, share=0.3, most=None, direction="both", longest=3000, of=None):
         host, _, port = endpoint.partition("://")[2].partition(":")
         self._server, self._random = (host, int(port)), random.Random(seed)
         self._share, self._left, self._direction, self._longest = share, most, direction, longest
+        self._of = of
         self.cut = 0
         self.is_away = False
         self._lock = threading.Lock()
@@ -75,14 +78,34 @@ class Breaking:
                 chosen = self._random.choice(["requests", "answers"]) if self._direction == "both" else self._direction
                 if cuts and self._left is not None:
                     self._left -= 1
+            if self._of is not None:
+                asked = []
+                threading.Thread(target=self._pump_answers, args=(server, client, asked, after), daemon=True).start()
+                self._pump(client, server, None, asked)
+                return
             pumps = [(client, server, "requests"), (server, client, "answers")]
             for source, target, name in pumps:
                 left = after if cuts and chosen == name else None
                 threading.Thread(target=self._pump, args=(source, target, left), daemon=True).start()
 
-    def _pump(self, source, target, left):
+    def _pump_answers(self, source, target, asked, after):
         with contextlib.suppress(OSError):
             while data := source.recv(2**16):
+                if asked and self._left:
+                    self._left -= 1
+                    self.cut += 1
+                    target.sendall(data[: after % len(data)])
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _pump(self, source, target, left, asked=None):
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                if asked is not None and re.match(self._of, data):
+                    asked.append(data)
                 if self.is_away:
                     break
                 if left is not None and len(data) >= left:
@@ -129,16 +152,50 @@ def test_every_request_survives_connections_that_break(breaking, s3, folder, tmp
     assert proxy.cut > 0, "no connection was cut"
 
 
-@pytest.mark.parametrize("work", sampled(["fetch", "exists", "files", "push", "remove", "tidy"], 3))
-def test_a_store_that_is_away_for_a_while(breaking, s3, folder, tmp_path, work):
+REQUESTS = {
+    "end of an upload": rb"POST /\S*uploadId=",
+    "listing": rb"GET /\S*list-type",
+    "beginning of an upload": rb"POST /\S*[?&]uploads",
+    "part": rb"PUT /\S*partNumber=",
+    "whole object": rb"PUT /\S*/a ",
+    "question": rb"HEAD /",
+    "range": rb"GET /\S*/large ",
+    "deletion": rb"(POST /\S*[?&]delete|DELETE )",
+}
+
+
+@pytest.mark.parametrize(("name", "seed"), sampled([(name, seed) for seed in range(2) for name in REQUESTS], 9))
+def test_an_answer_that_breaks_off_is_asked_for_again(breaking, s3, folder, tmp_path, name, seed):
+    """Up to three times, after so many bytes as the seed says; the request itself had its effect each time."""
+    uri = f"s3://{s3.bucket()}/x/m"
+    proxy = breaking(of=REQUESTS[name], share=0, most=3, seed=seed, longest=(40, 400)[seed])
+    through = storage(proxy.endpoint, retry_timeout=60, max_connections=4)
+    through.push(folder, uri)
+    through.fetch(uri, tmp_path / "out")
+    assert fetched(tmp_path / "out") == CONTENT
+    assert {file.name for file in through.files(uri)} == set(CONTENT)
+    through.remove(uri)
+    assert not through.exists(uri)
+    assert proxy.cut > 0, "no answer was cut"
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds"),
+    [
+        *sampled([(work, 8) for work in ("fetch", "exists", "files", "push", "remove", "tidy")], 3),
+        *(pytest.param(work, 20, marks=pytest.mark.slow) for work in ("fetch", "push", "remove")),
+        *(pytest.param(work, 60, marks=pytest.mark.slow) for work in ("fetch", "push")),
+    ],
+)
+def test_a_store_that_is_away_for_a_while(breaking, s3, folder, tmp_path, work, seconds):
     """Longer than any number of quick tries takes."""
     uri = f"s3://{s3.bucket()}/x/m"
     clean = S3Storage().build()
     clean.push(folder, uri)
     proxy = breaking(share=0)
-    through = storage(proxy.endpoint, retry_timeout=60)
+    through = storage(proxy.endpoint, retry_timeout=90)
     proxy.is_away = True
-    threading.Timer(8, setattr, (proxy, "is_away", False)).start()
+    threading.Timer(seconds, setattr, (proxy, "is_away", False)).start()
     began = time.monotonic()
     does = {
         "exists": lambda: through.exists(uri),
@@ -149,7 +206,7 @@ def test_a_store_that_is_away_for_a_while(breaking, s3, folder, tmp_path, work):
         "tidy": lambda: through.tidy(uri.rpartition("/")[0]),
     }
     does[work]()
-    assert 7 < time.monotonic() - began < 40
+    assert seconds - 1 < time.monotonic() - began < seconds + 32
     assert clean.exists(uri) == (work != "remove")
 
 
