@@ -215,3 +215,12 @@ def test_exists(tmp_path):
     assert STORAGE.exists(str(tmp_path))
     assert not STORAGE.exists(str(tmp_path / "none"))
     assert not STORAGE.exists(str(tmp_path / "dangling"))
+
+
+@pytest.mark.parametrize("name", [".wmtp-manifest.json", "weights"])
+def test_a_folder_in_the_way_of_a_file_is_named(tmp_path, name):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/weights").write_text("x")
+    (tmp_path / "out" / name / "inside").mkdir(parents=True)
+    with pytest.raises(WMTPError, match=f"out/{name}: "):
+        STORAGE.fetch(str(tmp_path / "source"), tmp_path / "out")

@@ -195,6 +195,9 @@ def main() -> None:
     lifeline = int(sys.argv[1])
     with os.fdopen(lifeline, "rb", closefd=False) as pipe:
         request = json.loads(pipe.readline())
+    if "cgroup" in request:
+        with open(request["cgroup"] + "/cgroup.procs", "w") as file:
+            file.write("0")
     if request["isolate"]:
         shut_in(request, lifeline)
     else:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Final, Literal
 from attrs import frozen
 
 from wmtp.errors import WMTPError
+from wmtp.sandbox.cgroup import Cgroup, find_parent
 
 __all__ = ["Isolation", "Limits", "Outcome", "Sandbox"]
 
@@ -87,14 +88,15 @@ class Sandbox:
     def __init__(self, limits: Limits | None = None, *, isolation: Literal["auto", "process"] = "auto") -> None:
         self.limits = limits or Limits()
         self.isolation: Isolation = "process" if isolation == "process" else "namespaces"
+        self._groups: Path | None = None
         if self.isolation == "namespaces":
+            self._groups = find_parent(self._group_limits())
             trial = self.run_program("print(6 * 7)", "", "42")
             if not trial.passed:
                 raise WMTPError(
                     f"this machine cannot isolate code that a model wrote ({trial.detail}): Linux with namespaces is needed, "
                     'as root or with unprivileged user namespaces. isolation = "process" runs it with limits only: do that on '
-                    "a "
-                    "machine where nothing is worth protecting"
+                    "a machine where nothing is worth protecting"
                 )
 
     def describe(self) -> str:
@@ -106,9 +108,20 @@ class Sandbox:
         if self.isolation == "namespaces":
             return (
                 f"namespaces: own user, mounts, network (none), processes and IPC; only Python and a folder in memory "
-                f"({limits.disk_mb} MB) can be seen; {numbers}"
+                f"({limits.disk_mb} MB) can be seen; {numbers}; {self._describe_group()}"
             )
         return f"process: limits only ({numbers}); files, network and processes of this user are NOT out of reach"
+
+    def _describe_group(self) -> str:
+        if self._groups is None:
+            return "no cgroup: the memory of all processes is bounded by their number only"
+        return f"cgroup: {self._group_limits()['memory.max'] // 2**20} MB of memory of all kinds together"
+
+    def _group_limits(self) -> dict[str, int]:
+        limits = self.limits
+        memory = (limits.processes * limits.memory_mb + limits.disk_mb) * 2**20
+        # beside those of the solution the guard and the first process
+        return {"memory.max": memory, "memory.swap.max": 0, "memory.oom.group": 1, "pids.max": limits.processes + 2}
 
     def run_tests(self, code: str, tests: str, *, names: Sequence[str], setup: str = "") -> Outcome:
         """Run Python tests against a solution.
@@ -185,6 +198,10 @@ class Sandbox:
         visible = [place for place in _VISIBLE if os.path.lexists(place)]
         if not python.is_relative_to("/usr"):
             visible.append(str(python))
+        if self._groups is not None:
+            group = Cgroup(self._groups, self._group_limits())
+            stack.callback(group.end)
+            request["cgroup"] = str(group.folder)
         request |= {
             "isolate": self.isolation == "namespaces",
             "root": folder,

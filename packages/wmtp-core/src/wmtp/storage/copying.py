@@ -49,7 +49,8 @@ def copy_into(storage: Storage, uri: str, target: Path, include: Sequence[str], 
             (staging / "new" / name).replace(target / name)
         manifest.write(target / MANIFEST)
     except OSError as error:
-        raise WMTPError(f"{redact(uri)} could not be copied to {target}: {error.strerror or error}") from error
+        place = error.filename2 or error.filename or target  # a folder that is in the way, for one
+        raise WMTPError(f"{redact(uri)} could not be copied to {target}: {place}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     seconds = time.monotonic() - began
