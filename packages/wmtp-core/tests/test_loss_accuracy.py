@@ -45,7 +45,7 @@ def plain(hidden, unembeddings, ids, valid):
 
 @pytest.mark.parametrize("logits", [11, 40, 10**6])
 def test_means_are_those_of_loops_whatever_the_chunks(logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accuracy, "_LOGITS", logits)
+    monkeypatch.setitem(accuracy._LOGITS, "cpu", logits)
     given = problem()
     sums = PredictionSums(3, torch.device("cpu"))
     sums.add(*given)

@@ -86,7 +86,7 @@ else:
     @pytest.fixture(params=[3, 1000])
     def rows(request, monkeypatch):
         """Chunks of so many rows."""
-        monkeypatch.setattr(fused, "chunk_rows", lambda vocabulary, itemsize: request.param)
+        monkeypatch.setattr(fused, "chunk_rows", lambda vocabulary, width, itemsize: request.param)
         return request.param
 
     @pytest.fixture(params=[8192, 16])
@@ -103,7 +103,7 @@ else:
     @pytest.mark.parametrize("entropy", [{"entropy": True}, {"entropy": True, "top_k": 4}])
     @pytest.mark.parametrize("case", [{}, {"bias": True, "scale": 3.0, "softcap": 1.5}], ids=str)
     def test_statistics(case, entropy, reading, monkeypatch):
-        monkeypatch.setattr(fused, "chunk_rows", lambda vocabulary, itemsize: 4)
+        monkeypatch.setattr(fused, "chunk_rows", lambda vocabulary, width, itemsize: 4)
         same(evolve(problem(**case, **entropy), coefficients=None, wanted=()))
 
     #: many blocks, one token a block, chunks
@@ -214,3 +214,12 @@ else:
         losses = fused.compute(found).losses
         assert losses[0, k].isnan()
         assert losses.isnan().sum() == 1
+
+    def test_a_chunk_keeps_the_device_busy_within_its_memory():
+        for vocabulary, width in ((32_000, 2048), (128_256, 2048), (49_152, 576), (262_144, 640), (258, 128)):
+            rows = fused.chunk_rows(vocabulary, width, 2)
+            assert 2 * rows * vocabulary <= 512 * 2**20
+            at_most = 512 * 2**20 // (2 * vocabulary)
+            assert rows >= min(2048, at_most) * 0.9
+            assert rows * vocabulary * width > 1.3e11 or rows > 0.8 * at_most or 2 * rows * vocabulary > 150 * 2**20
+        assert fused.chunk_rows(49_152, 576, 2) > 2 * fused.chunk_rows(49_152, 4096, 2)  # small products: more rows

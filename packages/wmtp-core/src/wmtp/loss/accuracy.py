@@ -8,12 +8,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from wmtp.loss.cross_entropy import token_pass
 from wmtp.loss.unembedding import Unembedding
 
 __all__ = ["PredictionSums"]
 
-#: logits that are held at once
-_LOGITS: Final = 2**24
+#: logits that are held at once; on a GPU fewer and larger products
+_LOGITS: Final = {"cpu": 2**24, "cuda": 2**26}
 
 
 class PredictionSums:
@@ -38,22 +39,17 @@ class PredictionSums:
             ids: ``[B, S, H]``, the targets.
             valid: ``[B, S, H]``.
         """
+        most = _LOGITS.get(ids.device.type, _LOGITS["cpu"])
         for head, (states, unembedding) in enumerate(zip(hidden, unembeddings, strict=True)):
-            rows = max(1, _LOGITS // len(unembedding.weight))
-            parts = zip(
-                states.detach().flatten(0, 1).split(rows),
-                ids[..., head].flatten().split(rows),
-                valid[..., head].flatten().split(rows),
-                strict=True,
-            )
-            for chunk, wanted, counted in parts:
-                logits = unembedding.logits(chunk)
-                self.sums[0, head] += ((logits.argmax(-1) == wanted) & counted).sum()
-                self.sums[1, head] += counted.sum()
-                if head == 0:
-                    logarithms = logits.float().log_softmax(-1)
-                    entropy = -(logarithms.exp() * logarithms).nansum(-1)
-                    self.sums[2, head] += torch.where(counted, entropy, 0).sum()
+            rows = max(1, most // len(unembedding.weight))
+            parts = zip(states.detach().flatten(0, 1).split(rows), ids[..., head].flatten().split(rows), strict=True)
+            right = torch.cat([unembedding.logits(chunk).argmax(-1) == wanted for chunk, wanted in parts])
+            counted = valid[..., head].flatten()
+            self.sums[0, head] += (right & counted).sum()
+            self.sums[1, head] += counted.sum()
+        entropy = token_pass(hidden[:1], unembeddings[:1], ids[..., :1], valid[..., :1], entropy=True).entropy
+        assert entropy is not None, "it was asked for"
+        self.sums[2, 0] += entropy.sum()
 
     def means(self) -> dict[str, Tensor]:
         """Make ``accuracy/head_k`` and ``entropy/head_1``; NaN for a head without predictions."""

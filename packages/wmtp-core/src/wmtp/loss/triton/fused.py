@@ -31,21 +31,25 @@ __all__ = ["add_product", "chunk_rows", "compute", "scaled"]
 
 _kernels: Any = kernels  # the decorator of Triton hides what it returns
 
-# A chunk is as large as the first that the second allows it to be: products get slower below 2048 rows, where few tiles are
-# left for each multiprocessor.
+# A chunk has as many bytes as the first says; with too few rows for that, as the second allows: products get slower below 2048
+# rows, where few tiles are left for each multiprocessor, and small ones end before the host has started what follows.
 _CHUNK_BYTES = 240 * 2**20
 _LARGE_CHUNK_BYTES = 512 * 2**20
 _FEW_ROWS = 2048
+
+# rows · V · D of a chunk, below which the device is through with it before the host has started the next one
+_BUSY = 1.7e11
 
 # Rows of a chunk whose sums of exponentials are known; of its logits as many columns are made at once as _CHUNK_BYTES hold. The
 # fp32 gradient of the unembedding is read and written once a chunk, that of the rows once a block of columns.
 _KNOWN_ROWS = 8192
 
 
-def chunk_rows(vocabulary: int, itemsize: int) -> int:
+def chunk_rows(vocabulary: int, width: int, itemsize: int) -> int:
     """Number of rows of logits per chunk."""
     row = _stride(vocabulary, itemsize) * itemsize
-    rows = max(_CHUNK_BYTES // row, min(_FEW_ROWS, _LARGE_CHUNK_BYTES // row), 1)
+    wanted = max(_FEW_ROWS, int(_BUSY / (vocabulary * width)))
+    rows = max(_CHUNK_BYTES // row, min(wanted, _LARGE_CHUNK_BYTES // row), 1)
     # products of 2048 and 3072 rows fill the multiprocessors best
     step = next(step for step in (1024, 128, 1) if rows >= step)
     return rows - rows % step
@@ -71,7 +75,7 @@ def compute(problem: Problem) -> Answer:
     lengths = Lengths(lists)
     for number, predictions in enumerate(lists):
         weight = state.cast[predictions.layout.weight]
-        ahead = chunk_rows(len(weight), weight.element_size())
+        ahead = chunk_rows(*weight.shape, weight.element_size())
         rows = ahead if problem.lse is None else _KNOWN_ROWS
         for start, stop, learned in lengths.chunks(number, rows, ahead):
             state.run(predictions, start, stop, learned)
