@@ -76,8 +76,7 @@ def test_a_server_finds_all_it_loads_and_wmtp_the_same_heads(tmp_path, capsys, n
     assert config["rope_parameters"]["rope_theta"] == (5000.0 if name == "llama" else base.config.rope_parameters["rope_theta"])
     tensors = {key: value for file in (tmp_path / "served").glob("*.safetensors") for key, value in load_file(file).items()}
     assert tensors.keys() == served_names(3, name == "tied")
-    index = json.loads((tmp_path / "served" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == tensors.keys()
+    assert [file.name for file in (tmp_path / "served").glob("model*")] == ["model.safetensors"]
     again = load_model(tmp_path / "served")
     assert (again.heads.kind, again.horizon) == ("native", 2)
     old, new = model(IDS), again(IDS)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from attrs import evolve
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from wmtp.errors import ConfigError
 from wmtp.models.chains import ChainedBlock
+from wmtp.models.loaders.shards import Shards
 from wmtp.models.mtp import MTPModel
 from wmtp.models.native.layouts import layout_named
 from wmtp.models.saving import write_base
@@ -69,7 +71,10 @@ def write_served(model: MTPModel, folder: Path) -> None:
         "model_type": "qwen2",
         "num_nextn_predict_layers": 1,
     }
-    untouched = Untouched(source=folder, config=content)
+    origin = None if model.untouched is None else model.untouched.shards
+    # a tied unembedding is not written twice: servers expect none
+    shards = Shards(files={}, types={}, sizes={}) if origin is None else evolve(origin, tied={})
+    untouched = Untouched(source=folder, config=content, shards=shards)
     write_base(base, folder, untouched=untouched, added=_head_tensors(cast(ChainedBlock, model.extra_heads[0])))
 
 

@@ -87,13 +87,16 @@ def write_base(
         if untouched is not None:
             untouched.check_target(folder)
         index.unlink(missing_ok=True)  # of an older save
-        with transformers_quiet():
-            base.save_pretrained(folder, state_dict=state)  # type: ignore[arg-type]
+        if untouched is not None and untouched.shards is not None:
+            _write_configs(base, folder)
+        else:
+            with transformers_quiet():
+                base.save_pretrained(folder, state_dict=state)  # type: ignore[arg-type]
         if index.exists():  # readers would prefer the one file of an older save to these shards
             (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
         table = text_table(base.config)
         if untouched is not None:
-            untouched.write(folder, base, added)
+            untouched.write(folder, base, state, added)
             table = table if untouched.config is None else untouched.text_table
         lowered = without_empty_promises(folder, base.config, table)
     except (OSError, SafetensorError) as error:
@@ -101,6 +104,16 @@ def write_base(
     if lowered:
         found = ", ".join(f"{name} = {count}" for name, count in lowered.items())
         _log.info("the model has fewer layers of its own for multi-token prediction than its config says: %s is saved", found)
+
+
+def _write_configs(base: PreTrainedModel, folder: Path) -> None:
+    """Write what transformers does but for weights: it would empty a file that the model may be mapped from."""
+    with tempfile.TemporaryDirectory(prefix="wmtp-", dir=folder) as place:
+        with transformers_quiet():
+            base.save_pretrained(place, state_dict={})
+        for file in Path(place).iterdir():
+            if not file.name.startswith(SAFE_WEIGHTS_NAME):
+                file.replace(folder / file.name)
 
 
 def _try(

@@ -11,11 +11,13 @@ from typing import Any
 from attrs import Factory, frozen
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from wmtp.errors import WMTPError
 from wmtp.models.loaders.files import config_from, weight_files
-from wmtp.models.loaders.stored import StoredTensor, in_memory, stored_tensors, write_stored
+from wmtp.models.loaders.shards import Shards
+from wmtp.models.loaders.stored import StoredTensor, stored_tensors
 
 __all__ = ["Untouched", "is_mtp_name", "promised_layers", "text_table", "without_empty_promises"]
 
@@ -34,6 +36,7 @@ class Untouched:
         text_table: the table of ``config`` that describes that model; None where it has none of its own.
         files: further files by name.
         names: of tensors that the model is saved under other names than the folder's: its names, and the folder's.
+        shards: the folder's files, as which the model is written; None leaves them to transformers.
         problem: why not all of the folder could be written back; None where it can.
     """
 
@@ -43,6 +46,7 @@ class Untouched:
     text_table: str | None = None
     files: Mapping[str, bytes] = Factory(dict)
     names: Mapping[str, str] = Factory(dict)
+    shards: Shards | None = None
     problem: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Untouched:
@@ -78,12 +82,19 @@ class Untouched:
         if self.tensors and self.source.exists() and folder.samefile(self.source):
             raise WMTPError(f"{folder}: holds tensors that are copied when the model is saved; save into another folder")
 
-    def write(self, folder: Path, model: PreTrainedModel, added: Mapping[str, Tensor] | None = None) -> None:
-        """Complete a folder that ``model.save_pretrained`` wrote.
+    def write(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        state: Mapping[str, Tensor] | None = None,
+        added: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Complete a folder with the configs of ``model``; its weights are written where `shards` says their files.
 
         Args:
             folder: it.
-            model: that was saved.
+            model: that is saved.
+            state: its whole tensors, where this process holds only a part of them.
             added: further tensors, of the model's own layers for multi-token prediction, by the folder's names.
 
         Raises:
@@ -94,10 +105,13 @@ class Untouched:
         if self.config is not None:
             content = _with_text_fields(self.config, self.text_table, model)
             (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if self.names:
-            _rename(folder, self.names)
-        if tensors := {**self.tensors, **{name: in_memory(tensor) for name, tensor in (added or {}).items()}}:
-            _add_shard(folder, tensors)
+        if self.shards is None:
+            return
+        trained = _saved_tensors(model, state, self.names, self.shards) | dict(added or {})
+        if twice := trained.keys() & self.tensors.keys():
+            raise OSError(f"both trained and kept: {', '.join(sorted(twice))}")
+        tensors = {name: self.shards.as_stored(name, tensor, model.dtype) for name, tensor in trained.items()}
+        self.shards.write(folder, {**self.tensors, **tensors})
 
 
 def promised_layers(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, int]:
@@ -190,33 +204,15 @@ def _with_text_fields(own: Mapping[str, Any], text_table: str | None, model: Pre
     return content
 
 
-def _rename(folder: Path, names: Mapping[str, str]) -> None:
-    """Give tensors of a saved model the names of the folder that it is a part of."""
-    for shard in weight_files(folder):
-        renamed = shard.with_suffix(".renamed")
-        write_stored(renamed, {names.get(name, name): tensor for name, tensor in stored_tensors([shard]).items()})
-        renamed.replace(shard)
-
-
-def _add_shard(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Add tensors to a saved model as one more shard, and write the index anew."""
-    shards = weight_files(folder)
-    count = len(shards) + 1
-    weight_map: dict[str, str] = {}
-    total = 0
-
-    def enter(found: Mapping[str, StoredTensor], name: str) -> None:
-        nonlocal total
-        if twice := found.keys() & weight_map.keys():
-            raise OSError(f"both trained and kept: {', '.join(sorted(twice))}")
-        weight_map.update(dict.fromkeys(found, name))
-        total += sum(tensor.size for tensor in found.values())
-
-    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-    for shard, name in zip(shards, names[:-1], strict=True):
-        enter(stored_tensors([shard]), name)
-        shard.rename(folder / name)
-    enter(tensors, names[-1])
-    write_stored(folder / names[-1], tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _saved_tensors(
+    model: PreTrainedModel, state: Mapping[str, Tensor] | None, names: Mapping[str, str], shards: Shards
+) -> dict[str, Tensor]:
+    """Name a model's tensors as `PreTrainedModel.save_pretrained` does, and copies of tied ones as its folder does."""
+    own = dict(model.state_dict() if state is None else state)
+    for name in model._keys_to_ignore_on_save or ():
+        own.pop(name, None)
+    sources = model.all_tied_weights_keys
+    copies = {stored: own.get(name, own.get(sources.get(name, ""))) for stored, name in shards.tied.items()}
+    written = revert_weight_conversion(model, remove_tied_weights_from_state_dict(own, model))
+    trained = {names.get(name, name): tensor for name, tensor in written.items()}
+    return {name: tensor for name, tensor in copies.items() if tensor is not None} | trained

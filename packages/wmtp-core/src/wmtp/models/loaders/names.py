@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 from wmtp.errors import FileError, WMTPError
 from wmtp.models.loaders.describe import empty_model
 from wmtp.models.loaders.files import has_stand_in, read_json, weight_files
+from wmtp.models.loaders.shards import find_shards
 from wmtp.models.loaders.stored import StoredTensor, stored_tensors
 from wmtp.models.native.find import find_native
 from wmtp.models.native.found import Native
@@ -115,6 +116,12 @@ def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
         text_table=None if own_config is None else text_table(config),
         names=names,
         files=_processor_files(folder) | _code_files(folder, own_config),
+        shards=find_shards(
+            folder,
+            stored,
+            renamed={own: name for own, name in match.plain.items() if own not in stored},
+            tied={match.plain[own]: own for own in model.all_tied_weights_keys if own in match.plain},
+        ),
     )
     native = find_native(model, config, untouched.tensors)
     kept = frozenset(name for own in left for name in match.left[own])

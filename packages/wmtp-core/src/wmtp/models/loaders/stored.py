@@ -16,7 +16,7 @@ from wmtp.errors import FileError
 from wmtp.json_files import DAMAGE
 from wmtp.models.loaders.files import read_bin
 
-__all__ = ["StoredTensor", "in_memory", "read_stored", "stored_tensors", "write_stored"]
+__all__ = ["StoredTensor", "dtype_of", "in_memory", "read_stored", "stored_tensors", "write_stored"]
 
 _CHUNK = 2**24
 _LENGTH = 8  # bytes of the number that a safetensors file begins with: how long its header is
@@ -46,12 +46,14 @@ class StoredTensor:
         shape: its shape.
         size: in bytes.
         read: yields its bytes, part by part. The file stays open, so that it can be read even after its folder was removed.
+        file: the file's name; empty for a tensor in memory.
     """
 
     dtype: str
     shape: tuple[int, ...]
     size: int
     read: Callable[[], Iterator[bytes]]
+    file: str = ""
 
 
 def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
@@ -81,16 +83,27 @@ def read_stored(stored: StoredTensor) -> Tensor:
         content = bytearray().join(stored.read())
     except OSError as error:
         raise FileError(str(error)) from error
-    dtype = next(own for own, name in _TYPES.items() if name == stored.dtype)
+    dtype = dtype_of(stored.dtype)
+    if dtype is None:
+        raise FileError(f"a tensor of type {stored.dtype} cannot be read")
     return torch.frombuffer(content, dtype=dtype).view(stored.shape) if content else torch.empty(stored.shape, dtype=dtype)
 
 
-def in_memory(tensor: Tensor) -> StoredTensor:
-    """Wrap a tensor that is in no file yet."""
-    own = tensor.detach().cpu()
-    return StoredTensor(
-        dtype=_TYPES[own.dtype], shape=tuple(own.shape), size=own.numel() * own.element_size(), read=partial(_parts_of, own)
-    )
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """Return torch's type by safetensors' name of it; None where there is none."""
+    return next((dtype for dtype, known in _TYPES.items() if known == name), None)
+
+
+def in_memory(tensor: Tensor, dtype: torch.dtype | None = None) -> StoredTensor:
+    """Wrap a tensor that is in no file yet. It is moved and converted when it is written.
+
+    Args:
+        tensor: on any device.
+        dtype: to convert it to; None keeps its own.
+    """
+    own, dtype = tensor.detach(), dtype or tensor.dtype
+    size = own.numel() * dtype.itemsize
+    return StoredTensor(dtype=_TYPES[dtype], shape=tuple(own.shape), size=size, read=partial(_parts_as, own, dtype))
 
 
 def write_stored(file: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -157,7 +170,7 @@ def _in_safetensors(file: Path) -> dict[str, StoredTensor]:
                 begin, end = entry["data_offsets"]
                 read = partial(_read_part, opened, start + begin, end - begin)
                 shape = tuple(entry["shape"])
-                tensors[name] = StoredTensor(dtype=entry["dtype"], shape=shape, size=end - begin, read=read)
+                tensors[name] = StoredTensor(dtype=entry["dtype"], shape=shape, size=end - begin, read=read, file=file.name)
     except (OSError, *DAMAGE) as error:
         raise FileError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
     return tensors
@@ -181,13 +194,19 @@ def _in_bin(file: Path) -> dict[str, StoredTensor]:
             raise FileError(f"{file}: {name} is of type {tensor.dtype}, which no safetensors file can hold")
         size = tensor.numel() * tensor.element_size()
         read = partial(_bytes_of, opened, tensor.detach())
-        tensors[name] = StoredTensor(dtype=_TYPES[tensor.dtype], shape=tuple(tensor.shape), size=size, read=read)
+        tensors[name] = StoredTensor(
+            dtype=_TYPES[tensor.dtype], shape=tuple(tensor.shape), size=size, read=read, file=file.name
+        )
     return tensors
 
 
 def _bytes_of(opened: _OpenFile, tensor: Tensor) -> Iterator[bytes]:
     opened.check()  # the tensor is mapped: it is whatever the file is now
     yield from _parts_of(tensor)
+
+
+def _parts_as(tensor: Tensor, dtype: torch.dtype) -> Iterator[bytes]:
+    yield from _parts_of(tensor.to(device="cpu", dtype=dtype))
 
 
 def _parts_of(tensor: Tensor) -> Iterator[bytes]:
