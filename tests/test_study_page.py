@@ -95,3 +95,23 @@ def test_one_seed_and_no_texts_still_make_a_page(tmp_path):
         "return [document.querySelector('.delta span').textContent, document.querySelectorAll('polygon').length]",
     )
     assert found == ["one seed: no interval", 0]
+
+
+@in_browser
+def test_one_arm_far_away_leaves_the_others_to_be_seen(tmp_path):
+    found = browse(
+        write(tmp_path),
+        """
+        const row = (label, value, low, high) => ({ label, value, low, high, note: '', color: 'red', filled: true });
+        const rows = [row('a', -0.6, -0.61, -0.59), row('b', 0.07, 0.05, 0.09), row('c', 3.1, 1.9, 4.4),
+          row('d', -0.1, null, null)];
+        const svg = Svg.forest(rows, 'x')(800);
+        return { words: [...svg.querySelectorAll('text')].map(e => e.textContent),
+          outside: svg.querySelectorAll('.outside').length,
+          places: [...svg.querySelectorAll('circle')].map(e => Number(e.getAttribute('cx'))) };
+        """,
+    )
+    assert (found["outside"], len(found["places"])) == (1, 3)
+    assert "3.1, outside" in found["words"]
+    assert "0" in found["words"]  # and not -1.39e-16
+    assert max(found["places"]) - min(found["places"]) > 200

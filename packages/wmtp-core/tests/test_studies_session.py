@@ -203,6 +203,13 @@ def test_a_metric_that_no_run_has_is_an_error_with_its_line(folder):
         study("study.toml", seeds=[0])
 
 
+def test_a_comparison_of_a_metric_that_no_run_has_is_an_error_and_not_left_out(folder):
+    (folder / "study.toml").write_text(tomli_w.dumps({**STUDY, "comparisons": [{"arm": "rho1", "metric": "eval/los"}]}))
+    wanted = r"study.toml:\d+: comparisons\.?\[?0\]?\.metric: no run has 'eval/los'; did you mean 'eval/loss'\?"
+    with pytest.raises(ConfigError, match=wanted):
+        study("study.toml", seeds=[0])
+
+
 def test_one_seed_has_no_interval_and_that_is_said(folder):
     one = {**STUDY, "study": {**STUDY["study"], "seeds": [0]}}
     found = study(one, recipe="recipe.toml")

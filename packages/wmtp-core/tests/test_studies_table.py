@@ -91,6 +91,20 @@ def test_what_else_differs_is_said(facts, note):
     assert not table(runs("base", BASE), runs("other", BASE)).notes
 
 
+def test_what_differs_from_another_arm_is_said_where_that_comparison_was_named():
+    records = [runs("base", BASE), runs("control", BASE, device="NVIDIA H100"), runs("other", BASE)]
+    note = "other and control differ in device (seed 0, 1, 2)"
+    assert note in table(*records, named=[("other", "control", "eval/loss")]).notes
+    assert note not in table(*records).notes
+
+
+def test_arms_that_lack_the_same_seeds_share_a_line():
+    found = table(runs("base", BASE), runs("a", BASE[:2]), runs("b", BASE[:1]), runs("c", BASE[:2]), runs("d", BASE[:2]))
+    assert [note for note in found.notes if "no finished" in note] == [
+        "a, c and d have no finished run with seed 2", "b has no finished run with seed 1, 2"
+    ]  # fmt: skip
+
+
 def test_failed_runs_and_missing_seeds_are_left_out_and_said():
     broken = runs("other", BASE)
     broken[1] = RunRecord(name="x", arm="other", seed=1, key="", status="failed", error="no")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -87,4 +88,6 @@ def _small(page: Mapping[str, Any]) -> dict[str, Any]:
             curves[name] = ([steps[i] for i in kept], [values[i] for i in kept])
     samples = [{**record, "documents": record["documents"][:_DOCUMENTS]} for record in page["samples"][-1:]]
     kept = {key: page[key] for key in ("name", "status", "config", "stages", "evaluation", "estimates")}
+    here = f"{os.getcwd()}{os.sep}"  # on another machine the study is elsewhere
+    kept["config"] = {key: value.removeprefix(here) for key, value in page["config"].items()}
     return {**kept, "curves": curves, "samples": samples}

@@ -132,5 +132,5 @@ def changed_keys(record: RunRecord, runs: Iterable[PlannedRun]) -> list[str]:
 
 
 def _same(was: Any, now: str | None) -> bool:
-    """Compare two values; a run's own config has absolute paths, perhaps of another machine."""
-    return was == now or (bool(now) and str(was).endswith(f"/{now}"))
+    """Compare two values; a path may be absolute in one of them, perhaps of another machine."""
+    return was == now or (bool(was) and bool(now) and (str(was).endswith(f"/{now}") or str(now).endswith(f"/{was}")))

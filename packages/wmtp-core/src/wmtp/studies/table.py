@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from attrs import asdict, evolve, frozen
 
+from wmtp.config.problems import KeyPath, dotted
 from wmtp.errors import ConfigError
 from wmtp.spelling import did_you_mean
 from wmtp.studies.documents import paired_over_documents
@@ -167,7 +168,7 @@ def compare(
     rows = [evolve(row, verdict=_verdict(row)) for row in rows]
     seeds = sorted({seed for runs in found.values() for seed in runs})
     notes = [
-        *_notes(arms, found),
+        *_notes(arms, found, named),
         *_over_documents(rows, found),
         *_within_runs(metrics, [run for runs in found.values() for run in runs.values()]),
     ]
@@ -178,14 +179,18 @@ def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) 
     there = list(dict.fromkeys(name for record in records for name in record.metrics))
     own = plan.file.config.study.metrics
     chosen: dict[str, None] = dict.fromkeys(() if own else measured(records))
-    for pattern in [*own, *(metric for _, _, metric in plan.comparisons)]:
-        matching = [name for name in there if name == pattern or fnmatch.fnmatchcase(name, pattern)]
-        if not matching and every_arm and pattern in own:
+    places: dict[str, KeyPath] = dict.fromkeys(own, ("study", "metrics"))
+    for index, comparison in enumerate(plan.file.config.comparisons):
+        if comparison.metric is not None:
+            places.setdefault(comparison.metric, ("comparisons", index, "metric"))
+    for pattern, path in places.items():
+        matching = [name for name in there if name == pattern or (pattern in own and fnmatch.fnmatchcase(name, pattern))]
+        if not matching and every_arm:
             hint = did_you_mean(pattern, there)
-            place = plan.file.document.source(("study", "metrics"))
-            where = place.where(("study", "metrics")) if place is not None else None
+            place = plan.file.document.source(path)
+            where = place.where(path) if place is not None else None
             some = ", ".join(name for name in there if name.startswith("eval/"))
-            message = f"study.metrics: no run has {pattern!r}; {hint or f'there is {some}'}"
+            message = f"{dotted(path)}: no run has {pattern!r}; {hint or f'there is {some}'}"
             raise ConfigError(f"{where}: {message}" if where else message)
         chosen |= dict.fromkeys(matching)
     return list(chosen)
@@ -251,7 +256,9 @@ def _verdict(row: Row) -> str:
     return word if row.kind == "named" else f"{word} (exploratory)"
 
 
-def _notes(arms: Sequence[Compared], found: Mapping[str, Mapping[int, RunRecord]]) -> list[str]:
+def _notes(
+    arms: Sequence[Compared], found: Mapping[str, Mapping[int, RunRecord]], named: Sequence[tuple[str, str, str]]
+) -> list[str]:
     """Say what else differs between runs that are compared."""
     facts = {
         "optimizer steps": lambda run: run.steps,
@@ -262,19 +269,23 @@ def _notes(arms: Sequence[Compared], found: Mapping[str, Mapping[int, RunRecord]
         "versions": lambda run: tuple(sorted(run.versions.items())),
     }
     notes = []
-    for arm in arms:
-        if arm.baseline is None or arm.baseline == arm.name:
-            continue
-        pairs = [(run, found[arm.baseline].get(seed)) for seed, run in found[arm.name].items()]
+    compared = [(arm.name, arm.baseline) for arm in arms if arm.baseline not in (None, arm.name)]
+    for name, to in dict.fromkeys([*compared, *((name, to) for name, to, _ in named)]):
+        pairs = [(run, found[to].get(seed)) for seed, run in found[name].items()]
         for fact, read in facts.items():
             seeds = [run.seed for run, other in pairs if other is not None and read(run) != read(other)]
             if not seeds:
                 continue
             run, other = next((run, other) for run, other in pairs if other is not None and run.seed == seeds[0])
             shown = f": {read(run):,} and {read(other):,}" if isinstance(read(run), int) else ""
-            notes.append(f"{arm.name} and {arm.baseline} differ in {fact}{shown} (seed {', '.join(map(str, seeds))})")
-    missing = {arm.name: [seed for seed in arm.seeds if seed not in found[arm.name]] for arm in arms}
-    notes += [f"{name} has no finished run with seed {', '.join(map(str, s))}" for name, s in missing.items() if s]
+            notes.append(f"{name} and {to} differ in {fact}{shown} (seed {', '.join(map(str, seeds))})")
+    missing: dict[tuple[int, ...], list[str]] = {}
+    for arm in arms:
+        if lacking := tuple(seed for seed in arm.seeds if seed not in found[arm.name]):
+            missing.setdefault(lacking, []).append(arm.name)
+    for lacking, names in missing.items():
+        who = f"{names[0]} has" if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} have"
+        notes.append(f"{who} no finished run with seed {', '.join(map(str, lacking))}")
     if arms and max(len(arm.seeds) for arm in arms) == 1:
         notes.append("every arm has one seed: nothing can be said of chance, so there is no interval; add seeds")
     return notes

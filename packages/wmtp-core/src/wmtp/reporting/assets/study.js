@@ -136,10 +136,10 @@
     });
   }
 
-  const HEADS = ["metric", "arm", "n", "mean", "sd", "compared to", "difference", "95 % interval", "p", "kind", "verdict"];
+  const HEADS = ["metric", "arm", "n", "mean", "sd", "compared to", "pairs", "difference", "95 % interval", "p", "kind", "verdict"];
 
   function table() {
-    const cells = row => [row.metric, row.arm, row.n, number(row.mean), row.sd === null ? "–" : number(row.sd), row.to ?? "",
+    const cells = row => [row.metric, row.arm, row.n, number(row.mean), row.sd === null ? "–" : number(row.sd), row.to ?? "", row.pairs || "",
       row.difference === null ? "" : signed(row.difference), interval(row), row.p === null ? "" : number(row.p), row.kind, row.verdict];
     const body = data.rows.map(row => element("tr", { class: row.kind }, ...cells(row).map((cell, i) =>
       element(i === 1 ? "th" : "td", i === 1 ? { scope: "row" } : {}, String(cell)))));

@@ -24,7 +24,7 @@ const Svg = (() => {
     const unit = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].map(one => one * unit).find(one => one >= rough * 0.999);
     const found = [];
-    for (let at = Math.ceil(low / step - 1e-9) * step; at <= high + step * 1e-9; at += step) found.push(Number(at.toPrecision(12)));
+    for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(Number((i * step).toPrecision(12)) || 0);
     return found;
   }
 
@@ -126,18 +126,27 @@ const Svg = (() => {
     };
   }
 
+  // how far the axis goes: as the widest row, but for rows three times as wide as all others, beside which no other could be seen
+  function reach(rows) {
+    const found = rows.map(row => Math.max(...[row.value, row.low ?? 0, row.high ?? 0].map(Math.abs))).sort((a, b) => a - b);
+    let most = found[Math.floor(found.length / 2)];
+    for (const one of found) if (one > most && (one <= 3 * most || !most)) most = one;
+    return most;
+  }
+
   // rows: [{label, note, value, low, high, color, filled}] with low and high null for one seed
   function forest(rows, label) {
     return width => {
       const narrow = width < 560, lineHeight = narrow ? 46 : 30, top = 10, bottom = 40;
-      const left = narrow ? 12 : Math.min(320, width * 0.42), right = narrow ? 12 : 170;
+      const left = narrow ? 12 : Math.min(320, width * 0.42), right = narrow ? 12 : 190;
       const height = top + rows.length * lineHeight + bottom;
       const svg = canvas(width, height, label);
-      const ends = rows.flatMap(row => [row.value, row.low ?? row.value, row.high ?? row.value, 0]);
+      const most = reach(rows);
+      const ends = rows.flatMap(row => [row.value, row.low ?? row.value, row.high ?? row.value, 0]).filter(end => Math.abs(end) <= most);
       let [low, high] = [Math.min(...ends), Math.max(...ends)];
       const room = (high - low) * 0.06 || 1;
       [low, high] = [low - room, high + room];
-      const x = value => left + (width - left - right) * (value - low) / (high - low);
+      const x = value => left + (width - left - right) * (Math.min(Math.max(value, low), high) - low) / (high - low);
       for (const at of ticks(low, high, Math.floor((width - left - right) / 80)))
         svg.append(node("line", { x1: x(at), x2: x(at), y1: top, y2: height - bottom, stroke: css("--line") }),
           text(x(at), height - bottom + 16, number(at), { "text-anchor": "middle" }));
@@ -148,6 +157,12 @@ const Svg = (() => {
         const ink = { fill: css("--ink"), "font-size": 13 };
         if (narrow) svg.append(text(left, middle - 16, row.label, ink));
         else svg.append(text(left - 10, middle + 4, row.label, { ...ink, "text-anchor": "end" }), text(width - right + 10, middle + 4, row.note));
+        if (row.value < low || row.value > high) {
+          const side = row.value > high ? 1 : -1, edge = x(row.value);
+          svg.append(node("path", { d: `M${edge} ${middle} l${-9 * side} -6 v12 z`, fill: row.color, class: "outside" }),
+            text(edge - 14 * side, middle + 4, `${number(row.value)}, outside`, { "text-anchor": side > 0 ? "end" : "start" }));
+          return;
+        }
         if (row.low !== null) {
           svg.append(node("line", { x1: x(row.low), x2: x(row.high), y1: middle, y2: middle, stroke: row.color, "stroke-width": 2 }));
           for (const end of [row.low, row.high])
