@@ -2,10 +2,13 @@
 
     python bench/lora.py --batch 4
     python bench/lora.py --rows qlora-full loop-qlora-full --batch 1 --json lora.json
+    python bench/lora.py --rows qlora-selective --batch 1 --limit 24
 
 Every row trains a 7B Llama of random weights (V = 32,000) with block heads that learn in full, adapters of rank 16 on every
 linear map of the base's layers, and a weight for each token. The plain loop keeps all that learns in bf16, its optimizer too;
-WMTP keeps fp32 copies and fp32 means of it. Layers are compiled in both; ``-full`` checkpoints each layer.
+WMTP keeps fp32 copies and fp32 means of it, and so does ``loop-fp32-…``, in fp32 parameters under autocast, as peft keeps
+adapters if one does not tell it otherwise. Layers are compiled in all; ``-selective`` and ``-full`` checkpoint each layer;
+with ``-heads`` heads learn by adapters of their own. ``--limit`` lets torch have no more memory than that many GiB.
 
 Needs peft and liger-kernel, and bitsandbytes for the rows of 4 bits.
 """
@@ -17,7 +20,8 @@ import gc
 import json
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -38,15 +42,17 @@ from wmtp.models.mtp import MTPModel
 RANK = 16
 
 
-def _adapted(shape: Shape, horizon: int, *, quantize: Literal["nf4"] | None) -> MTPModel:
+def _adapted(
+    shape: Shape, horizon: int, *, quantize: Literal["nf4"] | None, heads: Literal["full", "adapters"] = "full"
+) -> MTPModel:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with step_ours.DEVICE:
             base = LlamaForCausalLM(shape.config()).eval()
     finally:
         torch.set_default_dtype(torch.float32)
-    heads = HeadsConfig(horizon=horizon)
-    model = build_model(LoadedModel(model=base), heads, 0, lora=LoraConfig(rank=RANK), quantize=quantize)
+    lora = LoraConfig(rank=RANK, heads=heads)
+    model = build_model(LoadedModel(model=base), HeadsConfig(horizon=horizon), 0, lora=lora, quantize=quantize)
     fixed = {id(parameter) for parameter in model.fixed_parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) not in fixed)
@@ -55,10 +61,16 @@ def _adapted(shape: Shape, horizon: int, *, quantize: Literal["nf4"] | None) -> 
 
 
 def ours(
-    shape: Shape, warmup: int, steps: int, *, quantize: Literal["nf4"] | None = None, mode: Literal["none", "full"] = "none"
+    shape: Shape,
+    warmup: int,
+    steps: int,
+    *,
+    quantize: Literal["nf4"] | None = None,
+    mode: Literal["none", "selective", "full"] = "none",
+    heads: Literal["full", "adapters"] = "full",
 ) -> float:
     """The real loop, in ``bf16-params``."""
-    make = partial(_adapted, quantize=quantize)
+    make = partial(_adapted, quantize=quantize, heads=heads)
     return step_ours.run(shape, warmup, steps, make=make, checkpointing=mode)
 
 
@@ -67,8 +79,10 @@ def whole(shape: Shape, warmup: int, steps: int) -> float:
     return step_ours.full(shape, warmup, steps)
 
 
-def loop(shape: Shape, warmup: int, steps: int, *, quantize: bool = False, checkpointed: bool = False) -> float:
-    """Training loop as one writes it by hand with peft and Liger."""
+def loop(
+    shape: Shape, warmup: int, steps: int, *, quantize: bool = False, checkpointed: bool = False, exact: bool = False
+) -> float:
+    """Training loop as one writes it by hand with peft and Liger; ``exact``: what learns is kept in fp32."""
     import peft
 
     with step_ours.DEVICE:
@@ -84,6 +98,11 @@ def loop(shape: Shape, warmup: int, steps: int, *, quantize: bool = False, check
             parameter.data = parameter.data.to(torch.bfloat16)
         else:
             parameter.requires_grad_(False)
+    if exact:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return step_peers.loop(shape, warmup, steps, model)
@@ -116,10 +135,16 @@ ROWS: dict[str, Callable[[Shape, int, int], float]] = {
     "loop-lora-full": partial(loop, checkpointed=True),
     "loop-qlora": partial(loop, quantize=True),
     "loop-qlora-full": partial(loop, quantize=True, checkpointed=True),
+    "loop-fp32-lora": partial(loop, exact=True),
+    "loop-fp32-qlora": partial(loop, quantize=True, exact=True),
     "lora": ours,
+    "lora-selective": partial(ours, mode="selective"),
     "lora-full": partial(ours, mode="full"),
+    "lora-heads": partial(ours, heads="adapters"),
     "qlora": partial(ours, quantize="nf4"),
+    "qlora-selective": partial(ours, quantize="nf4", mode="selective"),
     "qlora-full": partial(ours, quantize="nf4", mode="full"),
+    "qlora-heads": partial(ours, quantize="nf4", heads="adapters"),
     "all-full": whole,
 }
 
@@ -136,31 +161,43 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--limit", type=float, help="GiB that torch may take of the GPU")
+    parser.add_argument("--kernels", action="store_true", help="tell the kernels that take longest in a row")
     parser.add_argument("--json", type=Path)
     given = vars(parser.parse_args())
-    rows, warmup, steps, file = (given.pop(name) for name in ("rows", "warmup", "steps", "json"))
+    rows, warmup, steps, limit, kernels, file = (
+        given.pop(name) for name in ("rows", "warmup", "steps", "limit", "kernels", "json")
+    )
     shape = Shape(**given)
+    if limit is not None:
+        torch.cuda.set_per_process_memory_fraction(limit * 2**30 / torch.cuda.mem_get_info()[1])
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, B = {shape.batch}, S = {shape.length}, H = {shape.horizon}"
     )
-    print(f"{'row':<18}{'tokens/s':>10}{'ms':>9}{'peak GiB':>10}{'vs loop':>9}{'start s':>9}", flush=True)
+    print(f"{'row':<18}{'tokens/s':>10}{'ms':>9}{'peak GiB':>10}{'reserved':>10}{'vs loop':>9}{'start s':>9}", flush=True)
     results: dict[str, dict[str, Any]] = {}
     for row in rows:
         began = time.monotonic()
-        result = results[row] = measure(row, shape, warmup, steps)
+        with _kernels_of(row) if kernels else nullcontext():
+            result = results[row] = measure(row, shape, warmup, steps)
         if "failed" in result:
             print(f"{row:<18}{result['failed']:>10}", flush=True)
         else:
-            peer = results.get(f"loop-{row}", {}).get("tokens_per_second")
+            peer = results.get(f"loop-{row}", results.get(f"loop-{row.partition('-')[0]}", {})).get("tokens_per_second")
             ratio = "-" if peer is None else f"{result['tokens_per_second'] / peer:.3f}"
             start = time.monotonic() - began - steps * result["seconds"]
             print(
                 f"{row:<18}{result['tokens_per_second']:>10,.0f}{1e3 * result['seconds']:>9.1f}{result['peak_gib']:>10.1f}"
-                f"{ratio:>9}{start:>9.0f}",
+                f"{result['reserved_gib']:>10.1f}{ratio:>9}{start:>9.0f}",
                 flush=True,
             )
         if file:
-            about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "batch": shape.batch}
+            about = {
+                "device": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "batch": shape.batch,
+                "limit_gib": limit,
+            }
             file.write_text(json.dumps({"about": about, "rows": results}, indent=1) + "\n")
 
 
@@ -179,8 +216,27 @@ def measure(row: str, shape: Shape, warmup: int, steps: int) -> dict[str, Any]:
     except Exception as error:
         traceback.print_exc(limit=-6)
         return {"failed": f"{type(error).__name__}"}
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"seconds": seconds, "tokens_per_second": shape.tokens / seconds, "peak_gib": peak}
+    return {
+        "seconds": seconds,
+        "tokens_per_second": shape.tokens / seconds,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+    }
+
+
+@contextmanager
+def _kernels_of(row: str) -> Iterator[None]:
+    """Print the kernels that took longest inside, with their share of all; its row is slower for it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        yield
+    events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events) or 1
+    print(f"kernels of {row}, of all steps:", flush=True)
+    for event in events[:40]:
+        share = event.self_device_time_total / total
+        print(f"  {share:6.1%} {event.self_device_time_total / 1e3:10.1f} ms {event.count:>7} x {event.key[:110]}", flush=True)
 
 
 if __name__ == "__main__":

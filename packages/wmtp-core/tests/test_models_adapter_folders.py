@@ -67,7 +67,7 @@ def test_peft_opens_what_is_saved_and_so_does_wmtp(base, tmp_path, lora):
     with torch.no_grad():
         expected = model(IDS)
         logits = model.logits(expected, 1)
-        assert torch.equal(opened(input_ids=IDS).logits, logits)
+        torch.testing.assert_close(opened(input_ids=IDS).logits, logits)  # peft adds up in two steps
         assert all(torch.equal(left, right) for left, right in zip(again(IDS).hidden, expected.hidden, strict=True))
         plain = AutoModelForCausalLM.from_pretrained(base).eval()(input_ids=IDS).logits
         assert (plain - logits).abs().max() > 1e-3

@@ -19,6 +19,7 @@ from transformers import Cache
 from wmtp.models.anatomy import LayerCall
 from wmtp.models.documents import within_reading
 from wmtp.models.layers import repeated_layers
+from wmtp.models.low_rank import OPERATORS
 from wmtp.models.step_cache import layer_number, steps_are_compiled, swap_caches
 
 if TYPE_CHECKING:
@@ -169,9 +170,17 @@ def _selective_contexts() -> Any:
 
 
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    expensive = operator in _KEPT
+    expensive = operator in _KEPT and not (operator is _aten.mm.default and _is_low_rank(*args))
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
+
+def _is_low_rank(left: Tensor, right: Tensor) -> bool:
+    """Tell an adapter's second product: it costs as little as a sum, and is as large as what it is added to."""
+    return left.shape[1] * _LOW_RANK <= min(left.shape[0], right.shape[1])
+
+
+#: a rank is low that is so many times smaller than both sides of a product
+_LOW_RANK = 8
 
 _aten = torch.ops.aten
 _KEPT = frozenset(
@@ -181,6 +190,7 @@ _KEPT = frozenset(
         _aten.addmm.default,
         _aten.bmm.default,
         _aten.linear.default,
+        *OPERATORS,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,

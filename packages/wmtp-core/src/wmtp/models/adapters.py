@@ -245,11 +245,14 @@ def inject(base: nn.Module, config: Any, state: Mapping[str, Tensor] | None = No
     with _quiet_import():
         import peft
 
+        from wmtp.models.low_rank_layers import use_one_operator
+
     training, is_meta = base.training, any(parameter.is_meta for parameter in base.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # intended, or refused before
         peft.inject_adapter_in_model(config, base, adapter_name=_NAME, low_cpu_mem_usage=is_meta)
     base.train(training)
+    use_one_operator(base)
     if not isinstance(config.target_modules, str):  # a pattern stays
         config.target_modules = sorted(config.target_modules)
     if state is not None:

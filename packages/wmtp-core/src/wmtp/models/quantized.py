@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from wmtp.errors import ConfigError
 from wmtp.models.anatomy import find_layers
 
-__all__ = ["Linear4Bit", "dequantize_layers", "quantize_layers"]
+__all__ = ["Linear4Bit", "dequantize", "dequantize_layers", "product_backward", "quantize_layers"]
 
 #: weights that share a scale
 _BLOCK = 64
@@ -63,7 +63,7 @@ class Linear4Bit(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Weight in its old precision; not a parameter."""
-        return _dequantized(self.packed, self.scales, self.out_features, self.in_features, self.dtype)
+        return dequantize(self.packed, self.scales, self.out_features, self.in_features, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
@@ -83,13 +83,13 @@ class Linear4Bit(nn.Module):
 @torch.library.custom_op("wmtp::linear_4bit", mutates_args=())
 def _linear(x: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
     """x · Wᵀ; its backward pass makes W anew."""
-    return torch.nn.functional.linear(x, _dequantized(packed, scales, rows, columns, x.dtype))
+    return torch.nn.functional.linear(x, dequantize(packed, scales, rows, columns, x.dtype))
 
 
 @torch.library.custom_op("wmtp::linear_4bit_backward", mutates_args=())
-def _linear_backward(gradient: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
+def product_backward(gradient: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
     """Gradient of x in `_linear`."""
-    return gradient @ _dequantized(packed, scales, rows, columns, gradient.dtype)
+    return gradient @ dequantize(packed, scales, rows, columns, gradient.dtype)
 
 
 @_linear.register_fake
@@ -97,7 +97,7 @@ def _(x: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Ten
     return x.new_empty((*x.shape[:-1], rows))
 
 
-@_linear_backward.register_fake
+@product_backward.register_fake
 def _(gradient: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
     return gradient.new_empty((*gradient.shape[:-1], columns))
 
@@ -109,7 +109,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
     """Pass the gradient of x on; the weight has none."""
-    return _linear_backward(gradient, *ctx.saved_tensors, *ctx.shape), None, None, None, None
+    return product_backward(gradient, *ctx.saved_tensors, *ctx.shape), None, None, None, None
 
 
 _linear.register_autograd(_differentiate, setup_context=_keep)
@@ -151,7 +151,8 @@ def _is_weight(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not any(part.startswith("lora_") for part in name.split("."))
 
 
-def _dequantized(packed: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(packed: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return the weight ``[rows, columns]`` that 4 bits have left."""
     exact = torch.float32 if dtype == torch.float64 else dtype
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, _BLOCK, "nf4", (rows, columns), exact).to(dtype)
 

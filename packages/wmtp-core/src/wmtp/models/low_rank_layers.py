@@ -1,0 +1,44 @@
+"""peft's adapted linear maps, computed by one operator. Importing it imports peft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+from wmtp.models.low_rank import adapted_linear, adapted_linear_4bit
+from wmtp.models.quantized import Linear4Bit
+
+__all__ = ["AdaptedLinear", "use_one_operator"]
+
+
+class AdaptedLinear(Linear):
+    """peft's adapted linear map; in its usual state `wmtp.models.low_rank` computes it, otherwise peft does."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
+        base = self.base_layer
+        if args or kwargs or self.disable_adapters or self.merged or type(base) not in (nn.Linear, Linear4Bit):
+            return super().forward(x, *args, **kwargs)
+        (name,) = self.active_adapters
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        bias: Tensor | None = base.bias  # type: ignore[assignment]
+        bias = None if bias is None else bias.to(dtype)
+        down, up = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
+        if isinstance(base, Linear4Bit):
+            return adapted_linear_4bit(x.to(dtype), base.packed, base.scales, bias, down, up, self.scaling[name])[0]
+        return adapted_linear(x.to(dtype), base.weight.to(dtype), bias, down, up, self.scaling[name])[0]  # type: ignore[operator]
+
+
+def use_one_operator(base: nn.Module) -> None:
+    """Have the adapted linear maps of a model or a part of one computed by one operator each, where peft's would be as plain.
+
+    Args:
+        base: in place. DoRA, and what is no `nn.Linear`, stays as peft has it.
+    """
+    for module in base.modules():
+        if type(module) is Linear and not module.lora_variant and not any(module.lora_bias.values()):
+            module.__class__ = AdaptedLinear
