@@ -28,7 +28,7 @@ def push_run(run_dir: Path, uri: str, storage: StorageConfig) -> None:
     """
     backend = backend_for(uri, build_backends(storage))
     path, _ = find_model(run_dir)
-    model, tokenizer = load_weights(path), find_tokenizer(path, run_dir)
+    model, tokenizer = load_weights(path, run_dir=run_dir), find_tokenizer(path, run_dir)
     format = "wmtp" if model.adapter is None else "adapter"
     card = model_card(model, format=format, run_dir=run_dir, source=path, tokenizer=tokenizer)
     with tempfile.TemporaryDirectory(prefix="wmtp-") as temporary:

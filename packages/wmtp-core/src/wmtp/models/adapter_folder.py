@@ -26,7 +26,16 @@ from wmtp.storage.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from wmtp.storage.model_folders import localize_model
 from wmtp.storage.uris import file_path, scheme_of
 
-__all__ = ["SavedAdapter", "adapter_dtype", "find_base", "name_base", "need_peft", "read_adapter", "write_adapter"]
+__all__ = [
+    "SavedAdapter",
+    "adapter_dtype",
+    "find_base",
+    "has_remote_base",
+    "name_base",
+    "need_peft",
+    "read_adapter",
+    "write_adapter",
+]
 
 #: what WMTP knows of an adapter and PEFT's config has no place for
 _OWN_CONFIG: Final = "wmtp_adapter.json"
@@ -75,8 +84,13 @@ def name_base(uri: str, path: Path) -> BaseModelName:
     return BaseModelName(name=str(path.resolve()), uri=uri if scheme_of(uri) != "file" else str(path.resolve()))
 
 
-def find_base(folder: Path, base_uri: str | None) -> tuple[Path, BaseModelName]:
+def find_base(folder: Path, base_uri: str | None, storage: StorageConfig) -> tuple[Path, BaseModelName]:
     """Find the model of the adapter in ``folder``: where ``base_uri`` says, or under the name that the files have for it.
+
+    Args:
+        folder: of the adapter.
+        base_uri: the config's; None where it has none.
+        storage: how to reach the store of a URI.
 
     Raises:
         ConfigError: they have none, or nothing is there.
@@ -91,7 +105,7 @@ def find_base(folder: Path, base_uri: str | None) -> tuple[Path, BaseModelName]:
         if not isinstance(uri, str) or not uri:
             continue
         try:
-            uri, path = _locate(uri, folder, revision if uri == named else None)
+            uri, path = _locate(uri, folder, revision if uri == named else None, storage)
             return path, name_base(uri, path)
         except WMTPError as error:
             reasons.append(str(error))
@@ -102,9 +116,8 @@ def find_base(folder: Path, base_uri: str | None) -> tuple[Path, BaseModelName]:
     raise ConfigError(f"{folder} is an adapter, and its base is not found: {why}; {remedy}")
 
 
-def _locate(uri: str, folder: Path, revision: Any) -> tuple[str, Path]:
+def _locate(uri: str, folder: Path, revision: Any, storage: StorageConfig) -> tuple[str, Path]:
     """Localize a URI, a path (from here or from ``folder``), or a name of the hub; also return it as a URI."""
-    storage = StorageConfig()
     if scheme_of(uri) == "file":
         places = [file_path(uri), folder / uri]
         here = next((place for place in places if place.exists()), None)
@@ -116,6 +129,17 @@ def _locate(uri: str, folder: Path, revision: Any) -> tuple[str, Path]:
         else:
             uri = str(here.resolve())
     return uri, localize_model(uri, build_backends(storage), Path(storage.cache_dir).expanduser())
+
+
+def has_remote_base(folder: Path) -> bool:
+    """Tell whether the adapter in ``folder`` names its base by the URI of a store.
+
+    Raises:
+        WMTPError: a file is damaged.
+    """
+    file = folder / _OWN_CONFIG
+    uri = read_json_object(file).get("base_uri") if file.is_file() else None
+    return isinstance(uri, str) and scheme_of(uri) != "file"
 
 
 def read_adapter(folder: Path, base: BaseModelName) -> SavedAdapter:

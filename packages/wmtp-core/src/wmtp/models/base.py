@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from wmtp.config.schema import HeadsConfig
+    from wmtp.config.schema import HeadsConfig, StorageConfig
     from wmtp.models.adapter_folder import SavedAdapter
     from wmtp.models.untouched import Untouched
 
@@ -87,6 +87,10 @@ class LoadedModel:
 
 class ModelLoader(Contract, ABC, contract=True):
     """Turns a file or folder into a causal language model."""
+
+    def with_storage(self, storage: StorageConfig) -> ModelLoader:
+        """Return a loader that reaches stores by these options, where files name others by URI; the default names none."""
+        return self
 
     @abstractmethod
     def info(self, path: Path | None) -> ModelInfo:

@@ -14,7 +14,7 @@ from wmtp.config.places import build_backends
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError
 from wmtp.json_files import read_json_object
-from wmtp.models.adapter_folder import adapter_dtype
+from wmtp.models.adapter_folder import adapter_dtype, has_remote_base
 from wmtp.models.adapters import quantize_base
 from wmtp.models.build import build_model
 from wmtp.models.vocabulary import check_vocabulary
@@ -112,8 +112,8 @@ def load_model(
         ConfigError: there is no such model.
         WMTPError: files are missing, damaged or do not fit together.
     """
-    path, _ = find_model(name, storage)
-    model = _read(path, dtype).to(device)
+    path, run_dir = find_model(name, storage)
+    model = _read(path, dtype, _storage_for(path, run_dir, storage)).to(device)
     model.source = path
     return model
 
@@ -139,29 +139,44 @@ def open_model(
         ConfigError: there is no such model, or the tokenizer is not the model's.
         WMTPError: files are missing or damaged.
     """
-    path, run_dir = find_model(name, storage if storage is not None or config is None else config.storage)
+    storage = storage if storage is not None or config is None else config.storage
+    path, run_dir = find_model(name, storage)
     dtype = None if precision is None else {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model = load_weights(path, dtype).to(device)
+    model = load_weights(path, dtype, run_dir=run_dir, storage=storage).to(device)
     tokenizer = find_tokenizer(path, run_dir, config)
     check_vocabulary(model.vocab_size, tokenizer, key=os.fspath(name))
     return OpenedModel(name=os.fspath(name), path=path, model=model, tokenizer=tokenizer, run_dir=run_dir)
 
 
-def load_weights(path: Path, dtype: torch.dtype | None = None) -> MTPModel:
+def load_weights(
+    path: Path, dtype: torch.dtype | None = None, *, run_dir: Path | None = None, storage: StorageConfig | None = None
+) -> MTPModel:
     """Read the model at a local path with all its heads: on the CPU, in eval mode, without gradients.
 
     Args:
         path: a model folder, or a ``.gguf`` file.
         dtype: of the parameters. Default: as saved.
+        run_dir: of the run that it is from.
+        storage: how to reach the store of an adapter's base. Default: as the run did, or as without a config.
 
     Raises:
         WMTPError: files are missing or damaged.
     """
-    return _read(path, dtype).requires_grad_(False)
+    return _read(path, dtype, _storage_for(path, run_dir, storage)).requires_grad_(False)
 
 
-def _read(path: Path, dtype: torch.dtype | None) -> MTPModel:
-    model = build_model(_loader(path).load(path, dtype=dtype, seed=0), None, seed=0).eval()  # type: ignore[arg-type]
+def _storage_for(path: Path, run_dir: Path | None, storage: StorageConfig | None) -> StorageConfig:
+    """Return the options given; without any, those of the run whose adapter has its base in a store."""
+    from wmtp.config.load import load
+
+    given = storage or StorageConfig()
+    if given == StorageConfig() and run_dir is not None and is_adapter(path) and has_remote_base(path):
+        return load(run_dir / CONFIG_FILE).config.storage
+    return given
+
+
+def _read(path: Path, dtype: torch.dtype | None, storage: StorageConfig) -> MTPModel:
+    model = build_model(_loader(path).with_storage(storage).load(path, dtype=dtype, seed=0), None, seed=0).eval()  # type: ignore[arg-type]
     quantize_base(model)
     return model
 

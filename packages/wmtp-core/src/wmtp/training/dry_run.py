@@ -68,7 +68,10 @@ def dry_run(config: Config) -> dict[str, Any]:
 def _estimates(config: Config, source: Source, heads: HeadsConfig, device: torch.device, steps: int) -> dict[str, str]:
     """Estimate the memory and compare it with the device's; and the speed on GPUs, unless the run is to be elsewhere."""
     others = {
-        name: config.models[name].loader.build().info(source.place.path(config.models[name].loader, f"models.{name}"))
+        name: config.models[name]
+        .loader.build()
+        .with_storage(config.storage)
+        .info(source.place.path(config.models[name].loader, f"models.{name}"))
         for name in models_beside(config)
     }
     processes = config.launcher.processes

@@ -19,8 +19,8 @@ from wmtp.config.problems import dotted
 from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, HeadsConfig, LoraConfig, ModelConfig
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.models.base import LoadedModel, ModelInfo
-from wmtp.plugins.contract import ModelLoaderConfig, TrainerConfig
+from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
+from wmtp.plugins.contract import TrainerConfig
 from wmtp.plugins.provenance import provenance
 from wmtp.storage.model_files import is_adapter, quantization, quantized_problem
 from wmtp.storage.model_folders import LOADERS
@@ -82,11 +82,11 @@ def open_source(config: Config) -> Source:
     path = place.path(base.loader, "models.base")
     if path is not None and base.loader.type in LOADERS and (method := quantization(path)) is not None:
         raise ConfigError(f"models.base: {quantized_problem(path, method)}")
-    info = base.loader.build().info(path)
+    info = base.loader.build().with_storage(config.storage).info(path)
     if info.unsavable is not None and base.lora is None:  # the base of an adapter is not saved
         raise ConfigError(f"models.base: {info.unsavable}")
     if base.lora is not None:
-        _check_lora(base.loader, base.lora, path)
+        _check_lora(base.loader.build().with_storage(config.storage), base.lora, path)
     _check_length(info, config, "the model")
     _check_draft_vocabulary(info, config)
     _check_evaluators(info, config)
@@ -109,15 +109,14 @@ def open_source(config: Config) -> Source:
     return Source(place=place, model_path=path, model_info=info, rows=rows, tokenizer=tokenizer, dataset_paths=datasets)
 
 
-def _check_lora(loader: ModelLoaderConfig, lora: LoraConfig, path: Path | None) -> None:
+def _check_lora(loader: ModelLoader, lora: LoraConfig, path: Path | None) -> None:
     """Find what is to be adapted, on a model without weights."""
     from wmtp.models.adapters import resolve_targets
     from wmtp.models.loaders.hf import HfLoader
 
-    built = loader.build()
-    if not isinstance(built, HfLoader):  # `wmtp.config.adapter_rules` refuses others
-        raise ConfigError(f"models.base.lora: a model of type {loader.type!r} has no adapters")
-    base = built.empty(path)
+    if not isinstance(loader, HfLoader):  # `wmtp.config.adapter_rules` refuses others
+        raise ConfigError("models.base.lora: models of this type have no adapters")
+    base = loader.empty(path)
     resolve_targets(base, lora)
     if experts := sorted({name.rpartition(".")[2] for name, tensor in base.named_parameters() if tensor.ndim == 3}):
         logger.info(
@@ -207,7 +206,7 @@ def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Token
     key = f"models.{name}"
     loader = config.models[name].loader
     path = place.path(loader, key)
-    info = loader.build().info(path)
+    info = loader.build().with_storage(config.storage).info(path)
     if path is not None:
         compare_tokenizers(tokenizer, _own_tokenizer(config, path, key), key=key)
     check_vocabulary(info.vocab_size, tokenizer, own=path is not None, key=key)  # its tokens are those of its own
@@ -253,7 +252,7 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
         ConfigError: the heads do not fit the model, or its rows cannot hold several documents.
         WMTPError: the files are missing or damaged, or the trained model could not be saved.
     """
-    base, loader = config.models["base"], config.models["base"].loader.build()
+    base, loader = config.models["base"], config.models["base"].loader.build().with_storage(config.storage)
     stored = loader.open_stored(source.model_path, seed=config.run.seed) if base.lora is None else None
     if stored is not None and stored.model.dtype == torch.float32:
         return _build_base(config, source, stored)
@@ -301,7 +300,7 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device, tra
         if trained is not None and device == trained_on and is_start_model(config, name) and _has_start(trained, path, dtype):
             logger.info("models.%s: the trained model with its adapter off; there is no second one", name)
             return StartModel(trained)
-        loader = entry.loader.build()
+        loader = entry.loader.build().with_storage(config.storage)
         loaded = loader.open_stored(path, seed=config.run.seed) or loader.load(path, dtype=dtype, seed=config.run.seed)
         if loaded.stored is not None:  # else it has its type already, and perhaps an adapter to come
             # there it is tried out too, which needs numbers

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from wmtp.config.schema import HeadsConfig
+from wmtp.config.schema import HeadsConfig, StorageConfig
 from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.models.adapter_folder import adapter_dtype, find_base, need_peft, read_adapter
 from wmtp.models.adapters import BaseModelName, fingerprint
@@ -44,14 +44,30 @@ class HfLoader(ModelLoader):
         gguf_file: which ``.gguf`` file of the folder; None finds it.
         attn_implementation: the attention kernel; None leaves it to transformers.
         base_uri: of the model that an adapter belongs to; None: the one that the adapter names.
+        storage: how to reach the store of its URI. Default: as without a config.
     """
 
     def __init__(
-        self, *, gguf_file: str | None = None, attn_implementation: str | None = None, base_uri: str | None = None
+        self,
+        *,
+        gguf_file: str | None = None,
+        attn_implementation: str | None = None,
+        base_uri: str | None = None,
+        storage: StorageConfig | None = None,
     ) -> None:
         self._gguf_file = gguf_file
         self._attn_implementation = attn_implementation
         self._base_uri = base_uri
+        self._storage = storage or StorageConfig()
+
+    def with_storage(self, storage: StorageConfig) -> HfLoader:
+        """See `ModelLoader.with_storage`: the base of an adapter is found by these options."""
+        return HfLoader(
+            gguf_file=self._gguf_file,
+            attn_implementation=self._attn_implementation,
+            base_uri=self._base_uri,
+            storage=storage,
+        )
 
     def info(self, path: Path | None) -> ModelInfo:
         """See `ModelLoader.info`."""
@@ -169,7 +185,7 @@ class HfLoader(ModelLoader):
         return evolve(base, adapter=evolve(saved, state=state), **own)
 
     def _find_base(self, folder: Path) -> tuple[Path, BaseModelName]:
-        path, name = find_base(folder, self._base_uri)
+        path, name = find_base(folder, self._base_uri, self._storage)
         if is_adapter(path):
             raise FileError(f"{folder}: its base, {path}, is an adapter too; merge that first: wmtp export --format wmtp")
         return path, name
