@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,34 @@ def test_a_shard_outside_of_the_folder(folder: Path, name: object):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     refused(folder, "weight_map places a in .*, which is not the name of a file in its folder")
+
+
+def test_a_path_that_is_no_model(folder: Path):
+    for path, message in (
+        (folder / "model.safetensors", f"model.safetensors is a file; name its folder, {folder}, or a .gguf file"),
+        (folder.parent, "holds no config.json and no .gguf file: it is no model folder"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            check(path)
+    (folder / "config.json").rename(folder / "params.json")
+    with pytest.raises(ConfigError, match='write type = "meta-mtp"'):
+        check(folder)
+
+
+def test_conversations_for_a_model_without_a_chat_template(folder: Path):
+    (folder / "tokenizer_config.json").write_text("{}")
+    talk = folder.parent / "talk.jsonl"
+    talk.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    config = {
+        **ENOUGH,
+        "models": {"base": {"type": "hf", "uri": str(folder)}},
+        "datasets": {"talk": {"type": "chat", "uri": str(talk)}},
+    }
+    with pytest.raises(ConfigError, match=r"datasets.talk: holds conversations, and .* has no chat template"):
+        wmtp.check(config)
+    wmtp.check({**config, "data": {"train": {"chat_template": "{{ messages }}"}}})
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    wmtp.check(config)
 
 
 def test_several_gguf_files(tmp_path: Path):

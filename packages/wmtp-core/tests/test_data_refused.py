@@ -66,8 +66,9 @@ def test_many_bad_lines_are_cut_short(tmp_path):
     ],
 )
 def test_data_with_nothing_to_learn_is_an_error(tmp_path, records, options, message):
-    with pytest.raises(WMTPError, match=message):
+    with pytest.raises(WMTPError, match=message) as error:
         prepare_file(tmp_path, write_lines(tmp_path / "a.jsonl", records), **options)
+    assert error.value.exit_code == 2
 
 
 def test_text_that_is_no_unicode_is_a_bad_example(tmp_path):

@@ -25,21 +25,47 @@ ROOT = Path(__file__).parents[3]
         (["runn"], "invalid choice: 'runn'; did you mean 'run'?"),
         (["train", "a.toml"], "invalid choice: 'train'; did you mean 'run'?"),
         (["evaluate"], "invalid choice: 'evaluate'; did you mean 'eval'?"),
+        (["trian"], "error: argument COMMAND: invalid choice: 'trian'; did you mean 'run'?"),
         (["zzz"], "invalid choice: 'zzz' (choose from"),
         (["run", "a.toml", "--resum", "auto"], "unrecognized argument: --resum; did you mean '--resume'?"),
         (["run", "a.toml", "--dryrun"], "unrecognized argument: --dryrun; did you mean '--dry-run'?"),
         (
             ["run", "a.toml", "--learning_rate=1"],
-            "--learning_rate=1; a key of other tools; here it is optimizer.lr; in a config,",
+            "--learning_rate=1; a key of other tools; here it is optimizer.lr; in the recipe,",
+        ),
+        (["run", "a.toml", "--model", "m"], "--model; a key of other tools; here it is models.base.uri; in the recipe,"),
+        (["run", "a.toml", "--epochs=3"], "--epochs=3; it is a key of the recipe: --set train.epochs=VALUE"),
+        (["run", "a.toml", "--resume-from-checkpoint=x"], "here there is no key: wmtp run --resume RUN_DIR\n"),
+        (["run", "--config", "a.toml"], "--config; recipes are named without a flag"),
+        (["run", "a.toml", "--name", "x"], "--name; did you mean '--run-name'?"),
+        (["run", "a.toml", "train.epochs=3"], "a setting is given by --set train.epochs=3"),
+        (["run", "."], ".: is a directory; name a TOML file, as recipe.toml"),
+        (["run", "model"], 'this model folder goes into one, as models.base = { type = "hf", uri = "model" }'),
+        (["run", "first"], "first: is a directory; name a TOML file; to resume this run: --resume first"),
+        (
+            ["run", "data.jsonl"],
+            "data.jsonl:1: this is not TOML: Invalid statement (column 1); a recipe is a TOML file that names",
         ),
         (["generate", "m", "--device", "gpu"], "invalid choice: 'gpu'; did you mean 'cuda'?"),
         (["export", "m", "d", "--format", "medus"], "invalid choice: 'medus'; did you mean 'medusa'?"),
         (["cache", "prun"], "invalid choice: 'prun'; did you mean 'prune'?"),
     ],
 )
-def test_slips_on_the_command_line(words, hint, capsys):
+def test_slips_on_the_command_line(words, hint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "recipe.toml": "",
+        "data.jsonl": '{"text": "a"}\n',
+        "model/config.json": "{}",
+        "first/run.json": "{}",
+        "first/config.toml": "",
+    }.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
     assert main(words) == 2
-    assert hint in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert hint in said
+    assert said.splitlines()[-1].startswith("error: ")
 
 
 RECIPE = """\
@@ -66,10 +92,21 @@ type = "baseline-mtp"
         (["train.num_train_epochs=3"], "train.num_train_epochs: unknown key; a key of other tools; here it is train.epochs"),
         (["optimizer.learning_rate=1"], "optimizer.learning_rate: unknown key; a key of other tools; here it is optimizer.lr"),
         (["report_to=wandb"], "report_to: unknown key; a key of other tools; here it is tracker.type"),
-        (["train.gradient_accumulation_steps=4"], "data.train.batch_size is the rows of a whole step"),
-        (["data.train.per_device_train_batch_size=4"], "data.train.micro_batch_size those that a device computes at once"),
+        (["train.gradient_accumulation_steps=4"], "here it is data.train.batch_size, the rows of a whole step"),
+        (["data.train.per_device_train_batch_size=4"], "and data.train.micro_batch_size, those that a device computes at once"),
         (["data.train.max_lenght=4"], "data.train.max_lenght: unknown key; did you mean 'max_length'?"),
         (["data.train.max-length=4"], "data.train.max-length: unknown key; did you mean 'max_length'?"),
+        (["heads.horizon=4"], "heads: unknown key in this table; there is models.base.heads"),
+        (["train.batch_size=4"], "unknown key in this table; there is data.train.batch_size and data.eval.batch_size"),
+        (["models.base.heads=4"], "models.base.heads: must be a table, not 4; its keys: horizon, kind,"),
+        (["models.base.heads.kind=medusa"], "did you mean 'residual'?"),
+        (["trainer=focal"], "trainer: must be a table, not 'focal'; write { type = \"focal\" }"),
+        (["trainer.type=sft"], "did you mean 'baseline-mtp'?"),
+        (["datasets.py.type=csv"], "did you mean 'jsonl'?"),
+        (["datasets.py.type=alpaca"], "did you mean 'chat'?"),
+        (["tracker.type=none"], "did you mean 'jsonl'?"),
+        (["data.train.packing=True"], "data.train.packing: must be true or false, not 'True'; write true"),
+        (["train.max_steps=1e3"], "train.max_steps: must be a whole number, not 1000.0; write 1000"),
         (["schedule.max_steps=4"], "schedule.max_steps: unknown key; a key of other tools; here it is train.max_steps"),
     ],
 )

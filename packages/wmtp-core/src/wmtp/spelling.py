@@ -8,14 +8,30 @@ from typing import Final
 
 __all__ = ["did_you_mean", "nearest"]
 
-#: words of other tools for what has another name here; a hint only where that name is among the known ones
+#: words of other tools for what has another name here, or one of several: a hint only where that name is among the known ones
 _SYNONYMS: Final = {
     "gpu": "cuda",
     "apple": "mps",
     "float32": "fp32",
     "bfloat16": "bf16",
     "train": "run",
-    "sft": "run",
+    "sft": "run baseline-mtp",
+    "rho": "rho1-wmtp",
+    "rho-1": "rho1-wmtp",
+    "critic": "critic-wmtp",
+    "medusa": "residual",
+    "json": "jsonl",
+    "csv": "jsonl",
+    "tsv": "jsonl",
+    "parquet": "jsonl",
+    "arrow": "jsonl",
+    "completion": "jsonl",
+    "alpaca": "chat",
+    "sharegpt": "chat",
+    "messages": "chat",
+    "conversational": "chat",
+    "tb": "tensorboard",
+    "none": "jsonl constant",
     "finetune": "run",
     "fine-tune": "run",
     "evaluate": "eval",
@@ -51,6 +67,6 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """Write the question ``did you mean 'NAME'?``; None where no known name is like it or says the same."""
     names = list(known)
-    synonym = _SYNONYMS.get(name.lower())
-    close = synonym if synonym in names else nearest(name, names)
-    return None if close is None else f"did you mean '{close}'?"
+    meant = {word: here for word, others in _SYNONYMS.items() for here in others.split() if here in names}
+    close = meant.get(name.lower()) or nearest(name, [*names, *meant])
+    return None if close is None else f"did you mean '{meant.get(close, close)}'?"

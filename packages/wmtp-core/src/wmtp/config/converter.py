@@ -163,9 +163,11 @@ def _as_table(value: Any) -> Mapping[str, Any]:
 
 def _table(converter: cattrs.Converter, value: Any, cls: type[Any]) -> Any:
     """An attrs class: no unknown keys, no missing ones, every value checked, the class's own validators too."""
-    table = _as_table(value)
     attrs.resolve_types(cls)
     fields = {str(a.alias): a for a in attrs.fields(cls) if a.init}
+    if not isinstance(value, Mapping):
+        raise Problems.one(f"must be a table, not {values.shown(value)}; its keys: {', '.join(fields)}")
+    table = _as_table(value)
     former: Mapping[str, str] = getattr(cls, "former_keys", {})
     problems = [Problem((key,), former.get(key) or unknown_key(key, fields)) for key in table if key not in fields]
     arguments: dict[str, Any] = {}
@@ -251,6 +253,8 @@ def _is_component(type_: Any) -> bool:
 
 def _component(converter: cattrs.Converter, registry: Registry, value: Any, type_: Any) -> Any:
     mark: _Kind = next(mark for mark in type_.__metadata__ if isinstance(mark, _Kind))
+    if isinstance(value, str):
+        raise Problems.one(f'must be a table, not {values.shown(value)}; write {{ type = "{value}" }}')
     table = dict(_as_table(value))
     name = table.pop("type", mark.default_type)
     if name is None:

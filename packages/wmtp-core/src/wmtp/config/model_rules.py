@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Final
 
 from wmtp.config.problems import Problem
@@ -24,18 +25,25 @@ _NEEDS: Final = {"gptq": ("gptqmodel", "auto_gptq"), "awq": ("gptqmodel", "awq")
 def model_problems(config: Config) -> Iterator[Problem]:
     """Report problems of ``hf`` model folders, by their small files, and drafts from more tokens than a model has."""
     yield from _draft_vocabulary_problems(config)
+    yield from _template_problems(config)
     for name, model in config.models.items():
         loader = model.loader
         uri = loader.uri
         try:
-            if loader.type != "hf" or uri is None or scheme_of(uri) != "file" or not file_path(uri).is_dir():
+            if loader.type != "hf" or uri is None or scheme_of(uri) != "file" or not file_path(uri).exists():
                 continue
-            path = model_within(cached_snapshot(file_path(uri)))
+            path = file_path(uri)
+            if path.is_dir():
+                path = model_within(cached_snapshot(path))
         except ConfigError:  # said of the uri
             continue
         if getattr(loader, "gguf_file", None) is not None:
             continue
         key = ("models", name)
+        if problem := _no_model(path):
+            yield Problem((*key, "uri"), problem)
+        if not path.is_dir():
+            continue
         try:
             check_folder(path)
             method = quantization(path)
@@ -57,6 +65,53 @@ def model_problems(config: Config) -> Iterator[Problem]:
                 (*key, "uri"),
                 f"{path} is quantized ({method}), for which transformers needs {' or '.join(needed)}; install it, or use the "
                 "model in bf16 or fp32 that it was made from",
+            )
+
+
+def _no_model(path: Path) -> str | None:
+    """Say what is wrong with a path that holds no model at all."""
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return None
+        remedy = f"name its folder, {path.parent}" if (path.parent / "config.json").exists() else "name a model folder"
+        return f"{path} is a file; {remedy}, or a .gguf file"
+    if not path.is_dir() or (path / "config.json").exists() or is_adapter(path):
+        return None
+    if (path / "params.json").exists():
+        return (
+            f'{path} holds a params.json and no config.json; write type = "meta-mtp" if it is a multi-token checkpoint of Meta'
+        )
+    if any(path.glob("*.gguf")):
+        return None
+    return f"{path} holds no config.json and no .gguf file: it is no model folder"
+
+
+def _template_problems(config: Config) -> Iterator[Problem]:
+    """Report conversations for a model in a local folder whose files have no chat template."""
+    base = config.models.get("base")
+    if base is None or base.loader.type != "hf" or config.tokenizer is not None or config.data.train.chat_template is not None:
+        return
+    uri = base.loader.uri
+    try:
+        if uri is None or scheme_of(uri) != "file" or not (folder := model_within(cached_snapshot(file_path(uri)))).is_dir():
+            return
+        settings = folder / "tokenizer_config.json"
+        if not settings.is_file() or "chat_template" in read_json_object(settings):
+            return
+    except WMTPError:  # said where it is opened
+        return
+    if (
+        any(folder.glob("chat_template*"))
+        or any((folder / "additional_chat_templates").glob("*"))
+        or any(folder.glob("*.gguf"))
+    ):
+        return
+    for name, dataset in config.datasets.items():
+        if dataset.type == "chat":
+            yield Problem(
+                ("datasets", name),
+                f"holds conversations, and {folder} has no chat template; name its instruct model, or "
+                "set data.train.chat_template to a file with one, or to its text",
             )
 
 

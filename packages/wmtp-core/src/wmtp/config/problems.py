@@ -8,6 +8,7 @@ from typing import Final
 from attrs import frozen
 
 from wmtp.config.neighbours import known_elsewhere
+from wmtp.config.own_keys import own_places
 from wmtp.spelling import did_you_mean, nearest
 
 __all__ = ["KeyPath", "Problem", "Problems", "dotted", "unknown_key"]
@@ -60,8 +61,11 @@ class Problems(Exception):
 def unknown_key(name: str, known: Iterable[str]) -> str:
     """Write the message for a key that a table does not have."""
     names = list(known)
-    if nearest(name, names, cutoff=_ALMOST) is None and (elsewhere := known_elsewhere(name)):
-        return f"unknown key; {elsewhere}"
+    if nearest(name, names, cutoff=_ALMOST) is None:
+        if elsewhere := known_elsewhere(name):
+            return f"unknown key; {elsewhere}"
+        if places := own_places(name):
+            return f"unknown key in this table; there is {' and '.join(places)}"
     if hint := did_you_mean(name, names):
         return f"unknown key; {hint}"
     return f"unknown key; keys: {', '.join(names)}" if names else "unknown key; this table has no keys"

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import tomli
 
@@ -14,6 +14,8 @@ from wmtp.config.problems import KeyPath
 from wmtp.errors import ConfigError
 
 __all__ = ["FileSource", "TableSource"]
+
+_RECIPE: Final = "a recipe is a TOML file that names model and data, as `wmtp init` writes it"
 
 
 class FileSource:
@@ -28,9 +30,10 @@ class FileSource:
         try:
             raw = Path(path).expanduser().read_bytes()
         except FileNotFoundError:
-            raise ConfigError(f"{self.name}: there is no such file; the current directory is {Path.cwd()}") from None
+            hint = f"; a setting is given by --set {self.name}" if "=" in self.name else ""
+            raise ConfigError(f"{self.name}: there is no such file; the current directory is {Path.cwd()}{hint}") from None
         except IsADirectoryError:
-            raise ConfigError(f"{self.name}: is a directory; name a TOML file") from None
+            raise ConfigError(f"{self.name}: is a directory; name a TOML file{_in_folder(Path(path))}") from None
         except OSError as error:
             raise ConfigError(f"{self.name}: cannot be read: {error.strerror}") from None
         except ValueError:
@@ -44,7 +47,9 @@ class FileSource:
         try:
             self.data: dict[str, Any] = tomli.loads(self.text)
         except tomli.TOMLDecodeError as error:
-            raise ConfigError(f"{self.name}:{error.lineno}: this is not TOML: {error.msg} (column {error.colno})") from None
+            where = f"{self.name}:{error.lineno}: this is not TOML: {error.msg} (column {error.colno})"
+            hint = "" if Path(path).suffix == ".toml" else f"; {_RECIPE}"
+            raise ConfigError(f"{where}{hint}") from None
         except RecursionError:
             raise ConfigError(f"{self.name}: is nested too deeply") from None
 
@@ -123,6 +128,16 @@ class TableSource(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._data)
+
+
+def _in_folder(folder: Path) -> str:
+    """Say what to write in place of a folder, by what lies in it."""
+    if (folder / "run.json").exists():
+        return f"; to resume this run: --resume {folder}"
+    if (folder / "config.json").exists():
+        return f'; this model folder goes into one, as models.base = {{ type = "hf", uri = "{folder}" }}'
+    recipes = sorted(folder.glob("*.toml"))
+    return f", as {recipes[0]}" if len(recipes) == 1 else f"; {_RECIPE}"
 
 
 def _contains(data: Any, path: KeyPath) -> bool:

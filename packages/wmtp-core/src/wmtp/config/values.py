@@ -6,12 +6,14 @@ import enum
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from wmtp.config.problems import Problems
 from wmtp.spelling import did_you_mean
 
 __all__ = ["enum_member", "literal", "number", "said", "scalar", "shown", "wrong"]
+
+_BOOLEANS: Final = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
 
 
 def shown(value: Any) -> str:
@@ -33,6 +35,10 @@ def wrong(expected: str, value: Any) -> Problems:
     hint = ""
     if isinstance(value, str) and re.fullmatch(r"true|false|[+-]?[0-9.]+(e[+-]?[0-9]+)?", value):
         hint = " (a string: leave the quotes out)"
+    elif expected == "true or false" and isinstance(value, str) and (plain := _BOOLEANS.get(value.lower())):
+        hint = f"; write {plain}"
+    elif expected == "a whole number" and isinstance(value, float) and value.is_integer():
+        hint = f"; write {value:.0f}"
     elif expected == "a string" and isinstance(value, int | float):
         hint = " (put it in quotes)"
     return Problems.one(f"must be {expected}, not {shown(value)}{hint}")

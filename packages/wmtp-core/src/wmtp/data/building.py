@@ -166,7 +166,7 @@ class Building:
             what = f"it gives no example{place}; it is empty, or its settings leave nothing of it"
             if self._bad:
                 what = f"all {self._bad_count:,} examples are bad, the first: {self._bad[0]}"
-            raise WMTPError(f"datasets.{self.name}: {what}")
+            raise FileError(f"datasets.{self.name}: {what}")
 
     def _examples(self) -> Iterator[Example | BadExample]:
         examples = self.loader.examples(self.path)

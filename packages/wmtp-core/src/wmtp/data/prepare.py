@@ -16,7 +16,7 @@ from wmtp.config.schema import Config, TrainDataConfig
 from wmtp.data.cache import token_store
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.remarks import remarks, template_remark
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, FileError
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.chat_template import template_source
 
@@ -133,7 +133,7 @@ def _dataset(
             _log.log(level, "%s: %s: %s", key, name, line)
         _log.info("%s", _summary(f"{key}: {name}", alone))
         if not len(alone):
-            raise WMTPError(f"datasets.{name}: {_nothing_to_learn(alone, data.max_length)}")
+            raise FileError(f"datasets.{name}: {_nothing_to_learn(alone, data.max_length)}")
     if key == "data.train" and (line := template_remark(dict(zip(names, stores, strict=True)), tokenizer)) is not None:
         _log.warning("%s: %s", key, line)
     return TokenDataset(stores, names=names, **options)
@@ -181,7 +181,7 @@ def split_by_group(dataset: TokenDataset, share: float, seed: int, names: Sequen
         What is left to learn from, and what is held out.
 
     Raises:
-        WMTPError: there is only one group.
+        FileError: there is only one group.
     """
     keys = np.concatenate(
         [_mixed(hashes, f"{seed}\0{name}") for hashes, name in zip(dataset.group_hashes(), names, strict=True)]
@@ -189,7 +189,7 @@ def split_by_group(dataset: TokenDataset, share: float, seed: int, names: Sequen
     indices = np.unique(dataset.indices)
     groups, documents = np.unique(keys[indices], return_counts=True)
     if len(groups) < 2:
-        raise WMTPError(
+        raise FileError(
             f"data.eval.holdout: {', '.join(names)} has {len(indices)} document(s) in one group, which cannot be split;"
             " give data.eval.sources instead"
         )
