@@ -271,7 +271,7 @@ def test_files_that_cannot_be_read(tmp_path):
         file.write("a = 1".encode("utf-16"))
     found = problems("none.toml", str(tmp_path), "broken.toml", "latin.toml", "wide.toml")
     assert found[0] == f"none.toml: there is no such file; the current directory is {tmp_path}"
-    assert found[1] == f"{tmp_path}: is a directory; name a TOML file"
+    assert found[1].startswith(f"{tmp_path}: is a directory; name a TOML file; a recipe is")
     assert found[2].startswith("broken.toml:2: this is not TOML: ")
     assert found[3] == "latin.toml:2: is not UTF-8 text; save the file as UTF-8"
     assert found[4] == "wide.toml:1: is not UTF-8 text; it looks like UTF-16; save the file as UTF-8"
