@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--horizon", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--warmup", type=int, default=1, help="1 or more: a step is timed from the end of the one before")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     name = torch.cuda.get_device_name() if _CUDA else "cpu"
