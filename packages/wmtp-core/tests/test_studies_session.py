@@ -210,6 +210,17 @@ def test_a_comparison_of_a_metric_that_no_run_has_is_an_error_and_not_left_out(f
         study("study.toml", seeds=[0])
 
 
+def test_a_metric_that_no_run_has_is_said_where_an_arm_has_failed_too(folder):
+    (folder / "rho1").write_text("fail")
+    (folder / "study.toml").write_text(tomli_w.dumps({**STUDY, "study": {**STUDY["study"], "metrics": ["eval/los"]}}))
+    table = study("study.toml", seeds=[0]).table
+    assert "study.metrics: no finished run has 'eval/los'" in table.notes
+    assert (
+        table.sentence()
+        == "No two arms have a finished run with a metric that is compared yet, so there is nothing to compare."
+    )
+
+
 def test_one_seed_has_no_interval_and_that_is_said(folder):
     one = {**STUDY, "study": {**STUDY["study"], "seeds": [0]}}
     found = study(one, recipe="recipe.toml")

@@ -90,7 +90,8 @@ class StudyTable:
         """Say the headline in words."""
         row = self.headline
         if row is None or row.difference is None:
-            return "No two arms have a finished run with the same seed yet, so there is nothing to compare."
+            what = "a finished run with the same seed" if self.metrics else "a finished run with a metric that is compared"
+            return f"No two arms have {what} yet, so there is nothing to compare."
         if row.low is None or row.high is None:
             return (
                 f"{row.arm} − {row.to} in {row.metric}: {row.difference:+.4g}, from one seed: no interval, so nothing can be"
@@ -131,8 +132,10 @@ def make_table(plan: StudyPlan, records: Mapping[str, RunRecord]) -> StudyTable:
     arms = [_compared_arm(plan, arm) for arm in plan.arms if arm.compared]
     counting = [record for record in records.values() if record.name in known]
     found = by_arm(arms, counting)
-    metrics = _metrics(plan, [run for runs in found.values() for run in runs.values()], every_arm=all(found.values()))
-    return compare(arms, counting, metrics, [(arm.name, to.name, metric) for arm, to, metric in plan.comparisons])
+    finished = [run for runs in found.values() for run in runs.values()]
+    metrics, lacking = _metrics(plan, finished, every_arm=all(found.values()))
+    table = compare(arms, counting, metrics, [(arm.name, to.name, metric) for arm, to, metric in plan.comparisons])
+    return evolve(table, notes=[*(lacking if finished else ()), *table.notes])
 
 
 def _compared_arm(plan: StudyPlan, arm: Arm) -> Compared:
@@ -175,7 +178,8 @@ def compare(
     return StudyTable(rows=rows, metrics=list(metrics), notes=notes, seeds=seeds)
 
 
-def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) -> list[str]:
+def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) -> tuple[list[str], list[str]]:
+    """Choose the metrics; with a note of each that was named and that no run has yet, an error once every arm has a run."""
     there = list(dict.fromkeys(name for record in records for name in record.metrics))
     own = plan.file.config.study.metrics
     chosen: dict[str, None] = dict.fromkeys(() if own else measured(records))
@@ -183,8 +187,11 @@ def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) 
     for index, comparison in enumerate(plan.file.config.comparisons):
         if comparison.metric is not None:
             places.setdefault(comparison.metric, ("comparisons", index, "metric"))
+    lacking = []
     for pattern, path in places.items():
         matching = [name for name in there if name == pattern or (pattern in own and fnmatch.fnmatchcase(name, pattern))]
+        if not matching:
+            lacking.append(f"{dotted(path)}: no finished run has {pattern!r}")
         if not matching and every_arm:
             hint = did_you_mean(pattern, there)
             place = plan.file.document.source(path)
@@ -193,7 +200,7 @@ def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) 
             message = f"{dotted(path)}: no run has {pattern!r}; {hint or f'there is {some}'}"
             raise ConfigError(f"{where}: {message}" if where else message)
         chosen |= dict.fromkeys(matching)
-    return list(chosen)
+    return list(chosen), lacking
 
 
 def measured(records: Iterable[RunRecord]) -> list[str]:
