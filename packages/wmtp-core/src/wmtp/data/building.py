@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -140,7 +141,8 @@ class Building:
     def _write(self, writer: StoreWriter, building: Path) -> None:
         saved = time.monotonic()
         stops = self.on_bad_example == "error"
-        results = tokenized(self._examples(), self.renderer, check=self._check, stop_at_bad=stops)
+        check = partial(check_example, self.name, self.loader)
+        results = tokenized(self._examples(), self.renderer, check=check, stop_at_bad=stops)
         for result in results:
             self._done += 1
             if isinstance(result, BadExample):
@@ -174,9 +176,6 @@ class Building:
             title = loader_title(self.loader)
             raise PluginError(f"datasets.{self.name}: {title}: examples() returned {examples!r:.60}, not an iterator")
         return islice(examples, self._done, None)
-
-    def _check(self, example: Example) -> None:
-        check_example(self.name, self.loader, example)
 
 
 def stamps(loader: ExampleLoader, path: Path | None) -> dict[Path, tuple[int, ...]]:

@@ -107,17 +107,13 @@ class _Table:
 
     def __init__(self, columns: Mapping[str, _Column]) -> None:
         self.columns = columns
-        self._rows: list[tuple[float, ...]] = []
-
-    def append(self, row: tuple[float, ...]) -> None:
-        self._rows.append(row)
-        if len(self._rows) >= _FLUSH_ROWS:
-            self.flush()
+        self.rows: list[tuple[float, ...]] = []
 
     def flush(self) -> None:
-        for column, values in zip(self.columns.values(), zip(*self._rows, strict=True), strict=False):
+        """Hand the rows to the columns."""
+        for column, values in zip(self.columns.values(), zip(*self.rows, strict=True), strict=False):
             column.extend(values)
-        self._rows.clear()
+        self.rows.clear()
 
 
 class StoreWriter:
@@ -166,11 +162,14 @@ class StoreWriter:
             document: its tokens.
         """
         tokens, weights = document.tokens, document.weights
-        segment_end = self._end
+        segments, documents, segment_end = self._segments.rows, self._documents.rows, self._end
         for segment in document.segments:
             segment_end += segment.length
-            self._segments.append((segment_end, segment.kind, segment.scale))
-            self._has_scales |= segment.scale != 1.0
+            segments.append((segment_end, segment.kind, segment.scale))
+            if segment.scale != 1.0:
+                self._has_scales = True
+        if len(segments) >= _FLUSH_ROWS:
+            self._segments.flush()
         self._conversations += document.conversation
         if weights is not None and self._weights is None:
             self._weights = self._column("weights", "f")
@@ -185,7 +184,7 @@ class StoreWriter:
         name = f"[{', '.join(map(_json_text, texts))}]".encode()
         self._names.extend_bytes(name)
         self._name_end += len(name)
-        self._documents.append(
+        documents.append(
             (
                 self._end,
                 document.prompt_length,
@@ -195,6 +194,8 @@ class StoreWriter:
                 self._name_end,
             )
         )
+        if len(documents) >= _FLUSH_ROWS:
+            self._documents.flush()
         self._count += 1
 
     def _columns(self) -> dict[str, _Column]:
