@@ -75,19 +75,22 @@ def test_two_ranks_do_the_same_as_one(preloaded, script):
     assert "all equal" in run.stdout
 
 
-def test_ranks_read_their_own_parts_of_the_files(preloaded, tmp_path):
+@pytest.mark.parametrize("strategy", sampled(["full", "none"], 2))
+def test_ranks_read_their_own_parts_of_the_files(preloaded, tmp_path, strategy):
     """No rank holds the whole model in fp32, or reads more than it keeps; the numbers are those of one process."""
     env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-    command = ("--standalone", "--nproc-per-node=2", HERE / "ranks/loading.py", tmp_path)
+    command = ("--standalone", "--nproc-per-node=2", HERE / "ranks/loading.py", tmp_path, strategy)
     run = preloaded.run(*command, code=TORCHRUN, env=env, timeout=500)
     assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if "[rank0]" in line or "Error" in line)
     assert "all equal" in run.stdout
 
 
-def test_two_machines_of_two_ranks_do_the_same_as_one_rank(preloaded):
+@pytest.mark.parametrize("settings", sampled(["", "all"], 2), ids=["sample", "all"])
+def test_two_machines_of_two_ranks_do_the_same_as_one_rank(preloaded, settings):
     """``hybrid``: the same steps, gradients that cross the network once a step, and checkpoints that open in other layouts."""
     env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-    run = preloaded.run("--standalone", "--nproc-per-node=4", HERE / "ranks/hybrid.py", code=TORCHRUN, env=env, timeout=500)
+    command = ("--standalone", "--nproc-per-node=4", HERE / "ranks/hybrid.py", *settings.split())
+    run = preloaded.run(*command, code=TORCHRUN, env=env, timeout=500)
     assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if "[rank0]" in line or "Error" in line)
     assert "all equal" in run.stdout
 

@@ -83,7 +83,7 @@ def expected_to_move(stage, names):
 @pytest.mark.parametrize(
     ("precision", "tied", "packed", "checkpointing"),
     [
-        ("fp32", True, True, "none"),
+        pytest.param("fp32", True, True, "none", marks=pytest.mark.slow),
         pytest.param("bf16", True, False, "none", marks=pytest.mark.slow),
         pytest.param("bf16-params", False, False, "none", marks=pytest.mark.slow),
         ("bf16-params", True, True, "selective"),

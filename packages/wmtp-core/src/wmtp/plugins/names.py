@@ -10,7 +10,7 @@ import dis
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial, partialmethod
+from functools import cache, cached_property, partial, partialmethod
 from types import CodeType, FunctionType
 from typing import Any, Final
 
@@ -114,14 +114,15 @@ def hidden_names(cls: Any) -> Iterator[tuple[type, str, type]]:
 
 def loaded_names(members: Iterable[object]) -> set[str]:
     """Collect the attributes that functions, properties and what is inside them read, or name as a text."""
-    found: set[str] = set()
-    waiting = [function.__code__ for member in members for function in _functions_of(member)]
-    while waiting:
-        code = waiting.pop()
-        found |= {i.argval for i in dis.get_instructions(code) if i.opname in _LOADS}
-        found |= {constant for constant in code.co_consts if isinstance(constant, str)}
-        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return found
+    return {name for member in members for function in _functions_of(member) for name in _loaded_in(function.__code__)}
+
+
+@cache
+def _loaded_in(code: CodeType) -> frozenset[str]:
+    # cached: classes are checked several times in a run, and taking bytecode apart is most of that
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in _LOADS}
+    found |= {constant for constant in code.co_consts if isinstance(constant, str)}
+    return frozenset(found.union(*(_loaded_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))))
 
 
 def is_function(member: object) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Iterator
-from types import FunctionType
+from functools import cache
+from types import CodeType, FunctionType
 from typing import Any
 
 from wmtp.plugins.names import is_function, loaded_names, nearest_name, own_classes, takes
@@ -107,8 +108,13 @@ def _plain(member: object) -> object:
 
 def _returns_nothing(function: FunctionType) -> bool:
     """Tell whether every way out of a function returns None."""
+    return _code_returns_nothing(function.__code__)
+
+
+@cache
+def _code_returns_nothing(code: CodeType) -> bool:
     before, found = None, False
-    for instruction in dis.get_instructions(function):
+    for instruction in dis.get_instructions(code):
         if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
             return False
         if instruction.opname == "RETURN_VALUE" and not (before and before.opname == "LOAD_CONST" and before.argval is None):
@@ -122,8 +128,13 @@ def _reads(function: object, name: str, place: int) -> bool:
     """Tell whether a function reads the attribute ``name`` of its parameter at ``place``."""
     if not isinstance(function, FunctionType) or function.__code__.co_argcount <= place:
         return False
-    view, before = function.__code__.co_varnames[place], None
-    for instruction in dis.get_instructions(function):
+    return _code_reads(function.__code__, name, function.__code__.co_varnames[place])
+
+
+@cache
+def _code_reads(code: CodeType, name: str, view: str) -> bool:
+    before = None
+    for instruction in dis.get_instructions(code):
         if instruction.opname == "LOAD_ATTR" and instruction.argval == name and before is not None:
             loaded = before.argval[-1] if isinstance(before.argval, tuple) else before.argval
             if before.opname.startswith("LOAD_FAST") and loaded == view:
