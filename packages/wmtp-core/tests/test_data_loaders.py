@@ -63,6 +63,12 @@ def test_an_item_of_a_json_list_is_named_by_its_number(tmp_path):
     assert str(read(Jsonl(uri=""), tmp_path / "a.json")[1]) == f"{tmp_path / 'a.json'}: item 2: not a JSON object but a number"
 
 
+def test_a_prompt_may_be_the_group(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines({"prompt": "p", "completion": "a"}, {"prompt": "p", "completion": "b"}))
+    config = Jsonl(uri="", keys={"group": "prompt", "id": "completion"})
+    assert [(example.id, example.group) for example in good(config, tmp_path / "a.jsonl")] == [("a", "p"), ("b", "p")]
+
+
 def test_keys_may_have_other_names(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines({"question": "1+1", "answer": "2", "text": "not read", "score": 0.5, "qid": 3}))

@@ -33,6 +33,7 @@ _BEGINNINGS: Final = {
     b"\xfe\xff": "UTF-16",
 }
 _HEAD: Final = 8
+_raw_decode: Final = json.JSONDecoder().raw_decode
 
 
 def given_path(path: Path | None) -> Path:
@@ -115,7 +116,7 @@ def _json_lines(path: Path) -> Iterator[Record | BadExample]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))  # else a cut line's fault is in column 1 of the next
+                value = _json_value(line.rstrip(b"\r\n").decode("utf-8"))  # else a cut line's fault is in column 1 of the next
             except UnicodeDecodeError as error:
                 yield BadExample(where, f"not valid UTF-8 (byte {error.start + 1} of the line)")
             except json.JSONDecodeError as error:
@@ -124,6 +125,15 @@ def _json_lines(path: Path) -> Iterator[Record | BadExample]:
                 yield BadExample(where, f"not valid JSON: {error}")
             else:
                 yield _record(where, value, escapes=b"\\u" in line)
+
+
+def _json_value(text: str) -> Any:
+    """Parse as `json.loads` does, which takes twice as long for a short text."""
+    if text.startswith("{"):
+        value, end = _raw_decode(text)
+        if end == len(text):
+            return value
+    return json.loads(text)
 
 
 def _looks_like(line: bytes, number: int) -> str:

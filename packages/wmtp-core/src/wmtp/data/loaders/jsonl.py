@@ -39,6 +39,7 @@ class JsonlLoader(RecordLoader):
         super().__init__(split)
         self._keys = {field: field for field in FIELDS} | dict(keys or {})
         self._content = (self._keys["text"], self._keys["prompt"], self._keys["completion"])
+        self._texts_apart = not any(name in self._content for field, name in self._keys.items() if field not in FIELDS[:3])
         # a field that is not to be read is meant to be left out
         self._read = {name or field for field, name in self._keys.items()}
 
@@ -56,6 +57,10 @@ class JsonlLoader(RecordLoader):
                     needed = f'needs "{prompt}" and "{completion}", or "{text}"'
                     raise BadExample(where, f'no "{key}"; {needed}; {_keys_of(record)}{self._instead(record)}')
             pair = (text_field(where, record, prompt), text_field(where, record, completion))
+        if self._texts_apart and len(record) == (1 if text in record else 2):  # many millions of records have no label
+            name = where.rpartition("/")[2]
+            yield Example(id=name, prompt=pair[0], completion=pair[1], group=name, where=where)
+            return
         example_id = name_field(record, keys["id"]) or where.rpartition("/")[2]
         unread = unread_keys(record, self._content, self._read)
         yield Example(
