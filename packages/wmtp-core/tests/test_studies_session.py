@@ -19,7 +19,7 @@ from wmtp.actions import study_pool
 from wmtp.cli import main
 from wmtp.errors import ConfigError
 
-# What a run is to do is asked of a file with the name of its arm: fail, kill (its own process), hang.
+# What a run is to do is asked of a file with the name of its arm: fail, kill (its own process), hang, between (two runs).
 WORKER = """
 import json, os, signal, sys, time, tomli
 for line in sys.stdin:
@@ -34,7 +34,7 @@ for line in sys.stdin:
         os.kill(os.getpid(), signal.SIGKILL)
     answer = {"status": "failed", "error": "the loss became infinite"}
     try:
-        if todo == "hang":
+        if todo in ("hang", "between"):
             open("hangs", "w").close()
             time.sleep(60)
         if todo != "fail":
@@ -49,6 +49,8 @@ for line in sys.stdin:
             open(run + "/metrics.jsonl", "w").write(json.dumps(line) + chr(10))
             answer = {"status": "finished", "error": None}
     except KeyboardInterrupt:
+        if todo == "between":  # as where a worker has not begun with the run that it was told
+            sys.exit()
         answer = {"status": "interrupted", "error": None}
     print(json.dumps(answer), flush=True)
     if answer["status"] != "finished":
@@ -161,8 +163,9 @@ def test_a_process_that_dies_takes_one_run_with_it(folder):
     assert len(found.finished) == 2
 
 
-def test_ctrl_c_waits_for_the_runs_and_begins_no_other(folder):
-    (folder / "rho1").write_text("hang")
+@pytest.mark.parametrize("todo", ["hang", "between"])
+def test_ctrl_c_waits_for_the_runs_and_begins_no_other(folder, todo):
+    (folder / "rho1").write_text(todo)
     script = folder / "go.py"
     script.write_text(
         "import sys\nfrom wmtp.actions import study_pool\nfrom wmtp.cli import main\n"

@@ -188,7 +188,7 @@ class Pool:
         except (BrokenPipeError, ValueError):
             pass
         code = worker.wait()
-        if self._stops and code < 0:
+        if self._stops and code <= 0:  # Ctrl-C came before the worker had begun with the run
             return {"status": "interrupted", "error": None}
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if code == -signal.SIGKILL:
