@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import write_recipe
 from crossings import sampled
+from damage import of_bytes, of_values, said_by
 
 from wmtp.cli import main
 from wmtp.data.store import TokenStore
@@ -24,7 +23,6 @@ from wmtp.runs.directory import replace_text
 from wmtp.training.telemetry import StepFile
 
 _SHORT = ("train.max_steps=6", "train.eval_interval=3", "checkpoints.save_interval=3", "models.base.heads.warmup_steps=0")
-_STRANGE = (None, "x", [], {}, -1, 10**400, [[1]], {"a": 1}, True, 1.5, 10**18)
 
 
 @pytest.fixture(scope="module")
@@ -35,51 +33,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [word for setting in _SHORT for word in ("--set", setting)]
     assert main(["run", str(recipe), "--run-name", "one", *words]) == 0
     return folder
-
-
-def _bytes(rng: random.Random, text: bytes) -> Iterator[tuple[str, bytes]]:
-    """Damage that a disk, a copy or another program does to any file."""
-    flipped = bytearray(text)
-    flipped[rng.randrange(len(text))] ^= 1 << rng.randrange(8)
-    yield "empty", b""
-    yield "cut", text[: rng.randrange(1, len(text))]
-    yield "deep list", b"[" * 200_000
-    yield "deep object", b'{"a":' * 100_000
-    yield "UTF-16", b"\xff\xfe" + text
-    yield "null", b"null\n"
-    yield "list", b"[1, 2]\n"
-    yield "number", b"1e999\n"
-    yield "bit", bytes(flipped)
-    yield "zeros", bytes(len(text))
-
-
-def _values(rng: random.Random, text: bytes) -> Iterator[tuple[str, bytes]]:
-    """Valid JSON in which one value is of another type, or missing."""
-    records = [json.loads(line) for line in text.splitlines()] if text.count(b"\n{") > 1 else [json.loads(text)]
-    holders: list[tuple[Any, Any]] = []
-
-    def walk(value: Any) -> None:
-        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-            holders.append((value, key))
-            walk(value[key])
-
-    for record in records:
-        walk(record)
-    outer = [holder for holder in holders if any(holder[0] is record for record in records)]
-    holder, key = rng.choice(outer if rng.random() < 0.5 else holders)
-    if isinstance(holder, dict) and rng.random() < 0.3:
-        del holder[key]
-        yield f"without {key}", "".join(json.dumps(record) + "\n" for record in records).encode()
-    else:
-        holder[key] = rng.choice(_STRANGE)
-        yield f"{key} = {holder[key]!r:.20}", "".join(json.dumps(record) + "\n" for record in records).encode()
-
-
-def _said(words: list[str]) -> tuple[int, str]:
-    said = io.StringIO()
-    with redirect_stdout(io.StringIO()), redirect_stderr(said):
-        code = main(words)
-    return code, said.getvalue()
 
 
 def _commands(run: Path) -> list[list[str]]:
@@ -102,13 +55,13 @@ def _attack(folder: Path, seed: int, commands: Callable[[Path], list[list[str]]]
     files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".jsonl", ".toml") and path.stat().st_size]
     for file in files:
         text = file.read_bytes()
-        cases = [*_bytes(rng, text), *(case for _ in range(4) if file.suffix != ".toml" for case in _values(rng, text))]
+        cases = [*of_bytes(rng, text), *(case for _ in range(4) if file.suffix != ".toml" for case in of_values(rng, text))]
         for name, content in cases:
             for words in commands(run):
                 if rng.random() > share:
                     continue
                 file.write_bytes(content)
-                code, said = _said(words)
+                code, said = said_by(words)
                 is_named = code == 0 or file.name in said or file.parent.name in said
                 if code not in (0, 2) or "--debug" in said or "Traceback" in said or not is_named:
                     wrong.append(f"{words[0]}: {file.relative_to(folder)}, {name}: {code}: {said[-300:]}")
@@ -150,7 +103,7 @@ def test_an_end_token_that_is_none_is_named(trained: Path, tmp_path: Path, value
     model = tmp_path / "model"
     shutil.copytree(trained / "runs/one/model", model)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
-    code, said = _said(["generate", str(model), "--prompt", "x", "--max-new-tokens", "2"])
+    code, said = said_by(["generate", str(model), "--prompt", "x", "--max-new-tokens", "2"])
     assert code == 2
     assert "generation_config.json: is damaged: eos_token_id is" in said
 
@@ -171,7 +124,7 @@ def test_a_token_store_with_a_wrong_value_is_none(trained: Path, tmp_path: Path,
 def test_a_damaged_config_of_a_run_ends_its_resume_with_2(trained: Path, tmp_path: Path) -> None:
     run = _copy(trained, tmp_path) / "runs/one"
     (run / "config.toml").write_text("[run")
-    code, said = _said(["run", "--resume", str(run)])
+    code, said = said_by(["run", "--resume", str(run)])
     assert code == 2
     assert "config.toml: is damaged: " in said
 
