@@ -152,12 +152,68 @@ def test_what_is_no_adapter_of_lora_is_refused(base, tmp_path):
     content = json.loads(file.read_text())
     for change, said in (
         ({"peft_type": "IA3"}, "of type IA3, and WMTP opens LORA"),
-        ({"modules_to_save": ["lm_head"]}, "changes more than LoRA's matrices"),
-        ({"bias": "all"}, "changes more than LoRA's matrices"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, r"more than LoRA's two matrices a linear map \(bias = 'all'\)"),
+        ({"lora_bias": True}, "lora_bias = True"),
+        ({"target_parameters": ["mlp.gate_proj.weight"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
+        ({"r": 0}, "r = 0 and lora_alpha = 4"),
+        ({"r": "4"}, "r = '4' and lora_alpha = 4"),
+        ({"lora_alpha": None}, "lora_alpha = None"),
     ):
         file.write_text(json.dumps(content | change))
         with pytest.raises(WMTPError, match=said):
             HfLoader().info(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "targets", "said"),
+    [
+        ({"target_modules": "all-linear"}, "all-linear", None),
+        ({"target_modules": r".*\.q_proj"}, ["q_proj"], None),
+        ({"target_modules": r".*\.q_proj"}, ["v_proj"], r"\['v_proj'\], but .* has \['\.\*"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, ["model.layers.0.self_attn.q_proj"], None),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+            ["q_proj"],
+            r"has \['model\.layers\.0\.self_attn\.q_proj'\]",
+        ),
+        ({"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["o_proj"]}, ["q_proj"], None),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 3}, "lora_dropout": 0.1}, ["q_proj"], None),
+        ({"target_modules": ["q_proj", "lm_head"]}, ["q_proj"], r"the adapter is on lm_head too"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, ["q_proj"], r"the adapter is on model\.embed_tokens too"),
+    ],
+)
+def test_the_targets_of_an_adapter_are_the_maps_that_it_is_on(base, tmp_path, caplog, settings, targets, said):
+    """However PEFT writes them; PEFT's own all-linear is the whole name of each map."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, **settings)
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    lora = LoraConfig(rank=2, targets=targets if isinstance(targets, str) else tuple(targets))
+    loaded = HfLoader().load(tmp_path, dtype=torch.float32, seed=0)
+    if said is not None:
+        with pytest.raises(WMTPError, match=said):
+            build_model(loaded, HeadsConfig(horizon=2), 0, lora=lora)
+        return
+    with caplog.at_level("INFO", "wmtp"):
+        model = build_model(loaded, HeadsConfig(horizon=2), 0, lora=lora)
+    torch.testing.assert_close(model.logits(model(IDS), 1), theirs(input_ids=IDS).logits)
+    assert ("had dropout 0.1; it goes on without" in caplog.text) == ("lora_dropout" in settings)
+    assert ("keeps its rank_pattern: {'q_proj': 3}" in caplog.text) == ("rank_pattern" in settings)
+
+
+def test_targets_that_are_nowhere_are_said(base, tmp_path):
+    make(base).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    content = json.loads(file.read_text())
+    for targets, said in ((["gone"], r"targets of the adapter \(gone\) are nowhere"), ("(", "are no pattern")):
+        file.write_text(json.dumps(content | {"target_modules": targets}))
+        with pytest.raises(WMTPError, match=said):
+            load_model(tmp_path)
 
 
 @pytest.mark.parametrize("heads", ["full", "adapters"])

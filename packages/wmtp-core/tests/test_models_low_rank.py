@@ -1,5 +1,6 @@
 """Adapted linear maps as one operator."""
 
+import logging
 import warnings
 
 import pytest
@@ -17,6 +18,14 @@ from wmtp.models.quantized import Linear4Bit
 
 peft = pytest.importorskip("peft")
 from wmtp.models.low_rank_layers import AdaptedLinear  # noqa: E402
+
+
+def test_a_warning_about_what_is_intended_is_silenced(base, caplog):
+    accelerate(make(base), DevicesConfig(activation_checkpointing="selective"))
+    log = logging.getLogger("torch._higher_order_ops.wrap")
+    log.warning("\nDetected that context_fn is passed to torch.utils.checkpoint under torch.compile.")
+    log.warning("other")
+    assert [record.message for record in caplog.records if record.name == log.name] == ["other"]
 
 
 @pytest.mark.parametrize("kind", ["plain", "nf4"])

@@ -4,7 +4,7 @@ import pytest
 from attrs import evolve
 
 from wmtp.config.load import load_config
-from wmtp.config.schema import DevicesConfig, Fp8Config, FsdpConfig, HeadsConfig
+from wmtp.config.schema import DevicesConfig, Fp8Config, FsdpConfig, HeadsConfig, LoraConfig, ModelConfig
 from wmtp.errors import WMTPError
 from wmtp.models.build import build_model
 from wmtp.models.config import HfModel, ScratchModel
@@ -49,6 +49,27 @@ def test_it_is_near_what_runs_on_an_h200_took(vocab, devices, measured):
     wanted = evolve(wanted, devices=DevicesConfig(precision="bf16-params", **devices))
     info = evolve(ONE_BILLION, vocab_size=vocab).build().info(None)
     assert estimate_memory(wanted, info, HeadsConfig(horizon=4)).total / 2**30 == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "mode", "batch", "measured"),
+    [
+        (None, "none", 2, 39.2),
+        (None, "selective", 2, 34.2),
+        ("nf4", "selective", 2, 25.5),
+        ("nf4", "selective", 1, 19.6),
+        ("nf4", "full", 4, 17.5),
+    ],
+)
+def test_it_is_near_what_adapters_on_a_7b_shape_took_on_an_h200(quantize, mode, batch, measured):
+    """bench/lora.py: four block heads that learn in full, rank 16 on every linear map, rows of 2,048, compiled."""
+    shape = ScratchModel(vocab_size=32_000, hidden_size=4096, layers=32, attention_heads=32, intermediate_size=11_008)
+    info = outline(shape)
+    assert info is not None
+    lora = ModelConfig(loader=HfModel(uri="x"), lora=LoraConfig(rank=16), quantize=quantize)
+    devices = DevicesConfig(device="cuda", precision="bf16-params", compile=True, activation_checkpointing=mode)
+    wanted = evolve(config(batch_size=batch, micro_batch_size=batch), models={"base": lora}, devices=devices)
+    assert estimate_memory(wanted, info, HeadsConfig(horizon=4)).total / 2**30 == pytest.approx(measured, rel=0.08)
 
 
 def test_inputs_of_layers_wait_on_the_host():

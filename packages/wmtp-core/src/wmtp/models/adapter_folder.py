@@ -163,7 +163,7 @@ def read_adapter(folder: Path, base: BaseModelName) -> SavedAdapter:
         state = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
         raise FileError(f"{folder}: the adapter cannot be read: {error}") from error
-    config.lora_dropout, config.inference_mode = 0.0, False
+    config.inference_mode = False
     known, in_heads = own.get("base_fingerprint"), own.get("heads") == "adapters"
     return SavedAdapter(
         folder=folder, config=config, state=state, base=base, fingerprint=known, quantize=quantize, in_heads=in_heads

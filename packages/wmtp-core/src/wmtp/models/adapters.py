@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ __all__ = [
     "BaseModelName",
     "adapter_off",
     "check_same",
+    "check_targets",
     "fingerprint",
     "inject",
     "is_adapter_name",
@@ -50,6 +52,7 @@ __all__ = [
 #: peft's name of the one adapter
 _NAME = "default"
 _SAMPLES = 64
+_log = logging.getLogger("wmtp")
 
 
 @frozen(kw_only=True)
@@ -197,6 +200,7 @@ def put_on(
         ConfigError: no target is in the heads.
     """
     numbers = known or fingerprint(model.base)
+    config.lora_dropout = 0.0  # weights and loss of a step are of one forward pass
     with seeded(seed):
         inject(model.base, config, state)
         if in_heads:
@@ -280,8 +284,9 @@ def check_same(config: Any, lora: LoraConfig, base: PreTrainedModel, source: obj
         "rslora": (wanted.use_rslora, config.use_rslora),
         "heads": (lora.heads, "adapters" if in_heads else "full"),
     }
-    if not isinstance(config.target_modules, str):
-        own["targets"] = (sorted(wanted.target_modules), sorted(config.target_modules))
+    if (names := _matched(base, config)) != _matched(base, wanted):
+        known = sorted(wanted.target_modules), _short(config.target_modules)
+        own["targets"] = known if known[0] != known[1] else (known[0], sorted(names))  # of some layers alone
     problems = [
         f"models.base.lora.{key}: {new!r}, but the adapter in {source} has {old!r}; write that, or merge it first: "
         "wmtp export --format wmtp"
@@ -290,6 +295,52 @@ def check_same(config: Any, lora: LoraConfig, base: PreTrainedModel, source: obj
     ]
     if problems:
         raise ConfigError(problems)
+    if config.lora_dropout:
+        _log.info("models.base.lora: the adapter in %s had dropout %s; it goes on without", source, config.lora_dropout)
+    for key in ("rank_pattern", "alpha_pattern"):
+        if pattern := getattr(config, key):
+            _log.info("models.base.lora: the adapter in %s keeps its %s: %s", source, key, pattern)
+
+
+def check_targets(config: Any, base: PreTrainedModel, source: object) -> None:
+    """Refuse an adapter from files that is on other parts of a model than linear maps of its decoder layers.
+
+    Args:
+        config: peft's.
+        base: the model, before the adapter is on it.
+        source: what messages call the adapter.
+
+    Raises:
+        WMTPError: it is, or its targets are nowhere in the model.
+    """
+    if config.target_modules == "all-linear":  # which peft means so
+        return
+    names = _matched(base, config)
+    targets = ", ".join(_short(config.target_modules))
+    if not names:
+        raise WMTPError(f"{source}: the targets of the adapter ({targets}) are nowhere in its base")
+    layers = find_layers(base, base.base_model, lambda reason: ConfigError(f"{source}: {reason}"))
+    inside = {id(module) for module in layers.modules()}
+    if others := sorted(name for name in names if id(base.get_submodule(name)) not in inside):
+        raise WMTPError(
+            f"{source}: the adapter is on {', '.join(others)} too, and all heads share what is outside of the decoder layers; "
+            "merge it into its base with PEFT's merge_and_unload(), and name the folder that you save then"
+        )
+
+
+def _matched(base: nn.Module, config: Any) -> set[str]:
+    """Name the modules that an adapter is on."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    try:
+        return {name for name, _ in base.named_modules() if name and check_target_module_exists(config, name)}
+    except re.error as error:
+        raise WMTPError(f"the targets of the adapter, {config.target_modules!r}, are no pattern: {error}") from error
+
+
+def _short(targets: Any) -> list[str]:
+    """Shorten targets for a message: PEFT writes all-linear as the whole name of each map."""
+    return [targets] if isinstance(targets, str) else sorted({name.rpartition(".")[2] for name in targets or ()})
 
 
 def _fill(base: nn.Module, state: Mapping[str, Tensor]) -> None:

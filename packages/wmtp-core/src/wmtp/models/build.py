@@ -13,7 +13,7 @@ from torch import Tensor
 from wmtp.config.adapter_rules import adapted_heads_problem
 from wmtp.config.schema import HeadsConfig, LoraConfig
 from wmtp.errors import ConfigError
-from wmtp.models.adapters import BaseModelName, check_same, make_peft_config, put_on, quantize_base, split_state
+from wmtp.models.adapters import BaseModelName, check_same, check_targets, make_peft_config, put_on, quantize_base, split_state
 from wmtp.models.base import LoadedModel
 from wmtp.models.mtp import MTPModel
 from wmtp.models.native.found import Native
@@ -73,6 +73,7 @@ def build_model(
     model.untouched = untouched
     model.draft_ids = loaded.draft_ids if resolved.horizon > 1 else None
     if brought is not None:
+        check_targets(brought.config, loaded.model, brought.folder)
         if lora is not None:
             check_same(brought.config, lora, loaded.model, brought.folder, in_heads=brought.in_heads)
             if quantize != brought.quantize:

@@ -37,6 +37,18 @@ GENERATION_CONFIG: Final = "generation_config.json"
 _INDEXES: Final = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin", *_INDEXES)
 #: configs of quantization that older programs wrote beside config.json, and the method
+#: fields of PEFT's config that change what an adapter computes or holds, with the values by which they do not
+_PLAIN_LORA: Final = {
+    "bias": (None, "none"),
+    "lora_bias": (None, False),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (None, False),
+    "use_bdlora": (None, False),
+} | dict.fromkeys(("arrow_config", "kasa_config", "megatron_config", "monteclora_config", "velora_config"), (None, {}))
 _OLD_QUANTIZATION: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _FP8: Final = ("float8_e4m3fn", "float8_e5m2")
 
@@ -91,9 +103,16 @@ def _check_adapter(folder: Path) -> None:
     remedy = "merge it into its base with PEFT's merge_and_unload(), and name the folder that you save then"
     if (kind := content.get("peft_type")) != "LORA":
         raise FileError(f"{folder}: holds an adapter of type {kind}, and WMTP opens LORA; {remedy}")
-    for key, plain in (("modules_to_save", (None, [])), ("bias", (None, "none")), ("trainable_token_indices", (None, [], {}))):
+    for key, plain in _PLAIN_LORA.items():
         if (value := content.get(key)) not in plain:
-            raise FileError(f"{folder}: its adapter changes more than LoRA's matrices ({key} = {value!r}); {remedy}")
+            raise FileError(
+                f"{folder}: its adapter is more than LoRA's two matrices a linear map ({key} = {value!r}); {remedy}"
+            )
+    rank, alpha = content.get("r"), content.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        raise FileError(
+            f"{folder / ADAPTER_CONFIG}: r = {rank!r} and lora_alpha = {alpha!r} are those of no adapter; fetch it again"
+        )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise FileError(f"{folder}: holds an {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}")
 
