@@ -312,6 +312,12 @@ def _arrow(opened):
         ("a.json", lzma.compress(b"[]"), r"is compressed; name it a\.json\.xz"),
         ("a.csv", "text\nä".encode("utf-16"), r"is text in UTF-16; save it in UTF-8"),
         ("a.jsonl", '{"text": "ä"}'.encode("utf-16"), r"is text in UTF-16; save it in UTF-8"),
+        (
+            "a.parquet",
+            b"version https://git-lfs.github.com/spec/v1",
+            r"a pointer of Git LFS, .*; run git lfs pull",
+        ),
+        ("a.csv", b"\n<!DOCTYPE html><html>", r"is a web page \(HTML\), not the data itself"),
         ("a.parquet", b'{"text": "a"}', r"is JSON by its content; name it \.jsonl"),
         ("a.arrow.gz", gzip.compress(b'{"text": "a"}', mtime=0), r"is JSON by its content; name it \.jsonl"),
         (
@@ -336,6 +342,13 @@ def test_a_file_of_another_format_is_refused_at_once(tmp_path, name, content, me
     write(tmp_path, name, content=content)
     with pytest.raises(InputError, match=message):
         list(read_records([tmp_path / name]))
+
+
+def test_the_last_shard_is_looked_at_before_the_first_is_read(tmp_path):
+    write(tmp_path, "0.jsonl", "1.jsonl")
+    write(tmp_path, "2.jsonl", content=b"<html>")
+    with pytest.raises(InputError, match=r"2\.jsonl: is a web page"):
+        next(Jsonl(uri=str(tmp_path)).build().first_examples(tmp_path))
 
 
 def test_a_line_that_is_too_long_is_refused_and_the_next_is_read(tmp_path, monkeypatch):

@@ -32,7 +32,13 @@ _BEGINNINGS: Final = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-_HEAD: Final = 8
+#: what a download gives in place of the file, as its text begins in small letters
+_OTHERS: Final = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the data itself; run git lfs pull",
+    b"<!doctype html": "is a web page (HTML), not the data itself; download the file behind it",
+    b"<html": "is a web page (HTML), not the data itself; download the file behind it",
+}
+_HEAD: Final = 32
 _raw_decode: Final = json.JSONDecoder().raw_decode
 
 
@@ -56,17 +62,28 @@ def read_records(files: Sequence[Path]) -> Iterator[Record | BadExample]:
     Raises:
         WMTPError: a file cannot be read as a whole: it is missing, truncated, or not of the format that its name says.
     """
+    _check_contents(files)
     readers = {".jsonl": _json_lines, ".json": _json, ".csv": csv_rows, ".tsv": csv_rows, ".arrow": arrow_rows}
     for file in files:
         with readable(file):
-            _check_content(file)
             yield from readers.get(format_of(file) or "", parquet_rows)(file)
 
 
-def _check_content(file: Path) -> None:
-    """Refuse a file that begins as one of another format than its name says."""
-    with open_binary(file) as stream:
-        head = stream.read(_HEAD)
+def _check_contents(files: Sequence[Path]) -> None:
+    """Refuse files that begin as those of another format than their names say.
+
+    Raises:
+        InputError: naming the first of them.
+        WMTPError: a file cannot be read.
+    """
+    for file in files:
+        with readable(file), open_binary(file) as stream:
+            _check_content(file, stream.read(_HEAD))
+
+
+def _check_content(file: Path, head: bytes) -> None:
+    if problem := next((said for begin, said in _OTHERS.items() if head.lstrip().lower().startswith(begin)), None):
+        raise InputError("uri", f"{file}: {problem}")
     wanted = format_of(file)
     found = next((name for begin, name in _BEGINNINGS.items() if head.startswith(begin)), None)
     if wanted in _TABLES:
