@@ -48,6 +48,8 @@ CASES = [
     ("d/train.jsonl", PAIR, f'{JSONL}\nsplit = "tset"', "split", r"d: has no split 'tset'; the splits here: train"),
     ("d", PAIR, 'type = "text"\npattern = "*.md"', "pattern", r"is one file, which pattern = '\*.md' does not match"),
     ("d/a.txt", b"a", 'type = "text"\nsplit = "train"', "split", r"has no split 'train'; the splits here: none"),
+    ("d/a.txt", "ä".encode("latin-1"), 'type = "text"', "uri", r"a\.txt:1: not valid UTF-8 \(byte 1 of the file\)"),
+    ("d/a.txt", b"version https://git-lfs.github.com/spec/v1", 'type = "text"', "uri", r"a\.txt: is a pointer of Git LFS"),
     ("d/a.jsonl", PAIR, 'type = "mbpp"\nsplit = "test"', "split", r"has no split 'test'; the splits here: none"),
     ("d/a.jsonl", b"PAR1\x15\x04\x00", JSONL, "uri", r"a\.jsonl: is no \.jsonl file by its content; name it \.parquet"),
     ("d/a.jsonl.gz", PAIR, JSONL, "uri", r"a\.jsonl\.gz: damaged or truncated \.gz file"),

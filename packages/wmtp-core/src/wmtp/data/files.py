@@ -14,7 +14,7 @@ from wmtp.data.splits import format_of
 from wmtp.data.tables import arrow_rows, csv_rows, parquet_rows
 from wmtp.errors import InputError
 
-__all__ = ["Record", "given_path", "in_columns", "parsed", "read_records"]
+__all__ = ["LFS_HINT", "LFS_POINTER", "Record", "given_path", "in_columns", "parsed", "read_records"]
 
 #: ``file:line`` and what stands there
 Record = tuple[str, Mapping[str, Any]]
@@ -32,9 +32,12 @@ _BEGINNINGS: Final = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
+#: how a file begins that stands for another one
+LFS_POINTER: Final = b"version https://git-lfs"
+LFS_HINT: Final = "is a pointer of Git LFS, not the data itself; run git lfs pull"
 #: what a download gives in place of the file, as its text begins in small letters
 _OTHERS: Final = {
-    b"version https://git-lfs": "is a pointer of Git LFS, not the data itself; run git lfs pull",
+    LFS_POINTER: LFS_HINT,
     b"<!doctype html": "is a web page (HTML), not the data itself; download the file behind it",
     b"<html": "is a web page (HTML), not the data itself; download the file behind it",
 }

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Final
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.compression import read_whole, readable, uncompressed_name
-from wmtp.data.files import given_path
+from wmtp.data.files import LFS_HINT, LFS_POINTER, given_path
 from wmtp.data.splits import Named, chosen, format_of, named
 from wmtp.errors import InputError
 
@@ -17,6 +18,8 @@ __all__ = ["TextLoader"]
 
 #: of ``pattern``
 DEFAULT_PATTERN = "*.txt"
+#: bytes of a file that is read for a look at its beginning
+_QUICK: Final = 32_000_000
 
 
 class TextLoader(ExampleLoader):
@@ -64,9 +67,8 @@ class TextLoader(ExampleLoader):
         return chosen(path, [self._named(matching[name], path) for name in sorted(matching)], self._split)
 
     def first_examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """Look at the names alone."""
-        self.files(path)
-        return iter(())
+        """Read the first documents, unless their file is large."""
+        return self.examples(path) if self.files(path)[0].stat().st_size <= _QUICK else iter(())
 
     def _named(self, file: Path, root: Path) -> Named:
         """Read the split in the name of a file or of its folder; titles have words like these too."""
@@ -81,6 +83,9 @@ class TextLoader(ExampleLoader):
             name = file.name if file == root else file.relative_to(root).as_posix()
             with readable(file):
                 content = read_whole(file, instead="divide it into several files")
+            if content.startswith(LFS_POINTER):
+                yield BadExample(str(file), LFS_HINT)
+                continue
             try:
                 text = content.decode("utf-8-sig").replace("\r\n", "\n")
             except UnicodeDecodeError as error:
