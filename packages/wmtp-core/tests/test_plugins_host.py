@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -32,8 +30,17 @@ def wmtp_trainers():
 HOOK = "import wmtp\n@wmtp.hookimpl\n"
 
 
+#: ``wmtp …`` in a fork, which reads no PYTHONPATH by itself
+COMMAND = """
+import os, sys
+sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
+from wmtp.cli import run_from_shell
+run_from_shell()
+"""
+
+
 @pytest.fixture
-def site(tmp_path):
+def site(preloaded, tmp_path):
     """Install a distribution, and run the command line with all that were installed."""
 
     class Site:
@@ -47,9 +54,7 @@ def site(tmp_path):
 
         def wmtp(self, *arguments, **environment):
             env = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
-            return subprocess.run(
-                [sys.executable, "-m", "wmtp", *arguments], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60
-            )
+            return preloaded.run(*arguments, code=COMMAND, env=env, cwd=tmp_path, timeout=60)
 
         def plugins(self, **environment):
             done = self.wmtp("plugins", "--json", **environment)
