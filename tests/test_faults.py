@@ -7,13 +7,19 @@ import subprocess
 import sys
 
 import pytest
-from conftest import command, environment
+from conftest import environment
+
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 1024, 100 * 1024))
+from wmtp.cli import run_from_shell
+run_from_shell()
+"""
 
 
-def test_a_file_that_cannot_grow_any_more(recipe, tmp_path):
-    """What a full disk is to the process: a write that fails half-way, here after 100 kB."""
-    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "_", *command("run", recipe, "--run-name", "x")]
-    run = subprocess.run(limited, capture_output=True, text=True, env=environment(), timeout=300)
+def test_a_file_that_cannot_grow_any_more(recipe, preloaded, tmp_path):
+    """A write that fails half-way, here after 100 kB, as where the disk is full."""
+    run = preloaded.run("run", recipe, "--run-name", "x", code=LIMITED)
     assert run.returncode == 1, run.stderr
     assert "error: " in run.stderr
     assert "step-5" in run.stderr

@@ -13,6 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from wmtp.tokenizers.bytes import BytesTokenizer
 
+#: ``wmtp …`` in a fork; huggingface_hub reads its variables when it is imported
+COMMAND = """
+import importlib
+from huggingface_hub import constants
+importlib.reload(constants)
+from wmtp.cli import run_from_shell
+run_from_shell()
+"""
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -36,13 +44,15 @@ def hub(folder):
 
 
 @pytest.fixture
-def run_wmtp(hub, tmp_path):
-    """Runs ``wmtp …`` with that hub in a folder of its own; the keywords are variables."""
+def run_wmtp(hub, preloaded, tmp_path):
+    """Runs ``wmtp …`` with that hub in a folder of its own, in a new interpreter if told so; the keywords are variables."""
     (tmp_path / "cwd").mkdir()
 
-    def run(*arguments, cwd=tmp_path / "cwd", **variables):
+    def run(*arguments, cwd=tmp_path / "cwd", anew=False, **variables):
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         env |= hub.environment(tmp_path / "hf") | {"HOME": str(tmp_path)} | variables
+        if not anew:
+            return preloaded.run(*arguments, code=COMMAND, env=env, cwd=cwd)
         command = [sys.executable, "-m", "wmtp", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, cwd=cwd)
 
@@ -186,11 +196,11 @@ def test_a_folder_of_the_hubs_cache_and_a_name_on_the_command_line(hub, run_wmtp
 
 
 def test_fetch_and_push_of_a_folder(hub, run_wmtp, tmp_path, folder):
-    done = run_wmtp("fetch", "hf://tiny/llama", tmp_path / "here")
+    done = run_wmtp("fetch", "hf://tiny/llama", tmp_path / "here", anew=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "here/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert run_wmtp("push", folder, "hf://ada/copy").returncode == 2
-    done = run_wmtp("push", folder, "hf://ada/copy", HF_TOKEN=TOKEN)
+    done = run_wmtp("push", folder, "hf://ada/copy", anew=True, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     assert hub.files("models/ada/copy")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
