@@ -98,6 +98,20 @@ def test_one_seed_and_no_texts_still_make_a_page(tmp_path):
 
 
 @in_browser
+def test_an_arm_can_be_hidden_from_the_curves_and_never_all(tmp_path):
+    found = browse(
+        write(tmp_path),
+        """
+        const lines = () => document.querySelector('#curves svg').querySelectorAll('polyline').length, seen = [lines()];
+        for (const i of [0, 1, 2, 0]) { document.querySelectorAll('.key button')[i].click(); seen.push(lines()); }
+        const pressed = [...document.querySelectorAll('.key button')].map(e => e.ariaPressed);
+        return [seen, pressed, document.activeElement.textContent];
+        """,
+    )
+    assert found == [[3, 2, 1, 1, 2], ["true", "false", "true"], "baseline"]
+
+
+@in_browser
 def test_one_arm_far_away_leaves_the_others_to_be_seen(tmp_path):
     found = browse(
         write(tmp_path),

@@ -5,7 +5,7 @@
   const { color, element, number, saveTable, signed } = Dom;
   const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.getElementById("report");
-  const state = { metric: data.metrics[0], head: null, by: "weight", document: 0, arms: [null, null] };
+  const state = { metric: data.metrics[0], head: null, by: "weight", document: 0, arms: [null, null], hidden: new Set() };
   const redraws = [];
   const redraw = () => redraws.forEach(one => one());
   const paint = arm => color(data.arms.indexOf(arm));
@@ -84,7 +84,7 @@
 
   // mean over seeds of every arm, and the standard deviation around it
   function lines(metric) {
-    return data.arms.map(arm => {
+    return data.arms.filter(arm => !state.hidden.has(arm)).map(arm => {
       const found = data.runs.filter(run => run.arm === arm && run.curves[metric]).map(run => run.curves[metric]);
       if (!found.length) return null;
       const steps = found[0][0].filter(step => found.every(([other]) => other.includes(step)));
@@ -112,8 +112,15 @@
       (i < 4 ? grid : more).append(figure.made);
       redraws.push(figure.redraw);
     });
-    redraws.push(() => key.replaceChildren(...data.arms.map(arm => element("span", {},
-      element("i", { class: "dot", style: `background:${paint(arm)}` }), arm))));
+    const toggle = i => {
+      const arm = data.arms[i];
+      if (!state.hidden.delete(arm) && state.hidden.size < data.arms.length - 1) state.hidden.add(arm);
+      redraw();
+      key.children[i].focus();
+    };
+    redraws.push(() => key.replaceChildren(...data.arms.map((arm, i) => element("button", { type: "button",
+      "aria-pressed": String(!state.hidden.has(arm)), title: "show or hide its curves", onclick: () => toggle(i) },
+    element("i", { class: "dot", style: `background:${paint(arm)}` }), arm))));
   }
 
   // --- differences

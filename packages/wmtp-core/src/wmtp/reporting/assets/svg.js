@@ -87,9 +87,10 @@ const Svg = (() => {
   // lines: [{label, color, steps, mean, low, high, n}]; low and high may be null
   function curves(lines, label) {
     return width => {
-      const height = 240, left = 52, right = 10, top = 8, bottom = 34;
+      const height = 240, left = 52, right = 18, top = 8, bottom = 34;
       const svg = canvas(width, height, label);
       const steps = lines.flatMap(line => line.steps);
+      if (!steps.length) return svg;
       const values = lines.flatMap(line => [...line.mean, ...(line.low ?? []), ...(line.high ?? [])]).filter(Number.isFinite);
       let [low, high] = [Math.min(...values), Math.max(...values)];
       const room = (high - low) * 0.06 || Math.abs(low) * 0.1 || 1;
