@@ -10,7 +10,7 @@ from torch import nn
 from wmtp.config.schema import DevicesConfig, LoraConfig
 from wmtp.errors import ConfigError
 from wmtp.models.acceleration import accelerate
-from wmtp.models.adapters import is_adapter_name
+from wmtp.models.adapters import is_adapter_name, make_peft_config
 from wmtp.models.build import build_model
 from wmtp.models.loaders.hf import HfLoader
 from wmtp.models.mtp import StartModel
@@ -128,6 +128,13 @@ def test_stages_free_the_adapter_and_never_the_base(base, in_heads):
 def test_targets_that_match_nothing_are_refused_with_the_names_there_are(base, targets, said):
     with pytest.raises(ConfigError, match=said):
         make(base, lora=LoraConfig(rank=2, targets=targets))
+
+
+def test_experts_are_said_to_get_no_adapters():
+    shape = evolve(SMALL, architecture="mixtral", options={"num_local_experts": 4})
+    model = shape.build().load(None, dtype=torch.float32, seed=1).model
+    with pytest.raises(ConfigError, match=r"targets\.0: 'gate_up_proj' are weights of experts, .* get no adapters; .* q_proj"):
+        make_peft_config(model, LoraConfig(targets=("gate_up_proj",)))
 
 
 def test_a_tied_unembedding_is_said_to_be_tied():

@@ -53,6 +53,18 @@ def test_value_and_gradient_are_those_of_transformers_whatever_the_micro_batch(t
     assert (dict(model.named_parameters())[gate].grad - expected[gate]).abs().max() > 1e-3
 
 
+def test_packed_documents_count_as_those_of_transformers_each_alone():
+    model, batch = make(), make_batch(packed=True)
+    output, _ = gradients(model, Baseline(), batch, micro=2)
+    alone = []
+    for row, documents in zip(batch.input_ids, batch.document, strict=True):
+        for number in documents[documents != PADDING].unique():
+            alone.append(model.base(input_ids=row[documents == number][None], output_router_logits=True).router_logits)
+    assert len(alone) > len(batch.input_ids)
+    balance = load_balancing_loss_func(tuple(map(torch.cat, zip(*alone, strict=True))), 4, 2)
+    torch.testing.assert_close(output.metrics["router/balance"].double(), balance.double(), rtol=1e-5, atol=0)
+
+
 def test_it_is_no_part_of_a_stage_without_the_models_loss_or_where_the_config_does_not_ask():
     batch = make_batch(packed=False)
     quiet, _ = gradients(make(output_router_logits=False), Baseline(), batch)

@@ -128,6 +128,8 @@ def _no_target(
     if any(modules[name] is base.get_output_embeddings() for name in matched):
         tied = " (and is the embedding too: they are tied)" if base.config.tie_word_embeddings else ""
         return f"{target!r} is the unembedding, which all heads share{tied}; it stays as it is: leave it out"
+    if any(tensor.ndim == 3 and f".{name}".endswith(f".{target}") for name, tensor in base.named_parameters()):
+        return f"{target!r} are weights of experts, which are no linear maps and get no adapters; {there}"
     if matched:
         kind = type(modules[matched[0]]).__name__
         return f"{target!r} means {matched[0]} ({kind}), which is no linear map of the decoder layers; {there}"
