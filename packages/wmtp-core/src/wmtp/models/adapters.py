@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from wmtp.config.schema import LoraConfig
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, FileError
 from wmtp.models.anatomy import find_layers
 from wmtp.models.drawing import seeded
 from wmtp.models.quantized import dequantize_layers, quantize_layers
@@ -320,11 +320,11 @@ def check_targets(config: Any, base: PreTrainedModel, source: object) -> None:
     names = _matched(base, config)
     targets = ", ".join(_short(config.target_modules))
     if not names:
-        raise WMTPError(f"{source}: the targets of the adapter ({targets}) are nowhere in its base")
+        raise FileError(f"{source}: the targets of the adapter ({targets}) are nowhere in its base")
     layers = find_layers(base, base.base_model, lambda reason: ConfigError(f"{source}: {reason}"))
     inside = {id(module) for module in layers.modules()}
     if others := sorted(name for name in names if id(base.get_submodule(name)) not in inside):
-        raise WMTPError(
+        raise FileError(
             f"{source}: the adapter is on {', '.join(others)} too, and all heads share what is outside of the decoder layers; "
             "merge it into its base with PEFT's merge_and_unload(), and name the folder that you save then"
         )
@@ -337,7 +337,7 @@ def _matched(base: nn.Module, config: Any) -> set[str]:
     try:
         return {name for name, _ in base.named_modules() if name and check_target_module_exists(config, name)}
     except re.error as error:
-        raise WMTPError(f"the targets of the adapter, {config.target_modules!r}, are no pattern: {error}") from error
+        raise FileError(f"the targets of the adapter, {config.target_modules!r}, are no pattern: {error}") from error
 
 
 def _short(targets: Any) -> list[str]:
@@ -356,7 +356,7 @@ def _fill(base: nn.Module, state: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise WMTPError(f"the tensors of the adapter do not fit its base: {'; '.join(problems[:5])}{more}")
+        raise FileError(f"the tensors of the adapter do not fit its base: {'; '.join(problems[:5])}{more}")
     for name, tensor in state.items():
         own[name].data = tensor.detach().clone()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wmtp.config.adapter_rules import adapted_heads_problem
 from wmtp.config.schema import HeadsConfig, LoraConfig
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, FileError
 from wmtp.models.adapters import BaseModelName, check_same, check_targets, make_peft_config, put_on, quantize_base, split_state
 from wmtp.models.base import LoadedModel
 from wmtp.models.mtp import MTPModel
@@ -80,7 +80,10 @@ def build_model(
                 was, now = (f'"{kind}"' if kind else "no quantize" for kind in (brought.quantize, quantize))
                 raise ConfigError(f"models.base.quantize: {now}, but the adapter was learned with {was}; write that")
         saved = {"base": brought.base, "state": brought.state, "quantize": brought.quantize}
-        put_on(model, brought.config, seed=seed, in_heads=head_adapters is not None, head_state=head_adapters, **saved)
+        try:
+            put_on(model, brought.config, seed=seed, in_heads=head_adapters is not None, head_state=head_adapters, **saved)
+        except FileError as error:
+            raise FileError(f"{brought.folder}: {error}") from error
     elif lora is not None:
         in_heads = lora.heads == "adapters"
         if in_heads and (problem := adapted_heads_problem(resolved)) is not None:
