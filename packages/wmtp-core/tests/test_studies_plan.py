@@ -136,6 +136,10 @@ MISTAKES = [
     (edited("seeds = [7]", "seeds = [7, 0]"), f"{ARM}the arm 'reference' has no run with seed 1"),
     (f"{STUDY}[[comparisons]]\narm = 'rho'\n", "study.toml:20: comparisons.0.arm: there is no arm 'rho'; did you mean 'rho1'?"),
     (f"{STUDY}[[comparisons]]\narm = 'baseline'\n", "study.toml:19: comparisons.0: compares the arm 'baseline' with itself"),
+    (
+        f"{STUDY}[[comparisons]]\narm = 'rho1'\n[[comparisons]]\narm = 'baseline'\nto = 'rho1'\n",
+        "study.toml:21: comparisons.1: compares the same as comparisons.0; remove one of them",
+    ),
     (STUDY + "[[comparisons]]\narm = 'rho1'\n" * 5, "study.toml:19: comparisons: "),
     (f"{STUDY}[grid]\n'optimizer.lr' = 1\n", 'study.toml:20: grid."optimizer.lr": must be a list of values, each once'),
     (f"{STUDY}[grid]\noptimizer.lrr = [1, 2]\n", "study.toml:20: optimizer.lrr: unknown key"),

@@ -192,8 +192,13 @@ def _problems(config: StudyConfig) -> Iterator[Problem]:
             yield Problem(("grid", key), "must be a list of values, each once")
         if key in _OWN:
             yield Problem(("grid", key), f"the study gives this to each run; {_OWN[key]}")
+    named: dict[object, int] = {}
     for index, comparison in enumerate(config.comparisons):
         yield from _comparison(("comparisons", index), comparison, config)
+        metric = comparison.metric or next(iter(config.study.metrics), None)
+        what = frozenset([comparison.arm, comparison.to or config.study.baseline]), metric
+        if named.setdefault(what, index) != index:  # Holm would count it twice
+            yield Problem(("comparisons", index), f"compares the same as comparisons.{named[what]}; remove one of them")
 
 
 #: keys of a run that are the study's
