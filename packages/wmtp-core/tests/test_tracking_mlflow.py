@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -427,6 +428,19 @@ def test_a_store_that_stays_away_is_said_at_the_end(run, caplog, monkeypatch):
     tracker.log(1, {"a": 1.0, "b": 1.0})
     tracker.finish("finished", None)
     assert "2 metric values were not sent; metrics.jsonl has them all" in caplog.text
+
+
+def test_a_database_that_cannot_be_written_is_one_line(run, caplog, monkeypatch, capfd):
+    """Full, locked or broken: MLflow's own log has a traceback of it at each attempt."""
+    monkeypatch.setattr("wmtp.tracking.mlflow._PATIENCE", 0.1)
+    tracker = MLflowTracker().build()
+    tracker.start(run)
+    with sqlite3.connect(run.run_dir.parent / "mlflow.db") as database:
+        database.execute("DROP TABLE latest_metrics")
+    tracker.log(1, {"a": 1.0})
+    tracker.finish("finished", None)
+    assert "is away: " in caplog.text
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
 
 
 @pytest.mark.slow

@@ -272,9 +272,15 @@ class MLflow(Tracker):
 
 
 def set_environment() -> None:
-    """Set `ENVIRONMENT`, which MLflow reads when it is imported."""
+    """Set `ENVIRONMENT`, which MLflow reads when it is imported, and keep it from printing errors that it also raises."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("mlflow.store.db.utils").addFilter(_is_raised_only)
+
+
+def _is_raised_only(record: logging.LogRecord) -> bool:
+    """Drop the traceback of each failed attempt to write to a full or locked database."""
+    return not str(record.msg).startswith("SQLAlchemy database error")
 
 
 def _sqlite_file(uri: str) -> Path | None:
