@@ -94,11 +94,14 @@ def make_inputs(value):
                 Path(element).write_text("{{ messages }}")
             if key == "uri" and "://" not in element:
                 path = Path(re.sub(r"\$\{env:(\w+)(?::([^}]*))?\}", lambda m: os.environ.get(m[1], m[2]), element))
-                if path.suffix:
+                is_model = value.get("type") == "hf" and path.suffix != ".gguf"
+                if path.suffix and not is_model:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.touch()
                 else:
                     path.mkdir(parents=True, exist_ok=True)
+                    if is_model:
+                        (path / "config.json").write_text('{"model_type": "llama"}')
             make_inputs(element)
 
 
