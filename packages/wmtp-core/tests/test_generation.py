@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from crossings import sampled
+from native_folders import copy_tables, native_folder
 from tiny_config import tiny_config
 from transformers import (
     AutoModelForCausalLM,
@@ -30,7 +32,9 @@ from wmtp.generation import Sampling, generate, stream
 from wmtp.generation import decoder as decoders
 from wmtp.generation.drafters import make_drafter
 from wmtp.generation.sampling import draw, probabilities
+from wmtp.models import build_model
 from wmtp.models.anatomy import record_call
+from wmtp.models.loaders.hf import HfLoader
 from wmtp.models.mtp import MTPModel
 
 KINDS = ("block", "linear", "residual", "chained", "shared")
@@ -90,7 +94,7 @@ def _plain_greedy(model: MTPModel, prompt: list[int], count: int) -> list[int]:
 @torch.no_grad()
 def _plain_drafts(model: MTPModel, tokens: list[int]) -> list[int]:
     """The drafts after ``tokens``, of which the last is head 1's own; every head's pass is made anew."""
-    if model.heads.kind == "shared":
+    if model.heads.kind in ("shared", "native"):
         return [int(logits.argmax()) for logits in _served_logits(model, tokens)]
     drafts: list[int] = []
     for k in range(2, model.horizon + 1):
@@ -209,6 +213,18 @@ def test_drafts_after_any_run_of_accepted_ones_are_those_of_a_full_pass(architec
         slots = torch.arange(last + 1, last + 1 + horizon)[None]
         read = decoder.read(torch.tensor([[text[last + 1], *drafts]]), slots, last + 1, last + 1 + horizon)
         last += 1 + accepted
+
+
+@pytest.mark.parametrize("name", ["mimo", "glm4_moe"])
+def test_a_models_own_layer_drafts_as_in_a_plain_loop_of_a_server(name: str, tmp_path: Path) -> None:
+    copy_tables(native_folder(tmp_path / "base", name))
+    model = build_model(HfLoader().load(tmp_path / "base", dtype=torch.float32, seed=0), HeadsConfig(horizon=4), seed=0).eval()
+    assert model.heads.kind == "native"
+    for prompt in PROMPTS[2:]:
+        [row] = generate(model, [prompt], max_new_tokens=16, eos_id=EOS, speculative=True)
+        assert list(row.tokens) == _plain_greedy(model, prompt, 16)
+        counts = (row.drafts.steps, list(row.drafts.tested), list(row.drafts.accepted))
+        assert counts == _plain_speculation(model, prompt, 16)
 
 
 def test_some_drafts_are_accepted_at_every_head_and_some_are_not() -> None:
