@@ -106,10 +106,18 @@ def test_a_process_that_is_killed_is_done_without(tmp_path, monkeypatch, started
     monkeypatch.setattr(EncodingProcess, "encode_many", killed_once)
     with caplog.at_level(logging.WARNING, "wmtp"):
         found = made(tmp_path, config, tokenizer, "killed")
-    assert "a process that tokenises has ended" in caplog.text
+    assert caplog.text.count("a process that tokenises has ended") == 1
     assert all(process.poll() is not None for process in started)
     monkeypatch.setattr(processes, "_WORTH", 1 << 60)
     assert found.info.digest == made(tmp_path, config, tokenizer, "alone").info.digest
+
+
+def test_processes_that_cannot_be_started_are_done_without(tmp_path, monkeypatch, started, caplog):
+    monkeypatch.setattr(processes.sys, "executable", str(tmp_path / "none"))
+    with caplog.at_level(logging.WARNING, "wmtp"):
+        found = made(tmp_path, Jsonl(uri=written(tmp_path, PAIRS[:60])), spaced(tmp_path / "t"), "cache")
+    assert len(found) == 60
+    assert 1 <= caplog.text.count("a process that tokenises has ended") <= 3
 
 
 def test_processes_end_where_the_data_is_refused(tmp_path, started):

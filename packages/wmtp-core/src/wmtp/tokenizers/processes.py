@@ -136,7 +136,8 @@ class Encodings:
         self._tokenizer = tokenizer
         self._here = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wmtp-tokens")
         self._pool: ThreadPoolExecutor | None = None
-        self._free: SimpleQueue[EncodingProcess | None] = SimpleQueue()
+        # None: to be started; the tokenizer: in place of a process that has ended
+        self._free: SimpleQueue[Encoder | None] = SimpleQueue()
         self._settings = b""
         self._characters = 0
         #: how many encodings should wait for their turn so that no core does
@@ -150,7 +151,7 @@ class Encodings:
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
         while not self._free.empty():
-            if (process := self._free.get()) is not None:
+            if isinstance(process := self._free.get(), EncodingProcess):
                 process.close()
 
     def submit(self, encoding: Encoding) -> Future[None]:
@@ -164,7 +165,7 @@ class Encodings:
 
     def _start_processes(self) -> None:
         count = _processes()
-        specs = self._tokenizer.backend_specs() if count > 1 else None
+        specs = self._tokenizer.backend_specs() if count > 1 and sys.executable else None
         if specs is None:
             return
         self._settings = json.dumps({"path": sys.path, "specs": specs}).encode()
@@ -177,14 +178,15 @@ class Encodings:
         """Encode by a process that is free, which is started if it was not."""
         process = self._free.get()
         try:
-            process = process or EncodingProcess(self._settings)
+            if process is None:
+                process = EncodingProcess(self._settings)
             encoding.encode(process)
         except (OSError, EOFError) as error:
             _log.warning("a process that tokenises has ended (%s); this one goes on without it", error)
-            if process is not None:
+            if isinstance(process, EncodingProcess):
                 process.close()
-            process = None
-            encoding.encode(self._tokenizer)
+            process = self._tokenizer
+            encoding.encode(process)
         finally:
             self._free.put(process)
 
