@@ -39,6 +39,22 @@ _START_TIME = 60  # seconds; half of one is usual
 _ATTEMPTS = 3
 
 
+@functools.cache
+def _client(endpoint: str, access_key_id: str, secret_access_key: str) -> Any:
+    # cached, as botocore takes a tenth of a second to make one; without proxies that a test may have set just then
+    from botocore.config import Config
+    from botocore.session import Session
+
+    return Session().create_client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=access_key_id,
+        aws_secret_access_key=secret_access_key,
+        config=Config(proxies={}),
+    )
+
+
 @frozen
 class S3Server:
     """A SeaweedFS server that speaks S3 on 127.0.0.1.
@@ -79,15 +95,7 @@ class S3Server:
 
     def client(self) -> Any:
         """A client of botocore, to look at the server with other eyes than ours."""
-        from botocore.session import Session
-
-        return Session().create_client(
-            "s3",
-            endpoint_url=self.endpoint,
-            region_name="us-east-1",
-            aws_access_key_id=self.access_key_id,
-            aws_secret_access_key=self.secret_access_key,
-        )
+        return _client(self.endpoint, self.access_key_id, self.secret_access_key)
 
     def store(self, bucket: str) -> S3Store:
         """Open the bucket with obstore."""
