@@ -28,9 +28,8 @@ __all__ = [
     "takes",
 ]
 
-_SIMILAR: Final = (
-    0.8  # ``needs_loss`` for ``needs_token_loss`` is not; a missing, doubled or exchanged letter, ``get_`` or an s is
-)
+_SIMILAR: Final = 0.8  # ``needs_loss`` for ``needs_token_loss`` is not; a missing or doubled letter or an s is
+_PREFIXES: Final = frozenset({"get", "is"})
 _LIBRARIES: Final = frozenset({*sys.stdlib_module_names, "torch", "transformers"})
 _LOADS: Final = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _FUNCTIONS: Final = (FunctionType, staticmethod, classmethod, partial, partialmethod)
@@ -48,13 +47,24 @@ def own_classes(cls: type) -> list[type]:
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """Find the known name that ``name`` is easily taken for; None: there is none."""
+    words = [word for word in name.lower().split("_") if word]
     plain = {other.replace("_", ""): other for other in sorted(known)}
-    close = nearest(name.lower().replace("_", ""), plain, cutoff=_SIMILAR)
+    written = "".join(words)
+    close = next((other for other in plain if other == "".join(words[1:]) and words[0] in _PREFIXES), None)
+    close = close or next((other for other in plain if _is_exchanged(written, other)), None)
+    close = close or nearest(written, plain, cutoff=_SIMILAR)
     if close is None:
         return None
     meant = plain[close]
-    more = set(name.lower().split("_")) - set(meant.split("_"))
-    return None if set(meant.split("_")) < set(name.lower().split("_")) and more != {"get"} else meant
+    more = set(words) - set(meant.split("_"))
+    return None if set(meant.split("_")) < set(words) and not more <= _PREFIXES else meant
+
+
+def _is_exchanged(name: str, other: str) -> bool:
+    """Tell whether two neighbouring letters are exchanged: in a short name that is a large part of it."""
+    at = [i for i, (left, right) in enumerate(zip(name, other, strict=False)) if left != right]
+    is_pair = len(name) == len(other) > 2 and len(at) == 2 and at[1] == at[0] + 1
+    return is_pair and name[at[0]] == other[at[1]] and name[at[1]] == other[at[0]]
 
 
 def misspelt_names(cls: Any, members: dict[str, Any], owner: type | None = None) -> Iterator[tuple[str, str]]:
