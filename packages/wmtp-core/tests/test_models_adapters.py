@@ -13,7 +13,7 @@ from wmtp.models.acceleration import accelerate
 from wmtp.models.adapters import is_adapter_name, make_peft_config
 from wmtp.models.build import build_model
 from wmtp.models.loaders.hf import HfLoader
-from wmtp.models.mtp import StartModel
+from wmtp.models.start_model import StartModel
 from wmtp.trainers import Stage
 from wmtp.training.stages import apply_stage
 

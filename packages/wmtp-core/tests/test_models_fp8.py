@@ -14,7 +14,7 @@ from wmtp.errors import ConfigError
 from wmtp.models.acceleration import accelerate
 from wmtp.models.build import build_model
 from wmtp.models.fp8 import check_fp8, multiply_in_fp8, products_in_bf16
-from wmtp.models.mtp import StartModel
+from wmtp.models.start_model import StartModel
 from wmtp.optim.master_weights import MasterWeights
 
 pytest.importorskip("torchao")

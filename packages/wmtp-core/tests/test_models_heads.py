@@ -24,8 +24,8 @@ from transformers import (
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models import LoadedModel, MTPModel, build_model
+from wmtp.models.heads_folder import HEADS_CONFIG
 from wmtp.models.loaders.hf import HfLoader
-from wmtp.models.mtp import HEADS_CONFIG
 
 VOCAB = 61
 KINDS = ("block", "linear", "residual", "chained", "shared")

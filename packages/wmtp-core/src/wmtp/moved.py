@@ -53,7 +53,7 @@ MOVED: Final = {
     "wmtp.training.optimizers": "wmtp.optim.build",
     "wmtp.training.prefetch": "wmtp.training.stages",
     "wmtp.training.progress": "wmtp.training.telemetry",
-    "wmtp.training.random_state": "wmtp.training.loop",
+    "wmtp.training.random_state": "wmtp.training.checkpointing",
     "wmtp.training.readback": "wmtp.training.telemetry",
     "wmtp.training.remote_checkpoints": "wmtp.checkpoints.remote",
     "wmtp.training.resumption": "wmtp.checkpoints.find",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from attrs import evolve
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
@@ -18,15 +16,15 @@ from transformers import PreTrainedModel
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.adapter_folder import write_adapter
-from wmtp.models.adapters import Adapter, adapter_off, is_adapter_name, merge
+from wmtp.models.adapters import Adapter, is_adapter_name, merge
 from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, record_output
 from wmtp.models.attention import causal_mask, document_mask, use_block_attention
 from wmtp.models.config_fields import max_positions
 from wmtp.models.documents import reading
 from wmtp.models.drawing import seeded
-from wmtp.models.ends import end_ids
-from wmtp.models.fp8 import products_in_bf16
+from wmtp.models.generating import Generating
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
+from wmtp.models.heads_folder import describe_heads, load_heads, remove_heads, write_heads
 from wmtp.models.native.found import Native
 from wmtp.models.native.tensors import folder_tensors
 from wmtp.models.packing import Packing, find_packing
@@ -34,14 +32,9 @@ from wmtp.models.saving import write_base
 from wmtp.models.untouched import Untouched
 
 if TYPE_CHECKING:
-    from wmtp.generation import Sampling
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["HEADS_CONFIG", "HEADS_FORMAT", "HEADS_WEIGHTS", "MTPModel", "MTPOutput", "StartModel"]
-
-HEADS_WEIGHTS = "mtp_heads.safetensors"
-HEADS_CONFIG = "mtp_heads.json"
-HEADS_FORMAT = 1
+__all__ = ["MTPModel", "MTPOutput"]
 
 
 class MTPOutput(NamedTuple):
@@ -58,7 +51,7 @@ class MTPOutput(NamedTuple):
     router_logits: tuple[Tensor, ...] = ()
 
 
-class MTPModel(nn.Module):
+class MTPModel(Generating, nn.Module):
     """Decoder-only Hugging Face model with extra heads for tokens t+2 … t+H.
 
     Head 1 is the model itself: its logits are the model's bit for bit. No logits are made in `forward`; the loss multiplies
@@ -108,7 +101,7 @@ class MTPModel(nn.Module):
         kinds = {type(layer) for layer in self.anatomy.layers}
         self.packing.prepare([*self.anatomy.layers, *(part for part in self.extra_heads.modules() if type(part) in kinds)])
         if head_state is not None:
-            _load_heads(self.extra_heads, head_state)
+            load_heads(self.extra_heads, head_state)
         self.source: Path | None = None  #: the file or folder that it was opened from
         self.untouched: Untouched | None = None  #: what else its folder holds; see `take_origin`
         self.draft_ids: tuple[int, ...] | None = None  #: the tokens that heads 2..H draft from; None: all
@@ -254,121 +247,6 @@ class MTPModel(nn.Module):
         """Logits ``[B, S, V]`` of one head (1..H), for inference; a loss should go by chunks."""
         return self.unembedding(head).logits(output.hidden[head - 1])
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Tokenizer beside the model's files.
-
-        Raises:
-            WMTPError: the model has no files, or no tokenizer lies beside them.
-            ConfigError: it is not this model's.
-        """
-        from wmtp.models.vocabulary import check_vocabulary
-        from wmtp.tokenizers.load import load_tokenizer
-
-        if self._tokenizer is None:
-            if self.source is None:
-                raise WMTPError("this model was not opened from files, so it has no tokenizer; give token ids")
-            self._tokenizer = load_tokenizer(self.source)
-            check_vocabulary(self.vocab_size, self._tokenizer, key=str(self.source))
-        return self._tokenizer
-
-    def generate(
-        self,
-        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor,
-        *,
-        max_new_tokens: int = 128,
-        speculative: bool = False,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        eos_id: int | Collection[int] | None = None,
-    ) -> Any:
-        """Continue one prompt or several.
-
-        Args:
-            prompts: a text, or the token ids of one (``[S]``); or several of them, which are decoded as one batch. Texts get
-                the tokenizer's begin token, as in training; ids are taken as they are.
-            max_new_tokens: the most tokens that are added.
-            speculative: whether heads 2..H draft (`wmtp.generation`); the text is the same, the wait is not.
-            temperature: 0 is greedy.
-            top_p: of nucleus sampling.
-            seed: of the draws.
-            stop: texts that end a completion; they are not part of it. Texts only.
-            eos_id: the token that ends a text, or several. Default: those of the tokenizer and of the generation config.
-
-        Returns:
-            a `wmtp.generation.Generation`, whose ``str()`` is the completion; a list of them for several prompts.
-
-        Raises:
-            ConfigError: a prompt is empty, too long or not of this vocabulary; speculation without extra heads.
-            WMTPError: texts are given, and the model has no tokenizer.
-        """
-        from wmtp.generation import generate
-        from wmtp.generation.text import generate_texts
-
-        sampling = _sampling(temperature, top_p, seed)
-        items = prompts.tolist() if isinstance(prompts, Tensor) else prompts
-        is_one = isinstance(items, str) or (len(items) > 0 and isinstance(items[0], int))
-        several: Any = [items] if is_one else list(items)
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "speculative": speculative, "sampling": sampling}
-        if all(isinstance(item, str) for item in several) and several:
-            found = generate_texts(self, self.tokenizer, several, stop=stop, **options)
-        else:
-            if eos_id is None and (self._tokenizer is not None or self.source is not None):
-                eos_id = end_ids(self.base, self.tokenizer)
-            found = generate(self, several, eos_id=eos_id, **options)
-        return found[0] if is_one else found
-
-    def chat(
-        self,
-        messages: str | Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        max_new_tokens: int = 512,
-        speculative: bool = False,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Any:
-        """Answer in a conversation, or in several, written by the tokenizer's chat template.
-
-        Args:
-            messages: each with ``role`` and ``content``, or a text, which is what a user says; or several conversations, which
-                are decoded as one batch.
-            tools: that the model may call.
-            max_new_tokens: the most tokens of an answer.
-            speculative: as for `generate`.
-            temperature: as for `generate`.
-            top_p: as for `generate`.
-            seed: as for `generate`.
-            stop: as for `generate`.
-
-        Returns:
-            a `wmtp.generation.Generation`, whose ``str()`` is the answer; a list of them for several conversations. An answer
-            ends at any end token of tokenizer, generation config and template.
-
-        Raises:
-            ConfigError: there is no template, it refuses the messages, or they are too long.
-            WMTPError: the model has no tokenizer.
-        """
-        from wmtp.generation.text import chat_ends, chat_prompt, generate_texts
-
-        is_one = isinstance(messages, str) or not messages or isinstance(messages[0], Mapping)
-        several: Any = [messages] if is_one else messages
-        found = generate_texts(
-            self,
-            self.tokenizer,
-            [chat_prompt(self.tokenizer, each, tools) for each in several],
-            max_new_tokens=max_new_tokens,
-            speculative=speculative,
-            sampling=_sampling(temperature, top_p, seed),
-            stop=stop,
-            ends=chat_ends(self, self.tokenizer),
-        )
-        return found[0] if is_one else found
-
     def save_pretrained(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a folder for plain transformers, with the extra heads beside the base model.
 
@@ -387,12 +265,12 @@ class MTPModel(nn.Module):
             if self.adapter is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_adapter(self.base, self.adapter, folder, None if state is None else _within(state, "base."))
-            for name in (HEADS_CONFIG, HEADS_WEIGHTS):
-                (folder / name).unlink(missing_ok=True)  # of another model that was saved here
+            remove_heads(folder)
             if self.native is not None and self.adapter is None:
-                self._describe_heads(folder)  # the folder has the tensors under its own names
+                describe_heads(folder, self.heads, self.draft_ids)  # the folder has the tensors under its own names
             elif self.horizon > 1:
-                self._save_heads(folder, self.extra_heads.state_dict() if state is None else _within(state, "extra_heads."))
+                own = self.extra_heads.state_dict() if state is None else _within(state, "extra_heads.")
+                write_heads(folder, self.heads, self.draft_ids, own)
         except (OSError, SafetensorError) as error:
             raise WMTPError(f"{folder}: the model could not be written: {error}") from error
 
@@ -422,20 +300,6 @@ class MTPModel(nn.Module):
         if (conversions := getattr(other.base, "_weight_conversions", None)) is not None:
             self.base._weight_conversions = conversions
 
-    def _save_heads(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(tensors, folder / HEADS_WEIGHTS, metadata={"format": "pt"})
-        self._describe_heads(folder)
-
-    def _describe_heads(self, folder: Path) -> None:
-        kind = self.heads.kind
-        description: dict[str, Any] = {"format": HEADS_FORMAT, "kind": kind, "horizon": self.horizon}
-        if kind in ("chained", "shared"):
-            description["layout"] = self.heads.layout
-        if self.draft_ids is not None:
-            description["draft_vocabulary"] = list(self.draft_ids)
-        (folder / HEADS_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-
     def _tail(self, joint: bool) -> Callable[[Tensor], Tensor]:
         steps = [_shared(module, joint) for module in self.anatomy.tail]
 
@@ -445,37 +309,6 @@ class MTPModel(nn.Module):
             return hidden
 
         return apply
-
-
-def _sampling(temperature: float, top_p: float, seed: int) -> Sampling:
-    from wmtp.generation import Sampling
-
-    try:
-        return Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    except ValueError as error:
-        raise ConfigError(str(error.args[0])) from None
-
-
-class StartModel(MTPModel):
-    """A model as it was before its adapter learned: head 1 of the same weights, with the adapter off. It takes no memory.
-
-    Args:
-        model: has an adapter, and goes on learning.
-    """
-
-    def __init__(self, model: MTPModel) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update({name: value for name, value in vars(model).items() if not name.startswith("_")})
-        self.base, self.extra_heads = model.base, nn.ModuleList()
-        self.heads = evolve(model.heads, horizon=1)
-        self._tokenizer = None
-
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, packed: bool = False, router_logits: bool = False
-    ) -> MTPOutput:
-        """Run the trunk and head 1; see `MTPModel.forward`."""
-        with adapter_off(self.base), products_in_bf16(self.base):
-            return super().forward(input_ids, position_ids, packed, router_logits)
 
 
 def _without_fixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -492,17 +325,3 @@ def _shared(module: nn.Module, joint: bool) -> Callable[[Tensor], Tensor]:
     if joint:
         return module
     return lambda x: functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (x,))
-
-
-def _load_heads(heads: nn.ModuleList, state: Mapping[str, Tensor]) -> None:
-    expected = heads.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is unexpected" for name in state if name not in expected]
-    problems += [
-        f"{name} has shape {list(tensor.shape)} in place of {list(expected[name].shape)}"
-        for name, tensor in state.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    if problems:
-        raise WMTPError("the tensors of the extra heads do not fit the model: " + "; ".join(problems))
-    heads.load_state_dict(dict(state))

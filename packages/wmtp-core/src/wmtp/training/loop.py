@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -14,10 +13,9 @@ import torch
 from attrs import define, evolve, field, frozen
 from torch import nn
 
-from wmtp.checkpoints.local import Checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from wmtp.data.batch import PADDING, Batch
 from wmtp.distributed.ranks import Ranks
-from wmtp.errors import ConfigError, PluginError, WMTPError
+from wmtp.errors import PluginError
 from wmtp.loss.weights import BAD_WEIGHTS, NO_WEIGHT
 from wmtp.models.fp8 import products_in_bf16
 from wmtp.optim.update import clip_gradients, gradient_norm, learning_rate_factor
@@ -25,6 +23,7 @@ from wmtp.runs.files import DOCUMENTS_FILE
 from wmtp.trainers.base import Stage
 from wmtp.trainers.checks import checked_state
 from wmtp.training.best import Best
+from wmtp.training.checkpointing import RunCheckpoints, check_resumed, random_state, set_random_state
 from wmtp.training.document_losses import DocumentLosses
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.evaluate import evaluate
@@ -34,6 +33,7 @@ from wmtp.training.step import StepLoss
 from wmtp.training.telemetry import PendingStep, Recorder, StepLog, finite, peak_memory, send_numbers
 
 if TYPE_CHECKING:
+    from wmtp.checkpoints.local import Checkpoint
     from wmtp.checkpoints.remote import CheckpointUpload
     from wmtp.config.schema import CheckpointConfig, ScheduleConfig, TrainConfig
     from wmtp.tracking import Tracker
@@ -91,12 +91,12 @@ class Fit:
     upload: CheckpointUpload | None = None
 
     _ranks: Ranks = field(init=False)
+    _stored: RunCheckpoints = field(init=False)
     _step: int = field(default=0, init=False)
     _last: dict[str, float] = field(factory=dict, init=False)
     _pending: PendingStep | None = field(default=None, init=False)
     _early_stopping: EarlyStopping = field(init=False)
     _best: Best = field(init=False)
-    _best_on_disk: int | None = field(default=None, init=False)
     _is_best: bool = field(default=False, init=False)
     _stops: bool = field(default=False, init=False)
     _skipped: int = field(default=0, init=False)
@@ -115,6 +115,16 @@ class Fit:
             PluginError: the trainer breaks its contract.
         """
         self._ranks = self.step_loss.ranks
+        self._stored = RunCheckpoints(
+            folder=self.checkpoint_dir,
+            keep_last=self.checkpoints.keep_last,
+            model=self.step_loss.model,
+            modules=self.modules,
+            optimizer=self.optimizer,
+            ranks=self._ranks,
+            master_weights=self.step_loss.master_weights,
+            upload=self.upload,
+        )
         self._early_stopping = EarlyStopping(self.train.early_stopping)
         self._best = Best(self.checkpoints, self.train)
         for group in self.optimizer.param_groups:
@@ -140,20 +150,11 @@ class Fit:
             if self._log is not None:
                 self._log.close()
             self.recorder.close()
-        return FitResult(status=status, steps=self._step, metrics=self._last, checkpoint=self._newest(), signal=signal)
+        return FitResult(status=status, steps=self._step, metrics=self._last, checkpoint=self._stored.newest(), signal=signal)
 
     def _open_files(self) -> None:
         self.recorder.open(self.metrics_path.parent, self._step)
         self._log = StepLog(self.metrics_path, self.tracker, start=self._step, total=self.total_steps)
-
-    def _saved(self) -> list[Checkpoint]:
-        """List the checkpoints that rank 0 sees."""
-        return self._ranks.main_only(lambda: list_checkpoints(self.checkpoint_dir))
-
-    def _newest(self) -> Path | None:
-        """Where the newest checkpoint is."""
-        saved = self._saved()
-        return saved[-1].path if saved else None
 
     def _evaluate_start(self) -> None:
         """Log what the evaluation data gives before the first step; it is no candidate for the best."""
@@ -298,7 +299,7 @@ class Fit:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        values = pending.read(self.step_loss.trainer_name, self._newest)
+        values = pending.read(self.step_loss.trainer_name, self._stored.newest)
         self.recorder.write(pending.step, str(pending.facts["stage"]), pending.batch, pending.recording, pending.output)
         self._watch(pending, finite(values))
         if evaluates:
@@ -328,16 +329,11 @@ class Fit:
         best = self._best
         if best.step is None or best.step == self._step:
             return
-        checkpoint = next((one for one in self._saved() if one.step == best.step), None)
+        checkpoint = next((one for one in self._stored.saved() if one.step == best.step), None)
         if checkpoint is None:
             logger.warning("model/ is that of the last step, %d: the checkpoint of the best is gone (%s)", self._step, best)
             return
-        with self._learned_weights():
-            state = self._ranks.collective(
-                lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer, self._ranks)
-            )
-        for name, module in self.modules.items():
-            module.load_state_dict(state["modules"][name])
+        self._stored.load_modules(self._stored.load(checkpoint))
         logger.info("model/ is the best, not the last of %d steps: %s", self._step, best)
 
     def track(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -348,15 +344,13 @@ class Fit:
     def _save(self) -> None:
         """Write a checkpoint of the steps done so far, unless there is one."""
         is_best, self._is_best = self._is_best, False
-        saved = self._saved()
+        saved = self._stored.saved()
         if saved and saved[-1].step == self._step:
             return
         self._read_pending()
         state = {
             "data": self.batches.fingerprint,
             "eval_data": self.eval_data,
-            "base": self._base,
-            "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "trainer": checked_state(self.step_loss.trainer, self.step_loss.trainer_name),
             "early_stopping": self._early_stopping.state_dict(),
             "best": self._best.state_dict(),
@@ -364,106 +358,33 @@ class Fit:
             "stage": {"name": self._stage.name if self._stage else None, "stopping": self._stage_stopping.state_dict()},
             "last_metrics": dict(self._last),
             "skipped": self._skipped,
-            "random": _random_state(),
+            "random": random_state(),
         }
-        self._ranks.main_only(self._prune)  # fewer may be wanted since a resume
-        try:
-            folder, model = self.checkpoint_dir, self.step_loss.model
-            with self._learned_weights():
-                saved_now = save_checkpoint(folder, self._step, model, self.optimizer, state, self._ranks)
-        except WMTPError as error:
-            good = f"; the last good checkpoint is {saved[-1].path}" if saved else ""
-            raise WMTPError(f"{error}{good}") from error
-        if self.upload is not None:
-            self.upload.put(saved_now, is_best=is_best)
-        self._best_on_disk = self._best.step
-        self._ranks.main_only(self._prune)
+        self._stored.write(self._step, state, best=self._best.step, is_best=is_best)
         if self._log is not None:
             self._log.saved(self._step)
 
-    def _prune(self) -> None:
-        needed = self.upload.needed if self.upload is not None else set()
-        best = set() if self._best_on_disk is None else {self._best_on_disk}  # until a better one is whole
-        prune_checkpoints(self.checkpoint_dir, self.checkpoints.keep_last, needed | best)
-
-    @property
-    def _base(self) -> str | None:
-        """Fingerprint of the model that checkpoints leave out; None where they hold all of it."""
-        adapter = self.step_loss.model.adapter
-        return None if adapter is None else adapter.fingerprint
-
-    def _learned_weights(self) -> AbstractContextManager[None]:
-        """A checkpoint holds the weights as the optimizer has them, so it fits runs in any precision."""
-        masters = self.step_loss.master_weights
-        return nullcontext() if masters is None else masters.in_place()
-
     def _restore(self, checkpoint: Checkpoint) -> None:
-        with self._learned_weights():
-            state = self._ranks.collective(
-                lambda: load_checkpoint(checkpoint, self.step_loss.model, self.optimizer, self._ranks)
-            )
-        if state["data"] != self.batches.fingerprint:
-            raise ConfigError(
-                f"datasets: the training data is not what it was when {checkpoint.path} was written: a file or the tokenizer "
-                f"has changed; bring it back, or start a new run under another --run-name"
-            )
-        if state.get("base") != self._base:
-            raise ConfigError(
-                f"models.base: {checkpoint.path} holds an adapter of another model than this: the files of models.base.uri "
-                "have changed; bring them back, or start a new run under another --run-name"
-            )
-        self._compare_eval_data(checkpoint, state)
-        if checkpoint.step > self.total_steps:
-            raise ConfigError(
-                f"train.max_steps: the run would have {self.total_steps} steps, and has done {checkpoint.step}; write more"
-            )
+        state = self._stored.load(checkpoint)
+        check_resumed(
+            checkpoint,
+            state,
+            data=self.batches.fingerprint,
+            eval_data=self.eval_data,
+            base=self._stored.base,
+            train=self.train,
+            total_steps=self.total_steps,
+        )
         self._step = checkpoint.step
         self._skipped = state.get("skipped", 0)
-        for name, module in self.modules.items():
-            module.load_state_dict(state["modules"][name])
+        self._stored.load_modules(state)
         self.step_loss.trainer.load_state_dict(state["trainer"])
         self._early_stopping.load_state_dict(state["early_stopping"])
         self._best.load_state_dict(state["best"])
-        self._best_on_disk = self._best.step
-        self._ranks.main_only(lambda: self._resume_upload(checkpoint))
+        self._stored.go_on(checkpoint, self._best.step)
         # the last stage ends with the run, which may be longer now
         self.batches.plan = evolve(self.batches.plan, ends=(*state["stage_ends"][:-1], self.total_steps))
         self._resumed_stage = state["stage"]
         self._last = dict(state["last_metrics"])
-        _set_random_state(state["random"])
+        set_random_state(state["random"])
         logger.info("resuming from %s", checkpoint.path)
-
-    def _resume_upload(self, checkpoint: Checkpoint) -> None:
-        if self.upload is not None:
-            self.upload.restore_best(self._best.step, self.checkpoint_dir)
-            self.upload.put(checkpoint)  # it may have been written by a process that was killed before it was uploaded
-
-    def _compare_eval_data(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
-        """Other evaluation data changes nothing that is learned, unless it decides when the run ends."""
-        if state.get("eval_data", self.eval_data) == self.eval_data:  # earlier versions did not keep it
-            return
-        what = f"the evaluation data is not what it was when {checkpoint.path} was written"
-        stopping = self.train.early_stopping
-        if stopping is not None and stopping.metric.startswith("eval/"):
-            raise ConfigError(
-                f"datasets: {what}, and train.early_stopping compares {stopping.metric} with what was measured then; bring it "
-                f"back, or start a new run under another --run-name"
-            )
-        logger.warning("datasets: %s; eval/… from step %d on cannot be compared with the values before", what, checkpoint.step)
-
-
-def _random_state() -> dict[str, Any]:
-    """Return the state of Python's random generator, and of torch's on every device."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    """Take back what `_random_state` gave."""
-    torch.set_rng_state(state["torch"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -290,7 +290,7 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device, tra
     from wmtp.models.acceleration import accelerate
     from wmtp.models.build import build_model
     from wmtp.models.mapped import settle
-    from wmtp.models.mtp import StartModel
+    from wmtp.models.start_model import StartModel
 
     def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = trained_on) -> MTPModel:
         entry: ModelConfig | None = config.models.get(name)

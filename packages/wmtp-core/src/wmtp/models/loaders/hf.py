@@ -10,23 +10,21 @@ from typing import Any
 
 import torch
 from attrs import evolve
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from wmtp.config.schema import HeadsConfig, StorageConfig
+from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.models.adapter_folder import adapter_dtype, find_base, need_peft, read_adapter
 from wmtp.models.adapters import BaseModelName, fingerprint
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
-from wmtp.models.heads import HEAD_KINDS
+from wmtp.models.heads_folder import saved_draft_ids, saved_heads, saved_tensors
 from wmtp.models.loaders import linear_heads
 from wmtp.models.loaders.describe import describe, empty_model, require_causal
-from wmtp.models.loaders.files import opened_by_transformers, read_config, read_json, tensor_shapes, weight_files
+from wmtp.models.loaders.files import opened_by_transformers, read_config, weight_files
 from wmtp.models.loaders.names import Opening, find_untouched
-from wmtp.models.mtp import HEADS_CONFIG, HEADS_FORMAT, HEADS_WEIGHTS
 from wmtp.models.untouched import Untouched
-from wmtp.storage.model_files import LAYERS_LIMIT, check_folder, find_gguf, is_adapter
+from wmtp.storage.model_files import check_folder, find_gguf, is_adapter
 
 __all__ = ["HfLoader", "from_tensors", "strict_from_pretrained"]
 
@@ -81,14 +79,14 @@ class HfLoader(ModelLoader):
         if is_adapter(folder):
             need_peft(f"{folder}: an adapter")
             info = self._plain().info(self._find_base(folder)[0])
-            return evolve(info, heads=_saved_heads(folder) or info.heads)
+            return evolve(info, heads=saved_heads(folder) or info.heads)
         config = read_config(folder)
         require_causal(config)
         model = empty_model(config)
         opening = find_untouched(folder, config)
         if opening.unknown:
             raise _misfit(folder, model, [f"{name} is unexpected" for name in opening.unknown])
-        about = describe(model, _saved_heads(folder))
+        about = describe(model, saved_heads(folder))
         return evolve(about, native=opening.native, unsavable=opening.untouched.problem)
 
     def load(self, path: Path | None, *, dtype: torch.dtype | None, seed: int) -> LoadedModel:
@@ -138,13 +136,13 @@ class HfLoader(ModelLoader):
     @staticmethod
     def _load_folder(folder: Path, config: PreTrainedConfig, opening: Opening, options: Mapping[str, Any]) -> LoadedModel:
         model = strict_from_pretrained(AutoModelForCausalLM, folder, folder, {**options, "config": config}, opening)
-        heads = _saved_heads(folder)
-        state = None if heads is None or heads.kind == "native" else load_file(folder / HEADS_WEIGHTS)
+        heads = saved_heads(folder)
+        state = None if heads is None or heads.kind == "native" else saved_tensors(folder)
         return LoadedModel(
             model=model,
             heads=heads,
             head_state=state,
-            draft_ids=_saved_draft_ids(folder, model),
+            draft_ids=saved_draft_ids(folder, model),
             untouched=opening.untouched,
             native=opening.native,
         )
@@ -176,12 +174,12 @@ class HfLoader(ModelLoader):
                 "name the right one: models.base.base_uri"
             )
         state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in saved.state.items()}
-        heads = _saved_heads(folder)
+        heads = saved_heads(folder)
         own: dict[str, Any] = {}
         if heads is not None:
-            tensors = load_file(folder / HEADS_WEIGHTS)
+            tensors = saved_tensors(folder)
             own = {"heads": heads, "head_state": {n: t if dtype is None else t.to(dtype) for n, t in tensors.items()}}
-            own["draft_ids"] = _saved_draft_ids(folder, base.model)
+            own["draft_ids"] = saved_draft_ids(folder, base.model)
         return evolve(base, adapter=evolve(saved, state=state), **own)
 
     def _find_base(self, folder: Path) -> tuple[Path, BaseModelName]:
@@ -267,42 +265,6 @@ def strict_from_pretrained(
 
 def _misfit(source: Path, model: PreTrainedModel, problems: list[str]) -> FileError:
     return FileError(f"{source}: the tensors do not fit {type(model).__name__}: {'; '.join(problems)}")
-
-
-def _saved_heads(folder: Path) -> HeadsConfig | None:
-    """Read ``mtp_heads.json``, checked against the tensors beside it."""
-    description, weights = folder / HEADS_CONFIG, folder / HEADS_WEIGHTS
-    if not description.exists() and not weights.exists():
-        return None
-    content = read_json(description) if description.exists() else {}
-    if content.get("kind") != "native":  # whose tensors are among the model's
-        for file in (description, weights):
-            if not file.exists():
-                raise FileError(f"{file}: not there, but the folder holds the other part of its extra heads")
-    if content.get("format") != HEADS_FORMAT:
-        raise FileError(f"{description}: format {content.get('format')!r} is not known to this version of WMTP")
-    kind, horizon = content.get("kind"), content.get("horizon")
-    if str(kind) not in HEAD_KINDS or not isinstance(horizon, int) or not 2 <= horizon <= LAYERS_LIMIT:
-        raise FileError(f"{description}: kind {kind!r} and horizon {horizon!r} are not those of any heads")
-    if kind == "native":
-        return HeadsConfig(kind=kind, horizon=horizon)
-    tensor_shapes(weights)
-    layout = content.get("layout", "plain")  # as all heads were before there were layouts
-    if layout not in ("mimo", "plain"):
-        raise FileError(f"{description}: layout {layout!r} is not known to this version of WMTP")
-    return HeadsConfig(kind=kind, horizon=horizon, layout=layout if kind in ("chained", "shared") else HeadsConfig().layout)
-
-
-def _saved_draft_ids(folder: Path, model: PreTrainedModel) -> tuple[int, ...] | None:
-    """Read from ``mtp_heads.json`` which tokens heads 2..H draft from."""
-    vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    description = folder / HEADS_CONFIG
-    ids = read_json(description).get("draft_vocabulary") if description.exists() else None
-    if ids is None:
-        return None
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
-        raise WMTPError(f"{description}: draft_vocabulary holds no ids of this model's {vocab_size} tokens")
-    return tuple(ids)
 
 
 def _need_gguf() -> None:
