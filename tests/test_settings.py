@@ -57,6 +57,14 @@ def test_a_model_that_stands_alone_is_measured_as_it_was_saved(trained, tmp_path
         assert details(found.folder)["dtype"] == dtype
 
 
+def test_one_config_stands_for_a_list_of_it(trained, tmp_path):
+    place = tmp_path / "place.toml"
+    place.write_text("[devices]\ndevice = 'cpu'\n")
+    for config in (str(place), place, {"devices": {"device": "cpu"}}):
+        with pytest.raises(ConfigError, match="nothing to measure"):
+            command.evaluate_model(str(trained / "model"), config)
+
+
 def leaves(cls=Config, path=()):
     """Every key of the core's sections; a component's table is one."""
     for attribute in attrs.fields(attrs.resolve_types(cls)):

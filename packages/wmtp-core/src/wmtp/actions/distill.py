@@ -74,7 +74,7 @@ def distill_data(
     compiled: bool = False,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["fp32", "bf16"] | None = None,
-    config: Sequence[ConfigSource] = (),
+    config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Distilled:
     """Answer prompts with a model and write the answers as training data, as ``wmtp distill-data`` does.

@@ -69,7 +69,7 @@ def fetch(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    config: Sequence[ConfigSource] = (),
+    config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Fetched:
     """Bring a file or folder into a local folder, whole, as ``wmtp fetch`` does.
@@ -82,7 +82,7 @@ def fetch(
         folder: made if it is not there.
         include: patterns, as ``*.safetensors``; files whose name matches none are left out.
         exclude: patterns; files whose name matches one are left out.
-        config: TOML files or mappings whose ``[storage]`` says how to reach the store of the URI.
+        config: a TOML file or mapping, or several, whose ``[storage]`` says how to reach the store of the URI.
         overrides: ``KEY=VALUE`` texts laid over those.
 
     Raises:
@@ -118,7 +118,7 @@ def push(
     path: str | os.PathLike[str],
     uri: str | os.PathLike[str],
     *,
-    config: Sequence[ConfigSource] = (),
+    config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Pushed:
     """Copy a local file or folder to a URI, as ``wmtp push`` does. Arguments and errors: see `fetch`.
@@ -142,7 +142,7 @@ def clean(
     *,
     older_than: float = 24 * 3600.0,
     dry_run: bool = False,
-    config: Sequence[ConfigSource] = (),
+    config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Sequence[Leftover]:
     """Remove what killed uploads left at a URI, inside it and beside it, as ``wmtp clean`` does.
@@ -164,7 +164,7 @@ def clean(
 def cache(
     cache_dir: str | os.PathLike[str] | None = None,
     *,
-    config: Sequence[ConfigSource] = (),
+    config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Cache:
     """Open the cache of fetched files: ``list()``, ``verify()`` and ``prune(max_size)`` do what ``wmtp cache`` does.
@@ -181,7 +181,7 @@ def pull_runs(
     uri: str,
     into: str | os.PathLike[str] = "runs/mlflow.db",
     *,
-    config: Sequence[ConfigSource] = (),
+    config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Pulled:
     """Merge runs from an object store into one database, as ``wmtp runs pull URI`` does.
@@ -201,11 +201,11 @@ def pull_runs(
     return pull(_backend(uri, config, overrides), uri, Path(into).expanduser())
 
 
-def storage_section(config: Sequence[ConfigSource], overrides: Iterable[str]) -> StorageConfig:
+def storage_section(config: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str]) -> StorageConfig:
     """Read the section ``[storage]`` for work that has no config of its own.
 
     Args:
-        config: TOML files or mappings.
+        config: a TOML file or mapping, or several.
         overrides: ``KEY=VALUE`` texts laid over those.
 
     Raises:
@@ -219,5 +219,5 @@ def storage_section(config: Sequence[ConfigSource], overrides: Iterable[str]) ->
     return load_storage(config, texts)
 
 
-def _backend(uri: str | os.PathLike[str], config: Sequence[ConfigSource], overrides: Iterable[str]) -> Storage:
+def _backend(uri: str | os.PathLike[str], config: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str]) -> Storage:
     return backend_for(os.fspath(uri), build_backends(storage_section(config, overrides)))

@@ -59,7 +59,7 @@ def generate(
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["fp32", "bf16"] | None = None,
     on_text: Callable[[str], None] | None = None,
-    config: Sequence[ConfigSource] = (),
+    config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Generated:
     """Continue a text, as ``wmtp generate`` does. For several texts open the model once: `wmtp.load_model`.
@@ -128,7 +128,7 @@ def open_writer(
     compiled: bool,
     device: Literal["auto", "cpu", "cuda", "mps"],
     precision: Literal["fp32", "bf16"] | None,
-    config: Sequence[ConfigSource],
+    config: ConfigSource | Sequence[ConfigSource],
     overrides: Iterable[str],
 ) -> Writer:
     """Open a model to write with. Arguments and errors: see `generate`."""

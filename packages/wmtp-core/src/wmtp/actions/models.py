@@ -26,7 +26,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    config: Sequence[ConfigSource] = (),
+    config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> MTPModel:
     """Open a model with all its heads, in eval mode; a plain Hugging Face model has head 1 alone.
@@ -35,7 +35,7 @@ def load_model(
         model: a run directory, a model folder (as WMTP, Hugging Face or Meta write it), a ``.gguf`` file, or a URI of those.
         dtype: of the parameters. Default: as saved.
         device: where it shall be.
-        config: TOML files or mappings whose ``[storage]`` says how to reach the store of a URI.
+        config: a TOML file or mapping, or several, whose ``[storage]`` says how to reach the store of a URI.
         overrides: ``KEY=VALUE`` texts laid over those.
 
     Raises:
@@ -48,7 +48,7 @@ def load_model(
 
 
 def load_tokenizer(
-    model: str | os.PathLike[str], *, config: Sequence[ConfigSource] = (), overrides: Iterable[str] = ()
+    model: str | os.PathLike[str], *, config: ConfigSource | Sequence[ConfigSource] = (), overrides: Iterable[str] = ()
 ) -> Tokenizer:
     """Open the tokenizer of a model. Arguments: see `load_model`.
 
@@ -63,7 +63,7 @@ def load_tokenizer(
 
 def evaluate(
     model: str | os.PathLike[str],
-    config: Sequence[ConfigSource] = (),
+    config: ConfigSource | Sequence[ConfigSource] = (),
     *,
     overrides: Iterable[str] = (),
     output: str | os.PathLike[str] | None = None,
@@ -73,8 +73,8 @@ def evaluate(
 
     Args:
         model: as for `load_model`.
-        config: TOML files or mappings laid over the run's config; for a model that stands alone, what to measure and on
-            which data.
+        config: a TOML file or mapping, or several, laid over the run's config; for a model that stands alone, what to measure
+            and on which data.
         overrides: ``KEY=VALUE`` texts laid over those.
         output: the folder for results. Default: the run directory, or ``evaluations/NAME``.
         allow_code_execution: whether evaluators may run code that the model wrote.
@@ -97,7 +97,7 @@ def export(
     *,
     format: str,
     checkpoint: str | int | None = None,
-    config: Sequence[ConfigSource] = (),
+    config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Exported:
     """Write a model in the layout of other tools, as ``wmtp export`` does.
@@ -125,7 +125,7 @@ def report(
     runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str] | None = None,
     *,
-    config: Sequence[ConfigSource] = (),
+    config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Path:
     """Write one HTML page that shows a run, or compares several, as ``wmtp report`` does.

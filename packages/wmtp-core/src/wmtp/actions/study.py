@@ -15,8 +15,7 @@ from typing import Any
 from wmtp.actions.memory import outlook
 from wmtp.actions.study_pool import Outcome, Pool
 from wmtp.actions.study_result import StudyResult
-from wmtp.config.load import ConfigSource
-from wmtp.config.schema import Config
+from wmtp.config.load import ConfigSource, as_list
 from wmtp.config.tree import dump_config
 from wmtp.errors import ConfigError
 from wmtp.evaluation.consent import code_execution_allowed, require_consent
@@ -72,7 +71,7 @@ def study(
         for name, texts in (("overrides", overrides), ("arms", arms)):
             if isinstance(texts, str):
                 raise TypeError(f"{name}: a list of texts is wanted; write [{texts!r}]")
-        plan = make_plan(load_study(study), _as_list(recipe), overrides)
+        plan = make_plan(load_study(study), as_list(recipe), overrides)
         chosen = plan.chosen(arms, seeds)
         if jobs is not None and jobs < 1:
             raise ConfigError(f"--jobs: {jobs} is not at least 1")
@@ -81,12 +80,6 @@ def study(
             require_consent(run.config.eval, allowed)
         session = _Session(plan, chosen, jobs=jobs, retry=retry, minutes=minutes, allow_code_execution=allowed)
         return session.outlook() if dry_run else session.go_on()
-
-
-def _as_list(recipe: ConfigSource | Sequence[ConfigSource] | None) -> list[ConfigSource]:
-    if recipe is None:
-        return []
-    return [recipe] if isinstance(recipe, str | os.PathLike | Mapping | Config) else list(recipe)
 
 
 class _Session:

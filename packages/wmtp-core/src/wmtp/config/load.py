@@ -19,7 +19,7 @@ from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
 
-__all__ = ["ConfigSource", "Loaded", "load", "load_config", "load_storage"]
+__all__ = ["ConfigSource", "Loaded", "as_list", "load", "load_config", "load_storage"]
 
 #: a TOML file, a mapping of the same shape, or a config made in Python
 ConfigSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Config
@@ -73,7 +73,14 @@ def load(
     raise located(document, problems)
 
 
-def load_storage(sources: Sequence[ConfigSource], overrides: Iterable[str] = ()) -> StorageConfig:
+def as_list(sources: ConfigSource | Sequence[ConfigSource] | None) -> Sequence[ConfigSource]:
+    """Take one source for a list of it, and None for none."""
+    if sources is None:
+        return []
+    return [sources] if isinstance(sources, str | os.PathLike | Mapping | Config) else sources
+
+
+def load_storage(sources: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str] = ()) -> StorageConfig:
     """Read the section ``[storage]`` of files that may lack all others.
 
     Arguments and errors: see `load_config`.
@@ -100,8 +107,7 @@ def _merged(
     """Merge all sources; return the mapping, the plugins, and unresolved environment references."""
     registry = registry if registry is not None else load_plugins()
     registry.require_unambiguous()
-    if isinstance(sources, str | os.PathLike | Mapping | Config):
-        sources = [sources]
+    sources = as_list(sources)
     if not isinstance(sources, Sequence) or any(not isinstance(s, str | os.PathLike | Mapping | Config) for s in sources):
         raise ConfigError("a config is a TOML file, a mapping, a Config, or a list of them")
     document = Document()

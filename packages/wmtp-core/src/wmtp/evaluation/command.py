@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from wmtp.config.load import ConfigSource, Loaded, load, load_storage, located
+from wmtp.config.load import ConfigSource, Loaded, as_list, load, load_storage, located
 from wmtp.config.places import Place, build_backends
 from wmtp.config.problems import Problem
 from wmtp.config.rules import component_problems
@@ -66,7 +66,7 @@ class _NoTrainer(TrainerConfig):
 
 def evaluate_model(
     name: str,
-    files: Sequence[ConfigSource] = (),
+    files: ConfigSource | Sequence[ConfigSource] = (),
     *,
     overrides: Iterable[str] = (),
     output: str | None = None,
@@ -85,6 +85,7 @@ def evaluate_model(
         ConfigError: there is no such model, nothing to measure, or the config is wrong.
         WMTPError: something cannot be read, measured or written.
     """
+    files = as_list(files)
     is_remote = scheme_of(name) != "file"
     path, run_dir = find_model(name, load_storage(files, overrides) if is_remote else None)
     loaded = _config(path, run_dir, files, overrides)
