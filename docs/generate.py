@@ -91,7 +91,7 @@ VALUES = {
             "wmtp.data.batch.Targets",
             "wmtp.data.batch.Document",
         ),
-        *("Stage", "OpenModel"),
+        *("Stage", "OpenModel", "RewardScores"),
     ),
     "model_loaders": ("ModelInfo", "LoadedModel"),
     "data_loaders": ("Example", "BadExample"),

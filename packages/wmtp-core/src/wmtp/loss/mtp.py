@@ -24,7 +24,7 @@ from wmtp.loss.weights import (
 
 __all__ = ["IGNORED", "MTPLoss", "mtp_loss"]
 
-#: a target that is not to be predicted, as in `torch.nn.functional.cross_entropy`
+#: Target that is not to be predicted, as in `torch.nn.functional.cross_entropy`.
 IGNORED = -100
 
 

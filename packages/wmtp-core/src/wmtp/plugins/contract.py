@@ -143,7 +143,7 @@ class ComponentConfig(Contract, contract=True, keys=("uri",)):
     uri: Any = None
     #: further fields that are inputs, as ``uri`` is
     uri_keys: ClassVar[tuple[str, ...]] = ()
-    #: keys that earlier versions had, each with what to write instead; a config that has one is refused so
+    #: keys that earlier versions of the component had, each with what to write instead; a config that has one is refused so
     former_keys: ClassVar[Mapping[str, str]] = {}
     #: modules that the component imports, each with what pip installs: a config that names it is refused where one is missing
     needs_packages: ClassVar[Mapping[str, str]] = {}

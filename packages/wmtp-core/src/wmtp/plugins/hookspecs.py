@@ -26,6 +26,7 @@ __all__ = ["PROJECT", "hookimpl", "hookspec"]
 
 PROJECT = "wmtp"
 hookspec = pluggy.HookspecMarker(PROJECT)
+#: Decorator of a plugin's functions that are named after hooks.
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 

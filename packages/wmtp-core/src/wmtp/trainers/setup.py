@@ -38,10 +38,12 @@ class OpenModel(Protocol):
 
 
 class RewardScores(Protocol):
-    """Scores the training data with a reward model."""
+    """Scorer of the training data by a reward model."""
 
     def __call__(self, name: str, *, template: str, dtype: torch.dtype, batch_size: int) -> DocumentNumbers:
         """Score all documents with the model of ``[models.<name>]``; cached beside the tokens.
+
+        The result's ``values`` has a score for each piece of the training data, in its order.
 
         Args:
             name: a section listed in the config class's ``reward_models``.
