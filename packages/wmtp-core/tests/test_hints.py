@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,9 @@ ROOT = Path(__file__).parents[3]
         (["run", "--config", "a.toml"], "--config; recipes are named without a flag"),
         (["run", "a.toml", "--name", "x"], "--name; did you mean '--run-name'?"),
         (["run", "a.toml", "train.epochs=3"], "a setting is given by --set train.epochs=3"),
-        (["run", "."], ".: is a directory; name a TOML file, as recipe.toml"),
+        (["run", "sub"], "sub: is a directory; name a TOML file, as sub/recipe.toml"),
+        (["check", "study.toml"], "study.toml: is a study; train it by wmtp study study.toml"),
+        (["study", "alone.toml"], "alone.toml: is a recipe; a study names it as study.recipe"),
         (["run", "model"], 'this model folder goes into one, as models.base = { type = "hf", uri = "model" }'),
         (["run", "first"], "first: is a directory; name a TOML file; to resume this run: --resume first"),
         (
@@ -48,13 +51,16 @@ ROOT = Path(__file__).parents[3]
         ),
         (["generate", "m", "--device", "gpu"], "invalid choice: 'gpu'; did you mean 'cuda'?"),
         (["export", "m", "d", "--format", "medus"], "invalid choice: 'medus'; did you mean 'medusa'?"),
+        (["export", "m", "d", "--format", "gguf"], "invalid choice: 'gguf'; did you mean 'hf'?"),
         (["cache", "prun"], "invalid choice: 'prun'; did you mean 'prune'?"),
     ],
 )
 def test_slips_on_the_command_line(words, hint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, text in {
-        "recipe.toml": "",
+        "sub/recipe.toml": "",
+        "study.toml": "[study]\nname = 'a'\n[arms.b]\n",
+        "alone.toml": "[trainer]\ntype = 'baseline-mtp'\n",
         "data.jsonl": '{"text": "a"}\n',
         "model/config.json": "{}",
         "first/run.json": "{}",
@@ -172,6 +178,23 @@ def test_a_reader_that_has_had_enough_is_no_failure_and_hides_none(tmp_path):
         os.close(writer)
         assert done.returncode == expected, (words, done.stderr)
         assert "BrokenPipe" not in done.stderr
+
+
+def test_ctrl_c_while_the_command_is_imported_shows_no_traceback(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'wmtp.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "wmtp", "plugins"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_a_pipe_of_the_work_that_breaks_is_a_failure(monkeypatch, capsys):

@@ -122,6 +122,8 @@ def _merged(
                 document.merge(source, source if isinstance(source, TableSource) else MappingSource())
             else:
                 files.append(FileSource(source))
+                if "arms" in files[-1].data and "study" in files[-1].data:
+                    raise ConfigError(f"{files[-1].name}: is a study; train it by wmtp study {files[-1].name}")
                 document.merge(files[-1].data, files[-1])
         except ConfigError as error:
             wrong += error.problems

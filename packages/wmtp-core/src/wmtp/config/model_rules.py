@@ -69,21 +69,14 @@ def model_problems(config: Config) -> Iterator[Problem]:
 
 
 def _no_model(path: Path) -> str | None:
-    """Say what is wrong with a path that holds no model at all."""
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return None
-        remedy = f"name its folder, {path.parent}" if (path.parent / "config.json").exists() else "name a model folder"
-        return f"{path} is a file; {remedy}, or a .gguf file"
-    if not path.is_dir() or (path / "config.json").exists() or is_adapter(path):
-        return None
-    if (path / "params.json").exists():
+    """Say what to name in place of a path that is part of a model, or a model of another loader."""
+    if path.is_file() and path.suffix != ".gguf" and (path.parent / "config.json").exists():
+        return f"{path} is a file; name its folder, {path.parent}, or a .gguf file"
+    if (path / "params.json").exists() and not (path / "config.json").exists() and not is_adapter(path):
         return (
             f'{path} holds a params.json and no config.json; write type = "meta-mtp" if it is a multi-token checkpoint of Meta'
         )
-    if any(path.glob("*.gguf")):
-        return None
-    return f"{path} holds no config.json and no .gguf file: it is no model folder"
+    return None
 
 
 def _template_problems(config: Config) -> Iterator[Problem]:

@@ -15,6 +15,7 @@ from wmtp.config.load import located
 from wmtp.config.problems import KeyPath, Problem, Problems
 from wmtp.config.sources import Document, MappingSource
 from wmtp.config.toml_file import FileSource, TableSource
+from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
 from wmtp.spelling import did_you_mean
 
@@ -145,6 +146,8 @@ def load_study(study: str | os.PathLike[str] | Mapping[str, Any]) -> StudyFile:
     """
     file = None if isinstance(study, Mapping) else FileSource(study)
     data = file.data if file is not None else study
+    if file is not None and "study" not in data and "trainer" in data:
+        raise ConfigError(f"{file.name}: is a recipe; a study names it as study.recipe, and wmtp run trains it alone")
     assert isinstance(data, Mapping), "a parsed TOML document is a table"
     source = file if file is not None else MappingSource()
     section = Document()
