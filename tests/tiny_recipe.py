@@ -13,6 +13,19 @@ TINY_MODEL = {
     "max_positions": 128,
 }
 
+#: the shortest recipe that `wmtp check` accepts
+SHORTEST_TOML = """\
+[models.base]
+type = "scratch"
+vocab_size = 258
+[tokenizer]
+type = "bytes"
+[datasets.py]
+type = "python-source"
+[trainer]
+type = "baseline-mtp"
+"""
+
 
 def tiny_recipe(uri: str = "code.jsonl", **tables: Any) -> dict[str, Any]:
     """Make a recipe of one step on the data at ``uri``; ``tables`` take the place of its own."""

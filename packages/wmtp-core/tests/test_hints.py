@@ -9,6 +9,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+from tiny_recipe import SHORTEST_TOML
 
 from wmtp.cli import main
 from wmtp.config.neighbours import NEIGHBOURS
@@ -74,19 +75,6 @@ def test_slips_on_the_command_line(words, hint, tmp_path, monkeypatch, capsys):
     assert said.splitlines()[-1].startswith("error: ")
 
 
-RECIPE = """\
-[models.base]
-type = "scratch"
-vocab_size = 258
-[tokenizer]
-type = "bytes"
-[datasets.py]
-type = "python-source"
-[trainer]
-type = "baseline-mtp"
-"""
-
-
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -118,7 +106,7 @@ type = "baseline-mtp"
 )
 def test_words_of_other_tools_in_a_config(overrides, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("a.toml").write_text(RECIPE)
+    Path("a.toml").write_text(SHORTEST_TOML)
     assert main(["check", "a.toml", *(word for override in overrides for word in ("--set", override))]) == 2
     assert said in capsys.readouterr().err
 
@@ -161,8 +149,8 @@ def command(*words, shell_tail, cwd):
 
 def test_a_reader_that_has_had_enough_is_no_failure_and_hides_none(tmp_path):
     """One process for each: what is closed before the command writes into it is closed for sure."""
-    (tmp_path / "a.toml").write_text(RECIPE)
-    (tmp_path / "b.toml").write_text(RECIPE + "x = 1\n")
+    (tmp_path / "a.toml").write_text(SHORTEST_TOML)
+    (tmp_path / "b.toml").write_text(SHORTEST_TOML + "x = 1\n")
     # a pipe whose reader has gone, as standard output
     for words, expected in (
         (["plugins"], 0),

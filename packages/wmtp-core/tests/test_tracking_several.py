@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import attrs
 import pytest
+from tiny_recipe import SHORTEST_TOML
 
 import wmtp
 from wmtp.cli import main
@@ -15,10 +16,6 @@ from wmtp.tracking.config import JsonlTracker, MLflowTracker, SeveralTrackers, T
 
 # not imported before a test needs it: that takes seconds
 pytestmark = pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
-
-RECIPE = (
-    '[models.base]\ntype = "scratch"\nvocab_size = 258\n[tokenizer]\ntype = "bytes"\n[datasets.py]\ntype = "python-source"\n'
-)
 
 
 class Notes(Tracker):
@@ -87,7 +84,7 @@ def test_those_before_one_that_cannot_start_are_closed(tmp_path):
 
 def test_in_toml(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    text = RECIPE + '[trainer]\ntype = "baseline-mtp"\n[tracker]\ntype = "several"\n[[tracker.of]]\ntype = "mlflow"\n'
+    text = SHORTEST_TOML + '[tracker]\ntype = "several"\n[[tracker.of]]\ntype = "mlflow"\n'
     (tmp_path / "a.toml").write_text(text + '[[tracker.of]]\ntype = "jsonl"\n')
     assert wmtp.load_config("a.toml").tracker == SeveralTrackers(of=(MLflowTracker(), JsonlTracker()))
     (tmp_path / "b.toml").write_text(text + 'tracking_uri = "s3://"\n[[tracker.of]]\ntype = "mlflow"\n')

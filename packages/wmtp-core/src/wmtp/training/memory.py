@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from attrs import evolve, frozen
 
@@ -34,6 +34,14 @@ _LOSS_CHUNK = 0.75 * 2**30
 _COMPARED_CHUNK = 1.5 * 2**30
 #: what a GPU's driver and torch's libraries take, and what is lost between pieces of memory
 _RESERVED = 1.5 * 2**30
+
+
+class JobShape(TypedDict, total=False):
+    """Keyword arguments of `estimate_memory` about the job, handed on by those that ask for several estimates."""
+
+    world_size: int
+    per_machine: int | None
+    others: Mapping[str, ModelInfo] | None
 
 
 @frozen(kw_only=True)
@@ -259,17 +267,9 @@ def too_large(estimate: MemoryEstimate, device_bytes: int) -> str | None:
     return f"the device has {_size(device_bytes)}, of which {_size(_RESERVED)} are lost to the driver and to fragmentation"
 
 
-def cheaper_settings(
-    config: Config,
-    info: ModelInfo,
-    heads: HeadsConfig,
-    *,
-    world_size: int = 1,
-    per_machine: int | None = None,
-    others: Mapping[str, ModelInfo] | None = None,
-) -> list[tuple[str, int]]:
-    """Find the three single settings that lower the estimate most, with their totals."""
-    devices, data = config.devices, config.data.train
+def cheaper_settings(config: Config, info: ModelInfo, heads: HeadsConfig, **job: Unpack[JobShape]) -> list[tuple[str, int]]:
+    """Find the three single settings that lower the estimate most, with their totals; see `estimate_memory`."""
+    devices, data, world_size = config.devices, config.data.train, job.get("world_size", 1)
     rows = -(-data.batch_size // world_size)
     micro = min(data.micro_batch_size or rows, rows)
     tried: dict[str, Config] = {}
@@ -293,11 +293,8 @@ def cheaper_settings(
         tried['devices.fsdp.strategy = "full"'] = evolve(
             config, devices=evolve(devices, fsdp=evolve(devices.fsdp, strategy="full"))
         )
-    now = estimate_memory(config, info, heads, world_size=world_size, per_machine=per_machine, others=others).total
-    totals = {
-        key: estimate_memory(other, info, heads, world_size=world_size, per_machine=per_machine, others=others).total
-        for key, other in tried.items()
-    }
+    now = estimate_memory(config, info, heads, **job).total
+    totals = {key: estimate_memory(other, info, heads, **job).total for key, other in tried.items()}
     # one value of each key: the one that helps most
     best: dict[str, tuple[str, int]] = {}
     for setting, total in sorted(totals.items(), key=lambda entry: entry[1]):
@@ -312,20 +309,14 @@ def describe_shortage(settings: list[tuple[str, int]]) -> str:
 
 @contextmanager
 def explain_out_of_memory(
-    config: Config,
-    info: ModelInfo,
-    heads: HeadsConfig,
-    *,
-    device: object,
-    world_size: int = 1,
-    per_machine: int | None = None,
-    others: Mapping[str, ModelInfo] | None = None,
+    config: Config, info: ModelInfo, heads: HeadsConfig, *, device: object, **job: Unpack[JobShape]
 ) -> Iterator[None]:
     """Turn an out-of-memory error inside into one with the estimate and advice.
 
     Args:
-        config, info, heads, world_size, per_machine, others: see `estimate_memory`.
+        config, info, heads: see `estimate_memory`.
         device: what the message calls the device.
+        job: see `estimate_memory`.
 
     Raises:
         WMTPError: in place of torch's error.
@@ -338,10 +329,8 @@ def explain_out_of_memory(
         # torch has an error class for GPUs only; on a CPU the message depends on the system
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        estimate = estimate_memory(config, info, heads, world_size=world_size, per_machine=per_machine, others=others)
-        what = describe_shortage(
-            cheaper_settings(config, info, heads, world_size=world_size, per_machine=per_machine, others=others)
-        )
+        estimate = estimate_memory(config, info, heads, **job)
+        what = describe_shortage(cheaper_settings(config, info, heads, **job))
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WMTPError(f"{device} is out of memory: the estimate was {estimate}{what}; torch says: {first}") from error
 
