@@ -219,11 +219,12 @@ def test_targets_that_are_nowhere_are_said(base, tmp_path):
 
 
 @pytest.mark.parametrize("heads", ["full", "adapters"])
-def test_a_models_own_layers_for_multi_token_prediction_learn_beside_an_adapter(tmp_path, heads):
+@pytest.mark.parametrize("name", ["mimo", "glm4_moe"])
+def test_a_models_own_layers_for_multi_token_prediction_learn_beside_an_adapter(tmp_path, heads, name):
     """They are in the adapter's folder, for want of the model's; merged, they go back to their place."""
     from safetensors.torch import load_file
 
-    base = native_folder(tmp_path / "base", "mimo")
+    base = native_folder(tmp_path / "base", name)
     loaded = HfLoader().load(base, dtype=torch.float32, seed=0)
     model = build_model(loaded, None, 0, lora=LoraConfig(rank=2, heads=heads), name=name_base(str(base), base)).eval()
     assert model.heads.kind == "native"

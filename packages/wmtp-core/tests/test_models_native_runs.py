@@ -61,13 +61,14 @@ def run(recipe: Path, name: str, *more: str) -> Path:
     return recipe.parent / "runs" / name / "model"
 
 
-def assert_native_trained(place: Path, model: Path, name: str, *, trunk: bool) -> None:
+def assert_native_trained(place: Path, model: Path, name: str, *, trunk: bool, norms: bool = True) -> None:
     before, after = tensors_of(place / "base"), tensors_of(model)
     assert before.keys() == after.keys()
     begin, parts = NAMING[name](0)
     own = {key for key in before if key.startswith(begin) or key.removesuffix(".weight") in parts}
     same = {key for key in before if torch.equal(before[key], after[key])}
-    assert not {f"{part}.weight" for part in parts[:3]} & same
+    # an adapter trains matrices alone
+    assert not {f"{part}.weight" for part in parts[: 3 if norms else 0]} & same
     # experts that no token chose learn nothing, nor does a router's correction
     assert any(f"{begin}self_attn" in key for key in own - same)
     assert (f"model.layers.{LAYERS - 1}.self_attn.o_proj.weight" not in same) == trunk
@@ -108,6 +109,35 @@ def test_every_layout_is_trained(tmp_path: Path, name: str, gradient: str):
 def test_every_way_to_weigh_trains_them(tmp_path: Path, trainer: str, more: str):
     recipe = prepare(tmp_path, "mimo", trainer=trainer, more=more.format(place=tmp_path))
     assert_native_trained(tmp_path, run(recipe, "first"), "mimo", trunk=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_5", "glm4_moe"])
+def test_the_critic_trains_them_after_its_stage_of_values(tmp_path: Path, name: str):
+    """Two stages, and weights by a module that is learned along."""
+    recipe = prepare(tmp_path, name, trainer="critic-wmtp", more="value_steps = 2\nvalue_width = 16\n")
+    lines = [
+        {
+            "prompt": f"add {n} ",
+            "completion": f"{n} + {n * n} = {n + n * n + n % 2}",
+            "is_correct": n % 2 == 0,
+            "group": str(n // 4),
+        }
+        for n in range(24)
+    ]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = run(recipe, "first", "--set", "data.train.packing=false", "--set", "train.max_steps=6")
+    assert_native_trained(tmp_path, model, name, trunk=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", ["full", "adapters"])
+@pytest.mark.parametrize("name", ["qwen3_5", "deepseek_v3"])
+def test_they_are_trained_beside_an_adapter_of_the_trunk(tmp_path: Path, name: str, heads: str):
+    recipe = prepare(tmp_path, name)
+    model = run(recipe, "first", "--set", "models.base.lora.rank=2", "--set", f"models.base.lora.heads={heads}")
+    assert main(["export", str(model.parent), str(tmp_path / "merged"), "--format", "wmtp"]) == 0
+    assert_native_trained(tmp_path, tmp_path / "merged", name, trunk=True, norms=heads == "full")
 
 
 @pytest.mark.slow

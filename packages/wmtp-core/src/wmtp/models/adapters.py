@@ -368,7 +368,9 @@ def is_adapter_name(name: str) -> bool:
 
 def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Part adapted heads' own tensors, under the names that they have without adapters, from the adapters', by `saved_name`."""
-    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if not is_adapter_name(name)}
+    own = {name: tensor for name, tensor in state.items() if not is_adapter_name(name)}
+    # experts have an adapter for each of their tensors, one around the other
+    plain = {".".join(part for part in name.split(".") if part != "base_layer"): tensor for name, tensor in own.items()}
     return plain, {saved_name(name): tensor for name, tensor in state.items() if is_adapter_name(name)}
 
 
@@ -398,14 +400,16 @@ def merge(base: nn.Module) -> None:
     """
     dequantize_layers(base)
     adapted: list[tuple[str, Any]] = [(name, module) for name, module in base.named_modules() if _is_adapted(module)]
-    for name, module in adapted:
+    for _, module in adapted:
         inner = module.get_base_layer()
-        dtype = inner.weight.dtype
+        dtype = next(inner.parameters()).dtype
         module.to(torch.promote_types(dtype, torch.float32))
         module.merge(safe_merge=True)
         inner.to(dtype)
+    for name, module in adapted:
         parent, _, leaf = name.rpartition(".")
-        setattr(base.get_submodule(parent), leaf, inner)
+        if leaf != "base_layer":  # experts have an adapter for each of their tensors, one around the other
+            setattr(base.get_submodule(parent), leaf, module.get_base_layer())
     if hasattr(base, "peft_config"):
         del base.peft_config
     base.requires_grad_(True)

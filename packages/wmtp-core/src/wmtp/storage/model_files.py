@@ -98,12 +98,19 @@ def check_folder(folder: Path) -> None:
                 return
 
 
+def _are_of_experts(value: Any) -> bool:
+    """Recognise what PEFT makes of maps inside of experts, whose weights transformers joins into two tensors."""
+    return isinstance(value, list) and all(str(name).rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in value)
+
+
 def _check_adapter(folder: Path) -> None:
     content = read_json_object(folder / ADAPTER_CONFIG)
     remedy = "merge it into its base with PEFT's merge_and_unload(), and name the folder that you save then"
     if (kind := content.get("peft_type")) != "LORA":
         raise FileError(f"{folder}: holds an adapter of type {kind}, and WMTP opens LORA; {remedy}")
     for key, plain in _PLAIN_LORA.items():
+        if key == "target_parameters" and _are_of_experts(content.get(key)):
+            continue
         if (value := content.get(key)) not in plain:
             raise FileError(
                 f"{folder}: its adapter is more than LoRA's two matrices a linear map ({key} = {value!r}); {remedy}"
