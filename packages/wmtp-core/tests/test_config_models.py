@@ -113,7 +113,9 @@ def test_weights_in_fp8_without_a_word_of_it(folder: Path):
 
 
 def test_adapters_that_cannot_be_opened(tmp_path: Path):
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "gone", "peft_type": "LORA"}')
+    (tmp_path / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "gone", "peft_type": "LORA", "r": 4, "lora_alpha": 8}'
+    )
     refused(tmp_path, r"holds an adapter_config\.json and no adapter_model\.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "gone", "peft_type": "IA3"}')
     refused(tmp_path, r"holds an adapter of type IA3, and WMTP opens LORA; merge it")

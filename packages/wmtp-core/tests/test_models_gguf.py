@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import WMTPError
+from wmtp.log_lines import transformers_quiet
 from wmtp.models import LoadedModel, MTPModel, build_model, load_model
 from wmtp.models.config import HfModel
 
@@ -29,6 +31,13 @@ def file() -> Path:
 @pytest.fixture(scope="module")
 def loaded(file: Path) -> LoadedModel:
     return HfModel(uri=str(file)).build().load(file, dtype=torch.bfloat16, seed=0)
+
+
+def test_the_bar_over_a_files_tensors_is_off(capsys):
+    gguf = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    with transformers_quiet():
+        assert list(gguf.tqdm([1, 2], desc="tensors")) == [1, 2]
+    assert capsys.readouterr().err == ""
 
 
 def test_info_of_the_folder(file: Path):
