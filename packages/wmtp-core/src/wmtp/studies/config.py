@@ -146,9 +146,9 @@ def load_study(study: str | os.PathLike[str] | Mapping[str, Any]) -> StudyFile:
     """
     file = None if isinstance(study, Mapping) else FileSource(study)
     data = file.data if file is not None else study
+    assert isinstance(data, Mapping), "a parsed TOML document is a table"
     if file is not None and "study" not in data and "trainer" in data:
         raise ConfigError(f"{file.name}: is a recipe; a study names it as study.recipe, and wmtp run trains it alone")
-    assert isinstance(data, Mapping), "a parsed TOML document is a table"
     source = file if file is not None else MappingSource()
     section = Document()
     section.merge({"study": data.get("study", {})}, source)
