@@ -75,7 +75,8 @@ def compute(problem: Problem) -> Answer:
     lengths = Lengths(lists)
     for number, predictions in enumerate(lists):
         weight = state.cast[predictions.layout.weight]
-        ahead = chunk_rows(*weight.shape, weight.element_size())
+        vocabulary, width = weight.shape
+        ahead = chunk_rows(vocabulary, width, weight.element_size())
         rows = ahead if problem.lse is None else _KNOWN_ROWS
         for start, stop, learned in lengths.chunks(number, rows, ahead):
             state.run(predictions, start, stop, learned)
