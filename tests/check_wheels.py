@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ def build(wheels: Path) -> list[Path]:
         == ["wmtp_algos", "wmtp_core", "wmtp_example", "wmtp_storage", "wmtp_vessl"],
         f"built {found}",
     )
+    for wheel in found:
+        with zipfile.ZipFile(wheel) as archive:
+            licences = [archive.read(name) for name in archive.namelist() if name.endswith(".dist-info/licenses/LICENSE")]
+        expected = [] if "example" in wheel.name else [(ROOT / "LICENSE").read_bytes()]
+        check(licences == expected, f"{wheel.name} has {len(licences)} licences")
     return found
 
 
