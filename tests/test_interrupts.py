@@ -138,13 +138,13 @@ def test_exit_codes_of_the_command(recipe, start, tmp_path, number, code, proces
 
 SLOW = """
 import sys, time
-from wmtp.training import loop
-save = loop.save_checkpoint
+from wmtp.training import checkpointing
+save = checkpointing.save_checkpoint
 def slow(*arguments):
     print("saving", flush=True)
     time.sleep(60)
     return save(*arguments)
-loop.save_checkpoint = slow
+checkpointing.save_checkpoint = slow
 """
 
 

@@ -107,7 +107,7 @@ def _merged(
     """Merge all sources; return the mapping, the plugins, and unresolved environment references."""
     registry = registry if registry is not None else load_plugins()
     registry.require_unambiguous()
-    sources = as_list(sources)
+    sources = sources if sources is None else as_list(sources)
     if not isinstance(sources, Sequence) or any(not isinstance(s, str | os.PathLike | Mapping | Config) for s in sources):
         raise ConfigError("a config is a TOML file, a mapping, a Config, or a list of them")
     document = Document()
