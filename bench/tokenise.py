@@ -172,6 +172,8 @@ def mapped(texts: Sequence[str], tokenizer: HfTokenizer, processes: int | None =
             cache_file_name=f"{folder}/tokens.arrow",
             load_from_cache_file=False,
         )
+        # with processes, datasets sets it to false for all that follows; and tokenizers goes down to one thread after a fork
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
         return len(made)
 
 
