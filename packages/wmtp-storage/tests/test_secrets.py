@@ -99,8 +99,8 @@ def words_for(draw, command, uri, folder):
         "start": ["start", recipe, "--dry-run", *sets],
         "eval": ["eval", uri, "--set", "storage.http.retry_timeout=0"],
         "report": ["report", uri, "--set", "storage.http.retry_timeout=0"],
-        "export": ["export", uri, "--to", target],
-        "pull": ["runs", "pull", uri],
+        "export": ["export", uri, target, "--format", "hf", "--set", "storage.http.retry_timeout=0"],
+        "pull": ["runs", "pull", uri, "--set", "storage.http.retry_timeout=0"],
         "argv": ["run", recipe, "--tags", uri],
     }[command]
 
