@@ -29,7 +29,7 @@ from wmtp.models.acceleration import accelerate
 from wmtp.models.base import LoadedModel
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
-from wmtp.models.fp8 import multiply_in_fp8
+from wmtp.models.fp8 import fp8_logits, multiply_in_fp8
 from wmtp.models.mtp import MTPModel
 from wmtp.models.outline import outline
 from wmtp.optim.config import AdamW
@@ -222,6 +222,7 @@ def run(
                     autocast=autocast_context("bf16", DEVICE),
                     seed=0,
                     master_weights=masters,
+                    fp8_logits=fp8_logits(devices),
                 ),
                 modules=modules,
                 batches=StageBatches(plan, [rows] * len(plan.stages)),

@@ -52,6 +52,11 @@ def test_what_can_be_passes(sets):
             'fast_accumulation: "all" with recipe = "rowwise" gave',
         ),
         (["devices.fp8={recipe = 'row'}"], "devices.fp8.recipe"),
+        (["devices.fp8={logits = 'all'}"], "devices.fp8.logits"),
+        (
+            ["devices.fp8={logits = 'forward'}", "models.base.heads.horizon=3", "models.base.heads.objective=kl"],
+            'devices.fp8.logits: models.base.heads.objective = "kl" compares logits in bf16; write "none"',
+        ),
         (["devices.fp8={min_features = 8}"], "devices.fp8.min_features"),
     ],
 )

@@ -11,9 +11,10 @@ from torch import nn
 from wmtp.config.schema import DevicesConfig, Fp8Config, HeadsConfig, LoraConfig
 from wmtp.devices import autocast_context, pick_precision
 from wmtp.errors import ConfigError
+from wmtp.loss.fp8 import Fp8Logits
 from wmtp.models.acceleration import accelerate
 from wmtp.models.build import build_model
-from wmtp.models.fp8 import check_fp8, multiply_in_fp8, products_in_bf16
+from wmtp.models.fp8 import check_fp8, fp8_logits, multiply_in_fp8, products_in_bf16
 from wmtp.models.start_model import StartModel
 from wmtp.optim.master_weights import MasterWeights
 
@@ -110,6 +111,18 @@ def test_maps_that_fp8_cannot_compute_or_that_gain_nothing_stay_in_bf16():
         multiply_in_fp8(make(), devices(min_features=width + 1000))
     with pytest.raises(ConfigError, match=r"devices.fp8.exclude: 'nothing' names no linear map.*there are base\."):
         multiply_in_fp8(make(), devices(exclude=("nothing",)))
+
+
+def test_logits_in_fp8_are_asked_for_by_name_and_need_whole_pieces():
+    assert fp8_logits(devices()) is None
+    assert fp8_logits(DevicesConfig()) is None
+    assert fp8_logits(devices(logits="forward")) == Fp8Logits(emulate=True)
+    slow = devices(logits="hidden-gradient", fast_accumulation="none", emulate=False)
+    assert fp8_logits(slow) == Fp8Logits(gradient=True, fast=False)
+    odd = evolve(SMALL, hidden_size=24, intermediate_size=48).build().load(None, dtype=torch.float32, seed=1)
+    model = build_model(odd, HeadsConfig(horizon=2), 5)
+    with pytest.raises(ConfigError, match=r'devices.fp8.logits: "forward" needs hidden .* has 24; write "none"'):
+        multiply_in_fp8(model, devices(logits="forward"))
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])

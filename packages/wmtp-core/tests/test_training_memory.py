@@ -110,6 +110,9 @@ def test_it_is_near_what_a_run_in_fp8_took():
         return estimate_memory(evolve(wanted, devices=devices), info, heads).total / 2**30
 
     assert gib() == pytest.approx(49.6, rel=0.15)
+    table = 32_000 * 2048 / 2**30
+    assert gib(logits="forward") - gib() == pytest.approx(table)
+    assert gib(logits="hidden-gradient") - gib() == pytest.approx(2 * table + 0.25)
     half = DevicesConfig(precision="bf16-params", compile=True)
     assert gib(recipe="rowwise-gw-hp") == estimate_memory(evolve(wanted, devices=half), info, heads).total / 2**30
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import wmtp
 from wmtp.errors import WMTPError
+from wmtp.loss.torch_backend import plain
 from wmtp.optim.config import AdamW
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.trainers import Trainer
@@ -54,6 +55,7 @@ def losses(run_dir):
 
 
 FP8 = {"precision": "fp8", "fp8": {"emulate": True, "min_features": 16, "exclude": ["extra_heads.1.*"]}}
+FP8["fp8"]["logits"] = "hidden-gradient"
 
 
 @pytest.mark.parametrize("precision", [{}, FP8], ids=["bf16", "fp8"])
@@ -83,13 +85,19 @@ def test_a_run_with_bf16_parameters_is_resumed_as_if_it_had_never_stopped(tmp_pa
 def test_a_run_in_fp8_trains_in_fp8_and_is_measured_in_bf16(tmp_path, monkeypatch):
     pytest.importorskip("torchao")
     seen = {"trained": set(), "measured": set()}
+    rounded = []
+    real_rounding = plain.in_fp8
+    monkeypatch.setattr(plain, "in_fp8", lambda tensor: rounded.append(1) or real_rounding(tensor))
 
     def spy(owner, name, what, model_of):
         real = getattr(owner, name)
 
         def watched(*args, **kwargs):
             seen[what] |= {type(module).__name__ for module in model_of(args[0]).modules()}
-            return real(*args, **kwargs)
+            before = len(rounded)
+            result = real(*args, **kwargs)
+            assert what == "trained" or len(rounded) == before, "logits in fp8 are for training"
+            return result
 
         monkeypatch.setattr(owner, name, watched)
 
@@ -100,6 +108,7 @@ def test_a_run_in_fp8_trains_in_fp8_and_is_measured_in_bf16(tmp_path, monkeypatc
     changed["devices"] |= FP8
     done = wmtp.run(changed)
     assert "Float8Linear" in seen["trained"]
+    assert rounded
     assert seen["measured"]
     assert "Float8Linear" not in seen["measured"]
     again = wmtp.evaluate(done.run_dir, overrides=["eval=[{type='perplexity'}]"])

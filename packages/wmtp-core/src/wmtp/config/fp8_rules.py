@@ -32,6 +32,12 @@ def fp8_problems(config: Config) -> Iterator[Problem]:
             ("devices", "fp8", "fast_accumulation"),
             '"all" with recipe = "rowwise" gave numbers on a GPU unlike their emulation; write "forward", or another recipe',
         )
+    heads = config.models["base"].heads
+    if devices.fp8 is not None and devices.fp8.logits != "none" and heads is not None and heads.objective != "ce":
+        yield Problem(
+            ("devices", "fp8", "logits"),
+            f'models.base.heads.objective = "{heads.objective}" compares logits in bf16; write "none", or objective = "ce"',
+        )
     if config.models["base"].quantize is not None:
         yield Problem(
             path, 'models.base.quantize keeps the layers in 4 bits, which fp8 products cannot read; write "bf16-params"'

@@ -169,6 +169,9 @@ class Fp8Config:
         last_layers: decoder layers at the end that stay in bf16.
         min_features: maps with fewer input or output features stay in bf16: they gain nothing.
         exclude: maps that stay in bf16, by patterns of their names: ``["*.k_proj", "extra_heads.*"]``.
+        logits: products of the unembedding in fp8 while training, whatever the recipe with one scale for a tensor. ``none``;
+            ``forward``: the logits; ``hidden-gradient``: also the gradient of the hidden states. That of the unembedding stays
+            in bf16.
         emulate: rounds to fp8 and multiplies in fp32: the numbers of fp8, slowly, on any device.
     """
 
@@ -178,6 +181,7 @@ class Fp8Config:
     last_layers: int = field(default=0, validator=ge(0))
     min_features: int = field(default=256, validator=ge(16))
     exclude: tuple[str, ...] = ()
+    logits: Literal["none", "forward", "hidden-gradient"] = "none"
     emulate: bool = False
 
     @property

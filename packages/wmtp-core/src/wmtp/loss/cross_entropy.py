@@ -19,6 +19,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from wmtp.loss.fp8 import Fp8Logits
 from wmtp.loss.unembedding import Unembedding
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Problem:
         top_k: over how many of the most probable tokens; None: over all.
         objective: of heads 2..H; None: the cross entropy. With one, rows of text follow each other in ``ids``, and a valid
             prediction of head k at i needs head 1's at i+k−1.
+        fp8: which products are in fp8; None: none.
     """
 
     tensors: Sequence[Tensor]
@@ -97,6 +99,7 @@ class Problem:
     entropy: bool = False
     top_k: int | None = None
     objective: HeadObjective | None = None
+    fp8: Fp8Logits | None = None
 
     @property
     def exact(self) -> torch.dtype:
@@ -168,6 +171,7 @@ def weighted_cross_entropy(
     precomputed: TokenPass | None = None,
     at_most: int | None = None,
     valid_counts: Sequence[int] | None = None,
+    fp8: Fp8Logits | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the weighted loss of all heads, and the token losses.
 
@@ -183,6 +187,7 @@ def weighted_cross_entropy(
         at_most: how many coefficients are not 0, or an upper bound, where the host knows it. On a GPU the products of no
             more predictions are started, and nothing is read back. If there are more, the loss is NaN.
         valid_counts: H numbers, how many predictions of each head are valid, or upper bounds; as ``at_most``.
+        fp8: which products are in fp8; None: none. ``precomputed`` must be of the same.
 
     Returns:
         the loss, a scalar with gradient; and the token losses ``[…, H]`` fp32, detached, 0 where not valid.
@@ -192,7 +197,7 @@ def weighted_cross_entropy(
     """
     check_shapes(hidden, unembeddings, ids)
     heads, tensors = flatten(hidden, unembeddings)
-    loss, losses = differentiable(heads, tensors, ids, coefficients, valid, precomputed, at_most, valid_counts)
+    loss, losses = differentiable(heads, tensors, ids, coefficients, valid, precomputed, at_most, valid_counts, fp8=fp8)
     return loss, losses
 
 
@@ -206,6 +211,7 @@ def differentiable(
     at_most: int | None,
     valid_counts: Sequence[int] | None,
     objective: HeadObjective | None = None,
+    fp8: Fp8Logits | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute the loss with gradient; arguments as `Problem` and `weighted_cross_entropy` have them.
 
@@ -225,6 +231,7 @@ def differentiable(
         at_most,
         None if valid_counts is None else tuple(valid_counts),
         objective,
+        fp8,
         *tensors,
     )
     return loss, *(tensor.reshape(ids.shape) for tensor in by_prediction)
@@ -273,6 +280,7 @@ def token_pass(
     entropy: bool = False,
     top_k: int | None = None,
     valid_counts: Sequence[int] | None = None,
+    fp8: Fp8Logits | None = None,
 ) -> TokenPass:
     """Compute cross entropy and entropy of every valid prediction, without gradients.
 
@@ -284,6 +292,7 @@ def token_pass(
         entropy: also compute the entropy.
         top_k: take the entropy over the ``top_k`` most probable tokens, renormalised; None: over all.
         valid_counts: see `weighted_cross_entropy`. If there are more, all token losses are NaN.
+        fp8: which products are in fp8; None: none.
     """
     check_shapes(hidden, unembeddings, ids)
     heads, tensors = flatten([h.detach() for h in hidden], unembeddings)
@@ -298,6 +307,7 @@ def token_pass(
             valid_counts=valid_counts,
             entropy=entropy,
             top_k=top_k,
+            fp8=fp8,
         )
     )
     losses = answer.losses if answer.broken is None else torch.where(answer.broken, torch.nan, answer.losses)
@@ -325,6 +335,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         at_most: int | None,
         valid_counts: tuple[int, ...] | None,
         objective: HeadObjective | None,
+        fp8: Fp8Logits | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         unit = None
@@ -345,6 +356,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 at_most=at_most,
                 valid_counts=valid_counts,
                 objective=objective,
+                fp8=fp8,
             )
         )
         losses = answer.losses.contiguous() if known_losses is None else known_losses.clone()
@@ -378,7 +390,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             scaled(next(found), factor, dtype, may_change) if wanted else None
             for wanted, dtype in zip(ctx.wanted, ctx.dtypes, strict=True)
         ]
-        return (None,) * 11 + tuple(gradients)
+        return (None,) * 12 + tuple(gradients)
 
 
 def implementation(device: torch.device, compute: torch.dtype) -> str:
@@ -392,6 +404,8 @@ def solve(problem: Problem) -> Answer:
     if torch.compiler.is_compiling():
         if problem.objective is not None:
             raise NotImplementedError("an objective of heads 2..H is not traced; call the loss outside of torch.compile")
+        if problem.fp8 is not None:
+            raise NotImplementedError("logits in fp8 are not traced; call the loss outside of torch.compile")
         from wmtp.loss.operator import solve_by_operator
 
         return solve_by_operator(problem)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from wmtp.errors import ConfigError
+from wmtp.loss.fp8 import PIECE, Fp8Logits
 from wmtp.models.adapters import is_adapter_name
 from wmtp.models.layers import repeated_layers
 
@@ -24,14 +25,12 @@ if TYPE_CHECKING:
     from wmtp.config.schema import DevicesConfig, Fp8Config
     from wmtp.models.mtp import MTPModel
 
-__all__ = ["check_fp8", "multiply_in_fp8", "products_in_bf16"]
+__all__ = ["check_fp8", "fp8_logits", "multiply_in_fp8", "products_in_bf16"]
 
 logger = logging.getLogger("wmtp")
 
 #: of a GPU whose matrix units take fp8 and for which torchao's recipes are made: Hopper
 _CAPABILITY: Final = (9, 0)
-#: fp8 products need rows and columns in whole pieces of 16 bytes
-_PIECE: Final = 16
 
 
 def check_fp8(devices: DevicesConfig, device: torch.device) -> None:
@@ -88,6 +87,11 @@ def multiply_in_fp8(model: MTPModel, devices: DevicesConfig) -> int:
             f"devices.precision: no linear map of this model is left for fp8 ({_examples(maps)}); lower "
             'devices.fp8.min_features or exclude less, or write "bf16-params"'
         ]
+    if fp8.logits != "none" and model.hidden_size % PIECE:
+        problems.append(
+            f'devices.fp8.logits: "{fp8.logits}" needs hidden states of a multiple of {PIECE} numbers, and this model has '
+            f'{model.hidden_size}; write "none"'
+        )
     if problems:
         raise ConfigError(problems)
     from torchao.float8 import convert_to_float8_training
@@ -98,6 +102,17 @@ def multiply_in_fp8(model: MTPModel, devices: DevicesConfig) -> int:
         logger.warning("devices.precision: fp8 without devices.compile = true is slower than bf16: scaling is not fused")
     logger.info("fp8: %d of %d linear maps of the layers, %s", len(chosen), len(maps), fp8.recipe)
     return len(chosen)
+
+
+def fp8_logits(devices: DevicesConfig) -> Fp8Logits | None:
+    """Translate ``devices.fp8.logits`` for the loss; None: they stay in bf16."""
+    if devices.precision != "fp8" or (fp8 := _options(devices)).logits == "none":
+        return None
+    return Fp8Logits(
+        gradient=fp8.logits == "hidden-gradient",
+        fast=fp8.accumulates_fast != "none",
+        emulate=fp8.emulate,
+    )
 
 
 @contextmanager
@@ -137,7 +152,7 @@ def _linear_maps(model: MTPModel) -> dict[str, nn.Linear]:
 
 def _fits(name: str, module: nn.Linear, model: MTPModel, fp8: Fp8Config) -> bool:
     sizes = module.in_features, module.out_features
-    if min(sizes) < fp8.min_features or any(size % _PIECE for size in sizes):
+    if min(sizes) < fp8.min_features or any(size % PIECE for size in sizes):
         return False
     if any(fnmatchcase(name, pattern) for pattern in fp8.exclude):
         return False

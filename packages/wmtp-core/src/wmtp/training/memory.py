@@ -183,6 +183,10 @@ def estimate_memory(
     # of each head the final norm's input, its output and that one's gradient
     loss = tokens * heads.horizon * width * (residual + 2 * compute)
     loss += (4 + compute) * info.vocab_size * width + min(_LOSS_CHUNK, 6 * tokens * info.vocab_size)
+    if devices.precision == "fp8" and devices.fp8 is not None and devices.fp8.logits != "none":
+        loss += info.vocab_size * width
+        if devices.fp8.logits == "hidden-gradient":  # by columns too, and a chunk of slopes
+            loss += info.vocab_size * width + min(_LOSS_CHUNK / 3, tokens * info.vocab_size)
     if heads.objective != "ce" and heads.horizon > 1:
         loss += min(_COMPARED_CHUNK, 32 * tokens * info.vocab_size)
     gradients = 4 * learned // share

@@ -24,7 +24,7 @@ from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks
 from wmtp.errors import Terminated, WMTPError
 from wmtp.models.draft_vocabulary import frequent_tokens
 from wmtp.models.ends import end_ids, learn_turn_end
-from wmtp.models.fp8 import check_fp8, products_in_bf16
+from wmtp.models.fp8 import check_fp8, fp8_logits, products_in_bf16
 from wmtp.models.reward_scores import open_reward_scores
 from wmtp.models.sharding import Sharding, whole_state
 from wmtp.optim.build import build_optimizer
@@ -178,6 +178,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
                 master_weights=master_weights,
                 sharding=None if fsdp is None else Sharding(config=fsdp),
                 sources=data.train.names if len(data.train.names) > 1 else (),
+                fp8_logits=fp8_logits(config.devices),
             ),
             modules=modules,
             batches=batches,

@@ -26,6 +26,7 @@ from wmtp.loss import (
     weighted_head_loss,
 )
 from wmtp.loss.accuracy import PredictionSums
+from wmtp.loss.fp8 import Fp8Logits
 from wmtp.loss.weights import (
     NO_WEIGHT,
     Normalizer,
@@ -153,6 +154,7 @@ class StepLoss:
         master_weights: the copies of the model's parameters that gradients are added to; None: the parameters themselves.
         sharding: how they hold the model; None: one process that holds it whole.
         sources: names of data sets whose losses are logged each.
+        fp8_logits: products of the loss in fp8; None: none.
     """
 
     model: MTPModel
@@ -167,6 +169,7 @@ class StepLoss:
     master_weights: MasterWeights | None = None
     sharding: Sharding | None = None
     sources: Sequence[str] = ()
+    fp8_logits: Fp8Logits | None = None
     _head_weights: Tensor = field(init=False)
     _objective: HeadObjective | None = field(init=False)
     _router: RouterLoss | None = field(init=False)
@@ -426,6 +429,7 @@ class StepLoss:
                 entropy=self.trainer.needs_entropy,
                 top_k=self.trainer.entropy_top_k,
                 valid_counts=part.valid_counts,
+                fp8=self.fp8_logits,
             )
 
     def _loss(
@@ -438,7 +442,7 @@ class StepLoss:
         told = {"precomputed": seen.precomputed, "at_most": at_most, "valid_counts": part.valid_counts}
         with self.autocast():
             if self._objective is None:
-                return *weighted_cross_entropy(*given, **told), None
+                return *weighted_cross_entropy(*given, **told, fp8=self.fp8_logits), None
             found = weighted_head_loss(*given, self._objective, **told)
         return found.loss, found.agreement.token_losses, found
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wmtp.loss.cross_entropy import Answer, HeadLayout, Problem
+from wmtp.loss.fp8 import SLOPE_FORMAT, SLOPE_RANGE, in_fp8
 
 __all__ = ["add_product", "compute", "logits_of", "rows_of", "transformed"]
 
@@ -26,6 +27,10 @@ def compute(problem: Problem) -> Answer:
     """See `Problem` and `Answer`."""
     horizon = problem.ids.shape[1]
     cast, exact, coefficients = problem.cast(), problem.exact, problem.coefficients
+    factors = cast  # of the logits
+    if problem.fp8 is not None:
+        tables = {head.weight for head in problem.heads}
+        factors = {place: in_fp8(tensor) if place in tables else tensor for place, tensor in cast.items()}
     tensors = [tensor.detach() for tensor in problem.tensors]
     losses = torch.zeros(problem.ids.shape, dtype=exact, device=problem.ids.device)
     lse = torch.zeros_like(losses) if problem.lse is None else problem.lse
@@ -44,7 +49,7 @@ def compute(problem: Problem) -> Answer:
         for group, has_coefficients in zip(rows[k], (True, False), strict=True):
             for index in group.split(size) if len(group) else ():
                 hidden = tensors[k][index].to(problem.compute)
-                delta = logits_of(hidden, cast, head)
+                delta = logits_of(hidden if problem.fp8 is None else in_fp8(hidden), factors, head)
                 # in slices that stay in a CPU's cache through all the passes over them
                 step = max(1, _SLICE_BYTES // (4 * delta.shape[1])) if delta.device.type == "cpu" else len(delta)
                 for start in range(0, len(delta), step):
@@ -69,10 +74,21 @@ def compute(problem: Problem) -> Answer:
                 if not (learns and has_coefficients):
                     continue
                 if (gradient := gradients[k]) is not None:
-                    gradient[index] = (delta @ cast[head.weight]).to(gradient.dtype)
+                    if problem.fp8 is None or not problem.fp8.gradient or coefficients is None:
+                        gradient[index] = (delta @ cast[head.weight]).to(gradient.dtype)
+                    else:
+                        scales = coefficients[index, k].to(exact).unsqueeze(1) * head.scale
+                        slopes = _slopes_in_fp8(delta, scales)
+                        gradient[index] = ((slopes @ factors[head.weight]) * scales).to(gradient.dtype)
                 if (gradient := gradients[head.weight]) is not None:
                     add_product(gradient, delta, hidden)
     return Answer(losses=losses, lse=lse, entropy=entropies, gradients=gradients)
+
+
+def _slopes_in_fp8(delta: Tensor, scales: Tensor) -> Tensor:
+    """Divide the gradients of logits by their rows' coefficients, and round them."""
+    wide = (delta.to(scales.dtype) * (SLOPE_RANGE / scales)).to(SLOPE_FORMAT)
+    return wide.to(delta.dtype) / SLOPE_RANGE
 
 
 class _Softmax:

@@ -24,6 +24,7 @@ from attrs import Factory, frozen
 from torch import Tensor
 
 from wmtp.loss.cross_entropy import Answer, HeadLayout, Problem
+from wmtp.loss.fp8 import SLOPE_FORMAT, SLOPE_RANGE, Rounded, multiply, round_table, round_to_fp8
 from wmtp.loss.torch_backend.lists import Lengths, PredictionList, prediction_lists
 from wmtp.loss.triton import kernels
 
@@ -77,7 +78,7 @@ def compute(problem: Problem) -> Answer:
         weight = state.cast[predictions.layout.weight]
         vocabulary, width = weight.shape
         ahead = chunk_rows(vocabulary, width, weight.element_size())
-        rows = ahead if problem.lse is None else _KNOWN_ROWS
+        rows = ahead if problem.lse is None or problem.fp8 is not None else _KNOWN_ROWS
         for start, stop, learned in lengths.chunks(number, rows, ahead):
             state.run(predictions, start, stop, learned)
     return Answer(
@@ -101,6 +102,7 @@ class _State:
     gradients: list[Tensor | None]
     sums: dict[int, Tensor] = Factory(dict)
     buffers: dict[tuple[str, torch.dtype], Tensor] = Factory(dict)
+    tables: dict[tuple[int, bool], Rounded] = Factory(dict)
 
     def run(self, predictions: PredictionList, start: int, stop: int, learned: bool) -> None:
         """Compute one chunk of a list."""
@@ -109,7 +111,8 @@ class _State:
         learns = any(problem.wants(place) for place in places)
         gradient = learned and (learns or problem.wants(layout.weight) or problem.wants(layout.bias))
         hidden = self._gather(predictions, start, stop)
-        columns = len(weight) if problem.lse is None else _columns(count, len(weight), weight.element_size())
+        whole = problem.lse is None or problem.fp8 is not None
+        columns = len(weight) if whole else _columns(count, len(weight), weight.element_size())
         new = {place: place not in self.sums for place in (layout.weight, layout.bias)}
         factors, rows = None, None
         for first in range(0, len(weight), columns):
@@ -125,7 +128,9 @@ class _State:
                 if factors is not None:
                     _kernels.scale_kernel[(count,)](hidden, factors, hidden.shape[1], BLOCK=_width_block(hidden))
                 add_product(self._sum(layout.weight)[block], logits.T, hidden, first=new[layout.weight])
-            if learns:
+            if learns and problem.fp8 is not None and problem.fp8.gradient:
+                rows, factors = self._hidden_gradient_in_fp8(predictions, start, stop, logits, factors)
+            elif learns:
                 rows = self._hidden_gradient(rows, logits, weight[block], exact=factors is not None or columns < len(weight))
         if rows is not None:
             self._scatter(predictions, start, stop, rows, factors)
@@ -147,7 +152,11 @@ class _State:
         weight = self.cast[layout.weight][block]
         # rows that start at multiples of 128 bytes, whatever the vocabulary
         stride = _stride(len(weight), weight.element_size())
-        logits = self._buffer("logits", len(hidden), stride, weight)[:, : len(weight)]
+        whole = self._buffer("logits", len(hidden), stride, weight)
+        logits = whole[:, : len(weight)]
+        if (fp8 := self.problem.fp8) is not None:
+            multiply(round_to_fp8(hidden), self._table(layout), whole, fast=fp8.fast, emulate=fp8.emulate)
+            return logits if layout.bias is None else logits.add_(self.cast[layout.bias])
         if layout.bias is None:
             return torch.mm(hidden, weight.T, out=logits)
         return torch.addmm(self.cast[layout.bias][block], hidden, weight.T, out=logits)
@@ -213,6 +222,36 @@ class _State:
             rows = self._buffer("gradient", len(delta), weight.shape[1], self.losses if exact else weight)
         add_product(rows, delta, weight, first=first)
         return rows
+
+    def _hidden_gradient_in_fp8(
+        self, predictions: PredictionList, start: int, stop: int, delta: Tensor, factors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``delta · weight`` by rows of size 1, and what the rows are then multiplied by."""
+        fp8, layout = self.problem.fp8, predictions.layout
+        assert fp8 is not None, "asked for by it"
+        scales = predictions.coefficients[start:stop] * layout.scale
+        up = torch.where(scales != 0, SLOPE_RANGE / scales, 0.0)
+        if factors is not None:
+            up = up * factors
+        table = self._table(layout, transposed=True)
+        width = table.data.shape[1]
+        slopes = self._buffer("slopes", len(delta), width, torch.empty(0, dtype=SLOPE_FORMAT, device=delta.device))
+        _kernels.round_kernel[(len(delta),)](delta, delta.stride(0), delta.shape[1], up, slopes, width, **_blocks(delta))
+        rows = self._buffer("gradient", len(delta), len(table.data), delta)
+        left = Rounded(data=slopes, scale=torch.full((), 1 / SLOPE_RANGE, device=delta.device))
+        return multiply(left, table, rows, fast=False, emulate=fp8.emulate), scales
+
+    def _table(self, layout: HeadLayout, *, transposed: bool = False) -> Rounded:
+        """Round a head's unembedding, once: ``[V, D]`` with V filled up, or ``[D, V]``."""
+        key = layout.weight, transposed
+        if key not in self.tables:
+            if transposed:
+                plain = self._table(layout)
+                self.tables[key] = Rounded(data=plain.data.T.contiguous(), scale=plain.scale)
+            else:
+                weight = self.cast[layout.weight]
+                self.tables[key] = round_table(weight, _stride(len(weight), weight.element_size()))
+        return self.tables[key]
 
     def _sum(self, place: int) -> Tensor:
         """Of the gradients of an unembedding or a bias, in fp32; without numbers before the first chunk."""

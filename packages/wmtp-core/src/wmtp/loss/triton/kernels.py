@@ -20,6 +20,7 @@ __all__ = [
     "gather_kernel",
     "gradient_kernel",
     "measure_kernel",
+    "round_kernel",
     "scale_kernel",
     "scatter_kernel",
     "single_pass_kernel",
@@ -58,6 +59,18 @@ def scale_kernel(rows, factors, width, BLOCK: tl.constexpr) -> None:
         columns = start + tl.arange(0, BLOCK)
         values = tl.load(rows + row * width + columns, mask=columns < width).to(tl.float32) * factor
         tl.store(rows + row * width + columns, values.to(rows.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def round_kernel(logits, stride, vocabulary, factors, out, width, BLOCK: tl.constexpr) -> None:
+    """``out[i] = logits[i] · factors[i]`` in fp8; 0 where the factor is, and behind the vocabulary up to ``width``."""
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factors + row)
+    read = tl.where(factor == 0.0, 0, vocabulary)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        values = tl.load(logits + row * stride + columns, mask=columns < read, other=0.0).to(tl.float32) * factor
+        tl.store(out + row * width + columns, values.to(out.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit
