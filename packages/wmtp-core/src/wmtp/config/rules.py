@@ -216,8 +216,8 @@ def _heads(config: Config) -> Iterator[Problem]:
             (*path, "horizon"), f"{heads.horizon} must be less than data.train.max_length = {config.data.train.max_length}"
         )
     steps = config.train.max_steps
-    if steps is not None and heads.warmup_steps >= steps:
-        yield Problem((*path, "warmup_steps"), f"{heads.warmup_steps} must be less than train.max_steps = {steps}")
+    if steps is not None and heads.warmup_steps > steps:
+        yield Problem((*path, "warmup_steps"), f"{heads.warmup_steps} must be at most train.max_steps = {steps}")
     if heads.warmup_steps and heads.horizon == 1:
         yield Problem((*path, "warmup_steps"), "with horizon = 1 there is no head beside the model's own to warm up; remove it")
 

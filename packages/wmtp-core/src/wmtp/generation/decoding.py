@@ -139,6 +139,7 @@ class _Batch:
     def _take(self, new: list[list[int]], accepted: list[int], *, is_prompt: bool) -> dict[int, list[int]]:
         """Give each row its new tokens, up to its end, and drop the rows that ended."""
         taken: dict[int, list[int]] = {}
+        ended = False
         for place, number in enumerate(self._active):
             if number is None:
                 continue
@@ -155,9 +156,9 @@ class _Batch:
                     row.tested[head] += 1
                     row.accepted[head] += head < accepted[place]
             if row.finish is not None:
-                self._active[place] = None
-        going = [place for place, number in enumerate(self._active) if number is not None]
-        if going and len(going) < len(self._active):
+                self._active[place], ended = None, True
+        going = [place for place, number in enumerate(self._active) if number is not None] if ended else []
+        if going:  # rows that ended before are dropped, or kept for the graph, already
             self._step, kept = self._step.with_rows(going)
             self._active = [self._active[place] for place in kept]
         return taken

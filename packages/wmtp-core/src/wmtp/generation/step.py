@@ -169,7 +169,8 @@ class Step:
             finished ones until half are.
         """
         if self.replays and 2 * len(places) > len(self._lengths):
-            self._still = [place in places for place in range(len(self._lengths))]
+            staying = set(places)
+            self._still = [place in staying for place in range(len(self._lengths))]
             self._going.copy_(torch.tensor(self._still))
             # a finished row reads its first tokens again and again
             self._known.copy_(torch.where(self._going.bool(), self._known, 2))

@@ -382,8 +382,10 @@ class Fit:
         self._early_stopping.load_state_dict(state["early_stopping"])
         self._best.load_state_dict(state["best"])
         self._stored.go_on(checkpoint, self._best.step)
-        # the last stage ends with the run, which may be longer now
-        self.batches.plan = evolve(self.batches.plan, ends=(*state["stage_ends"][:-1], self.total_steps))
+        plan, ends = self.batches.plan, state["stage_ends"]
+        # The last stage ends with the run, which may be longer now; so long that a warm-up, which was all of it, has a successor.
+        if len(ends) == len(plan.ends):
+            self.batches.plan = evolve(plan, ends=(*ends[:-1], self.total_steps))
         self._resumed_stage = state["stage"]
         self._last = dict(state["last_metrics"])
         set_random_state(state["random"])

@@ -40,7 +40,7 @@ class StagePlan:
 
     @classmethod
     def make(cls, stages: Sequence[Stage], *, warmup_steps: int, total_steps: int, trainer_name: str) -> StagePlan:
-        """Lay out the heads' warm-up and the trainer's stages over the run.
+        """Lay out the heads' warm-up and the trainer's stages over the run; the warm-up may be all of it.
 
         Raises:
             ConfigError: the stages with a fixed length fill the whole run, so that the last one would never start.
@@ -55,7 +55,9 @@ class StagePlan:
                 f"{trainer_name}: the last stage ends with the run, not by a metric; train.early_stopping is for that"
             )
         if warmup_steps:
-            stages = [Stage(name="head-warmup", steps=warmup_steps, frozen=frozenset({"model"})), *stages]
+            warmup = Stage(name="head-warmup", steps=warmup_steps, frozen=frozenset({"model"}))
+            # a run of nothing else: a single stage that follows is left out, several are not
+            stages = [warmup] if warmup_steps == total_steps and len(stages) == 1 else [warmup, *stages]
         ends, end = [], 0
         for stage in stages:
             if end >= total_steps:
