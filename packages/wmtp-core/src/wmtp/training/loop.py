@@ -383,7 +383,7 @@ class Fit:
         self._best.load_state_dict(state["best"])
         self._stored.go_on(checkpoint, self._best.step)
         plan, ends = self.batches.plan, state["stage_ends"]
-        # The last stage ends with the run, which may be longer now; so long that a warm-up, which was all of it, has a successor.
+        # The last stage ends with the run, which may be longer now: so long that a warm-up that was all of it has a successor.
         if len(ends) == len(plan.ends):
             self.batches.plan = evolve(plan, ends=(*ends[:-1], self.total_steps))
         self._resumed_stage = state["stage"]
