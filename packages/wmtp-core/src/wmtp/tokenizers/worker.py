@@ -24,6 +24,10 @@ OFFSETS: Final = 2
 REQUEST: Final = struct.Struct("<BIQ")
 #: number of all tokens; then that of each text (uint32), the tokens (uint32), and their starts and stops (uint32)
 ANSWER: Final = struct.Struct("<Q")
+#: texts that are encoded at once: what the tokenizer holds of them meanwhile fits into a core's own cache
+_AT_ONCE: Final = 64
+#: words whose tokens the tokenizer keeps, some 15 MB; its own limit of 10,000 is met by the first megabytes of a corpus
+_WORDS: Final = 1 << 16
 
 
 def main() -> None:
@@ -35,7 +39,7 @@ def main() -> None:
     sys.path[:] = settings["path"]
     from tokenizers import Tokenizer
 
-    backends = [Tokenizer.from_str(spec) for spec in settings["specs"]]
+    backends = [_remembering(Tokenizer.from_str(spec)) for spec in settings["specs"]]
     while head := source.read(REQUEST.size):
         kind, count, size = REQUEST.unpack(head)
         sizes = array("I", source.read(4 * count))
@@ -52,16 +56,25 @@ def _texts(content: bytes, sizes: array[int]) -> list[str]:
     return texts
 
 
+def _remembering(backend: Any) -> Any:
+    """Let a tokenizer keep the tokens of more words; not every model has such a cache, nor every version this method."""
+    resize = getattr(backend.model, "_resize_cache", None)
+    if resize is not None:
+        resize(_WORDS)
+    return backend
+
+
 def _answer(backend: Any, texts: list[str], *, offsets: bool) -> bytes:
     counts, tokens, places = array("I"), array("I"), array("I")
     encode = backend.encode_batch if offsets else backend.encode_batch_fast
-    for encoded in encode(texts, add_special_tokens=False):
-        ids = encoded.ids
-        counts.append(len(ids))
-        tokens.extend(ids)
-        if offsets:
-            for place in encoded.offsets:
-                places.extend(place)
+    for begin in range(0, len(texts), _AT_ONCE):
+        for encoded in encode(texts[begin : begin + _AT_ONCE], add_special_tokens=False):
+            ids = encoded.ids
+            counts.append(len(ids))
+            tokens.extend(ids)
+            if offsets:
+                for place in encoded.offsets:
+                    places.extend(place)
     return b"".join([ANSWER.pack(len(tokens)), counts, tokens, places])
 
 
