@@ -6,13 +6,13 @@ no checkpointing at all. As one, the sum alone is kept, with A·x of rank r; and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from wmtp.models.quantized import dequantize, product_backward
+from wmtp.models.quantized import dequantize
 
 __all__ = ["OPERATORS", "adapted_linear", "adapted_linear_4bit"]
 
@@ -32,9 +32,9 @@ def adapted_linear(
         scale: s.
 
     Returns:
-        ``[..., N]``, and A·x ``[..., r]``, which the backward pass needs.
+        ``[..., N]``, and s·A·x ``[..., r]``, which the backward pass needs.
     """
-    return _add(x, linear(x.reshape(-1, x.shape[-1]), weight, bias), down, up, scale)
+    return _multiply(x, weight, bias, down, up, scale)
 
 
 @torch.library.custom_op("wmtp::adapted_linear_4bit", mutates_args=())
@@ -42,14 +42,62 @@ def adapted_linear_4bit(
     x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Multiply as `adapted_linear` does, by a weight that is kept in 4 bits (`wmtp.models.quantized.Linear4Bit`)."""
-    weight = dequantize(packed, scales, up.shape[0], down.shape[1], x.dtype)
-    return _add(x, linear(x.reshape(-1, x.shape[-1]), weight, bias), down, up, scale)
+    return _multiply(x, dequantize(packed, scales, up.shape[0], down.shape[1], x.dtype), bias, down, up, scale)
 
 
-def _add(x: Tensor, result: Tensor, down: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    low = linear(x.reshape(-1, x.shape[-1]), down)
-    result.addmm_(low, up.t(), alpha=scale)
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    low = _scaled(rows, down.t(), scale)
+    result = low @ up.t() if bias is None else torch.addmm(bias, low, up.t())
+    # The large product comes last: it is limited by arithmetic, and adds to what it reads meanwhile. The other way round,
+    # all of its result would be read and written once more.
+    result.addmm_(rows, weight.t())
     return result.view(*x.shape[:-1], -1), low.view(*x.shape[:-1], -1)
+
+
+def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Multiply two matrices and a number in one pass."""
+    return left.new_empty((left.shape[0], right.shape[1])).addmm_(left, right, beta=0, alpha=scale)
+
+
+@torch.library.custom_op("wmtp::adapted_linear_backward", mutates_args=())
+def _backward(
+    gradient: Tensor,
+    x: Tensor,
+    low: Tensor,
+    weight: Sequence[Tensor],
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of x and of both matrices; those that are not wanted have no numbers.
+
+    Args:
+        gradient: ``[T, N]``.
+        x: ``[T, D]``.
+        low: ``[T, r]``, s·A·x.
+        weight: the weight; or the two tensors that it is kept in.
+        down: A.
+        up: B.
+        scale: s.
+        wanted: of x, A and B.
+    """
+    of_x, of_down, of_up = (gradient.new_empty(0) for _ in range(3))
+    if wanted[2]:
+        of_up = gradient.t() @ low
+    if wanted[0] or wanted[1]:
+        of_low = _scaled(gradient, up, scale)
+        if wanted[1]:
+            of_down = of_low.t() @ x
+        if wanted[0]:
+            of_x = of_low @ down
+            of_x.addmm_(gradient, _whole(weight, up.shape[0], down.shape[1], gradient.dtype))
+    return of_x, of_down, of_up
+
+
+def _whole(weight: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return weight[0] if len(weight) == 1 else dequantize(weight[0], weight[1], rows, columns, dtype)
 
 
 @adapted_linear.register_fake
@@ -64,6 +112,22 @@ def _(
     return x.new_empty((*x.shape[:-1], up.shape[0])), x.new_empty((*x.shape[:-1], up.shape[1]))
 
 
+@_backward.register_fake
+def _(
+    gradient: Tensor,
+    x: Tensor,
+    low: Tensor,
+    weight: Sequence[Tensor],
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((gradient.shape[0], down.shape[1]), down.shape, up.shape)
+    of_x, of_down, of_up = (gradient.new_empty(shape if asked else 0) for shape, asked in zip(shapes, wanted, strict=True))
+    return of_x, of_down, of_up
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *weight, _, down, up, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
@@ -73,18 +137,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     """Pass on the gradients of x and of both matrices, where they are asked for; the weight has none."""
     x, low, down, up, *weight = ctx.saved_tensors
-    gradient = gradient.reshape(-1, gradient.shape[-1])
-    needs_x, needs_down, needs_up = (ctx.needs_input_grad[i] for i in (0, -3, -2))
-    of_x = of_down = of_up = None
-    of_low = ctx.scale * (gradient @ up) if needs_x or needs_down else None
-    if needs_up:
-        of_up = ctx.scale * (gradient.t() @ low.reshape(-1, low.shape[-1]))
-    if needs_down and of_low is not None:
-        of_down = of_low.t() @ x.reshape(-1, x.shape[-1])
-    if needs_x and of_low is not None:
-        through = gradient @ weight[0] if len(weight) == 1 else product_backward(gradient, *weight, up.shape[0], down.shape[1])
-        of_x = (through + of_low @ down).view(x.shape)
-    return of_x, *(None for _ in weight), None, of_down, of_up, None
+    wanted = [ctx.needs_input_grad[i] for i in (0, -3, -2)]
+    # as matrices already here, where a compiler sees it: what lies otherwise in memory takes no pass of its own
+    rows = [tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in (gradient, x, low)]
+    found = _backward(*rows, weight, down, up, ctx.scale, wanted)
+    of_x, of_down, of_up = (one if asked else None for one, asked in zip(found, wanted, strict=True))
+    return None if of_x is None else of_x.view(x.shape), *(None for _ in weight), None, of_down, of_up, None
 
 
 adapted_linear.register_autograd(_differentiate, setup_context=_keep)

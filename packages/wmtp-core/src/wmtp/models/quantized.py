@@ -6,6 +6,7 @@ the same with and without gradient, and nothing of a weight's full size is kept 
 
 from __future__ import annotations
 
+import functools
 import logging
 from importlib.util import find_spec
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wmtp.errors import ConfigError
+from wmtp.loss.cross_entropy import implementation
 from wmtp.models.anatomy import find_layers
 
-__all__ = ["Linear4Bit", "dequantize", "dequantize_layers", "product_backward", "quantize_layers"]
+__all__ = ["Linear4Bit", "dequantize", "dequantize_layers", "quantize_layers"]
 
 #: weights that share a scale
 _BLOCK = 64
@@ -87,7 +89,7 @@ def _linear(x: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) 
 
 
 @torch.library.custom_op("wmtp::linear_4bit_backward", mutates_args=())
-def product_backward(gradient: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
+def _product_backward(gradient: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
     """Gradient of x in `_linear`."""
     return gradient @ dequantize(packed, scales, rows, columns, gradient.dtype)
 
@@ -97,7 +99,7 @@ def _(x: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Ten
     return x.new_empty((*x.shape[:-1], rows))
 
 
-@product_backward.register_fake
+@_product_backward.register_fake
 def _(gradient: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int) -> Tensor:
     return gradient.new_empty((*gradient.shape[:-1], columns))
 
@@ -109,7 +111,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
     """Pass the gradient of x on; the weight has none."""
-    return product_backward(gradient, *ctx.saved_tensors, *ctx.shape), None, None, None, None
+    return _product_backward(gradient, *ctx.saved_tensors, *ctx.shape), None, None, None, None
 
 
 _linear.register_autograd(_differentiate, setup_context=_keep)
@@ -154,7 +156,20 @@ def _is_weight(name: str, module: nn.Module) -> bool:
 def dequantize(packed: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Return the weight ``[rows, columns]`` that 4 bits have left."""
     exact = torch.float32 if dtype == torch.float64 else dtype
+    if implementation(packed.device, dtype) == "fused":
+        from wmtp.models import nf4_kernel  # imports Triton
+
+        out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
+        return nf4_kernel.dequantize(packed, scales, _table(packed.device), out, block=_BLOCK)
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, _BLOCK, "nf4", (rows, columns), exact).to(dtype)
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    """Ask bitsandbytes for its 16 values."""
+    codes = torch.arange(0, 256, 0x22, dtype=torch.uint8, device=device) + 1  # 0x01, 0x23 … 0xEF
+    ones = torch.ones(1, device=device)
+    return torch.ops.bitsandbytes.dequantize_4bit.default(codes[:, None], ones, _BLOCK, "nf4", (1, 16), torch.float32)[0]
 
 
 def _load_operators() -> None:

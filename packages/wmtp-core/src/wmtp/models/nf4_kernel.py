@@ -1,0 +1,47 @@
+"""Triton kernel that brings weights of 4 bits back (`wmtp.models.quantized`)."""
+
+# Triton reads the annotations of a kernel as its own types
+# ruff: noqa: ANN001
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["dequantize"]
+
+#: scales of a program
+_ROWS = 64
+
+
+@triton.jit
+def _dequantize_kernel(packed, scales, table, out, size, held, ROWS: tl.constexpr, WIDTH: tl.constexpr) -> None:
+    """``out[i] = table[code i] · scales[i // WIDTH]``; of two codes in each of ``held`` bytes, the first has the high bits."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    scale = tl.load(scales + row, mask=row * WIDTH < size, other=0.0)[:, None]
+    byte = row[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
+    codes = tl.load(packed + byte, mask=byte < held, other=0).to(tl.int32)
+    values = tl.interleave(tl.load(table + (codes >> 4)) * scale, tl.load(table + (codes & 15)) * scale)
+    at = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=at < size)
+
+
+def dequantize(packed: Tensor, scales: Tensor, table: Tensor, out: Tensor, *, block: int) -> Tensor:
+    """Fill ``out`` with the weights that codes of 4 bits mean; everything is read and written once.
+
+    bitsandbytes' own kernel, whose results these are bit for bit, is not limited by memory alone.
+
+    Args:
+        packed: two codes a byte.
+        scales: fp32.
+        table: 16 values in fp32.
+        out: of any shape and precision, contiguous.
+        block: weights that share a scale.
+    """
+    kernel: Any = _dequantize_kernel
+    kernel[(-(-scales.numel() // _ROWS),)](packed, scales, table, out, out.numel(), packed.numel(), ROWS=_ROWS, WIDTH=block)
+    return out
