@@ -126,18 +126,18 @@ def summary(result: wmtp.StudyResult, measured: Mapping[str, Mapping[str, Any]])
         "tokens to the baseline's end",
     ]
     for arm, runs in by_arm.items():
-        cells = [_spread([run.metrics[head] for run in runs.values() if head in run.metrics]) for head in heads]
+        cells = [_spread([value for run in runs.values() if (value := run.value(head)) is not None]) for head in heads]
         aucs = [measured[run.name]["head_1"]["auc"] for run in runs.values() if measured.get(run.name, {}).get("head_1")]
         shares, reached = [], []
         for seed, run in runs.items():
             baseline, truth = (by_arm.get(name, {}).get(seed) for name in ("baseline", "column"))
-            if baseline is None or heads[0] not in run.metrics:
+            level = None if baseline is None else baseline.value(heads[0])
+            if level is None or (own := run.value(heads[0])) is None:
                 continue
-            if truth is not None and truth.metrics[heads[0]] != baseline.metrics[heads[0]]:
-                gain = baseline.metrics[heads[0]] - truth.metrics[heads[0]]
-                shares.append((baseline.metrics[heads[0]] - run.metrics[heads[0]]) / gain)
+            if truth is not None and (best := truth.value(heads[0])) not in (None, level):
+                shares.append((level - own) / (level - best))
             curve = run.page["curves"].get(heads[0], ([], []))
-            reached.append(tokens_to_reach(curve, baseline.metrics[heads[0]], run.tokens / max(run.steps, 1)))
+            reached.append(tokens_to_reach(curve, level, run.tokens / max(run.steps, 1)))
         there = [value for value in reached if value is not None]
         ends = f"{fmean(there):,.0f} ({len(there)} of {len(reached)})" if there else "never" if reached else ""
         yield [arm, str(len(runs)), *cells, _spread([a for a in aucs if a is not None]), _spread(shares), ends]

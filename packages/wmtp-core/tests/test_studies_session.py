@@ -19,7 +19,7 @@ from wmtp.actions import study_pool
 from wmtp.cli import main
 from wmtp.errors import ConfigError
 
-# What a run is to do is asked of a file with the name of its arm: fail, kill (its own process), hang, between (two runs).
+# What a run is to do is asked of a file with the name of its arm: fail, kill (its own process), hang, between (two runs), nan.
 WORKER = """
 import json, os, signal, sys, time, tomli
 for line in sys.stdin:
@@ -45,6 +45,7 @@ for line in sys.stdin:
             facts = {"status": "finished", "data": {"train": "t", "eval": "e" + str(seed)}, "device": "cpu", "seed": seed}
             json.dump(facts, open(run + "/run.json", "w"))
             value = {"baseline": 3.0, "rho1": 2.0, "reference": 1.0}[arm] + seed / 100 * (1 if arm == "rho1" else 2)
+            value = float("nan") if todo == "nan" else value
             line = {"step": 4, "stage": "train", "loss": value, "eval/loss": value, "tokens": 100.0}
             open(run + "/metrics.jsonl", "w").write(json.dumps(line) + chr(10))
             answer = {"status": "finished", "error": None}
@@ -222,6 +223,15 @@ def test_a_metric_that_no_run_has_is_said_where_an_arm_has_failed_too(folder):
         table.sentence()
         == "No two arms have a finished run with a metric that is compared yet, so there is nothing to compare."
     )
+
+
+def test_a_run_whose_loss_is_no_number_ends_in_a_table_and_a_page_now_and_later(folder):
+    (folder / "rho1").write_text("nan")
+    first = study("study.toml")
+    assert not first.failed
+    assert "eval/loss of rho1 is not finite and left out (seed 0, 1, 2)" in first.table.notes
+    assert (folder / "studies/small/report.html").is_file()
+    assert study("study.toml").table == first.table
 
 
 def test_one_seed_has_no_interval_and_that_is_said(folder):

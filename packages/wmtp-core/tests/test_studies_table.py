@@ -105,6 +105,14 @@ def test_arms_that_lack_the_same_seeds_share_a_line():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_a_value_that_is_not_finite_is_left_out_and_said(bad):
+    found = table(runs("base", BASE), runs("other", [2.0, bad, 1.9]))
+    other = found.rows[1]
+    assert (other.n, other.pairs, other.mean) == (2, 2, pytest.approx(1.95))
+    assert "eval/loss of other is not finite and left out (seed 1)" in found.notes
+
+
 def test_failed_runs_and_missing_seeds_are_left_out_and_said():
     broken = runs("other", BASE)
     broken[1] = RunRecord(name="x", arm="other", seed=1, key="", status="failed", error="no")

@@ -267,8 +267,8 @@ class _Session:
             else:
                 self._records[run.name] = record
                 write_record(folder, record)
-                main = next((name for name in make_table(self._plan, self._records).metrics if name in record.metrics), None)
-                shown = "" if main is None else f", {main} {record.metrics[main]:.4g}"
+                metrics = make_table(self._plan, self._records).metrics
+                shown = next((f", {name} {value:.4g}" for name in metrics if (value := record.value(name)) is not None), "")
                 logger.info("%s %s: %s in %.0f s%s", counter, run.name, outcome.status, outcome.seconds, shown)
                 for name in run.needs:
                     self._tidy(name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from attrs import asdict, field, frozen
+from attrs.validators import instance_of
 
 from wmtp.errors import FileError
 from wmtp.json_files import read_json_object, writing
@@ -35,32 +36,37 @@ class RunRecord:
         steps: optimizer steps done.
         tokens: that were read in them.
         seconds: from start to end, over all resumes.
-        metrics: the last value of every metric.
+        metrics: the last value of every metric; None for one that was not finite.
         data: digests of the training and the evaluation data.
         versions: of what decides the result.
         device: what it was trained on.
         page: what `wmtp.reporting` shows of it.
     """
 
-    name: str
-    arm: str
-    seed: int
-    key: str
-    status: str
+    name: str = field(validator=instance_of(str))
+    arm: str = field(validator=instance_of(str))
+    seed: int = field(validator=instance_of(int))
+    key: str = field(validator=instance_of(str))
+    status: str = field(validator=instance_of(str))
     error: str | None = None
-    steps: int = 0
-    tokens: float = 0.0
-    seconds: float = 0.0
-    metrics: Mapping[str, float] = field(factory=dict)
-    data: Mapping[str, str | None] = field(factory=dict)
-    versions: Mapping[str, str] = field(factory=dict)
+    steps: int = field(default=0, validator=instance_of(int))
+    tokens: float = field(default=0.0, validator=instance_of((int, float)))
+    seconds: float = field(default=0.0, validator=instance_of((int, float)))
+    metrics: Mapping[str, float | None] = field(factory=dict, validator=instance_of(Mapping))
+    data: Mapping[str, str | None] = field(factory=dict, validator=instance_of(Mapping))
+    versions: Mapping[str, str] = field(factory=dict, validator=instance_of(Mapping))
     device: str | None = None
-    page: Mapping[str, Any] = field(factory=dict)
+    page: Mapping[str, Any] = field(factory=dict, validator=instance_of(Mapping))
 
     @property
     def counts(self) -> bool:
         """True for a run that came to an end and can be compared."""
         return self.status != FAILED
+
+    def value(self, metric: str) -> float | None:
+        """Give a metric's value; None where the run has none, or none that is finite."""
+        value = self.metrics.get(metric)
+        return None if value is None or not math.isfinite(value) else value
 
     def matches(self, run: PlannedRun) -> bool:
         """Tell whether this is what a planned run would compute."""
@@ -109,7 +115,7 @@ def read_records(folder: Path) -> dict[str, RunRecord]:
         try:
             found[path.stem] = RunRecord(**values)
         except TypeError as error:
-            raise FileError(f"{path}: is no record of a run ({error}); remove it, and the run is done again") from None
+            raise FileError(f"{path}: is no record of a run ({error.args[0]}); remove it, and the run is done again") from None
     return found
 
 

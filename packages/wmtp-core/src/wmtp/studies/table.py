@@ -171,6 +171,7 @@ def compare(
     rows = [evolve(row, verdict=_verdict(row)) for row in rows]
     seeds = sorted({seed for runs in found.values() for seed in runs})
     notes = [
+        *_not_finite(metrics, found),
         *_notes(arms, found, named),
         *_over_documents(rows, found),
         *_within_runs(metrics, [run for runs in found.values() for run in runs.values()]),
@@ -218,7 +219,7 @@ def _rows(
     named: Sequence[tuple[str, str, str]],
 ) -> list[Row]:
     values = {
-        arm.name: {seed: run.metrics[metric] for seed, run in found[arm.name].items() if run.metrics.get(metric) is not None}
+        arm.name: {seed: value for seed, run in found[arm.name].items() if (value := run.value(metric)) is not None}
         for arm in arms
     }
     rows = []
@@ -295,6 +296,17 @@ def _notes(
         notes.append(f"{who} no finished run with seed {', '.join(map(str, lacking))}")
     if arms and max(len(arm.seeds) for arm in arms) == 1:
         notes.append("every arm has one seed: nothing can be said of chance, so there is no interval; add seeds")
+    return notes
+
+
+def _not_finite(metrics: Sequence[str], found: Mapping[str, Mapping[int, RunRecord]]) -> list[str]:
+    """Name the values that are left out since they are no numbers."""
+    notes = []
+    for metric in metrics:
+        for arm, runs in found.items():
+            bad = [seed for seed, run in runs.items() if metric in run.metrics and run.value(metric) is None]
+            if bad:
+                notes.append(f"{metric} of {arm} is not finite and left out (seed {', '.join(map(str, bad))})")
     return notes
 
 
