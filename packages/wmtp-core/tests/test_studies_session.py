@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -274,8 +275,36 @@ def test_the_result_is_like_a_frame(folder, tmp_path):
     assert found.to_pandas().set_index("arm").loc["rho1", "pairs"] == 2
 
 
-def test_a_damaged_record_is_named(folder):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "holds no JSON|is no JSON|JSON"),
+        ('{"name": "a", "arm": "a", "seed": 0, "key": "", "status": "finished", "metrics": []}', "'metrics' must be .*Mapping"),
+        (
+            '{"name": "rho1-seed0", "arm": "rho1", "seed": 0, "key": "", "status": "finished"}',
+            "is a copy of the record of 'rho1-seed0'",
+        ),
+    ],
+)
+def test_a_damaged_record_is_named(folder, capsys, text, reason):
     study("study.toml", seeds=[0])
     path = next((folder / "studies/small/record").glob("rho1*"))
-    path.write_text("{")
+    path.write_text(text)
     assert main(["study", "study.toml"]) == 2
+    assert re.search(rf"error: .*{path.name}: .*({reason})", capsys.readouterr().err)
+
+
+def test_a_record_of_another_study_is_left_out_and_is_no_change_of_the_config(folder, capsys):
+    study("study.toml", seeds=[0])
+    facts = {"name": "alien-seed0", "arm": "alien", "seed": 0, "key": "", "status": "finished", "metrics": {"eval/loss": 1.0}}
+    (folder / "studies/small/record/alien-seed0.json").write_text(json.dumps(facts))
+    assert main(["study", "study.toml", "--seeds", "0"]) == 0
+    said = capsys.readouterr().err
+    assert "1 run left out, of arms or seeds that this study does not have: alien-seed0" in said
+    assert "configs have changed" not in said
+
+
+@pytest.mark.parametrize("minutes", ["nan", "-1"])
+def test_minutes_that_are_no_time_are_refused(folder, capsys, minutes):
+    assert main(["study", "study.toml", "--minutes", minutes]) == 2
+    assert "error: --minutes: " in capsys.readouterr().err

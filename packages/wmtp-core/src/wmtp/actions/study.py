@@ -75,6 +75,8 @@ def study(
         chosen = plan.chosen(arms, seeds)
         if jobs is not None and jobs < 1:
             raise ConfigError(f"--jobs: {jobs} is not at least 1")
+        if minutes is not None and not minutes >= 0:
+            raise ConfigError(f"--minutes: {minutes} is no time; write a number of at least 0")
         allowed = allow_code_execution or code_execution_allowed()
         for run in chosen:
             require_consent(run.config.eval, allowed)
@@ -120,8 +122,8 @@ class _Session:
         folder = self._plan.folder
         found = read_records(folder)
         self._records, left_behind = of_plan(found, self._plan.runs)
-        if left_behind:
-            logger.info("%s", _left_behind(left_behind, len(self._records), self._plan.runs))
+        for line in _left_behind(left_behind, len(self._records), self._plan.runs):
+            logger.info("%s", line)
         for run in self._plan.runs:  # finished, and stopped before that was recorded
             if run.name not in self._records and (record := self._record(run)) is not None:
                 self._records[run.name] = record
@@ -315,18 +317,31 @@ class _Session:
         )
 
 
-def _left_behind(records: Sequence[RunRecord], still: int, runs: Sequence[PlannedRun]) -> str:
-    """Say which runs no longer count, and what in their configs is another than now."""
+def _left_behind(records: Sequence[RunRecord], still: int, runs: Sequence[PlannedRun]) -> Iterator[str]:
+    """Say which records no longer count, what in their configs is another than now, and which are no runs of this study."""
+    planned = {(run.arm, run.seed) for run in runs}
+    foreign = [record.name for record in records if (record.arm, record.seed) not in planned]
     names = []
-    for record in records[:6]:
-        keys = changed_keys(record, runs)
-        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-        names.append(f"{record.name} ({', '.join(keys[:3])}{more})" if keys else record.name)
-    rest = f" and {len(records) - 6} more" if len(records) > 6 else ""
-    return (
-        f"configs have changed, by an edit or another version of WMTP: {len(records)} runs no longer count, {still} still do; "
-        f"of another config than now: {', '.join(names)}{rest}"
-    )
+    for record in records:
+        if record.name not in foreign:
+            keys = changed_keys(record, runs)
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            names.append(f"{record.name} ({', '.join(keys[:3])}{more})" if keys else record.name)
+    if names:
+        yield (
+            f"configs have changed, by an edit or another version of WMTP: {_runs(names)} no longer count, {still} still do; "
+            f"of another config than now: {_first(names)}"
+        )
+    if foreign:
+        yield f"{_runs(foreign)} left out, of arms or seeds that this study does not have: {_first(foreign)}"
+
+
+def _runs(names: Sequence[str]) -> str:
+    return "1 run" if len(names) == 1 else f"{len(names)} runs"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _tokens(run: PlannedRun) -> int | None:

@@ -113,9 +113,11 @@ def read_records(folder: Path) -> dict[str, RunRecord]:
     for path in sorted((folder / "record").glob("*.json")):
         values = read_json_object(path)
         try:
-            found[path.stem] = RunRecord(**values)
+            record = found[path.stem] = RunRecord(**values)
         except TypeError as error:
             raise FileError(f"{path}: is no record of a run ({error.args[0]}); remove it, and the run is done again") from None
+        if record.name != path.stem:
+            raise FileError(f"{path}: is a copy of the record of {record.name!r}; remove it, or call it {record.name}.json")
     return found
 
 
