@@ -222,7 +222,7 @@ def algorithms(bench: Bench) -> bool:
     reference = shape("2.7B") if bench.device == "cuda" else shape("small")
     trainers: dict[str, dict[str, object]] = {
         "baseline-mtp": {"type": "baseline-mtp"},
-        "rho1-wmtp": {"type": "rho1-wmtp", "reference_precision": "bf16"},
+        "rho1-wmtp": {"type": "rho1-wmtp", "mode": "weighted", "reference_precision": "bf16"},
         "critic-wmtp": {"type": "critic-wmtp", "value_steps": 10},
     }
     # rho1 takes the most memory; all train the same shape

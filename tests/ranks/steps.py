@@ -81,9 +81,9 @@ class ValueHead(Trainer):
 
 
 OPTIONS = {
-    "rho1-wmtp": [{"mode": "token-skip"}, {"mode": "weighted", "scope": "sequence"}],
-    "random-matched": [{"of": Rho1WMTP()}],
-    "shuffled": [{"of": Rho1WMTP()}],
+    "rho1-wmtp": [{"mode": "token-skip", "scope": "batch"}, {"mode": "weighted", "scope": "sequence"}],
+    "random-matched": [{"of": Rho1WMTP(mode="weighted")}],
+    "shuffled": [{"of": Rho1WMTP(mode="weighted")}],
 }
 
 
@@ -175,8 +175,10 @@ def every_trainer(ranks):
 
 def sample(ranks):
     """Compare trainers with a reference, a pool of all rows, random numbers or a module, and every kind of layer."""
-    compare("rho1", ranks, Rho1WMTP(mode="token-skip").build, "full", rows=5, micro=1)
-    compare("random-matched rho1", ranks, RandomMatched(of=Rho1WMTP()).build, "none", packed=True, rows=5, micro=1)
+    compare("rho1", ranks, Rho1WMTP(scope="batch").build, "full", rows=5, micro=1)
+    compare(
+        "random-matched rho1", ranks, RandomMatched(of=Rho1WMTP(mode="weighted")).build, "none", packed=True, rows=5, micro=1
+    )
     for strategy, packed, rows in (("full", False, 5), ("grad-op", True, 4), ("none", False, 4), ("full", True, 1)):
         compare(f"value head, {strategy}, {rows} rows", ranks, ValueHead, strategy, packed=packed, rows=rows, micro=1)
     for kind in ("chained", "shared"):

@@ -113,7 +113,7 @@ ENDS = {"chatml": "<|im_end|>", "marked": "<|im_end|>", "inst": "</s>", "end-of-
 EVERY = [
     *TRAINERS,
     *(CriticWMTP(), CriticWMTP(train_on="all", value_learns=True), Shuffled(of=CriticWMTP())),
-    *(SSToken(), Rho1WMTP(), Rho1WMTP(mode="token-skip", keep=0.3), RandomMatched(of=Rho1WMTP(mode="token-skip"))),
+    *(SSToken(), Rho1WMTP(mode="weighted"), Rho1WMTP(keep=0.3), RandomMatched(of=Rho1WMTP(mode="token-skip"))),
 ]
 # no surrogates, and nothing that reads as a special token
 said = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r<[|"), min_size=1, max_size=30).filter(str.strip)

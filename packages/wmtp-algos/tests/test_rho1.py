@@ -141,7 +141,8 @@ def test_selection_equals_the_loop(score, scope, packed):
 def test_weights_equal_the_loop(score, scope, packed):
     reference = reference_model()
     for seed in range(6):
-        config = Rho1WMTP(scope=scope, score=score, temperature=0.4 + seed, min_excess=0.3 * seed, max_weight=1.5 + seed)
+        settings = {"temperature": 0.4 + seed, "min_excess": 0.3 * seed, "max_weight": 1.5 + seed}
+        config = Rho1WMTP(mode="weighted", scope=scope, score=score, **settings)
         step = pad(random_step(seed, packed=packed), columns=seed % 3, rows=seed % 2)
         ours, _ = weights_of(config, step, reference)
         scores, groups = plain_scores(step, plain_reference_losses(reference, step.batch), score)
@@ -153,7 +154,7 @@ def test_weights_equal_the_loop(score, scope, packed):
 @pytest.mark.parametrize("scope", ["batch", "sequence", "head"])
 def test_weights_have_mean_one_where_none_is_clipped(scope):
     step = random_step(0, packed=True)
-    ours, _ = weights_of(Rho1WMTP(scope=scope, max_weight=math.inf), step, reference_model())
+    ours, _ = weights_of(Rho1WMTP(mode="weighted", scope=scope, max_weight=math.inf), step, reference_model())
     assert sum(ours.values()) / len(ours) == pytest.approx(1.0, rel=1e-6)
     assert max(ours.values()) > 1.5
 
@@ -178,12 +179,12 @@ def shares(weights):
 
 def test_new_heads_leave_head_1_its_weight_and_learn_from_more_than_a_few_predictions():
     step = new_heads(random_step(0, packed=True, rows=24, length=64))
-    ours, trainer = weights_of(Rho1WMTP(), step, reference_model())
+    ours, trainer = weights_of(Rho1WMTP(mode="weighted"), step, reference_model())
     for ess, part in shares(ours).values():
         assert ess > 0.0999
         assert part == pytest.approx(1 / HORIZON, rel=0.2)
     assert float(trainer.metrics()["rho1/temperature"]) > 0.7
-    former, _ = weights_of(Rho1WMTP(scope="batch", min_ess_share=0.0), step, reference_model())
+    former, _ = weights_of(Rho1WMTP(mode="weighted", scope="batch", min_ess_share=0.0), step, reference_model())
     assert shares(former)[1][1] < 0.01
     assert min(ess for ess, _ in shares(former).values()) < 0.05
 
@@ -193,7 +194,7 @@ def test_the_temperature_is_the_lowest_with_the_effective_sample_asked_for(scope
     """Each group's weights are those of one temperature in a loop; a lower one has a smaller effective sample."""
     reference = reference_model()
     step = new_heads(random_step(1, packed=True, rows=6, length=40))
-    ours, _ = weights_of(Rho1WMTP(scope=scope, min_ess_share=0.3), step, reference)
+    ours, _ = weights_of(Rho1WMTP(mode="weighted", scope=scope, min_ess_share=0.3), step, reference)
     scores, groups = plain_scores(step, plain_reference_losses(reference, step.batch), "excess")
     raised = 0
     for places in members_of(groups[scope]):
@@ -215,13 +216,22 @@ def test_the_temperature_is_the_lowest_with_the_effective_sample_asked_for(scope
     assert raised
 
 
+def test_by_default_each_head_learns_the_papers_share_of_its_own_predictions():
+    step = new_heads(random_step(0, packed=True, rows=8, length=40))
+    ours, _ = weights_of(Rho1WMTP(), step, reference_model())
+    for head in range(1, HORIZON + 1):
+        of_head = [weight for (_, _, k), weight in ours.items() if k == head]
+        assert set(of_head) == {0.0, 1.0}
+        assert abs(sum(of_head) - 0.6 * len(of_head)) <= 1
+
+
 def test_of_equal_scores_the_first_are_kept():
     step = random_step(0, packed=False)
     flat = step.token_loss.zero_()
     reference = reference_model()
     # scores that differ in nothing: every token has the same reference loss, log V
     reference.unembedding(1).weight.zero_()
-    ours, _ = weights_of(Rho1WMTP(mode="token-skip", keep=0.5), step, reference)
+    ours, _ = weights_of(Rho1WMTP(scope="batch", keep=0.5), step, reference)
     assert flat.abs().sum() == 0
     places = sorted(ours)
     assert [ours[place] for place in places] == sorted((ours[place] for place in places), reverse=True)
@@ -232,14 +242,14 @@ def test_of_equal_scores_the_first_are_kept():
 def test_the_kept_share_is_of_valid_predictions(keep):
     step = random_step(1, packed=True, rows=8, length=40)
     for columns, rows in ((0, 0), (30, 0), (0, 9)):
-        ours, _ = weights_of(Rho1WMTP(mode="token-skip", keep=keep), pad(step, columns=columns, rows=rows), reference_model())
+        ours, _ = weights_of(Rho1WMTP(scope="batch", keep=keep), pad(step, columns=columns, rows=rows), reference_model())
         assert abs(sum(ours.values()) - keep * len(ours)) <= 1
 
 
 def test_metrics_are_means_over_valid_predictions():
     step = random_step(2, packed=True)
     reference = reference_model()
-    _, trainer = weights_of(Rho1WMTP(), pad(step, columns=4, rows=1), reference)
+    _, trainer = weights_of(Rho1WMTP(mode="weighted"), pad(step, columns=4, rows=1), reference)
     losses = plain_reference_losses(reference, step.batch)
     excess, _ = plain_scores(step, losses, "excess")
     by_reference, _ = plain_scores(step, losses, "reference")

@@ -175,8 +175,7 @@ def test_the_recipe_over_the_quickstart(folder, monkeypatch, mode):
     monkeypatch.setenv("REFERENCE", str(folder / "runs/reference/model"))
     config = load_config([root / "examples/quickstart.toml", root / f"configs/recipes/rho1-{mode}.toml"])
     check(config)
-    scope = {"weighted": "head", "token-skip": "batch"}[mode]
-    assert config.trainer == Rho1WMTP(mode=mode, scope=scope), "the recipes show the defaults"
+    assert config.trainer == Rho1WMTP(mode=mode), "the recipes show the defaults"
 
 
 # --- the cache of reference losses
@@ -184,7 +183,7 @@ def test_the_recipe_over_the_quickstart(folder, monkeypatch, mode):
 
 def run_here(folder, name, reference, *settings, cache=True):
     """A run in this process over two epochs; what each step weighed."""
-    trainer = f'[trainer]\ntype = "rho1-wmtp"\nreference_cache = {str(cache).lower()}\n'
+    trainer = f'[trainer]\ntype = "rho1-wmtp"\nmode = "weighted"\nreference_cache = {str(cache).lower()}\n'
     path = recipe(folder, name, trainer=trainer, model=reference)
     overrides = ["train.max_steps=12", 'checkpoints={"save_final"=false}', f"data.cache_dir={folder}/tokens", *settings]
     run([folder / "base.toml", path], overrides=overrides, run_name=name)

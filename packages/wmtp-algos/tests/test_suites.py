@@ -32,7 +32,7 @@ class TestBaselineMTP(TrainerTests):
 
 
 class TestRho1Weighted(TrainerTests):
-    config = Rho1WMTP()
+    config = Rho1WMTP(mode="weighted")
 
 
 class TestRho1TokenSkip(TrainerTests):

@@ -176,6 +176,13 @@ def test_a_path_that_is_no_model(folder: Path):
         check(folder)
 
 
+@pytest.mark.parametrize("loader", ["hf", "meta-mtp"])
+def test_a_data_file_is_no_model(tmp_path: Path, loader: str):
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ConfigError, match=re.escape(f"models.base.uri: {tmp_path / 'data.jsonl'} is a file; name ")):
+        check(tmp_path / "data.jsonl", type=loader)
+
+
 def test_conversations_for_a_model_without_a_chat_template(folder: Path):
     (folder / "tokenizer_config.json").write_text("{}")
     talk = folder.parent / "talk.jsonl"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from wmtp.config.load import load_config
+from wmtp.config.load import load, load_config
 from wmtp.config.overrides import parse_override
 from wmtp.config.sources import Document
 from wmtp.config.toml_file import FileSource
@@ -132,6 +132,33 @@ def test_a_new_type_drops_the_keys_of_the_old_one():
     write("b.toml", '[optimizer]\ntype = "muon"\nmomentum = 0.5\n')
     optimizer = load_config(["a.toml", "b.toml"]).optimizer
     assert (optimizer.type, optimizer.momentum, optimizer.lr) == ("muon", 0.5, 2e-5)
+
+
+def drops(*files, sets=()):
+    return list(load(files, sets).document.drops())
+
+
+def test_what_a_new_type_drops_is_said_once_nothing_sets_it_again():
+    write("a.toml", GOOD + '[optimizer]\ntype = "adamw"\nlr = 0.5\neps = 0.1\n[models.base.heads]\nhorizon = 2\n')
+    write("b.toml", '[optimizer]\ntype = "muon"\nmomentum = 0.5\n')
+    assert drops("a.toml", "b.toml") == [
+        "b.toml:2: optimizer.type: 'muon' in place of 'adamw' drops eps, lr; set them again where still meant"
+    ]
+    assert drops("a.toml", "b.toml", sets=["optimizer.lr=0.1"]) == [
+        "b.toml:2: optimizer.type: 'muon' in place of 'adamw' drops eps; set it again where still meant"
+    ]
+    assert drops("a.toml", sets=["optimizer.type=muon"])[0].startswith("--set optimizer.type: 'muon' in place of")
+    assert drops("a.toml", sets=["optimizer.type=adamw"]) == []
+    assert drops("a.toml", sets=["models.base.type=hf", "models.base.uri=x"]) == [
+        "--set models.base.type: 'hf' in place of 'scratch' drops vocab_size; set it again where still meant"
+    ]
+
+
+def test_a_key_missing_because_a_new_type_dropped_it_says_so():
+    write("a.toml", GOOD.replace('type = "python-source"', 'type = "text"\nuri = "/data"'))
+    assert problems("a.toml", sets=["datasets.py.type=jsonl"]) == [
+        "--set datasets.py.type: datasets.py.uri: required, and missing; that of 'text' was dropped with its type: set it again"
+    ]
 
 
 def test_a_new_type_keeps_heads_and_what_plain_sections_have():

@@ -9,7 +9,9 @@ import huggingface_hub
 import pytest
 from hub_server import TOKEN, FakeHub
 from huggingface_hub import constants
+from tiny_recipe import tiny_recipe
 
+import wmtp
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.storage.config import HubStorage
 from wmtp.storage.hub import failures
@@ -415,6 +417,21 @@ def test_a_push_makes_a_private_repository_and_replaces_a_folder_in_one_commit(h
     storage.push(folder, "hf://ada/mine@next/sub")
     assert "sub/params.json" in hub.files("models/ada/mine", "next")
     assert "sub/params.json" not in hub.files("models/ada/mine")
+
+
+@pytest.mark.parametrize("target", ["ada/mine", "ada/mine@next"])
+def test_a_push_to_a_name_that_may_be_the_hubs_or_a_folders_is_refused(tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/a").touch()
+    with pytest.raises(ConfigError, match=f"^'{target}' may be .* write hf://{target} .*, ./{target} for the folder$"):
+        wmtp.push("model", target)
+    with pytest.raises(ConfigError, match=f"^run.push_to: '{target}' may be the hub's or a folder here"):
+        wmtp.check(tiny_recipe(run={"push_to": target}, datasets={"code": {"type": "python-source"}}))
+    wmtp.push("model", f"./{target}")
+    wmtp.push("model", "ada/other")  # whose folder is there
+    assert (tmp_path / target / "a").exists()
+    assert (tmp_path / "ada/other/a").exists()
 
 
 def test_a_push_without_a_right_to_write_is_refused_before_and_then(hub, storage, tmp_path, monkeypatch):

@@ -54,6 +54,13 @@ def problems(folder, text):
     return error.value.problems
 
 
+def test_keys_that_the_type_of_an_arm_drops_are_named_with_its_line(folder):
+    recipe = tiny_recipe(trainer={"type": "focal", "gamma": 1.0})
+    (folder / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    (warning,) = plan(folder).warnings
+    assert warning.startswith("study.toml:17: trainer.type: 'rho1-wmtp' in place of 'focal' drops gamma; set it again where")
+
+
 def test_runs_are_every_arm_with_every_seed_after_what_they_need(folder):
     found = plan(folder)
     assert [(run.arm, run.seed) for run in found.runs] == [

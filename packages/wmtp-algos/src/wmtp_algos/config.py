@@ -30,17 +30,18 @@ class Rho1WMTP(TrainerConfig):
     checked token by token. It costs one forward pass a step, and its memory.
 
     ``mode = "token-skip"`` is Rho-1: the predictions with the highest scores are learned, all others are skipped.
-    ``mode = "weighted"`` learns them all, by weights w = softmax(score / temperature) with mean 1.
+    ``mode = "weighted"`` learns them all, by weights w = softmax(score / temperature) with mean 1; it did worse in what was
+    measured.
 
     Scores are of valid predictions only: padding and prompts count nowhere.
 
     Args:
-        mode: ``weighted`` or ``token-skip``.
+        mode: ``token-skip`` or ``weighted``.
         score: ``excess``: Δ; ``absolute``: |Δ|, which learns too what the model does better than the reference;
             ``reference``: −CE_ref, what the reference finds likely. The paper's is ``excess``; the others are to compare.
         scope: what scores compete within: the whole ``batch`` of an optimizer step, each ``sequence`` (a document), or
-            each ``head``. Default: ``batch`` for token-skip, ``head`` for weighted. Far heads have higher losses than head 1,
-            and so win in a batch; where they are new, head 1 has no weight left there.
+            each ``head``. Far heads have higher losses than head 1, and so win in a batch; where they are new, head 1 has no
+            weight left there. With one head ``batch`` and ``head`` are the same.
         keep: token-skip: the share of predictions that is learned (Rho-1: 0.6 at 1B parameters, 0.7 at 7B).
         temperature: weighted: T; the lower, the more the highest scores win.
         min_ess_share: weighted: where the effective sample (Σw)² / Σw² of a scope would be a smaller share of its predictions,
@@ -57,9 +58,9 @@ class Rho1WMTP(TrainerConfig):
 
     type = "rho1-wmtp"
     required_models = ("ref",)
-    mode: Literal["weighted", "token-skip"] = "weighted"
+    mode: Literal["token-skip", "weighted"] = "token-skip"
     score: Literal["excess", "absolute", "reference"] = "excess"
-    scope: Literal["batch", "sequence", "head"] | None = None
+    scope: Literal["batch", "sequence", "head"] = "head"
     keep: float = field(default=0.6, validator=[gt(0.0), le(1.0)])
     temperature: float = field(default=0.7, validator=gt(0.0))
     min_ess_share: float = field(default=0.1, validator=[ge(0.0), lt(1.0)])

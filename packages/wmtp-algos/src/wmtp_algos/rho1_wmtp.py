@@ -68,7 +68,7 @@ class Rho1WMTPTrainer(Trainer):
             self._metrics["rho1/excess"] = _mean(view, scores)
         if config.score == "absolute":
             scores = scores.abs()
-        groups = Groups.of(config.scope or ("head" if config.mode == "weighted" else "batch"), view)
+        groups = Groups.of(config.scope, view)
         if config.mode == "token-skip":
             weights = groups.top(scores, config.keep).float()
         else:

@@ -143,7 +143,7 @@ def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator
     """
     checked = loaded.config
     _check_push(checked)  # before hours are spent
-    for warning in unwise_settings(checked):
+    for warning in (*loaded.document.drops(), *unwise_settings(checked)):
         logger.warning("%s", warning)
     directory = _directory_to_resume(checked, resume)
     if resume == "auto":

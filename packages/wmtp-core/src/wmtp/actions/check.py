@@ -55,7 +55,8 @@ def check(config: ConfigSource | Sequence[ConfigSource], *, overrides: Iterable[
     summary |= estimates
     if loaded.config.launcher.remote:
         summary |= _remote_summary(loaded.config)
-    return Checked(config=loaded.config, summary=summary, warnings=[*warnings, *unwise_settings(loaded.config)])
+    warnings = [*warnings, *loaded.document.drops(), *unwise_settings(loaded.config)]
+    return Checked(config=loaded.config, summary=summary, warnings=warnings)
 
 
 def _summary(config: Config, registry: Registry) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from wmtp.redaction import redact
 from wmtp.runs.directory import is_run_dir
 from wmtp.storage.base import Fetched, Leftover, Storage
 from wmtp.storage.cache import Cache
-from wmtp.storage.hub.names import plain_name
+from wmtp.storage.hub.names import unclear_target
 from wmtp.storage.manifest import MANIFEST, Manifest
 from wmtp.storage.manifest import verify as verify_files
 from wmtp.storage.uris import backend_for, scheme_of
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from wmtp.tracking.pull import Pulled
 
 __all__ = ["Pushed", "Verified", "cache", "clean", "fetch", "pull_runs", "push", "storage_section", "verify"]
-
-_log = logging.getLogger(__name__)
 
 
 @frozen(kw_only=True)
@@ -138,8 +135,8 @@ def push(
         push_run(run_dir, os.fspath(uri), storage_section(config, overrides))
     else:
         target = os.fspath(uri)
-        if plain_name(target) is not None and not Path(target).parent.exists():
-            _log.warning("'%s' is a folder on this machine; for the hub write hf://%s", target, target)
+        if problem := unclear_target(target):
+            raise ConfigError(problem)
         _backend(uri, config, overrides).push(source, target)
     return Pushed(path=source, uri=redact(os.fspath(uri)), seconds=time.monotonic() - began)
 

@@ -72,6 +72,8 @@ def study(
             if isinstance(texts, str):
                 raise TypeError(f"{name}: a list of texts is wanted; write [{texts!r}]")
         plan = make_plan(load_study(study), as_list(recipe), overrides)
+        for warning in plan.warnings:
+            logger.warning("%s", warning)
         chosen = plan.chosen(arms, seeds)
         if jobs is not None and jobs < 1:
             raise ConfigError(f"--jobs: {jobs} is not at least 1")

@@ -30,9 +30,13 @@ def model_problems(config: Config) -> Iterator[Problem]:
         loader = model.loader
         uri = loader.uri
         try:
-            if loader.type != "hf" or uri is None or scheme_of(uri) != "file" or not file_path(uri).exists():
+            if uri is None or scheme_of(uri) != "file" or not file_path(uri).exists():
                 continue
             path = file_path(uri)
+            if loader.type == "meta-mtp" and path.is_file():
+                yield Problem(("models", name, "uri"), f"{path} is a file; name the folder that holds params.json")
+            if loader.type != "hf":
+                continue
             if path.is_dir():
                 path = model_within(cached_snapshot(path))
         except ConfigError:  # said of the uri
@@ -70,8 +74,9 @@ def model_problems(config: Config) -> Iterator[Problem]:
 
 def _no_model(path: Path) -> str | None:
     """Say what to name in place of a path that is part of a model, or a model of another loader."""
-    if path.is_file() and path.suffix != ".gguf" and (path.parent / "config.json").exists():
-        return f"{path} is a file; name its folder, {path.parent}, or a .gguf file"
+    if path.is_file() and path.suffix != ".gguf":
+        folder = f"its folder, {path.parent}" if (path.parent / "config.json").exists() else "a model's folder"
+        return f"{path} is a file; name {folder}, or a .gguf file"
     if (path / "params.json").exists() and not (path / "config.json").exists() and not is_adapter(path):
         return (
             f'{path} holds a params.json and no config.json; write type = "meta-mtp" if it is a multi-token checkpoint of Meta'

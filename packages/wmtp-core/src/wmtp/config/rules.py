@@ -24,7 +24,7 @@ from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
 from wmtp.redaction import holds_credentials
 from wmtp.spelling import did_you_mean
-from wmtp.storage.hub.names import both_readings, plain_name
+from wmtp.storage.hub.names import both_readings, plain_name, unclear_target
 from wmtp.storage.uris import backend_for, file_path, scheme_of, storage_scheme
 from wmtp.tokenizers.chat_template import template_source
 
@@ -346,6 +346,8 @@ def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
             )
     if config.run.push_to is not None:
         yield from _uri(config.run.push_to, ("run", "push_to"), schemes, must_exist=False)
+        if problem := unclear_target(config.run.push_to):
+            yield Problem(("run", "push_to"), problem)
     is_remote = config.launcher.remote  # then a path is one of the other machine
     for placed in components(config):
         tracking = placed.config.tracking_uri if placed.kind == "trackers" else None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 from wmtp.config.overrides import Override
 from wmtp.config.problems import KeyPath, Problem, dotted
@@ -37,6 +37,25 @@ class MappingSource:
 Source = FileSource | TableSource | Override | MappingSource
 
 
+@frozen
+class _Dropped:
+    """Keys that a new ``type`` has dropped.
+
+    Args:
+        place: of the new type: a file, a line and the key, or ``--set``.
+        table: that the keys were in.
+        new: the type.
+        old: what it was.
+        keys: that the old one had.
+    """
+
+    place: str
+    table: KeyPath
+    new: object
+    old: object
+    keys: tuple[str, ...]
+
+
 @define
 class Document:
     """Sources merged left to right. The later one wins.
@@ -48,6 +67,7 @@ class Document:
 
     data: dict[str, Any] = field(factory=dict)
     origins: dict[KeyPath, Source] = field(factory=dict)
+    _dropped: list[_Dropped] = field(factory=list, init=False)
 
     def merge(self, data: Mapping[str, Any], source: Source) -> None:
         """Lay a whole mapping over what is there. None in it takes a key away."""
@@ -55,7 +75,12 @@ class Document:
 
     def _merge(self, old: dict[str, Any], new: Mapping[str, Any], path: KeyPath, source: Source) -> None:
         if "type" in old and "type" in new and old["type"] != new["type"] and path and path[0] not in _PLAIN_SECTIONS:
-            for key in [key for key in old if not self._stays((*path, key))]:
+            keys = [key for key in old if not self._stays((*path, key))]
+            here = (*path, "type")
+            key = "" if isinstance(source, Override) and source.path == here else dotted(here)
+            place = ": ".join(part for part in (source.where(here), key) if part)
+            self._dropped.append(_Dropped(place, path, new["type"], old["type"], tuple(key for key in keys if key != "type")))
+            for key in keys:
                 self._remove(old, key, (*path, key))
             self.origins[path] = source
         for key, value in new.items():
@@ -166,6 +191,22 @@ class Document:
         self.data = walk(self.data, ())
         return problems
 
+    def drops(self) -> Iterator[str]:
+        """Name the keys that a new ``type`` has dropped and nothing has set again."""
+        for drop in self._dropped:
+            if keys := [key for key in drop.keys if not self._is_set((*drop.table, key))]:
+                again = f"set {'it' if len(keys) == 1 else 'them'} again where still meant"
+                yield f"{drop.place}: {drop.new!r} in place of {drop.old!r} drops {', '.join(sorted(keys))}; {again}"
+
+    def _is_set(self, path: KeyPath) -> bool:
+        value: Any = self.data
+        for key in path:
+            try:
+                value = value[key]
+            except (KeyError, IndexError, TypeError):
+                return False
+        return True
+
     def source(self, path: KeyPath) -> Source | None:
         """Where a key came from, or else the table around it."""
         while path and path not in self.origins:
@@ -182,7 +223,11 @@ class Document:
         key = dotted(problem.path)
         if isinstance(source, Override) and problem.path == source.path:
             key = ""
-        return ": ".join(part for part in (place, key, problem.message) if part)
+        dropped = [drop for drop in self._dropped if drop.table == problem.path[:-1] and problem.path[-1] in drop.keys]
+        message = problem.message
+        if dropped and not self._is_set(problem.path):
+            message += f"; that of {dropped[-1].old!r} was dropped with its type: set it again"
+        return ": ".join(part for part in (place, key, message) if part)
 
 
 def escape(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from attrs import evolve, frozen
 
 from wmtp.config.inputs import hub_names_read, inputs, with_uris
-from wmtp.config.load import ConfigSource, load, located
+from wmtp.config.load import ConfigSource, Loaded, load, located
 from wmtp.config.overrides import Override, parse_override
 from wmtp.config.problems import KeyPath, Problem
 from wmtp.config.rules import check_loaded
@@ -83,6 +83,7 @@ class StudyPlan:
         arms: in the order of the file.
         runs: in the order in which they are begun: by seed, then by arm, each after those it needs.
         comparisons: those that were named, by full names of arms.
+        warnings: what is allowed and yet may not be meant.
     """
 
     file: StudyFile
@@ -90,6 +91,7 @@ class StudyPlan:
     arms: Sequence[Arm]
     runs: Sequence[PlannedRun]
     comparisons: Sequence[tuple[Arm, Arm, str]]
+    warnings: Sequence[str]
 
     @property
     def baseline(self) -> str:
@@ -151,9 +153,12 @@ def make_plan(study: StudyFile, recipe: Sequence[ConfigSource], overrides: Itera
     arms = _arms(study)
     made: dict[str, tuple[Config, tuple[str, ...]]] = {}
     problems: list[str] = []
+    warnings: dict[str, None] = {}
     for arm in arms:
         try:
-            made[arm.name] = _load_arm(study, arm, arms, sources, overrides)
+            loaded, needs = _load_arm(study, arm, arms, sources, overrides)
+            made[arm.name] = loaded.config, needs
+            warnings |= dict.fromkeys(loaded.document.drops())
         except ConfigError as error:
             problems += error.problems
     problems = list(dict.fromkeys(problems))  # a problem of the recipe repeats for every arm
@@ -162,7 +167,12 @@ def make_plan(study: StudyFile, recipe: Sequence[ConfigSource], overrides: Itera
     if problems:
         raise ConfigError(problems)
     return StudyPlan(
-        file=study, folder=folder, arms=arms, runs=_runs(study, arms, made, folder), comparisons=_comparisons(study, arms)
+        file=study,
+        folder=folder,
+        arms=arms,
+        runs=_runs(study, arms, made, folder),
+        comparisons=_comparisons(study, arms),
+        warnings=list(warnings),
     )
 
 
@@ -197,7 +207,7 @@ def _at_point(arms: Iterable[Arm], base: str, point: Mapping[str, Any]) -> Arm |
 
 def _load_arm(
     study: StudyFile, arm: Arm, arms: Sequence[Arm], recipe: Sequence[ConfigSource], overrides: Sequence[str]
-) -> tuple[Config, tuple[str, ...]]:
+) -> tuple[Loaded, tuple[str, ...]]:
     """Read and check the config of an arm, and find the arms that it needs: their models are stand-ins."""
     needs: dict[str, None] = {}
     problems: list[Problem] = []
@@ -243,7 +253,7 @@ def _load_arm(
         if value is not None:
             message = "one place for the models of all runs; leave it out: each has a folder of its own"
             raise located(loaded.document, [Problem(tuple(key.split(".")), message)])
-    return loaded.config, tuple(needs)
+    return loaded, tuple(needs)
 
 
 def _cycles(needs: Mapping[str, Sequence[str]]) -> list[str]:

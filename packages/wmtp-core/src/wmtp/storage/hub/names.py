@@ -11,7 +11,7 @@ from attrs import evolve, field, frozen
 
 from wmtp.errors import ConfigError
 
-__all__ = ["COMMIT", "HubName", "both_readings", "cached_snapshot", "parse_hub_uri", "plain_name"]
+__all__ = ["COMMIT", "HubName", "both_readings", "cached_snapshot", "parse_hub_uri", "plain_name", "unclear_target"]
 
 #: a whole commit hash: the only revision that never moves
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -120,6 +120,14 @@ def both_readings(text: str, path: Path, name: HubName) -> str:
         f"{text!r} does not exist (that is {path}); for what has that name on the Hugging Face hub write {name.uri}, for a"
         " path correct it"
     )
+
+
+def unclear_target(text: str) -> str | None:
+    """Word the problem of a place to push to that may be a name of the hub or a new folder; None where it is clear."""
+    name = plain_name(text)
+    if name is None or Path(text).parent.exists():
+        return None
+    return f"{text!r} may be the hub's or a folder here; write {name.uri} for the Hugging Face hub, ./{text} for the folder"
 
 
 def cached_snapshot(path: Path) -> Path:
