@@ -192,7 +192,7 @@ def test_runs_of_an_edited_arm_no_longer_count_and_that_is_said(folder, capsys):
     study("study.toml", seeds=[0, 1])
     trained(folder)
     edited = json.loads(json.dumps(STUDY))
-    edited["arms"]["rho1"]["set"]["trainer"]["mode"] = "token-skip"
+    edited["arms"]["rho1"]["set"]["trainer"]["mode"] = "weighted"
     (folder / "study.toml").write_text(tomli_w.dumps(edited))
     capsys.readouterr()
     main(["study", "study.toml"])
