@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from wmtp.config.schema import HeadsConfig
+from wmtp.data.batch import Batch
 from wmtp.errors import ConfigError
 from wmtp.generation import Sampling, generate, stream
 from wmtp.generation import decoder as decoders
@@ -36,6 +38,7 @@ from wmtp.models import build_model
 from wmtp.models.anatomy import record_call
 from wmtp.models.loaders.hf import HfLoader
 from wmtp.models.mtp import MTPModel
+from wmtp.training.evaluate import evaluate
 
 KINDS = ("block", "linear", "residual", "chained", "shared")
 #: heads that draft as a server does; one whose layer keeps a state (mamba2) drafts as it was trained
@@ -235,6 +238,25 @@ def test_some_drafts_are_accepted_at_every_head_and_some_are_not() -> None:
     for row in rows:
         assert len(row.tokens) - 1 <= row.drafts.steps + sum(row.drafts.accepted)
         assert row.tokens_per_forward > 0.99
+
+
+def test_measured_along_its_own_text_a_model_needs_the_passes_that_decoding_took() -> None:
+    model = _model("gpt2", "linear")
+    rows = generate(model, PROMPTS, max_new_tokens=40, eos_id=None, speculative=True)
+    texts = [prompt + list(row.tokens) for prompt, row in zip(PROMPTS, rows, strict=True)]
+    longest = max(map(len, texts))
+    ids, mask = torch.zeros(len(texts), longest, dtype=torch.int64), torch.zeros(len(texts), longest, dtype=torch.bool)
+    for place, (text, prompt) in enumerate(zip(texts, PROMPTS, strict=True)):
+        ids[place, : len(text)] = torch.tensor(text)
+        mask[place, len(prompt) : len(text)] = True
+    document = torch.arange(len(texts))[:, None].expand(ids.shape)
+    batch = Batch(
+        input_ids=ids, document=document, position=torch.arange(longest).expand(ids.shape), loss_mask=mask, documents=()
+    )
+    found = evaluate(model, [batch], torch.device("cpu"), nullcontext)
+    passes = sum(row.drafts.steps for row in rows)
+    assert found["eval/tokens_per_forward"] == pytest.approx(sum(len(row.tokens) - 1 for row in rows) / passes)
+    assert found["eval/tokens_per_forward"] < 1 + sum(found[f"eval/accepted/depth_{depth}"] for depth in (1, 2, 3))
 
 
 def test_it_is_what_transformers_generates() -> None:

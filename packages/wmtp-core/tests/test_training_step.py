@@ -263,5 +263,21 @@ def test_evaluation_counts_the_drafts_that_head_one_would_accept():
                 depths[k - 1].append(agreed)
     shares = {d: sum(agreed) / len(agreed) for d, agreed in depths.items()}
     assert {d: found[f"eval/accepted/depth_{d}"] for d in depths} == pytest.approx(shares)
-    assert found["eval/tokens_per_forward"] == pytest.approx(1 + sum(shares.values()))
+    tokens = steps = 0
+    learned = lambda b, t: t < 13 and bool(batch.document[b, t] == batch.document[b, t + 1] and batch.loss_mask[b, t + 1])
+    for b in range(5):
+        t = 0
+        while t < 14:  # along each text, from where the last step ended
+            begins = learned(b, t) and not (t and learned(b, t - 1))
+            while begins and learned(b, t) and learned(b, t + 1):
+                accepted = 0
+                while accepted < 2 and learned(b, t + accepted + 1):
+                    if tops[accepted + 1][b, t] != tops[0][b, t + accepted + 1]:
+                        break
+                    accepted += 1
+                steps, tokens = steps + 1, tokens + accepted + learned(b, t + accepted + 1)
+                t += accepted + 1
+            t += 1
+    assert 0 < steps < tokens
+    assert found["eval/tokens_per_forward"] == pytest.approx(tokens / steps)
     assert 0 < found["eval/acceptance/head_2"] < 1

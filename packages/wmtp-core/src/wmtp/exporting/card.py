@@ -232,7 +232,7 @@ def _drafts(steps: list[dict[str, Any]]) -> Iterator[str]:
     ]
     yield (
         "Drafts of heads 2..H that head 1 would accept on data held out from training: `acceptance` sampled, by head; "
-        "`accepted` greedy, all up to a depth; `tokens_per_forward` 1 + their sum."
+        "`accepted` greedy, all up to a depth; `tokens_per_forward` of greedy decoding along the text."
     )
     rows = [f"| {name} | {_number(first.get(name))} | {_number(last[name])} |" for name in names]
     header = [f"| metric | step {first['step']:,} | step {last['step']:,} |", "| --- | --- | --- |"]
