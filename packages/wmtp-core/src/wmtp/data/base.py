@@ -9,6 +9,7 @@ from typing import Any
 
 from attrs import field, frozen
 
+from wmtp.data.walk import files_below
 from wmtp.errors import WMTPError
 from wmtp.plugins.contract import Contract
 
@@ -165,4 +166,4 @@ class ExampleLoader(Contract, ABC, contract=True):
         """
         if path is None:
             return ()
-        return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        return [path] if path.is_file() else sorted(file for file in files_below(path) if file.is_file())

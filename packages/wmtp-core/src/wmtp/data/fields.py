@@ -9,7 +9,17 @@ from typing import Any, Final
 
 from wmtp.data.base import BadExample
 
-__all__ = ["Cell", "bool_field", "finite_number", "name_field", "number_field", "text_field", "type_name"]
+__all__ = ["Cell", "Unreadable", "bool_field", "finite_number", "name_field", "number_field", "text_field", "type_name"]
+
+
+class Unreadable:
+    """Value of a table that Python has no object for: bytes that are no UTF-8, or a date beyond the year 9999."""
+
+
+class Cell(str):
+    """Text of a CSV file, where a number is a text too, and nothing is an empty one."""
+
+    __slots__ = ()
 
 
 _TYPE_NAMES: Final = {
@@ -20,16 +30,12 @@ _TYPE_NAMES: Final = {
     int: "a number",
     float: "a number",
     type(None): "null",
+    Cell: "a text",
+    Unreadable: "a value that cannot be read (text that is no UTF-8, or a date that is out of range)",
 }
 
 #: tables with empty cells write 1 as 1.0
 _TRUTHS: Final = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-
-
-class Cell(str):
-    """Text of a CSV file, where a number is a text too, and nothing is an empty one."""
-
-    __slots__ = ()
 
 
 def type_name(value: Any) -> str:
@@ -58,7 +64,7 @@ def name_field(record: Mapping[str, Any], key: str) -> str:
     cell is empty.
     """
     value = record.get(key)
-    if value is None or value != value:  # NaN
+    if value is None or value != value or isinstance(value, Unreadable):  # NaN
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)

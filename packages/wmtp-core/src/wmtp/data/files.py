@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +43,7 @@ _OTHERS: Final = {
     b"<html": "is a web page (HTML), not the data itself; download the file behind it",
 }
 _HEAD: Final = 32
+_BOM: Final = b"\xef\xbb\xbf"
 _raw_decode: Final = json.JSONDecoder().raw_decode
 
 
@@ -132,7 +134,7 @@ def _json_lines(path: Path) -> Iterator[Record | BadExample]:
                 yield BadExample(where, TOO_LONG)
                 continue
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.removeprefix(_BOM)
             if not line.strip():
                 continue
             try:
@@ -166,12 +168,14 @@ def _looks_like(line: bytes, number: int) -> str:
 
 
 def _json(path: Path) -> Iterator[Record | BadExample]:
+    if _is_lines(path):
+        yield from _json_lines(path)
+        return
     content = read_whole(path, instead="write one object a line, and name it .jsonl")
     try:
         value = json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        hint = "; one object a line? name it .jsonl" if error.msg == "Extra data" else ""
-        raise InputError("uri", f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}{hint}") from error
+        raise InputError("uri", f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:
         raise InputError("uri", f"{path}: not valid JSON: {error}") from error
     items = value.get("data") if isinstance(value, dict) else value
@@ -179,6 +183,18 @@ def _json(path: Path) -> Iterator[Record | BadExample]:
         raise InputError("uri", f'{path}: neither a list of objects nor an object with such a list in "data"')
     for number, item in enumerate(items, start=1):
         yield _record(f"{path}: item {number}", item, escapes=b"\\u" in content)
+
+
+def _is_lines(path: Path) -> bool:
+    """Tell whether a JSON file holds an object on each line, as many that are published do."""
+    with open_binary(path) as file:
+        first, second = islice(chain((line for line in lines(file) if line is None or line.strip()), (b"", b"")), 2)
+    if first is None or second is None or not first.removeprefix(_BOM).startswith(b"{") or not second.startswith(b"{"):
+        return False
+    try:
+        return isinstance(json.loads(first.decode("utf-8-sig")), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _record(where: str, value: Any, *, escapes: bool) -> Record | BadExample:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from wmtp.data.base import BadExample
 from wmtp.data.fields import finite_number, type_name
 
-__all__ = ["ROLES", "check_messages", "message_tools", "normal_messages"]
+__all__ = ["MESSAGE_KEYS", "ROLES", "check_messages", "message_tools", "normal_messages"]
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 #: what other formats call these
@@ -31,6 +31,10 @@ _ALIASES: Final = {
     "tool_call": "function_call",
 }
 _REASONING: Final = ("reasoning_content", "reasoning", "thinking")
+#: keys of a message that are read
+MESSAGE_KEYS: Final = frozenset(
+    {"role", "content", "from", "value", "tool_calls", "function_call", "name", "tool_call_id", "train", "weight", *_REASONING}
+)
 
 
 def normal_messages(where: str, key: str, value: Any) -> tuple[Mapping[str, Any], ...]:
@@ -39,11 +43,13 @@ def normal_messages(where: str, key: str, value: Any) -> tuple[Mapping[str, Any]
     Args:
         where: what an error calls the record.
         key: its key there.
-        value: what stands there: a list of messages, of OpenAI's or ShareGPT's form.
+        value: what stands there: a list of messages, of OpenAI's or ShareGPT's form, or JSON text of one.
 
     Raises:
         BadExample: it is no such list.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a table without lists has them as JSON
+        value = _from_json(where, f'"{key}"', value)
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise BadExample(where, f'"{key}" must be a list of messages, not {type_name(value)}')
     if not value:
@@ -119,6 +125,8 @@ def _call(where: str, name: str, call: Any) -> Mapping[str, Any]:
         raise BadExample(where, f"{name}: has no name of a function")
     arguments = function.get("arguments", function.get("parameters"))
     arguments = {} if arguments in (None, "") else _from_json(where, f"{name}: arguments", arguments)
+    if isinstance(arguments, str):
+        raise BadExample(where, f"{name}: its arguments are JSON text of a text, not of an object; write them as an object")
     found = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": call["id"], **found} if call.get("id") is not None else found
 

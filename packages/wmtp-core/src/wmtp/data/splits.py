@@ -10,12 +10,20 @@ from typing import Final
 from attrs import evolve, frozen
 
 from wmtp.data.compression import COMPRESSIONS, uncompressed_name
+from wmtp.data.walk import files_below, is_hidden, require_target
 from wmtp.errors import FileError, InputError
 from wmtp.json_files import read_json_object
 
-__all__ = ["FORMATS", "Named", "chosen", "data_files", "format_of", "incomplete", "named"]
+__all__ = ["FORMATS", "Named", "beside", "chosen", "data_files", "format_of", "incomplete", "named"]
 
 FORMATS: Final = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+#: other names of these
+_SAME: Final = {".ndjson": ".jsonl", ".jsonlines": ".jsonl"}
+#: how files end that may hold data, and are not read
+_UNREAD: Final = (
+    *(".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".lz4", ".feather", ".orc", ".avro", ".xlsx", ".xls"),
+    *(".pkl", ".pickle", ".npy", ".npz", ".h5", ".incomplete", ".part", ".partial", ".crdownload", ".tmp"),
+)
 #: what lies beside data, and is none
 _METADATA: Final = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 _KINDS: Final = {
@@ -23,6 +31,10 @@ _KINDS: Final = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation", "heldout", "holdout"), "test"),
 }
+#: what a name may say behind that: ``testset``
+_SUFFIX: Final = re.compile(r"(?<=[a-z])(sets?|data|splits?|files?)$")
+_PLURALS: Final = {"tests": "test", "evals": "test", "validate": "validation"}
+_HELD_OUT: Final = re.compile(r"(?<![a-z])(held|hold)[-_ ]out(?![a-z])")
 #: ``train-00000-of-00002``, and with a hash behind it
 _SHARD: Final = re.compile(r"(?P<name>.+?)[-_.](?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?")
 _EXPECTED: Final = f"expected {', '.join(FORMATS)}, as they are or compressed ({', '.join(COMPRESSIONS)})"
@@ -49,6 +61,7 @@ class Named:
 def format_of(path: Path) -> str | None:
     """Return the suffix of a data file's format, without compression; None for another file."""
     suffix = Path(uncompressed_name(path)).suffix.lower()
+    suffix = _SAME.get(suffix, suffix)
     return suffix if suffix in FORMATS else None
 
 
@@ -162,6 +175,32 @@ def incomplete(files: Sequence[Path]) -> Sequence[str]:
     return said
 
 
+def beside(path: Path, files: Sequence[Path]) -> Sequence[str]:
+    """Say what lies in a folder, may be meant as data, and is not read.
+
+    Args:
+        path: what the config names.
+        files: what is read of it.
+    """
+    said = [f"{file}: is empty; was it fetched whole?" for file in files if len(files) > 1 and not file.stat().st_size]
+    if not path.is_dir() or _saved(path):
+        return said
+    known = {entry.file for entry in _inside(path)}
+    visible = [file for file in files_below(path) if not is_hidden(file.relative_to(path))]
+    others = sorted({file.parent.relative_to(path).as_posix() for file in visible if _is_data(file) and file not in known})
+    if others:
+        said.append(
+            f"{path}: the folders {_list(others)} in it hold data that is not read; name one of them, or move their files"
+        )
+    if unknown := [file.name for file in visible if file.parent == path and file.name.lower().endswith(_UNREAD)]:
+        said.append(f"{path}: {_list(unknown)} in it is not read; {_EXPECTED}")
+    return said
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
+
+
 def named(path: Path, folder: Path | None = None, *, words: bool = True) -> Named:
     """Read the split in a file's name, or in the name of the folder that it is in.
 
@@ -178,38 +217,43 @@ def named(path: Path, folder: Path | None = None, *, words: bool = True) -> Name
 def _split(stem: str, *, words: bool = True) -> tuple[str | None, str | None, str | None]:
     """Read the split that a name tells, its kind, and the word for it."""
     shard = _SHARD.fullmatch(stem)
-    name = (shard["name"] if shard else stem).lower()
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", shard["name"] if shard else stem).lower()
+    name = _HELD_OUT.sub("heldout", name)
     parts = [part for part in re.split(r"[-.]" if words else r"\.", name) if part]
     for part in reversed(parts):
         pieces = [piece for piece in re.split(r"[^a-z]+", part) if piece]
-        known = [piece for piece in pieces if piece in _KINDS]
+        known = [(piece, kind) for piece in pieces if (kind := _kind(piece, words=words)) is not None]
         if not known or (not words and len(pieces) > 1):
             continue
-        kind = _KINDS[known[0]]
+        word, kind = known[0]
         # train_sft and test_sft, in shards, are splits of their own; train_1 and train_2 are not
-        return (part, kind, None) if shard and len(pieces) > 1 else (kind, kind, known[0])
+        return (part, kind, None) if shard and len(pieces) > 1 else (kind, kind, word)
     return None, None, None
+
+
+def _kind(piece: str, *, words: bool) -> str | None:
+    found = _KINDS.get(piece) or _KINDS.get(_SUFFIX.sub("", piece))
+    return found or (_KINDS.get(_PLURALS.get(piece, "")) if words else None)
 
 
 def _inside(folder: Path) -> Iterator[Named]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     for entry in entries:
-        if entry.is_file() and _is_data(entry):
+        if _is_data(entry):
             yield named(entry)
         elif entry.is_dir() and entry.name == "data":
             yield from _inside(entry)
         elif entry.is_dir() and _split(entry.name, words=False)[0] is not None:
-            for file in sorted(entry.rglob("*")):
-                if file.is_file() and _is_data(file) and not _is_hidden(file.relative_to(entry)):
+            for file in files_below(entry):
+                if _is_data(file) and not is_hidden(file.relative_to(entry)):
                     yield named(file, entry)
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def _is_data(file: Path) -> bool:
-    return format_of(file) is not None and not file.name.startswith(".") and file.name not in _METADATA
+    if format_of(file) is None or file.name.startswith(".") or file.name in _METADATA:
+        return False
+    require_target(file)
+    return file.is_file()
 
 
 def _saved(folder: Path) -> list[Named]:
@@ -239,7 +283,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _elsewhere(folder: Path) -> str:
     """Name the folders inside that hold data, one of which may be meant."""
-    inside = [entry for entry in sorted(folder.rglob("*")) if entry.is_dir() and not _is_hidden(entry.relative_to(folder))]
+    inside = [entry for entry in sorted(folder.rglob("*")) if entry.is_dir() and not is_hidden(entry.relative_to(folder))]
     there = [entry.relative_to(folder).as_posix() for entry in inside if _saved(entry) or any(True for _ in _inside(entry))]
     return f"the folders {', '.join(there[:_SHOWN])} in it do: name one of them" if there else ""
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Final
 
 from wmtp.data.base import BadExample
 from wmtp.data.compression import MAX_LINE, TOO_LONG, is_compressed, lines, open_binary, read_whole
-from wmtp.data.fields import Cell
+from wmtp.data.fields import Cell, Unreadable
 from wmtp.data.splits import format_of
 from wmtp.errors import FileError, InputError, WMTPError
 
@@ -19,6 +19,8 @@ __all__ = ["arrow_rows", "csv_rows", "parquet_rows"]
 
 _ROWS: Final = 256
 _ARROW_FILE: Final = b"ARROW1"
+#: no UTF-8, a field twice in a struct; a date out of range; a time zone that nobody knows
+_NO_OBJECT: Final = (ValueError, OverflowError, LookupError)
 
 Row = tuple[str, Mapping[str, Any]]
 
@@ -139,9 +141,28 @@ def _slices(batches: Any) -> Iterator[Any]:
 def _rows(path: Path, batches: Any) -> Iterator[Row]:
     number = 0
     for rows in batches:
-        for record in rows.to_pylist():
+        names = rows.schema.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError("uri", f"{path}: has the column {twice[0]!r} twice; leave one out")
+        for record in _records(rows):
             number += 1
             yield f"{path}: row {number}", {name: _present(value) for name, value in record.items()}
+
+
+def _records(rows: Any) -> Sequence[Mapping[str, Any]]:
+    """Make Python objects of rows, value by value where some value has none."""
+    try:
+        return rows.to_pylist()
+    except _NO_OBJECT:
+        columns = [[_value(value) for value in column] for column in rows.columns]
+        return [dict(zip(rows.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except _NO_OBJECT:
+        return Unreadable()
 
 
 def _present(value: Any) -> Any:

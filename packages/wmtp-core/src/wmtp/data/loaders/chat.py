@@ -11,7 +11,7 @@ from attrs import evolve
 from wmtp.data.base import BadExample, Example
 from wmtp.data.fields import bool_field, name_field, number_field, text_field, type_name
 from wmtp.data.loaders.records import RecordLoader
-from wmtp.data.messages import check_messages, message_tools, normal_messages
+from wmtp.data.messages import MESSAGE_KEYS, check_messages, message_tools, normal_messages
 from wmtp.data.unread import unread_keys
 
 __all__ = ["FORMATS", "KEYS", "ChatLoader", "Format"]
@@ -87,7 +87,7 @@ class ChatLoader(RecordLoader):
             messages = self._with_system(where, record, messages)
             examples = self._turns(evolve(whole, messages=messages, first_learned=first))
         content, labels = ({keys[key] or key for key in names} for names in (_CONTENT[found], _LABELS))
-        unread = unread_keys(record, content, labels)
+        unread = (*unread_keys(record, content, labels), *_unread_in_messages(record, content))
         for example in examples:
             yield evolve(example, unread=unread)
 
@@ -201,6 +201,13 @@ def _said(where: str, key: str, value: Any, role: str) -> Messages:
     if isinstance(value, str):
         return ({"role": role, "content": value.replace("\r\n", "\n")},)
     return normal_messages(where, key, value)
+
+
+def _unread_in_messages(record: Mapping[str, Any], content: Set[str]) -> Mapping[str, None]:
+    """Name the keys of a record's messages under which there is text that is not learned from."""
+    lists = {key: value for key, value in record.items() if key in content and isinstance(value, list)}
+    messages = [(key, message) for key, value in lists.items() for message in value if isinstance(message, Mapping)]
+    return {f"{key}[].{name}": None for key, message in messages for name in unread_keys(message, MESSAGE_KEYS, ())}
 
 
 def _common(first: Messages, second: Messages) -> int:

@@ -46,6 +46,8 @@ class JsonlLoader(RecordLoader):
     def _record(self, where: str, record: Mapping[str, Any], *, columns: bool) -> Iterator[Example]:
         keys = self._keys
         text, prompt, completion = self._content
+        if columns and text in record and (prompt in record or completion in record):  # each row of a table has all its columns
+            record = {key: value for key, value in record.items() if value is not None or key not in self._content}
         if text in record and (prompt in record or completion in record):
             other = prompt if prompt in record else completion
             raise BadExample(where, f'has both "{text}" and "{other}"; keep "{text}", or "{prompt}" and "{completion}"')

@@ -12,6 +12,7 @@ from typing import Final
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.compression import readable
+from wmtp.data.walk import files_below, is_hidden, require_target
 from wmtp.errors import WMTPError
 
 __all__ = ["PythonSourceLoader"]
@@ -75,12 +76,10 @@ def _root(path: Path | None) -> Path:
 
 
 def _python_files(folder: Path) -> Iterator[Path]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            if entry.name not in _SKIPPED_FOLDERS and not entry.name.startswith(".") and not entry.is_symlink():
-                yield from _python_files(entry)
-        elif entry.suffix == ".py":
-            yield entry
+    for file in files_below(folder, skipped=_SKIPPED_FOLDERS):
+        if file.suffix == ".py" and not is_hidden(file.relative_to(folder).parent):
+            require_target(file)
+            yield file
 
 
 def _functions(file: Path, name: str) -> list[Example]:

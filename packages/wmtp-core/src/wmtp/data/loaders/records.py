@@ -12,7 +12,7 @@ from typing import Any, Final
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.compression import is_compressed
 from wmtp.data.files import Record, given_path, in_columns, parsed, read_records
-from wmtp.data.splits import data_files, format_of, incomplete
+from wmtp.data.splits import beside, data_files, format_of, incomplete
 from wmtp.errors import InputError
 from wmtp.spelling import nearest
 
@@ -58,8 +58,9 @@ class RecordLoader(ExampleLoader, contract=True):
         yield from parsed(records, partial(self._record, columns=in_columns(files[0])))
 
     def doubts(self, path: Path | None) -> Sequence[str]:
-        """Name the shards that are missing."""
-        return incomplete(self.files(path))
+        """Name the shards that are missing, and what may be meant as data and is not read."""
+        files = self.files(path)
+        return [*incomplete(files), *beside(given_path(path), files)]
 
     def unread_keys(self, path: Path | None) -> Mapping[str, str | None]:
         """Look at the first records, unless their file is large and must be read whole."""

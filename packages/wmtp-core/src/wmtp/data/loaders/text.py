@@ -11,6 +11,7 @@ from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.compression import read_whole, readable, uncompressed_name
 from wmtp.data.files import LFS_HINT, LFS_POINTER, given_path
 from wmtp.data.splits import Named, chosen, format_of, named
+from wmtp.data.walk import files_below, is_hidden, require_target
 from wmtp.errors import InputError
 
 __all__ = ["TextLoader"]
@@ -56,15 +57,18 @@ class TextLoader(ExampleLoader):
             return chosen(path, [self._named(path, path.parent)], self._split)
         if not path.is_dir():
             raise InputError("uri", f"{path}: no such file or folder")
-        found = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+        found = {file.relative_to(path): file for file in files_below(path)}
         matching = {
             relative.as_posix(): file
             for relative, file in found.items()
-            if fnmatchcase(uncompressed_name(file), self._pattern) and not any(part.startswith(".") for part in relative.parts)
+            if fnmatchcase(uncompressed_name(file), self._pattern) and not is_hidden(relative)
         }
         if not matching:
             raise InputError("uri", f"{path}: holds no file named {self._pattern}; set pattern to the names of your text files")
-        return chosen(path, [self._named(matching[name], path) for name in sorted(matching)], self._split)
+        files = chosen(path, [self._named(matching[name], path) for name in sorted(matching)], self._split)
+        for file in files:
+            require_target(file)
+        return files
 
     def first_examples(self, path: Path | None) -> Iterator[Example | BadExample]:
         """Read the first documents, unless their file is large."""
