@@ -9,6 +9,7 @@ from attrs import evolve
 
 import wmtp
 from wmtp.config.schema import HeadsConfig
+from wmtp.data.batch import PADDING
 from wmtp.errors import ConfigError
 from wmtp.models.mtp import MTPModel
 from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, make_view, random_step, tiny_model
@@ -106,17 +107,53 @@ def test_sstoken_learns_what_has_got_better(scope, packed):
     assert trainer.token_weights(make_view(trainer, broken)).isnan().any()
 
 
-def test_what_is_not_built_is_refused_and_a_missing_device_named():
-    assert list(SSToken(gamma=0.5).check()) == [
-        "gamma: 0.5, and only 1 is built: importance by attention is not; write 1, or remove it"
-    ]
-    assert not list(SSToken().check())
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_sstoken_adds_the_attention_that_a_token_gives_to_its_prompt(gamma, packed):
+    start = model().requires_grad_(False)
+    trainer, step = set_up(SSToken(keep=0.4, scope="sequence", gamma=gamma), start), random_step(2, packed=packed, rows=5)
+    batch, view = step.batch, make_view(trainer, step)
+    weights = trainer.token_weights(view)
+
+    eager = model().requires_grad_(False)  # each document alone, with the whole matrix of attention
+    eager.base.set_attn_implementation("eager")
+    log_p, share = {}, {}
+    for b in range(len(batch.input_ids)):
+        for number in set(batch.document[b].tolist()) - {PADDING}:
+            places = (batch.document[b] == number).nonzero()[:, 0]
+            whole = eager.base(batch.input_ids[b, places][None], output_attentions=True)
+            mean = whole.attentions[-1][0].mean(0)
+            for place, row, logits in zip(places.tolist(), mean, whole.logits[0].log_softmax(-1), strict=True):
+                share[b, place] = float(row[~batch.loss_mask[b, places]].sum())
+                log_p[b, place] = logits
+    documents = {}
+    for b, t, k in view.targets.valid.nonzero().tolist():
+        j = t + k + 1
+        rel = -float(log_p[b, j - 1][batch.input_ids[b, j]]) - float(step.token_loss[b, t, k])
+        documents.setdefault(int(batch.document[b, t]), []).append((rel, share[b, j], b, t, k))
+    mixed = 0
+    for members in documents.values():
+        low, high = min(member[0] for member in members), max(member[0] for member in members)
+        order = sorted(members, key=lambda m: -(gamma * (m[0] - low) / (high - low + 1e-8) + (1 - gamma) * m[1]))
+        kept = max(1, round(0.4 * len(members)))
+        assert [float(weights[member[2:]]) for member in order] == [1.0] * kept + [0.0] * (len(members) - kept)
+        mixed += order != sorted(members, key=lambda m: -m[0])
+    assert mixed
+
+
+def test_attention_that_cannot_be_watched_and_a_missing_device_are_named():
+    windows = model().requires_grad_(False)
+    windows.base.config._attn_implementation = "eager"
+    with pytest.raises(ConfigError, match=r"^sstoken: gamma: 0.5 takes part of the score from the model's attention"):
+        set_up(SSToken(gamma=0.5), windows)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="asft: reference_device: this machine has no cuda that torch can use"):
             set_up(ASFT(reference_device="cuda"), None)
 
 
-@pytest.mark.parametrize("trainer", [{"type": "asft", "kl_weight": 0.5}, {"type": "sstoken", "reference_cache": True}])
+@pytest.mark.parametrize(
+    "trainer", [{"type": "asft", "kl_weight": 0.5}, {"type": "sstoken", "gamma": 0.5, "reference_cache": True}]
+)
 def test_a_run_and_its_resume_look_back_at_the_start(tmp_path, trainer):
     """Not at a checkpoint: in the first step after the resume the model has moved already."""
     data = tmp_path / "d.jsonl"

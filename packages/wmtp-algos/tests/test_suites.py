@@ -57,7 +57,7 @@ class TestDistill(TrainerTests):
 
 
 class TestSSToken(TrainerTests):
-    config = SSToken(keep=0.4, scope="sequence", reference_precision="bf16", reference_device="cpu")
+    config = SSToken(keep=0.4, gamma=0.5, scope="sequence", reference_precision="bf16", reference_device="cpu")
 
 
 class TestFocal(TrainerTests):

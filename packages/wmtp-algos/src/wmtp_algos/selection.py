@@ -73,6 +73,15 @@ class Groups:
         kept[order] = place < wanted[group[order]]
         return kept.view(scores.shape)
 
+    def scaled(self, scores: Tensor) -> Tensor:
+        """Scale the scores ``[B, S, H]`` of each group to 0 … 1; 0 where all are equal, and where not valid."""
+        group, values = self.number.flatten(), scores.flatten()
+        ends = [
+            values.new_zeros(self.count + 1).scatter_reduce(0, group, values, by, include_self=False) for by in ("amin", "amax")
+        ]
+        low, high = (end[group] for end in ends)
+        return torch.where(group < self.count, (values - low) / (high - low + 1e-8), 0.0).view(scores.shape)
+
     def softmax(self, scores: Tensor) -> Tensor:
         """Compute the softmax over each group, scaled to a mean of 1.
 

@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from wmtp.models.anatomy import Anatomy, evaluating
 from wmtp.models.config_fields import field, text_config
 
-__all__ = ["BLOCK", "causal_mask", "document_mask", "use_block_attention"]
+__all__ = ["BLOCK", "attend", "causal_mask", "document_mask", "same_attention", "use_block_attention"]
 
 _NAME = "wmtp"
 #: tokens of a block that is computed or left out as a whole
@@ -87,11 +87,37 @@ def use_block_attention(anatomy: Anatomy) -> bool:
     Returns:
         whether it does now.
     """
+    if text_config(anatomy.decoder.config)._attn_implementation != "sdpa":
+        return False
+    return _change(anatomy, _NAME, causal_mask, document_mask)
+
+
+def same_attention(anatomy: Anatomy, name: str) -> bool:
+    """Let a model attend by a registered function that takes transformers' own masks, if it gives what its own does.
+
+    Args:
+        anatomy: of the model.
+        name: of the function.
+
+    Returns:
+        whether it does now; see `use_block_attention`.
+    """
+    if text_config(anatomy.decoder.config)._attn_implementation == _NAME:
+        anatomy.decoder.set_attn_implementation("sdpa")  # which is what it does with such masks
+    if text_config(anatomy.decoder.config)._attn_implementation != "sdpa":
+        return False
+    return _change(anatomy, name, lambda _: None, lambda _: None)
+
+
+def _change(
+    anatomy: Anatomy, name: str, plain_mask: Callable[[torch.device], Any], packed_mask: Callable[[Tensor], Any]
+) -> bool:
+    """Set the attention function, and take it back where a trial shows a difference; both masks are given to the trial."""
     decoder = anatomy.decoder
     config = text_config(decoder.config)
     windows = [field(config, name) for name in ("sliding_window", "attention_chunk_size")]
     other = [kind for kind in field(config, "layer_types", ()) if kind != "full_attention"]
-    if config._attn_implementation != "sdpa" or any(windows) or other:
+    if any(windows) or other:
         return False
     ids = (torch.arange(9, device=decoder.device) * 7919 + 1).remainder(anatomy.embedding.num_embeddings).unsqueeze(0)
     positions = torch.cat([torch.arange(4), torch.arange(5)]).to(decoder.device).unsqueeze(0)
@@ -99,10 +125,10 @@ def use_block_attention(anatomy: Anatomy) -> bool:
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")  # nine tokens need none
         try:
             plain = [decoder(ids, use_cache=False), decoder(ids, position_ids=positions, use_cache=False)]
-            decoder.set_attn_implementation(_NAME)
+            decoder.set_attn_implementation(name)
             ours = [
-                decoder(ids, attention_mask=causal_mask(ids.device), use_cache=False),
-                decoder(ids, attention_mask=document_mask(positions), position_ids=positions, use_cache=False),
+                decoder(ids, attention_mask=plain_mask(ids.device), use_cache=False),
+                decoder(ids, attention_mask=packed_mask(positions), position_ids=positions, use_cache=False),
             ]
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError):
             decoder.set_attn_implementation("sdpa")
@@ -116,7 +142,7 @@ def use_block_attention(anatomy: Anatomy) -> bool:
     return True
 
 
-def _attend(
+def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """See `transformers.AttentionInterface`; queries, keys and values are ``[B, heads, S, D]``."""
@@ -134,8 +160,8 @@ def _attend(
     groups = query.shape[1] // key.shape[1]
     if groups & (groups - 1):  # what flex attention's kernel has no form of
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
-    attended = attend(query, key, value, block_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=True)
+    flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    attended = flex(query, key, value, block_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=True)
     return attended.transpose(1, 2).contiguous(), None
 
 
@@ -173,5 +199,5 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention)
 
 
-AttentionInterface.register(_NAME, _attend)
+AttentionInterface.register(_NAME, attend)
 AttentionMaskInterface.register(_NAME, sdpa_mask)
