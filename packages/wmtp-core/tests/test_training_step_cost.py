@@ -1,5 +1,7 @@
 """What a step computes and keeps, counted: nothing twice, and never the logits of all predictions."""
 
+import weakref
+
 import pytest
 import torch
 from one_step import VOCAB, Baseline, HardHalf, gradients, make_batch, make_model
@@ -55,3 +57,20 @@ def test_never_more_than_a_chunk_of_logits(monkeypatch):
         with Largest() as largest:
             gradients(model, trainer, batch)
         assert 0 < largest.seen <= 2 * VOCAB
+
+
+@pytest.mark.parametrize("micro", [2, 99])
+def test_the_backward_pass_finds_no_hidden_states_of_the_forward_pass_in_memory(micro):
+    """The loss needs them no more, and memory is scarcest there."""
+    model, alive = make_model(), []
+    forward, embedding = model.forward, model.anatomy.embedding.weight
+
+    def watched(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        hidden = [weakref.ref(tensor) for tensor in output.hidden]
+        embedding.register_hook(lambda _: alive.append(sum(one() is not None for one in hidden)))
+        return output
+
+    model.forward = watched
+    gradients(model, Baseline(), make_batch(packed=False), micro=micro)
+    assert set(alive) == {0}

@@ -238,6 +238,7 @@ class StepLoss:
         predictions = PredictionSums(self.model.horizon, self.device) if accuracy else None
         for part in rows.micro_batches:
             output, observed = seen.kept or self._forward(part, rows.packed, stage, observe=bool(slopes))
+            seen = evolve(seen, kept=None)
             at_most = 0 if not stage.model_loss else sum(part.valid_counts) if uniform else None
             loss, losses, objective = self._loss(part, output, coefficients[part.place], seen, at_most)
             if fit is not None and objective is not None:
@@ -245,6 +246,7 @@ class StepLoss:
             if predictions is not None:
                 with self.autocast():
                     predictions.add(output.hidden, self._unembeddings(), part.targets.ids, part.targets.valid)
+            del output  # the loss has all that it needs of the hidden states; memory is scarcest in the backward pass
             # d aux / d parameters = Σ (d aux / d observation) · (d observation / d parameters)
             slope = ((observed[name] * slope[part.place]).sum() for name, slope in slopes.items())
             total = loss + sum(slope, start=loss.new_zeros(()))
