@@ -5,7 +5,8 @@
 ``DIR/train-KIND-SHARE.jsonl.gz`` has functions of installed Python packages with noise in them, and a weight for every piece of
 text: 1 for what is the function's own, 0 for what was planted. ``reference.jsonl.gz`` and ``heldout.jsonl.gz`` have other
 functions, without noise. No function is in two of them. The same arguments and packages give the same files. ``--from FILE``
-plants other noise in the functions of a file that was made before, on a machine with other packages too.
+plants other noise in the functions of a file that was made before, on a machine with other packages too. ``--breaks FILE`` copies a
+file to ``DIR/breaks-…``, where the first word behind a planted line has no weight either.
 
 Kinds of noise: ``foreign`` lines of other functions between the function's own; ``shuffled`` lines, in an order that is not
 theirs; ``mutated`` names and numbers, in place of which stands one of another function; ``boilerplate``, one block of text in
@@ -34,6 +35,7 @@ Pieces = list[tuple[str, bool]]
 
 _SKIPPED = {"test", "tests", "testing", "__pycache__", "node_modules", "site-packages", "dist-packages"}
 _WORD = re.compile(r"[A-Za-z_]\w{2,}|\d+")
+_FIRST_WORD = re.compile(r"\s*(\w+|\S)")
 _BOILERPLATE = [
     "    # Licensed to the Example Software Foundation under one or more agreements.\n",
     "    # See the NOTICE file distributed with this work for additional information.\n",
@@ -179,6 +181,18 @@ def unplanted(path: Path) -> list[tuple[str, str]]:
     return found
 
 
+def broken(path: Path) -> Iterator[dict[str, object]]:
+    """Take the weight from the first word behind planted lines too: a place that cannot be foreseen."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            pairs: list[list[object]] = []
+            for text, weight in record["weights"]:
+                first = _FIRST_WORD.match(text) if weight and pairs else None
+                cut = first.end() if first is not None else 0
+                pairs += [[part, value] for part, value in ((text[:cut], 0.0), (text[cut:], weight)) if part]
+            yield {**record, "weights": pairs}
+
+
 def main() -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -193,7 +207,13 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--from", dest="before", type=Path, metavar="FILE", help="functions of an earlier train-foreign-… file")
+    parser.add_argument(
+        "--breaks", type=Path, metavar="FILE", help="of a train-foreign-… file one without the breaks' weights, too"
+    )
     arguments = parser.parse_args()
+    if arguments.breaks is not None:
+        write(arguments.folder / arguments.breaks.name.replace("train-", "breaks-"), broken(arguments.breaks))
+        return
     name = f"train-{arguments.kind}-{round(100 * arguments.share)}.jsonl.gz"
     if arguments.before is not None:
         records = noisy(unplanted(arguments.before), arguments.kind, arguments.share, arguments.seed)
