@@ -5,8 +5,8 @@
 ``DIR/train-KIND-SHARE.jsonl.gz`` has functions of installed Python packages with noise in them, and a weight for every piece of
 text: 1 for what is the function's own, 0 for what was planted. ``reference.jsonl.gz`` and ``heldout.jsonl.gz`` have other
 functions, without noise. No function is in two of them. The same arguments and packages give the same files. ``--from FILE``
-plants other noise in the functions of a file that was made before, on a machine with other packages too. ``--breaks FILE`` copies a
-file to ``DIR/breaks-…``, where the first word behind a planted line has no weight either.
+plants other noise in the functions of a file that was made before, on a machine with other packages too. ``--breaks FILE``
+copies a file to ``DIR/breaks-…``, where the first word behind a planted line has no weight either.
 
 Kinds of noise: ``foreign`` lines of other functions between the function's own; ``shuffled`` lines, in an order that is not
 theirs; ``mutated`` names and numbers, in place of which stands one of another function; ``boilerplate``, one block of text in
