@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
-from attrs import frozen
+from attrs import define, frozen
 
 from wmtp.data.base import BadExample, Example
 from wmtp.data.messages import check_messages
@@ -22,7 +22,7 @@ Learn = Literal["assistant", "last", "all"]
 _SHOWN: Final = 60
 
 
-@frozen
+@define
 class Part:
     """Characters of a text that are learned alike.
 

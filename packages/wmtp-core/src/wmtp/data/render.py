@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Final, Literal
 
 import numpy as np
-from attrs import field, frozen
+from attrs import define, field
 
 from wmtp.data.base import BadExample, Example, Span
 from wmtp.data.conversation import Learn, Part, conversation_text
@@ -29,7 +29,7 @@ _NEAR: Final = 16
 _LOOKED_AT: Final = 2_000
 
 
-@frozen
+@define
 class Prepared:
     """An example whose texts are to be encoded.
 

@@ -180,8 +180,8 @@ class StoreWriter:
         self._end += len(tokens)
         group = example.group or example.id
         place = example.where.rpartition("/")[2]
-        texts = (example.id, group) if place in ("", example.id) else (example.id, group, place)
-        name = f"[{', '.join(map(_json_text, texts))}]".encode()
+        own = "" if place in ("", example.id) else f", {_json_text(place)}"
+        name = f"[{_json_text(example.id)}, {_json_text(group)}{own}]".encode()
         self._names.extend_bytes(name)
         self._name_end += len(name)
         documents.append(
