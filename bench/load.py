@@ -4,10 +4,11 @@
     python bench/load.py --processes 2 --what reference
     python bench/load.py --what scratch
 
-Writes a folder of random bf16 safetensors (``--folder``, kept for the next call) and has the processes place it as a run
-does: ``base`` sharded under ``--strategy``, ``reference`` whole on every process as a trainer asks for it, ``scratch`` the same
-shape with new random weights. Each process says the seconds that it took, and how much more memory of its own it had at most
-(``RssAnon``: not the pages of files, which the machine may drop) and of pages of files.
+Writes a folder of random safetensors (``--folder``, kept for the next call) and has the processes place it as a run does:
+``base`` sharded under ``--strategy``, ``lora`` the same with an adapter of rank 16, ``reference`` whole on every process as a
+trainer asks for it, ``scratch`` the same shape with new random weights. Each process says the seconds that it took, and how
+much more memory of its own it had at most (``RssAnon``: not the pages of files, which the machine may drop) and of pages of
+files.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 _SHAPES: dict[str, dict[str, Any]] = {
     "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_key_value_heads": 8},
     "7b": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008, "num_key_value_heads": 32},
+    "170m": {"hidden_size": 1024, "num_hidden_layers": 8, "intermediate_size": 2816, "num_key_value_heads": 32},
     "tiny": {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 512, "num_key_value_heads": 8},
 }
 _VOCAB = 32_000
@@ -37,20 +39,21 @@ def main() -> None:
     parser.add_argument("--shape", choices=_SHAPES, default="1b")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wmtp-bench-load")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--what", choices=["base", "reference", "scratch"], default="base")
+    parser.add_argument("--what", choices=["base", "lora", "reference", "scratch"], default="base")
     parser.add_argument("--strategy", default="full")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--horizon", type=int, default=4)
+    parser.add_argument("--dtype", choices=["BF16", "F16", "F32"], default="BF16", help="of the files")
     given = parser.parse_args()
     if "RANK" in os.environ:
         _process(given)
         return
-    folder = given.folder / given.shape
+    folder = given.folder / f"{given.shape}-{given.dtype}"
     if given.what != "scratch" and not (folder / "model.safetensors.index.json").is_file():
         facts = _SHAPES[given.shape] | {"vocab_size": _VOCAB, "num_attention_heads": 32, "max_position_embeddings": 4096}
         facts |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        writer = [sys.executable, str(Path(__file__).with_name("random_model.py")), str(folder), json.dumps(facts)]
+        writer = [sys.executable, str(Path(__file__).with_name("random_model.py")), str(folder), json.dumps(facts), given.dtype]
         subprocess.run(writer, check=True)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={given.processes}", __file__, *sys.argv[1:]]
     sys.exit(subprocess.run([sys.executable, *launch]).returncode)
@@ -101,10 +104,11 @@ def _process(given: argparse.Namespace) -> None:
         "attention_heads": 32, "kv_heads": shape["num_key_value_heads"], "intermediate_size": shape["intermediate_size"],
         "max_positions": 4096,
     }  # fmt: skip
-    base = scratch if given.what == "scratch" else {"type": "hf", "uri": str(given.folder / given.shape)}
+    base = scratch if given.what == "scratch" else {"type": "hf", "uri": str(given.folder / f"{given.shape}-{given.dtype}")}
+    lora = {"lora": {"rank": 16}} if given.what == "lora" else {}
     config = load_config(
         {
-            "models": {"base": base | {"heads": {"horizon": given.horizon}}, "ref": base},
+            "models": {"base": base | {"heads": {"horizon": given.horizon}} | lora, "ref": base},
             "tokenizer": {"type": "bytes"},
             "datasets": {"code": {"type": "python-source"}},
             "data": {"train": {"max_length": 64, "batch_size": 8}},
@@ -117,7 +121,7 @@ def _process(given: argparse.Namespace) -> None:
     device = pick_device(given.device, worker.local_rank)
     with joined(config, worker) as ranks:
         entry = config.models["base"].loader
-        path = None if given.what == "scratch" else given.folder / given.shape
+        path = None if given.what == "scratch" else given.folder / f"{given.shape}-{given.dtype}"
         source = Source(
             place=Place.of(config), model_path=path, model_info=entry.build().info(path), rows={},
             tokenizer=Bytes().build(None), dataset_paths={},

@@ -1,7 +1,8 @@
-"""Write a Llama folder with random weights in bf16, on a GPU where there is one: ``python bench/random_model.py FOLDER JSON``.
+"""Write a Llama folder with random weights, on a GPU where there is one: ``python bench/random_model.py FOLDER JSON [DTYPE]``.
 
-``JSON`` holds the arguments of ``LlamaConfig``. A process of its own, so that no GPU memory stays taken. Drawing billions of
-random numbers takes a CPU minutes, and a run that reads its model from files is what users have.
+``JSON`` holds the arguments of ``LlamaConfig``, ``DTYPE`` is BF16, F16 or F32. A process of its own, so that no GPU memory
+stays taken. Drawing billions of random numbers takes a CPU minutes, and a run that reads its model from files is what users
+have.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-def main(folder: Path, facts: dict[str, Any]) -> None:
+def main(folder: Path, facts: dict[str, Any], dtype: str = "BF16") -> None:
     """Draw matrices from N(0, 0.02²), set norms to one, and save shards of about 4 GB."""
     import torch
     from safetensors.torch import save_file
@@ -20,7 +21,8 @@ def main(folder: Path, facts: dict[str, Any]) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    config = LlamaConfig(**facts, tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+    config = LlamaConfig(**facts, tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype=kind)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     folder.mkdir(parents=True)
@@ -29,7 +31,7 @@ def main(folder: Path, facts: dict[str, Any]) -> None:
     index: dict[str, str] = {}
     written, size = 0, 0
     for number, (name, shape) in enumerate(shapes.items(), 1):
-        tensor = torch.ones(shape, dtype=torch.bfloat16, device=device)
+        tensor = torch.ones(shape, dtype=kind, device=device)
         shard[name] = (tensor.normal_(std=0.02) if len(shape) > 1 else tensor).cpu()
         size += shard[name].nbytes
         if size > 4e9 or number == len(shapes):
@@ -42,4 +44,4 @@ def main(folder: Path, facts: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), *sys.argv[3:])

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import wmtp
 from wmtp.config.places import Place
-from wmtp.config.schema import Config, DataConfig, HeadsConfig, ModelConfig, TrainDataConfig
+from wmtp.config.schema import Config, DataConfig, HeadsConfig, LoraConfig, ModelConfig, TrainDataConfig
 from wmtp.data.config import TextFiles
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.evaluation.config import InferenceSpeed, Speculative
@@ -297,6 +297,56 @@ def test_a_base_in_bf16_is_mapped_and_fp32_decides_where_few_bits_fail(base, mon
     assert not whole.stored
     for name, parameter in whole.base.named_parameters():
         assert torch.equal(parameter, state[name].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_base_in_few_bits_is_mapped_with_an_adapter_on_it_too(base, dtype, adapted):
+    if adapted:
+        pytest.importorskip("peft")
+    state = {name: tensor.to(dtype) for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    lora = LoraConfig(rank=2) if adapted else None
+    config = config_of(base, HfModel(uri=str(base)))
+    config = attrs.evolve(config, models={**config.models, "base": attrs.evolve(config.models["base"], lora=lora)})
+    model = load_base_model(config, open_source(config))
+    parameters = dict(model.named_parameters())
+    assert model.stored.keys() <= parameters.keys()
+    assert len(model.stored) == len(state)
+    for name, own in model.stored.items():
+        assert parameters[name].dtype == dtype
+        assert torch.equal(parameters[name], state[own])
+    others = {name: parameter for name, parameter in parameters.items() if name not in model.stored}
+    assert any("lora_A" in name for name in others) == adapted
+    assert {parameter.dtype for parameter in others.values()} <= {torch.float32}
+
+
+def test_an_adapter_that_learns_on_is_put_on_a_mapped_base_and_a_merged_one_on_its_own_copy(base, tmp_path):
+    pytest.importorskip("peft")
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    config = config_of(base, HfModel(uri=str(base)))
+    lora = LoraConfig(rank=2)
+    config = attrs.evolve(config, models={**config.models, "base": attrs.evolve(config.models["base"], lora=lora)})
+    model = load_base_model(config, open_source(config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(1e-4)  # too little for bf16 beside most weights
+    model.save_pretrained(tmp_path / "adapter")
+    for file in base.glob("*token*"):
+        shutil.copy(file, tmp_path / "adapter")
+    learned = attrs.evolve(config.models["base"], loader=HfModel(uri=str(tmp_path / "adapter"), base_uri=str(base)))
+    on = attrs.evolve(config, models={**config.models, "base": learned})
+    again = load_base_model(on, open_source(on))
+    assert again.stored == model.stored
+    assert again.stored
+    for name, parameter in model.named_parameters():
+        assert torch.equal(dict(again.named_parameters())[name], parameter), name
+    merged = attrs.evolve(config, models={**config.models, "base": attrs.evolve(learned, lora=None)})
+    whole = load_base_model(merged, open_source(merged))
+    assert not whole.stored
+    assert {parameter.dtype for parameter in whole.parameters()} == {torch.float32}
 
 
 def test_a_reference_that_lets_documents_see_each_other(base, tmp_path):

@@ -13,7 +13,16 @@ from torch import Tensor
 from wmtp.config.adapter_rules import adapted_heads_problem
 from wmtp.config.schema import HeadsConfig, LoraConfig
 from wmtp.errors import ConfigError, FileError
-from wmtp.models.adapters import BaseModelName, check_same, check_targets, make_peft_config, put_on, quantize_base, split_state
+from wmtp.models.adapters import (
+    BaseModelName,
+    check_same,
+    check_targets,
+    is_adapter_name,
+    make_peft_config,
+    put_on,
+    quantize_base,
+    split_state,
+)
 from wmtp.models.base import LoadedModel
 from wmtp.models.mtp import MTPModel
 from wmtp.models.native.found import Native
@@ -70,6 +79,7 @@ def build_model(
     dtype = None if loaded.stored is None else torch.float32
     model = MTPModel(loaded.model, resolved, head_state=state, seed=seed, native=native, head_dtype=dtype)
     model.stored = {f"base.{name}": own for name, own in (loaded.stored or {}).items()}
+    places = {id(parameter): name for name, parameter in model.named_parameters() if name in model.stored}
     model.untouched = untouched
     model.draft_ids = loaded.draft_ids if resolved.horizon > 1 else None
     if brought is not None:
@@ -89,6 +99,13 @@ def build_model(
         if in_heads and (problem := adapted_heads_problem(resolved)) is not None:
             raise ConfigError(f"models.base.lora.heads: {problem}")
         put_on(model, make_peft_config(loaded.model, lora), seed=seed, base=name, quantize=quantize, in_heads=in_heads)
+    if model.adapter is not None and model.stored:
+        # peft puts maps into modules of its own, and makes new adapters in their type
+        now = {places[id(parameter)]: name for name, parameter in model.named_parameters() if id(parameter) in places}
+        model.stored = {now[name]: own for name, own in model.stored.items() if name in now}
+        for name, parameter in model.named_parameters():
+            if is_adapter_name(name):
+                parameter.data = parameter.data.float()
     return model
 
 

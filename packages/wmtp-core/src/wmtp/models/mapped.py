@@ -77,9 +77,10 @@ def compare_files(tensors: Mapping[str, Tensor], ranks: Ranks, folder: Path) -> 
 
 
 def settle(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Move a model to its device, its bf16 and fp32 parameters to a type, one after the other.
+    """Move a model to its device, its parameters to a type, one after the other.
 
-    They go there as they are in their files, so that the host never holds a converted copy.
+    They go there as they are in their files, so that the host never holds a converted copy. Those that are no floating-point
+    numbers of 16 or 32 bits keep their type.
 
     Args:
         model: in place.
@@ -88,7 +89,7 @@ def settle(model: nn.Module, device: torch.device, dtype: torch.dtype | None) ->
     """
     for parameter in model.parameters():
         moved = parameter.data.to(device)
-        convert = dtype is not None and moved.dtype in (torch.bfloat16, torch.float32)
+        convert = dtype is not None and moved.dtype in (torch.bfloat16, torch.float16, torch.float32)
         parameter.data = moved.to(dtype) if convert else moved
     model.to(device)
 

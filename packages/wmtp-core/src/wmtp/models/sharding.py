@@ -107,7 +107,9 @@ def spread(
 
     def describe() -> tuple[Blueprint, Mapping[str, str]]:
         loaded.append(load())
-        return Blueprint.of(loaded[0]), loaded[0].stored if folder is not None else {}
+        here = dict(_tensors(loaded[0]))  # but for those that are quantized by now
+        stored = {name: own for name, own in loaded[0].stored.items() if name in here}
+        return Blueprint.of(loaded[0]), stored if folder is not None else {}
 
     blueprint, stored = ranks.main_only(describe)
     model = blueprint.build()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,7 @@ def place_model(
         model = load_base_model(config, source)
         _shrink_fixed(model, precision, device)
         # bf16 parameters get their fp32 copies on the device; what never learns stays as it is
-        settle(model, device, torch.float32 if precision != "bf16-params" and model.adapter is None else None)
+        settle(model, device, torch.float32 if precision != "bf16-params" else None)
         multiply_in_fp8(model, config.devices)
         masters = MasterWeights(model, fixed=model.fixed_parameters()) if precision == "bf16-params" else None
         accelerate(model, config.devices)
@@ -54,7 +54,7 @@ def place_model(
 
     def load() -> MTPModel:
         loaded = load_base_model(config, source)
-        _shrink_fixed(loaded, precision, device)
+        _shrink_fixed(loaded, precision, device, keep=loaded.stored)
         if device.type == "cuda" and config.devices.attention == "auto":
             loaded.use_block_attention()  # found out by trying, which the empty models of the other ranks cannot
         return loaded
@@ -72,17 +72,26 @@ def place_model(
     return model, MasterWeights(model, fixed=model.fixed_parameters(), one_pass=ranks.world_size == 1)
 
 
-def _shrink_fixed(model: MTPModel, precision: Precision, device: torch.device) -> None:
-    """Keep what never learns as small as it may be, before it takes memory of the device."""
+def _shrink_fixed(model: MTPModel, precision: Precision, device: torch.device, *, keep: Iterable[str] = ()) -> None:
+    """Keep what never learns as small as it may be, before it takes memory of the device.
+
+    Args:
+        model: in place.
+        precision: of the run.
+        device: where weights are quantized.
+        keep: names of parameters that every process reads from its files, as they are there.
+    """
     if precision == "bf16-params":
-        _halve_fixed(model)
+        _halve_fixed(model, keep=keep)
     quantize_base(model, device)
 
 
-def _halve_fixed(model: MTPModel) -> None:
+def _halve_fixed(model: MTPModel, *, keep: Iterable[str] = ()) -> None:
     """Keep what never learns in bf16 from here on; no optimizer needs more of it."""
+    kept = set(keep)
+    left = {id(parameter) for name, parameter in model.named_parameters() if name in kept}
     for parameter in model.fixed_parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and id(parameter) not in left:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 

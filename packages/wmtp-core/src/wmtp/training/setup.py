@@ -245,15 +245,17 @@ def _own_tokenizer(config: Config, path: Path, key: str) -> Tokenizer:
 def load_base_model(config: Config, source: Source) -> MTPModel:
     """Load the model to train, with its heads, on the CPU.
 
-    Without an adapter its parameters may be those of its files (`wmtp.models.base.ModelLoader.open_stored`), which the
-    trained ones are made of where they shall be.
+    Its parameters may be those of its files (`wmtp.models.base.ModelLoader.open_stored`), which the trained ones are made of
+    where they shall be; not where an adapter is merged into them, or measures them (DoRA).
 
     Raises:
         ConfigError: the heads do not fit the model, or its rows cannot hold several documents.
         WMTPError: the files are missing or damaged, or the trained model could not be saved.
     """
     base, loader = config.models["base"], config.models["base"].loader.build().with_storage(config.storage)
-    stored = loader.open_stored(source.model_path, seed=config.run.seed) if base.lora is None else None
+    path = source.model_path
+    whole = base.lora.dora if base.lora is not None else path is not None and is_adapter(path)
+    stored = None if whole else loader.open_stored(path, seed=config.run.seed)
     if stored is not None and stored.model.dtype == torch.float32:
         return _build_base(config, source, stored)
     if stored is not None:
@@ -301,7 +303,9 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device, tra
             logger.info("models.%s: the trained model with its adapter off; there is no second one", name)
             return StartModel(trained)
         loader = entry.loader.build().with_storage(config.storage)
-        loaded = loader.open_stored(path, seed=config.run.seed) or loader.load(path, dtype=dtype, seed=config.run.seed)
+        merges = path is not None and is_adapter(path)
+        stored = None if merges else loader.open_stored(path, seed=config.run.seed)
+        loaded = stored or loader.load(path, dtype=dtype, seed=config.run.seed)
         if loaded.stored is not None:  # else it has its type already, and perhaps an adapter to come
             # there it is tried out too, which needs numbers
             settle(loaded.model, torch.device("cpu") if device is None or device.type == "meta" else device, dtype)

@@ -28,8 +28,8 @@ from wmtp.storage.model_files import check_folder, find_gguf, is_adapter
 
 __all__ = ["HfLoader", "from_tensors", "strict_from_pretrained"]
 
-#: the types of weights that can be used as they lie in files, as safetensors calls them. fp16 is too narrow to be tried out in
-_STORED = {frozenset({"BF16"}): torch.bfloat16, frozenset({"F32"}): torch.float32}
+#: the types of weights that can be used as they lie in files, as safetensors calls them
+_STORED = {frozenset({"BF16"}): torch.bfloat16, frozenset({"F16"}): torch.float16, frozenset({"F32"}): torch.float32}
 
 
 class HfLoader(ModelLoader):
@@ -108,10 +108,17 @@ class HfLoader(ModelLoader):
         return self._load_folder(folder, config, find_untouched(folder, config), options)
 
     def open_stored(self, path: Path | None, *, seed: int) -> LoadedModel | None:
-        """See `ModelLoader.open_stored`: for folders in bf16 or fp32, of an architecture whose buffers are fp32 in both."""
+        """See `ModelLoader.open_stored`: for folders in bf16, fp16 or fp32, whose architecture has fp32 buffers in each.
+
+        Of an adapter, its base is opened so.
+        """
         folder, gguf_file = self._locate(path)
-        if gguf_file is not None or linear_heads.is_layout(folder) or is_adapter(folder):
+        if gguf_file is not None or linear_heads.is_layout(folder):
             return None
+        if is_adapter(folder):
+            base_path, name = self._find_base(folder)
+            base = self._plain().open_stored(base_path, seed=seed)
+            return None if base is None else self._with_adapter(folder, base, base_path, name, torch.float32)
         config = read_config(folder)
         require_causal(config)
         opening = find_untouched(folder, config)
@@ -164,10 +171,16 @@ class HfLoader(ModelLoader):
 
     def _load_adapter(self, folder: Path, *, dtype: torch.dtype | None, seed: int) -> LoadedModel:
         path, name = self._find_base(folder)
-        saved = read_adapter(folder, name)
         # what a run in bf16 has saved was learned on a base in bf16
         whole = torch.bfloat16 if dtype is None and adapter_dtype(folder) == torch.bfloat16 else dtype
-        base = self._plain().load(path, dtype=whole, seed=seed)
+        return self._with_adapter(folder, self._plain().load(path, dtype=whole, seed=seed), path, name, dtype)
+
+    @staticmethod
+    def _with_adapter(
+        folder: Path, base: LoadedModel, path: Path, name: BaseModelName, dtype: torch.dtype | None
+    ) -> LoadedModel:
+        """Add an adapter, and the heads beside it, to its base from ``path``."""
+        saved = read_adapter(folder, name)
         if saved.fingerprint is not None and saved.fingerprint != fingerprint(base.model):
             raise FileError(
                 f"{folder}: its adapter was trained on another model than {path}, which has the same shape and other numbers; "
