@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -36,6 +37,8 @@ from wmtp.optim.config import AdamW
 from wmtp.optim.master_weights import MasterWeights
 from wmtp.tracking import Tracker
 from wmtp.trainers import StepView, Trainer, TrainerSetup
+from wmtp.training import loop
+from wmtp.training.interrupt import Interrupt
 from wmtp.training.loop import Fit
 from wmtp.training.memory import MemoryEstimate, estimate_memory
 from wmtp.training.stages import StageBatches, StagePlan
@@ -88,6 +91,17 @@ def _batch(shape: Shape, step: int, layout: list[list[int]]) -> Batch:
         weight=weights,
         documents=[Document(index=i, start=0, id=str(i), group=str(i), is_correct=i % 2 == 0) for i in range(len(lengths))],
     )
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Have signals end the process inside: a run would write a checkpoint first, which is nothing to wait for here."""
+    real = loop.catch_signals
+    loop.catch_signals = lambda: nullcontext(Interrupt())
+    try:
+        yield
+    finally:
+        loop.catch_signals = real
 
 
 class _Clock:
@@ -239,7 +253,8 @@ def run(
                 tracker=cast(Tracker, clock),
                 total_steps=total,
             )
-            fit.run()
+            with _ended_by_signals():
+                fit.run()
     LOSSES[:] = clock.losses.values()
     return (clock.times[warmup + steps] - clock.times[warmup]) / steps
 
