@@ -22,6 +22,8 @@ import json
 import sysconfig
 import time
 from collections.abc import Iterator
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,16 @@ def functions() -> Iterator[tuple[str, str, str, bool]]:
             if isinstance(example, wmtp.Example) and example.prompt not in seen and len(example.prompt) < 1200:
                 seen.add(example.prompt)
                 yield example.place.rpartition(":")[0], example.prompt, example.completion, root == library
+
+
+def held_out_prompts(count: int) -> list[str]:
+    """List prompts of the standard library's files that `write_prompts` keeps from training."""
+    found = [
+        (int(hashlib.sha256(prompt.encode()).hexdigest(), 16), prompt)
+        for file, prompt, _, _ in takewhile(itemgetter(3), functions())  # the library comes first
+        if int(hashlib.sha256(Path(file).name.encode()).hexdigest(), 16) % 10 == 0
+    ]
+    return [prompt for _, prompt in sorted(found)][:count]
 
 
 def write_prompts(arguments: argparse.Namespace) -> tuple[Path, list[str]]:

@@ -6,6 +6,7 @@ python served_by_vllm.py FOLDER PROMPTS.json NEW_TOKENS DRAFTS: prints one JSON 
 import json
 import os
 import sys
+import time
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -34,8 +35,12 @@ def main():
     server = LLM(**options)
     sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
     # one by one: a row that ends early may not hide drafts of others
-    texts = [list(server.generate([prompt], sampling, use_tqdm=False)[0].outputs[0].token_ids) for prompt in prompts]
-    found = {"texts": texts}
+    texts, seconds = [], []
+    for prompt in prompts:
+        began = time.perf_counter()
+        texts.append(list(server.generate([prompt], sampling, use_tqdm=False)[0].outputs[0].token_ids))
+        seconds.append(time.perf_counter() - began)
+    found = {"texts": texts, "seconds": seconds}
     for metric in server.get_metrics():
         if "spec_decode" in metric.name:
             found[metric.name] = getattr(metric, "value", None) or getattr(metric, "values", None)

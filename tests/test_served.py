@@ -69,8 +69,8 @@ def hand_on_before_the_norm(model, patch):
     """
     [block] = [head for head in model.extra_heads if isinstance(head, ChainedBlock)]
     norm, block.output_norm = block.output_norm, None
-    plain = ServerDrafter.logits
-    patch.setattr(ServerDrafter, "logits", lambda drafter, head, hidden: plain(drafter, head, norm(hidden)))
+    plain = ServerDrafter.pick
+    patch.setattr(ServerDrafter, "pick", lambda drafter, head, hidden, choose: plain(drafter, head, norm(hidden), choose))
 
 
 def test_the_quickstart_with_a_shared_head(tmp_path):

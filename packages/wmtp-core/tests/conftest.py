@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,8 @@ def without_the_compiler(monkeypatch):
     import torch
 
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiled(*args, **kwargs | {"backend": "aot_eager"}))
 
 
 @pytest.fixture

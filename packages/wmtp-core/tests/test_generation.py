@@ -34,6 +34,7 @@ from wmtp.generation import Sampling, generate, stream
 from wmtp.generation import decoder as decoders
 from wmtp.generation.drafters import make_drafter
 from wmtp.generation.sampling import draw, probabilities
+from wmtp.loss import Unembedding
 from wmtp.models import build_model
 from wmtp.models.anatomy import record_call
 from wmtp.models.loaders.hf import HfLoader
@@ -201,10 +202,11 @@ def test_drafts_after_any_run_of_accepted_ones_are_those_of_a_full_pass(architec
         seen: list[torch.Tensor] = []
 
         def choose(
-            head: int, logits: torch.Tensor, drafts: list[int] = drafts, seen: list[torch.Tensor] = seen
-        ) -> torch.Tensor:
-            seen.append(logits[0])
-            return torch.tensor([drafts[head - 2]])
+            head: int, unembedding: Unembedding, _: torch.Tensor | None, hidden: torch.Tensor,
+            drafts: list[int] = drafts, seen: list[torch.Tensor] = seen,
+        ) -> torch.Tensor:  # fmt: skip
+            seen.extend(unembedding.logits(hidden)[0])
+            return torch.tensor([drafts[head - 2 :][: hidden.shape[1]]])
 
         known = torch.tensor([text[: last + 2] + [0] * (80 - last)])
         assert drafter.draft(read, torch.tensor([last]), known, choose).tolist() == [drafts]

@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from wmtp import devices
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
-from wmtp.generation import Generation, Sampling, cache, generate, release, replay, step
+from wmtp.generation import Generation, Sampling, cache, choosing, generate, release, replay, step
+from wmtp.loss import Unembedding
 from wmtp.models import attention
 from wmtp.models.acceleration import compile_layers
+from wmtp.models.few_rows import compile_few_rows, linear_by_rows, matmul_by_rows
 from wmtp.models.mtp import MTPModel
 
 KINDS = ("block", "linear", "residual", "chained", "shared")
@@ -236,3 +238,58 @@ def test_free_memory_is_at_most_what_a_container_may_take(tmp_path: Path, monkey
     assert devices.free_memory(torch.device("cpu")) == 3_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert (devices.free_memory(torch.device("cpu")) or 0) > 3_000_000
+
+
+@pytest.mark.parametrize("kind", ["block", "chained"])
+def test_a_tie_decided_otherwise_than_in_the_graph_drafts_again_from_what_was_decided(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(kind, "cpu")
+    _replayed(monkeypatch, "cpu")
+    wanted = _decode(model, Sampling(), speculative=True, new=12)
+
+    def mistaken(unembedding: Unembedding, hidden: torch.Tensor, *given: Any, **options: Any) -> Any:
+        return choosing.judge(unembedding, hidden.flip(-1), *given, **options)
+
+    monkeypatch.setattr(choosing, "TIE", 10.0)  # all are tied
+    monkeypatch.setattr(step, "judge", mistaken)
+    assert _decode(model, Sampling(), speculative=True, new=12) == wanted
+
+
+@pytest.mark.parametrize("size", [5, 97, 1024, 1300])
+def test_the_two_largest_logits_are_found_in_blocks(size: int) -> None:
+    torch.manual_seed(size)
+    logits = torch.randn(3, 4, size)
+    logits[0, 0, [1, size - 1]] = 9.0  # equal: the first counts
+    unembedding = Unembedding(weight=torch.eye(size))
+    best, first, second = choosing._best_two(logits)
+    top = logits.topk(2, dim=-1).values
+    assert torch.equal(best, logits.argmax(-1))
+    assert torch.equal(torch.stack([first, second], dim=-1), top)
+    assert torch.equal(choosing._best(unembedding, logits), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_few_rows_are_what_torch_multiplies(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    rewritten = []
+
+    def note(graph: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+        rewritten.append([node.target for node in graph.graph.nodes if node.target in (linear_by_rows, matmul_by_rows)])
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", note)
+    linear = torch.nn.Linear(24, 17).to(dtype)
+    query, key, value = (torch.randn(2, 3, n, 8, dtype=dtype) for n in (4, 20, 20))
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear(x), (query @ key.transpose(-1, -2)) @ value
+
+    torch._dynamo.reset()
+    fast = compile_few_rows(function)
+    for rows, few in ((1, True), (8, True), (9, False)):
+        x = torch.randn(1, rows, 24, dtype=dtype)
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+        for found, wanted in zip(fast(x), function(x), strict=True):
+            torch.testing.assert_close(found, wanted, **tolerance)
+        assert rewritten[-1] == [linear_by_rows] * few + [matmul_by_rows] * 2

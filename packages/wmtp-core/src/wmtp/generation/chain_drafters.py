@@ -65,15 +65,15 @@ class ServerDrafter(_ChainedHeads):
         call = self._decoder.with_cache(read.call, cache)
         following = tokens[rows[:, None], read.slots + 1]
         hidden = at_index(self._step(1, self._first_input(read), following, read.slots, call), last - read.slots[:, 0])
-        drafts = [choose(2, self.logits(2, hidden))]
+        drafts = [self.pick(2, hidden[:, None], choose)]
         width = min(read.width + self._extra, self._decoder.capacity)  # known without asking the device
         for ahead in range(2, self._extra + 1):
             slots = (last + ahead - 1)[:, None]
             cache.place(slots, None, width)
             call = self._decoder.with_cache(self._decoder.call_at(slots, width), cache)
-            hidden = self._step(ahead, hidden[:, None], drafts[-1][:, None], slots, call)[:, 0]
-            drafts.append(choose(ahead + 1, self.logits(ahead + 1, hidden)))
-        return torch.stack(drafts, dim=1)
+            hidden = self._step(ahead, hidden[:, None], drafts[-1], slots, call)[:, 0]
+            drafts.append(self.pick(ahead + 1, hidden[:, None], choose))
+        return torch.cat(drafts, dim=1)
 
 
 class ChainDrafter(_ChainedHeads):
@@ -107,9 +107,9 @@ class ChainDrafter(_ChainedHeads):
         for ahead, cache in enumerate(self._caches, start=1):
             cache.place(slots, None, read.width, read.lengths)
             hidden = self._step(ahead, hidden, tokens[rows, slots + ahead], slots, self._decoder.with_cache(call, cache))
-            drafts.append(choose(ahead + 1, self.logits(ahead + 1, at_index(hidden, index))))
-            tokens[rows[:, 0], last + ahead + 1] = drafts[-1]
-        return torch.stack(drafts, dim=1)
+            drafts.append(self.pick(ahead + 1, at_index(hidden, index)[:, None], choose))
+            tokens[rows, last[:, None] + ahead + 1] = drafts[-1]
+        return torch.cat(drafts, dim=1)
 
     def with_rows(self, rows: Tensor, decoder: CachedDecoder) -> Self:
         """See `Drafter.with_rows`."""

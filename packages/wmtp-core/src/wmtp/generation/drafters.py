@@ -22,12 +22,10 @@ class ParallelDrafter(Drafter):
 
     def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
         """See `Drafter.draft`."""
-        hidden = at_index(read.hidden, last - read.slots[:, 0])
-        drafts = []
-        for k in range(2, self._model.horizon + 1):
-            own = hidden if self._model.heads.kind == "linear" else self._heads[k - 2](hidden)
-            drafts.append(choose(k, self.logits(k, own)))
-        return torch.stack(drafts, dim=1)
+        hidden = at_index(read.hidden, last - read.slots[:, 0])[:, None]
+        if self._model.heads.kind == "linear":
+            return torch.cat([self.pick(k, hidden, choose) for k in range(2, self._model.horizon + 1)], dim=1)
+        return self.pick(2, torch.cat([head(hidden) for head in self._heads[: self._extra]], dim=1), choose)
 
 
 class BlockDrafter(Drafter):
@@ -40,12 +38,11 @@ class BlockDrafter(Drafter):
     def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
         """See `Drafter.draft`."""
         trunk, index = read.call.hidden_states, last - read.slots[:, 0]
-        drafts = []
-        for k, (head, cache) in enumerate(zip(self._heads, self._caches, strict=True), start=2):
+        hidden = []
+        for head, cache in zip(self._heads, self._caches, strict=True):
             cache.place_as(self._decoder.cache)
-            hidden = self._decoder.with_cache(read.call, cache).repeat(head, trunk)
-            drafts.append(choose(k, self.logits(k, self.final_norm(at_index(hidden, index)[:, None])[:, 0])))
-        return torch.stack(drafts, dim=1)
+            hidden.append(at_index(self._decoder.with_cache(read.call, cache).repeat(head, trunk), index))
+        return self.pick(2, self.final_norm(torch.stack(hidden, dim=1)), choose)
 
 
 _DRAFTERS: dict[str, type[Drafter]] = {"block": BlockDrafter, "linear": ParallelDrafter, "residual": ParallelDrafter}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wmtp.generation.cache import RowCache
 from wmtp.generation.decoder import CachedDecoder, Read
+from wmtp.loss import Unembedding
 from wmtp.models.anatomy import first_tensor
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Choose", "Drafter", "at_index"]
 
-#: from logits ``[B, V]`` of head k (2..H) to tokens ``[B]``
-Choose = Callable[[int, Tensor], Tensor]
+#: from head k (2..H), an unembedding, the tokens that it has (None: all) and hidden states ``[B, n, D]`` of the heads from k on
+#: to tokens ``[B, n]``
+Choose = Callable[[int, Unembedding, "Tensor | None", Tensor], Tensor]
 
 
 class Drafter(ABC):
@@ -49,7 +51,7 @@ class Drafter(ABC):
             read: what the model made of the tokens that it read last.
             last: ``[B]``, of each row the position of the last token that counts; what was read after it was rejected.
             tokens: ``[B, L]``, the rows; the one at ``last + 1`` is known.
-            choose: picks tokens from a head's logits.
+            choose: picks tokens from heads' hidden states.
 
         Returns:
             ``[B, H−1]``, the tokens for the positions ``last + 2`` and on.
@@ -78,16 +80,23 @@ class Drafter(ABC):
             hidden = first_tensor(step(hidden))
         return hidden
 
-    def logits(self, head: int, hidden: Tensor) -> Tensor:
-        """Multiply by the unembedding of a head; −∞ for tokens that are not drafted."""
+    def pick(self, head: int, hidden: Tensor, choose: Choose) -> Tensor:
+        """Choose drafts of one head, or of several that share an unembedding.
+
+        Args:
+            head: the first of them.
+            hidden: ``[B, n, D]``.
+            choose: see `draft`.
+
+        Returns:
+            ``[B, n]``.
+        """
         unembedding = self._model.unembedding(head)
-        if self._ids is None:
-            return unembedding.logits(hidden)
-        # taken anew each time: the weight may have learned since
-        bias = None if unembedding.bias is None else unembedding.bias[self._ids]
-        few = evolve(unembedding, weight=unembedding.weight[self._ids], bias=bias).logits(hidden)
-        all_logits = few.new_full((*few.shape[:-1], len(unembedding.weight)), -torch.inf)
-        return all_logits.index_copy(-1, self._ids, few)
+        if self._ids is not None:
+            # taken anew each time: the weight may have learned since
+            bias = None if unembedding.bias is None else unembedding.bias[self._ids]
+            unembedding = evolve(unembedding, weight=unembedding.weight[self._ids], bias=bias)
+        return choose(head, unembedding, self._ids, hidden)
 
 
 def at_index(values: Tensor, index: Tensor) -> Tensor:

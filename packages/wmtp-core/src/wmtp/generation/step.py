@@ -16,35 +16,35 @@ only, so that the text is the same at every batch size, with and without specula
 more than half of `TIE`. In bf16 and fp16, rounding is so coarse that this would be done for too many tokens: it is left out,
 and the text may differ in such places.
 
-On a CUDA device both halves of a step, reading and drafting, are replayed as CUDA graphs (`Replay`): launching the kernels of a
-small model one by one takes much longer than running them. The CPU reads one small tensor a step, between the halves. Where the
-model's layers are compiled, the graphs hold their compiled form, which has fewer kernels.
+On a CUDA device a whole step, reading and drafting, is replayed as one CUDA graph (`Replay`): launching the kernels of a small
+model one by one takes much longer than running them. The CPU reads one small tensor a step, behind it; where a tie is decided
+otherwise than the graph did, which is rare, it drafts once more. Where the model's layers are compiled, the graph holds their
+compiled form, which has fewer kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from wmtp.generation.base import Sampling
+from wmtp.generation.choosing import TIE, accept, choose_best, judge, write_tokens
 from wmtp.generation.decoder import Read, open_decoder
 from wmtp.generation.drafters import Drafter, make_drafter
 from wmtp.generation.replay import CannotReplayError, Replay, can_replay, refuse_replay
 from wmtp.generation.sampling import Draws, draw, probabilities
-from wmtp.models.step_cache import compiled_steps
+from wmtp.loss import Unembedding
+from wmtp.models.step_cache import compiled_steps, steps_are_compiled
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
 
 __all__ = ["TIE", "Step"]
-
-#: logits closer than this share of the largest one count as tied; rounding was seen to move them by a hundredth of it (fp32)
-TIE: Final = 2e-4
 
 #: on a GPU, slots come in multiples of this many
 _WIDTHS: Final = 64
@@ -59,6 +59,7 @@ class _Seen:
 
     Args:
         read: of the decoder.
+        known, drafts: of the rows, as they were before the step.
         accepted, following: ``[B]``, how many drafts are accepted, and the token after them.
         best: ``[B, 1 + K]``, head 1's choices, for greedy decoding.
         result: ``[B, K + 2]``, what the CPU needs: drafts, ``following``, ``accepted``; and for exact greedy decoding
@@ -66,6 +67,8 @@ class _Seen:
     """
 
     read: Read
+    known: Tensor
+    drafts: Tensor
     accepted: Tensor
     following: Tensor
     best: Tensor | None
@@ -117,7 +120,7 @@ class Step:
         self._seen: _Seen
         self._width = 0
         self.replays = False
-        self._graphs: dict[int, tuple[Replay[_Seen], Replay[None]]] = {}  # by width
+        self._graphs: dict[int, Replay[_Seen]] = {}  # by width
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
         """Read the prompts. Returns as `follow`; no draft was there to accept."""
@@ -138,7 +141,7 @@ class Step:
         slots = torch.arange(prompt, device=self._device).expand(len(self._lengths), -1)
         read = self._decoder.read(self._tokens[:, :prompt], slots, 0, prompt, self._lengths)
         self._seen = self._verify(read, read.hidden[self._rows, self._known - 1][:, None])
-        decided = self._decide(self._seen)
+        decided = self._decide(self._seen, committed=False)
         self._commit()
         self._advance(decided[1])
         self.replays = can_replay(self._model, self._device) and self._decoder.cache.holds_only_slots
@@ -155,9 +158,11 @@ class Step:
         needed = max(self._lengths) + self._drafts.shape[1]
         while self._width < needed:
             self._width = min(self._capacity, 2 * self._width)
-        self._seen = self._run(0)
-        decided = self._decide(self._seen)
-        self._run(1)
+        decided = self._replay() if self.replays else None
+        if decided is None:
+            self._seen = self._look_at()
+            decided = self._decide(self._seen, committed=False)
+            self._commit()
         self._advance(decided[1])
         return decided
 
@@ -191,21 +196,29 @@ class Step:
         return fewer, places
 
     @property
+    def _compiled(self) -> bool:
+        return self._model.compiled_layers and steps_are_compiled()
+
+    @property
     def _rows(self) -> Tensor:
         return torch.arange(len(self._lengths), device=self._device)
 
-    def _run(self, half: Literal[0, 1]) -> Any:
-        """Run one half of a step, as a graph where that can be."""
-        halves = (self._look_at, self._commit)
-        if self.replays:
-            graphs = self._graphs.setdefault(self._width, (Replay(self._look_at), Replay(self._commit)))
+    def _replay(self) -> tuple[list[list[int]], list[int]] | None:
+        """Run a whole step as a graph; None: it cannot be one."""
+        graph = self._graphs.setdefault(self._width, Replay(self._whole))
+        with compiled_steps():
             try:
-                with compiled_steps():
-                    return graphs[half]()
+                self._seen = graph()
             except CannotReplayError as error:
                 self.replays = False
                 refuse_replay(self._model, error)
-        return halves[half]()
+                return None
+            return self._decide(self._seen, committed=True)
+
+    def _whole(self) -> _Seen:
+        self._seen = self._look_at()
+        self._commit()
+        return self._seen
 
     def _draw(self) -> None:
         """Put this step's random numbers into place."""
@@ -233,58 +246,51 @@ class Step:
             read: results of this pass.
             hidden: ``[B, 1 + K, D]``, head 1's hidden states at the last known token and the drafts.
         """
-        logits = self._model.unembedding(1).logits(hidden)
-        if not self._sampling.greedy:
-            accepted, following = self._verify_sampled(logits)
-            return _Seen(read, accepted, following, None, self._result(accepted, following))
-        best = logits.argmax(-1)
-        accepted, following = self._verify_greedy(best)
-        result = self._result(accepted, following)
-        if self._exact:
-            top = logits.topk(2, dim=-1).values
-            tied = top[..., 0] - top[..., 1] <= TIE * logits.abs().amax(-1)
-            result = torch.cat([result, tied.long()], dim=1)
-        return _Seen(read, accepted, following, best, result)
+        unembedding = self._model.unembedding(1)
+        known, drafts = self._known.clone(), self._drafts.clone()
+        if self._sampling.greedy:
+            best, accepted, following, result = judge(unembedding, hidden, drafts, exact=self._exact, compiled=self._compiled)
+            return _Seen(read, known, drafts, accepted, following, best, result)
+        accepted, following = self._verify_sampled(unembedding.logits(hidden))
+        result = torch.cat([drafts, following[:, None], accepted[:, None]], dim=1)
+        return _Seen(read, known, drafts, accepted, following, None, result)
 
-    def _result(self, accepted: Tensor, following: Tensor) -> Tensor:
-        return torch.cat([self._drafts, following[:, None], accepted[:, None]], dim=1)
+    def _decide(self, seen: _Seen, *, committed: bool) -> tuple[list[list[int]], list[int]]:
+        """Wait for the device, and decide ties that matter.
 
-    def _decide(self, seen: _Seen) -> tuple[list[list[int]], list[int]]:
-        """Wait for the device, and decide ties that matter."""
-        width = self._drafts.shape[1] + 2
+        Args:
+            seen: of this step.
+            committed: whether `_commit` has been run already; where a tie is decided otherwise it is run once more.
+        """
+        width = seen.drafts.shape[1] + 2
         found = seen.result.tolist()
         tied = [row[width:] for row in found]
-        if seen.best is not None and any(map(any, tied)) and self._untie(seen.best, tied):
-            accepted, following = self._verify_greedy(seen.best)
+        if seen.best is not None and any(map(any, tied)) and self._untie(seen.best, seen.drafts, tied):
+            accepted, following = accept(seen.best, seen.drafts)
             seen.accepted.copy_(accepted)
             seen.following.copy_(following)
-            found = self._result(accepted, following).tolist()
+            found = torch.cat([seen.drafts, following[:, None], accepted[:, None]], dim=1).tolist()
+            if committed:
+                self._known.copy_(seen.known)
+                self._drafts.copy_(seen.drafts)
+                self._commit()
         accepted = [row[width - 1] for row in found]
         new = [row[: width - 1] for row in found]
         for row, count in zip(new, accepted, strict=True):
             row[count] = row[-1]
         return new, accepted
 
-    def _verify_greedy(self, best: Tensor) -> tuple[Tensor, Tensor]:
-        """Count each row's drafts that equal head 1's choice, and choose the next token.
-
-        Returns:
-            both ``[B]``.
-        """
-        accepted = (best[:, :-1] == self._drafts).cumprod(dim=1).sum(dim=1)
-        return accepted, best[self._rows, accepted]
-
-    def _untie(self, best: Tensor, tied: list[list[int]]) -> bool:
+    def _untie(self, best: Tensor, drafts: Tensor, tied: list[list[int]]) -> bool:
         """Decide ties that matter by reading the row alone; ``best`` ``[B, T]`` is changed. Returns whether it was."""
         changed = False
         for row, (places, going) in enumerate(zip(tied, self._still, strict=True)):
             for place, is_tied in enumerate(places if going else ()):
                 if is_tied:
-                    before = torch.cat([self._tokens[row, : self._lengths[row]], self._drafts[row, :place]])
+                    before = torch.cat([self._tokens[row, : self._lengths[row]], drafts[row, :place]])
                     chosen = self._decoder.last_logits_alone(before).argmax()
                     changed |= bool(chosen != best[row, place])
                     best[row, place] = chosen
-                if place < self._drafts.shape[1] and bool(best[row, place] != self._drafts[row, place]):
+                if place < drafts.shape[1] and bool(best[row, place] != drafts[row, place]):
                     break
         return changed
 
@@ -311,25 +317,26 @@ class Step:
     def _commit(self) -> None:
         """Write the new tokens into the rows, and draft again."""
         accepted, following = self._seen.accepted, self._seen.following
-        new = torch.cat([self._drafts, following[:, None]], dim=1)
-        new[self._rows, accepted] = following
-        # the places after the accepted ones hold rejected drafts until the next step writes them
-        places = self._known[:, None] + torch.arange(new.shape[1], device=self._device)
-        self._tokens[self._rows[:, None], places] = new
-        self._known += (accepted + 1) * self._going
+        before = self._drafts.shape[1]
+        write_tokens(self._tokens, self._known, self._going, self._drafts, accepted, following, compiled=self._compiled)
         if self._drafter is None:
             return
         kept: list[Tensor] = []
-        uniform = self._uniform[:, new.shape[1] :]
+        uniform = self._uniform[:, before + 1 :]
 
-        def choose(head: int, logits: Tensor) -> Tensor:
+        def choose(head: int, unembedding: Unembedding, ids: Tensor | None, hidden: Tensor) -> Tensor:
             if self._sampling.greedy:
-                return logits.argmax(-1)
+                best = choose_best(unembedding, hidden, compiled=self._compiled)
+                return best if ids is None else ids[best]
+            logits = unembedding.logits(hidden)
+            if ids is not None:
+                everything = logits.new_full((*logits.shape[:-1], self._model.vocab_size), -torch.inf)
+                logits = everything.index_copy(-1, ids, logits)
             kept.append(probabilities(logits, self._sampling))
-            return draw(kept[-1], uniform[:, head - 2])
+            return draw(kept[-1], uniform[:, head - 2 : head - 2 + hidden.shape[1]])
 
         drafts = self._drafter.draft(self._seen.read, self._known - 2, self._tokens, choose)
-        probs = torch.stack(kept, dim=1) if kept else None
+        probs = torch.cat(kept, dim=1) if kept else None
         if self._drafts_kept is None:
             self._drafts_kept, self._draft_probs = drafts, probs
         else:

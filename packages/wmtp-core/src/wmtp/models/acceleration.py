@@ -19,6 +19,7 @@ from transformers import Cache
 
 from wmtp.models.anatomy import LayerCall
 from wmtp.models.documents import within_reading
+from wmtp.models.few_rows import compile_few_rows
 from wmtp.models.layers import repeated_layers
 from wmtp.models.low_rank import OPERATORS
 from wmtp.models.step_cache import layer_number, steps_are_compiled, swap_caches
@@ -88,10 +89,11 @@ def compile_layers(model: MTPModel) -> None:
     torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 8 * _VARIANTS)
+    model.compiled_layers = True
     for layer in (*repeated_layers(model), *model.anatomy.tail):
         plain = layer.forward
         # steps of decoding have few shapes, each of which is worth code of its own
-        step = torch.compile(plain, dynamic=False)
+        step = compile_few_rows(plain)
         layer.forward = partial(_forward, torch.compile(plain), step, plain, layer_number(layer))
 
 
@@ -136,7 +138,7 @@ def _forward(
 ) -> Any:
     """Run a layer: compiled; or with a cache that grows with each token, and so has as many shapes, the plain way."""
     if not any(_has_cache(value) for value in (*args, *kwargs.values())):
-        return compiled(*args, **kwargs)
+        return (step if steps_are_compiled() else compiled)(*args, **kwargs)
     if number is None or not steps_are_compiled():
         return plain(*args, **kwargs)
     args = tuple(swap_caches(value, number) for value in args)

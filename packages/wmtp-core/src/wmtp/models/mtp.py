@@ -90,6 +90,7 @@ class MTPModel(Generating, nn.Module):
         self.packing: Packing = find_packing(self.anatomy) if precomputed is None else precomputed[1]
         self.base = base
         self.block_attention = False
+        self.compiled_layers = False
         self.heads = heads = evolve(heads, kind=heads.known_kind)
         self.kind = HEAD_KINDS[heads.known_kind]
         self.native = native if heads.kind == "native" else None  #: where its heads' tensors stand in its folder
