@@ -22,8 +22,6 @@ import json
 import sysconfig
 import time
 from collections.abc import Iterator
-from itertools import takewhile
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +118,16 @@ def functions() -> Iterator[tuple[str, str, str, bool]]:
 
 def held_out_prompts(count: int) -> list[str]:
     """List prompts of the standard library's files that `write_prompts` keeps from training."""
-    found = [
-        (int(hashlib.sha256(prompt.encode()).hexdigest(), 16), prompt)
-        for file, prompt, _, _ in takewhile(itemgetter(3), functions())  # the library comes first
-        if int(hashlib.sha256(Path(file).name.encode()).hexdigest(), 16) % 10 == 0
-    ]
-    return [prompt for _, prompt in sorted(found)][:count]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [file for file in library.rglob("*.py") if "site-packages" not in file.parts and _is_held_out(file)]
+    loader = wmtp.PythonSource(uri=str(library), max_length=2000, min_length=100).build()
+    examples = [example for file in files for example in loader.examples(file) if isinstance(example, wmtp.Example)]
+    prompts = {example.prompt for example in examples if len(example.prompt) < 1200}
+    return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).hexdigest())[:count]
+
+
+def _is_held_out(file: Path) -> bool:
+    return int(hashlib.sha256(file.name.encode()).hexdigest(), 16) % 10 == 0
 
 
 def write_prompts(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
@@ -136,7 +138,7 @@ def write_prompts(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
         held_out: list[tuple[int, str]] = []
         for file, prompt, body, of_library in functions():
             number = int(hashlib.sha256(prompt.encode()).hexdigest(), 16)
-            if int(hashlib.sha256(Path(file).name.encode()).hexdigest(), 16) % 10:
+            if not _is_held_out(Path(file)):
                 learned.append((number, {"prompt": prompt, "completion": body}))
             elif of_library:
                 held_out.append((number, prompt))
