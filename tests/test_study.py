@@ -89,7 +89,7 @@ def quickstart(folder, packages, planted, *shorter):
     subprocess.run([*script, *planted.split()], cwd=folder, check=True, capture_output=True, timeout=300)
     settings = [word for setting in shorter for word in ("--set", setting)]
     done = subprocess.run(
-        command("study", ROOT / "examples" / "study-quickstart.toml", "--json", "--seeds", "0", *settings),
+        command("study", ROOT / "examples" / "study-quickstart.toml", "--json", "--jobs", "1", "--seeds", "0", *settings),
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

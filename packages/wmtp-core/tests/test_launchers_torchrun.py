@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
+from wmtp.actions.study import _environments
 from wmtp.launchers.torchrun import share_cores
 
 
@@ -17,6 +19,9 @@ def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int, 
     monkeypatch.delenv("OMP_NUM_THREADS")
     share_cores(processes)
     assert os.environ["OMP_NUM_THREADS"] == threads
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("wmtp.devices.pick_device", lambda name: torch.device("cpu"))
+    assert _environments(processes) == [{"OMP_NUM_THREADS": threads}] * processes
 
 
 def test_what_the_user_says_of_threads_stays(monkeypatch: pytest.MonkeyPatch):

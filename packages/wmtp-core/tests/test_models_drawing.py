@@ -32,7 +32,7 @@ def same(a, b):
 
 def test_numbers_depend_on_the_seed_alone(monkeypatch):
     first = make()
-    monkeypatch.setattr(drawing.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(drawing, "usable_cores", lambda: 1)
     torch.rand(5)
     assert same(first, make())
     assert not same(first, make(4))
@@ -108,7 +108,7 @@ def test_parts_and_generators_of_the_callers_own_are_drawn_at_once():
 
 
 def test_draws_run_in_threads(monkeypatch):
-    monkeypatch.setattr(drawing.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(drawing, "usable_cores", lambda: 2)
     names, both = set(), threading.Barrier(2, timeout=20)
     plain = drawing._without_gradient
 

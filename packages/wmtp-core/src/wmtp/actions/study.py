@@ -17,6 +17,7 @@ from wmtp.actions.study_pool import Outcome, Pool
 from wmtp.actions.study_result import StudyResult
 from wmtp.config.load import ConfigSource, as_list
 from wmtp.config.tree import dump_config
+from wmtp.cores import usable_cores
 from wmtp.errors import ConfigError
 from wmtp.evaluation.consent import code_execution_allowed, require_consent
 from wmtp.json_files import writing
@@ -367,7 +368,7 @@ def _environments(jobs: int) -> list[dict[str, str]]:
     from wmtp.devices import count_devices, pick_device
 
     devices = count_devices(pick_device("auto"))
-    cores = max(1, (os.cpu_count() or 1) // jobs)
+    cores = max(1, usable_cores() // jobs)
     if not devices:
         return [{} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cores)} for _ in range(jobs)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

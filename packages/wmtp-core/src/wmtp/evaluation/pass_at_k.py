@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from attrs import frozen
 
+from wmtp.cores import usable_cores
 from wmtp.errors import WMTPError
 from wmtp.evaluation.base import Estimate, Evaluator, Measured
 from wmtp.evaluation.bootstrap import Bootstrap
@@ -181,7 +181,7 @@ class PassAtKEvaluator(Evaluator):
         self, sandbox: Sandbox, problems: Sequence[Problem], samples: Mapping[tuple[str, int], str], folder: Path | None
     ) -> Mapping[tuple[str, int], Outcome]:
         keys = [(problem, number) for problem in problems for number in range(self._settings.samples)]
-        with ThreadPoolExecutor(self._config.workers or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(self._config.workers or usable_cores()) as pool:
             found = list(pool.map(lambda key: key[0].score(sandbox, samples[key[0].id, key[1]]), keys))
         outcomes = {(problem.id, number): outcome for (problem, number), outcome in zip(keys, found, strict=True)}
         if folder is not None:

@@ -20,6 +20,7 @@ from attrs import evolve
 
 from wmtp.config.load import load
 from wmtp.config.tree import dump_config
+from wmtp.cores import usable_cores
 from wmtp.distributed.environment import Nodes, interface_of, own_address
 from wmtp.errors import ConfigError, PluginError, Terminated, WMTPError
 from wmtp.json_files import writing
@@ -175,8 +176,7 @@ def share_cores(count: int) -> None:
 
     torchrun's own default is one thread: rank 0 would take a minute to try out a model of 7B parameters.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
 
 
 # --- what processes leave in the job's folder

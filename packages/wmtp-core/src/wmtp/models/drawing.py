@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from wmtp.cores import usable_cores
 
 __all__ = ["seeded"]
 
@@ -64,7 +65,7 @@ class _Later(TorchDispatchMode):
     def draw(self) -> None:
         """Make the draws that wait."""
         waiting, self._waiting = [make for _, make in self._waiting.values()], {}
-        threads = min(len(waiting), os.cpu_count() or 1, _MOST_THREADS)
+        threads = min(len(waiting), usable_cores(), _MOST_THREADS)
         if threads > 1:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(_without_gradient, waiting))

@@ -21,6 +21,7 @@ from typing import BinaryIO, Final, Protocol, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from wmtp.cores import usable_cores
 from wmtp.tokenizers import worker
 from wmtp.tokenizers.base import Tokenizer
 
@@ -195,6 +196,6 @@ def _processes() -> int:
     """Count the processes to start, as the package tokenizers counts its threads."""
     if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("off", "false", "f", "no", "n", "0"):
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     wanted = os.environ.get("RAYON_NUM_THREADS", "")
     return min(_MOST, int(wanted) if wanted.isdecimal() and int(wanted) else cores)
