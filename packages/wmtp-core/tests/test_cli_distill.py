@@ -7,6 +7,7 @@ from chat_tokenizers import CHATML
 from test_cli_generate import _save
 
 import wmtp
+from wmtp.actions import distill
 from wmtp.cli import main
 from wmtp.data.config import Chat, Jsonl
 
@@ -105,6 +106,38 @@ def test_it_goes_on_behind_the_last_whole_line(model, tmp_path):
         done = wmtp.distill_data(model, prompts, output, **options)
         assert output.read_bytes() == whole, cut
         assert done.written + done.found == 3
+
+
+def test_an_interrupted_answer_to_a_uri_goes_on_in_the_cache_and_is_pushed_whole(model, tmp_path, monkeypatch):
+    prompts, pushed = written(tmp_path / "p.jsonl", PROMPTS), []
+    whole = tmp_path / "whole.jsonl"
+    options = {"max_new_tokens": 6, "device": "cpu", "batch_size": 1}
+    wmtp.distill_data(model, prompts, whole, **options)
+
+    class Store:
+        def check_push(self, uri):
+            assert not pushed
+
+        def push(self, path, uri):
+            pushed.append((uri, path.read_bytes()))
+
+    monkeypatch.setattr(distill, "backend_for", lambda *_, **__: Store())
+    answer, asked = distill._Speaker.answer, []
+
+    def interrupted(self, batch, **named):
+        asked.extend(batch)
+        if asked == [0, 1]:
+            raise KeyboardInterrupt
+        return answer(self, batch, **named)
+
+    monkeypatch.setattr(distill._Speaker, "answer", interrupted)
+    options["config"] = {"storage": {"cache_dir": str(tmp_path / "cache")}}
+    with pytest.raises(KeyboardInterrupt):
+        wmtp.distill_data(model, prompts, "s3://bucket/d.jsonl", **options)
+    assert not pushed
+    done = wmtp.distill_data(model, prompts, "s3://bucket/d.jsonl", **options)
+    assert (done.found, done.written, asked) == (1, 2, [0, 1, 1, 3])
+    assert pushed == [("s3://bucket/d.jsonl", whole.read_bytes())]
 
 
 def test_mistakes_are_said_before_anything_is_written(model, tmp_path, capsys):
