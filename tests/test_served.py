@@ -87,6 +87,36 @@ def test_the_quickstart_with_a_shared_head(tmp_path):
     assert all(accepted), accepted
 
 
+def test_a_qwen3_with_a_shared_head(tmp_path):
+    """Norms of queries and keys, grouped queries and tied tables, in K-EXAONE's layout."""
+    base = {
+        "type": "scratch",
+        "architecture": "qwen3",
+        "vocab_size": 258,
+        "hidden_size": 128,
+        "layers": 3,
+        "attention_heads": 4,
+    }
+    base |= {"kv_heads": 2, "intermediate_size": 352, "max_positions": 512, "tie_embeddings": True, "options": {"head_dim": 32}}
+    config = {
+        "models": {"base": base | {"heads": {"horizon": DRAFTS + 1, "kind": "shared"}}},
+        "tokenizer": {"type": "bytes"},
+        "datasets": {"code": {"type": "python-source"}},
+        "data": {"train": {"max_length": 256, "batch_size": 8}},
+        "train": {"max_steps": 120},
+        "optimizer": {"lr": 0.004},
+        "trainer": {"type": "baseline-mtp"},
+        "tracker": {"type": "jsonl"},
+        "run": {"output_dir": str(tmp_path / "runs")},
+    }
+    run = wmtp.run(config)
+    wmtp.export(run.run_dir, tmp_path / "served", format="mtp")
+    prompts = [[257, *text.encode()] for text in ("def add(a, b):\n    ", "class Reader:\n    def ", "import os\n\ndef read(")]
+    accepted = compared(load_model(run.run_dir), tmp_path / "served", prompts, 60, tmp_path)
+    print("accepted", accepted)
+    assert all(accepted), accepted
+
+
 #: sizes that vLLM's kernels for CPUs take
 SIZES = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}
 LAYOUTS = {"glm4_moe": SIZES}

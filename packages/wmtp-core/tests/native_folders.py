@@ -62,7 +62,23 @@ MODELS: dict[str, tuple[str, dict]] = {
             "num_nextn_predict_layers": 1,
         },
     ),
+    "exaone": (
+        "exaone_moe",
+        _COMMON
+        | {
+            "head_dim": 8,
+            "num_experts": 12,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "layer_types": ["sliding_attention"] * LAYERS,
+            "sliding_window": 64,
+            "num_nextn_predict_layers": 1,
+        },
+    ),
 }
+#: those whose layer is like the model's first
+LIKE_THE_FIRST = ("ernie", "exaone")
 NAMES = tuple(MODELS)
 
 
@@ -101,7 +117,7 @@ def native_folder(folder: Path, name: str, dtype: torch.dtype = torch.float32) -
     modules = fields.get("mtp_num_hidden_layers", fields.get("num_nextn_predict_layers", 1))
     for module in range(modules):
         begin, parts = NAMING[name](module)
-        number = 0 if name == "ernie" else LAYERS - 1
+        number = 0 if name in LIKE_THE_FIRST else LAYERS - 1
         stem = next(own for own in theirs if f"layers.{number}." in own).partition(f"layers.{number}.")[0]
         old = f"{stem}layers.{number}."
         added |= {begin + own.removeprefix(old): tensor.clone() for own, tensor in theirs.items() if own.startswith(old)}
@@ -173,6 +189,7 @@ NAMING: dict[str, Callable[[int], tuple[str, list[str]]]] = {
     "glm4_moe": _deepseek,
     "deepseek_v3": _deepseek,
     "ernie": _ernie,
+    "exaone": _qwen,
 }
 
 

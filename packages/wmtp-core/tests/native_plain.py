@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from native_folders import LAYERS, MODELS, NAMING, tensors_of
+from native_folders import LAYERS, LIKE_THE_FIRST, MODELS, NAMING, tensors_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -16,7 +16,7 @@ QWEN = ("qwen3_5", "qwen3_next")
 #: facts of each layout, once more: what stands first in the projection, the state that is read, what is zero at position 0
 HIDDEN_FIRST = ("mimo", "mimo_2")
 BEFORE_NORM = ("mimo", "mimo_2")
-READS_ALL = QWEN
+READS_ALL = (*QWEN, "exaone")
 
 
 def plain_norm(name: str, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -54,7 +54,7 @@ def transformers_layer(name: str, folder: Path, base: PreTrainedModel, x: Tensor
     """Run the layer as transformers reads it in a model that has it as its own."""
     twin = AutoModelForCausalLM.from_pretrained(folder.parent / f"{folder.name}_twin", dtype=torch.float64)
     twin.set_experts_implementation("eager")
-    layer: nn.Module = twin.model.layers[0 if name == "ernie" else LAYERS - 1]
+    layer: nn.Module = twin.model.layers[0 if name in LIKE_THE_FIRST else LAYERS - 1]
     places = torch.arange(x.shape[1])[None]
     mask = torch.full((x.shape[1], x.shape[1]), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)[None, None]
     around = base.model.rotary_emb(x, places)

@@ -379,6 +379,7 @@ class TestWantedAndBrought:
         file.write_text(json.dumps(content))
         loaded = HfLoader().load(tmp_path, dtype=torch.float32, seed=0)
         with pytest.raises(ConfigError, match=r'heads\.layout: .* were trained as \'plain\'; write layout = "plain"'):
-            build_model(loaded, HeadsConfig(horizon=2), seed=0)
+            build_model(loaded, HeadsConfig(horizon=2, layout="mimo"), seed=0)
         assert build_model(loaded, HeadsConfig(horizon=2, layout="plain"), seed=0).heads.kind == "shared"
-        assert build_model(loaded, None, seed=0).heads.layout == "plain"
+        for unsaid in (HeadsConfig(horizon=2), None):
+            assert build_model(loaded, unsaid, seed=0).heads.layout == "plain"

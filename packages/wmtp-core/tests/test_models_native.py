@@ -243,6 +243,17 @@ class TestDamagedFolders:
         folder = self.changed(folder_of, tmp_path, "mimo", change)
         self.refused(folder, r"config\.json says num_nextn_predict_layers = 2, and the folder holds 1")
 
+    def test_a_window_that_the_models_last_layer_has_not(self, folder_of, tmp_path: Path):
+        """K-EXAONE's own: its layer sees a window and rotates, the model's last one neither."""
+
+        def change(_, folder):
+            config = json.loads((folder / "config.json").read_text())
+            config["layer_types"][-1] = "full_attention"
+            (folder / "config.json").write_text(json.dumps(config))
+
+        folder = self.changed(folder_of, tmp_path, "exaone", change)
+        self.refused(folder, r"like the model's first layer \(sliding_attention\), and WMTP calls it as the last one")
+
     def test_two_layouts_at_once(self, folder_of, tmp_path: Path):
         def change(tensors, _):
             tensors["model.mtp_layers.0.input_proj.weight"] = torch.zeros(32, 64)

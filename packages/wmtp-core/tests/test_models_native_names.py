@@ -1,9 +1,9 @@
 """Names and shapes of models' own layers, held against what servers' loaders read.
 
 Read in vLLM 0.32 (``models/qwen3_next_mtp.py``, ``qwen3_5_mtp.py``, ``mimo_mtp.py``, ``glm4_moe_mtp.py``, ``deepseek_mtp.py``,
-``ernie_mtp.py``) and in SGLang 0.5.23 (``models/qwen3_next.py``, ``qwen3_5_mtp.py``, ``mimo_mtp.py``, ``glm4_moe.py``,
-``deepseek_common/deepseek_weight_loader.py``, ``ernie4_eagle.py``). Both want a tensor for every one of these
-parameters; tables (``embed_tokens``, ``shared_head.head``) they take from the model.
+``ernie_mtp.py``, ``exaone_moe_mtp.py``) and in SGLang 0.5.23 (``models/qwen3_next.py``, ``qwen3_5_mtp.py``, ``mimo_mtp.py``,
+``glm4_moe.py``, ``deepseek_common/deepseek_weight_loader.py``, ``ernie4_eagle.py``, ``exaone_moe.py``). Both want a tensor for
+every one of these parameters; tables (``embed_tokens``, ``shared_head.head``) they take from the model.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ LAYER: dict[str, dict[str, tuple[int, ...]]] = {
     "glm4_moe": NORMS | attention(D, 16) | experts("shared_experts") | CORRECTION,
     "deepseek_v3": NORMS | MLA | experts("shared_experts") | CORRECTION,
     "ernie": NORMS | attention(D, 16) | gated("mlp", 48),
+    "exaone": NORMS | attention(D, 16, norms=8) | gated("mlp", 48),
 }
 DEEPSEEK = {"enorm.weight": (D,), "hnorm.weight": (D,), "eh_proj.weight": (D, 2 * D), "shared_head.norm.weight": (D,)}
 TABLES = {f"{table}.weight": (258, D) for table in ("embed_tokens", "shared_head.head")}
@@ -72,7 +73,7 @@ QWEN = {f"mtp.{part}.weight": (D,) for part in ("pre_fc_norm_embedding", "pre_fc
 def module_of(name: str, number: int) -> dict[str, tuple[int, ...]]:
     """Name one module's tensors as the loaders do."""
     layer = LAYER[name.removesuffix("_2")]
-    if name.startswith("qwen"):
+    if name.startswith(("qwen", "exaone")):
         return QWEN | {"mtp.fc.weight": (D, 2 * D)} | {f"mtp.layers.{number}.{part}": shape for part, shape in layer.items()}
     if name.startswith("mimo"):
         own = {f"{part}_layernorm.weight": (D,) for part in ("token", "hidden", "final")} | {"input_proj.weight": (D, 2 * D)}
@@ -97,7 +98,7 @@ def test_the_layers_tensors_are_those_that_loaders_read(name: str, tmp_path: Pat
     assert {key: shapes[key] for key in found.tensors} == expected
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "mimo", "glm4_moe", "deepseek_v3", "ernie"])
+@pytest.mark.parametrize("name", ["qwen3_next", "mimo", "glm4_moe", "deepseek_v3", "ernie", "exaone"])
 def test_every_tensor_that_a_loader_needs_is_missed(name: str, tmp_path: Path):
     """All of them, in turn: none is optional but the tables, which go together."""
     folder = native_folder(tmp_path / "base", name)

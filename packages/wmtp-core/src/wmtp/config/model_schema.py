@@ -29,7 +29,9 @@ class HeadsConfig:
             brings, else ``native`` where it has such layers, else ``block``.
         layout: how ``chained`` and ``shared`` heads are fed. ``mimo``: as servers feed MiMo-7B's layer, so that they can be
             exported to one: the hidden states before the model's final norm, a norm of their own at the end, no embedding at
-            position 0. ``plain``: the hidden states after the final norm, that same norm at the end, every embedding.
+            position 0. ``exaone``: as servers feed K-EXAONE's: the hidden states after the final norm, a norm of their own at
+            the end, every embedding. ``plain``: the hidden states after the final norm, that same norm at the end, every
+            embedding. Default: what the model brings, else ``exaone`` for a Qwen3 and ``mimo`` for all others.
         init: initial weights of new heads. ``copy``: from the model's last layer (``linear``: from its unembedding;
             ``residual``: as the identity); ``random``: from the model's own initialiser.
         trunk_gradient: ``joint``: all heads train the trunk; ``detach``: only head 1 does.
@@ -49,7 +51,7 @@ class HeadsConfig:
 
     horizon: int = field(default=4, validator=ge(1))
     kind: Literal["block", "linear", "residual", "chained", "shared", "native"] | None = None
-    layout: Literal["mimo", "plain"] = "mimo"
+    layout: Literal["mimo", "exaone", "plain"] | None = None
     init: Literal["copy", "random"] = "copy"
     trunk_gradient: Literal["joint", "detach"] = "joint"
     head_weights: tuple[float, ...] | None = field(default=None, validator=optional(deep_iterable(ge(0.0))))

@@ -70,9 +70,9 @@ model = wmtp.load_model("THIS_FOLDER")  # the base with its adapter, and all hea
 vllm serve THIS_FOLDER --speculative-config '{{"method": "mtp", "num_speculative_tokens": {extra}}}'
 ```
 
-An ordinary model with a layer for multi-token prediction, in MiMo-7B's layout. `num_speculative_tokens` may be any number: the
-layer is applied again and again. It was trained for {extra}. WMTP opens the folder again, with heads of kind
-`native`. Where there is a folder `tokenizer` in it, add
+An ordinary model with a layer for multi-token prediction, written as a model that servers know (`config.json` names it).
+`num_speculative_tokens` may be any number: the layer is applied again and again. It was trained for {extra}. WMTP opens
+the folder again, with heads of kind `native`. Where there is a folder `tokenizer` in it, add
 `--tokenizer THIS_FOLDER/tokenizer`: servers would split text as Qwen2 does.""",
     "medusa": """\
 This folder holds the draft heads only. The model that they belong to is its `--format hf` export:

@@ -153,9 +153,9 @@ def _tokenizer(name: str, path: Path, run_dir: Path | None, model: MTPModel) -> 
 
 
 def _write_served(model: MTPModel, tokenizer: Tokenizer | None, folder: Path) -> None:
-    write_served(model, folder)
+    layout = write_served(model, folder)
     _save_tokenizer(tokenizer, folder)
-    if isinstance(tokenizer, HfTokenizer):
+    if layout == "mimo" and isinstance(tokenizer, HfTokenizer):
         # beside a config of the type qwen2, transformers puts Qwen2's way of splitting in the place of the tokenizer's own
         own = folder / "tokenizer"
         own.mkdir()

@@ -1,31 +1,40 @@
-"""Writes a model with one chained head as a server reads a model with a layer of its own: in MiMo-7B's layout.
+"""Writes a model with one chained head as a server reads a model with a layer of its own.
 
-vLLM and SGLang load that layout as a Qwen2 with one layer for multi-token prediction, which is again a Qwen2 layer. A Llama
-fits: the biases that it lacks are written as zeros. Names are those of vLLM's ``models/mimo.py`` and ``models/mimo_mtp.py``.
+vLLM and SGLang know models with such a layer by the model's name, so a plain model is written as one of these that computes
+the same. A Llama, Mistral or Qwen2 becomes a MiMo-7B: a Qwen2 with one more layer, the biases that a Llama lacks being zeros
+(vLLM: ``models/mimo.py``, ``models/mimo_mtp.py``). A Qwen3 becomes a K-EXAONE without experts, whose layers norm queries and
+keys as Qwen3's do (``models/exaone_moe.py``, ``models/exaone_moe_mtp.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
-from attrs import evolve
+from attrs import evolve, frozen
 from torch import Tensor
-from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    ExaoneMoeConfig,
+    ExaoneMoeForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from wmtp.errors import ConfigError
 from wmtp.models.chains import ChainedBlock
 from wmtp.models.loaders.shards import Shards
 from wmtp.models.mtp import MTPModel
-from wmtp.models.native.layouts import layout_named
+from wmtp.models.native.layouts import SERVED, layout_named
 from wmtp.models.saving import write_base
 from wmtp.models.untouched import Untouched
 
 __all__ = ["write_served"]
 
-_FITTING = ("LlamaForCausalLM", "Qwen2ForCausalLM")
-#: fields of a Qwen2's config that a Llama's has too
+#: fields of the written config that all these models' configs have
 _FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -46,36 +55,55 @@ _FIELDS = (
 _BIASED = ("q_proj", "k_proj", "v_proj")
 
 
-def write_served(model: MTPModel, folder: Path) -> None:
+@frozen(kw_only=True)
+class _Written:
+    """One of the models that servers know.
+
+    Args:
+        model: transformers' class of its base.
+        config: makes its config from that of the model.
+        marks: what its ``config.json`` says besides, by which servers know it.
+        state: completes a state dict, or a part of one.
+    """
+
+    model: type[PreTrainedModel]
+    config: Callable[[PreTrainedConfig], PreTrainedConfig]
+    marks: Callable[[PreTrainedConfig], dict[str, Any]]
+    state: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def write_served(model: MTPModel, folder: Path) -> str:
     """Write a folder that vLLM and SGLang serve with the head as its draft model.
 
     Args:
         model: with a ``shared`` head, or a ``chained`` one and H = 2.
         folder: is there already.
 
+    Returns:
+        the layout's name.
+
     Raises:
-        ConfigError: the layout cannot hold this model; every reason is named.
+        ConfigError: no layout can hold this model; every reason is named.
         WMTPError: it could not be written in full.
     """
     if problems := [*_head_problems(model), *_base_problems(model)]:
-        raise ConfigError([f"the served layout cannot hold this model: {problem}" for problem in problems])
-    config = _config(model.base.config)
+        raise ConfigError([f"no layout that servers read can hold this model: {problem}" for problem in problems])
+    name = SERVED[type(model.base).__name__]
+    written = _WRITTEN[name]
+    config = written.config(model.base.config)
     with torch.device("meta"):
-        base = Qwen2ForCausalLM(config)
-    state = _with_biases(dict(model.base.state_dict()))
-    base.load_state_dict(state, assign=True)
+        base = written.model(config)
+    base.load_state_dict(written.state(dict(model.base.state_dict())), assign=True)
     base.tie_weights()
     base.generation_config = model.base.generation_config  # type: ignore[assignment]
-    content = config.to_diff_dict() | {
-        "architectures": ["MiMoForCausalLM"],
-        "model_type": "qwen2",
-        "num_nextn_predict_layers": 1,
-    }
+    content = config.to_diff_dict() | {layout_named(name).key: 1} | written.marks(config)
     origin = None if model.untouched is None else model.untouched.shards
     # a tied unembedding is not written twice: servers expect none
     shards = Shards(files={}, types={}, sizes={}) if origin is None else evolve(origin, tied={})
     untouched = Untouched(source=folder, config=content, shards=shards)
-    write_base(base, folder, untouched=untouched, added=_head_tensors(cast(ChainedBlock, model.extra_heads[0])))
+    head = _head_tensors(cast(ChainedBlock, model.extra_heads[0]), name, written)
+    write_base(base, folder, untouched=untouched, added=head)
+    return name
 
 
 def _head_problems(model: MTPModel) -> list[str]:
@@ -92,31 +120,30 @@ def _head_problems(model: MTPModel) -> list[str]:
     problems = []
     if heads.kind == "chained" and heads.horizon > 2:
         problems.append(
-            f"it has {heads.horizon - 1} chained modules, and vLLM's loader of this layout takes one; train kind 'shared', or "
+            f"it has {heads.horizon - 1} chained modules, and the loaders of these layouts take one; train kind 'shared', or "
             "'chained' with horizon = 2"
         )
-    if heads.layout != "mimo":
+    served = SERVED.get(type(model.base).__name__)
+    if served is not None and heads.layout != served:
         problems.append(
             f'its heads were trained with layout = "{heads.layout}", and a server feeds them otherwise; train them with '
-            'layout = "mimo"'
+            f'layout = "{served}"'
         )
     return problems
 
 
 def _base_problems(model: MTPModel) -> list[str]:
     architecture, config = type(model.base).__name__, model.base.config
-    if architecture.startswith("Qwen3"):
-        return [
-            f"it is a {architecture}: the norms of its queries and keys have no place in the layout, whose layers are Qwen2's"
-        ]
-    if architecture not in _FITTING:
-        return [f"it is a {architecture}, and the layout's layers are those of {' and '.join(_FITTING)}"]
+    if architecture not in SERVED:
+        return [f"it is a {architecture}, and they hold {', '.join(SERVED)}"]
     problems = []
-    if architecture == "LlamaForCausalLM" and config.attention_bias:
+    if architecture != "Qwen2ForCausalLM" and getattr(config, "attention_bias", False):
         problems.append("its attention's output has a bias")
     if getattr(config, "mlp_bias", False):
         problems.append("its feed-forward layers have biases")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    if config.hidden_act != "silu":
+        problems.append(f"its activation is '{config.hidden_act}', and servers compute silu")
+    if _has_window(config):
         problems.append("its attention has a sliding window")
     if model.anatomy.output.bias is not None:
         problems.append("its unembedding has a bias")
@@ -126,15 +153,38 @@ def _base_problems(model: MTPModel) -> list[str]:
     return problems
 
 
-def _config(config: PreTrainedConfig) -> Qwen2Config:
+def _has_window(config: PreTrainedConfig) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) is not None  # Mistral's, of every layer
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {name: getattr(config, name) for name in _FIELDS}
-    # no field of a Qwen2's config, but what its layers go by
+    # no field of these configs' own, but what their layers go by
     fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Qwen2Config(**fields, use_sliding_window=False, attention_dropout=0.0)
+    return fields | {"attention_dropout": 0.0}
 
 
-def _head_tensors(head: ChainedBlock) -> dict[str, Tensor]:
-    layout = layout_named("mimo")
+def _as_qwen2(config: PreTrainedConfig) -> Qwen2Config:
+    return Qwen2Config(**_fields(config), use_sliding_window=False)
+
+
+def _as_exaone(config: PreTrainedConfig) -> ExaoneMoeConfig:
+    """Make a config whose layers rotate queries and keys, as K-EXAONE's do where they have a window, and see every token."""
+    layers = config.num_hidden_layers
+    return ExaoneMoeConfig(
+        **_fields(config),
+        layer_types=["sliding_attention"] * layers,
+        sliding_window=config.max_position_embeddings,
+        mlp_layer_types=["dense"] * layers,
+        first_k_dense_replace=layers,
+    )
+
+
+def _head_tensors(head: ChainedBlock, name: str, written: _Written) -> dict[str, Tensor]:
+    layout = layout_named(name)
     parts = {
         "embedding_norm": layout.embedding_norm,
         "hidden_norm": layout.hidden_norm,
@@ -144,7 +194,7 @@ def _head_tensors(head: ChainedBlock) -> dict[str, Tensor]:
     state = head.state_dict()
     tensors = {f"{(name or '').format(i=0)}.weight": state[f"{part}.weight"] for part, name in parts.items()}
     layer = {name.removeprefix("layer."): tensor for name, tensor in state.items() if name.startswith("layer.")}
-    return tensors | {f"{layout.layer.format(i=0)}{name}": tensor for name, tensor in _with_biases(layer).items()}
+    return tensors | {f"{layout.layer.format(i=0)}{name}": tensor for name, tensor in written.state(layer).items()}
 
 
 def _with_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -155,3 +205,21 @@ def _with_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if kind == "weight" and stem.endswith(_BIASED) and f"{stem}.bias" not in state:
             added[f"{stem}.bias"] = tensor.new_zeros(len(tensor))
     return state | added
+
+
+#: by layout
+_WRITTEN: Final = {
+    "mimo": _Written(
+        model=Qwen2ForCausalLM,
+        config=_as_qwen2,
+        marks=lambda _: {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2"},
+        state=_with_biases,
+    ),
+    "exaone": _Written(
+        model=ExaoneMoeForCausalLM,
+        config=_as_exaone,
+        # SGLang 0.5.23 goes by the last, a field of the model's first config
+        marks=lambda config: {"architectures": ["ExaoneMoeForCausalLM"], "is_moe_layer": [False] * config.num_hidden_layers},
+        state=lambda state: state,
+    ),
+}

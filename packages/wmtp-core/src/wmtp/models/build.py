@@ -167,7 +167,7 @@ def _agreed(wanted: HeadsConfig, brought: HeadsConfig) -> HeadsConfig:
     Raises:
         ConfigError: they contradict each other.
     """
-    wanted = evolve(wanted, kind=wanted.kind or brought.kind)
+    wanted = evolve(wanted, kind=wanted.kind or brought.kind, layout=wanted.layout or brought.layout)
     if wanted.kind != brought.kind:
         raise ConfigError(
             f"models.base.heads.kind: the config says '{wanted.kind}', but the model brings heads of kind '{brought.kind}'; "

@@ -88,7 +88,7 @@ def saved_heads(folder: Path) -> HeadsConfig | None:
         return HeadsConfig(kind=kind, horizon=horizon)
     tensor_shapes(weights)
     layout = content.get("layout", "plain")  # what heads are whose file names none
-    if layout not in ("mimo", "plain"):
+    if layout not in ("mimo", "exaone", "plain"):
         raise FileError(f"{description}: layout {layout!r} is not known to this version of WMTP")
     return HeadsConfig(kind=kind, horizon=horizon, layout=layout if kind in ("chained", "shared") else HeadsConfig().layout)
 

@@ -26,6 +26,7 @@ from wmtp.models.generating import Generating
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
 from wmtp.models.heads_folder import describe_heads, load_heads, remove_heads, write_heads
 from wmtp.models.native.found import Native
+from wmtp.models.native.layouts import served_layout
 from wmtp.models.native.tensors import folder_tensors
 from wmtp.models.packing import Packing, find_packing
 from wmtp.models.saving import write_base
@@ -91,12 +92,11 @@ class MTPModel(Generating, nn.Module):
         self.base = base
         self.block_attention = False
         self.compiled_layers = False
-        self.heads = heads = evolve(heads, kind=heads.known_kind)
+        layout = heads.layout or served_layout(type(base).__name__)
+        self.heads = heads = evolve(heads, kind=heads.known_kind, layout=layout)
         self.kind = HEAD_KINDS[heads.known_kind]
         self.native = native if heads.kind == "native" else None  #: where its heads' tensors stand in its folder
-        maker = Maker(
-            base=base, anatomy=self.anatomy, init=heads.init, layout=heads.layout, native=self.native, dtype=head_dtype
-        )
+        maker = Maker(base=base, anatomy=self.anatomy, init=heads.init, layout=layout, native=self.native, dtype=head_dtype)
         with seeded(seed):
             self.extra_heads = self.kind.build(maker, heads.horizon - 1)
         kinds = {type(layer) for layer in self.anatomy.layers}

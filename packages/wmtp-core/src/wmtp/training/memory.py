@@ -89,8 +89,8 @@ class MemoryEstimate:
 def head_parameters(info: ModelInfo, heads: HeadsConfig) -> int:
     """Count the parameters of heads 2..H, whose norms are taken as RMS norms."""
     extra, width = heads.horizon - 1, info.hidden_size
-    # norms of the two inputs, the projection, and where a server's layout is kept a norm of the output
-    link = (3 if heads.layout == "mimo" else 2) * width + 2 * width * width
+    # norms of the two inputs, the projection, and in the layouts of servers one of the output
+    link = (3 if heads.layout != "plain" else 2) * width + 2 * width * width
     return {
         "block": extra * info.layer_parameters,
         "linear": extra * info.vocab_size * width,

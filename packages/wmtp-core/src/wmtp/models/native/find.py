@@ -39,8 +39,10 @@ def find_native(model: PreTrainedModel, config: PreTrainedConfig, tensors: Mappi
     if not mine:
         return None
     layout = mine[0]
-    if len(present) > 1:
-        both = " and ".join(f"'{name}' ({found[min(found)][0]} …)" for name, found in present.items())
+    # some layouts name their tensors alike
+    others = {name: found for name, found in present.items() if name == layout.name or found != present[layout.name]}
+    if len(others) > 1:
+        both = " and ".join(f"'{name}' ({found[min(found)][0]} …)" for name, found in others.items())
         return Native(layout=layout.name, problem=f"the folder holds layers of several layouts, {both}")
     found = present[layout.name]
     promised = _promised(layout, text)
@@ -125,6 +127,9 @@ def _check(
     if layout.template == "last" and not any(name in tensors for name in expected if name.startswith(begins[0] + "self_attn")):
         kind = type(template).__name__
         problems.append(f"it is like a layer with attention, and the model's last one ({kind}) has none")
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or [None]
+    if layout.template == "first" and kinds[0] != kinds[-1]:
+        problems.append(f"it is like the model's first layer ({kinds[0]}), and WMTP calls it as the last one ({kinds[-1]})")
     shown = "; ".join(problems[:_SHOWN]) + (f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
     return Native(
         layout=layout.name,

@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from attrs import frozen
 
-__all__ = ["LAYOUTS", "PLAIN", "ChainRule", "Layout", "layout_named", "rule_of"]
+__all__ = ["LAYOUTS", "PLAIN", "SERVED", "ChainRule", "Layout", "layout_named", "rule_of", "served_layout"]
 
 
 @frozen(kw_only=True)
@@ -91,6 +91,19 @@ LAYOUTS: Final = (
         rule=ChainRule(embedding_first=True),
     ),
     Layout(
+        name="exaone",
+        models=("exaone_moe",),
+        key="num_nextn_predict_layers",
+        most=1,  # likewise
+        embedding_norm="mtp.pre_fc_norm_embedding",
+        hidden_norm="mtp.pre_fc_norm_hidden",
+        projection="mtp.fc",
+        output_norm="mtp.norm",
+        layer="mtp.layers.{i}.",
+        rule=ChainRule(embedding_first=True),
+        template="first",
+    ),
+    Layout(
         name="mimo",
         models=("mimo", "qwen2"),
         key="num_nextn_predict_layers",
@@ -126,6 +139,20 @@ LAYOUTS: Final = (
         template="first",
     ),
 )
+
+
+#: the layout in which servers take a plain model with one new head, by transformers' class of the model
+SERVED: Final = {
+    "LlamaForCausalLM": "mimo",
+    "MistralForCausalLM": "mimo",
+    "Qwen2ForCausalLM": "mimo",
+    "Qwen3ForCausalLM": "exaone",
+}
+
+
+def served_layout(model_class: str) -> str:
+    """Choose how new heads of a model are fed where no layout is named; ``mimo`` where no server takes such a model."""
+    return SERVED.get(model_class, "mimo")
 
 
 def layout_named(name: str) -> Layout:
