@@ -135,6 +135,10 @@ BASE = {
         ({"train": {"mixture": {"a": -1.0, "b": 2.0}}}, "data.train.mixture.a: -1 must be a finite number above 0"),
         ({"train": {"mixture": {"a": 0, "b": 0.0}}}, "data.train.mixture.b: 0 must be a finite number above 0"),
         ({"train": {"mixture": {"a": float("inf")}}}, "data.train.mixture.a: inf must be a finite number above 0"),
+        (
+            {"train": {"mixture": {"a": 1e308, "b": 1e308}}},
+            "data.train.mixture: the shares add up to more than a number can hold",
+        ),
         ({"train": {"mixture": {"a": 1, "c": 1}}}, "data.train.mixture: there is no [datasets.c]; there are: a, b"),
         ({"train": {"mixture": {"a": 1}, "sources": ["a"]}}, "data.train.mixture: conflicts with data.train.sources; remove"),
         ({"train": {"mixture": {"a": 1}}, "eval": {"sources": ["a"]}}, "data.eval.sources: 'a' is training data too"),

@@ -187,3 +187,22 @@ def test_arguments_of_a_tool_that_are_encoded_twice(tmp_path):
     record = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}, ANSWER]}
     (bad,) = read(Chat(uri=""), write(tmp_path, "a.jsonl", content=json.dumps(record).encode()))
     assert "message 2, tool call 1: its arguments are JSON text of a text, not of an object" in str(bad)
+
+
+@pytest.mark.parametrize(
+    ("history", "wanted"),
+    [
+        (5, '"history" must be a list of pairs of request and answer, not a number'),
+        ({"q": "a"}, '"history" must be a list of pairs of request and answer, not an object'),
+        ("no list", '"history": is a text, but not JSON'),
+        ('[["x", "y"]]', None),
+        (None, None),
+    ],
+)
+def test_a_history_of_another_form(tmp_path, history, wanted):
+    record = {"instruction": "q", "output": "a", "history": history}
+    (example,) = read(Chat(uri=""), write(tmp_path, "a.jsonl", content=json.dumps(record).encode()))
+    if wanted is not None:
+        assert wanted in str(example)
+    else:
+        assert len(example.messages) == (4 if history else 2)

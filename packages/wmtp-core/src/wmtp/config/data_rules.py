@@ -126,6 +126,10 @@ def _mixture_problems(config: Config) -> list[str]:
         for name, share in mixture.items()
         if not 0 < share < math.inf
     ]
+    if not problems and sum(mixture.values()) == math.inf:
+        problems.append(
+            f"{key}: the shares add up to more than a number can hold; write smaller ones, only their proportions count"
+        )
     return problems
 
 

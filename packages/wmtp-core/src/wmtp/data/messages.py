@@ -10,7 +10,7 @@ from typing import Any, Final
 from wmtp.data.base import BadExample
 from wmtp.data.fields import finite_number, type_name
 
-__all__ = ["MESSAGE_KEYS", "ROLES", "check_messages", "message_tools", "normal_messages"]
+__all__ = ["MESSAGE_KEYS", "ROLES", "check_messages", "from_json", "message_tools", "normal_messages"]
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 #: what other formats call these
@@ -49,7 +49,7 @@ def normal_messages(where: str, key: str, value: Any) -> tuple[Mapping[str, Any]
         BadExample: it is no such list.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):  # a table without lists has them as JSON
-        value = _from_json(where, f'"{key}"', value)
+        value = from_json(where, f'"{key}"', value)
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise BadExample(where, f'"{key}" must be a list of messages, not {type_name(value)}')
     if not value:
@@ -112,7 +112,7 @@ def _content(where: str, name: str, value: Any) -> str:
 
 
 def _calls(where: str, name: str, value: Any) -> list[Mapping[str, Any]]:
-    value = _from_json(where, f"{name}: tool_calls", value)
+    value = from_json(where, f"{name}: tool_calls", value)
     calls = value if isinstance(value, Sequence) else [value]
     return [_call(where, f"{name}, tool call {number}", call) for number, call in enumerate(calls, start=1)]
 
@@ -124,7 +124,7 @@ def _call(where: str, name: str, call: Any) -> Mapping[str, Any]:
     if not isinstance(function.get("name"), str):
         raise BadExample(where, f"{name}: has no name of a function")
     arguments = function.get("arguments", function.get("parameters"))
-    arguments = {} if arguments in (None, "") else _from_json(where, f"{name}: arguments", arguments)
+    arguments = {} if arguments in (None, "") else from_json(where, f"{name}: arguments", arguments)
     if isinstance(arguments, str):
         raise BadExample(where, f"{name}: its arguments are JSON text of a text, not of an object; write them as an object")
     found = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
@@ -139,13 +139,18 @@ def message_tools(where: str, key: str, value: Any) -> tuple[Mapping[str, Any], 
     """
     if value in (None, "", []):
         return None
-    tools = _from_json(where, f'"{key}"', value)
+    tools = from_json(where, f'"{key}"', value)
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadExample(where, f'"{key}" must be a list of objects, not {type_name(tools)}')
     return tuple(tools) or None
 
 
-def _from_json(where: str, name: str, value: Any) -> Any:
+def from_json(where: str, name: str, value: Any) -> Any:
+    """Parse JSON text; any other value is returned as it is.
+
+    Raises:
+        BadExample: the text is no JSON.
+    """
     if not isinstance(value, str):
         return value
     try:

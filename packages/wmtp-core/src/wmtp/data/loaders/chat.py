@@ -11,7 +11,7 @@ from attrs import evolve
 from wmtp.data.base import BadExample, Example
 from wmtp.data.fields import bool_field, name_field, number_field, text_field, type_name
 from wmtp.data.loaders.records import RecordLoader
-from wmtp.data.messages import MESSAGE_KEYS, check_messages, message_tools, normal_messages
+from wmtp.data.messages import MESSAGE_KEYS, check_messages, from_json, message_tools, normal_messages
 from wmtp.data.unread import unread_keys
 
 __all__ = ["FORMATS", "KEYS", "ChatLoader", "Format"]
@@ -133,7 +133,12 @@ class ChatLoader(RecordLoader):
         if record.get(keys["input"]):
             request = f"{request}\n\n{text_field(where, record, keys['input'])}"
         before: Messages = ()
-        for turn in record.get(keys["history"]) or ():
+        history = from_json(where, f'"{keys["history"]}"', record.get(keys["history"]) or [])
+        if not isinstance(history, Sequence):
+            raise BadExample(
+                where, f'"{keys["history"]}" must be a list of pairs of request and answer, not {type_name(history)}'
+            )
+        for turn in history:
             if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
                 raise BadExample(where, f'"{keys["history"]}" must hold pairs of request and answer, not {type_name(turn)}')
             before += _said(where, keys["history"], turn[0], "user") + _said(where, keys["history"], turn[1], "assistant")
