@@ -27,6 +27,7 @@ from wmtp.evaluation.consent import allow_code_execution as permit_code_executio
 from wmtp.evaluation.consent import code_execution_allowed, require_consent
 from wmtp.launchers.local import Local
 from wmtp.log_lines import lines_by_itself
+from wmtp.plugins.built import built, returned
 from wmtp.runs import directory as run_dirs
 from wmtp.runs.fixed import fixed
 from wmtp.runs.result import Result
@@ -107,10 +108,10 @@ def _run(loaded: Loaded, resume: str | os.PathLike[str] | None, *, dry_run: bool
         _check_push(checked)
         from wmtp.training.dry_run import dry_run as try_out
 
-        if isinstance(launcher := checked.launcher.build(), Local):
+        if isinstance(launcher := built(checked.launcher, "launchers"), Local):
             launcher.count(checked)
         return try_out(with_uris(checked, pinned(loaded)))
-    launcher = checked.launcher.build()
+    launcher = built(checked.launcher, "launchers")
     if isinstance(launcher, Local):
         if (worker := Worker.of()) is not None:
             launcher.check_started()
@@ -118,7 +119,12 @@ def _run(loaded: Loaded, resume: str | os.PathLike[str] | None, *, dry_run: bool
         if (nodes := Nodes.of()).rank:
             return _unless_ctrl_c(launcher.follow(checked, nodes))
     with _prepared(loaded, resume) as (directory, is_resumed):
-        result = _recorded(directory, lambda: launcher.launch(checked, directory, resume=is_resumed))
+
+        def launch() -> Result:
+            found = launcher.launch(checked, directory, resume=is_resumed)
+            return returned(checked.launcher, "launchers", "launch", Result, found)
+
+        result = _recorded(directory, launch)
         _push(checked, result)
     return _unless_ctrl_c(result)
 

@@ -132,7 +132,7 @@ def _explained(error: BaseException) -> tuple[list[str], int]:
     if isinstance(error, WMTPError):
         return str(error).splitlines() or [type(error).__name__], error.exit_code
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return [f"{os.fspath(error.filename)!s}: {error.strerror}"], 1
+        return [f"{os.fspath(error.filename)!s}: {error.strerror}{_place_in_plugin(error)}"], 1
     return [" ".join(f"{described(error)}{_place_in_plugin(error)}".split())], 1
 
 

@@ -13,6 +13,7 @@ from wmtp.config.problems import KeyPath, Problem, dotted
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
 from wmtp.errors import ConfigError, InputError, WMTPError
+from wmtp.plugins.built import built
 from wmtp.plugins.contract import DataLoaderConfig
 from wmtp.plugins.registry import Registry
 from wmtp.storage.uris import file_path, scheme_of
@@ -88,7 +89,7 @@ def check_sources(config: Config) -> list[str]:
         if name in config.datasets:
             component = config.datasets[name]
             source, place = read_from(component, ("datasets", name))
-            if component.build().evaluation_only and not source.allow_training:
+            if built(component, "data_loaders").evaluation_only and not source.allow_training:
                 problems.append(
                     f"{dotted(place)}: '{source.type}' is for evaluation only, training on it would make its results"
                     f" worthless; name other data sets in data.train.sources, or set {dotted(place)}.allow_training = true"
@@ -154,7 +155,9 @@ def check_first_examples(config: Config) -> Iterator[Problem]:
             continue
         skipped = config.data.train.on_bad_example == "skip"
         try:
-            found = list(islice(config.datasets[name].build().first_examples(path), _LOOKED_AT if skipped else 1))
+            found = list(
+                islice(built(config.datasets[name], "data_loaders").first_examples(path), _LOOKED_AT if skipped else 1)
+            )
         except InputError as error:
             yield Problem((*place, error.key), str(error))
         except WMTPError as error:
@@ -186,7 +189,7 @@ def _local_loaders(config: Config) -> Iterator[tuple[KeyPath, ExampleLoader, Pat
     for name in dict.fromkeys((*train_sources(config), *eval_sources(config))):
         source, place = read_from(config.datasets[name], ("datasets", name))
         if (path := _local_path(source.uri)) is not None:
-            yield place, config.datasets[name].build(), path
+            yield place, built(config.datasets[name], "data_loaders"), path
 
 
 def _local_path(uri: object) -> Path | None:

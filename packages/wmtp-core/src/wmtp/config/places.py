@@ -10,6 +10,7 @@ from attrs import frozen
 
 from wmtp.config.schema import Config, StorageConfig
 from wmtp.plugins import Registry, load_plugins
+from wmtp.plugins.built import built
 from wmtp.storage.base import Storage
 from wmtp.storage.model_folders import LOADERS, localize_model
 from wmtp.storage.uris import localize
@@ -76,7 +77,7 @@ class _Backends(Mapping[str, Storage]):
     def __getitem__(self, scheme: str) -> Storage:
         option = self._options[scheme]
         if type(option) not in self._built:
-            self._built[type(option)] = option.build()
+            self._built[type(option)] = built(option, "storages")
         return self._built[type(option)]
 
     def __contains__(self, scheme: object) -> bool:

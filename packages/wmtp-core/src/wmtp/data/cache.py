@@ -21,6 +21,7 @@ from wmtp.data.conversation import Learn
 from wmtp.data.render import Boundary, Renderer
 from wmtp.data.store import TokenStore
 from wmtp.errors import ConfigError, FileError, InputError
+from wmtp.plugins.built import built
 from wmtp.plugins.contract import DataLoaderConfig
 from wmtp.tokenizers.base import Tokenizer
 
@@ -60,7 +61,7 @@ def token_store(
         ConfigError: the data holds conversations, and there is no chat template, or one that does not fit ``learn``.
         WMTPError: there is no example, a bad one, an unreadable file, or no space left.
     """
-    loader: ExampleLoader = component.build()
+    loader = built(component, "data_loaders")
     try:
         before = stamps(loader, path)
     except InputError as error:
@@ -108,7 +109,7 @@ def cache_key(
     for each in (component, *(placed.config for placed in inside)):
         config = attrs.asdict(each, filter=lambda attribute, _: attribute.name != "uri")  # type: ignore[arg-type]
         configs.append([each.type, config])
-    loaders += [placed.config.build() for placed in inside if placed.kind == "data_loaders"]
+    loaders += [built(placed.config, "data_loaders") for placed in inside if placed.kind == "data_loaders"]
     parts: list[Any] = [_VERSION, configs, tokenizer.fingerprint(), tokenizer.bos_id, tokenizer.eos_id, boundary]
     if loader.conversations:
         parts += [tokenizer.chat_template, dict(tokenizer.special_tokens), sorted(tokenizer.control_tokens), learn]

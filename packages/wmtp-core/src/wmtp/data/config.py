@@ -13,6 +13,7 @@ from wmtp.data.loaders.chat import FORMATS, KEYS, Format
 from wmtp.data.loaders.code_contests import LANGUAGES
 from wmtp.data.loaders.jsonl import FIELDS
 from wmtp.data.mutations import KINDS, Kind
+from wmtp.plugins.built import built
 from wmtp.plugins.components import component
 from wmtp.plugins.contract import DataLoaderConfig
 
@@ -241,4 +242,4 @@ class Mutated(DataLoaderConfig):
         """Make the loader."""
         from wmtp.data.loaders.mutated import MutatedLoader
 
-        return MutatedLoader(self.of.build(), self.copies, self.kinds, self.seed)
+        return MutatedLoader(built(self.of, "data_loaders"), self.copies, self.kinds, self.seed)

@@ -27,6 +27,7 @@ from wmtp.json_files import DAMAGE
 from wmtp.models.acceleration import accelerate
 from wmtp.models.opening import OpenedModel, find_model, open_model, saved_precision
 from wmtp.plugins import load_plugins
+from wmtp.plugins.built import built
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.runs.directory import CONFIG_FILE
 from wmtp.runs.step_file import last_steps
@@ -170,7 +171,7 @@ def _track(config: Config, folder: Path, run_dir: Path | None, numbers: Mapping[
     """Tell the tracker: in the run's own record, at its last step, or in one for this model."""
     place = run_dir or folder
     step = last_step(place / "metrics.jsonl")
-    tracker = config.tracker.build()
+    tracker = built(config.tracker, "trackers")
     tags = {"wmtp.evaluation": "true"}
     backends = build_backends(config.storage)
     tracker.start(

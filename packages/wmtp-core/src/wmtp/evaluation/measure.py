@@ -17,9 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from wmtp.devices import device_name
 from wmtp.errors import PluginError, WMTPError
-from wmtp.evaluation.base import Estimate, Evaluator, Measured
+from wmtp.evaluation.base import Estimate, Measured
 from wmtp.generation import release
 from wmtp.json_files import read_json_object
+from wmtp.plugins.built import built
 from wmtp.plugins.provenance import provenance
 from wmtp.runs.directory import replace_text
 
@@ -60,9 +61,7 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
                 label,
             )
             continue
-        evaluator, name = config.build(), provenance(config, "evaluator")
-        if not isinstance(evaluator, Evaluator):
-            raise PluginError(f"{name}: build returned a {type(evaluator).__name__}, not an Evaluator")
+        evaluator, name = built(config, "evaluators"), provenance(config, "evaluator")
         started = time.perf_counter()
         if alone and measured.ranks is not None:  # the others wait
             found = measured.ranks.main_only(lambda evaluator=evaluator: evaluator.evaluate(evolve(measured, ranks=None)))

@@ -14,9 +14,10 @@ from wmtp.config.problems import Problems
 from wmtp.config.schema import Config
 from wmtp.config.sources import Document, MappingSource
 from wmtp.config.toml_file import FileSource
-from wmtp.errors import AuthenticationError, ConfigError, PlatformError, PluginError, WMTPError
+from wmtp.errors import AuthenticationError, ConfigError, PlatformError, WMTPError
 from wmtp.launchers.base import LaunchPlan, RemoteLauncher
 from wmtp.plugins import load_plugins
+from wmtp.plugins.built import returned
 from wmtp.plugins.components import component
 from wmtp.plugins.contract import LauncherConfig
 from wmtp.runs import records
@@ -44,11 +45,7 @@ def remote_launcher(component: LauncherConfig) -> RemoteLauncher:
             f"launcher.type: '{component.type}' runs on this machine; use wmtp run, or --on NAME; services with a launcher"
             f" here: {', '.join(names) or 'none; wmtp-vessl has one'}"
         )
-    launcher = component.build()
-    if not isinstance(launcher, RemoteLauncher):
-        plugin = load_plugins().provider(type(component))
-        raise PluginError(f"{plugin}: '{component.type}' has remote = True, and builds no wmtp.launchers.RemoteLauncher")
-    return launcher
+    return returned(component, "launchers", "build", RemoteLauncher, component.build())
 
 
 def submit(config: Config, launcher: RemoteLauncher, plan: LaunchPlan, *, again: bool) -> Record:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
 from wmtp.models.native.found import Native
+from wmtp.plugins.built import built, returned
 from wmtp.plugins.contract import Contract
 
 if TYPE_CHECKING:
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from wmtp.config.schema import HeadsConfig, StorageConfig
     from wmtp.models.adapter_folder import SavedAdapter
     from wmtp.models.untouched import Untouched
+    from wmtp.plugins.contract import ModelLoaderConfig
 
-__all__ = ["LoadedModel", "ModelInfo", "ModelLoader"]
+__all__ = ["LoadedModel", "ModelInfo", "ModelLoader", "load_model", "make_loader", "model_info"]
+
+_KIND: Final = "model_loaders"
 
 
 @frozen(kw_only=True)
@@ -130,3 +134,28 @@ class ModelLoader(Contract, ABC, contract=True):
             WMTPError: as for `load`.
         """
         return None
+
+
+def make_loader(component: ModelLoaderConfig, storage: StorageConfig) -> ModelLoader:
+    """Build the loader of a model source.
+
+    Args:
+        component: the model source.
+        storage: how it reaches stores.
+
+    Raises:
+        PluginError: ``build`` gives no loader.
+    """
+    return built(component, _KIND).with_storage(storage)
+
+
+def model_info(component: ModelLoaderConfig, storage: StorageConfig, path: Path | None) -> ModelInfo:
+    """Read a model's metadata; see `make_loader` and `ModelLoader.info`."""
+    return returned(component, _KIND, "info", ModelInfo, make_loader(component, storage).info(path))
+
+
+def load_model(
+    component: ModelLoaderConfig, loader: ModelLoader, path: Path | None, *, dtype: torch.dtype, seed: int
+) -> LoadedModel:
+    """Read a model's weights by the loader of ``component``; see `ModelLoader.load`."""
+    return returned(component, _KIND, "load", LoadedModel, loader.load(path, dtype=dtype, seed=seed))

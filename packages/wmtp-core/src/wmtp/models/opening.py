@@ -18,6 +18,7 @@ from wmtp.models.adapter_folder import adapter_dtype, has_remote_base
 from wmtp.models.adapters import quantize_base
 from wmtp.models.build import build_model
 from wmtp.models.vocabulary import check_vocabulary
+from wmtp.plugins.built import built
 from wmtp.runs.directory import CONFIG_FILE, is_run_dir
 from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.model_files import is_adapter
@@ -217,7 +218,7 @@ def find_tokenizer(path: Path, run_dir: Path | None, config: Config | None = Non
         own = (
             path if uri is None else localize(uri, build_backends(config.storage), Path(config.storage.cache_dir).expanduser())
         )
-        return config.tokenizer.build(own)
+        return built(config.tokenizer, "tokenizers", own)
     return load_tokenizer(path)
 
 

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from wmtp.errors import PluginError
+from wmtp.plugins.built import built
+from wmtp.plugins.provenance import provenance
+
 if TYPE_CHECKING:
     from wmtp.config.schema import Config
     from wmtp.models.mtp import MTPModel
@@ -33,7 +37,8 @@ def build_optimizer(
         names, plain = zip(*parameters, strict=True)
         parameters = list(zip(names, master_weights.replace(plain), strict=True))
         of_heads = master_weights.replace(of_heads)
-    optimizer = config.optimizer.build(parameters)
+    optimizer: torch.optim.Optimizer = built(config.optimizer, "optimizers", parameters)
+    _check_complete(optimizer, parameters, provenance(config.optimizer, "optimizer"))
     if master_weights is not None:
         optimizer = master_weights.take_over(optimizer)
     # groups of their own, however many ranks there are: a fused step takes parameters of one kind, and these are never divided
@@ -43,6 +48,21 @@ def build_optimizer(
     for module, rate in rates.items():
         change_learning_rate(optimizer, modules[module].parameters(), lambda _, rate=rate: rate)
     return optimizer
+
+
+def _check_complete(optimizer: torch.optim.Optimizer, parameters: list[tuple[str, nn.Parameter]], name: str) -> None:
+    """Refuse an optimizer that has not all parameters, or others: some would silently never learn."""
+    given = {id(parameter): of for of, parameter in parameters}
+    taken = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    left_out = [of for key, of in given.items() if key not in set(taken)]
+    if left_out:
+        some = ", ".join(left_out[:3]) + (" …" if len(left_out) > 3 else "")
+        raise PluginError(
+            f"{name}: build left out {len(left_out)} of {len(given)} parameters, which would never learn: {some}; give its"
+            " groups all of them, and freeze by a stage of the trainer"
+        )
+    if foreign := [key for key in taken if key not in given]:
+        raise PluginError(f"{name}: build gave it {len(foreign)} parameters that are not among those it was called with")
 
 
 def build_adamw(config: AdamW, parameters: NamedParameters) -> torch.optim.Optimizer:

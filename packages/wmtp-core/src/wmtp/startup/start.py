@@ -18,6 +18,7 @@ from wmtp.config.load import ConfigSource, load
 from wmtp.config.rules import check_loaded, required_models
 from wmtp.config.schema import Config
 from wmtp.errors import ConfigError
+from wmtp.plugins.built import built
 from wmtp.redaction import redact
 from wmtp.runs.result import Result
 from wmtp.signals import stopped_by_sigterm
@@ -86,7 +87,7 @@ def read_config(config: ConfigSource | Sequence[ConfigSource] = (), overrides: I
     loaded = load(config if is_given else _from_environment(), overrides)
     launcher = loaded.config.launcher
     if launcher.remote:
-        service: Any = launcher.build()
+        service = built(launcher, "launchers")
         loaded = evolve(loaded, config=service.inside(loaded.config))
     loaded, named = hub_names_read(loaded)
     check_loaded(loaded)

@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 
 from attrs import field, frozen
 
+from wmtp.errors import described
 from wmtp.plugins.contract import Contract
 from wmtp.storage.base import Storage
 
-__all__ = ["RunInfo", "Tracker"]
+__all__ = ["RunInfo", "Tracker", "failure"]
 
 
 @frozen(kw_only=True)
@@ -84,3 +85,8 @@ class Tracker(Contract, ABC, contract=True):
     def location(self) -> str | None:
         """One line for the user: how to see the run, for instance a command or an address."""
         return None
+
+
+def failure(tracker: Tracker, error: Exception) -> str:
+    """Word a failure, of which a run says no more than this line: it goes on."""
+    return f"the tracker {type(tracker).__module__}.{type(tracker).__qualname__} failed: {described(error)}"

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from attrs import field, frozen
 from attrs.validators import min_len, optional
 
+from wmtp.plugins.built import built
 from wmtp.plugins.components import component
 from wmtp.plugins.contract import TrackerConfig
 from wmtp.storage.uris import storage_scheme
@@ -185,4 +186,4 @@ class SeveralTrackers(TrackerConfig):
         """Make the trackers, and one that tells them all."""
         from wmtp.tracking.several import Several
 
-        return Several({tracker.type: tracker.build() for tracker in self.of})
+        return Several({tracker.type: built(tracker, "trackers") for tracker in self.of})

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from wmtp.tracking.base import RunInfo, Tracker
+from wmtp.tracking.base import RunInfo, Tracker, failure
 
 __all__ = ["StartingTracker", "starting_beside"]
 
@@ -75,7 +75,7 @@ class StartingTracker:
             try:
                 self._tracker.finish("failed", None)
             except Exception as error:
-                logger.warning("the tracker failed at the end: %s", error)
+                logger.warning("at the end %s", failure(self._tracker, error))
 
     def _start(self) -> None:
         try:

@@ -10,6 +10,7 @@ from wmtp.checkpoints.remote import remote_checkpoints
 from wmtp.config.rules import models_beside
 from wmtp.config.schema import Config, HeadsConfig
 from wmtp.devices import count_devices, pick_device
+from wmtp.models.base import model_info
 from wmtp.trainers.checks import check_data
 from wmtp.training.memory import adapter_parameters, estimate_memory, head_parameters, too_large
 from wmtp.training.setup import Source, build_trainer, open_source, planned_steps
@@ -68,11 +69,8 @@ def dry_run(config: Config) -> dict[str, Any]:
 def _estimates(config: Config, source: Source, heads: HeadsConfig, device: torch.device, steps: int) -> dict[str, str]:
     """Estimate the memory and compare it with the device's; and the speed on GPUs, unless the run is to be elsewhere."""
     others = {
-        name: config.models[name]
-        .loader.build()
-        .with_storage(config.storage)
-        .info(source.place.path(config.models[name].loader, f"models.{name}"))
-        for name in models_beside(config)
+        name: model_info(entry.loader, config.storage, source.place.path(entry.loader, f"models.{name}"))
+        for name, entry in ((name, config.models[name]) for name in models_beside(config))
     }
     processes = config.launcher.processes
     world_size = processes if isinstance(processes, int) else count_devices(device) or 1

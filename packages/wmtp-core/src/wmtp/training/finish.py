@@ -24,6 +24,7 @@ from wmtp.reporting import write_report
 from wmtp.runs.directory import replace_text
 from wmtp.runs.files import SAMPLE_FILE, read_object
 from wmtp.tracking import Tracker
+from wmtp.tracking.base import failure
 from wmtp.trainers.modules import save_modules
 from wmtp.training.loop import Fit
 
@@ -131,9 +132,14 @@ def show_sample(
 def report(run_dir: Path, status: str, tracker: Tracker) -> None:
     """Write the page that shows the run. A run that has ended, however, is not to fail by this."""
     try:
-        tracker.log_artifact(write_report([run_dir], status=status))
+        page = write_report([run_dir], status=status)
     except Exception as error:
         logger.warning("no report was written: %s; see wmtp report %s", error, run_dir)
+        return
+    try:
+        tracker.log_artifact(page)
+    except Exception as error:
+        logger.warning("%s; it has not got the report, %s", failure(tracker, error), page)
 
 
 def finish_tracking(
@@ -158,7 +164,7 @@ def finish_tracking(
             if (location := tracker.location()) is not None:
                 logger.info("tracking  %s", location)
         except Exception as error:
-            logger.warning("the tracker failed at the end: %s; metrics.jsonl has everything", error)
+            logger.warning("at the end %s; metrics.jsonl has everything", failure(tracker, error))
 
     if patience is None:
         finish()

@@ -28,6 +28,7 @@ from wmtp.models.fp8 import check_fp8, fp8_logits, products_in_bf16
 from wmtp.models.reward_scores import open_reward_scores
 from wmtp.models.sharding import Sharding, whole_state
 from wmtp.optim.build import build_optimizer
+from wmtp.plugins.built import built
 from wmtp.runs.directory import record
 from wmtp.runs.fixed import pins
 from wmtp.runs.result import Result
@@ -108,7 +109,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
         explain_out_of_memory, config, source.model_info, heads,
         device=device, world_size=ranks.world_size, per_machine=ranks.per_machine,
     )  # fmt: skip
-    tracker = config.tracker.build() if ranks.is_main else Jsonl()
+    tracker = built(config.tracker, "trackers") if ranks.is_main else Jsonl()
     run_info = RunInfo(
         name=run_dir.name,
         run_dir=run_dir,

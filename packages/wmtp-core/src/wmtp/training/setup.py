@@ -19,7 +19,8 @@ from wmtp.config.problems import dotted
 from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, HeadsConfig, LoraConfig, ModelConfig
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
+from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader, load_model, make_loader, model_info
+from wmtp.plugins.built import built
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.plugins.provenance import provenance
 from wmtp.storage.model_files import is_adapter, quantization, quantized_problem
@@ -82,11 +83,11 @@ def open_source(config: Config) -> Source:
     path = place.path(base.loader, "models.base")
     if path is not None and base.loader.type in LOADERS and (method := quantization(path)) is not None:
         raise ConfigError(f"models.base: {quantized_problem(path, method)}")
-    info = base.loader.build().with_storage(config.storage).info(path)
+    info = model_info(base.loader, config.storage, path)
     if info.unsavable is not None and base.lora is None:  # the base of an adapter is not saved
         raise ConfigError(f"models.base: {info.unsavable}")
     if base.lora is not None:
-        _check_lora(base.loader.build().with_storage(config.storage), base.lora, path)
+        _check_lora(make_loader(base.loader, config.storage), base.lora, path)
     _check_length(info, config, "the model")
     _check_draft_vocabulary(info, config)
     _check_evaluators(info, config)
@@ -131,7 +132,7 @@ def _open_tokenizer(config: Config, place: Place, model_path: Path | None) -> To
 
     if config.tokenizer is not None:
         named = place.path(config.tokenizer, "tokenizer")
-        chosen = config.tokenizer.build(model_path if named is None else named)
+        chosen = built(config.tokenizer, "tokenizers", model_path if named is None else named)
         if model_path is not None and (beside := _readable_tokenizer(config, model_path)) is not None:
             check_reading(beside, chosen)
         return chosen
@@ -206,7 +207,7 @@ def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Token
     key = f"models.{name}"
     loader = config.models[name].loader
     path = place.path(loader, key)
-    info = loader.build().with_storage(config.storage).info(path)
+    info = model_info(loader, config.storage, path)
     if path is not None:
         compare_tokenizers(tokenizer, _own_tokenizer(config, path, key), key=key)
     check_vocabulary(info.vocab_size, tokenizer, own=path is not None, key=key)  # its tokens are those of its own
@@ -233,7 +234,7 @@ def _own_tokenizer(config: Config, path: Path, key: str) -> Tokenizer:
     saved = read_saved(path) if path.is_dir() else None
     try:
         if saved is not None and config.tokenizer is not None and saved["type"] == config.tokenizer.type:
-            return config.tokenizer.build(path)  # of another plugin, perhaps, which only the config can name
+            return built(config.tokenizer, "tokenizers", path)  # of another plugin, perhaps, which only the config can name
         return load_tokenizer(path, eos_token=None if config.tokenizer is None else config.tokenizer.eos_token)
     except WMTPError as error:
         raise ConfigError(
@@ -252,7 +253,8 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
         ConfigError: the heads do not fit the model, or its rows cannot hold several documents.
         WMTPError: the files are missing or damaged, or the trained model could not be saved.
     """
-    base, loader = config.models["base"], config.models["base"].loader.build().with_storage(config.storage)
+    base = config.models["base"]
+    loader = make_loader(base.loader, config.storage)
     path = source.model_path
     whole = base.lora.dora if base.lora is not None else path is not None and is_adapter(path)
     stored = None if whole else loader.open_stored(path, seed=config.run.seed)
@@ -261,7 +263,9 @@ def load_base_model(config: Config, source: Source) -> MTPModel:
     if stored is not None:
         with suppress(ConfigError):  # a trial in few bits may fail where one in fp32 does not, which then decides
             return _build_base(config, source, stored)
-    return _build_base(config, source, loader.load(source.model_path, dtype=torch.float32, seed=config.run.seed))
+    return _build_base(
+        config, source, load_model(base.loader, loader, source.model_path, dtype=torch.float32, seed=config.run.seed)
+    )
 
 
 def _build_base(config: Config, source: Source, loaded: LoadedModel) -> MTPModel:
@@ -302,10 +306,10 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device, tra
         if trained is not None and device == trained_on and is_start_model(config, name) and _has_start(trained, path, dtype):
             logger.info("models.%s: the trained model with its adapter off; there is no second one", name)
             return StartModel(trained)
-        loader = entry.loader.build().with_storage(config.storage)
+        loader = make_loader(entry.loader, config.storage)
         merges = path is not None and is_adapter(path)
         stored = None if merges else loader.open_stored(path, seed=config.run.seed)
-        loaded = stored or loader.load(path, dtype=dtype, seed=config.run.seed)
+        loaded = stored or load_model(entry.loader, loader, path, dtype=dtype, seed=config.run.seed)
         if loaded.stored is not None:  # else it has its type already, and perhaps an adapter to come
             # there it is tried out too, which needs numbers
             settle(loaded.model, torch.device("cpu") if device is None or device.type == "meta" else device, dtype)

@@ -28,6 +28,7 @@ from wmtp.log_lines import in_notebook
 from wmtp.loss.weights import BAD_WEIGHTS, NO_WEIGHT
 from wmtp.runs.step_file import read_steps
 from wmtp.tracking import Tracker
+from wmtp.tracking.base import failure
 from wmtp.training.recording import Place, Recording, document_record
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ class StepLog:
             tell()
         except Exception as error:
             if not self._tracker_failed:
-                logger.warning("the tracker failed at step %d: %s; metrics.jsonl has everything", step, error)
+                logger.warning("step %d: %s; metrics.jsonl has everything", step, failure(self._tracker, error))
             self._tracker_failed = True
 
 

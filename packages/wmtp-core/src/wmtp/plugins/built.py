@@ -1,0 +1,54 @@
+"""Validation of what a plugin's config class builds, and of what the component returns."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from wmtp.errors import PluginError
+from wmtp.plugins.components import KINDS
+from wmtp.plugins.provenance import provenance
+
+if TYPE_CHECKING:
+    from wmtp.plugins.contract import ComponentConfig
+
+__all__ = ["built", "returned"]
+
+#: kind → module and name of what its config classes build; by name, because they are of the floors above
+_BASES: Final = {
+    "model_loaders": ("wmtp.models.base", "ModelLoader"),
+    "tokenizers": ("wmtp.tokenizers.base", "Tokenizer"),
+    "data_loaders": ("wmtp.data.base", "ExampleLoader"),
+    "storages": ("wmtp.storage.base", "Storage"),
+    "optimizers": ("torch.optim", "Optimizer"),
+    "trackers": ("wmtp.tracking.base", "Tracker"),
+    "evaluators": ("wmtp.evaluation.base", "Evaluator"),
+    "launchers": ("wmtp.launchers.base", "Launcher"),
+}
+_T = TypeVar("_T")
+
+
+def built(component: ComponentConfig, kind: str, *arguments: Any) -> Any:
+    """Build a component, which must be what its kind is.
+
+    Args:
+        component: the config.
+        kind: a key of `wmtp.plugins.components.KINDS`.
+        arguments: of ``build``.
+
+    Raises:
+        PluginError: it is something else; the message names the plugin.
+    """
+    module, name = _BASES[kind]
+    found = component.build(*arguments)  # type: ignore[attr-defined]
+    return returned(component, kind, "build", getattr(import_module(module), name), found)
+
+
+def returned(component: ComponentConfig, kind: str, method: str, base: type[_T], value: Any) -> _T:
+    """Validate the type of what a method of a component returned; see `built`."""
+    if not isinstance(value, base):
+        article = "an" if base.__name__[0] in "AEIOU" else "a"
+        found = "None" if value is None else f"a {type(value).__name__}"
+        name = provenance(component, KINDS[kind])
+        raise PluginError(f"{name}: {method} returned {found}, not {article} {base.__name__}")
+    return value

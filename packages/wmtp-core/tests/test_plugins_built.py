@@ -1,0 +1,129 @@
+"""What a plugin's config class builds, and its component returns, is checked where it is made, and the plugin named."""
+
+import logging
+from types import SimpleNamespace
+
+import attrs
+import pytest
+import torch
+from tiny_recipe import TINY_MODEL, tiny_recipe
+from torch import nn
+
+import wmtp
+from wmtp.errors import PluginError
+from wmtp.models.base import load_model, make_loader, model_info
+from wmtp.models.config import ScratchModel
+from wmtp.optim.build import build_optimizer
+from wmtp.plugins.built import built
+from wmtp.plugins.contract import ComponentConfig
+from wmtp.tracking import Tracker
+
+BASES = {
+    "model_loaders": ("model loader", wmtp.ModelLoaderConfig, "a ModelLoader"),
+    "tokenizers": ("tokenizer", wmtp.TokenizerConfig, "a Tokenizer"),
+    "data_loaders": ("data loader", wmtp.DataLoaderConfig, "an ExampleLoader"),
+    "storages": ("storage backend", wmtp.StorageBackendConfig, "a Storage"),
+    "optimizers": ("optimizer", wmtp.OptimizerConfig, "an Optimizer"),
+    "trackers": ("tracker", wmtp.TrackerConfig, "a Tracker"),
+    "evaluators": ("evaluator", wmtp.EvaluatorConfig, "an Evaluator"),
+    "launchers": ("launcher", wmtp.LauncherConfig, "a Launcher"),
+}
+
+
+def make(base: type[ComponentConfig], build, **attributes):
+    return attrs.frozen(kw_only=True)(type("Mine", (base,), {"type": "mine", "build": build, **attributes}))
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize(("value", "found"), [(None, "None"), ({}, "a dict")])
+def test_what_is_built_must_be_of_its_kind(kind, value, found):
+    name, base, wanted = BASES[kind]
+    config = make(base, lambda self, *_: value, **({"schemes": ("mine",)} if kind == "storages" else {}))()
+    with pytest.raises(PluginError, match=rf"^{name} 'mine' \({__name__}.*\): build returned {found}, not {wanted}$"):
+        built(config, kind)
+
+
+def config_with(tmp_path, **tables):
+    (tmp_path / "code.jsonl").write_text('{"prompt": "a", "completion": "bc"}\n' * 4)
+    return tiny_recipe(str(tmp_path / "code.jsonl"), run={"output_dir": str(tmp_path), "name": "a"}, **tables)
+
+
+def in_python(tmp_path, section, component, **tables):
+    config = wmtp.load_config(config_with(tmp_path, **tables))
+    return attrs.evolve(config, **{section: component})
+
+
+@pytest.mark.parametrize(
+    ("choose", "said"),
+    [
+        (lambda own: own[:-1], "build left out 1 of 2 parameters, which would never learn: bias; give"),
+        (lambda own: [*own, torch.nn.Parameter(torch.zeros(2))], "build gave it 1 parameters that are not among those"),
+    ],
+)
+def test_an_optimizer_has_all_parameters_and_no_others(tmp_path, choose, said):
+    def build(self, parameters):
+        return torch.optim.SGD(choose([parameter for _, parameter in parameters]), lr=self.lr)
+
+    sgd = make(wmtp.OptimizerConfig, build, lr=0.1, __annotations__={"lr": float})()
+    model = SimpleNamespace(extra_heads=nn.Linear(2, 2), heads=SimpleNamespace(lr_factor=1.0))
+    parameters = list(model.extra_heads.named_parameters())
+    with pytest.raises(PluginError, match=rf"^optimizer 'mine' \({__name__}.*\): {said}"):
+        build_optimizer(in_python(tmp_path, "optimizer", sgd), model, parameters, {}, {}, None)
+
+
+def test_a_launcher_returns_a_result(tmp_path):
+    class Lazy(wmtp.launchers.Launcher):
+        def launch(self, config, run_dir, *, resume):
+            return None
+
+    lazy = make(wmtp.LauncherConfig, lambda self: Lazy())()
+    with pytest.raises(PluginError, match=r"^launcher 'mine' \(.*\): launch returned None, not a Result$"):
+        wmtp.run(in_python(tmp_path, "launcher", lazy))
+
+
+@pytest.mark.parametrize("method", ["info", "load"])
+def test_a_model_loader_returns_what_it_promises(method):
+    inner = ScratchModel(**{key: value for key, value in TINY_MODEL.items() if key != "type"}).build()
+
+    class Bare(wmtp.models.ModelLoader):
+        def info(self, path):
+            return inner.info(path) if method != "info" else {}
+
+        def load(self, path, *, dtype, seed):
+            return inner.load(path, dtype=dtype, seed=seed).model
+
+    config = make(wmtp.ModelLoaderConfig, lambda self: Bare())()
+    storage = wmtp.load_config(tiny_recipe(datasets={"py": {"type": "python-source"}})).storage
+    wanted = {"info": "info returned a dict, not a ModelInfo", "load": "load returned a LlamaForCausalLM, not a LoadedModel"}
+    read = {
+        "info": lambda: model_info(config, storage, None),
+        "load": lambda: load_model(config, make_loader(config, storage), None, dtype=torch.float32, seed=0),
+    }
+    with pytest.raises(PluginError, match=rf"^model loader 'mine' \(.*\): {wanted[method]}$"):
+        read[method]()
+
+
+def test_a_tracker_that_fails_is_named_and_the_run_goes_on(tmp_path, caplog, monkeypatch):
+    def fail(*_):
+        raise KeyError("boom")
+
+    class Broken(Tracker):
+        def start(self, run):
+            pass
+
+        def finish(self, status, model):
+            pass
+
+        log = log_artifact = saved = location = fail
+
+    monkeypatch.setattr(logging.getLogger("wmtp"), "propagate", True)
+    tracker = make(wmtp.TrackerConfig, lambda self: Broken())()
+    result = wmtp.run(in_python(tmp_path, "tracker", tracker, checkpoints={"save_interval": 1}))
+    assert result.status == "finished"
+    said = [record.getMessage() for record in caplog.records if "Broken" in record.getMessage()]
+    failed = f"the tracker {__name__}.{Broken.__qualname__} failed: KeyError: 'boom'; "
+    assert said == [
+        f"step 1: {failed}metrics.jsonl has everything",
+        f"{failed}it has not got the report, {tmp_path / 'a/report.html'}",
+        f"at the end {failed}metrics.jsonl has everything",
+    ]
