@@ -1,6 +1,7 @@
 """Files, overlays, --set and ${env:}: what wins, and where a message points."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -218,6 +219,11 @@ def test_override_values(text, path, value):
         ("a b=1", "--set a b=1: 'a b' is no key; write it with dots, as in trainer.type=NAME"),
         ("=1", "--set =1: '' is no key; write it with dots, as in trainer.type=NAME"),
         ("a..b=1", "--set a..b=1: 'a..b' is no key; write it with dots, as in trainer.type=NAME"),
+        (
+            "tr\u0430in.lr=1",
+            "--set tr\u0430in.lr=1: 'tr\u0430in.lr' is no key; write it with dots, as in trainer.type=NAME;"
+            " '\u0430' is CYRILLIC SMALL LETTER A",
+        ),
     ],
 )
 def test_override_mistakes(text, message):
@@ -324,3 +330,18 @@ def test_nothing_heavy_is_imported():
     light = "import sys, wmtp; print([m for m in ('attrs', 'cattrs', 'pluggy', 'tomli', 'argparse') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("m\u0430x_steps = 1", "; '\u0430' is CYRILLIC SMALL LETTER A"),
+        ("max_steps\u00a0= 1", "; '\\xa0' is NO-BREAK SPACE"),
+        ("max_steps = \u201c1\u201d", "; '\u201c' is LEFT DOUBLE QUOTATION MARK"),
+        ("max_steps 1", ""),
+    ],
+)
+def test_a_character_that_only_looks_like_another_is_named(line, said):
+    write("a.toml", f"[train]\n{line}\n")
+    (problem,) = problems("a.toml")
+    assert re.fullmatch(r"a\.toml:2: this is not TOML: .* \(column \d+\)" + re.escape(said), problem)

@@ -1,6 +1,7 @@
 """What a plugin's config class builds, and its component returns, is checked where it is made, and the plugin named."""
 
 import logging
+import re
 from types import SimpleNamespace
 
 import attrs
@@ -11,11 +12,14 @@ from torch import nn
 
 import wmtp
 from wmtp.errors import PluginError
+from wmtp.evaluation.measure import measure
 from wmtp.models.base import load_model, make_loader, model_info
 from wmtp.models.config import ScratchModel
 from wmtp.optim.build import build_optimizer
 from wmtp.plugins.built import built
 from wmtp.plugins.contract import ComponentConfig
+from wmtp.storage.base import Storage
+from wmtp.storage.uris import check_answer, localize
 from wmtp.tracking import Tracker
 
 BASES = {
@@ -127,3 +131,40 @@ def test_a_tracker_that_fails_is_named_and_the_run_goes_on(tmp_path, caplog, mon
         f"{failed}it has not got the report, {tmp_path / 'a/report.html'}",
         f"at the end {failed}metrics.jsonl has everything",
     ]
+
+
+@pytest.mark.parametrize("value", ["1", torch.zeros(2), None, 1j])
+def test_a_measurement_is_one_number(value):
+    class Odd(wmtp.evaluation.Evaluator):
+        def evaluate(self, measured):
+            return {"a": value}
+
+    measured = SimpleNamespace(ranks=None)
+    with pytest.raises(
+        PluginError, match=rf"^evaluator 'mine' \(.*\): evaluate returned {re.escape(repr(value))} as 'a', not a"
+    ):
+        measure([make(wmtp.EvaluatorConfig, lambda self: Odd())()], measured, None)
+
+
+@pytest.mark.parametrize(("method", "wanted"), [("localize", "Path"), ("pinned", "str")])
+def test_a_storage_backend_answers_with_what_it_promises(tmp_path, method, wanted):
+    class Odd(Storage):
+        def exists(self, uri):
+            return True
+
+        def localize(self, uri, cache_dir):
+            return None
+
+        def push(self, path, uri):
+            pass
+
+        def pinned(self, uri):
+            return None
+
+    backend = Odd()
+    ask = {
+        "localize": lambda: localize("mine://a", {"mine": backend}, tmp_path),
+        "pinned": lambda: check_answer(backend, "pinned", str, backend.pinned("mine://a")),
+    }
+    with pytest.raises(PluginError, match=rf"^the storage backend {__name__}.*Odd: {method} returned None, not a {wanted}$"):
+        ask[method]()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["did_you_mean", "nearest"]
+__all__ = ["did_you_mean", "nearest", "odd_character"]
 
 #: words of other tools for what has another name here, or one of several: a hint only where that name is among the known ones
 _SYNONYMS: Final = {
@@ -66,6 +67,15 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
         cutoff: the least similarity, as `difflib.SequenceMatcher.ratio` measures it.
     """
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def odd_character(text: str) -> str:
+    """Write a hint at the first character of ``text`` that no keyword has, as ``; 'а' is CYRILLIC SMALL LETTER A``; or nothing.
+
+    A word copied from a web page may hold a letter, a quote or a space that only looks like the one that is meant.
+    """
+    found = next((character for character in text if not character.isascii()), None)
+    return "" if found is None else f"; {found!r} is {unicodedata.name(found, f'U+{ord(found):04X}')}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import select
 import signal
 import sys
 import traceback
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 from wmtp.cli import evaluate, init, study, use
 from wmtp.cli import files as file_commands
 from wmtp.cli.parser import Parser
+from wmtp.cli.streams import is_closed, open_closed_streams
 from wmtp.errors import ConfigError, Terminated, WMTPError, described
 from wmtp.log_lines import set_up_logging
 from wmtp.redaction import redact
@@ -33,6 +33,7 @@ def run_from_shell() -> NoReturn:
     The interpreter does all that it does at its end except to take itself apart: threads of native libraries that still have
     something to hand over (a request that Ctrl-C cancelled) would abort the process then, in place of its exit code.
     """
+    open_closed_streams()
     code = 1  # of an unexpected error, which Python has printed
 
     def leave() -> None:
@@ -78,25 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wants_json and not _rank():
             print(json.dumps(_plain(answer), ensure_ascii=False), file=output)
         output.flush()
-    except BrokenPipeError:  # for instance `wmtp show … | head`: who reads has had enough, and the work is as good as it was
+    except OSError as error:  # for instance `wmtp show … | head`: who reads has had enough, and the work is as good as it was
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: standard output: {error.strerror or error}", file=sys.stderr)
+            code = code or 1
     return code
-
-
-def _is_closed(stream: Any) -> bool:
-    """Tell whether the reader of a stream's pipe is gone."""
-    try:
-        poll = select.poll()
-        poll.register(stream.fileno(), 0)  # an error is told, whatever is asked for
-        return any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0))
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
     """Run a command: its answer for ``--json``, and the exit code."""
     try:
+        _require_folder()
         command = getattr(arguments, "run_command", None)
         if command is None:
             from wmtp.cli import commands
@@ -104,7 +99,7 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
             command = getattr(commands, arguments.command)
         return command(arguments)
     except (KeyboardInterrupt, SystemExit, Exception) as error:
-        if isinstance(error, BrokenPipeError) and (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
+        if isinstance(error, BrokenPipeError) and (is_closed(sys.stdout) or is_closed(sys.stderr)):
             raise
         lines, code = _explained(error)
         lines = [redact(_with_origin(line)) for line in lines]
@@ -119,6 +114,14 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
         for line in lines:
             print(f"error: {rank}{line}", file=sys.stderr)
     return {"error": "\n".join(lines), "problems": lines}, code
+
+
+def _require_folder() -> None:
+    """Refuse to work in a folder that has been removed: no path has a meaning there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the current folder is gone: cd to one that exists, and try again") from None
 
 
 def _explained(error: BaseException) -> tuple[list[str], int]:

@@ -19,7 +19,7 @@ from wmtp.config.tree import components
 from wmtp.errors import ConfigError
 from wmtp.plugins.contract import ComponentConfig
 from wmtp.storage.hub.names import HubName, both_readings, cached_snapshot, plain_name
-from wmtp.storage.uris import file_path, scheme_of
+from wmtp.storage.uris import check_answer, file_path, scheme_of
 
 __all__ = ["Input", "anchored", "hub_names_read", "inputs", "pinned", "plain_hub_name", "with_uris"]
 
@@ -152,7 +152,7 @@ def pinned(loaded: Loaded) -> dict[str, str]:
         if scheme == "file":
             continue
         try:
-            fixed = backends[scheme].pinned(given.uri)
+            fixed = check_answer(backends[scheme], "pinned", str, backends[scheme].pinned(given.uri))
         except ConfigError as error:
             text = _text_at(loaded.document.data, given.path)
             path = "" if text == given.uri or plain_name(text) is None else f"; nor is there a folder {file_path(text)}"

@@ -11,6 +11,7 @@ from attrs import define
 
 from wmtp.config.problems import KeyPath, dotted
 from wmtp.errors import ConfigError
+from wmtp.spelling import odd_character
 
 __all__ = ["Override", "parse_override"]
 
@@ -44,7 +45,8 @@ def parse_override(text: str) -> Override:
             return Override(path, _override_value(text, text[match.end() :].strip()))
     if "=" not in text:
         raise ConfigError(f"--set {text}: has no value; write --set {text or 'KEY'}=VALUE")
-    raise ConfigError(f"--set {text}: '{text.partition('=')[0]}' is no key; write it with dots, as in trainer.type=NAME")
+    key = text.partition("=")[0]
+    raise ConfigError(f"--set {text}: '{key}' is no key; write it with dots, as in trainer.type=NAME{odd_character(key)}")
 
 
 def _override_key(text: str) -> KeyPath | None:

@@ -12,6 +12,7 @@ import tomli
 
 from wmtp.config.problems import KeyPath
 from wmtp.errors import ConfigError
+from wmtp.spelling import odd_character
 
 __all__ = ["FileSource", "TableSource"]
 
@@ -48,7 +49,8 @@ class FileSource:
             self.data: dict[str, Any] = tomli.loads(self.text)
         except tomli.TOMLDecodeError as error:
             where = f"{self.name}:{error.lineno}: this is not TOML: {error.msg} (column {error.colno})"
-            hint = "" if Path(path).suffix == ".toml" else f"; {_RECIPE}"
+            hint = odd_character(self.text[error.pos : error.pos + 1])
+            hint += "" if Path(path).suffix == ".toml" else f"; {_RECIPE}"
             raise ConfigError(f"{where}{hint}") from None
         except RecursionError:
             raise ConfigError(f"{self.name}: is nested too deeply") from None

@@ -70,7 +70,7 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
         if not isinstance(found, Mapping):
             raise PluginError(f"{name}: evaluate returned a {type(found).__name__}, not numbers by name")
         for key, value in found.items():
-            if not isinstance(key, str) or not hasattr(value, "__float__"):
+            if not isinstance(key, str) or not _is_number(value):
                 raise PluginError(f"{name}: evaluate returned {value!r:.60} as {key!r}, not a number")
         own = {f"{label}/{key}": float(value) for key, value in found.items() if "/" not in key}
         numbers |= own
@@ -86,6 +86,14 @@ def _text(value: float | Estimate) -> str:
     if not isinstance(value, Estimate):
         return f"{value:.4g}"
     return f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers, say
+        return False
+    return not isinstance(value, str)
 
 
 def _details(config: Any, measured: Measured, found: Mapping[str, float | Estimate], seconds: float) -> dict[str, Any]:

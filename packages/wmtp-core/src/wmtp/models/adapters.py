@@ -26,6 +26,7 @@ from wmtp.errors import ConfigError, FileError
 from wmtp.models.anatomy import find_layers
 from wmtp.models.drawing import seeded
 from wmtp.models.quantized import dequantize_layers, quantize_layers
+from wmtp.models.tensor_fit import misfits
 from wmtp.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -347,14 +348,7 @@ def _short(targets: Any) -> list[str]:
 
 def _fill(base: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = {saved_name(name): tensor for name, tensor in base.named_parameters() if is_adapter_name(name)}
-    problems = [f"{name} is missing" for name in own if name not in state]
-    problems += [f"{name} is unexpected" for name in state if name not in own]
-    problems += [
-        f"{name} has shape {list(tensor.shape)} in place of {list(own[name].shape)}"
-        for name, tensor in state.items()
-        if name in own and tensor.shape != own[name].shape
-    ]
-    if problems:
+    if problems := misfits(own, state):
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise FileError(f"the tensors of the adapter do not fit its base: {'; '.join(problems[:5])}{more}")
     for name, tensor in state.items():

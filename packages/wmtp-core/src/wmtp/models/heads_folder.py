@@ -15,6 +15,7 @@ from wmtp.config.schema import HeadsConfig
 from wmtp.errors import FileError, WMTPError
 from wmtp.models.heads import HEAD_KINDS
 from wmtp.models.loaders.files import read_json, tensor_shapes
+from wmtp.models.tensor_fit import misfits
 from wmtp.storage.model_files import LAYERS_LIMIT
 
 __all__ = [
@@ -115,14 +116,6 @@ def load_heads(heads: nn.ModuleList, state: Mapping[str, Tensor]) -> None:
     Raises:
         WMTPError: one is missing, is too many, or has another shape.
     """
-    expected = heads.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is unexpected" for name in state if name not in expected]
-    problems += [
-        f"{name} has shape {list(tensor.shape)} in place of {list(expected[name].shape)}"
-        for name, tensor in state.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    if problems:
+    if problems := misfits(heads.state_dict(), state):
         raise WMTPError("the tensors of the extra heads do not fit the model: " + "; ".join(problems))
     heads.load_state_dict(dict(state))

@@ -168,7 +168,8 @@ def wmtp_storages() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 def wmtp_optimizers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
     """Optimizers.
 
-    ``build(parameters) -> torch.optim.Optimizer``; ``parameters`` is a list of ``(name, parameter)``. Every config class has
+    ``build(parameters) -> torch.optim.Optimizer``; ``parameters`` is a list of ``(name, parameter)``, and each must be in
+    one of its groups: one left out would never learn, and is an error. Every config class has
     the field ``lr``.
 
     Example::

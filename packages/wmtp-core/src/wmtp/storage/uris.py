@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote_to_bytes
 
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, PluginError
 from wmtp.plugins.loader import load_plugins
 from wmtp.redaction import redact
 from wmtp.storage.base import Storage
 
-__all__ = ["backend_for", "file_path", "localize", "scheme_of", "storage_scheme"]
+__all__ = ["backend_for", "check_answer", "file_path", "localize", "scheme_of", "storage_scheme"]
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # Linux'; others allow no more
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?")
+_Answer = TypeVar("_Answer")
 _Backend = TypeVar("_Backend")
 
 
@@ -136,6 +137,19 @@ def localize(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *, key:
     """
     backend = backend_for(uri, backends, key=key)
     try:
-        return backend.localize(uri, cache_dir)
+        found = backend.localize(uri, cache_dir)
     except ConfigError as error:
         raise (ConfigError([f"{key}: {problem}" for problem in error.problems]) if key else error) from error
+    return check_answer(backend, "localize", Path, found)
+
+
+def check_answer(backend: Storage, method: str, wanted: type[_Answer], found: object) -> _Answer:
+    """Validate the type of what a backend, perhaps of a plugin, has returned.
+
+    Raises:
+        PluginError: it has another one.
+    """
+    if not isinstance(found, wanted):
+        name = f"{type(backend).__module__}.{type(backend).__qualname__}"
+        raise PluginError(f"the storage backend {name}: {method} returned {found!r:.60}, not a {wanted.__name__}")
+    return found

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_model
 from torch import nn
 
 from wmtp.errors import WMTPError
+from wmtp.models.tensor_fit import misfits
 
 __all__ = ["load_module", "save_modules"]
 
@@ -52,13 +53,7 @@ def load_module(module: nn.Module, name: str, source: Path) -> None:
         raise WMTPError(f"{found}: not a whole safetensors file ({error})") from error
     own = module.state_dict()
     stored = {own[key].data_ptr() for key in tensors if key in own}  # tied tensors are stored once
-    problems = [f"{key} is missing" for key, tensor in own.items() if key not in tensors and tensor.data_ptr() not in stored]
-    problems += [f"{key} is unexpected" for key in tensors if key not in own]
-    problems += [
-        f"{key} has shape {list(tensor.shape)} in place of {list(own[key].shape)}"
-        for key, tensor in tensors.items()
-        if key in own and own[key].shape != tensor.shape
-    ]
-    if problems:
+    wanted = {key: tensor for key, tensor in own.items() if key in tensors or tensor.data_ptr() not in stored}
+    if problems := misfits(wanted, tensors):
         raise WMTPError(f"{found}: its tensors do not fit this run's {name!r}: {'; '.join(problems)}")
     module.load_state_dict(tensors, strict=False)

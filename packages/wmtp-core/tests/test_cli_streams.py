@@ -1,0 +1,39 @@
+"""The command where its standard streams are closed or full, or the folder it stands in is gone."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from wmtp.cli import main
+
+WMTP = f"{sys.executable} -m wmtp"
+
+
+@pytest.mark.parametrize(
+    ("closed", "expected"), [("plugins >&-", 0), ("plugins <&- >&- 2>&-", 0), ("check nope.toml >&- 2>&-", 2)]
+)
+def test_closed_streams_change_nothing_and_are_given_to_no_file(tmp_path, closed, expected):
+    done = subprocess.run(f"{WMTP} {closed}", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (expected, "", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
+@pytest.mark.parametrize("words", [["plugins"], ["plugins", "--json"]])
+def test_a_full_standard_output_is_an_error_without_a_traceback(words, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(words) == 1
+    assert capsys.readouterr().err == "error: standard output: No space left on device\n"
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert main(["plugins", "--json"]) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out)["problems"] == ["the current folder is gone: cd to one that exists, and try again"]
