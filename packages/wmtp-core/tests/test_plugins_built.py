@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import attrs
+import numpy as np
 import pytest
 import torch
 from tiny_recipe import TINY_MODEL, tiny_recipe
@@ -20,6 +21,8 @@ from wmtp.plugins.built import built
 from wmtp.plugins.contract import ComponentConfig
 from wmtp.storage.base import Storage
 from wmtp.storage.uris import check_answer, localize
+from wmtp.tokenizers.bytes import BytesTokenizer
+from wmtp.tokenizers.checks import check_tokenizer
 from wmtp.tracking import Tracker
 
 BASES = {
@@ -168,3 +171,33 @@ def test_a_storage_backend_answers_with_what_it_promises(tmp_path, method, wante
     }
     with pytest.raises(PluginError, match=rf"^the storage backend {__name__}.*Odd: {method} returned None, not a {wanted}$"):
         ask[method]()
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "said"),
+    [
+        ("encode", lambda *_: [1.5], "encode gave [1.5], not a list of whole numbers"),
+        ("encode", lambda *_: ["1"], "encode gave ['1'], not a list of whole numbers"),
+        ("encode", lambda *_: None, "encode gave None, not a list of whole numbers"),
+        ("encode", lambda *_: [9999], "encode gave the id 9999, outside of its vocabulary, 0..257"),
+        ("encode", lambda *_: [-1, 2], "encode gave the id -1, outside of its vocabulary, 0..257"),
+        ("encode_many", lambda *_, **__: [[1]], "encode_many gave 1 lists of ids for 2 texts"),
+        ("eos_id", property(lambda _: 258), "eos_id gave the id 258, outside of its vocabulary, 0..257"),
+        ("fingerprint", lambda _: None, "fingerprint returned None, not a text"),
+    ],
+)
+def test_a_tokenizer_gives_ids_of_its_vocabulary(method, value, said):
+    broken = type("Broken", (BytesTokenizer,), {method: value})()
+    with pytest.raises(PluginError, match=f"^mine: {re.escape(said)}$"):
+        check_tokenizer(broken, "mine")
+
+
+def test_a_tokenizer_of_a_small_alphabet_or_with_numbers_of_numpy_is_sound():
+    def encode(self, text):
+        if "(" in text:
+            raise ValueError("( is not in the alphabet")
+        return []
+
+    check_tokenizer(type("Small", (BytesTokenizer,), {"encode": encode})(), "mine")
+    numbers = type("Numbers", (BytesTokenizer,), {"encode": lambda self, text: np.frombuffer(text.encode(), np.uint8)})()
+    check_tokenizer(numbers, "mine")

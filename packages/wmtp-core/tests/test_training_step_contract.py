@@ -1,6 +1,7 @@
 """What the loop gives to a trainer, what it takes back, and what it says of anything else."""
 
 import math
+import re
 
 import attrs
 import pytest
@@ -53,6 +54,7 @@ def test_what_is_observed_need_not_be_of_floating_point(micro):
         (lambda v: torch.ones(v.batch.input_ids.shape, requires_grad=True), "carry a gradient"),
         (lambda v: v.batch.input_ids, "torch.int64; weights are floating-point"),
         (lambda v: 1.0, "returned a float"),
+        (lambda v: v.uniform().to_sparse(), "returned a torch.sparse_coo tensor; weights are dense"),
     ],
 )
 def test_weights_of_the_wrong_form_are_an_error_that_names_the_trainer(returned, words):
@@ -120,6 +122,25 @@ def test_a_trainer_cannot_change_what_the_loop_goes_on_to_use(method, name, chan
     with pytest.raises(PluginError) as error:
         gradients(make_model(), Changing(), make_batch(packed=False), micro=micro)
     assert str(error.value).startswith(f"trainer 'mine' (mine 1.0): it changed {name} in place")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("view.batch.input_ids", lambda view: view.batch.input_ids.zero_()),
+        ("view.targets.valid", lambda view: view.targets.valid.fill_(True)),
+        ("view.trunk", lambda view: view.trunk.detach().mul_(2)),
+        ("view.hidden[0]", lambda view: view.hidden[0].detach().zero_()),
+    ],
+)
+def test_a_trainer_cannot_change_what_it_observes(name, change):
+    class Changing(Trainer):
+        def observe(self, view):
+            change(view)
+            return {}
+
+    with pytest.raises(PluginError, match=re.escape(f"trainer 'mine' (mine 1.0): it changed {name} in place")):
+        gradients(make_model(), Changing(), make_batch(packed=False), micro=2)
 
 
 class Forgets(Trainer):

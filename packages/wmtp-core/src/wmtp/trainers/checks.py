@@ -152,6 +152,8 @@ def place_weights(weights: object, targets: Targets, trainer: str) -> Tensor:
         )
     if not isinstance(weights, Tensor):
         raise PluginError(f"{trainer}.token_weights returned a {type(weights).__name__}, not a tensor")
+    if weights.layout != torch.strided:
+        raise PluginError(f"{trainer}.token_weights returned a {weights.layout} tensor; weights are dense: use to_dense()")
     if weights.requires_grad:
         raise PluginError(
             f"{trainer}.token_weights returned weights that carry a gradient; detach them, or the model learns to change its "
@@ -172,7 +174,10 @@ def place_weights(weights: object, targets: Targets, trainer: str) -> Tensor:
 
 def observed(trainer: Trainer, view: HiddenView, name: str) -> dict[str, Tensor]:
     """Ask `Trainer.observe`. Arguments and errors: see `given_weights`."""
-    return _token_tensors("observe", asked(trainer, "observe", name, view), view.targets, name)
+    before = versions(view)
+    found = asked(trainer, "observe", name, view)
+    check_unchanged(view, before, name)
+    return _token_tensors("observe", found, view.targets, name)
 
 
 def token_details(trainer: Trainer, view: StepView, name: str) -> dict[str, Tensor]:
@@ -350,12 +355,12 @@ def checked_state(trainer: Trainer, name: str) -> dict[str, Any]:
     return dict(state)
 
 
-def versions(view: StepView) -> dict[str, int]:
+def versions(view: StepView | HiddenView) -> dict[str, int]:
     """Count how often each tensor of a view was changed in place, as torch does anyway."""
     return {name: tensor._version for name, tensor in _tensors(view)}
 
 
-def check_unchanged(view: StepView, before: Mapping[str, int], name: str) -> None:
+def check_unchanged(view: StepView | HiddenView, before: Mapping[str, int], name: str) -> None:
     """Refuse what a trainer has done to the loop's own numbers: losses that are logged, targets, tokens.
 
     Args:
@@ -371,8 +376,9 @@ def check_unchanged(view: StepView, before: Mapping[str, int], name: str) -> Non
             raise PluginError(f"{name}: it changed view.{key} in place, which the loop still uses; change a clone() of it")
 
 
-def _tensors(view: StepView) -> Iterator[tuple[str, Tensor]]:
+def _tensors(view: StepView | HiddenView) -> Iterator[tuple[str, Tensor]]:
     batch, targets = view.batch, view.targets
+    is_step = isinstance(view, StepView)
     named = {
         "batch.input_ids": batch.input_ids,
         "batch.document": batch.document,
@@ -381,8 +387,12 @@ def _tensors(view: StepView) -> Iterator[tuple[str, Tensor]]:
         "batch.weight": batch.weight,
         "targets.ids": targets.ids,
         "targets.valid": targets.valid,
-        "token_loss": view._token_loss,
-        "entropy": view._entropy,
+        "token_loss": view._token_loss if is_step else None,
+        "entropy": view._entropy if is_step else None,
+        "trunk": None if is_step else view.trunk,
     }
     yield from ((key, tensor) for key, tensor in named.items() if tensor is not None)
-    yield from ((f"observations[{key!r}]", tensor) for key, tensor in view.observations.items())
+    if is_step:
+        yield from ((f"observations[{key!r}]", tensor) for key, tensor in view.observations.items())
+    else:
+        yield from ((f"hidden[{index}]", tensor) for index, tensor in enumerate(view.hidden))

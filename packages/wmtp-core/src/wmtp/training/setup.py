@@ -128,11 +128,13 @@ def _check_lora(loader: ModelLoader, lora: LoraConfig, path: Path | None) -> Non
 def _open_tokenizer(config: Config, place: Place, model_path: Path | None) -> Tokenizer:
     """Open the tokenizer that the config names, or the base model's own."""
     from wmtp.models.vocabulary import check_reading
+    from wmtp.tokenizers.checks import check_tokenizer
     from wmtp.tokenizers.load import load_tokenizer
 
     if config.tokenizer is not None:
         named = place.path(config.tokenizer, "tokenizer")
         chosen = built(config.tokenizer, "tokenizers", model_path if named is None else named)
+        check_tokenizer(chosen, provenance(config.tokenizer, "tokenizer"))
         if model_path is not None and (beside := _readable_tokenizer(config, model_path)) is not None:
             check_reading(beside, chosen)
         return chosen
