@@ -27,7 +27,7 @@ _FORMAT: Final = torch.float8_e4m3fn
 
 @define(kw_only=True, slots=False)
 class Fp8Logits:
-    """Which products of the loss are in fp8, and how.
+    """Products of the loss that are in fp8, and their scales.
 
     Args:
         gradient: of the hidden states too; else the logits alone.
