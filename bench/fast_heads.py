@@ -145,8 +145,8 @@ def write_prompts(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
         records = [record for _, record in sorted(learned, key=lambda pair: pair[0])]
         records += [half for record in records if (half := halved(record)) is not None]
         records = [record for record in records if len(record["prompt"]) <= arguments.prompt_chars][: arguments.prompts]
-        # rows that are decoded together are of like length; the longest come first, so that all batches fit into their memory
-        records.sort(key=lambda record: -len(record["prompt"]))
+        # rows that are decoded together are of like length: a batch's cache is as long as its longest
+        records.sort(key=lambda record: len(record["prompt"]))
         data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         other.write_text(json.dumps([prompt for _, prompt in sorted(held_out)][: arguments.held_out]), encoding="utf-8")
     prompts = json.loads(other.read_text(encoding="utf-8"))

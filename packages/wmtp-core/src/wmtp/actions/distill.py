@@ -131,8 +131,6 @@ def distill_data(
     opened = open_model(model, device=pick_device(device), precision=precision, storage=storage)
     if compiled:
         compile_model(opened.model)
-    elif opened.model.anatomy.output.weight.device.type == "cuda":
-        opened.model.use_block_attention()  # a large batch's keys and values are not copied for each head that shares them
     if speculative and opened.model.horizon == 1:
         raise ConfigError("--speculative: this model has no extra heads (H = 1), so nothing can draft; leave it out")
     speaker = _Speaker(opened, read, use_template=template == "auto" and opened.tokenizer.chat_template is not None)
