@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,5 +44,7 @@ def dequantize(packed: Tensor, scales: Tensor, table: Tensor, out: Tensor, *, bl
         block: weights that share a scale.
     """
     kernel: Any = _dequantize_kernel
-    kernel[(-(-scales.numel() // _ROWS),)](packed, scales, table, out, out.numel(), packed.numel(), ROWS=_ROWS, WIDTH=block)
+    programs = -(-scales.numel() // _ROWS)
+    with torch.cuda.device_of(packed):  # Triton computes on the current device, wherever its arguments are
+        kernel[(programs,)](packed, scales, table, out, out.numel(), packed.numel(), ROWS=_ROWS, WIDTH=block)
     return out
