@@ -39,8 +39,6 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "spared": {"first_layers": 1, "last_layers": 1},
     "rowwise": {"recipe": "rowwise"},
     "gw-hp": {"recipe": "rowwise-gw-hp"},
-    "joint": {"joint": True},
-    "joint-logits": {"joint": True, "logits": "hidden-gradient"},
     "logits": {"logits": "forward"},
     "logits-both": {"logits": "hidden-gradient"},
 }

@@ -1,9 +1,10 @@
-"""A folder in bf16 on two ranks: what each reads and allocates, and that the numbers are those of one process.
+"""A folder in bf16 or fp16 on two ranks: what each reads and allocates, and that the numbers are those of one process.
 
 Run by test_distributed.py in each of two processes, with a folder to write to as argument, and with a strategy.
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes of all memory that operations take, and of what is copied from tensors in bf16."""
+    """Bytes of all memory that operations take, and of what is copied from tensors of 16 bits."""
 
     def __init__(self):
         super().__init__()
@@ -43,16 +44,16 @@ class Traffic(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if plain(tensor) and tensor.untyped_storage()._cdata not in given:
                 self.taken += tensor.untyped_storage().nbytes()
-        if func is torch.ops.aten.copy_.default and args[1].dtype == torch.bfloat16:
+        if func is torch.ops.aten.copy_.default and args[1].dtype in (torch.bfloat16, torch.float16):
             self.read += args[1].nbytes
         return out
 
 
-def write(folder, seed):
+def write(folder, seed, dtype=torch.bfloat16):
     torch.manual_seed(seed)
     shape = LlamaConfig(vocab_size=1024, hidden_size=384, num_hidden_layers=3, intermediate_size=1024, num_attention_heads=4,
                         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None)  # fmt: skip
-    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(shape).to(dtype).save_pretrained(folder)
 
 
 def plain(tensor):
@@ -67,10 +68,10 @@ def place(config, folder, ranks, precision="bf16"):
     return model
 
 
-def configured(folder, horizon, strategy):
+def configured(folder, horizon, strategy, **base):
     return load_config(
         {
-            "models": {"base": {"type": "hf", "uri": str(folder), "heads": {"horizon": horizon, "init": "random"}},
+            "models": {"base": {"type": "hf", "uri": str(folder), "heads": {"horizon": horizon, "init": "random"}} | base,
                        "ref": {"type": "hf", "uri": str(folder)}},
             "tokenizer": {"type": "bytes"},
             "datasets": {"code": {"type": "python-source"}},
@@ -79,6 +80,11 @@ def configured(folder, horizon, strategy):
             "devices": {"device": "cpu", "precision": "bf16", "fsdp": {"strategy": strategy}},
         }
     )  # fmt: skip
+
+
+def lora_cases(folder):
+    """The same with an adapter, where PEFT is installed."""
+    return [(folder, {"lora": {"rank": 2}})] if find_spec("peft") else []
 
 
 def all_cases(ranks, folder, strategy):
@@ -95,6 +101,16 @@ def all_cases(ranks, folder, strategy):
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(whole(parameter), expected[name]), (strategy, name)
+
+    for kind, base in ((folder.with_name("half"), {}), *lora_cases(folder)):
+        with Traffic() as traffic:
+            model = place(configured(kind, 1, strategy, **base), kind, ranks)
+        assert traffic.taken < (2 * share + 0.6) * size, (kind, base, strategy, traffic.taken / size)
+        assert 0.9 * share < traffic.read / size < share + 0.01, (kind, base, strategy, traffic.read / size)
+        expected = dict(place(configured(kind, 1, strategy, **base), kind, SINGLE_PROCESS).named_parameters())
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == torch.float32
+            assert torch.equal(whole(parameter), expected[name]), (kind, base, strategy, name)
 
     # a reference in the files' type takes no memory of its own, on any rank
     with Traffic() as traffic:
@@ -115,5 +131,6 @@ if __name__ == "__main__":
     with one_process_group() as everyone:
         own = Path(sys.argv[1])
         everyone.main_only(lambda: [write(own / name, seed) for seed, name in enumerate(("model", "other"))] and None)
+        everyone.main_only(lambda: write(own / "half", 2, torch.float16))
         all_cases(everyone, own / "model", sys.argv[2])
         print("all equal" if everyone.is_main else "", flush=True)

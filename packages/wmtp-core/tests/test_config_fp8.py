@@ -54,10 +54,6 @@ def test_what_can_be_passes(sets):
         (["devices.fp8={recipe = 'row'}"], "devices.fp8.recipe"),
         (["devices.fp8={logits = 'all'}"], "devices.fp8.logits"),
         (
-            ["devices.fp8={joint = true}", "devices.activation_checkpointing=full"],
-            'devices.fp8.joint: devices.activation_checkpointing = "full" computes maps apart',
-        ),
-        (
             ["devices.fp8={logits = 'forward'}", "models.base.heads.horizon=3", "models.base.heads.objective=kl"],
             'devices.fp8.logits: models.base.heads.objective = "kl" compares logits in bf16; write "none"',
         ),

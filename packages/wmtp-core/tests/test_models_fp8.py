@@ -113,58 +113,6 @@ def test_maps_that_fp8_cannot_compute_or_that_gain_nothing_stay_in_bf16():
         multiply_in_fp8(make(), devices(exclude=("nothing",)))
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-@pytest.mark.parametrize("bias", [False, True])
-def test_joint_products_are_those_of_the_maps_apart_but_for_the_scale(recipe, bias):
-    results = []
-    for joint in (False, True):
-        model = make()
-        for module in model.anatomy.layers.modules() if bias else ():
-            if isinstance(module, nn.Linear) and module.in_features == model.hidden_size:
-                module.bias = nn.Parameter(torch.full((module.out_features,), 0.01, dtype=torch.bfloat16))
-        multiply_in_fp8(model, devices(recipe=recipe, joint=joint))
-        results.append(run(model))
-    (expected, gradients), (hidden, found) = results
-    assert error(hidden, expected) < (0.05 if recipe == "tensorwise" else 1e-3)
-    assert found.keys() == gradients.keys()
-    # what all keys share changes no attention: its gradient is noise
-    assert all(error(found[name], gradients[name]) < 0.25 for name in gradients if not name.endswith("k_proj.bias"))
-
-
-def test_joint_products_change_no_name_follow_other_inputs_and_products_in_bf16():
-    plain, _ = run(make())
-    model = make()
-    before = dict(model.named_parameters())
-    multiply_in_fp8(model, devices(joint=True))
-    assert dict(model.named_parameters()) == before
-    attention = model.anatomy.layers[0].self_attn
-    x, y = torch.randn(2, 3, model.hidden_size, dtype=torch.bfloat16)
-    alone = attention.k_proj(x)
-    attention.q_proj(y)
-    assert torch.equal(attention.k_proj(x), alone), "what waits is of another input"
-    first, _ = run(model)
-    with products_in_bf16(model):
-        inside, _ = run(model)
-    assert torch.equal(inside, plain)
-    assert torch.equal(run(model)[0], first)
-    with pytest.raises(ConfigError, match=r"devices.fp8.joint: no layer of this model has q_proj"):
-        multiply_in_fp8(make(), devices(joint=True, exclude=("*.k_proj", "*.up_proj")))
-
-
-@pytest.mark.slow
-def test_joint_products_are_traced_whole(monkeypatch):
-    real, results = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda f, **_: real(f, backend="aot_eager", fullgraph=True))
-    for compiled in (False, True):
-        model = make(horizon=2)
-        multiply_in_fp8(model, devices(joint=True))
-        accelerate(model, devices(compiled=compiled))
-        results.append(run(model))
-    (expected, gradients), (hidden, found) = results
-    assert error(hidden, expected) < 0.02
-    assert all(error(found[name], gradients[name]) < 0.1 for name in gradients)
-
-
 def test_logits_in_fp8_are_asked_for_by_name_and_need_whole_pieces():
     assert fp8_logits(devices()) is None
     assert fp8_logits(DevicesConfig()) is None

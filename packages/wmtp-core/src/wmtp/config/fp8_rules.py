@@ -32,12 +32,6 @@ def fp8_problems(config: Config) -> Iterator[Problem]:
             ("devices", "fp8", "fast_accumulation"),
             '"all" with recipe = "rowwise" gave numbers on a GPU unlike their emulation; write "forward", or another recipe',
         )
-    if devices.fp8 is not None and devices.fp8.joint and devices.activation_checkpointing != "none":
-        yield Problem(
-            ("devices", "fp8", "joint"),
-            f'devices.activation_checkpointing = "{devices.activation_checkpointing}" computes maps apart from each other; '
-            "remove one of them",
-        )
     heads = config.models["base"].heads
     if devices.fp8 is not None and devices.fp8.logits != "none" and heads is not None and heads.objective != "ce":
         yield Problem(

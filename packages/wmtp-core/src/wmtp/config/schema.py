@@ -169,8 +169,6 @@ class Fp8Config:
         last_layers: decoder layers at the end that stay in bf16.
         min_features: maps with fewer input or output features stay in bf16: they gain nothing.
         exclude: maps that stay in bf16, by patterns of their names: ``["*.k_proj", "extra_heads.*"]``.
-        joint: multiplies queries, keys and values at once, and gate and up, each with one scale; not with activation
-            checkpointing.
         logits: products of the unembedding in fp8 while training, whatever the recipe with one scale for a tensor. ``none``;
             ``forward``: the logits; ``hidden-gradient``: also the gradient of the hidden states. That of the unembedding stays
             in bf16.
@@ -183,7 +181,6 @@ class Fp8Config:
     last_layers: int = field(default=0, validator=ge(0))
     min_features: int = field(default=256, validator=ge(16))
     exclude: tuple[str, ...] = ()
-    joint: bool = False
     logits: Literal["none", "forward", "hidden-gradient"] = "none"
     emulate: bool = False
 

@@ -103,8 +103,8 @@ def build_model(
         # peft puts maps into modules of its own, and makes new adapters in their type
         now = {places[id(parameter)]: name for name, parameter in model.named_parameters() if id(parameter) in places}
         model.stored = {now[name]: own for name, own in model.stored.items() if name in now}
-        for name, parameter in model.named_parameters():
-            if is_adapter_name(name):
+        for place, parameter in model.named_parameters():
+            if is_adapter_name(place):
                 parameter.data = parameter.data.float()
     return model
 

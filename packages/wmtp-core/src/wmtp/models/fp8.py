@@ -98,14 +98,6 @@ def multiply_in_fp8(model: MTPModel, devices: DevicesConfig) -> int:
 
     for layer in repeated_layers(model):
         convert_to_float8_training(layer, config=config, module_filter_fn=lambda module, _: id(module) in chosen)
-    if fp8.joint:
-        from wmtp.models.fp8_joint import join_maps
-
-        if not sum(map(join_maps, repeated_layers(model))):
-            raise ConfigError(
-                "devices.fp8.joint: no layer of this model has q_proj, k_proj and v_proj, or gate_proj and up_proj, that "
-                "multiply in fp8 and have no adapter; remove it"
-            )
     if not devices.compile and not fp8.emulate:
         logger.warning("devices.precision: fp8 without devices.compile = true is slower than bf16: scaling is not fused")
     logger.info("fp8: %d of %d linear maps of the layers, %s", len(chosen), len(maps), fp8.recipe)
@@ -177,7 +169,7 @@ def _examples(maps: dict[str, nn.Linear]) -> str:
 
 
 def _is_fp8(module: nn.Module) -> bool:
-    return any(kind.__module__ == "torchao.float8.float8_linear" for kind in type(module).__mro__)
+    return type(module).__module__ == "torchao.float8.float8_linear"
 
 
 def _torchao_config(fp8: Fp8Config) -> Any:

@@ -24,6 +24,8 @@ __all__ = ["CARDS", "Card", "describe_speed", "step_seconds"]
 _RATE: Final = 0.69
 #: times that products of layers are faster in fp8
 _FP8: Final = 1.38
+#: the same for logits, and for the gradient of the hidden states
+_FP8_LOGITS, _FP8_HIDDEN = 1.8, 1.37
 #: share of its memory's rate
 _BANDWIDTH: Final = 0.83
 #: bytes that a layer moves between its products, forward and backward, by the bytes that it keeps for the backward pass
@@ -111,6 +113,11 @@ def step_seconds(
     bytes_moved = tokens * moved + _OPTIMIZER * learned / (world_size if shared else 1)
     if devices.precision == "fp8":
         operations -= products * layers * info.layer_parameters * (1 - 1 / _FP8)
+        logits = "none" if devices.fp8 is None else devices.fp8.logits
+        if logits != "none":
+            operations -= 2 * heads.horizon * vocabulary * width * (1 - 1 / _FP8_LOGITS)
+        if logits == "hidden-gradient":
+            operations -= 2 * heads.horizon * vocabulary * width * (1 - 1 / _FP8_HIDDEN)
     seconds = tokens * operations / (_RATE * (card.matrix if half else card.fp32)) + bytes_moved / (_BANDWIDTH * card.memory)
     if world_size > 1:
         gathered = 2 * compute * (info.parameters + head_parameters(info, heads)) if shared else 0
