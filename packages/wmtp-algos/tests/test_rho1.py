@@ -16,9 +16,10 @@ from wmtp.models.mtp import MTPModel
 from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, make_view, pad, random_step, tiny_model
 from wmtp.trainers import Stage, TrainerSetup
 from wmtp.training.step import StepLoss
-from wmtp_algos import Rho1WMTP
+from wmtp_algos import Focal, Rho1WMTP
 from wmtp_algos.reference import next_token_losses
 from wmtp_algos.rho1_wmtp import Rho1WMTPTrainer
+from wmtp_algos.selection import Groups
 
 
 def reference_model(dtype=torch.float64, seed=3):
@@ -236,6 +237,12 @@ def test_of_equal_scores_the_first_are_kept():
     places = sorted(ours)
     assert [ours[place] for place in places] == sorted((ours[place] for place in places), reverse=True)
     assert sum(ours.values()) == round(0.5 * len(ours))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence", "head"])
+def test_all_that_is_valid_is_kept_and_nothing_else_where_the_share_is_1(scope):
+    view = make_view(Focal(), pad(random_step(1, packed=True), columns=5, rows=2))
+    assert torch.equal(Groups.of(scope, view).top(view.token_loss, 1.0), view.targets.valid)
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.3, 0.5, 0.9, 1.0])
