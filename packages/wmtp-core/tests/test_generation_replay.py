@@ -209,7 +209,7 @@ def test_few_tokens_attend_to_shared_keys_as_repeated_ones() -> None:
         wanted = torch.nn.functional.scaled_dot_product_attention(
             query[:, :, place], key.repeat_interleave(3, 1), value.repeat_interleave(3, 1), attn_mask=mask[:, :, place]
         )
-        found, _ = attention._attend(torch.nn.Identity(), query[:, :, place], key, value, mask[:, :, place])
+        found, _ = attention.attend(torch.nn.Identity(), query[:, :, place], key, value, mask[:, :, place])
         torch.testing.assert_close(found, wanted.transpose(1, 2), rtol=1e-5, atol=1e-6)
         for form in (mask[:, :, place], torch.where(mask[:, :, place], 0.0, -torch.inf)):
             repeated = (key.repeat_interleave(3, 1), value.repeat_interleave(3, 1))
