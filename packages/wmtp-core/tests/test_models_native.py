@@ -261,7 +261,7 @@ class TestDamagedFolders:
         folder = self.changed(folder_of, tmp_path, "qwen3_5", change)
         self.refused(folder, r"several layouts, 'qwen' \(mtp\..*\) and 'mimo'")
 
-    def test_a_config_that_promises_layers_that_are_all_missing(self, folder_of, tmp_path: Path):
+    def test_a_config_that_promises_layers_that_are_all_missing(self, folder_of, tmp_path: Path, caplog):
         def change(tensors, _):
             for name in [name for name in tensors if name.startswith("mtp.")]:
                 del tensors[name]
@@ -271,8 +271,13 @@ class TestDamagedFolders:
             opened(folder, HeadsConfig(horizon=2, kind="native"))
         model = opened(folder, HeadsConfig(horizon=2))
         assert model.heads.kind == "block"
+        assert "config.json says mtp_num_hidden_layers = 1, and the folder holds no layer for multi-token" in caplog.text
         model.save_pretrained(tmp_path / "saved")
-        assert json.loads((tmp_path / "saved" / "config.json").read_text())["mtp_num_hidden_layers"] == 0
+        assert '"mtp_num_hidden_layers": 0' in (tmp_path / "saved" / "config.json").read_text()  # a number, and not false
+        caplog.clear()
+        load_model(tmp_path / "saved")
+        load_model(folder_of("qwen3_5"))
+        assert "config.json says" not in caplog.text
 
 
 def test_a_multimodal_folder_is_whole_again_and_its_own_layer_is_trained(folder_of, tmp_path: Path):

@@ -184,7 +184,7 @@ def _count_mtp_layers(names: Collection[str], layers: int) -> int:
     stems = {found[1] for name in names if (found := re.match(rf"(.*?\b)layers\.{layers - 1}\.", name))}
     found = [name for name in names if is_mtp_name(name, stems, layers)]
     numbers = {number[1] for name in found if (number := re.search(r"[._](\d+)\.", name))}
-    return len(numbers) or bool(found)
+    return len(numbers) or int(bool(found))
 
 
 def _with_text_fields(own: Mapping[str, Any], text_table: str | None, model: PreTrainedModel) -> dict[str, Any]:

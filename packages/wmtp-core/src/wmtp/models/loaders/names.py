@@ -52,6 +52,7 @@ class Opening:
         native: layers for multi-token prediction among ``untouched`` that can be heads.
         plain: the model's name of each tensor that it takes as it is, with the folder's name.
         types: safetensors' names of the types of all tensors that the model takes.
+        missing: fields of ``config.json`` that promise layers for multi-token prediction of which the folder holds none.
     """
 
     untouched: Untouched
@@ -60,6 +61,7 @@ class Opening:
     native: Native | None = None
     plain: Mapping[str, str] = Factory(dict)
     types: frozenset[str] = frozenset()
+    missing: Mapping[str, int] = Factory(dict)
 
 
 @frozen(kw_only=True)
@@ -132,6 +134,7 @@ def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
         native=native,
         plain=match.plain,
         types=frozenset(stored[name].dtype for names in match.taken.values() for name in names),
+        missing={} if mtp else _said_layers(folder, config),
     )
 
 
@@ -178,6 +181,12 @@ def _check_types(folder: Path, stored: Mapping[str, StoredTensor], match: _Match
             f"{folder}: holds weights in fp8 ({_some(small)}), and its config.json does not say how they are scaled; use the "
             "model in bf16 or fp32"
         )
+
+
+def _said_layers(folder: Path, config: PreTrainedConfig) -> dict[str, int]:
+    """Return what the file itself promises; a model's defaults are no promise of this folder."""
+    content = read_json(folder / "config.json")
+    return promised_layers(content) | promised_layers(content.get(text_table(config) or "") or {})
 
 
 def _mtp_names(config: PreTrainedConfig, match: _Match) -> set[str]:
