@@ -118,7 +118,10 @@ def peak_of(work: Callable[[], object]) -> int:
 
 def resident() -> int:
     """Return the bytes in memory of this process and its children."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    children: list[str] = []
+    for thread in Path("/proc/self/task").iterdir():  # each lists the processes that it has started itself
+        with suppress(OSError):
+            children += (thread / "children").read_text().split()
     total = 0
     for each in ("self", *children):
         with suppress(OSError):
