@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmtp.loss import Unembedding, token_losses, token_statistics, weighted_cross_entropy
 from wmtp.loss.torch_backend import plain as loss_module
+from wmtp.loss.weights import weight_statistics
 
 
 def plain(hidden, unembeddings, ids, coefficients):
@@ -256,3 +257,12 @@ def test_entropy_of_a_sure_prediction_is_0_and_of_a_blind_one_log_v():
     assert entropy[:, 0].tolist() == pytest.approx([0.0, math.log(4)])
     _, entropy = token_statistics([hidden], [Unembedding(weight=weight)], ids, valid.bool(), entropy=True, top_k=2)
     assert entropy[:, 0].tolist() == pytest.approx([0.0, math.log(2)])
+
+
+def test_statistics_of_weights_are_of_valid_predictions():
+    weights, valid = torch.tensor([[[2.0, 0.0], [3.0, 0.0]]]), torch.tensor([[[True, False], [True, False]]])
+    found = {name: float(value) for name, value in weight_statistics(weights, valid).items()}
+    assert found == pytest.approx(
+        {"weight/mean": 2.5, "weight/std": 0.5, "weight/min": 2.0, "weight/max": 3.0}
+        | {"weight/ess": 25 / 13, "weight/ess_share": 25 / 26, "weight/zero_share": 0.0}
+    )
