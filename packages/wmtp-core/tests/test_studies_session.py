@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 import tomli_w
@@ -186,6 +187,20 @@ def test_ctrl_c_waits_for_the_runs_and_begins_no_other(folder, todo):
     (folder / "rho1").unlink()
     study("study.toml")
     assert trained(folder) == ["rho10", "baseline1", "rho11", "baseline2", "rho12"]
+
+
+def test_a_worker_of_a_study_in_the_background_of_a_script_hears_of_ctrl_c():
+    words = [sys.executable, "-m", "wmtp.actions.study_worker"]
+    inherits = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=inherits) as worker:
+        try:
+            until = time.monotonic() + 60
+            while worker.poll() is None and time.monotonic() < until:
+                worker.send_signal(signal.SIGINT)
+                time.sleep(0.2)
+            assert worker.poll() is not None
+        finally:
+            worker.kill()
 
 
 def test_runs_of_an_edited_arm_no_longer_count_and_that_is_said(folder, capsys):

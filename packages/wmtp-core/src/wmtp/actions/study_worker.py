@@ -26,6 +26,7 @@ __all__ = ["main"]
 
 def main() -> int:
     """Train what comes until there is no more, or one run did not end well."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a study in a script's background inherits that it is ignored
     answers = os.fdopen(os.dup(1), "w")
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     state = {"trains": False}
