@@ -1,4 +1,4 @@
-"""Speed of tokenising: the token cache, beside `tokenizers` alone and `datasets.map`.
+"""Speed of tokenizing: the token cache, beside `tokenizers` alone and `datasets.map`.
 
     uv run python bench/tokenise.py TOKENIZER_FOLDER [FILE.jsonl] [--rounds 3] [--megabytes 24] [--forms long,short,pairs]
     uv run python bench/tokenise.py TOKENIZER_FOLDER --memory 300
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def compared(name: str, data: Path, tokenizer: HfTokenizer, rounds: int) -> None:
-    """Measure the ways to tokenise a file."""
+    """Measure the ways to tokenize a file."""
     texts = list(texts_of(data))
     tokens = sum(len(ids) for start in range(0, len(texts), 1000) for ids in tokenizer.encode_many(texts[start : start + 1000]))
     print(f"{name}: {len(texts):,} texts, {tokens:,} tokens, {len(os.sched_getaffinity(0))} cores", flush=True)
@@ -162,7 +162,7 @@ def store(data: Path, tokenizer: HfTokenizer) -> object:
 
 
 def mapped(texts: Sequence[str], tokenizer: HfTokenizer, processes: int | None = None) -> object:
-    """Tokenise with the package datasets, in batches, into a cache of its own."""
+    """Tokenize with the package datasets, in batches, into a cache of its own."""
     datasets = import_module("datasets")
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:

@@ -58,8 +58,8 @@ def test_runs_of_one_process_are_as_if_each_were_alone(recipe, wmtp, tmp_path):
     alone = wmtp("run", str(rho1 / "config.toml"), "--run-name", "alone", "--set", f"run.output_dir={tmp_path}/runs")
     assert alone.returncode == 0, alone.stderr
     assert losses(tmp_path / "runs" / "alone") == losses(rho1)
-    tokenised = [path for path in (tmp_path / "studies/small/tokens").iterdir() if path.is_dir()]
-    assert len(tokenised) == 1  # once for all runs
+    tokenized = [path for path in (tmp_path / "studies/small/tokens").iterdir() if path.is_dir()]
+    assert len(tokenized) == 1  # once for all runs
 
 
 @pytest.mark.slow

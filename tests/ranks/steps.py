@@ -155,7 +155,7 @@ def compare(case, ranks, make_trainer, strategy, *, heads=None, packed=False, ro
             # with a small eps Adam's first step would be the sign of gradients that are next to nothing
             tolerance = {"rtol": 1e-4, "atol": 2e-6} if what != "parameter" else {"rtol": 1e-4, "atol": 2e-5}
             if what == "parameter" and optimizer == "muon":
-                tolerance["atol"] = 4e-3  # it orthogonalises in bf16; an update is about 8e-3
+                tolerance["atol"] = 4e-3  # it orthogonalizes in bf16; an update is about 8e-3
             torch.testing.assert_close(
                 left[name], right[name], **tolerance, equal_nan=True, msg=lambda m, n=name, w=what: f"{case}: {w} {n}: {m}"
             )

@@ -65,7 +65,7 @@ def loop_lambda_returns(document, value, rewards, gamma, lam):
 
 
 def loop_advantages(document, value, rewards, gamma, lam):
-    """Generalised advantages, and the temporal differences that they are made of."""
+    """Generalized advantages, and the temporal differences that they are made of."""
     gae, td = torch.zeros_like(value), torch.zeros_like(value)
     for b, start, stop, number in stretches(document):
         running = 0.0

@@ -84,7 +84,7 @@ def chat_tokenizer(folder, template, eos="<|im_end|>", bos=None, special=SPECIAL
 
 
 def learned_texts(tokenizer, document):
-    """The runs of tokens to learn of a tokenised example, decoded with their special tokens."""
+    """The runs of tokens to learn of a tokenized example, decoded with their special tokens."""
     from wmtp.data.tokenized import LEARNED
 
     texts, place = [], 0

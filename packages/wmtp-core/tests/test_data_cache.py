@@ -50,7 +50,7 @@ class UpperCaseTokenizer(BytesTokenizer):
         return "upper"
 
 
-def test_the_second_preparation_tokenises_nothing(tmp_path):
+def test_the_second_preparation_tokenizes_nothing(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", PAIRS)
     tokenizer = CountingTokenizer()
     first = prepare_file(tmp_path, path, tokenizer)
@@ -65,7 +65,7 @@ def test_the_second_preparation_tokenises_nothing(tmp_path):
         assert texts(second.train) == texts(first.train)
 
 
-def test_a_changed_byte_or_tokenizer_or_key_is_tokenised_anew(tmp_path):
+def test_a_changed_byte_or_tokenizer_or_key_is_tokenized_anew(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", PAIRS)
     prepare_file(tmp_path, path)
     assert texts(prepare_file(tmp_path, path, UpperCaseTokenizer()).train)[0] == "Q0 ANSWER 0"

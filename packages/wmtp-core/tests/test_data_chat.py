@@ -78,7 +78,7 @@ class TestChat(DataLoaderTests):
         ({"messages": [USER, ANSWER], "prompt": "q", "source": "x"}, [("user", "q"), ("assistant", "a")], 0),
     ],
 )
-def test_the_form_of_a_record_is_recognised(tmp_path, record, wanted, first_learned):
+def test_the_form_of_a_record_is_recognized(tmp_path, record, wanted, first_learned):
     (example,) = read(tmp_path, record)
     assert roles(example) == wanted
     assert example.first_learned == first_learned

@@ -1,4 +1,4 @@
-"""From config and files to tokenised documents and splits."""
+"""From config and files to tokenized documents and splits."""
 
 import logging
 

@@ -61,7 +61,7 @@ def spaced(folder):
 
 
 def made(folder, config, tokenizer, name, bad="skip", **options):
-    """Tokenise the data set of a config into a cache of its own."""
+    """Tokenize the data set of a config into a cache of its own."""
     data = folder / "data.jsonl"
     return token_store("data", config, data, tokenizer, cache_dir=folder / name, on_bad_example=bad, **options)
 
@@ -106,7 +106,7 @@ def test_a_process_that_is_killed_is_done_without(tmp_path, monkeypatch, started
     monkeypatch.setattr(EncodingProcess, "encode_many", killed_once)
     with caplog.at_level(logging.WARNING, "wmtp"):
         found = made(tmp_path, config, tokenizer, "killed")
-    assert caplog.text.count("a process that tokenises has ended") == 1
+    assert caplog.text.count("a process that tokenizes has ended") == 1
     assert all(process.poll() is not None for process in started)
     monkeypatch.setattr(processes, "_WORTH", 1 << 60)
     assert found.info.digest == made(tmp_path, config, tokenizer, "alone").info.digest
@@ -117,7 +117,7 @@ def test_processes_that_cannot_be_started_are_done_without(tmp_path, monkeypatch
     with caplog.at_level(logging.WARNING, "wmtp"):
         found = made(tmp_path, Jsonl(uri=written(tmp_path, PAIRS[:60])), spaced(tmp_path / "t"), "cache")
     assert len(found) == 60
-    assert 1 <= caplog.text.count("a process that tokenises has ended") <= 3
+    assert 1 <= caplog.text.count("a process that tokenizes has ended") <= 3
 
 
 def test_processes_end_where_the_data_is_refused(tmp_path, started):

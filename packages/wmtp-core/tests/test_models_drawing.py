@@ -38,7 +38,7 @@ def test_numbers_depend_on_the_seed_alone(monkeypatch):
     assert not same(first, make(4))
 
 
-def test_the_distribution_is_that_of_the_initialiser():
+def test_the_distribution_is_that_of_the_initializer():
     state = make()
     for name, tensor in state.items():
         if "norm" in name:

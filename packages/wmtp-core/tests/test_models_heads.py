@@ -70,7 +70,7 @@ def make(shape: str, dtype: torch.dtype = torch.float32, **options: object) -> P
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # zero after initialisation: a lost bias would not show
+            if name.endswith("bias"):  # zero after initialization: a lost bias would not show
                 parameter.normal_()
     return model
 

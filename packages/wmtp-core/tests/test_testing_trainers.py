@@ -113,7 +113,7 @@ class DetailsOfOtherShape(Trainer):
 
 
 class PerMicroBatch(Trainer):
-    """Normalises what it observes over the micro-batch instead of over the step."""
+    """Normalizes what it observes over the micro-batch instead of over the step."""
 
     def observe(self, view):
         norm = view.trunk.detach().norm(dim=-1)

@@ -78,7 +78,7 @@ def monte_carlo_returns(reward: Tensor, document: Tensor, *, gamma: float) -> Te
 def advantages(
     value: Tensor, reward: Tensor, document: Tensor, *, gamma: float, lam: float, delta: Literal["gae", "td"] = "gae"
 ) -> Tensor:
-    """Compute generalised advantages by token (GAE: arXiv 1506.02438, eq. 16).
+    """Compute generalized advantages by token (GAE: arXiv 1506.02438, eq. 16).
 
         δ[t] = r[t] + γ V[t] − V[t−1]       r = R at the last token and 0 before; after the last token V := 0
         A[t] = δ[t] + γ λ A[t+1]            λ → 1 with γ = 1: A[t] = R − V[t−1]

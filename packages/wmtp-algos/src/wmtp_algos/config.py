@@ -51,7 +51,7 @@ class Rho1WMTP(TrainerConfig):
         max_weight: weighted: weights are clipped to this, and then divided by their mean, which clipping has made smaller.
         reference_precision: of the reference's parameters and products; ``bf16`` needs half the memory.
         reference_device: where the reference computes: ``cpu``, ``cuda``, ``cuda:1`` … Default: where the model does.
-        reference_cache: keep CE_ref of every token beside the tokenised data (4 bytes a token), for later epochs and runs;
+        reference_cache: keep CE_ref of every token beside the tokenized data (4 bytes a token), for later epochs and runs;
             once all are known the reference is not even loaded. Other data, another tokenizer or a changed reference start
             anew.
     """

@@ -43,7 +43,7 @@ class SSToken(TrainerConfig):
             ``head``. New heads are worse than the start model, and would lose in a batch.
         reference_precision: of the start model's parameters and products; ``bf16`` needs half the memory.
         reference_device: where the start model computes: ``cpu``, ``cuda``, ``cuda:1`` … Default: where the trained model does.
-        reference_cache: keep CE_hist and a of every token beside the tokenised data (4 bytes each), for later epochs and runs.
+        reference_cache: keep CE_hist and a of every token beside the tokenized data (4 bytes each), for later epochs and runs.
     """
 
     type = "sstoken"

@@ -28,7 +28,7 @@ KEYS: Final = (
 WORKDIR: Final = "/app"
 #: what the container runs: one line of POSIX shell that becomes a Python process
 COMMAND: Final = "exec wmtp start"
-#: how a run is recognised as one of a plan: a tag with the beginning of its digest
+#: how a run is recognized as one of a plan: a tag with the beginning of its digest
 TAG: Final = "wmtp-plan-{}"
 
 

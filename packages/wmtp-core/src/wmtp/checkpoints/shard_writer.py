@@ -1,6 +1,6 @@
 """Writer of a rank's safetensors file, one tensor at a time.
 
-torch's own writer keeps a second and, serialised, a third copy of everything it writes, so a run that fits could be killed
+torch's own writer keeps a second and, serialized, a third copy of everything it writes, so a run that fits could be killed
 for its memory at its first checkpoint. Here a tensor that is not on the CPU is copied when its turn comes, and no other one is.
 """
 

@@ -95,7 +95,7 @@ class DataConfig:
     Args:
         train: the training data.
         eval: the evaluation data; none by default.
-        cache_dir: where tokenised data is kept, by content. Default: ``.cache/tokens`` in ``run.output_dir``.
+        cache_dir: where tokenized data is kept, by content. Default: ``.cache/tokens`` in ``run.output_dir``.
     """
 
     train: TrainDataConfig = Factory(TrainDataConfig)

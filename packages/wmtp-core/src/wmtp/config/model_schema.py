@@ -33,13 +33,13 @@ class HeadsConfig:
             the end, every embedding. ``plain``: the hidden states after the final norm, that same norm at the end, every
             embedding. Default: what the model brings, else ``exaone`` for a Qwen3 and ``mimo`` for all others.
         init: initial weights of new heads. ``copy``: from the model's last layer (``linear``: from its unembedding;
-            ``residual``: as the identity); ``random``: from the model's own initialiser.
+            ``residual``: as the identity); ``random``: from the model's own initializer.
         trunk_gradient: ``joint``: all heads train the trunk; ``detach``: only head 1 does.
         head_weights: α, one a head. Default 1 each.
         decay: instead of ``head_weights``: α_k = decay^(k−1).
         objective: what heads 2..H learn: ``ce``, the data, as head 1 does; ``kl``, ``tv`` or ``lk``, to agree with head 1's
             distribution of the same token, by which their drafts are accepted: docs/loss.md has the formulas. Weights, α and
-            normaliser hold in the same way.
+            normalizer hold in the same way.
         lk_eta: η of ``lk``; 3 in vLLM's ``speculators`` too.
         draft_vocabulary: number of tokens that heads 2..H draft from in decoding: the most frequent of the training data, and
             those that end a text (FastMTP, arXiv 2509.18362). A smaller product for each draft, and the same text. Training and

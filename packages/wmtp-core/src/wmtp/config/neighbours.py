@@ -48,7 +48,7 @@ NEIGHBOURS: Final = {
         "template": "data.train.chat_template; by default the model's own",
         "trust_remote_code": "no key: a folder's own code is never run",
         "hf_token hub_token token": _TOKEN,
-        "dataloader_num_workers dataset_num_proc preprocessing_num_workers": "no key: threads of one process tokenise",
+        "dataloader_num_workers dataset_num_proc preprocessing_num_workers": "no key: all cores tokenize",
         "use_cpu no_cuda": "devices.device",
         "nproc_per_node num_processes gpus num_gpus": "no key: torchrun starts the processes",
         "load_in_8bit": 'no key: a base is kept in 4 bits, models.base.quantize = "nf4", or whole',

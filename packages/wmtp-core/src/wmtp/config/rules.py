@@ -75,7 +75,7 @@ def check_loaded(loaded: Loaded, *, not_yet_made: Collection[str] = ()) -> None:
 
 
 def is_secret(key: str, value: str) -> bool:
-    """Recognise a password, a token, and an address with a query or user info."""
+    """Recognize a password, a token, and an address with a query or user info."""
     return bool(_SECRET_KEY.search(key) or _SECRET_VALUE.search(value)) or holds_credentials(value)
 
 

@@ -307,7 +307,7 @@ class Config:
         trainer: the algorithm.
         optimizer: default AdamW.
         schedule: the learning rate over time.
-        train: length, normaliser, clipping, intervals.
+        train: length, normalizer, clipping, intervals.
         devices: device and precision.
         checkpoints: what is kept.
         report: what is recorded for ``wmtp report``.

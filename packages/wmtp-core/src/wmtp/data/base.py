@@ -100,7 +100,7 @@ class Document:
     """Identity and labels of one document, or of one piece of a split document.
 
     Args:
-        index: its number in the tokenised data set; the same in every run with the same data and tokenizer.
+        index: its number in the tokenized data set; the same in every run with the same data and tokenizer.
         start: where the piece starts, in tokens of the whole document.
         id: the example's id.
         group: the example's group: the same in answers to one problem, within one data set.

@@ -1,4 +1,4 @@
-"""Tokenises a data set into a store; a build that was killed is resumed."""
+"""Tokenizes a data set into a store; a build that was killed is resumed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Building:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(self.folder.parent)
             lock = FileLock(self.folder.parent / f".building-{self.folder.name}.lock")
-            lock.acquire(waiting_for=f"tokenises datasets.{self.name}")
+            lock.acquire(waiting_for=f"tokenizes datasets.{self.name}")
         try:
             store = TokenStore.open_if_whole(self.folder, self.folder.name)
             return self._built(before) if store is None else store
@@ -105,7 +105,7 @@ class Building:
         return TokenStore(self.folder, self.folder.name)
 
     def _new(self, building: Path) -> StoreWriter:
-        _log.info("datasets.%s: tokenising …", self.name)
+        _log.info("datasets.%s: tokenizing …", self.name)
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         return StoreWriter(building, self.renderer.tokenizer.vocab_size)
@@ -125,7 +125,7 @@ class Building:
             return None
         self.renderer.notes.restore(state["notes"])
         self.renderer.seen = self._done
-        _log.info("datasets.%s: tokenising, resumed after %s examples …", self.name, f"{self._done:,}")
+        _log.info("datasets.%s: tokenizing, resumed after %s examples …", self.name, f"{self._done:,}")
         return StoreWriter(building, self.renderer.tokenizer.vocab_size, state["writer"])
 
     def _save(self, writer: StoreWriter, building: Path) -> None:

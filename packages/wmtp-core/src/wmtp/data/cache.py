@@ -1,4 +1,4 @@
-"""Tokenises a data set once, and keeps the result by content."""
+"""Tokenizes a data set once, and keeps the result by content."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from wmtp.tokenizers.base import Tokenizer
 
 __all__ = ["cache_key", "token_store"]
 
-#: part of every key: raise it when the same files would be read or tokenised differently
+#: part of every key: raise it when the same files would be read or tokenized differently
 _VERSION: Final = 5
 _log = logging.getLogger("wmtp")
 
@@ -43,7 +43,7 @@ def token_store(
     learn: Learn = "assistant",
     boundary: Boundary = "apart",
 ) -> TokenStore:
-    """Open the tokenised documents of a data set, tokenising them on a cache miss.
+    """Open the tokenized documents of a data set, tokenizing them on a cache miss.
 
     Of processes of a machine that do this at once one makes them, and the others wait. A build that was killed is resumed.
 

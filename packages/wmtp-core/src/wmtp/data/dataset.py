@@ -1,4 +1,4 @@
-"""Tokenised documents of one or several sources, cut to the length of a row."""
+"""Tokenized documents of one or several sources, cut to the length of a row."""
 
 from __future__ import annotations
 

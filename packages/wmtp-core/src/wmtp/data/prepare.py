@@ -39,7 +39,7 @@ class PreparedData:
 
 
 def prepare_data(config: Config, tokenizer: Tokenizer, paths: Mapping[str, Path | None]) -> PreparedData:
-    """Read, tokenise (once, see `wmtp.data.cache`) and split the data.
+    """Read, tokenize (once, see `wmtp.data.cache`) and split the data.
 
     Args:
         config: the whole config.
@@ -95,7 +95,7 @@ def use_chat_template(tokenizer: Tokenizer, data: TrainDataConfig) -> None:
 
 
 def token_cache_dir(config: Config) -> Path:
-    """Where tokenised data is kept."""
+    """Where tokenized data is kept."""
     if config.data.cache_dir is not None:
         return Path(config.data.cache_dir).expanduser()
     return Path(config.run.output_dir) / ".cache" / "tokens"

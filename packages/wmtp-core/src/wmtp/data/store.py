@@ -1,4 +1,4 @@
-"""Tokenised documents on disk, read through memory maps.
+"""Tokenized documents on disk, read through memory maps.
 
 A store is a folder of plain arrays and ``store.json``, which is written last and records the size of every file. It keeps
 whole documents, and of each the segments that are learned alike. How long a row may be, and whether prompts are learned, is

@@ -1,4 +1,4 @@
-"""Writes tokenised documents to disk, for `wmtp.data.store`."""
+"""Writes tokenized documents to disk, for `wmtp.data.store`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     L = Σ_i Σ_k c[i, k] · CE(logits_k(h_k[i]), x[i, k])
 
-with coefficients c that already hold head weight, token weight and normaliser. The gradient of the hidden states and of the
+with coefficients c that already hold head weight, token weight and normalizer. The gradient of the hidden states and of the
 unembedding is computed together with the loss, chunk by chunk, so the logits of a chunk are made once and kept nowhere.
 A prediction whose coefficient is 0 costs its logits at most, and no product of the gradient.
 
@@ -290,7 +290,7 @@ def token_pass(
         ids: ``[…, H]`` int64, the targets.
         valid: ``[…, H]`` bool.
         entropy: also compute the entropy.
-        top_k: take the entropy over the ``top_k`` most probable tokens, renormalised; None: over all.
+        top_k: take the entropy over the ``top_k`` most probable tokens, renormalized; None: over all.
         valid_counts: see `weighted_cross_entropy`. If there are more, all token losses are NaN.
         fp8: which products are in fp8; None: none.
     """

@@ -79,7 +79,7 @@ def mtp_loss(
 
     Raises:
         TypeError: shapes that do not fit each other, or a DTensor.
-        ValueError: an unknown normaliser; weights that carry a gradient or, where that can be seen without waiting for a
+        ValueError: an unknown normalizer; weights that carry a gradient or, where that can be seen without waiting for a
             device (on a CPU), are negative, NaN or infinite, those of heads too.
     """
     horizon = targets.shape[-1]

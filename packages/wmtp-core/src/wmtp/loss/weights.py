@@ -79,7 +79,7 @@ def bad_weights(weights: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def weight_statistics(weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """Summarise w over the valid predictions of a step.
+    """Summarize w over the valid predictions of a step.
 
     Args:
         weights: ``[B, S, H]``, 0 where not valid.

@@ -30,7 +30,7 @@ _MOST_THREADS = 16
 def seeded(seed: int) -> Iterator[None]:
     """Random numbers on the CPU come from ``seed`` inside; the random state outside, also of other devices, stays.
 
-    A model is drawn twice where it is made: by the constructors of its modules, and by its own initialiser. Draws of large
+    A model is drawn twice where it is made: by the constructors of its modules, and by its own initializer. Draws of large
     tensors wait until something needs their numbers, or the context ends: those that were overwritten are never made, and
     the others run in threads, each from a seed of its own, so that their number changes nothing.
     """

@@ -73,9 +73,9 @@ class Maker:
     dtype: torch.dtype | None = None
 
     def layer(self) -> nn.Module:
-        """A decoder layer: the last one's copy, or one from the model's own initialiser."""
+        """A decoder layer: the last one's copy, or one from the model's own initializer."""
         layer = self._duplicate(self.anatomy.layers[-1])
-        return self.initialise(layer) if self.init == "random" else layer
+        return self.initialize(layer) if self.init == "random" else layer
 
     def layer_like(self, template: str) -> nn.Module:
         """Copy the model's ``first`` or ``last`` decoder layer."""
@@ -91,15 +91,15 @@ class Maker:
     def norm(self) -> nn.Module:
         """Make a new norm of the kind of the model's final one; default: RMS norm."""
         if self.anatomy.tail:
-            return self.initialise(self._duplicate(self.anatomy.tail[0]))
+            return self.initialize(self._duplicate(self.anatomy.tail[0]))
         return self._placed(nn.RMSNorm(self.anatomy.hidden_size))
 
     def linear(self, inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
-        """A linear map from the model's own initialiser."""
-        return self.initialise(nn.Linear(inputs, outputs, bias=bias))
+        """A linear map from the model's own initializer."""
+        return self.initialize(nn.Linear(inputs, outputs, bias=bias))
 
-    def initialise(self, module: M) -> M:
-        """Give every parameter of ``module`` a new value from the model's own initialiser."""
+    def initialize(self, module: M) -> M:
+        """Give every parameter of ``module`` a new value from the model's own initializer."""
         if self.anatomy.output.weight.is_meta:  # the numbers come from another process
             return self._placed(module)
         # drawn on the CPU, so that a seed gives the same heads on every device
@@ -112,7 +112,7 @@ class Maker:
         for name, parameter in module.named_parameters():
             if parameter.isnan().any():
                 raise WMTPError(
-                    f"the initialiser of {type(self.base).__name__} gives {type(module).__name__}.{name} no value; "
+                    f"the initializer of {type(self.base).__name__} gives {type(module).__name__}.{name} no value; "
                     'set models.base.heads.init = "copy"'
                 )
         return self._placed(module)
@@ -277,7 +277,7 @@ class NativeKind(HeadKind):
             ChainedBlock.make(maker, layout.rule, maker.layer_like(layout.template)) for _ in range(count)
         ]
         if native.own_embedding:
-            parts += [maker.initialise(nn.Embedding(rows, size)) for _ in range(count)]
+            parts += [maker.initialize(nn.Embedding(rows, size)) for _ in range(count)]
         if native.own_unembedding:
             parts += [maker.linear(size, rows, bias=False) for _ in range(count)]
         return nn.ModuleList(parts)

@@ -79,7 +79,7 @@ class RewardModel:
         self._longest = max_positions(model.config)
 
     def tokens(self, text: str) -> tuple[list[int], bool]:
-        """Tokenise a text, and say whether its start was cut off to fit.
+        """Tokenize a text, and say whether its start was cut off to fit.
 
         Special tokens are added as the tokenizer does.
         """

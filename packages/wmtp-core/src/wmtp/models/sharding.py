@@ -122,7 +122,7 @@ def spread(
         model.take_origin(loaded[0])
     prepare(model)
     if config.strategy == "none":
-        _materialise(model, device)
+        _materialize(model, device)
     else:
         _shard(model, ranks, device, config, precision)
         model.to_empty(device=device)
@@ -167,7 +167,7 @@ def _tensors(model: MTPModel) -> Iterable[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _materialise(model: nn.Module, device: torch.device) -> None:
+def _materialize(model: nn.Module, device: torch.device) -> None:
     """Give the tensors of a meta model memory. Unlike ``to_empty``, tied parameters stay tied."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():

@@ -128,7 +128,7 @@ def promised_layers(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, i
 
 
 def is_mtp_name(name: str, stems: Collection[str], layers: int) -> bool:
-    """Recognise a tensor of a layer for multi-token prediction by its name.
+    """Recognize a tensor of a layer for multi-token prediction by its name.
 
     Args:
         name: of the tensor.

@@ -54,7 +54,7 @@ def check_ids(rows: Mapping[str, int], tokenizer: Tokenizer, datasets: Iterable[
     Args:
         rows: V of each model that reads the data, by what messages call it.
         tokenizer: what made the ids. The data are looked through only where it can make such a one.
-        datasets: the tokenised data; those that are None are not there.
+        datasets: the tokenized data; those that are None are not there.
 
     Raises:
         ConfigError: a document has such an id; the message names it.

@@ -71,7 +71,7 @@ class AdamW8bit(AdamW):
 
 @frozen(kw_only=True)
 class Muon(OptimizerConfig):
-    """Muon (Jordan et al., 2024; scaled as in arXiv 2502.16982): orthogonalised momentum for the weight matrices of the layers.
+    """Muon (Jordan et al., 2024; scaled as in arXiv 2502.16982): orthogonalized momentum for the weight matrices of the layers.
 
     Embeddings, unembeddings, biases and norms are learned by AdamW with the same learning rate, for which the update of a
     matrix is scaled to the size of an AdamW update.

@@ -99,7 +99,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _are_of_experts(value: Any) -> bool:
-    """Recognise what PEFT makes of maps inside of experts, whose weights transformers joins into two tensors."""
+    """Recognize what PEFT makes of maps inside of experts, whose weights transformers joins into two tensors."""
     return isinstance(value, list) and all(str(name).rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in value)
 
 

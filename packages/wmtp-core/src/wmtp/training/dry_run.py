@@ -21,7 +21,7 @@ __all__ = ["dry_run"]
 
 
 def dry_run(config: Config) -> dict[str, Any]:
-    """Everything but the weights and the training steps: metadata is read, the data is tokenised, memory is estimated.
+    """Everything but the weights and the training steps: metadata is read, the data is tokenized, memory is estimated.
 
     Returns:
         facts by name, to print; under ``documents`` a list of `wmtp.data.shown.ShownDocument`.

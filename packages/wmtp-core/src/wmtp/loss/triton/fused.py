@@ -1,4 +1,4 @@
-"""Loss on a GPU: products by cuBLAS, the rest by Triton, no host synchronisation.
+"""Loss on a GPU: products by cuBLAS, the rest by Triton, no host synchronization.
 
 The predictions of all heads that share an unembedding form one list, sorted on the device: those with a coefficient, then those
 that are only measured, then the rest. Chunks of the list go through
