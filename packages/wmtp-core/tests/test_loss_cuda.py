@@ -51,6 +51,19 @@ def off(found, reference):
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_loss_on_another_gpu_than_the_current_one():
+    problem = case()
+    there = {"tensors": [t.to("cuda:1") for t in problem.tensors]}
+    there |= {name: getattr(problem, name).to("cuda:1") for name in ("ids", "valid", "coefficients")}
+    here, found = solve.solve(problem), solve.solve(evolve(problem, **there))
+    assert found.losses.device.index == 1
+    assert torch.equal(found.losses.cpu(), here.losses.cpu())
+    factor = torch.ones((), device="cuda:1")
+    for one, other in zip(here.gradients, found.gradients, strict=True):
+        assert off(solve.scaled(other, factor, torch.float32, True).cpu(), one.cpu().double()) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     "kwargs",

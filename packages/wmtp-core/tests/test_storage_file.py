@@ -61,6 +61,23 @@ def test_links_in_the_source_are_followed(model, tmp_path):
     assert not any(path.is_symlink() for path in copy.rglob("*"))
 
 
+def test_linked_folders_are_listed_and_fetched_once(model, tmp_path):
+    (model / "folder").symlink_to(tmp_path / "far")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/b").write_bytes(b"2")
+    (tmp_path / "far/back").symlink_to(model)
+    assert "folder/b" in {file.name for file in STORAGE.files(str(model))}
+    STORAGE.fetch(str(model), tmp_path / "copy")
+    assert (tmp_path / "copy/folder/b").read_bytes() == b"2"
+    assert not (tmp_path / "copy/folder/back").exists(), "a loop of links ends"
+
+
+def test_a_fetch_names_a_link_to_nothing(model, tmp_path):
+    (model / "link").symlink_to("nowhere")
+    with pytest.raises(WMTPError, match="link to what does not exist"):
+        STORAGE.fetch(str(model), tmp_path / "copy")
+
+
 def test_a_linked_target_stays_a_link(model, tmp_path):
     disk = tmp_path / "disk/model"
     disk.mkdir(parents=True)

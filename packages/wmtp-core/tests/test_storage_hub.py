@@ -406,9 +406,13 @@ def test_a_push_makes_a_private_repository_and_replaces_a_folder_in_one_commit(h
     (folder / "model.safetensors").write_bytes(b"w" * 5000)
     (folder / "config.json").write_text("{}")
     (folder / ".hidden").write_text("x")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/card").write_text("x")
+    (folder / "linked").symlink_to(tmp_path / "far")
     storage.push(folder, "hf://ada/mine")
     assert hub.private["models/ada/mine"] is True
-    assert hub.files("models/ada/mine").keys() == {".gitattributes", "config.json", "model.safetensors"}
+    assert hub.files("models/ada/mine").keys() == {".gitattributes", "config.json", "linked/card", "model.safetensors"}
+    (folder / "linked").unlink()
     (folder / "config.json").rename(folder / "params.json")
     hub.requests.clear()
     storage.push(folder, "hf://ada/mine")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import obstore
 from attrs import frozen
 
 from wmtp.errors import WMTPError
+from wmtp.storage.walk import files_below
 from wmtp_storage.aio import Budget, run, together
 from wmtp_storage.arrival import Uploaded, check_arrived
 from wmtp_storage.failures import WrongAnswerError, explained
@@ -73,7 +73,7 @@ def _local_files(path: Path, what: str) -> list[_File]:
         raise WMTPError(f"{what} {path} does not exist")
     found = [path]
     if path.is_dir():
-        found = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+        found = sorted(files_below(path))
     files = []
     for file in found:
         if not file.is_file():

@@ -9,9 +9,9 @@ from typing import Any
 
 from attrs import field, frozen
 
-from wmtp.data.walk import files_below
 from wmtp.errors import WMTPError
 from wmtp.plugins.contract import Contract
+from wmtp.storage.walk import files_below
 
 __all__ = ["BadExample", "Document", "Example", "ExampleLoader", "Span"]
 

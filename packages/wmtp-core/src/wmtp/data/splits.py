@@ -10,9 +10,9 @@ from typing import Final
 from attrs import evolve, frozen
 
 from wmtp.data.compression import COMPRESSIONS, uncompressed_name
-from wmtp.data.walk import files_below, is_hidden, require_target
 from wmtp.errors import FileError, InputError
 from wmtp.json_files import read_json_object
+from wmtp.storage.walk import files_below, is_hidden, require_target
 
 __all__ = ["FORMATS", "Named", "beside", "chosen", "data_files", "format_of", "incomplete", "named"]
 

@@ -420,7 +420,8 @@ def solve(problem: Problem) -> Answer:
             return plain.compute(problem)
         from wmtp.loss.triton import fused  # imports Triton
 
-        return fused.compute(problem)
+        with torch.cuda.device_of(problem.ids):  # Triton computes on the current device, wherever its arguments are
+            return fused.compute(problem)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, may_change: bool) -> Tensor:
@@ -437,7 +438,8 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, may_change: boo
     if implementation(gradient.device, gradient.dtype) == "fused":
         from wmtp.loss.triton import fused
 
-        return fused.scaled(gradient, factor, dtype, may_change)
+        with torch.cuda.device_of(gradient):
+            return fused.scaled(gradient, factor, dtype, may_change)
     if factor.device.type == "cpu" and float(factor) == 1.0:
         return gradient.to(dtype, copy=not may_change)
     factor = factor.to(gradient.dtype)

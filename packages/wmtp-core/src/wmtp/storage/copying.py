@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -14,6 +13,7 @@ from wmtp.errors import WMTPError
 from wmtp.redaction import redact
 from wmtp.storage.base import Fetched, Storage
 from wmtp.storage.manifest import MANIFEST, Manifest, ManifestFile, hash_file
+from wmtp.storage.walk import files_below
 
 __all__ = ["copy_into", "is_wanted"]
 
@@ -60,11 +60,11 @@ def copy_into(storage: Storage, uri: str, target: Path, include: Sequence[str], 
 
 
 def _names(folder: Path) -> Iterable[str]:
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            path = Path(parent, name)
-            if path.is_file() and path != folder / MANIFEST:
-                yield path.relative_to(folder).as_posix()
+    for path in files_below(folder):
+        if path.is_symlink() and not path.exists():
+            raise WMTPError(f"{folder} cannot be copied: {path} is a link to what does not exist")
+        if path.is_file() and path != folder / MANIFEST:
+            yield path.relative_to(folder).as_posix()
 
 
 def _copy(source: Path, name: str, target: Path) -> ManifestFile:

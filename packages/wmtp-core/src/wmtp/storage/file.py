@@ -17,6 +17,7 @@ from wmtp.storage.base import Leftover, Storage, StoredFile
 from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.lock import FileLock
 from wmtp.storage.uris import file_path
+from wmtp.storage.walk import files_below
 
 __all__ = ["File"]
 
@@ -79,7 +80,7 @@ class File(Storage):
     def files(self, uri: str) -> Iterator[StoredFile]:
         """See `Storage.files`. What a killed `push` left is not among them."""
         path = file_path(uri)
-        found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        found = [path] if path.is_file() else sorted(file for file in files_below(path) if file.is_file())
         for file in found:
             inside = file.relative_to(path)
             if not any(part.startswith(".") and part.endswith(_PARTIAL) for part in inside.parts):

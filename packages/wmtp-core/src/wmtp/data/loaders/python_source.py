@@ -12,8 +12,8 @@ from typing import Final
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.compression import readable
-from wmtp.data.walk import files_below, is_hidden, require_target
 from wmtp.errors import WMTPError
+from wmtp.storage.walk import files_below, is_hidden, require_target
 
 __all__ = ["PythonSourceLoader"]
 

@@ -11,8 +11,8 @@ from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.compression import read_whole, readable, uncompressed_name
 from wmtp.data.files import LFS_HINT, LFS_POINTER, given_path
 from wmtp.data.splits import Named, chosen, format_of, named
-from wmtp.data.walk import files_below, is_hidden, require_target
 from wmtp.errors import InputError
+from wmtp.storage.walk import files_below, is_hidden, require_target
 
 __all__ = ["TextLoader"]
 

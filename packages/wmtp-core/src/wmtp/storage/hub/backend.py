@@ -27,6 +27,7 @@ from wmtp.storage.hub.cache import (
 from wmtp.storage.hub.choose import chosen_files
 from wmtp.storage.hub.failures import explained, is_offline, is_unreachable, patiently
 from wmtp.storage.hub.names import HubName, parse_hub_uri
+from wmtp.storage.walk import files_below
 
 __all__ = ["Hub"]
 
@@ -244,7 +245,7 @@ def _to_push(path: Path, name: HubName) -> dict[str, Path]:
     if path.is_file():
         return {name.path or path.name: path}
     local = {}
-    for file in sorted(path.rglob("*")):
+    for file in sorted(files_below(path)):
         inside = file.relative_to(path)
         if file.is_symlink() and not file.exists():
             raise WMTPError(f"{path} cannot be copied to {name.uri}: {file} is a link to what does not exist")
