@@ -57,7 +57,8 @@ def transformers_layer(name: str, folder: Path, base: PreTrainedModel, x: Tensor
     layer: nn.Module = twin.model.layers[0 if name in LIKE_THE_FIRST else LAYERS - 1]
     places = torch.arange(x.shape[1])[None]
     mask = torch.full((x.shape[1], x.shape[1]), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)[None, None]
-    around = base.model.rotary_emb(x, places)
+    # Qwen3.5 counts in three directions, and transformers before 5.24 does not do so by itself
+    around = base.model.rotary_emb(x, places.expand(3, 1, -1) if name.startswith("qwen3_5") else places)
     output = layer(x, attention_mask=mask, position_embeddings=around, position_ids=places)
     return output[0] if isinstance(output, tuple) else output
 
