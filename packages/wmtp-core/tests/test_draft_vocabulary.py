@@ -14,7 +14,7 @@ from wmtp.cli import main
 from wmtp.config.model_rules import model_problems
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import WMTPError
-from wmtp.generation import Sampling, generate
+from wmtp.generation import Sampling, generate, step
 from wmtp.models.draft_vocabulary import frequent_tokens
 from wmtp.models.mtp import MTPModel
 
@@ -27,16 +27,13 @@ def test_the_text_is_the_same_and_only_these_are_drafted(kind, monkeypatch):
     model = MTPModel(LlamaForCausalLM(LlamaConfig(**SMALL)).eval(), HeadsConfig(horizon=3, kind=kind), seed=0)
     plain = [row.tokens for row in generate(model, PROMPTS, max_new_tokens=12, eos_id=3)]
     model.draft_ids = FEW
-    drafted = []
-    take = torch.stack
+    drafted, judge = [], step.judge
 
-    def seen(tensors, dim=0):
-        out = take(tensors, dim=dim)
-        if dim == 1 and out.dtype == torch.int64:
-            drafted.append(out)
-        return out
+    def seen(unembedding, hidden, drafts, **kwargs):
+        drafted.append(drafts.clone())
+        return judge(unembedding, hidden, drafts, **kwargs)
 
-    monkeypatch.setattr(torch, "stack", seen)
+    monkeypatch.setattr(step, "judge", seen)
     assert [row.tokens for row in generate(model, PROMPTS, max_new_tokens=12, eos_id=3, speculative=True)] == plain
     assert drafted
     assert set(torch.cat([draft.flatten() for draft in drafted]).tolist()) <= set(FEW)

@@ -1,6 +1,5 @@
 """What a plugin's config class builds, and its component returns, is checked where it is made, and the plugin named."""
 
-import logging
 import re
 from types import SimpleNamespace
 
@@ -110,7 +109,7 @@ def test_a_model_loader_returns_what_it_promises(method):
         read[method]()
 
 
-def test_a_tracker_that_fails_is_named_and_the_run_goes_on(tmp_path, caplog, monkeypatch):
+def test_a_tracker_that_fails_is_named_and_the_run_goes_on(tmp_path, caplog):
     def fail(*_):
         raise KeyError("boom")
 
@@ -123,7 +122,6 @@ def test_a_tracker_that_fails_is_named_and_the_run_goes_on(tmp_path, caplog, mon
 
         log = log_artifact = saved = location = fail
 
-    monkeypatch.setattr(logging.getLogger("wmtp"), "propagate", True)
     tracker = make(wmtp.TrackerConfig, lambda self: Broken())()
     result = wmtp.run(in_python(tmp_path, "tracker", tracker, checkpoints={"save_interval": 1}))
     assert result.status == "finished"

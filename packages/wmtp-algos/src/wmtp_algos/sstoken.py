@@ -127,7 +127,7 @@ class SSTokenTrainer(Trainer):
         prompt = (batch.document != PADDING) & ~batch.loss_mask
         with watching(self._start, prompt.to(device)) as shares:
             losses = next_token_losses(self._start, batch, view.packed)
-        assert shares.found is not None
+        assert shares.found is not None, "a pass fills it"
         return {"start_loss": losses, "attention": shares.found.to(losses.device)}
 
     def token_weights(self, view: StepView) -> Tensor:
