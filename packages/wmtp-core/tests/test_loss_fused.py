@@ -190,8 +190,12 @@ else:
     def test_bf16(reading):
         same(problem(n=12, d=16, v=50, dtype=torch.bfloat16), rtol=2e-2, atol=2e-2)
 
-    @pytest.mark.parametrize("known", [False, True])
-    @pytest.mark.parametrize("case", [{}, {"bias": True, "scale": 3.0, "softcap": 1.5}], ids=str)
+    @pytest.mark.parametrize(
+        ("case", "known", "rows"),
+        sampled(product([{}, {"bias": True, "scale": 3.0, "softcap": 1.5}], [False, True], [3, 1000]), 3),
+        ids=str,
+        indirect=["rows"],
+    )
     def test_products_in_fp8(case, known, rows, monkeypatch):
         monkeypatch.setattr(fused, "_blocks", lambda logits, largest=0: {"BLOCK": 16, "num_warps": 1})
         found = evolve(problem(n=12, d=16, v=50, **case), fp8=Fp8Logits(emulate=True))
