@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 #: beyond what transformers itself imports
+# not torchao: transformers imports it where it is installed
 HEAVY = (
     "mlflow", "wandb", "tensorboard", "sqlalchemy", "alembic", "pandas", "pyarrow", "sklearn", "matplotlib", "IPython",
-    "datasets", "torchao", "bitsandbytes", "peft", "gguf", "obstore", "boto3", "torchvision",
+    "datasets", "bitsandbytes", "peft", "gguf", "obstore", "boto3", "torchvision",
     "liger_kernel", "torch._inductor.compile_fx",
 )  # fmt: skip
 RECIPE = """

@@ -230,7 +230,7 @@ def _try_out(model: MTPModel, name: str) -> None:
         [whole.gather(1, places[..., None].expand(-1, -1, whole.shape[-1])) for places in (slots, later, again, last)]
     )
     tolerance = 1e-3 if whole.dtype in (torch.float32, torch.float64) else 0.1
-    if not (found - wanted).abs().max() <= tolerance * wanted.abs().max():
+    if found.shape != wanted.shape or not (found - wanted).abs().max() <= tolerance * wanted.abs().max():
         raise ConfigError(f"{name} gives another result when it reads a text in pieces; it cannot be decoded with a cache")
 
 
