@@ -1,4 +1,4 @@
-"""What a plugin's config class builds, and its component returns, is checked where it is made, and the plugin named."""
+"""Validation of what plugins build and return: errors where it is made, which name the plugin."""
 
 import re
 from types import SimpleNamespace

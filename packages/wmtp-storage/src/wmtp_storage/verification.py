@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from wmtp.cores import usable_cores
 from wmtp.errors import WMTPError
 from wmtp_storage.checksums import PartDigests, StoreChecksum
 from wmtp_storage.journal import Journal, whole_checksum
@@ -46,7 +46,7 @@ class Verification:
         self._opened, self._uri = opened, uri
         self._journal, self._fetch_again = journal, fetch_again
         self._pool = ThreadPoolExecutor(max_workers=_VERIFIERS, thread_name_prefix="wmtp-verify")
-        self._hashers = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="wmtp-hash")
+        self._hashers = ThreadPoolExecutor(max_workers=min(8, usable_cores()), thread_name_prefix="wmtp-hash")
         self._stopped = threading.Event()
         #: what the listing says already, and what the store was asked for
         self._told: dict[Part, StoreChecksum] = {}

@@ -82,7 +82,15 @@ def round_table(weight: Tensor, rows: int) -> Rounded:
 
 
 def multiply(left: Rounded, right: Rounded, out: Tensor, *, fast: bool, emulate: bool) -> Tensor:
-    """Compute ``left · rightᵀ`` into ``out``; both have their rows in one piece."""
+    """Compute ``left · rightᵀ`` into ``out``.
+
+    Args:
+        left: ``[N, K]``, its rows in one piece.
+        right: ``[M, K]``, likewise.
+        out: ``[N, M]``.
+        fast: add up in the tensor cores' own precision.
+        emulate: multiply in the precision of ``out``.
+    """
     if emulate:
         return torch.mm(left.value(out.dtype), right.value(out.dtype).T, out=out)
     return torch._scaled_mm(

@@ -115,7 +115,7 @@ def _change(
     """Set the attention function, and take it back where a trial shows a difference; both masks are given to the trial."""
     decoder = anatomy.decoder
     config = text_config(decoder.config)
-    windows = [field(config, name) for name in ("sliding_window", "attention_chunk_size")]
+    windows = [field(config, key) for key in ("sliding_window", "attention_chunk_size")]
     other = [kind for kind in field(config, "layer_types", ()) if kind != "full_attention"]
     if any(windows) or other:
         return False

@@ -53,15 +53,15 @@ def build_optimizer(
 def _check_complete(optimizer: torch.optim.Optimizer, parameters: list[tuple[str, nn.Parameter]], name: str) -> None:
     """Refuse an optimizer that has not all parameters, or others: some would silently never learn."""
     given = {id(parameter): of for of, parameter in parameters}
-    taken = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    left_out = [of for key, of in given.items() if key not in set(taken)]
+    taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    left_out = [of for key, of in given.items() if key not in taken]
     if left_out:
         some = ", ".join(left_out[:3]) + (" …" if len(left_out) > 3 else "")
         raise PluginError(
             f"{name}: build left out {len(left_out)} of {len(given)} parameters, which would never learn: {some}; give its"
             " groups all of them, and freeze by a stage of the trainer"
         )
-    if foreign := [key for key in taken if key not in given]:
+    if foreign := taken - given.keys():
         raise PluginError(f"{name}: build gave it {len(foreign)} parameters that are not among those it was called with")
 
 

@@ -12,7 +12,7 @@ from wmtp.plugins.provenance import provenance
 if TYPE_CHECKING:
     from wmtp.plugins.contract import ComponentConfig
 
-__all__ = ["built", "returned"]
+__all__ = ["built", "returned", "typed"]
 
 #: kind → module and name of what its config classes build; by name, because they are of the floors above
 _BASES: Final = {
@@ -46,9 +46,17 @@ def built(component: ComponentConfig, kind: str, *arguments: Any) -> Any:
 
 def returned(component: ComponentConfig, kind: str, method: str, base: type[_T], value: Any) -> _T:
     """Validate the type of what a method of a component returned; see `built`."""
+    return typed(provenance(component, KINDS[kind]), method, base, value)
+
+
+def typed(name: str, method: str, base: type[_T], value: Any) -> _T:
+    """Validate the type of a returned value.
+
+    Raises:
+        PluginError: it has another one; the message begins with ``name``.
+    """
     if not isinstance(value, base):
         article = "an" if base.__name__[0] in "AEIOU" else "a"
         found = "None" if value is None else f"a {type(value).__name__}"
-        name = provenance(component, KINDS[kind])
         raise PluginError(f"{name}: {method} returned {found}, not {article} {base.__name__}")
     return value

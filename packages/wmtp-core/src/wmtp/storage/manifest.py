@@ -14,6 +14,7 @@ from typing import Any, Final
 import attrs
 from attrs import frozen
 
+from wmtp.cores import usable_cores
 from wmtp.errors import FileError, WMTPError
 from wmtp.json_files import DAMAGE
 
@@ -169,5 +170,5 @@ def verify(folder: Path, files: Iterable[ManifestFile], progress: Callable[[int]
         progress(file.size)
         return None if found == file.hash else f"{path}: its content was changed or damaged"
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(8, usable_cores())) as pool:
         return [line for line in pool.map(problem, files) if line is not None]

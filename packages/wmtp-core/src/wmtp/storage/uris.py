@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote_to_bytes
 
-from wmtp.errors import ConfigError, PluginError
+from wmtp.errors import ConfigError
+from wmtp.plugins.built import typed
 from wmtp.plugins.loader import load_plugins
 from wmtp.redaction import redact
 from wmtp.storage.base import Storage
@@ -149,7 +150,4 @@ def check_answer(backend: Storage, method: str, wanted: type[_Answer], found: ob
     Raises:
         PluginError: it has another one.
     """
-    if not isinstance(found, wanted):
-        name = f"{type(backend).__module__}.{type(backend).__qualname__}"
-        raise PluginError(f"the storage backend {name}: {method} returned {found!r:.60}, not a {wanted.__name__}")
-    return found
+    return typed(f"the storage backend {type(backend).__module__}.{type(backend).__qualname__}", method, wanted, found)
