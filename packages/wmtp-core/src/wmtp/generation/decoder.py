@@ -19,6 +19,7 @@ from wmtp.generation.cache import RowCache
 from wmtp.models.anatomy import LayerCall, evaluating, record_call, record_output
 from wmtp.models.config_fields import field
 from wmtp.models.masks import attending_layers, attention_masks, reads_masks
+from wmtp.models.step_cache import plain_layers
 from wmtp.models.trial import small_windows
 
 if TYPE_CHECKING:
@@ -149,10 +150,21 @@ class CachedDecoder:
             kwargs={name: swap(value) for name, value in call.kwargs.items()},
         )
 
-    def last_logits_alone(self, ids: Tensor) -> Tensor:
-        """Head 1's logits ``[V]`` after a row ``[S]``, computed for this row alone and without a cache."""
-        hidden = self._anatomy.decoder(input_ids=ids[None], use_cache=False).last_hidden_state
-        return self._model.unembedding(1).logits(hidden[0, -1])
+    def last_logits_alone(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
+        """Head 1's logits ``[V]`` after a row ``[S]``, computed for this row alone and without a cache.
+
+        Args:
+            ids: the row.
+            last: ``[1]``, the place of its last token, where it is padded on the right; the device alone knows it.
+        """
+        if last is None:
+            hidden = self._anatomy.decoder(input_ids=ids[None], use_cache=False).last_hidden_state
+            return self._model.unembedding(1).logits(hidden[0, -1])
+        slots = torch.arange(len(ids), device=ids.device)[None]
+        arguments = self._arguments(ids[None], slots, len(ids)) | {"use_cache": False}
+        del arguments[self._cache_name]
+        hidden = self._anatomy.decoder(**arguments).last_hidden_state
+        return self._model.unembedding(1).logits(hidden[0, last])[0]
 
     def _arguments(self, ids: Tensor, slots: Tensor, width: int) -> dict[str, Any]:
         seen = torch.arange(width, device=ids.device).expand(len(ids), width)
@@ -207,7 +219,7 @@ def _try_out(model: MTPModel, name: str) -> None:
     again = later[:, 1:]
     last = again[:, 1:]  # some architectures treat a single token in their own way
     decoder = model.anatomy.decoder
-    with evaluating(decoder), small_windows(decoder):
+    with evaluating(decoder), small_windows(decoder), plain_layers():
         whole = decoder(input_ids=ids, use_cache=False).last_hidden_state
         in_pieces = CachedDecoder(model, 8)
         try:

@@ -89,4 +89,5 @@ def _kind(model: MTPModel, rows: int, speculative: bool, sampling: Sampling) -> 
     device = model.anatomy.output.weight.device
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     where = tuple(parameter.data_ptr() for parameter in model.parameters()) if device.type == "cuda" else ()
-    return device, rows, speculative, sampling.temperature, sampling.top_p, autocast, where
+    code = model.compiled_layers, model.block_attention, model.draft_ids
+    return device, rows, speculative, sampling.temperature, sampling.top_p, autocast, code, where

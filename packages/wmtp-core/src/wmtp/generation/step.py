@@ -19,19 +19,22 @@ and the text may differ in such places.
 On a CUDA device a whole step, reading and drafting, is replayed as one CUDA graph (`Replay`): launching the kernels of a small
 model one by one takes much longer than running them. The CPU reads one small tensor a step, behind it; where a tie is decided
 otherwise than the graph did, which is rare, it drafts once more. Where the model's layers are compiled, the graph holds their
-compiled form, which has fewer kernels.
+compiled form, which has fewer kernels. Prompts of a second request of the same kind, and rows that are read alone for a tie,
+are graphs of their own, of uncompiled layers: each length would be compiled for itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
+from wmtp.generation.alone import RowAlone
 from wmtp.generation.base import Sampling
 from wmtp.generation.choosing import TIE, accept, choose_best, judge, write_tokens
 from wmtp.generation.decoder import Read, open_decoder
@@ -51,6 +54,9 @@ _WIDTHS: Final = 64
 
 #: slots that a graph's attention looks at first; twice as many, in a new graph, whenever a row needs more
 _FIRST_WIDTH: Final = 1024
+
+#: most tokens of prompts, padding included, that a graph reads; for more, launching kernels is not what takes the time
+_PROMPT_TOKENS: Final = 4096
 
 
 @frozen(eq=False)
@@ -121,6 +127,9 @@ class Step:
         self._width = 0
         self.replays = False
         self._graphs: dict[int, Replay[_Seen]] = {}  # by width
+        self._prompt_graphs: dict[int, Replay[_Seen]] = {}  # by length
+        self._replays_prompts = True
+        self._alone: RowAlone | None = None
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
         """Read the prompts. Returns as `follow`; no draft was there to accept."""
@@ -137,12 +146,11 @@ class Step:
             self._drafter.clear()
         self._drafts = self._tokens[:, :0]
         self._draw()
-        prompt = max(self._lengths)
-        slots = torch.arange(prompt, device=self._device).expand(len(self._lengths), -1)
-        read = self._decoder.read(self._tokens[:, :prompt], slots, 0, prompt, self._lengths)
-        self._seen = self._verify(read, read.hidden[self._rows, self._known - 1][:, None])
-        decided = self._decide(self._seen, committed=False)
-        self._commit()
+        decided = self._replay_prompts() if self.replays else None
+        if decided is None:
+            self._seen = self._look_at_prompts(max(self._lengths))
+            decided = self._decide(self._seen, committed=False)
+            self._commit()
         self._advance(decided[1])
         self.replays = can_replay(self._model, self._device) and self._decoder.cache.holds_only_slots
         self._width = min(self._capacity, _FIRST_WIDTH)
@@ -192,7 +200,7 @@ class Step:
         fewer.draws = self.draws.with_rows(places)
         fewer._decoder = self._decoder.with_rows(rows)
         fewer._drafter = None if self._drafter is None else self._drafter.with_rows(rows, fewer._decoder)
-        fewer._graphs = {}
+        fewer._graphs, fewer._prompt_graphs = {}, {}
         return fewer, places
 
     @property
@@ -202,6 +210,32 @@ class Step:
     @property
     def _rows(self) -> Tensor:
         return torch.arange(len(self._lengths), device=self._device)
+
+    def _replay_prompts(self) -> tuple[list[list[int]], list[int]] | None:
+        """Read the prompts by a graph for their length, padded; None: it cannot be one."""
+        prompt = min(-(-max(self._lengths) // _WIDTHS) * _WIDTHS, self._capacity)
+        if not self._replays_prompts or len(self._lengths) * prompt > _PROMPT_TOKENS:
+            return None
+        graph = self._prompt_graphs.setdefault(prompt, Replay(partial(self._whole_prompts, prompt)))
+        try:
+            self._seen = graph()
+        except CannotReplayError:  # steps may be replayed nevertheless
+            self._replays_prompts = False
+            return None
+        if self._drafts_kept is not None:
+            self._drafts = self._drafts_kept
+        return self._decide(self._seen, committed=True)
+
+    def _whole_prompts(self, length: int) -> _Seen:
+        self._seen = self._look_at_prompts(length)
+        self._commit()
+        return self._seen
+
+    def _look_at_prompts(self, length: int) -> _Seen:
+        """Read the first ``length`` tokens of each row, padding among them, and choose the token after its prompt."""
+        slots = torch.arange(length, device=self._device).expand(len(self._lengths), -1)
+        read = self._decoder.read(self._tokens[:, :length], slots, 0, length, self._lengths)
+        return self._verify(read, read.hidden[self._rows, self._known - 1][:, None])
 
     def _replay(self) -> tuple[list[list[int]], list[int]] | None:
         """Run a whole step as a graph; None: it cannot be one."""
@@ -272,7 +306,7 @@ class Step:
             found = torch.cat([seen.drafts, following[:, None], accepted[:, None]], dim=1).tolist()
             if committed:
                 self._known.copy_(seen.known)
-                self._drafts.copy_(seen.drafts)
+                self._drafts = seen.drafts
                 self._commit()
         accepted = [row[width - 1] for row in found]
         new = [row[: width - 1] for row in found]
@@ -282,12 +316,13 @@ class Step:
 
     def _untie(self, best: Tensor, drafts: Tensor, tied: list[list[int]]) -> bool:
         """Decide ties that matter by reading the row alone; ``best`` ``[B, T]`` is changed. Returns whether it was."""
+        self._alone = self._alone or RowAlone(self._model, self._decoder, self._device)
         changed = False
         for row, (places, going) in enumerate(zip(tied, self._still, strict=True)):
             for place, is_tied in enumerate(places if going else ()):
                 if is_tied:
                     before = torch.cat([self._tokens[row, : self._lengths[row]], drafts[row, :place]])
-                    chosen = self._decoder.last_logits_alone(before).argmax()
+                    chosen = self._alone.choose(before)
                     changed |= bool(chosen != best[row, place])
                     best[row, place] = chosen
                 if place < drafts.shape[1] and bool(best[row, place] != drafts[row, place]):

@@ -22,7 +22,7 @@ from wmtp.models.documents import within_reading
 from wmtp.models.few_rows import compile_few_rows
 from wmtp.models.layers import repeated_layers
 from wmtp.models.low_rank import OPERATORS
-from wmtp.models.step_cache import layer_number, steps_are_compiled, swap_caches
+from wmtp.models.step_cache import layer_number, layers_are_plain, steps_are_compiled, swap_caches
 
 if TYPE_CHECKING:
     from wmtp.config.schema import DevicesConfig
@@ -137,6 +137,8 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     """Run a layer: compiled; or with a cache that grows with each token, and so has as many shapes, the plain way."""
+    if layers_are_plain():
+        return plain(*args, **kwargs)
     if not any(_has_cache(value) for value in (*args, *kwargs.values())):
         return (step if steps_are_compiled() else compiled)(*args, **kwargs)
     if number is None or not steps_are_compiled():

@@ -12,7 +12,15 @@ from torch import nn
 
 from wmtp.models.anatomy import LayerCall
 
-__all__ = ["LayeredCache", "compiled_steps", "layer_number", "steps_are_compiled", "swap_caches"]
+__all__ = [
+    "LayeredCache",
+    "compiled_steps",
+    "layer_number",
+    "layers_are_plain",
+    "plain_layers",
+    "steps_are_compiled",
+    "swap_caches",
+]
 
 
 class LayeredCache(ABC):
@@ -27,7 +35,7 @@ class LayeredCache(ABC):
         """
 
 
-_compiled = False
+_compiled, _plain = False, False
 
 
 @contextmanager
@@ -41,9 +49,25 @@ def compiled_steps() -> Iterator[None]:
         _compiled = before
 
 
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Inside, compiled layers run uncompiled: calls whose shapes hardly come again."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
 def steps_are_compiled() -> bool:
-    """Tell whether this is inside of `compiled_steps`."""
-    return _compiled
+    """Tell whether this is inside of `compiled_steps`, and not of `plain_layers`."""
+    return _compiled and not _plain
+
+
+def layers_are_plain() -> bool:
+    """Tell whether this is inside of `plain_layers`."""
+    return _plain
 
 
 def layer_number(layer: nn.Module) -> int | None:
