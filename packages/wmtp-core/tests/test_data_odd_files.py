@@ -13,7 +13,7 @@ import pytest
 from wmtp.data.base import BadExample
 from wmtp.data.config import Chat, Jsonl, PythonSource, TextFiles
 from wmtp.data.splits import data_files
-from wmtp.errors import InputError
+from wmtp.errors import FileError, InputError
 
 TEXT = b'{"text": "a"}\n'
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -110,6 +110,44 @@ def test_an_empty_file_among_others_is_said(tmp_path):
     write(tmp_path, "train-00001-of-00002.jsonl.gz", content=b"")
     (doubt,) = Jsonl(uri="").build().doubts(tmp_path)
     assert doubt == f"{tmp_path}/train-00001-of-00002.jsonl.gz: is empty; was it fetched whole?"
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.arrow.gz"])
+def test_a_stream_cut_between_two_batches_is_not_whole(tmp_path, name):
+    table = pyarrow.table({"text": [f"text {n}" for n in range(600)]})
+    written = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(written, table.schema) as writer:
+        writer.write_table(table, max_chunksize=200)
+    content = written.getvalue().to_pybytes()
+    mark = b"\xff\xff\xff\xff\0\0\0\0"
+    assert content.endswith(mark)
+
+    def stored(content):
+        write(tmp_path, name, content=gzip.compress(content) if name.endswith(".gz") else content)
+        return read(Jsonl(uri=""), tmp_path)
+
+    assert [example.completion for example in stored(content)] == table["text"].to_pylist()
+    assert len(stored(content + b"more")) == 600
+    with pytest.raises(FileError, match=r"a\.arrow.*: ends without the mark that ends a stream: it was cut off"):
+        stored(content.removesuffix(mark))
+
+
+TWICE = '{"prompt": "q", "completion": "right", "completion": "wrong"}'
+NESTED = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "content": "b"}]}'
+
+
+@pytest.mark.parametrize(("config", "line", "key"), [(Jsonl(uri=""), TWICE, "completion"), (Chat(uri=""), NESTED, "content")])
+def test_a_key_that_is_there_twice(tmp_path, config, line, key):
+    write(tmp_path, "a.jsonl", content=line.encode() + b"\n")
+    (bad,) = read(config, tmp_path)
+    assert (bad.where, bad.problem) == (
+        f"{tmp_path}/a.jsonl:1",
+        f'not valid JSON: an object has the key "{key}" twice; leave one out',
+    )
+    (tmp_path / "a.jsonl").unlink()
+    write(tmp_path, "a.json", content=f"[{line}]".encode())
+    with pytest.raises(InputError, match=f'the key "{key}" twice'):
+        read(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.ndjson", "a.jsonlines"])

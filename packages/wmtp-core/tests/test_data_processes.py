@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from chat_tokenizers import TEMPLATES, chat_tokenizer
@@ -13,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from wmtp.data import ahead
 from wmtp.data.cache import token_store
 from wmtp.data.config import Chat, Jsonl
-from wmtp.errors import WMTPError
-from wmtp.tokenizers import processes
+from wmtp.errors import PluginError, WMTPError
+from wmtp.tokenizers import processes, worker
 from wmtp.tokenizers.bytes import BytesTokenizer
 from wmtp.tokenizers.hf import HfTokenizer
 from wmtp.tokenizers.processes import EncodingProcess, Encodings
@@ -110,6 +111,40 @@ def test_a_process_that_is_killed_is_done_without(tmp_path, monkeypatch, started
     assert all(process.poll() is not None for process in started)
     monkeypatch.setattr(processes, "_WORTH", 1 << 60)
     assert found.info.digest == made(tmp_path, config, tokenizer, "alone").info.digest
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (
+            "whole = worker._answer; worker._answer = lambda backend, texts, **kind: whole(backend, texts[:1], **kind)",
+            "of 1 texts",
+        ),
+        ("print('a greeting of sitecustomize', flush=True)", "something else than tokens came from it"),
+    ],
+)
+def test_a_process_that_answers_something_else_is_done_without(tmp_path, monkeypatch, started, caplog, fault, said):
+    tokenizer, config = spaced(tmp_path / "t"), Jsonl(uri=written(tmp_path, PAIRS[:60]))
+    folder = Path(worker.__file__).parent
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys\nsys.path.insert(0, {str(folder)!r})\nimport worker\n{fault}\nworker.main()\n")
+    monkeypatch.setattr(worker, "__file__", str(program))
+    with caplog.at_level(logging.WARNING, "wmtp"):
+        found = made(tmp_path, config, tokenizer, "odd")
+    assert said in caplog.text
+    assert started
+    assert all(process.poll() is not None for process in started), "a process is left"
+    monkeypatch.setattr(processes, "_WORTH", 1 << 60)
+    assert found.info.digest == made(tmp_path, config, tokenizer, "alone").info.digest
+
+
+def test_a_tokenizer_that_gives_too_few_lists_is_named(tmp_path):
+    class Few(BytesTokenizer):
+        def encode_many(self, texts, *, first=False):
+            return super().encode_many(texts[:2], first=first)
+
+    with pytest.raises(PluginError, match=r"the tokenizer .*Few gave the tokens of 2 texts for \d+"):
+        made(tmp_path, Jsonl(uri=written(tmp_path, PAIRS[:60])), Few(), "cache")
 
 
 def test_processes_that_cannot_be_started_are_done_without(tmp_path, monkeypatch, started, caplog):

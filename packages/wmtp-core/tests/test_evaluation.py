@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from contextlib import nullcontext
@@ -187,6 +188,43 @@ def test_a_plugins_plain_numbers_do_and_its_mistakes_are_named(model: MTPModel) 
         measure([Config(found=[1])], _measured(model), None)
     with pytest.raises(PluginError, match=r"^evaluator '[\w-]+' \(.*\): evaluate returned None as 'a', not a number"):
         measure([Config(found={"a": None})], _measured(model), None)
+
+
+def _scaled(model: MTPModel) -> None:
+    model.base.lm_head.weight.data.mul_(0.5)
+
+
+def _exchanged(model: MTPModel) -> None:
+    with torch.no_grad():
+        model.base.lm_head.weight.copy_(model.base.lm_head.weight.flip(0))
+
+
+def _training(model: MTPModel) -> None:
+    model.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_scaled, r"changed \S*lm_head.weight"),
+        (_exchanged, r"changed \S*lm_head.weight"),
+        (_training, "left the model in training mode"),
+    ],
+)
+def test_an_evaluator_that_changes_the_model_is_refused(model: MTPModel, change: Any, said: str) -> None:
+    class Changes(Evaluator):
+        def evaluate(self, measured: Measured) -> Any:
+            change(measured.model)
+            return {"a": 1}
+
+    class Config(EvaluatorConfig):
+        type = "changes"
+
+        def build(self) -> Evaluator:
+            return Changes()
+
+    with pytest.raises(PluginError, match=rf"^evaluator 'changes' \(.*\): evaluate {said}, which others measure after it"):
+        measure([Config()], _measured(copy.deepcopy(model)), None)
 
 
 def test_code_needs_the_users_word(model: MTPModel) -> None:

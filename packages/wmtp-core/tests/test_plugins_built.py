@@ -140,7 +140,7 @@ def test_a_measurement_is_one_number(value):
         def evaluate(self, measured):
             return {"a": value}
 
-    measured = SimpleNamespace(ranks=None)
+    measured = SimpleNamespace(ranks=None, model=nn.Linear(1, 1).eval())
     with pytest.raises(
         PluginError, match=rf"^evaluator 'mine' \(.*\): evaluate returned {re.escape(repr(value))} as 'a', not a"
     ):

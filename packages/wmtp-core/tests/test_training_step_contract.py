@@ -76,6 +76,11 @@ def test_weights_of_the_wrong_form_are_an_error_that_names_the_trainer(returned,
         ("observe", {"value": torch.zeros(3)}, "observe returned 'value' of shape [3]"),
         ("auxiliary_losses", {"value": 1.0}, "auxiliary_losses returned a float as 'value', not a tensor"),
         ("auxiliary_losses", {"value": torch.zeros(2)}, "auxiliary loss 'value' has shape [2]; it must be a scalar"),
+        (
+            "auxiliary_losses",
+            {"value": torch.tensor(2.0)},
+            "auxiliary loss 'value' carries no gradient, so nothing would learn",
+        ),
         ("metrics", [1.0], "metrics returned a list, not numbers by name"),
         ("metrics", {"loss": 5.0}, "metrics returned 'loss', which is the loop's own metric"),
         ("metrics", {"loss/head_1": 5.0}, "metrics returned 'loss/head_1', which is the loop's own metric"),
@@ -91,6 +96,33 @@ def test_other_returns_of_the_wrong_form_name_the_trainer_too(method, returned, 
         gradients(make_model(), bad(), make_batch(packed=False))
     assert words in str(error.value)
     assert "trainer 'mine' (mine 1.0)" in str(error.value)
+
+
+class Detached(Valued):
+    """Its value head would never learn: what it observes carries no gradient."""
+
+    def observe(self, view):
+        other = {"reward": view.targets.ids[..., 0].double()}  # as another model's numbers, which need none
+        return {name: value.detach() for name, value in super().observe(view).items()} | other
+
+    def auxiliary_losses(self, view):
+        return {"value": (view.observations["value"] - view.observations["reward"]).square().mean()}
+
+
+@pytest.mark.parametrize("micro", [2, 4])
+def test_an_auxiliary_loss_of_detached_observations_is_refused(micro):
+    batch = make_batch(packed=False)
+    said = r"^trainer 'mine' \(mine 1\.0\): observe gave 'reward', 'value' without gradient, so nothing would"
+    with pytest.raises(PluginError, match=said):
+        gradients(make_model(), Detached(), batch, micro=micro)
+
+    class Attached(Detached):
+        def observe(self, view):
+            return super().observe(view) | {"value": self.head(view.trunk.detach()).squeeze(-1)}
+
+    assert gradients(make_model(), Attached(), batch, micro=micro)[1]["value.weight"].abs().max() > 0
+    frozen = Stage(frozen=frozenset({"value"}))  # what a stage freezes needs no gradient
+    step_loss(make_model(), Detached())(batch, 0, frozen)
 
 
 _SHARED = {

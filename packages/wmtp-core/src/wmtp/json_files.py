@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from wmtp.errors import FileError, WMTPError
 
-__all__ = ["DAMAGE", "parse_json", "read_json", "read_json_object", "reading", "writing"]
+__all__ = ["DAMAGE", "parse_json", "read_json", "read_json_object", "reading", "unique_keys", "writing"]
 
 #: what reading a file and its values raises where the content is not what it was meant to be; a deep one overflows the stack
 DAMAGE: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
@@ -63,6 +63,20 @@ def parse_json(content: str | bytes, where: Path | str, advice: str = "") -> Any
     """
     with reading(where, advice):
         return json.loads(content)
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs, for ``object_pairs_hook``: of a key's two values Python's json keeps one without a word.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'an object has the key "{twice:.40}" twice; leave one out')
+    return found
 
 
 def read_json(path: Path, advice: str = "") -> Any:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TypeVar
 
+from wmtp.errors import PluginError
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.processes import Encoder
 
 __all__ = ["Encoded"]
+
+_Tokens = TypeVar("_Tokens")
 
 
 class Encoded:
@@ -49,13 +53,20 @@ class Encoded:
 
         Raises:
             UnicodeEncodeError: some text is no Unicode; each is encoded when it is asked for then.
+            PluginError: the tokenizer gave the tokens of more or fewer texts.
         """
         if first := list(self._first):
-            self._first = dict(zip(first, encoder.encode_many(first, first=True), strict=True))
+            self._first = self._by_text(first, encoder.encode_many(first, first=True))
         if following := list(self._next):
-            self._next = dict(zip(following, encoder.encode_many(following), strict=True))
+            self._next = self._by_text(following, encoder.encode_many(following))
         if offsets := list(self._offsets):
-            self._offsets = dict(zip(offsets, encoder.encode_many_with_offsets(offsets), strict=True))
+            self._offsets = self._by_text(offsets, encoder.encode_many_with_offsets(offsets))
+
+    def _by_text(self, texts: Sequence[str], answer: Sequence[_Tokens]) -> dict[str, _Tokens]:
+        if len(answer) != len(texts):
+            name = f"{type(self._tokenizer).__module__}.{type(self._tokenizer).__qualname__}"
+            raise PluginError(f"the tokenizer {name} gave the tokens of {len(answer)} texts for {len(texts)}")
+        return dict(zip(texts, answer, strict=True))
 
     def first(self, text: str) -> Sequence[int]:
         """Encode the start of a document."""

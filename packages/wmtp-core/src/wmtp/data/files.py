@@ -14,6 +14,7 @@ from wmtp.data.fields import type_name
 from wmtp.data.splits import format_of
 from wmtp.data.tables import arrow_rows, csv_rows, parquet_rows
 from wmtp.errors import InputError
+from wmtp.json_files import unique_keys
 
 __all__ = ["LFS_HINT", "LFS_POINTER", "Record", "given_path", "in_columns", "parsed", "read_records"]
 
@@ -44,7 +45,8 @@ _OTHERS: Final = {
 }
 _HEAD: Final = 32
 _BOM: Final = b"\xef\xbb\xbf"
-_raw_decode: Final = json.JSONDecoder().raw_decode
+_decoder: Final = json.JSONDecoder(object_pairs_hook=unique_keys)
+_raw_decode: Final = _decoder.raw_decode
 
 
 def given_path(path: Path | None) -> Path:
@@ -155,10 +157,10 @@ def _json_value(text: str) -> Any:
         try:
             value, end = _raw_decode(text)
         except json.JSONDecodeError:
-            return json.loads(text.rstrip("\r\n"))  # else a cut line's fault is in column 1 of the next
+            return _decoder.decode(text.rstrip("\r\n"))  # else a cut line's fault is in column 1 of the next
         if text[end:] in ("\n", "\r\n", ""):
             return value
-    return json.loads(text)
+    return _decoder.decode(text)
 
 
 def _looks_like(line: bytes, number: int) -> str:
@@ -176,7 +178,7 @@ def _json(path: Path) -> Iterator[Record | BadExample]:
         return
     content = read_whole(path, instead="write one object a line, and name it .jsonl")
     try:
-        value = json.loads(content.decode("utf-8-sig"))
+        value = _decoder.decode(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise InputError("uri", f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from wmtp.data.base import BadExample
 from wmtp.data.fields import finite_number, type_name
+from wmtp.json_files import unique_keys
 
 __all__ = ["MESSAGE_KEYS", "ROLES", "check_messages", "from_json", "message_tools", "normal_messages"]
 
@@ -154,7 +155,7 @@ def from_json(where: str, name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=unique_keys)
     except ValueError as error:
         raise BadExample(where, f"{name}: is a text, but not JSON ({error})") from error
 

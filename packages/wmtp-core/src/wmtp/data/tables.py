@@ -105,8 +105,15 @@ def arrow_rows(path: Path) -> Iterator[Row]:
         with open_binary(path) as file:
             has_index = file.read(len(_ARROW_FILE)) == _ARROW_FILE
         if not has_index:
-            with open_binary(path) as file, pyarrow.ipc.open_stream(file) as reader:
-                yield from _rows(path, _slices(reader))
+            with open_binary(path) as file:
+                source = _Watched(file)
+                with pyarrow.ipc.open_stream(source) as reader:
+                    yield from _rows(path, _slices(reader))
+            if source.met_end:
+                raise FileError(
+                    f"{path}: ends without the mark that ends a stream: it was cut off, or whoever wrote it did not close it; "
+                    f"fetch or write it again"
+                )
         elif is_compressed(path):
             source = io.BytesIO(read_whole(path, instead="decompress it"))
             yield from _rows(path, _slices(_batches(pyarrow.ipc.open_file(source))))
@@ -115,6 +122,26 @@ def arrow_rows(path: Path) -> Iterator[Row]:
                 yield from _rows(path, _slices(_batches(pyarrow.ipc.open_file(source))))
     except pyarrow.ArrowException as error:
         raise FileError(f"{path}: not a readable Arrow file ({error})") from error
+
+
+class _Watched:
+    """File that notes whether more was read than it has; an Arrow stream says itself where it ends.
+
+    Args:
+        file: open for reading.
+    """
+
+    closed = False  # pyarrow asks
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.met_end = False
+
+    def read(self, size: int = -1) -> bytes:
+        """Read as the file does."""
+        content = self._file.read(size)
+        self.met_end |= len(content) < size
+        return content
 
 
 def _pyarrow(path: Path, what: str) -> Any:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from wmtp.devices import device_name
 from wmtp.errors import PluginError, WMTPError
 from wmtp.evaluation.base import Estimate, Measured
+from wmtp.evaluation.unchanged import ModelState
 from wmtp.generation import release
 from wmtp.json_files import read_json_object
 from wmtp.plugins.built import built
@@ -62,11 +63,17 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
             )
             continue
         evaluator, name = built(config, "evaluators"), provenance(config, "evaluator")
+        before = ModelState.of(measured.model)
         started = time.perf_counter()
         if alone and measured.ranks is not None:  # the others wait
             found = measured.ranks.main_only(lambda evaluator=evaluator: evaluator.evaluate(evolve(measured, ranks=None)))
         else:
             found = evaluator.evaluate(measured)
+        if changed := list(before.changes(ModelState.of(measured.model))):
+            others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise PluginError(
+                f"{name}: evaluate {changed[0]}{others}, which others measure after it; restore it, or use a copy"
+            )
         if not isinstance(found, Mapping):
             raise PluginError(f"{name}: evaluate returned a {type(found).__name__}, not numbers by name")
         for key, value in found.items():

@@ -85,6 +85,7 @@ class EncodingProcess:
         Raises:
             UnicodeEncodeError: a text is no Unicode.
             OSError: the process has ended.
+            EOFError: it has, or its answer is none.
         """
         ends, tokens = self._asked(worker.FIRST if first else worker.NEXT, texts)
         return [tokens[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
@@ -95,6 +96,7 @@ class EncodingProcess:
         Raises:
             UnicodeEncodeError: a text is no Unicode.
             OSError: the process has ended.
+            EOFError: it has, or its answer is none.
         """
         ends, tokens = self._asked(worker.OFFSETS, texts)
         places = np.frombuffer(self._read(8 * len(tokens)), np.uint32).reshape(-1, 2)
@@ -108,8 +110,12 @@ class EncodingProcess:
         self._to.write(sizes.tobytes())
         self._to.writelines(contents)
         self._to.flush()
-        (total,) = worker.ANSWER.unpack(self._read(worker.ANSWER.size))
-        counts = np.frombuffer(self._read(4 * len(texts)), np.uint32)
+        mark, answered, total = worker.ANSWER.unpack(self._read(worker.ANSWER.size))
+        if mark != worker.MARK:
+            raise EOFError("something else than tokens came from it")
+        if answered != len(texts):  # reading on would wait for what never comes
+            raise EOFError(f"it gave the tokens of {answered} texts for {len(texts)}")
+        counts = np.frombuffer(self._read(4 * answered), np.uint32)
         return np.cumsum(counts, dtype=np.int64).tolist(), array("I", self._read(4 * total))
 
     def _read(self, size: int) -> bytes:
@@ -119,7 +125,7 @@ class EncodingProcess:
         return content
 
     def close(self) -> None:
-        """End the process."""
+        """End the process: it reads the end of its requests, or cannot write its answer."""
         for stream in (self._to, self._from):
             with suppress(OSError):
                 stream.close()

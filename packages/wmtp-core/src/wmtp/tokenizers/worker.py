@@ -14,7 +14,7 @@ import sys
 from array import array
 from typing import Any, Final
 
-__all__ = ["ANSWER", "FIRST", "NEXT", "OFFSETS", "REQUEST"]
+__all__ = ["ANSWER", "FIRST", "MARK", "NEXT", "OFFSETS", "REQUEST"]
 
 #: what is asked for: the start of documents, what stands behind other text, and the start with the places of tokens
 FIRST: Final = 0
@@ -22,8 +22,11 @@ NEXT: Final = 1
 OFFSETS: Final = 2
 #: kind, number of texts, bytes of them all; then the bytes of each text (uint32), and the texts
 REQUEST: Final = struct.Struct("<BIQ")
-#: number of all tokens; then that of each text (uint32), the tokens (uint32), and their starts and stops (uint32)
-ANSWER: Final = struct.Struct("<Q")
+#: `MARK`, numbers of texts and of all tokens; then that of each text (uint32), the tokens (uint32), and their starts and
+#: stops (uint32)
+ANSWER: Final = struct.Struct("<4sIQ")
+#: tells an answer from what other code prints while this process starts, a sitecustomize say
+MARK: Final = b"wmtp"
 #: texts that are encoded at once: what the tokenizer holds of them meanwhile fits into a core's own cache
 _AT_ONCE: Final = 64
 #: words whose tokens the tokenizer keeps, some 15 MB; its own limit of 10,000 is met by the first megabytes of a corpus
@@ -75,7 +78,7 @@ def _answer(backend: Any, texts: list[str], *, offsets: bool) -> bytes:
             if offsets:
                 for place in encoded.offsets:
                     places.extend(place)
-    return b"".join([ANSWER.pack(len(tokens)), counts, tokens, places])
+    return b"".join([ANSWER.pack(MARK, len(counts), len(tokens)), counts, tokens, places])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ __all__ = [
     "asked",
     "auxiliary_losses",
     "check_data",
+    "check_reached",
     "check_trainer",
     "check_unchanged",
     "checked_groups",
@@ -191,7 +192,31 @@ def auxiliary_losses(trainer: Trainer, view: StepView, name: str) -> dict[str, T
     for key, term in terms.items():
         if term.numel() != 1:
             raise PluginError(f"{name}: auxiliary loss {key!r} has shape {list(term.shape)}; it must be a scalar")
+        if not term.requires_grad and bool(term != 0):  # 0 is a loss of nothing
+            raise PluginError(
+                f"{name}: auxiliary loss {key!r} carries no gradient, so nothing would learn from it; compute it from "
+                f"view.observations, not detached, or give it in metrics()"
+            )
     return terms
+
+
+def check_reached(observations: Mapping[str, Tensor], used: Collection[str], name: str) -> None:
+    """Refuse auxiliary losses of numbers that `Trainer.observe` gave without gradient, in a stage where all learns.
+
+    Args:
+        observations: of a micro-batch.
+        used: names of those that the losses depend on; some may come from what does not learn, such as another model.
+        name: what messages call the trainer.
+
+    Raises:
+        PluginError: none of them carries a gradient.
+    """
+    if used and not any(observations[key].requires_grad for key in used):
+        names = ", ".join(map(repr, sorted(used)))
+        raise PluginError(
+            f"{name}: observe gave {names} without gradient, so nothing would learn from its auxiliary losses; detach "
+            f"no more than the hidden states, and compute outside of torch.no_grad"
+        )
 
 
 def _token_tensors(method: str, returned: object, targets: Targets, name: str) -> dict[str, Tensor]:

@@ -239,6 +239,8 @@ class StepLoss:
         for part in rows.micro_batches:
             output, observed = seen.kept or self._forward(part, rows.packed, stage, observe=bool(slopes))
             seen = evolve(seen, kept=None)
+            if not stage.frozen:
+                checks.check_reached(observed, slopes.keys() - {PROBABILITIES}, self.trainer_name)
             at_most = 0 if not stage.model_loss else sum(part.valid_counts) if uniform else None
             loss, losses, objective = self._loss(part, output, coefficients[part.place], seen, at_most)
             if fit is not None and objective is not None:
