@@ -2,131 +2,171 @@
 
     python bench/decode.py                                    # the shape of SmolLM2-135M, random weights
     python bench/decode.py --model runs/heads --dtype fp32    # a trained model on code: its drafts count
-    python bench/decode.py --batch 1 16 --new 512 --heads shared
+    python bench/decode.py --cases fp32:1 fp32:16 --new 512 --heads shared
+    python bench/decode.py --model models/smollm2.gguf --oracle 1.9 2.5 3
 
 The floor of one forward pass is its bytes (the base's parameters, keys and values) over the rate at which this card copies,
 measured in the same run. Rows with compiled layers take some seconds more to start; `--kernels` lists what a step launches.
 Heads of random weights accept what chance gives them: without `--model` the speculative row shows what a verify step costs, not
 what it gains. With it, prompts are documented functions of the standard library, of files that bench/fast_heads.py keeps from
-training, a text ends where the model ends it, and each row says how many texts are those of plain decoding.
+training, and each row says how many texts are those of plain decoding. All rows write `--new` tokens. With `--oracle`, the
+heads compute as ever, and their drafts are then replaced: by the model's own next tokens, each with the probability that gives
+so many tokens a step, or by wrong ones. So it shows what heads would gain that learned as much.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from attrs import define
 from fast_heads import held_out_prompts
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import wmtp
 from wmtp.config.schema import HeadsConfig
-from wmtp.generation import Generation, compile_model, generate
+from wmtp.generation import Generation, compile_model, generate, release, step
+from wmtp.generation.decoder import Read
+from wmtp.generation.drafting import Choose, Drafter
 from wmtp.generation.text import encode_prompt
-from wmtp.models.ends import end_ids
 from wmtp.models.mtp import MTPModel
 
 #: SmolLM2-135M
 SHAPE = {
     "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROWS = (
+    "ours, plain, compiled layers",
+    "ours, speculative, compiled layers",
+    "transformers, static cache, compiled",
+    "ours, plain",
+    "ours, speculative",
+    "transformers, dynamic cache",
+)
 
 
 def main() -> None:
     """Measure the rows that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a run or model folder; default: random weights")
-    parser.add_argument("--heads", default="block", help="kind of heads of random weights")
+    parser.add_argument("--model", help="a run, model folder or file; one without heads gets copies; default: random weights")
+    parser.add_argument("--heads", default="block", help="kind of new heads")
     parser.add_argument("--horizon", type=int, default=4)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--cases", nargs="+", default=["fp32:1", "bf16:1", "fp32:16", "fp32:64", "bf16:16", "bf16:64"])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt of random weights")
-    parser.add_argument("--texts", type=int, default=32, help="prompts of a trained model, at least a batch of them")
+    parser.add_argument("--prompts", type=Path, help="JSON: a list of prompts, each a list of token ids")
+    parser.add_argument("--texts", type=int, default=4, help="prompts of a trained model, at least a batch of them")
     parser.add_argument("--new", type=int, default=256)
-    parser.add_argument("--skip-peers", action="store_true")
-    parser.add_argument("--only", default="", metavar="WORD", help="measure only rows with this in their names, as compiled")
+    parser.add_argument("--oracle", nargs="+", type=float, default=[], metavar="TOKENS", help="tokens a step")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="in this order")
+    parser.add_argument("--repeat", type=int, default=3, help="timed passes; 0: only the first ones, which compile")
     parser.add_argument("--kernels", action="store_true", help="count the kernels of a step, and list those that take longest")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     rate = _copy_rate(device)
-    print(
-        f"{where}, torch {torch.__version__}, copies {rate / 1e12:.2f} TB/s; {given.prompt} tokens of prompt, {given.new} new"
-    )
-    results = []
-    for dtype in given.dtype:
-        model, fast = _model(given, DTYPES[dtype], device), None
-        if device.type == "cuda":
-            fast = _model(given, DTYPES[dtype], device)
-            compile_model(fast)
-        for batch in given.batch:
-            results.append({"dtype": dtype, "batch": batch} | _measure(model, fast, batch, rate, device, given))
-            if given.json:
-                given.json.write_text(json.dumps(results, indent=1))
+    print(f"{where}, torch {torch.__version__}, copies {rate / 1e12:.2f} TB/s; {given.new} new tokens", flush=True)
+    first, results, models = _model(given, device), [], {}
+    for case in given.cases:
+        dtype, _, rows = case.partition(":")
+        if dtype not in models:
+            models = {dtype: copy.deepcopy(first).to(DTYPES[dtype])}  # one at a time
+        results.append({"case": case})
+        _measure(models[dtype], int(rows), rate, device, given, results)
+        release(models[dtype])
 
 
 def _measure(
-    model: MTPModel, fast: MTPModel | None, batch: int, rate: float, device: torch.device, given: argparse.Namespace
-) -> dict[str, float]:
-    groups, ends = _prompts(model, batch, given)
-    count = sum(map(len, groups))
-    step = _floor(model, batch, given.prompt + given.new // 2) / rate
-    found: dict[str, float] = {"floor_ms": 1000 * step}
-    print(f"\n{next(model.base.parameters()).dtype}, batch {batch}: floor {1000 * step:.3f} ms a forward")
-    rows: dict[str, Any] = {"ours, plain": lambda: _ours(model, groups, given.new, ends, speculative=False)}
-    if model.horizon > 1:
-        rows["ours, speculative"] = lambda: _ours(model, groups, given.new, ends, speculative=True)
-    if fast is not None:
-        rows["ours, plain, compiled layers"] = lambda: _ours(fast, groups, given.new, ends, speculative=False)
-        if model.horizon > 1:
-            rows["ours, speculative, compiled layers"] = lambda: _ours(fast, groups, given.new, ends, speculative=True)
-    if not given.skip_peers:
-        rows["transformers, dynamic cache"] = lambda: _theirs(model, groups, given.new, None)
-        if device.type == "cuda":
-            rows["transformers, static cache, compiled"] = lambda: _theirs(model, groups, given.new, "static")
+    model: MTPModel, batch: int, rate: float, device: torch.device, given: argparse.Namespace, results: list[dict[str, Any]]
+) -> None:
+    groups, found = _prompts(model, batch, given), results[-1]
+    count, longest = sum(map(len, groups)), max(len(prompt) for group in groups for prompt in group)
+    pass_seconds = _floor(model, batch, longest + given.new // 2) / rate
+    found["floor_ms"] = 1000 * pass_seconds
+    print(f"\n{results[-1]['case']}, {count} texts: floor {1000 * pass_seconds:.3f} ms a forward", flush=True)
+    fast: MTPModel | None = None
     plain: list[tuple[int, ...]] = []
-    for name, action in [(name, action) for name, action in rows.items() if given.only in name]:
-        try:
-            began = time.perf_counter()
-            action()
-            first = time.perf_counter() - began
-            done, seconds = action(), []
-            for _ in range(3):
-                _wait(device)
-                start = time.perf_counter()
-                done = action()
-                _wait(device)
-                seconds.append(time.perf_counter() - start)
-        except RuntimeError as error:
-            print(f"  {name:40} {type(error).__name__}: {str(error).splitlines()[0]}")
+    for name in given.rows:
+        if "compiled" in name and device.type != "cuda":
             continue
-        took, plain = sorted(seconds)[1], plain or done.texts
-        found[name] = done.tokens / took
-        print(
-            f"  {name:40} {found[name]:10.0f} tokens/s  {1000 * took / done.forwards:7.3f} ms a step"
-            f"  {done.a_step:5.2f} tokens a step  {took / done.forwards / step:6.1f} x floor"
-            f"  {first:5.1f} s the first time",
-            flush=True,
-        )
-        if name.startswith("ours"):
-            same = sum(a == b for a, b in zip(done.texts, plain, strict=True))
-            found[f"{name}: tokens a step"], found[f"{name}: same texts"] = done.a_step, same / count
-            print(f"      {same} of {count} texts are those of plain decoding", flush=True)
-            if given.kernels and device.type == "cuda":
-                _list_kernels(action, done.forwards)
+        if name.startswith("ours") and "compiled" in name and fast is None:
+            fast = copy.deepcopy(model)
+            compile_model(fast)
+        used = fast if "compiled" in name and fast is not None else model
+        speculative = "speculative" in name
+        oracles: list[float | None] = [None, *given.oracle] if speculative else [None]
+        for oracle in oracles:
+            if oracle is not None and not plain:
+                continue
+            label = name if oracle is None else f"{name}, oracle"
+            truth = None if oracle is None else _Truth(groups, plain, oracle, model.horizon - 1, device)
+            if name.startswith("transformers"):
+                action = partial(_theirs, model, groups, "static" if "static" in name else None)
+            else:
+                action = partial(_ours, used, groups, truth, speculative)
+            try:
+                with _oracle(used, truth):
+                    done, row = _time(action, given.new, device, given.repeat)
+            except RuntimeError as error:
+                print(f"  {label:40} {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+                continue
+            if not given.repeat:
+                continue
+            plain = plain or done.texts
+            row["tokens_a_step"] = done.a_step
+            row["step_ms"] = 1000 * (row["seconds"] - row["prompt_seconds"]) / (done.forwards - len(groups))
+            row["tokens_per_second"] = done.tokens / row["seconds"]
+            if done.texts:
+                row["same_texts"] = sum(a == b for a, b in zip(done.texts, plain, strict=True)) / count
+            found[f"{label} {oracle or ''}".strip()] = row
+            print(
+                f"  {label:40} {row['tokens_per_second']:8.0f} tokens/s  {row['step_ms']:7.3f} ms a step after prompts of "
+                f"{1000 * row['prompt_seconds'] / len(groups):5.1f} ms  {done.a_step:5.2f} tokens a step  "
+                f"{row['step_ms'] / 1000 / pass_seconds:5.1f} x floor  {row['first_seconds']:5.1f} s the first time  "
+                f"{row.get('same_texts', 0):4.0%} of the texts are plain's",
+                flush=True,
+            )
+            if given.json:
+                given.json.write_text(json.dumps(results, indent=1))
+            if given.kernels and name.startswith("ours") and device.type == "cuda" and oracle is None:
+                _list_kernels(action, given.new, done.forwards)
         gc.collect()
-    return found
+
+
+def _time(action: Callable[[int], _Done], tokens: int, device: torch.device, repeat: int) -> tuple[_Done, dict[str, float]]:
+    """Run until graphs are recorded, then time some passes: the median, and that of one token, which is prompts alone."""
+
+    def timed(new: int = tokens) -> float:
+        _wait(device)
+        start = time.perf_counter()
+        done.append(action(new))
+        _wait(device)
+        return time.perf_counter() - start
+
+    done: list[_Done] = []
+    first = timed()
+    for _ in range(2 if device.type == "cuda" and repeat else 0):
+        timed()
+    seconds = sorted(timed() for _ in range(repeat))
+    whole = done[-1]
+    prompts = sorted(timed(1) for _ in range(repeat))
+    middle = repeat // 2
+    return whole, {"first_seconds": first} | (
+        {"seconds": seconds[middle], "fastest_seconds": seconds[0], "prompt_seconds": prompts[middle]} if repeat else {}
+    )
 
 
 @define
@@ -139,25 +179,96 @@ class _Done:
     texts: list[tuple[int, ...]]
 
 
-def _prompts(model: MTPModel, batch: int, given: argparse.Namespace) -> tuple[list[list[list[int]]], tuple[int, ...] | None]:
-    """Make batches of prompts, and name the tokens that end a text; None: none does."""
-    if not given.model:
+class _Truth:
+    """What plain decoding writes, where graphs read it, and which drafts are to be right.
+
+    Args:
+        groups: batches of prompts.
+        texts: new tokens of each prompt.
+        a_step: tokens a step, from 1 to one more than drafts.
+        drafts: of a step.
+    """
+
+    def __init__(
+        self, groups: list[list[list[int]]], texts: list[tuple[int, ...]], a_step: float, drafts: int, device: torch.device
+    ) -> None:
+        prompts = [prompt for group in groups for prompt in group]
+        rows = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
+        longest = max(map(len, rows)) + 2 + drafts
+        every = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+        self._groups = every.split(len(groups[0]))
+        low, high = 0.0, 1.0  # of the share of right drafts: 1 + share + share² + … = a_step
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(middle**k for k in range(drafts + 1)) < a_step else (low, middle)
+        self._chance = torch.rand(*every.shape, drafts, device=device).split(len(groups[0]))
+        self.table, self.share, self.ahead = torch.zeros_like(self._groups[0]), low, torch.arange(drafts, device=device)
+        self.right = torch.zeros_like(self._chance[0], dtype=torch.bool)
+
+    def load(self, group: int) -> None:
+        """Make the next request one of this batch."""
+        self.table.copy_(self._groups[group])
+        self.right.copy_(self._chance[group] < self.share)
+
+
+class _Oracle:
+    """A drafter whose drafts are replaced by the model's own tokens, or by others."""
+
+    def __init__(self, inner: Drafter, truth: _Truth) -> None:
+        self._inner, self._truth = inner, truth
+
+    def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
+        """Draft as the heads do, and replace."""
+        self._inner.draft(read, last, tokens, choose)
+        table = self._truth.table
+        rows, place = torch.arange(len(last), device=last.device), last.clamp(max=table.shape[1] - 3 - len(self._truth.ahead))
+        right = table[rows[:, None], place[:, None] + 2 + self._truth.ahead]
+        return torch.where(self._truth.right[rows, place], right, (right + 1) % 1000)
+
+    def clear(self) -> None:
+        """See `Drafter.clear`."""
+        self._inner.clear()
+
+    def with_rows(self, rows: Tensor, decoder: Any) -> Self:
+        """See `Drafter.with_rows`."""
+        copied = copy.copy(self)
+        copied._inner, copied._truth = self._inner.with_rows(rows, decoder), copy.copy(self._truth)
+        copied._truth.table, copied._truth.right = self._truth.table[rows], self._truth.right[rows]
+        return copied
+
+
+@contextmanager
+def _oracle(model: MTPModel, truth: _Truth | None) -> Iterator[None]:
+    """Replace the drafts inside the context."""
+    make = step.make_drafter
+    release(model)
+    if truth is not None:
+        step.make_drafter = lambda *given: _Oracle(make(*given), truth)  # type: ignore[assignment, return-value]
+    try:
+        yield
+    finally:
+        step.make_drafter = make
+
+
+def _prompts(model: MTPModel, batch: int, given: argparse.Namespace) -> list[list[list[int]]]:
+    """Make batches of prompts."""
+    if given.prompts:
+        prompts = json.loads(given.prompts.read_text())[: max(given.texts, batch)]
+    elif not given.model:
         torch.manual_seed(1)
         lengths = [given.prompt - row % 7 for row in range(batch)]
-        return [[torch.randint(5, model.vocab_size, (length,)).tolist() for length in lengths]], None
-    tokenizer = model.tokenizer
-    prompts = [encode_prompt(tokenizer, text) for text in held_out_prompts(max(given.texts, batch))]
+        prompts = [torch.randint(5, model.vocab_size, (length,)).tolist() for length in lengths]
+    else:
+        prompts = [encode_prompt(model.tokenizer, text) for text in held_out_prompts(max(given.texts, batch))]
     # the longest first: the next ones fit into its cache, and are decoded by its graphs
     prompts.sort(key=len, reverse=True)
-    return [prompts[at : at + batch] for at in range(0, len(prompts) // batch * batch, batch)], tuple(
-        end_ids(model.base, tokenizer)
-    )
+    return [prompts[at : at + batch] for at in range(0, len(prompts) // batch * batch, batch)]
 
 
-def _list_kernels(action: Callable[[], object], forwards: float) -> None:
+def _list_kernels(action: Callable[[int], object], new: int, forwards: float) -> None:
     """Print how many kernels a step launches, and which take longest in all."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        action()
+        action(new)
     events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
     total = sum(event.self_device_time_total for event in events)
     count = sum(event.count for event in events)
@@ -167,28 +278,28 @@ def _list_kernels(action: Callable[[], object], forwards: float) -> None:
         print(f"      {share:6.1%}  {event.count / forwards:6.1f} a step of {each:6.1f} us  {event.key[:90]}")
 
 
-def _ours(
-    model: MTPModel, groups: list[list[list[int]]], new: int, ends: tuple[int, ...] | None, *, speculative: bool
-) -> _Done:
-    done: list[list[Generation]] = [
-        generate(model, prompts, max_new_tokens=new, eos_id=ends, speculative=speculative) for prompts in groups
-    ]
+def _ours(model: MTPModel, groups: list[list[list[int]]], truth: _Truth | None, speculative: bool, new: int) -> _Done:
+    done: list[list[Generation]] = []
+    for number, prompts in enumerate(groups):
+        if truth is not None:
+            truth.load(number)
+        done.append(generate(model, prompts, max_new_tokens=new, eos_id=None, speculative=speculative))
     rows = [row for group in done for row in group]
-    tokens, steps = sum(len(row.tokens) for row in rows), sum(1 + row.drafts.steps for row in rows)
+    tokens, steps = sum(len(row.tokens) for row in rows), sum(row.drafts.steps for row in rows)
     forwards = sum(1 + max(row.drafts.steps for row in group) for group in done)
-    return _Done(tokens, forwards, tokens / steps, [row.tokens for row in rows])
+    return _Done(tokens, forwards, (tokens - len(rows)) / max(steps, 1), [row.tokens for row in rows])
 
 
 @torch.no_grad()
-def _theirs(model: MTPModel, groups: list[list[list[int]]], new: int, cache: str | None) -> _Done:
+def _theirs(model: MTPModel, groups: list[list[list[int]]], cache: str | None, new: int) -> _Done:
     device = model.anatomy.output.weight.device
     settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    for prompts in groups[:1]:
+    for prompts in groups:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         model.base.generate(ids, attention_mask=mask, cache_implementation=cache, **settings)  # type: ignore[operator]
-    return _Done(new * len(groups[0]), new, 1.0, [])
+    return _Done(new * sum(map(len, groups)), new * len(groups), 1.0, [])
 
 
 def _floor(model: MTPModel, batch: int, length: int) -> float:
@@ -200,13 +311,14 @@ def _floor(model: MTPModel, batch: int, length: int) -> float:
     return size * (sum(parameter.numel() for parameter in model.base.parameters()) + cache)
 
 
-def _model(given: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> MTPModel:
+def _model(given: argparse.Namespace, device: torch.device) -> MTPModel:
+    heads = HeadsConfig(horizon=given.horizon, kind=given.heads, init="copy")
     if given.model:
-        return wmtp.load_model(given.model, dtype=dtype, device=device)
+        model = wmtp.load_model(given.model, dtype=torch.float32, device=device)
+        return model if model.horizon > 1 else MTPModel(model.base, heads, seed=1).to(device).eval()
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": given.layers}))
-    heads = HeadsConfig(horizon=given.horizon, kind=given.heads, init="copy")
-    return MTPModel(base.eval(), heads, seed=1).to(device=device, dtype=dtype).eval()
+    return MTPModel(base.eval(), heads, seed=1).to(device).eval()
 
 
 def _copy_rate(device: torch.device) -> float:

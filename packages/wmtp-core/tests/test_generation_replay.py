@@ -98,8 +98,12 @@ def test_ties_are_decided_between_the_halves(kind: str, device: str, monkeypatch
     assert _decode(model, Sampling(), True, new=12) == wanted
 
 
-def test_a_finished_row_stays_until_half_are(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("worth", [1, 1000])
+def test_a_finished_row_stays_until_half_are_and_dropping_them_is_worth_a_graph(
+    worth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _replayed(monkeypatch, "cpu")
+    monkeypatch.setattr(step, "_WORTH_RECORDING", worth)
     sizes: list[int] = []
     look = step.Step._look_at
 
@@ -111,6 +115,7 @@ def test_a_finished_row_stays_until_half_are(monkeypatch: pytest.MonkeyPatch) ->
     _decode(_model("block", "cpu"), Sampling(), speculative=True)
     assert sizes[0] == len(PROMPTS)
     assert all(after == before or 2 * after <= before for before, after in pairwise(sizes))
+    assert (sizes[-1] < sizes[0]) == (worth == 1)
 
 
 @pytest.mark.parametrize("speculative", [False, True])

@@ -159,7 +159,9 @@ class _Batch:
                 self._active[place], ended = None, True
         going = [place for place, number in enumerate(self._active) if number is not None] if ended else []
         if going:  # rows that ended before are dropped, or kept for the graph, already
-            self._step, kept = self._step.with_rows(going)
+            numbers = [number for number in self._active if number is not None]
+            left = max(self._limits[number] - len(self.rows[number].tokens) for number in numbers)
+            self._step, kept = self._step.with_rows(going, left)
             self._active = [self._active[place] for place in kept]
         return taken
 

@@ -55,6 +55,9 @@ _WIDTHS: Final = 64
 #: slots that a graph's attention looks at first; twice as many, in a new graph, whenever a row needs more
 _FIRST_WIDTH: Final = 1024
 
+#: tokens that another graph must be good for: recording one takes as long as some 50 steps
+_WORTH_RECORDING: Final = 64
+
 #: most tokens of prompts, padding included, that a graph reads; for more, launching kernels is not what takes the time
 _PROMPT_TOKENS: Final = 4096
 
@@ -174,14 +177,19 @@ class Step:
         self._advance(decided[1])
         return decided
 
-    def with_rows(self, places: list[int]) -> tuple[Step, list[int]]:
+    def with_rows(self, places: list[int], left: int) -> tuple[Step, list[int]]:
         """Drop all rows but these, or fewer.
+
+        Args:
+            places: rows that go on.
+            left: the most tokens that one of them will get.
 
         Returns:
             what goes on with the rows that stay, and which these are: a graph is made for one number of rows, so it keeps
-            finished ones until half are.
+            finished ones until half are and another is worth recording, or for good where layers would be compiled for it.
         """
-        if self.replays and 2 * len(places) > len(self._lengths):
+        records = 2 * len(places) <= len(self._lengths) and left >= _WORTH_RECORDING and not self._model.compiled_layers
+        if self.replays and not records:
             staying = set(places)
             self._still = [place in staying for place in range(len(self._lengths))]
             self._going.copy_(torch.tensor(self._still))
