@@ -8,7 +8,7 @@
 The floor of one forward pass is its bytes (the base's parameters, keys and values) over the rate at which this card copies,
 measured in the same run. Rows with compiled layers take some seconds more to start; `--kernels` lists what a step launches.
 Heads of random weights accept what chance gives them: without `--model` the speculative row shows what a verify step costs, not
-what it gains. With it, prompts are documented functions of the standard library, of files that bench/fast_heads.py keeps from
+what it gains. With it, prompts are documented functions of the standard library, of files that bench/fast_prompts.py keeps from
 training, and each row says how many texts are those of plain decoding. All rows write `--new` tokens. With `--oracle`, the
 heads compute as ever, and their drafts are then replaced: by the model's own next tokens, each with the probability that gives
 so many tokens a step, or by wrong ones. So it shows what heads would gain that learned as much.
@@ -29,7 +29,7 @@ from typing import Any, Self
 
 import torch
 from attrs import define
-from fast_heads import held_out_prompts
+from fast_prompts import held_out_prompts
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

