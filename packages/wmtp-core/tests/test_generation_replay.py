@@ -284,17 +284,18 @@ def test_products_of_few_rows_are_what_torch_multiplies(dtype: torch.dtype, monk
         return graph.forward
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", note)
-    linear = torch.nn.Linear(24, 17).to(dtype)
+    linear, longer = torch.nn.Linear(24, 17).to(dtype), torch.nn.Linear(1025, 17).to(dtype)
     query, key, value = (torch.randn(2, 3, n, 8, dtype=dtype) for n in (4, 20, 20))
 
-    def function(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return linear(x), (query @ key.transpose(-1, -2)) @ value
+    def function(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return linear(x), longer(y), (query @ key.transpose(-1, -2)) @ value
 
     torch._dynamo.reset()
     fast = compile_few_rows(function)
-    for rows, few in ((1, True), (8, True), (9, False)):
-        x = torch.randn(1, rows, 24, dtype=dtype)
+    few_short, few_long = (16, 8) if dtype == torch.float32 else (4, 4)
+    for rows in (1, 4, 8, 9, 16, 17):
+        x, y = torch.randn(1, rows, 24, dtype=dtype), torch.randn(1, rows, 1025, dtype=dtype)
         tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
-        for found, wanted in zip(fast(x), function(x), strict=True):
+        for found, wanted in zip(fast(x, y), function(x, y), strict=True):
             torch.testing.assert_close(found, wanted, **tolerance)
-        assert rewritten[-1] == [linear_by_rows] * few + [matmul_by_rows] * 2
+        assert rewritten[-1] == [linear_by_rows] * ((rows <= few_short) + (rows <= few_long)) + [matmul_by_rows] * 2

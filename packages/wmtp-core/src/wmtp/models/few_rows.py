@@ -16,8 +16,11 @@ from torch import Tensor, fx
 
 __all__ = ["compile_few_rows"]
 
-#: most rows of a product that is written so
-MOST_ROWS: Final = 8
+#: most rows of a product that is written so; tensor cores multiply 16-bit numbers faster from 8 rows on
+MOST_ROWS: Final = {True: 4, False: 8}
+#: the same in fp32, where rows have at most `SHORT` numbers: 16 of 576 take 5 µs so, and 10 by cuBLAS; of 1,536, 14 and 13
+MOST_SHORT_ROWS: Final = 16
+SHORT: Final = 1024
 #: largest output of more than one row: an unembedding of 49,152 takes 85 µs so for four rows, and 50 by cuBLAS
 MOST_OUTPUTS: Final = 16_384
 #: most rows of attention's products: the queries of all heads that share keys
@@ -74,7 +77,9 @@ def matmul_by_rows(queries: Tensor, other: Tensor) -> Tensor:
 
 def _few_linear(given: Tensor, weight: Tensor) -> bool:
     rows = given.numel() // given.shape[-1]
-    small = rows == 1 or (rows <= MOST_ROWS and weight.shape[0] <= MOST_OUTPUTS)
+    coarse = given.dtype.itemsize == 2
+    most = MOST_SHORT_ROWS if given.shape[-1] <= SHORT and not coarse else MOST_ROWS[coarse]
+    small = rows == 1 or (rows <= most and weight.shape[0] <= MOST_OUTPUTS)
     return small and weight.dim() == 2 and given.dtype == weight.dtype
 
 
