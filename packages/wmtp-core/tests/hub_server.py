@@ -5,8 +5,10 @@ import contextlib
 import hashlib
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from small_server import Answers
 
 __all__ = ["FakeHub"]
 
@@ -59,12 +61,9 @@ class FakeHub:
         return {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Answers):
     protocol_version = "HTTP/1.1"
     hub: FakeHub
-
-    def log_message(self, *_):
-        pass
 
     def answer(self, status, content=b"", headers=()):
         if not isinstance(content, bytes):

@@ -1,4 +1,3 @@
-import http.server
 import json
 import logging
 import math
@@ -8,13 +7,13 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from small_server import Answers, serving
 
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.tracking import RunInfo
@@ -395,7 +394,7 @@ def test_an_unreachable_server_fails_at_the_start(run):
 def test_an_address_that_answers_and_is_no_mlflow(run, body):
     """A proxy, or another service: the whole run was tracked nowhere."""
 
-    class Answers(http.server.BaseHTTPRequestHandler):
+    class Nothing(Answers):
         def do_GET(self):
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(200)
@@ -405,16 +404,10 @@ def test_an_address_that_answers_and_is_no_mlflow(run, body):
 
         do_POST = do_GET
 
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    uri = f"http://127.0.0.1:{server.server_port}"
-    with pytest.raises(WMTPError, match=rf"{uri} (answers, but is no MLflow|cannot be used).*check tracker\.tracking_uri"):
-        MLflowTracker(tracking_uri=uri).build().start(run)
-    server.shutdown()
-    server.server_close()
+    with serving(Nothing) as server:
+        uri = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(WMTPError, match=rf"{uri} (answers, but is no MLflow|cannot be used).*check tracker\.tracking_uri"):
+            MLflowTracker(tracking_uri=uri).build().start(run)
 
 
 def test_a_store_that_stays_away_is_said_at_the_end(run, caplog, monkeypatch):

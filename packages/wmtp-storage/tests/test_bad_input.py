@@ -2,9 +2,9 @@
 
 import functools
 import http.server
-import threading
 
 import pytest
+from small_server import Answers, serving
 
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.storage.manifest import MANIFEST, Manifest, verify
@@ -195,19 +195,15 @@ def web(tmp_path):
     (tmp_path / "web/a b.bin").write_bytes(b"0123456789" * 100_000)
     (tmp_path / "web/sub/y").write_bytes(b"y")
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
+    class Quiet(Answers, http.server.SimpleHTTPRequestHandler):
+        pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path / "web"))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with serving(functools.partial(Quiet, directory=tmp_path / "web")) as server:
+        yield f"http://127.0.0.1:{server.server_port}"
 
 
 def test_a_web_server_without_ranges(web, tmp_path):
-    storage = HTTPStorage(chunk_size=0.1, retry_timeout=0.5).build()
+    storage = HTTPStorage(chunk_size=0.1, retry_timeout=0.1).build()
     done = storage.fetch(f"{web}/a%20b.bin?signature=1", tmp_path / "out")
     assert done.transferred == 1_000_000
     assert (tmp_path / "out/a b.bin").read_bytes() == b"0123456789" * 100_000

@@ -2,14 +2,13 @@
 
 import contextlib
 import hashlib
-import http.server
 import json
-import threading
 import time
 from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from small_server import Answers, serving
 
 from wmtp.errors import ConfigError, WMTPError
 from wmtp_storage import S3Storage
@@ -22,7 +21,7 @@ class Service:
     def __init__(self, answers):
         self.asked = asked = []
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Handler(Answers):
             def do_GET(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
                 asked.append((self.command, self.path))
@@ -34,16 +33,7 @@ class Service:
 
             do_PUT = do_POST = do_GET
 
-            def log_message(self, *_):
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
+        self.handler = Handler
 
 
 @pytest.fixture
@@ -52,7 +42,7 @@ def service():
 
         def start(answers):
             made = Service(answers)
-            stack.callback(made.close)
+            made.url = f"http://127.0.0.1:{stack.enter_context(serving(made.handler)).server_port}"
             return made
 
         yield start
@@ -115,6 +105,7 @@ def test_an_instance_with_tokens(uri, s3, service, monkeypatch):
 
 def test_a_container_with_a_token(uri, s3, service, monkeypatch, tmp_path):
     """Credentials that soon expire are asked for again."""
+    monkeypatch.setattr("botocore.utils.ContainerMetadataFetcher.SLEEP_TIME", 0.01)
     ends = [later(minutes=1), later(hours=6)]
 
     def answers(method, path, headers, body):

@@ -10,7 +10,7 @@ from obstore.exceptions import PreconditionError
 
 from wmtp.errors import WMTPError
 from wmtp.storage.manifest import MANIFEST, Manifest, verify
-from wmtp_storage import S3Storage, patience
+from wmtp_storage import S3Storage
 from wmtp_storage.journal import read_journal
 from wmtp_storage.throttle import Throttle
 from wmtp_storage.transfer import Transfer
@@ -19,12 +19,8 @@ KB = 2**10
 SIZES = {"a/small": 1, "empty": 0, "a/b/one": 16 * KB, "two": 32 * KB + 1, "large": 300 * KB, "multipart": 6 * 2**20}
 FAULTS = ("cut", "reset", "stall", "500", "503", "429", "shifted", "short", "whole", "corrupt", "other-etag", "garbage")
 #: schedules of each; more for a soak: WMTP_FAULT_SEEDS=500 pytest packages/wmtp-storage/tests/test_faults.py
-SEEDS = range(int(os.environ.get("WMTP_FAULT_SEEDS", "12")))
-
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch):
-    monkeypatch.setattr(patience, "_FIRST", 0.01)
+MANY = int(os.environ.get("WMTP_FAULT_SEEDS", "6"))
+each_schedule = pytest.mark.parametrize("seeds", [range(MANY), pytest.param(range(MANY, 2 * MANY), marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +75,9 @@ def fetch_and_resume(uri, content, target, proxy, clean, **options):
     return outcome
 
 
+@each_schedule
 @pytest.mark.parametrize("fault", FAULTS)
-def test_seeded_schedules_of_one_fault(faulty, model, tmp_path, fault):
+def test_seeded_schedules_of_one_fault(faulty, model, tmp_path, fault, seeds):
     uri, content = model
     clean = faulty(())
 
@@ -91,12 +88,13 @@ def test_seeded_schedules_of_one_fault(faulty, model, tmp_path, fault):
         return outcome, len(proxy.done)
 
     with ThreadPoolExecutor(4) as pool:
-        outcomes = list(pool.map(schedule, SEEDS))
-    assert sum(count for _, count in outcomes) > len(SEEDS), "hardly a fault happened"
+        outcomes = list(pool.map(schedule, seeds))
+    assert sum(count for _, count in outcomes) > len(seeds), "hardly a fault happened"
     assert "whole" in {outcome for outcome, _ in outcomes}
 
 
-def test_seeded_schedules_of_all_faults(faulty, model, tmp_path):
+@each_schedule
+def test_seeded_schedules_of_all_faults(faulty, model, tmp_path, seeds):
     uri, content = model
     clean = faulty(())
 
@@ -105,7 +103,7 @@ def test_seeded_schedules_of_all_faults(faulty, model, tmp_path):
         return fetch_and_resume(uri, content, tmp_path / str(seed), proxy, clean)
 
     with ThreadPoolExecutor(4) as pool:
-        assert {"whole", "resumed"} <= set(pool.map(schedule, range(1000, 1000 + 3 * len(SEEDS))))
+        assert {"whole", "resumed"} <= set(pool.map(schedule, range(1000 + 3 * seeds.start, 1000 + 3 * seeds.stop)))
 
 
 def test_an_object_that_changes_under_the_transfer_is_never_mixed(faulty, s3, tmp_path):

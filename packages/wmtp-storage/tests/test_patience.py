@@ -182,7 +182,7 @@ def test_an_answer_that_breaks_off_is_asked_for_again(breaking, s3, folder, tmp_
 @pytest.mark.parametrize(
     ("work", "seconds"),
     [
-        *sampled([(work, 5) for work in ("fetch", "exists", "files", "push", "remove", "tidy")], 3),
+        *sampled([(work, 2) for work in ("fetch", "exists", "files", "push", "remove", "tidy")], 3),
         *(pytest.param(work, 20, marks=pytest.mark.slow) for work in ("fetch", "push", "remove")),
         *(pytest.param(work, 60, marks=pytest.mark.slow) for work in ("fetch", "push")),
     ],

@@ -113,15 +113,15 @@ def test_what_is_busy_is_asked_again_for_a_time(refusing, model, tmp_path, statu
     assert proxy.refused == 2
     proxy = refusing(status, code, "wait")
     with pytest.raises(WMTPError, match=rf"m could not be read: HTTP status {status}"):
-        storage(proxy, retry_timeout=1).exists(model)
+        storage(proxy, retry_timeout=0.3).exists(model)
     assert 4 <= len(proxy.requests) < 60, "the HEAD, and the question why it failed"
     proxy = refusing(status, code, "wait", after=4)
     with pytest.raises(WMTPError, match=rf"could not be read: .*{code}: wait; given up after \d+ tries in .*run it again"):
-        storage(proxy, retry_timeout=1, max_connections=1).fetch(model, tmp_path / "other")
+        storage(proxy, retry_timeout=0.3, max_connections=1).fetch(model, tmp_path / "other")
 
 
 def test_so_long_and_no_longer(refusing, model, tmp_path):
     proxy = refusing(503, "SlowDown", "wait", after=4)
     with pytest.raises(WMTPError, match=r"given up after \d tries"):
-        storage(proxy, retry_timeout=1, max_connections=1).fetch(model, tmp_path / "out")
+        storage(proxy, retry_timeout=0.3, max_connections=1).fetch(model, tmp_path / "out")
     assert 1 < proxy.refused < 20

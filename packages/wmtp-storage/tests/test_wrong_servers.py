@@ -1,18 +1,17 @@
 """Google's store and plain web servers that answer with a page, or cannot list."""
 
-import http.server
-import threading
 from typing import ClassVar
 
 import pytest
 from false_answers import PAGE, XHTML, listing
+from small_server import Answers, serving
 
 from wmtp.errors import WMTPError
 from wmtp_storage import GoogleStorage, HTTPStorage
 from wmtp_storage.failures import WrongAnswerError
 
 
-class Google(http.server.BaseHTTPRequestHandler):
+class Google(Answers):
     """Answers listings by what is set in the class, and says of all objects that there are none."""
 
     protocol_version = "HTTP/1.1"
@@ -31,19 +30,13 @@ class Google(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def google(monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Google)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield GoogleStorage(endpoint=f"http://127.0.0.1:{server.server_port}", anonymous=True, retry_timeout=0).build()
-    server.shutdown()
-    server.server_close()
+    with serving(Google) as server:
+        yield GoogleStorage(endpoint=f"http://127.0.0.1:{server.server_port}", anonymous=True, retry_timeout=0).build()
 
 
 def test_google_is_asked_twice_whether_a_folder_is_empty(google):
@@ -63,7 +56,7 @@ def test_google_is_asked_twice_whether_a_folder_is_empty(google):
     assert [file.name for file in google.files("gs://b/m/")] == ["a"]
 
 
-class Web(http.server.BaseHTTPRequestHandler):
+class Web(Answers):
     """Answers each method by what is set in the class: a status, and headers."""
 
     protocol_version = "HTTP/1.1"
@@ -81,19 +74,13 @@ class Web(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_PUT = do_DELETE = do_PROPFIND = do_MKCOL = answer
 
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def web(monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Web) as server:
+        yield f"http://127.0.0.1:{server.server_port}"
 
 
 @pytest.mark.parametrize("status", [400, 401, 403])

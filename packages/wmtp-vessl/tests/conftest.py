@@ -1,10 +1,9 @@
 """What the tests share: the service on 127.0.0.1, the two files of a launch, the command line."""
 
 import json
-import threading
-from http.server import ThreadingHTTPServer
 
 import pytest
+from small_server import serving
 from vessl_service import VESSLCTL, Api, Files, Handler
 
 from wmtp.cli import main
@@ -12,17 +11,13 @@ from wmtp.cli import main
 
 @pytest.fixture
 def api(monkeypatch, tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.api = Api()
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("VESSL_API_HOST", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("VESSL_ACCESS_TOKEN", Api.token)
     monkeypatch.setenv("VESSL_DEFAULT_ORGANIZATION", "lab")
     monkeypatch.setenv("VESSL_DEFAULT_PROJECT", "mtp")
-    yield server.api
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as server:
+        server.api = Api()
+        monkeypatch.setenv("VESSL_API_HOST", f"http://127.0.0.1:{server.server_port}")
+        yield server.api
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-import threading
 import time
 from email.utils import formatdate
 
 import pytest
+from small_server import Answers, serving
 
 from wmtp.errors import AuthenticationError, PlatformError
 from wmtp_vessl import client as clients
@@ -243,26 +243,23 @@ def test_403_is_about_who_the_user_is(api, client):
 def test_tls_is_verified(monkeypatch, tmp_path):
     """A server whose certificate nobody vouches for gets no token."""
     import ssl
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     trustme = pytest.importorskip("trustme")
     heard = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Answers):
         def do_GET(self):
             heard.append(self.headers.get("Authorization"))
             self.send_response(200)
             self.end_headers()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("VESSL_API_HOST", f"https://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("VESSL_ACCESS_TOKEN", "t")
-    client = Client(Credentials.find("lab", "mtp"), attempts=1)
-    with pytest.raises(PlatformError, match="CERTIFICATE_VERIFY_FAILED"):
-        client.organizations()
+    with serving(Handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        monkeypatch.setenv("VESSL_API_HOST", f"https://127.0.0.1:{server.server_port}")
+        client = Client(Credentials.find("lab", "mtp"), attempts=1)
+        with pytest.raises(PlatformError, match="CERTIFICATE_VERIFY_FAILED"):
+            client.organizations()
     assert heard == []
-    server.shutdown()

@@ -5,11 +5,11 @@ import socket
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from small_server import Answers
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 
@@ -133,7 +133,7 @@ class Api:
         return None
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answers):
     def handle_one(self):
         api, url = self.server.api, urlsplit(self.path)
         length = int(self.headers.get("Content-Length") or 0)
@@ -170,9 +170,6 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     do_GET = do_POST = handle_one
-
-    def log_message(self, *_):
-        pass
 
 
 VESSLCTL = f"""#!{sys.executable}

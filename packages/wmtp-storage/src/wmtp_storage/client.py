@@ -14,6 +14,7 @@ import obstore
 from attrs import frozen
 
 from wmtp.errors import ConfigError
+from wmtp_storage import patience
 from wmtp_storage.aio import run
 from wmtp_storage.failures import WrongAnswerError
 from wmtp_storage.patience import patiently
@@ -143,7 +144,11 @@ def opened(
     retries: RetryConfig = {
         "max_retries": _UNCOUNTED if config.retry_timeout else 0,
         "retry_timeout": timedelta(seconds=config.retry_timeout),
-        "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=5), "base": 2},
+        "backoff": {
+            "init_backoff": timedelta(seconds=patience.FIRST_PAUSE),
+            "max_backoff": timedelta(seconds=patience.LONGEST_PAUSE),
+            "base": 2,
+        },
     }
     plain = store({"max_retries": 0})
     limit = config.retry_timeout

@@ -13,11 +13,11 @@ from obstore.exceptions import BaseError
 
 from wmtp_storage.failures import understand
 
-__all__ = ["Patience", "is_transient", "patiently"]
+__all__ = ["FIRST_PAUSE", "LONGEST_PAUSE", "Patience", "is_transient", "patiently"]
 
 logger = logging.getLogger("wmtp.storage")
 
-_FIRST, _LONGEST = 0.2, 5.0  # seconds between two tries
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between two tries
 _SAYS_SO_AFTER = 3.0  # seconds of failures that are not reported
 _Result = TypeVar("_Result")
 
@@ -55,7 +55,7 @@ class Patience:
             self._said = True
             reason = understand(error).message or type(error).__name__
             logger.warning("%s: %s; trying again for up to %.0f s", self._what, reason, self._limit)
-        return min(left, random.uniform(0.1, 1) * min(_LONGEST, _FIRST * 2 ** min(self.failures - 1, 10)))
+        return min(left, random.uniform(0.1, 1) * min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self.failures - 1, 10)))
 
 
 def is_transient(error: BaseException) -> bool:

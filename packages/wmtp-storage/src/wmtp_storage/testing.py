@@ -21,11 +21,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from attrs import frozen
+from attrs import field, frozen
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -35,6 +36,7 @@ __all__ = ["DOMAINS", "S3Server", "s3_server", "start_s3_server"]
 #: in requests to these hosts a bucket may stand before the host, as on Amazon's servers
 DOMAINS: Final = ("s3-accelerate.amazonaws.com", "s3.us-east-1.amazonaws.com", "s3.eu-west-1.amazonaws.com")
 
+_BUCKETS_AT_ONCE = 8  # to make room for one takes the server a fifth of a second, and for several hardly more
 _START_TIME = 60  # seconds; half of one is usual
 _ATTEMPTS = 3
 
@@ -72,6 +74,7 @@ class S3Server:
     secret_access_key: str
     process: subprocess.Popen[bytes]
     webdav: str
+    _unused: list[str] = field(factory=list, init=False, repr=False, eq=False)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -89,9 +92,12 @@ class S3Server:
 
     def bucket(self) -> str:
         """Make a new bucket, and return its name."""
-        name = f"test-{os.getpid()}-{next(_numbers)}"
-        self.client().create_bucket(Bucket=name)
-        return name
+        if not self._unused:
+            names = [f"test-{os.getpid()}-{next(_numbers)}" for _ in range(_BUCKETS_AT_ONCE)]
+            with ThreadPoolExecutor(len(names)) as pool:
+                list(pool.map(functools.partial(_make_bucket, self.client()), names))
+            self._unused.extend(names)
+        return self._unused.pop()
 
     def client(self) -> Any:
         """A client of botocore, to look at the server with other eyes than ours."""
@@ -111,6 +117,13 @@ class S3Server:
             },
             client_options={"allow_http": True},
         )
+
+
+def _make_bucket(client: Any, name: str) -> None:
+    client.create_bucket(Bucket=name)
+    # the first object waits until the server has made room for the bucket
+    client.put_object(Bucket=name, Key="first", Body=b"1")
+    client.delete_object(Bucket=name, Key="first")
 
 
 _numbers = itertools.count()
