@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attrs import evolve, frozen
+from torch import nn
 
 from wmtp.checkpoints.find import compare_data
 from wmtp.config.load import load_config
@@ -10,8 +11,11 @@ from wmtp.config.schema import DevicesConfig, FsdpConfig
 from wmtp.data.batch import align_targets
 from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks, Share
 from wmtp.distributed.start import compare_processes
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, PluginError
 from wmtp.testing.steps import random_step
+from wmtp.trainers import Trainer
+from wmtp.trainers.setup import TrainerSetup
+from wmtp.training.trainer_modules import set_up
 
 CONFIG = {
     "models": {"base": {"type": "scratch", "vocab_size": 1024}},
@@ -60,6 +64,49 @@ def test_a_rank_that_reads_other_data_is_named():
     compare_data(Data("x"), Answered(world_size=2, answers=same))
     with pytest.raises(ConfigError, match=r"rank 1 \(b\) reads other data than rank 0 \(a\)"):
         compare_data(Data("x"), Answered(world_size=2, answers=[same[0], ("b", "y", None)]))
+
+
+@frozen(kw_only=True, eq=False)
+class Two(Ranks):
+    """Rank 0 of two; rank 1 says the same, and of its modules what ``other`` makes."""
+
+    other: object
+
+    def objects(self, value):
+        return [value, self.other if isinstance(value, dict) else value]
+
+
+class Drawn(Trainer):
+    def setup(self, setup):
+        self.head = nn.Linear(3, 2)
+
+    def modules(self):
+        return {"head": self.head}
+
+
+def set_up_after(draws, ranks):
+    torch.rand(draws)  # as loading a model may, on rank 0 alone
+    setup = TrainerSetup(
+        hidden_size=3,
+        vocab_size=9,
+        horizon=2,
+        device=torch.device("cpu"),
+        seed=5,
+        tokenizer=None,
+        model=None,
+        token_numbers=None,
+    )
+    state = torch.get_rng_state()
+    modules = set_up(Drawn(), setup, "trainer 'drawn'", ranks)
+    assert torch.equal(torch.get_rng_state(), state)
+    return modules["head"].weight
+
+
+def test_modules_of_a_trainer_are_drawn_alike_by_every_rank():
+    weights = [set_up_after(draws, SINGLE_PROCESS) for draws in (0, 7)]
+    assert torch.equal(*weights)
+    with pytest.raises(PluginError, match=r"^trainer 'drawn': the module 'head' is not the same in every process; draw its"):
+        set_up_after(0, Two(world_size=2, other={"head": []}))
 
 
 def test_hybrid_wants_as_many_processes_on_every_machine():

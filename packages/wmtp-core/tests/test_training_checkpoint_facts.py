@@ -5,8 +5,12 @@ import os
 import zlib
 
 import pytest
+from tiny_recipe import tiny_recipe
 
+from wmtp.checkpoints.find import find_checkpoints
 from wmtp.checkpoints.manifest import check_files, hash_files, write_facts
+from wmtp.config.load import load_config
+from wmtp.distributed.ranks import SINGLE_PROCESS
 from wmtp.errors import WMTPError
 
 
@@ -74,3 +78,12 @@ def test_a_later_format_is_called_so(folder):
     (folder / "checkpoint.json").write_text('{"format": 2, "step": 7, "files": {}}')
     with pytest.raises(WMTPError, match="format 2, but this version of wmtp reads format 1"):
         check_files(folder)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_resume_that_finds_no_checkpoint_says_that_it_starts_anew(tmp_path, caplog, resume):
+    config = load_config(tiny_recipe(datasets={"py": {"type": "python-source"}}))
+    with caplog.at_level("WARNING", logger="wmtp"):
+        assert find_checkpoints(config, tmp_path, None, SINGLE_PROCESS, resume=resume) == []
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"no checkpoint to resume from in {tmp_path}/checkpoints; training starts anew"] * resume

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import uuid
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from wmtp.data.prepare import PreparedData
 
 __all__ = ["checkpoint_folder", "compare_data", "find_checkpoints"]
+
+_log = logging.getLogger("wmtp")
 
 
 def checkpoint_folder(config: Config, run_dir: Path) -> Path:
@@ -70,6 +73,8 @@ def _tidy(folder: Path, run_dir: Path, remote: RemoteCheckpoints | None, *, resu
         if uploaded and (not saved or uploaded[-1] > saved[-1].step):
             saved = [*saved, remote.fetch(uploaded[-1], folder)]
             remote.fetch_steps(run_dir)  # this directory may be of an earlier part of the run
+    if resume and not saved:
+        _log.warning("no checkpoint to resume from in %s; training starts anew", folder)
     return saved
 
 

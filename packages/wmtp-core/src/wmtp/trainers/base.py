@@ -242,7 +242,10 @@ class Trainer(TrainerConfig, ABC, contract=True):
         yield from method_problems(cls, instance)
 
     def setup(self, setup: TrainerSetup) -> None:
-        """Make modules and load other models. Called once, before anything else."""
+        """Make modules and load other models. Called once, before anything else.
+
+        torch's random numbers come from the run's seed inside. Modules must be the same in every process.
+        """
 
     def modules(self) -> Mapping[str, nn.Module]:
         """Return the modules trained besides the model, by name. They are saved in checkpoints."""

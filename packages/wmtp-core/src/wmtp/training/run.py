@@ -38,7 +38,7 @@ from wmtp.storage.atomic import write_folder
 from wmtp.tracking import RunInfo
 from wmtp.tracking.jsonl import Jsonl
 from wmtp.tracking.starting import starting_beside
-from wmtp.trainers.checks import check_data, checked_modules, checked_rates
+from wmtp.trainers.checks import check_data, checked_rates
 from wmtp.trainers.setup import TrainerSetup
 from wmtp.training.finish import finish_tracking, measure_model, report, save_model, show_sample
 from wmtp.training.loop import Fit, FitResult
@@ -48,6 +48,7 @@ from wmtp.training.setup import build_trainer, load_extra_model, open_source, pl
 from wmtp.training.stages import StageBatches, StagePlan
 from wmtp.training.step import StepLoss
 from wmtp.training.telemetry import Recorder
+from wmtp.training.trainer_modules import set_up
 
 __all__ = ["train"]
 
@@ -142,8 +143,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
             reward_scores=open_reward_scores(config, source, data.train, device),
             fetch=source.place.fetch,
         )
-        ranks.one_by_machine_first(lambda: trainer.setup(setup))
-        modules = {key: module.to(device) for key, module in checked_modules(trainer, name).items()}
+        modules = set_up(trainer, setup, name, ranks)
         rates = checked_rates(trainer, name, modules)
         fixed = {id(parameter) for parameter in model.fixed_parameters()}
         parameters = [(key, parameter) for key, parameter in model.named_parameters() if id(parameter) not in fixed]
