@@ -1,11 +1,14 @@
 """A conversation teaches exactly what assistants say and the token that ends it, or an error says why not."""
 
+import json
+
 import pytest
 from chat_tokenizers import CHATML, MARKED_SHORT, TEMPLATES, THINKING, TOOLS, chat_tokenizer, learned_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from wmtp.data.base import BadExample, Example, Span
+from wmtp.data.config import Chat, Jsonl
 from wmtp.data.render import Renderer
 from wmtp.data.tokenized import CONTEXT, LEARNED, NEVER
 from wmtp.errors import ConfigError
@@ -257,3 +260,26 @@ def test_special_tokens_in_a_text_are_not_doubled(tmp_path):
         tokens = list(renderer(Example(id="x", completion=text)).tokens)
         assert tokens.count(eos) == 1
         assert bool(renderer.notes.list()) == (text != "a")
+
+
+def test_a_cut_answer_ends_in_no_learned_token(tokenizers, kind, tmp_path):
+    """The last answer of a record with `finish = "length"`, and no other."""
+    talk = [message("user", "hi"), message("assistant", "yo"), message("user", "go on"), message("assistant", "and th")]
+    file = tmp_path / "a.jsonl"
+    for finish, end in (("eos", ENDS[kind]), ("length", ""), ("context", "")):
+        file.write_text(json.dumps({"messages": talk, "finish": finish}) + "\n", encoding="utf-8")
+        for documents in ("conversation", "turn"):
+            found = [Renderer(tokenizers[kind])(each) for each in Chat(uri="", documents=documents).build().examples(file)]
+            texts = [text for document in found for text in learned_texts(tokenizers[kind], document)]
+            assert texts == ["yo" + ENDS[kind], "and th" + end]
+
+
+def test_a_cut_completion_has_no_end_token(tmp_path):
+    tokenizer, file = BytesTokenizer(), tmp_path / "a.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": "a", "completion": "bc", "finish": finish}) + "\n" for finish in ("eos", "length")),
+        encoding="utf-8",
+    )
+    whole, cut = (Renderer(tokenizer)(each) for each in Jsonl(uri="").build().examples(file))
+    assert list(whole.tokens) == [*cut.tokens, tokenizer.eos_id]
+    assert [segment.length for segment in cut.segments] == [1, 1, 2]

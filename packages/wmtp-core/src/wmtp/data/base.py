@@ -58,6 +58,7 @@ class Example:
         id: what a message calls it: the problem's number, or ``file:line``.
         prompt: what the model is given; not learned unless the config says so.
         completion: what the model learns. An end-of-sequence token follows it.
+        is_cut: the completion, or the last answer of a conversation, was cut off: no token that ends it is learned.
         spans: instead of prompt and completion: the document piece by piece. An end-of-sequence token follows the last.
         messages: instead of both: a conversation, for the model's chat template. Each has ``role`` (``system``, ``developer``,
             ``user``, ``assistant``, ``tool``) and ``content``; an assistant's may have ``tool_calls``, ``reasoning_content``,
@@ -77,6 +78,7 @@ class Example:
     id: str
     prompt: str = ""
     completion: str = ""
+    is_cut: bool = False
     spans: tuple[Span, ...] | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
     tools: tuple[Mapping[str, Any], ...] | None = None

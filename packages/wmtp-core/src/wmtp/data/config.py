@@ -26,8 +26,8 @@ class Jsonl(DataLoaderConfig):
     or ``.arrow`` files.
 
     A record may also have ``is_correct`` (true or false), ``reward`` (a number), ``weights`` (a number for each token of the
-    completion, or [text, number] pairs that joined make it), ``id``, and ``group`` (the same for answers to one problem).
-    Other keys are not read.
+    completion, or [text, number] pairs that joined make it), ``id``, ``group`` (the same for answers to one problem), and
+    ``finish`` (``length`` or ``context``: the completion was cut off, so no end token is learned). Other keys are not read.
 
     Args:
         uri: a data file, or a folder of them, compressed (``.gz .bz2 .xz .zst``) or not; or what ``save_to_disk`` wrote.
@@ -57,8 +57,9 @@ class Chat(DataLoaderConfig):
 
     A record has ``messages`` (with ``role`` and ``content``), ShareGPT's ``conversations`` (with ``from`` and ``value``), a
     ``prompt`` and a ``completion`` of messages or texts, Alpaca's ``instruction``, ``input`` and ``output``, or a pair of
-    answers, ``chosen`` and ``rejected``. It may also have ``system``, ``tools``, ``id``, ``group``, ``is_correct`` and
-    ``reward``. Its keys tell which of these it is.
+    answers, ``chosen`` and ``rejected``. It may also have ``system``, ``tools``, ``id``, ``group``, ``is_correct``, ``reward``
+    and, but for pairs, ``finish`` (``length`` or ``context``: the last answer was cut off, so no end of it is learned). Its
+    keys tell which of these it is.
 
     Args:
         uri: a data file, or a folder of them, compressed (``.gz .bz2 .xz .zst``) or not; or what ``save_to_disk`` wrote.

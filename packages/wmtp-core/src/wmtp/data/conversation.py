@@ -74,6 +74,8 @@ def conversation_text(
     learned = [turn for turn in turns if turn.message < 0 or _is_learned(messages[turn.message])]
     _check_written(where, text, messages, tools, learned, notes)
     _check_ends(where, text, learned, control_tokens, notes)
+    if example.is_cut:
+        turns = _without_end(text, turns, len(messages) - 1, control_tokens)
     return list(_parts(text, turns, messages))
 
 
@@ -218,6 +220,18 @@ def _without_space_after(text: str, start: int, stop: int, control_tokens: froze
     """Leave out white space behind the token that ends a turn: the model has stopped before it."""
     stripped = text[start:stop].rstrip()
     return start + len(stripped) if stripped.endswith(_tuple(control_tokens)) else stop
+
+
+def _without_end(text: str, turns: Sequence[_Turn], last: int, control_tokens: frozenset[str]) -> list[_Turn]:
+    """Leave out the tokens that end the last message, whose author was stopped before."""
+    found = []
+    for turn in turns:
+        stop = turn.stop
+        while turn.message in (-1, last) and (stripped := text[turn.start : stop].rstrip()).endswith(_tuple(control_tokens)):
+            end = max((token for token in _tuple(control_tokens) if stripped.endswith(token)), key=len)
+            stop = turn.start + len(stripped) - len(end)
+        found.append(_Turn(turn.start, stop, turn.message))
+    return found
 
 
 def _rewrites(example: Example, template: ChatTemplate, text: str, number: int) -> ConfigError:

@@ -40,6 +40,7 @@ def _is_plain(example: Example) -> bool:
         is type(example.where)
         is str
         and example.unread == ()
+        and example.is_cut is False
         and example.is_correct is example.reward is example.weights is example.spans is example.messages is None
     )
 
@@ -52,6 +53,8 @@ def _problem(loader: ExampleLoader, example: Any) -> str | None:
             return f"an Example with {value!r:.60} where a string belongs"
     if example.unread != () and not _are_keys(example.unread):
         return f"an Example whose unread is {example.unread!r:.60}, not a tuple of keys"
+    if not isinstance(example.is_cut, bool):
+        return f"an Example whose is_cut is {example.is_cut!r:.60}, not True or False"
     if example.is_correct not in (None, True, False):
         return f"an Example whose is_correct is {example.is_correct!r:.60}, not True, False or None"
     if example.reward is not None and not (isinstance(example.reward, int | float) and math.isfinite(example.reward)):

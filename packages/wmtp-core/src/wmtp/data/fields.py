@@ -9,7 +9,17 @@ from typing import Any, Final
 
 from wmtp.data.base import BadExample
 
-__all__ = ["Cell", "Unreadable", "bool_field", "finite_number", "name_field", "number_field", "text_field", "type_name"]
+__all__ = [
+    "Cell",
+    "Unreadable",
+    "bool_field",
+    "finite_number",
+    "is_cut",
+    "name_field",
+    "number_field",
+    "text_field",
+    "type_name",
+]
 
 
 class Unreadable:
@@ -33,6 +43,9 @@ _TYPE_NAMES: Final = {
     Cell: "a text",
     Unreadable: "a value that cannot be read (text that is no UTF-8, or a date that is out of range)",
 }
+
+#: why an answer ended that did not end by itself
+_CUT: Final = ("length", "context")
 
 #: tables with empty cells write 1 as 1.0
 _TRUTHS: Final = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -69,6 +82,11 @@ def name_field(record: Mapping[str, Any], key: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value) if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True, default=str)
+
+
+def is_cut(record: Mapping[str, Any], key: str) -> bool:
+    """Tell whether what wrote an answer was stopped before its end, as ``wmtp distill-data`` and servers say it."""
+    return record.get(key) in _CUT
 
 
 def bool_field(where: str, record: Mapping[str, Any], key: str) -> bool | None:

@@ -156,7 +156,7 @@ class Renderer:
         eos, bos = self._eos_id, self._bos_id
         if self._ends(tokens):
             self._note_own("end", eos, example)
-        else:
+        elif not example.is_cut:
             tokens.append(eos)
             counts[-1] += 1
         if weights is not None:

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, get_args
 from attrs import evolve
 
 from wmtp.data.base import BadExample, Example
-from wmtp.data.fields import bool_field, name_field, number_field, text_field, type_name
+from wmtp.data.fields import bool_field, is_cut, name_field, number_field, text_field, type_name
 from wmtp.data.loaders.records import RecordLoader
 from wmtp.data.messages import MESSAGE_KEYS, check_messages, from_json, message_tools, normal_messages
 from wmtp.data.unread import unread_keys
@@ -28,13 +28,13 @@ _TELLING: Final[Mapping[str, tuple[str, ...]]] = {
 }
 KEYS: Final = (
     *(key for keys in _TELLING.values() for key in keys),
-    *("input", "history", "system", "tools", "id", "group", "is_correct", "reward"),
+    *("input", "history", "system", "tools", "id", "group", "is_correct", "reward", "finish"),
 )
 #: keys that become text, and those that are read besides
 _CONTENT: Final = {name: (*keys, "system") for name, keys in _TELLING.items()}
 _CONTENT["preference"] += ("prompt",)
 _CONTENT["alpaca"] += ("input", "history")
-_LABELS: Final = ("tools", "id", "group", "is_correct", "reward")
+_LABELS: Final = ("tools", "id", "group", "is_correct", "reward", "finish")
 
 Messages = tuple[Mapping[str, Any], ...]
 
@@ -85,7 +85,8 @@ class ChatLoader(RecordLoader):
         else:
             messages, first = self._conversation(where, record, found)
             messages = self._with_system(where, record, messages)
-            examples = self._turns(evolve(whole, messages=messages, first_learned=first))
+            cut = is_cut(record, keys["finish"])
+            examples = self._turns(evolve(whole, messages=messages, first_learned=first, is_cut=cut))
         content, labels = ({keys[key] or key for key in names} for names in (_CONTENT[found], _LABELS))
         unread = (*unread_keys(record, content, labels), *_unread_in_messages(record, content))
         for example in examples:
@@ -198,7 +199,8 @@ class ChatLoader(RecordLoader):
         ]
         for turn, number in enumerate(answers, start=1):
             name = example.id if len(answers) == 1 else f"{example.id} (answer {turn})"
-            yield evolve(example, id=name, messages=messages[: number + 1], first_learned=number)
+            cut = example.is_cut and number == len(messages) - 1
+            yield evolve(example, id=name, messages=messages[: number + 1], first_learned=number, is_cut=cut)
 
 
 def _said(where: str, key: str, value: Any, role: str) -> Messages:

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Set
 from typing import Any, Final
 
 from wmtp.data.base import BadExample, Example
-from wmtp.data.fields import Cell, bool_field, finite_number, name_field, number_field, text_field, type_name
+from wmtp.data.fields import Cell, bool_field, finite_number, is_cut, name_field, number_field, text_field, type_name
 from wmtp.data.loaders.records import RecordLoader
 from wmtp.data.unread import unread_keys
 
 __all__ = ["FIELDS", "JsonlLoader"]
 
-FIELDS: Final = ("prompt", "completion", "text", "id", "group", "is_correct", "reward", "weights")
+FIELDS: Final = ("prompt", "completion", "text", "id", "group", "is_correct", "reward", "weights", "finish")
 #: keys that tell conversations, which `chat` reads
 _CONVERSATIONS: Final = (("messages",), ("conversations",), ("chosen", "rejected"), ("instruction", "output"))
 #: what else the files of others call prompt and completion, or text
@@ -69,6 +69,7 @@ class JsonlLoader(RecordLoader):
             id=example_id,
             prompt=pair[0],
             completion=pair[1],
+            is_cut=is_cut(record, keys["finish"]),
             group=name_field(record, keys["group"]) or example_id,
             is_correct=bool_field(where, record, keys["is_correct"]),
             reward=number_field(where, record, keys["reward"]),
