@@ -181,3 +181,16 @@ def test_a_model_without_an_end_token_is_refused(model, tmp_path, capsys):
     assert main(["distill-data", str(endless), str(prompts), "--output", str(tmp_path / "d.jsonl"), "--device", "cpu"]) == 2
     assert "names no end-of-sequence token" in capsys.readouterr().err
     assert not (tmp_path / "d.jsonl").exists()
+
+
+def test_the_first_batch_says_how_far_it_is(model, tmp_path, caplog, monkeypatch):
+    """Before its answers are there: a large batch takes minutes."""
+    monkeypatch.setattr(distill, "_FIRST_LINE", 0.0)
+    monkeypatch.setattr(distill, "_LOG_SECONDS", 0.0)
+    prompts = written(tmp_path / "p.jsonl", [{"prompt": "def f"}, {"prompt": "x = 1"}])
+    with caplog.at_level("INFO", logger="wmtp"):
+        done = wmtp.distill_data(model, prompts, tmp_path / "d.jsonl", max_new_tokens=6, batch_size=2, device="cpu")
+    said = [record.getMessage() for record in caplog.records if "tokens/s" in record.getMessage()]
+    assert len(said) > 1
+    assert all(line.startswith("0 of 2 answers, ") for line in said)
+    assert f", {done.tokens} tokens, " in said[-1]

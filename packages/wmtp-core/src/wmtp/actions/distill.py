@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,7 @@ __all__ = ["Distilled", "distill_data"]
 
 logger = logging.getLogger("wmtp")
 
+_FIRST_LINE = 5.0
 _LOG_SECONDS = 30.0
 
 
@@ -139,19 +140,19 @@ def distill_data(
         "temperature": temperature, "top_p": top_p, "seed": seed, "template": speaker.use_template,
     }  # fmt: skip
     lines = ResumableLines(path, settings)
-    found, began, said = len(lines.done), time.monotonic(), time.monotonic()
+    found, began = len(lines.done), time.monotonic()
     if found:
         logger.info("%s: %d of %d answers are there", path, found, len(read))
+    progress = _Progress(lines.done, len(read))
     written = tokens = unfinished = 0
     for batch in speaker.batches(lines.done, batch_size):
-        answers = speaker.answer(batch, max_new_tokens=max_new_tokens, sampling=sampling, speculative=speculative)
+        answers = speaker.answer(
+            batch, max_new_tokens=max_new_tokens, sampling=sampling, speculative=speculative, on_step=progress.step
+        )
         lines.add(speaker.line(index, answer) for index, answer in zip(batch, answers, strict=True))
         written += len(answers)
         tokens += sum(len(answer.tokens) for answer in answers)
         unfinished += sum(answer.finish != "eos" for answer in answers)
-        if time.monotonic() - said > _LOG_SECONDS:
-            said = time.monotonic()
-            logger.info("%d of %d answers, %.0f tokens/s", len(lines.done), len(read), tokens / (said - began))
     lines.finish()
     if speaker.too_long:
         logger.warning("%d prompts leave the model no position for an answer, and are left out", speaker.too_long)
@@ -178,6 +179,29 @@ def _work_file(target: str, cache_dir: Path) -> Path:
         return file_path(target)
     name = target.rstrip("/").rpartition("/")[2].partition("?")[0]
     return cache_dir / "distilled" / hashlib.sha256(target.encode()).hexdigest()[:16] / name
+
+
+class _Progress:
+    """Says how far it is: after some seconds, also within the first batch, and then now and again.
+
+    Args:
+        done: numbers of the prompts whose answers are written, which grows.
+        prompts: how many there are.
+    """
+
+    def __init__(self, done: Collection[int], prompts: int) -> None:
+        self._done, self._prompts, self._tokens = done, prompts, 0
+        self._began = time.monotonic()
+        self._next = self._began + _FIRST_LINE
+
+    def step(self, tokens: int) -> None:
+        """Count the tokens of one step of decoding."""
+        self._tokens += tokens
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _LOG_SECONDS
+            speed = self._tokens / (now - self._began)
+            logger.info("%d of %d answers, %d tokens, %.0f tokens/s", len(self._done), self._prompts, self._tokens, speed)
 
 
 class _Speaker:
@@ -225,7 +249,15 @@ class _Speaker:
         for start in range(0, len(left), size):
             yield left[start : start + size]
 
-    def answer(self, batch: Sequence[int], *, max_new_tokens: int, sampling: Sampling, speculative: bool) -> list[Generation]:
+    def answer(
+        self,
+        batch: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        speculative: bool,
+        on_step: Callable[[int], None],
+    ) -> list[Generation]:
         """Answer some prompts."""
         from wmtp.generation import generate
 
@@ -237,6 +269,7 @@ class _Speaker:
             speculative=speculative,
             sampling=sampling,
             rows=batch,
+            on_step=on_step,
         )
 
     def line(self, index: int, answer: Generation) -> dict[str, Any]:

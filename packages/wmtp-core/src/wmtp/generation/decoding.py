@@ -34,6 +34,7 @@ def generate(
     sampling: Sampling | None = None,
     rows: Sequence[int] | None = None,
     stop: Stop | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[Generation]:
     """Continue each prompt; all prompts are decoded as one batch.
 
@@ -46,6 +47,7 @@ def generate(
         sampling: default greedy.
         rows: a number for each prompt, which its draws depend on. Default: 0, 1, 2 …
         stop: a further reason to end a row.
+        on_step: called after each step with the number of tokens that it gave all rows.
 
     Returns:
         one generation a prompt, in order, without text.
@@ -56,8 +58,9 @@ def generate(
     """
     batch = _Batch(model, prompts, max_new_tokens, eos_id, speculative, sampling or Sampling(), rows, stop)
     with evaluating(model):
-        for _ in batch.steps():
-            pass
+        for new in batch.steps():
+            if on_step is not None:
+                on_step(sum(map(len, new.values())))
     return batch.generations()
 
 
