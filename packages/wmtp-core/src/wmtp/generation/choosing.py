@@ -56,6 +56,8 @@ def accept(best: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         both ``[B]``.
     """
+    if not drafts.shape[1]:
+        return torch.zeros_like(best[:, 0]), best[:, 0]
     accepted = (best[:, :-1] == drafts).cumprod(dim=1).sum(dim=1)
     return accepted, best.gather(1, accepted[:, None])[:, 0]
 
@@ -82,6 +84,10 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _written(tokens: Tensor, known: Tensor, going: Tensor, drafts: Tensor, accepted: Tensor, following: Tensor) -> None:
+    if not drafts.shape[1]:
+        tokens.scatter_(1, known[:, None], following[:, None])
+        known += going
+        return
     new = torch.cat([drafts, following[:, None]], dim=1)
     places = torch.arange(new.shape[1], device=new.device)
     new = torch.where(places == accepted[:, None], following[:, None], new)

@@ -68,7 +68,7 @@ class _Seen:
 
     Args:
         read: of the decoder.
-        known, drafts: of the rows, as they were before the step.
+        known, drafts: of the rows, as they were before the step where its second half is run already.
         accepted, following: ``[B]``, how many drafts are accepted, and the token after them.
         best: ``[B, 1 + K]``, head 1's choices, for greedy decoding.
         result: ``[B, K + 2]``, what the CPU needs: drafts, ``following``, ``accepted``; and for exact greedy decoding
@@ -115,6 +115,7 @@ class Step:
         self._decoder = open_decoder(model, most, self._capacity)
         self._drafter: Drafter | None = make_drafter(model, self._decoder) if self._extra else None
         self._tokens = torch.zeros(rows, self._capacity + model.horizon, dtype=torch.int64, device=self._device)
+        self._rows = torch.arange(rows, device=self._device)
         self._lengths = [0] * rows
         self._known = torch.zeros(rows, dtype=torch.int64, device=self._device)  # the same, on the device
         self._still = [True] * rows  # False: a row that is finished and not dropped yet
@@ -201,7 +202,7 @@ class Step:
         fewer = copy(self)
         fewer._tokens, fewer._known, fewer._uniform = self._tokens[rows], self._known[rows], self._uniform[rows]
         fewer._still, fewer._going = [True] * len(places), torch.ones_like(fewer._known)
-        fewer._lengths = [self._lengths[place] for place in places]
+        fewer._lengths, fewer._rows = [self._lengths[place] for place in places], self._rows[: len(places)]
         fewer._drafts = self._drafts[rows]
         fewer._drafts_kept = None if self._drafts_kept is None else fewer._drafts
         fewer._draft_probs = None if self._draft_probs is None else self._draft_probs[rows]
@@ -214,10 +215,6 @@ class Step:
     @property
     def _compiled(self) -> bool:
         return self._model.compiled_layers and steps_are_compiled()
-
-    @property
-    def _rows(self) -> Tensor:
-        return torch.arange(len(self._lengths), device=self._device)
 
     def _replay_prompts(self) -> tuple[list[list[int]], list[int]] | None:
         """Read the prompts by a graph for their length, padded; None: it cannot be one."""
@@ -271,8 +268,11 @@ class Step:
     def _look_at(self) -> _Seen:
         """Read the last known token and the drafts of each row, and verify the drafts."""
         known, drafts = self._known - 1, self._drafts.shape[1]
-        slots = known[:, None] + torch.arange(1 + drafts, device=self._device)
-        ids = torch.cat([self._tokens[self._rows, known][:, None], self._drafts], dim=1)
+        slots = known[:, None]
+        ids = self._tokens.gather(1, slots)
+        if drafts:
+            slots = slots + torch.arange(1 + drafts, device=self._device)
+            ids = torch.cat([ids, self._drafts], dim=1)
         if self.replays:
             start, width = None, self._width
         else:
@@ -289,7 +289,9 @@ class Step:
             hidden: ``[B, 1 + K, D]``, head 1's hidden states at the last known token and the drafts.
         """
         unembedding = self._model.unembedding(1)
-        known, drafts = self._known.clone(), self._drafts.clone()
+        known, drafts = self._known, self._drafts
+        if self.replays:  # they change before the CPU decides
+            known, drafts = known.clone(), drafts.clone()
         if self._sampling.greedy:
             best, accepted, following, result = judge(unembedding, hidden, drafts, exact=self._exact, compiled=self._compiled)
             return _Seen(read, known, drafts, accepted, following, best, result)
