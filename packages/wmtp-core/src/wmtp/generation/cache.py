@@ -46,6 +46,7 @@ class RowCache(Cache, StateKeeper, LayeredCache):
         self._start: int | None = None
         self._width = 0
         self._ranges: dict[int, Tensor] = {}  # of numbers of rows and of heads
+        self._places: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of what is written next, by number of heads
 
     @property
     def holds_only_slots(self) -> bool:
@@ -62,6 +63,7 @@ class RowCache(Cache, StateKeeper, LayeredCache):
             lengths: number of tokens of each new row; the rest is padding. None: rows continue.
         """
         self._slots, self._start, self._width, self._lengths = slots, start, width, lengths
+        self._places = {}
 
     def place_as(self, other: RowCache) -> None:
         """Write where ``other`` wrote last."""
@@ -104,9 +106,11 @@ class RowCache(Cache, StateKeeper, LayeredCache):
     def of_layer(self, number: int) -> LayerSlots:
         """Return keys and values of one layer, and where the next `update` writes."""
         keys, values = self._store[number]
-        rows, heads = (self._range(count, keys.device) for count in keys.shape[:2])
-        places = (rows[:, None, None], heads[None, :, None], self._slots[:, None, :])
-        return LayerSlots(self, keys, values, places, self._width)
+        heads = keys.shape[1]
+        if heads not in self._places:  # the same in all layers with so many heads
+            row, head = (self._range(count, keys.device) for count in keys.shape[:2])
+            self._places[heads] = row[:, None, None], head[None, :, None], self._slots[:, None, :]
+        return LayerSlots(self, keys, values, self._places[heads], self._width)
 
     def _range(self, count: int, device: torch.device) -> Tensor:
         """Return 0, 1 … ``count`` − 1; made once, since making it takes as long as writing a token."""
@@ -130,6 +134,7 @@ class RowCache(Cache, StateKeeper, LayeredCache):
     def with_rows(self, rows: Tensor) -> RowCache:
         """Copy some rows into a cache of their own."""
         copied = copy(self)
+        copied._places = {}
         copied._store = {index: (keys[rows], values[rows]) for index, (keys, values) in self._store.items()}
         copied._states = {module: states.with_rows(rows) for module, states in self._states.items()}
         return copied

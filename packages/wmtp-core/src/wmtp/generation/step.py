@@ -382,7 +382,7 @@ class Step:
 
         drafts = self._drafter.draft(self._seen.read, self._known - 2, self._tokens, choose)
         probs = torch.cat(kept, dim=1) if kept else None
-        if self._drafts_kept is None:
+        if self._drafts_kept is None or not self.replays:
             self._drafts_kept, self._draft_probs = drafts, probs
         else:
             self._drafts_kept.copy_(drafts)
