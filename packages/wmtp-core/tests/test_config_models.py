@@ -195,6 +195,8 @@ def test_conversations_for_a_model_without_a_chat_template(folder: Path):
     with pytest.raises(ConfigError, match=r"datasets.talk: holds conversations, and .* has no chat template"):
         wmtp.check(config)
     wmtp.check({**config, "data": {"train": {"chat_template": "{{ messages }}"}}})
+    with pytest.raises(ConfigError, match=r"data.train.chat_template: 'a.*b' cannot be read \(embedded null byte\)"):
+        wmtp.check({**config, "data": {"train": {"chat_template": "a\0b"}}})
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     wmtp.check(config)
 

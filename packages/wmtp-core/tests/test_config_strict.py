@@ -236,3 +236,26 @@ def test_two_components_of_one_name_are_an_error_that_names_both():
     )
     with pytest.raises(Exception, match=r"the trainer 'rich' is provided by one 1\.0 and by two 2\.1"):
         load_config(BASE, registry=both)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (
+            {"train": {"max_steps": 2**63}},
+            "train.max_steps: is too large for a whole number, which has 64 bits: at most 9223372036",
+        ),
+        ({"train": {"log_interval": -(2**64)}}, "train.log_interval: is too large for a whole number, which has 64 bits"),
+        ({"train": {"epochs": 1e308}}, "train.epochs: must be <= 1000000000.0, not 1e+308"),
+        ({"devices": {"memory_gib": float("inf")}}, "devices.memory_gib: must be <= 100000, not inf"),
+        ({"devices": {"threads": 2**62}}, "devices.threads: must be <= 4096, not 4611686018427387904"),
+        ({"optimizer": {"type": "adamw", "weight_decay": float("inf")}}, "optimizer.weight_decay: must be < inf, not inf"),
+        ({"optimizer": {"type": "muon", "eps": float("inf")}}, "optimizer.eps: must be < inf, not inf"),
+        ({"trainer": {"type": "focal", "gamma": float("inf")}}, "trainer.gamma: must be < inf, not inf"),
+        ({"storage": {"s3": {"chunk_size": float("inf")}}}, "storage.s3.chunk_size: must be < inf, not inf"),
+    ],
+)
+def test_numbers_that_no_run_can_use(table, said):
+    found = problems({**BASE, "trainer": {"type": "baseline-mtp"}, **table})
+    assert len(found) == 1
+    assert found[0].startswith(said)

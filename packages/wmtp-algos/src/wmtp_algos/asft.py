@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen
-from attrs.validators import ge, matches_re, optional
+from attrs.validators import ge, lt, matches_re, optional
 
 from wmtp import Trainer, TrainerConfig
 
@@ -38,7 +39,7 @@ class ASFT(TrainerConfig):
     type = "asft"
     required_models = ("base",)
     published_normalizer = "valid"
-    kl_weight: float = field(default=0.1, validator=ge(0.0))
+    kl_weight: float = field(default=0.1, validator=[ge(0.0), lt(math.inf)])
     reference_precision: Literal["fp32", "bf16"] = "fp32"
     reference_device: str | None = field(default=None, validator=optional(matches_re(r"cpu|mps|cuda(:\d+)?")))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen
-from attrs.validators import gt, matches_re, optional
+from attrs.validators import gt, lt, matches_re, optional
 
 from wmtp import Trainer, TrainerConfig
 
@@ -37,7 +38,7 @@ class Distill(TrainerConfig):
 
     type = "distill"
     required_models = ("ref",)
-    kl_weight: float = field(default=1.0, validator=gt(0.0))
+    kl_weight: float = field(default=1.0, validator=[gt(0.0), lt(math.inf)])
     reference_precision: Literal["fp32", "bf16"] = "fp32"
     reference_device: str | None = field(default=None, validator=optional(matches_re(r"cpu|mps|cuda(:\d+)?")))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
-from attrs.validators import ge
+from attrs.validators import ge, lt
 
 from wmtp import Trainer
 
@@ -29,7 +30,7 @@ class Focal(Trainer):
 
     type = "focal"
     needs_token_loss = True
-    gamma: float = field(default=2.0, validator=ge(0.0))
+    gamma: float = field(default=2.0, validator=[ge(0.0), lt(math.inf)])
 
     def token_weights(self, view: StepView) -> Tensor:
         """Return a weight for each prediction, ``[B, S, H]``."""

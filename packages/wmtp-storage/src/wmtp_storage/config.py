@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from attrs import field, frozen
-from attrs.validators import ge, gt
+from attrs.validators import ge, gt, lt
 
 from wmtp.plugins.contract import StorageBackendConfig
 from wmtp_storage.uris import parse
@@ -48,7 +49,7 @@ class RemoteStorage(StorageBackendConfig):
 
     former_keys: ClassVar[Mapping[str, str]] = {"max_retries": "requests are tried again by time; write retry_timeout"}
     max_connections: int = field(default=64, validator=ge(1))
-    chunk_size: float = field(default=32.0, validator=gt(0.0))
+    chunk_size: float = field(default=32.0, validator=[gt(0.0), lt(math.inf)])
     max_memory: int = field(default=128, validator=ge(16))
     retry_timeout: float = field(default=300.0, validator=ge(0.0))
     connect_timeout: float = field(default=10.0, validator=gt(0.0))

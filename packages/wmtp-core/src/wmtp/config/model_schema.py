@@ -60,7 +60,7 @@ class HeadsConfig:
     lk_eta: float = field(default=3.0, validator=ge(0.0))
     draft_vocabulary: int | None = field(default=None, validator=optional(ge(1)))
     warmup_steps: int = field(default=0, validator=ge(0))
-    lr_factor: float = field(default=1.0, validator=gt(0.0))
+    lr_factor: float = field(default=1.0, validator=[gt(0.0), lt(math.inf)])
 
     @property
     def known_kind(self) -> str:

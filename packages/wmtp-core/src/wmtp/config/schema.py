@@ -99,7 +99,7 @@ class EarlyStoppingConfig:
     metric: str = "eval/loss"
     patience: int = field(default=3, validator=ge(1))
     mode: Literal["min", "max"] = "min"
-    min_delta: float = field(default=0.0, validator=ge(0.0))
+    min_delta: float = field(default=0.0, validator=[ge(0.0), lt(math.inf)])
 
 
 @frozen(kw_only=True)
@@ -122,7 +122,7 @@ class TrainConfig:
     """
 
     max_steps: int | None = field(default=None, validator=optional(ge(1)))
-    epochs: float | None = field(default=None, validator=optional([gt(0.0), lt(math.inf)]))
+    epochs: float | None = field(default=None, validator=optional([gt(0.0), le(1e9)]))
     normalizer: Literal["sum_w", "valid", "per_position"] = "sum_w"
     max_grad_norm: float = field(default=1.0, validator=ge(0.0))
     log_interval: int = field(default=1, validator=ge(1))
@@ -223,8 +223,8 @@ class DevicesConfig:
     activation_checkpointing: Literal["none", "full", "selective", "offload"] = "none"
     attention: Literal["auto", "transformers"] = "auto"
     compile: bool = False
-    memory_gib: float | None = field(default=None, validator=optional(gt(0.0)))
-    threads: int | None = field(default=None, validator=optional(ge(1)))
+    memory_gib: float | None = field(default=None, validator=optional([gt(0.0), le(100_000)]))
+    threads: int | None = field(default=None, validator=optional([ge(1), le(4096)]))
     fsdp: FsdpConfig | None = None
     timeout: float = field(default=600.0, validator=[gt(0.0), lt(math.inf)])
 

@@ -13,6 +13,7 @@ from wmtp.spelling import did_you_mean
 
 __all__ = ["enum_member", "literal", "number", "said", "scalar", "shown", "wrong"]
 
+_LARGEST: Final = 2**63 - 1
 _BOOLEANS: Final = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
 
 
@@ -50,6 +51,8 @@ def scalar(scalar: type, name: str) -> Callable[[Any, Any], Any]:
     def read(value: Any, _: Any) -> Any:
         if type(value) is not scalar:  # a bool is an int to isinstance
             raise wrong(name, value)
+        if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:  # no tensor, file or count holds more
+            raise Problems.one(f"is too large for a whole number, which has 64 bits: at most {_LARGEST}")
         return value
 
     return read

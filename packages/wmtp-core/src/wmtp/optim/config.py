@@ -31,8 +31,8 @@ class AdamW(OptimizerConfig):
     type = "adamw"
     lr: float = field(default=2e-5, validator=[gt(0.0), lt(math.inf)])
     betas: tuple[float, float] = field(default=(0.9, 0.95), validator=deep_iterable(and_(ge(0.0), lt(1.0))))
-    eps: float = field(default=1e-8, validator=gt(0.0))
-    weight_decay: float = field(default=0.0, validator=ge(0.0))
+    eps: float = field(default=1e-8, validator=[gt(0.0), lt(math.inf)])
+    weight_decay: float = field(default=0.0, validator=[ge(0.0), lt(math.inf)])
 
     def build(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
         """Make the optimizer for ``(name, parameter)`` pairs."""
@@ -87,9 +87,9 @@ class Muon(OptimizerConfig):
     type = "muon"
     lr: float = field(default=2e-5, validator=[gt(0.0), lt(math.inf)])
     momentum: float = field(default=0.95, validator=[ge(0.0), lt(1.0)])
-    weight_decay: float = field(default=0.0, validator=ge(0.0))
+    weight_decay: float = field(default=0.0, validator=[ge(0.0), lt(math.inf)])
     betas: tuple[float, float] = field(default=(0.9, 0.95), validator=deep_iterable(and_(ge(0.0), lt(1.0))))
-    eps: float = field(default=1e-8, validator=gt(0.0))
+    eps: float = field(default=1e-8, validator=[gt(0.0), lt(math.inf)])
 
     def build(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
         """Make the optimizer for ``(name, parameter)`` pairs."""

@@ -37,8 +37,8 @@ def template_source(given: str) -> str:
     path = Path(given).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+    except (OSError, ValueError) as error:  # a NUL character is in no path
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or str(error)
         raise ConfigError(
             f"{given!r:.80} cannot be read ({reason}); write a Jinja template, or the path of a file with one"
         ) from error
