@@ -183,7 +183,9 @@ class TestKinds:
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
     def test_a_model_without_any_has_no_native_heads(self, tmp_path: Path):
-        folders.base_of("glm4_moe").save_pretrained(tmp_path / "plain")
+        model = folders.base_of("glm4_moe")
+        model.config.num_nextn_predict_layers = 0
+        model.save_pretrained(tmp_path / "plain")
         with pytest.raises(ConfigError, match=r"models\.base\.heads\.kind: 'native' are the model's own"):
             opened(tmp_path / "plain", HeadsConfig(horizon=2, kind="native"))
 
@@ -252,7 +254,10 @@ class TestDamagedFolders:
             (folder / "config.json").write_text(json.dumps(config))
 
         folder = self.changed(folder_of, tmp_path, "exaone", change)
-        self.refused(folder, r"like the model's first layer \(sliding_attention\), and WMTP calls it as the last one")
+        self.refused(
+            folder,
+            r"like the model's first layer \(sliding_attention\), and WMTP calls it as the last one \(full_attention\); name",
+        )
 
     def test_two_layouts_at_once(self, folder_of, tmp_path: Path):
         def change(tensors, _):
@@ -267,17 +272,31 @@ class TestDamagedFolders:
                 del tensors[name]
 
         folder = self.changed(folder_of, tmp_path, "qwen3_5", change)
-        with pytest.raises(ConfigError, match="its files hold none"):
-            opened(folder, HeadsConfig(horizon=2, kind="native"))
-        model = opened(folder, HeadsConfig(horizon=2))
-        assert model.heads.kind == "block"
-        assert "config.json says mtp_num_hidden_layers = 1, and the folder holds no layer for multi-token" in caplog.text
+        self.refused(folder, r"config\.json says mtp_num_hidden_layers = 1, and the folder holds none of them; fetch")
+        assert "are not opened, and stay as they are: config.json says mtp_num_hidden_layers = 1" in caplog.text
+        model = opened(folder, HeadsConfig(horizon=2, kind="block"))
         model.save_pretrained(tmp_path / "saved")
         assert '"mtp_num_hidden_layers": 0' in (tmp_path / "saved" / "config.json").read_text()  # a number, and not false
         caplog.clear()
         load_model(tmp_path / "saved")
         load_model(folder_of("qwen3_5"))
         assert "config.json says" not in caplog.text
+
+    def test_all_of_a_layer_is_missing_and_its_norms_are_there(self, folder_of, tmp_path: Path):
+        """As above, and not new heads in silence."""
+
+        def change(tensors, _):
+            for name in [name for name in tensors if name.startswith("mtp.layers")]:
+                del tensors[name]
+
+        self.refused(self.changed(folder_of, tmp_path, "qwen3_5", change), r"mtp\.layers\.0\..* is missing")
+
+    def test_the_first_of_two_modules_is_missing(self, folder_of, tmp_path: Path):
+        def change(tensors, _):
+            for name in [name for name in tensors if name.startswith("model.mtp_layers.0")]:
+                del tensors[name]
+
+        self.refused(self.changed(folder_of, tmp_path, "mimo_2", change), r"num_nextn_predict_layers = 2, and the folder")
 
 
 def test_a_multimodal_folder_is_whole_again_and_its_own_layer_is_trained(folder_of, tmp_path: Path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Final
 
@@ -97,7 +98,10 @@ def component_problems(config: Config, registry: Registry) -> Iterator[Problem]:
     for placed in components(config):
         if not config.launcher.remote:
             yield from _packages(placed.path, placed.config)
-        yield from _own_rules(placed.path, placed.config, registry)
+        yield from _own_rules(placed.path, placed.config, "check", placed.config.check, registry)
+    if (base := config.models.get("base")) is not None and not config.launcher.remote:
+        fits = partial(base.loader.check_heads, base.heads)
+        yield from _own_rules(("models", "base", "heads"), base.loader, "check_heads", fits, registry)
 
 
 def _packages(path: KeyPath, config: Any) -> Iterator[Problem]:
@@ -375,17 +379,19 @@ def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) 
         yield from (Problem(path, problem) for problem in error.problems)
 
 
-def _own_rules(path: KeyPath, config: Any, registry: Registry) -> Iterator[Problem]:
-    """Run a component's own ``check()``; see `wmtp.plugins.hookspecs`."""
+def _own_rules(
+    path: KeyPath, config: Any, method: str, check: Callable[[], Iterable[str]], registry: Registry
+) -> Iterator[Problem]:
+    """Run a component's own check, its method of this name; see `wmtp.plugins.hookspecs`."""
     try:
-        found = config.check()
+        found = check()
         if isinstance(found, str):
             raise TypeError(f"it must give one line for each problem, in a list, not the text {found!r:.60}")
         lines: Iterable[str] = list(found)
     except Exception as error:
         plugin = registry.provider(type(config))
         owner = f"the plugin {plugin}" if plugin is not None else type(config).__qualname__
-        yield Problem(path, f"check() of '{config.type}' in {owner} failed: {type(error).__name__}: {error}")
+        yield Problem(path, f"{method}() of '{config.type}' in {owner} failed: {type(error).__name__}: {error}")
         return
     for line in lines:
         key, colon, message = str(line).partition(": ")

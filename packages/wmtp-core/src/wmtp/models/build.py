@@ -26,6 +26,7 @@ from wmtp.models.adapters import (
 from wmtp.models.base import LoadedModel
 from wmtp.models.mtp import MTPModel
 from wmtp.models.native.found import Native
+from wmtp.models.native.search import NONE_FOUND, refusal
 from wmtp.models.native.tensors import head_tensors, share_tables
 
 __all__ = ["build_model", "merge_brought", "resolve_heads"]
@@ -69,9 +70,7 @@ def build_model(
     elif loaded.head_state is not None and resolved.horizon > 1:
         state = _first_heads(loaded.head_state, resolved)
     if native is not None and resolved.kind != "native":
-        reason = "horizon = 1" if resolved.horizon == 1 else f"the heads are of kind '{resolved.kind}'"
-        reason = native.problem or reason
-        _log.info("the model's own layers for multi-token prediction stay as they are: %s", reason)
+        _say_kept(native, resolved, heads)
     brought, head_adapters = loaded.adapter, None
     if brought is not None and brought.in_heads and state is not None:
         state, head_adapters = split_state(state)
@@ -107,6 +106,17 @@ def build_model(
             if is_adapter_name(place):
                 parameter.data = parameter.data.float()
     return model
+
+
+def _say_kept(native: Native, resolved: HeadsConfig, wanted: HeadsConfig | None) -> None:
+    """Say why the model's own layers are not opened; a warning where nobody chose it."""
+    about = "the model's own layers for multi-token prediction"
+    if native.problem is not None:
+        level = logging.WARNING if wanted is None else logging.INFO
+        _log.log(level, "%s are not opened, and stay as they are: %s", about, native.problem.text)
+        return
+    reason = "horizon = 1" if resolved.horizon == 1 else f"the heads are of kind '{resolved.kind}'"
+    _log.info("%s stay as they are: %s", about, reason)
 
 
 def merge_brought(model: MTPModel) -> None:
@@ -149,16 +159,10 @@ def resolve_heads(wanted: HeadsConfig | None, brought: HeadsConfig | None, nativ
 
 
 def _refuse_native(wanted: HeadsConfig, native: Native | None) -> None:
-    if native is None:
-        raise ConfigError(
-            "models.base.heads.kind: 'native' are the model's own layers for multi-token prediction, and its files hold none "
-            "of a layout that WMTP knows for it (docs/models.md lists them); name another kind, which makes new heads"
-        )
+    if native is None or native.problem is None:
+        raise ConfigError(f"models.base.heads.kind: {NONE_FOUND}")
     key = "models.base.heads.kind" if wanted.kind == "native" else "models.base.heads"
-    raise ConfigError(
-        f"{key}: the model's own layers for multi-token prediction cannot be opened: {native.problem}; fetch the model again, "
-        'or name another kind (kind = "shared", say), which makes new heads and keeps these tensors as they are'
-    )
+    raise ConfigError(f"{key}: {refusal(native.problem)}")
 
 
 def _agreed(wanted: HeadsConfig, brought: HeadsConfig) -> HeadsConfig:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from attrs import Factory, field, frozen
 from attrs.validators import ge, le, optional
 
+from wmtp.errors import ConfigError
+from wmtp.models.native.headers import native_problems
 from wmtp.plugins.contract import ModelLoaderConfig
+from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.model_files import LAYERS_LIMIT
+from wmtp.storage.model_folders import model_within
+from wmtp.storage.uris import file_path, scheme_of
 
 if TYPE_CHECKING:
+    from wmtp.config.schema import HeadsConfig
     from wmtp.models.base import ModelLoader
 
 __all__ = ["FEED_FORWARD", "HfModel", "MetaMtpModel", "ScratchModel"]
@@ -37,6 +43,16 @@ class HfModel(ModelLoaderConfig):
     gguf_file: str | None = None
     attn_implementation: str | None = None
     base_uri: str | None = None
+
+    def check_heads(self, heads: HeadsConfig | None) -> Iterable[str]:
+        """Find damage of the model's own layers for multi-token prediction, where they would be the heads."""
+        try:
+            if scheme_of(self.uri) != "file" or not file_path(self.uri).is_dir():
+                return ()
+            folder = model_within(cached_snapshot(file_path(self.uri)))
+        except ConfigError:  # said of the uri
+            return ()
+        return native_problems(folder, heads)
 
     def build(self) -> ModelLoader:
         """Make the loader."""

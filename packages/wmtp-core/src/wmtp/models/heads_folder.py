@@ -16,7 +16,7 @@ from wmtp.errors import FileError, WMTPError
 from wmtp.models.heads import HEAD_KINDS
 from wmtp.models.loaders.files import read_json, tensor_shapes
 from wmtp.models.tensor_fit import misfits
-from wmtp.storage.model_files import LAYERS_LIMIT
+from wmtp.storage.model_files import HEADS_CONFIG, LAYERS_LIMIT
 
 __all__ = [
     "HEADS_CONFIG",
@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 HEADS_WEIGHTS: Final = "mtp_heads.safetensors"
-HEADS_CONFIG: Final = "mtp_heads.json"
 _FORMAT: Final = 1
 
 

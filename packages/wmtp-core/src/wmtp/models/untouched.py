@@ -18,10 +18,9 @@ from wmtp.errors import WMTPError
 from wmtp.models.loaders.files import config_from, weight_files
 from wmtp.models.loaders.shards import Shards
 from wmtp.models.loaders.stored import StoredTensor, stored_tensors
+from wmtp.models.native.search import is_mtp_name, promised_in
 
-__all__ = ["Untouched", "is_mtp_name", "promised_layers", "text_table", "without_empty_promises"]
-
-_MTP = re.compile(r"(^|[._])(mtp|nextn)([._\d]|$)")
+__all__ = ["Untouched", "promised_layers", "text_table", "without_empty_promises"]
 
 
 @frozen(kw_only=True, eq=False)
@@ -115,30 +114,8 @@ class Untouched:
 
 
 def promised_layers(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, int]:
-    """Fields of a config that say how many layers for multi-token prediction there are, where they say any.
-
-    They are called ``mtp_num_hidden_layers``, ``num_nextn_predict_layers``, ``num_mtp_layers`` …
-    """
-    fields = config if isinstance(config, Mapping) else config.to_dict()
-    return {
-        name: value
-        for name, value in fields.items()
-        if _MTP.search(name) and "num" in name.split("_") and isinstance(value, int) and value > 0
-    }
-
-
-def is_mtp_name(name: str, stems: Collection[str], layers: int) -> bool:
-    """Recognize a tensor of a layer for multi-token prediction by its name.
-
-    Args:
-        name: of the tensor.
-        stems: prefixes of ``layers.N`` in the names of decoder layers.
-        layers: how many of those there are; further ones are for multi-token prediction.
-    """
-    if _MTP.search(name):
-        return True
-    found = re.match(r"(.*?\b)layers\.(\d+)\.", name)
-    return found is not None and found[1] in stems and int(found[2]) >= layers
+    """Find what a config promises; see `promised_in`."""
+    return promised_in(config if isinstance(config, Mapping) else config.to_dict())
 
 
 def text_table(config: PreTrainedConfig) -> str | None:

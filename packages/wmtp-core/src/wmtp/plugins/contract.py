@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from wmtp.config.schema import HeadsConfig
     from wmtp.data.base import ExampleLoader
     from wmtp.evaluation.base import Evaluator
     from wmtp.launchers.base import Launcher
@@ -186,6 +187,17 @@ class ModelLoaderConfig(ComponentConfig, contract=True, keys=("attn_implementati
 
     #: text, may be a field: the attention kernel, where the loader lets choose
     attn_implementation: Any = None
+
+    def check_heads(self, heads: HeadsConfig | None) -> Iterable[str]:
+        """Find why ``[models.base.heads]`` do not fit the model. Called, and held to the same, as `check`.
+
+        Args:
+            heads: None where the config has no such table, so that the model brings its heads, or has none.
+
+        Returns:
+            one line a problem, ``key: what is wrong; what to do``, where ``key`` is a key of that table.
+        """
+        return ()
 
     def build(self) -> ModelLoader:
         """Make the loader."""

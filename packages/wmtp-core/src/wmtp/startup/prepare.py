@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -19,6 +18,7 @@ from wmtp.config.tree import components
 from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.json_files import DAMAGE, read_json_object
 from wmtp.redaction import redact
+from wmtp.storage.safetensors_header import parse_header
 from wmtp.storage.uris import file_path, localize, scheme_of
 
 __all__ = ["Fetch", "fetched", "needed", "verify"]
@@ -161,20 +161,10 @@ def _files(key: str, path: Path) -> Iterator[Path]:
 
 
 def _check_safetensors(key: str, file: Path) -> None:
-    """Check that the file is as long as its header says.
-
-    The format is 8 bytes, JSON, tensors (https://huggingface.co/docs/safetensors).
-    """
-    size = file.stat().st_size
+    """Check that the file is as long as its header says."""
     try:
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        if 8 + length + max(ends, default=0) != size:
-            raise ValueError(f"it has {size:,} bytes in place of {8 + length + max(ends, default=0):,}")
+            parse_header(stream)
     except (OSError, *DAMAGE) as error:
         raise FileError(f"{key}: {file} is not whole: {error}; fetch it again") from None
 

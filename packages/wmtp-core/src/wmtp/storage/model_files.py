@@ -13,6 +13,7 @@ from wmtp.json_files import read_json_object
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "HEADS_CONFIG",
     "LAYERS_LIMIT",
     "check_folder",
     "check_generation",
@@ -33,6 +34,8 @@ _TYPES: Final = {"architectures": list, **dict.fromkeys(("dtype", "model_type", 
 STAND_INS: Final = {"mimo": "qwen2"}
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
+#: of heads 2..H that WMTP saved
+HEADS_CONFIG: Final = "mtp_heads.json"
 GENERATION_CONFIG: Final = "generation_config.json"
 _INDEXES: Final = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin", *_INDEXES)

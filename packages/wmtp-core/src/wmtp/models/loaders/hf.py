@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -31,7 +30,6 @@ __all__ = ["HfLoader", "from_tensors", "strict_from_pretrained"]
 
 #: the types of weights that can be used as they lie in files, as safetensors calls them
 _STORED = {frozenset({"BF16"}): torch.bfloat16, frozenset({"F16"}): torch.float16, frozenset({"F32"}): torch.float32}
-_log = logging.getLogger("wmtp")
 
 
 class HfLoader(ModelLoader):
@@ -145,14 +143,6 @@ class HfLoader(ModelLoader):
     @staticmethod
     def _load_folder(folder: Path, config: PreTrainedConfig, opening: Opening, options: Mapping[str, Any]) -> LoadedModel:
         model = strict_from_pretrained(AutoModelForCausalLM, folder, folder, {**options, "config": config}, opening)
-        for key, count in opening.missing.items():
-            _log.warning(
-                "%s: config.json says %s = %d, and the folder holds no layer for multi-token prediction; fetch the model again "
-                "to train its own",
-                folder,
-                key,
-                count,
-            )
         heads = saved_heads(folder)
         state = None if heads is None or heads.kind == "native" else saved_tensors(folder)
         return LoadedModel(

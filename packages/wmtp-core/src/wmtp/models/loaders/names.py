@@ -27,7 +27,8 @@ from wmtp.models.loaders.shards import find_shards
 from wmtp.models.loaders.stored import StoredTensor, stored_tensors
 from wmtp.models.native.find import find_native
 from wmtp.models.native.found import Native
-from wmtp.models.untouched import Untouched, is_mtp_name, promised_layers, text_table
+from wmtp.models.native.search import is_mtp_name
+from wmtp.models.untouched import Untouched, promised_layers, text_table
 
 __all__ = ["Opening", "find_untouched"]
 
@@ -52,7 +53,6 @@ class Opening:
         native: layers for multi-token prediction among ``untouched`` that can be heads.
         plain: the model's name of each tensor that it takes as it is, with the folder's name.
         types: safetensors' names of the types of all tensors that the model takes.
-        missing: fields of ``config.json`` that promise layers for multi-token prediction of which the folder holds none.
     """
 
     untouched: Untouched
@@ -61,7 +61,6 @@ class Opening:
     native: Native | None = None
     plain: Mapping[str, str] = Factory(dict)
     types: frozenset[str] = frozenset()
-    missing: Mapping[str, int] = Factory(dict)
 
 
 @frozen(kw_only=True)
@@ -125,7 +124,7 @@ def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
             tied={match.plain[own]: own for own in model.all_tied_weights_keys if own in match.plain},
         ),
     )
-    native = find_native(model, config, untouched.tensors)
+    native = find_native(model, config, untouched.tensors, said=_said_layers(folder, config), others=bool(mtp))
     kept = frozenset(name for own in left for name in match.left[own])
     return Opening(
         untouched=untouched,
@@ -134,7 +133,6 @@ def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
         native=native,
         plain=match.plain,
         types=frozenset(stored[name].dtype for names in match.taken.values() for name in names),
-        missing={} if mtp else _said_layers(folder, config),
     )
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from wmtp.errors import FileError
 from wmtp.json_files import DAMAGE
 from wmtp.models.loaders.files import read_bin
+from wmtp.storage.safetensors_header import LENGTH_BYTES, parse_header
 
 __all__ = ["StoredTensor", "dtype_of", "in_memory", "read_stored", "stored_tensors", "write_stored"]
 
 _CHUNK = 2**24
-_LENGTH = 8  # bytes of the number that a safetensors file begins with: how long its header is
 #: safetensors' name of a type that a ``.bin`` file may hold
 _TYPES = {
     torch.float64: "F64",
@@ -120,9 +120,9 @@ def write_stored(file: Path, tensors: Mapping[str, StoredTensor]) -> None:
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.size]}
         offset += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH)
+    text += b" " * (-len(text) % LENGTH_BYTES)
     with file.open("wb") as out:
-        out.write(len(text).to_bytes(_LENGTH, "little") + text)
+        out.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for name, tensor in ordered:
             written = sum(out.write(part) for part in tensor.read())
             if written != tensor.size:
@@ -160,20 +160,19 @@ class _OpenFile:
 def _in_safetensors(file: Path) -> dict[str, StoredTensor]:
     try:
         opened = _OpenFile(file)
-        start = _LENGTH + int.from_bytes(opened.source.read(_LENGTH), "little")
-        header = json.loads(opened.source.read(start - _LENGTH))
-        if not isinstance(header, dict):
-            raise TypeError("its header is no JSON object")
-        tensors = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                read = partial(_read_part, opened, start + begin, end - begin)
-                shape = tuple(entry["shape"])
-                tensors[name] = StoredTensor(dtype=entry["dtype"], shape=shape, size=end - begin, read=read, file=file.name)
+        entries = parse_header(opened.source)
     except (OSError, *DAMAGE) as error:
         raise FileError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
-    return tensors
+    return {
+        name: StoredTensor(
+            dtype=entry.dtype,
+            shape=entry.shape,
+            size=entry.end - entry.begin,
+            read=partial(_read_part, opened, entry.begin, entry.end - entry.begin),
+            file=file.name,
+        )
+        for name, entry in entries.items()
+    }
 
 
 def _read_part(opened: _OpenFile, offset: int, size: int) -> Iterator[bytes]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from attrs import Factory, frozen
 
+from wmtp.models.native.search import Problem
+
 __all__ = ["Native"]
 
 
@@ -14,7 +16,7 @@ class Native:
     """Modules of one layout, and where their tensors stand.
 
     Args:
-        layout: its name in `wmtp.models.native.layouts`.
+        layout: its name in `wmtp.models.native.layouts`; empty where a config promises layers that its folder has not.
         modules: how many there are.
         own_embedding: each has an embedding of its own.
         own_unembedding: each has an unembedding of its own.
@@ -29,7 +31,7 @@ class Native:
         problem: why they cannot be opened; None where they can.
     """
 
-    layout: str
+    layout: str = ""
     modules: int = 0
     own_embedding: bool = False
     own_unembedding: bool = False
@@ -40,4 +42,4 @@ class Native:
     template_path: str = ""
     tensors: tuple[str, ...] = ()
     parameters: int = 0
-    problem: str | None = None
+    problem: Problem | None = None
