@@ -32,6 +32,7 @@ IDLE = [
     (f"{HEADS}.decay=0.5", [f"{HEADS}.horizon=1"], [f"{HEADS}.horizon=2"]),
     (f"{HEADS}.objective=kl", [f"{HEADS}.horizon=1"], [f"{HEADS}.horizon=2"]),
     (f"{HEADS}.draft_vocabulary=9", [f"{HEADS}.horizon=1"], [f"{HEADS}.horizon=2"]),
+    (f"{HEADS}.layout=plain", [f"{HEADS}.kind=block"], [f"{HEADS}.kind=shared"]),
     (f"{HEADS}.lk_eta=1.0", [f"{HEADS}.objective=kl"], [f"{HEADS}.objective=lk"]),
     ("schedule.min_ratio=0.1", ["schedule.type=constant"], ["schedule.type=linear"]),
     ("devices.fsdp.reduce_every_micro_batch=true", ["devices.fsdp.strategy=none"], ["devices.fsdp.strategy=full"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from attrs import evolve
 
@@ -13,6 +13,8 @@ from wmtp.plugins.components import idle_keys
 
 __all__ = ["idle_problems"]
 
+_WITHOUT_LAYOUT: Final = ("block", "linear", "residual", "native")
+
 
 def idle_problems(config: Config) -> Iterator[Problem]:
     """Name every changed key of the core's sections that has no effect in this config."""
@@ -20,6 +22,9 @@ def idle_problems(config: Config) -> Iterator[Problem]:
     path = ("models", "base", "heads")
     if base is not None and base.heads is not None and base.heads.objective != "lk":
         yield from _idle(base.heads, ("lk_eta",), path, f'objective = "{base.heads.objective}" has no η')
+    if base is not None and base.heads is not None and base.heads.horizon > 1 and base.heads.kind in _WITHOUT_LAYOUT:
+        reason = f'kind = "{base.heads.kind}" has no layout to choose; "chained" and "shared" have'
+        yield from _idle(base.heads, ("layout",), path, reason)
     if base is not None and base.heads is not None and base.heads.horizon == 1:
         heads = evolve(base.heads, decay=None) if base.heads.decay == 1.0 else base.heads  # so that an overlay can undo it
         keys = (
