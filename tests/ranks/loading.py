@@ -1,8 +1,9 @@
-"""A folder in bf16 or fp16 on two ranks: what each reads and allocates, and that the numbers are those of one process.
+"""A folder in bf16 or fp16, or of .bin files, on two ranks: what each reads and takes; the numbers are those of one process.
 
 Run by test_distributed.py in each of two processes, with a folder to write to as argument, and with a strategy.
 """
 
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from attrs import evolve
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -54,6 +56,12 @@ def write(folder, seed, dtype=torch.bfloat16):
     shape = LlamaConfig(vocab_size=1024, hidden_size=384, num_hidden_layers=3, intermediate_size=1024, num_attention_heads=4,
                         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None)  # fmt: skip
     LlamaForCausalLM(shape).to(dtype).save_pretrained(folder)
+
+
+def write_bin(folder, source):
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    torch.save(load_file(source / "model.safetensors"), folder / "pytorch_model.bin")
 
 
 def plain(tensor):
@@ -102,7 +110,7 @@ def all_cases(ranks, folder, strategy):
         assert parameter.dtype == torch.float32
         assert torch.equal(whole(parameter), expected[name]), (strategy, name)
 
-    for kind, base in ((folder.with_name("half"), {}), *lora_cases(folder)):
+    for kind, base in ((folder.with_name("half"), {}), (folder.with_name("bin"), {}), *lora_cases(folder)):
         with Traffic() as traffic:
             model = place(configured(kind, 1, strategy, **base), kind, ranks)
         assert traffic.taken < (2 * share + 0.6) * size, (kind, base, strategy, traffic.taken / size)
@@ -132,5 +140,6 @@ if __name__ == "__main__":
         own = Path(sys.argv[1])
         everyone.main_only(lambda: [write(own / name, seed) for seed, name in enumerate(("model", "other"))] and None)
         everyone.main_only(lambda: write(own / "half", 2, torch.float16))
+        everyone.main_only(lambda: write_bin(own / "bin", own / "model"))
         all_cases(everyone, own / "model", sys.argv[2])
         print("all equal" if everyone.is_main else "", flush=True)

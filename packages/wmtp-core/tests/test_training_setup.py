@@ -16,6 +16,7 @@ from wmtp.data.config import TextFiles
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.evaluation.config import InferenceSpeed, Speculative
 from wmtp.models.config import HfModel, ScratchModel
+from wmtp.models.mapped import open_tensors
 from wmtp.plugins.contract import TokenizerConfig, TrainerConfig
 from wmtp.tokenizers.config import Bytes, HfTransformers, OwnTokenizer
 from wmtp.trainers import Trainer
@@ -301,11 +302,16 @@ def test_a_base_in_bf16_is_mapped_and_fp32_decides_where_few_bits_fail(base, mon
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_a_base_in_few_bits_is_mapped_with_an_adapter_on_it_too(base, dtype, adapted):
+@pytest.mark.parametrize("in_bin", [False, True])
+def test_a_base_in_few_bits_is_mapped_with_an_adapter_on_it_too(base, dtype, adapted, in_bin):
     if adapted:
         pytest.importorskip("peft")
     state = {name: tensor.to(dtype) for name, tensor in load_file(base / "model.safetensors").items()}
-    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    if in_bin:
+        (base / "model.safetensors").unlink()
+        torch.save(state, base / "pytorch_model.bin")
+    else:
+        save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     lora = LoraConfig(rank=2) if adapted else None
     config = config_of(base, HfModel(uri=str(base)))
     config = attrs.evolve(config, models={**config.models, "base": attrs.evolve(config.models["base"], lora=lora)})
@@ -319,6 +325,18 @@ def test_a_base_in_few_bits_is_mapped_with_an_adapter_on_it_too(base, dtype, ada
     others = {name: parameter for name, parameter in parameters.items() if name not in model.stored}
     assert any("lora_A" in name for name in others) == adapted
     assert {parameter.dtype for parameter in others.values()} <= {torch.float32}
+    for name, tensor in open_tensors(base, model.stored).items():
+        assert torch.equal(tensor, parameters[name])
+
+
+def test_a_bin_file_from_before_it_could_be_mapped_is_read_by_rank_0_alone(base):
+    state = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    torch.save(state, base / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    config = config_of(base, HfModel(uri=str(base)))
+    model = load_base_model(config, open_source(config))
+    assert not model.stored
+    assert torch.equal(dict(model.named_parameters())["base.lm_head.weight"], state["lm_head.weight"])
 
 
 def test_an_adapter_that_learns_on_is_put_on_a_mapped_base_and_a_merged_one_on_its_own_copy(base, tmp_path):

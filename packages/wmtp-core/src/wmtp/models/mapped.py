@@ -1,4 +1,4 @@
-"""Tensors mapped from a model folder's safetensors files: each process reads no more of them than it uses."""
+"""Tensors mapped from a model folder's files: each process reads no more of them than it uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wmtp.distributed.ranks import Ranks
 from wmtp.errors import FileError
-from wmtp.models.loaders.files import weight_files
+from wmtp.models.loaders.files import read_bin, weight_files
 
 __all__ = ["compare_files", "open_tensors", "settle"]
 
@@ -25,7 +25,7 @@ def open_tensors(folder: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
     """Map the tensors of a folder.
 
     Args:
-        folder: of safetensors files.
+        folder: of safetensors or ``.bin`` files.
         names: what the tensors shall be called, with their names in the files.
 
     Returns:
@@ -37,6 +37,9 @@ def open_tensors(folder: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
     wanted = {own: name for name, own in names.items()}
     found: dict[str, Tensor] = {}
     for file in weight_files(folder):
+        if file.suffix != ".safetensors":
+            found |= {wanted[own]: tensor for own, tensor in read_bin(file).items() if own in wanted}
+            continue
         try:
             with safe_open(file, framework="pt") as tensors:
                 found |= {wanted[own]: tensors.get_tensor(own) for own in tensors.keys() if own in wanted}  # noqa: SIM118

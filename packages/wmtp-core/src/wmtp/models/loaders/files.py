@@ -19,6 +19,7 @@ from wmtp.log_lines import transformers_quiet
 from wmtp.storage.model_files import STAND_INS, check_generation, check_types, shard_files
 
 __all__ = [
+    "can_be_mapped",
     "config_from",
     "has_stand_in",
     "opened_by_transformers",
@@ -119,14 +120,19 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise FileError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
 
 
+def can_be_mapped(file: Path) -> bool:
+    """Tell whether a file's tensors can be read one by one; those of PyTorch before 1.6 cannot, which are no zip."""
+    return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
+
+
 def read_bin(file: Path) -> dict[str, Tensor]:
     """Open a file of ``torch.save``: its tensors by name, mapped into memory and not yet read.
 
     Raises:
         WMTPError: it is damaged, or holds anything else.
     """
-    mmap = zipfile.is_zipfile(file)  # files of very old PyTorch are no zip, and cannot be mapped
-    state = opened_by_transformers(file, lambda: torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
+    mapped = can_be_mapped(file)
+    state = opened_by_transformers(file, lambda: torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FileError(f"{file}: holds no plain mapping from names to tensors")
     return state

@@ -21,7 +21,7 @@ from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.heads_folder import saved_draft_ids, saved_heads, saved_tensors
 from wmtp.models.loaders import linear_heads
 from wmtp.models.loaders.describe import describe, empty_model, require_causal
-from wmtp.models.loaders.files import opened_by_transformers, read_config, weight_files
+from wmtp.models.loaders.files import can_be_mapped, opened_by_transformers, read_config, weight_files
 from wmtp.models.loaders.names import Opening, find_untouched
 from wmtp.models.untouched import Untouched
 from wmtp.storage.model_files import check_folder, find_gguf, is_adapter
@@ -130,8 +130,8 @@ class HfLoader(ModelLoader):
             return None
         loaded.model.config.dtype = torch.float32  # of the trained copies
         parameters = dict(loaded.model.named_parameters())
-        in_safetensors = all(file.suffix == ".safetensors" for file in weight_files(folder))
-        stored = {name: own for name, own in opening.plain.items() if name in parameters} if in_safetensors else {}
+        mapped = all(can_be_mapped(file) for file in weight_files(folder))
+        stored = {name: own for name, own in opening.plain.items() if name in parameters} if mapped else {}
         return evolve(loaded, stored=stored)
 
     def _options(self, dtype: torch.dtype | None) -> dict[str, Any]:
