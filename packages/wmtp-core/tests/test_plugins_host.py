@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from wmtp.plugins import Registry
+from wmtp.plugins import Registry, load_plugins, loader
 
 CONFIG_CLASS = """
 import attrs, wmtp
@@ -218,6 +218,20 @@ def test_the_first_of_two_copies_counts(site, tmp_path, monkeypatch):
     shutil.copytree(tmp_path, later, ignore=shutil.ignore_patterns("later"))
     found = site.wmtp("plugins", "--json", PYTHONPATH=f"{tmp_path}{os.pathsep}{later}")
     assert [plugin["name"] for plugin in json.loads(found.stdout)].count("acme") == 1
+
+
+def test_a_package_that_is_installed_meanwhile_is_found(site, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "acme-late" not in {plugin.name for plugin in load_plugins().plugins}
+    site.install("acme-late", CONFIG_CLASS.format(type="late"))
+    assert "late" in {provided.type for provided in load_plugins().of_kind("trainers")}
+
+
+def test_loading_again_reads_and_checks_nothing_again(monkeypatch):
+    first = load_plugins()
+    monkeypatch.setattr(loader, "contract_problem", lambda kind, cls: f"checked {cls} again")
+    monkeypatch.setattr(loader.metadata, "distributions", list)
+    assert [plugin.reason for plugin in load_plugins().plugins] == [plugin.reason for plugin in first.plugins]
 
 
 def test_an_object_may_be_the_plugin(site):

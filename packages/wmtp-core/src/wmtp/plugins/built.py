@@ -46,7 +46,7 @@ def built(component: ComponentConfig, kind: str, *arguments: Any) -> Any:
 
 def returned(component: ComponentConfig, kind: str, method: str, base: type[_T], value: Any) -> _T:
     """Validate the type of what a method of a component returned; see `built`."""
-    return typed(provenance(component, KINDS[kind]), method, base, value)
+    return value if isinstance(value, base) else typed(provenance(component, KINDS[kind]), method, base, value)
 
 
 def typed(name: str, method: str, base: type[_T], value: Any) -> _T:

@@ -6,15 +6,17 @@ silence, and one plugin that cannot be imported stops everything.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from importlib import metadata
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import attrs
 import pluggy
@@ -32,8 +34,10 @@ GROUP = "wmtp"
 CORE = "wmtp-core"
 _PREFIX = "wmtp_"
 _UNKNOWN = "unknown"
-_Entries = list[tuple[Plugin, metadata.EntryPoint | Exception]]
+_Entries = Sequence[tuple[Plugin, metadata.EntryPoint | Exception]]
 _HOOKS = tuple(_PREFIX + kind for kind in KINDS)
+#: classes that keep the contract, by what they are registered as: a process loads its plugins many times
+_sound: WeakKeyDictionary[type, set[str]] = WeakKeyDictionary()
 
 
 def load_plugins() -> Registry:
@@ -45,7 +49,7 @@ def load_plugins() -> Registry:
     Raises:
         ConfigError: ``WMTP_PLUGINS`` names a plugin that is not installed.
     """
-    found, left_out = _selected(_installed())
+    found, left_out = _selected(_installed(tuple((place, _changed(place)) for place in sys.path)))
     plugins: list[Plugin] = []
     components: list[Provided] = []
     for listed, source in found:
@@ -66,12 +70,21 @@ def load_plugins() -> Registry:
     return Registry(plugins, components, left_out)
 
 
-def _installed() -> _Entries:
-    """List the entry points of all distributions, or the exception of unreadable ones.
+def _changed(place: str) -> int:
+    """Return when a folder of ``sys.path`` last changed; installing a package changes it."""
+    try:
+        return os.stat(place or os.curdir).st_mtime_ns
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(maxsize=4)
+def _installed(_: tuple[tuple[str, int], ...]) -> _Entries:
+    """List the entry points of all distributions, or the exception of unreadable ones, for this state of ``sys.path``.
 
     `importlib.metadata.entry_points` would raise for everybody where one package's ``entry_points.txt`` is damaged.
     """
-    found: _Entries = []
+    found: list[tuple[Plugin, metadata.EntryPoint | Exception]] = []
     seen: set[str] = set()
     for distribution in metadata.distributions():
         try:
@@ -152,8 +165,11 @@ def _checked(hook: str, kind: str, returned: Any) -> Iterable[type[Any]]:
         raise PluginError(f"{hook} must return a list of config classes, not {describe(returned)}")
     classes = list(returned)
     for cls in classes:
+        if isinstance(cls, type) and kind in _sound.get(cls, ()):
+            continue
         if problem := contract_problem(kind, cls):
             raise PluginError(f"{hook}: {problem}")
+        _sound.setdefault(cls, set()).add(kind)
     return classes
 
 
