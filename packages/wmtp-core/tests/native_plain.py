@@ -17,6 +17,8 @@ QWEN = ("qwen3_5", "qwen3_next")
 HIDDEN_FIRST = ("mimo", "mimo_2")
 BEFORE_NORM = ("mimo", "mimo_2")
 READS_ALL = (*QWEN, "exaone")
+#: tokens that the layer sees
+WINDOWS = {"exaone": 4}
 
 
 def plain_norm(name: str, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,7 +58,9 @@ def transformers_layer(name: str, folder: Path, base: PreTrainedModel, x: Tensor
     twin.set_experts_implementation("eager")
     layer: nn.Module = twin.model.layers[0 if name in LIKE_THE_FIRST else LAYERS - 1]
     places = torch.arange(x.shape[1])[None]
-    mask = torch.full((x.shape[1], x.shape[1]), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)[None, None]
+    away = places.mT - places  # from a query to a key
+    hidden = (away < 0) | (away >= WINDOWS.get(name, x.shape[1]))
+    mask = torch.zeros(hidden.shape, dtype=x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)[None, None]
     # Qwen3.5 counts in three directions, and transformers before 5.24 does not do so by itself
     around = base.model.rotary_emb(x, places.expand(3, 1, -1) if name.startswith("qwen3_5") else places)
     output = layer(x, attention_mask=mask, position_embeddings=around, position_ids=places)

@@ -114,6 +114,8 @@ def _served_logits(model: MTPModel, tokens: list[int], drafts: list[int] | None 
     Of every position before it, a step sees what the first step made of it: of the model's own hidden state there.
     """
     anatomy, block = model.anatomy, model.extra_heads[0]
+    # the layer of the model that the module is like: it has a window where the last one has none
+    like = anatomy.layers[0 if model.native is not None and model.native.layout == "exaone" else -1]
     with record_call(anatomy.layers[-1]) as calls:
         final = anatomy.decoder(input_ids=torch.tensor([tokens[:-1]]), use_cache=False).last_hidden_state
     raw = calls[0].repeat(anatomy.layers[-1], calls[0].hidden_states)
@@ -125,7 +127,7 @@ def _served_logits(model: MTPModel, tokens: list[int], drafts: list[int] | None 
         embedding = anatomy.embedding(ids).clone()
         if block.rule.zero_first:
             embedding[:, 0] = 0
-        with record_call(anatomy.layers[-1]) as calls:
+        with record_call(like) as calls:
             anatomy.decoder(input_ids=ids, use_cache=False)
         hidden = block(previous, embedding, calls[0])[:, -1:]
         found.append(model.unembedding(k).logits(hidden)[0, 0])
@@ -220,7 +222,7 @@ def test_drafts_after_any_run_of_accepted_ones_are_those_of_a_full_pass(architec
         last += 1 + accepted
 
 
-@pytest.mark.parametrize("name", ["mimo", "glm4_moe"])
+@pytest.mark.parametrize("name", ["mimo", "glm4_moe", "exaone"])
 def test_a_models_own_layer_drafts_as_in_a_plain_loop_of_a_server(name: str, tmp_path: Path) -> None:
     copy_tables(native_folder(tmp_path / "base", name))
     model = build_model(HfLoader().load(tmp_path / "base", dtype=torch.float32, seed=0), HeadsConfig(horizon=4), seed=0).eval()

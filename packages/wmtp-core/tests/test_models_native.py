@@ -145,7 +145,7 @@ def test_gradients_go_to_the_heads_and_where_joint_says(name: str, joint: bool, 
     assert any(parameter.grad is not None for parameter in model.base.parameters()) == joint
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "mimo", "glm4_moe"])
+@pytest.mark.parametrize("name", ["qwen3_5", "mimo", "glm4_moe", "exaone"])
 def test_documents_in_one_row_are_as_if_alone(name: str, folder_of):
     model = opened(folder_of(name), HeadsConfig(horizon=3))
     documents = [ids_of(1, length) for length in (4, 5, 7)]
@@ -245,18 +245,16 @@ class TestDamagedFolders:
         folder = self.changed(folder_of, tmp_path, "mimo", change)
         self.refused(folder, r"config\.json says num_nextn_predict_layers = 2, and the folder holds 1")
 
-    def test_a_window_that_the_models_last_layer_has_not(self, folder_of, tmp_path: Path):
-        """K-EXAONE's own: its layer sees a window and rotates, the model's last one neither."""
+    def test_a_window_that_the_models_first_layer_has_not(self, folder_of, tmp_path: Path):
+        """K-EXAONE 2.0 may say so; no download mends it."""
 
         def change(_, folder):
             config = json.loads((folder / "config.json").read_text())
-            config["layer_types"][-1] = "full_attention"
-            (folder / "config.json").write_text(json.dumps(config))
+            (folder / "config.json").write_text(json.dumps(config | {"mtp_sliding_windows": [8]}))
 
         folder = self.changed(folder_of, tmp_path, "exaone", change)
         self.refused(
-            folder,
-            r"like the model's first layer \(sliding_attention\), and WMTP calls it as the last one \(full_attention\); name",
+            folder, r"mtp_sliding_windows = 8, and the model's first layer, as which it is called, has 4; name another"
         )
 
     def test_two_layouts_at_once(self, folder_of, tmp_path: Path):

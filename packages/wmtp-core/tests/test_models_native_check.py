@@ -69,10 +69,6 @@ def say(**fields: object) -> Change:
     return lambda _, config: config.update(fields)
 
 
-def window(_: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    config["layer_types"][-1] = "full_attention"
-
-
 #: layout, what was done to its folder, what is said, and what is not
 DAMAGES: dict[str, tuple[str, Change, str, str | None]] = {
     "one tensor": ("qwen3_5", without("mtp.fc.weight"), "mtp.fc.weight is missing; fetch the model again, or", None),
@@ -111,7 +107,19 @@ DAMAGES: dict[str, tuple[str, Change, str, str | None]] = {
         "mtp_linear_proj.0.weight is quantized (F8_E4M3); use the model in bf16 or fp32, or name another kind",
         "fetch",
     ),
-    "another window": ("exaone", window, "and WMTP calls it as the last one (full_attention); name another kind", "fetch"),
+    "another window": (
+        "exaone",
+        say(mtp_sliding_windows=[8]),
+        "config.json says mtp_sliding_windows = 8, and the model's first layer, as which it is called, has 4; name",
+        "fetch",
+    ),
+    "no window": ("exaone", say(mtp_layer_types=["full_attention"]), "mtp_layer_types = 'full_attention', and", "fetch"),
+    "turned by position": (
+        "exaone",
+        say(layer_types=["full_attention", "sliding_attention", "full_attention", "full_attention"]),
+        "its queries and keys are turned by position, and not those of the model's first layer",
+        "fetch",
+    ),
     "modules that WMTP does not open": (
         "qwen3_5",
         lambda tensors, config: (

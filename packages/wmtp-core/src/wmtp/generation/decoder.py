@@ -35,7 +35,8 @@ class Read:
     Args:
         hidden: ``[B, T, D]``, head 1's hidden states.
         raw: ``[B, T, D]``, the last layer's output, before the final norm.
-        call: the arguments of the last layer; its hidden states are the trunk's output ``[B, T, D]``.
+        trunk: ``[B, T, D]``, the trunk's output.
+        call: the arguments that the heads' own layers get, but for hidden states and cache.
         slots: ``[B, T]``, the positions that were read.
         width: slots that attention looked at.
         lengths: where rows begin, their tokens; see `CachedDecoder.read`.
@@ -43,6 +44,7 @@ class Read:
 
     hidden: Tensor
     raw: Tensor
+    trunk: Tensor
     call: LayerCall
     slots: Tensor
     width: int
@@ -54,7 +56,7 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 class _Reached(Exception):
-    """Signal that the last layer was called."""
+    """Signal that the layer was called."""
 
 
 class CachedDecoder:
@@ -100,13 +102,15 @@ class CachedDecoder:
         def note(_: nn.Module, __: Any, output: Any) -> None:
             self._layers_return_tuples = isinstance(output, tuple)
 
-        handle = self._anatomy.layers[-1].register_forward_hook(note)
+        last, called = self._anatomy.layers[-1], self._model.called_layer
+        handle = last.register_forward_hook(note)
         try:
-            with record_call(self._anatomy.layers[-1]) as calls, record_output(self._anatomy.layers[-1]) as outputs:
+            with record_call(called) as calls, record_call(last) as trunk, record_output(last) as outputs:
                 hidden = self._anatomy.decoder(**self._arguments(ids, slots, width)).last_hidden_state
         finally:
             handle.remove()
-        return Read(hidden=hidden, raw=outputs[0], call=calls[0], slots=slots, width=width, lengths=lengths)
+        read = {"hidden": hidden, "raw": outputs[0], "trunk": trunk[0].hidden_states, "call": calls[0]}
+        return Read(**read, slots=slots, width=width, lengths=lengths)
 
     def with_rows(self, rows: Tensor) -> CachedDecoder:
         """Copy some rows into a decoder of their own."""
@@ -115,22 +119,22 @@ class CachedDecoder:
         return copied
 
     def call_at(self, slots: Tensor, width: int) -> LayerCall:
-        """Return the arguments that the last layer would get at other positions.
+        """Return the arguments that the heads' own layers would get at other positions.
 
         They hold position embeddings, mask and whatever else it takes. The layers before it are skipped, so the hidden states
         among them mean nothing.
         """
         ids = torch.zeros_like(slots)
-        last = self._anatomy.layers[-1]
+        called, layers = self._model.called_layer, list(self._anatomy.layers)
         recorded: list[LayerCall] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             recorded.append(LayerCall(args=args, kwargs=kwargs))
             raise _Reached
 
-        handle = last.register_forward_pre_hook(stop, with_kwargs=True)
+        handle = called.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            with _skipped(list(self._anatomy.layers)[:-1], as_tuples=self._layers_return_tuples):
+            with _skipped(layers[: layers.index(called)], as_tuples=self._layers_return_tuples):
                 self._anatomy.decoder(**self._arguments(ids, slots, width))
         except _Reached:
             pass

@@ -37,7 +37,7 @@ class BlockDrafter(Drafter):
 
     def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
         """See `Drafter.draft`."""
-        trunk, index = read.call.hidden_states, last - read.slots[:, 0]
+        trunk, index = read.trunk, last - read.slots[:, 0]
         hidden = []
         for head, cache in zip(self._heads, self._caches, strict=True):
             cache.place_as(self._decoder.cache)

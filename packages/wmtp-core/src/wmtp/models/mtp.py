@@ -26,7 +26,7 @@ from wmtp.models.generating import Generating
 from wmtp.models.heads import HEAD_KINDS, HeadInput, Maker
 from wmtp.models.heads_folder import describe_heads, load_heads, remove_heads, write_heads
 from wmtp.models.native.found import Native
-from wmtp.models.native.layouts import served_layout
+from wmtp.models.native.layouts import layout_named, served_layout
 from wmtp.models.native.tensors import folder_tensors
 from wmtp.models.packing import Packing, find_packing
 from wmtp.models.saving import write_base
@@ -118,6 +118,12 @@ class MTPModel(Generating, nn.Module):
         return self.heads.horizon
 
     @property
+    def called_layer(self) -> nn.Module:
+        """The decoder layer whose mask and positions the heads' own layers get: the one that they are like."""
+        template = "last" if self.native is None else layout_named(self.native.layout).template
+        return self.anatomy.layers[0 if template == "first" else -1]
+
+    @property
     def hidden_size(self) -> int:
         """D."""
         return self.anatomy.hidden_size
@@ -206,17 +212,17 @@ class MTPModel(Generating, nn.Module):
         if self.block_attention:
             mask = causal_mask(input_ids.device) if position_ids is None else document_mask(position_ids)
             arguments["attention_mask"] = mask
-        with record_call(self.anatomy.layers[-1]) as calls, record_output(self.anatomy.layers[-1]) as outputs:
+        last = self.anatomy.layers[-1]
+        with record_call(last) as calls, record_call(self.called_layer) as own_calls, record_output(last) as outputs:
             output = self.anatomy.decoder(**arguments)
         first, routed = output.last_hidden_state, tuple(output.router_logits or ()) if router_logits else ()
-        call, raw = calls[0], outputs[0]
-        trunk = call.hidden_states
+        trunk, raw = calls[0].hidden_states, outputs[0]
         if self.horizon == 1:
             return MTPOutput(trunk=trunk, hidden=(first,), router_logits=routed)
 
         joint = self.heads.trunk_gradient == "joint"
         given = HeadInput(
-            call=call,
+            call=own_calls[0],
             trunk=trunk if joint else trunk.detach(),
             hidden=first if joint else first.detach(),
             raw=raw if joint else raw.detach(),

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from wmtp.models.config_fields import layer_count, layer_kinds
+from wmtp.models.config_fields import layer_count
 from wmtp.models.loaders.stored import StoredTensor
 from wmtp.models.native.found import Native
 from wmtp.models.native.layouts import LAYOUTS, Layout
@@ -86,7 +86,7 @@ def _compared(layout: Layout, modules: int, model: PreTrainedModel, layers: int,
         template_path=path,
         tensors=tuple(sorted(tensors)),
         parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
-        problem=differences(layout, expected, tensors, layer_kinds(model.config)),
+        problem=differences(layout, expected, tensors, model.config.get_text_config(decoder=True).to_dict()),
     )
 
 

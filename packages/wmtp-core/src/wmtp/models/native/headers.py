@@ -136,8 +136,7 @@ def _problem(content: Mapping[str, Any], tensors: Mapping[str, Entry]) -> Proble
         own = {name: entry for name, entry in own.items() if _EXPERT.search(name) is None}
         rest = {name: shape for name, shape in expected.shapes.items() if _EXPERT.search(name) is None}
         expected = evolve(expected, shapes=rest)
-    kinds = text.get("layer_types")
-    return differences(layout, expected, own, kinds if isinstance(kinds, list) else [])
+    return differences(layout, expected, own, text)
 
 
 def _forms(names: Mapping[str, object]) -> set[bool]:

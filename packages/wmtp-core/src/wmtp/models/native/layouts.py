@@ -47,7 +47,10 @@ class Layout:
         layer: what the names of the module's decoder layer begin with.
         embedding, unembedding: likewise tensors; a folder may have them or not, and without them the model's are used.
         rule: how it computes.
-        template: which of the model's decoder layers it is like: the ``last``, or the ``first`` (dense in models of experts).
+        template: which of the model's decoder layers it is like, and sees as much as: the ``last``, or the ``first`` (dense in
+            models of experts, with a window where others have none).
+        always_turns: its queries and keys are turned by position, also where the model does so only in layers with a window.
+        others: fields of ``config.json`` that give it another attention than that layer's, which is not read.
     """
 
     name: str
@@ -64,6 +67,8 @@ class Layout:
     unembedding: str | None = None
     rule: ChainRule
     template: Literal["last", "first"] = "last"
+    always_turns: bool = False
+    others: tuple[str, ...] = ()
 
     def part(self, name: str | None, module: int, layers: int) -> str | None:
         """Name a tensor, or what a layer's names begin with, of one module.
@@ -102,6 +107,8 @@ LAYOUTS: Final = (
         layer="mtp.layers.{i}.",
         rule=ChainRule(embedding_first=True),
         template="first",
+        always_turns=True,
+        others=("mtp_layer_types", "mtp_sliding_windows"),  # K-EXAONE 2.0
     ),
     Layout(
         name="mimo",

@@ -228,7 +228,7 @@ def expected_tensors(
 
 
 def differences(
-    layout: Layout, expected: Expected, tensors: Mapping[str, Described], kinds: Sequence[str | None]
+    layout: Layout, expected: Expected, tensors: Mapping[str, Described], fields: Mapping[str, Any]
 ) -> Problem | None:
     """Compare the tensors of modules with those that they should have.
 
@@ -236,7 +236,7 @@ def differences(
         layout: of the modules.
         expected: what they should have.
         tensors: of the modules.
-        kinds: of attention in the model's decoder layers; may be empty.
+        fields: of the text model's config.
     """
     damage = [*_damage(expected.shapes, tensors)]
     quantized = [
@@ -248,8 +248,7 @@ def differences(
     attention = f"{expected.begins[0]}self_attn"
     if layout.template == "last" and not any(name.startswith(attention) for name in expected.shapes):
         inherent.append("it is like a layer with attention, and the model's last one has none")
-    if layout.template == "first" and len(set(kinds[:1]) | set(kinds[-1:])) > 1:
-        inherent.append(f"it is like the model's first layer ({kinds[0]}), and WMTP calls it as the last one ({kinds[-1]})")
+    inherent += _other_attention(layout, fields)
     problems = [*damage, *quantized, *inherent]
     if not problems:
         return None
@@ -276,6 +275,19 @@ def _modules(layout: Layout, names: Collection[str], layers: int) -> dict[int, l
             break
         found[module] = own
     return found
+
+
+def _other_attention(layout: Layout, fields: Mapping[str, Any]) -> Iterator[str]:
+    """Compare what the layer's attention sees, and how, with the decoder layer that it is like."""
+    kinds, window = fields.get("layer_types") or [None], fields.get("sliding_window")
+    first = {"mtp_layer_types": kinds[0], "mtp_sliding_windows": window}
+    for key in layout.others:
+        for value in fields.get(key) or ():
+            if value != first[key]:
+                like = f"the model's first layer, as which it is called, has {first[key]!r}"
+                yield f"config.json says {key} = {value!r}, and {like}"
+    if layout.always_turns and window is not None and kinds[0] == "full_attention":
+        yield "its queries and keys are turned by position, and not those of the model's first layer, as which it is called"
 
 
 def _parts(layout: Layout) -> dict[str, str]:
