@@ -103,6 +103,17 @@ def test_a_grid_multiplies_arms_and_compares_at_each_of_its_points(folder):
     ]
 
 
+def test_an_override_of_the_grid_is_refused_and_one_of_an_arm_is_said(folder):
+    grid = '[grid]\n"optimizer.lr" = [1e-3, 2e-3]\n'
+    without = STUDY.replace("compared = false", "compared = false\ngrid = false")
+    with pytest.raises(ConfigError) as error:
+        plan(folder, without + grid, ["train.max_steps=2", "optimizer.lr=1e-4"])
+    (problem,) = error.value.problems
+    assert problem.startswith("--set optimizer.lr: the grid of this study gives optimizer.lr to each run; ")
+    said = plan(folder, STUDY, ["train.max_steps=2", "models.base.heads.horizon=2"]).warnings
+    assert said == ["--set models.base.heads.horizon: takes the place of what the arm reference set"]
+
+
 def test_some_arms_and_seeds_bring_what_they_need(folder):
     found = plan(folder)
     assert [(run.arm, run.seed) for run in found.chosen(["rho1"], [1])] == [("reference", 7), ("rho1", 1)]
@@ -150,6 +161,14 @@ MISTAKES = [
     (STUDY + "[[comparisons]]\narm = 'rho1'\n" * 5, "study.toml:19: comparisons: "),
     (f"{STUDY}[grid]\n'optimizer.lr' = 1\n", 'study.toml:20: grid."optimizer.lr": must be a list of values, each once'),
     (f"{STUDY}[grid]\noptimizer.lrr = [1, 2]\n", "study.toml:20: optimizer.lrr: unknown key"),
+    (
+        f"{STUDY}[arms.a.set]\noptimizer.lr = 1e-4\n[grid]\n'optimizer.lr' = [1e-3, 2e-3]\n",
+        "study.toml:20: arms.a.set.optimizer.lr: the grid gives optimizer.lr to each run of this arm; leave one of them out",
+    ),
+    (
+        f"{STUDY}[arms.a.set]\ntrainer.gamma = 1.0\n[grid]\ntrainer = [{{ type = 'focal' }}, {{ type = 'dft' }}]\n",
+        "study.toml:20: arms.a.set.trainer.gamma: the grid gives trainer to each run",
+    ),
     (edited('"${arm:reference}" }', '"nowhere" }'), "study.toml:18: models.ref.uri: "),
     (edited('"small"', '"${env:WMTP_NO}"'), "study.toml:3: study.name: environment variable 'WMTP_NO' is not set"),
 ]

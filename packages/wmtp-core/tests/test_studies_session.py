@@ -258,6 +258,20 @@ def test_one_seed_has_no_interval_and_that_is_said(folder):
     assert any(note.startswith("every arm has one seed") for note in found.table.notes)
 
 
+def test_a_dry_run_says_hours_before_a_run_is_done_and_after(folder):
+    dry = partial(study, "study.toml", dry_run=True)
+    long = dry(overrides=["train.max_steps=1000000"]).facts
+    assert long["tokens"] == f"at most {7 * 1000000 * 2 * 32:,}"
+    assert re.fullmatch(
+        r"H100 about [\d.]+ h; H200 about [\d.]+ h; A100 about [\d.]+ h, one run after another, .*", long["time"]
+    )
+    one = dry(overrides=["train.max_steps=1000000"], arms=["baseline"], seeds=[0]).facts["time"]
+    assert float(long["time"].split()[2]) == pytest.approx(7 * float(one.split()[2]), rel=0.1)  # each is rounded
+    assert dry(overrides=["devices.device=cpu"]).facts["time"] == "not known before a run is done"
+    study("study.toml", seeds=[0])
+    assert dry().facts["time"].endswith("hours, going by the runs that are done")
+
+
 def test_time_that_is_over_begins_no_run(folder):
     assert len(study("study.toml", minutes=0.0).left) == 7
     assert trained(folder) == []

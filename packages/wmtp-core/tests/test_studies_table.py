@@ -75,6 +75,17 @@ def test_what_holm_takes_back_is_said():
     )
 
 
+def test_a_named_comparison_without_a_result_yet_counts_in_the_correction():
+    values = [2.6, 2.85, 2.62]
+    arms = [
+        Compared(name=name, baseline="base", seeds=SEEDS) for name in ("base", *"abcd")
+    ]  # b and c have failed, d comes later
+    named = [(name, "base", "eval/loss") for name in "abcd"]
+    found = compare(arms, [*runs("base", BASE), *runs("a", values)], ["eval/loss"], named)
+    assert found.rows[1].p == 4 * paired_difference(values, BASE).p
+    assert found.rows[1].verdict == "no difference seen after correction"
+
+
 @pytest.mark.parametrize(
     ("facts", "note"),
     [

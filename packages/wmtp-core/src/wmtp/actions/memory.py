@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from wmtp.config.rules import models_beside
 from wmtp.config.schema import Config, HeadsConfig
+from wmtp.models.base import ModelInfo
 from wmtp.models.outline import outline
+from wmtp.plugins.contract import ModelLoaderConfig
 from wmtp.training.memory import cheaper_settings, describe_shortage, estimate_memory, too_large
-from wmtp.training.speed import describe_speed
+from wmtp.training.speed import CARDS, describe_speed, readable_time, step_seconds
 
-__all__ = ["outlook"]
+__all__ = ["outlook", "time_outlook"]
 
 
 def outlook(config: Config) -> tuple[dict[str, str], list[str]]:
@@ -26,11 +30,8 @@ def outlook(config: Config) -> tuple[dict[str, str], list[str]]:
         text = f"no estimate: the shape of {base.loader.type} models is read by wmtp run FILE --dry-run, which estimates"
         return {"memory": text}, []
     heads = base.heads or HeadsConfig()
-    processes = config.launcher.processes
-    world_size = processes if isinstance(processes, int) else 1
-    names = list(models_beside(config))
-    found = {name: outline(config.models[name].loader) for name in names if name in config.models}
-    others = {name: other for name, other in found.items() if other is not None}
+    world_size = _processes(config)
+    names, others = _models_beside(config, {})
     estimate = estimate_memory(config, info, heads, world_size=world_size, others=others)
     text = f"{estimate}; on each of {world_size} devices" if world_size > 1 else f"{estimate}; on one device"
     if unknown := [name for name in names if name not in others]:
@@ -45,3 +46,42 @@ def outlook(config: Config) -> tuple[dict[str, str], list[str]]:
         return facts, []
     helps = cheaper_settings(config, info, heads, world_size=world_size, others=others)
     return facts, [f"devices.memory_gib: the run is likely to run out of memory: {shortage}{describe_shortage(helps)}"]
+
+
+def time_outlook(configs: Iterable[Config], unmade: Mapping[str, ModelLoaderConfig]) -> str | None:
+    """Estimate how long several runs train on some GPUs, one after another; None where that is not known of each.
+
+    Args:
+        configs: of the runs.
+        unmade: the model that each began with whose result others read, by the URI that the result will have.
+    """
+    totals = dict.fromkeys(CARDS, 0.0)
+    for config in configs:
+        base, steps = config.models["base"], config.train.max_steps
+        info = _shape(base.loader, unmade)
+        if info is None or steps is None or config.devices.device not in ("auto", "cuda"):
+            return None
+        _, others = _models_beside(config, unmade)
+        heads, processes = base.heads or HeadsConfig(), _processes(config)
+        for name, card in CARDS.items():
+            totals[name] += steps * step_seconds(config, info, heads, card, world_size=processes, others=others)
+    return "; ".join(f"{name} about {readable_time(seconds)}" for name, seconds in totals.items())
+
+
+def _processes(config: Config) -> int:
+    processes = config.launcher.processes
+    return processes if isinstance(processes, int) else 1
+
+
+def _models_beside(config: Config, unmade: Mapping[str, ModelLoaderConfig]) -> tuple[list[str], dict[str, ModelInfo]]:
+    """Name the models that are read beside the base, and describe those whose shape is known."""
+    names = list(models_beside(config))
+    loaders = {name: config.models[name].loader for name in names if name in config.models}
+    found = {name: _shape(loader, unmade) for name, loader in loaders.items()}
+    return names, {name: info for name, info in found.items() if info is not None}
+
+
+def _shape(loader: ModelLoaderConfig, unmade: Mapping[str, ModelLoaderConfig]) -> ModelInfo | None:
+    while (made := unmade.get(getattr(loader, "uri", None) or "")) is not None:
+        loader = made
+    return outline(loader)

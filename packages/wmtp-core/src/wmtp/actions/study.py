@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wmtp.actions.memory import outlook
+from wmtp.actions.memory import outlook, time_outlook
 from wmtp.actions.study_pool import Outcome, Pool
 from wmtp.actions.study_result import StudyResult
 from wmtp.config.load import ConfigSource, as_list
@@ -174,6 +174,8 @@ class _Session:
         expected = [seconds for run in todo if (seconds := self._expected(run)) is not None]
         if todo and len(expected) == len(todo):
             facts["time"] = f"{sum(expected) / 3600 / self._jobs:.2f} hours, going by the runs that are done"
+        elif todo:
+            facts["time"] = self._time(todo)
         outlooks = {outlook(run.config)[0]["memory"] for run in self._plan.runs}
         facts["memory"] = " | ".join(sorted(outlooks)) if len(outlooks) <= 3 else max(outlooks, key=len)
         comparisons = [f"{arm.name} − {other.name} in {metric}" for arm, other, metric in self._plan.comparisons]
@@ -181,6 +183,16 @@ class _Session:
         if max(len(arm.seeds) for arm in self._plan.arms if arm.compared) == 1:
             facts["intervals"] = "none: every arm has one seed"
         return facts
+
+    def _time(self, todo: Sequence[PlannedRun]) -> str:
+        """Estimate the time of runs before one is done."""
+        unmade = {
+            str(self._plan.folder / "runs" / run.name / "model"): run.config.models["base"].loader for run in self._plan.runs
+        }
+        found = time_outlook([run.config for run in todo], unmade)
+        if found is None:
+            return "not known before a run is done"
+        return f"{found}, one run after another, the training steps alone with full rows"
 
     def _expected(self, run: PlannedRun) -> float | None:
         """Seconds that a run will take: as long as the runs of its arm took, else as the longest of all."""

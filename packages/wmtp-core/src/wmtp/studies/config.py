@@ -19,7 +19,16 @@ from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
 from wmtp.spelling import did_you_mean
 
-__all__ = ["MOST_COMPARISONS", "ArmConfig", "ComparisonConfig", "StudyConfig", "StudyFile", "StudySection", "load_study"]
+__all__ = [
+    "MOST_COMPARISONS",
+    "ArmConfig",
+    "ComparisonConfig",
+    "StudyConfig",
+    "StudyFile",
+    "StudySection",
+    "load_study",
+    "overlaps",
+]
 
 #: named comparisons of a study: with more of them a correction hides what there is
 MOST_COMPARISONS: Final = 4
@@ -190,6 +199,10 @@ def _problems(config: StudyConfig) -> Iterator[Problem]:
             yield Problem(("arms", name), f"two arms of one name, {other!r} and {name!r}: rename one of them")
     for path, table in [(("set",), config.set), *((("arms", name, "set"), arm.set) for name, arm in config.arms.items())]:
         yield from _own_keys(path, table)
+    for name, arm in config.arms.items():
+        for own, key in overlaps(arm.set, config.grid) if arm.grid else ():
+            message = f"the grid gives {key} to each run of this arm; leave one of them out, or write grid = false for the arm"
+            yield Problem(("arms", name, "set", *own.split(".")), message)
     for key, values in _leaves(config.grid, ()):
         if not isinstance(values, list) or not values or len({repr(value) for value in values}) < len(values):
             yield Problem(("grid", key), "must be a list of values, each once")
@@ -202,6 +215,14 @@ def _problems(config: StudyConfig) -> Iterator[Problem]:
         what = frozenset([comparison.arm, comparison.to or config.study.baseline]), metric
         if named.setdefault(what, index) != index:  # Holm would count it twice
             yield Problem(("comparisons", index), f"compares the same as comparisons.{named[what]}; remove one of them")
+
+
+def overlaps(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Find dotted keys of two tables that give the same value, or one a part of the other's."""
+    for own, _ in _leaves(first, ()):
+        for other, _ in _leaves(second, ()):
+            if f"{own}.".startswith(f"{other}.") or f"{other}.".startswith(f"{own}."):
+                yield own, other
 
 
 #: keys of a run that are the study's

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from wmtp.errors import ConfigError
 from wmtp.runs.directory import is_free_to_change
 from wmtp.spelling import did_you_mean
 from wmtp.storage.uris import file_path
-from wmtp.studies.config import MOST_COMPARISONS, StudyFile
+from wmtp.studies.config import MOST_COMPARISONS, StudyFile, overlaps
 
 __all__ = ["Arm", "PlannedRun", "StudyPlan", "counted", "make_plan"]
 
@@ -153,7 +153,7 @@ def make_plan(study: StudyFile, recipe: Sequence[ConfigSource], overrides: Itera
     arms = _arms(study)
     made: dict[str, tuple[Config, tuple[str, ...]]] = {}
     problems: list[str] = []
-    warnings: dict[str, None] = {}
+    warnings = dict.fromkeys(_laid_over(study, overrides))
     for arm in arms:
         try:
             loaded, needs = _load_arm(study, arm, arms, sources, overrides)
@@ -174,6 +174,23 @@ def make_plan(study: StudyFile, recipe: Sequence[ConfigSource], overrides: Itera
         comparisons=_comparisons(study, arms),
         warnings=list(warnings),
     )
+
+
+def _laid_over(study: StudyFile, overrides: Iterable[str]) -> Iterator[str]:
+    """Say which values of arms ``--set`` takes the place of.
+
+    Raises:
+        ConfigError: of values of the grid; arms are called after them.
+    """
+    for text in overrides:
+        key = ".".join(map(str, parse_override(text).path))
+        if (found := next(overlaps({key: 0}, study.config.grid), None)) is not None:
+            raise ConfigError(
+                f"--set {key}: the grid of this study gives {found[1]} to each run; change [grid], or leave it out"
+            )
+        names = [name for name, arm in study.config.arms.items() if any(overlaps(arm.set, {key: 0}))]
+        if names:
+            yield f"--set {key}: takes the place of what the arm{'s'[: len(names) > 1]} {', '.join(names)} set"
 
 
 def _recipe(study: StudyFile) -> list[ConfigSource]:

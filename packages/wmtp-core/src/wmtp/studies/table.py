@@ -166,7 +166,8 @@ def compare(
     found = by_arm(arms, records)
     rows = [row for metric in metrics for row in _rows(arms, found, metric, named)]
     chosen = [row for row in rows if row.kind == "named" and row.p is not None]
-    corrected = dict(zip(map(id, chosen), holm([row.p or 0.0 for row in chosen]), strict=True))
+    without = [1.0] * (len(named) - len(chosen))  # those that have no p yet belong to the family all the same
+    corrected = dict(zip(map(id, chosen), holm([*(row.p or 0.0 for row in chosen), *without]), strict=False))
     rows = [evolve(row, p=corrected[id(row)]) if id(row) in corrected else row for row in rows]
     rows = [evolve(row, verdict=_verdict(row)) for row in rows]
     seeds = sorted({seed for runs in found.values() for seed in runs})

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from wmtp.config.schema import Config, HeadsConfig
     from wmtp.models.base import ModelInfo
 
-__all__ = ["CARDS", "Card", "describe_speed", "step_seconds"]
+__all__ = ["CARDS", "Card", "describe_speed", "readable_time", "step_seconds"]
 
 #: share of a data sheet's matrix rate that products reach at the card's power limit
 _RATE: Final = 0.69
@@ -141,12 +141,13 @@ def describe_speed(
     for name, card in CARDS.items():
         seconds = step_seconds(config, info, heads, card, world_size=world_size, others=others)
         devices = f"{world_size} × {name}" if world_size > 1 else name
-        hours = "" if steps is None else f", {_time(steps * seconds)}"
+        hours = "" if steps is None else f", {readable_time(steps * seconds)}"
         parts.append(f"{devices} about {_rounded(tokens / seconds)} tokens/s{hours}")
     return f"{'; '.join(parts)} (full rows, the training steps alone)"
 
 
-def _time(seconds: float) -> str:
+def readable_time(seconds: float) -> str:
+    """Minutes or hours, with two digits that count."""
     if seconds < 60:
         return "under a minute"
     return f"{_rounded(seconds / 60)} min" if seconds < 3600 else f"{_rounded(seconds / 3600)} h"
