@@ -35,7 +35,8 @@ _MODULES = (
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "transformers.modeling_utils",
     "transformers.generation.utils", "safetensors.torch", "wmtp.builtin", "wmtp.cli.commands", "wmtp.training.run",
     "wmtp.evaluation.command", "wmtp.exporting.command", "wmtp.reporting", "wmtp.launchers.torchrun",
-    "wmtp.models.loaders.scratch", "wmtp_algos", "wmtp_storage",
+    "wmtp.models.loaders.scratch", "wmtp.models.reward", "wmtp.data.prepare", "wmtp.data.render", "wmtp.data.store_writer",
+    "wmtp.loss.torch_backend.plain", "wmtp.storage.file", "wmtp.tokenizers.load", "wmtp_algos", "wmtp_storage",
 )  # fmt: skip
 #: read where torch is imported
 _QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -170,6 +171,7 @@ def _serve(address: str) -> dict[str, Any]:
     """Fork for each request; return only in the processes that were forked, with what they are to run."""
     for name in _MODULES:
         importlib.import_module(name)
+    _prepare()
     threads = os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else ["1"]
     assert len(threads) == 1, "a process with several threads must not fork: a module in _MODULES starts one"
     gc.collect()
@@ -208,6 +210,16 @@ def _serve(address: str) -> dict[str, Any]:
             for stream in streams:
                 os.close(stream)
             lines[pid] = line
+
+
+def _prepare() -> None:
+    """Compute what each run would compute once: which plugins there are, and transformers' table of a model's former names."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from wmtp.plugins.loader import load_plugins
+
+    load_plugins()
+    get_checkpoint_conversion_mapping("llama")
 
 
 def _report(lines: dict[int, socket.socket]) -> None:

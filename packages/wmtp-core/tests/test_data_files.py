@@ -11,7 +11,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from wmtp.data import compression
+from wmtp.data import compression, splits
 from wmtp.data.base import BadExample
 from wmtp.data.config import Chat, HumanEval, Jsonl, TextFiles
 from wmtp.data.files import read_records
@@ -100,7 +100,7 @@ def test_a_folder_with_a_test_file_alone_is_not_learned_from_by_accident(tmp_pat
         data_files(tmp_path / "test.jsonl", "train")
 
 
-def test_folders_inside_that_hold_data_are_named(tmp_path):
+def test_folders_inside_that_hold_data_are_named(tmp_path, monkeypatch):
     write(tmp_path, "main/train.jsonl", "socratic/train.jsonl", "images/a.png")
     with pytest.raises(InputError, match="holds no data file; the folders main, socratic in it do"):
         found(tmp_path)
@@ -108,6 +108,13 @@ def test_folders_inside_that_hold_data_are_named(tmp_path):
     write(tmp_path / "deep", "data/en/train.jsonl")
     with pytest.raises(InputError, match=r"holds no data file; the folders data/en in it do: name one of them"):
         data_files(tmp_path / "deep")
+
+    write(tmp_path / "home", ".cache/train.jsonl", *(f"f{number}/a.png" for number in range(5)), "last/train.jsonl")
+    with pytest.raises(InputError, match="holds no data file; the folders last in it do"):
+        data_files(tmp_path / "home")
+    monkeypatch.setattr(splits, "_MOST_FOLDERS", 4)  # a whole disk is not searched
+    with pytest.raises(InputError, match="holds no data file; expected"):
+        data_files(tmp_path / "home")
 
 
 def test_splits_of_one_kind_are_told_apart(tmp_path):

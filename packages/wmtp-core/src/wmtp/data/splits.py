@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ _HELD_OUT: Final = re.compile(r"(?<![a-z])(held|hold)[-_ ]out(?![a-z])")
 _SHARD: Final = re.compile(r"(?P<name>.+?)[-_.](?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?")
 _EXPECTED: Final = f"expected {', '.join(FORMATS)}, as they are or compressed ({', '.join(COMPRESSIONS)})"
 _SHOWN: Final = 8
+#: searched for data in a folder that has none, which may be anybody's home
+_MOST_FOLDERS: Final = 1000
 
 
 @frozen
@@ -283,9 +286,15 @@ def _shards(folder: Path) -> list[Path]:
 
 def _elsewhere(folder: Path) -> str:
     """Name the folders inside that hold data, one of which may be meant."""
-    inside = [entry for entry in sorted(folder.rglob("*")) if entry.is_dir() and not is_hidden(entry.relative_to(folder))]
-    there = [entry.relative_to(folder).as_posix() for entry in inside if _saved(entry) or any(True for _ in _inside(entry))]
-    return f"the folders {', '.join(there[:_SHOWN])} in it do: name one of them" if there else ""
+    there: list[str] = []
+    for number, (place, inside, _) in enumerate(os.walk(folder, followlinks=True)):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        entry = Path(place)
+        if number > 0 and (_saved(entry) or any(True for _ in _inside(entry))):
+            there.append(entry.relative_to(folder).as_posix())
+        if len(there) == _SHOWN or number == _MOST_FOLDERS:
+            break
+    return f"the folders {', '.join(there)} in it do: name one of them" if there else ""
 
 
 def _files(found: Sequence[Named], split: str | None) -> str:
