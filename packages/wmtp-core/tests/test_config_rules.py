@@ -68,6 +68,20 @@ def problems(changes, *sets):
     return list(caught.value.problems)
 
 
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("/nowhere/runs")
+    for name, said in {
+        "file/runs": f"is inside of {tmp_path}/file, which is a file",
+        "link": "is a link to /nowhere/runs, which is not there",
+        "link/a": f"is inside of {tmp_path}/link, which is a link to /nowhere/runs, which is not there",
+    }.items():
+        (problem,) = problems({"run": {"output_dir": f"{tmp_path}/{name}"}})
+        assert problem == f"run.output_dir: '{tmp_path}/{name}' {said}; write the path of a folder"
+    (tmp_path / "here").symlink_to(tmp_path)
+    check_loaded(load([GOOD, {"run": {"output_dir": f"{tmp_path}/here/new/runs"}}], registry=REGISTRY))
+
+
 def test_a_good_config_passes():
     check_loaded(load(GOOD, registry=REGISTRY))
 

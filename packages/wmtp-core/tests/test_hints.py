@@ -21,6 +21,11 @@ from wmtp.plugins.components import COMPONENT_KIND
 ROOT = Path(__file__).parents[3]
 
 
+def test_a_word_of_other_tools_that_is_a_name_here_means_itself():
+    assert unknown_key("traim", ["run", "models", "train"]) == "unknown key; did you mean 'train'?"
+    assert unknown_key("trian", ["run", "check"]) == "unknown key; did you mean 'run'?"
+
+
 @pytest.mark.parametrize(
     ("words", "hint"),
     [

@@ -81,6 +81,7 @@ def odd_character(text: str) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """Write the question ``did you mean 'NAME'?``; None where no known name is like it or says the same."""
     names = list(known)
-    meant = {word: here for word, others in _SYNONYMS.items() for here in others.split() if here in names}
+    words = ((word, here) for word, others in _SYNONYMS.items() for here in others.split())
+    meant = {word: here for word, here in words if here in names and word not in names}
     close = meant.get(name.lower()) or nearest(name, [*names, *meant])
     return None if close is None else f"did you mean '{meant.get(close, close)}'?"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final
 
 from attrs import evolve, frozen
@@ -144,10 +146,19 @@ def _local_folder(uri: str, path: KeyPath) -> Iterator[Problem]:
     try:
         if scheme_of(uri) != "file":
             yield Problem(path, f"{uri!r} is not on this machine; write the path of a local folder")
-        elif file_path(uri).exists() and not file_path(uri).is_dir():
-            yield Problem(path, f"{uri!r} is a file; write the path of a folder")
+        elif (there := _what_is_there(file_path(uri))) is not None:
+            yield Problem(path, f"{uri!r} {there}; write the path of a folder")
     except ConfigError as error:
         yield from (Problem(path, problem) for problem in error.problems)
+
+
+def _what_is_there(folder: Path) -> str | None:
+    """Say what stands where a folder is to be made, or on the way to it; None: nothing but folders."""
+    found = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if found.is_dir():
+        return None
+    where = "is" if found == folder else f"is inside of {found}, which is"
+    return f"{where} a file" if found.exists() else f"{where} a link to {os.readlink(found)}, which is not there"
 
 
 @frozen
