@@ -87,17 +87,20 @@ def test_the_quickstart_with_a_shared_head(tmp_path):
     assert all(accepted), accepted
 
 
-def test_a_qwen3_with_a_shared_head(tmp_path):
-    """Norms of queries and keys, grouped queries and tied tables, in K-EXAONE's layout."""
-    base = {
-        "type": "scratch",
-        "architecture": "qwen3",
-        "vocab_size": 258,
-        "hidden_size": 128,
-        "layers": 3,
-        "attention_heads": 4,
-    }
-    base |= {"kv_heads": 2, "intermediate_size": 352, "max_positions": 512, "tie_embeddings": True, "options": {"head_dim": 32}}
+#: architectures whose new heads are exported, with further fields of their configs
+EXPORTED = {
+    "qwen3": {"head_dim": 64},  # K-EXAONE's layout: norms of queries and keys, heads wider than D / 4
+    "mistral": {"sliding_window": None},
+    "phi3": {"sliding_window": None, "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("architecture", EXPORTED)
+def test_a_plain_model_with_a_shared_head(architecture, tmp_path):
+    """With grouped queries and tied tables."""
+    base = {"type": "scratch", "architecture": architecture, "vocab_size": 258, "hidden_size": 128, "layers": 3}
+    base |= {"attention_heads": 4, "kv_heads": 2, "intermediate_size": 352, "max_positions": 512, "tie_embeddings": True}
+    base |= {"options": EXPORTED[architecture]}
     config = {
         "models": {"base": base | {"heads": {"horizon": DRAFTS + 1, "kind": "shared"}}},
         "tokenizer": {"type": "bytes"},
@@ -117,9 +120,25 @@ def test_a_qwen3_with_a_shared_head(tmp_path):
     assert all(accepted), accepted
 
 
+def turn_by_halves(model):
+    """Compute what vLLM 0.32 does of ERNIE's layer: its query and key are turned by halves, those of the model by pairs.
+
+    Rows of both in another order give the same scores: row i of the first half beside row i of the second.
+    """
+    [block] = [head for head in model.extra_heads if isinstance(head, ChainedBlock)]
+    attention = block.layer.self_attn
+    half = attention.head_dim // 2
+    order = torch.arange(2 * half).view(2, half).T.flatten()
+    with torch.no_grad():
+        for part in (attention.q_proj, attention.k_proj):
+            heads = part.weight.view(-1, 2 * half, part.in_features)
+            part.weight.copy_(heads[:, order].reshape(part.weight.shape))
+
+
 #: sizes that vLLM's kernels for CPUs take
 SIZES = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}
-LAYOUTS = {"glm4_moe": SIZES}
+#: by layout; K-EXAONE's layer has a window, and the model's last one none
+LAYOUTS = {"glm4_moe": SIZES, "exaone": SIZES | {"sliding_window": 16}, "ernie": SIZES}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -147,6 +166,8 @@ def test_a_models_own_layer_that_was_trained(name, tmp_path, monkeypatch):
     model = load_model(run.run_dir)
     if name == "glm4_moe":
         hand_on_before_the_norm(model, monkeypatch)
+    if name == "ernie":
+        turn_by_halves(model)
     accepted = compared(model, tmp_path / "served", prompts, 40, tmp_path)
     print("accepted", accepted)
     assert accepted[0], accepted

@@ -1,9 +1,9 @@
 """Writes a model with one chained head as a server reads a model with a layer of its own.
 
 vLLM and SGLang know models with such a layer by the model's name, so a plain model is written as one of these that computes
-the same. A Llama, Mistral or Qwen2 becomes a MiMo-7B: a Qwen2 with one more layer, the biases that a Llama lacks being zeros
-(vLLM: ``models/mimo.py``, ``models/mimo_mtp.py``). A Qwen3 becomes a K-EXAONE without experts, whose layers norm queries and
-keys as Qwen3's do (``models/exaone_moe.py``, ``models/exaone_moe_mtp.py``).
+the same. A Llama, Mistral, Phi-3 or Qwen2 becomes a MiMo-7B: a Qwen2 with one more layer, the biases that a Llama lacks being
+zeros, and the maps that a Phi-3 joins apart (vLLM: ``models/mimo.py``, ``models/mimo_mtp.py``). A Qwen3 becomes a K-EXAONE
+without experts, whose layers norm queries and keys as Qwen3's do (``models/exaone_moe.py``, ``models/exaone_moe_mtp.py``).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from wmtp.errors import ConfigError
+from wmtp.exporting.refused import REFUSED
 from wmtp.models.chains import ChainedBlock
 from wmtp.models.loaders.shards import Shards
 from wmtp.models.mtp import MTPModel
@@ -53,6 +54,7 @@ _FIELDS = (
     "pad_token_id",
 )
 _BIASED = ("q_proj", "k_proj", "v_proj")
+_GATED = ("gate_proj", "up_proj")
 
 
 @frozen(kw_only=True)
@@ -63,13 +65,15 @@ class _Written:
         model: transformers' class of its base.
         config: makes its config from that of the model.
         marks: what its ``config.json`` says besides, by which servers know it.
-        state: completes a state dict, or a part of one.
+        state: completes a state dict, or a part of one, of a model with such a config.
+        any_head_width: heads may have any width; else that of the hidden states over their number.
     """
 
     model: type[PreTrainedModel]
     config: Callable[[PreTrainedConfig], PreTrainedConfig]
     marks: Callable[[PreTrainedConfig], dict[str, Any]]
-    state: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    state: Callable[[dict[str, Tensor], PreTrainedConfig], dict[str, Tensor]]
+    any_head_width: bool
 
 
 def write_served(model: MTPModel, folder: Path) -> str:
@@ -93,7 +97,7 @@ def write_served(model: MTPModel, folder: Path) -> str:
     config = written.config(model.base.config)
     with torch.device("meta"):
         base = written.model(config)
-    base.load_state_dict(written.state(dict(model.base.state_dict())), assign=True)
+    base.load_state_dict(written.state(dict(model.base.state_dict()), config), assign=True)
     base.tie_weights()
     base.generation_config = model.base.generation_config  # type: ignore[assignment]
     content = config.to_diff_dict() | {layout_named(name).key: 1} | written.marks(config)
@@ -101,7 +105,7 @@ def write_served(model: MTPModel, folder: Path) -> str:
     # a tied unembedding is not written twice: servers expect none
     shards = Shards(files={}, types={}, sizes={}) if origin is None else evolve(origin, tied={})
     untouched = Untouched(source=folder, config=content, shards=shards)
-    head = _head_tensors(cast(ChainedBlock, model.extra_heads[0]), name, written)
+    head = _head_tensors(cast(ChainedBlock, model.extra_heads[0]), name, config)
     write_base(base, folder, untouched=untouched, added=head)
     return name
 
@@ -135,7 +139,8 @@ def _head_problems(model: MTPModel) -> list[str]:
 def _base_problems(model: MTPModel) -> list[str]:
     architecture, config = type(model.base).__name__, model.base.config
     if architecture not in SERVED:
-        return [f"it is a {architecture}, and they hold {', '.join(SERVED)}"]
+        why = f": {REFUSED[architecture]}" if architecture in REFUSED else ""
+        return [f"it is a {architecture}, and they hold {', '.join(SERVED)}{why}"]
     problems = []
     if architecture != "Qwen2ForCausalLM" and getattr(config, "attention_bias", False):
         problems.append("its attention's output has a bias")
@@ -145,6 +150,16 @@ def _base_problems(model: MTPModel) -> list[str]:
         problems.append(f"its activation is '{config.hidden_act}', and servers compute silu")
     if _has_window(config):
         problems.append("its attention has a sliding window")
+    width = _head_width(config)
+    if not _WRITTEN[SERVED[architecture]].any_head_width and width * config.num_attention_heads != config.hidden_size:
+        problems.append(
+            f"its heads are {width} wide, which is not its hidden size over their number, and vLLM's Qwen2 takes no other"
+        )
+    rope = config.rope_parameters or {}
+    if (part := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        problems.append(f"it turns {part:.0%} of each head by position, and servers turn the whole")
+    if rope.get("rope_type") == "longrope":
+        problems.append("its positions are scaled by longrope, whose factors servers read in a Phi-3's config alone")
     if model.anatomy.output.bias is not None:
         problems.append("its unembedding has a bias")
     kept = () if model.untouched is None else model.untouched.tensors
@@ -162,9 +177,12 @@ def _has_window(config: PreTrainedConfig) -> bool:
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {name: getattr(config, name) for name in _FIELDS}
-    # no field of these configs' own, but what their layers go by
-    fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fields["head_dim"] = _head_width(config)  # no field of these configs' own, but what their layers go by
     return fields | {"attention_dropout": 0.0}
+
+
+def _head_width(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _as_qwen2(config: PreTrainedConfig) -> Qwen2Config:
@@ -183,7 +201,7 @@ def _as_exaone(config: PreTrainedConfig) -> ExaoneMoeConfig:
     )
 
 
-def _head_tensors(head: ChainedBlock, name: str, written: _Written) -> dict[str, Tensor]:
+def _head_tensors(head: ChainedBlock, name: str, config: PreTrainedConfig) -> dict[str, Tensor]:
     layout = layout_named(name)
     parts = {
         "embedding_norm": layout.embedding_norm,
@@ -194,11 +212,23 @@ def _head_tensors(head: ChainedBlock, name: str, written: _Written) -> dict[str,
     state = head.state_dict()
     tensors = {f"{(name or '').format(i=0)}.weight": state[f"{part}.weight"] for part, name in parts.items()}
     layer = {name.removeprefix("layer."): tensor for name, tensor in state.items() if name.startswith("layer.")}
-    return tensors | {f"{layout.layer.format(i=0)}{name}": tensor for name, tensor in written.state(layer).items()}
+    return tensors | {
+        f"{layout.layer.format(i=0)}{name}": tensor for name, tensor in _WRITTEN[name].state(layer, config).items()
+    }
 
 
-def _with_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add the biases of queries, keys and values that a Llama does without."""
+def _as_qwen2_state(joined: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+    """Take apart the maps that a Phi-3 joins, and add the biases of queries, keys and values that a Llama does without."""
+    rows = [heads * _head_width(config) for heads in (config.num_attention_heads, *(config.num_key_value_heads,) * 2)]
+    state: dict[str, Tensor] = {}
+    for name, tensor in joined.items():
+        stem, _, part = name.removesuffix(".weight").rpartition(".")
+        if part == "qkv_proj":
+            state |= {f"{stem}.{own}.weight": rest for own, rest in zip(_BIASED, tensor.split(rows), strict=True)}
+        elif part == "gate_up_proj":
+            state |= {f"{stem}.{own}.weight": rest for own, rest in zip(_GATED, tensor.chunk(2), strict=True)}
+        else:
+            state[name] = tensor
     added: dict[str, Tensor] = {}
     for name, tensor in state.items():
         stem, _, kind = name.rpartition(".")
@@ -213,13 +243,15 @@ _WRITTEN: Final = {
         model=Qwen2ForCausalLM,
         config=_as_qwen2,
         marks=lambda _: {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2"},
-        state=_with_biases,
+        state=_as_qwen2_state,
+        any_head_width=False,
     ),
     "exaone": _Written(
         model=ExaoneMoeForCausalLM,
         config=_as_exaone,
         # SGLang 0.5.23 goes by the last, a field of the model's first config
         marks=lambda config: {"architectures": ["ExaoneMoeForCausalLM"], "is_moe_layer": [False] * config.num_hidden_layers},
-        state=lambda state: state,
+        state=lambda state, _: state,
+        any_head_width=True,
     ),
 }

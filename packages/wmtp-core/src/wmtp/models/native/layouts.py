@@ -152,6 +152,7 @@ LAYOUTS: Final = (
 SERVED: Final = {
     "LlamaForCausalLM": "mimo",
     "MistralForCausalLM": "mimo",
+    "Phi3ForCausalLM": "mimo",
     "Qwen2ForCausalLM": "mimo",
     "Qwen3ForCausalLM": "exaone",
 }
