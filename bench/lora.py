@@ -33,7 +33,7 @@ from step_shape import Shape
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from wmtp.config.schema import HeadsConfig, LoraConfig
+from wmtp.config.schema import Fp8Config, HeadsConfig, LoraConfig
 from wmtp.models.adapters import quantize_base
 from wmtp.models.base import LoadedModel
 from wmtp.models.build import build_model
@@ -68,10 +68,11 @@ def ours(
     quantize: Literal["nf4"] | None = None,
     mode: Literal["none", "selective", "full"] = "none",
     heads: Literal["full", "adapters"] = "full",
+    fp8: Fp8Config | None = None,
 ) -> float:
-    """The real loop, in ``bf16-params``."""
+    """The real loop, in ``bf16-params`` or ``fp8``."""
     make = partial(_adapted, quantize=quantize, heads=heads)
-    return step_ours.run(shape, warmup, steps, make=make, checkpointing=mode)
+    return step_ours.run(shape, warmup, steps, make=make, checkpointing=mode, fp8=fp8)
 
 
 def whole(shape: Shape, warmup: int, steps: int) -> float:
@@ -140,6 +141,10 @@ ROWS: dict[str, Callable[[Shape, int, int], float]] = {
     "lora": ours,
     "lora-selective": partial(ours, mode="selective"),
     "lora-full": partial(ours, mode="full"),
+    "lora-fp8": partial(ours, fp8=Fp8Config()),
+    "lora-fp8-selective": partial(ours, fp8=Fp8Config(), mode="selective"),
+    "lora-fp8-full": partial(ours, fp8=Fp8Config(), mode="full"),
+    "lora-fp8-rows": partial(ours, fp8=Fp8Config(recipe="rowwise")),
     "lora-heads": partial(ours, heads="adapters"),
     "qlora": partial(ours, quantize="nf4"),
     "qlora-selective": partial(ours, quantize="nf4", mode="selective"),

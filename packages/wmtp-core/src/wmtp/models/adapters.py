@@ -25,6 +25,7 @@ from wmtp.config.schema import LoraConfig
 from wmtp.errors import ConfigError, FileError
 from wmtp.models.anatomy import find_layers
 from wmtp.models.drawing import seeded
+from wmtp.models.fp8_frozen import check_original
 from wmtp.models.quantized import dequantize_layers, quantize_layers
 from wmtp.models.tensor_fit import misfits
 from wmtp.spelling import did_you_mean
@@ -391,7 +392,11 @@ def merge(base: nn.Module) -> None:
     """Add the adapter of a model or a part of one to its weights, in fp32 at least, and take peft's modules out.
 
     What 4 bits have left of a weight counts: the adapter was learned on that.
+
+    Raises:
+        WMTPError: the weights are kept in fp8, which is for training alone.
     """
+    check_original(base)
     dequantize_layers(base)
     adapted: list[tuple[str, Any]] = [(name, module) for name, module in base.named_modules() if _is_adapted(module)]
     for _, module in adapted:

@@ -1,7 +1,8 @@
 """Matrix products in fp8 (arXiv 2209.05433) for the linear maps in a model's layers, by torchao.
 
 torchao's module takes the place of each `nn.Linear` and holds the same parameter, so names, optimizer and checkpoints stay as
-they are. Its class is a subclass of `nn.Linear` that only multiplies otherwise; `products_in_bf16` makes use of that.
+they are. Its class is a subclass of `nn.Linear` that only multiplies otherwise; `products_in_bf16` makes use of that. Weights
+that never learn, under adapters, are kept in fp8: `wmtp.models.fp8_frozen`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from wmtp.errors import ConfigError
 from wmtp.loss.fp8 import PIECE, Fp8Logits
 from wmtp.models.adapters import is_adapter_name
+from wmtp.models.fp8_frozen import FrozenFp8Linear, FrozenLinear, Products
 from wmtp.models.layers import repeated_layers
 
 if TYPE_CHECKING:
@@ -58,12 +60,16 @@ def check_fp8(devices: DevicesConfig, device: torch.device) -> None:
     _torchao_config(fp8)
 
 
-def multiply_in_fp8(model: MTPModel, devices: DevicesConfig) -> int:
+def multiply_in_fp8(
+    model: MTPModel, devices: DevicesConfig, *, sharded: bool = False, device: torch.device | None = None
+) -> int:
     """Have a model's layers multiply in fp8, if the config says so. Call it before copies or shards of parameters are made.
 
     Args:
-        model: in place, on any device.
+        model: in place, on any device. Weights that never learn are kept in fp8.
         devices: the config section.
+        sharded: the model will be divided; weights that never learn then stay in bf16, of which each process holds its part.
+        device: where weights that never learn are rounded, one at a time. Default: where they are.
 
     Returns:
         number of maps that do.
@@ -96,12 +102,35 @@ def multiply_in_fp8(model: MTPModel, devices: DevicesConfig) -> int:
         raise ConfigError(problems)
     from torchao.float8 import convert_to_float8_training
 
+    kept = 0 if sharded else _keep_frozen(model, chosen, fp8, device)
     for layer in repeated_layers(model):
         convert_to_float8_training(layer, config=config, module_filter_fn=lambda module, _: id(module) in chosen)
     if not devices.compile and not fp8.emulate:
         logger.warning("devices.precision: fp8 without devices.compile = true is slower than bf16: scaling is not fused")
     logger.info("fp8: %d of %d linear maps of the layers, %s", len(chosen), len(maps), fp8.recipe)
+    if kept:
+        logger.info(
+            "fp8: the weights of %d of them never learn and are kept in fp8; the files of the base stay as they are", kept
+        )
     return len(chosen)
+
+
+def _keep_frozen(model: MTPModel, chosen: set[int], fp8: Fp8Config, device: torch.device | None) -> int:
+    """Put weights in fp8 in the place of the chosen ones that never learn; return their number."""
+    products = Products(
+        by_rows=fp8.recipe != "tensorwise",
+        fast_forward=fp8.accumulates_fast != "none",
+        fast_backward=fp8.accumulates_fast == "all",
+        emulate=fp8.emulate,
+    )
+    fixed = {id(parameter) for parameter in model.fixed_parameters()}
+    maps = [(name, module) for name, module in _linear_maps(model).items() if id(module) in chosen]
+    found = [(name, module) for name, module in maps if id(module.weight) in fixed]
+    for name, module in found:
+        parent, _, leaf = name.rpartition(".")
+        made = FrozenFp8Linear.of(module, products, device or module.weight.device)
+        setattr(model.get_submodule(parent), leaf, made)
+    return len(found)
 
 
 def fp8_logits(devices: DevicesConfig) -> Fp8Logits | None:
@@ -117,10 +146,13 @@ def fp8_logits(devices: DevicesConfig) -> Fp8Logits | None:
 
 @contextmanager
 def products_in_bf16(model: nn.Module) -> Iterator[None]:
-    """Have a model multiply inside as the saved one will: its linear maps are plain ones."""
+    """Have a model multiply inside as the saved one will: its linear maps are plain ones.
+
+    Weights that never learn and are kept in fp8 stay rounded, as 4-bit ones do.
+    """
     maps = [(module, type(module)) for module in model.modules() if _is_fp8(module)]
-    for module, _ in maps:
-        _become(module, nn.Linear)
+    for module, own in maps:
+        _become(module, FrozenLinear if own is FrozenFp8Linear else nn.Linear)
     try:
         yield
     finally:
@@ -169,7 +201,7 @@ def _examples(maps: dict[str, nn.Linear]) -> str:
 
 
 def _is_fp8(module: nn.Module) -> bool:
-    return type(module).__module__ == "torchao.float8.float8_linear"
+    return type(module) is FrozenFp8Linear or type(module).__module__ == "torchao.float8.float8_linear"
 
 
 def _torchao_config(fp8: Fp8Config) -> Any:

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+from wmtp.models.fp8_frozen import FrozenFp8Linear
 from wmtp.models.low_rank import adapted_linear, adapted_linear_4bit
 from wmtp.models.quantized import Linear4Bit
 
@@ -20,14 +21,19 @@ class AdaptedLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
         base = self.base_layer
-        if args or kwargs or self.disable_adapters or self.merged or type(base) not in (nn.Linear, Linear4Bit):
+        in_fp8 = isinstance(base, FrozenFp8Linear)
+        known = in_fp8 or type(base) in (nn.Linear, Linear4Bit)
+        if args or kwargs or self.disable_adapters or self.merged or not known:
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        down, up = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
+        if in_fp8:  # in parts, so that a compiler joins rounding to what comes before, and the sum to what comes after
+            low = nn.functional.linear(x.to(dtype), down) * self.scaling[name]
+            return base(x) + nn.functional.linear(low, up)
         bias: Tensor | None = base.bias  # type: ignore[assignment]
         bias = None if bias is None else bias.to(dtype)
-        down, up = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
         if isinstance(base, Linear4Bit):
             return adapted_linear_4bit(x.to(dtype), base.packed, base.scales, bias, down, up, self.scaling[name])[0]
         return adapted_linear(x.to(dtype), base.weight.to(dtype), bias, down, up, self.scaling[name])[0]  # type: ignore[operator]

@@ -45,16 +45,20 @@ def place_model(
     if fsdp is None:
         model = load_base_model(config, source)
         _shrink_fixed(model, precision, device)
+        multiply_in_fp8(model, config.devices, device=device)
         # bf16 parameters get their fp32 copies on the device; what never learns stays as it is
         settle(model, device, torch.float32 if precision != "bf16-params" else None)
-        multiply_in_fp8(model, config.devices)
         masters = MasterWeights(model, fixed=model.fixed_parameters()) if precision == "bf16-params" else None
         accelerate(model, config.devices)
         return model, masters
 
+    sharded = fsdp.strategy != "none"
+
     def load() -> MTPModel:
         loaded = load_base_model(config, source)
         _shrink_fixed(loaded, precision, device, keep=loaded.stored)
+        if not sharded:
+            multiply_in_fp8(loaded, config.devices, device=device)
         if device.type == "cuda" and config.devices.attention == "auto":
             loaded.use_block_attention()  # found out by trying, which the empty models of the other ranks cannot
         return loaded
@@ -62,7 +66,7 @@ def place_model(
     def prepare(model: MTPModel) -> None:
         if precision == "bf16-params":
             _halve_fixed(model)
-        multiply_in_fp8(model, config.devices)
+        multiply_in_fp8(model, config.devices, sharded=sharded)
         accelerate(model, config.devices)
 
     model = spread(load, ranks, device, fsdp, precision, prepare, folder=source.model_path)

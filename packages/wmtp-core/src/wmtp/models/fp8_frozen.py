@@ -1,0 +1,193 @@
+"""Linear maps whose weights never learn and are kept in fp8 (arXiv 2209.05433): rounded once, and half of bf16's memory.
+
+The numbers are those of casting at each product, since a weight that does not change is rounded alike each time. What enters a
+product is measured and rounded anew. There is no gradient of the weight. The files of the base stay as they are, and everything
+that is saved or exported comes from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from wmtp.errors import WMTPError
+from wmtp.loss.cross_entropy import implementation
+
+__all__ = ["FrozenFp8Linear", "FrozenLinear", "Products", "check_original"]
+
+_FORMAT: Final = torch.float8_e4m3fn
+#: of gradients where one scale serves all of a tensor: they spread wider than what goes forward
+_WIDE: Final = torch.float8_e5m2
+
+
+@frozen(kw_only=True)
+class Products:
+    """Settings of the products with a frozen weight, of ``[devices.fp8]``.
+
+    Args:
+        by_rows: rows have a scale each; else all of a tensor has one.
+        fast_forward: the forward pass adds up in the tensor cores' own precision.
+        fast_backward: so does the gradient of the input.
+        emulate: rounds to fp8 and multiplies in fp32.
+    """
+
+    by_rows: bool
+    fast_forward: bool
+    fast_backward: bool
+    emulate: bool
+
+
+class FrozenFp8Linear(nn.Module):
+    """A linear map with a weight in fp8, which never learns.
+
+    Args:
+        shape: of the weight.
+        bias: as it was; None where there is none.
+        device: of new memory for the weight.
+        products: how it multiplies.
+    """
+
+    stored: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: torch.Size, bias: nn.Parameter | None, device: torch.device, products: Products) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = bias
+        self.products = products
+        # Not among a model's tensors on disk: made again of the weight there. As bytes, which every backend sends and no change
+        # of precision touches.
+        self.register_buffer("stored", torch.empty(tuple(shape), dtype=torch.uint8, device=device), persistent=False)
+        scales = (shape[0], 1) if products.by_rows else ()
+        self.register_buffer("scale", torch.empty(scales, dtype=torch.float32, device=device), persistent=False)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, products: Products, device: torch.device) -> FrozenFp8Linear:
+        """Round a weight on ``device``; the result is where the weight was."""
+        weight = linear.weight.detach()
+        made = cls(weight.shape, linear.bias, weight.device, products)
+        if not weight.is_meta:
+            # by way of bf16, in which a frozen weight is kept elsewhere, whatever its files have
+            data, scale = _round(weight.to(device).to(torch.bfloat16), _FORMAT, products.by_rows)
+            made.stored.copy_(data.view(torch.uint8))
+            made.scale.copy_(scale)
+        return made.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """Rounded weight in bf16; not a parameter."""
+        return (self.stored.view(_FORMAT).float() * self.scale).to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
+        dtype = _precision(x)
+        result = _Product.apply(x.to(dtype), self.stored.view(_FORMAT), self.scale, self.products)
+        return result if self.bias is None else result + self.bias.to(dtype)  # type: ignore[operator]
+
+    def extra_repr(self) -> str:
+        """Say what it is, as `nn.Linear` does."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, fp8, frozen"
+
+
+class FrozenLinear(FrozenFp8Linear):
+    """The same map while nothing but its weight is in fp8; see `wmtp.models.fp8.products_in_bf16`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
+        dtype = _precision(x)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)  # type: ignore[arg-type]
+
+
+def check_original(model: nn.Module) -> None:
+    """Refuse to take weights for the base's own where fp8 has rounded them.
+
+    Raises:
+        WMTPError: it has.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenFp8Linear):
+            raise WMTPError(
+                f"{name} is kept in fp8, which has rounded its weight; merge the adapter that the run has saved, as wmtp "
+                "export does: it is added to the weights in the base's files"
+            )
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _Product(torch.autograd.Function):
+    """x · Wᵀ with both in fp8; its backward pass has the gradient of x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, data: Tensor, scale: Tensor, products: Products) -> Tensor:
+        ctx.save_for_backward(data, scale)
+        ctx.products = products
+        rows = x.reshape(-1, x.shape[-1])
+        own, of_rows = _round(rows, _FORMAT, products.by_rows)
+        if products.emulate:
+            found = _emulated(own.float() * of_rows, (data.float() * scale).t(), x.dtype)
+        else:
+            found = torch._scaled_mm(
+                own,
+                data.t(),
+                scale_a=of_rows,
+                scale_b=scale.t() if products.by_rows else scale,
+                out_dtype=x.dtype,
+                use_fast_accum=products.fast_forward,
+            )
+        return found.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        data, scale = ctx.saved_tensors
+        products = ctx.products
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if products.by_rows:  # a scale of the weight belongs to a number of the sum here, so it goes to the other factor
+            own, of_rows = _round(rows.float() * scale.reshape(1, -1), _FORMAT, True)
+            scale = torch.ones_like(scale[:1]).expand(1, data.shape[1]).contiguous()
+        else:
+            own, of_rows = _round(rows, _WIDE, False)
+        found = _gradient(own, data, of_rows, scale, gradient.dtype, products.fast_backward, products.emulate)
+        return found.view(*gradient.shape[:-1], -1), None, None, None
+
+
+def _round(tensor: Tensor, kind: torch.dtype, by_rows: bool) -> tuple[Tensor, Tensor]:
+    """Return numbers in fp8, and what they are multiplied by."""
+    highest = tensor.abs().amax(dim=1, keepdim=True) if by_rows else tensor.abs().amax()
+    # in float64, where compiled code and torch's own give one number
+    limit = torch.finfo(kind).max
+    scale = (limit / highest.double().clamp(min=1e-12)).float()
+    return (tensor.float() * scale).clamp(-limit, limit).to(kind), scale.reciprocal()
+
+
+def _emulated(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(left.device.type, enabled=False):
+        return (left @ right).to(dtype)
+
+
+# An operator of its own, into which no compiler looks: it might transpose the weight in the forward pass and keep it.
+@torch.library.custom_op("wmtp::frozen_fp8_gradient", mutates_args=())
+def _gradient(
+    gradient: Tensor, data: Tensor, of_rows: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, emulate: bool
+) -> Tensor:
+    """Compute ``gradient · W``. Tensor cores read fp8 along the sum alone, so the weight is transposed."""
+    if emulate:
+        return _emulated(gradient.float() * of_rows, data.float() * scale, dtype)
+    if implementation(data.device, torch.bfloat16) == "fused":
+        from wmtp.models import fp8_kernel  # imports Triton
+
+        columns = fp8_kernel.transpose(data)
+    else:
+        columns = data.view(torch.uint8).t().contiguous().view(data.dtype)
+    return torch._scaled_mm(gradient, columns.t(), scale_a=of_rows, scale_b=scale, out_dtype=dtype, use_fast_accum=fast)
+
+
+@_gradient.register_fake
+def _(gradient: Tensor, data: Tensor, of_rows: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, emulate: bool) -> Tensor:
+    return gradient.new_empty((gradient.shape[0], data.shape[1]), dtype=dtype)
