@@ -89,6 +89,31 @@ def test_a_run_is_resumed_bit_for_bit_and_its_model_serves_every_command(adapted
     )
 
 
+def test_on_weights_in_fp8_a_run_is_resumed_bit_for_bit_and_exported_from_the_weights_in_the_files(adapted, tmp_path, caplog):
+    pytest.importorskip("torchao")
+    fp8 = 'devices={precision="fp8",fp8={emulate=true,min_features=16}}'
+    with caplog.at_level("INFO", "wmtp"):
+        whole = wmtp.run(adapted, run_name="whole", overrides=["train.max_steps=8", "optimizer.lr=0.02", fp8])
+    assert "the weights of 14 of them never learn and are kept in fp8" in caplog.text
+    before = learned(whole.model)
+    for step in ("step-8", "step-10"):
+        shutil.rmtree(whole.run_dir / "checkpoints" / step, ignore_errors=True)
+    shutil.rmtree(whole.model)
+    wmtp.run(resume=whole.run_dir)
+    after = learned(whole.model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    wmtp.export(whole.run_dir, tmp_path / "hf", format="hf")
+    base, merged = (learned(tmp_path / name) for name in ("base", "hf"))
+    name = "model.layers.1.mlp.up_proj"
+    a, b = (after[f"adapter_model.safetensors: base_model.model.{name}.lora_{matrix}.weight"].float() for matrix in "AB")
+    expected = base[f"model.safetensors: {name}.weight"] + 2 * b @ a
+    found = merged[f"model.safetensors: {name}.weight"].float()
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=4e-4)  # fp8 would be off by ten times that
+    measured = wmtp.evaluate(whole.run_dir, overrides=['eval=[{type="perplexity"}]'])
+    assert measured.numbers["perplexity/head_1"] == pytest.approx(math.exp(whole.metrics["eval/loss/head_1"]), rel=2e-2)
+
+
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16-params", marks=pytest.mark.slow)])
 def test_a_reference_that_is_the_base_takes_no_second_model(adapted, precision, tmp_path, monkeypatch, caplog):
     """The same run as with a copy of the base in another folder."""
@@ -215,11 +240,21 @@ def test_another_base_under_the_same_name_ends_a_resume(adapted, tmp_path):
 @pytest.mark.parametrize("strategy", ["full", "none"])
 @pytest.mark.parametrize(
     ("precision", "quantize", "heads"),
-    [("fp32", "", "full"), ("bf16-params", "", "full"), ("fp32", "nf4", "full"), ("fp32", "", "adapters")],
+    [
+        ("fp32", "", "full"),
+        ("bf16-params", "", "full"),
+        ("fp32", "nf4", "full"),
+        ("fp32", "", "adapters"),
+        ("fp8", "", "full"),
+        ("fp8", "", "adapters"),
+    ],
 )
 def test_two_processes_learn_what_one_does(adapted, preloaded, strategy, precision, quantize, heads, tmp_path):
     settings = ("--set", "train.max_steps=8", "--set", f"devices.precision={precision}")
     settings += ("--set", f"models.base.lora.heads={heads}")
+    if precision == "fp8":
+        pytest.importorskip("torchao")
+        settings += ("--set", "devices.fp8={emulate=true,min_features=16}")
     if quantize:
         pytest.importorskip("bitsandbytes")
         settings += ("--set", f'models.base.quantize="{quantize}"')

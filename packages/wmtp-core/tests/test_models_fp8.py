@@ -178,10 +178,11 @@ def test_compiled_layers_follow_when_products_change():
 
 
 def test_an_adapters_own_maps_stay_in_bf16_and_with_the_adapter_off_so_does_its_base():
+    """Of a model that will be divided; otherwise its weights are kept in fp8, as another file tests."""
     pytest.importorskip("peft")
     plain = make(lora=LoraConfig(rank=16))
     model = make(lora=LoraConfig(rank=16))
-    multiply_in_fp8(model, devices())
+    multiply_in_fp8(model, devices(), sharded=True)
     found = in_fp8(model)
     assert any(name.endswith("q_proj.base_layer") for name in found)
     assert not any("lora_" in name for name in found)

@@ -56,6 +56,8 @@ def test_it_is_near_what_runs_on_an_h200_took(vocab, devices, measured):
     [
         (None, "none", 2, 39.2),
         (None, "selective", 2, 34.2),
+        ("fp8", "none", 2, 32.7),
+        ("fp8", "selective", 2, 28.2),
         ("nf4", "selective", 2, 25.5),
         ("nf4", "selective", 1, 19.6),
         ("nf4", "full", 4, 17.5),
@@ -66,8 +68,9 @@ def test_it_is_near_what_adapters_on_a_7b_shape_took_on_an_h200(quantize, mode, 
     shape = ScratchModel(vocab_size=32_000, hidden_size=4096, layers=32, attention_heads=32, intermediate_size=11_008)
     info = outline(shape)
     assert info is not None
-    lora = ModelConfig(loader=HfModel(uri="x"), lora=LoraConfig(rank=16), quantize=quantize)
-    devices = DevicesConfig(device="cuda", precision="bf16-params", compile=True, activation_checkpointing=mode)
+    precision = "fp8" if quantize == "fp8" else "bf16-params"
+    lora = ModelConfig(loader=HfModel(uri="x"), lora=LoraConfig(rank=16), quantize="nf4" if quantize == "nf4" else None)
+    devices = DevicesConfig(device="cuda", precision=precision, compile=True, activation_checkpointing=mode)
     wanted = evolve(config(batch_size=batch, micro_batch_size=batch), models={"base": lora}, devices=devices)
     assert estimate_memory(wanted, info, HeadsConfig(horizon=4)).total / 2**30 == pytest.approx(measured, rel=0.08)
 

@@ -158,7 +158,8 @@ class Fp8Config:
     """Matrix products in fp8 by torchao, for ``devices.precision = "fp8"``.
 
     The linear maps in the decoder layers and in the extra heads multiply in fp8, forward and backward. All else stays in bf16:
-    attention, norms, embeddings, unembeddings, the loss, and the experts and routers of a mixture.
+    attention, norms, embeddings, unembeddings, the loss, and the experts and routers of a mixture. Under adapters, weights of
+    the base are rounded once and kept in fp8, unless processes hold a part of the model each.
 
     Args:
         recipe: which numbers share a scale, measured anew for every product. ``tensorwise``: all of a tensor, the fastest;

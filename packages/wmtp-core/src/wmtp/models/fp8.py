@@ -116,16 +116,16 @@ def multiply_in_fp8(
 
 
 def _keep_frozen(model: MTPModel, chosen: set[int], fp8: Fp8Config, device: torch.device | None) -> int:
-    """Put weights in fp8 in the place of the chosen ones that never learn; return their number."""
+    """Put weights in fp8 in the place of an adapted base's chosen ones; return their number."""
     products = Products(
         by_rows=fp8.recipe != "tensorwise",
         fast_forward=fp8.accumulates_fast != "none",
         fast_backward=fp8.accumulates_fast == "all",
         emulate=fp8.emulate,
     )
-    fixed = {id(parameter) for parameter in model.fixed_parameters()}
-    maps = [(name, module) for name, module in _linear_maps(model).items() if id(module) in chosen]
-    found = [(name, module) for name, module in maps if id(module.weight) in fixed]
+    # adapted heads are saved whole, and so keep their own weights
+    maps = _linear_maps(model).items() if model.adapter is not None else ()
+    found = [(name, module) for name, module in maps if id(module) in chosen and name.startswith("base.")]
     for name, module in found:
         parent, _, leaf = name.rpartition(".")
         made = FrozenFp8Linear.of(module, products, device or module.weight.device)

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from wmtp.errors import WMTPError
 from wmtp.loss.cross_entropy import implementation
 
-__all__ = ["FrozenFp8Linear", "FrozenLinear", "Products", "check_original"]
+__all__ = [
+    "FrozenFp8Linear",
+    "FrozenLinear",
+    "Products",
+    "check_original",
+    "gradient_of_input",
+    "product",
+    "round_input",
+]
 
 _FORMAT: Final = torch.float8_e4m3fn
 #: of gradients where one scale serves all of a tensor: they spread wider than what goes forward
@@ -84,7 +92,7 @@ class FrozenFp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
         dtype = _precision(x)
-        result = _Product.apply(x.to(dtype), self.stored.view(_FORMAT), self.scale, self.products)
+        result = _Product.apply(x.to(dtype), self.stored, self.scale, self.products)
         return result if self.bias is None else result + self.bias.to(dtype)  # type: ignore[operator]
 
     def extra_repr(self) -> str:
@@ -125,36 +133,49 @@ class _Product(torch.autograd.Function):
     """x · Wᵀ with both in fp8; its backward pass has the gradient of x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, data: Tensor, scale: Tensor, products: Products) -> Tensor:
-        ctx.save_for_backward(data, scale)
+    def forward(ctx: Any, x: Tensor, stored: Tensor, scale: Tensor, products: Products) -> Tensor:
+        ctx.save_for_backward(stored, scale)
         ctx.products = products
-        rows = x.reshape(-1, x.shape[-1])
-        own, of_rows = _round(rows, _FORMAT, products.by_rows)
-        if products.emulate:
-            found = _emulated(own.float() * of_rows, (data.float() * scale).t(), x.dtype)
-        else:
-            found = torch._scaled_mm(
-                own,
-                data.t(),
-                scale_a=of_rows,
-                scale_b=scale.t() if products.by_rows else scale,
-                out_dtype=x.dtype,
-                use_fast_accum=products.fast_forward,
-            )
-        return found.view(*x.shape[:-1], -1)
+        rounded, of_rows = round_input(x.reshape(-1, x.shape[-1]), products)
+        return product(rounded, of_rows, stored, scale, x.dtype, products).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        data, scale = ctx.saved_tensors
-        products = ctx.products
         rows = gradient.reshape(-1, gradient.shape[-1])
-        if products.by_rows:  # a scale of the weight belongs to a number of the sum here, so it goes to the other factor
-            own, of_rows = _round(rows.float() * scale.reshape(1, -1), _FORMAT, True)
-            scale = torch.ones_like(scale[:1]).expand(1, data.shape[1]).contiguous()
-        else:
-            own, of_rows = _round(rows, _WIDE, False)
-        found = _gradient(own, data, of_rows, scale, gradient.dtype, products.fast_backward, products.emulate)
+        found = gradient_of_input(rows, *ctx.saved_tensors, ctx.products)
         return found.view(*gradient.shape[:-1], -1), None, None, None
+
+
+def round_input(rows: Tensor, products: Products) -> tuple[Tensor, Tensor]:
+    """Return ``[T, K]`` in fp8 and what it is multiplied by; no gradient flows through it."""
+    return _round(rows.detach(), _FORMAT, products.by_rows)
+
+
+def product(rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, products: Products) -> Tensor:
+    """Compute x · Wᵀ ``[T, N]``.
+
+    Args:
+        rounded, of_rows: x by `round_input`.
+        stored, scale: W, ``[N, K]``, as `FrozenFp8Linear` has it.
+        dtype: of the result.
+        products: how to multiply.
+    """
+    data = stored.view(_FORMAT)
+    if products.emulate:
+        return _emulated(rounded.float() * of_rows, (data.float() * scale).t(), dtype)
+    scales = {"scale_a": of_rows, "scale_b": scale.t() if products.by_rows else scale}
+    return torch._scaled_mm(rounded, data.t(), **scales, out_dtype=dtype, use_fast_accum=products.fast_forward)
+
+
+def gradient_of_input(gradient: Tensor, stored: Tensor, scale: Tensor, products: Products) -> Tensor:
+    """Compute the gradient of x, ``[T, K]``, from that of x · Wᵀ."""
+    if products.by_rows:  # a scale of the weight belongs to a number of the sum here, so it goes to the other factor
+        rounded, of_rows = _round(gradient.float() * scale.reshape(1, -1), _FORMAT, True)
+        scale = scale.new_ones(1, stored.shape[1])
+    else:
+        rounded, of_rows = _round(gradient, _WIDE, False)
+    flags = products.fast_backward, products.emulate
+    return _gradient(rounded, of_rows, stored, scale, gradient.dtype, *flags)
 
 
 def _round(tensor: Tensor, kind: torch.dtype, by_rows: bool) -> tuple[Tensor, Tensor]:
@@ -174,20 +195,21 @@ def _emulated(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 # An operator of its own, into which no compiler looks: it might transpose the weight in the forward pass and keep it.
 @torch.library.custom_op("wmtp::frozen_fp8_gradient", mutates_args=())
 def _gradient(
-    gradient: Tensor, data: Tensor, of_rows: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, emulate: bool
+    rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, emulate: bool
 ) -> Tensor:
-    """Compute ``gradient · W``. Tensor cores read fp8 along the sum alone, so the weight is transposed."""
+    """Multiply a rounded gradient by W. Tensor cores read fp8 along the sum alone, so the weight is transposed."""
     if emulate:
-        return _emulated(gradient.float() * of_rows, data.float() * scale, dtype)
-    if implementation(data.device, torch.bfloat16) == "fused":
+        return _emulated(rounded.float() * of_rows, stored.view(_FORMAT).float() * scale, dtype)
+    if implementation(stored.device, torch.bfloat16) == "fused":
         from wmtp.models import fp8_kernel  # imports Triton
 
-        columns = fp8_kernel.transpose(data)
+        columns = fp8_kernel.transpose(stored)
     else:
-        columns = data.view(torch.uint8).t().contiguous().view(data.dtype)
-    return torch._scaled_mm(gradient, columns.t(), scale_a=of_rows, scale_b=scale, out_dtype=dtype, use_fast_accum=fast)
+        columns = stored.t().contiguous()
+    scales = {"scale_a": of_rows, "scale_b": scale}
+    return torch._scaled_mm(rounded, columns.view(_FORMAT).t(), **scales, out_dtype=dtype, use_fast_accum=fast)
 
 
 @_gradient.register_fake
-def _(gradient: Tensor, data: Tensor, of_rows: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, emulate: bool) -> Tensor:
-    return gradient.new_empty((gradient.shape[0], data.shape[1]), dtype=dtype)
+def _(rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, emulate: bool) -> Tensor:
+    return rounded.new_empty((rounded.shape[0], stored.shape[1]), dtype=dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wmtp.models.fp8_frozen import FrozenFp8Linear
 from wmtp.models.low_rank import adapted_linear, adapted_linear_4bit
+from wmtp.models.low_rank_fp8 import adapted_linear_fp8
 from wmtp.models.quantized import Linear4Bit
 
 __all__ = ["AdaptedLinear", "use_one_operator"]
@@ -21,17 +22,15 @@ class AdaptedLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
         base = self.base_layer
-        in_fp8 = isinstance(base, FrozenFp8Linear)
-        known = in_fp8 or type(base) in (nn.Linear, Linear4Bit)
+        known = isinstance(base, FrozenFp8Linear) or type(base) in (nn.Linear, Linear4Bit)
         if args or kwargs or self.disable_adapters or self.merged or not known:
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         down, up = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
-        if in_fp8:  # in parts, so that a compiler joins rounding to what comes before, and the sum to what comes after
-            low = nn.functional.linear(x.to(dtype), down) * self.scaling[name]
-            return base(x) + nn.functional.linear(low, up)
+        if type(base) is FrozenFp8Linear:
+            return adapted_linear_fp8(x.to(dtype), base, down, up, self.scaling[name])
         bias: Tensor | None = base.bias  # type: ignore[assignment]
         bias = None if bias is None else bias.to(dtype)
         if isinstance(base, Linear4Bit):

@@ -160,12 +160,13 @@ def estimate_memory(
     compute, residual = (2 if half else 4), (2 if devices.keeps_bf16 else 4)
     width = info.hidden_size
 
-    in_4_bits = 0
-    if config.models["base"].quantize is not None:  # with a scale of 4 bytes for 64; each process has all of it
-        quantized = info.layers * info.layer_parameters
-        fixed, in_4_bits = max(0, fixed - quantized), round(0.5625 * quantized)
-    parameters = fixed + learned
     shared = world_size > 1 and (devices.fsdp is None or devices.fsdp.strategy != "none")
+    in_few_bits, layers_of_base = 0, info.layers * info.layer_parameters
+    if config.models["base"].quantize is not None:  # with a scale of 4 bytes for 64; each process has all of it
+        fixed, in_few_bits = max(0, fixed - layers_of_base), round(0.5625 * layers_of_base)
+    elif lora is not None and devices.precision == "fp8" and not shared:
+        fixed, in_few_bits = max(0, fixed - layers_of_base), layers_of_base
+    parameters = fixed + learned
     hybrid = devices.fsdp is not None and devices.fsdp.strategy == "hybrid"
     share = (per_machine or world_size if hybrid else world_size) if shared else 1
     of_fixed = 2 if devices.keeps_bf16 else 4
@@ -176,7 +177,9 @@ def estimate_memory(
         copies = compute * (parameters if keeps_all else min(parameters, some))
 
     layers = info.layers + (heads.horizon - 1 if heads.known_kind not in ("linear", "residual") else 0)
-    kept, working = _kept_by_layer(devices, info, compute, residual)
+    # of what never learns no gradient reads inputs in fp8; those of adapters read them in bf16
+    kind = devices if lora is None or devices.precision != "fp8" else evolve(devices, precision="bf16-params", fp8=None)
+    kept, working = _kept_by_layer(kind, info, compute, residual)
     # the trunk's inputs wait on the host, but for the one that is on its way
     moved = info.layers - 1 if devices.activation_checkpointing == "offload" else 0
     activations = round(tokens * ((layers - moved + min(moved, 1)) * kept + working))
@@ -196,7 +199,7 @@ def estimate_memory(
             gradients //= 2  # they stay as they came
         gradients = max(0, gradients - activations)
     return MemoryEstimate(
-        parameters=(of_fixed * fixed + 4 * learned) // share + in_4_bits + copies,
+        parameters=(of_fixed * fixed + 4 * learned) // share + in_few_bits + copies,
         gradients=gradients,
         optimizer=config.optimizer.state_bytes * learned // share,
         activations=activations,
