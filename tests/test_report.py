@@ -247,13 +247,16 @@ def test_several_runs_are_compared(tmp_path):
           legend: [...document.querySelector('figure').querySelectorAll('.u-label')].map(e => e.textContent) });
         const before = look();
         document.querySelectorAll('.chip')[1].click();
-        return [before, look(), document.querySelector('details').textContent, document.querySelector('.lead').textContent];
+        const empty = [...document.querySelectorAll('th')].filter(e => !e.textContent.trim()).length;
+        const words = ['details', '.lead'].map(one => document.querySelector(one).textContent);
+        return [before, look(), ...words, empty];
         """,
     )
     assert found[0] == {"panels": 2, "legend": ["step", "one", "two"]}
     assert found[1] == {"panels": 1, "legend": ["step", "one"]}
     assert "trainer.typerho1-wmtpbaseline-mtp" in found[2]
     assert found[3] == "two − one in loss: 0.15 against 0.15, one run each."
+    assert found[4] == 0
     assert page.stat().st_size < 200_000
 
 

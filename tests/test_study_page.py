@@ -67,7 +67,8 @@ def test_the_page_opens_with_the_difference_and_draws_everything(tmp_path):
         return { lead: all('.lead')[0], delta: all('.delta b')[0], headings: all('h2'),
           figures: all('figure svg', e => e.getAttribute('aria-label')), bands: all('#curves polygon').length,
           dots: all('#differences circle', e => e.querySelector('title').textContent), panels: all('.panel header b'),
-          rows: all('#table tbody tr').length, differ: all('#settings tbody th'), injected: all('.text b').length,
+          rows: all('#table tbody tr').length, differ: all('#settings tbody th'),
+          empty: all('th').filter(text => !text.trim()).length, injected: all('.text b').length,
           wide: document.documentElement.scrollWidth };
         """,
         width=500,
@@ -84,6 +85,7 @@ def test_the_page_opens_with_the_difference_and_draws_everything(tmp_path):
     assert found["panels"] == ["focal", "baseline"]
     assert found["rows"] == 3
     assert found["differ"] == ["trainer.type"]  # neither the seed nor what all have
+    assert found["empty"] == 0  # a screen reader has something to say of each column
     assert found["injected"] == 0
     assert found["wide"] <= 500
 

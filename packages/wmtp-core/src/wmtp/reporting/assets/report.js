@@ -100,7 +100,7 @@
       return;
     }
     const table = element("table", { class: "facts" },
-      element("tr", {}, element("th"), ...runs.map(run => element("th", { scope: "col" }, run.name))),
+      element("tr", {}, element("th", { scope: "col" }, "fact"), ...runs.map(run => element("th", { scope: "col" }, run.name))),
       ...rows.map(([name, value]) => element("tr", {}, element("th", { scope: "row" }, name),
         ...runs.map(run => element("td", {}, value(run))))));
     section("facts", "Runs", element("div", { class: "wide" }, table), saved, ...configs());

@@ -163,7 +163,7 @@
     const keys = Object.keys(data.different);
     const arms = data.arms.filter(arm => keys.some(key => arm in data.different[key]));
     const differences = element("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "settings that differ" },
-      element("table", { class: "facts" }, element("thead", {}, element("tr", {}, element("th", {}, ""), ...arms.map(arm => element("th", { scope: "col" }, arm)))),
+      element("table", { class: "facts" }, element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "key"), ...arms.map(arm => element("th", { scope: "col" }, arm)))),
         element("tbody", {}, ...keys.map(key => element("tr", {}, element("th", { scope: "row" }, key), ...arms.map(arm => element("td", {}, data.different[key][arm] ?? "–")))))));
     const saved = saveTable(`${data.name}-settings`, "the settings that differ", () => [["key", ...arms],
       ...keys.map(key => [key, ...arms.map(arm => data.different[key][arm] ?? "–")])]);
