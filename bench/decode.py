@@ -79,19 +79,23 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     rate = _copy_rate(device)
     print(f"{where}, torch {torch.__version__}, copies {rate / 1e12:.2f} TB/s; {given.new} new tokens", flush=True)
-    first, results, models = _model(given, device), [], {}
+    first, results, models, later = _model(given, device), [], {}, []
     for case in given.cases:
         dtype, _, rows = case.partition(":")
         if dtype not in models:
             models = {dtype: copy.deepcopy(first).to(DTYPES[dtype])}  # one at a time
         results.append({"case": case})
-        _measure(models[dtype], int(rows), rate, device, given, results)
+        later += _measure(models[dtype], int(rows), rate, device, given, results)
         release(models[dtype])
+    for list_kernels in later:
+        list_kernels()
 
 
 def _measure(
     model: MTPModel, batch: int, rate: float, device: torch.device, given: argparse.Namespace, results: list[dict[str, Any]]
-) -> None:
+) -> list[Callable[[], None]]:
+    """Time one case. Returns what lists kernels."""
+    later: list[Callable[[], None]] = []
     groups, found = _prompts(model, batch, given), results[-1]
     count, longest = sum(map(len, groups)), max(len(prompt) for group in groups for prompt in group)
     pass_seconds = _floor(model, batch, longest + given.new // 2) / rate
@@ -142,8 +146,10 @@ def _measure(
             if given.json:
                 given.json.write_text(json.dumps(results, indent=1))
             if given.kernels and name.startswith("ours") and device.type == "cuda" and oracle is None:
-                _list_kernels(action, given.new, done.forwards)
+                # last of all: whatever runs after a profile has been made is slower, a graph by a third
+                later.append(partial(_list_kernels, label, action, given.new, done.forwards))
         gc.collect()
+    return later
 
 
 def _time(action: Callable[[int], _Done], tokens: int, device: torch.device, repeat: int) -> tuple[_Done, dict[str, float]]:
@@ -265,14 +271,14 @@ def _prompts(model: MTPModel, batch: int, given: argparse.Namespace) -> list[lis
     return [prompts[at : at + batch] for at in range(0, len(prompts) // batch * batch, batch)]
 
 
-def _list_kernels(action: Callable[[int], object], new: int, forwards: float) -> None:
+def _list_kernels(name: str, action: Callable[[int], object], new: int, forwards: float) -> None:
     """Print how many kernels a step launches, and which take longest in all."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         action(new)
     events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
     total = sum(event.self_device_time_total for event in events)
     count = sum(event.count for event in events)
-    print(f"      {count / forwards:.0f} kernels and {total / forwards / 1000:.3f} ms a step; of it")
+    print(f"\n{name}: {count / forwards:.0f} kernels and {total / forwards / 1000:.3f} ms a step; of it")
     for event in sorted(events, key=lambda event: -event.self_device_time_total)[:10]:
         share, each = event.self_device_time_total / total, event.self_device_time_total / event.count
         print(f"      {share:6.1%}  {event.count / forwards:6.1f} a step of {each:6.1f} us  {event.key[:90]}")

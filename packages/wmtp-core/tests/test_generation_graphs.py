@@ -107,7 +107,7 @@ def test_a_draft_vocabulary_is_read_once_a_request_and_anew_in_the_next(monkeypa
     model.draft_ids = tuple(range(2, 40))
     taken: list[int] = []
     take = step.Drafter._take_rows
-    monkeypatch.setattr(step.Drafter, "_take_rows", lambda self, ids: (taken.append(1), take(self, ids))[1])
+    monkeypatch.setattr(step.Drafter, "_take_rows", lambda self, *given: (taken.append(1), take(self, *given))[1])
     first = _ask(model, SHORT)
     with torch.no_grad():
         for parameter in model.extra_heads.parameters():

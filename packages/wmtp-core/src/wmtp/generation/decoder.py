@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from wmtp.errors import ConfigError
 from wmtp.generation.cache import RowCache
-from wmtp.models.anatomy import LayerCall, evaluating, record_call, record_output
+from wmtp.models.anatomy import LayerCall, evaluating, first_tensor, record_call
 from wmtp.models.config_fields import field
 from wmtp.models.masks import attending_layers, attention_masks, reads_masks
 from wmtp.models.step_cache import plain_layers
@@ -99,13 +99,16 @@ class CachedDecoder:
         """
         self.cache.place(slots, start, width, lengths)
 
+        outputs: list[Tensor] = []
+
         def note(_: nn.Module, __: Any, output: Any) -> None:
             self._layers_return_tuples = isinstance(output, tuple)
+            outputs.append(first_tensor(output))
 
         last, called = self._anatomy.layers[-1], self._model.called_layer
         handle = last.register_forward_hook(note)
         try:
-            with record_call(called) as calls, record_call(last) as trunk, record_output(last) as outputs:
+            with record_call(called) as calls, record_call(last) as trunk:
                 hidden = self._anatomy.decoder(**self._arguments(ids, slots, width)).last_hidden_state
         finally:
             handle.remove()

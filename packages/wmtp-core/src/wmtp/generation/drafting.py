@@ -42,7 +42,7 @@ class Drafter(ABC):
         self._caches: list[RowCache] = []  # of the heads' own layers
         ids, device = model.draft_ids, model.anatomy.output.weight.device
         self._ids = None if ids is None else torch.tensor(ids, device=device)
-        self._reduced: dict[int, Unembedding] = {}  # by head, with the rows of `_ids` alone
+        self._unembeddings: dict[int, Unembedding] = {}  # by head; with the rows of `_ids` alone
 
     @abstractmethod
     def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
@@ -74,16 +74,21 @@ class Drafter(ABC):
         """Forget all tokens, and read the weights again, which may have learned; what is kept stays where it is."""
         for cache in self._caches:
             cache.clear()
-        if self._ids is not None:
-            self._take_rows(self._ids)
+        self._take_unembeddings()
 
-    def _take_rows(self, ids: Tensor) -> None:
-        """Copy the draft vocabulary's rows of the unembeddings; heads that share one share the copy."""
+    def _take_unembeddings(self) -> None:
         full = {head: self._model.unembedding(head) for head in range(2, self._extra + 2)}
+        if self._ids is None:
+            self._unembeddings = full
+        else:
+            self._take_rows(full, self._ids)
+
+    def _take_rows(self, full: dict[int, Unembedding], ids: Tensor) -> None:
+        """Copy the draft vocabulary's rows of the unembeddings; heads that share one share the copy."""
         taken: dict[int, Unembedding] = {}  # by address
         for head, unembedding in full.items():
             weight = unembedding.weight
-            reduced = taken.get(weight.data_ptr()) or self._reduced.get(head)
+            reduced = taken.get(weight.data_ptr()) or self._unembeddings.get(head)
             if reduced is None:
                 bias = None if unembedding.bias is None else unembedding.bias.detach()[ids]
                 reduced = evolve(unembedding, weight=weight.detach()[ids], bias=bias)
@@ -91,7 +96,7 @@ class Drafter(ABC):
                 reduced.weight.copy_(weight.detach()[ids])
                 if reduced.bias is not None and unembedding.bias is not None:
                     reduced.bias.copy_(unembedding.bias.detach()[ids])
-            self._reduced[head] = taken[weight.data_ptr()] = reduced
+            self._unembeddings[head] = taken[weight.data_ptr()] = reduced
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """Apply what the model does after its last layer."""
@@ -110,8 +115,9 @@ class Drafter(ABC):
         Returns:
             ``[B, n]``.
         """
-        unembedding = self._model.unembedding(head) if self._ids is None else self._reduced[head]
-        return choose(head, unembedding, self._ids, hidden)
+        if not self._unembeddings:
+            self._take_unembeddings()
+        return choose(head, self._unembeddings[head], self._ids, hidden)
 
 
 def at_index(values: Tensor, index: Tensor) -> Tensor:

@@ -127,6 +127,7 @@ class Step:
         # random numbers of this step: for accepting 1 + K, for drafting H−1
         self._uniform = torch.zeros(rows, 1 + 2 * self._extra, dtype=numbers, device=self._device)
 
+        self._unembedding: Unembedding
         self._seen: _Seen
         self._width = 0
         self.replays = False
@@ -145,6 +146,7 @@ class Step:
         self._known.copy_(torch.tensor(self._lengths))
         self._still = [True] * len(prompts)
         self._going.fill_(1)
+        self._unembedding = self._model.unembedding(1)
         self._decoder.cache.clear()
         if self._drafter is not None:
             self._drafter.clear()
@@ -288,7 +290,7 @@ class Step:
             read: results of this pass.
             hidden: ``[B, 1 + K, D]``, head 1's hidden states at the last known token and the drafts.
         """
-        unembedding = self._model.unembedding(1)
+        unembedding = self._unembedding
         known, drafts = self._known, self._drafts
         if self.replays:  # they change before the CPU decides
             known, drafts = known.clone(), drafts.clone()
