@@ -88,14 +88,14 @@ def tokenizer(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("first", TEXTS)
-@pytest.mark.parametrize("second", TEXTS)
-def test_texts_encoded_apart_decode_to_their_concatenation(tokenizer, first, second):
-    ids = tokenizer.encode(first) + tokenizer.encode(second)
-    assert tokenizer.decode(ids) == first + second
-    assert all(0 <= token < tokenizer.vocab_size for token in ids)
-    assert tokenizer.eos_id not in ids
-    framed = [tokenizer.eos_id, *ids, tokenizer.eos_id]
-    assert tokenizer.decode(framed if tokenizer.bos_id is None else [tokenizer.bos_id, *framed]) == first + second
+def test_texts_encoded_apart_decode_to_their_concatenation(tokenizer, first):
+    for second in TEXTS:
+        ids = tokenizer.encode(first) + tokenizer.encode(second)
+        assert tokenizer.decode(ids) == first + second
+        assert all(0 <= token < tokenizer.vocab_size for token in ids)
+        assert tokenizer.eos_id not in ids
+        framed = [tokenizer.eos_id, *ids, tokenizer.eos_id]
+        assert tokenizer.decode(framed if tokenizer.bos_id is None else [tokenizer.bos_id, *framed]) == first + second
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "👩‍🔬 é한글 \u0000</script>&lt;", "a  b \n\n c"])
