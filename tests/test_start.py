@@ -159,7 +159,7 @@ def test_a_wrong_environment(container, monkeypatch, capsys, text, message):
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_fetched(container, recipe, capsys):
     (container / "runs").write_text("a file")
     assert main(["start", str(recipe), "--set", "run.output_dir=runs/deep"]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "which is a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["", "soon", "0", "-1", "inf"])

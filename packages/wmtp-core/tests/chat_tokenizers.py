@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from wmtp.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainDataConfig
 from wmtp.data.config import Chat
 from wmtp.data.prepare import prepare_data, use_chat_template
-from wmtp.plugins.contract import TrainerConfig
+from wmtp.plugins.contract import ModelLoaderConfig, TrainerConfig
 from wmtp.tokenizers.hf import HfTokenizer
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<|end|>"]
@@ -107,11 +107,16 @@ class Unused(TrainerConfig):
     type = "unused"
 
 
+@attrs.frozen(kw_only=True)
+class UnusedModel(ModelLoaderConfig):
+    type = "unused"
+
+
 def prepare(tmp_path, tokenizer, records, *, dataset=None, **train):
     """The records as data to train on, read by `chat` unless ``dataset`` says otherwise."""
     path = write(tmp_path / "a.jsonl", records)
     config = Config(
-        models={"base": ModelConfig(loader=Unused())},
+        models={"base": ModelConfig(loader=UnusedModel())},
         trainer=Unused(),
         datasets={"chat": dataset or Chat(uri=str(path))},
         run=RunConfig(output_dir=str(tmp_path / "runs")),

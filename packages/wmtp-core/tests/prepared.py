@@ -7,7 +7,7 @@ import attrs
 from wmtp.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainDataConfig
 from wmtp.data.config import Jsonl
 from wmtp.data.prepare import prepare_data
-from wmtp.plugins.contract import TrainerConfig
+from wmtp.plugins.contract import ModelLoaderConfig, TrainerConfig
 from wmtp.tokenizers.bytes import BytesTokenizer
 
 
@@ -17,6 +17,13 @@ class Unused(TrainerConfig):
 
     def build(self):
         raise AssertionError("data preparation builds no model and no trainer")
+
+
+@attrs.frozen(kw_only=True)
+class UnusedModel(ModelLoaderConfig):
+    type = "unused"
+
+    build = Unused.build
 
 
 class CountingTokenizer(BytesTokenizer):
@@ -35,7 +42,7 @@ def write_lines(path, records):
 
 def prepare(tmp_path, datasets, paths, tokenizer=None, *, evaluation=None, seed=0, **train):
     config = Config(
-        models={"base": ModelConfig(loader=Unused())},
+        models={"base": ModelConfig(loader=UnusedModel())},
         trainer=Unused(),
         datasets=datasets,
         run=RunConfig(output_dir=str(tmp_path / "runs"), seed=seed),

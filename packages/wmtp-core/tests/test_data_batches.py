@@ -83,7 +83,7 @@ def pieces_of(batch):
 
 
 def epoch_of(batches, epoch):
-    steps = batches.steps_in_epoch(epoch)
+    steps = batches.steps_per_epoch
     return [batches.batch(epoch * steps + index) for index in range(steps)]
 
 
@@ -200,7 +200,7 @@ def test_any_step_is_the_same_when_made_anew(tmp_path, packing):
     for step in (steps - 1, 0, steps // 2):
         again = StepBatches(dataset, config, seed=3)
         assert again.batch(step).input_ids.tolist() == seen[step]
-    per_epoch = straight.steps_in_epoch(0)
+    per_epoch = straight.steps_per_epoch
     assert seen[:per_epoch] != seen[per_epoch : 2 * per_epoch]
     assert [StepBatches(dataset, config, seed=4).batch(step).input_ids.tolist() for step in range(per_epoch)] != seen[
         :per_epoch

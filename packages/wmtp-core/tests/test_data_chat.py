@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from chat_tokenizers import CHATML, MARKED_SHORT, THINKING, Unused, chat_tokenizer, prepare, write
+from chat_tokenizers import CHATML, MARKED_SHORT, THINKING, Unused, UnusedModel, chat_tokenizer, prepare, write
 
 from wmtp.config.rules import check
 from wmtp.config.schema import Config, DataConfig, ModelConfig, TrainDataConfig
@@ -292,7 +292,7 @@ def test_bad_conversations_are_left_out_where_the_config_says_so(tmp_path, caplo
 
 def check_lines(**train):
     config = Config(
-        models={"base": ModelConfig(loader=Unused())},
+        models={"base": ModelConfig(loader=UnusedModel())},
         trainer=Unused(),
         datasets={"chat": Chat(uri="")},
         data=DataConfig(train=TrainDataConfig(**train)),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wmtp.loss import Unembedding, token_losses, token_statistics, weighted_cross_entropy
+from wmtp.loss import Unembedding, token_losses, token_pass, weighted_cross_entropy
 from wmtp.loss.torch_backend import plain as loss_module
 from wmtp.loss.weights import weight_statistics
 
@@ -240,8 +240,9 @@ def test_predictions_without_a_coefficient_cost_no_product_of_the_gradient(kwarg
 def test_entropy_equals_the_plain_loop(monkeypatch, kwargs, top_k, chunk):
     hidden, unembeddings, ids, _, valid = case(**kwargs)
     monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 4 * 11 * chunk)
-    losses, entropy = token_statistics(hidden, unembeddings, ids, valid, entropy=True, top_k=top_k)
-    assert torch.equal(losses, token_losses(hidden, unembeddings, ids, valid))
+    found = token_pass(hidden, unembeddings, ids, valid, entropy=True, top_k=top_k)
+    assert torch.equal(found.losses, token_losses(hidden, unembeddings, ids, valid))
+    entropy = found.entropy
     assert not entropy.requires_grad
     for k, unembedding in enumerate(unembeddings):
         for i in range(len(ids)):
@@ -253,9 +254,9 @@ def test_entropy_equals_the_plain_loop(monkeypatch, kwargs, top_k, chunk):
 def test_entropy_of_a_sure_prediction_is_0_and_of_a_blind_one_log_v():
     weight = torch.eye(4) * 1000
     hidden, ids, valid = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
-    _, entropy = token_statistics([hidden], [Unembedding(weight=weight)], ids, valid.bool(), entropy=True)
+    entropy = token_pass([hidden], [Unembedding(weight=weight)], ids, valid.bool(), entropy=True).entropy
     assert entropy[:, 0].tolist() == pytest.approx([0.0, math.log(4)])
-    _, entropy = token_statistics([hidden], [Unembedding(weight=weight)], ids, valid.bool(), entropy=True, top_k=2)
+    entropy = token_pass([hidden], [Unembedding(weight=weight)], ids, valid.bool(), entropy=True, top_k=2).entropy
     assert entropy[:, 0].tolist() == pytest.approx([0.0, math.log(2)])
 
 

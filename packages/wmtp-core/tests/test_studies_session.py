@@ -1,7 +1,6 @@
 """A study from the first run to the last, with workers that only pretend to train, so that everything can go wrong quickly."""
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -87,8 +86,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "study.toml").write_text(tomli_w.dumps(STUDY))
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setattr(study_pool, "_WORKER", (str(tmp_path / "worker.py"),))
-    yield tmp_path
-    logging.getLogger("wmtp").handlers.clear()  # of `main`, which write to a stream that is closed now
+    return tmp_path
 
 
 def trained(folder):

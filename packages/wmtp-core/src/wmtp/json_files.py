@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from wmtp.errors import FileError, WMTPError
 
-__all__ = ["DAMAGE", "parse_json", "read_json", "read_json_object", "reading", "unique_keys", "writing"]
+__all__ = ["DAMAGE", "read_json", "read_json_object", "reading", "unique_keys", "writing"]
 
 #: what reading a file and its values raises where the content is not what it was meant to be; a deep one overflows the stack
 DAMAGE: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError)
@@ -53,16 +53,6 @@ def writing(where: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise WMTPError(f"{where}: cannot be written: {error.strerror or error}") from error
-
-
-def parse_json(content: str | bytes, where: Path | str, advice: str = "") -> Any:
-    """Parse JSON.
-
-    Raises:
-        FileError: it is none; the message says where it comes from.
-    """
-    with reading(where, advice):
-        return json.loads(content)
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -110,10 +110,6 @@ class StepBatches:
             return len(self._groups)
         return -(-len(self._rows if self._mixture is None else self._mixture) // self._config.batch_size)
 
-    def steps_in_epoch(self, epoch: int) -> int:
-        """Optimizer steps in this epoch (from 0)."""
-        return self.steps_per_epoch
-
     def locate(self, step: int) -> tuple[int, int]:
         """Return the epoch of an optimizer step and its number within it, from 0."""
         return divmod(step, self.steps_per_epoch)

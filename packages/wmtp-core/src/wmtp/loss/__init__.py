@@ -4,7 +4,7 @@
 """
 
 import wmtp.loss.operator  # noqa: F401  registered before torch.compile traces anything
-from wmtp.loss.cross_entropy import TokenPass, token_losses, token_pass, token_statistics, weighted_cross_entropy
+from wmtp.loss.cross_entropy import TokenPass, token_losses, token_pass, weighted_cross_entropy
 from wmtp.loss.mtp import IGNORED, MTPLoss, mtp_loss
 from wmtp.loss.objective import HeadAgreement, HeadLoss, HeadObjective, head_agreement, weighted_head_loss
 from wmtp.loss.unembedding import Unembedding
@@ -21,7 +21,6 @@ __all__ = [
     "mtp_loss",
     "token_losses",
     "token_pass",
-    "token_statistics",
     "weighted_cross_entropy",
     "weighted_head_loss",
 ]

@@ -38,7 +38,6 @@ __all__ = [
     "solve",
     "token_losses",
     "token_pass",
-    "token_statistics",
     "weighted_cross_entropy",
 ]
 
@@ -250,24 +249,6 @@ def token_losses(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding], 
         ``[…, H]`` fp32 (fp64 for fp64 hidden states), 0 where not valid.
     """
     return token_pass(hidden, unembeddings, ids, valid).losses
-
-
-def token_statistics(
-    hidden: Sequence[Tensor],
-    unembeddings: Sequence[Unembedding],
-    ids: Tensor,
-    valid: Tensor,
-    *,
-    entropy: bool = False,
-    top_k: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute cross entropy and entropy of every valid prediction; see `token_pass`.
-
-    Returns:
-        the token losses, and the entropy or None.
-    """
-    found = token_pass(hidden, unembeddings, ids, valid, entropy=entropy, top_k=top_k)
-    return found.losses, found.entropy
 
 
 @torch.no_grad()

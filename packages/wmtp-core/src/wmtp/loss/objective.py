@@ -119,8 +119,6 @@ def head_agreement(
     unembeddings: Sequence[Unembedding],
     ids: Tensor,
     valid: Tensor,
-    *,
-    valid_counts: Sequence[int] | None = None,
 ) -> HeadAgreement:
     """Measure how far heads 2..H agree with head 1, without gradient. Arguments: see `weighted_head_loss`."""
     check_shapes(hidden, unembeddings, ids)
@@ -133,7 +131,6 @@ def head_agreement(
             ids=ids.reshape(-1, horizon),
             valid=valid.reshape(-1, horizon),
             compute=precision(tensors[0]),
-            valid_counts=valid_counts,
             objective=HeadObjective("tv"),
         )
     )

@@ -145,13 +145,12 @@ def _rolling(path: Path, update: Callable[[memoryview, int], int]) -> int:
     return value
 
 
-def verify(folder: Path, files: Iterable[ManifestFile], progress: Callable[[int], None] = lambda _: None) -> list[str]:
+def verify(folder: Path, files: Iterable[ManifestFile]) -> list[str]:
     """Compare files with what the manifest says of them, several at once.
 
     Args:
         folder: where they are.
         files: what they should be.
-        progress: called with the size of each file that was read.
 
     Returns:
         One line for each file that is missing or differs.
@@ -167,7 +166,6 @@ def verify(folder: Path, files: Iterable[ManifestFile], progress: Callable[[int]
             return f"{path}: is missing"
         except OSError as error:
             return f"{path}: cannot be read: {error.strerror}"
-        progress(file.size)
         return None if found == file.hash else f"{path}: its content was changed or damaged"
 
     with ThreadPoolExecutor(max_workers=min(8, usable_cores())) as pool:

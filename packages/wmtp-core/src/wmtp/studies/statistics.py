@@ -76,11 +76,6 @@ class Difference:
     p: float | None
     n: int
 
-    @property
-    def holds_zero(self) -> bool | None:
-        """Tell whether 0 lies in the interval; None where there is no interval."""
-        return None if self.low is None or self.high is None else self.low <= 0 <= self.high
-
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Estimate the mean of ``first − second`` over pairs, with a 95 % interval by Student's t.

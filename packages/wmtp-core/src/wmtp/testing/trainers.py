@@ -217,7 +217,7 @@ class TrainerTests(ComponentTests):
 
     def _use(self, trainer: Trainer, step: Step, stage: Stage, *, number: int) -> dict[str, Tensor]:
         """Everything that the loop asks for in one step."""
-        view = make_view(trainer, step, number=number, stage=stage.name)
+        view = make_view(trainer, step, stage=stage.name)
         found = {}
         if stage.model_loss:
             found["weights"] = given_weights(trainer, view, type(self.config).__name__)[1]
@@ -263,9 +263,9 @@ class TrainerTests(ComponentTests):
             assert ours.keys() == plain.keys(), "the model loss reaches the trainer's modules"
             _assert_same(ours, plain, "is not what uniform weights give")
 
-    def _weights(self, trainer: Trainer, step: Step, *, number: int = 0, stage: str | None = None) -> tuple[Tensor, Tensor]:
+    def _weights(self, trainer: Trainer, step: Step, *, stage: str | None = None) -> tuple[Tensor, Tensor]:
         """Weights as the loop places them, and which predictions are valid; ``[B, S, H]`` both."""
-        view = make_view(trainer, step, number=number, stage=stage or _weighted_stages(trainer)[0].name)
+        view = make_view(trainer, step, stage=stage or _weighted_stages(trainer)[0].name)
         targets: Targets = align_targets(step.batch, HORIZON)
         return given_weights(trainer, view, type(self.config).__name__)[1], targets.valid
 
