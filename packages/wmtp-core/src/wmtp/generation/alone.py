@@ -1,4 +1,4 @@
-"""The token after a row, from this row alone and without a cache: it decides ties."""
+"""Next token of a row, from this row alone and without a cache: it decides ties."""
 
 from __future__ import annotations
 

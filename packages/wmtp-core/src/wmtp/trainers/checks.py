@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,7 @@ __all__ = [
     "checked_metrics",
     "checked_modules",
     "checked_rates",
+    "checked_stages",
     "checked_state",
     "eligible",
     "given_weights",
@@ -281,6 +282,22 @@ def checked_groups(trainer: Trainer, name: str, dataset: TokenDataset, stage: St
     if not (groups >= 0).any():
         raise PluginError(f"{name}: groups leaves no document to stage {stage.name!r}")
     return groups
+
+
+def checked_stages(returned: object, name: str) -> Sequence[Stage]:
+    """Validate what `Trainer.stages` returned.
+
+    Raises:
+        PluginError: it is no list of stages, or a stage has steps that are no whole number, or freezes a text.
+    """
+    if not isinstance(returned, list | tuple) or not all(isinstance(stage, Stage) for stage in returned):
+        raise PluginError(f"{name}: stages returned {returned!r:.80}; it must be a list of wmtp.Stage")
+    for stage in returned:
+        if stage.steps is not None and type(stage.steps) is not int:
+            raise PluginError(f"{name}: stage {stage.name!r} has steps = {stage.steps!r}; write a whole number, or None")
+        if not isinstance(stage.frozen, frozenset | set):
+            raise PluginError(f"{name}: stage {stage.name!r} has frozen = {stage.frozen!r}; write a set of names")
+    return list(returned)
 
 
 def checked_modules(trainer: Trainer, name: str) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ from torch import nn
 from wmtp.data.batches import StepBatches
 from wmtp.errors import ConfigError, PluginError
 from wmtp.trainers.base import Stage, Trainer
-from wmtp.trainers.checks import checked_groups
+from wmtp.trainers.checks import checked_groups, checked_stages
 
 if TYPE_CHECKING:
     from wmtp.config.schema import TrainDataConfig
@@ -44,8 +44,9 @@ class StagePlan:
 
         Raises:
             ConfigError: the stages with a fixed length fill the whole run, so that the last one would never start.
-            PluginError: a stage other than the last has no length, or one has a negative length.
+            PluginError: these are no stages, one other than the last has no length, or one has a negative length.
         """
+        stages = checked_stages(stages, trainer_name)
         if not stages or any(stage.steps is None for stage in stages[:-1]):
             raise PluginError(f"{trainer_name}: every stage but the last needs a number of steps")
         if negative := [stage.name for stage in stages if stage.steps is not None and stage.steps < 0]:
