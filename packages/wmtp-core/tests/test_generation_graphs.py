@@ -47,6 +47,17 @@ def test_prompts_of_later_requests_are_read_by_a_graph(
     assert set(read) == {64}, "prompts of all lengths are padded to one"
 
 
+def test_graphs_of_prompts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    _replayed(monkeypatch, "cpu")
+    monkeypatch.setattr(step, "_WIDTHS", 4)
+    monkeypatch.setattr(step, "_MOST_PROMPT_GRAPHS", 2)
+    model = _model("linear", "cpu")
+    for length in (40, 4, 8, 12, 8, 39):  # the first is read without a graph
+        generate(model, [list(range(5, 5 + length))], max_new_tokens=2, eos_id=None)
+    [kept] = model.__dict__["_kept_decoding"].values()
+    assert list(kept._prompt_graphs) == [8, 40]
+
+
 @pytest.mark.parametrize("kind", ["block", "chained"])
 def test_a_tie_after_a_prompt_is_decided_behind_its_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = _ask(_model(kind, "cpu"), SHORT)

@@ -59,7 +59,10 @@ _FIRST_WIDTH: Final = 1024
 _WORTH_RECORDING: Final = 64
 
 #: most tokens of prompts, padding included, that a graph reads; for more, launching kernels is not what takes the time
-_PROMPT_TOKENS: Final = 4096
+_PROMPT_TOKENS: Final = 2048
+
+#: lengths of prompts with a graph of their own, those that came last
+_MOST_PROMPT_GRAPHS: Final = 8
 
 
 @frozen(eq=False)
@@ -223,7 +226,10 @@ class Step:
         prompt = min(-(-max(self._lengths) // _WIDTHS) * _WIDTHS, self._capacity)
         if not self._replays_prompts or len(self._lengths) * prompt > _PROMPT_TOKENS:
             return None
-        graph = self._prompt_graphs.setdefault(prompt, Replay(partial(self._whole_prompts, prompt)))
+        graph = self._prompt_graphs.pop(prompt, None) or Replay(partial(self._whole_prompts, prompt))
+        self._prompt_graphs[prompt] = graph
+        while len(self._prompt_graphs) > _MOST_PROMPT_GRAPHS:  # each holds memory for its prompts' hidden states
+            self._prompt_graphs.pop(next(iter(self._prompt_graphs)))
         try:
             self._seen = graph()
         except CannotReplayError:  # steps may be replayed nevertheless
