@@ -232,6 +232,30 @@ def test_padded_rows_of_a_batch_are_of_like_length(tmp_path):
     assert lengths != sorted(lengths)
 
 
+def test_what_is_left_of_the_documents_is_the_last_batch_of_an_epoch(tmp_path):
+    dataset = make_dataset(tmp_path, [(0, 2 + number) for number in range(10)], max_length=24)
+    batches = StepBatches(dataset, TrainDataConfig(max_length=24, batch_size=4, packing=False, shuffle=True), seed=0)
+    for epoch in range(4):
+        steps = [batches.batch(3 * epoch + step) for step in range(3)]
+        found = [sorted(document.index for document in batch.documents) for batch in steps]
+        assert sorted(found[:2]) == [[0, 1, 2, 3], [4, 5, 6, 7]], "rows of a batch are of like length"
+        assert found[2] == [8, 9]
+
+
+def test_documents_meet_others_in_every_epoch(tmp_path):
+    dataset = make_dataset(tmp_path, [(0, 6)] * 12, max_length=16)
+    batches = StepBatches(dataset, TrainDataConfig(max_length=16, batch_size=6, packing=True, shuffle=True), seed=0)
+
+    def neighbours(epoch):
+        batch = batches.batch(epoch)
+        rows = [row[row != PADDING].unique().tolist() for row in batch.document]
+        return {frozenset(batch.documents[number].index for number in row) for row in rows}
+
+    assert batches.steps_per_epoch == 1
+    assert {len(pair) for pair in neighbours(0)} == {2}
+    assert len({frozenset(neighbours(epoch)) for epoch in range(4)}) > 1, "each row holds the same documents in every epoch"
+
+
 def test_all_packed_batches_have_one_length(tmp_path):
     dataset = make_dataset(tmp_path, [(0, 2 + n % 40) for n in range(100)], max_length=64)
     batches = StepBatches(dataset, TrainDataConfig(max_length=64, batch_size=3), seed=0)

@@ -1,6 +1,7 @@
 """Optimizers, learning-rate groups and schedules."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from wmtp.checkpoints.local import load_checkpoint, save_checkpoint
 from wmtp.config.schema import ScheduleConfig
 from wmtp.errors import ConfigError
-from wmtp.optim.build import change_learning_rate
+from wmtp.optim.build import build_optimizer, change_learning_rate
 from wmtp.optim.config import AdamW, AdamW8bit, Muon
 from wmtp.optim.update import learning_rate_factor
 
@@ -98,6 +99,38 @@ def test_schedules_rise_to_one_and_end_where_they_should(type_, warmup):
     assert learning_rate_factor(ScheduleConfig(type=type_), 19, 20) > 0, "the last step learns too"
     middle = learning_rate_factor(ScheduleConfig(type="cosine"), 5, 20)
     assert middle == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_a_share_of_the_steps_is_rounded_down_for_the_warm_up():
+    schedule = ScheduleConfig(type="constant", warmup_ratio=0.15)
+    assert [learning_rate_factor(schedule, step, 19) for step in range(3)] == [0.5, 1.0, 1.0]  # 2.85 steps
+    assert learning_rate_factor(schedule, 0, 6) == 1.0  # 0.9 of a step
+
+
+def test_muon_learns_no_table_of_vectors():
+    names = (
+        "embed_tokens.weight",
+        "wte.weight",
+        "wpe.weight",
+        "lm_head.weight",
+        "extra_heads.unembedding.1.weight",
+        "q.weight",
+    )
+    named = [(name, torch.nn.Parameter(torch.ones(3, 3))) for name in (*names, "layers.0.up.weight")]
+    muon, adamw = Muon(lr=0.1).build(named).parts
+    kinds = {id(p): type(part) for part in (muon, adamw) for group in part.param_groups for p in group["params"]}
+    assert [name for name, p in named if kinds[id(p)] is torch.optim.Muon] == ["q.weight", "layers.0.up.weight"]
+
+
+def test_heads_learn_with_their_factor_of_the_rate():
+    model = SimpleNamespace(extra_heads=torch.nn.Linear(2, 2), heads=SimpleNamespace(lr_factor=3.0))
+    trunk, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    config = SimpleNamespace(optimizer=AdamW(lr=0.1))
+    named = [*model.extra_heads.named_parameters("heads"), *trunk.named_parameters("trunk"), *head.named_parameters("value")]
+    optimizer = build_optimizer(config, model, named, {"value": head}, {"value": 0.7}, None)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for module, rate in ((model.extra_heads, 0.1 * 3.0), (trunk, 0.1), (head, 0.7)):
+        assert [rates[id(p)] for p in module.parameters()] == [rate, rate]
 
 
 @pytest.mark.parametrize("total", [1, 2])
