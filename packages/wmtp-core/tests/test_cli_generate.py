@@ -49,6 +49,11 @@ def test_text_and_json_with_and_without_speculation(folder: Path, capsys: pytest
     assert (str(python), list(python.tokens)) == (answers[0]["text"], answers[0]["tokens"])
 
 
+def test_compiling_where_nothing_can_be_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(folder), "--prompt", "def f", "--device", "cpu", "--compile"]) == 2
+    assert "error: --compile: decoding is compiled on a CUDA device only, and the model is on cpu" in capsys.readouterr().err
+
+
 def test_prompts_from_a_file_and_stop(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("def f", encoding="utf-8")

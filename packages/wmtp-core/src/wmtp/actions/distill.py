@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import frozen
 
 from wmtp.actions.files import storage_section
+from wmtp.actions.generate import sampling_by
 from wmtp.config.load import ConfigSource
 from wmtp.config.places import build_backends
 from wmtp.errors import ConfigError
@@ -107,16 +108,11 @@ def distill_data(
     from wmtp.data.prompts import fingerprint, read_prompts
     from wmtp.data.resumable_lines import ResumableLines
     from wmtp.devices import pick_device
-    from wmtp.generation import Sampling, compile_model
+    from wmtp.generation import compile_model
     from wmtp.models.opening import open_model
     from wmtp.storage.uris import localize
 
-    if top_p != 1.0 and temperature == 0.0:
-        raise ConfigError("--top-p: has no effect: --temperature 0, the default, is greedy; give a temperature, or remove it")
-    try:
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    except ValueError as error:
-        raise ConfigError(f"--temperature, --top-p, --seed: {error.args[0]}") from None
+    sampling = sampling_by(temperature=temperature, top_p=top_p, seed=seed)
     storage = storage_section(config, overrides)
     backends, cache_dir = build_backends(storage), Path(storage.cache_dir).expanduser()
     target = os.fspath(output)

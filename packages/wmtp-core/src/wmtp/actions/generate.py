@@ -14,10 +14,10 @@ from wmtp.config.load import ConfigSource
 from wmtp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from wmtp.generation import Sampling, compile_model
+    from wmtp.generation import Sampling
     from wmtp.models.opening import OpenedModel
 
-__all__ = ["Generated", "Writer", "conversation", "generate", "open_writer"]
+__all__ = ["Generated", "Writer", "conversation", "generate", "open_writer", "sampling_by"]
 
 
 @frozen(kw_only=True)
@@ -133,20 +133,27 @@ def open_writer(
 ) -> Writer:
     """Open a model to write with. Arguments and errors: see `generate`."""
     from wmtp.devices import pick_device
-    from wmtp.generation import Sampling
+    from wmtp.generation import compile_model
     from wmtp.models.opening import open_model
 
-    if top_p != 1.0 and temperature == 0.0:
-        raise ConfigError("--top-p: has no effect: --temperature 0, the default, is greedy; give a temperature, or remove it")
-    try:
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    except ValueError as error:
-        raise ConfigError(f"--temperature, --top-p, --seed: {error.args[0]}") from None
+    sampling = sampling_by(temperature=temperature, top_p=top_p, seed=seed)
     storage = storage_section(config, overrides)
     opened = open_model(model, device=pick_device(device), precision=precision, storage=storage)
     if compiled:
         compile_model(opened.model)
     return Writer(opened, sampling=sampling, stop=stop, speculative=speculative, max_new_tokens=max_new_tokens)
+
+
+def sampling_by(*, temperature: float, top_p: float, seed: int) -> Sampling:
+    """Make a command's choice of the next token; `ConfigError` names its flags."""
+    from wmtp.generation import Sampling
+
+    if top_p != 1.0 and temperature == 0.0:
+        raise ConfigError("--top-p: has no effect: --temperature 0, the default, is greedy; give a temperature, or remove it")
+    try:
+        return Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    except ValueError as error:
+        raise ConfigError(f"--temperature, --top-p, --seed: {error.args[0]}") from None
 
 
 class Writer:
