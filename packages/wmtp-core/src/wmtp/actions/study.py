@@ -344,7 +344,8 @@ def _left_behind(records: Sequence[RunRecord], still: int, runs: Sequence[Planne
             names.append(f"{record.name} ({', '.join(keys[:3])}{more})" if keys else record.name)
     if names:
         yield (
-            f"configs have changed, by an edit or another version of WMTP: {_runs(names)} no longer count, {still} still do; "
+            "configs have changed, by an edit or another version of WMTP: "
+            f"{_runs(names)} no longer count{'s' if len(names) == 1 else ''}, {still} still {'does' if still == 1 else 'do'}; "
             f"of another config than now: {_first(names)}"
         )
     if foreign:
