@@ -149,6 +149,8 @@ ROWS: dict[str, Callable[[Shape, int, int], float]] = {
     "qlora": partial(ours, quantize="nf4"),
     "qlora-selective": partial(ours, quantize="nf4", mode="selective"),
     "qlora-full": partial(ours, quantize="nf4", mode="full"),
+    "qlora-fp8": partial(ours, quantize="nf4", fp8=Fp8Config()),
+    "qlora-fp8-selective": partial(ours, quantize="nf4", fp8=Fp8Config(), mode="selective"),
     "qlora-heads": partial(ours, quantize="nf4", heads="adapters"),
     "all-full": whole,
 }

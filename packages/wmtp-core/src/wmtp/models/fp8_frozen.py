@@ -22,7 +22,9 @@ __all__ = [
     "Products",
     "check_original",
     "gradient_of_input",
+    "multiply_back",
     "product",
+    "round_gradient",
     "round_input",
 ]
 
@@ -151,6 +153,11 @@ def round_input(rows: Tensor, products: Products) -> tuple[Tensor, Tensor]:
     return _round(rows.detach(), _FORMAT, products.by_rows)
 
 
+def round_gradient(gradient: Tensor, products: Products) -> tuple[Tensor, Tensor]:
+    """Return a gradient ``[T, N]`` in fp8 and what it is multiplied by."""
+    return _round(gradient, _FORMAT if products.by_rows else _WIDE, products.by_rows)
+
+
 def product(rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, products: Products) -> Tensor:
     """Compute x · Wᵀ ``[T, N]``.
 
@@ -173,7 +180,7 @@ def gradient_of_input(gradient: Tensor, stored: Tensor, scale: Tensor, products:
         rounded, of_rows = _round(gradient.float() * scale.reshape(1, -1), _FORMAT, True)
         scale = scale.new_ones(1, stored.shape[1])
     else:
-        rounded, of_rows = _round(gradient, _WIDE, False)
+        rounded, of_rows = round_gradient(gradient, products)
     flags = products.fast_backward, products.emulate
     return _gradient(rounded, of_rows, stored, scale, gradient.dtype, *flags)
 
@@ -197,7 +204,14 @@ def _emulated(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 def _gradient(
     rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, emulate: bool
 ) -> Tensor:
-    """Multiply a rounded gradient by W. Tensor cores read fp8 along the sum alone, so the weight is transposed."""
+    """Multiply a rounded gradient by W, as `multiply_back` does."""
+    return multiply_back(rounded, of_rows, stored, scale, dtype, fast=fast, emulate=emulate)
+
+
+def multiply_back(
+    rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, *, fast: bool, emulate: bool
+) -> Tensor:
+    """Multiply a rounded gradient ``[T, N]`` by W. Tensor cores read fp8 along the sum alone, so the weight is transposed."""
     if emulate:
         return _emulated(rounded.float() * of_rows, stored.view(_FORMAT).float() * scale, dtype)
     if implementation(stored.device, torch.bfloat16) == "fused":

@@ -12,6 +12,7 @@ from wmtp.models.fp8_frozen import FrozenFp8Linear
 from wmtp.models.low_rank import adapted_linear, adapted_linear_4bit
 from wmtp.models.low_rank_fp8 import adapted_linear_fp8
 from wmtp.models.quantized import Linear4Bit
+from wmtp.models.quantized_fp8 import adapted_linear_4bit_fp8
 
 __all__ = ["AdaptedLinear", "use_one_operator"]
 
@@ -31,6 +32,8 @@ class AdaptedLinear(Linear):
         down, up = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
         if type(base) is FrozenFp8Linear:
             return adapted_linear_fp8(x.to(dtype), base, down, up, self.scaling[name])
+        if isinstance(base, Linear4Bit) and base.products is not None:
+            return adapted_linear_4bit_fp8(x.to(dtype), base, base.products, down, up, self.scaling[name])
         bias: Tensor | None = base.bias  # type: ignore[assignment]
         bias = None if bias is None else bias.to(dtype)
         if isinstance(base, Linear4Bit):
