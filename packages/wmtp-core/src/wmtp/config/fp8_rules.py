@@ -38,9 +38,5 @@ def fp8_problems(config: Config) -> Iterator[Problem]:
             ("devices", "fp8", "logits"),
             f'models.base.heads.objective = "{heads.objective}" compares logits in bf16; write "none", or objective = "ce"',
         )
-    if config.models["base"].quantize is not None:
-        yield Problem(
-            path, 'models.base.quantize keeps the layers in 4 bits, which fp8 products cannot read; write "bf16-params"'
-        )
     if not config.launcher.remote and find_spec("torchao") is None:
         yield Problem(path, "fp8 needs torchao: pip install 'wmtp-core[fp8]'")

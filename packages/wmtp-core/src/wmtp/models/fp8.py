@@ -2,7 +2,8 @@
 
 torchao's module takes the place of each `nn.Linear` and holds the same parameter, so names, optimizer and checkpoints stay as
 they are. Its class is a subclass of `nn.Linear` that only multiplies otherwise; `products_in_bf16` makes use of that. Weights
-that never learn, under adapters, are kept in fp8: `wmtp.models.fp8_frozen`.
+that never learn, under adapters, are kept in fp8 (`wmtp.models.fp8_frozen`), and those in 4 bits come back to fp8
+(`wmtp.models.quantized_fp8`).
 """
 
 from __future__ import annotations
