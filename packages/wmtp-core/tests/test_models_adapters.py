@@ -123,11 +123,19 @@ def test_stages_free_the_adapter_and_never_the_base(base, in_heads):
         (("mlp",), r"means model\.layers\.0\.mlp \(LlamaMLP\), which is no linear map"),
         (("lm_head",), r"'lm_head' is the unembedding, which all heads share; it stays as it is"),
         (("embed_tokens",), r"means model\.embed_tokens \(Embedding\), which is no linear map"),
+        (("",), r"targets\.0: '' is no linear map of this model; there are: down_proj"),
     ],
 )
 def test_targets_that_match_nothing_are_refused_with_the_names_there_are(base, targets, said):
     with pytest.raises(ConfigError, match=said):
         make(base, lora=LoraConfig(rank=2, targets=targets))
+
+
+def test_a_rank_that_no_map_can_have_is_refused(base):
+    largest = HfLoader().load(base, dtype=torch.float32, seed=0).model.config.hidden_size
+    make(base, lora=LoraConfig(rank=largest))
+    with pytest.raises(ConfigError, match=rf"lora\.rank: {largest + 1}, but rank {largest} holds every change of .* lower it"):
+        make(base, lora=LoraConfig(rank=largest + 1))
 
 
 def test_experts_are_said_to_get_no_adapters():

@@ -99,7 +99,7 @@ def resolve_targets(base: PreTrainedModel, lora: LoraConfig) -> list[str]:
         lora: the config's ``[models.base.lora]``.
 
     Raises:
-        ConfigError: a name is none of a linear map in the decoder layers.
+        ConfigError: a name is none of a linear map in the decoder layers, or the rank is more than any of them can have.
     """
     layers = find_layers(base, base.base_model, lambda reason: ConfigError(f"models.base.lora: {reason}"))
     inside = {id(module) for module in layers.modules()}
@@ -113,11 +113,18 @@ def resolve_targets(base: PreTrainedModel, lora: LoraConfig) -> list[str]:
     leaves = sorted({name if (leaf := name.rpartition(".")[2]).isdigit() else leaf for name in maps})
     wanted = leaves if lora.targets == "all-linear" else list(dict.fromkeys(lora.targets))
     problems, known = [], set(maps)
+    largest = 0
     for index, target in enumerate(wanted):
-        matched = [name for name in modules if name == target or name.endswith(f".{target}")]
+        matched = [name for name in modules if name and (name == target or name.endswith(f".{target}"))]
         if matched and known.issuperset(matched):
+            largest = max(largest, *(min(modules[name].weight.shape) for name in matched))  # type: ignore[arg-type]
             continue
         problems.append(f"models.base.lora.targets.{index}: {_no_target(base, target, matched, modules, leaves)}")
+    if lora.rank > largest > 0:
+        problems.append(
+            f"models.base.lora.rank: {lora.rank}, but rank {largest} holds every change of the largest adapted map already; "
+            "lower it"
+        )
     if problems:
         raise ConfigError(problems)
     return wanted
