@@ -123,7 +123,9 @@ def test_outside_of_training_products_are_in_bf16_of_the_rounded_weight(dora):
     model, plain = adapted(dora=dora), adapted(dora=dora)
     multiply_in_fp8(model, devices())
     for name in kept(model):
-        plain.get_parameter(f"{name}.weight").data = model.get_submodule(name).weight
+        own = model.get_submodule(name)
+        assert isinstance(own, FrozenFp8Linear)
+        plain.get_parameter(f"{name}.weight").data = own.weight
     before, _ = run(model)
     with products_in_bf16(model):
         inside, gradients = run(model)

@@ -29,7 +29,8 @@ class AdaptedLinear(Linear):
         (name,) = self.active_adapters
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        down, up = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
+        down: Tensor = self.lora_A[name].weight.to(dtype)  # type: ignore[assignment,operator]
+        up: Tensor = self.lora_B[name].weight.to(dtype)  # type: ignore[assignment,operator]
         if type(base) is FrozenFp8Linear:
             return adapted_linear_fp8(x.to(dtype), base, down, up, self.scaling[name])
         if isinstance(base, Linear4Bit) and base.products is not None:
