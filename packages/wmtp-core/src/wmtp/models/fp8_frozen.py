@@ -144,7 +144,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         rows = gradient.reshape(-1, gradient.shape[-1])
-        found = gradient_of_input(rows, *ctx.saved_tensors, ctx.products)
+        stored, scale = ctx.saved_tensors
+        found = gradient_of_input(rows, stored, scale, ctx.products)
         return found.view(*gradient.shape[:-1], -1), None, None, None
 
 
