@@ -103,7 +103,7 @@ class FrozenFp8Linear(nn.Module):
 
 
 class FrozenLinear(FrozenFp8Linear):
-    """The same map while nothing but its weight is in fp8; see `wmtp.models.fp8.products_in_bf16`."""
+    """Multiplication in bf16 by a rounded weight; see `wmtp.models.fp8.products_in_bf16`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
