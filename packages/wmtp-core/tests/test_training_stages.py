@@ -17,6 +17,7 @@ from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.trainers import Stage, Trainer
 from wmtp.training.stages import StageBatches, StagePlan, apply_stage
+from wmtp.training.trainer_modules import Untaught
 
 THREE = [Stage(name="a", steps=4, until=EarlyStoppingConfig(metric="a")), Stage(name="b", steps=3), Stage(name="c")]
 
@@ -315,3 +316,25 @@ def test_a_run_of_warm_up_alone_leaves_the_model_as_it_is_until_it_is_made_longe
     assert [line["stage"] for line in lines_of(run.run_dir)] == ["head-warmup"] * 2 + ["train"] * 2
     after = load_file(longer.model / "model.safetensors")
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("stage", "named"),
+    [(Stage(name="a"), True), (Stage(name="a", frozen=frozenset({"idle"})), False), (Stage(name="head-warmup"), False)],
+)
+def test_a_module_that_no_gradient_reaches_is_named_once(caplog, stage, named):
+    modules = {name: torch.nn.Linear(1, 1) for name in ("late", "idle")} | {"empty": torch.nn.Identity()}
+    watch = Untaught(modules, stage, "trainer 'mine'")
+    for step in range(1, 30):
+        if step == 15:
+            modules["late"](torch.ones(1)).backward()
+        watch.after_backward(last=False)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == named
+    if named:
+        assert said[0].startswith(
+            "trainer 'mine': stage 'a': no gradient has reached the module 'idle' in 20 steps, so it does"
+        )
+    short = Untaught({"idle": torch.nn.Linear(1, 1)}, Stage(), "x")
+    short.after_backward(last=True)
+    assert "no gradient has reached the module 'idle' in 1 steps" in caplog.records[-1].getMessage()

@@ -14,6 +14,7 @@ from wmtp.data.batches import StepBatches
 from wmtp.errors import ConfigError, PluginError
 from wmtp.trainers.base import Stage, Trainer
 from wmtp.trainers.checks import checked_groups, checked_stages
+from wmtp.training.trainer_modules import HEAD_WARMUP
 
 if TYPE_CHECKING:
     from wmtp.config.schema import TrainDataConfig
@@ -56,7 +57,7 @@ class StagePlan:
                 f"{trainer_name}: the last stage ends with the run, not by a metric; train.early_stopping is for that"
             )
         if warmup_steps:
-            warmup = Stage(name="head-warmup", steps=warmup_steps, frozen=frozenset({"model"}))
+            warmup = Stage(name=HEAD_WARMUP, steps=warmup_steps, frozen=frozenset({"model"}))
             # a run of nothing else: a single stage that follows is left out, several are not
             stages = [warmup] if warmup_steps == total_steps and len(stages) == 1 else [warmup, *stages]
         ends, end = [], 0

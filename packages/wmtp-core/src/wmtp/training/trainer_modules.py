@@ -1,6 +1,10 @@
-"""Sets a trainer up: its modules are the same in every process that trains."""
+"""Modules of a trainer: the same in every process that trains, and named where nothing teaches them."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import nn
@@ -9,11 +13,17 @@ from torch.distributed.tensor import DTensor
 from wmtp.distributed.ranks import Ranks
 from wmtp.errors import PluginError
 from wmtp.models.checksum import checksum
-from wmtp.trainers.base import Trainer
+from wmtp.trainers.base import Stage, Trainer
 from wmtp.trainers.checks import checked_modules
 from wmtp.trainers.setup import TrainerSetup
 
-__all__ = ["set_up"]
+__all__ = ["HEAD_WARMUP", "Untaught", "set_up"]
+
+#: name of the stage that the config puts before those of the trainer
+HEAD_WARMUP: Final = "head-warmup"
+#: steps of a stage after which a module without any gradient is named; single steps may have nothing for it
+_SOON: Final = 20
+_log = logging.getLogger("wmtp")
 
 
 def set_up(trainer: Trainer, setup: TrainerSetup, name: str, ranks: Ranks) -> dict[str, nn.Module]:
@@ -36,6 +46,37 @@ def set_up(trainer: Trainer, setup: TrainerSetup, name: str, ranks: Ranks) -> di
                     f"in setup, or from setup.seed"
                 )
     return modules
+
+
+class Untaught:
+    """Modules of a stage that no gradient has reached: what is made of them is detached, or in no auxiliary loss.
+
+    Args:
+        modules: the trainer's.
+        stage: of the run.
+        name: what messages call the trainer.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], stage: Stage, name: str) -> None:
+        # in the heads' warm-up, which is no stage of the trainer's, its losses may leave its modules alone
+        learn = {key: module for key, module in modules.items() if key not in stage.frozen and stage.name != HEAD_WARMUP}
+        self._modules = {key: module for key, module in learn.items() if any(True for _ in module.parameters())}
+        self._stage, self._name, self._steps = stage.name, name, 0
+
+    def after_backward(self, *, last: bool) -> None:
+        """Look at the gradients of one step; ``last``: of the run. Name what has never had one, once."""
+        if not self._modules:
+            return
+        self._steps += 1
+        without = {key: module for key, module in self._modules.items() if all(p.grad is None for p in module.parameters())}
+        self._modules = without
+        if without and (last or self._steps >= _SOON):
+            _log.warning(
+                "%s: stage %r: no gradient has reached the module %s in %d steps, so it does not learn; is its part of "
+                "auxiliary_losses detached or missing?",
+                self._name, self._stage, ", ".join(map(repr, without)), self._steps,
+            )  # fmt: skip
+            self._modules = {}
 
 
 def _seeded(trainer: Trainer, setup: TrainerSetup) -> None:
