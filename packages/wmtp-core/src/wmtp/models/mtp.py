@@ -119,7 +119,7 @@ class MTPModel(Generating, nn.Module):
 
     @property
     def called_layer(self) -> nn.Module:
-        """The decoder layer whose mask and positions the heads' own layers get: the one that they are like."""
+        """Decoder layer whose mask and positions the heads' own layers get: the one that they are like."""
         template = "last" if self.native is None else layout_named(self.native.layout).template
         return self.anatomy.layers[0 if template == "first" else -1]
 
