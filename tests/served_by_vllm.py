@@ -1,6 +1,7 @@
 """Serves a folder by vLLM, with and without speculation; run in an environment of vLLM's own, without WMTP.
 
-python served_by_vllm.py FOLDER PROMPTS.json NEW_TOKENS DRAFTS: prints one JSON object. PROMPTS.json holds lists of token ids.
+python served_by_vllm.py FOLDER PROMPTS.json NEW_TOKENS DRAFTS DTYPE: prints one JSON object. PROMPTS.json holds lists
+of token ids.
 """
 
 import json
@@ -22,7 +23,7 @@ def main():
         prompts = [{"prompt_token_ids": ids} for ids in json.load(file)]
     options = {
         "model": folder,
-        "dtype": "float32",
+        "dtype": sys.argv[5],
         "enforce_eager": True,
         "max_model_len": 256,
         "max_num_seqs": 4,

@@ -142,7 +142,8 @@ def test_they_are_trained_beside_an_adapter_of_the_trunk(tmp_path: Path, name: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "copied"), [("qwen3_5", False), ("deepseek_v3", False), ("deepseek_v3", True), ("mimo", False)]
+    ("name", "copied"),
+    [("qwen3_5", False), ("deepseek_v3", False), ("deepseek_v3", True), ("mimo", False), ("exaone", False)],
 )
 def test_two_processes_do_as_one(tmp_path: Path, name: str, copied: bool):
     """Divided by FSDP2: layers, heads, and the tables that DeepSeek's modules have, their own or the model's."""
