@@ -60,6 +60,8 @@ def on_base(recipe, tmp_path):
         base = BASE.format(uri=uri).replace("[data.train]\npacking = false\n", "")
         text = text[:start] + base + text[end:]
         path = tmp_path / f"{uri.name}.toml"
+        # new heads are asked for by name: of the model's own layers there is a part
+        text = text.replace("[models.base.heads]\n", '[models.base.heads]\nkind = "block"\n', 1)
         path.write_text(text.replace("[data.train]\n", "[data.train]\npacking = false\n", 1))
         return path
 
