@@ -49,7 +49,9 @@ def outlook(config: Config) -> tuple[dict[str, str], list[str]]:
 
 
 def time_outlook(configs: Iterable[Config], unmade: Mapping[str, ModelLoaderConfig]) -> str | None:
-    """Estimate how long several runs train on some GPUs, one after another; None where that is not known of each.
+    """Estimate how long several runs train on some GPUs.
+
+    One after another, by their steps alone; None where a run's model or number of steps is not known.
 
     Args:
         configs: of the runs.
@@ -74,7 +76,7 @@ def _processes(config: Config) -> int:
 
 
 def _models_beside(config: Config, unmade: Mapping[str, ModelLoaderConfig]) -> tuple[list[str], dict[str, ModelInfo]]:
-    """Name the models that are read beside the base, and describe those whose shape is known."""
+    """Name the models beside the base, and describe those of known shape."""
     names = list(models_beside(config))
     loaders = {name: config.models[name].loader for name in names if name in config.models}
     found = {name: _shape(loader, unmade) for name, loader in loaders.items()}

@@ -218,7 +218,7 @@ def _problems(config: StudyConfig) -> Iterator[Problem]:
 
 
 def overlaps(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Find dotted keys of two tables that give the same value, or one a part of the other's."""
+    """Find dotted keys of two tables of which one is, or holds, the other."""
     for own, _ in _leaves(first, ()):
         for other, _ in _leaves(second, ()):
             if f"{own}.".startswith(f"{other}.") or f"{other}.".startswith(f"{own}."):
