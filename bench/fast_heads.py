@@ -199,6 +199,7 @@ def write_answers(arguments: argparse.Namespace, data: Path, answers: Path) -> N
                 kept, ended = fast_answers.cut(answer, ends)
                 record = {
                     "prompt": prompts[number],
+                    "group": prompts[number].partition("\n")[0],  # a function's prompts: none is held out of the others
                     "completion": tokenizer.decode(kept),
                     "finish": "eos" if ended else "length",
                 }
