@@ -122,6 +122,7 @@ class OddLoader(ExampleLoader):
         ([Example(id=3, completion="abcd")], "an Example with 3 where a string belongs"),
         ([Example(id="3", completion=b"abcd")], "an Example with b'abcd' where a string belongs"),
         ([Example(id="3", completion="abcd", is_correct="yes")], "is_correct is 'yes'"),
+        ([Example(id="3", completion="abcd", is_cut="length")], "is_cut is 'length'"),
         ([Example(id="3", completion="abcd", reward=float("nan"))], "reward is nan"),
         ([Example(id="3", completion="abcd", weights=(("ab", 1.0), 3.0))], "neither numbers nor (text, number) tuples"),
     ],
