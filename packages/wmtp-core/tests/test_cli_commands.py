@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import wmtp
-from wmtp.cli import main
+from wmtp.cli import commands, main
+from wmtp.errors import ConfigError, Terminated, WMTPError
 
 PLUGIN = """
 import json, os, pathlib
@@ -427,3 +428,25 @@ def test_an_error_without_a_message_is_told_by_its_place(capsys, monkeypatch):
     assert "AssertionError without a message at " in said[0]
     assert __file__ in said[0]
     assert "in fail: raise AssertionError" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(28, "No space left on device", "/disk/file"), 1, "/disk/file: No space left on device"),
+        (SystemExit(0), 1, "the work was ended by sys.exit(0)"),
+        (SystemExit(2), 1, "the work was ended by sys.exit(2)"),
+        (ValueError("two\nlines"), 1, "ValueError: two lines"),
+        (WMTPError("it failed"), 1, "it failed"),
+        (ConfigError("key: wrong"), 2, "key: wrong"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Terminated(), 143, "interrupted"),
+    ],
+)
+def test_the_exit_code_tells_what_ended_a_command(monkeypatch, capsys, error, code, said):
+    def ended(_):
+        raise error
+
+    monkeypatch.setattr(commands, "plugins", ended)
+    assert main(["plugins"]) == code
+    assert f"error: {said}" in capsys.readouterr().err
