@@ -8,7 +8,8 @@ Every row trains a 7B Llama of random weights (V = 32,000) with block heads that
 linear map of the base's layers, and a weight for each token. The plain loop keeps all that learns in bf16, its optimizer too;
 WMTP keeps fp32 copies and fp32 means of it, and so does ``loop-fp32-…``, in fp32 parameters under autocast, as peft keeps
 adapters if one does not tell it otherwise. Layers are compiled in all; ``-selective`` and ``-full`` checkpoint each layer;
-with ``-heads`` heads learn by adapters of their own. ``--limit`` lets torch have no more memory than that many GiB.
+with ``-heads`` heads learn by adapters of their own; with ``-fp8`` products are in fp8. ``--limit`` lets torch have no more
+memory than that many GiB.
 
 Needs peft and liger-kernel, and bitsandbytes for the rows of 4 bits.
 """
@@ -149,8 +150,6 @@ ROWS: dict[str, Callable[[Shape, int, int], float]] = {
     "qlora": partial(ours, quantize="nf4"),
     "qlora-selective": partial(ours, quantize="nf4", mode="selective"),
     "qlora-full": partial(ours, quantize="nf4", mode="full"),
-    "qlora-fp8": partial(ours, quantize="nf4", fp8=Fp8Config()),
-    "qlora-fp8-selective": partial(ours, quantize="nf4", fp8=Fp8Config(), mode="selective"),
     "qlora-heads": partial(ours, quantize="nf4", heads="adapters"),
     "all-full": whole,
 }

@@ -268,17 +268,10 @@ def test_two_processes_learn_what_one_does(adapted, preloaded, strategy, precisi
         assert (tensor - other[name]).abs().max() < (1e-4 if precision == "fp32" else 2e-2), name
 
 
-@pytest.mark.parametrize(
-    "devices",
-    [
-        'devices.precision="bf16-params"',
-        pytest.param('devices={precision="fp8",fp8={emulate=true,min_features=16}}', marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_on_4_bits_is_resumed_bit_for_bit_and_exported(adapted, devices, tmp_path):
+def test_a_run_on_4_bits_is_resumed_bit_for_bit_and_exported(adapted, tmp_path):
     pytest.importorskip("bitsandbytes")
     optimizer = 'optimizer={type="adamw-8bit",lr=0.02}'
-    settings = ['models.base.quantize="nf4"', "train.max_steps=8", optimizer, devices]
+    settings = ['models.base.quantize="nf4"', "train.max_steps=8", optimizer, 'devices.precision="bf16-params"']
     whole = wmtp.run(adapted, run_name="whole", overrides=settings)
     before = learned(whole.model)
     for step in ("step-8", "step-10"):

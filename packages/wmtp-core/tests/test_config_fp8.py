@@ -46,7 +46,7 @@ def test_what_can_be_passes(sets):
             ["devices.precision=bf16", "devices.fp8={}"],
             'devices.fp8: has no effect: devices.precision = "bf16" computes nothing',
         ),
-        (["models.base.quantize=nf4"], "devices.precision: products of 4-bit weights (models.base.quantize) in fp8 have not"),
+        (["models.base.quantize=nf4"], "devices.precision: models.base.quantize keeps the layers in 4 bits"),
         (
             ["devices.fp8={recipe = 'rowwise', fast_accumulation = 'all'}"],
             'fast_accumulation: "all" with recipe = "rowwise" gave',

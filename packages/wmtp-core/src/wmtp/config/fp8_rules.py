@@ -38,9 +38,9 @@ def fp8_problems(config: Config) -> Iterator[Problem]:
             ("devices", "fp8", "logits"),
             f'models.base.heads.objective = "{heads.objective}" compares logits in bf16; write "none", or objective = "ce"',
         )
-    if config.models["base"].quantize is not None and not emulates:
+    if config.models["base"].quantize is not None:
         yield Problem(
-            path, 'products of 4-bit weights (models.base.quantize) in fp8 have not been tried on a GPU; write "bf16-params"'
+            path, 'models.base.quantize keeps the layers in 4 bits, which fp8 products cannot read; write "bf16-params"'
         )
     if not config.launcher.remote and find_spec("torchao") is None:
         yield Problem(path, "fp8 needs torchao: pip install 'wmtp-core[fp8]'")

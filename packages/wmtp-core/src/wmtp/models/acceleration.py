@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import Cache
 
-from wmtp.models import low_rank_fp8, quantized_fp8
 from wmtp.models.anatomy import LayerCall
 from wmtp.models.documents import within_reading
 from wmtp.models.few_rows import compile_few_rows
@@ -203,8 +202,6 @@ _KEPT = frozenset(
         _aten.bmm.default,
         _aten.linear.default,
         *OPERATORS,
-        low_rank_fp8.OPERATOR,
-        quantized_fp8.OPERATOR,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,

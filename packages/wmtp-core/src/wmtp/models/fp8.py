@@ -2,8 +2,7 @@
 
 torchao's module takes the place of each `nn.Linear` and holds the same parameter, so names, optimizer and checkpoints stay as
 they are. Its class is a subclass of `nn.Linear` that only multiplies otherwise; `products_in_bf16` makes use of that. Weights
-that never learn, under adapters, are kept in fp8 (`wmtp.models.fp8_frozen`), and those in 4 bits come back to fp8
-(`wmtp.models.quantized_fp8`).
+that never learn, under adapters, are kept in fp8: `wmtp.models.fp8_frozen`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from wmtp.loss.fp8 import PIECE, Fp8Logits
 from wmtp.models.adapters import is_adapter_name
 from wmtp.models.fp8_frozen import FrozenFp8Linear, FrozenLinear, Products
 from wmtp.models.layers import repeated_layers
-from wmtp.models.quantized import Linear4Bit
 
 if TYPE_CHECKING:
     from wmtp.config.schema import DevicesConfig, Fp8Config
@@ -104,16 +102,7 @@ def multiply_in_fp8(
         raise ConfigError(problems)
     from torchao.float8 import convert_to_float8_training
 
-    products = Products(
-        by_rows=fp8.recipe != "tensorwise",
-        fast_forward=fp8.accumulates_fast != "none",
-        fast_backward=fp8.accumulates_fast == "all",
-        emulate=fp8.emulate,
-    )
-    kept = 0 if sharded else _keep_frozen(model, chosen, products, device)
-    for module in maps.values():
-        if isinstance(module, Linear4Bit) and id(module) in chosen:
-            module.products = products
+    kept = 0 if sharded else _keep_frozen(model, chosen, fp8, device)
     for layer in repeated_layers(model):
         convert_to_float8_training(layer, config=config, module_filter_fn=lambda module, _: id(module) in chosen)
     if not devices.compile and not fp8.emulate:
@@ -126,12 +115,17 @@ def multiply_in_fp8(
     return len(chosen)
 
 
-def _keep_frozen(model: MTPModel, chosen: set[int], products: Products, device: torch.device | None) -> int:
+def _keep_frozen(model: MTPModel, chosen: set[int], fp8: Fp8Config, device: torch.device | None) -> int:
     """Put weights in fp8 in the place of an adapted base's chosen ones; return their number."""
+    products = Products(
+        by_rows=fp8.recipe != "tensorwise",
+        fast_forward=fp8.accumulates_fast != "none",
+        fast_backward=fp8.accumulates_fast == "all",
+        emulate=fp8.emulate,
+    )
     # adapted heads are saved whole, and so keep their own weights
     maps = _linear_maps(model).items() if model.adapter is not None else ()
-    base = [(name, module) for name, module in maps if id(module) in chosen and name.startswith("base.")]
-    found = [(name, module) for name, module in base if isinstance(module, nn.Linear)]
+    found = [(name, module) for name, module in maps if id(module) in chosen and name.startswith("base.")]
     for name, module in found:
         parent, _, leaf = name.rpartition(".")
         made = FrozenFp8Linear.of(module, products, device or module.weight.device)
@@ -156,9 +150,6 @@ def products_in_bf16(model: nn.Module) -> Iterator[None]:
 
     Weights that never learn and are kept in fp8 stay rounded, as 4-bit ones do.
     """
-    in_4_bits = [(module, module.products) for module in model.modules() if isinstance(module, Linear4Bit)]
-    for module, _ in in_4_bits:
-        module.products = None
     maps = [(module, type(module)) for module in model.modules() if _is_fp8(module)]
     for module, own in maps:
         _become(module, FrozenLinear if own is FrozenFp8Linear else nn.Linear)
@@ -167,8 +158,6 @@ def products_in_bf16(model: nn.Module) -> Iterator[None]:
     finally:
         for module, own in maps:
             _become(module, own)
-        for module, products in in_4_bits:
-            module.products = products
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -183,17 +172,17 @@ def _options(devices: DevicesConfig) -> Fp8Config:
     return devices.fp8 or Fp8Config()
 
 
-def _linear_maps(model: MTPModel) -> dict[str, nn.Linear | Linear4Bit]:
+def _linear_maps(model: MTPModel) -> dict[str, nn.Linear]:
     """List the linear maps in the repeated layers by their names in the model, without those of adapters."""
     inside = {id(module) for layer in repeated_layers(model) for module in layer.modules()}
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Linear4Bit) and id(module) in inside and not is_adapter_name(name)
+        if isinstance(module, nn.Linear) and id(module) in inside and not is_adapter_name(name)
     }
 
 
-def _fits(name: str, module: nn.Linear | Linear4Bit, model: MTPModel, fp8: Fp8Config) -> bool:
+def _fits(name: str, module: nn.Linear, model: MTPModel, fp8: Fp8Config) -> bool:
     sizes = module.in_features, module.out_features
     if min(sizes) < fp8.min_features or any(size % PIECE for size in sizes):
         return False
@@ -204,7 +193,7 @@ def _fits(name: str, module: nn.Linear | Linear4Bit, model: MTPModel, fp8: Fp8Co
     return not any(module is inner for layer in spared for inner in layer.modules())
 
 
-def _examples(maps: dict[str, nn.Linear | Linear4Bit]) -> str:
+def _examples(maps: dict[str, nn.Linear]) -> str:
     if not maps:
         return "none"
     shown = [f"{name} ({module.in_features} to {module.out_features} features)" for name, module in list(maps.items())[:2]]

@@ -16,17 +16,7 @@ from torch import Tensor, nn
 from wmtp.errors import WMTPError
 from wmtp.loss.cross_entropy import implementation
 
-__all__ = [
-    "FrozenFp8Linear",
-    "FrozenLinear",
-    "Products",
-    "check_original",
-    "gradient_of_input",
-    "multiply_back",
-    "product",
-    "round_gradient",
-    "round_input",
-]
+__all__ = ["FrozenFp8Linear", "FrozenLinear", "Products", "check_original"]
 
 _FORMAT: Final = torch.float8_e4m3fn
 #: of gradients where one scale serves all of a tensor: they spread wider than what goes forward
@@ -138,32 +128,27 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, stored: Tensor, scale: Tensor, products: Products) -> Tensor:
         ctx.save_for_backward(stored, scale)
         ctx.products = products
-        rounded, of_rows = round_input(x.reshape(-1, x.shape[-1]), products)
-        return product(rounded, of_rows, stored, scale, x.dtype, products).view(*x.shape[:-1], -1)
+        rounded, of_rows = _round_input(x.reshape(-1, x.shape[-1]), products)
+        return _product(rounded, of_rows, stored, scale, x.dtype, products).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         rows = gradient.reshape(-1, gradient.shape[-1])
         stored, scale = ctx.saved_tensors
-        found = gradient_of_input(rows, stored, scale, ctx.products)
+        found = _gradient_of_input(rows, stored, scale, ctx.products)
         return found.view(*gradient.shape[:-1], -1), None, None, None
 
 
-def round_input(rows: Tensor, products: Products) -> tuple[Tensor, Tensor]:
+def _round_input(rows: Tensor, products: Products) -> tuple[Tensor, Tensor]:
     """Return ``[T, K]`` in fp8 and what it is multiplied by; no gradient flows through it."""
     return _round(rows.detach(), _FORMAT, products.by_rows)
 
 
-def round_gradient(gradient: Tensor, products: Products) -> tuple[Tensor, Tensor]:
-    """Return a gradient ``[T, N]`` in fp8 and what it is multiplied by."""
-    return _round(gradient, _FORMAT if products.by_rows else _WIDE, products.by_rows)
-
-
-def product(rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, products: Products) -> Tensor:
+def _product(rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, products: Products) -> Tensor:
     """Compute x · Wᵀ ``[T, N]``.
 
     Args:
-        rounded, of_rows: x by `round_input`.
+        rounded, of_rows: x by `_round_input`.
         stored, scale: W, ``[N, K]``, as `FrozenFp8Linear` has it.
         dtype: of the result.
         products: how to multiply.
@@ -175,13 +160,13 @@ def product(rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dty
     return torch._scaled_mm(rounded, data.t(), **scales, out_dtype=dtype, use_fast_accum=products.fast_forward)
 
 
-def gradient_of_input(gradient: Tensor, stored: Tensor, scale: Tensor, products: Products) -> Tensor:
+def _gradient_of_input(gradient: Tensor, stored: Tensor, scale: Tensor, products: Products) -> Tensor:
     """Compute the gradient of x, ``[T, K]``, from that of x · Wᵀ."""
     if products.by_rows:  # a scale of the weight belongs to a number of the sum here, so it goes to the other factor
         rounded, of_rows = _round(gradient.float() * scale.reshape(1, -1), _FORMAT, True)
         scale = scale.new_ones(1, stored.shape[1])
     else:
-        rounded, of_rows = round_gradient(gradient, products)
+        rounded, of_rows = _round(gradient, _WIDE, False)
     flags = products.fast_backward, products.emulate
     return _gradient(rounded, of_rows, stored, scale, gradient.dtype, *flags)
 
@@ -205,14 +190,7 @@ def _emulated(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 def _gradient(
     rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, emulate: bool
 ) -> Tensor:
-    """Multiply a rounded gradient by W, as `multiply_back` does."""
-    return multiply_back(rounded, of_rows, stored, scale, dtype, fast=fast, emulate=emulate)
-
-
-def multiply_back(
-    rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, *, fast: bool, emulate: bool
-) -> Tensor:
-    """Multiply a rounded gradient ``[T, N]`` by W. Tensor cores read fp8 along the sum alone, so the weight is transposed."""
+    """Multiply a rounded gradient by W. Tensor cores read fp8 along the sum alone, so the weight is transposed."""
     if emulate:
         return _emulated(rounded.float() * of_rows, stored.view(_FORMAT).float() * scale, dtype)
     if implementation(stored.device, torch.bfloat16) == "fused":

@@ -8,11 +8,8 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from wmtp.models.fp8_frozen import FrozenFp8Linear
 from wmtp.models.low_rank import adapted_linear, adapted_linear_4bit
-from wmtp.models.low_rank_fp8 import adapted_linear_fp8
 from wmtp.models.quantized import Linear4Bit
-from wmtp.models.quantized_fp8 import adapted_linear_4bit_fp8
 
 __all__ = ["AdaptedLinear", "use_one_operator"]
 
@@ -23,20 +20,14 @@ class AdaptedLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
         base = self.base_layer
-        known = isinstance(base, FrozenFp8Linear) or type(base) in (nn.Linear, Linear4Bit)
-        if args or kwargs or self.disable_adapters or self.merged or not known:
+        if args or kwargs or self.disable_adapters or self.merged or type(base) not in (nn.Linear, Linear4Bit):
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        down: Tensor = self.lora_A[name].weight.to(dtype)  # type: ignore[assignment,operator]
-        up: Tensor = self.lora_B[name].weight.to(dtype)  # type: ignore[assignment,operator]
-        if type(base) is FrozenFp8Linear:
-            return adapted_linear_fp8(x.to(dtype), base, down, up, self.scaling[name])
-        if isinstance(base, Linear4Bit) and base.products is not None:
-            return adapted_linear_4bit_fp8(x.to(dtype), base, base.products, down, up, self.scaling[name])
         bias: Tensor | None = base.bias  # type: ignore[assignment]
         bias = None if bias is None else bias.to(dtype)
+        down, up = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
         if isinstance(base, Linear4Bit):
             return adapted_linear_4bit(x.to(dtype), base.packed, base.scales, bias, down, up, self.scaling[name])[0]
         return adapted_linear(x.to(dtype), base.weight.to(dtype), bias, down, up, self.scaling[name])[0]  # type: ignore[operator]

@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 from wmtp.errors import ConfigError
 from wmtp.loss.cross_entropy import implementation
 from wmtp.models.anatomy import find_layers
-from wmtp.models.fp8_frozen import Products
 
-__all__ = ["Linear4Bit", "dequantize", "dequantize_layers", "dequantize_to_fp8", "quantize_layers"]
+__all__ = ["Linear4Bit", "dequantize", "dequantize_layers", "quantize_layers"]
 
 #: weights that share a scale
 _BLOCK = 64
@@ -45,7 +44,6 @@ class Linear4Bit(nn.Module):
         self.out_features, self.in_features = shape
         self.bias = bias
         self.dtype = dtype
-        self.products: Products | None = None  # of an adapted map in fp8; None: in the precision of the input
         size = shape.numel()
         # not among a model's tensors on disk: made again of the weight there
         self.register_buffer("packed", torch.empty((-(-size // 2), 1), dtype=torch.uint8, device=device), persistent=False)
@@ -164,21 +162,6 @@ def dequantize(packed: Tensor, scales: Tensor, rows: int, columns: int, dtype: t
         out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
         return nf4_kernel.dequantize(packed, scales, _table(packed.device), out, block=_BLOCK)
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, _BLOCK, "nf4", (rows, columns), exact).to(dtype)
-
-
-def dequantize_to_fp8(packed: Tensor, scales: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Return the weight ``[rows, columns]`` in fp8, as bytes, and what it is multiplied by."""
-    limit = torch.finfo(torch.float8_e4m3fn).max
-    factor = limit / scales.amax().clamp(min=1e-12)  # the largest of the 16 values is 1
-    if implementation(packed.device, torch.bfloat16) == "fused":
-        from wmtp.models import nf4_kernel  # imports Triton
-
-        out = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=packed.device)
-        nf4_kernel.dequantize(packed, scales * factor, _table(packed.device), out, block=_BLOCK)
-    else:
-        whole = dequantize(packed, scales * factor, rows, columns, torch.float32)
-        out = whole.clamp_(-limit, limit).to(torch.float8_e4m3fn)
-    return out.view(torch.uint8), factor.reciprocal()
 
 
 @functools.cache
