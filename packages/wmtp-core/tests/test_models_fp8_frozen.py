@@ -95,13 +95,15 @@ def test_frozen_weights_take_a_byte_and_the_rest_stays_as_it_is(recipe):
     assert all(error(found[name], gradients[name]) < 0.3 for name in gradients)
 
 
-def test_what_is_excluded_or_shall_be_divided_keeps_its_weight():
+def test_what_is_excluded_or_shall_be_divided_keeps_its_weight(caplog):
     model = adapted()
     multiply_in_fp8(model, devices(exclude=("*.k_proj.base_layer",), first_layers=1))
     assert kept(model)
     assert not [name for name in kept(model) if "k_proj" in name or ".layers.0." in name]
     divided = adapted()
-    multiply_in_fp8(divided, devices(), sharded=True)
+    with caplog.at_level("INFO", "wmtp"):
+        multiply_in_fp8(divided, devices(), sharded=True)
+    assert "the base stays in bf16, of which each process holds its part" in caplog.text
     assert not kept(divided)
     assert type(divided.get_submodule("base.model.layers.0.self_attn.q_proj.base_layer")).__name__ == "Float8Linear"
 

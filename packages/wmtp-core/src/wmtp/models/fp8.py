@@ -112,6 +112,8 @@ def multiply_in_fp8(
         logger.info(
             "fp8: the weights of %d of them never learn and are kept in fp8; the files of the base stay as they are", kept
         )
+    elif sharded and model.adapter is not None and model.adapter.quantize is None:
+        logger.info("fp8: the base stays in bf16, of which each process holds its part, and is rounded at each product")
     return len(chosen)
 
 
