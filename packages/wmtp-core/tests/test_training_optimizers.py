@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wmtp.checkpoints.local import load_checkpoint, save_checkpoint
+from wmtp.checkpoints.local import load_checkpoint, load_checkpoint_weights, save_checkpoint
 from wmtp.config.schema import ScheduleConfig
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, FileError
 from wmtp.optim.build import build_optimizer, change_learning_rate
 from wmtp.optim.config import AdamW, AdamW8bit, Muon
 from wmtp.optim.update import learning_rate_factor
@@ -188,3 +188,12 @@ def test_what_8_bits_cannot_do_is_refused():
     with pytest.raises(ConfigError, match=r"optimizer\.type: 'adamw-8bit' computes on GPUs of NVIDIA and on CPUs"):
         AdamW8bit().build(list(meta.named_parameters()))
     assert AdamW8bit.needs_packages == {"bitsandbytes": "wmtp-core[bnb]"}
+
+
+def test_a_checkpoint_with_more_tensors_than_the_model_is_refused(tmp_path):
+    larger = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    optimizer = AdamW(lr=0.1).build(list(larger.named_parameters()))
+    saved = save_checkpoint(tmp_path, 1, larger, optimizer, {})
+    load_checkpoint_weights(saved, larger)
+    with pytest.raises(FileError, match=r"model\.1\.\w+ is unexpected"):
+        load_checkpoint_weights(saved, larger[:1])
