@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from native_folders import LAYERS, LIKE_THE_FIRST, MODELS, NAMING, tensors_of
+from native_folders import LAYERS, LIKE_THE_FIRST, NAMING, tensors_of
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from wmtp.models.loaders.hf import HfLoader
 
@@ -69,32 +69,78 @@ def transformers_layer(name: str, folder: Path, base: PreTrainedModel, x: Tensor
 
 def plain_logits(name: str, folder: Path, ids: Tensor, horizon: int) -> list[Tensor]:
     """Compute the logits of heads 1..H in float64 by the table of layouts, from the folder's tensors."""
-    tensors = {key: value.double() for key, value in tensors_of(folder).items()}
-    config = AutoConfig.for_model(MODELS[name][0], **MODELS[name][1])
-    eps = config.rms_norm_eps
+    tensors, trunk = _opened(folder)
+    hidden, normed = _states(name, trunk, ids)
+    found = [trunk.lm_head(normed)]
+    modules = HfLoader().info(folder).native.modules
+    for step in range(horizon - 1):
+        embedded = _embedded(name, tensors, ids.roll(-step - 1, 1), step % modules, zero_first=step == 0)
+        hidden, logits = _module(name, folder, tensors, trunk, step % modules, embedded, hidden)
+        found.append(logits)
+    return found
+
+
+@torch.no_grad()
+def plain_drafting(name: str, folder: Path, tokens: list[int], drafts: list[int]) -> list[Tensor]:
+    """Compute a server's logits ``[V]`` for drafts after ``tokens``, in float64, every step over the whole text anew.
+
+    The layer reads the model's hidden states up to the last but one token, and behind them those that it made itself.
+
+    Args:
+        name: of the layout; its folder has one module.
+        folder: the model.
+        tokens: of which head 1 chose the last.
+        drafts: what each step but the last of them is followed by.
+    """
+    tensors, trunk = _opened(folder)
+    hidden, _ = _states(name, trunk, torch.tensor([tokens[:-1]]))
+    found: list[Tensor] = []
+    for step in range(len(drafts)):
+        ids = torch.tensor([tokens[1:] + drafts[:step]])
+        embedded = _embedded(name, tensors, ids, 0, zero_first=True)
+        output, logits = _module(name, folder, tensors, trunk, 0, embedded, hidden)
+        found.append(logits[0, -1])
+        hidden = torch.cat([hidden, output[:, -1:]], dim=1)
+    return found
+
+
+def _opened(folder: Path) -> tuple[dict[str, Tensor], PreTrainedModel]:
+    """Read the folder's tensors, and its model without further layers."""
     trunk = HfLoader().load(folder, dtype=torch.float64, seed=0).model
     trunk.set_experts_implementation("eager")
+    return {key: value.double() for key, value in tensors_of(folder).items()}, trunk
+
+
+def _states(name: str, trunk: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the model's hidden states that the layout reads, and those behind the final norm."""
     raw: list[Tensor] = []
     handle = trunk.model.norm.register_forward_pre_hook(lambda _, args: raw.append(args[0]))
     normed = trunk.model(input_ids=ids, use_cache=False).last_hidden_state
     handle.remove()
-    hidden = raw[0] if name in BEFORE_NORM else normed
-    found = [trunk.lm_head(normed)]
-    modules = HfLoader().info(folder).native.modules
-    for step in range(horizon - 1):
-        begin, parts = NAMING[name](step % modules)
-        e, h, projection, *rest = (tensors[f"{part}.weight"] for part in parts)
-        embedding = rest[1] if len(rest) == 3 else tensors["model.embed_tokens.weight"]
-        unembedding = rest[2] if len(rest) == 3 else trunk.lm_head.weight
-        embedded = embedding[ids.roll(-step - 1, 1)].clone()
-        if step == 0 and name not in READS_ALL:
-            embedded[:, 0] = 0
-        both = [plain_norm(name, embedded, e, eps), plain_norm(name, hidden, h, eps)]
-        x = torch.cat(both[::-1] if name in HIDDEN_FIRST else both, -1) @ projection.T
-        if name.startswith("mimo"):
-            x = plain_qwen2_layer(tensors, begin, x, 4, 2, config.rope_parameters["rope_theta"], eps)
-        else:
-            x = transformers_layer(name, folder, trunk, x)
-        hidden = x if name == "ernie" else plain_norm(name, x, rest[0], eps)
-        found.append(hidden @ unembedding.T)
-    return found
+    return raw[0] if name in BEFORE_NORM else normed, normed
+
+
+def _embedded(name: str, tensors: dict[str, Tensor], ids: Tensor, module: int, *, zero_first: bool) -> Tensor:
+    _, parts = NAMING[name](module)
+    table = tensors[f"{parts[4]}.weight"] if len(parts) == 6 else tensors["model.embed_tokens.weight"]
+    embedded = table[ids].clone()
+    if zero_first and name not in READS_ALL:
+        embedded[:, 0] = 0
+    return embedded
+
+
+def _module(
+    name: str, folder: Path, tensors: dict[str, Tensor], trunk: PreTrainedModel, module: int, embedded: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run one module: the hidden states that it makes, and their logits."""
+    begin, parts = NAMING[name](module)
+    e, h, projection, *rest = (tensors[f"{part}.weight"] for part in parts)
+    eps = trunk.config.rms_norm_eps
+    both = [plain_norm(name, embedded, e, eps), plain_norm(name, hidden, h, eps)]
+    x = torch.cat(both[::-1] if name in HIDDEN_FIRST else both, -1) @ projection.T
+    if name.startswith("mimo"):
+        x = plain_qwen2_layer(tensors, begin, x, 4, 2, trunk.config.rope_parameters["rope_theta"], eps)
+    else:
+        x = transformers_layer(name, folder, trunk, x)
+    made = x if name == "ernie" else plain_norm(name, x, rest[0], eps)
+    return made, made @ (rest[2] if len(rest) == 3 else trunk.lm_head.weight).T

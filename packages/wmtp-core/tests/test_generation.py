@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
@@ -13,6 +14,7 @@ import pytest
 import torch
 from crossings import sampled
 from native_folders import copy_tables, native_folder
+from native_plain import plain_drafting
 from tiny_config import tiny_config
 from transformers import (
     AutoModelForCausalLM,
@@ -185,22 +187,27 @@ def test_greedy_text_and_drafts_are_those_of_plain_loops(architecture: str, kind
         assert row.finish == ("eos" if tokens[-1] == EOS else "length")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "kind"),
-    [*product(["llama"], KINDS), *product(STATEFUL, ("block", "linear", "shared")), ("gpt_oss", "block")],
-)
-@torch.no_grad()
-def test_drafts_after_any_run_of_accepted_ones_are_those_of_a_full_pass(architecture: str, kind: str) -> None:
-    """Whatever was accepted before, up to all drafts several times in a row, every head's logits are those without a cache."""
-    horizon = 4
-    model = _model(architecture, kind, horizon)
-    text = (torch.arange(64) * 37 + 11).remainder(97).tolist()
+#: drafts accepted after each forward pass: none, some, all, and all several times in a row
+ACCEPTED = (3, 3, 0, 3, 1, 3, 3, 2, 0, 0, 3, 3)
+
+
+def _forced_drafts(
+    model: MTPModel, runs: Sequence[int], vocabulary: int = 97
+) -> Iterator[tuple[list[int], list[int], list[torch.Tensor]]]:
+    """Decode a given text with a cache, and with drafts of which as many are right as said.
+
+    Yields:
+        the text so far with head 1's choice, the drafts of heads 2..H, and the logits ``[V]`` that each was drawn from.
+    """
+    text = (torch.arange(64) * 37 + 11).remainder(vocabulary).tolist()
+    horizon = model.horizon
     decoder = decoders.CachedDecoder(model, 80)
     drafter = make_drafter(model, decoder)
     slots = torch.arange(6)[None]
     read, last = decoder.read(torch.tensor([text[:6]]), slots, 0, 6, lengths=[6]), 5
-    for accepted in (3, 3, 0, 3, 1, 3, 3, 2, 0, 0, 3, 3):
-        drafts = [token if place < accepted else (token + 1) % 97 for place, token in enumerate(text[last + 2 : last + 5])]
+    for accepted in runs:
+        right = text[last + 2 : last + 1 + horizon]
+        drafts = [token if place < accepted else (token + 1) % vocabulary for place, token in enumerate(right)]
         seen: list[torch.Tensor] = []
 
         def choose(
@@ -212,14 +219,41 @@ def test_drafts_after_any_run_of_accepted_ones_are_those_of_a_full_pass(architec
 
         known = torch.tensor([text[: last + 2] + [0] * (80 - last)])
         assert drafter.draft(read, torch.tensor([last]), known, choose).tolist() == [drafts]
-        output = model(torch.tensor([text[: last + 2] + drafts]))
-        served = _served_logits(model, text[: last + 2], drafts) if (kind, architecture) in SERVED else []
-        for head, logits in enumerate(seen, start=2):
-            expected = served[head - 2] if served else model.logits(output, head)[0, last]
-            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * max(1.0, float(expected.abs().max())))
+        yield text[: last + 2], drafts, seen
         slots = torch.arange(last + 1, last + 1 + horizon)[None]
         read = decoder.read(torch.tensor([[text[last + 1], *drafts]]), slots, last + 1, last + 1 + horizon)
         last += 1 + accepted
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [*product(["llama"], KINDS), *product(STATEFUL, ("block", "linear", "shared")), ("gpt_oss", "block")],
+)
+@torch.no_grad()
+def test_drafts_after_any_run_of_accepted_ones_are_those_of_a_full_pass(architecture: str, kind: str) -> None:
+    """Whatever was accepted before, up to all drafts several times in a row, every head's logits are those without a cache."""
+    model = _model(architecture, kind, 4)
+    for text, drafts, seen in _forced_drafts(model, ACCEPTED):
+        output = model(torch.tensor([text + drafts]))
+        served = _served_logits(model, text, drafts) if (kind, architecture) in SERVED else []
+        for head, logits in enumerate(seen, start=2):
+            expected = served[head - 2] if served else model.logits(output, head)[0, len(text) - 2]
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * max(1.0, float(expected.abs().max())))
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "mimo", "glm4_moe", "ernie", "exaone"])
+@torch.no_grad()
+def test_a_models_own_layer_drafts_from_the_logits_of_a_servers_loop(name: str, tmp_path: Path) -> None:
+    """Few drafts of random weights are accepted, so the counts of accepted ones tell little; the logits tell all."""
+    folder = native_folder(tmp_path / "base", name)
+    loaded = HfLoader().load(folder, dtype=torch.float64, seed=0)
+    loaded.model.set_experts_implementation("eager")  # the others have no float64
+    model = build_model(loaded, HeadsConfig(horizon=4), seed=0).eval()
+    for text, drafts, seen in _forced_drafts(model, ACCEPTED[:5]):
+        expected = plain_drafting(name, folder, text, drafts)
+        assert len(seen) == len(expected) == 3
+        for logits, wanted in zip(seen, expected, strict=True):
+            torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["mimo", "glm4_moe", "exaone"])
