@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.data.batch import PADDING, Batch, Document
+from wmtp.distributed.failures import Failure
+from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError, PluginError
 from wmtp.evaluation import Estimate, Evaluator, Measured
 from wmtp.evaluation.bootstrap import Bootstrap
@@ -225,6 +227,33 @@ def test_an_evaluator_that_changes_the_model_is_refused(model: MTPModel, change:
 
     with pytest.raises(PluginError, match=rf"^evaluator 'changes' \(.*\): evaluate {said}, which others measure after it"):
         measure([Config()], _measured(copy.deepcopy(model)), None)
+
+
+@frozen(kw_only=True, eq=False)
+class Waiting(Ranks):
+    """Rank 1 of two, which waits while rank 0 evaluates and gets what it found; then rank 0 fails."""
+
+    def main_only(self, work: Any) -> Any:
+        return {"a": 1}
+
+    def objects(self, value: Any) -> list[Any]:
+        return [Failure.of(PluginError("evaluate changed lm_head.weight"), 0), value]
+
+
+def test_a_model_that_was_changed_on_one_rank_alone_ends_all_of_them(model: MTPModel) -> None:
+    class Config(EvaluatorConfig):
+        type = "alone"
+        one_process = True
+
+        def build(self) -> Evaluator:
+            return Nothing()
+
+    class Nothing(Evaluator):
+        def evaluate(self, measured: Measured) -> Any:
+            return {}
+
+    with pytest.raises(PluginError, match=r"^rank 0 \(.*\): evaluate changed lm_head.weight"):
+        measure([Config()], _measured(model, ranks=Waiting(rank=1, world_size=2)), None)
 
 
 def test_code_needs_the_users_word(model: MTPModel) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from attrs import evolve
 from torch.distributed.fsdp import FSDPModule
 
 from wmtp.devices import device_name
+from wmtp.distributed.ranks import SINGLE_PROCESS
 from wmtp.errors import PluginError, WMTPError
 from wmtp.evaluation.base import Estimate, Measured
 from wmtp.evaluation.unchanged import ModelState
@@ -69,11 +71,8 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
             found = measured.ranks.main_only(lambda evaluator=evaluator: evaluator.evaluate(evolve(measured, ranks=None)))
         else:
             found = evaluator.evaluate(measured)
-        if changed := list(before.changes(ModelState.of(measured.model))):
-            others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            raise PluginError(
-                f"{name}: evaluate {changed[0]}{others}, which others measure after it; restore it, or use a copy"
-            )
+        changed = list(before.changes(ModelState.of(measured.model)))
+        (measured.ranks or SINGLE_PROCESS).collective(partial(_refuse_changes, name, changed))
         if not isinstance(found, Mapping):
             raise PluginError(f"{name}: evaluate returned a {type(found).__name__}, not numbers by name")
         for key, value in found.items():
@@ -87,6 +86,12 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
         logger.info("%s: %s", label, ", ".join(f"{key} {_text(found[key])}" for key in found if "/" not in key))
     release(measured.model)
     return numbers
+
+
+def _refuse_changes(name: str, changed: Sequence[str]) -> None:
+    if changed:
+        others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise PluginError(f"{name}: evaluate {changed[0]}{others}, which others measure after it; restore it, or use a copy")
 
 
 def _text(value: float | Estimate) -> str:
