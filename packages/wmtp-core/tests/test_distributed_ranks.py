@@ -68,12 +68,12 @@ def test_a_rank_that_reads_other_data_is_named():
 
 @frozen(kw_only=True, eq=False)
 class Two(Ranks):
-    """Rank 0 of two; rank 1 says the same, and of its modules what ``other`` makes."""
+    """Rank 0 of two; rank 1 says the same, but of the modules in ``other``."""
 
-    other: object
+    other: dict[str, list[object]]
 
     def objects(self, value):
-        return [value, self.other if isinstance(value, dict) else value]
+        return [value, value | self.other if isinstance(value, dict) else value]
 
 
 class Drawn(Trainer):
@@ -107,6 +107,8 @@ def test_modules_of_a_trainer_are_drawn_alike_by_every_rank():
     assert torch.equal(*weights)
     with pytest.raises(PluginError, match=r"^trainer 'drawn': the module 'head' is not the same in every process; draw its"):
         set_up_after(0, Two(world_size=2, other={"head": []}))
+    with pytest.raises(PluginError, match="the module 'of rank 1' is not the same in every process"):
+        set_up_after(0, Two(world_size=2, other={"of rank 1": []}))
 
 
 def test_hybrid_wants_as_many_processes_on_every_machine():

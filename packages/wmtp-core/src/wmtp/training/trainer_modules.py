@@ -39,8 +39,8 @@ def set_up(trainer: Trainer, setup: TrainerSetup, name: str, ranks: Ranks) -> di
     modules = {key: module.to(setup.device) for key, module in checked_modules(trainer, name).items()}
     if ranks.world_size > 1:
         everywhere = ranks.objects({key: _checksums(module) for key, module in modules.items()})
-        for key, own in everywhere[0].items():
-            if any(found.get(key) != own for found in everywhere):
+        for key in dict.fromkeys(key for found in everywhere for key in found):
+            if any(found.get(key) != everywhere[0].get(key) for found in everywhere):
                 raise PluginError(
                     f"{name}: the module {key!r} is not the same in every process; draw its weights by torch's random numbers "
                     f"in setup, or from setup.seed"
