@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from attrs import field, frozen
-from attrs.validators import ge, gt, lt
+from attrs.validators import ge, gt, le, lt
 
 from wmtp.plugins.contract import StorageBackendConfig
 from wmtp_storage.uris import parse
@@ -51,9 +51,9 @@ class RemoteStorage(StorageBackendConfig):
     max_connections: int = field(default=64, validator=ge(1))
     chunk_size: float = field(default=32.0, validator=[gt(0.0), lt(math.inf)])
     max_memory: int = field(default=128, validator=ge(16))
-    retry_timeout: float = field(default=300.0, validator=ge(0.0))
-    connect_timeout: float = field(default=10.0, validator=gt(0.0))
-    read_timeout: float = field(default=30.0, validator=gt(0.0))
+    retry_timeout: float = field(default=300.0, validator=[ge(0.0), le(1e9)])
+    connect_timeout: float = field(default=10.0, validator=[gt(0.0), le(1e9)])
+    read_timeout: float = field(default=30.0, validator=[gt(0.0), le(1e9)])
     proxy: str | None = None
     ca_bundle: str | None = None
 

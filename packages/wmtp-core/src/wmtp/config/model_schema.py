@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from attrs import Attribute, field, frozen
-from attrs.validators import deep_iterable, ge, gt, le, lt, min_len, optional
+from attrs.validators import and_, deep_iterable, ge, gt, le, lt, min_len, optional
 
 from wmtp.plugins.components import component
 from wmtp.plugins.contract import ModelLoaderConfig
@@ -54,10 +54,10 @@ class HeadsConfig:
     layout: Literal["mimo", "exaone", "plain"] | None = None
     init: Literal["copy", "random"] = "copy"
     trunk_gradient: Literal["joint", "detach"] = "joint"
-    head_weights: tuple[float, ...] | None = field(default=None, validator=optional(deep_iterable(ge(0.0))))
+    head_weights: tuple[float, ...] | None = field(default=None, validator=optional(deep_iterable(and_(ge(0.0), lt(math.inf)))))
     decay: float | None = field(default=None, validator=optional([gt(0.0), le(1.0)]))
     objective: Literal["ce", "kl", "tv", "lk"] = "ce"
-    lk_eta: float = field(default=3.0, validator=ge(0.0))
+    lk_eta: float = field(default=3.0, validator=[ge(0.0), lt(math.inf)])
     draft_vocabulary: int | None = field(default=None, validator=optional(ge(1)))
     warmup_steps: int = field(default=0, validator=ge(0))
     lr_factor: float = field(default=1.0, validator=[gt(0.0), lt(math.inf)])
