@@ -56,7 +56,9 @@ def writing(where: Path | str) -> Iterator[None]:
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its pairs, for ``object_pairs_hook``: of a key's two values Python's json keeps one without a word.
+    """Make an object of its pairs, each key once; for ``object_pairs_hook``.
+
+    Of a key's two values Python's json keeps one without a word.
 
     Raises:
         ValueError: a key is there twice.

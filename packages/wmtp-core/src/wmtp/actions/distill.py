@@ -178,7 +178,9 @@ def _work_file(target: str, cache_dir: Path) -> Path:
 
 
 class _Progress:
-    """Says how far it is: after some seconds, also within the first batch, and then now and again.
+    """Lines of progress: after some seconds, then now and again.
+
+    The first comes within the first batch where that takes longer.
 
     Args:
         done: numbers of the prompts whose answers are written, which grows.

@@ -71,7 +71,10 @@ class Drafter(ABC):
         return copied
 
     def clear(self) -> None:
-        """Forget all tokens, and read the weights again, which may have learned; what is kept stays where it is."""
+        """Forget all tokens, and read the weights again, which may have learned.
+
+        What is kept stays where it is, since graphs read it there.
+        """
         for cache in self._caches:
             cache.clear()
         self._take_unembeddings()

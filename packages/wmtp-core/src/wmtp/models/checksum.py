@@ -15,7 +15,9 @@ _WHOLE: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Tensor:
-    """Sum a tensor's bits by rows and by columns, each with its number, so that an exchange of two is seen.
+    """Sum a tensor's bits by rows and by columns, weighted by their numbers.
+
+    So an exchange of two rows or columns is seen.
 
     Returns:
         ``[2]`` int64, on the tensor's device, which is not waited for.

@@ -80,8 +80,9 @@ def _changed(place: str) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _installed(_: tuple[tuple[str, int], ...]) -> _Entries:
-    """List the entry points of all distributions, or the exception of unreadable ones, for this state of ``sys.path``.
+    """List the entry points of all distributions, or exceptions of unreadable ones.
 
+    It is kept for each state of ``sys.path``, the argument: a process loads its plugins many times.
     `importlib.metadata.entry_points` would raise for everybody where one package's ``entry_points.txt`` is damaged.
     """
     found: list[tuple[Plugin, metadata.EntryPoint | Exception]] = []

@@ -49,7 +49,9 @@ def set_up(trainer: Trainer, setup: TrainerSetup, name: str, ranks: Ranks) -> di
 
 
 class Untaught:
-    """Modules of a stage that no gradient has reached: what is made of them is detached, or in no auxiliary loss.
+    """Modules of a stage that no gradient has reached.
+
+    What is made of them is detached, or in no auxiliary loss.
 
     Args:
         modules: the trainer's.

@@ -40,9 +40,9 @@ _MTP: Final = re.compile(r"(^|[._])(mtp|nextn)([._\d]|$)")
 
 
 def promised_in(fields: Mapping[str, Any]) -> dict[str, int]:
-    """Find the fields of a config that say how many layers for multi-token prediction there are, where they say any.
+    """Find a config's fields that promise layers for multi-token prediction.
 
-    They are called ``mtp_num_hidden_layers``, ``num_nextn_predict_layers``, ``num_mtp_layers`` …
+    They say how many, and are called ``mtp_num_hidden_layers``, ``num_nextn_predict_layers``, ``num_mtp_layers`` …
     """
     return {
         name: value
