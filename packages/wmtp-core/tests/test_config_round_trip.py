@@ -8,12 +8,12 @@ from typing import Any, Literal
 import attrs
 import pytest
 import tomli
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from wmtp.config.load import load_config
 from wmtp.config.schema import Config, EvalDataConfig, HeadsConfig, ModelConfig, RunConfig, TrainConfig
-from wmtp.config.tree import components, dump_config, flatten
+from wmtp.config.tree import components, dump_config, flatten, to_mapping
 from wmtp.data.config import Jsonl
 from wmtp.errors import ConfigError
 from wmtp.models.config import HfModel
@@ -106,6 +106,13 @@ configs = st.builds(
 
 @settings(max_examples=25, deadline=None)
 @given(configs)
+@example(
+    Config(
+        models={"base": ModelConfig(loader=HfModel(uri="m"))},
+        datasets={"d": Jsonl(uri="d")},
+        trainer=Wrapper(pair=(-(2**63), "")),
+    )
+)
 def test_reading_a_dump_gives_the_same_config(config):
     dumped = dump_config(config)
     again = load_config(tomli.loads(dumped), registry=REGISTRY)
@@ -132,6 +139,19 @@ def test_an_empty_optional_table_is_not_lost():
 def test_none_that_toml_cannot_say_is_an_error():
     with pytest.raises(ConfigError, match=r"trainer\.value: None cannot be written to TOML"):
         dump_config(small(trainer=Stubborn(value=None)))
+
+
+def test_none_that_would_be_a_value_is_an_error_and_elsewhere_the_default():
+    base = {"type": "scratch", "vocab_size": 64, "options": {"sliding_window": None}, "kv_heads": None}
+    given = to_mapping(small()) | {"models": {"base": base, "other": None}}
+    with pytest.raises(ConfigError) as caught:
+        load_config(given, registry=REGISTRY)
+    [problem] = caught.value.problems
+    assert "models.base.options.sliding_window: None is no value in a config, because TOML has no null" in problem
+    earlier = {"models": {"base": base | {"options": {"sliding_window": 7}}}}
+    later = {"models": {"base": {"options": {"sliding_window": 8}}}}
+    for sources, options in (([earlier, given], {}), ([given, later], later["models"]["base"]["options"])):
+        assert load_config(sources, registry=REGISTRY).models["base"].loader.options == options
 
 
 def test_a_value_that_toml_cannot_hold_is_an_error():

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from attrs import frozen
 
 from wmtp.config.converter import make_converter
+from wmtp.config.nulls import lost_nulls
 from wmtp.config.overrides import parse_override
 from wmtp.config.problems import Problem, Problems
 from wmtp.config.schema import Config, StorageConfig
@@ -68,6 +69,7 @@ def load(
     except Problems as found:
         problems += (problem for problem in found.problems if problem.path not in unexpanded)
     else:
+        problems += lost_nulls(config, document.nothing)
         if not problems:
             return Loaded(config=config, registry=registry, document=document)
     raise located(document, problems)

@@ -67,6 +67,7 @@ class Document:
 
     data: dict[str, Any] = field(factory=dict)
     origins: dict[KeyPath, Source] = field(factory=dict)
+    nothing: set[KeyPath] = field(factory=set, init=False)  #: keys of None that there was nothing to take away at
     _dropped: list[_Dropped] = field(factory=list, init=False)
 
     def merge(self, data: Mapping[str, Any], source: Source) -> None:
@@ -86,6 +87,8 @@ class Document:
         for key, value in new.items():
             here = (*path, key)
             if value is None:
+                if key not in old:
+                    self.nothing.add(here)
                 self._remove(old, key, here)
             elif isinstance(value, Mapping) and isinstance(old.get(key), dict):
                 self._merge(old[key], value, here, source)
@@ -109,6 +112,7 @@ class Document:
     def _copied(self, value: Any, path: KeyPath, source: Source) -> Any:
         self.origins[path] = source
         if isinstance(value, Mapping):
+            self.nothing |= {(*path, k) for k, v in value.items() if v is None}
             return {k: self._copied(v, (*path, k), source) for k, v in value.items() if v is not None}
         if isinstance(value, list | tuple):
             return [self._copied(v, (*path, i), source) for i, v in enumerate(value)]

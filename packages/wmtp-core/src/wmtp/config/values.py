@@ -51,7 +51,7 @@ def scalar(scalar: type, name: str) -> Callable[[Any, Any], Any]:
     def read(value: Any, _: Any) -> Any:
         if type(value) is not scalar:  # a bool is an int to isinstance
             raise wrong(name, value)
-        if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:  # no tensor, file or count holds more
+        if isinstance(value, int) and not -_LARGEST - 1 <= value <= _LARGEST:  # no tensor, file or count holds more
             raise Problems.one(f"is too large for a whole number, which has 64 bits: at most {_LARGEST}")
         return value
 
