@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import fast_answers
 import torch
@@ -68,6 +69,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     model = open_once(arguments)
     answers = arguments.folder / "answers.jsonl"
+    texts = [(spec, "answers", answers) for spec in arguments.runs.split(",")]
     if arguments.answers is not None:
         held_out = held_out_prompts(arguments.held_out)
         with lzma.open(arguments.answers, "rb") as packed, answers.open("wb") as file:
@@ -76,27 +78,10 @@ def main() -> None:
     else:
         data, held_out = write_prompts(arguments)
         say(f"prompts: {sum(1 for _ in data.open())} to learn from, {len(held_out)} held out")
-    if arguments.answers is not None:
-        pass
-    elif arguments.answer_seconds:
-        write_answers(arguments, data, answers)
-    else:
-        done = wmtp.distill_data(
-            model,
-            data,
-            answers,
-            max_new_tokens=arguments.new_tokens,
-            temperature=arguments.temperature,
-            batch_size=arguments.answer_batch,
-            template="none",
-            precision="bf16" if on_gpu(arguments) else None,
-            device=arguments.device,
-        )
-        say(f"answers: {done.found + done.written}, now {done.written} with {done.tokens:,} tokens in {done.seconds:.0f} s")
+        answer(arguments, model, data, answers)
+        if not arguments.no_data_run:
+            texts.append(("ce", "functions", data))
     rows = [] if arguments.no_new else [{"heads": "new", **measure(arguments, held_out, None)}]
-    texts = [(spec, "answers", answers) for spec in arguments.runs.split(",")]
-    if not arguments.no_data_run:
-        texts.append(("ce", "functions", data))
     for spec, text, source in texts:
         if arguments.seconds and seconds_left(arguments) < _LEAST_SECONDS:
             say(f"{spec}: left out, no time is left")
@@ -110,6 +95,25 @@ def main() -> None:
             shutil.rmtree(arguments.keep, ignore_errors=True)
             shutil.copytree(run_dir, arguments.keep, ignore=shutil.ignore_patterns("checkpoints", ".cache", "*.lock"))
     print_table(rows)
+
+
+def answer(arguments: argparse.Namespace, model: str, data: Path, answers: Path) -> None:
+    """Write what the model answers to the prompts."""
+    if arguments.answer_seconds:
+        write_answers(arguments, data, answers)
+        return
+    done = wmtp.distill_data(
+        model,
+        data,
+        answers,
+        max_new_tokens=arguments.new_tokens,
+        temperature=arguments.temperature,
+        batch_size=arguments.answer_batch,
+        template="none",
+        precision="bf16" if on_gpu(arguments) else None,
+        device=arguments.device,
+    )
+    say(f"answers: {done.found + done.written}, now {done.written} with {done.tokens:,} tokens in {done.seconds:.0f} s")
 
 
 def parsed() -> argparse.Namespace:
@@ -134,7 +138,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--train-seconds", type=float, default=0.0, help="of the steps of a run, in place of their number")
     parser.add_argument("--seconds", type=float, default=0.0, help="of all; runs are cut short, or left out")
     parser.add_argument("--began", type=float, help="when --seconds begins, since 1970; default: now")
-    parser.add_argument("--answers", type=Path, help="answers.jsonl of an earlier call, packed by xz")
+    parser.add_argument(
+        "--answers", type=Path, help="answers.jsonl of an earlier call, packed by xz; without the run on functions"
+    )
     parser.add_argument("--rows", type=int, default=32, help="of 1,024 tokens, in a step")
     parser.add_argument("--micro-rows", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3, help="of the heads")
@@ -221,7 +227,7 @@ def ending_in_time(arguments: argparse.Namespace) -> Iterator[None]:
     """End a run's steps when its time is up, with a cosine over that time: how many steps that is, nobody knows before."""
     fits: list[loop.Fit] = []
     clock: dict[str, float] = {}
-    run, factor = loop.Fit.run, loop.learning_rate_factor
+    run = loop.Fit.run
 
     def noted(fit: loop.Fit) -> loop.FitResult:
         fits.append(fit)
@@ -238,11 +244,8 @@ def ending_in_time(arguments: argparse.Namespace) -> Iterator[None]:
             fits[-1].total_steps = step + 1
         return min(1.0, (step + 1) / 30) * max(0.01, 0.5 * (1.0 + math.cos(math.pi * min(gone, 1.0))))
 
-    loop.Fit.run, loop.learning_rate_factor = noted, timed
-    try:
+    with patch.object(loop.Fit, "run", noted), patch.object(loop, "learning_rate_factor", timed):
         yield
-    finally:
-        loop.Fit.run, loop.learning_rate_factor = run, factor
 
 
 def train(arguments: argparse.Namespace, spec: str, text: str, source: Path) -> tuple[Path, float, dict[str, float]]:

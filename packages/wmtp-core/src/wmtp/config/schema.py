@@ -224,7 +224,7 @@ class DevicesConfig:
     activation_checkpointing: Literal["none", "full", "selective", "offload"] = "none"
     attention: Literal["auto", "transformers"] = "auto"
     compile: bool = False
-    memory_gib: float | None = field(default=None, validator=optional([gt(0.0), le(100_000)]))
+    memory_gib: float | None = field(default=None, validator=optional([gt(0.0), le(100_000.0)]))
     threads: int | None = field(default=None, validator=optional([ge(1), le(4096)]))
     fsdp: FsdpConfig | None = None
     timeout: float = field(default=600.0, validator=[gt(0.0), lt(math.inf)])
