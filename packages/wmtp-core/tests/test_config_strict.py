@@ -255,6 +255,11 @@ def test_two_components_of_one_name_are_an_error_that_names_both():
         ({"storage": {"s3": {"chunk_size": float("inf")}}}, "storage.s3.chunk_size: must be < inf, not inf"),
         ({"storage": {"s3": {"retry_timeout": float("inf")}}}, "storage.s3.retry_timeout: must be <= 1000000000.0, not inf"),
         ({"storage": {"gs": {"connect_timeout": 1e300}}}, "storage.gs.connect_timeout: must be <= 1000000000.0, not 1e+300"),
+        ({"eval": [{"type": "pass-at-k", "timeout": float("inf")}]}, "eval.0.timeout: must be <= 1000000.0, not inf"),
+        (
+            {"launcher": {"type": "vessl", "preset": "p", "gpus": 1, "image": "i", "poll_interval": float("inf")}},
+            "launcher.poll_interval: must be <= 1000000.0, not inf",
+        ),
         ({"storage": {"az": {"read_timeout": float("inf")}}}, "storage.az.read_timeout: must be <= 1000000000.0, not inf"),
         (
             {"models": {"base": {"heads": {"horizon": 2, "head_weights": [1.0, float("inf")]}}}},

@@ -157,7 +157,7 @@ class VesslLauncher(LauncherConfig):
     termination_protection: bool = False
     tags: tuple[str, ...] = ()
     description: str | None = None
-    poll_interval: float = field(default=3.0, validator=gt(0.0))
+    poll_interval: float = field(default=3.0, validator=[gt(0.0), le(1e6)])
 
     @property
     def digest(self) -> str | None:

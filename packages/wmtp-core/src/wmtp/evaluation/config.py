@@ -196,7 +196,7 @@ class PassAtK(EvaluatorConfig):
     max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
     batch_size: int = field(default=16, validator=ge(1))
     speculative: bool = False
-    timeout: float = field(default=10.0, validator=gt(0.0))
+    timeout: float = field(default=10.0, validator=[gt(0.0), le(1e6)])
     memory_mb: int = field(default=1024, validator=ge(64))
     workers: int | None = field(default=None, validator=optional(ge(1)))
     isolation: Literal["auto", "process"] = "auto"
