@@ -171,6 +171,11 @@ def test_heads_that_the_folder_brings_come_before_its_own_layers(folder_of, tmp_
     assert not [*native_problems(folder, WANTED)]
 
 
+def test_an_embedding_that_is_no_table_is_left_to_opening(folder_of, tmp_path: Path):
+    folder = changed(folder_of("mimo"), tmp_path / "flat", put("model.embed_tokens.weight", torch.zeros(32)))
+    assert not [*native_problems(folder, WANTED)]
+
+
 def test_experts_that_are_joined_in_the_model_alone_are_left_to_transformers(folder_of, tmp_path: Path):
     def join(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
         without(f"model.layers.{LAYERS - 1}.mlp.experts.")(tensors, config)

@@ -17,12 +17,13 @@ _WHOLE: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def checksum(tensor: Tensor) -> Tensor:
     """Sum a tensor's bits by rows and by columns, weighted by their numbers.
 
-    So an exchange of two rows or columns is seen.
+    So an exchange of two rows or columns is seen, unless their sums are equal.
 
     Returns:
         ``[2]`` int64, on the tensor's device, which is not waited for.
     """
-    numbers = tensor.detach().contiguous().view(_WHOLE[tensor.element_size()])
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    numbers = real.detach().contiguous().view(_WHOLE[real.element_size()])
     numbers = numbers.flatten(1) if numbers.dim() > 1 else numbers.view(1, -1)
     sums = []
     for dim in (0, 1):

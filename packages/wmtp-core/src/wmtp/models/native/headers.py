@@ -110,6 +110,9 @@ def _problem(content: Mapping[str, Any], tensors: Mapping[str, Entry]) -> Proble
     stem = min(stems, key=len, default=None)
     if not isinstance(layers, int) or stem is None:
         return None
+    embedding = tensors[f"{stem}embed_tokens.weight"].shape
+    if len(embedding) != 2:
+        return None
     model_type = text.get("model_type") or f"{content.get('model_type')}_text"
     names = {"model_type": str(model_type), "architectures": content.get("architectures") or ()}
     said = promised_in(content) | promised_in(text)
@@ -129,7 +132,7 @@ def _problem(content: Mapping[str, Any], tensors: Mapping[str, Entry]) -> Proble
         for name, entry in tensors.items()
         if name.startswith(begin) and not name.endswith(_COMPUTED)
     }
-    rows, width = tensors[f"{stem}embed_tokens.weight"].shape
+    rows, width = embedding
     expected = expected_tensors(layout, len(modules), layers=layers, template=template, width=width, rows=rows, tensors=own)
     if _forms(own) and _forms(own) != _forms(expected.shapes):
         # experts one by one here, joined there: which of them the model's class reads, transformers alone knows
