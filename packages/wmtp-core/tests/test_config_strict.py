@@ -247,7 +247,7 @@ def test_two_components_of_one_name_are_an_error_that_names_both():
         ),
         ({"train": {"log_interval": -(2**64)}}, "train.log_interval: is too large for a whole number, which has 64 bits"),
         ({"train": {"epochs": 1e308}}, "train.epochs: must be <= 1000000000.0, not 1e+308"),
-        ({"devices": {"memory_gib": float("inf")}}, "devices.memory_gib: must be <= 100000, not inf"),
+        ({"devices": {"memory_gib": float("inf")}}, "devices.memory_gib: must be <= 100000.0, not inf"),
         ({"devices": {"threads": 2**62}}, "devices.threads: must be <= 4096, not 4611686018427387904"),
         ({"optimizer": {"type": "adamw", "weight_decay": float("inf")}}, "optimizer.weight_decay: must be < inf, not inf"),
         ({"optimizer": {"type": "muon", "eps": float("inf")}}, "optimizer.eps: must be < inf, not inf"),

@@ -256,7 +256,8 @@ class Fit:
             raise PluginError(
                 f"{self.step_loss.trainer_name}: stage {stage.name!r}: no trainable parameter received a gradient"
             )
-        self._untaught.after_backward(last=self._step + 1 == self.total_steps)
+        if self._untaught.modules:
+            self._untaught.after_backward(last=self._step + 1 == self.total_steps)
         norm = gradient_norm(learned)
         if self.train.max_grad_norm:
             clip_gradients(self.optimizer, learned, self.train.max_grad_norm, norm)

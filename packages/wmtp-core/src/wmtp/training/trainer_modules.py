@@ -57,28 +57,29 @@ class Untaught:
         modules: the trainer's.
         stage: of the run.
         name: what messages call the trainer.
+
+    Attributes:
+        modules: that are still looked at; none: `after_backward` need not be called.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], stage: Stage, name: str) -> None:
         # in the heads' warm-up, which is no stage of the trainer's, its losses may leave its modules alone
         learn = {key: module for key, module in modules.items() if key not in stage.frozen and stage.name != HEAD_WARMUP}
-        self._modules = {key: module for key, module in learn.items() if any(True for _ in module.parameters())}
+        self.modules = {key: module for key, module in learn.items() if any(True for _ in module.parameters())}
         self._stage, self._name, self._steps = stage.name, name, 0
 
     def after_backward(self, *, last: bool) -> None:
         """Look at the gradients of one step; ``last``: of the run. Name what has never had one, once."""
-        if not self._modules:
-            return
         self._steps += 1
-        without = {key: module for key, module in self._modules.items() if all(p.grad is None for p in module.parameters())}
-        self._modules = without
+        without = {key: module for key, module in self.modules.items() if all(p.grad is None for p in module.parameters())}
+        self.modules = without
         if without and (last or self._steps >= _SOON):
             _log.warning(
                 "%s: stage %r: no gradient has reached the module %s in %d steps, so it does not learn; is its part of "
                 "auxiliary_losses detached or missing?",
                 self._name, self._stage, ", ".join(map(repr, without)), self._steps,
             )  # fmt: skip
-            self._modules = {}
+            self.modules = {}
 
 
 def _seeded(trainer: Trainer, setup: TrainerSetup) -> None:
