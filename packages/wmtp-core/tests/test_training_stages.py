@@ -338,3 +338,16 @@ def test_a_module_that_no_gradient_reaches_is_named_once(caplog, stage, named):
     short = Untaught({"idle": torch.nn.Linear(1, 1)}, Stage(), "x")
     short.after_backward(last=True)
     assert "no gradient has reached the module 'idle' in 1 steps" in caplog.records[-1].getMessage()
+    unlooked = Untaught({"idle": torch.nn.Linear(1, 1)}, Stage(), "x")
+    unlooked.end()
+    assert len(caplog.records) == named + 1
+
+
+def test_a_module_of_a_short_stage_is_named_when_it_ends(caplog):
+    watch = Untaught({"idle": torch.nn.Linear(1, 1)}, Stage(name="a"), "x")
+    for _ in range(3):
+        watch.after_backward(last=False)
+    watch.end()
+    watch.end()
+    [record] = caplog.records
+    assert "stage 'a': no gradient has reached the module 'idle' in 3 steps" in record.getMessage()

@@ -211,6 +211,7 @@ class Fit:
         with nullcontext() if sharding is None else sharding.other_parameters_learn(model):
             apply_stage(stage, model, self.modules, self.step_loss.trainer_name)
         self._stage = stage
+        self._untaught.end()
         self._untaught = Untaught(self.modules, stage, self.step_loss.trainer_name)
         self._stage_stopping = EarlyStopping(stage.until, f"stage {stage.name!r} of {self.step_loss.trainer_name}")
         if self._resumed_stage is not None and self._resumed_stage["name"] == stage.name:

@@ -71,15 +71,19 @@ class Untaught:
     def after_backward(self, *, last: bool) -> None:
         """Look at the gradients of one step; ``last``: of the run. Name what has never had one, once."""
         self._steps += 1
-        without = {key: module for key, module in self.modules.items() if all(p.grad is None for p in module.parameters())}
-        self.modules = without
-        if without and (last or self._steps >= _SOON):
+        self.modules = {key: module for key, module in self.modules.items() if all(p.grad is None for p in module.parameters())}
+        if last or self._steps >= _SOON:
+            self.end()
+
+    def end(self) -> None:
+        """Name the modules that no gradient has reached in the steps that were looked at."""
+        if self.modules and self._steps:
             _log.warning(
                 "%s: stage %r: no gradient has reached the module %s in %d steps, so it does not learn; is its part of "
                 "auxiliary_losses detached or missing?",
-                self._name, self._stage, ", ".join(map(repr, without)), self._steps,
+                self._name, self._stage, ", ".join(map(repr, self.modules)), self._steps,
             )  # fmt: skip
-            self.modules = {}
+        self.modules = {}
 
 
 def _seeded(trainer: Trainer, setup: TrainerSetup) -> None:
