@@ -70,7 +70,7 @@ def _ours(model: MTPModel, prompts: list[list[int]], new: int, *, speculative: b
 
 
 def _theirs(given: argparse.Namespace, folder: Path, drafts: int) -> dict[str, Any]:
-    command = [given.vllm, SERVER, folder / "served", folder / "prompts.json", given.new, drafts]
+    command = [given.vllm, SERVER, folder / "served", folder / "prompts.json", given.new, drafts, "float32"]
     environment = {"OMP_NUM_THREADS": str(given.threads), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
