@@ -186,7 +186,7 @@ class _Done:
 
 
 class _Truth:
-    """What plain decoding writes, where graphs read it, and which drafts are to be right.
+    """Texts of plain decoding where graphs read them, and the drafts that are to be right.
 
     Args:
         groups: batches of prompts.

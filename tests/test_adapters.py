@@ -38,6 +38,19 @@ def learned(folder: Path):
     return {f"{file.name}: {k}": v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
+def resumed(whole):
+    """Train a run's end once more, from a checkpoint in its middle, and return what it has learned: the same, bit for bit."""
+    before = learned(whole.model)
+    for step in ("step-8", "step-10"):
+        shutil.rmtree(whole.run_dir / "checkpoints" / step, ignore_errors=True)
+    shutil.rmtree(whole.model)
+    wmtp.run(resume=whole.run_dir)
+    after = learned(whole.model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    return after
+
+
 @pytest.mark.parametrize(
     ("precision", "heads"),
     [
@@ -95,14 +108,7 @@ def test_on_weights_in_fp8_a_run_is_resumed_bit_for_bit_and_exported_from_the_we
     with caplog.at_level("INFO", "wmtp"):
         whole = wmtp.run(adapted, run_name="whole", overrides=["train.max_steps=8", "optimizer.lr=0.02", fp8])
     assert "the weights of 14 of them never learn and are kept in fp8" in caplog.text
-    before = learned(whole.model)
-    for step in ("step-8", "step-10"):
-        shutil.rmtree(whole.run_dir / "checkpoints" / step, ignore_errors=True)
-    shutil.rmtree(whole.model)
-    wmtp.run(resume=whole.run_dir)
-    after = learned(whole.model)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    after = resumed(whole)
     wmtp.export(whole.run_dir, tmp_path / "hf", format="hf")
     base, merged = (learned(tmp_path / name) for name in ("base", "hf"))
     name = "model.layers.1.mlp.up_proj"
@@ -273,14 +279,7 @@ def test_a_run_on_4_bits_is_resumed_bit_for_bit_and_exported(adapted, tmp_path):
     optimizer = 'optimizer={type="adamw-8bit",lr=0.02}'
     settings = ['models.base.quantize="nf4"', "train.max_steps=8", optimizer, 'devices.precision="bf16-params"']
     whole = wmtp.run(adapted, run_name="whole", overrides=settings)
-    before = learned(whole.model)
-    for step in ("step-8", "step-10"):
-        shutil.rmtree(whole.run_dir / "checkpoints" / step, ignore_errors=True)
-    shutil.rmtree(whole.model)
-    wmtp.run(resume=whole.run_dir)
-    after = learned(whole.model)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    resumed(whole)
     measured = wmtp.evaluate(whole.run_dir, overrides=['eval=[{type="perplexity"}]'])
     assert measured.numbers["perplexity/head_1"] == pytest.approx(math.exp(whole.metrics["eval/loss/head_1"]), rel=1e-2)
     wmtp.export(whole.run_dir, tmp_path / "own", format="wmtp")

@@ -58,3 +58,18 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "base"
     SMALL.build().load(None, dtype=torch.float32, seed=1).model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """Makes a folder with MTP layers of its own, once a layout and file."""
+    from native_folders import native_folder
+
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = native_folder(tmp_path_factory.mktemp(name) / "model", name)
+        return made[name]
+
+    return get

@@ -9,7 +9,7 @@ from pathlib import Path
 import native_folders as folders
 import pytest
 import torch
-from native_folders import LAYERS, NAMES, NAMING, VOCAB, copy_tables, native_folder, tensors_of
+from native_folders import LAYERS, NAMES, NAMING, VOCAB, copy_tables, tensors_of
 from native_plain import plain_logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,18 +19,6 @@ from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
 from wmtp.models import MTPModel, build_model, load_model
 from wmtp.models.loaders.hf import HfLoader
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory):
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = native_folder(tmp_path_factory.mktemp(name) / "model", name)
-        return made[name]
-
-    return get
 
 
 def ids_of(rows: int = 2, length: int = 9) -> Tensor:

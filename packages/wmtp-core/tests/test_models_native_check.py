@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_folders import LAYERS, NAMES, native_folder
+from native_folders import LAYERS, NAMES
 from safetensors.torch import load_file, save_file
 
 from wmtp.cli import main
@@ -30,18 +30,6 @@ type = "baseline-mtp"
 """
 WANTED = HeadsConfig(horizon=2)
 Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], object]
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = native_folder(tmp_path_factory.mktemp(name) / "model", name)
-        return made[name]
-
-    return get
 
 
 def changed(source: Path, folder: Path, change: Change) -> Path:
