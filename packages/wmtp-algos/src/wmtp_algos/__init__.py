@@ -1,4 +1,4 @@
-"""Algorithms of WMTP. The config classes are here; importing them imports no torch."""
+"""Algorithms of WMTP; importing their config classes imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""adamtp: how far ahead is learned depends on how predictable the text is."""
+"""adamtp: learn as far ahead as the text is predictable."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ __all__ = ["AdaMTP"]
 
 @frozen(kw_only=True)
 class AdaMTP(Trainer):
-    """Learns as far ahead as the text is predictable: w = 1 where k ≤ d_t, else 0, as AdaMTP (arXiv 2608.00434) masks heads.
+    """Multi-token prediction as far ahead as the text is predictable (arXiv 2608.00434).
 
-    How the paper finds d_t was not available to us. This is WMTP's own reading: d_t = 1 + the number of heads, from the first
-    on, that all give their targets at least the probability ``confidence``. The first head that is not sure is the last that
-    learns there. A target that is not learned (of a prompt) counts as not sure, so heads 2..H learn nothing at positions before
-    the last of a prompt. With new heads, warm them up first (``warmup_steps`` in ``[models.base.heads]``), as the paper does.
+    w = 1 where k ≤ d_t, else 0, as AdaMTP masks heads. How the paper finds d_t was not available to us. This is WMTP's own
+    reading: d_t = 1 + the number of heads, from the first on, that all give their targets at least the probability
+    ``confidence``. The first head that is not sure is the last that learns there. A target that is not learned (of a prompt)
+    counts as not sure, so heads 2..H learn nothing at positions before the last of a prompt. With new heads, warm them up first
+    (``warmup_steps`` in ``[models.base.heads]``), as the paper does.
 
     Args:
         confidence: probability from which a head counts as sure; with 0, and without prompts, it is the baseline.
@@ -39,7 +40,7 @@ class AdaMTP(Trainer):
     def token_weights(self, view: StepView) -> Tensor:
         """Return a weight for each prediction, ``[B, S, H]``."""
         sure = ((-view.token_loss).exp() >= self.confidence) & view.targets.valid
-        before = view.uniform()  # whether all heads before this one are sure
+        before = view.uniform()  # 1 where all heads before this one are sure
         before[..., 1:] = sure[..., :-1].float().cumprod(dim=-1)
         before[..., : self.min_depth] = 1.0
         return before

@@ -1,7 +1,7 @@
-"""From values of states to weights of tokens: returns, advantages, whitening. Pure functions of whole tensors.
+"""Returns, advantages and token weights from a critic's values.
 
-Everywhere ``value[t]`` is V of the text up to and with token t, and a document is a stretch of equal numbers in ``document``.
-Nothing passes from one document into the next, nor into padding, whose results are 0.
+Pure functions of whole tensors. Everywhere ``value[t]`` is V of the text up to and with token t, and a document is a stretch of
+equal numbers in ``document``. Nothing passes from one document into the next, nor into padding, whose results are 0.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ __all__ = [
 
 
 def discounted_sums(values: Tensor, decay: float, document: Tensor) -> Tensor:
-    """y[t] = x[t] + decay · y[t+1] inside each document, by doubling: log₂ S steps, each over the whole tensor.
+    """Sum each token's and all later values of its document, discounted.
 
-    After step i, y[t] covers 2^i tokens from t on: y[t] += decay^(2^i) · y[t + 2^i]. Where decay ≤ 1 no factor grows.
+    y[t] = x[t] + decay · y[t+1] inside each document, by doubling: log₂ S steps, each over the whole tensor. After step i, y[t]
+    covers 2^i tokens from t on: y[t] += decay^(2^i) · y[t + 2^i]. Where decay ≤ 1 no factor grows.
 
     Args:
         values: ``[B, S]``, x.
@@ -71,7 +72,10 @@ def lambda_returns(value: Tensor, reward: Tensor, document: Tensor, *, gamma: fl
 
 
 def monte_carlo_returns(reward: Tensor, document: Tensor, *, gamma: float) -> Tensor:
-    """γ^(T−t) R: `lambda_returns` with λ = 1, which needs no values."""
+    """Compute Monte Carlo returns within each document.
+
+    γ^(T−t) R: `lambda_returns` with λ = 1, which needs no values.
+    """
     return discounted_sums(torch.where(_is_last(document), reward, 0.0), gamma, document)
 
 
@@ -126,7 +130,10 @@ def advantage_weights(
 
 
 def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Number, mean and variance of the values that ``mask`` marks; mean and variance of none are 0. Sums are in fp64."""
+    """Return the number, mean and variance of the marked values.
+
+    Mean and variance of none are 0. Sums are in fp64.
+    """
     exact = torch.where(mask, values.to(statistics_dtype(values.device)), 0.0)
     count = mask.sum().to(exact.dtype)
     mean = exact.sum() / count.clamp(min=1)
@@ -153,7 +160,7 @@ def document_means(values: Tensor, mask: Tensor, document: Tensor, count: int) -
 
 
 def correlation(left: Tensor, right: Tensor, mask: Tensor) -> Tensor:
-    """Pearson's correlation over the marked places; NaN where one of the two does not vary."""
+    """Pearson correlation over the marked places; NaN where one side is constant."""
     _, left_mean, left_variance = masked_moments(left, mask)
     _, right_mean, right_variance = masked_moments(right, mask)
     _, product, _ = masked_moments((left - left_mean) * (right - right_mean), mask)
@@ -161,7 +168,7 @@ def correlation(left: Tensor, right: Tensor, mask: Tensor) -> Tensor:
 
 
 def by_token(of_documents: Tensor, document: Tensor) -> Tensor:
-    """Place a number of each document at all its tokens; 0 at padding.
+    """Place each document's number at all its tokens; 0 at padding.
 
     Args:
         of_documents: ``[N]``.

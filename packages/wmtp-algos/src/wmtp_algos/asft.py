@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen
-from attrs.validators import ge, lt, matches_re, optional
+from attrs.validators import ge, lt
 
 from wmtp import Trainer, TrainerConfig
+from wmtp_algos.config import IS_DEVICE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,9 @@ __all__ = ["ASFT", "ASFTTrainer"]
 
 @frozen(kw_only=True)
 class ASFT(TrainerConfig):
-    """Anchored supervised fine-tuning (Zhu et al., arXiv 2509.23753): `dft` plus λ · KL to the start model.
+    """Dynamic fine-tuning anchored to the start model (Zhu et al., arXiv 2509.23753).
+
+    Anchored supervised fine-tuning: `dft` plus λ · KL to the start model.
 
         L = Σ α p CE / Z  +  λ · mean over tokens KL(p₀ ‖ p_θ)        p = exp(−CE), without gradient
 
@@ -41,7 +44,7 @@ class ASFT(TrainerConfig):
     published_normalizer = "valid"
     kl_weight: float = field(default=0.1, validator=[ge(0.0), lt(math.inf)])
     reference_precision: Literal["fp32", "bf16"] = "fp32"
-    reference_device: str | None = field(default=None, validator=optional(matches_re(r"cpu|mps|cuda(:\d+)?")))
+    reference_device: str | None = field(default=None, validator=IS_DEVICE)
 
     def build(self) -> Trainer:
         """Make the trainer."""
@@ -68,7 +71,7 @@ class ASFTTrainer(Trainer):
             self._start = open_reference(self._config, setup, "base")
 
     def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
-        """``anchor_kl``: KL(p₀ ‖ p_θ) of the prediction made at each place, ``[b, S]``, with gradient."""
+        """Observe ``anchor_kl``, KL(p₀ ‖ p_θ) at each place: ``[b, S]``, with gradient."""
         from wmtp_algos.reference import divergence
 
         return {"anchor_kl": divergence(self._start, view)} if self._config.kl_weight else {}

@@ -25,7 +25,7 @@ _NO_WEIGHTS = (
 
 @frozen(kw_only=True)
 class Column(Trainer):
-    """Token weights read from the data, applied at every head that predicts the token.
+    """Token weights from the data, at every head that predicts the token.
 
     Documents without weights have weight 1; data in which no document has any is refused.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from attrs import field, frozen
 from attrs.validators import ge, gt, le, lt, matches_re, optional
@@ -14,14 +14,18 @@ from wmtp.plugins.components import component, idle_keys
 if TYPE_CHECKING:
     from wmtp.trainers import Trainer
 
-__all__ = ["RandomMatched", "Rho1WMTP", "Shuffled"]
+__all__ = ["IS_DEVICE", "RandomMatched", "Rho1WMTP", "Shuffled"]
+
+#: validates ``reference_device``
+IS_DEVICE: Final = optional(matches_re(r"cpu|mps|cuda(:\d+)?"))
 
 
 @frozen(kw_only=True)
 class Rho1WMTP(TrainerConfig):
-    """Learns where the model is worse than a reference model (Rho-1: Lin et al., arXiv 2404.07965), at every head.
+    """Selection by excess loss against a reference model, at every head.
 
-    The excess loss of head k's prediction of token j = t+k, signed:
+    Learns where the model is worse than the reference (Rho-1: Lin et al., arXiv 2404.07965). The excess loss of head k's
+    prediction of token j = t+k, signed:
 
         Δ[t, k] = CE[t, k] − CE_ref[j]          CE_ref[j] = −log P_ref(x_j | x_<j)
 
@@ -67,7 +71,7 @@ class Rho1WMTP(TrainerConfig):
     min_excess: float = field(default=0.01, validator=ge(0.0))
     max_weight: float = field(default=3.0, validator=ge(1.0))
     reference_precision: Literal["fp32", "bf16"] = "fp32"
-    reference_device: str | None = field(default=None, validator=optional(matches_re(r"cpu|mps|cuda(:\d+)?")))
+    reference_device: str | None = field(default=None, validator=IS_DEVICE)
     reference_cache: bool = False
 
     def check(self) -> Iterator[str]:
@@ -89,7 +93,7 @@ class Rho1WMTP(TrainerConfig):
 
 @frozen(kw_only=True)
 class Shuffled(TrainerConfig):
-    """A control: another trainer's weights, dealt out at random to the predictions of the same head.
+    """A control: another trainer's weights, dealt out at random within each head.
 
     Every head keeps exactly the weights that it has in the treatment, so mean, spread and zeros are the same; only which
     prediction gets which is left to chance. If this learns as well as the treatment, the assignment was of no use.
@@ -111,9 +115,10 @@ class Shuffled(TrainerConfig):
 
 @frozen(kw_only=True)
 class RandomMatched(TrainerConfig):
-    """A control: random weights that have, at each head, the mean and the standard deviation of another trainer's weights.
+    """A control: random weights with another trainer's mean and spread, per head.
 
-    They are log-normal, so unlike `Shuffled` it replaces the shape of the distribution too: none is 0.
+    At each head they have the mean and the standard deviation of the treatment's weights. They are log-normal, so unlike
+    `Shuffled` it replaces the shape of the distribution too: none is 0.
 
     Args:
         of: the treatment: any trainer, in the table ``[trainer.of]``.

@@ -19,11 +19,11 @@ __all__ = ["CriticWMTP"]
 
 @frozen(kw_only=True)
 class CriticWMTP(TrainerConfig):
-    """Learns most where a critic saw the text become better: two stages in one run.
+    """Advantage weights from a learned critic: two stages in one run.
 
-    Stage ``value`` freezes the model and learns V, how good the text so far is, from the rewards of whole documents. Stage
-    ``train`` learns the documents with weights by advantage: with V_t the value after token t, r = R at a document's last token
-    and 0 before, and V := 0 after its end
+    Learns most where the critic saw the text become better. Stage ``value`` freezes the model and learns V, how good the text
+    so far is, from the rewards of whole documents. Stage ``train`` learns the documents with weights by advantage: with V_t the
+    value after token t, r = R at a document's last token and 0 before, and V := 0 after its end
 
         δ_t = r_t + γ V_t − V_{t−1}      A_t = δ_t + γλ A_{t+1}      w_t = clip(exp(z_t / β), w_min, w_max), then mean 1
 

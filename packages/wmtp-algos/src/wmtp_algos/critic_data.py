@@ -35,7 +35,9 @@ def reward_of(document: Document) -> float:
 
 
 def is_correct(config: CriticWMTP, document: Document) -> bool:
-    """Return True for a correct document, by ``is_correct`` or else by its ``reward``.
+    """Tell whether a document is correct, by its label or its reward.
+
+    ``is_correct`` decides where it is given, else a ``reward`` of at least ``correct_reward``.
 
     Raises:
         WMTPError: the document has neither.

@@ -69,7 +69,11 @@ class CriticWMTPTrainer(Trainer):
         return (train,) if config.value_head is not None else (value, train)
 
     def groups(self, data: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
-        """``value``: all documents, or pairs of them; ``train``: those to learn, and where the value learns too, the rest."""
+        """See `Trainer.groups`.
+
+        Stage ``value``: all documents, or pairs of them; stage ``train``: those to learn, and where the value learns too, the
+        rest.
+        """
         config, numbers = self._config, np.arange(len(data))
         learns_value = stage.name == _VALUE or (stage.name == _TRAIN and config.value_learns)
         if learns_value and config.value_loss == "pairwise":
@@ -136,7 +140,10 @@ class CriticWMTPTrainer(Trainer):
     # --- every step
 
     def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
-        """``value``: V after each token, ``[b, S]`` fp32. Nothing before there is anything to ask of it."""
+        """Observe ``value``: V after each token, ``[b, S]`` fp32.
+
+        Nothing in the heads' warm-up, when V knows nothing yet.
+        """
         if view.stage not in (_VALUE, _TRAIN):
             return {}
         if self._critic is None:
@@ -146,7 +153,10 @@ class CriticWMTPTrainer(Trainer):
         return {"value": self._value_head(hidden)}
 
     def auxiliary_losses(self, view: StepView) -> Mapping[str, Tensor]:
-        """``value``, where the value learns; the diagnostics, in both stages."""
+        """Return ``value``, where the value learns.
+
+        Computes the diagnostics too, in both stages.
+        """
         if "value" not in view.observations:
             return {}
         config, batch = self._config, view.batch
@@ -171,7 +181,7 @@ class CriticWMTPTrainer(Trainer):
         return {"value": config.value_loss_coef * loss} if config.value_learns else {}
 
     def eligible(self, view: StepView) -> Tensor:
-        """See `Trainer.eligible`: the predictions of tokens in documents that are learned, ``[B, S, H]``."""
+        """See `Trainer.eligible`: predictions of tokens in learned documents, ``[B, S, H]``."""
         return view.by_prediction(self._learned(view.batch)) & view.targets.valid
 
     def token_weights(self, view: StepView) -> Tensor:
@@ -264,7 +274,10 @@ class CriticWMTPTrainer(Trainer):
         }
 
     def metrics(self) -> Mapping[str, Tensor]:
-        """``critic/…``; those that need two kinds of document are missing where a step has one."""
+        """Return the metrics ``critic/…``.
+
+        Those that compare two kinds of document are missing where a step has only one.
+        """
         return self._metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -278,7 +291,10 @@ class CriticWMTPTrainer(Trainer):
 
 
 def _states(batch: Batch) -> Tensor:
-    """Where V counts, ``[B, S]`` bool: after each token to learn, and before the first, whose advantage is taken against it."""
+    """Mark the states whose V counts, ``[B, S]`` bool.
+
+    After each token to learn, and before the first, whose advantage is taken against it.
+    """
     before = torch.zeros_like(batch.loss_mask)
     before[:, :-1] = batch.loss_mask[:, 1:] & (batch.document[:, 1:] == batch.document[:, :-1])
     return (batch.loss_mask | before) & (batch.document != PADDING)

@@ -1,4 +1,4 @@
-"""distill: learn the data, and a reference model's whole distribution at each token."""
+"""distill: learn the data and a reference model's whole distribution."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen
-from attrs.validators import gt, lt, matches_re, optional
+from attrs.validators import gt, lt
 
 from wmtp import Trainer, TrainerConfig
+from wmtp_algos.config import IS_DEVICE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,9 @@ __all__ = ["Distill", "DistillTrainer"]
 
 @frozen(kw_only=True)
 class Distill(TrainerConfig):
-    """Distillation from a reference model (Hinton et al., arXiv 1503.02531): the cross entropy plus λ · KL to the reference.
+    """Distillation from a reference model (Hinton et al., arXiv 1503.02531).
+
+    The cross entropy plus λ · KL to the reference:
 
         L = Σ α CE / Z  +  λ · mean over tokens KL(p_ref ‖ p_θ)
 
@@ -40,7 +43,7 @@ class Distill(TrainerConfig):
     required_models = ("ref",)
     kl_weight: float = field(default=1.0, validator=[gt(0.0), lt(math.inf)])
     reference_precision: Literal["fp32", "bf16"] = "fp32"
-    reference_device: str | None = field(default=None, validator=optional(matches_re(r"cpu|mps|cuda(:\d+)?")))
+    reference_device: str | None = field(default=None, validator=IS_DEVICE)
 
     def build(self) -> Trainer:
         """Make the trainer."""
@@ -48,7 +51,7 @@ class Distill(TrainerConfig):
 
 
 class DistillTrainer(Trainer):
-    """Weights 1, and an auxiliary loss ``distill``.
+    """Uniform weights, and an auxiliary loss ``distill``.
 
     Args:
         config: see `Distill`.
@@ -64,16 +67,10 @@ class DistillTrainer(Trainer):
         self._reference = open_reference(self._config, setup, "ref")
 
     def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
-        """``reference_kl``: KL(p_ref ‖ p_θ) of the prediction made at each place, ``[b, S]``, with gradient."""
+        """Observe ``reference_kl``, KL(p_ref ‖ p_θ) at each place: ``[b, S]``, with gradient."""
         from wmtp_algos.reference import divergence
 
         return {"reference_kl": divergence(self._reference, view)}
-
-    def token_weights(self, view: StepView) -> Tensor:
-        """See `Trainer.token_weights`; ones, ``[B, S, H]``."""
-        import torch
-
-        return torch.ones(view.targets.valid.shape, device=view.targets.valid.device)
 
     def auxiliary_losses(self, view: StepView) -> Mapping[str, Tensor]:
         """``distill``: λ times the mean over head 1's valid predictions."""

@@ -20,10 +20,10 @@ __all__ = ["EAFT"]
 
 @frozen(kw_only=True)
 class EAFT(Trainer):
-    """Entropy-adaptive fine-tuning (Diao et al., arXiv 2601.02151): w = H / log K.
+    """Entropy-adaptive fine-tuning (Diao et al., arXiv 2601.02151).
 
-    H is the entropy of the model's K most probable tokens, made to add up to 1. Where the model is sure, and the data says
-    something else, little is learned; so less is forgotten. Published with the mean over tokens: set
+    w = H / log K. H is the entropy of the model's K most probable tokens, made to add up to 1. Where the model is sure, and the
+    data says something else, little is learned; so less is forgotten. Published with the mean over tokens: set
     ``train.normalizer = "valid"``.
 
     Args:

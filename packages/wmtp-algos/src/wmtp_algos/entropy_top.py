@@ -19,9 +19,10 @@ __all__ = ["EntropyTop"]
 
 @frozen(kw_only=True)
 class EntropyTop(Trainer):
-    """Learns where the model is unsure: w = 1 for the share of predictions with the highest entropy, else 0.
+    """Selection of the share of predictions with the highest entropy.
 
-    Wang et al. (arXiv 2506.01939) do so in reinforcement learning, with ρ = 0.2.
+    Learns where the model is unsure: w = 1 for that share, else 0. Wang et al. (arXiv 2506.01939) do so in reinforcement
+    learning, with ρ = 0.2.
 
     Args:
         keep: ρ, the share that is learned.

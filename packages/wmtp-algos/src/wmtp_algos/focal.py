@@ -20,9 +20,10 @@ __all__ = ["Focal"]
 
 @frozen(kw_only=True)
 class Focal(Trainer):
-    """Focal loss (arXiv 1708.02002): w = (1 − p)^γ, lower where the model is already right.
+    """Focal loss, w = (1 − p)^γ (Lin et al., arXiv 1708.02002).
 
-    p = exp(−CE[t, k]) (Lin et al., eq. 4). The weight carries no gradient, unlike in the paper.
+    p = exp(−CE[t, k]) (eq. 4): the weight is lower where the model is already right. It carries no gradient, unlike in the
+    paper.
 
     Args:
         gamma: γ; 0 gives the baseline.

@@ -19,9 +19,10 @@ __all__ = ["HorizonDecay"]
 
 @frozen(kw_only=True)
 class HorizonDecay(Trainer):
-    """Far heads count less: w = decay^(k−1) for head k (FastMTP, arXiv 2509.18362, weighs its depths so).
+    """Decay over the heads: w = decay^(k−1) for head k.
 
-    The same as ``decay`` in ``[models.base.heads]``, as a trainer: to compare with, and to wrap in controls.
+    FastMTP (arXiv 2509.18362) weighs its depths so. The same as ``decay`` in ``[models.base.heads]``, as a trainer: to compare
+    with, and to wrap in controls.
 
     Args:
         decay: the factor from one head to the next; 1 gives the baseline.

@@ -1,4 +1,4 @@
-"""Pairs of a correct and an incorrect answer to one problem, of similar length."""
+"""Pairs of correct and incorrect answers to one problem, of similar length."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["pair_documents", "pairs_of_step", "pairwise_accuracy", "pairwise_los
 def pair_documents(
     groups: NDArray[np.int64], correct: NDArray[np.bool_], lengths: NDArray[np.int64], max_ratio: float
 ) -> NDArray[np.int64]:
-    """Match as many documents as possible into disjoint pairs over the whole data set.
+    """Match the documents of a data set into disjoint pairs.
 
-    Within a group both classes are sorted by length, and each document of the smaller class takes the nearest of the other,
-    in this order. Pairs of too different a length are given up.
+    As many as possible are matched. Within a group both classes are sorted by length, and each document of the smaller class
+    takes the nearest of the other, in this order. Pairs of too different a length are given up.
 
     Args:
         groups: the group of each document.
@@ -47,7 +47,7 @@ def pair_documents(
 
 
 def pairs_of_step(group: Tensor, correct: Tensor, length: Tensor, max_ratio: float) -> Tensor:
-    """Pair each document with the nearest in length of its group's other class.
+    """Pair documents of a group: correct with incorrect, nearest in length.
 
     Args:
         group: ``[N]`` int64.
@@ -72,7 +72,9 @@ def pairs_of_step(group: Tensor, correct: Tensor, length: Tensor, max_ratio: flo
 
 
 def pairwise_loss(value: Tensor, pairs: Tensor) -> Tensor:
-    """Mean of −log σ(V_correct − V_incorrect) over the pairs (Bradley & Terry 1952); 0 without any.
+    """Bradley–Terry loss over the pairs: mean −log σ(V_correct − V_incorrect).
+
+    0 without any pair (Bradley & Terry 1952).
 
     Args:
         value: ``[N]``, one a document.
@@ -84,5 +86,8 @@ def pairwise_loss(value: Tensor, pairs: Tensor) -> Tensor:
 
 
 def pairwise_accuracy(value: Tensor, pairs: Tensor) -> Tensor:
-    """Return the share of pairs whose correct document has the higher value; NaN without pairs."""
+    """Return the share of pairs whose correct document has the higher value.
+
+    NaN without pairs.
+    """
     return (pairs & (value[:, None] > value[None, :])).sum() / pairs.sum()

@@ -71,7 +71,7 @@ def next_token_losses(model: MTPModel, batch: Batch, packed: bool) -> torch.Tens
 
 
 def divergence(model: MTPModel, view: HiddenView) -> torch.Tensor:
-    """KL(p ‖ p_θ) of each of head 1's valid predictions from another model's p, with gradient.
+    """Compute head 1's KL(p ‖ p_θ) from another model's p, with gradient.
 
     Args:
         model: anywhere; it computes in the precision of its parameters.

@@ -21,9 +21,10 @@ _KNOWN = "next-token loss"
 
 
 class Rho1WMTPTrainer(Trainer):
-    """Selective multi-token prediction by excess loss (Rho-1: Lin et al., arXiv 2404.07965, eq. 3 and 4; here at every head).
+    """Selective multi-token prediction by excess loss, at every head.
 
-    With the score s of each valid prediction, Δ[t, k] = CE[t, k] − CE_ref[t+k] or what ``score`` says:
+    After Rho-1 (Lin et al., arXiv 2404.07965, eq. 3 and 4). With the score s of each valid prediction, Δ[t, k] = CE[t, k] −
+    CE_ref[t+k] or what ``score`` says:
 
         token-skip   w = 1 where s is among the best share ``keep`` of its scope, else 0
         weighted     w = min(max_weight, n · softmax(s / T)) / mean        over the n valid predictions of its scope

@@ -40,11 +40,6 @@ class RunningMean:
         added = torch.cat([values.detach().to(self._sums.dtype), torch.ones_like(self._sums[:1])])
         changed = self._decay * self._sums + (1 - self._decay) * added
         self._sums = torch.where(known, changed, self._sums)
-        return self.value
-
-    @property
-    def value(self) -> Tensor:
-        """``[count]``, the means."""
         factors = self._sums[-1]
         return torch.where(factors > 0, self._sums[:-1] / factors, 0.0)
 

@@ -1,4 +1,4 @@
-"""Scores of predictions that compete: a softmax over them, or the best of them."""
+"""Softmax over scores that compete, or selection of the best."""
 
 from __future__ import annotations
 
@@ -74,7 +74,10 @@ class Groups:
         return kept.view(scores.shape)
 
     def scaled(self, scores: Tensor) -> Tensor:
-        """Scale the scores ``[B, S, H]`` of each group to 0 … 1; 0 where all are equal, and where not valid."""
+        """Scale each group's scores ``[B, S, H]`` to 0 … 1.
+
+        0 where all are equal, and where not valid.
+        """
         group, values = self.number.flatten(), scores.flatten()
         ends = [
             values.new_zeros(self.count + 1).scatter_reduce(0, group, values, by, include_self=False) for by in ("amin", "amax")
@@ -101,7 +104,7 @@ class Groups:
         return (exponentials * (self._sizes(group) / sums)[group]).view(scores.shape).float()
 
     def tempered(self, scores: Tensor, temperature: float, *, max_weight: float, min_share: float) -> tuple[Tensor, Tensor]:
-        """Compute softmax(scores / T) as clipped weights, and raise T in groups where too few predictions count.
+        """Compute clipped softmax(scores / T), with T raised where few predictions count.
 
         A softmax of scores that are many times T apart gives all weight to a few. T is then the lowest at which the effective
         sample of the group, (Σw)² / Σw², is ``min_share`` of its predictions: the adaptive tempering of sequential Monte Carlo
@@ -123,7 +126,7 @@ class Groups:
         return weights, temperature * factor
 
     def _factors(self, scores: Tensor, max_weight: float, min_share: float) -> Tensor:
-        """Find by bisection what T must be multiplied with in each group, ``[count]`` ≥ 1."""
+        """Find each group's factor of T by bisection, ``[count]`` ≥ 1."""
         group, order = self.number.flatten().sort(stable=True)
         sizes = self._sizes(group)[: self.count]
         scores = scores.flatten()[order].to(sizes.dtype)
@@ -136,7 +139,7 @@ class Groups:
             return running[ends] - running[ends - sizes.to(torch.int64)]
 
         def enough(logarithm: Tensor) -> Tensor:
-            """Tell the groups whose effective sample is large enough with 2^logarithm times the temperature."""
+            """Tell which groups' effective sample suffices at T · 2^logarithm."""
             padded = torch.cat([logarithm, logarithm.new_zeros(1)])
             exponentials = (below / padded[group].exp2()).exp()
             limits = torch.cat([max_weight * sums(exponentials) / sizes, sizes.new_ones(1)])
@@ -152,13 +155,13 @@ class Groups:
         return torch.where(fits, 1.0, high.exp2())
 
     def mean_one(self, weights: Tensor) -> Tensor:
-        """Divide weights ``[B, S, H]`` ≥ 0 by the mean of their group."""
+        """Divide weights ``[B, S, H]`` ≥ 0 by their group's mean."""
         group = self.number.flatten()
         exact = weights.flatten().to(statistics_dtype(weights.device))
         sums = exact.new_zeros(self.count + 1).index_add(0, group, exact)
         return (exact * (self._sizes(group) / sums)[group]).view(weights.shape).float()
 
     def _sizes(self, group: Tensor) -> Tensor:
-        """Predictions in each group, and as the last number those that are not valid."""
+        """Count each group's predictions; the last number counts those not valid."""
         ones = torch.ones(group.shape, dtype=statistics_dtype(group.device), device=group.device)
         return ones.new_zeros(self.count + 1).index_add(0, group, ones)

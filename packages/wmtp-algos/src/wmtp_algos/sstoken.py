@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen
-from attrs.validators import ge, gt, le, matches_re, optional
+from attrs.validators import ge, gt, le
 
 from wmtp import Trainer, TrainerConfig
+from wmtp_algos.config import IS_DEVICE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,9 @@ __all__ = ["SSToken", "SSTokenTrainer"]
 
 @frozen(kw_only=True)
 class SSToken(TrainerConfig):
-    """Self-modulated token selection (ssToken: Qin et al., arXiv 2510.18250): the share with the highest retrospective excess.
+    """Self-modulated token selection (ssToken: Qin et al., arXiv 2510.18250).
+
+    Learns the share of predictions with the highest retrospective excess:
 
         REL[t, k] = CE_hist[j] − CE_θ[t, k]        of token j = t+k; CE_hist: of the start model's next-token prediction
 
@@ -52,7 +55,7 @@ class SSToken(TrainerConfig):
     gamma: float = field(default=1.0, validator=[ge(0.0), le(1.0)])
     scope: Literal["batch", "sequence", "head"] = "head"
     reference_precision: Literal["fp32", "bf16"] = "fp32"
-    reference_device: str | None = field(default=None, validator=optional(matches_re(r"cpu|mps|cuda(:\d+)?")))
+    reference_device: str | None = field(default=None, validator=IS_DEVICE)
     reference_cache: bool = False
 
     def build(self) -> Trainer:
@@ -61,7 +64,9 @@ class SSToken(TrainerConfig):
 
 
 class SSTokenTrainer(Trainer):
-    """w = 1 where REL is among the best share ``keep`` of its scope, else 0.
+    """Trainer that selects the best share ``keep`` of each scope.
+
+    w = 1 where the score of `SSToken` is among the best of its scope, else 0.
 
     Args:
         config: see `SSToken`.
@@ -100,7 +105,10 @@ class SSTokenTrainer(Trainer):
                 )
 
     def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
-        """``start_loss``: CE_hist of each token, ``[b, S]``; ``attention``: with γ < 1, its a."""
+        """Observe ``start_loss``, CE_hist of each token, and ``attention``: ``[b, S]`` each.
+
+        ``attention`` is a of `SSToken`, and there with γ < 1 only.
+        """
         numbers: dict[str, Tensor] = {}
 
         def computed(name: str) -> Callable[[], Tensor]:

@@ -1,4 +1,4 @@
-"""Value head: from the hidden state of a text so far to its expected reward."""
+"""Value head: the expected reward from a text's hidden state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ __all__ = ["ValueHead"]
 
 
 class ValueHead(nn.Module):
-    """V = w₂ · silu(W₁ · layernorm(h) + b₁) + b₂, always in fp32.
+    """Value head: a two-layer perceptron, always in fp32.
+
+    V = w₂ · silu(W₁ · layernorm(h) + b₁) + b₂.
 
     Args:
         hidden_size: D.
