@@ -1,4 +1,7 @@
-"""Command line. Each command imports its code when it runs, so ``wmtp --help`` is quick."""
+"""Command line, whose commands import their code when they run.
+
+So ``wmtp --help`` is quick.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,7 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
 
 
 def _require_folder() -> None:
-    """Refuse to work in a folder that has been removed: no path has a meaning there."""
+    """Refuse to work in a folder that has been removed."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -140,7 +143,7 @@ def _explained(error: BaseException) -> tuple[list[str], int]:
 
 
 def _with_origin(line: str) -> str:
-    """A path in the cache says nothing to a user without the URI that was fetched."""
+    """Add the URI that a path in the cache was fetched from."""
     from wmtp.storage.cache import origin
 
     uri = origin(line)
@@ -148,7 +151,10 @@ def _with_origin(line: str) -> str:
 
 
 def _place_in_plugin(error: BaseException) -> str:
-    """Name the plugin whose code an unforeseen error came through, and where; empty if it was none's."""
+    """Name the plugin that an unforeseen error came through, and where.
+
+    Empty where it came through none.
+    """
     from wmtp.plugins import load_plugins
 
     plugins = {provided.cls.__module__.partition(".")[0]: provided.plugin for provided in load_plugins().components}
@@ -160,7 +166,7 @@ def _place_in_plugin(error: BaseException) -> str:
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """Describe the command line to argparse: the whole, and each command by name."""
+    """Make the parser of the command line, and each command's by name."""
     parser = Parser(
         prog="wmtp",
         description="Weighted multi-token-prediction fine-tuning of language models.",
@@ -288,13 +294,16 @@ class _Version(argparse.Action):
 
 
 def _rank() -> int:
-    """This process's number among those that torchrun started; 0 where it did not."""
+    """Return this process's rank under torchrun; 0 without torchrun."""
     number = os.environ.get("RANK", "")
     return int(number) if os.environ.get("LOCAL_RANK") and number.isdecimal() else 0
 
 
 def _plain(value: Any) -> Any:
-    """Convert to what JSON can hold: paths as text, and null for a number that is none."""
+    """Convert a value to what JSON can hold.
+
+    Paths become text; NaN and infinity become null.
+    """
     if isinstance(value, Mapping):
         return {str(key): _plain(element) for key, element in value.items()}
     if isinstance(value, list | tuple):

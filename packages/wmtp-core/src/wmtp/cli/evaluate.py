@@ -31,7 +31,10 @@ def add_arguments(add: Callable[..., ArgumentParser], config: ArgumentParser) ->
 
 
 def evaluate(arguments: Namespace) -> tuple[Any, int]:
-    """``wmtp eval``. One process measures; where torchrun has started several, that is rank 0, and the others end at once."""
+    """``wmtp eval``, measured by rank 0 where torchrun has started several processes.
+
+    The other processes end at once.
+    """
     worker = Worker.of()
     if worker is not None and worker.world_size > 1:
         if worker.rank:

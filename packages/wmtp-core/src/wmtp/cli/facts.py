@@ -16,7 +16,7 @@ __all__ = ["print_documents", "print_facts"]
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """One line a fact, the values under each other; None is left out."""
+    """Print one fact a line with aligned values; None is left out."""
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         if value is not None:
@@ -24,7 +24,10 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 
 
 def print_documents(documents: Sequence[ShownDocument]) -> None:
-    """Print documents as they will be learned: in colour on a terminal, unless ``NO_COLOR`` is set."""
+    """Print documents as they will be learned.
+
+    In colour on a terminal, unless ``NO_COLOR`` is set.
+    """
     from wmtp.data.shown import LEGEND
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -1,4 +1,4 @@
-"""Commands for files on every storage backend: ``wmtp fetch``, ``push``, ``clean`` and ``cache``."""
+"""Commands for stored files: ``wmtp fetch``, ``push``, ``clean`` and ``cache``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _M_ARENA_MAX = -8  # of malloc.h
 
 
 def add_arguments(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Describe the commands to argparse, ``wmtp runs`` among them, which has the same options."""
+    """Describe the commands to argparse.
+
+    ``wmtp runs`` is among them: it has the same options.
+    """
     from wmtp.cli import runs
 
     options = storage_options()
@@ -102,7 +105,7 @@ def fetch(arguments: argparse.Namespace) -> tuple[Any, int]:
 
 
 def _compared(files: int, checked: int) -> str:
-    """Say how much of what was fetched was compared with checksums of the store's."""
+    """Say how many fetched files were compared with the store's checksums."""
     if checked == files:
         return "whole and verified"
     if not checked:
@@ -111,10 +114,11 @@ def _compared(files: int, checked: int) -> str:
 
 
 def _keep_one_heap() -> None:
-    """Have glibc keep one heap for all threads, where it is the C library.
+    """Have glibc keep one heap for all threads.
 
     By itself it has one for each thread that receives bytes, and gives back none of it: with one, fetching takes a fifth less
-    memory and a sixth less time of the processor. It holds for the whole process, so a library must not do it.
+    memory and a sixth less time of the processor. It holds for the whole process, so a library must not do it. Other C
+    libraries are left alone.
     """
     import ctypes
 

@@ -111,7 +111,7 @@ def _prompt(arguments: Namespace) -> str | None:
 
 
 def _talk(writer: Writer, messages: list[Any], on_text: Callable[[str], None] | None) -> list[Any]:
-    """Answer line by line until there is no more, and return the whole conversation."""
+    """Answer line by line until input ends; return the whole conversation."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print("a line is a message; Ctrl-D ends", file=sys.stderr)
@@ -132,7 +132,7 @@ def _talk(writer: Writer, messages: list[Any], on_text: Callable[[str], None] | 
 
 
 def _say_template(writer: Writer, prompt: str) -> None:
-    """Say that a model has a chat template which a plain prompt does not use."""
+    """Say that a plain prompt leaves the model's chat template unused."""
     tokenizer = writer.opened.tokenizer
     if tokenizer.chat_template is not None and not any(token in prompt for token in tokenizer.control_tokens if token):
         print("the model has a chat template, which a plain text does not use: --chat answers by it", file=sys.stderr)

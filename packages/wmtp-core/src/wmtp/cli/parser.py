@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
     """Ends a complaint of argparse with what was probably meant."""
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and the message with its hint, as every error is printed, and exit with 2."""
+        """Print usage and the message with its hint, and exit with 2."""
         self.print_usage(sys.stderr)
         self.exit(2, f"error: {self._with_hint(message)}\n")
 
@@ -37,7 +37,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def _flag_hint(flag: str, known: Sequence[str]) -> str | None:
-    """Say what to write in place of an unknown flag: another flag, or a key of the config; None where nothing is like it.
+    """Suggest a flag or config key for an unknown flag.
+
+    None where nothing is like it.
 
     Args:
         flag: as it was written.

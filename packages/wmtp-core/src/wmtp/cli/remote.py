@@ -45,7 +45,7 @@ def launch(arguments: Namespace) -> tuple[Any, int]:
 
 
 def _print(plan: LaunchPlan, *, to_stdout: bool) -> None:
-    """Print a plan: for a dry run it is the answer, else what is shown before."""
+    """Print a plan, on standard output where it is the answer."""
     print(plan.text.rstrip("\n"), file=sys.stdout if to_stdout else sys.stderr)
 
 

@@ -16,7 +16,10 @@ logger = logging.getLogger("wmtp")
 
 
 def outcome(train: Callable[[], Result]) -> Result:
-    """Train, and take the result of a run that Ctrl-C ended too: here no next run follows."""
+    """Train, and return the result of an interrupted run too.
+
+    Here no next run follows, which `wmtp.run` prevents by raising KeyboardInterrupt.
+    """
     try:
         return train()
     except KeyboardInterrupt as error:
@@ -26,9 +29,10 @@ def outcome(train: Callable[[], Result]) -> Result:
 
 
 def report(result: Result, *, to_stdout: bool) -> tuple[dict[str, Any], int]:
-    """Make the ``--json`` answer and exit code; print them where ``to_stdout`` says so.
+    """Return the ``--json`` answer and the exit code of a run.
 
-    After a signal the code is the one that a shell gives to a process that died of it: 130 or 143.
+    With ``to_stdout`` the facts are printed. After a signal the code is the one that a shell gives to a process that died of
+    it: 130 or 143.
     """
     answer = {
         "run_dir": result.run_dir,

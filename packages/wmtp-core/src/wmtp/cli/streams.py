@@ -1,4 +1,4 @@
-"""Standard streams of the shell command: closed ones, and those whose reader is gone."""
+"""Standard streams that are closed, or whose reader is gone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ __all__ = ["is_closed", "open_closed_streams"]
 
 
 def open_closed_streams() -> None:
-    """Send what goes to a closed standard stream (``wmtp … >&-``) nowhere, and not into a file that got its number."""
+    """Open closed standard streams (``wmtp … >&-``) on the null device.
+
+    Else a file that got their number would receive what goes to them.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""Confidence intervals by the bootstrap: what was measured is drawn again, with replacement, a thousand times."""
+"""Confidence intervals by the bootstrap, from a thousand resamples."""
 
 from __future__ import annotations
 

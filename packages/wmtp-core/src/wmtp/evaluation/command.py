@@ -168,7 +168,10 @@ def _batches(config: Config, opened: OpenedModel) -> Sequence[Any]:
 
 
 def _track(config: Config, folder: Path, run_dir: Path | None, numbers: Mapping[str, float]) -> None:
-    """Tell the tracker: in the run's own record, at its last step, or in one for this model."""
+    """Log the numbers with the tracker.
+
+    In the run's own record, at its last step, or in one for this model.
+    """
     place = run_dir or folder
     step = last_step(place / "metrics.jsonl")
     tracker = built(config.tracker, "trackers")
@@ -192,7 +195,7 @@ def _track(config: Config, folder: Path, run_dir: Path | None, numbers: Mapping[
 
 
 def last_step(metrics: Path) -> int | None:
-    """Read the step of the last line in a run's ``metrics.jsonl``; None where there is none."""
+    """Read the last step of a run's ``metrics.jsonl``; None without one."""
     try:
         lines = metrics.read_text(encoding="utf-8").splitlines()
         return int(json.loads(lines[-1])["step"])

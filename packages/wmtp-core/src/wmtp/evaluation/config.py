@@ -37,10 +37,10 @@ class Perplexity(EvaluatorConfig):
 
 @frozen(kw_only=True)
 class TokenAccuracy(EvaluatorConfig):
-    """Share of predictions of ``[data.eval]`` whose most probable token is right, by head.
+    """Share of predictions whose most probable token is right, by head.
 
-    Only valid predictions count. ``evaluation-details.json`` also has it by the predicted token's place in its document and by
-    how common it is.
+    Measured on ``[data.eval]``. Only valid predictions count. ``evaluation-details.json`` also has it by the predicted token's
+    place in its document and by how common it is.
     """
 
     type = "token-accuracy"
@@ -55,7 +55,9 @@ class TokenAccuracy(EvaluatorConfig):
 
 @frozen(kw_only=True)
 class Speculative(EvaluatorConfig):
-    """Self-speculative decoding of prompts from ``[data.eval]``: accepted drafts, tokens per forward pass, speed-up.
+    """Self-speculative decoding: accepted drafts, tokens per forward pass, speed-up.
+
+    Prompts are from ``[data.eval]``.
 
     Args:
         prompts: number of prompts.
@@ -152,9 +154,10 @@ _PRESETS: Final = {
 
 @frozen(kw_only=True)
 class PassAtK(EvaluatorConfig):
-    """pass@k: the share of programming problems that one of k solutions solves, by the unbiased estimate over n samples.
+    """pass@k: the share of problems that one of k solutions solves.
 
-    Solutions are code that the model wrote. They run only if you say ``--allow-code-execution``, each in a sandbox.
+    Programming problems, by the unbiased estimate over n samples. Solutions are code that the model wrote. They run only if you
+    say ``--allow-code-execution``, each in a sandbox.
 
     Args:
         dataset: ``humaneval``, ``mbpp`` or ``code-contests``.

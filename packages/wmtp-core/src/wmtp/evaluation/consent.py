@@ -19,7 +19,7 @@ _allowed: ContextVar[bool] = ContextVar("wmtp_code_execution", default=False)
 
 @contextmanager
 def allow_code_execution(allowed: bool) -> Iterator[None]:
-    """Inside, code that a model wrote may run in a sandbox, if ``allowed``."""
+    """Set whether code that a model wrote may run within the block."""
     token = _allowed.set(allowed)
     try:
         yield

@@ -24,7 +24,7 @@ __all__ = ["InferenceSpeedEvaluator", "SpeculativeEvaluator", "prompts_of"]
 
 
 class SpeculativeEvaluator(Evaluator):
-    """Self-speculative decoding against plain decoding of the same prompts, in the same batches.
+    """Self-speculative against plain decoding of the same prompts and batches.
 
     Args:
         config: its settings.
@@ -122,7 +122,7 @@ class InferenceSpeedEvaluator(Evaluator):
         prompts = ids.view(config.batch_size, -1).tolist()
 
         def decode(count: int) -> tuple[float, float]:
-            """Seconds until the first token is known, and from there to the last."""
+            """Time the first token, and those after it, in seconds."""
             known: list[float] = []
             started = time.perf_counter()
             with measured.autocast():
@@ -147,7 +147,7 @@ class InferenceSpeedEvaluator(Evaluator):
 
 
 def timed(measured: Measured, action: Callable[[], list[Generation]]) -> tuple[list[Generation], float]:
-    """Run ``action``; return its result, and the seconds until the device is done."""
+    """Run ``action``, and time it until the device is done."""
     wait = torch.cuda.synchronize if measured.device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
@@ -157,9 +157,10 @@ def timed(measured: Measured, action: Callable[[], list[Generation]]) -> tuple[l
 
 
 def prompts_of(measured: Measured, count: int, new_tokens: int) -> list[list[int]]:
-    """Prompts from the evaluation data: the text before the first token to learn, or a third of a plain text.
+    """Take prompts from the evaluation data.
 
-    Those that leave no room for ``new_tokens`` are left out.
+    A prompt is the text before the first token to learn, or a third of a plain text. Those that leave no room for
+    ``new_tokens`` are left out.
 
     Raises:
         WMTPError: there is none.

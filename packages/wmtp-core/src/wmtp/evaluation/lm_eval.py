@@ -93,7 +93,10 @@ def _check_names(tasks: Sequence[str], manager: TaskManager) -> None:
 
 @contextmanager
 def _kept_state(device: torch.device) -> Iterator[None]:
-    """Undo what the harness sets for the whole process: seeds of all generators, and no processes of its own."""
+    """Restore on exit what the harness sets for the whole process.
+
+    Seeds of all generators, and its logger's level; meanwhile it starts no processes.
+    """
     ours, theirs, before = random.getstate(), np.random.get_state(), os.environ.get("DISABLE_MULTIPROC")
     level = logging.getLogger("lm_eval").level
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -142,7 +145,7 @@ class _Scored:
 
 
 class _Model(TemplateLM):
-    """Answers the harness: head 1 of the measured model, by its own tokenizer."""
+    """Adapter that gives head 1 and its tokenizer to the harness."""
 
     def __init__(self, measured: Measured, config: LmEval) -> None:
         super().__init__()
@@ -157,7 +160,7 @@ class _Model(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Token before a text that has nothing before it: the begin token, else the end token."""
+        """Token before an empty context: the begin token, else the end token."""
         begin = self._measured.tokenizer.bos_id
         return self.eot_token_id if begin is None else begin
 
@@ -180,14 +183,17 @@ class _Model(TemplateLM):
         return template.render(chat_history, None, prompt=add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Encode as training does: with the begin token, if the tokenizer has one."""
+        """Encode as training does, with the begin token if there is one."""
         tokenizer = self._measured.tokenizer
         return tokenizer.encode_first(string) if add_special_tokens is False else encode_prompt(tokenizer, string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Return the log probability of each continuation, and whether each of its tokens is the most probable one."""
+        """Return each continuation's log probability, and whether it is greedy.
+
+        It is where each of its tokens is the most probable one.
+        """
         jobs = []
         for _text, context, answer in requests:
             if len(answer) > self.max_length:
@@ -217,7 +223,7 @@ class _Model(TemplateLM):
             yield float(chances), bool((logits.argmax(-1) == wanted).all())
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log probability of each text, in windows that do not overlap in what they predict."""
+        """Return each text's log probability, over windows of disjoint predictions."""
         results = []
         for request in requests:
             windows = get_rolling_token_windows(

@@ -36,7 +36,9 @@ DETAILS_FILE = "evaluation-details.json"
 
 
 def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) -> dict[str, float]:
-    """Measure with each evaluator, in order; what one has found is written before the next begins.
+    """Measure with each evaluator in order, and write its results.
+
+    What one has found is written before the next begins.
 
     Args:
         evaluators: instances of config classes.

@@ -33,7 +33,9 @@ logger = logging.getLogger("wmtp")
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """Estimate pass@k without bias: 1 − C(n−c, k) / C(n, k) (arXiv 2107.03374, equation 1).
+    """Estimate pass@k without bias (arXiv 2107.03374, equation 1).
+
+    It is 1 − C(n−c, k) / C(n, k).
 
     Args:
         samples: n ≥ k.
@@ -55,7 +57,7 @@ class _Job:
 
 
 class PassAtKEvaluator(Evaluator):
-    """Writes ``samples`` solutions of each problem, runs them in a sandbox, and counts.
+    """Evaluator that runs ``samples`` solutions of each problem in a sandbox.
 
     Args:
         config: its settings.

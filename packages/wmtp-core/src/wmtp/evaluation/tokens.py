@@ -43,7 +43,9 @@ def correct(hidden: tuple[Tensor, ...], unembeddings: list[Unembedding], ids: Te
 def token_results(
     measured: Measured, value: Value, transform: Callable[[NDArray], NDArray] | None = None
 ) -> Mapping[str, Estimate]:
-    """Means of a value over valid predictions, whatever the batches; intervals over documents.
+    """Average a value over valid predictions, with intervals over documents.
+
+    The result does not depend on the batches.
 
     Args:
         measured: the model and the data.
@@ -102,7 +104,10 @@ def by_bucket(token: NDArray[np.int64], head: NDArray[np.int64]) -> NDArray[np.i
 
 
 def _predictions(measured: Measured, value: Value) -> Iterator[tuple[NDArray, NDArray, NDArray, NDArray, NDArray]]:
-    """Of the valid predictions of each batch: document, head from 0, the target's place in the document, target, value."""
+    """Yield arrays about the valid predictions of each batch.
+
+    Document, head from 0, the target's place in the document, target, value.
+    """
     model = measured.model
     unembeddings = [model.unembedding(k) for k in range(1, model.horizon + 1)]
     for batch in measured.batches:

@@ -1,4 +1,4 @@
-"""Notes what a model is before an evaluator, and says what the evaluator has changed."""
+"""Comparison of a model before and after an evaluator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Keys that ``wmtp eval`` does not read: refused after ``--set``, named where a file has them."""
+"""Keys that ``wmtp eval`` does not read.
+
+They are refused after ``--set``, and named where a file has them.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ def unread_problems(loaded: Loaded, path: Path, run_dir: Path | None) -> Iterato
 
 
 def _idle_keys(config: Config) -> dict[str, str]:
-    """List keys of `READ` that other keys leave without effect, each with the reason."""
+    """List keys of `READ` that others leave without effect, with reasons."""
     idle: dict[str, str] = {}
     measured = config.data.eval
     if measured is None:

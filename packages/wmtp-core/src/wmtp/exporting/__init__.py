@@ -1,4 +1,4 @@
-"""Models for others: plain Hugging Face, Meta's multi-token layout, draft heads for a serving engine. Imports no torch."""
+"""Models in the formats of other tools; importing this imports no torch."""
 
 from typing import Final
 

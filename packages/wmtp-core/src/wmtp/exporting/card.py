@@ -1,4 +1,4 @@
-"""Model card of an export: known facts from the run, and what is unknown."""
+"""Model card of an export: what is known, and what is not."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def model_card(
 
 
 def _base(run_dir: Path | None) -> str:
-    """Name the base model for the hub's pages, where it is of the hub."""
+    """Name a base model of the hub in the card's header."""
     uri = None if run_dir is None else read_snapshot(run_dir / CONFIG_FILE).get("models", {}).get("base", {}).get("uri")
     return f"base_model: {parse_hub_uri(uri).repo}\n" if isinstance(uri, str) and uri.startswith("hf://") else ""
 
@@ -222,7 +222,7 @@ def _metrics(steps: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _drafts(steps: list[dict[str, Any]]) -> Iterator[str]:
-    """Show how many drafts head 1 would accept, at the first and at the last evaluation."""
+    """Show the accepted drafts at the first and the last evaluation."""
     measured = [record for record in steps if "eval/tokens_per_forward" in record]
     if not measured:
         return
@@ -278,7 +278,7 @@ def _component(table: Mapping[str, Any]) -> str:
 
 
 def _public(value: Any) -> Any:
-    """Without what a URI may hold to open it: a user, a password, a signature."""
+    """Remove user, password and signature from the URIs in a value."""
     if isinstance(value, Mapping):
         return {key: _public(element) for key, element in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Writes a model in the layout of others, with a model card."""
+"""Export of a model in the layout of another tool."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ class Exported:
 def export_model(
     name: str, folder: str | Path, *, format: str, checkpoint: str | None = None, storage: StorageConfig | None = None
 ) -> Exported:
-    """Do what ``wmtp export`` does: the folder appears whole or not at all.
+    """Do what ``wmtp export`` does.
+
+    The folder appears whole or not at all.
 
     Args:
         name: a run directory, a model folder, a ``.gguf`` file, or a URI of one.

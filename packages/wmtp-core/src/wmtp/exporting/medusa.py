@@ -1,4 +1,4 @@
-"""Writes heads 2..H as the draft model that vLLM's ``MedusaModel`` reads (arXiv 2401.10774).
+"""Export of heads 2..H as vLLM's Medusa draft model (arXiv 2401.10774).
 
 vLLM computes ``x + SiLU(W x + b)`` for each layer of a block, then the logits by the head's unembedding, from the model's
 hidden states after its final norm: what heads of kind ``residual`` and ``linear`` do. Names and shapes are those of
@@ -23,7 +23,7 @@ __all__ = ["write_medusa"]
 
 
 def write_medusa(model: MTPModel, folder: Path) -> None:
-    """Write the extra heads of ``model`` as a draft model; the base is not in it.
+    """Write the extra heads as a draft model, without the base.
 
     Args:
         model: with H ≥ 2 and heads of kind ``residual`` or ``linear``.

@@ -1,4 +1,7 @@
-"""Writes what `wmtp.models.loaders.meta` reads: ``params.json`` and ``consolidated.pth`` (arXiv 2404.19737)."""
+"""Export to ``params.json`` and ``consolidated.pth``, Meta's layout (arXiv 2404.19737).
+
+`wmtp.models.loaders.meta` reads it.
+"""
 
 from __future__ import annotations
 
@@ -66,14 +69,17 @@ def _config_problems(model: MTPModel, config: PreTrainedConfig) -> list[str]:
 
 
 def _kept_problems(model: MTPModel) -> list[str]:
-    """Tensors beside the model's own. The frequencies that old Llama folders hold follow from ``rope_theta``."""
+    """Report tensors beside the model's own.
+
+    The frequencies that old Llama folders hold count for nothing: they follow from ``rope_theta``.
+    """
     tensors = () if model.untouched is None else model.untouched.tensors
     kept = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
     return [f"it has no place for what its folder holds besides the model: {', '.join(kept)}"] if kept else []
 
 
 def _tensors(model: MTPModel) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors by Meta's names, and the names that have no equivalent there."""
+    """Return the tensors by Meta's names, and names without an equivalent."""
     head_dim = model.base.config.head_dim
     outside = {theirs: ours for ours, theirs in OUTSIDE_NAMES.items()}
     inside = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}
@@ -94,7 +100,10 @@ def _tensors(model: MTPModel) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _neighbours(part: str, tensor: Tensor, head_dim: int) -> Tensor:
-    """transformers rotates the two halves of a head's numbers, Meta neighbouring pairs: the rows go back to their places."""
+    """Reorder rows of queries and keys from halves to neighbouring pairs.
+
+    transformers rotates the two halves of a head's numbers, Meta neighbouring pairs.
+    """
     if part not in ("attention.wq", "attention.wk"):
         return tensor
     rows, dim = tensor.shape

@@ -1,4 +1,4 @@
-"""Pushes the model of a run to a store, with a model card."""
+"""Push of a run's model to a store, with a model card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ __all__ = ["push_run"]
 
 
 def push_run(run_dir: Path, uri: str, storage: StorageConfig) -> None:
-    """Copy ``model/`` of a run to ``uri``, all heads included, with a model card as ``README.md``.
+    """Push a run's model with all heads and a model card.
+
+    ``model/`` is copied to ``uri``, with the card as ``README.md``.
 
     Args:
         run_dir: the run directory.

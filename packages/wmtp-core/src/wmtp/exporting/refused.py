@@ -1,4 +1,4 @@
-"""Models that no layout which servers read can hold with new heads, and why."""
+"""Models that no served layout holds with new heads, and why."""
 
 from __future__ import annotations
 

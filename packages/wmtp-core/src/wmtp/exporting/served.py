@@ -1,9 +1,10 @@
-"""Writes a model with one chained head as a server reads a model with a layer of its own.
+"""Export of a model with one chained head for vLLM and SGLang.
 
-vLLM and SGLang know models with such a layer by the model's name, so a plain model is written as one of these that computes
-the same. A Llama, Mistral, Phi-3 or Qwen2 becomes a MiMo-7B: a Qwen2 with one more layer, the biases that a Llama lacks being
-zeros, and the maps that a Phi-3 joins apart (vLLM: ``models/mimo.py``, ``models/mimo_mtp.py``). A Qwen3 becomes a K-EXAONE
-without experts, whose layers norm queries and keys as Qwen3's do (``models/exaone_moe.py``, ``models/exaone_moe_mtp.py``).
+These servers know models with a layer for multi-token prediction by the model's name, so a plain model is written as one of
+those that computes the same. A Llama, Mistral, Phi-3 or Qwen2 becomes a MiMo-7B: a Qwen2 with one more layer, the biases that a
+Llama lacks being zeros, and the maps that a Phi-3 joins apart (vLLM: ``models/mimo.py``, ``models/mimo_mtp.py``). A Qwen3
+becomes a K-EXAONE without experts, whose layers norm queries and keys as Qwen3's do (``models/exaone_moe.py``,
+``models/exaone_moe_mtp.py``).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class _Written:
 
 
 def write_served(model: MTPModel, folder: Path) -> str:
-    """Write a folder that vLLM and SGLang serve with the head as its draft model.
+    """Write a folder that vLLM and SGLang serve with its draft head.
 
     Args:
         model: with a ``shared`` head, or a ``chained`` one and H = 2.
@@ -190,7 +191,10 @@ def _as_qwen2(config: PreTrainedConfig) -> Qwen2Config:
 
 
 def _as_exaone(config: PreTrainedConfig) -> ExaoneMoeConfig:
-    """Make a config whose layers rotate queries and keys, as K-EXAONE's do where they have a window, and see every token."""
+    """Make a config whose layers rotate queries and keys.
+
+    K-EXAONE's do so where they have a window; this window holds every token.
+    """
     layers = config.num_hidden_layers
     return ExaoneMoeConfig(
         **_fields(config),
@@ -218,7 +222,10 @@ def _head_tensors(head: ChainedBlock, name: str, config: PreTrainedConfig) -> di
 
 
 def _as_qwen2_state(joined: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
-    """Take apart the maps that a Phi-3 joins, and add the biases of queries, keys and values that a Llama does without."""
+    """Split a Phi-3's joined maps, and add a Llama's missing biases.
+
+    The biases are those of queries, keys and values.
+    """
     rows = [heads * _head_width(config) for heads in (config.num_attention_heads, *(config.num_key_value_heads,) * 2)]
     state: dict[str, Tensor] = {}
     for name, tensor in joined.items():

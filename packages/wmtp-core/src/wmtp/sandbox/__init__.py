@@ -1,4 +1,4 @@
-"""Runs code that a model wrote, apart from everything else on the machine. Importing it imports no torch."""
+"""Sandbox for code that a model wrote; importing it imports no torch."""
 
 from wmtp.sandbox.run import Isolation, Limits, Outcome, Sandbox
 

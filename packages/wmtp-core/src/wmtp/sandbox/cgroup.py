@@ -1,4 +1,7 @@
-"""Control groups (cgroup v2), which bound the memory and processes of a sandbox as a whole where this process may make them."""
+"""Control groups (cgroup v2), which bound a sandbox as a whole.
+
+They bound its memory and processes, where this process may make groups.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +56,9 @@ class Cgroup:
 
 
 def find_parent(limits: Mapping[str, int], proc: Path = Path("/proc/self")) -> Path | None:
-    """Find a folder where a group with these limits can be made: the group of this process, or the one above it.
+    """Find a folder where a group with these limits can be made.
 
-    Groups of this kind that a killed process left there are removed.
+    It is the group of this process, or the one above it. Groups of this kind that a killed process left there are removed.
 
     Returns:
         the folder; None where there is none. Whether it is one is tried.

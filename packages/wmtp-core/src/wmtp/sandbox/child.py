@@ -1,4 +1,4 @@
-"""First program of a sandbox: isolates itself, then runs the code it is sent.
+"""First program of a sandbox: isolates itself, then runs the code.
 
 Started as ``python -I -S -B child.py``. It uses the standard library and the files beside it, and nothing else of wmtp. By the
 order of `main`: own namespaces, a root folder with nothing in it but Python and an empty working folder, an unprivileged user
@@ -25,7 +25,7 @@ else:  # as a program, this knows the files beside it and no wmtp
 
 
 def _renumbered(value: Any, numbers: list[Any]) -> Any:
-    """Replace the object numbers in a message by those of the other side."""
+    """Replace object numbers in a message by those of the other side."""
     if isinstance(value, list):
         return [_renumbered(element, numbers) for element in value]
     if isinstance(value, dict):
@@ -47,7 +47,10 @@ class _Pipes:
         self._out.flush()
 
     def receive(self) -> dict[str, Any]:
-        """Read one message; EOFError where the other side has gone, or sends more than is allowed."""
+        """Read one message.
+
+        EOFError where the other side has gone, or sends more than is allowed.
+        """
         line = self._in.readline(self._most)
         if not line.endswith(b"\n"):
             raise EOFError
@@ -55,7 +58,7 @@ class _Pipes:
 
 
 def serve(request: dict[str, Any], code: str) -> None:
-    """Run the untrusted side: execute the code, and answer calls of its names."""
+    """Run the untrusted side: execute the code, answer calls of its names."""
     pipes = _Pipes(request["pipes"][0], request["pipes"][1], request["message"])
     names: dict[str, Any] = {"__name__": "solution"}
     refs: list[Any] = []
@@ -96,12 +99,18 @@ def _all_contents(known: Known, refs: list[Any]) -> list[Any]:
 
 
 def _builtin_kind(error: BaseException) -> str:
-    """Name of the built-in class that an exception is of: a test catches one by its class, never by a name alone."""
+    """Name the built-in class of an exception.
+
+    A test catches one by its class, never by a name alone.
+    """
     return next(kind.__name__ for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind)
 
 
 def judge(request: dict[str, Any], code: str) -> None:
-    """Run the trusted side: the tests, in which the solution's names call the other sandbox."""
+    """Run the trusted side: tests that call into the other sandbox.
+
+    The solution's names are such calls.
+    """
     pipes = _Pipes(request["pipes"][0], request["pipes"][1], request["message"])
 
     broken: list[str] = []  # why the solution gives no more answers: whatever the tests make of that, it has not passed them
@@ -191,7 +200,10 @@ def judge(request: dict[str, Any], code: str) -> None:
 
 
 def main() -> None:
-    """Read the request from the pipe whose number is the argument, shut in, and run."""
+    """Read the request from a pipe, isolate this process, and run it.
+
+    The program's argument is the pipe's number.
+    """
     lifeline = int(sys.argv[1])
     with os.fdopen(lifeline, "rb", closefd=False) as pipe:
         request = json.loads(pipe.readline())

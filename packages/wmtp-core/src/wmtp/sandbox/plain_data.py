@@ -1,4 +1,7 @@
-"""Plain data as JSON, between a solution and its tests; loaded by `child` within a sandbox, so the standard library alone."""
+"""Plain data as JSON, between a solution and its tests.
+
+`child` loads this within a sandbox, so it uses the standard library alone.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _ASKED = ("__eq__", "__ne__", "__lt__", "__gt__", "__hash__", "__bool__", "__len
 
 
 class Known:
-    """Mutable containers of one call, numbered in the order in which both sides meet them."""
+    """Mutable containers of one call, numbered as both sides meet them."""
 
     def __init__(self) -> None:
         self.all: list[Any] = []
@@ -31,7 +34,10 @@ class Known:
 
 
 def encode(value: Any, refs: list[Any], known: Known, depth: int = 0) -> Any:
-    """Plain data as JSON can hold it. Anything else stays here, and only its number goes out."""
+    """Encode plain data for JSON, and other objects by their number.
+
+    Those stay here: only the number goes out.
+    """
     if depth > 200:
         raise ValueError("too deep")
     if value is None or value is True or value is False:
@@ -48,7 +54,10 @@ def encode(value: Any, refs: list[Any], known: Known, depth: int = 0) -> Any:
 
 
 def _is_plain(kind: type) -> bool:
-    """Tell whether the data of an object says all that a test may ask of it: what it equals, how long it is, what is in it."""
+    """Tell whether an object's data says all that a test may ask.
+
+    What it equals, how long it is, what is in it.
+    """
     if kind.__module__.partition(".")[0] in sys.stdlib_module_names:
         return True
     base = next((base for base in _PLAIN if issubclass(kind, base)), object)

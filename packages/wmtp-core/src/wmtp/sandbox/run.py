@@ -152,7 +152,7 @@ class Sandbox:
         return Outcome(passed=verdict == "passed", detail=str(verdict))
 
     def run_program(self, code: str, given: str, expected: str) -> Outcome:
-        """Run a whole program, and compare what it prints with ``expected``, word by word."""
+        """Run a whole program, and compare its output word by word."""
         with contextlib.ExitStack() as stack:
             output = _Pipe(stack)
             source = stack.enter_context(tempfile.TemporaryFile())
@@ -191,7 +191,10 @@ class Sandbox:
         stdout: Any = subprocess.DEVNULL,
         stderr: Any = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
-        """Start a sandbox; it is ended, with everything in it, when ``stack`` is left."""
+        """Start a sandbox, which ends when ``stack`` is left.
+
+        Everything in it ends with it.
+        """
         folder = tempfile.mkdtemp(prefix="wmtp-sandbox-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         limits, python = self.limits, Path(sys.base_prefix)
@@ -252,7 +255,10 @@ class Sandbox:
 
 
 def _end(process: subprocess.Popen[bytes], lifeline: BinaryIO, *, guarded: bool) -> None:
-    """End a sandbox with all that it started: its guard does that (see `wmtp.sandbox.child.shut_in`), if there is one."""
+    """End a sandbox with all that it started.
+
+    Its guard does that (see `wmtp.sandbox.shut_in.shut_in`), if there is one.
+    """
     with contextlib.suppress(BrokenPipeError):  # it ended before it had read its whole request
         lifeline.close()
     if guarded:
@@ -264,7 +270,10 @@ def _end(process: subprocess.Popen[bytes], lifeline: BinaryIO, *, guarded: bool)
 
 
 class _Pipe:
-    """A pipe whose ends are closed once: another thread may have got the number of a closed one."""
+    """Pipe whose ends are closed only once.
+
+    Another thread may have got the number of a closed one.
+    """
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self.reading, self.writing = os.pipe()
@@ -280,7 +289,7 @@ class _Pipe:
 
 
 def _read(descriptor: int, deadline: float, most: int) -> tuple[bytes | None, bool]:
-    """Read until the other side closes, the deadline passes, or ``most`` is exceeded.
+    """Read to the end, to the deadline, or past ``most`` bytes.
 
     Returns:
         the bytes, None if the other side took too long; and whether they are at most ``most``.

@@ -1,4 +1,4 @@
-"""Isolation of the process that calls it, with Linux namespaces, limits and a filter of system calls.
+"""Isolation of the calling process by namespaces, limits and a system-call filter.
 
 `child.py` loads this in the sandbox itself: it uses the standard library alone, and libseccomp by ctypes.
 """
@@ -60,12 +60,13 @@ def _mount(libc: Any, source: str | None, target: str, kind: str | None, flags: 
 
 
 def shut_in(request: dict[str, Any], lifeline: int) -> None:
-    """Enter new namespaces and a new root folder. Returns in the process that may run the solution.
+    """Enter new namespaces and a new root folder.
 
-    Three processes make a sandbox. This one stays outside as a guard: the solution sees no process outside its namespace and
-    is in no process group with one, so it can send it no signal. The next is the first process of the new process namespace
-    and only waits: the kernel keeps every signal from within the namespace away from it, and with its end
-    kills all processes there, whatever session, group or parent they have given themselves. The third becomes the solution.
+    Returns in the process that may run the solution. Three processes make a sandbox. This one stays outside as a guard: the
+    solution sees no process outside its namespace and is in no process group with one, so it can send it no signal. The next is
+    the first process of the new process namespace and only waits: the kernel keeps every signal from within the namespace away
+    from it, and with its end kills all processes there, whatever session, group or parent they have given themselves. The third
+    becomes the solution.
 
     The first process ends when the solution does, when the owner of the sandbox closes its lifeline or dies, and when the
     guard dies, which it sees by a pipe: the signal of a parent's death is forgotten with a change of user.
@@ -172,7 +173,10 @@ class _Comparison(ctypes.Structure):
 
 
 def _filter_system_calls(seccomp: Any) -> None:
-    """Refuse `_REFUSED`, other sockets and new namespaces, for this process and all its children, for good."""
+    """Refuse `_REFUSED`, other sockets and new namespaces, for good.
+
+    It holds for this process and all its children.
+    """
     seccomp.seccomp_init.restype = ctypes.c_void_p
     rules = ctypes.c_void_p(seccomp.seccomp_init(ctypes.c_uint32(_ALLOW)))  # calls of another architecture end the program
 
@@ -211,7 +215,7 @@ def _filter_system_calls(seccomp: Any) -> None:
 
 
 def set_limits(limits: dict[str, int]) -> None:
-    """Set the resource limits that the kernel enforces for this process and its children."""
+    """Set resource limits for this process and its children."""
     for name, value in limits.items():
         kind = getattr(resource, "RLIMIT_" + name, None)
         if kind is not None:

@@ -51,7 +51,10 @@ class ComponentTests:
                 setattr(self.config, name, getattr(self.config, name))
 
     def test_config_class_keeps_the_contract(self) -> None:
-        """Its base, flags and names are those of `wmtp.plugins.contract`; the same is asked where a plugin is loaded."""
+        """Base, flags and names are those of `wmtp.plugins.contract`.
+
+        The same is checked where a plugin is loaded.
+        """
         problem = contract_problem(self.kind, type(self.config))
         assert problem is None, problem
 

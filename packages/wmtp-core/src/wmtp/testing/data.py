@@ -42,7 +42,7 @@ class DataLoaderTests(ComponentTests):
         return self.config.build()
 
     def test_examples(self, loader: ExampleLoader, path: Path | None) -> None:
-        """Every example is an `Example` with text to learn and an id of its own."""
+        """Every example is an `Example` with text and its own id."""
         assert isinstance(loader, ExampleLoader)
         examples = list(loader.examples(path))
         assert examples, "no example was read"
@@ -68,13 +68,16 @@ class DataLoaderTests(ComponentTests):
         assert all(file.is_file() for file in files), f"not a file: {[str(file) for file in files if not file.is_file()][:3]}"
 
     def test_reading_again_gives_the_same(self, loader: ExampleLoader, path: Path | None) -> None:
-        """A resumed run reads the data again, and must find the same examples in the same order."""
+        """A second reading gives the same examples in the same order.
+
+        A resumed run reads the data again.
+        """
         first = list(loader.examples(path))
         assert list(loader.examples(path)) == first, "a second reading by the same loader differs"
         assert list(self.config.build().examples(path)) == first, "a reading by a new loader differs"
 
     def test_two_readings_at_once(self, loader: ExampleLoader, path: Path | None) -> None:
-        """A reading keeps its place to itself, and may be given up halfway."""
+        """Two readings do not disturb each other, and may stop halfway."""
         first = list(islice(loader.examples(path), 3))
         list(islice(loader.examples(path), 1))
         pairs = zip(loader.examples(path), loader.examples(path), strict=True)
@@ -82,7 +85,10 @@ class DataLoaderTests(ComponentTests):
         assert list(islice(loader.examples(path), 3)) == first
 
     def test_a_bad_example_is_yielded(self, loader: ExampleLoader, bad_path: Path | None) -> None:
-        """It is yielded, not raised, and says where it stands; the good ones around it are read."""
+        """A bad example is yielded with its place, not raised.
+
+        The good ones around it are read.
+        """
         if bad_path is None:
             pytest.skip("no bad_path was given")
         found = list(loader.examples(bad_path))

@@ -29,7 +29,10 @@ __all__ = ["EvaluatorTests"]
 
 
 def _rows(batch: Batch, start: int, stop: int) -> Batch:
-    """Some rows as a batch of their own, with their own documents alone; a row holds one."""
+    """Select rows as a batch with their own documents only.
+
+    A row holds one document.
+    """
     some = batch.rows(start, stop)
     numbers = [int(row.max()) for row in some.document]
     own = torch.where(some.document == PADDING, PADDING, torch.arange(len(numbers)).unsqueeze(1))
@@ -37,7 +40,9 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
 
 
 class EvaluatorTests(ComponentTests):
-    """Contract tests of an evaluator. Correctness of its numbers is for the plugin's own tests.
+    """Contract tests of an evaluator.
+
+    Correctness of its numbers is for the plugin's own tests.
 
     Args:
         varies: names of numbers that may differ from one measurement to the next: those that depend on a clock or the machine.
@@ -49,7 +54,10 @@ class EvaluatorTests(ComponentTests):
 
     @pytest.fixture
     def measured(self) -> Measured:
-        """Make a tiny random Llama with three heads, a byte tokenizer, and four documents."""
+        """Make a tiny model, a byte tokenizer and four documents.
+
+        The model is a random Llama with three heads.
+        """
         shape = ScratchModel(
             vocab_size=258, hidden_size=16, layers=2, attention_heads=2, intermediate_size=24, max_positions=256
         )
@@ -72,7 +80,7 @@ class EvaluatorTests(ComponentTests):
         return {name: float(value) for name, value in found.items() if name not in self.varies}
 
     def test_numbers_by_name(self, measured: Measured) -> None:
-        """At least one number; an interval holds its number, and says of how many units of what it is."""
+        """At least one number; an interval holds its number, n and unit."""
         evaluator = self.config.build()
         assert isinstance(evaluator, Evaluator)
         found = evaluator.evaluate(measured)
@@ -90,7 +98,10 @@ class EvaluatorTests(ComponentTests):
                     assert value.low <= value.value <= value.high, f"{name} is outside of its interval"
 
     def test_again_gives_the_same(self, measured: Measured) -> None:
-        """Chance comes from ``measured.seed`` alone, and nothing is kept from the measurement before."""
+        """A second measurement gives the same numbers.
+
+        Chance comes from ``measured.seed`` alone, and nothing is kept from the measurement before.
+        """
         torch.manual_seed(1)
         first = self.measure(measured)
         torch.manual_seed(2)
@@ -98,7 +109,10 @@ class EvaluatorTests(ComponentTests):
         assert self.measure(evolve(measured, ranks=SINGLE_PROCESS)) == pytest.approx(first, rel=1e-6, nan_ok=True)
 
     def test_batches_change_nothing(self, measured: Measured) -> None:
-        """A mean of means would depend on how rows are put into batches."""
+        """The split into batches changes no number.
+
+        A mean of means would depend on it.
+        """
         expected = self.measure(measured)
         count = sum(len(batch.input_ids) for batch in measured.batches)
         if count < 2:
@@ -121,7 +135,10 @@ class EvaluatorTests(ComponentTests):
     def test_files_only_where_they_may_be(
         self, measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        """Files go to ``output_dir``, if there is one; standard output, which belongs to ``--json``, stays empty."""
+        """Files go to ``output_dir`` only, and nothing to standard output.
+
+        Standard output belongs to ``--json``.
+        """
         here, there = tmp_path / "here", tmp_path / "there"
         here.mkdir()
         monkeypatch.chdir(here)

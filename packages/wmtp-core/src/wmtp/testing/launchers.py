@@ -31,7 +31,7 @@ _PATIENCE = 30.0  # seconds in which a cancelled run ends
 
 @frozen(kw_only=True)
 class _Uniform(Trainer):
-    """A trainer with uniform weights, so that a launcher is tested where no plugin provides one."""
+    """Trainer with uniform weights, where no plugin provides one."""
 
     type = "uniform"
 
@@ -48,7 +48,10 @@ class LauncherTests(ComponentTests):
 
     @pytest.fixture
     def service(self) -> Any:
-        """Plays the service. A run that it starts stays alive until it is cancelled."""
+        """Play the service to launch on.
+
+        A run that it starts stays alive until it is cancelled.
+        """
         pytest.skip("no service to launch on")
 
     @pytest.fixture
@@ -96,7 +99,10 @@ class LauncherTests(ComponentTests):
         assert done.stdout.strip() == ""
 
     def test_a_plan_is_pure(self, launcher: RemoteLauncher, run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A plan depends on the config alone: not on time, instance or network."""
+        """A plan depends on the config alone.
+
+        Not on time, instance or network.
+        """
 
         def refuse(*_: Any, **__: Any) -> None:
             raise AssertionError("plan() must not touch the network")

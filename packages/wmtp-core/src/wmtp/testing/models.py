@@ -17,7 +17,10 @@ __all__ = ["ModelLoaderTests"]
 
 
 class ModelLoaderTests(ComponentTests):
-    """Contract tests of a model loader. Override the fixture ``path`` with a tiny model."""
+    """Contract tests of a model loader.
+
+    Override the fixture ``path`` with a tiny model.
+    """
 
     __test__ = False
     kind = "model_loaders"
@@ -72,7 +75,7 @@ class ModelLoaderTests(ComponentTests):
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
     def test_dtype_and_device(self, loader: ModelLoader, path: Path | None, dtype: torch.dtype) -> None:
-        """Every parameter has the dtype that was asked for, and is on the CPU."""
+        """Every parameter has the requested dtype, and is on the CPU."""
         for name, parameter in loader.load(path, dtype=dtype, seed=0).model.named_parameters():
             assert parameter.dtype == dtype, name
             assert parameter.device.type == "cpu", name
@@ -89,7 +92,7 @@ class ModelLoaderTests(ComponentTests):
         torch.testing.assert_close(logits[:, :4], other[:, :4])
 
     def test_heads_can_be_put_on_it(self, loader: ModelLoader, path: Path | None) -> None:
-        """Head 1 is the model: its logits are the model's bit for bit."""
+        """Head 1's logits are the model's, bit for bit."""
         loaded = loader.load(path, dtype=torch.float32, seed=0)
         model = build_model(loaded, None, seed=0).eval()
         ids = torch.arange(5)[None] % model.vocab_size
@@ -97,7 +100,7 @@ class ModelLoaderTests(ComponentTests):
             assert torch.equal(model.logits(model(ids), 1), loaded.model.eval()(input_ids=ids).logits)
 
     def test_a_missing_path_is_named(self, loader: ModelLoader, path: Path | None, tmp_path: Path) -> None:
-        """A missing path is an error that names it, not a look-up on a hub."""
+        """A missing path is named in an error, without asking a hub."""
         if path is None:
             pytest.skip("a loader without files")
         missing = tmp_path / "no-such-model"

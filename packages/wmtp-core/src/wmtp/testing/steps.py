@@ -35,10 +35,11 @@ class Step:
 
 
 def random_step(seed: int, *, packed: bool, rows: int = 4, length: int = 12) -> Step:
-    """A ragged batch: documents of any length from one token up, with and without a prompt, some with a user's turn between two
-    answers, and padding at the end of rows.
+    """Make a ragged batch of random documents.
 
-    Each document has a label, a reward and data weights, and belongs to a group with others. One document has nothing to learn.
+    Documents have any length from one token up, with and without a prompt, some with a user's turn between two answers, and
+    rows end in padding. Each document has a label, a reward and data weights, and belongs to a group with others. One document
+    has nothing to learn.
     """
     draw = torch.Generator().manual_seed(seed)
 
@@ -113,7 +114,7 @@ def pad(step: Step, *, columns: int, rows: int) -> Step:
 
 
 def make_view(trainer: Trainer, step: Step, *, number: int = 0, stage: str = "train", with_gradient: bool = False) -> StepView:
-    """Make the view that the loop gives to a trainer for one step.
+    """Make the view of one step, as the loop gives it.
 
     Args:
         trainer: set up.
@@ -157,7 +158,7 @@ def _unembedding() -> Unembedding:
 
 
 def tiny_model(*, seed: int = 0) -> nn.Module:
-    """A Llama of two layers with random weights."""
+    """Make a Llama of two layers with random weights."""
     from wmtp.models.config import ScratchModel
 
     shape = ScratchModel(

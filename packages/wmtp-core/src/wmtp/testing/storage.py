@@ -25,7 +25,7 @@ class StorageTests(ComponentTests):
 
     @pytest.fixture
     def root(self, tmp_path: Path) -> str:
-        """Return the URI of an empty folder that a test may write to."""
+        """Return the URI of an empty folder to write to."""
         return (tmp_path / "root").as_uri()
 
     @pytest.fixture
@@ -35,7 +35,7 @@ class StorageTests(ComponentTests):
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
-        """A folder to push, with names and sizes that are easily got wrong."""
+        """Make a folder with names and sizes that are easily got wrong."""
         folder = tmp_path / "source"
         for name, content in {
             "a": b"1",
@@ -72,7 +72,7 @@ class StorageTests(ComponentTests):
         assert storage.localize(uri, cache).read_bytes() == content
 
     def test_a_folder_comes_back(self, storage: Storage, root: str, cache: Path, folder: Path) -> None:
-        """A pushed folder exists and has every file, whether its URI ends with a slash or not."""
+        """A pushed folder has every file, with or without a final slash."""
         storage.push(folder, f"{root}/model")
         for uri in (f"{root}/model", f"{root}/model/"):
             assert storage.exists(uri)
@@ -82,7 +82,7 @@ class StorageTests(ComponentTests):
     def test_localizing_again_sees_what_was_pushed_since(
         self, storage: Storage, root: str, cache: Path, tmp_path: Path
     ) -> None:
-        """A cache never hides a newer file, not even one of the same size."""
+        """A cache never hides a newer file of the same size."""
         for content in (b"old", b"new"):
             (tmp_path / "file").write_bytes(content)
             storage.push(tmp_path / "file", f"{root}/file")
@@ -108,7 +108,7 @@ class StorageTests(ComponentTests):
     def test_a_failed_push_leaves_things_as_they_were(
         self, storage: Storage, root: str, cache: Path, folder: Path, tmp_path: Path
     ) -> None:
-        """A failed push leaves the old folder whole, and creates no new one."""
+        """A failed push leaves the old folder whole, and no new one."""
         storage.push(folder, f"{root}/model")
         before = _files(folder)
         (folder / "zz-dangling").symlink_to(tmp_path / "nowhere")
@@ -126,7 +126,7 @@ class StorageTests(ComponentTests):
         assert not storage.exists(f"{root}/x")
 
     def test_localizing_what_is_not_there(self, storage: Storage, root: str, cache: Path) -> None:
-        """Localizing a missing URI names it in the error, and leaves the cache empty."""
+        """Localizing a missing URI names it, and caches nothing."""
         uri = f"{root}/no/such/file"
         assert not storage.exists(uri)
         with pytest.raises(WMTPError) as error:
@@ -135,7 +135,10 @@ class StorageTests(ComponentTests):
         assert not cache.exists() or not [path for path in cache.rglob("*") if path.is_file()]
 
     def test_files_are_listed(self, storage: Storage, root: str, folder: Path) -> None:
-        """Those of a folder with their paths in it, and nothing of what is beside it; a file by its own name."""
+        """The files of a folder are listed by their paths in it.
+
+        Nothing of what is beside it is listed. A file is listed by its own name.
+        """
         storage.push(folder, f"{root}/model")
         storage.push(folder, f"{root}/model-2")
         sizes = {name: len(content) for name, content in _files(folder).items()}
@@ -150,7 +153,10 @@ class StorageTests(ComponentTests):
         assert {name for name in after if after[name] != before[name]} == {"a"}
 
     def test_what_is_removed_is_gone(self, storage: Storage, root: str, cache: Path, folder: Path) -> None:
-        """A file, or a folder with all that is in it; neighbours stay, and what is not there is no error."""
+        """A removed file or folder is gone, and its neighbours stay.
+
+        To remove what is not there is no error.
+        """
         for name in ("model", "model-2"):
             storage.push(folder, f"{root}/{name}")
         storage.remove(f"{root}/model-2/a")
@@ -163,7 +169,7 @@ class StorageTests(ComponentTests):
         assert _files(storage.localize(f"{root}/model-2", cache)) == left
 
     def test_tidying_leaves_what_is_whole(self, storage: Storage, root: str, cache: Path, folder: Path) -> None:
-        """There is nothing half-written here."""
+        """Tidying removes nothing that is whole."""
         storage.tidy(root)
         storage.push(folder, f"{root}/model")
         storage.push(folder / "a", f"{root}/file")

@@ -16,7 +16,10 @@ __all__ = ["TrackerTests"]
 
 
 class TrackerTests(ComponentTests):
-    """Contract tests of a tracker. Delivery to the service is for the plugin's own tests."""
+    """Contract tests of a tracker.
+
+    Delivery to the service is for the plugin's own tests.
+    """
 
     __test__ = False
     kind = "trackers"
@@ -38,14 +41,17 @@ class TrackerTests(ComponentTests):
         return tmp_path / "model"
 
     def steps(self, run: RunInfo, metric: str) -> list[int] | None:
-        """Read back the steps at which the service has points of a metric, each as often as it is there.
+        """Read back a metric's steps, each as often as it is there.
 
         None, the default, where a test cannot know it. `test_resume` needs it to see that no step is there twice.
         """
         return None
 
     def test_a_whole_run(self, run: RunInfo, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
-        """Start, log, finish; ``location`` is one line; standard output, which belongs to ``--json``, stays empty."""
+        """A whole run is tracked, and standard output stays empty.
+
+        ``location`` is one line. Standard output belongs to ``--json``.
+        """
         tracker = self.config.build()
         assert isinstance(tracker, Tracker)
         tracker.start(run)
@@ -77,14 +83,17 @@ class TrackerTests(ComponentTests):
 
     @pytest.mark.parametrize("status", ["finished", "stopped", "interrupted", "failed"])
     def test_every_end(self, run: RunInfo, status: Literal["finished", "stopped", "interrupted", "failed"]) -> None:
-        """A run may end in any way, before its first step too; ending twice does no harm."""
+        """A run may end in any way, also before its first step.
+
+        Ending twice does no harm.
+        """
         tracker = self.config.build()
         tracker.start(run)
         tracker.finish(status, None)
         tracker.finish(status, None)
 
     def test_resume(self, run: RunInfo, model: Path) -> None:
-        """A later process continues the run, with steps logged before and a changed config.
+        """A later process continues the run, with a changed config.
 
         Steps 4 and 5 come twice, and must be there once.
         """
@@ -103,7 +112,10 @@ class TrackerTests(ComponentTests):
         assert found is None or sorted(found) == list(range(1, 9))
 
     def test_resume_before_the_first_checkpoint(self, run: RunInfo) -> None:
-        """A run that was killed early begins again in the same directory: every step comes again, and is there once."""
+        """A run that was killed before its first checkpoint begins again.
+
+        Every step comes again, and is there once.
+        """
         first = self.config.build()
         first.start(run)
         for step in range(1, 4):

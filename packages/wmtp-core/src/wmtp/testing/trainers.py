@@ -75,7 +75,10 @@ class TrainerTests(ComponentTests):
     # --- what it declares
 
     def test_stages(self, trainer: Trainer) -> None:
-        """Only the last stage may be without an end; names are unique; what is frozen exists."""
+        """Stages have an end and unique names, and freeze what exists.
+
+        Only the last may be without an end.
+        """
         stages = list(trainer.stages())
         assert stages
         assert all(isinstance(stage, Stage) for stage in stages)
@@ -98,7 +101,10 @@ class TrainerTests(ComponentTests):
     @_KINDS
     @pytest.mark.parametrize("seed", range(3))
     def test_weights_keep_the_contract(self, trainer: Trainer, packed: bool, seed: int) -> None:
-        """``[B, S]`` or ``[B, S, H]``; finite, ≥ 0 and without gradient; not all 0."""
+        """Weights are finite, ≥ 0, without gradient, and not all 0.
+
+        They are ``[B, S]`` or ``[B, S, H]``.
+        """
         step = random_step(seed, packed=packed)
         for stage in _weighted_stages(trainer):
             weights, valid = self._weights(trainer, step, stage=stage.name)
@@ -111,7 +117,10 @@ class TrainerTests(ComponentTests):
 
     @_KINDS
     def test_weights_are_the_same_each_time(self, packed: bool) -> None:
-        """Random numbers come from ``view.generator`` only: a resumed run must get the same weights."""
+        """Random numbers come from ``view.generator`` only.
+
+        A resumed run must get the same weights.
+        """
         step = random_step(0, packed=packed)
         state = torch.get_rng_state()
         first, _ = self._weights(self.make_trainer(), step)
@@ -123,7 +132,7 @@ class TrainerTests(ComponentTests):
     @_KINDS
     @pytest.mark.parametrize(("columns", "rows"), [(5, 0), (0, 2), (3, 1)])
     def test_padding_changes_nothing(self, packed: bool, columns: int, rows: int) -> None:
-        """More padding, whatever it holds, leaves the weights of real tokens as they are."""
+        """More padding leaves the weights of real tokens as they are."""
         step = random_step(1, packed=packed)
         weights, valid = self._weights(self.make_trainer(), step)
         padded, padded_valid = self._weights(self.make_trainer(), pad(step, columns=columns, rows=rows))
@@ -195,7 +204,7 @@ class TrainerTests(ComponentTests):
             assert not isinstance(value, Tensor) or not value.requires_grad, f"{name} keeps a graph alive; detach it"
 
     def test_state_survives_a_checkpoint(self) -> None:
-        """A trainer with another's restored state continues as that one would, in every stage."""
+        """A trainer with restored state continues as the original, in every stage."""
         one, two = self.make_trainer(), self.make_trainer()
         for number in range(3):
             for stage in one.stages():
@@ -216,7 +225,7 @@ class TrainerTests(ComponentTests):
                     )  # fmt: skip
 
     def _use(self, trainer: Trainer, step: Step, stage: Stage, *, number: int) -> dict[str, Tensor]:
-        """Everything that the loop asks for in one step."""
+        """Return everything that the loop asks for in one step."""
         view = make_view(trainer, step, stage=stage.name)
         found = {}
         if stage.model_loss:
@@ -228,7 +237,7 @@ class TrainerTests(ComponentTests):
 
     @_KINDS
     def test_micro_batches_change_nothing(self, packed: bool) -> None:
-        """Loss and gradients of a step are the same however it is split."""
+        """Loss and gradients do not depend on the split of a step."""
         step = random_step(6, packed=packed, rows=6)
         for stage in self.make_trainer().stages():
             whole = self._learn(step, stage, micro_batch_size=6)
@@ -247,10 +256,10 @@ class TrainerTests(ComponentTests):
 
     @_KINDS
     def test_constant_weights_equal_the_baseline(self, packed: bool) -> None:
-        """Constant weights without auxiliary losses train the model exactly as a plain trainer.
+        """Constant weights train the model exactly as a plain trainer.
 
-        Nothing reaches the trainer's modules then: observing leaves the model alone, and modules learn by auxiliary losses
-        only.
+        There are no auxiliary losses here. Nothing reaches the trainer's modules: observing leaves the model alone, and
+        modules learn by auxiliary losses only.
         """
         step = random_step(6, packed=packed)
         for stage in _weighted_stages(self.make_trainer()):
@@ -264,7 +273,7 @@ class TrainerTests(ComponentTests):
             _assert_same(ours, plain, "is not what uniform weights give")
 
     def _weights(self, trainer: Trainer, step: Step, *, stage: str | None = None) -> tuple[Tensor, Tensor]:
-        """Weights as the loop places them, and which predictions are valid; ``[B, S, H]`` both."""
+        """Return placed weights and the valid mask, ``[B, S, H]`` both."""
         view = make_view(trainer, step, stage=stage or _weighted_stages(trainer)[0].name)
         targets: Targets = align_targets(step.batch, HORIZON)
         return given_weights(trainer, view, type(self.config).__name__)[1], targets.valid
@@ -295,7 +304,10 @@ class TrainerTests(ComponentTests):
 
 
 def _assert_same(ours: Mapping[str, Tensor], expected: Mapping[str, Tensor], problem: str) -> None:
-    """Compare loss and gradients, up to rounding: a gradient may be a sum of large terms that cancel."""
+    """Compare loss and gradients, up to rounding.
+
+    A gradient may be a sum of large terms that cancel.
+    """
     assert ours.keys() == expected.keys()
     largest = max(float(tensor.abs().max()) for tensor in expected.values())
     for name, tensor in expected.items():
