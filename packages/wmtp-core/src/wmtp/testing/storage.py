@@ -135,7 +135,7 @@ class StorageTests(ComponentTests):
         assert not cache.exists() or not [path for path in cache.rglob("*") if path.is_file()]
 
     def test_files_are_listed(self, storage: Storage, root: str, folder: Path) -> None:
-        """The files of a folder are listed by their paths in it.
+        """Files of a folder are listed by their paths in it.
 
         Nothing of what is beside it is listed. A file is listed by its own name.
         """
