@@ -6,7 +6,10 @@ __all__ = ["start"]
 
 
 def start() -> None:
-    """Run the command line; Ctrl-C while it is imported ends the process without a traceback."""
+    """Run the command line.
+
+    Ctrl-C while it is imported ends the process without a traceback.
+    """
     catches = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, as under nohup
     if catches:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

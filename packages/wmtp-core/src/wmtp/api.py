@@ -130,9 +130,10 @@ def _run(loaded: Loaded, resume: str | os.PathLike[str] | None, *, dry_run: bool
 
 
 def _unless_ctrl_c(result: Result) -> Result:
-    """Hand on a result, or raise: who presses Ctrl-C wants no next run to begin.
+    """Return a result, or raise KeyboardInterrupt if Ctrl-C ended the run.
 
-    A class of its own would not do: only a plain KeyboardInterrupt ends Python as SIGINT does, which ends a shell's loop too.
+    Who presses Ctrl-C wants no next run to begin. An exception class of its own would not do: only a plain KeyboardInterrupt
+    ends Python as SIGINT does, which ends a shell's loop too.
     """
     if result.signal != "SIGINT":
         return result
@@ -177,7 +178,7 @@ def _check_push(config: Config) -> None:
 
 
 def _push(config: Config, result: Result) -> None:
-    """Push the model of a run that has ended, where the config says so.
+    """Push an ended run's model, where the config says so.
 
     Raises:
         WMTPError: it could not be pushed; the run itself is whole, and ``error.result`` its result.
@@ -197,7 +198,10 @@ def _push(config: Config, result: Result) -> None:
 
 
 def _run_as_one_of_several(loaded: Loaded, resume: str | os.PathLike[str] | None, worker: Worker) -> Result:
-    """Train in this process, one of those that torchrun or a cluster has started: rank 0 has the run directory."""
+    """Train in this process, one of several that were started.
+
+    torchrun or a cluster has started them; rank 0 has the run directory.
+    """
     from wmtp.distributed.start import joined
     from wmtp.training.run import train
 
@@ -221,7 +225,9 @@ def load_checked(
     tags: Iterable[str] = (),
     resume: str | os.PathLike[str] | None = None,
 ) -> Loaded:
-    """Everything that comes before a run directory: what ``wmtp check`` does, and `run` does first. Arguments: see `run`.
+    """Load and check a config, as ``wmtp check`` does.
+
+    `run` does so first. Arguments: see `run`.
 
     Raises:
         ConfigError: every problem at once.
@@ -288,7 +294,10 @@ def _directory_to_resume(config: Config, resume: str | os.PathLike[str] | None) 
 
 
 def _begun_elsewhere(config: Config) -> Path | None:
-    """A directory here for the run whose checkpoints are at ``checkpoints.uri``; None where there are none."""
+    """Make a directory here for a run begun elsewhere.
+
+    Its checkpoints are at ``checkpoints.uri``; None where there are none.
+    """
     remote = remote_checkpoints(config)
     if remote is None or not remote.steps():
         return None
@@ -297,7 +306,7 @@ def _begun_elsewhere(config: Config) -> Path | None:
 
 
 def _take_up(directory: Path, loaded: Loaded) -> None:
-    """Check that the config is the run's own, and note what a resume may change."""
+    """Check that the config is the run's own, and note changes."""
     refused, changed = run_dirs.differences(directory, loaded.config)
     if refused:
         is_longer = any(line.partition(": ")[0] in run_dirs.LENGTH for line in refused)
@@ -316,7 +325,10 @@ def _take_up(directory: Path, loaded: Loaded) -> None:
 
 
 def _ways_to_go_on(directory: Path, config: Config) -> str:
-    """Say how a run is made longer whose learning rate was planned for its length."""
+    """Say how to train a run beyond its planned length.
+
+    The learning rate of its steps was planned for that length.
+    """
     schedule = config.schedule
     planned = f'type = "{schedule.type}"' if schedule.type != "constant" else f"warmup_ratio = {schedule.warmup_ratio:g}"
     return (

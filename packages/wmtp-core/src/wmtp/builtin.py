@@ -1,4 +1,4 @@
-"""Built-in components of wmtp-core: an ordinary plugin with the ordinary hooks. Imports no torch."""
+"""Built-in components of wmtp-core, an ordinary plugin; imports no torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def wmtp_data_loaders() -> list[type[Any]]:
 
 @hookimpl
 def wmtp_storages() -> list[type[Any]]:
-    """Files of this machine and of its Python packages, and the Hugging Face hub."""
+    """Files of this machine and its packages, and the Hugging Face hub."""
     return [FileStorage, PackageStorage, HubStorage]
 
 
@@ -70,5 +70,5 @@ def wmtp_launchers() -> list[type[Any]]:
 
 @hookimpl
 def wmtp_evaluators() -> list[type[Any]]:
-    """List the evaluators: losses, accuracies, decoding speed, correctness of generated code, and others' tasks."""
+    """Losses, accuracies, decoding speed, correctness of generated code, and others' tasks."""
     return [Perplexity, TokenAccuracy, Speculative, InferenceSpeed, PassAtK, LmEval]

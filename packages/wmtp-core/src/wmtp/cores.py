@@ -8,5 +8,8 @@ __all__ = ["usable_cores"]
 
 
 def usable_cores() -> int:
-    """Count the cores that this process may run on: a container or taskset may give it fewer than the machine has."""
+    """Count the cores that this process may run on.
+
+    A container or taskset may give it fewer than the machine has.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

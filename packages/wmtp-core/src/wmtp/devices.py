@@ -64,17 +64,23 @@ def pick_device(name: Literal["auto", "cpu", "cuda", "mps"], local_rank: int | N
 
 
 def device_name(device: torch.device) -> str:
-    """Name a device as its maker does; ``cpu`` and ``mps`` by their kind."""
+    """Name a GPU as its maker does, other devices by kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def count_devices(device: torch.device) -> int | None:
-    """Count the devices that processes can have for themselves; None: a CPU serves any number."""
+    """Count the devices that processes can have for themselves.
+
+    None: a CPU serves any number.
+    """
     return None if device.type == "cpu" else torch.cuda.device_count() if device.type == "cuda" else 1
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that tensors on a device may still take; None where they cannot be asked for."""
+    """Return the bytes that tensors on a device may still take.
+
+    None where they cannot be asked for.
+    """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -91,7 +97,10 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def pick_precision(precision: Precision | Literal["fp8"], device: torch.device) -> Precision:
-    """Return the precision of parameters and of what is not in fp8; fp32 with a warning where the device lacks bf16."""
+    """Return the precision of parameters and of what is not fp8.
+
+    It is fp32, with a warning, where the device lacks bf16.
+    """
     if precision == "fp8":
         precision = "bf16-params"
     able = device.type == "cpu" or (

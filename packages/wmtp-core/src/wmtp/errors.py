@@ -1,4 +1,7 @@
-"""Exceptions that WMTP raises on purpose; the command line prints them without a traceback."""
+"""Exceptions that WMTP raises on purpose.
+
+The command line prints them without a traceback.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,18 @@ __all__ = [
 
 
 class WMTPError(Exception):
-    """Failure at run time: a full disk, a server that is away, an infinite loss."""
+    """Failure at run time.
+
+    A full disk, a server that is away, an infinite loss.
+    """
 
     exit_code: ClassVar[int] = 1  #: of the command line
 
 
 class ConfigError(WMTPError):
-    """Mistake in the user's input. The command line prints every problem on its own line.
+    """Mistake in the user's input.
+
+    The command line prints every problem on its own line.
 
     Args:
         problems: one line each, in the form ``file:line: dotted.key: what is wrong; what to do`` (file and line where known).
@@ -40,13 +48,18 @@ class ConfigError(WMTPError):
 
 
 class FileError(WMTPError):
-    """A file that was given, or one of a run or model that was given, is missing, damaged or of another format."""
+    """Missing or damaged file, or one of another format.
+
+    It was given, or belongs to a run or model that was given.
+    """
 
     exit_code: ClassVar[int] = 2
 
 
 class InputError(WMTPError):
-    """An input of a component is not what it can read: what the user wrote is wrong, or the file.
+    """Input that a component cannot read.
+
+    What the user wrote is wrong, or the file.
 
     Args:
         key: the component's key that the message is about: ``uri``, ``split``.
@@ -61,23 +74,35 @@ class InputError(WMTPError):
 
 
 class PluginError(WMTPError):
-    """A plugin breaks its contract. The message names the distribution and its version."""
+    """Breach of a plugin's contract.
+
+    The message names the distribution and its version.
+    """
 
 
 class AuthenticationError(WMTPError):
-    """A launch service does not know the user, or does not permit this. Raised by launchers."""
+    """Refusal by a launch service: user unknown, or not permitted.
+
+    Raised by launchers.
+    """
 
     exit_code: ClassVar[int] = 3
 
 
 class PlatformError(WMTPError):
-    """A launch service is unreachable, or fails to do what was asked. Raised by launchers."""
+    """Failure of a launch service, or no answer from it.
+
+    Raised by launchers.
+    """
 
     exit_code: ClassVar[int] = 4
 
 
 def described(error: BaseException) -> str:
-    """Describe an unexpected error in one line; without a message, by its place in the code."""
+    """Describe an unexpected error in one line.
+
+    Without a message, by its place in the code.
+    """
     if text := str(error):
         return f"{type(error).__name__}: {text}"
     frames = traceback.extract_tb(error.__traceback__)

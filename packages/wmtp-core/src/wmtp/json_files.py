@@ -1,4 +1,7 @@
-"""Reads files that others wrote, and names the file where one is damaged. Imports no torch."""
+"""Reading of files that others wrote, with errors that name them.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Load names of a package on first use, so that importing it is cheap."""
+"""Loading of a package's names on first use.
+
+So importing it is cheap.
+"""
 
 from __future__ import annotations
 

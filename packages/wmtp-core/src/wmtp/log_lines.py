@@ -13,7 +13,10 @@ __all__ = ["in_notebook", "lines_by_itself", "set_up_logging", "transformers_qui
 
 
 def in_notebook() -> bool:
-    """Find out whether this process is the kernel of a notebook, without importing anything."""
+    """Tell whether this process is the kernel of a notebook.
+
+    Nothing is imported for it.
+    """
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None
@@ -21,10 +24,11 @@ def in_notebook() -> bool:
 
 @contextmanager
 def lines_by_itself() -> Iterator[None]:
-    """Show log lines meanwhile where logging is not configured: in a script, and in a notebook.
+    """Show log lines meanwhile where logging is not configured.
 
-    Nothing changes where the logger ``wmtp`` has handlers or a level, as under the command line, or where the program logs by
-    itself: in a notebook the host may have done that (Colab), and then its level counts only if it lets the lines through.
+    As in a script, and in a notebook. Nothing changes where the logger ``wmtp`` has handlers or a level, as under the command
+    line, or where the program logs by itself: in a notebook the host may have done that (Colab), and then its level counts only
+    if it lets the lines through.
     """
     logger, root = logging.getLogger("wmtp"), logging.getLogger()
     is_configured = bool(root.handlers) and (logger.isEnabledFor(logging.INFO) or not in_notebook())
@@ -41,7 +45,10 @@ def lines_by_itself() -> Iterator[None]:
 
 
 def set_up_logging(*, verbose: bool, rank: int = 0) -> None:
-    """Write log lines to standard error: all of rank 0, of other ranks warnings with their number."""
+    """Write log lines to standard error.
+
+    All of rank 0, of other ranks warnings with their number.
+    """
     logger = logging.getLogger("wmtp")
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
@@ -73,7 +80,10 @@ class _Lines(logging.Formatter):
 
 @contextmanager
 def transformers_quiet() -> Iterator[None]:
-    """Turn off transformers' own lines and progress bars meanwhile: what they would say is raised or logged by us."""
+    """Turn off transformers' own lines and progress bars meanwhile.
+
+    What they would say is raised or logged by us.
+    """
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()

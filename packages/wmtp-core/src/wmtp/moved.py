@@ -1,4 +1,4 @@
-"""Old names of modules: importing one is an error that says the new name."""
+"""Old names of modules, whose import names the new one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Keeps out of messages and files what an address may hold: by its form, for no list of secret names is whole."""
+"""Redaction of addresses in messages and files.
+
+It goes by their form, for no list of secret names is whole.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ _PART: Final = re.compile(r"(\b(?:query|password|username|fragment):? ?[=:] ?(?:
 
 
 def redact(text: str) -> str:
-    """Take user info and queries out of all addresses in a text; keys of a query that are known to be harmless stay."""
+    """Remove user info and queries from all addresses in a text.
+
+    Keys of a query that are known to be harmless stay.
+    """
     if not _URI.search(text):
         return _PART.sub(r"\1\2\2", text)
     for pattern in (_URI, _QUERY):
@@ -34,9 +40,9 @@ def redact(text: str) -> str:
 
 
 def holds_credentials(text: str) -> bool:
-    """Find addresses in a text with what may open a door: a query, or user info.
+    """Tell whether addresses in a text hold a query or user info.
 
-    A user's name alone is none in the addresses of databases, and of programs for other machines.
+    A user's name alone does not count in the addresses of databases, and of programs for other machines.
     """
     for match in _URI.finditer(text):
         uri = match[0]
@@ -48,7 +54,7 @@ def holds_credentials(text: str) -> bool:
 
 
 def clean_chain(error: BaseException) -> None:
-    """Redact the messages of an error and of all errors that led to it."""
+    """Redact the messages of an error and of all its causes."""
     seen: set[int] = set()
     left: list[BaseException | None] = [error]
     while left:

@@ -14,10 +14,10 @@ __all__ = ["can_be_caught", "stopped_by_sigterm"]
 
 
 def can_be_caught(number: int) -> bool:
-    """Check whether a handler may be set for a signal, and be taken back later.
+    """Tell whether a handler may be set for a signal.
 
-    Whoever started this process may have had the signal ignored, as ``nohup`` and a shell's ``&`` do; and a handler that is not
-    Python's could not be put back. Outside the main thread Python sets none.
+    It must be possible to take it back later. Whoever started this process may have had the signal ignored, as ``nohup`` and a
+    shell's ``&`` do; and a handler that is not Python's could not be put back. Outside the main thread Python sets none.
     """
     is_main = threading.current_thread() is threading.main_thread()
     return is_main and signal.getsignal(number) not in (signal.SIG_IGN, None)
@@ -25,9 +25,10 @@ def can_be_caught(number: int) -> bool:
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """End this process by SIGTERM as Ctrl-C does: what was begun is cleared away.
+    """Have SIGTERM end this process as Ctrl-C does.
 
-    Without it process 1 of a container does not even hear the signal. A handler of somebody else's stays.
+    What was begun is cleared away. Without this, process 1 of a container does not even hear the signal. A handler of somebody
+    else's stays.
 
     Raises:
         Terminated: it came.

@@ -31,7 +31,7 @@ def format_bytes(count: float) -> str:
 
 
 def parse_bytes(text: str) -> int | None:
-    """Read a size such as ``200GB`` or ``1.5 TiB``; None for another text."""
+    """Read a size (``200GB``, ``1.5 TiB``); None for another text."""
     match = _SIZE.fullmatch(text.strip())
     return None if match is None else int(float(match[1]) * _UNITS[match[2].lower()])
 
@@ -43,6 +43,6 @@ def format_seconds(seconds: float) -> str:
 
 
 def parse_seconds(text: str) -> float | None:
-    """Read a duration such as ``24h``, ``90m`` or ``7d``; None for another text."""
+    """Read a duration (``24h``, ``90m``, ``7d``); None for another text."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([smhd])|0", text.strip())
     return None if match is None else float(match[1] or 0) * _SECONDS[match[2] or "s"]

@@ -59,7 +59,7 @@ _SYNONYMS: Final = {
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """Find the known name that is most like ``name``; None where none is.
+    """Find the known name most like ``name``; None without one.
 
     Args:
         name: as it was written.
@@ -70,16 +70,20 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
 
 
 def odd_character(text: str) -> str:
-    """Write a hint at the first character of ``text`` that no keyword has, as ``; 'а' is CYRILLIC SMALL LETTER A``; or nothing.
+    """Write a hint at the first non-ASCII character, or nothing.
 
-    A word copied from a web page may hold a letter, a quote or a space that only looks like the one that is meant.
+    As ``; 'а' is CYRILLIC SMALL LETTER A``: no keyword has one. A word copied from a web page may hold a letter, a quote or a
+    space that only looks like the one that is meant.
     """
     found = next((character for character in text if not character.isascii()), None)
     return "" if found is None else f"; {found!r} is {unicodedata.name(found, f'U+{ord(found):04X}')}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """Write the question ``did you mean 'NAME'?``; None where no known name is like it or says the same."""
+    """Write ``did you mean 'NAME'?``; None without a similar name.
+
+    A known name is meant that is like it, or says the same.
+    """
     names = list(known)
     words = ((word, here) for word, others in _SYNONYMS.items() for here in others.split())
     meant = {word: here for word, here in words if here in names and word not in names}

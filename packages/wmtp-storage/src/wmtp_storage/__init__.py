@@ -1,4 +1,4 @@
-"""Object stores for WMTP. The config classes are here; importing them imports nothing heavy."""
+"""Object stores for WMTP; importing their config classes imports nothing heavy."""
 
 from __future__ import annotations
 

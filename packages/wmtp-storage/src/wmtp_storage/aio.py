@@ -15,9 +15,10 @@ _GLANCE = 0.5  # seconds between two looks for Ctrl-C
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine to its end, in a thread with a loop of its own: the caller's may run one, as in a notebook.
+    """Run a coroutine to its end, in a thread of its own.
 
-    Ctrl-C cancels it; what it does in its ``finally`` blocks is waited for.
+    The caller's thread may have a running event loop, as in a notebook. Ctrl-C cancels the coroutine; what it does in its
+    ``finally`` blocks is waited for.
     """
     worker = _Worker(work)
     try:
@@ -63,7 +64,10 @@ class _Worker:
 
 
 async def together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run coroutines side by side. The first that fails stops the others, and what it raised is raised."""
+    """Run coroutines side by side; the first failure stops the others.
+
+    What it raised is raised.
+    """
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         await asyncio.gather(*tasks)
@@ -87,7 +91,10 @@ class Budget:
 
     @asynccontextmanager
     async def share(self, amount: int) -> AsyncIterator[None]:
-        """Wait until ``amount`` is free, and hold it; who wants more than there is gets all of it."""
+        """Wait until ``amount`` is free, and hold it.
+
+        Who wants more than there is gets all of it.
+        """
         amount = min(amount, self.total)
         async with self._changed:
             await self._changed.wait_for(lambda: self.free >= amount)

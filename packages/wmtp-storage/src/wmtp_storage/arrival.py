@@ -1,4 +1,7 @@
-"""Looks after uploads and deletions: an answer with status 200 may have come from a proxy, and nothing have been done."""
+"""Checks that uploads and deletions were done.
+
+An answer with status 200 may have come from a proxy, and nothing have been done.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,9 @@ def check_arrived(storage: ObjectStorage, uri: RemoteURI, uploaded: Mapping[str,
 
 
 def check_gone(storage: ObjectStorage, uri: RemoteURI, keys: Iterable[str]) -> None:
-    """Ask a web server for what was deleted; other stores answer a deletion in a form of their own.
+    """Ask a web server for what was deleted.
+
+    Other stores answer a deletion in a form of their own.
 
     Raises:
         WrongAnswerError: something is there nevertheless.
@@ -71,7 +76,10 @@ def check_gone(storage: ObjectStorage, uri: RemoteURI, keys: Iterable[str]) -> N
 
 
 def _asked(storage: ObjectStorage, uri: RemoteURI, names: list[str]) -> Mapping[str, StoredObject | None]:
-    """Each object by its name; None for one that is not there. A folder is listed where stores can be relied on to list."""
+    """Look up each object by its name; None for a missing one.
+
+    A folder is listed where stores can be relied on to list.
+    """
     if uri.scheme.startswith("http") or len(names) == 1:
         return _side_by_side(storage.head, uri, names)
     listed = {stored.name: stored for stored in storage.objects(uri)}

@@ -127,7 +127,10 @@ class ObjectStorage(Storage):
             return self._open[place]
 
     def _asked(self, uri: RemoteURI, question: Callable[[ObjectStore], _Answer]) -> _Answer:
-        """Ask the store that holds ``uri``, and again where the question or its answer is lost on the way."""
+        """Ask the store that holds ``uri``, with retries.
+
+        The question is sent again where it or its answer is lost on the way.
+        """
         store = self.opened(uri).store
         return patiently(self.config.retry_timeout, uri, lambda: question(store))
 
@@ -153,7 +156,7 @@ class ObjectStorage(Storage):
             raise self._not_listed(error, uri) from error
 
     def _not_listed(self, error: Exception, uri: RemoteURI) -> WMTPError:
-        """Explain a failed listing, with similar names where there is no such bucket."""
+        """Explain a failed listing, with similar names for a missing bucket."""
         close: list[str] = []
         if understand(error).code == "NoSuchBucket":
             close = difflib.get_close_matches(uri.authority, self.opened(uri).buckets(), n=3)
@@ -200,7 +203,10 @@ class ObjectStorage(Storage):
         return _stored(meta, PurePosixPath(uri.key).name)
 
     def _with_reason(self, error: Exception, uri: RemoteURI) -> Exception:
-        """Replace a HEAD's error, which has no reason, by that of a listing."""
+        """Replace a HEAD's error by that of a listing.
+
+        The answer to a HEAD carries no reason.
+        """
         failure = understand(error)
         if failure.status in (None, 404) or failure.code or uri.scheme.startswith("http"):
             return error
@@ -264,7 +270,10 @@ class ObjectStorage(Storage):
         remove(self, place, [stored.key for stored in ([single] if single is not None else self.objects(place))])
 
     def tidy(self, uri: str) -> None:
-        """See `Storage.tidy`: ends uploads that were left unfinished, and removes folders that were never whole."""
+        """See `Storage.tidy`.
+
+        Ends uploads that were left unfinished, and removes folders that were never whole.
+        """
         place = parse(uri)
         remove_leftovers(self, place)
         opened = self.opened(place)
@@ -281,7 +290,7 @@ class ObjectStorage(Storage):
 
 
 def _lists_nothing(error: Exception) -> bool:
-    """Check whether a web server says that there is no such folder, or that it lists none at all."""
+    """Tell whether a web server has no such folder, or lists none."""
     return isinstance(error, FileNotFoundError) or understand(error).status in _LISTS_NOTHING
 
 

@@ -66,12 +66,17 @@ class StoreChecksum:
         return self.algorithm if self.part_sizes is None else f"{self.algorithm} of parts"
 
     def matches(self, path: Path, is_stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Read a file, and compare, where there are no parts. Ends early where ``is_stopped``; that answer is of no use."""
+        """Compare a file with a checksum without parts.
+
+        Ends early where ``is_stopped``; that answer is of no use.
+        """
         return _digest(self.algorithm, path, 0, path.stat().st_size, is_stopped) == self.value
 
 
 class PartDigests:
-    """Checksums of an object's parts, each started once its bytes are on disk.
+    """Checksums of an object's parts, computed while the rest is fetched.
+
+    Each is started once its bytes are on disk.
 
     Args:
         checksum: of the parts' checksums.
@@ -128,7 +133,7 @@ def _digest(algorithm: str, path: Path, start: int, end: int, is_stopped: Callab
 
 
 def etag_md5(etag: str | None) -> tuple[bytes, int | None] | None:
-    """Read the MD5 and the number of parts from an ETag; None if it is no MD5."""
+    """Read MD5 and number of parts from an ETag; else None."""
     match = _MD5.fullmatch(etag or "")
     return None if match is None else (bytes.fromhex(match[1]), int(match[2]) if match[2] else None)
 

@@ -167,7 +167,9 @@ def opened(
 
 
 def listed_pages(store: ObjectStore, prefix: str, *, limit: float) -> Iterator[Sequence[ObjectMeta]]:
-    """List a folder as obstore does, by pages of a thousand; a page that breaks off is asked for again.
+    """List a folder as obstore does, by pages of a thousand.
+
+    A page that breaks off is asked for again.
 
     Args:
         store: makes no retries of its own.
@@ -193,7 +195,10 @@ def listed_pages(store: ObjectStore, prefix: str, *, limit: float) -> Iterator[S
 
 
 def _first_page(store: ObjectStore, folder: str | None, after: str | None, limit: float) -> Sequence[ObjectMeta]:
-    """List the first thousand objects after a key: all that is left where there are fewer."""
+    """List the first thousand objects after a key, or fewer.
+
+    Fewer are all that is left.
+    """
     found: list[ObjectMeta] = []
 
     async def take() -> None:

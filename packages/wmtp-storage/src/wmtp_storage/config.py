@@ -1,4 +1,7 @@
-"""Config classes of the backends: the keys of ``[storage.s3]`` and its siblings, without secrets."""
+"""Config classes of the backends, without secrets.
+
+They have the keys of ``[storage.s3]`` and its siblings.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ _Config = TypeVar("_Config", bound=type)
 
 
 def _with_shared_keys(cls: _Config) -> _Config:
-    """Add the keys that all backends have to the docstring, which is where ``wmtp show`` and the reference find them."""
+    """Add the keys that all backends have to the docstring.
+
+    ``wmtp show`` and the reference find them there.
+    """
     shared = inspect.cleandoc(RemoteStorage.__doc__ or "").partition("\nArgs:\n")[2]
     own = inspect.cleandoc(cls.__doc__ or "").rstrip()
     cls.__doc__ = f"{own}\n{shared}" if "\nArgs:\n" in own else f"{own}\n\nArgs:\n{shared}"

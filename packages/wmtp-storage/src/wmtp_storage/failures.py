@@ -1,4 +1,4 @@
-"""Interpretation of obstore's errors: whether to retry, and a message for the user."""
+"""Interpretation of obstore's errors: whether to retry, and what to say."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ _REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "TemporaryRedire
 
 
 class WrongAnswerError(WMTPError):
-    """An answer came, and is none to what was asked: nothing follows from it, least of all that something does not exist."""
+    """Answer that does not belong to the question.
+
+    Nothing follows from it, least of all that something does not exist.
+    """
 
 
 @frozen
@@ -126,7 +129,10 @@ def explained(error: BaseException, uri: object, what: str = "read") -> WMTPErro
 
 
 def _first_line(text: str) -> str:
-    """Without obstore's tree of causes, and without a query that may be a signature."""
+    """Shorten obstore's message to one line, without queries.
+
+    Of its tree of causes the last one stays; a query may be a signature.
+    """
     line = text.partition("\n")[0].strip()
     cause = re.findall(r'(?:error: |message: |source: )"([^"]+)"', text)
     line = f"{line} ({cause[-1]})" if cause and cause[-1] not in line else line

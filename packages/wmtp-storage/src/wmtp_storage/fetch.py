@@ -1,4 +1,7 @@
-"""Fetching of a listing: existing files are kept, the rest is transferred, all appears at once."""
+"""Fetching of a listing into a folder.
+
+Existing files are kept, the rest is transferred, all appears at once.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,10 @@ def fetch_into(storage: ObjectStorage, uri: RemoteURI, target: Path, include: Se
 def _still_there(
     target: Path, before: Manifest | None, uri: RemoteURI, files: tuple[ManifestFile, ...], *, is_part: bool
 ) -> tuple[ManifestFile, ...]:
-    """Files of an earlier fetch that this one was not asked for; those that the store no longer has are named."""
+    """List an earlier fetch's files that this one did not ask for.
+
+    Those that the store no longer has are named in a warning.
+    """
     if before is None or before.uri != str(uri):
         return ()
     names = {file.name for file in files}
@@ -103,7 +109,10 @@ def _still_there(
 
 @contextmanager
 def _locked(target: Path, state: Path) -> Iterator[None]:
-    """Lock the folder against other fetches. After a wait, the other's files are in place."""
+    """Lock the folder against other fetches.
+
+    After a wait, the other's files are in place.
+    """
     lock: FileLock | None = None
     try:
         while lock is None or not state.is_dir():  # the other removed the folder, and the lock with it
@@ -153,7 +162,9 @@ class Fetching:
         self._parts: list[Part] = []
 
     def transfer(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> bool:
-        """Have every file whole and verified, be it in its place or in the state folder.
+        """Have every file whole and verified.
+
+        It is in its place then, or in the state folder.
 
         Args:
             include: as for the listing.
@@ -213,7 +224,7 @@ class Fetching:
         return tuple(files[stored.name] for stored in self.listing.objects)
 
     def _look(self) -> None:
-        """Find existing files by the manifest, and existing ranges of files by the journal."""
+        """Find existing files by manifest, and existing ranges by journal."""
         journal = read_journal(self._state / "journal")
         self._check_places()
         with ThreadPoolExecutor(max_workers=_READERS) as pool:
@@ -226,7 +237,10 @@ class Fetching:
                     self._present[stored.name] = found
 
     def _here(self, stored: StoredObject, journal: Mapping[str, Kept]) -> ManifestFile | Part:
-        """A file that is in its place, whole and of this version; else a part with what of it is on the disk."""
+        """Return a file in its place, or a part to fetch.
+
+        The file is whole and of this version; the part has what of it is on the disk.
+        """
         known = self._known.get(stored.name)
         path = self._folder / stored.name
         if known is not None and _is_of(known, stored) and _has_hash(path, known):
@@ -252,7 +266,7 @@ class Fetching:
         return part
 
     def _check_places(self) -> None:
-        """Refuse a folder in the place of a file, or the other way round."""
+        """Refuse a folder in a file's place, or the other way round."""
         for name in sorted({parent for stored in self.listing.objects for parent in PurePosixPath(stored.name).parents}):
             path = self._folder / name
             if path.exists() and not path.is_dir():
@@ -290,7 +304,7 @@ class Fetching:
 
 
 def _is_of(known: ManifestFile, stored: StoredObject) -> bool:
-    """Return True if a fetched file is of this version of an object."""
+    """Tell whether a fetched file is of this version of an object."""
     return (known.size, known.etag) == (stored.size, stored.identity) and known.hash.startswith("crc64nvme:")
 
 
@@ -314,7 +328,10 @@ def _has_hash(path: Path, known: ManifestFile) -> bool:
 
 
 def _written(path: Path, segments: list[Segment]) -> list[Segment]:
-    """Those segments whose bytes are on the disk: after a loss of power they may not be."""
+    """Select the segments whose bytes are on the disk.
+
+    After a loss of power they may not be.
+    """
     good: list[Segment] = []
     buffer = memoryview(bytearray(_BLOCK))
     try:

@@ -1,4 +1,4 @@
-"""Journal of a transfer's bytes on disk: a file that survives a kill at any moment."""
+"""Journal of a transfer's bytes on disk, which survives a kill."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Kept:
 
 
 class Journal:
-    """Appends lines of JSON. A line that a kill cut off is not read; what it spoke of is fetched again.
+    """Journal in lines of JSON.
 
-    A segment's line is written after its bytes. Should the machine itself lose power, the bytes of a line may be missing:
-    a resume reads them, and compares their checksum.
+    A line that a kill cut off is not read; what it spoke of is fetched again. A segment's line is written after its bytes.
+    Should the machine itself lose power, the bytes of a line may be missing: a resume reads them, and compares their checksum.
 
     Args:
         path: the file; it is replaced.
@@ -65,7 +65,7 @@ class Journal:
         draft.replace(path)
 
     def add_file(self, name: str, size: int, identity: str) -> None:
-        """Begin a file; what was noted of one with this name counts no longer."""
+        """Begin a file; earlier entries of this name no longer count."""
         number = self._numbers[name] = len(self._numbers)
         self._write({"file": number, "name": name, "size": size, "identity": identity})
 
@@ -74,7 +74,7 @@ class Journal:
         self._write({"of": self._numbers[name], "range": [segment.start, segment.end], "crc": f"{segment.crc:016x}"})
 
     def close(self) -> None:
-        """Nothing more is noted."""
+        """Close the journal."""
         os.close(self._descriptor)
 
     def _write(self, line: Mapping[str, object]) -> None:
@@ -105,7 +105,10 @@ def read_journal(path: Path) -> dict[str, Kept]:
 
 
 def whole_checksum(segments: Iterable[Segment]) -> int:
-    """CRC-64/NVME of a file, from that of its segments in any order; they must cover it without gap or overlap."""
+    """Combine the CRC-64/NVME of segments to that of their file.
+
+    Segments may be in any order; they must cover the file without gap or overlap.
+    """
     whole, position = 0, 0
     for segment in sorted(segments, key=lambda segment: segment.start):
         if segment.start != position:

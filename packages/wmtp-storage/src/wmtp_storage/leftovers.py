@@ -1,4 +1,7 @@
-"""Remains of killed uploads: half-written folders, folders beside their target, and unfinished uploads of S3."""
+"""Remains of killed uploads.
+
+Half-written folders, folders beside their target, and unfinished uploads of S3.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ STAGING = re.compile(r"\.partial-[0-9a-f]{16}$")
 
 @frozen
 class Unfinished:
-    """An upload that the store holds parts of, and that was never ended.
+    """Unfinished upload, of which the store holds parts.
 
     Args:
         key: of the object that it would be.
@@ -115,12 +118,15 @@ def find(storage: ObjectStorage, uri: RemoteURI, older_than: float) -> list[Foun
 
 
 def is_at(key: str, place: str) -> bool:
-    """Tell whether an object is at a place, inside it, or in what a replacement of it wrote beside it."""
+    """Tell whether an object is at a place, or inside it.
+
+    What a replacement wrote beside the place counts too.
+    """
     return not place or re.match(rf"{re.escape(place)}(\.partial-[0-9a-f]{{16}})?(/|$)", key) is not None
 
 
 def staging_folders(storage: ObjectStorage, uri: RemoteURI) -> list[list[StoredObject]]:
-    """List the folders that replacements of ``uri`` have written beside it, by their objects."""
+    """List the objects of each folder that replacements wrote beside ``uri``."""
     beside = f"{uri.key}.partial-"
     parent = uri.key.rpartition("/")[0]
     # S3 lists by any beginning of a key, others by whole folders
@@ -163,7 +169,9 @@ def remove(storage: ObjectStorage, uri: RemoteURI, keys: Iterable[str]) -> None:
 
 
 def remove_leftovers(storage: ObjectStorage, uri: RemoteURI) -> None:
-    """Remove the folders inside ``uri`` that a killed `push` left: those that were never whole, and those beside their target.
+    """Remove the folders inside ``uri`` that a killed `push` left.
+
+    Those that were never whole, and those beside their target.
 
     Raises:
         WMTPError: some of it could not be removed.

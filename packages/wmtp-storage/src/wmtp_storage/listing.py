@@ -88,7 +88,10 @@ def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] 
 
 
 def _name_problem(name: str) -> str | None:
-    """Reason why no file can have this name inside a folder; it may point outside."""
+    """Tell why no file in a folder can have this name.
+
+    It may point outside the folder.
+    """
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\0" in name:
         return "cannot be that of a file in a folder"
@@ -100,9 +103,10 @@ def _name_problem(name: str) -> str | None:
 
 
 def _once_each(storage: ObjectStorage, uri: RemoteURI, found: list[StoredObject]) -> list[StoredObject]:
-    """Drop what a listing names a second time; an empty object is the mark of a folder, which obstore lists without its slash.
+    """Drop what a listing names a second time.
 
-    Of two versions of an object, as stores list them that are slow to agree, the one counts that is there when it is asked for.
+    An empty object is the mark of a folder, which obstore lists without its slash. Of two versions of an object, as stores list
+    them that are slow to agree, the one counts that is there when it is asked for.
 
     Raises:
         WrongAnswerError: an object is listed twice, and does not exist.
@@ -124,7 +128,10 @@ def _once_each(storage: ObjectStorage, uri: RemoteURI, found: list[StoredObject]
 
 
 def _without_markers(storage: ObjectStorage, uri: RemoteURI, found: list[StoredObject]) -> list[StoredObject]:
-    """Leave out empty objects that consoles make to show a folder (``models/``): obstore lists them without their slash."""
+    """Leave out the empty objects by which consoles show folders.
+
+    obstore lists such an object (``models/``) without its slash.
+    """
     folders = {str(parent) for stored in found for parent in PurePosixPath(stored.name).parents} - {"."}
     kept = []
     for stored in found:

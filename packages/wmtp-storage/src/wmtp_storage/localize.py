@@ -66,7 +66,10 @@ def _identity(uri: RemoteURI, listing: Listing) -> str:
 
 
 def _fill(storage: ObjectStorage, uri: RemoteURI, listing: Listing, cache: Cache, entry: CacheEntry, name: str) -> bool:
-    """Fetch into an entry, or wait for another that does; False where the objects changed meanwhile."""
+    """Fetch into an entry, or wait for another process that does.
+
+    False where the objects changed meanwhile.
+    """
     with entry.filling() as filling:
         filling.acquire(waiting_for=f"fetches {uri}")
         return entry.is_complete() or _fetch(storage, uri, listing, cache, entry, name)
@@ -88,7 +91,10 @@ def _fetch(storage: ObjectStorage, uri: RemoteURI, listing: Listing, cache: Cach
 
 
 def _others(cache: Cache, entry: CacheEntry, uri: str, prefix: str) -> Mapping[str, list[tuple[Path, ManifestFile]]]:
-    """Files of other entries of this URI: those that did not change since are linked, not fetched."""
+    """List files of other entries of this URI.
+
+    Those that did not change since are linked, not fetched.
+    """
     found: dict[str, list[tuple[Path, ManifestFile]]] = {}
     for other in cache.entries():
         manifest = other.manifest() if other.folder != entry.folder else None

@@ -1,7 +1,7 @@
-"""One upload to a place at a time from this machine; the next one removes what a killed one left.
+"""One upload to a place at a time from this machine.
 
-The system frees the lock of a killed process, and its note stays: who gets the lock and finds a note knows that nobody is
-still at work on what it names.
+The next one removes what a killed one left. The system frees the lock of a killed process, and its note stays: who gets the
+lock and finds a note knows that nobody is still at work on what it names.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class _Note:
 
 @contextmanager
 def only_push(storage: ObjectStorage, uri: RemoteURI) -> Iterator[RemoteURI]:
-    """Wait for other processes of this user that upload to ``uri``, and clean up after one that was killed.
+    """Wait for other uploads to ``uri``, and clean up after killed ones.
+
+    Others are processes of this user on this machine.
 
     Yields:
         the folder to upload to beside ``uri``, should that have to be replaced.
@@ -115,7 +117,10 @@ def _read(file: Path) -> list[_Note]:
 
 
 def _removed(storage: ObjectStorage, uri: RemoteURI, killed: _Note) -> bool:
-    """Remove what a killed upload left beside ``uri``, and its unfinished parts; the next upload replaces the rest."""
+    """Remove what a killed upload left beside ``uri``, and its parts.
+
+    The next upload replaces the rest.
+    """
     try:
         opened = storage.opened(uri)
         remove(storage, uri, [found.key for found in storage.objects(evolve(uri, key=killed.staging, is_folder=False))])

@@ -1,4 +1,4 @@
-"""Tries again what failed on its way: for a time, not for a number of tries, whatever the request is."""
+"""Retries of failed requests, for a time in place of a number."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ class Patience:
         return time.monotonic() - self._since
 
     def pause(self, error: BaseException) -> float | None:
-        """Seconds to wait until the next try; None where the time is over. The last try is at its very end."""
+        """Return the seconds until the next try; None when time is over.
+
+        The last try is at its very end.
+        """
         self.failures += 1
         left = self._limit - self.waited
         if left <= 0:
@@ -66,7 +69,9 @@ def is_transient(error: BaseException) -> bool:
 
 
 def patiently(limit: float, what: object, attempt: Callable[[], _Result]) -> _Result:
-    """Send a request whose answer is read within ``attempt``, so that one that breaks off is asked for once more.
+    """Send a request, and again where it fails on its way.
+
+    Its answer is read within ``attempt``, so that one that breaks off is asked for once more.
 
     Args:
         limit: seconds after which it is given up.

@@ -1,4 +1,4 @@
-"""Progress of a transfer: a bar for each file on a terminal, plain lines in a log."""
+"""Progress of a transfer: bars on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ class Progress:
         return f"{format_bytes(done)} of {format_bytes(self._total)} ({share:.0f} %), {format_bytes(rate)}/s, {left}{files}"
 
     def _draw(self) -> None:
-        """Paint over what was painted before. A line that the terminal breaks in two could not be painted over."""
+        """Paint over what was painted before.
+
+        A line that the terminal breaks in two could not be painted over.
+        """
         columns, rows = shutil.get_terminal_size()
         with contextlib.suppress(OSError, ValueError):
             columns, rows = os.get_terminal_size(sys.stderr.fileno())
@@ -111,7 +114,10 @@ class Progress:
 
 
 def _cut_front(text: str, columns: int) -> str:
-    """Shorten a text to its end, which tells names apart, and mask unprintable characters."""
+    """Shorten a text to its end, and mask unprintable characters.
+
+    The end tells names apart.
+    """
     shown = "".join(letter if letter.isprintable() else "?" for letter in text)
     if sum(map(_width, shown)) <= columns:
         return shown

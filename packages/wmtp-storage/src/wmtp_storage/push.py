@@ -140,7 +140,9 @@ def put_marker(storage: ObjectStorage, uri: RemoteURI, text: bytes) -> None:
 
 
 def _upload(storage: ObjectStorage, files: list[_File], to: RemoteURI, state: str) -> None:
-    """Upload files, small ones side by side, large ones in parts, within the bounds of the config; and see that they are there.
+    """Upload files side by side, and see that they are there.
+
+    Large ones go in parts, within the bounds of the config.
 
     Args:
         storage: the backend.
@@ -175,8 +177,10 @@ def _upload(storage: ObjectStorage, files: list[_File], to: RemoteURI, state: st
 
 
 async def _whole(put: Awaitable[PutResult]) -> PutResult:
-    """Wait for an upload. Should it be cancelled, a request that is on its way already may still be done by the store, later
-    than whatever removes the object again: so it is given time to end."""
+    """Wait for an upload, and give a cancelled one time to end.
+
+    A request that is on its way already may still be done by the store, later than whatever removes the object again.
+    """
     upload = asyncio.ensure_future(put)
     try:
         return await asyncio.shield(upload)

@@ -35,7 +35,7 @@ _SMALL = 8 * 2**20
 
 
 def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
-    """A bucket.
+    """Open a bucket.
 
     Raises:
         ConfigError: the profile does not exist, or acceleration is not possible for this bucket.
@@ -111,7 +111,7 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
 
 
 def _listed_checksum(config: S3Storage, stored: StoredObject) -> StoreChecksum | None:
-    """Read a small object's MD5 from its ETag; None where it has none.
+    """Read a small object's MD5 from its ETag; None without one.
 
     None also where S3 may have a cheaper checksum.
     """
@@ -122,7 +122,7 @@ def _listed_checksum(config: S3Storage, stored: StoredObject) -> StoreChecksum |
 
 
 def _address(config: S3Storage, bucket: str, endpoint: str | None, region: str) -> tuple[str, bool]:
-    """Return the address, and whether the bucket is part of the host's name."""
+    """Return the address, and whether it has the bucket in its host."""
     if config.acceleration:
         if endpoint is not None:
             raise ConfigError(f"acceleration: uses a host of Amazon's, but the environment names the endpoint {endpoint}")
@@ -147,7 +147,10 @@ def _service(region: str) -> str:
 
 
 def _find_region(config: S3Storage, bucket: str, guess: str) -> str:
-    """Ask where a bucket is. Amazon tells anybody, even where it refuses; where it cannot be reached, the guess stands."""
+    """Ask Amazon where a bucket is.
+
+    It tells anybody, even where it refuses; where it cannot be reached, the guess stands.
+    """
     from botocore.awsrequest import AWSRequest
     from botocore.exceptions import BotoCoreError
 

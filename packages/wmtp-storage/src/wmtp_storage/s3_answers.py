@@ -50,5 +50,5 @@ def parsed(answer: AWSResponse, root: str) -> ElementTree.Element:
 
 
 def text_of(element: ElementTree.Element, name: str) -> str:
-    """Text of a child; empty where there is none."""
+    """Return the text of a child; empty where there is none."""
     return element.findtext(f"{{*}}{name}") or ""

@@ -1,4 +1,7 @@
-"""Who asks S3, and where it is, as the AWS tools find it. botocore, a tenth of a second, is imported where it is needed."""
+"""Credentials and region of S3, as the AWS tools find them.
+
+botocore takes a tenth of a second to import: it is imported where it is needed.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,9 @@ def is_in_environment(config: S3Storage) -> bool:
 
 
 def endpoint_and_region(config: S3Storage) -> tuple[str | None, str | None]:
-    """Resolve endpoint and region from options, environment and shared files, as AWS tools do.
+    """Resolve endpoint and region as AWS tools do.
+
+    From options, environment and shared files.
 
     Raises:
         ConfigError: the profile does not exist.
@@ -85,7 +90,9 @@ def aws_session(config: S3Storage) -> Session:
 
 
 class Credentials:
-    """Asks botocore for credentials, in obstore's form. It finds and renews them as the AWS tools do.
+    """Credential provider for obstore, by botocore.
+
+    It finds and renews credentials as the AWS tools do.
 
     Args:
         config: of the backend.
@@ -100,7 +107,7 @@ class Credentials:
         self()  # missing credentials are reported before any work is done
 
     def __call__(self) -> S3Credential:
-        """Credentials, and when to ask for them again."""
+        """Return credentials, and when to ask for them again."""
         with self._lock:
             if self._given is not None and time.monotonic() < self._given_until:
                 return self._given  # to look for them costs more than a request does

@@ -84,7 +84,10 @@ class S3Listing:
                 raise WrongAnswerError(f"{_MOST_EMPTY} pages came one after the other without a new object")
 
     def names(self, prefix: str) -> list[str]:
-        """List what is directly in a folder, by full keys: the first page of it. Raises as `pages`."""
+        """List what is directly in a folder, by full keys.
+
+        Only the first page of it. Raises as `pages`.
+        """
         page = self._page({"prefix": prefix, "delimiter": "/"})
         folders = [text_of(entry, "Prefix") for entry in page.iterfind("{*}CommonPrefixes")]
         keys = [text_of(entry, "Key") for entry in page.iterfind("{*}Contents")]
@@ -115,7 +118,7 @@ class S3Listing:
         return page
 
     def _repeats(self, meta: ObjectMeta, prefix: str, before: ObjectMeta | None) -> bool:
-        """Compare an entry with the one before: it may be the same once more, or must follow.
+        """Tell whether an entry repeats the one before; else it must follow.
 
         S3 orders keys by their bytes; some stores order them folder by folder.
         """
@@ -130,7 +133,7 @@ class S3Listing:
 
 
 def _decoded(page: Element, text: str) -> str:
-    """A key as it is: pages may hold them percent-encoded, and say so then."""
+    """Decode a key of a page that says it is percent-encoded."""
     return unquote_plus(text) if text_of(page, "EncodingType") == "url" else text
 
 
@@ -160,7 +163,7 @@ def _is_last(page: Element) -> bool:
 
 
 def _meta(entry: Element, key: str) -> ObjectMeta:
-    """An object as obstore describes it, by its full key."""
+    """Describe an object as obstore does, by its full key."""
     try:
         modified, size = datetime.fromisoformat(text_of(entry, "LastModified")), int(text_of(entry, "Size"))
     except ValueError:
@@ -175,7 +178,7 @@ def _meta(entry: Element, key: str) -> ObjectMeta:
 
 
 def _path(meta: ObjectMeta) -> str:
-    """A key as obstore takes it, so without a slash at an end.
+    """Write a key as obstore takes it: no slash at an end.
 
     An object with content and a slash at an end cannot be asked for by obstore: it keeps its key, which no file can have.
     """

@@ -67,7 +67,9 @@ class S3Questions:
     )
 
     def checksum(self, stored: StoredObject, did_not_match: bool = False) -> StoreChecksum | None:
-        """Ask S3 for an object's checksum; None where none can be computed here.
+        """Ask S3 for the checksum of an object.
+
+        None where none can be computed here.
 
         Args:
             stored: the object.
@@ -97,7 +99,9 @@ class S3Questions:
             return []
 
     def copy(self, bucket: str, source: str, target: str) -> None:
-        """Copy an object inside the bucket. obstore takes any answer for a success.
+        """Copy an object inside the bucket, and read the answer.
+
+        obstore takes any answer for a success.
 
         Raises:
             WrongAnswerError: something else than the store answered.
@@ -110,7 +114,9 @@ class S3Questions:
             raise GenericError(str(error)) from error
 
     def ask(self, method: str, url: str, root: str, headers: Mapping[str, str] | None = None) -> ElementTree.Element:
-        """Send a question whose answer is XML, as `send` does; also once more where the answer broke off, or says to.
+        """Send a question whose answer is XML, with retries.
+
+        As `send`; also once more where the answer broke off, or says to.
 
         Raises:
             BotoCoreError: the server could not be reached.
@@ -120,7 +126,9 @@ class S3Questions:
         return patiently(self.config.retry_timeout, _shown(url), lambda: parsed(self._once(method, url, headers), root))
 
     def send(self, method: str, url: str, headers: Mapping[str, str] | None = None) -> AWSResponse:
-        """Send a signed request without a body; again, with backoff and jitter, where the server is busy or cannot be reached.
+        """Send a signed request without a body, with retries.
+
+        Again, with backoff and jitter, where the server is busy or cannot be reached.
 
         Raises:
             BotoCoreError: the server could not be reached.
@@ -152,7 +160,10 @@ class S3Questions:
         return answer
 
     def _part_sizes(self, stored: StoredObject, parts: int) -> list[int] | None:
-        """All parts but the last are of one size, in what every known tool uploads."""
+        """Return the sizes of parts, all but the last of one size.
+
+        So they are in what every known tool uploads; else each part is asked for.
+        """
         first = int(self._head(stored, part=1).get("content-length", 0))
         if not first or -(-stored.size // first) != parts:
             return self._exact_sizes(stored, parts)
@@ -182,7 +193,10 @@ class S3Questions:
 
 
 def _lost(method: str, answer: AWSResponse) -> str | None:
-    """Say what of an answer is missing: to botocore the end of a connection ends headers and body."""
+    """Say what is missing of an answer.
+
+    To botocore the end of a connection ends headers and body.
+    """
     headers = {name.lower(): value for name, value in answer.headers.items()}
     length = headers.get("content-length", "")
     if method == "HEAD":
@@ -196,12 +210,12 @@ def _lost(method: str, answer: AWSResponse) -> str | None:
 
 
 def _shown(url: str) -> str:
-    """An address for messages: a query may be long, or secret."""
+    """Shorten an address for messages: a query may be long, or secret."""
     return url.partition("?")[0]
 
 
 def _part_count(headers: Mapping[str, str]) -> int | None:
-    """Of how many parts an object was uploaded; None for one that came as a whole."""
+    """Return an object's number of parts; None for a whole upload."""
     found = etag_md5(headers.get("etag"))
     if found is not None and found[1] is not None:
         return found[1]

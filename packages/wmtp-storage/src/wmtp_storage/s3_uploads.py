@@ -1,6 +1,6 @@
-"""Uploads to S3 that were left unfinished: their parts are invisible, and are paid for until somebody aborts them.
+"""Unfinished uploads to S3.
 
-obstore has no call for that.
+Their parts are invisible, and are paid for until somebody aborts them. obstore has no call for that.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Return the variables by which AWS tools, obstore and wmtp-storage find the server."""
+        """Variables by which AWS tools, obstore and wmtp-storage find the server."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key_id,
             "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
@@ -100,7 +100,7 @@ class S3Server:
         return self._unused.pop()
 
     def client(self) -> Any:
-        """A client of botocore, to look at the server with other eyes than ours."""
+        """Make a botocore client, which looks at the server independently."""
         return _client(self.endpoint, self.access_key_id, self.secret_access_key)
 
     def store(self, bucket: str) -> S3Store:
@@ -131,7 +131,9 @@ _numbers = itertools.count()
 
 @functools.cache
 def start_s3_server(certificate: Path | None = None) -> S3Server:
-    """Return the server of this process, starting it if needed; it ends with the process.
+    """Return this process's server, starting it if needed.
+
+    It ends with the process.
 
     Args:
         certificate: a PEM file with a key and a certificate for 127.0.0.1: the server speaks TLS.
@@ -209,7 +211,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _die_with_parent() -> None:
-    """Linux ends the server when the tests' process is gone, be it killed."""
+    """Have Linux kill the server when the tests' process ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 

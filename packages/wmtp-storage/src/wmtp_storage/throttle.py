@@ -1,4 +1,7 @@
-"""Control of parallel requests: more while it speeds the transfer, fewer on overload."""
+"""Control of the number of parallel requests.
+
+More while it speeds the transfer, fewer on overload.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ _REQUEST = 2**17
 
 
 class Throttle:
-    """Doubles the number of requests while that pays, and halves it when the store asks for less. It is of one event loop.
+    """Limit of parallel requests, doubled while that pays.
+
+    It is halved when the store asks for less. It belongs to one event loop.
 
     Args:
         most: never more requests than this.
@@ -36,7 +41,7 @@ class Throttle:
         self._slowed = 0.0
 
     def count(self, amount: int, *, is_request: bool = False) -> None:
-        """Bytes that came in; ``is_request`` where a request began with them."""
+        """Count bytes that came in, and the request that began with them."""
         self._bytes += amount
         self._amount += amount + (_REQUEST if is_request else 0)
 
@@ -56,7 +61,10 @@ class Throttle:
             self.limit = self._settled
 
     def slow_down(self) -> None:
-        """Halve the limit: the store is overloaded. Several such answers at once count as one."""
+        """Halve the limit: the store is overloaded.
+
+        Several such answers at once count as one.
+        """
         now = time.monotonic()
         if now - self._slowed > _INTERVAL:
             self._slowed = now

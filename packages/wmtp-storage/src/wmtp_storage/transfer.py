@@ -1,4 +1,7 @@
-"""Moves the bytes of objects into files: ranges side by side, written where they belong, verified at the end."""
+"""Transfer of objects into files, by ranges side by side.
+
+They are written where they belong, and verified at the end.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,7 @@ class Transfer:
             self._report()
 
     async def _manage(self) -> None:
-        """Keep as many workers busy as the throttle allows, until all is done."""
+        """Keep as many workers busy as the throttle allows."""
         workers: set[asyncio.Task[None]] = set()
         try:
             while not self._verification.is_done():
@@ -124,7 +127,7 @@ class Transfer:
         self._progress(count)
 
     async def _worker(self, running: Range | None) -> None:
-        """Fetch one range after the other, as long as there are any and the throttle allows it."""
+        """Fetch one range after the other, while the throttle allows it."""
         while running is not None:
             begin = running.position
             await self._fetch(running)
@@ -138,7 +141,10 @@ class Transfer:
             running = self._work.take(self._throttle.limit)
 
     async def _fetch(self, running: Range) -> None:
-        """Fetch a range, continuing where it broke off; a try that brought bytes resets the count of failures."""
+        """Fetch a range, continuing where it broke off.
+
+        A try that brought bytes resets the count of failures.
+        """
         name = self._uri.at(running.part.stored.name) if running.part.stored.key != self._uri.key else self._uri
         patience = Patience(self._config.retry_timeout, name)
         while running.position < running.end:
@@ -224,7 +230,10 @@ class Transfer:
             part.md5 = md5.hexdigest()
 
     def _piece(self) -> int:
-        """Bytes written at once: what a connection brings in a moment, as far as the memory for all of them allows it."""
+        """Return the bytes to write at once.
+
+        What a connection brings in a moment, as far as the memory for all of them allows it.
+        """
         room = self._config.max_memory * 2**20 // (_HELD * self._throttle.limit)
         wanted = int(self._throttle.rate / self._throttle.limit * _MOMENT) if self._throttle.rate else _FIRST_PIECE
         return max(_SMALLEST_PIECE, min(_PIECE, wanted, room))

@@ -37,12 +37,17 @@ class RemoteURI:
         return f"{self.scheme}://{self.authority}/{quote(self.key)}" if self.key else f"{self.scheme}://{self.authority}"
 
     def at(self, name: str) -> RemoteURI:
-        """Return the URI of ``name`` in this folder; the URI itself for an empty name."""
+        """Return the URI of ``name`` in this folder.
+
+        The URI itself for an empty name.
+        """
         return RemoteURI(self.scheme, self.authority, "/".join(filter(None, (self.key, name))), self.query)
 
 
 def parse(uri: str) -> RemoteURI:
-    """Take a URI apart. Percent-escapes in its path are decoded; spaces and letters of any alphabet may stand as they are.
+    """Take a URI apart.
+
+    Percent-escapes in its path are decoded; spaces and letters of any alphabet may stand as they are.
 
     Raises:
         ConfigError: it names no bucket, or no place inside it.

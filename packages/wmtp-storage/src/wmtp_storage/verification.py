@@ -1,4 +1,7 @@
-"""Verification of fetched files against the store's checksums, in parallel with the transfer."""
+"""Verification of fetched files against the store's checksums.
+
+It runs in parallel with the transfer.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ class Verification:
         self._failed: BaseException | None = None
 
     def start(self) -> None:
-        """Ask the store for the checksums that are not known, and verify the files that are whole already."""
+        """Ask for unknown checksums, and verify files that are whole already."""
         for part in self._parts:
             if (told := self._listed_checksum(part.stored)) is not None:
                 self._told[part] = told
@@ -84,7 +87,7 @@ class Verification:
         return not self._left
 
     def came(self, part: Part, start: int, end: int) -> None:
-        """Do what can be done for a file before its last byte is there, for a range that came.
+        """Begin to flush and verify a file by a range that came.
 
         Args:
             part: the file.
@@ -114,7 +117,10 @@ class Verification:
         return self._opened.listed_checksum(stored)
 
     def _is_as_told(self, part: Part) -> bool:
-        """Verify a small file by the listing's checksum, without thread, request or disk access."""
+        """Verify a small file by the listing's checksum.
+
+        It takes no thread, request or disk access.
+        """
         told = self._told.get(part)
         if told is None or part.is_flushed:
             return False
@@ -125,13 +131,13 @@ class Verification:
         return False
 
     def _digests_of(self, part: Part, checksum: StoreChecksum) -> PartDigests:
-        """Return the checksums of a file's parts, as far as they were begun."""
+        """Return the checksums of a file's parts, begun so far."""
         if part not in self._digests:
             self._digests[part] = PartDigests(checksum, part.path, self._hashers, self._stopped.is_set)
         return self._digests[part]
 
     def _verify(self, part: Part) -> None:
-        """All bytes of a file are there: compare it with what the store says of it, and wait for the disk."""
+        """Compare a whole file with the store's checksum, and flush it."""
         try:
             if self._is_verified(part):
                 part.flush()
@@ -142,7 +148,9 @@ class Verification:
             self._failed = error
 
     def _is_verified(self, part: Part) -> bool:
-        """Compare a file with the store's checksum; one that differs is fetched once more.
+        """Compare a file with the store's checksum.
+
+        One that differs is fetched once more.
 
         Raises:
             WMTPError: it differs again.
@@ -192,7 +200,7 @@ class Verification:
         return digests.match()
 
     def _compared(self, part: Part, expected: StoreChecksum) -> bool | None:
-        """Compare a file by its received bytes; None where it must be read."""
+        """Compare by received bytes; None where the file must be read."""
         if expected.part_sizes is None and expected.algorithm == "crc64nvme":
             return part.hash == int.from_bytes(expected.value, "big")
         if expected.part_sizes is None and expected.algorithm == "md5" and part.md5 is not None:

@@ -19,7 +19,10 @@ __all__ = ["open_http"]
 
 
 def open_http(config: HTTPStorage, uri: RemoteURI) -> Opened:
-    """Open a host. A query, which may be a signature, goes along with every request."""
+    """Open a host.
+
+    A query, which may be a signature, goes along with every request.
+    """
     query = f"?{uri.query}" if uri.query else ""
     return opened(
         config,

@@ -1,4 +1,4 @@
-"""Byte ranges that are still to come, shared by workers in several threads."""
+"""Byte ranges to fetch, shared by workers in several threads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ _SYNC_FILE_RANGE_WRITE = 2
 
 
 def _write_back(descriptor: int, start: int, count: int) -> None:
-    """Have Linux begin to write a stretch of a file to the disk, and wait for nothing; elsewhere nothing."""
+    """Have Linux begin to write a stretch of a file back.
+
+    It waits for nothing. On other systems nothing is done.
+    """
     if (begin := _sync_file_range()) is not None:
         begin(descriptor, start, count, _SYNC_FILE_RANGE_WRITE)
 
@@ -88,9 +91,9 @@ class Part:
 
     @property
     def is_flushed(self) -> bool:
-        """Return True if the file is preallocated, so that its size alone proves nothing.
+        """Return True for a preallocated file, which must be flushed.
 
-        After a loss of power it would have its size, and not its content.
+        Its size alone proves nothing. After a loss of power it would have its size, and not its content.
         """
         return self.stored.size >= _ALLOCATED
 
@@ -108,7 +111,10 @@ class Part:
             piece, position = piece[count:], position + count
 
     def open(self) -> None:
-        """Open the file, and take its place on the disk: pieces that arrive out of order would scatter it."""
+        """Open the file, and allocate its place on the disk.
+
+        Pieces that arrive out of order would scatter it.
+        """
         with self._lock:
             if self._descriptor is not None:
                 return
@@ -128,13 +134,16 @@ class Part:
             self._descriptor = descriptor
 
     def begin_flush(self, start: int, end: int) -> None:
-        """Have a stretch of it written to the disk from now on, so that `flush` has little left to wait for."""
+        """Begin to write a stretch of the file to the disk.
+
+        So `flush` has little left to wait for.
+        """
         with self._lock:
             if self._descriptor is not None:
                 _write_back(self._descriptor, start, end - start)
 
     def flush(self) -> None:
-        """Have a preallocated file on the disk."""
+        """Wait until a preallocated file is on the disk."""
         if self.is_flushed:
             self.open()
             assert self._descriptor is not None, "open() has opened it"
@@ -199,7 +208,7 @@ class Work:
         return len(self._running)
 
     def take(self, workers: int) -> Range | None:
-        """A range to fetch; None where nothing is left to begin.
+        """Take a range to fetch; None where nothing is left to begin.
 
         Args:
             workers: how many there are: towards the end ranges become smaller, so that all end together.
@@ -235,7 +244,10 @@ class Work:
         return slowest if slowest is not None and seconds_left(slowest) > _TOO_SLOW else None
 
     def reserve(self, running: Range, count: int) -> tuple[int, int]:
-        """Claim the next bytes of a range for writing: where they begin, and how many of ``count`` are the worker's."""
+        """Claim the next bytes of a range for writing.
+
+        Returns where they begin, and how many of ``count`` are the worker's.
+        """
         with self._lock:
             start = running.position
             count = min(count, running.end - start)
@@ -250,7 +262,7 @@ class Work:
             running.position = 0
 
     def done(self, running: Range) -> bool:
-        """A range is fetched. Whether that was the last of its file."""
+        """End a range, and tell whether its file has no other left."""
         with self._lock:
             self._running.discard(running)
             self._open[running.part] -= 1

@@ -31,7 +31,7 @@ _SHOWN: Final = 300
 
 
 class Client:
-    """Asks, and asks again where that does no harm: a GET is repeated, a POST never is.
+    """HTTP client that repeats a GET, and never a POST.
 
     Args:
         credentials: whose runs.
@@ -81,7 +81,10 @@ class Client:
         return _tables(self._get(f"{self._organization}/clusters/{cluster}/resource_specs").get("results"))
 
     def form_errors(self, text: str) -> tuple[bool, Mapping[str, Any]]:
-        """Ask the service's validator whether a run YAML is valid, and for its errors."""
+        """Ask the service's validator for the errors of a run YAML.
+
+        Returns whether it is valid, and its errors.
+        """
         answer = self._post(f"{self._organization}/run/spec/sync_yaml", {"yaml_spec": text})
         errors = answer.get("form_errors")
         return answer.get("validated") is not False, errors if isinstance(errors, Mapping) else {}
@@ -107,7 +110,7 @@ class Client:
         return _tables(answer["results"])
 
     def run(self, run: str) -> Mapping[str, Any]:
-        """A run."""
+        """Return what the service says of a run."""
         return self._get(f"{self._project}/run_executions/{quote(run, safe='')}")
 
     def terminate(self, run: str) -> None:
@@ -115,7 +118,10 @@ class Client:
         self._post(f"{self._project}/run_executions/{quote(run, safe='')}/terminate", {})
 
     def logs(self, run: str, start: float, end: float | None, limit: int) -> list[Mapping[str, Any]]:
-        """Lines of a run's log from ``start`` to ``end`` (seconds since 1970), at most ``limit``."""
+        """List lines of a run's log between two times.
+
+        From ``start`` to ``end`` (seconds since 1970), at most ``limit``.
+        """
         query: dict[str, Any] = {"log_start": start, "log_limit": limit}
         if end is not None:
             query["log_end"] = end

@@ -96,9 +96,10 @@ class Cache:
 
 @frozen(kw_only=True)
 class VesslLauncher(LauncherConfig):
-    """Runs on VESSL. ``wmtp launch`` shows what it sends; ``wmtp launch --dry-run`` sends nothing.
+    """Launcher for runs on VESSL.
 
-    In the container ``wmtp start`` fetches what the config names, starts the processes and uploads what they leave.
+    ``wmtp launch`` shows what it sends; ``wmtp launch --dry-run`` sends nothing. In the container ``wmtp start`` fetches what
+    the config names, starts the processes and uploads what they leave.
 
     Args:
         backend: ``runs``: VESSL Runs, by its HTTP interface; ``jobs``: VESSL Cloud Jobs, by the program ``vesslctl``.

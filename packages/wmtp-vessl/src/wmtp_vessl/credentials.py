@@ -1,4 +1,7 @@
-"""Who the user is on VESSL: the same variables and the same file as its own client."""
+"""Credentials of VESSL, from where its own client has them.
+
+These are the same variables and the same file.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class Credentials:
 
     @classmethod
     def find(cls, organization: str | None, project: str | None) -> Credentials:
-        """From the environment, then from ``~/.vessl/config``.
+        """Find them in the environment, then in ``~/.vessl/config``.
 
         Args:
             organization: what the config says, which goes before.
@@ -89,7 +92,10 @@ def _file() -> Path:
 
 
 def _user_settings() -> Mapping[str, Any]:
-    """Read the table ``[user]`` of the file that ``vessl configure`` writes; empty without one."""
+    """Read the table ``[user]`` of VESSL's file; empty without one.
+
+    ``vessl configure`` writes it.
+    """
     path = _file()
     try:
         settings = tomli.loads(path.read_text(encoding="utf-8")).get("user", {})

@@ -47,7 +47,9 @@ _NO_LOGIN: Final = re.compile(
 
 
 class VesslJobs(RemoteLauncher):
-    """VESSL Cloud Jobs, by ``vesslctl``, which has its own login (``vesslctl auth login``).
+    """VESSL Cloud Jobs, by ``vesslctl`` with its own login.
+
+    ``vesslctl auth login`` logs in.
 
     Args:
         settings: the launcher's config.
@@ -136,7 +138,10 @@ class VesslJobs(RemoteLauncher):
         return RunStatus(state=state, word=word)
 
     def logs(self, run: str, *, tail: int | None, follow: bool) -> Iterator[str]:
-        """By asking again and again for the last lines: following is reported to fail. See `RemoteLauncher.logs`."""
+        """See `RemoteLauncher.logs`.
+
+        Asks again and again for the last lines: following is reported to fail.
+        """
         shown: list[str] = []
         is_first = True
         quiet = 0
@@ -191,7 +196,7 @@ def _tables(text: str) -> list[Mapping[str, Any]]:
 
 
 def _vesslctl(*arguments: str) -> str:
-    """Standard output of the program.
+    """Run the program, and return its standard output.
 
     Raises:
         ConfigError: it is not installed.

@@ -1,8 +1,8 @@
-"""Reader of a paged log without line numbers, which yields every line once.
+"""Reader of a paged log that yields every line once.
 
-The service knows a line by its time only. Several lines may have the same time and text, a page may be served twice, a late
-line may stand before ones already seen, and a page holds no more than it holds. So a stretch of time is asked for again and
-again, and of each line (time, source, text) those are new that a page has more of than were seen before.
+Lines have no numbers. The service knows a line by its time only. Several lines may have the same time and text, a page may be
+served twice, a late line may stand before ones already seen, and a page holds no more than it holds. So a stretch of time is
+asked for again and again, and of each line (time, source, text) those are new that a page has more of than were seen before.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ class LogReader:
         return fresh[len(fresh) - min(count, len(fresh)) :]
 
     def _collect(self, start: float) -> dict[float, list[_Key]]:
-        """All lines from ``start`` on: those of each instant, in the order in which they were served."""
+        """Collect all lines from ``start`` on, by instant.
+
+        Lines of an instant are in the order in which they were served.
+        """
         found: dict[float, list[_Key]] = {}
         while True:
             times, may_lack = self._add(start, None, found)
@@ -84,9 +87,10 @@ class LogReader:
             end = min(times)
 
     def _add(self, start: float, end: float | None, found: dict[float, list[_Key]]) -> tuple[list[float], bool]:
-        """Add a page. Returns the times in it, and whether there may be more lines than it holds.
+        """Add a page to what was found.
 
-        A service may hold less in a page than it was asked for. A page that is smaller than another one was is whole.
+        Returns the times in it, and whether there may be more lines than it holds. A service may hold less in a page than it
+        was asked for. A page that is smaller than another one was is whole.
         """
         limit, size = self._limit, -1
         while True:
@@ -102,7 +106,7 @@ class LogReader:
         return times, may_lack
 
     def follow(self, pause: Callable[[], None], is_over: Callable[[], bool]) -> Iterator[str]:
-        """New lines until the run is over and nothing more comes.
+        """Yield new lines until the run is over and nothing comes.
 
         Args:
             pause: waits until it is worth asking again.
@@ -119,7 +123,10 @@ class LogReader:
 
 
 def _united(one: list[_Key], other: list[_Key]) -> list[_Key]:
-    """Two views of one instant as one: the longer, and what only the shorter has."""
+    """Unite two views of one instant.
+
+    The longer one, and what only the shorter has.
+    """
     longer, shorter = (one, other) if len(one) >= len(other) else (other, one)
     return [*longer, *(Counter(shorter) - Counter(longer)).elements()]
 

@@ -1,4 +1,7 @@
-"""From a config to what is sent: pure, offline, the same for the same config, and without a secret."""
+"""Rendering of a config for VESSL: pure, offline and without secrets.
+
+The same config gives the same text.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ TAG: Final = "wmtp-plan-{}"
 
 
 def container_config(config: Config, launcher: VesslLauncher) -> Config:
-    """Adapt the config to the container: local launcher, and the launcher's cache folder."""
+    """Adapt the config to the container.
+
+    It gets the local launcher, and the launcher's cache folder.
+    """
     processes = launcher.processes or launcher.gpus or "auto"
     inside = evolve(config, launcher=LocalLauncher(processes=processes))
     if launcher.cache.mode != "none":
@@ -52,7 +58,7 @@ def environment(config: Config, launcher: VesslLauncher) -> dict[str, str]:
 
 
 def run_yaml(config: Config, launcher: VesslLauncher) -> dict[str, Any]:
-    """Make the run YAML of VESSL Runs as a mapping without empty keys."""
+    """Make the run YAML of VESSL Runs, without empty keys."""
     resources: dict[str, Any] = {"cluster": launcher.cluster, "preset": launcher.preset}
     if launcher.node_names:
         resources["node_names"] = list(launcher.node_names)
@@ -96,7 +102,7 @@ def _plain(value: Any) -> Any:
 
 
 def plan_of(config: Config, launcher: VesslLauncher, spec: dict[str, Any], *, warnings: list[str]) -> LaunchPlan:
-    """Make the plan for a spec, tagged so that lists of runs identify it."""
+    """Make the plan for a spec, with a tag that identifies it."""
     digest = hashlib.sha256(yaml.safe_dump(spec, sort_keys=False).encode()).hexdigest()
     tagged = spec | {"tags": [*spec.get("tags", []), TAG.format(digest[:12])]}
     ordered = {key: tagged[key] for key in KEYS if key in tagged}
@@ -114,7 +120,10 @@ def plan_of(config: Config, launcher: VesslLauncher, spec: dict[str, Any], *, wa
 
 
 class _Readable(yaml.SafeDumper):
-    """Writes a text of several lines as one: the config is there to be read."""
+    """Dumper that writes a text of several lines as such.
+
+    The config is there to be read.
+    """
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
@@ -127,5 +136,5 @@ _Readable.add_representer(str, _text)
 
 
 def body(plan: LaunchPlan) -> str:
-    """Return the request body of a plan, in the form of VESSL's own client."""
+    """Return a plan's request body, as VESSL's own client writes it."""
     return yaml.dump(yaml.safe_load(plan.text), default_flow_style=False, sort_keys=False)

@@ -35,7 +35,10 @@ def problems(config: Config, launcher: VesslLauncher) -> Iterator[str]:
 
 
 def _local_paths(config: Config) -> Iterator[tuple[str, str]]:
-    """Every path of the container that the config names; relative ones are in its working folder."""
+    """List the paths of the container that the config names.
+
+    Relative ones are in its working folder.
+    """
     yield "run.output_dir", config.run.output_dir
     if config.data.cache_dir is not None:
         yield "data.cache_dir", config.data.cache_dir

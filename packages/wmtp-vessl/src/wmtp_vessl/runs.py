@@ -73,7 +73,10 @@ class VesslRuns(RemoteLauncher):
         return plan_of(config, self._settings, spec, warnings=list(rules.warnings(config, self._settings)))
 
     def validate(self, config: Config, plan: LaunchPlan) -> Sequence[str]:
-        """Token, organization, project, cluster and preset, then the service's own validator; see `RemoteLauncher.validate`."""
+        """Check credentials, cluster and preset, then ask the service's validator.
+
+        Credentials are token, organization and project; see `RemoteLauncher.validate`.
+        """
         client, settings = self._client, self._settings
         self._known("organization", client.credentials.organization, client.organizations())
         self._known("project", client.credentials.project, client.projects())
@@ -157,7 +160,10 @@ class VesslRuns(RemoteLauncher):
             yield from self._follow(reader, run)
 
     def _follow(self, reader: LogReader, run: str) -> Iterator[str]:
-        """Through outages that are longer than the client's own patience: what was read stays read."""
+        """Follow a log through outages of the service.
+
+        They may be longer than the client's own patience: what was read stays read.
+        """
         lost_at: float | None = None
 
         def pause() -> None:

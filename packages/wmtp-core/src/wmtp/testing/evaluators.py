@@ -109,7 +109,9 @@ class EvaluatorTests(ComponentTests):
         assert self.measure(evolve(measured, ranks=SINGLE_PROCESS)) == pytest.approx(first, rel=1e-6, nan_ok=True)
 
     def test_batches_change_nothing(self, measured: Measured) -> None:
-        """The split into batches changes no number.
+        """Numbers do not depend on the split into batches.
+
+        A mean of means would.
 
         A mean of means would depend on it.
         """
