@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import random
+import signal
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from preloaded import Server
@@ -16,6 +20,15 @@ if TYPE_CHECKING:
 # Set here because torch reads it when it is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's `&` and some CI runners have Ctrl-C ignored, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples each time, however long one takes: a test that fails says something about the change, not about chance or a
+# busy machine. `--hypothesis-profile default` draws others.
+settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +39,15 @@ def preloaded() -> Iterator[Server]:
     server = Server()
     yield server
     server.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Begin each test with the same random numbers, whatever ran before it."""
+    random.seed(0)
+    for name, seed in (("numpy.random", "seed"), ("torch", "manual_seed")):
+        if name in sys.modules:
+            getattr(sys.modules[name], seed)(0)
 
 
 @pytest.hookimpl(trylast=True)

@@ -49,6 +49,24 @@ save_interval = 5
 type = "jsonl"
 """
 
+#: ``wmtp …`` whose run, once it has logged the step that stands before its other words, waits for a signal: however late that
+#: comes, the run has not ended
+HELD = """
+import sys, time
+from wmtp.cli import run_from_shell
+from wmtp.training.loop import Fit
+last, step, steps, seen = int(sys.argv.pop(1)), Fit._optimizer_step, Fit._steps, []
+def begin(self, interrupt):
+    seen.append(interrupt)
+    return steps(self, interrupt)
+def hold(self):
+    while self._step > last and seen[-1].requested is None:
+        time.sleep(0.005)
+    step(self)
+Fit._steps, Fit._optimizer_step = begin, hold
+run_from_shell()
+"""
+
 
 @pytest.fixture
 def recipe(tmp_path):

@@ -8,7 +8,7 @@ import time
 from contextlib import closing
 
 import pytest
-from conftest import environment
+from conftest import HELD, environment
 
 import wmtp as library
 from wmtp.checkpoints.remote import RemoteCheckpoints
@@ -119,7 +119,7 @@ def test_a_recipe_with_everything_in_a_store(recipe, preloaded, here, tmp_path, 
     (tmp_path / "a").mkdir()
     with (tmp_path / "log").open("w") as log:
         elsewhere = environment() | {"HOME": str(tmp_path / "a")}
-        first = preloaded.start(*words, stderr=log, stdout=log, cwd=tmp_path / "a", env=elsewhere)
+        first = preloaded.start(12, *words, code=HELD, stderr=log, stdout=log, cwd=tmp_path / "a", env=elsewhere)
         while not RemoteCheckpoints(storage, one).steps():
             assert first.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.02)

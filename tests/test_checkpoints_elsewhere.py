@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from conftest import HELD
 
 import wmtp
 from wmtp.checkpoints.local import Checkpoint
@@ -45,7 +46,8 @@ def test_a_run_goes_on_on_another_machine_bit_for_bit(recipe, wmtp, preloaded, p
     words = ["run", recipe, "--run-name", "one", "--set", uri, "--set", "checkpoints.keep_last=1"]
     storage = S3Storage().build()
     with (tmp_path / "log").open("w") as log:
-        first = preloaded.start(*words, "--set", f"run.output_dir={tmp_path}/a", stdout=log, stderr=log, cwd=tmp_path)
+        options = {"code": HELD, "stdout": log, "stderr": log, "cwd": tmp_path}
+        first = preloaded.start(12, *words, "--set", f"run.output_dir={tmp_path}/a", **options)
         while not RemoteCheckpoints(storage, place).steps():
             assert first.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.02)
@@ -75,13 +77,13 @@ def test_a_run_goes_on_on_another_machine_bit_for_bit(recipe, wmtp, preloaded, p
 
 def run_until(preloaded, words, run_dir, steps):
     """Start a run, and end it by SIGTERM after some steps."""
-    process = preloaded.start(*words)
+    process = preloaded.start(steps, *words, code=HELD)
     metrics = run_dir / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= steps):
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 143, err
 
 
@@ -116,7 +118,7 @@ def test_a_signal_waits_for_the_upload(recipe, preloaded, place, tmp_path):
         assert run.poll() is None
         time.sleep(0.02)
     run.terminate()
-    _, said = run.communicate(timeout=60)
+    _, said = run.communicate(timeout=300)
     saved = max(int(path.name.partition("-")[2]) for path in (tmp_path / "runs/one/checkpoints").iterdir())
     assert f"step-{saved}.json" in names(storage, place), said
 

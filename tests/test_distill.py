@@ -5,6 +5,20 @@ import time
 
 import pytest
 
+#: the command, which answers no more than so many prompts and then waits to be killed
+HELD = """
+import sys, time
+from wmtp.actions.distill import _Speaker
+from wmtp.cli import run_from_shell
+most, answer = int(sys.argv.pop(1)), _Speaker.answer
+def hold(self, batch, **options):
+    while batch[0] >= most:
+        time.sleep(1)
+    return answer(self, batch, **options)
+_Speaker.answer = hold
+run_from_shell()
+"""
+
 
 @pytest.fixture
 def made(wmtp, recipe):
@@ -21,10 +35,10 @@ def test_killed_again_and_again_every_prompt_is_answered_once(made, wmtp, preloa
     output, whole = recipe.parent / "d.jsonl", recipe.parent / "whole.jsonl"
     options = ["--max-new-tokens", "40", "--batch-size", "2", "--temperature", "1", "--device", "cpu"]
     for wanted in (1, 8, 20):
-        process = preloaded.start("distill-data", model, prompts, "--output", output, *options)
-        while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < wanted):
+        process = preloaded.start(wanted + 4, "distill-data", model, prompts, "--output", output, *options, code=HELD)
+        while not output.exists() or output.read_bytes().count(b"\n") < wanted:
+            assert process.poll() is None, process.communicate()
             time.sleep(0.005)
-        assert process.poll() is None, "it ended before it was killed"
         process.kill()
         process.wait()
     with output.open("ab") as file:

@@ -1,7 +1,6 @@
 """A run that is killed and resumed equals one that was not, bit for bit."""
 
 import json
-import os
 import random
 import re
 import shutil
@@ -10,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import command, environment
+from conftest import HELD, command, environment
 
 CLOCK = {"tokens_per_second", "peak_memory_gib"}
 
@@ -27,11 +26,11 @@ def steps_so_far(run_dir):
 
 def start_and_signal(preloaded, arguments, run_dir, at_step, number):
     """Start a run, and send it a signal once it has logged a step."""
-    process = preloaded.start(*arguments)
+    process = preloaded.start(at_step, *arguments, code=HELD)
     while steps_so_far(run_dir) < at_step and process.poll() is None:
         time.sleep(0.002)
-    os.kill(process.pid, number)
-    out, err = process.communicate(timeout=120)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 

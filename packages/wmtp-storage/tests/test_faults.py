@@ -36,7 +36,7 @@ def model(s3_server):
 
 
 def storage(proxy, **options):
-    options = {"chunk_size": 16 / 1024, "retry_timeout": 3, "read_timeout": 0.5} | options
+    options = {"chunk_size": 16 / 1024, "retry_timeout": 3, "read_timeout": 60} | options
     return S3Storage(endpoint=proxy.endpoint, region="us-east-1", **options).build()
 
 
@@ -64,7 +64,8 @@ def fetch_and_resume(uri, content, target, proxy, clean, **options):
         }, "a file has its name before all are whole"
         kept = read_journal(target / ".wmtp-fetch/journal")
         there = sum(segment.end - segment.start for state in kept.values() for segment in state.segments)
-        again = storage(clean, chunk_size=40 / 1024, max_connections=3).fetch(uri, target, exclude=["multipart"])
+        patient = storage(clean, chunk_size=40 / 1024, max_connections=3, retry_timeout=300, read_timeout=60)
+        again = patient.fetch(uri, target, exclude=["multipart"])
         if "corrupt" not in proxy.done:
             assert again.transferred == again.size - there, "what was there came once more"
         outcome = "resumed"
@@ -84,7 +85,8 @@ def test_seeded_schedules_of_one_fault(faulty, model, tmp_path, fault, seeds):
     def schedule(seed):
         share = (0.1, 0.3, 0.6, 1.0)[seed % 4]
         proxy = faulty([fault], seed=seed, share=share, most=(None, 3, 10)[seed % 3], stall=1.0)
-        outcome = fetch_and_resume(uri, content, tmp_path / str(seed), proxy, clean, retry_timeout=1)
+        options = {"retry_timeout": 1, "read_timeout": 0.5 if fault == "stall" else 60}
+        outcome = fetch_and_resume(uri, content, tmp_path / str(seed), proxy, clean, **options)
         return outcome, len(proxy.done)
 
     with ThreadPoolExecutor(4) as pool:
@@ -100,7 +102,7 @@ def test_seeded_schedules_of_all_faults(faulty, model, tmp_path, seeds):
 
     def schedule(seed):
         proxy = faulty(FAULTS, seed=seed, share=0.4, most=None if seed % 2 else 12)
-        return fetch_and_resume(uri, content, tmp_path / str(seed), proxy, clean)
+        return fetch_and_resume(uri, content, tmp_path / str(seed), proxy, clean, read_timeout=0.5)
 
     with ThreadPoolExecutor(4) as pool:
         assert {"whole", "resumed"} <= set(pool.map(schedule, range(1000 + 3 * seeds.start, 1000 + 3 * seeds.stop)))
