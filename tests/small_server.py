@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-__all__ = ["Answers", "serving"]
+__all__ = ["Answers", "Server", "serving"]
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -21,11 +21,20 @@ class Answers(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+class Server(ThreadingHTTPServer):
+    """A server on 127.0.0.1 that takes as many connections at once as a client makes: by itself Python's lets five wait."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, handler: Callable[..., BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+
+
 @contextlib.contextmanager
 def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[ThreadingHTTPServer]:
     """Serve on 127.0.0.1 while the block runs; by itself Python's server takes half a second to notice its end."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = Server(handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield server

@@ -7,7 +7,7 @@ import subprocess
 from urllib.parse import unquote
 
 import pytest
-from test_report import BROWSER, document, in_browser, make_run, sample
+from test_report import BROWSER, HEADLESS, document, in_browser, make_run, sample
 from test_study_page import write
 
 from wmtp.reporting import write_report
@@ -37,7 +37,7 @@ def violations(page, axe, *, width, dark):
     )
     driven = page.with_name("driven.html")
     driven.write_text(page.read_text().replace('<main id="report">', driver + '<main id="report">', 1))
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", f"--window-size={width},1000"]
+    options = [*HEADLESS, "--virtual-time-budget=20000", f"--window-size={width},1000"]
     options += ["--blink-settings=preferredColorScheme=0"] if dark else []
     words = [BROWSER, *options, f"--user-data-dir={page.parent / 'browser'}", "--dump-dom", driven.as_uri()]
     done = subprocess.run(words, capture_output=True, text=True, timeout=180, check=True)

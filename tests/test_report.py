@@ -16,6 +16,8 @@ from wmtp.reporting import write_report
 from wmtp.runs.weight_bins import WEIGHT_BINS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+#: in a container the shared memory that Chromium would take is too small, and it crashes now and then
+HEADLESS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&lt;<!--"
@@ -96,7 +98,7 @@ def browse(page, script="return null", *, width=1200):
     )
     driven = page.with_name("driven.html")
     driven.write_text(page.read_text().replace('<main id="report">', driver + '<main id="report">', 1))
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    options = [*HEADLESS, "--host-resolver-rules=MAP * ~NOTFOUND"]
     options += ["--virtual-time-budget=2000", f"--window-size={width},1000", f"--user-data-dir={page.parent / 'browser'}"]
     done = subprocess.run(
         [BROWSER, *options, "--dump-dom", driven.as_uri()], capture_output=True, text=True, timeout=120, check=True

@@ -5,10 +5,9 @@ import contextlib
 import hashlib
 import json
 import threading
-from http.server import ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-from small_server import Answers
+from small_server import Answers, Server
 
 __all__ = ["FakeHub"]
 
@@ -33,8 +32,7 @@ class FakeHub:
             pass
 
         Handler.hub = hub
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = Server(Handler)
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()
 

@@ -109,7 +109,7 @@ def test_parts_and_generators_of_the_callers_own_are_drawn_at_once():
 
 def test_draws_run_in_threads(monkeypatch):
     monkeypatch.setattr(drawing, "usable_cores", lambda: 2)
-    names, both = set(), threading.Barrier(2, timeout=20)
+    names, both = set(), threading.Barrier(2, timeout=300)
     plain = drawing._without_gradient
 
     def draw(make):

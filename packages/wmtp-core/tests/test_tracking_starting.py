@@ -26,7 +26,7 @@ class Noted(Tracker):
         self._error = error
 
     def start(self, run: RunInfo) -> None:
-        self.may_start.wait(10)
+        assert self.may_start.wait(300)
         if self._error is not None:
             raise self._error
         self.told.append("start")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from wmtp.errors import WMTPError
 from wmtp.sandbox.cgroup import Cgroup, find_parent
@@ -30,6 +30,8 @@ _MESSAGE: Final = 16 * 2**20  # bytes of one argument list or result
 #: all that a sandbox sees of the machine, besides its Python
 _VISIBLE: Final = ("/usr", "/lib", "/lib64", "/bin", "/dev/null", "/dev/zero", "/dev/urandom")
 _GUARD_SECONDS: Final = 10.0
+#: a busy machine is slow to make its first sandbox, which says nothing of whether it can
+_TRIAL_SECONDS: Final = 60.0
 _UIDS: Final = itertools.count(os.getpid() % 10_000)
 
 Isolation = Literal["namespaces", "process"]
@@ -91,7 +93,9 @@ class Sandbox:
         self._groups: Path | None = None
         if self.isolation == "namespaces":
             self._groups = find_parent(self._group_limits())
+            given, self.limits = self.limits, evolve(self.limits, seconds=max(self.limits.seconds, _TRIAL_SECONDS))
             trial = self.run_program("print(6 * 7)", "", "42")
+            self.limits = given
             if not trial.passed:
                 raise WMTPError(
                     f"this machine cannot isolate code that a model wrote ({trial.detail}): Linux with namespaces is needed, "
