@@ -1,4 +1,4 @@
-"""Encodes the texts of many documents at once, while others are read and written."""
+"""Encoding of many documents at once, while others are read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ Result = tuple[Example, TokenizedExample] | BadExample
 def tokenized(
     examples: Iterable[Example | BadExample], renderer: Renderer, *, check: Callable[[Example], None], stop_at_bad: bool
 ) -> Iterator[Result]:
-    """Make the tokens of examples, in order; the next ones are encoded meanwhile, on all cores.
+    """Tokenize examples, in order.
+
+    The next ones are encoded meanwhile, on all cores.
 
     Args:
         examples: what a loader yields.

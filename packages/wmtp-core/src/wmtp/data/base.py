@@ -52,7 +52,7 @@ class Span:
 
 @frozen(kw_only=True)
 class Example:
-    """One document: a prompt and its completion, spans of text, or the messages of a conversation.
+    """One document: prompt and completion, spans of text, or a conversation.
 
     Args:
         id: what a message calls it: the problem's number, or ``file:line``.
@@ -99,7 +99,7 @@ class Example:
 
 @frozen(kw_only=True)
 class Document:
-    """Identity and labels of one document, or of one piece of a split document.
+    """Identity and labels of a document, or of one piece of it.
 
     Args:
         index: its number in the tokenized data set; the same in every run with the same data and tokenizer.
@@ -140,9 +140,10 @@ class ExampleLoader(Contract, ABC, contract=True):
         """
 
     def first_examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """Read some of the first of `examples`, for ``wmtp check``: in a moment, without torch and without the network.
+        """Yield some of the first examples, for ``wmtp check``.
 
-        Default: none. A built-in loader gives the examples as they come, of which only the first are taken.
+        It must be quick, and use neither torch nor the network. Default: none. A built-in loader gives the examples as they
+        come, of which only the first are taken.
 
         Raises:
             InputError: the files are none that the loader reads.
@@ -150,21 +151,24 @@ class ExampleLoader(Contract, ABC, contract=True):
         return iter(())
 
     def doubts(self, path: Path | None) -> Sequence[str]:
-        """Say what may be wrong with the files at ``path``, for ``wmtp check``. Default: nothing."""
+        """Report what may be wrong with the files, for ``wmtp check``.
+
+        Default: nothing.
+        """
         return ()
 
     def unread_keys(self, path: Path | None) -> Mapping[str, str | None]:
-        """Name the keys of the first records that nothing is read from, for ``wmtp check``, each with the key that it is like.
+        """List keys of the first records that nothing reads.
 
-        Default: none.
+        For ``wmtp check``. Each has the key that it resembles, or None. Default: none.
         """
         return {}
 
     def files(self, path: Path | None) -> Sequence[Path]:
-        """List the files that determine `examples`; a change in one invalidates the token cache.
+        """List the files that determine `examples`.
 
-        The default is the file ``path``, or every file in the folder ``path``. A loader that reads other files must override
-        it.
+        A change in one of them invalidates the token cache. The default is the file ``path``, or every file in the folder
+        ``path``. A loader that reads other files must override it.
         """
         if path is None:
             return ()

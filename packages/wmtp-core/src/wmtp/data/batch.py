@@ -1,4 +1,4 @@
-"""A batch of rows of tokens, and which of them each head must predict."""
+"""Batches of token rows, and the prediction targets of every head."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ class Batch:
         return moved if device.type == "cpu" else evolve(moved, host=self)
 
     def pinned(self) -> Batch:
-        """Copy the batch to page-locked memory, from which `to` a GPU does not block."""
+        """Copy the batch to page-locked memory.
+
+        From there, `to` a GPU does not block.
+        """
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -96,7 +99,9 @@ class Targets:
 
 
 def align_targets(batch: Batch, horizon: int) -> Targets:
-    """Targets of heads 1..H: head k at position t predicts the token at t+k.
+    """Align the targets of heads 1..H.
+
+    Head k at position t predicts the token at t+k.
 
     Args:
         batch: rows of S tokens.
@@ -113,7 +118,9 @@ def align_targets(batch: Batch, horizon: int) -> Targets:
 
 
 def shift_to_predictions(by_token: Tensor, horizon: int, fill: float = 0) -> Tensor:
-    """Place a value that belongs to a token at every prediction of that token: ``out[b, t, k−1] = by_token[b, t+k]``.
+    """Move a value of each token to all predictions of it.
+
+    ``out[b, t, k−1] = by_token[b, t+k]``.
 
     Args:
         by_token: ``[B, S]``.

@@ -1,4 +1,4 @@
-"""Batches of any step, as a pure function of data, config and seed."""
+"""Batches of any step, computed from data, config and seed alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WINDOW: Final = 64
 
 @frozen(kw_only=True, eq=False)
 class _Plan:
-    """Order of an epoch's rows, the length to pad to, and where batches start.
+    """Rows of an epoch, their padded length, and where batches start.
 
     None for the length: padded batch by batch. None for the starts: every ``batch_size`` rows.
     """
@@ -105,21 +105,27 @@ class StepBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in every epoch: packing gives each the same number of rows."""
+        """Optimizer steps in every epoch.
+
+        All epochs have equally many: packing gives each the same number of rows.
+        """
         if self._groups is not None:
             return len(self._groups)
         return -(-len(self._rows if self._mixture is None else self._mixture) // self._config.batch_size)
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Return the epoch of an optimizer step and its number within it, from 0."""
+        """Return a step's epoch and its number within it, from 0."""
         return divmod(step, self.steps_per_epoch)
 
     def total_steps(self, epochs: float) -> int:
-        """Number of optimizer steps in the configured epochs, rounded up, at least 1."""
+        """Count the optimizer steps in ``epochs``, rounded up, at least 1."""
         return max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
 
     def mixed(self, steps: int) -> Mapping[str, tuple[float, float]]:
-        """Tell of each data set of a mixture its share of the tokens and its epochs in so many steps; empty without one."""
+        """Return each mixed data set's token share and epochs after ``steps``.
+
+        Empty without a mixture.
+        """
         if self._mixture is None:
             return {}
         epochs, rest = divmod(steps, self.steps_per_epoch)
@@ -218,7 +224,9 @@ def _collate(dataset: TokenDataset, rows: Rows, first: int, count: int, length: 
 
 
 class EvalBatches(Sequence[Batch]):
-    """Every document once, in the order of the files; rows are made as ``[data.train]`` says. A batch is made when asked for.
+    """Evaluation batches: every document once, in the order of the files.
+
+    Rows are made as ``[data.train]`` says. A batch is made when it is asked for.
 
     Args:
         dataset: what is measured.

@@ -1,4 +1,4 @@
-"""Tokenizes a data set into a store; a build that was killed is resumed."""
+"""Resumable tokenization of a data set into a store."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Building:
     _bad_count: int = field(default=0, init=False)
 
     def build(self, before: Mapping[Path, tuple[int, ...]]) -> TokenStore:
-        """Make the store, or wait for another process of this machine that makes it.
+        """Make the store, or wait for another process that makes it.
 
         Args:
             before: see `stamps`; taken before the files were read for the key.
@@ -111,7 +111,7 @@ class Building:
         return StoreWriter(building, self.renderer.tokenizer.vocab_size)
 
     def _resumed(self, building: Path) -> StoreWriter | None:
-        """Continue a build that was killed; None where there is none, or it is damaged."""
+        """Resume a killed build; None if there is none to resume."""
         try:
             state = json.loads((building / _PROGRESS).read_text(encoding="utf-8"))
             sizes = {name: (building / f"{name}.bin").stat().st_size for name in state["writer"]["sizes"]}
@@ -197,7 +197,10 @@ def _changed(before: Mapping[Path, tuple[int, ...]], after: Mapping[Path, tuple[
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Let the garbage collector run seldom: it would look through all that waits, which is freed without it."""
+    """Run the garbage collector rarely.
+
+    It would look through all documents that wait, which are freed without it.
+    """
     before = gc.get_threshold()
     gc.set_threshold(_COLLECTED_AFTER, *before[1:])
     try:
@@ -237,7 +240,7 @@ def _publish(building: Path, folder: Path) -> None:
 
 
 def _remove_abandoned(cache_dir: Path) -> None:
-    """Remove what processes that were killed a day or more ago have left."""
+    """Remove leftovers of builds that were killed over a day ago."""
     for entry in cache_dir.glob(".building-*"):
         with suppress(OSError):
             if time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS:

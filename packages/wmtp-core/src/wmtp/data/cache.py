@@ -43,7 +43,7 @@ def token_store(
     learn: Learn = "assistant",
     boundary: Boundary = "apart",
 ) -> TokenStore:
-    """Open the tokenized documents of a data set, tokenizing them on a cache miss.
+    """Open a data set's token store, tokenizing on a cache miss.
 
     Of processes of a machine that do this at once one makes them, and the others wait. A build that was killed is resumed.
 
@@ -97,11 +97,10 @@ def cache_key(
     learn: Learn = "assistant",
     boundary: Boundary = "apart",
 ) -> str:
-    """A hash of all that decides the tokens: the files' bytes, the config, the loader's own code and the tokenizer.
+    """Hash everything that decides the tokens.
 
-    For conversations also the chat template, and what is learned of them.
-
-    Where the files are does not matter: ``uri`` is not part of it.
+    That is the files' bytes, the config, the loader's own code and the tokenizer; for conversations also the chat template, and
+    what is learned of them. Where the files are does not matter: ``uri`` is not part of it.
     """
     loaders = [loader]
     inside = list(components(component))

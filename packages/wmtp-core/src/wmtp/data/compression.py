@@ -87,7 +87,10 @@ def _zstd_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn the errors of reading ``path``, which may be compressed, into a `WMTPError` that names it."""
+    """Turn errors of reading ``path`` into a `WMTPError` that names it.
+
+    The file may be compressed.
+    """
     try:
         yield
     except (EOFError, OSError, zlib.error, lzma.LZMAError, *_zstd_errors()) as error:
@@ -97,7 +100,10 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """Read line by line; None in place of a line that is too long, of which no more than a part is ever in memory."""
+    """Yield lines; None in place of one longer than `MAX_LINE`.
+
+    Of such a line, no more than a part is ever in memory.
+    """
     while line := file.readline(MAX_LINE + 1):
         if len(line) <= MAX_LINE:
             yield line

@@ -22,8 +22,9 @@ __all__ = ["Chat", "CodeContests", "HumanEval", "Jsonl", "Mbpp", "Mutated", "Pyt
 
 @frozen(kw_only=True)
 class Jsonl(DataLoaderConfig):
-    """Records with ``prompt`` and ``completion``, or with ``text``; in ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``
-    or ``.arrow`` files.
+    """Records with ``prompt`` and ``completion``, or with ``text``.
+
+    In ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow`` files.
 
     A record may also have ``is_correct`` (true or false), ``reward`` (a number), ``weights`` (a number for each token of the
     completion, or [text, number] pairs that joined make it), ``id``, ``group`` (the same for answers to one problem), and
@@ -53,13 +54,13 @@ class Jsonl(DataLoaderConfig):
 
 @frozen(kw_only=True)
 class Chat(DataLoaderConfig):
-    """Conversations, written by the model's chat template; in files as those of ``jsonl``.
+    """Conversations, written by the model's chat template.
 
-    A record has ``messages`` (with ``role`` and ``content``), ShareGPT's ``conversations`` (with ``from`` and ``value``), a
-    ``prompt`` and a ``completion`` of messages or texts, Alpaca's ``instruction``, ``input`` and ``output``, or a pair of
-    answers, ``chosen`` and ``rejected``. It may also have ``system``, ``tools``, ``id``, ``group``, ``is_correct``, ``reward``
-    and, but for pairs, ``finish`` (``length`` or ``context``: the last answer was cut off, so no end of it is learned). Its
-    keys tell which of these it is.
+    In files as those of ``jsonl``. A record has ``messages`` (with ``role`` and ``content``), ShareGPT's ``conversations``
+    (with ``from`` and ``value``), a ``prompt`` and a ``completion`` of messages or texts, Alpaca's ``instruction``, ``input``
+    and ``output``, or a pair of answers, ``chosen`` and ``rejected``. It may also have ``system``, ``tools``, ``id``,
+    ``group``, ``is_correct``, ``reward`` and, but for pairs, ``finish`` (``length`` or ``context``: the last answer was cut
+    off, so no end of it is learned). Its keys tell which of these it is.
 
     Args:
         uri: a data file, or a folder of them, compressed (``.gz .bz2 .xz .zst``) or not; or what ``save_to_disk`` wrote.
@@ -95,10 +96,10 @@ class Chat(DataLoaderConfig):
 
 @frozen(kw_only=True)
 class PythonSource(DataLoaderConfig):
-    """Functions and methods of Python source that have a docstring: signature and docstring → body.
+    """Python functions with a docstring: signature and docstring → body.
 
-    They come in the order of their files' names, without the indent of their class, without decorators. Folders named
-    ``test``, ``tests``, ``site-packages`` and ``dist-packages`` are left out.
+    Methods too. They come in the order of their files' names, without the indent of their class, without decorators. Folders
+    named ``test``, ``tests``, ``site-packages`` and ``dist-packages`` are left out.
 
     Args:
         uri: a ``.py`` file or a folder. Default: the standard library of the Python that runs.
@@ -122,7 +123,9 @@ class PythonSource(DataLoaderConfig):
 
 @frozen(kw_only=True)
 class Mbpp(DataLoaderConfig):
-    """MBPP (arXiv 2108.07732). The prompt is a docstring of the task and its tests, the completion is the code.
+    """MBPP: short Python problems with tests (arXiv 2108.07732).
+
+    The prompt is a docstring of the task and its tests, the completion is the code.
 
     Args:
         uri: the folder with ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` (or shards), or one such file.
@@ -142,9 +145,10 @@ class Mbpp(DataLoaderConfig):
 
 @frozen(kw_only=True)
 class CodeContests(DataLoaderConfig):
-    """DeepMind's CodeContests (arXiv 2203.07814): an example a solution, with ``is_correct``; a problem is a group.
+    """DeepMind's CodeContests: problems with solutions (arXiv 2203.07814).
 
-    The prompt is the problem's description and the line ``Solution in <language>:``.
+    Each solution is an example, with ``is_correct``; each problem is a group. The prompt is the problem's description and the
+    line ``Solution in <language>:``.
 
     Args:
         uri: a Parquet or JSON file with the data set's own columns, or a folder of them.
@@ -218,13 +222,13 @@ class TextFiles(DataLoaderConfig):
 
 @frozen(kw_only=True)
 class Mutated(DataLoaderConfig):
-    """Python code of another source, and copies of it with a mistake: for algorithms that learn from right and wrong.
+    """Python code of another source, and copies with a mistake.
 
-    Each example is followed by its wrong copies, which differ from it in one place: another comparison, a number that is off
-    by one, ``or`` for ``and``, a negated condition, another operator, exchanged arguments, a statement that is missing. All
-    else is letter by letter the same, so that nothing but the mistake tells right from wrong, and lengths are about equal.
-    Originals have ``is_correct = true``, copies false, and both the group of the original. Whether a copy *does* something
-    else is not tried out: most do.
+    For algorithms that learn from right and wrong. Each example is followed by its wrong copies, which differ from it in one
+    place: another comparison, a number that is off by one, ``or`` for ``and``, a negated condition, another operator, exchanged
+    arguments, a statement that is missing. All else is letter by letter the same, so that nothing but the mistake tells right
+    from wrong, and lengths are about equal. Originals have ``is_correct = true``, copies false, and both the group of the
+    original. Whether a copy *does* something else is not tried out: most do.
 
     Args:
         of: the other source, in the table ``[datasets.NAME.of]``.

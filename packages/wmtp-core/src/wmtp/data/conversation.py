@@ -39,7 +39,10 @@ class Part:
 
 @frozen
 class _Turn:
-    """An answer in a text, from ``start`` to ``stop``, and its message's number (−1: all messages)."""
+    """An answer in a text, from ``start`` to ``stop``.
+
+    ``message`` is the number of its message, −1 for all messages.
+    """
 
     start: int
     stop: int
@@ -139,7 +142,7 @@ def _marked_turns(
 
 
 def _owners(example: Example, template: ChatTemplate, count: int) -> list[int]:
-    """Find the message of each mark by counting the marks up to each message."""
+    """Find each mark's message, counting the marks up to every message."""
     messages = example.messages or ()
     counts = [0]
     for number in range(1, len(messages)):
@@ -154,7 +157,10 @@ def _owners(example: Example, template: ChatTemplate, count: int) -> list[int]:
 def _rendered_turn(
     example: Example, template: ChatTemplate, text: str, number: int, control_tokens: frozenset[str], notes: Notes
 ) -> _Turn | None:
-    """Find a turn by rendering the conversation up to it; None: what follows changes what was before."""
+    """Find a turn by rendering the conversation up to it.
+
+    None: what follows changes what was before.
+    """
     before = _before(example, template, text, number, notes)
     stop = _stop(example, template, text, number, control_tokens)
     if before is None or stop is None or before > stop:
@@ -163,7 +169,10 @@ def _rendered_turn(
 
 
 def _before(example: Example, template: ChatTemplate, text: str, number: int, notes: Notes) -> int | None:
-    """Where the turn of a message starts in the text: behind what the model is given to write it."""
+    """Find where a message's turn starts in the text.
+
+    That is behind what the model is given to write it. None: the text does not begin with it.
+    """
     messages, tools = example.messages or (), example.tools
     prompt = template.render(messages[:number], tools, prompt=True) if number else ""
     if number and text.startswith(prompt):
@@ -192,7 +201,10 @@ def _common(first: str, second: str) -> str:
 
 
 def _stop(example: Example, template: ChatTemplate, text: str, number: int, control_tokens: frozenset[str]) -> int | None:
-    """Where the turn of a message ends in the text; None: what follows it has changed it."""
+    """Find where a message's turn ends in the text.
+
+    None: what follows it has changed it.
+    """
     messages, tools = example.messages or (), example.tools
     last = number == len(messages) - 1
     whole = text if last else template.render(messages[: number + 1], tools)
@@ -217,13 +229,19 @@ def _tuple(control_tokens: frozenset[str]) -> tuple[str, ...]:
 
 
 def _without_space_after(text: str, start: int, stop: int, control_tokens: frozenset[str]) -> int:
-    """Leave out white space behind the token that ends a turn: the model has stopped before it."""
+    """Exclude white space behind the token that ends a turn.
+
+    The model has stopped before it.
+    """
     stripped = text[start:stop].rstrip()
     return start + len(stripped) if stripped.endswith(_tuple(control_tokens)) else stop
 
 
 def _without_end(text: str, turns: Sequence[_Turn], last: int, control_tokens: frozenset[str]) -> list[_Turn]:
-    """Leave out the tokens that end the last message, whose author was stopped before."""
+    """Exclude the tokens that end the last message.
+
+    Its author was stopped before them.
+    """
     found = []
     for turn in turns:
         stop = turn.stop

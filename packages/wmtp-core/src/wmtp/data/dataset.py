@@ -1,4 +1,4 @@
-"""Tokenized documents of one or several sources, cut to the length of a row."""
+"""Tokenized documents of one or several sources, cut to row length."""
 
 from __future__ import annotations
 
@@ -70,8 +70,14 @@ class TokenizedDocument:
 
 @frozen(kw_only=True, eq=False)
 class _Pieces:
-    """For each piece: the document's number in the data set, its first token and the one after its last, in the document, and
-    how many of its tokens head 1 learns."""
+    """Columns with one entry a piece.
+
+    Args:
+        index: the document's number in the data set.
+        start: the piece's first token, in the document.
+        stop: the token after its last, in the document.
+        learned: how many of its tokens head 1 learns.
+    """
 
     index: NDArray[np.int64]
     start: NDArray[np.int64]
@@ -214,7 +220,10 @@ class TokenDataset:
 
     @property
     def learned_lengths(self) -> NDArray[np.int64]:
-        """Tokens of each piece that head 1 learns: those to learn, without the first of the piece."""
+        """Tokens of each piece that head 1 learns.
+
+        Those are the tokens to learn, without the first of the piece.
+        """
         return self._pieces.learned
 
     @property
@@ -229,7 +238,7 @@ class TokenDataset:
 
     @property
     def is_correct(self) -> NDArray[np.int8]:
-        """Label of each piece's document: 1, 0, or -1 where it has none."""
+        """Label of each piece's document: 1, 0, or -1 for none."""
         return np.concatenate([store.is_correct for store in self._stores])[self._pieces.index]
 
     @property
@@ -239,7 +248,10 @@ class TokenDataset:
 
     @property
     def groups(self) -> NDArray[np.int64]:
-        """A number for the group of each piece's document: equal for answers to one problem of one source."""
+        """Group number of each piece's document.
+
+        Answers to one problem of one source have the same.
+        """
         numbers, first = [], 0
         for hashes in self.group_hashes():
             found, number = np.unique(hashes, return_inverse=True)
@@ -301,7 +313,7 @@ class TokenDataset:
         return number
 
     def place(self, index: int) -> str:
-        """Name the file and line of the document with this number in the sources."""
+        """Name the file and line of a document by its number."""
         source = int(np.searchsorted(self._first_index, index, side="right")) - 1
         return self._stores[source].place(index - int(self._first_index[source]))
 
@@ -316,7 +328,10 @@ class TokenDataset:
         return other
 
     def first_from(self, token_id: int) -> tuple[Document, int] | None:
-        """Find the first document with a token id of at least ``token_id``, and that id; None where there is none."""
+        """Find the first document with an id of at least ``token_id``.
+
+        Returns it with that id; None where there is none.
+        """
         for number, (store, name) in enumerate(zip(self._stores, self.names, strict=True)):
             for begin in range(0, len(store.tokens), _LOOKED_AT):
                 part = store.tokens[begin : begin + _LOOKED_AT]

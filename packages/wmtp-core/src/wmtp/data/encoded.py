@@ -1,4 +1,4 @@
-"""Texts that are encoded together, before the documents that they belong to are made."""
+"""Texts to encode together, before their documents are made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Tokens = TypeVar("_Tokens")
 
 
 class Encoded:
-    """Encodes many texts at once, and any other when it is asked for.
+    """Encodes noted texts at once, and any other on demand.
 
     Args:
         tokenizer: makes the tokens.
@@ -42,7 +42,7 @@ class Encoded:
         self._next[text] = None
 
     def want_offsets(self, text: str) -> None:
-        """Note a text of which the places of the tokens are wanted too."""
+        """Note a text whose token offsets are wanted too."""
         self._offsets[text] = None
 
     def encode(self, encoder: Encoder) -> None:
@@ -79,6 +79,9 @@ class Encoded:
         return self._tokenizer.encode(text) if known is None else known
 
     def with_offsets(self, text: str) -> tuple[Sequence[int], Collection[Sequence[int]]] | None:
-        """Encode the start of a document, with the places of its tokens; None: the tokenizer cannot tell them."""
+        """Encode the start of a document, with its tokens' offsets.
+
+        None: the tokenizer cannot tell them.
+        """
         known = self._offsets.get(text)
         return self._tokenizer.encode_with_offsets(text) if known is None else known

@@ -13,7 +13,7 @@ __all__ = ["check_example", "loader_title"]
 
 
 def check_example(name: str, loader: ExampleLoader, example: Any) -> None:
-    """Raise if a loader yielded no `Example`, or one with fields of wrong types.
+    """Raise if a loader yielded anything but a valid `Example`.
 
     Args:
         name: of the data set.
@@ -31,7 +31,10 @@ def check_example(name: str, loader: ExampleLoader, example: Any) -> None:
 
 
 def _is_plain(example: Example) -> bool:
-    """Tell whether an example has texts and nothing else: most do, and of many millions each is looked at."""
+    """Tell whether an example has texts and nothing else.
+
+    Most do, and each of many millions is checked.
+    """
     return (
         type(example.id)
         is type(example.prompt)

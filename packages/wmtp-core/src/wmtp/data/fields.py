@@ -23,11 +23,17 @@ __all__ = [
 
 
 class Unreadable:
-    """Value of a table that Python has no object for: bytes that are no UTF-8, or a date beyond the year 9999."""
+    """Value of a table that Python has no object for.
+
+    Bytes that are no UTF-8, or a date beyond the year 9999.
+    """
 
 
 class Cell(str):
-    """Text of a CSV file, where a number is a text too, and nothing is an empty one."""
+    """Cell of a CSV file.
+
+    There a number is a text too, and no value is an empty text.
+    """
 
     __slots__ = ()
 
@@ -71,7 +77,7 @@ def text_field(where: str, record: Mapping[str, Any], key: str) -> str:
 
 
 def name_field(record: Mapping[str, Any], key: str) -> str:
-    """Read whatever stands under ``key`` as a name; empty where it is missing or null.
+    """Read any value under ``key`` as a name; empty without one.
 
     A name is only compared with others, so any value will do: 3.0 is "3", since tables make whole numbers into floats where a
     cell is empty.
@@ -85,12 +91,17 @@ def name_field(record: Mapping[str, Any], key: str) -> str:
 
 
 def is_cut(record: Mapping[str, Any], key: str) -> bool:
-    """Tell whether what wrote an answer was stopped before its end, as ``wmtp distill-data`` and servers say it."""
+    """Tell whether an answer was cut off.
+
+    ``wmtp distill-data`` and servers write why it ended.
+    """
     return record.get(key) in _CUT
 
 
 def bool_field(where: str, record: Mapping[str, Any], key: str) -> bool | None:
-    """Return the boolean under ``key``, which may be written 0 or 1; None where it is missing or null.
+    """Return the boolean under ``key``; None where missing or null.
+
+    It may be written 0 or 1.
 
     Raises:
         BadExample: it is something else.
@@ -108,7 +119,7 @@ def bool_field(where: str, record: Mapping[str, Any], key: str) -> bool | None:
 
 
 def number_field(where: str, record: Mapping[str, Any], key: str) -> float | None:
-    """Return the finite number under ``key``; None where it is missing or null.
+    """Return the finite number under ``key``; None where missing or null.
 
     Raises:
         BadExample: it is something else.

@@ -1,4 +1,7 @@
-"""Batches of documents that an algorithm wants to see together: pairs of answers to one problem, for instance."""
+"""Batches of documents that an algorithm wants to see together.
+
+Pairs of answers to one problem, for instance.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ __all__ = ["GroupBatches"]
 
 
 class GroupBatches:
-    """Puts groups, documents that must share an optimizer step, into rows and batches; every epoch has the same number.
+    """Batches of groups: documents that must share an optimizer step.
 
-    The documents of a group share a row where they fit into one (with ``packing``), else they get rows of their own in the same
-    batch. In each epoch groups of equal size change places by chance.
+    Every epoch has the same number of batches. The documents of a group share a row where they fit into one (with ``packing``),
+    else they get rows of their own in the same batch. In each epoch groups of equal size change places by chance.
 
     Args:
         lengths: tokens of each document.
@@ -83,7 +86,10 @@ class GroupBatches:
         return Rows(self._groups.reordered(groups).members, ends[packed.starts])
 
     def _order(self, random: np.random.Generator) -> NDArray[np.int64]:
-        """Shuffle all bundles; where rows are padded, neighbours have rows of similar length."""
+        """Shuffle all bundles.
+
+        Where rows are padded, neighbours have rows of similar length.
+        """
         order = random.permutation(len(self._sizes))
         if self._window:
             lengths = np.concatenate([self._totals[self._small], np.delete(self._totals, self._small)])

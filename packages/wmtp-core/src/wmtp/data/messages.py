@@ -39,7 +39,9 @@ MESSAGE_KEYS: Final = frozenset(
 
 
 def normal_messages(where: str, key: str, value: Any) -> tuple[Mapping[str, Any], ...]:
-    """Bring the messages in a record to one form: ``role``, ``content`` as text, ``tool_calls`` with arguments as objects.
+    """Normalize the messages of a record.
+
+    Each gets a ``role``, ``content`` as text, and ``tool_calls`` with arguments as objects.
 
     Args:
         where: what an error calls the record.
@@ -133,7 +135,9 @@ def _call(where: str, name: str, call: Any) -> Mapping[str, Any]:
 
 
 def message_tools(where: str, key: str, value: Any) -> tuple[Mapping[str, Any], ...] | None:
-    """Read the tools of a record: a list of objects, or JSON text of one; None where it has none.
+    """Read the tools of a record; None where it has none.
+
+    They are a list of objects, or JSON text of one.
 
     Raises:
         BadExample: it is something else.
@@ -161,7 +165,7 @@ def from_json(where: str, name: str, value: Any) -> Any:
 
 
 def check_messages(where: str, messages: Sequence[Mapping[str, Any]], first_learned: int) -> None:
-    """Refuse a conversation from which nothing could be learned, or not as it says.
+    """Refuse a conversation that cannot be learned as it says.
 
     Raises:
         BadExample: it has no assistant's message to learn, an empty one, or a weight where there can be none.

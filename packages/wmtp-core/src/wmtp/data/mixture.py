@@ -1,4 +1,7 @@
-"""Rows of several data sets in given shares of tokens, each row a pure function of seed and number."""
+"""Rows of several data sets in given shares of tokens.
+
+Each row is a pure function of seed and number.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ __all__ = ["Mixture"]
 
 
 class Mixture:
-    """Takes rows of each data set in turn; one that has been read begins again in a new order.
+    """Interleaves rows of several data sets by their token shares.
 
-    A row holds documents of one data set. What counts is tokens: a data set whose rows are emptier gives more of them. An epoch
-    has as many rows as all data sets together, and after each the shares are met to within a row.
+    A data set that has been read begins again, in a new order. A row holds documents of one data set. What counts is tokens: a
+    data set whose rows are emptier gives more of them. An epoch has as many rows as all data sets together, and after each the
+    shares are met to within a row.
 
     Args:
         lengths: tokens of each document.
@@ -75,7 +79,10 @@ class Mixture:
         return max(int(rows.lengths(self._lengths).max()) for rows in self._rows)
 
     def epoch(self, epoch: int) -> Rows:
-        """List the rows of an epoch, from 0: those of each data set spread evenly over it."""
+        """List the rows of an epoch, from 0.
+
+        Those of each data set are spread evenly over it.
+        """
         first, end = self._before(epoch), self._before(epoch + 1)
         parts, places = [], []
         random = np.random.default_rng([self._seed, epoch, len(self._rows) + 1])
@@ -88,7 +95,7 @@ class Mixture:
         return joined(parts).reordered(np.argsort(np.concatenate(places), kind="stable"))
 
     def epochs(self, rows: int) -> Mapping[str, tuple[float, float]]:
-        """Tell of each data set its share of the tokens, and how often so many rows of the mixture read it."""
+        """Return each data set's token share and epochs after ``rows`` rows."""
         passes = self._row_shares * rows / self._sizes
         return {name: (float(self._shares[n]), float(passes[n])) for n, name in enumerate(self._names)}
 

@@ -1,4 +1,6 @@
-"""Small mistakes put into Python code: the text of one place is changed, everything else stays as it was written.
+"""Small mistakes put into Python code.
+
+The text of one place is changed, everything else stays as it was written.
 
 Kinds of mistakes, after the operators of mutation testing (DeMillo, Lipton and Sayward, "Hints on Test Data Selection", 1978):
 
@@ -58,9 +60,10 @@ class _Edit:
 
 
 def mutants(prompt: str, code: str, *, count: int, kinds: tuple[Kind, ...], draw: random.Random) -> list[str] | None:
-    """Different versions of ``code``, each with one mistake. Each parses, and is another program than ``code``.
+    """Make different versions of ``code``, each with one mistake.
 
-    Whether it also *does* something else cannot be decided for every program; mistakes that often do nothing are not made.
+    Each parses, and is another program than ``code``. Whether it also *does* something else cannot be decided for every
+    program; mistakes that often do nothing are not made.
 
     Args:
         prompt: text before the code, for instance the signature; it is never changed.
@@ -142,7 +145,10 @@ class _Finder:
         return self._source[self._start(node) : self._stop(node)]
 
     def _operator(self, left: ast.AST, right: ast.AST) -> tuple[int, int, str] | None:
-        """Place and text of the operator between two operands; None if there is more, such as a comment."""
+        """Find place and text of the operator between two operands.
+
+        None if more is between them, such as a comment.
+        """
         start, stop = self._stop(left), self._start(right)
         gap = re.fullmatch(rb"([\s\\()]*)([^\s\\()#]+(?:\s+(?:in|not))?)([\s\\()]*)", self._source[start:stop])
         if gap is None:

@@ -1,4 +1,4 @@
-"""Remarks on a data set, reported once each with the number of documents."""
+"""Remarks on a data set, each with its number of documents."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ class Notes:
         self._found: dict[tuple[str, str, str, int | None], list[str | int]] = {}
 
     def add(self, text: str, where: str, *, level: str = "warning", subject: str = "", among: int | None = None) -> None:
-        """Note something about the document at ``where``; of one document it counts once.
+        """Note something about the document at ``where``.
+
+        It counts once a document.
 
         Args:
             text: the remark.

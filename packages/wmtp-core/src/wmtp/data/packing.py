@@ -44,7 +44,7 @@ class Rows:
         return Rows(self.members[np.arange(starts[-1]) + shift], starts)
 
     def exchanged(self, lengths: Numbers, random: np.random.Generator) -> Rows:
-        """Swap documents of equal length at random between rows of the same lengths."""
+        """Swap documents of equal length at random; rows keep their lengths."""
         shuffled = random.permutation(len(lengths))
         by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
         replacement = np.empty_like(by_length)
@@ -58,7 +58,10 @@ def one_each(order: Numbers) -> Rows:
 
 
 def in_order(lengths: Numbers, capacity: int) -> Rows:
-    """Rows of at most ``capacity`` tokens that keep the order: a row ends where the next document has no room."""
+    """Pack documents in order into rows of at most ``capacity`` tokens.
+
+    A row ends where the next document has no room.
+    """
     ends = np.cumsum(lengths)
     starts = [0]
     while starts[-1] < len(lengths):
@@ -68,11 +71,12 @@ def in_order(lengths: Numbers, capacity: int) -> Rows:
 
 
 def best_fit(lengths: Numbers, capacity: int) -> Rows:
-    """Rows of at most ``capacity`` tokens: documents by falling length, each into the row with the least room that is enough.
+    """Pack documents into rows of ``capacity`` tokens, best fit decreasing.
 
-    The room left is a whole number up to ``capacity``, so the rows are kept by it, and one integer with a bit for each room
-    that some row has finds the least: n·log n for n documents, through sorting. Needs rows for at most 11/9 of the tokens'
-    best packing (best fit decreasing, Johnson 1974).
+    They go by falling length, each into the row with the least room that is enough. The room left is a whole number up to
+    ``capacity``, so the rows are kept by it, and one integer with a bit for each room that some row has finds the least: n·log
+    n for n documents, through sorting. Needs rows for at most 11/9 of the tokens' best packing (best fit decreasing, Johnson
+    1974).
     """
     row_of = np.empty(len(lengths), np.int64)
     order = np.argsort(-lengths, kind="stable")

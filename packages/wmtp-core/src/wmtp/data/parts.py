@@ -1,4 +1,4 @@
-"""Texts of an example that is no conversation, and the weights that its data gives."""
+"""Texts and token weights of an example without messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["text_parts", "token_weights", "weighted_spans"]
 
 
 def weighted_spans(example: Example) -> Sequence[Span] | None:
-    """List the spans of an example of which one has weights of its tokens, at least."""
+    """List an example's spans; None where none has token weights."""
     if example.weights is None and example.spans is None:
         return None
     spans = _spans(example)
@@ -32,9 +32,10 @@ def text_parts(example: Example) -> list[Part]:
 
 
 def token_weights(spans: Sequence[Span], counts: Sequence[int], example: Example) -> tuple[list[float], float]:
-    """Collect the data's own weight of each token, and that of an end token without one.
+    """Collect the data's weight of each token, and the end token's.
 
-    The last span may have one more than tokens: it is that of the end token.
+    The second number is for an end token to which the data gives none. The last span may have one more than tokens: it is that
+    of the end token.
     """
     found: list[float] = []
     all_given: list[float] = []

@@ -1,4 +1,4 @@
-"""Preparation of training and evaluation data: from the config to token data sets."""
+"""Preparation of training and evaluation data, from config to tokens."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def prepare_data(config: Config, tokenizer: Tokenizer, paths: Mapping[str, Path 
 
 
 def prepare_eval_data(config: Config, tokenizer: Tokenizer, paths: Mapping[str, Path | None]) -> TokenDataset:
-    """As `prepare_data`, for the evaluation data alone; a holdout needs the training data that it is taken from.
+    """Prepare the evaluation data alone; see `prepare_data`.
+
+    A holdout needs the training data that it is taken from.
 
     Raises:
         ConfigError: ``[data.eval]`` is missing or wrong.
@@ -82,7 +84,9 @@ def prepare_eval_data(config: Config, tokenizer: Tokenizer, paths: Mapping[str, 
 
 
 def use_chat_template(tokenizer: Tokenizer, data: TrainDataConfig) -> None:
-    """Give the tokenizer the chat template of ``[data.train]``, where that names one: it is saved with the model.
+    """Give the tokenizer the chat template of ``[data.train]``, if any.
+
+    It is saved with the model.
 
     Raises:
         ConfigError: there is no such file.
@@ -166,10 +170,10 @@ def _nothing_to_learn(dataset: TokenDataset, max_length: int) -> str:
 
 
 def split_by_group(dataset: TokenDataset, share: float, seed: int, names: Sequence[str]) -> tuple[TokenDataset, TokenDataset]:
-    """Hold out about ``share`` of the documents, all answers to one problem together.
+    """Hold out about ``share`` of the documents, in whole groups.
 
-    Groups are taken in the order of a hash of seed, data set and group until the share is reached; at least one group is
-    on each side.
+    All answers to one problem stay together. Groups are taken in the order of a hash of seed, data set and group until the
+    share is reached; at least one group is on each side.
 
     Args:
         dataset: what is split.
@@ -199,7 +203,10 @@ def split_by_group(dataset: TokenDataset, share: float, seed: int, names: Sequen
 
 
 def _mixed(hashes: NDArray[np.uint64], salt: str) -> NDArray[np.uint64]:
-    """Each hash made into another one by ``salt``: equal ones stay equal (the finalizer of SplitMix64)."""
+    """Rehash each hash with ``salt``; equal ones stay equal.
+
+    It is the finalizer of SplitMix64.
+    """
     mixed = hashes ^ np.uint64(int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8]))
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,7 @@
-"""Lines about a data set that was prepared: what was found in it, and what is not learned of it."""
+"""Log lines about a prepared data set.
+
+They say what was found in it, and what of it is not learned.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _LOOKED_AT: Final = 1 << 16
 
 
 def remarks(store: TokenStore, dataset: TokenDataset, max_length: int) -> Iterator[tuple[int, str]]:
-    """List what is to be said of a source: logging's level, and the line.
+    """Yield the log lines about a source, each with its level.
 
     Args:
         store: the source.
@@ -34,7 +37,9 @@ def remarks(store: TokenStore, dataset: TokenDataset, max_length: int) -> Iterat
 
 
 def template_remark(stores: Mapping[str, TokenStore], tokenizer: Tokenizer) -> str | None:
-    """Say which sources do not use the model's chat template, neither by WMTP nor as texts; None where each does.
+    """Name the sources that do not use the model's chat template.
+
+    A source uses it where WMTP applies it, or where its texts hold the template's tokens. None where each does.
 
     Args:
         stores: the sources by name.
@@ -59,7 +64,7 @@ def template_remark(stores: Mapping[str, TokenStore], tokenizer: Tokenizer) -> s
 
 
 def _cut_off(dataset: TokenDataset, max_length: int) -> str | None:
-    """Say what truncation takes of what would be learned; None where that is nothing."""
+    """Report the tokens to learn that truncation cuts off, if any."""
     counts = dataset.counts
     if not len(counts.shortened):
         return None

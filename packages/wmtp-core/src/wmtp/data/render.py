@@ -1,4 +1,7 @@
-"""From examples to tokens: the only place that decides which tokens are learned."""
+"""Rendering of examples to tokens.
+
+It is the only place that decides which tokens are learned.
+"""
 
 from __future__ import annotations
 
@@ -170,14 +173,17 @@ class Renderer:
         return TokenizedExample(tokens=tokens, segments=_segments(parts, counts, int(bos is not None)), weights=weights)
 
     def _ends(self, tokens: Sequence[int]) -> bool:
-        """Tell whether a text ends with an end token, or with one and a token of white space."""
+        """Tell whether a text ends with an end token.
+
+        A token of white space may follow it.
+        """
         eos = self._eos_id
         if not tokens or tokens[-1] == eos:
             return bool(tokens)
         return len(tokens) > 1 and tokens[-2] == eos and self.tokenizer.decode(tokens[-1:]).isspace()
 
     def _encode(self, parts: Sequence[Part], example: Example, encoded: Encoded) -> tuple[array[int], list[int]]:
-        """Encode the texts as one, unless a token would cross a forbidden border.
+        """Encode the texts as one, unless tokens cross a forbidden border.
 
         Of the texts that a token reaches into, the first that is learned has it.
         """
@@ -202,7 +208,10 @@ class Renderer:
         return array("I", tokens), np.bincount(np.minimum(owners, len(texts) - 1), minlength=len(texts)).tolist()
 
     def _count_merges(self, prepared: Prepared, encoded: Encoded) -> None:
-        """Note an example of which a token would reach over a border, were it encoded as a whole."""
+        """Note an example with a token that would cross a border.
+
+        It would if the example were encoded as a whole.
+        """
         for text, border in prepared.borders:
             found = encoded.with_offsets(text)
             if found is not None and any(start < border < stop for start, stop in found[1]):
@@ -223,7 +232,10 @@ class Renderer:
 
 
 def _apart(parts: Sequence[Part], encoded: Encoded) -> tuple[array[int], list[int]]:
-    """Encode texts each on its own: all their tokens, and how many each has."""
+    """Encode each text on its own.
+
+    Returns all tokens, and how many each text has.
+    """
     tokens = array("I")
     counts: list[int] = []
     for part in parts:
@@ -235,7 +247,10 @@ def _apart(parts: Sequence[Part], encoded: Encoded) -> tuple[array[int], list[in
 
 
 def _borders(parts: Sequence[Part]) -> Iterator[tuple[str, int]]:
-    """List the text around each border between what is learned and what is not, and where in it the border is."""
+    """Yield the text around each border of what is learned.
+
+    With it comes the place of the border in it.
+    """
     for before, after in pairwise(parts):
         if before.kind != after.kind and before.text and after.text:
             left = before.text[-_NEAR:]
@@ -247,7 +262,10 @@ def _no_unicode(example: Example, error: UnicodeEncodeError) -> BadExample:
 
 
 def _segments(parts: Sequence[Part], counts: Sequence[int], begin: int) -> list[Segment]:
-    """Runs of tokens that are learned alike; the first ``begin`` tokens never are."""
+    """Join tokens that are learned alike into segments.
+
+    The first ``begin`` tokens are never learned.
+    """
     found = [Segment(begin, NEVER)] if begin else []
     for part, count in zip(parts, counts, strict=True):
         length = count - begin if begin < count else 0

@@ -1,4 +1,4 @@
-"""Growing file of JSON lines that resumes where it stopped, without duplicates. Torch-free."""
+"""Growing file of JSON lines that resumes where it stopped. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ResumableLines"]
 
 
 class ResumableLines:
-    """Lines that each have a number under ``index``; a file beside them holds their settings.
+    """JSON lines with an ``index`` each, and a file of their settings.
 
     Args:
         path: the file. What is there is continued; a line that was cut off by a crash is removed.

@@ -1,4 +1,4 @@
-"""Learned tokens of a store and their scales, from its segments and the config."""
+"""Learned tokens of a store, and their scales."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["StoreSegments"]
 
 @frozen(kw_only=True, eq=False)
 class StoreSegments:
-    """Segments of a store, G of them, as a data set learns them.
+    """G segments of a store, as a data set learns them.
 
     Args:
         ends: ``[G]``, the place after the last token of each, counted through the store.
@@ -65,7 +65,10 @@ class StoreSegments:
         )
 
     def count(self, what: Literal["learned", "never"], start: NDArray[np.int64], stop: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Count such tokens from each ``start`` to each ``stop``, places counted through the store."""
+        """Count such tokens from each ``start`` to each ``stop``.
+
+        Places count through the store.
+        """
         return self._before(what, stop) - self._before(what, start)
 
     def _before(self, what: Literal["learned", "never"], place: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -77,7 +80,10 @@ class StoreSegments:
         return before[segment] + flags[segment] * (place - first)
 
     def tokens(self, start: int, stop: int) -> tuple[NDArray[np.bool_], NDArray[np.float32] | None]:
-        """Tell of each token from ``start`` to ``stop`` if it is learned, and what multiplies its weight (None: 1 each)."""
+        """Return loss mask and scales of the tokens ``start`` to ``stop``.
+
+        A scale multiplies a trainer's weight; None: 1 each.
+        """
         first = int(np.searchsorted(self.ends, start, side="right"))
         last = int(np.searchsorted(self.ends, stop, side="left")) + 1
         lengths = np.diff(np.minimum(self.ends[first:last], stop), prepend=start)

@@ -1,4 +1,7 @@
-"""Documents as a run will learn them, for people to read: tokens, mask and weights."""
+"""Documents as a run will learn them, for people to read.
+
+They show tokens, mask and weights.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,9 @@ class ShownToken:
 
 @frozen(kw_only=True)
 class ShownDocument:
-    """A document, or the piece of it that fits a row. ``str()`` of it marks what is learned.
+    """A document, or the piece of it that fits a row.
+
+    ``str()`` of it marks what is learned.
 
     Args:
         source: what the config calls its data set.
@@ -84,7 +89,7 @@ class ShownDocument:
         return "\n".join([title, *(_INDENT + line for line in lines if line)])
 
     def _chosen(self) -> Iterator[ShownToken | None]:
-        """Yield the tokens that are shown, and None for each that is left out."""
+        """Yield the tokens to show, and None for each other."""
         kinds = [_kind(token) for token in self.tokens]
         count = len(kinds)
         borders = [0, *(place for place in range(1, count) if kinds[place] != kinds[place - 1]), count]
@@ -97,7 +102,9 @@ class ShownDocument:
 
 
 def shown_documents(dataset: TokenDataset, tokenizer: Tokenizer) -> list[ShownDocument]:
-    """Choose some documents of a data set: the first of each source, of a single source two.
+    """Choose some documents of a data set to show.
+
+    The first of each source; of a single source the first two.
 
     Args:
         dataset: the training data.
@@ -152,5 +159,8 @@ def _marked(texts: Sequence[str], learned: bool, scale: float, weight: float, *,
 
 
 def _visible(text: str) -> str:
-    """Write control characters as Python does: a document must not command the terminal."""
+    """Escape control characters as Python does.
+
+    A document must not command the terminal.
+    """
     return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)

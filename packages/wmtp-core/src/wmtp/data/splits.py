@@ -1,4 +1,4 @@
-"""Search for the data files of a folder, and their splits by name."""
+"""Search for data files in a folder, and for their splits."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ class Named:
 
 
 def format_of(path: Path) -> str | None:
-    """Return the suffix of a data file's format, without compression; None for another file."""
+    """Return a data file's format suffix, without compression; None for others."""
     suffix = Path(uncompressed_name(path)).suffix.lower()
     suffix = _SAME.get(suffix, suffix)
     return suffix if suffix in FORMATS else None
 
 
 def data_files(path: Path, split: str | None = None, *, preferred: str | None = None) -> Sequence[Path]:
-    """Find the data files at ``path``: the file itself, or those of one split in the folder, sorted by name.
+    """Find the data files at ``path``, sorted by name.
 
-    Files in a folder ``data``, and in one that is named after a split, belong to the folder. Other files (a README,
-    ``dataset_info.json``, hidden files) do not count.
+    They are the file itself, or those of one split in the folder. Files in a folder ``data``, and in one that is named after a
+    split, belong to the folder. Other files (a README, ``dataset_info.json``, hidden files) do not count.
 
     Args:
         path: a file or a folder.
@@ -144,7 +144,10 @@ def chosen(path: Path, found: Sequence[Named], split: str | None, *, preferred: 
 
 
 def _told_apart(found: Sequence[Named]) -> Sequence[Named]:
-    """Keep ``eval`` and ``test`` (``dev`` and ``val``) apart where a folder has both: one of them is meant."""
+    """Keep ``eval`` and ``test`` apart where a folder has both.
+
+    Likewise ``dev`` and ``val``: one of them is meant.
+    """
     words: dict[str | None, set[str]] = {}
     for entry in found:
         if entry.word is not None and entry.kind != "train":
@@ -160,7 +163,7 @@ def _twice(files: Sequence[Path]) -> Sequence[Path]:
 
 
 def incomplete(files: Sequence[Path]) -> Sequence[str]:
-    """Say which of the shards that names tell are not there, or there in two divisions."""
+    """Report missing shards, and shards of more than one count."""
     shards: dict[str, dict[int, set[int]]] = {}
     for file in files:
         if found := _SHARD.fullmatch(Path(uncompressed_name(file)).stem):
@@ -179,7 +182,7 @@ def incomplete(files: Sequence[Path]) -> Sequence[str]:
 
 
 def beside(path: Path, files: Sequence[Path]) -> Sequence[str]:
-    """Say what lies in a folder, may be meant as data, and is not read.
+    """Report what may be data in a folder, and is not read.
 
     Args:
         path: what the config names.
@@ -205,7 +208,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def named(path: Path, folder: Path | None = None, *, words: bool = True) -> Named:
-    """Read the split in a file's name, or in the name of the folder that it is in.
+    """Read the split in a file's name, or in its folder's.
 
     Args:
         path: the file.
@@ -218,7 +221,7 @@ def named(path: Path, folder: Path | None = None, *, words: bool = True) -> Name
 
 
 def _split(stem: str, *, words: bool = True) -> tuple[str | None, str | None, str | None]:
-    """Read the split that a name tells, its kind, and the word for it."""
+    """Read the split in a name, its kind, and its word."""
     shard = _SHARD.fullmatch(stem)
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", shard["name"] if shard else stem).lower()
     name = _HELD_OUT.sub("heldout", name)
@@ -260,7 +263,10 @@ def _is_data(file: Path) -> bool:
 
 
 def _saved(folder: Path) -> list[Named]:
-    """Find the files of what ``save_to_disk`` of the package datasets has written, one data set or several splits."""
+    """Find the files that ``save_to_disk`` of the package datasets wrote.
+
+    They are of one data set, or of several splits.
+    """
     if (listed := folder / "dataset_dict.json").is_file():
         splits = read_json_object(listed).get("splits")
         if not isinstance(splits, list):
@@ -285,7 +291,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _elsewhere(folder: Path) -> str:
-    """Name the folders inside that hold data, one of which may be meant."""
+    """Name the inner folders that hold data; one may be meant."""
     there: list[str] = []
     for number, (place, inside, _) in enumerate(os.walk(folder, followlinks=True)):
         inside[:] = sorted(name for name in inside if not name.startswith("."))

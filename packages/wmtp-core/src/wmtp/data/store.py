@@ -94,7 +94,7 @@ class TokenStore:
 
     @classmethod
     def open_if_whole(cls, folder: Path, key: str) -> Self | None:
-        """Open the store; None where there is none, or it is not complete."""
+        """Open the store; None where there is no complete one."""
         try:
             return cls(folder, key)
         except WMTPError:

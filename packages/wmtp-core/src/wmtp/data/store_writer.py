@@ -99,7 +99,9 @@ class _Tokens(_Column):
 
 
 class _Table:
-    """Columns that are written together, row by row: one call a row is faster than one a value.
+    """Columns that are written together, row by row.
+
+    One call a row is faster than one a value.
 
     Args:
         columns: by name, in the order of a row's values.
@@ -117,7 +119,9 @@ class _Table:
 
 
 class StoreWriter:
-    """Writes a store into a folder. Nothing counts until `close` has written ``store.json``.
+    """Writes a store into a folder.
+
+    Nothing counts until `close` has written ``store.json``.
 
     Args:
         folder: exists, empty, or as it was after `saved`.
@@ -207,7 +211,7 @@ class StoreWriter:
         return found if self._weights is None else found | {"weights": self._weights}
 
     def saved(self) -> dict[str, Any]:
-        """Write everything so far to the files, and return what a writer needs to continue behind it."""
+        """Write everything so far to disk; return the state to resume from."""
         return {
             "sizes": {name: column.saved() for name, column in self._columns().items()},
             "count": self._count,

@@ -26,7 +26,9 @@ Row = tuple[str, Mapping[str, Any]]
 
 
 def csv_rows(path: Path) -> Iterator[Row | BadExample]:
-    """Read a CSV file with a header, or one with tabs (``.tsv``); a row is named by the line where it begins.
+    """Read a CSV file, or a ``.tsv`` one, with a header.
+
+    A row is named by the line where it begins.
 
     Raises:
         InputError: it has no header, or a column twice.
@@ -99,7 +101,10 @@ def parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def arrow_rows(path: Path) -> Iterator[Row]:
-    """Read an Arrow file, of either form: that with an index, or a stream, as the package datasets writes."""
+    """Read an Arrow file, of either form.
+
+    One has an index, the other is a stream, as the package datasets writes it.
+    """
     pyarrow = _pyarrow(path, "Arrow")
     try:
         with open_binary(path) as file:
@@ -125,7 +130,9 @@ def arrow_rows(path: Path) -> Iterator[Row]:
 
 
 class _Watched:
-    """File that notes whether more was read than it has; an Arrow stream says itself where it ends.
+    """File that notes whether more was read than it has.
+
+    An Arrow stream says itself where it ends.
 
     Args:
         file: open for reading.
@@ -159,7 +166,10 @@ def _batches(reader: Any) -> Iterator[Any]:
 
 
 def _slices(batches: Any) -> Iterator[Any]:
-    """Cut batches of any size into small ones: rows are Python objects, many times as large."""
+    """Cut batches of any size into small ones.
+
+    Rows are Python objects, many times as large.
+    """
     for batch in batches:
         for start in range(0, batch.num_rows, _ROWS):
             yield batch.slice(start, _ROWS)
@@ -177,7 +187,10 @@ def _rows(path: Path, batches: Any) -> Iterator[Row]:
 
 
 def _records(rows: Any) -> Sequence[Mapping[str, Any]]:
-    """Make Python objects of rows, value by value where some value has none."""
+    """Make Python objects of rows.
+
+    Where some value has none, this is done value by value, and that one is `Unreadable`.
+    """
     try:
         return rows.to_pylist()
     except _NO_OBJECT:
@@ -193,5 +206,5 @@ def _value(value: Any) -> Any:
 
 
 def _present(value: Any) -> Any:
-    """Take NaN for no value: that is how tables of numbers leave a cell empty."""
+    """Return None for NaN, the empty cell of a numeric table."""
     return None if isinstance(value, float) and math.isnan(value) else value

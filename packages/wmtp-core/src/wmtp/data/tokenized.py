@@ -51,13 +51,19 @@ class TokenizedExample:
 
     @classmethod
     def pair(cls, tokens: Sequence[int], *, begin: int, prompt: int, weights: Sequence[float] | None = None) -> Self:
-        """Make a document of a begin token (or none), a prompt of so many tokens, and a completion."""
+        """Make a document of begin token, prompt and completion.
+
+        ``begin`` and ``prompt`` are their numbers of tokens.
+        """
         parts = (Segment(begin, NEVER), Segment(prompt, CONTEXT), Segment(len(tokens) - begin - prompt, LEARNED))
         return cls(tokens=tokens, segments=[part for part in parts if part.length], weights=weights)
 
     @property
     def prompt_length(self) -> int:
-        """Count the tokens before the last run of tokens to learn; all, where there is none."""
+        """Count the tokens before the last run to learn.
+
+        All of them, where there is none.
+        """
         found, end, before = None, 0, CONTEXT
         for segment in self.segments:
             if segment.kind == LEARNED != before:

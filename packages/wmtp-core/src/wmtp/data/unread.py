@@ -9,7 +9,7 @@ __all__ = ["unread_keys"]
 
 
 def unread_keys(record: Mapping[str, Any], content: Collection[str], labels: Collection[str]) -> tuple[str, ...]:
-    """Find the keys under which a record has text that is not learned from.
+    """Find a record's keys whose text is not learned.
 
     Text that is a part of what is read is none of it, nor is text that holds all of that, as a rendered copy does.
 

@@ -116,7 +116,7 @@ class ChatLoader(RecordLoader):
         return fitting[0]
 
     def _conversation(self, where: str, record: Mapping[str, Any], found: str) -> tuple[Messages, int]:
-        """Read the messages of a record, and the number of the first that may be learned."""
+        """Read a record's messages, and the number of the first learned."""
         keys = self._keys
         match found:
             case "messages" | "sharegpt":
@@ -211,7 +211,7 @@ def _said(where: str, key: str, value: Any, role: str) -> Messages:
 
 
 def _unread_in_messages(record: Mapping[str, Any], content: Set[str]) -> Mapping[str, None]:
-    """Name the keys of a record's messages under which there is text that is not learned from."""
+    """List keys of a record's messages whose text is not learned."""
     lists = {key: value for key, value in record.items() if key in content and isinstance(value, list)}
     messages = [(key, message) for key, value in lists.items() for message in value if isinstance(message, Mapping)]
     return {f"{key}[].{name}": None for key, message in messages for name in unread_keys(message, MESSAGE_KEYS, ())}

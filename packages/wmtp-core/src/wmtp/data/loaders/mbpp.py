@@ -43,7 +43,7 @@ class MbppLoader(RecordLoader):
 
 
 def mbpp_prompt(text: str, tests: Sequence[str]) -> str:
-    '''Write a problem's prompt: a docstring of the task and its tests, before the code::
+    '''Write a problem's prompt, a docstring of task and tests::
 
         """
         Write a function to reverse a string.

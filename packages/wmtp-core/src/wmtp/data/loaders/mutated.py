@@ -52,7 +52,10 @@ class MutatedLoader(ExampleLoader):
         return self._of.unread_keys(path)
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """Each example, then its wrong copies. One that is known to be wrong has none."""
+        """Yield each example, then its wrong copies.
+
+        An example that is known to be wrong has none.
+        """
         total = unchanged = 0
         for example in self._of.examples(path):
             if isinstance(example, BadExample) or example.is_correct is False:

@@ -104,7 +104,10 @@ def _in_body(scope: ast.Module | ast.ClassDef, lines: list[str], file: Path, pre
 
 
 def _split(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str] | None:
-    """Signature with docstring, and body; None without a docstring, or where they do not stand on lines of their own."""
+    """Split a function into signature with docstring, and body.
+
+    None without a docstring, or where the two share a line or its lines cannot be dedented.
+    """
     if ast.get_docstring(node, clean=False) is None or len(node.body) < 2:
         return None
     first, last = node.lineno, node.end_lineno

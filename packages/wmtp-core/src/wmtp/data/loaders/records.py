@@ -26,7 +26,9 @@ _ALIKE: Final = 0.85
 
 
 class RecordLoader(ExampleLoader, contract=True):
-    """Reads data files record by record; a class of its own says what a record becomes.
+    """Reads data files record by record.
+
+    A subclass says what a record becomes.
 
     Args:
         split: which files of a folder are read; None: their names must leave no choice.
@@ -48,7 +50,7 @@ class RecordLoader(ExampleLoader, contract=True):
         yield from parsed(read_records(files), partial(self._record, columns=in_columns(files[0])))
 
     def first_examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """Read the first records, unless their file is large and must be read whole."""
+        """Yield the first examples, unless the file is too large."""
         files = self.files(path)
         records = _first_records(files)
         if records is None:
@@ -58,12 +60,15 @@ class RecordLoader(ExampleLoader, contract=True):
         yield from parsed(records, partial(self._record, columns=in_columns(files[0])))
 
     def doubts(self, path: Path | None) -> Sequence[str]:
-        """Name the shards that are missing, and what may be meant as data and is not read."""
+        """Report missing shards, and likely data that is not read."""
         files = self.files(path)
         return [*incomplete(files), *beside(given_path(path), files)]
 
     def unread_keys(self, path: Path | None) -> Mapping[str, str | None]:
-        """Look at the first records, unless their file is large and must be read whole."""
+        """List unread keys of the first records.
+
+        Empty where the file is too large, see `_first_records`.
+        """
         found: dict[str, str | None] = {}
         for record in _first_records(self.files(path)) or ():
             if isinstance(record, BadExample) or (known := self._keys_read(record[1])) is None:
@@ -74,7 +79,7 @@ class RecordLoader(ExampleLoader, contract=True):
         return found
 
     def _keys_read(self, record: Mapping[str, Any]) -> Set[str] | None:
-        """Name the keys that are read of such a record; None: that is not known."""
+        """Name the keys that are read of a record; None: unknown."""
         return None
 
     @abstractmethod
@@ -92,7 +97,10 @@ class RecordLoader(ExampleLoader, contract=True):
 
 
 def _first_records(files: Sequence[Path]) -> list[Record | BadExample] | None:
-    """Read the first records; None where that takes reading a large file whole."""
+    """Read the first records; None if the file is too large.
+
+    Some formats must be read whole.
+    """
     whole = format_of(files[0]) == ".json" or (is_compressed(files[0]) and in_columns(files[0]))
     if whole and files[0].stat().st_size > _QUICK:
         return None

@@ -75,13 +75,19 @@ class TextLoader(ExampleLoader):
         return self.examples(path) if self.files(path)[0].stat().st_size <= _QUICK else iter(())
 
     def _named(self, file: Path, root: Path) -> Named:
-        """Read the split in the name of a file or of its folder; titles have words like these too."""
+        """Read the split in the name of a file or its folder.
+
+        One word among others does not count: titles have words like these too.
+        """
         folders = [part for part in file.relative_to(root).parts[:-1] if part != "data"]
         found = named(file, Path(folders[0]), words=False) if folders else None
         return found if found is not None and found.split is not None else named(file, words=False)
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
-        """Yield the documents in the order of the files' names, without blank ones."""
+        """Yield the documents in the order of the files' names.
+
+        Blank parts between separators are left out.
+        """
         root = given_path(path)
         for file in self.files(root):
             name = file.name if file == root else file.relative_to(root).as_posix()

@@ -1,4 +1,4 @@
-"""File of one number for each document of a data set, kept between runs."""
+"""File of one number a document, kept between runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class DocumentNumbers:
 
     @property
     def values(self) -> NDArray[np.float32]:
-        """All numbers, in the order of the data set; NaN where one is not known yet."""
+        """All numbers, in the order of the data set; NaN if unknown."""
         return np.array(self._numbers)
 
     @property
@@ -43,7 +43,10 @@ class DocumentNumbers:
         return np.flatnonzero(np.isnan(self._numbers))
 
     def put(self, pieces: NDArray[np.int64], values: NDArray[np.float32]) -> None:
-        """Keep the numbers of some pieces; they stay known whenever the process ends."""
+        """Store the numbers of some pieces.
+
+        They survive the end of the process at any time.
+        """
         self._numbers[pieces] = values
 
     def of(self, document: Document) -> float:

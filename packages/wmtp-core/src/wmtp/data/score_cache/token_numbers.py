@@ -1,4 +1,4 @@
-"""File of one number for each token of a data set, kept between runs."""
+"""File of one number a token, kept between runs."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ _log = logging.getLogger("wmtp")
 
 
 class TokenNumbers:
-    """Cached number of a frozen model for each token, computed when first needed.
+    """Cached numbers of a frozen model, one a token.
 
-    The file holds one fp32 number a token, NaN where none is known yet. Computed numbers survive the end of the process at any
-    time; processes that fill the file at once write the same values, so they do not disturb each other.
+    They are computed when first needed. The file holds one fp32 number a token, NaN where none is known yet. Computed numbers
+    survive the end of the process at any time; processes that fill the file at once write the same values, so they do not
+    disturb each other.
 
     Args:
         path: the file. Its name must identify all inputs of the numbers: data, tokenizer and model.
@@ -52,7 +53,7 @@ class TokenNumbers:
         return not any(np.isnan(self._numbers[start : start + _PART]).any() for start in range(0, len(self._numbers), _PART))
 
     def get(self, batch: Batch, compute: Callable[[], Tensor]) -> Tensor:
-        """Return the numbers of a batch's tokens, computing them if one is missing.
+        """Return the numbers of a batch's tokens, computing them if needed.
 
         Args:
             batch: rows of the data set.
@@ -77,13 +78,15 @@ class TokenNumbers:
         return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
     def _places(self, batch: Batch) -> NDArray[np.int64]:
-        """Where in the file each token's number is, ``[B, S]``; nonsense at padding."""
+        """Find each token's place in the file, ``[B, S]``; undefined at padding."""
         first = self._offsets[[self._dataset.number_of(document) for document in batch.documents]]
         return first[batch.document.cpu().numpy()] + batch.position.cpu().numpy()
 
 
 def numbers_file(path: Path, count: int) -> np.memmap[tuple[int], np.dtype[np.float32]]:
-    """A file of fp32 numbers, NaN where none is known yet. One of another size is damaged, and made again.
+    """Open a file of fp32 numbers, NaN where none is known.
+
+    A file of another size is damaged, and made again.
 
     Raises:
         WMTPError: the file cannot be made.
@@ -97,7 +100,10 @@ def numbers_file(path: Path, count: int) -> np.memmap[tuple[int], np.dtype[np.fl
 
 
 def _make(path: Path, count: int) -> None:
-    """Write a file that knows no number yet. It is written in full, so that no disk gets full later."""
+    """Write a file that knows no number yet.
+
+    It is written in full, so that no disk gets full later.
+    """
     new = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
