@@ -12,13 +12,13 @@ __all__ = ["adapted_heads_problem", "adapter_problems", "is_start_model"]
 
 
 def is_start_model(config: Config, name: str) -> bool:
-    """Tell whether ``[models.NAME]`` is the model that is trained, as it was before its adapter learned."""
+    """Tell whether ``[models.NAME]`` is the trained model before its adapter learned."""
     base = config.models["base"]
     return base.lora is not None and (name == "base" or (name == "ref" and config.models[name].loader == base.loader))
 
 
 def adapter_problems(config: Config) -> Iterator[Problem]:
-    """Say where adapters cannot be, and what they need that is not installed."""
+    """Report adapters where none can be, and missing packages."""
     for name, model in config.models.items():
         if model.quantize is not None:
             yield from _quantized(name, config)
@@ -40,7 +40,10 @@ def adapter_problems(config: Config) -> Iterator[Problem]:
 
 
 def adapted_heads_problem(heads: HeadsConfig) -> str | None:
-    """Say why heads 2..H cannot learn by adapters alone; None where they can, as far as the config tells."""
+    """Say why heads 2..H cannot learn by adapters alone.
+
+    None where they can, as far as the config tells.
+    """
     if heads.horizon == 1:
         return 'there are no heads 2..H (horizon = 1); write heads = "full", the default'
     if heads.kind in (None, "native") or (heads.kind == "block" and heads.init == "copy"):

@@ -14,7 +14,10 @@ __all__ = ["unwise_settings"]
 
 
 def unwise_settings(config: Config) -> Iterator[str]:
-    """List warnings about a config that has passed its checks, ``dotted.key: what may go wrong; what to do``."""
+    """List warnings about a config that has passed its checks.
+
+    Each is ``dotted.key: what may go wrong; what to do``.
+    """
     for place, doubt in doubts(config):
         yield f"{dotted(place)}: {doubt}"
     for place, keys in unread_keys(config):

@@ -83,7 +83,10 @@ def _is_union(type_: Any) -> bool:
 
 
 def _union(converter: cattrs.Converter, value: Any, type_: Any) -> Any:
-    """Convert to the first member that takes the value unchanged; ``int`` comes before ``float``."""
+    """Convert to the first member that takes the value unchanged.
+
+    ``int`` comes before ``float``.
+    """
     members = get_args(type_)
     if value is None and type(None) in members:
         return None
@@ -162,7 +165,10 @@ def _as_table(value: Any) -> Mapping[str, Any]:
 
 
 def _table(converter: cattrs.Converter, value: Any, cls: type[Any]) -> Any:
-    """An attrs class: no unknown keys, no missing ones, every value checked, the class's own validators too."""
+    """Read a table into an attrs class.
+
+    Unknown and missing keys are refused, every value is checked, and the class's own validators run.
+    """
     attrs.resolve_types(cls)
     fields = {str(a.alias): a for a in attrs.fields(cls) if a.init}
     if not isinstance(value, Mapping):
@@ -192,7 +198,10 @@ def _table(converter: cattrs.Converter, value: Any, cls: type[Any]) -> Any:
 def _said_by_validators(
     cls: type[Any], fields: Mapping[str, attrs.Attribute[Any]], arguments: Mapping[str, Any]
 ) -> list[Problem]:
-    """Run each field's validator and collect all problems; attrs itself stops at the first."""
+    """Run each field's validator, and collect all problems.
+
+    attrs itself stops at the first.
+    """
     unfinished = object.__new__(cls)
     known: dict[str, Any] = {}
     for key, attribute in fields.items():
@@ -270,7 +279,10 @@ def _component(converter: cattrs.Converter, registry: Registry, value: Any, type
 
 
 def _model(converter: cattrs.Converter, value: Any) -> ModelConfig:
-    """`OWN_TABLES` are WMTP's; every other key of the table belongs to the loader."""
+    """Read a table of ``[models]``.
+
+    `OWN_TABLES` are WMTP's; every other key of the table belongs to the loader.
+    """
     table = dict(_as_table(value))
     attrs.resolve_types(ModelConfig)
     types = {attribute.name: attribute.type for attribute in attrs.fields(ModelConfig)}
@@ -289,7 +301,7 @@ def _model(converter: cattrs.Converter, value: Any) -> ModelConfig:
 
 
 def _storage(converter: cattrs.Converter, registry: Registry, value: Any) -> StorageConfig:
-    """Every table in ``[storage]`` belongs to the backend whose type is its name."""
+    """Read ``[storage]``, where each backend has a table of its name."""
     table = dict(_as_table(value))
     names = [provided.type for provided in registry.of_kind("storages")]
     attrs.resolve_types(StorageConfig)

@@ -1,4 +1,4 @@
-"""Rules about data sets: which are for training, and which for evaluation. Torch-free."""
+"""Rules about data sets for training and evaluation. Torch-free."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ _LOOKED_AT: Final = 32
 
 
 def train_sources(config: Config) -> tuple[str, ...]:
-    """Names of the data sets to learn from: those that the config names, else all that ``[data.eval]`` does not name."""
+    """Names of the data sets to learn from.
+
+    Those that the config names, else all that ``[data.eval]`` does not name.
+    """
     if config.data.train.mixture is not None:
         return tuple(sorted(config.data.train.mixture))  # however it is written
     if config.data.train.sources is not None:
@@ -52,9 +55,9 @@ def eval_sources(config: Config) -> tuple[str, ...]:
 
 
 def read_from(dataset: DataLoaderConfig, path: KeyPath) -> tuple[DataLoaderConfig, KeyPath]:
-    """Return the config that names a data set's files, and its key path.
+    """Find the config that names a data set's files.
 
-    For a transform that is the source inside it, else the data set itself.
+    Returns it with its key path. For a transform that is the source inside it, else the data set itself.
     """
     for placed in components(dataset, path):
         if placed.kind == "data_loaders":
@@ -98,7 +101,7 @@ def check_sources(config: Config) -> list[str]:
 
 
 def check_answers(config: Config, registry: Registry) -> Iterator[Problem]:
-    """Refuse right and wrong answers side by side for a trainer that would learn both alike."""
+    """Refuse wrong answers for a trainer that would learn them too."""
     trainers = [config.trainer, *(placed.config for placed in components(config.trainer) if placed.kind == "trainers")]
     if any(trainer.tells_right_from_wrong for trainer in trainers):
         return
@@ -146,7 +149,7 @@ def require_sources(config: Config) -> None:
 
 
 def check_first_examples(config: Config) -> Iterator[Problem]:
-    """Look at the names and the first records of data files that are here."""
+    """Check the names and the first records of local data files."""
     for name in dict.fromkeys((*train_sources(config), *eval_sources(config))):
         if name not in config.datasets:
             continue
@@ -168,7 +171,10 @@ def check_first_examples(config: Config) -> Iterator[Problem]:
 
 
 def unread_keys(config: Config) -> Iterator[tuple[KeyPath, Mapping[str, str | None]]]:
-    """Yield the keys of the first records of data files here that nothing is read from, see `ExampleLoader.unread_keys`."""
+    """Yield the unread keys in the first records of local files.
+
+    See `ExampleLoader.unread_keys`.
+    """
     for place, loader, path in _local_loaders(config):
         with suppress(WMTPError):  # which `check_first_examples` reports
             if found := loader.unread_keys(path):
@@ -193,7 +199,10 @@ def _local_loaders(config: Config) -> Iterator[tuple[KeyPath, ExampleLoader, Pat
 
 
 def _local_path(uri: object) -> Path | None:
-    """Find what a URI names on this machine; None where it is elsewhere, or another rule has something to say of it."""
+    """Find the file or folder that a URI names on this machine.
+
+    None where it is elsewhere, or another rule reports it.
+    """
     try:
         path = file_path(uri) if isinstance(uri, str) and scheme_of(uri) == "file" else None
         return path if path is not None and path.exists() else None

@@ -1,4 +1,4 @@
-"""Sections ``[data]`` of a config: which data sets are learned and measured, and how rows are made of them."""
+"""Section ``[data]``: the data sets, and how rows are made of them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ class TrainDataConfig:
 
 @frozen(kw_only=True)
 class EvalDataConfig:
-    """Data measured during training and never trained on. Rows are made as in ``[data.train]``.
+    """Data measured during training and never trained on.
+
+    Rows are made as in ``[data.train]``.
 
     Args:
         sources: names of ``[datasets.*]`` tables.

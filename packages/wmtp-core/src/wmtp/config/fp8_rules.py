@@ -12,7 +12,7 @@ __all__ = ["fp8_problems"]
 
 
 def fp8_problems(config: Config) -> Iterator[Problem]:
-    """Say where fp8 cannot be, and what it needs that is not installed."""
+    """Report settings that exclude fp8, and missing packages."""
     devices = config.devices
     if devices.precision != "fp8":
         if devices.fp8 is not None:

@@ -1,4 +1,7 @@
-"""Keys that other keys leave without effect: refused, so that no setting is ignored in silence."""
+"""Refusal of keys that other keys leave without effect.
+
+No setting is ignored in silence.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _WITHOUT_LAYOUT: Final = ("block", "linear", "residual", "native")
 
 
 def idle_problems(config: Config) -> Iterator[Problem]:
-    """Name every changed key of the core's sections that has no effect in this config."""
+    """Report changed keys of the core's sections without effect."""
     base = config.models.get("base")
     path = ("models", "base", "heads")
     if base is not None and base.heads is not None and base.heads.objective != "lk":

@@ -1,4 +1,7 @@
-"""Inputs of a config: its URIs by key, names of the hub told from paths, and all fixed for a run."""
+"""Inputs of a config: its URIs, by key.
+
+Names of the hub are told from paths, and all are fixed for a run.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,10 @@ def with_uris(config: Config, uris: Mapping[str, str]) -> Config:
 
 
 def _mapped(value: Any, path: KeyPath, change: Callable[[KeyPath, str], str]) -> Any:
-    """A part of a config with its components' URIs changed; the part itself where none is."""
+    """Change the URIs of a config's components.
+
+    What has none to change is returned as it is.
+    """
     if isinstance(value, Mapping):
         new = {key: _mapped(element, (*path, key), change) for key, element in value.items()}
         return new if any(new[key] is not value[key] for key in new) else value
@@ -135,7 +141,9 @@ def hub_names_read(loaded: Loaded) -> tuple[Loaded, list[str]]:
 
 
 def pinned(loaded: Loaded) -> dict[str, str]:
-    """Find the URIs that keep naming what the inputs are now. Asks the network.
+    """Find URIs that keep naming what the inputs are now.
+
+    Asks the network.
 
     Returns:
         such a URI by key, where it is not the one that the config has.
@@ -166,7 +174,7 @@ def pinned(loaded: Loaded) -> dict[str, str]:
 
 
 def _text_at(value: Any, path: KeyPath) -> str:
-    """Read the text at a key of a config's sources; empty where there is none."""
+    """Read the text at a key; empty where there is none."""
     for key in path:
         try:
             value = value[key]
@@ -200,7 +208,10 @@ def _absolute_database(text: str) -> str:
 
 
 def _absolute(text: str, *, input_folder: bool = False) -> str:
-    """An absolute path; another URI, and a path that begins with ``~`` or ``/``, stay as they are."""
+    """Make a path absolute.
+
+    Another URI, and a path that begins with ``~`` or ``/``, stay as they are.
+    """
     if scheme_of(text) != "file" or re.match("file:", text, re.IGNORECASE):
         return text
     path = file_path(text)

@@ -28,7 +28,7 @@ ConfigSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Config
 
 @frozen(kw_only=True)
 class Loaded:
-    """A config, and what is needed to say where its values came from.
+    """A config, and the sources of its values.
 
     Args:
         config: structurally right; not yet checked across sections.
@@ -142,5 +142,5 @@ def _merged(
 
 
 def located(document: Document, problems: Iterable[Problem]) -> ConfigError:
-    """Make the error for a document's problems, each with its file and line."""
+    """Make the error of a document's problems, with file and line."""
     return ConfigError(list(dict.fromkeys(document.locate(problem) for problem in problems)))

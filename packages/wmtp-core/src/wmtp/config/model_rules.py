@@ -1,4 +1,4 @@
-"""Checks of local model folders by their small files, before anything large is read."""
+"""Checks of local model folders, by their small files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NEEDS: Final = {"gptq": ("gptqmodel", "auto_gptq"), "awq": ("gptqmodel", "awq")
 
 
 def model_problems(config: Config) -> Iterator[Problem]:
-    """Report problems of ``hf`` model folders, by their small files, and drafts from more tokens than a model has."""
+    """Report problems of local model folders, and of draft vocabularies."""
     yield from _draft_vocabulary_problems(config)
     yield from _template_problems(config)
     for name, model in config.models.items():
@@ -73,7 +73,10 @@ def model_problems(config: Config) -> Iterator[Problem]:
 
 
 def _no_model(path: Path) -> str | None:
-    """Say what to name in place of a path that is part of a model, or a model of another loader."""
+    """Say what to name instead of a path that is no model.
+
+    It may be a part of one, or a model of another loader.
+    """
     if path.is_file() and path.suffix != ".gguf":
         folder = f"its folder, {path.parent}" if (path.parent / "config.json").exists() else "a model's folder"
         return f"{path} is a file; name {folder}, or a .gguf file"
@@ -85,7 +88,7 @@ def _no_model(path: Path) -> str | None:
 
 
 def _template_problems(config: Config) -> Iterator[Problem]:
-    """Report conversations for a model in a local folder whose files have no chat template."""
+    """Report conversations for a local model that has no chat template."""
     base = config.models.get("base")
     if base is None or base.loader.type != "hf" or config.tokenizer is not None or config.data.train.chat_template is not None:
         return
@@ -114,7 +117,10 @@ def _template_problems(config: Config) -> Iterator[Problem]:
 
 
 def _draft_vocabulary_problems(config: Config) -> Iterator[Problem]:
-    """Compare the draft vocabulary with the base model's, where a small file or the config tells its size."""
+    """Report a draft vocabulary larger than the base model's.
+
+    Only where a small file or the config tells its size.
+    """
     base = config.models.get("base")
     wanted = None if base is None or base.heads is None else base.heads.draft_vocabulary
     if base is None or wanted is None:

@@ -16,7 +16,9 @@ __all__ = ["HeadsConfig", "LoraConfig", "ModelConfig"]
 
 @frozen(kw_only=True)
 class HeadsConfig:
-    """Heads that predict the next ``horizon`` tokens. Head 1 is the model's own.
+    """Heads that predict the next ``horizon`` tokens.
+
+    Head 1 is the model's own.
 
     Args:
         horizon: H, how many tokens ahead are predicted.
@@ -84,9 +86,10 @@ def _no_dropout(_: object, __: Attribute[float], value: float) -> None:
 
 @frozen(kw_only=True)
 class LoraConfig:
-    """Low-rank adapters (LoRA, arXiv 2106.09685) in the model's layers, trained instead of the frozen model.
+    """Low-rank adapters in the model's layers (LoRA, arXiv 2106.09685).
 
-    What is saved is an adapter folder, which PEFT opens too, with heads 2..H.
+    They are trained instead of the model, which is frozen. What is saved is an adapter folder, which PEFT opens too, with heads
+    2..H.
 
     Args:
         rank: r, of the two matrices of an adapter.
@@ -116,7 +119,9 @@ class LoraConfig:
 
 @frozen(kw_only=True)
 class ModelConfig:
-    """One model: ``type`` and the keys of its loader, and for ``[models.base]`` heads and adapters.
+    """One model: its loader, and for ``[models.base]`` heads and adapters.
+
+    In TOML ``type`` and the loader's keys are in this table too.
 
     Args:
         loader: where the model comes from. In TOML its keys are in the model's own table.

@@ -1,4 +1,7 @@
-"""Keys of neighbouring tools, and what says the same here: for people who come from TRL, axolotl, LLaMA-Factory or Unsloth."""
+"""Keys of other tools, and what says the same here.
+
+For people who come from TRL, axolotl, LLaMA-Factory or Unsloth.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,10 @@ NEIGHBOURS: Final = {
 
 
 def known_elsewhere(name: str) -> str | None:
-    """Write what another tool's key is here: ``of other tools; here it is: …``; None for a name that none of them has."""
+    """Say what another tool's key is here, for a message.
+
+    None for a name that no other tool has.
+    """
     here = NEIGHBOURS.get(name.lower().replace("-", "_"))
     if here is None:
         return None

@@ -1,4 +1,7 @@
-"""None in a table whose keys are not WMTP's own, where it would be a value."""
+"""None in tables whose keys are not WMTP's own.
+
+There it would be a value.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ __all__ = ["lost_nulls"]
 
 
 def lost_nulls(config: Config, keys: Iterable[KeyPath]) -> Iterator[Problem]:
-    """Report keys of None in tables such as a model's options, which TOML could not record.
+    """Report keys of None that TOML could not record.
+
+    They are in tables such as a model's options.
 
     Args:
         config: as read.

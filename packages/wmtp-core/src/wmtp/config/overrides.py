@@ -34,7 +34,9 @@ class Override:
 
 
 def parse_override(text: str) -> Override:
-    """Read ``KEY=VALUE``: a dotted TOML key, and a TOML value or a bare word, which is a string.
+    """Read ``KEY=VALUE``.
+
+    The key is dotted TOML, the value is TOML or a bare word, which is a string.
 
     Raises:
         ConfigError: it has no ``=``, or a key or value that cannot be read.

@@ -1,4 +1,4 @@
-"""Places of WMTP's own keys, for a key that stands in another table than its own."""
+"""Places of WMTP's own keys, for one in a wrong table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _MOST: Final = 3  # a name that more tables have says nothing
 
 
 def own_places(name: str) -> list[str]:
-    """List the keys of this name, dotted, in all tables of the config; none where there are too many to help."""
+    """List the dotted keys of this name in all tables.
+
+    Empty where there are too many to help.
+    """
     places = _places().get(name, [])
     return places if len(places) <= _MOST else []
 
@@ -42,6 +45,9 @@ def _walk(cls: type[Any], prefix: str) -> Iterator[str]:
 
 
 def _table(annotation: Any) -> type[Any] | None:
-    """Find the table's class in an annotation: itself, optional, or the value of a mapping."""
+    """Find the table's class in an annotation.
+
+    That is the annotation itself, what is optional, or the value of a mapping.
+    """
     parts = (annotation, *get_args(annotation))
     return next((part for part in parts if isinstance(part, type) and attrs.has(part)), None)

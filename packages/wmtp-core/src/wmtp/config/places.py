@@ -1,4 +1,4 @@
-"""Where the URIs of a config lead: the storage backends of all plugins, with the options that it gives them."""
+"""Resolution of a config's URIs, by the storage backends of plugins."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Place:
         return cls(backends=build_backends(config.storage), cache_dir=Path(config.storage.cache_dir).expanduser())
 
     def path(self, component: Any, key: str) -> Path | None:
-        """Return the local path of a component's ``uri``; None where it has none.
+        """Return the local path of a component's ``uri``, if any.
 
         Raises:
             WMTPError: nothing is there, or it could not be fetched.
@@ -56,7 +56,9 @@ class Place:
 
 
 def build_backends(config: StorageConfig, registry: Registry | None = None) -> Mapping[str, Storage]:
-    """Scheme → backend. Each is built when it is asked for: their libraries take time to import.
+    """Map schemes to backends.
+
+    Each backend is built when it is asked for: their libraries take time to import.
 
     Args:
         config: the section ``[storage]``; a backend without options there has its defaults.

@@ -46,7 +46,7 @@ class Problem:
 
 
 class Problems(Exception):
-    """Several problems at once, with paths relative to the value that was being read."""
+    """Several problems at once, by paths relative to the value read."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = list(problems)

@@ -1,4 +1,7 @@
-"""Rules across the sections of a config. Torch-free: they run before a GPU is paid for."""
+"""Rules across the sections of a config.
+
+Torch-free: they run before a GPU is paid for.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,9 @@ _SECRET_VALUE: Final = re.compile(
 
 
 def check(config: Config, registry: Registry | None = None) -> None:
-    """Check what one class alone cannot: names that refer to other sections, files that must exist, numbers that must agree.
+    """Check what one class alone cannot.
+
+    That is names that refer to other sections, files that must exist, numbers that must agree.
 
     Args:
         config: a config.
@@ -78,7 +83,7 @@ def check_loaded(loaded: Loaded, *, not_yet_made: Collection[str] = ()) -> None:
 
 
 def is_secret(key: str, value: str) -> bool:
-    """Recognize a password, a token, and an address with a query or user info."""
+    """Recognize passwords, tokens, and addresses with a query or user info."""
     return bool(_SECRET_KEY.search(key) or _SECRET_VALUE.search(value)) or holds_credentials(value)
 
 
@@ -153,7 +158,10 @@ def _local_folder(uri: str, path: KeyPath) -> Iterator[Problem]:
 
 
 def _what_is_there(folder: Path) -> str | None:
-    """Say what stands where a folder is to be made, or on the way to it; None: nothing but folders."""
+    """Say what stands in the way of a folder to make.
+
+    None where nothing but folders does.
+    """
     found = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if found.is_dir():
         return None
@@ -187,7 +195,10 @@ def required_models(config: Config) -> dict[str, Need]:
 
 
 def models_beside(config: Config) -> list[str]:
-    """Name the models that are in memory beside the trained one; ``base`` where a trainer needs it as it was at the start."""
+    """Name the models in memory besides the trained one.
+
+    ``base`` is among them where a trainer needs it as it was at the start.
+    """
     trainers = [placed.config for placed in components(config) if placed.kind == "trainers"]
     return [*required_models(config), *(["base"] if any("base" in trainer.required_models for trainer in trainers) else [])]
 
@@ -334,7 +345,10 @@ def _devices(config: Config) -> Iterator[Problem]:
 
 
 def _secrets(value: Any, path: KeyPath) -> Iterator[Problem]:
-    """A table named ``secrets`` holds the names that secrets have on a service, not their values."""
+    """Report values that look like secrets.
+
+    A table named ``secrets`` holds the names that secrets have on a service, not their values.
+    """
     if isinstance(value, dict):
         for key, element in value.items():
             yield from _secrets(element, (*path, key))
@@ -350,7 +364,10 @@ def _secrets(value: Any, path: KeyPath) -> Iterator[Problem]:
 
 
 def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
-    """Every ``uri`` of a component is an input: it must be there, or of a scheme that somebody serves."""
+    """Report URIs that name nothing, or that no backend serves.
+
+    Every ``uri`` of a component is an input.
+    """
     schemes = {scheme: provided.cls for provided in registry.of_kind("storages") for scheme in provided.cls.schemes}
     if config.checkpoints.uri is not None:
         yield from _uri(config.checkpoints.uri, ("checkpoints", "uri"), schemes, must_exist=False)

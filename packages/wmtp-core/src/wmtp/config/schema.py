@@ -1,4 +1,6 @@
-"""Sections of a WMTP config: every class is a table in TOML, every field a key.
+"""Sections of a WMTP config.
+
+Every class is a table in TOML, every field a key.
 
 A section with a ``type`` belongs to a plugin's config class (`wmtp.plugins.hookspecs`); the rest are the plain tables below. No
 torch types: a config is checked on machines that have no torch.
@@ -231,7 +233,7 @@ class DevicesConfig:
 
     @property
     def keeps_bf16(self) -> bool:
-        """True where the parameters are in bf16, with fp32 copies for the optimizer."""
+        """True for bf16 parameters, with fp32 copies for the optimizer."""
         return self.precision in ("bf16-params", "fp8")
 
 
@@ -297,7 +299,9 @@ class StorageConfig:
 
 @frozen(kw_only=True)
 class Config:
-    """A whole run. ``wmtp.run(Config(...))`` does what ``wmtp run`` does with the TOML of the same content.
+    """A whole run.
+
+    ``wmtp.run(Config(...))`` does what ``wmtp run`` does with the TOML of the same content.
 
     Args:
         run: name, seed, place.

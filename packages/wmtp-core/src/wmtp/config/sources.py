@@ -1,4 +1,7 @@
-"""TOML files, mappings and ``--set``: merged into one mapping that remembers where each value came from."""
+"""Merging of TOML files, mappings and ``--set``.
+
+The merged mapping remembers where each value came from.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,10 @@ class Document:
     _dropped: list[_Dropped] = field(factory=list, init=False)
 
     def merge(self, data: Mapping[str, Any], source: Source) -> None:
-        """Lay a whole mapping over what is there. None in it takes a key away."""
+        """Lay a whole mapping over what is there.
+
+        None in it takes a key away.
+        """
         self._merge(self.data, data, (), source)
 
     def _merge(self, old: dict[str, Any], new: Mapping[str, Any], path: KeyPath, source: Source) -> None:
@@ -119,7 +125,9 @@ class Document:
         return value
 
     def override(self, override: Override) -> None:
-        """Apply one ``--set``. A number in its key counts the elements of an array from 0; the next free one adds to it.
+        """Apply one ``--set``.
+
+        A number in its key counts the elements of an array from 0; the next free one adds to it.
 
         Raises:
             ConfigError: there is no such element.
@@ -196,7 +204,7 @@ class Document:
         return problems
 
     def drops(self) -> Iterator[str]:
-        """Name the keys that a new ``type`` has dropped and nothing has set again."""
+        """Name keys that a new ``type`` dropped and nothing set again."""
         for drop in self._dropped:
             if keys := [key for key in drop.keys if not self._is_set((*drop.table, key))]:
                 again = f"set {'it' if len(keys) == 1 else 'them'} again where still meant"

@@ -73,13 +73,18 @@ class FileSource:
         return self._parsed[lines]
 
     def _complete(self, lines: int) -> int:
-        """Find the longest prefix, at most ``lines`` lines, that ends between two statements."""
+        """Find the longest prefix that ends between two statements.
+
+        It has at most ``lines`` lines.
+        """
         while self._prefix(lines) is None:
             lines -= 1
         return lines
 
     def where(self, path: KeyPath) -> str:
-        """``file:line`` of the statement that first mentions ``path``, or the nearest table around it.
+        """Return ``file:line`` of the statement that first mentions ``path``.
+
+        For a path that is not in the file, that of the nearest table around it.
 
         There is no second TOML grammar here: the statement is the one whose end makes the path appear in the file's first
         lines, parsed as a file of their own. Keys never disappear further down, so a binary search finds it.
@@ -133,7 +138,7 @@ class TableSource(Mapping[str, Any]):
 
 
 def _in_folder(folder: Path) -> str:
-    """Say what to write in place of a folder, by what lies in it."""
+    """Say what to write in place of a folder."""
     if (folder / "run.json").exists():
         return f"; to resume this run: --resume {folder}"
     if (folder / "config.json").exists():

@@ -58,7 +58,9 @@ def _inside(value: Any, path: KeyPath, kind: str | None) -> Iterator[Placed]:
 
 
 def to_mapping(config: Config, *, text: Callable[[str], str] = str) -> dict[str, Any]:
-    """Convert the config to TOML tables, with all defaults; None becomes an absent key.
+    """Convert the config to TOML tables, with all defaults.
+
+    None becomes an absent key.
 
     Args:
         config: a config.
@@ -138,7 +140,7 @@ def dump_config(config: Config) -> str:
 
 
 def flatten(config: Config) -> dict[str, str]:
-    """Flatten the config to one entry a value, in the order of the sections.
+    """Flatten the config to one entry a value, section by section.
 
     Example: ``{"optimizer.lr": "1e-05", …}``.
     """
@@ -146,7 +148,10 @@ def flatten(config: Config) -> dict[str, str]:
 
 
 def flat(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables as one, with dotted keys; arrays of plain values stay whole."""
+    """Flatten nested tables to one, with dotted keys.
+
+    Arrays of plain values stay whole.
+    """
     values: dict[str, Any] = {}
 
     def walk(value: Any, path: KeyPath) -> None:

@@ -97,7 +97,10 @@ def _not_a_choice(choices: Iterable[Any], value: Any) -> str:
 
 
 def said(error: Exception, name: str | None = None) -> str:
-    """An exception's text on one line; attrs' own begin with the field's name, which the key says already."""
+    """Return an exception's text on one line.
+
+    attrs' own begin with the field's name, which the key says already.
+    """
     text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
     text = " ".join(text.split()) or type(error).__name__
     if isinstance(error, KeyError):

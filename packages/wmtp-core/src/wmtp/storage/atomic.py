@@ -30,7 +30,9 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def making_folder(target: Path) -> Iterator[Path]:
-    """An empty folder to fill. At the end it is flushed to the disk and renamed to ``target``: that is whole, or not there.
+    """Yield an empty folder, to appear as ``target`` once filled.
+
+    At the end it is flushed to the disk and renamed to ``target``: that is whole, or not there.
 
     Args:
         target: the folder; one that is there already is replaced once the new one is whole.
@@ -63,12 +65,18 @@ def making_folder(target: Path) -> Iterator[Path]:
 
 
 def partial_path(target: Path) -> Path:
-    """Where this process writes ``target`` before it is whole, or puts it to remove it: a hidden name beside it."""
+    """Return this process's hidden name beside ``target``.
+
+    What is there is not whole yet, or put aside to be removed.
+    """
     return target.parent / f".{target.name}.partial-{os.getpid()}"
 
 
 def replace_path(new: Path, target: Path, aside: Path) -> None:
-    """Put ``new`` in the place of ``target``. A folder in the way is put ``aside``: between two renames there is none."""
+    """Put ``new`` in the place of ``target``.
+
+    A folder in the way is put ``aside``: between two renames there is none.
+    """
     if not target.is_dir():
         new.replace(target)
         return
@@ -81,7 +89,10 @@ def replace_path(new: Path, target: Path, aside: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what killed processes left half-written in ``folder``. Only for the owner of the run's lock."""
+    """Remove what killed processes left half-written in ``folder``.
+
+    Only for the owner of the run's lock.
+    """
     if folder.is_dir():
         for path in folder.iterdir():
             if _PARTIAL.fullmatch(path.name):
@@ -89,7 +100,10 @@ def remove_partial(folder: Path) -> None:
 
 
 def _umask() -> int:
-    """Return the umask of new files. It can only be read by setting it."""
+    """Return the umask of new files.
+
+    It can only be read by setting it.
+    """
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -84,7 +84,9 @@ class Storage(Contract, ABC, contract=True):
 
     @abstractmethod
     def localize(self, uri: str, cache_dir: Path) -> Path:
-        """Make the file or folder at ``uri`` readable on this machine, and return its local path.
+        """Return a local path of the file or folder at ``uri``.
+
+        It is fetched if it is not on this machine.
 
         Args:
             uri: an absolute URI of one of the backend's schemes.
@@ -105,7 +107,9 @@ class Storage(Contract, ABC, contract=True):
         """
 
     def pinned(self, uri: str) -> str:
-        """Name the content that is at ``uri`` now. Default: ``uri``, where versions have no names.
+        """Return a URI that keeps naming the present content.
+
+        Default: ``uri``, where versions have no names.
 
         Raises:
             ConfigError: nothing is there; the message names the URI.
@@ -114,7 +118,9 @@ class Storage(Contract, ABC, contract=True):
         return uri
 
     def check_push(self, uri: str) -> None:
-        """Find out, as far as it can be known before, whether `push` to ``uri`` would be refused. Writes nothing.
+        """Raise if `push` to ``uri`` would be refused.
+
+        Only as far as it can be known before. Writes nothing.
 
         Raises:
             ConfigError: it would; the message says what to do.
@@ -122,10 +128,10 @@ class Storage(Contract, ABC, contract=True):
         """
 
     def fetch(self, uri: str, target: Path, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Fetched:
-        """Bring the file or folder at ``uri`` into the folder ``target``, with a manifest beside it.
+        """Copy the file or folder at ``uri`` into ``target``.
 
-        Files appear under their names when all of them are whole, and compared with what the store says of them; other files
-        in ``target`` stay. Called again after a failure it continues, where the backend can.
+        A manifest is written beside it. Files appear under their names when all of them are whole, and compared with what the
+        store says of them; other files in ``target`` stay. Called again after a failure it continues, where the backend can.
 
         Args:
             uri: as for `localize`.
@@ -151,7 +157,7 @@ class Storage(Contract, ABC, contract=True):
         raise WMTPError(f"{uri}: {type(self).__name__} cannot list files")
 
     def remove(self, uri: str) -> None:
-        """Delete the file or folder at ``uri``; nothing happens where there is none.
+        """Delete the file or folder at ``uri``, if there is one.
 
         Raises:
             WMTPError: the backend cannot, or failed.
@@ -159,14 +165,18 @@ class Storage(Contract, ABC, contract=True):
         raise WMTPError(f"{uri}: {type(self).__name__} cannot delete")
 
     def tidy(self, uri: str) -> None:
-        """Remove what pushes that were killed left half-written in the folder ``uri``. Only for who writes there alone.
+        """Remove what killed pushes left half-written in the folder ``uri``.
+
+        Only for the one writer of that folder.
 
         Raises:
             WMTPError: it could not be removed; the message names the URI.
         """
 
     def clean(self, uri: str, *, older_than: float, dry_run: bool = False) -> Sequence[Leftover]:
-        """Remove what killed pushes left at ``uri``, inside it and beside it; default: nothing is ever left.
+        """Remove what killed pushes left at ``uri`` and beside it.
+
+        Default: nothing is ever left.
 
         Args:
             uri: a file or a folder.

@@ -71,7 +71,9 @@ class CacheEntry:
         return self.folder / _FILES
 
     def lock(self) -> FileLock:
-        """Held alone by who removes the entry, shared by who fills or uses it.
+        """Make the lock of the entry.
+
+        Held alone by who removes the entry, shared by who fills or uses it.
 
         Raises:
             WMTPError: nothing can be written there.
@@ -83,7 +85,9 @@ class CacheEntry:
         return FileLock(self.folder.with_suffix(".lock"))
 
     def filling(self) -> FileLock:
-        """Held alone by who fills the entry, for no longer than that. To be taken by who has the other lock already.
+        """Make the lock of filling the entry.
+
+        Held alone by who fills it, for no longer than that. To be taken by who has the other lock already.
 
         It is a lock of its own because who has filled an entry goes on to use it, perhaps for days: whoever waits to fill it
         must be told when it is full, not when it is free.
@@ -115,7 +119,7 @@ class CacheEntry:
         manifest.write(self.folder / _MARKER)
 
     def use(self, lock: FileLock) -> None:
-        """Keep the entry until this process ends, and note that it was used.
+        """Keep the entry until this process ends, and note its use.
 
         Args:
             lock: held already, shared.
@@ -161,7 +165,10 @@ class Cache:
         return sorted(found, key=lambda info: info.last_used, reverse=True)
 
     def verify(self) -> list[str]:
-        """Read all files of complete entries; one line for each that differs from what was fetched."""
+        """Compare all files of complete entries with what was fetched.
+
+        Returns one line for each that differs.
+        """
         problems = []
         for entry in self.entries():
             manifest = entry.manifest()
@@ -170,7 +177,7 @@ class Cache:
         return problems
 
     def prune(self, max_size: int) -> list[CacheInfo]:
-        """Remove failed fetches, then the least recently used entries, until the rest fits.
+        """Remove failed fetches, then least recently used entries, until it fits.
 
         What a process uses or fills now stays.
 
@@ -193,7 +200,7 @@ class Cache:
 
 
 def origin(text: str) -> str | None:
-    """Find the URI whose cached files a path in ``text`` belongs to, for messages.
+    """Find the URI of a cached path in ``text``, for messages.
 
     None where there is none.
     """

@@ -19,7 +19,7 @@ __all__ = ["copy_into", "is_wanted"]
 
 
 def is_wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Match a file against the patterns, by its whole path and by its name."""
+    """Match a file's path or its name against the patterns."""
 
     def matches(patterns: Iterable[str]) -> bool:
         return any(fnmatchcase(name, pattern) or fnmatchcase(PurePosixPath(name).name, pattern) for pattern in patterns)

@@ -38,7 +38,10 @@ class File(Storage):
         return path.is_file() and os.access(path, os.R_OK)
 
     def localize(self, uri: str, cache_dir: Path) -> Path:
-        """Return the path, of a folder of the hub's cache its files; see `Storage.localize`."""
+        """Return the path itself; see `Storage.localize`.
+
+        Of a folder of the hub's cache, that of its files.
+        """
         path = file_path(uri)
         if self.exists(uri):
             return cached_snapshot(path)
@@ -49,7 +52,7 @@ class File(Storage):
         raise WMTPError(f"{uri}: no such file or folder; {path} was looked for, and of that {there} exists")
 
     def push(self, path: Path, uri: str) -> None:
-        """Copy a file or folder beside its target, then rename it; see `Storage.push`.
+        """Copy beside the target, then rename; see `Storage.push`.
 
         A file replaces a file, a folder a whole folder. Links in the source are followed. A folder is replaced by two renames:
         between them, for an instant, there is none.
@@ -122,7 +125,10 @@ class File(Storage):
 
 
 def _is_staging(path: Path) -> bool:
-    """Tell a folder of `File.push` from one of somebody else's with a name like it."""
+    """Tell whether a folder is one that `File.push` made.
+
+    Somebody else's may have a name like it.
+    """
     try:
         return not path.is_symlink() and {each.name for each in path.iterdir()} <= {_LOCK, "new", "old"}
     except OSError:  # no folder, or removed by its owner just now
@@ -131,7 +137,10 @@ def _is_staging(path: Path) -> bool:
 
 @contextmanager
 def _held(staging: Path) -> Iterator[None]:
-    """Show that a process is at work in this folder, until it ends or is killed."""
+    """Lock a folder that this process works in.
+
+    The system frees the lock when the process ends or is killed.
+    """
     lock = FileLock(staging / _LOCK)
     lock.acquire()
     with lock:
@@ -139,7 +148,10 @@ def _held(staging: Path) -> Iterator[None]:
 
 
 def _is_held(staging: Path) -> bool:
-    """Tell whether the process that made a folder is still at work. One without a lock yet is new, or older than locks."""
+    """Tell whether the process that made a folder still works.
+
+    A folder without a lock yet is new, or older than locks.
+    """
     try:
         if not (staging / _LOCK).exists():
             return time.time() - staging.stat().st_mtime < _YOUNG
@@ -157,7 +169,10 @@ def _left_beside(target: Path) -> list[Path]:
 
 
 def _remove_left(staging: Path) -> None:
-    """Remove a folder of a killed copy. One that was killed between its two renames has what the target was: that goes back."""
+    """Remove a folder of a killed copy.
+
+    A copy that was killed between its two renames has what the target was: that goes back.
+    """
     name = staging.name[1 : -len(_PARTIAL) - 9]
     target, old = staging.parent / name, staging / "old"
     if old.exists() and not target.exists():

@@ -1,4 +1,7 @@
-"""Locks between processes of one machine, by files. The system frees them however a process ends."""
+"""Locks between processes of one machine, by files.
+
+The system frees them however a process ends.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ class FileLock:
             self._descriptor = None
 
     def remove(self) -> None:
-        """Remove the file of a lock that is held alone, and release it."""
+        """Remove the file of a lock held alone, and release it."""
         self._path.unlink(missing_ok=True)
         self.release()
 

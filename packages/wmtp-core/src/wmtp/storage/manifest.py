@@ -1,4 +1,7 @@
-"""``.wmtp-manifest.json``: what was fetched into a folder, and by which checksums it can be told later that it is still so."""
+"""Record of what was fetched into a folder: ``.wmtp-manifest.json``.
+
+Its checksums tell later whether that is still so.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Facts of a Hugging Face folder that its small JSON files tell. Imports no torch, and reads no weights."""
+"""Facts about a Hugging Face folder from its small JSON files.
+
+Imports no torch, and reads no weights.
+"""
 
 from __future__ import annotations
 
@@ -57,12 +60,14 @@ _FP8: Final = ("float8_e4m3fn", "float8_e5m2")
 
 
 def is_adapter(folder: Path) -> bool:
-    """Tell a folder that PEFT wrote: an adapter without the model that it belongs to."""
+    """Tell whether a folder holds a PEFT adapter without its model."""
     return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).exists() for name in _WEIGHTS)
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that WMTP cannot open as a model, by its small files.
+    """Refuse a folder that WMTP cannot open as a model.
+
+    Only its small files are read.
 
     Raises:
         WMTPError: it holds an adapter that is none of LoRA or lacks its weights, needs its own code, names shards elsewhere, or
@@ -102,7 +107,10 @@ def check_folder(folder: Path) -> None:
 
 
 def _are_of_experts(value: Any) -> bool:
-    """Recognize what PEFT makes of maps inside of experts, whose weights transformers joins into two tensors."""
+    """Recognize PEFT's names of linear maps inside experts.
+
+    transformers joins the weights of these into two tensors.
+    """
     return isinstance(value, list) and all(str(name).rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in value)
 
 
@@ -147,7 +155,9 @@ def shard_files(index: Path) -> Mapping[str, str]:
 
 
 def find_gguf(folder: Path) -> str | None:
-    """Name the ``.gguf`` file to read from a folder; None where it is to be read as safetensors or ``.bin``.
+    """Name the ``.gguf`` file to read from a folder.
+
+    None where it is to be read as safetensors or ``.bin``.
 
     Raises:
         WMTPError: there are several, or other weights beside one, and nothing says which is meant.
@@ -166,7 +176,9 @@ def find_gguf(folder: Path) -> str | None:
 
 
 def quantization(folder: Path) -> str | None:
-    """Say by which method a folder's weights are quantized; None where they are not, or are read as plain numbers.
+    """Return the method by which a folder's weights are quantized.
+
+    None where they are not, or are read as plain numbers.
 
     Raises:
         WMTPError: a config is damaged.
@@ -226,7 +238,10 @@ def check_generation(folder: Path) -> None:
 
 
 def _is_unknown(content: Mapping[str, Any]) -> bool:
-    """Tell an architecture that transformers neither has a folder for nor names in its tables, without importing it."""
+    """Tell whether transformers lacks an architecture, without importing it.
+
+    It has neither a folder for it, nor its name in its tables.
+    """
     model_type = content.get("model_type")
     if model_type in STAND_INS or not isinstance(model_type, str) or "mtp_config" in content:
         return False

@@ -1,4 +1,4 @@
-"""Search for the model at a URI, before a possibly wrong folder is fetched."""
+"""Search for the model at a URI, before anything is fetched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ _SHOWN = 5
 
 
 def localize_model(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *, key: str | None = None) -> Path:
-    """Localize a model that `LOADERS` load; of a run, wherever it is, the model that it saved.
+    """Localize a model that `LOADERS` load.
+
+    Of a run, wherever it is, that is the model that it saved.
 
     Raises:
         ConfigError: the folder holds no model; the message names folders in it that do.

@@ -13,7 +13,10 @@ __all__ = ["Package"]
 
 
 class Package(Storage):
-    """``package://MODULE/PATH``: a file or folder inside an installed Python package, used in place."""
+    """Files inside an installed Python package: ``package://MODULE/PATH``.
+
+    They are used in place.
+    """
 
     def exists(self, uri: str) -> bool:
         """Return True if the package is installed and holds the path."""

@@ -1,4 +1,7 @@
-"""Names, types and shapes of the tensors in a safetensors file, from its header. Imports no torch."""
+"""Header of a safetensors file: names, types and shapes of its tensors.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 

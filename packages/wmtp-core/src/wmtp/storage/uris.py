@@ -25,7 +25,9 @@ _Backend = TypeVar("_Backend")
 
 
 def scheme_of(uri: str) -> str:
-    """Return the scheme of ``uri`` in lower case; ``file`` for a plain path.
+    """Return the scheme of ``uri`` in lower case.
+
+    ``file`` for a plain path.
 
     Raises:
         ConfigError: ``uri`` is empty.
@@ -38,7 +40,9 @@ def scheme_of(uri: str) -> str:
 
 
 def storage_scheme(uri: str, own_schemes: Collection[str]) -> str | None:
-    """Return the scheme that a storage backend must serve; None for a path, and for a scheme that needs none.
+    """Return the scheme that a storage backend must serve.
+
+    None for a path, and for a scheme that needs none.
 
     Args:
         uri: any text, as a tracker's ``tracking_uri``.
@@ -49,7 +53,7 @@ def storage_scheme(uri: str, own_schemes: Collection[str]) -> str | None:
 
 
 def file_path(uri: str) -> Path:
-    """Return the absolute local path of a plain path or a ``file:`` URI.
+    """Return the absolute path of a path or a ``file:`` URI.
 
     A plain path is taken as it stands, with ``~`` and ``~user`` expanded, relative to the working folder; ``%`` means itself.
     In a ``file:`` URI percent-encoding is decoded. ``..`` and links mean what they mean to the operating system.
@@ -145,7 +149,7 @@ def localize(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *, key:
 
 
 def check_answer(backend: Storage, method: str, wanted: type[_Answer], found: object) -> _Answer:
-    """Validate the type of what a backend, perhaps of a plugin, has returned.
+    """Validate the type of what a backend has returned.
 
     Raises:
         PluginError: it has another one.

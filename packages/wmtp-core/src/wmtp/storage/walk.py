@@ -12,9 +12,9 @@ __all__ = ["files_below", "is_hidden", "require_target"]
 
 
 def files_below(folder: Path, *, skipped: Collection[str] = ()) -> Iterator[Path]:
-    """Yield the files below a folder; links are followed, and each folder is read once.
+    """Yield the files below a folder.
 
-    A link whose target is missing is yielded too, see `require_target`.
+    Links are followed, and each folder is read once. A link whose target is missing is yielded too, see `require_target`.
 
     Args:
         folder: where to look.
@@ -32,7 +32,7 @@ def files_below(folder: Path, *, skipped: Collection[str] = ()) -> Iterator[Path
 
 
 def is_hidden(path: Path) -> bool:
-    """Tell whether a relative path has a part that begins with a dot."""
+    """Tell whether a part of a relative path begins with a dot."""
     return any(part.startswith(".") for part in path.parts)
 
 

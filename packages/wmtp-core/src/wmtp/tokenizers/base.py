@@ -12,9 +12,10 @@ __all__ = ["Tokenizer"]
 
 
 class Tokenizer(Contract, ABC, contract=True):
-    """Text to token ids and back. Building or using one never changes the vocabulary.
+    """Conversion of text to token ids and back.
 
-    Padding needs no token: padded places are masked everywhere, and filled with ``eos_id``.
+    Building or using a tokenizer never changes its vocabulary. Padding needs no token: padded places are masked everywhere, and
+    filled with ``eos_id``.
     """
 
     #: how a conversation is written: a Jinja template, or several by name; None: there is none. Saved with the tokenizer
@@ -40,11 +41,14 @@ class Tokenizer(Contract, ABC, contract=True):
         """Encode ``text``, with no special token added."""
 
     def encode_first(self, text: str) -> list[int]:
-        """Encode the start of a document: as `encode`, with the space that the tokenizer itself puts there."""
+        """Encode the start of a document.
+
+        As `encode`, with the space that the tokenizer itself puts there.
+        """
         return self.encode(text)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
-        """As `encode_first`, and for each token where its characters start and end in ``text``.
+        """Encode as `encode_first`, with each token's start and end in ``text``.
 
         None, the default: the tokenizer cannot tell. Then the parts of a conversation that are learned and those that are not
         are always encoded apart.
@@ -52,7 +56,10 @@ class Tokenizer(Contract, ABC, contract=True):
         return None
 
     def encode_many(self, texts: Sequence[str], *, first: bool = False) -> Sequence[Sequence[int]]:
-        """Encode many texts: as `encode`, or as `encode_first`. Override it where that is faster, or uses several cores."""
+        """Encode many texts, as `encode` or as `encode_first`.
+
+        Override it where that is faster, or uses several cores.
+        """
         encode = self.encode_first if first else self.encode
         return [encode(text) for text in texts]
 
@@ -61,20 +68,24 @@ class Tokenizer(Contract, ABC, contract=True):
         return [self.encode_with_offsets(text) for text in texts]
 
     def backend_specs(self) -> Sequence[str] | None:
-        """Describe the tokenizer to a process that encodes many texts, as JSON of the package ``tokenizers``.
+        """Describe the tokenizer as JSON of the package ``tokenizers``.
 
-        One text, or two: for `encode_first` and for `encode`. None, the default: it encodes in this process only.
+        Processes that encode many texts read it. One text, or two: for `encode_first` and for `encode`. None, the default: it
+        encodes in this process only.
         """
         return None
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
-        """Names of special tokens (``bos_token``, ``eos_token`` …) and how a text writes them; for chat templates."""
+        """Special tokens by name, as texts; for chat templates.
+
+        The names are ``bos_token``, ``eos_token`` ….
+        """
         return {}
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """List the texts of single special tokens that begin or end a turn."""
+        """Texts of the special tokens that begin or end a turn."""
         return frozenset(self.special_tokens.values())
 
     @abstractmethod
@@ -90,7 +101,10 @@ class Tokenizer(Contract, ABC, contract=True):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of everything that decides `encode`; two tokenizers with equal ones give equal ids."""
+        """Hash everything that decides `encode`.
+
+        Two tokenizers with equal hashes give equal ids.
+        """
 
     @abstractmethod
     def save(self, folder: Path) -> None:

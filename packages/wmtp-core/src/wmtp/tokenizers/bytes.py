@@ -1,4 +1,4 @@
-"""A tokenizer without a vocabulary file: a token is a byte of UTF-8."""
+"""Tokenizer without a vocabulary file: a token is a UTF-8 byte."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ BOS_ID: Final = 257
 
 
 class BytesTokenizer(Tokenizer):
-    """Byte tokenizer: ids 0..255 are UTF-8 bytes, 256 ends and 257 begins a sequence."""
+    """Byte tokenizer.
+
+    Ids 0..255 are UTF-8 bytes, 256 ends and 257 begins a sequence.
+    """
 
     @property
     def vocab_size(self) -> int:
-        """258."""
+        """Number of bytes and special tokens: 258."""
         return 258
 
     @property
     def eos_id(self) -> int:
-        """256."""
+        """End-of-sequence token: 256."""
         return EOS_ID
 
     @property
     def bos_id(self) -> int:
-        """257."""
+        """Begin token: 257."""
         return BOS_ID
 
     def encode(self, text: str) -> list[int]:
@@ -47,7 +50,10 @@ class BytesTokenizer(Tokenizer):
         return bytes(i for i in ids if i < EOS_ID).decode("utf-8", errors="replace")
 
     def token(self, token_id: int) -> str:
-        """A printable ASCII character as itself, any other byte as ``<0x0A>``, and ``<eos>``, ``<bos>``."""
+        """Return the name of a token.
+
+        That is a printable ASCII character itself, ``<0x0A>`` for any other byte, ``<eos>`` or ``<bos>``.
+        """
         if token_id in (EOS_ID, BOS_ID):
             return "<eos>" if token_id == EOS_ID else "<bos>"
         if not 0 <= token_id < EOS_ID:

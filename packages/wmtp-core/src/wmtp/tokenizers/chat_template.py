@@ -1,4 +1,4 @@
-"""Chat templates: how the text of a conversation is made for a model."""
+"""Chat templates, which write the text of a conversation for a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ _OWN_KEYS: Final = frozenset({"train", "weight"})
 
 
 def template_source(given: str) -> str:
-    """Read the template that a config names: a text with Jinja's braces, or else the path of a file.
+    """Read the template that a config names.
+
+    A text with Jinja's braces is the template itself, any other the path of a file.
 
     Raises:
         ConfigError: there is no such file, or it is no template.
@@ -53,7 +55,9 @@ class TemplateFailure(WMTPError):
 
 @frozen(kw_only=True)
 class ChatTemplate:
-    """A Jinja template of transformers, or several: one for conversations with tools, one for all others.
+    """Chat template of transformers, in Jinja.
+
+    There may be several: one for conversations with tools, one for all others.
 
     Args:
         source: the template, or named ones (``default``, ``tool_use``).
@@ -141,7 +145,10 @@ class ChatTemplate:
 
     @cached_property
     def _content_as_parts(self) -> bool:
-        """Tell whether contents must be lists of parts, as for models that also see images."""
+        """Tell whether contents must be lists of parts.
+
+        Templates of models that also see images want them so.
+        """
         probe = {"role": "user", "content": "c9c9"}
 
         def writes(message: Mapping[str, Any]) -> bool:
@@ -154,9 +161,10 @@ class ChatTemplate:
 
     @cached_property
     def _arguments_as_text(self) -> bool:
-        """Tell whether the arguments of a tool call must be JSON text, not an object.
+        """Tell whether a tool call's arguments must be JSON text.
 
-        Neither is a standard: an object may be refused, or written as Python writes it; a text may be quoted once more.
+        Neither text nor object is a standard: an object may be refused, or written as Python writes it; a text may be quoted
+        once more.
         """
         call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": {"k9": "v9"}}}
         probe = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -171,7 +179,10 @@ class ChatTemplate:
 
 
 def turn_end_id(tokenizer: Tokenizer) -> int | None:
-    """Find the special token that the chat template writes behind an answer; None where it writes none."""
+    """Find the special token that the chat template writes behind answers.
+
+    None where it writes none.
+    """
     if tokenizer.chat_template is None:
         return None
     template = ChatTemplate(source=tokenizer.chat_template, special_tokens=tokenizer.special_tokens)

@@ -1,4 +1,4 @@
-"""Validation of a tokenizer, perhaps of a plugin, before a corpus is encoded."""
+"""Validation of a tokenizer before a corpus is encoded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ _PROBE: Final = "def f(x):\n    return x + 1\n"
 
 
 def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
-    """Encode a short text, and look at the ids. A tokenizer that cannot encode this text is left alone.
+    """Encode a short text, and validate the ids.
+
+    A tokenizer that cannot encode this text passes.
 
     Args:
         tokenizer: as it was built.
@@ -40,7 +42,10 @@ def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
 
 
 def _asked(method: Callable[[], Any]) -> Any:
-    """Return what a method gives, or None: a small alphabet may lack the text's characters."""
+    """Return what a method gives; None if it fails.
+
+    A small alphabet may lack the text's characters.
+    """
     try:
         return method()
     except Exception:

@@ -15,7 +15,9 @@ __all__ = ["Bytes", "HfSentencePiece", "HfTransformers", "OwnTokenizer"]
 
 @frozen(kw_only=True)
 class OwnTokenizer(TokenizerConfig):
-    """Tokenizer that lies beside a model, with single keys changed. Needs no ``type``.
+    """Tokenizer of a model, with single keys changed.
+
+    Needs no ``type``.
 
     Args:
         uri: a model's folder or ``.gguf`` file. Default: the base model's.
@@ -27,7 +29,10 @@ class OwnTokenizer(TokenizerConfig):
     eos_token: str | None = None
 
     def build(self, path: Path | None) -> Tokenizer:
-        """Open the tokenizer at ``path``, the local place of ``uri`` or of the base model."""
+        """Open the tokenizer at ``path``.
+
+        That is the local place of ``uri``, or of the base model.
+        """
         if path is None:
             raise ConfigError("tokenizer.type: required: a model from scratch brings no tokenizer; write type = 'bytes', say")
         from wmtp.tokenizers.load import load_tokenizer
@@ -37,7 +42,10 @@ class OwnTokenizer(TokenizerConfig):
 
 @frozen(kw_only=True)
 class Bytes(TokenizerConfig):
-    """A token is a byte of UTF-8; besides the 256 bytes there are an end (256) and a begin (257). Needs no file."""
+    """Byte tokenizer: a token is a byte of UTF-8.
+
+    Besides the 256 bytes there are an end (256) and a begin (257). Needs no file.
+    """
 
     type = "bytes"
 
@@ -50,7 +58,9 @@ class Bytes(TokenizerConfig):
 
 @frozen(kw_only=True)
 class HfTransformers(TokenizerConfig):
-    """A tokenizer that transformers opens. Its vocabulary is never changed: no pad token is added, nothing is resized.
+    """Tokenizer that transformers opens.
+
+    Its vocabulary is never changed: no pad token is added, nothing is resized.
 
     Args:
         uri: a folder with ``tokenizer.json`` or the like, or a ``.gguf`` file. Default: the base model's.
@@ -64,7 +74,10 @@ class HfTransformers(TokenizerConfig):
     eos_token: str | None = None
 
     def build(self, path: Path | None) -> Tokenizer:
-        """Open the tokenizer at ``path``, the local place of ``uri`` or of the base model."""
+        """Open the tokenizer at ``path``.
+
+        That is the local place of ``uri``, or of the base model.
+        """
         if path is None:
             raise ConfigError("tokenizer.uri: is not set, and the base model has no files; say where the tokenizer is")
         from wmtp.tokenizers.hf import HfTokenizer
@@ -86,7 +99,10 @@ class HfSentencePiece(TokenizerConfig):
     eos_token: str | None = None
 
     def build(self, path: Path | None) -> Tokenizer:
-        """Open the model at ``path``, the local place of ``uri`` or of the base model."""
+        """Open the model at ``path``.
+
+        That is the local place of ``uri``, or of the base model.
+        """
         if path is None:
             raise ConfigError("tokenizer.uri: is not set, and the base model has no files; say where the tokenizer is")
         from wmtp.tokenizers.sentencepiece import SentencePieceTokenizer

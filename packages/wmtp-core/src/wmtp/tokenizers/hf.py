@@ -24,7 +24,9 @@ HF_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "voc
 
 
 class HfTokenizer(Tokenizer):
-    """A tokenizer of transformers, used as it is: no token is added, no remote code runs, nothing is downloaded.
+    """Tokenizer of transformers, used as it is.
+
+    No token is added, no remote code runs, nothing is downloaded.
 
     `encode` adds no space before a text, also where the tokenizer itself would: ``encode(a) + encode(b)`` decodes to ``a + b``.
     `encode_first`, for the beginning of a document, gives the ids that transformers gives.
@@ -96,7 +98,10 @@ class HfTokenizer(Tokenizer):
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_first(self, text: str) -> list[int]:
-        """Encode as transformers does without special tokens: with the space that the tokenizer puts before a text."""
+        """Encode as transformers does, without special tokens.
+
+        The space that the tokenizer puts before a text is there.
+        """
         return self._first.encode(text, add_special_tokens=False).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -114,7 +119,10 @@ class HfTokenizer(Tokenizer):
         return [(encoded.ids, encoded.offsets) for encoded in self._first.encode_batch(list(texts), add_special_tokens=False)]
 
     def backend_specs(self) -> Sequence[str] | None:
-        """Describe the tokenizer to other processes; None for a class derived from this one, which may do more."""
+        """Describe the tokenizer to other processes.
+
+        None for a subclass, which may do more.
+        """
         if type(self) is not HfTokenizer:
             return None
         backends = (self._first,) if self._first is self._backend else (self._first, self._backend)
@@ -198,7 +206,9 @@ def _backend(tokenizer: PreTrainedTokenizerBase, path: Path) -> Backend:
 
 
 def _named_as_in(file: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """With the last token of a text that a GGUF file names: transformers 5.17 takes the first for both.
+    """Set the end-of-sequence token that a GGUF file names.
+
+    transformers 5.17 takes the begin token for both.
 
     Raises:
         WMTPError: there is no such token.
@@ -217,7 +227,10 @@ def _named_as_in(file: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTo
 
 
 def _own_tokens_only(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedTokenizerBase:
-    """Without the tokens that transformers adds while it converts a GGUF file, for which the model has no embedding."""
+    """Remove the tokens that transformers adds to those of a GGUF file.
+
+    The model has no embedding for them.
+    """
     spec = json.loads(_backend(tokenizer, path).to_str())
     own = {entry if isinstance(entry, str) else entry[0] for entry in spec["model"]["vocab"]}  # Unigram: [piece, score]
     kept = [token for token in spec["added_tokens"] if token["content"] in own]
@@ -230,7 +243,10 @@ def _own_tokens_only(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrain
 
 
 def _without_added_space(spec: dict[str, Any]) -> dict[str, Any]:
-    """Remove the rules of a ``tokenizer.json`` that add or strip a leading space."""
+    """Remove rules that add or strip a leading space.
+
+    ``spec`` is the content of a ``tokenizer.json``.
+    """
     spec = copy.deepcopy(spec)
     spec["normalizer"] = _dropped(spec.get("normalizer"), "normalizers", lambda rule: rule["type"] == "Prepend")
     spec["decoder"] = _dropped(

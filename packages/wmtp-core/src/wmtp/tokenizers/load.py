@@ -13,7 +13,9 @@ __all__ = ["load_tokenizer"]
 
 
 def load_tokenizer(path: Path, *, eos_token: str | None = None) -> Tokenizer:
-    """Open a model's tokenizer: the one that WMTP saved, else that of its files.
+    """Open a model's tokenizer.
+
+    That is the one that WMTP saved, else the one of its files.
 
     Args:
         path: a model folder, a ``.gguf`` file, or a SentencePiece ``.model`` file.

@@ -91,7 +91,9 @@ class EncodingProcess:
         return [tokens[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
     def encode_many_with_offsets(self, texts: Sequence[str]) -> list[tuple[array[int], NDArray[np.uint32]]]:
-        """Encode as `Tokenizer.encode_many_with_offsets`; the places of tokens are rows of start and stop.
+        """Encode as `Tokenizer.encode_many_with_offsets`.
+
+        Offsets are rows of start and stop.
 
         Raises:
             UnicodeEncodeError: a text is no Unicode.
@@ -125,7 +127,10 @@ class EncodingProcess:
         return content
 
     def close(self) -> None:
-        """End the process: it reads the end of its requests, or cannot write its answer."""
+        """End the process by closing its pipes.
+
+        It reads the end of its requests, or cannot write its answer.
+        """
         for stream in (self._to, self._from):
             with suppress(OSError):
                 stream.close()
@@ -133,7 +138,9 @@ class EncodingProcess:
 
 
 class Encodings:
-    """Encodes texts in turn, in this process, and where there are many of them in processes on all cores.
+    """Encodes texts in turn, on all cores where they are many.
+
+    Few are encoded in this process, many by processes of their own.
 
     Args:
         tokenizer: makes the tokens.
@@ -182,7 +189,7 @@ class Encodings:
             self._free.put(None)
 
     def _by(self, encoding: Encoding) -> None:
-        """Encode by a process that is free, which is started if it was not."""
+        """Encode by a free process, which is started if needed."""
         process = self._free.get()
         try:
             if process is None:

@@ -38,12 +38,15 @@ def read_saved(folder: Path) -> Mapping[str, Any] | None:
 
 
 def write_template(folder: Path, template: str | Mapping[str, str] | None) -> None:
-    """Write a chat template where transformers keeps it, for a tokenizer that is none of transformers'."""
+    """Write a chat template where transformers keeps it.
+
+    For tokenizers that are not of transformers.
+    """
     if isinstance(template, str):
         (folder / TEMPLATE_NAME).write_text(template, encoding="utf-8")
 
 
 def read_template(folder: Path) -> str | None:
-    """Read the chat template in a model folder; None where there is none."""
+    """Read the chat template in a model folder, if any."""
     path = folder / TEMPLATE_NAME
     return path.read_text(encoding="utf-8") if path.is_file() else None

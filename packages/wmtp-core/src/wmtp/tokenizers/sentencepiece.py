@@ -28,9 +28,10 @@ _log = logging.getLogger("wmtp")
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model whose `encode` adds no space before a text: ``encode(a) + encode(b)`` decodes to ``a + b``.
+    """SentencePiece model whose `encode` adds no space before a text.
 
-    Where a document begins, `encode_first` adds the space that the model itself would.
+    ``encode(a) + encode(b)`` decodes to ``a + b``. Where a document begins, `encode_first` adds the space that the model itself
+    would.
 
     Args:
         path: a ``.model`` file, or a folder with ``tokenizer.model``.
@@ -93,7 +94,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(text)
 
     def encode_first(self, text: str) -> list[int]:
-        """As `encode`, with a space before the text where the model itself puts one."""
+        """Encode ``text`` behind the space that the model puts there."""
         return self._first.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -109,7 +110,10 @@ class SentencePieceTokenizer(Tokenizer):
         return hashlib.sha256(b"sentencepiece-exact-spaces-after-the-first\0" + self._model).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write ``tokenizer.model`` as it was read, and the file by which it is known again."""
+        """Write ``tokenizer.model``, as it was read, into a model folder.
+
+        A file beside it names the tokenizer, for `wmtp.tokenizers.load.load_tokenizer`.
+        """
         write_saved(folder, "hf-sentencepiece", eos_token=self._eos_token)
         write_template(folder, self.chat_template)
         (folder / MODEL_NAME).write_bytes(self._model)

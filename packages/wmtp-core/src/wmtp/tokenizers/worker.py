@@ -60,7 +60,10 @@ def _texts(content: bytes, sizes: array[int]) -> list[str]:
 
 
 def _remembering(backend: Any) -> Any:
-    """Let a tokenizer keep the tokens of more words; not every model has such a cache, nor every version this method."""
+    """Enlarge a tokenizer's cache of words.
+
+    Not every model has such a cache, nor every version this method.
+    """
     resize = getattr(backend.model, "_resize_cache", None)
     if resize is not None:
         resize(_WORDS)

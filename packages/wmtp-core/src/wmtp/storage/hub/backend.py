@@ -80,7 +80,10 @@ class Hub(Storage):
         return snapshot / name.path if name.path else snapshot
 
     def files(self, uri: str) -> Iterator[StoredFile]:
-        """See `Storage.files`; of a model that is cached whole, or where the hub is away, what the cache has."""
+        """Yield a repository's files; see `Storage.files`.
+
+        Of a model that is cached whole, or where the hub cannot be reached, those in the cache.
+        """
         try:
             name = self._pinned(parse_hub_uri(uri))
             there = cached_files(name) if is_whole(name) else self._list(name)
@@ -100,7 +103,10 @@ class Hub(Storage):
                 yield evolve(file, name=file.name.removeprefix(f"{name.path}/") if name.path else file.name)
 
     def remove(self, uri: str) -> None:
-        """Commit that a file or folder is gone; see `Storage.remove`. The commits before keep it."""
+        """Commit the removal of a file or folder; see `Storage.remove`.
+
+        The commits before keep it.
+        """
         name = parse_hub_uri(uri)
         gone = [CommitOperationDelete(file) for file in self._files_on_branch(name) if _is_inside(file, name.path)]
         if gone:
@@ -122,9 +128,9 @@ class Hub(Storage):
             )
 
     def push(self, path: Path, uri: str) -> None:
-        """Commit a file or a folder, which replaces what is at the path; see `Storage.push`. A new repository is made.
+        """Commit a file or a folder; see `Storage.push`.
 
-        Hidden files of a folder are left out.
+        It replaces what is at the path. A repository that is missing is made. Hidden files of a folder are left out.
         """
         name = parse_hub_uri(uri)
         local = _to_push(path, name)
@@ -158,7 +164,10 @@ class Hub(Storage):
             raise explained(error, name, writes=True) from error
 
     def _pinned(self, name: HubName) -> HubName:
-        """Name the commit of a revision: the hub's, or where it cannot be asked, the cache's."""
+        """Resolve a revision to a commit.
+
+        The hub is asked, or where it cannot be, its cache.
+        """
         if name.is_pinned:
             return name
         try:
@@ -193,7 +202,7 @@ class Hub(Storage):
         return self._listed[_key(name)]
 
     def _fetch(self, name: HubName, wanted: Mapping[str, int]) -> None:
-        """Have huggingface_hub fetch what is not in its cache, and make sure that all of it is there."""
+        """Fetch what huggingface_hub's cache lacks, and check that all is there."""
         began = time.monotonic()
         snapshot = snapshot_of(name)
         missing = sum(size for file, size in wanted.items() if not (snapshot / file).exists())

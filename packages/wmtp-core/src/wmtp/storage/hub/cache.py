@@ -1,4 +1,7 @@
-"""huggingface_hub's cache on this machine: its folders, and notes of what WMTP has found whole there."""
+"""Folders of huggingface_hub's cache on this machine.
+
+Beside them are notes of what WMTP has found whole there.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +35,21 @@ def snapshot_of(name: HubName) -> Path:
 
 
 def cached_commit(name: HubName) -> str | None:
-    """Look up the commit that a revision last was; None where none is known."""
+    """Look up the last known commit of a revision, if any."""
     reference = _repo_folder(name) / "refs" / (name.revision or constants.DEFAULT_REVISION)
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
 
 
 def _note_of(name: HubName) -> Path:
-    """Name the note, beside the files of a commit, of what was found whole."""
+    """Return the path of the note of a commit's whole files."""
     return _repo_folder(name) / "wmtp" / f"{name.revision}{name.path.replace('/', '--')}.json"
 
 
 def note_revision(pinned: HubName, revision: str) -> None:
-    """Tell the cache which commit a revision is now, as huggingface_hub does: without network it is taken by its name."""
+    """Note in the cache which commit a revision is now.
+
+    huggingface_hub does the same: without network a revision is taken by its name.
+    """
     reference = _repo_folder(pinned) / "refs" / revision
     try:
         reference.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""Chooses the files of a repository: a model once, not in every format that it is kept in."""
+"""Choice of the files to fetch from a repository.
+
+A model is fetched once, not in every format that it is kept in.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,10 @@ def _weights(name: HubName, beside: Sequence[str]) -> list[str]:
 
 
 def _whole_or_shards(files: list[str]) -> list[str]:
-    """Leave out the shards of a model that is there in one file too, which is the one that transformers reads."""
+    """Leave out the shards of a model that one file holds whole.
+
+    That file is the one that transformers reads.
+    """
     whole = [file for file in files if _ONE_FILE.fullmatch(PurePosixPath(file).name)]
     if not whole:
         return files
@@ -87,7 +93,7 @@ def _whole_or_shards(files: list[str]) -> list[str]:
 
 
 def _index_of_another_format(file: str, weights: Sequence[str]) -> bool:
-    """Tell whether a file is the index of shards that are not taken."""
+    """Tell whether a file indexes shards that are not taken."""
     match = re.fullmatch(r"(.+)(\.safetensors|\.bin)\.index(\..+)?\.json", PurePosixPath(file).name)
     if match is None:
         return False

@@ -34,7 +34,10 @@ _LONGEST_WAIT: Final = 60.0
 
 
 def patiently(call: Callable[[], _Result]) -> _Result:
-    """Ask the hub, and again where it is busy or away for a moment; what stays wrong is raised."""
+    """Ask the hub, retrying while it is busy or away.
+
+    The last error is raised.
+    """
     for wait in (*_WAITS, None):
         try:
             return call()
@@ -49,7 +52,10 @@ def patiently(call: Callable[[], _Result]) -> _Result:
 
 
 def _asked_to_wait(error: Exception) -> float | None:
-    """Read the seconds to wait after a 429; 0 where it names none."""
+    """Read the seconds to wait after a 429.
+
+    0 where it names none; None for any other error.
+    """
     if not isinstance(error, HfHubHTTPError) or error.response.status_code != 429:
         return None
     seconds = error.response.headers.get("Retry-After", "")

@@ -1,4 +1,7 @@
-"""Names of the Hugging Face hub: ``hf://`` URIs, plain ``org/name``, and folders of the hub's cache. Uses no network."""
+"""Names of the Hugging Face hub. Uses no network.
+
+``hf://`` URIs, plain ``org/name``, and folders of the hub's cache.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +118,7 @@ def plain_name(text: str) -> HubName | None:
 
 
 def both_readings(text: str, path: Path, name: HubName) -> str:
-    """Word the problem of a text that is no path and may be a name."""
+    """Say that a text is no path and may be a name."""
     return (
         f"{text!r} does not exist (that is {path}); for what has that name on the Hugging Face hub write {name.uri}, for a"
         " path correct it"
@@ -123,7 +126,10 @@ def both_readings(text: str, path: Path, name: HubName) -> str:
 
 
 def unclear_target(text: str) -> str | None:
-    """Word the problem of a place to push to that may be a name of the hub or a new folder; None where it is clear."""
+    """Say that a push target is ambiguous; None where it is clear.
+
+    It may be a name of the hub or a new folder.
+    """
     name = plain_name(text)
     if name is None or Path(text).parent.exists():
         return None
@@ -131,7 +137,9 @@ def unclear_target(text: str) -> str | None:
 
 
 def cached_snapshot(path: Path) -> Path:
-    """Enter a folder of the hub's cache; any other path stays as it is.
+    """Enter a folder of the hub's cache.
+
+    Any other path stays as it is.
 
     Raises:
         ConfigError: the folder holds no revision, or several and none is its main one.
