@@ -1,4 +1,4 @@
-"""Weighted multi-token loss, with gradients and without full logits; usable by itself: docs/loss.md.
+"""Weighted multi-token loss without full logits; usable by itself: docs/loss.md.
 
 `mtp_loss` does everything. The others are its parts, for a caller that makes the coefficients itself.
 """

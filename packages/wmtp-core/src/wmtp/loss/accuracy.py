@@ -1,4 +1,4 @@
-"""Token accuracy and entropy of predictions, from hidden states that a step has computed already."""
+"""Token accuracy and entropy, from hidden states already computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOGITS: Final = {"cpu": 2**24, "cuda": 2**26}
 
 
 class PredictionSums:
-    """Sums over predictions: right ones and all by head, and the entropy of head 1.
+    """Sums over predictions: correct and all by head, head 1's entropy.
 
     Args:
         horizon: H.

@@ -1,4 +1,4 @@
-"""KL divergence from another model's predictions, with gradient and without logits of all positions.
+"""KL divergence from another model, without logits of all positions.
 
     D[i] = KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)      p: the other model's, without gradient
 
@@ -24,7 +24,9 @@ _CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 192 * 2**20}
 
 
 def divergence_from(other: tuple[Tensor, Unembedding], hidden: Tensor, unembedding: Unembedding, valid: Tensor) -> Tensor:
-    """Compute KL(p ‖ q) of each prediction, with gradient by ``hidden`` and ``unembedding``.
+    """Compute KL(p ‖ q) of each prediction.
+
+    It carries gradients by ``hidden`` and ``unembedding``.
 
     Args:
         other: hidden states ``[…, D']`` and unembedding of the other model, for p; they get no gradient.
@@ -106,7 +108,10 @@ class _Divergence(torch.autograd.Function):
 def _distributions(
     ctx: Any, rows: slice, valid: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Make log p and log q of a chunk, its hidden states, and the slope of the soft-cap, if there is one."""
+    """Compute log p and log q of a chunk.
+
+    Returned with q's hidden states and the derivative of its soft-cap, if there is one.
+    """
     other_hidden, other_weight, other_bias, theirs = ctx.other
     log_p, _, _ = _log_softmax(other_hidden[rows], other_weight, other_bias, theirs, valid[rows], other_weight.dtype)
     log_q, states, through = _log_softmax(hidden[rows], weight, bias, ctx.form, valid[rows], ctx.compute)

@@ -1,4 +1,4 @@
-"""Weighted cross entropy of H heads, holding one chunk of logits at a time.
+"""Weighted cross entropy of H heads, one chunk of logits at once.
 
     L = Σ_i Σ_k c[i, k] · CE(logits_k(h_k[i]), x[i, k])
 
@@ -47,7 +47,7 @@ _HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
 # torch.compile traces no frozen classes of attrs
 @define(slots=False)
 class HeadLayout:
-    """Places of one head's tensors in `Problem.tensors`, and the transform of its logits.
+    """Indices of one head in `Problem.tensors`, and its logits' transform.
 
     Args:
         weight: place of the unembedding ``[V, D]``; heads that share one have the same place.
@@ -110,7 +110,7 @@ class Problem:
         return place is not None and bool(self.wanted) and self.wanted[place]
 
     def cast(self) -> dict[int, Tensor]:
-        """Cast every unembedding and bias to the precision of the products, by its place."""
+        """Cast unembeddings and biases to the products' precision, by index."""
         return {
             place: self.tensors[place].detach().to(self.compute)
             for head in self.heads
@@ -300,7 +300,10 @@ def token_pass(
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
-    """Computes the gradients for an upstream gradient of 1 in the forward pass; the backward pass scales them."""
+    """Autograd function whose forward pass computes the gradients.
+
+    They are those for an upstream gradient of 1; the backward pass scales them.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -375,7 +378,10 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 
 def implementation(device: torch.device, compute: torch.dtype) -> str:
-    """Name what computes there: ``fused`` (CUDA and ROCm, where Triton is installed) or ``plain``."""
+    """Name the loss implementation of a device: ``fused`` or ``plain``.
+
+    ``fused`` is for CUDA and ROCm, where Triton is installed.
+    """
     able = device.type == "cuda" and _HAS_TRITON and compute in (torch.bfloat16, torch.float16, torch.float32)
     return "fused" if able else "plain"
 
@@ -436,7 +442,7 @@ def _graph_is_kept() -> bool:
 
 
 def flatten(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding]) -> tuple[list[HeadLayout], list[Tensor]]:
-    """List all tensors once, for autograd; give each head the indices of its weight and bias in the list."""
+    """List all tensors once, for autograd, with each head's indices."""
     tensors = [h.reshape(-1, h.shape[-1]) for h in hidden]
     first = len(tensors)
 
@@ -455,7 +461,10 @@ def flatten(hidden: Sequence[Tensor], unembeddings: Sequence[Unembedding]) -> tu
 
 
 def _same_storage(one: Tensor, other: Tensor) -> bool:
-    """Detached aliases of one weight are different objects; those with a gradient are told apart by autograd."""
+    """Tell whether two tensors are one weight.
+
+    Detached aliases of one weight are different objects; those with a gradient are told apart by autograd.
+    """
     if one.requires_grad or other.requires_grad or torch.compiler.is_compiling():
         return False
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()

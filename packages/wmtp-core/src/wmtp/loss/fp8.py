@@ -1,4 +1,6 @@
-"""Products of the unembedding in fp8 (arXiv 2209.05433): logits, and the gradient of the hidden states where it is asked for.
+"""Unembedding products in fp8 (arXiv 2209.05433).
+
+Of the logits, and of the hidden states' gradient where that is asked for.
 
 Scales are powers of two, so a number is rounded once and what two chunks share is rounded alike. The gradient of the
 unembedding stays in bf16: its product reads both operands by columns, and tensor cores read fp8 by rows alone.
@@ -43,7 +45,7 @@ class Fp8Logits:
 
 @define(kw_only=True, eq=False, slots=False)
 class Rounded:
-    """Numbers in fp8, and the power of two that they are multiplied by.
+    """Numbers in fp8, with the power of two that scales them.
 
     Args:
         data: fp8.
@@ -70,7 +72,7 @@ def round_to_fp8(tensor: Tensor) -> Rounded:
 
 
 def round_table(weight: Tensor, rows: int) -> Rounded:
-    """Round an unembedding ``[V, D]``, a slice at a time, with zeros below up to a number of rows."""
+    """Round an unembedding ``[V, D]`` slice by slice, padded with zero rows."""
     scale = _scale(weight)
     data = torch.empty(rows, weight.shape[1], dtype=_FORMAT, device=weight.device)
     data[len(weight) :] = 0

@@ -1,4 +1,7 @@
-"""Multi-token loss from hidden states, targets and weights, usable without the rest of WMTP."""
+"""Multi-token loss from hidden states, targets and weights alone.
+
+It is usable without the rest of WMTP.
+"""
 
 from __future__ import annotations
 

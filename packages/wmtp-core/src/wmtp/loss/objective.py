@@ -1,4 +1,4 @@
-"""Objectives of heads 2..H: agreement with head 1 in place of agreement with the data.
+"""Objectives of heads 2..H: agreement with head 1, not the data.
 
 A draft of head k is accepted where head 1 agrees with it. So with p head 1's distribution of the target token, without
 gradient, and q head k's, a head may learn
@@ -48,7 +48,9 @@ class HeadObjective:
 
 @define(kw_only=True, eq=False, slots=False)
 class HeadAgreement:
-    """Agreement of each prediction of heads 2..H with head 1's of the same token. Head 1 agrees with itself.
+    """Agreement of heads 2..H with head 1 on the same token.
+
+    Head 1 agrees with itself.
 
     Args:
         token_losses: ``[…, H]``, cross entropy with the data, 0 where not measured.
@@ -88,7 +90,9 @@ def weighted_head_loss(
     at_most: int | None = None,
     valid_counts: Sequence[int] | None = None,
 ) -> HeadLoss:
-    """Compute L = Σ_t c[t, 1] CE[t, 1] + Σ_t Σ_{k≥2} c[t, k] D(p[t+k−1] ‖ q_k[t]), never holding more than chunks of logits.
+    """Compute weighted cross entropy of head 1, and agreement of heads 2..H.
+
+    L = Σ_t c[t, 1] CE[t, 1] + Σ_t Σ_{k≥2} c[t, k] D(p[t+k−1] ‖ q_k[t]). Only chunks of logits are held.
 
     Arguments and errors are those of `weighted_cross_entropy`, but for the shapes: ``[B, S, …]``, S positions of a row of text.
     A coefficient of head k at t needs position t+k−1 in the same row.
@@ -120,7 +124,10 @@ def head_agreement(
     ids: Tensor,
     valid: Tensor,
 ) -> HeadAgreement:
-    """Measure how far heads 2..H agree with head 1, without gradient. Arguments: see `weighted_head_loss`."""
+    """Measure agreement of heads 2..H with head 1, without gradient.
+
+    Arguments: see `weighted_head_loss`.
+    """
     check_shapes(hidden, unembeddings, ids)
     heads, tensors = flatten([h.detach() for h in hidden], unembeddings)
     horizon = ids.shape[-1]

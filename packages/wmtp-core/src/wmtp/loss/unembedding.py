@@ -30,7 +30,10 @@ class Unembedding:
     float32: bool = False
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., D]``, exactly as the model computes them."""
+        """Compute logits ``[..., V]`` of hidden states ``[..., D]``.
+
+        They are exactly those of the model.
+        """
         return self.transform(torch.nn.functional.linear(hidden, self.weight, self.bias))
 
     def transform(self, logits: Tensor) -> Tensor:

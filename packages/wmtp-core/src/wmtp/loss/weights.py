@@ -26,12 +26,14 @@ Normalizer = Literal["sum_w", "valid", "per_position"]
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
-    """Pick the precision in which sums over a batch are added: fp64, where the device has it."""
+    """Pick the dtype of sums over a batch: fp64 where supported."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def prediction_coefficients(weights: Tensor, valid: Tensor, head_weights: Tensor, normalizer: Normalizer) -> Tensor:
-    """Compute the coefficients c[t, k] = α_k w[t, k] m[t, k] / Z of the loss Σ c · CE.
+    """Compute the coefficients c[t, k] of the loss Σ c · CE.
+
+    c[t, k] = α_k w[t, k] m[t, k] / Z.
 
     Args:
         weights: ``[B, S, H]``, of a whole optimizer step, 0 where not valid.
@@ -64,7 +66,7 @@ BAD_WEIGHTS = {
 
 
 def bad_weights(weights: Tensor, coefficients: Tensor) -> Tensor:
-    """0 if the values of the weights are allowed, else a key of `BAD_WEIGHTS`.
+    """Return 0 for allowed weights, else a key of `BAD_WEIGHTS`.
 
     Args:
         weights: ``[B, S, H]``.
@@ -108,7 +110,7 @@ def weight_statistics(weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
 
 
 def weight_histogram(weights: Tensor, valid: Tensor) -> Tensor:
-    """Count the valid predictions of each head whose weight is in each of the `WEIGHT_BINS`.
+    """Count each head's valid predictions by weight, in `WEIGHT_BINS`.
 
     Args:
         weights: ``[B, S, H]``.
@@ -126,7 +128,9 @@ def weight_histogram(weights: Tensor, valid: Tensor) -> Tensor:
 
 
 def head_statistics(losses: Tensor, weights: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """Average the token losses of each head: their plain mean, and their mean by weight. NaN for a head without predictions.
+    """Average each head's token losses, plainly and by weight.
+
+    NaN for a head without predictions.
 
     Args:
         losses: ``[B, S, H]``, 0 where not valid.

@@ -1,4 +1,7 @@
-"""Contract of an algorithm, and checks of what it returns. Names are loaded when they are first used."""
+"""Contract of an algorithm, and checks of what it returns.
+
+Names are loaded when they are first used.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Contract of an algorithm: which predicted tokens matter, and how much. Importing it imports no torch.
+"""Contract of an algorithm: which predicted tokens matter, and how much.
 
-The loop does everything else, the same for every algorithm. One optimizer step is:
+Importing this module imports no torch. The loop does everything else, the same for every algorithm. One optimizer step is:
 
 1. every micro-batch goes through the model; `Trainer.observe` turns hidden states into numbers per token;
 2. the numbers of the *whole* step, all micro-batches and all devices, are put together in one `StepView`;
@@ -103,9 +103,10 @@ class HiddenView:
     unembeddings: Sequence[Unembedding]
 
     def each_prediction(self, number: Callable[[PredictionChunk], Tensor], *, chunk: int = 1024) -> Tensor:
-        """Compute a number for each prediction from its logits, a chunk at a time: never more than ``chunk · V`` of them.
+        """Compute a number for each prediction from its logits, in chunks.
 
-        Without gradient, so it serves weights and what is logged, not auxiliary losses.
+        Never more than ``chunk · V`` logits are held. Without gradient, so it serves weights and what is logged, not auxiliary
+        losses.
 
         Args:
             number: makes ``[n]`` of a chunk of n places.
@@ -137,7 +138,7 @@ class HiddenView:
 
 
 class NotComputed(PluginError):
-    """A trainer reads something that is computed only where its class says so.
+    """A trainer reads something that its class has not asked for.
 
     Args:
         name: of the view's attribute.
@@ -152,7 +153,9 @@ class NotComputed(PluginError):
 
 @frozen(kw_only=True, eq=False)
 class StepView:
-    """A whole optimizer step: all rows of all micro-batches and devices, in the order of the data.
+    """A whole optimizer step, as a trainer sees it.
+
+    All rows of all micro-batches and devices, in the order of the data.
 
     Args:
         batch: B rows.
@@ -195,7 +198,7 @@ class StepView:
         return self._entropy
 
     def uniform(self) -> Tensor:
-        """Make uniform weights: ``[B, S, H]`` fp32 ones, which the caller may change."""
+        """Return uniform weights: ``[B, S, H]`` fp32 ones, which the caller owns."""
         import torch
 
         ones = torch.ones(self.targets.ids.shape, device=self.targets.ids.device)
@@ -203,22 +206,28 @@ class StepView:
         return ones
 
     def is_uniform(self, weights: Tensor) -> bool:
-        """Tell whether ``weights`` are those of `uniform`, unchanged; without waiting for the device."""
+        """Tell whether ``weights`` are those of `uniform`, unchanged.
+
+        Without waiting for the device.
+        """
         return any(weights is ones and ones._version == version for ones, version in self._uniform)
 
     def by_prediction(self, by_token: Tensor) -> Tensor:
-        """Place token values ``[B, S]`` at the predictions of those tokens ``[B, S, H]``: out[t, k] = by_token[t+k]."""
+        """Place token values ``[B, S]`` at those tokens' predictions ``[B, S, H]``.
+
+        out[t, k] = by_token[t+k].
+        """
         from wmtp.data.batch import shift_to_predictions
 
         return shift_to_predictions(by_token, self.targets.ids.shape[-1])
 
 
 class Trainer(TrainerConfig, ABC, contract=True):
-    """An algorithm. Every method has a default: a subclass writes only what differs from uniform weights.
+    """An algorithm; a subclass writes only what differs from uniform weights.
 
-    A trainer without state is one class: decorated with ``@attrs.frozen(kw_only=True)``, with a ``type`` and its TOML keys as
-    fields, it is its own config class. One with state (running means, modules, other models) has a `TrainerConfig` beside it,
-    whose ``build()`` makes it.
+    Every method has a default. A trainer without state is one class: decorated with ``@attrs.frozen(kw_only=True)``, with a
+    ``type`` and its TOML keys as fields, it is its own config class. One with state (running means, modules, other models) has
+    a `TrainerConfig` beside it, whose ``build()`` makes it.
     """
 
     #: `token_weights` uses this step's cross entropy, ``view.token_loss``; may be a property
@@ -248,11 +257,14 @@ class Trainer(TrainerConfig, ABC, contract=True):
         """
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Return the modules trained besides the model, by name. They are saved in checkpoints."""
+        """Return trained modules besides the model, by name.
+
+        They are saved in checkpoints.
+        """
         return {}
 
     def stages(self) -> Sequence[Stage]:
-        """List the stages of the run in order; only the last may omit ``steps``."""
+        """List the stages in order; only the last may omit ``steps``."""
         return (Stage(),)
 
     def check_data(self, data: TokenDataset) -> Sequence[str]:
@@ -269,7 +281,7 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return ()
 
     def groups(self, data: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
-        """Group pieces of data that must share an optimizer step; −1 drops a piece.
+        """Group pieces that must share an optimizer step; −1 drops one.
 
         Called once a stage, before `setup`. Stages with the same answer continue in one order of the data; a stage with another
         answer starts an order of its own.
@@ -292,9 +304,10 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return {}
 
     def observe(self, view: HiddenView) -> Mapping[str, Tensor]:
-        """Return numbers per token from one micro-batch's hidden states, ``[b, S]`` or ``[b, S, H]``.
+        """Return numbers per token from a micro-batch's hidden states.
 
-        Called once a micro-batch, and again for the gradient where auxiliary losses use the numbers.
+        ``[b, S]`` or ``[b, S, H]``. Called once a micro-batch, and again for the gradient where auxiliary losses use the
+        numbers.
         """
         return {}
 
@@ -310,7 +323,7 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return view.uniform()
 
     def eligible(self, view: StepView) -> Tensor | None:
-        """Select the valid predictions that this stage may learn; the others have weight 0.
+        """Select the valid predictions to learn; the others weigh 0.
 
         Only these count in ``normalizer = "valid"`` and in what is logged, and a control such as ``shuffled`` deals out weights
         among them.
@@ -325,10 +338,10 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return {}
 
     def token_details(self, view: StepView) -> Mapping[str, Tensor]:
-        """Return numbers per token for ``wmtp report``, beside weight and loss; default: all observations.
+        """Return numbers per token for ``wmtp report``; default: all observations.
 
-        Called only in steps whose texts are recorded, after `token_weights` with the same view: what that has computed can be
-        kept and returned here. It has no effect on training.
+        The report shows them beside weight and loss. Called only in steps whose texts are recorded, after `token_weights` with
+        the same view: what that has computed can be kept and returned here. It has no effect on training.
 
         Returns:
             by name (``reference_loss``, ``value``, ``advantage`` …) ``[B, S]``, a number for each token, or ``[B, S, H]``, one
@@ -344,7 +357,10 @@ class Trainer(TrainerConfig, ABC, contract=True):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state beyond `modules` that a resumed run needs: tensors and plain values."""
+        """Return the state beyond `modules` that a resumed run needs.
+
+        Tensors and plain values.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

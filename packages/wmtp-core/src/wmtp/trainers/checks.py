@@ -118,7 +118,9 @@ def given_weights(trainer: Trainer, view: StepView, name: str) -> tuple[Tensor, 
 
 
 def eligible(trainer: Trainer, view: StepView, name: str) -> Tensor:
-    """Ask which predictions the trainer may learn in this step. Arguments and errors: see `given_weights`.
+    """Ask which predictions the trainer may learn.
+
+    Arguments and errors: see `given_weights`.
 
     Returns:
         ``[B, S, H]`` bool, no more than are valid.
@@ -202,7 +204,9 @@ def auxiliary_losses(trainer: Trainer, view: StepView, name: str) -> dict[str, T
 
 
 def check_reached(observations: Mapping[str, Tensor], used: Collection[str], name: str) -> None:
-    """Refuse auxiliary losses of numbers that `Trainer.observe` gave without gradient, in a stage where all learns.
+    """Refuse auxiliary losses that reach no parameter.
+
+    They depend only on numbers that `Trainer.observe` gave without gradient, in a stage where all learns.
 
     Args:
         observations: of a micro-batch.
@@ -258,7 +262,7 @@ def check_data(trainer: Trainer, dataset: TokenDataset, name: str) -> None:
 
 
 def checked_groups(trainer: Trainer, name: str, dataset: TokenDataset, stage: Stage) -> NDArray[np.int64] | None:
-    """`Trainer.groups`.
+    """Ask and validate `Trainer.groups`.
 
     Args:
         trainer: the algorithm.
@@ -301,7 +305,9 @@ def checked_stages(returned: object, name: str) -> Sequence[Stage]:
 
 
 def checked_modules(trainer: Trainer, name: str) -> dict[str, nn.Module]:
-    """`Trainer.modules`, whose names become those of files at the end of the run.
+    """Ask and validate `Trainer.modules`.
+
+    Their names become those of files at the end of the run.
 
     Args:
         trainer: the algorithm.
@@ -325,7 +331,7 @@ def checked_modules(trainer: Trainer, name: str) -> dict[str, nn.Module]:
 
 
 def checked_rates(trainer: Trainer, name: str, modules: Mapping[str, nn.Module]) -> dict[str, float]:
-    """`Trainer.learning_rates`.
+    """Ask and validate `Trainer.learning_rates`.
 
     Args:
         trainer: the algorithm.
@@ -349,7 +355,7 @@ def checked_rates(trainer: Trainer, name: str, modules: Mapping[str, nn.Module])
 
 
 def checked_metrics(trainer: Trainer, name: str, own: Mapping[str, object]) -> Mapping[str, Tensor | float]:
-    """`Trainer.metrics`.
+    """Ask and validate `Trainer.metrics`.
 
     Args:
         trainer: the algorithm.
@@ -371,7 +377,9 @@ def checked_metrics(trainer: Trainer, name: str, own: Mapping[str, object]) -> M
 
 
 def checked_state(trainer: Trainer, name: str) -> dict[str, Any]:
-    """`Trainer.state_dict`, which a checkpoint must be able to give back without running code that stands in it.
+    """Ask and validate `Trainer.state_dict`.
+
+    A checkpoint must be able to load it without running code stored in it.
 
     Args:
         trainer: the algorithm.
@@ -398,12 +406,14 @@ def checked_state(trainer: Trainer, name: str) -> dict[str, Any]:
 
 
 def versions(view: StepView | HiddenView) -> dict[str, int]:
-    """Count how often each tensor of a view was changed in place, as torch does anyway."""
+    """Count each view tensor's changes in place, as torch does anyway."""
     return {name: tensor._version for name, tensor in _tensors(view)}
 
 
 def check_unchanged(view: StepView | HiddenView, before: Mapping[str, int], name: str) -> None:
-    """Refuse what a trainer has done to the loop's own numbers: losses that are logged, targets, tokens.
+    """Refuse in-place changes of a view's tensors, which the loop uses.
+
+    Those are losses that are logged, targets and tokens.
 
     Args:
         view: what the trainer was given.

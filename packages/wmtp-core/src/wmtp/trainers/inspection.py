@@ -1,4 +1,7 @@
-"""Static checks of a trainer's methods, before mistakes show late or never. Imports no torch."""
+"""Static checks of a trainer's methods. Imports no torch.
+
+They find mistakes that would show late or never.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ _SCHEDULES = frozenset({"stages", "groups", "observe"})
 
 
 def flag_problems(cls: type, instance: object | None = None) -> Iterator[str]:
-    """Find a value of ``entropy_top_k`` that is no number of tokens. Arguments: see `method_problems`."""
+    """Find an ``entropy_top_k`` that is no number of tokens.
+
+    Arguments: see `method_problems`.
+    """
     value = inspect.getattr_static(cls if instance is None else instance, "entropy_top_k")
     is_known = value is None or not hasattr(type(value), "__get__")
     if is_known and value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -35,7 +41,7 @@ def flag_problems(cls: type, instance: object | None = None) -> Iterator[str]:
 
 
 def method_problems(cls: Any, instance: object | None = None) -> Iterator[str]:
-    """Find methods without ``return``, and what they read of a view without asking for it.
+    """Find methods without ``return``, and reads of values not asked for.
 
     Args:
         cls: a trainer's class.
@@ -76,7 +82,10 @@ def method_problems(cls: Any, instance: object | None = None) -> Iterator[str]:
 
 
 def _unused_weights(cls: Any, given: set[str]) -> Iterator[str]:
-    """Find the weights of a trainer without ``token_weights``: a method that takes a view, and that nothing calls."""
+    """Find a weighting that nothing calls, of a trainer without ``token_weights``.
+
+    That is a method that takes a view.
+    """
     if given & _LEARNS:
         return
     classes = own_classes(cls)
@@ -125,7 +134,7 @@ def _code_returns_nothing(code: CodeType) -> bool:
 
 
 def _reads(function: object, name: str, place: int) -> bool:
-    """Tell whether a function reads the attribute ``name`` of its parameter at ``place``."""
+    """Tell whether a function reads attribute ``name`` of parameter ``place``."""
     if not isinstance(function, FunctionType) or function.__code__.co_argcount <= place:
         return False
     return _code_reads(function.__code__, name, function.__code__.co_varnames[place])

@@ -1,4 +1,4 @@
-"""Setup of an algorithm before its first step. Importing it imports no torch."""
+"""Setup of an algorithm, before step 1. Importing it imports no torch."""
 
 from __future__ import annotations
 

@@ -41,14 +41,19 @@ class AgreementSums:
         self.sums += torch.stack([number.to(self.sums.dtype).sum((0, 1)) for number in numbers])
 
     def means(self) -> dict[str, Tensor]:
-        """Make ``objective/head_k``, its mean by weight, ``acceptance/head_k``, ``top1/head_k``; NaN where nothing learns."""
+        """Compute the means by head; NaN where nothing learns.
+
+        ``objective/head_k`` is the mean by weight; ``acceptance/head_k`` and ``top1/head_k`` are those over all that learns.
+        """
         objective, total, overlap, same_top, count = self.sums
         by_name = {"objective": objective / total, "acceptance": overlap / count, "top1": same_top / count}
         return {f"{name}/head_{k}": value[k - 2] for name, value in by_name.items() for k in range(2, len(total) + 2)}
 
 
 class DraftSums:
-    """Drafts of heads 2..H on given texts, and those that head 1 would accept.
+    """Drafts of heads 2..H, and those that head 1 would accept.
+
+    All are drafts of given texts.
 
     Args:
         horizon: H.
@@ -62,7 +67,7 @@ class DraftSums:
         self.sums = torch.zeros(5, horizon + 1, dtype=statistics_dtype(device), device=device)
 
     def add(self, found: HeadAgreement, valid: Tensor) -> None:
-        """Add a batch of which the predictions ``valid`` ``[B, S, H]`` were measured."""
+        """Add a batch, measured at the predictions ``valid`` ``[B, S, H]``."""
         drafted = valid.cumprod(dim=-1)[..., 1:]
         accepted = (valid & found.same_top).cumprod(dim=-1)[..., 1:]
         numbers = (found.overlap[..., 1:], found.same_top[..., 1:], valid[..., 1:], accepted, drafted)
@@ -90,7 +95,7 @@ class DraftSums:
 
 
 def decoding_steps(valid: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
-    """Count the tokens that decoding would write along given texts, and the forward passes that it would take.
+    """Count tokens that decoding would write along texts, and forward passes.
 
     A mean over all positions would be too high: drafts fail where text is hard, and decoding stops at more positions there. As
     in `wmtp.Generation`, the first token of a text comes from reading its prompt and is not counted.

@@ -32,7 +32,7 @@ class Best:
         self.value: float | None = None
 
     def better(self, numbers: Mapping[str, float]) -> float | None:
-        """Return the metric's value where it is better than every one before; else None."""
+        """Return the metric's value if it is the best so far."""
         value = None if self.metric is None else numbers.get(self.metric)
         if value is None or self.value is None:
             return value

@@ -1,4 +1,4 @@
-"""Checkpoints of one run: written, pruned, uploaded, loaded, and compared with the run that resumes."""
+"""Checkpoints of one run: written, pruned, uploaded, loaded, and validated on resume."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ logger = logging.getLogger("wmtp")
 
 @define(kw_only=True, eq=False)
 class RunCheckpoints:
-    """Folder of a run's checkpoints, with all that is read from and put back into model, modules and optimizer.
+    """Folder of a run's checkpoints.
+
+    It reads from model, modules and optimizer, and puts back into them.
 
     Args:
         folder: has one folder a step.
@@ -56,7 +58,10 @@ class RunCheckpoints:
 
     @property
     def base(self) -> str | None:
-        """Fingerprint of the model that checkpoints leave out; None where they hold all of it."""
+        """Fingerprint of the frozen base model.
+
+        Checkpoints of adapters leave that model out; None where they hold all of it.
+        """
         return None if self.model.adapter is None else self.model.adapter.fingerprint
 
     def saved(self) -> list[Checkpoint]:
@@ -69,7 +74,7 @@ class RunCheckpoints:
         return saved[-1].path if saved else None
 
     def write(self, step: int, state: Mapping[str, Any], *, best: int | None, is_best: bool) -> None:
-        """Write one, hand it to the upload, and remove those that are no longer kept.
+        """Write a checkpoint, hand it to the upload, and prune old ones.
 
         Args:
             step: optimizer steps done.
@@ -97,7 +102,10 @@ class RunCheckpoints:
         self.ranks.main_only(self._prune)
 
     def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Put a checkpoint into model and optimizer, and return its state; that of the modules is for `load_modules`."""
+        """Load a checkpoint into model and optimizer, and return its state.
+
+        The modules' state is put back by `load_modules`.
+        """
         with self._learned_weights():
             return self.ranks.collective(lambda: load_checkpoint(checkpoint, self.model, self.optimizer, self.ranks))
 
@@ -127,7 +135,10 @@ class RunCheckpoints:
         prune_checkpoints(self.folder, self.keep_last, needed | best)
 
     def _learned_weights(self) -> AbstractContextManager[None]:
-        """A checkpoint holds the weights as the optimizer has them, so it fits runs in any precision."""
+        """Put the weights as the optimizer has them into the model.
+
+        So a checkpoint fits runs in any precision.
+        """
         return nullcontext() if self.master_weights is None else self.master_weights.in_place()
 
 
@@ -141,7 +152,7 @@ def check_resumed(
     train: TrainConfig,
     total_steps: int,
 ) -> None:
-    """Compare what a checkpoint was trained with to what the run has now.
+    """Compare a checkpoint's data and model with those of the run.
 
     Args:
         checkpoint: that the run resumes from.
@@ -182,7 +193,7 @@ def check_resumed(
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of Python's random generator, and of torch's on every device."""
+    """Return the states of Python's and torch's random generators, all devices."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()

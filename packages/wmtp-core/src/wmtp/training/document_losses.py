@@ -1,4 +1,4 @@
-"""Losses of each document of the evaluation data, for comparing runs document by document."""
+"""Losses of each evaluation document, to compare runs document by document."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DocumentLosses:
         self.sums = torch.zeros(2, len(indexes), horizon, dtype=statistics_dtype(device), device=device)
 
     def add(self, batch: Batch, losses: Tensor, valid: Tensor) -> None:
-        """Add the losses ``[B, S, H]`` of a batch, 0 where not ``valid``."""
+        """Add a batch's losses ``[B, S, H]``, 0 where not ``valid``."""
         row = torch.tensor([self._row[document.index] for document in batch.documents], device=valid.device)
         document = batch.document.flatten()
         there = document != PADDING
@@ -44,7 +44,11 @@ class DocumentLosses:
             sums.index_add_(0, row[document[there]], values.flatten(0, 1)[there].to(sums.dtype))
 
     def write(self, path: Path) -> None:
-        """Write ``{"head_k": [[sum, …], [count, …]]}`` over the documents in the order of the data; no file of very many."""
+        """Write the sums as JSON, by head and document.
+
+        ``{"head_k": [[sum, …], [count, …]]}``, with the documents in the order of the data. There is no file for more than
+        2,000 documents.
+        """
         if len(self._row) > _MOST:
             return
         losses, counts = self.sums.tolist()

@@ -1,4 +1,4 @@
-"""A run without the weights and the steps: what can be known of it before a device is paid for."""
+"""Dry run: facts about a run before a device is paid for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ __all__ = ["dry_run"]
 
 
 def dry_run(config: Config) -> dict[str, Any]:
-    """Everything but the weights and the training steps: metadata is read, the data is tokenized, memory is estimated.
+    """Do everything but load the weights and train.
+
+    Metadata is read, the data is tokenized, memory is estimated.
 
     Returns:
         facts by name, to print; under ``documents`` a list of `wmtp.data.shown.ShownDocument`.
@@ -67,7 +69,10 @@ def dry_run(config: Config) -> dict[str, Any]:
 
 
 def _estimates(config: Config, source: Source, heads: HeadsConfig, device: torch.device, steps: int) -> dict[str, str]:
-    """Estimate the memory and compare it with the device's; and the speed on GPUs, unless the run is to be elsewhere."""
+    """Estimate the memory, compared with the device's, and the speed on GPUs.
+
+    There is no speed for a run on another kind of device.
+    """
     others = {
         name: model_info(entry.loader, config.storage, source.place.path(entry.loader, f"models.{name}"))
         for name, entry in ((name, config.models[name]) for name in models_beside(config))

@@ -32,7 +32,7 @@ class EarlyStopping:
         self._missed = False
 
     def should_stop(self, metrics: Mapping[str, float]) -> bool:
-        """Take the metrics of one step, and say whether they end the run."""
+        """Take the metrics of one step; return True to end the run."""
         if self._config is None:
             return False
         if self._config.metric not in metrics:
@@ -48,7 +48,10 @@ class EarlyStopping:
         return self.exhausted
 
     def _say_missing(self, metric: str, metrics: Mapping[str, float]) -> None:
-        """Warn once, in a step that should have the metric. It may come later: a stage may have metrics of its own."""
+        """Warn once that a step's metrics lack the watched one.
+
+        It is no error: a later stage may have metrics of its own.
+        """
         alike = [name for name in metrics if name.startswith("eval/") == metric.startswith("eval/")]
         if self._missed or self._best is not None or not alike:
             return

@@ -84,7 +84,10 @@ def evaluate(
 
 
 def _share(batches: Sequence[Batch], ranks: Ranks) -> Iterator[Batch]:
-    """Every ``world_size``-th batch; as many on every rank, so where they do not suffice one with nothing to measure."""
+    """Yield every ``world_size``-th batch, as many on every rank.
+
+    Ranks that would run out get a batch with nothing to measure.
+    """
     for first in range(0, len(batches), ranks.world_size):
         if (index := first + ranks.rank) < len(batches):
             yield batches[index]

@@ -1,4 +1,4 @@
-"""End of a run: save the model, evaluate it, show a sample, report."""
+"""End of a run: save the model, evaluate, sample, report."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def save_model(
 
 
 def measure_model(config: Config, run_dir: Path, fit: Fit, tokenizer: Tokenizer) -> dict[str, float]:
-    """Run the evaluators of ``[[eval]]``, and write their results into the run directory."""
+    """Run the evaluators of ``[[eval]]``, and write their results."""
     step = fit.step_loss
     measured = Measured(
         model=step.model,
@@ -89,7 +89,9 @@ def show_sample(
     run_dir: Path | None,
     when: Literal["before", "after"] = "after",
 ) -> None:
-    """Log the model's continuation of the first document's prompt, or of its first tokens, and keep it.
+    """Generate from a prompt of the data; log and keep the text.
+
+    The prompt is the first document's, or its first tokens.
 
     Args:
         model: every rank must call this.
@@ -130,7 +132,7 @@ def show_sample(
 
 
 def report(run_dir: Path, status: str, tracker: Tracker) -> None:
-    """Write the page that shows the run. A run that has ended, however, is not to fail by this."""
+    """Write the report of the run; a failure is only logged."""
     try:
         page = write_report([run_dir], status=status)
     except Exception as error:
@@ -149,7 +151,7 @@ def finish_tracking(
     *,
     patience: float | None = None,
 ) -> None:
-    """Tell the tracker that the run has ended, and say where it can be seen.
+    """Tell the tracker that the run has ended; log its location.
 
     Args:
         tracker: of the run.

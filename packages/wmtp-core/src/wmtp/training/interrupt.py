@@ -29,15 +29,16 @@ class Interrupt:
     requested: str | None = None
 
     def agreed(self, ranks: Ranks) -> str | None:
-        """Return the signal that any of the processes got; Ctrl-C goes before SIGTERM."""
+        """Return the signal that any process got; Ctrl-C goes before SIGTERM."""
         return next((name for name in ("SIGINT", "SIGTERM") if ranks.any(self.requested == name)), None)
 
 
 @contextmanager
 def catch_signals() -> Iterator[Interrupt]:
-    """Note the first SIGINT or SIGTERM; the second one acts as if nothing were caught.
+    """Note the first SIGINT or SIGTERM; leave the second one to others.
 
-    A signal that is ignored stays so, and outside the main thread none can be caught.
+    After the first the handlers from before are back. A signal that is ignored stays so, and outside the main thread none can
+    be caught.
     """
     interrupt = Interrupt()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if can_be_caught(number)}

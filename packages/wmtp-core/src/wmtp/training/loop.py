@@ -159,7 +159,7 @@ class Fit:
         self._log = StepLog(self.metrics_path, self.tracker, start=self._step, total=self.total_steps)
 
     def _evaluate_start(self) -> None:
-        """Log what the evaluation data gives before the first step; it is no candidate for the best."""
+        """Evaluate and log before the first step; never the best step."""
         values = self._evaluate()
         if self._log is not None and values:
             self._log.write(0, values, finite(values), shown=True)
@@ -202,7 +202,7 @@ class Fit:
         return "finished"
 
     def _enter(self, stage: Stage) -> None:
-        """Set up the stage of the next step, if it is another one than before."""
+        """Set up the next step's stage, if it is a new one."""
         if stage is self._stage:
             return
         if len(self.batches.plan.stages) > 1:
@@ -234,7 +234,10 @@ class Fit:
             self.batches.end_stage(end)
 
     def _measures_accuracy(self, step: int) -> bool:
-        """Tell whether accuracy is due after so many steps: in the first that is logged of each interval, and the last."""
+        """Tell whether accuracy is due after ``step`` steps.
+
+        It is in the first logged step of each interval, and in the last.
+        """
         logged, every = self.train.log_interval, self.train.accuracy_interval
         return every > 0 and (step == self.total_steps or (step % logged == 0 and step % every < logged))
 
@@ -288,7 +291,9 @@ class Fit:
         )
 
     def _skip(self) -> None:
-        """Count a step in which nothing has weight: it changes neither the model nor the optimizer's state.
+        """Count a step in which nothing has weight.
+
+        It changes neither the model nor the optimizer's state.
 
         Raises:
             PluginError: so far there was no other.
@@ -301,7 +306,10 @@ class Fit:
             logger.warning("%s: %s; step %d is skipped", name, BAD_WEIGHTS[NO_WEIGHT], self._step + 1)
 
     def _read_pending(self, *, evaluates: bool = False) -> None:
-        """Read, check, judge and log the step whose numbers are still on the device; measure too if asked."""
+        """Read, check and log the step still on the device.
+
+        Also evaluates, if asked.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -324,14 +332,14 @@ class Fit:
             self._log.write(pending.step, values, numbers, shown=evaluates)
 
     def _judge(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Remember a step that measures better than all before: its checkpoint is saved, and kept."""
+        """Remember a step that measures best, whose checkpoint is then kept."""
         value = self._ranks.main_only(lambda: self._best.better(numbers))
         self._is_best = value is not None
         if value is not None:
             self._best.take(step, value)
 
     def take_best(self) -> None:
-        """Put the weights of the best step into the model, where a run has stopped early."""
+        """Load the best step's weights, where the run has stopped early."""
         best = self._best
         if best.step is None or best.step == self._step:
             return
@@ -348,7 +356,7 @@ class Fit:
             self._log.track(step, numbers)
 
     def _save(self) -> None:
-        """Write a checkpoint of the steps done so far, unless there is one."""
+        """Write a checkpoint of the current step, unless there is one."""
         is_best, self._is_best = self._is_best, False
         saved = self._stored.saved()
         if saved and saved[-1].step == self._step:

@@ -1,4 +1,4 @@
-"""Estimate of a run's memory per device, with settings that lower it. Torch-free."""
+"""Estimate of memory per device, with settings that lower it. Torch-free."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ _RESERVED = 1.5 * 2**30
 
 
 class JobShape(TypedDict, total=False):
-    """Keyword arguments of `estimate_memory` about the job, handed on by those that ask for several estimates."""
+    """Keyword arguments of `estimate_memory` about the job.
+
+    Callers that ask for several estimates hand them on.
+    """
 
     world_size: int
     per_machine: int | None
@@ -46,7 +49,7 @@ class JobShape(TypedDict, total=False):
 
 @frozen(kw_only=True)
 class MemoryEstimate:
-    """Bytes on each device that trains, at the moment when most is taken.
+    """Bytes on each device that trains, at the peak.
 
     An estimate: what layers keep depends on details of the architecture. The constants are those of Llama's layers.
 
@@ -87,7 +90,7 @@ class MemoryEstimate:
 
 
 def head_parameters(info: ModelInfo, heads: HeadsConfig) -> int:
-    """Count the parameters of heads 2..H, whose norms are taken as RMS norms."""
+    """Count the parameters of heads 2..H, with RMS norms."""
     extra, width = heads.horizon - 1, info.hidden_size
     # norms of the two inputs, the projection, and in the layouts of servers one of the output
     link = (3 if heads.layout != "plain" else 2) * width + 2 * width * width
@@ -102,7 +105,9 @@ def head_parameters(info: ModelInfo, heads: HeadsConfig) -> int:
 
 
 def adapter_parameters(info: ModelInfo, lora: LoraConfig, layers: int | None = None) -> int:
-    """Count the parameters of adapters on the linear maps of layers like Llama's; on some of them alone, it is less.
+    """Count the parameters of adapters on the layers' linear maps.
+
+    The layers are taken to be like Llama's. Adapters on fewer maps have fewer.
 
     Args:
         info: of the base model.
@@ -179,7 +184,7 @@ def estimate_memory(
     layers = info.layers + (heads.horizon - 1 if heads.known_kind not in ("linear", "residual") else 0)
     # of what never learns no gradient reads inputs in fp8; those of adapters read them in bf16
     kind = devices if lora is None or devices.precision != "fp8" else evolve(devices, precision="bf16-params", fp8=None)
-    kept, working = _kept_by_layer(kind, info, compute, residual)
+    kept, working = _kept_and_working(kind, info, compute, residual)
     # the trunk's inputs wait on the host, but for the one that is on its way
     moved = info.layers - 1 if devices.activation_checkpointing == "offload" else 0
     activations = round(tokens * ((layers - moved + min(moved, 1)) * kept + working))
@@ -210,11 +215,11 @@ def estimate_memory(
 
 
 def kept_by_layer(devices: DevicesConfig, info: ModelInfo, compute: int, residual: int) -> float:
-    """Count the bytes a token that a layer keeps for its backward pass, without activation checkpointing.
+    """Count bytes per token that a layer saves for backward.
 
-    Counted in what autograd saves of a Llama layer. A gated feed-forward layer of width F keeps its two inputs, the activation
-    and their product; attention its queries, keys, values and result; what the products read is kept in their precision, and
-    what norms read in that of the residual stream.
+    Without activation checkpointing. Counted in what autograd saves of a Llama layer. A gated feed-forward layer of width F
+    keeps its two inputs, the activation and their product; attention its queries, keys, values and result; what the products
+    read is kept in their precision, and what norms read in that of the residual stream.
 
     Args:
         devices: for compilation.
@@ -233,8 +238,11 @@ def _kv_size(info: ModelInfo) -> float:
     return info.hidden_size / 4 if info.kv_size is None else info.kv_size
 
 
-def _kept_by_layer(devices: DevicesConfig, info: ModelInfo, compute: int, residual: int) -> tuple[float, float]:
-    """Bytes a token that a layer keeps, and that the layer at work takes besides."""
+def _kept_and_working(devices: DevicesConfig, info: ModelInfo, compute: int, residual: int) -> tuple[float, float]:
+    """Count bytes per token: kept by each layer, and working memory.
+
+    With the activation checkpointing of the config.
+    """
     width, ffn, kv = info.hidden_size, _feed_forward_size(info), _kv_size(info)
     everything = kept_by_layer(devices, info, compute, residual)
     if devices.activation_checkpointing == "none":
@@ -275,7 +283,10 @@ def too_large(estimate: MemoryEstimate, device_bytes: int) -> str | None:
 
 
 def cheaper_settings(config: Config, info: ModelInfo, heads: HeadsConfig, **job: Unpack[JobShape]) -> list[tuple[str, int]]:
-    """Find the three single settings that lower the estimate most, with their totals; see `estimate_memory`."""
+    """Find the three settings that lower the estimate most.
+
+    Each is a single change, with the total it leads to; see `estimate_memory`.
+    """
     devices, data, world_size = config.devices, config.data.train, job.get("world_size", 1)
     rows = -(-data.batch_size // world_size)
     micro = min(data.micro_batch_size or rows, rows)

@@ -1,4 +1,4 @@
-"""Placement of the model on its devices: sharded or whole, in the run's precision."""
+"""Placement of the model on its devices, sharded or whole."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ __all__ = ["place_model", "ready_to_measure"]
 def place_model(
     config: Config, source: Source, ranks: Ranks, device: torch.device, precision: Precision, fsdp: FsdpConfig | None
 ) -> tuple[MTPModel, MasterWeights | None]:
-    """Load the model onto its devices; return it with its fp32 copies, if any.
+    """Load the model onto its devices.
+
+    Returned with its fp32 copies, if any.
 
     Raises:
         ConfigError: it shall keep activations on the host, and the device is the host.
@@ -77,7 +79,7 @@ def place_model(
 
 
 def _shrink_fixed(model: MTPModel, precision: Precision, device: torch.device, *, keep: Iterable[str] = ()) -> None:
-    """Keep what never learns as small as it may be, before it takes memory of the device.
+    """Shrink frozen parameters before they take memory of the device.
 
     Args:
         model: in place.
@@ -91,7 +93,10 @@ def _shrink_fixed(model: MTPModel, precision: Precision, device: torch.device, *
 
 
 def _halve_fixed(model: MTPModel, *, keep: Iterable[str] = ()) -> None:
-    """Keep what never learns in bf16 from here on; no optimizer needs more of it."""
+    """Convert frozen parameters to bf16.
+
+    No optimizer needs more of them.
+    """
     kept = set(keep)
     left = {id(parameter) for name, parameter in model.named_parameters() if name in kept}
     for parameter in model.fixed_parameters():
@@ -101,7 +106,10 @@ def _halve_fixed(model: MTPModel, *, keep: Iterable[str] = ()) -> None:
 
 @contextmanager
 def ready_to_measure(step: StepLoss) -> Iterator[None]:
-    """Allow calls of single parts of a sharded model inside: the root's parameters are gathered, layers may be bf16."""
+    """Allow calls of a sharded model's parts inside.
+
+    The root's parameters are gathered, and layers may be bf16.
+    """
     if not isinstance(step.model, FSDPModule):
         yield
         return

@@ -1,4 +1,4 @@
-"""Records of a step for ``wmtp report``: distribution of weights, and texts token by token.
+"""Records of a step for ``wmtp report``: distribution of weights, and texts.
 
 ``weights.jsonl`` has one object a recorded step: ``counts``, for each head how many predictions had a weight in each of the
 `WEIGHT_BINS`. ``samples.jsonl`` has one object a step from which texts are recorded: ``stage``; ``mean_weight``, of the whole
@@ -100,7 +100,10 @@ def document_record(batch: Batch, place: Place, record: TokenRecord, tokenizer: 
 
 
 def _by_target(values: Tensor, valid: Tensor) -> list[list[float | None]]:
-    """From predictions ``[L, H]`` to H lists of L numbers: of head k at place j its prediction of token j, made at j − k."""
+    """Turn predictions ``[L, H]`` into H lists, one number a token.
+
+    In list k, place j holds head k's prediction of token j, made at j − k.
+    """
     length, horizon = values.shape
     return [
         [None] * min(k, length) + _numbers(values[: max(0, length - k), k - 1], valid[: max(0, length - k), k - 1])

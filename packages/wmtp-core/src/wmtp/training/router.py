@@ -1,4 +1,7 @@
-"""Balance of a mixture of experts over a whole optimizer step (Switch Transformer, arXiv 2101.03961, eq. 4 to 6)."""
+"""Load balancing of a mixture of experts over a whole step.
+
+Switch Transformer, arXiv 2101.03961, eq. 4 to 6.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ CHOICES: Final = "choices of the router"
 
 @frozen(kw_only=True)
 class RouterLoss:
-    """Term that transformers adds to the loss of a model whose config has ``output_router_logits``.
+    """Auxiliary loss of transformers for models with ``output_router_logits``.
 
         E · Σ_i f_i · P_i        f_i: how often expert i is chosen a token and layer; P_i: its mean probability
 
@@ -81,7 +84,9 @@ class RouterLoss:
         return {PROBABILITIES: mean.view(*shape, -1), CHOICES: choices.view(*shape, -1)}
 
     def balance(self, observed: Mapping[str, Tensor], real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss before its weight, with gradient with respect to the probabilities, and what is logged.
+        """Compute the loss before its weight, and metrics to log.
+
+        It carries a gradient with respect to the probabilities.
 
         Args:
             observed: of the whole step, as `observe` gives it.

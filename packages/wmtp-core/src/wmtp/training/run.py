@@ -1,4 +1,4 @@
-"""One run on this machine, from a checked config to a saved model."""
+"""One run on this machine, from checked config to saved model."""
 
 from __future__ import annotations
 

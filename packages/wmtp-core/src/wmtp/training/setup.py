@@ -144,7 +144,10 @@ def _open_tokenizer(config: Config, place: Place, model_path: Path | None) -> To
 
 
 def _readable_tokenizer(config: Config, model_path: Path) -> Tokenizer | None:
-    """Open the tokenizer beside a model; None if that fails: ``[tokenizer]`` is for such models."""
+    """Open the tokenizer beside a model; None if that fails.
+
+    The table ``[tokenizer]`` is for such models.
+    """
     from wmtp.tokenizers.load import load_tokenizer
 
     named = None if config.tokenizer is None else config.tokenizer.eos_token
@@ -203,7 +206,7 @@ def _check_evaluators(info: ModelInfo, config: Config) -> None:
 
 
 def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Tokenizer) -> int:
-    """Refuse a further model with another vocabulary than the base model; return its V."""
+    """Check a further model's vocabulary and length; return its V."""
     from wmtp.models.vocabulary import check_vocabulary, compare_tokenizers
 
     key = f"models.{name}"
@@ -218,7 +221,10 @@ def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Token
 
 
 def _check_reward_model(name: str, config: Config, place: Place) -> None:
-    """Check that a reward model is there; it has a vocabulary of its own."""
+    """Check that a reward model exists.
+
+    It has a vocabulary of its own.
+    """
     from wmtp.models.config import HfModel
     from wmtp.models.reward import check_reward_model
 
@@ -330,7 +336,10 @@ def load_extra_model(config: Config, place: Place, trained_on: torch.device, tra
 
 
 def _has_start(trained: MTPModel, path: Path | None, dtype: torch.dtype) -> bool:
-    """Tell whether a model with its adapter off computes as another copy of the base would, in ``dtype``.
+    """Tell whether the model without its adapter is the base.
+
+    It then computes as another copy of the base would in ``dtype``. It does not where it began with an adapter that had
+    learned, or where its processes hold a part each.
 
     It does not where it began with an adapter that had learned, or where its processes hold a part each.
     """
@@ -349,7 +358,10 @@ def build_trainer(component: TrainerConfig) -> tuple[Trainer, str]:
 
 
 def planned_steps(config: Config, batches: StepBatches) -> int:
-    """Optimizer steps of the whole job: what ``train.max_steps`` and ``train.epochs`` give, the smaller of both."""
+    """Count the run's optimizer steps.
+
+    The smaller of what ``train.max_steps`` and ``train.epochs`` give.
+    """
     limits = [] if config.train.max_steps is None else [config.train.max_steps]
     if config.train.epochs is not None or not limits:
         limits.append(batches.total_steps(config.train.epochs or 1.0))

@@ -135,7 +135,10 @@ def describe_speed(
     world_size: int = 1,
     others: Mapping[str, ModelInfo] | None = None,
 ) -> str:
-    """Say tokens a second on each card of `CARDS`, and the hours of ``steps`` optimizer steps."""
+    """Describe tokens a second on each of `CARDS`, and the hours.
+
+    The hours are those of ``steps`` optimizer steps.
+    """
     tokens = config.data.train.batch_size * config.data.train.max_length
     parts = []
     for name, card in CARDS.items():

@@ -41,7 +41,9 @@ class StagePlan:
 
     @classmethod
     def make(cls, stages: Sequence[Stage], *, warmup_steps: int, total_steps: int, trainer_name: str) -> StagePlan:
-        """Lay out the heads' warm-up and the trainer's stages over the run; the warm-up may be all of it.
+        """Lay out the heads' warm-up and the trainer's stages.
+
+        The warm-up may be all of the run.
 
         Raises:
             ConfigError: the stages with a fixed length fill the whole run, so that the last one would never start.
@@ -75,7 +77,7 @@ class StagePlan:
         return cls(stages=tuple(stages), ends=tuple(ends))
 
     def index(self, step: int) -> int:
-        """Return the index of the stage of an optimizer step; both from 0."""
+        """Return the index of an optimizer step's stage; both from 0."""
         return next(number for number, end in enumerate(self.ends) if step < end)
 
     def at(self, step: int) -> Stage:
@@ -126,7 +128,10 @@ class Prefetcher(Generic[T]):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wmtp-batches")
 
     def get(self, step: int) -> T:
-        """Return what a step needs; at once where the step before it was asked for last."""
+        """Return a step's data.
+
+        It is ready where the step before it was asked for last.
+        """
         if not self._ahead or self._ahead[0][0] != step:
             self.forget()
             self._ahead.append((step, self._thread.submit(self._make, step)))
@@ -140,14 +145,16 @@ class Prefetcher(Generic[T]):
         self._thread.shutdown()
 
     def forget(self) -> None:
-        """Drop what is ready and what is being made: it is made again when it is asked for."""
+        """Drop what was prefetched; it is made again on demand."""
         for _, future in self._ahead:
             future.cancel()
         self._ahead.clear()
 
 
 class StageBatches:
-    """Source of a run's batches; each stage may select and order documents itself.
+    """Source of a run's batches.
+
+    Each stage may select and order documents itself.
 
     Args:
         plan: stages of the run, and where they end; `end_stage` and a resume change it.
@@ -191,12 +198,15 @@ class StageBatches:
         return self._by_stage[-1].batch(0)
 
     def open(self, *, pin: bool) -> None:
-        """Start to make batches ahead; ``pin``: in page-locked memory, from which a copy to a GPU does not wait."""
+        """Start to prefetch batches.
+
+        With ``pin`` they are in page-locked memory, from which a copy to a GPU does not wait.
+        """
         self._pin = pin
         self._ahead = Prefetcher(self.data, self.plan.ends[-1])
 
     def step(self, step: int) -> StepData:
-        """Return the data of an optimizer step, from 0, made ahead after `open`."""
+        """Return the data of a step, from 0; prefetched after `open`."""
         return self.data(step) if self._ahead is None else self._ahead.get(step)
 
     def data(self, step: int) -> StepData:
@@ -211,7 +221,7 @@ class StageBatches:
         )
 
     def locate(self, step: int) -> tuple[StepBatches, int]:
-        """Find the batches of an optimizer step, from 0, and the step's number in them."""
+        """Find the batches of a step, from 0, and its index there."""
         current = self.plan.index(step)
         batches = self._by_stage[current]
         starts = (0, *self.plan.ends)
@@ -219,7 +229,7 @@ class StageBatches:
         return batches, before + step - starts[current]
 
     def end_stage(self, step: int) -> None:
-        """End the stage of the step before this one here; what follows starts earlier."""
+        """End the current stage before ``step``; later stages start earlier."""
         self.plan = self.plan.ended(step)
         if self._ahead is not None:
             self._ahead.forget()

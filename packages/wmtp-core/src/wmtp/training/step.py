@@ -1,4 +1,4 @@
-"""Loss and gradient of one optimizer step, for every algorithm and micro-batch size.
+"""Loss and gradient of one optimizer step, for every algorithm.
 
 `StepLoss.__call__` is the whole of it, from top to bottom; the methods below it are its parts, in their order.
 """
@@ -76,7 +76,10 @@ class StepOutput:
 
     @property
     def without_weight(self) -> bool:
-        """Tell whether nothing of the step has weight; waits for the weights, not for the backward pass behind them."""
+        """Tell whether nothing in the step has weight.
+
+        Waits for the weights, not for the backward pass behind them.
+        """
         return self.early is not None and int(self.early.read()[_PROBLEM]) == NO_WEIGHT
 
 
@@ -120,7 +123,9 @@ class _Rows:
 
 @frozen(kw_only=True, eq=False)
 class _Seen:
-    """Numbers of the rows of all ranks that are known before weights are given; None where the trainer asks for none.
+    """Statistics of all ranks' rows, known before weights are given.
+
+    None where the trainer asks for none.
 
     Args:
         losses: token losses ``[B, S, H]``.
@@ -309,7 +314,9 @@ class StepLoss:
         )
 
     def _survey(self, rows: _Rows, stage: Stage) -> _Seen:
-        """Collect what the trainer asks for: token losses, entropy and observations of the whole step.
+        """Collect what the trainer asks for, over the whole step.
+
+        That is token losses, entropy and observations.
 
         With one micro-batch its only forward pass serves both phases. With several, the statistics of all are needed before the
         gradient of any, so what a trainer asks for costs a forward pass of its own, without gradient.
@@ -338,7 +345,10 @@ class StepLoss:
         kept: tuple[MTPOutput, dict[str, Tensor]] | None = None,
         precomputed: TokenPass | None = None,
     ) -> _Seen:
-        """Join what was seen of micro-batches, and of all ranks: a trainer sees the rows of all."""
+        """Join what was seen of all micro-batches and ranks.
+
+        A trainer sees the rows of all.
+        """
         entropies = [found.entropy for found in passes if found.entropy is not None]
         return _Seen(
             losses=rows.share.gather(_joined([found.losses for found in passes])) if passes else None,
@@ -365,7 +375,7 @@ class StepLoss:
         )
 
     def _weights(self, view: StepView, stage: Stage) -> tuple[Tensor, bool]:
-        """Ask for the weights ``[B, S, H]``, and tell whether they are known to be uniform."""
+        """Ask for weights ``[B, S, H]``; tell whether they are surely uniform."""
         if not stage.model_loss:
             return view.targets.valid.float(), True
         given, weights = checks.given_weights(self.trainer, view, self.trainer_name)
@@ -374,7 +384,10 @@ class StepLoss:
         return weights * view.by_prediction(view.batch.scale), False
 
     def _auxiliary(self, view: StepView, seen: _Seen) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Ask for the auxiliary losses, find their gradient with respect to each observation, and log the router."""
+        """Ask for auxiliary losses; differentiate them by each observation.
+
+        Returns the terms by name, the gradients by observation, and the router's metrics.
+        """
         leaves = {name: value.detach().clone() for name, value in seen.observations.items()}
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())
@@ -393,13 +406,13 @@ class StepLoss:
         return {name: term.detach().reshape(()) for name, term in terms.items()}, slopes, of_router
 
     def _balances(self, stage: Stage) -> bool:
-        """Tell whether the balance of a router is part of a stage's loss."""
+        """Tell whether a stage's loss includes the router's balance."""
         return self._router is not None and stage.model_loss
 
     def _forward(
         self, part: _MicroBatch, packed: bool, stage: Stage, *, observe: bool = True
     ) -> tuple[MTPOutput, dict[str, Tensor]]:
-        """Compute the hidden states of a micro-batch, and what the trainer observes in them."""
+        """Run a micro-batch through the model; let the trainer observe it."""
         batch = part.batch
         if self.sharding is not None:
             self.sharding.micro_batch(self.model, last=part.last)
@@ -423,7 +436,10 @@ class StepLoss:
         return output, observed
 
     def _token_pass(self, part: _MicroBatch, output: MTPOutput) -> TokenPass:
-        """Compute the token losses of a micro-batch, and the entropy where it is asked for, without gradient."""
+        """Compute a micro-batch's token losses, without gradient.
+
+        With the entropy, where that is asked for.
+        """
         with self.autocast():
             return token_pass(
                 output.hidden,
@@ -458,7 +474,10 @@ class StepLoss:
         return [self.model.unembedding(k) for k in range(1, self.model.horizon + 1)]
 
     def _whole_parameters(self) -> list[nn.Parameter]:
-        """List the parameters that every rank holds in full: their gradients must be added up."""
+        """List parameters that every rank holds whole.
+
+        Their gradients must be added up.
+        """
         modules = (self.model, *self.trainer.modules().values())
         parameters = [parameter for module in modules for parameter in module.parameters()]
         if self.master_weights is not None:
@@ -474,7 +493,7 @@ class StepLoss:
         eligible: Tensor,
         *measured: AgreementSums | PredictionSums | None,
     ) -> dict[str, Tensor | float]:
-        """Gather the numbers of a step that are logged, the trainer's own among them."""
+        """Gather the step's metrics, the trainer's own among them."""
         metrics: dict[str, Tensor | float] = {"loss": loss}
         metrics |= head_statistics(torch.where(eligible, losses, 0.0), weights, eligible)
         metrics |= weight_statistics(weights, eligible)
@@ -486,7 +505,7 @@ class StepLoss:
         return metrics
 
     def _source_losses(self, on_host: Batch, batch: Batch, losses: Tensor, eligible: Tensor) -> dict[str, Tensor | float]:
-        """Average head 1's losses of the documents of each data set; NaN for one that the step has nothing of."""
+        """Average head 1's losses by data set; NaN for absent ones."""
         if not self.sources:
             return {}
         numbers = torch.tensor([self.sources.index(document.source) for document in on_host.documents])

@@ -1,4 +1,4 @@
-"""Telemetry of a run: what is logged and recorded of each step, read from the device without waiting for it.
+"""Telemetry of a run, read from the device without waiting.
 
 Numbers come from the device (`Readback`), are checked (`PendingStep`), and go to ``metrics.jsonl``, the tracker and a person
 (`StepLog`). What ``wmtp report`` needs besides is chosen and written by `Recorder`.
@@ -85,7 +85,7 @@ class Readback:
 
 
 def send_numbers(output: StepOutput, gradient_norm: Tensor) -> Readback:
-    """Ask the device for a step's numbers, before it is given other work."""
+    """Start copying a step's numbers, before the device gets other work."""
     return Readback({**output.metrics, "gradient_norm": gradient_norm, _LOSS: output.loss, _BAD_WEIGHTS: output.bad_weights})
 
 
@@ -164,7 +164,7 @@ def finite(values: Mapping[str, float | str]) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Measure the peak in GiB since the start: of the GPU's allocator, or of the process."""
+    """Measure the peak in GiB: of a GPU's allocator, or the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -311,7 +311,9 @@ class Recorder:
         self._files: dict[str, StepFile] = {}
 
     def open(self, run_dir: Path, resumed_step: int) -> None:
-        """Open the files. Where this is not called (on every rank but the first) nothing is written.
+        """Open the files.
+
+        Where this is not called (on every rank but the first) nothing is written.
 
         Args:
             run_dir: where they are.
@@ -349,7 +351,10 @@ class Recorder:
         return Recording(weights=bool(self._weight_interval) and is_due(self._weight_interval), documents=documents)
 
     def _choose(self, batch: Batch, *, followed_only: bool = False) -> list[Place]:
-        """Choose documents of a batch: those that are followed, then the first of each row, the second of each row …"""
+        """Choose documents of a batch.
+
+        First those that are followed, then the first of each row, the second of each row, and so on.
+        """
         found: list[tuple[bool, int, Place]] = []
         for row in range(len(batch.document)):
             numbers = batch.document[row]
@@ -397,7 +402,9 @@ def _key(batch: Batch, number: int) -> tuple[int, int]:
 
 
 class Progress:
-    """Shows how far a run is; nothing where the logger ``wmtp`` is set to warnings.
+    """Display of a run's progress.
+
+    It shows nothing where the logger ``wmtp`` is set to warnings.
 
     Args:
         total: optimizer steps of the whole job.
@@ -418,7 +425,10 @@ class Progress:
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def show(self, step: int, metrics: Mapping[str, float], *, always: bool = False) -> None:
-        """Show the state after ``step`` steps; a log gets a line only now and then, unless ``always``."""
+        """Show the state after ``step`` steps.
+
+        A log gets a line only now and then, unless ``always``.
+        """
         facts = _summary(metrics)
         is_due = always or step == self._total
         if self._bar is not None:

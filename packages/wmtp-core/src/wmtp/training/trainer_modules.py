@@ -1,4 +1,4 @@
-"""Modules of a trainer: the same in every process that trains, and named where nothing teaches them."""
+"""Modules of a trainer: equal in all processes, and checked for gradients."""
 
 from __future__ import annotations
 
@@ -69,14 +69,17 @@ class Untaught:
         self._stage, self._name, self._steps = stage.name, name, 0
 
     def after_backward(self, *, last: bool) -> None:
-        """Look at the gradients of one step; ``last``: of the run. Name what has never had one, once."""
+        """Look at one step's gradients.
+
+        In the run's ``last`` step, and after a while, name what has never had one.
+        """
         self._steps += 1
         self.modules = {key: module for key, module in self.modules.items() if all(p.grad is None for p in module.parameters())}
         if last or self._steps >= _SOON:
             self.end()
 
     def end(self) -> None:
-        """Name the modules that no gradient has reached in the steps that were looked at."""
+        """Warn of the modules that no gradient has reached."""
         if self.modules and self._steps:
             _log.warning(
                 "%s: stage %r: no gradient has reached the module %s in %d steps, so it does not learn; is its part of "

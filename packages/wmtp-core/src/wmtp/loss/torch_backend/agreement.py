@@ -1,4 +1,6 @@
-"""Heads 2..H against head 1, in plain PyTorch: chunks go by the positions of head 1, whose distribution serves all heads.
+"""Heads 2..H against head 1, in plain PyTorch.
+
+Chunks go by the positions of head 1, whose distribution serves all heads.
 
 Head 1's own loss is computed where it always is. Then, for a chunk of positions j, head 1's logits are made once more, and of
 each head k its logits at j − (k−1), which predict the same token. So the products are those of the cross entropy and one more
@@ -38,7 +40,10 @@ def compute(problem: Problem) -> Answer:
 
 
 def picks_rows(device: torch.device) -> bool:
-    """Tell whether the rows of a head are counted on the host: elsewhere that would wait for the device."""
+    """Tell whether a head's rows are counted on the host.
+
+    Elsewhere that would wait for the device.
+    """
     return device.type == "cpu"
 
 
@@ -122,12 +127,18 @@ class _Comparison:
         )
 
     def _bound(self) -> int | None:
-        """Bound the positions that heads 2..H answer to, where the host knows it and a device would have to be asked."""
+        """Bound the positions that heads 2..H answer to, if known.
+
+        It is where the host knows it, so that no device has to be asked.
+        """
         counts = self._problem.valid_counts
         return None if counts is None or self._picks else min(counts[0], len(self._problem.ids))
 
     def _chunk(self, places: Tensor, answered: Tensor) -> None:
-        """Compare heads 2..H with head 1 at some positions; those not ``answered`` count nowhere, and may hold NaN."""
+        """Compare heads 2..H with head 1 at some positions.
+
+        Those not ``answered`` count nowhere, and may hold NaN.
+        """
         problem, positions = self._problem, len(self._problem.ids)
         own = problem.heads[0]
         states = torch.where(answered.unsqueeze(1), problem.tensors[0].detach()[places].to(problem.compute), 0.0)

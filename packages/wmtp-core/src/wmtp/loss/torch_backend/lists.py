@@ -19,7 +19,7 @@ _AHEAD = 2
 
 @frozen(kw_only=True, eq=False)
 class PredictionList:
-    """Predictions of all heads that share an unembedding, in the order of computation.
+    """Predictions of all heads sharing an unembedding, in order of computation.
 
     Args:
         places: the heads, from 0.
@@ -61,7 +61,10 @@ def _runs(heads: Sequence[HeadLayout]) -> list[tuple[HeadLayout, range]]:
 
 
 def _sort(problem: Problem, layout: HeadLayout, places: range) -> PredictionList:
-    """Order the predictions of some heads by kind. Nothing here is read by the host."""
+    """Order the predictions of some heads by kind.
+
+    The host reads nothing here.
+    """
     heads = slice(places.start, places.stop)
     valid = problem.valid[:, heads].T.reshape(-1)
     if problem.coefficients is None:
@@ -94,7 +97,7 @@ def _sort(problem: Problem, layout: HeadLayout, places: range) -> PredictionList
 
 
 class Lengths:
-    """Lengths of the lists' parts, read from the device late, if at all."""
+    """Lengths of the lists' parts, read late from the device."""
 
     def __init__(self, lists: Sequence[PredictionList]) -> None:
         self._lists = lists
@@ -113,7 +116,7 @@ class Lengths:
                 self._host = counts
 
     def chunks(self, number: int, rows: int, ahead: int) -> Iterator[tuple[int, int, bool]]:
-        """Yield first and last row of each chunk, and whether it has coefficients.
+        """Yield each chunk's first and last row, and if it has coefficients.
 
         Args:
             number: which list.
@@ -147,7 +150,7 @@ class Lengths:
         return learned, measured
 
     def broken(self) -> Tensor | None:
-        """On the device: whether a number that the host was told was too small."""
+        """Tell on the device whether a given count is too small."""
         wrong = [
             (predictions.counts[0] > predictions.at_most[0]) | (predictions.counts[1] > predictions.at_most[1])
             for predictions in self._lists

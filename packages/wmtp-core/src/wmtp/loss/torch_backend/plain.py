@@ -92,7 +92,7 @@ def _slopes_in_fp8(delta: Tensor, scales: Tensor) -> Tensor:
 
 
 class _Softmax:
-    """Some rows of logits ``[n, V]``, which it changes, and their targets ``[n]``."""
+    """Some rows of logits ``[n, V]``, changed in place, and targets ``[n]``."""
 
     def __init__(self, logits: Tensor, head: HeadLayout, target: Tensor) -> None:
         self._head, self._target = head, target.unsqueeze(1)
@@ -110,7 +110,10 @@ class _Softmax:
         return torch.special.entr(top.softmax(dim=1)).sum(dim=1)
 
     def measure_and_differentiate(self, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c · (softmax − onehot), through scale and cap, in place of the logits; and what `measure` gives."""
+        """Compute what `measure` gives, and turn the logits into their gradient.
+
+        In place: c · (softmax − onehot), through scale and cap.
+        """
         at_target, slope = self._logits.gather(1, self._target), self._slope()
         highest = self._logits.amax(dim=1, keepdim=True)
         exponentials = self._logits.sub_(highest).exp_()
@@ -145,7 +148,10 @@ def transformed(logits: Tensor, head: HeadLayout) -> Tensor:
 
 
 def rows_of(wanted: Tensor) -> Tensor:
-    """List the places that are wanted; waits for a device that is not the CPU."""
+    """List the places that are wanted.
+
+    Waits for a device that is not the CPU.
+    """
     return wanted.nonzero().squeeze(1)
 
 

@@ -1,4 +1,4 @@
-"""Loss on a GPU: products by cuBLAS, the rest by Triton, no host synchronization.
+"""Loss on a GPU: cuBLAS products, the rest Triton, no synchronization.
 
 The predictions of all heads that share an unembedding form one list, sorted on the device: those with a coefficient, then those
 that are only measured, then the rest. Chunks of the list go through
@@ -186,7 +186,9 @@ class _State:
     def _softmax(
         self, predictions: PredictionList, start: int, stop: int, logits: Tensor, gradient: bool, first: int
     ) -> Tensor | None:
-        """From logits to token losses and, in place, their gradient: divided by the factors ``[rows]``, if there are any.
+        """Compute token losses and turn logits into their gradient, in place.
+
+        The gradient is divided by the factors ``[rows]``, if there are any.
 
         ``first`` is the token of the first column; there are all columns, unless the sums of exponentials are known.
         """
@@ -216,7 +218,10 @@ class _State:
         return None
 
     def _hidden_gradient(self, rows: Tensor | None, delta: Tensor, weight: Tensor, *, exact: bool) -> Tensor:
-        """``rows + delta · weight``; in fp32 where it is added to or scaled before it is rounded."""
+        """Compute ``rows + delta · weight``.
+
+        In fp32 where it is added to or scaled before it is rounded.
+        """
         first = rows is None
         if rows is None:
             rows = self._buffer("gradient", len(delta), weight.shape[1], self.losses if exact else weight)
@@ -226,7 +231,7 @@ class _State:
     def _hidden_gradient_in_fp8(
         self, predictions: PredictionList, start: int, stop: int, delta: Tensor, factors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """``delta · weight`` by rows of size 1, and what the rows are then multiplied by."""
+        """Compute ``delta · weight`` by unit rows, and the rows' factors."""
         fp8, layout = self.problem.fp8, predictions.layout
         assert fp8 is not None, "asked for by it"
         scales = predictions.coefficients[start:stop] * layout.scale
@@ -242,7 +247,10 @@ class _State:
         return multiply(left, table, rows, fast=False, emulate=fp8.emulate), scales
 
     def _table(self, layout: HeadLayout, *, transposed: bool = False) -> Rounded:
-        """Round a head's unembedding, once: ``[V, D]`` with V filled up, or ``[D, V]``."""
+        """Round a head's unembedding, once.
+
+        ``[V, D]`` with V filled up, or ``[D, V]``.
+        """
         key = layout.weight, transposed
         if key not in self.tables:
             if transposed:
@@ -254,7 +262,10 @@ class _State:
         return self.tables[key]
 
     def _sum(self, place: int) -> Tensor:
-        """Of the gradients of an unembedding or a bias, in fp32; without numbers before the first chunk."""
+        """Return an unembedding's or bias's gradient sum, in fp32.
+
+        It holds no numbers before the first chunk.
+        """
         if place not in self.sums:
             self.sums[place] = torch.empty_like(self.problem.tensors[place], dtype=torch.float32)
         return self.sums[place]
@@ -269,7 +280,10 @@ class _State:
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, may_change: bool) -> Tensor:
-    """``gradient · factor`` in a precision; in place where that is allowed and possible."""
+    """Compute ``gradient · factor`` in a precision.
+
+    In place where that is allowed and possible.
+    """
     same = may_change and gradient.dtype == dtype
     out = gradient if same else torch.empty_like(gradient, dtype=dtype)
     if gradient.numel() > 0:
@@ -286,7 +300,10 @@ def _adds_in_fp32(operand: Tensor) -> bool:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """``total += left · right``, added in fp32 within the product where the library can; ``first`` takes ``total`` as 0."""
+    """Add ``left · right`` to ``total``.
+
+    With ``first``, ``total`` is taken as 0. The sum is in fp32, within the product where the library can.
+    """
     if total.dtype == left.dtype:
         torch.mm(left, right, out=total) if first else total.addmm_(left, right)
     elif _adds_in_fp32(left):
@@ -313,7 +330,7 @@ def _width_block(rows: Tensor) -> int:
 
 
 def _stride(vocabulary: int, itemsize: int) -> int:
-    """Row length in logits: V rounded up to a multiple of 128 bytes."""
+    """Compute the row length of logits: V rounded up to 128 bytes."""
     step = 128 // itemsize
     return -(-vocabulary // step) * step
 

@@ -1,4 +1,6 @@
-"""Triton kernels of the loss: all steps between its products, one memory pass each.
+"""Triton kernels of the loss: all between its products.
+
+Each makes one pass over memory.
 
 The products work on a *list* of predictions: row i holds prediction ``order[i]``, which is ``slot · N + position``; slot counts
 the heads that share an unembedding. ``kind[i]`` is 0 for a prediction with a coefficient, 1 for one that is only measured, 2
@@ -38,7 +40,10 @@ _LARGEST = tl.constexpr(1e30)
 
 @triton.jit
 def gather_kernel(hidden, stride, rows, order, kind, slot, positions, width, BLOCK: tl.constexpr) -> None:
-    """``rows[i] = hidden[order[i]]`` for the predictions of one head; 0 for padding, which may hold NaN, and NaN · 0 is NaN."""
+    """Gather one head's predictions: ``rows[i] = hidden[order[i]]``.
+
+    Rows are 0 for padding, which may hold NaN, and NaN · 0 is NaN.
+    """
     row = tl.program_id(0).to(tl.int64)
     prediction = tl.load(order + row)
     if prediction // positions == slot:
@@ -63,7 +68,10 @@ def scale_kernel(rows, factors, width, BLOCK: tl.constexpr) -> None:
 
 @triton.jit
 def round_kernel(logits, stride, vocabulary, factors, out, width, BLOCK: tl.constexpr) -> None:
-    """``out[i] = logits[i] · factors[i]`` in fp8; 0 where the factor is, and behind the vocabulary up to ``width``."""
+    """Round to fp8: ``out[i] = logits[i] · factors[i]``.
+
+    0 where the factor is, and behind the vocabulary up to ``width``.
+    """
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factors + row)
     read = tl.where(factor == 0.0, 0, vocabulary)
@@ -75,7 +83,10 @@ def round_kernel(logits, stride, vocabulary, factors, out, width, BLOCK: tl.cons
 
 @triton.jit
 def finish_kernel(source, out, factor, size, SAME: tl.constexpr, BLOCK: tl.constexpr) -> None:
-    """``out = source · factor``; with ``SAME`` they are one, and a factor of 1 leaves it alone."""
+    """Compute ``out = source · factor``.
+
+    With ``SAME`` they are one tensor, and a factor of 1 leaves it alone.
+    """
     scale = tl.load(factor).to(tl.float32)
     if (not SAME) | (scale != 1.0):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -87,7 +98,10 @@ def finish_kernel(source, out, factor, size, SAME: tl.constexpr, BLOCK: tl.const
 def scatter_kernel(
     rows, factors, gradient, order, kind, slot, positions, width, SCALE: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
-    """``gradient[order[i]] = rows[i] (· factors[i])`` for the predictions of one head that have a coefficient."""
+    """Scatter gradients: ``gradient[order[i]] = rows[i] (· factors[i])``.
+
+    For the predictions of one head that have a coefficient.
+    """
     row = tl.program_id(0).to(tl.int64)
     prediction = tl.load(order + row)
     if (prediction // positions == slot) & (tl.load(kind + row) == _COEFFICIENT):
@@ -141,7 +155,10 @@ def measure_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Compute token loss, log-sum-exp and, with ``ENTROPY``, entropy of one row of logits."""
+    """Compute token loss and log-sum-exp of one row of logits.
+
+    With ``ENTROPY``, its entropy too.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     if tl.load(kind + row) != _PADDING:
@@ -196,7 +213,9 @@ def gradient_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Turn one row of logits into its gradient, in place: c · (softmax − onehot); 0 where there is no coefficient.
+    """Turn one row of logits into its gradient, in place.
+
+    c · (softmax − onehot); 0 where there is no coefficient.
 
     The row may be a part of the vocabulary, which begins with the token ``first``.
     """
@@ -234,7 +253,9 @@ def single_pass_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Both in one pass over the logits: they become a multiple of their gradient, and ``factors`` say which.
+    """Measure a row of logits and differentiate it, in one pass.
+
+    The logits become a multiple of their gradient, and ``factors`` say which.
 
     With s = Σ exp(z − r) for a reference r, the gradient c · (softmax − onehot) is (c / s) · (exp(z − r) − s · onehot). What is
     in brackets can be written before s is known, but for the target's own place, and the factor c / s goes into the products'
