@@ -203,6 +203,20 @@ def test_mbpp_prompts_and_tests(mbpp_folder: Path, sandbox: Sandbox) -> None:
     assert not plain[2].score(sandbox, cheat).passed
 
 
+@pytest.mark.parametrize("other", [{"prompt": "a", "completion": "b"}, {"task_id": "HumanEval/0", "prompt": "a"}])
+def test_other_data_may_lie_beside_mbpp(mbpp_folder: Path, other: dict[str, str]) -> None:
+    expected = mbpp(mbpp_folder / "test.jsonl", split="test", shots=3)
+    (mbpp_folder / "notes.jsonl").write_text(json.dumps(other) + "\n{\n")
+    assert mbpp(mbpp_folder / "test.jsonl", split="test", shots=3) == expected
+
+
+@pytest.mark.parametrize("shots", [3, 0])
+def test_an_mbpp_problem_without_tests_is_named(mbpp_folder: Path, shots: int) -> None:
+    (mbpp_folder / "test.jsonl").write_text(json.dumps({**MBPP[0], "test_list": None}) + "\n")
+    with pytest.raises(WMTPError, match=r"test\.jsonl:1: \"test_list\" must be a list of strings, not null"):
+        mbpp(mbpp_folder, split="test", shots=shots)
+
+
 @needs_namespaces
 def test_code_contests(tmp_path: Path, sandbox: Sandbox) -> None:
     record: dict[str, Any] = {
@@ -263,6 +277,22 @@ def test_problems_are_fetched_as_the_run_fetches(mbpp_folder: Path, tmp_path: Pa
     assert asked == [("s3://bucket/mbpp", "eval.uri")]
 
 
+def test_completions_of_another_prompt_are_refused(mbpp_folder: Path, tmp_path: Path) -> None:
+    def evaluate(max_problems: int) -> object:
+        config = PassAtK(
+            dataset="mbpp", uri=str(mbpp_folder), shots=0, max_problems=max_problems, max_new_tokens=2, isolation="process"
+        )
+        return config.build().evaluate(_measured(_model(), tmp_path / "out"))
+
+    evaluate(1)
+    evaluate(2)
+    changed = [{**record, "text": record["text"].replace("Sum", "Product")} for record in MBPP]
+    (mbpp_folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in changed))
+    evaluate(1)
+    with pytest.raises(ConfigError, match=r"generations\.jsonl:2: 'mbpp/3' has another prompt now"):
+        evaluate(2)
+
+
 @needs_namespaces
 def test_killed_half_way_it_goes_on_and_another_models_generations_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -320,7 +350,7 @@ def test_fingerprints_tell_models_apart() -> None:
 
 
 def test_a_damaged_sample_file_is_named(tmp_path: Path) -> None:
-    SampleFile(tmp_path, {"model": "x"}).add([("a", 0, "text")])
+    SampleFile(tmp_path, {"model": "x"}, {"a": "prompt"}).add([("a", 0, "text")])
     (tmp_path / "generations.jsonl").write_text('{"task_id": "a"}\n')
     with pytest.raises(WMTPError, match=r"generations.jsonl:1: no completion"):
-        SampleFile(tmp_path, {"model": "x"})
+        SampleFile(tmp_path, {"model": "x"}, {"a": "prompt"})

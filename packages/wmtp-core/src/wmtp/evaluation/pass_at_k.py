@@ -129,7 +129,7 @@ class PassAtKEvaluator(Evaluator):
             "max_new_tokens": settings.max_new_tokens,
             "seed": measured.seed,
         }
-        file = None if folder is None else SampleFile(folder, key)
+        file = None if folder is None else SampleFile(folder, key, {problem.id: problem.prompt for problem in problems})
         samples: dict[tuple[str, int], str] = dict(file.samples) if file is not None else {}
         known = len(samples)
         jobs = [

@@ -7,6 +7,7 @@ import builtins
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from wmtp.data.base import BadExample
 from wmtp.data.fields import text_field
 from wmtp.data.files import read_records
 from wmtp.data.loaders.humaneval import HumanEvalLoader
-from wmtp.data.loaders.mbpp import MbppLoader, mbpp_prompt
+from wmtp.data.loaders.mbpp import MbppLoader, MbppProblem, mbpp_problem, mbpp_prompt
 from wmtp.data.splits import data_files
 from wmtp.errors import WMTPError
 from wmtp.sandbox import Outcome, Sandbox
@@ -28,7 +29,7 @@ logger = logging.getLogger("wmtp")
 #: where Codex's completions were cut (arXiv 2107.03374, §3.1)
 _FUNCTION_ENDS: Final = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@")
 #: the problems that the paper's prompt shows (arXiv 2108.07732, §3)
-_SHOTS: Final = (2, 3, 4)
+_SHOTS: Final = ("mbpp/2", "mbpp/3", "mbpp/4")
 
 
 @frozen(kw_only=True)
@@ -97,24 +98,24 @@ def mbpp(path: Path, *, split: str, shots: int) -> list[Problem]:
         split: which file of the folder.
         shots: 3: the prompt of the paper, with three solved problems; 0: a docstring of task and tests.
     """
-    records = [record for file in MbppLoader(split).files(path) for record in _records([file])]
-    shown = "".join(_published(record, solved=True) for record in _shots(path)) if shots else ""
+    records = list(_records(MbppLoader(split).files(path)))
+    shown = "".join(_published(shot, solved=True) for shot in _shots(path)) if shots else ""
     problems = []
     for where, record in records:
-        tests = [str(test) for test in record["test_list"]]
-        setup = str(record.get("test_setup_code") or "")
+        found = mbpp_problem(where, record)
+        tests, setup = "\n".join(found.tests), str(record.get("test_setup_code") or "")
         if shots:
-            prompt, stop = shown + _published(record, solved=False), ("[DONE]",)
+            prompt, stop = shown + _published(found, solved=False), ("[DONE]",)
         else:
-            prompt, stop = mbpp_prompt(text_field(where, record, "text"), tests), ('\n"""', "\nassert ", "\nprint(", "\n# Test")
+            prompt, stop = mbpp_prompt(found.text, found.tests), ('\n"""', "\nassert ", "\nprint(", "\n# Test")
         problems.append(
             Problem(
-                id=f"mbpp/{record['task_id']}",
+                id=found.id,
                 prompt=prompt,
                 stop=stop,
-                tests="\n".join(tests),
-                names=_used_names("\n".join(tests), setup, text_field(where, record, "code")),
-                setup="".join(f"import {name}\n" for name in _modules("\n".join(tests), setup)) + setup,
+                tests=tests,
+                names=_used_names(tests, setup, found.code),
+                setup="".join(f"import {name}\n" for name in _modules(tests, setup)) + setup,
             )
         )
     return problems
@@ -155,31 +156,32 @@ def _records(files: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield record
 
 
-def _shots(path: Path) -> Sequence[Mapping[str, Any]]:
+def _shots(path: Path) -> Sequence[MbppProblem]:
     """Read the solved problems of the paper's prompt: 2, 3 and 4.
 
     Where they are missing, the first three training problems take their place.
     """
     folder = path if path.is_dir() else path.parent
-    found: dict[int, Mapping[str, Any]] = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        found |= {int(record["task_id"]): record for _, record in _records([file])}
-    if all(number in found for number in _SHOTS):
-        return [found[number] for number in _SHOTS]
-    for file in MbppLoader("train").files(folder):
-        first = [record for _, record in _records([file])][:3]
-        logger.warning(
-            "mbpp: the problems 2, 3 and 4 of the published prompt are not in %s; shown are %s",
-            folder, ", ".join(str(record["task_id"]) for record in first),
-        )  # fmt: skip
-        return first
-    raise WMTPError(f"{folder}: holds neither the problems 2, 3 and 4 nor a train split, to show in the prompt")
+    found: dict[str, MbppProblem] = {}
+    for file in sorted(folder.glob("*.jsonl")):  # other data may lie beside
+        for record in read_records([file]):
+            if not isinstance(record, BadExample) and record[1].keys() >= {"task_id", "text", "code", "test_list"}:
+                problem = mbpp_problem(*record)
+                found[problem.id] = problem
+    if all(name in found for name in _SHOTS):
+        return [found[name] for name in _SHOTS]
+    first = [mbpp_problem(*record) for record in islice(_records(MbppLoader("train").files(folder)), 3)]
+    logger.warning(
+        "mbpp: the problems 2, 3 and 4 of the published prompt are not in %s; shown are %s",
+        folder, ", ".join(problem.id for problem in first),
+    )  # fmt: skip
+    return first
 
 
-def _published(record: Mapping[str, Any], *, solved: bool) -> str:
-    tests = "\n".join(str(test) for test in record["test_list"])
-    text = f"You are an expert Python programmer, and here is your task: {record['text']} Your code should pass these tests:"
-    answer = f"{str(record['code']).replace(chr(13), '')}\n[DONE]\n\n" if solved else ""
+def _published(problem: MbppProblem, *, solved: bool) -> str:
+    tests = "\n".join(problem.tests)
+    text = f"You are an expert Python programmer, and here is your task: {problem.text} Your code should pass these tests:"
+    answer = f"{problem.code}\n[DONE]\n\n" if solved else ""
     return f"{text}\n\n{tests}\n[BEGIN]\n{answer}"
 
 

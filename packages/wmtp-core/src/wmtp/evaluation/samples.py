@@ -39,14 +39,16 @@ class SampleFile:
     Args:
         folder: made if it is not there.
         key: what decides a completion: the model's fingerprint, the settings, the seed. Kept in ``generations.json``.
+        prompts: the prompt of each problem, by its id. Each line keeps a hash of its own.
 
     Raises:
         ConfigError: the folder holds completions that were made otherwise; the message says what differs.
         WMTPError: it cannot be read or written.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, key: Mapping[str, Any], prompts: Mapping[str, str]) -> None:
         self.path = folder / "generations.jsonl"
+        self._prompts = {task: hashlib.sha256(prompt.encode()).hexdigest()[:16] for task, prompt in prompts.items()}
         self.samples: dict[tuple[str, int], str] = {}
         plain = json.loads(json.dumps(key))
         about = folder / "generations.json"
@@ -64,7 +66,10 @@ class SampleFile:
 
     def add(self, samples: Sequence[tuple[str, int, str]]) -> None:
         """Append completions: (problem, number, text)."""
-        lines = [{"task_id": task, "sample": number, "completion": text} for task, number, text in samples]
+        lines = [
+            {"task_id": task, "sample": number, "prompt": self._prompts[task], "completion": text}
+            for task, number, text in samples
+        ]
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
@@ -90,6 +95,9 @@ class SampleFile:
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 sample = json.loads(line)
-                self.samples[sample["task_id"], int(sample["sample"])] = str(sample["completion"])
+                task, prompt = sample["task_id"], sample["prompt"]
+                self.samples[task, int(sample["sample"])] = str(sample["completion"])
             except (ValueError, KeyError, TypeError) as error:
                 raise WMTPError(f"{self.path}:{number}: no completion ({error}); move the folder away") from None
+            if self._prompts.get(task, prompt) != prompt:
+                raise ConfigError(f"{self.path}:{number}: {task!r} has another prompt now; move the folder away")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wmtp.data.base import BadExample, Example
 from wmtp.data.fields import name_field, text_field, type_name
@@ -12,7 +12,7 @@ from wmtp.data.files import given_path
 from wmtp.data.loaders.records import RecordLoader
 from wmtp.data.splits import data_files
 
-__all__ = ["MbppLoader", "mbpp_prompt"]
+__all__ = ["MbppLoader", "MbppProblem", "mbpp_problem", "mbpp_prompt"]
 
 
 class MbppLoader(RecordLoader):
@@ -32,14 +32,32 @@ class MbppLoader(RecordLoader):
         return data_files(path) if path.is_file() and self._split == "train" else super().files(path)
 
     def _record(self, where: str, record: Mapping[str, Any], *, columns: bool) -> Iterator[Example]:
-        tests = record.get("test_list")
-        if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-            raise BadExample(where, f'"test_list" must be a list of strings, not {type_name(tests)}')
-        number = name_field(record, "task_id")
-        if not number:
-            raise BadExample(where, f'no "task_id"; the keys here are {", ".join(map(str, record)) or "none"}')
-        prompt = mbpp_prompt(text_field(where, record, "text"), tests)
-        yield Example(id=f"mbpp/{number}", prompt=prompt, completion=text_field(where, record, "code"), where=where)
+        found = mbpp_problem(where, record)
+        yield Example(id=found.id, prompt=mbpp_prompt(found.text, found.tests), completion=found.code, where=where)
+
+
+class MbppProblem(NamedTuple):
+    """Fields of a problem: its id, the task, a solution, and assertions."""
+
+    id: str
+    text: str
+    code: str
+    tests: list[str]
+
+
+def mbpp_problem(where: str, record: Mapping[str, Any]) -> MbppProblem:
+    """Read a record's fields.
+
+    Raises:
+        BadExample: one is missing, or of another type.
+    """
+    tests = record.get("test_list")
+    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+        raise BadExample(where, f'"test_list" must be a list of strings, not {type_name(tests)}')
+    number = name_field(record, "task_id")
+    if not number:
+        raise BadExample(where, f'no "task_id"; the keys here are {", ".join(map(str, record)) or "none"}')
+    return MbppProblem(f"mbpp/{number}", text_field(where, record, "text"), text_field(where, record, "code"), tests)
 
 
 def mbpp_prompt(text: str, tests: Sequence[str]) -> str:
