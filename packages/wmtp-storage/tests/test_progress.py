@@ -10,12 +10,17 @@ import subprocess
 import sys
 import termios
 import time
+from datetime import UTC, datetime
 
 import pytest
 
 from wmtp.actions import files as actions
 from wmtp.cli import main
 from wmtp.storage.base import Fetched
+from wmtp_storage.backend import StoredObject
+from wmtp_storage.listing import Listing
+from wmtp_storage.progress import Progress
+from wmtp_storage.work import Part
 
 KB = 2**10
 
@@ -75,6 +80,18 @@ def test_on_a_terminal_no_line_is_broken_in_two(words, columns):
     assert re.fullmatch(rf"\x1b\[{above}A", pictures[-1]), "nothing of it stays"
     assert re.match(r"\S+: 12 files, 1.2 MB, whole and verified", last.strip())
     assert ("of 12 files" in written) == (columns > 40)
+
+
+def test_an_empty_file_has_no_bar(tmp_path, monkeypatch, capsys):
+    """It is open for a moment, in the thread that verifies it."""
+    empty = StoredObject("a", "a", 0, '"etag"', datetime.now(UTC))
+    part = Part(empty, tmp_path / "a")
+    part.open()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = Progress("s3://bucket", Listing((empty,), is_folder=True), [part])
+    progress._draw()
+    part.close()
+    assert "0 B of 0 B (100 %)" in capsys.readouterr().err
 
 
 def test_in_a_log_there_are_plain_lines_and_one_object(words):

@@ -380,6 +380,10 @@ def test_an_image_without_digest_is_a_warning(wmtp, files, api):
     code, _, err = wmtp("launch", "--dry-run", *files)
     assert code == 0
     assert "warning: launcher.image: registry.example/wmtp:latest is named without a digest" in err
+    assert "write registry.example/wmtp@sha256:…" in err
+    edited(files, f"registry.example/wmtp@{DIGEST}", "registry.example:5000/wmtp")
+    _, _, err = wmtp("launch", "--dry-run", *files)
+    assert "write registry.example:5000/wmtp@sha256:…" in err
 
 
 def test_what_is_allowed_and_yet_unwise(wmtp, files):

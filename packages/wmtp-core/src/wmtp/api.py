@@ -104,14 +104,14 @@ def run(
 def _run(loaded: Loaded, resume: str | os.PathLike[str] | None, *, dry_run: bool) -> Result | Mapping[str, Any]:
     checked = loaded.config
     require_consent(checked.eval, code_execution_allowed())
+    launcher = built(checked.launcher, "launchers")
     if dry_run:
-        _check_push(checked)
         from wmtp.training.dry_run import dry_run as try_out
 
-        if isinstance(launcher := built(checked.launcher, "launchers"), Local):
+        _check_push(checked)
+        if isinstance(launcher, Local):
             launcher.count(checked)
         return try_out(with_uris(checked, pinned(loaded)))
-    launcher = built(checked.launcher, "launchers")
     if isinstance(launcher, Local):
         if (worker := Worker.of()) is not None:
             launcher.check_started()

@@ -51,11 +51,11 @@ def pick_device(name: Literal["auto", "cpu", "cuda", "mps"], local_rank: int | N
         raise ConfigError(f'devices.device: this machine has no {name} that torch can use; there is {there}, or write "auto"')
     if local_rank is None or name == "cpu":
         return torch.device(name)
-    available = count_devices(torch.device(name)) or 0
-    if local_rank >= available:
+    count = count_devices(torch.device(name)) or 0
+    if local_rank >= count:
         raise ConfigError(
             f"launcher.processes: process {local_rank} of this machine (from 0) has no {name} device of its own: there are "
-            f"{available}; start at most one process a device"
+            f"{count}; start at most one process a device"
         )
     device = torch.device(name, local_rank)
     if name == "cuda":

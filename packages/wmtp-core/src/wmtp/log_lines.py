@@ -89,10 +89,9 @@ def transformers_quiet() -> Iterator[None]:
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()
+    # its bar over a file's tensors is tqdm's own, which no setting of transformers turns off
     if gguf := sys.modules.get("transformers.modeling_gguf_pytorch_utils"):
-        gguf.__dict__["tqdm"] = (
-            theirs.tqdm
-        )  # its bar over a file's tensors is tqdm's own, which no setting of transformers turns off
+        gguf.__dict__["tqdm"] = theirs.tqdm
     try:
         yield
     finally:

@@ -89,7 +89,7 @@ class Progress:
         summary = self._summary()
         lines = [_cut_front(self._uri, columns - len(summary) - 2) + f": {summary}" if columns > len(summary) + 6 else summary]
         bar = 20 if columns >= 60 else 6
-        running = (part for part in self._parts if part.is_open)
+        running = (part for part in self._parts if part.is_open and part.stored.size)
         for part in itertools.islice(running, max(0, min(_SHOWN, (rows or 24) - 2))):
             size = part.stored.size
             done = size - sum(end - start for start, end in part.missing)

@@ -88,9 +88,6 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
 
         abort_uploads(questions(), uploads)
 
-    def checksum(stored: StoredObject, did_not_match: bool) -> StoreChecksum | None:
-        return questions().checksum(stored, did_not_match)
-
     def listing() -> S3Listing:
         from wmtp_storage.s3_listing import S3Listing
 
@@ -102,7 +99,7 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
         pages=lambda prefix: listing().pages(prefix),
         names=lambda prefix: listing().names(prefix),
         copy=lambda source, target: questions().copy(bucket, source, target),
-        checksum=checksum,
+        checksum=lambda stored, did_not_match: questions().checksum(stored, did_not_match),
         listed_checksum=partial(_listed_checksum, config),
         unfinished=unfinished,
         abort=abort,

@@ -131,9 +131,11 @@ class VesslJobs(RemoteLauncher):
         try:
             job = json.loads(_vesslctl("job", "show", run, "-o", "json"))
         except ValueError:
-            raise PlatformError(f"vesslctl job show {run} printed no JSON") from None
+            job = None
         except NotFoundError as error:
             raise ConfigError(f"VESSL Cloud has no job {run}: {error}") from None
+        if not isinstance(job, Mapping):
+            raise PlatformError(f"vesslctl job show {run} printed no JSON object")
         state, word = _state(job)
         return RunStatus(state=state, word=word)
 

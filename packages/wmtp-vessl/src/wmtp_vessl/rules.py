@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
@@ -69,7 +70,7 @@ def warnings(config: Config, launcher: VesslLauncher) -> Iterator[str]:
     if launcher.digest is None:
         yield (
             f"launcher.image: {launcher.image} is named without a digest: it may be another image tomorrow; write"
-            f" {launcher.image.rpartition(':')[0] or launcher.image}@sha256:…"
+            f" {re.sub(r':[^/:]*$', '', launcher.image)}@sha256:…"
         )
     for target, source in launcher.mounts.items():
         if str(source).startswith("volume://") or (not isinstance(source, str) and "volume" in source):

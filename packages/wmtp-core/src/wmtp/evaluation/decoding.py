@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from wmtp.evaluation.config import InferenceSpeed, Speculative
 
 __all__ = ["InferenceSpeedEvaluator", "SpeculativeEvaluator", "prompts_of"]
+
+_Result = TypeVar("_Result")
 
 
 class SpeculativeEvaluator(Evaluator):
@@ -64,14 +66,14 @@ class SpeculativeEvaluator(Evaluator):
         plain_rows: list[Generation] = []
         rows: list[Generation] = []
         for batch in batches:
-            plain, took = timed(measured, lambda batch=batch: decode(batch, False))
+            plain, took = _timed(measured, lambda batch=batch: decode(batch, False))
             plain_rows += plain
             plain_seconds.append(took)
-            drafted, took = timed(measured, lambda batch=batch: decode(batch, True))
+            drafted, took = _timed(measured, lambda batch=batch: decode(batch, True))
             rows += drafted
             seconds.append(took)
             if sampling.greedy:
-                their_seconds.append(timed(measured, lambda batch=batch: _theirs(measured, batch, config.max_new_tokens))[1])
+                their_seconds.append(_timed(measured, lambda batch=batch: _theirs(measured, batch, config.max_new_tokens))[1])
         by_prompt = Bootstrap(len(rows), "prompts", measured.seed)
         by_batch = Bootstrap(len(batches), f"batches of {config.batch_size}", measured.seed)
         results = {}
@@ -112,9 +114,8 @@ class InferenceSpeedEvaluator(Evaluator):
         longest = model.max_positions
         if longest is not None and config.prompt_length + config.new_tokens > longest:
             raise ConfigError(
-                f"eval: inference-speed: prompt_length + new_tokens = {config.prompt_length + config.new_tokens}, and the "
-                f"model "
-                f"has {longest} positions; write less"
+                f"eval: inference-speed: prompt_length + new_tokens = {config.prompt_length + config.new_tokens}, and the model"
+                f" has {longest} positions; write less"
             )
         ids = (torch.arange(config.batch_size * config.prompt_length) * 7919 + measured.seed).remainder(
             measured.tokenizer.vocab_size
@@ -146,7 +147,7 @@ class InferenceSpeedEvaluator(Evaluator):
         }
 
 
-def timed(measured: Measured, action: Callable[[], list[Generation]]) -> tuple[list[Generation], float]:
+def _timed(measured: Measured, action: Callable[[], _Result]) -> tuple[_Result, float]:
     """Run ``action``, and time it until the device is done."""
     wait = torch.cuda.synchronize if measured.device.type == "cuda" else lambda: None
     wait()
@@ -193,7 +194,7 @@ def _prompts(measured: Measured) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def _theirs(measured: Measured, prompts: Sequence[list[int]], new_tokens: int) -> list[Generation]:
+def _theirs(measured: Measured, prompts: Sequence[list[int]], new_tokens: int) -> None:
     """Generate the same with transformers, to compare its time."""
     eos, longest = measured.tokenizer.eos_id, max(map(len, prompts))
     ends = end_ids(measured.model.base, measured.tokenizer)
@@ -202,7 +203,6 @@ def _theirs(measured: Measured, prompts: Sequence[list[int]], new_tokens: int) -
     settings = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": ends, "pad_token_id": eos}
     with measured.autocast():
         measured.model.base.generate(ids, attention_mask=mask, **settings)  # type: ignore[operator]
-    return []
 
 
 def _peak_memory(device: torch.device) -> float:
