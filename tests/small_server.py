@@ -1,14 +1,16 @@
-"""Web servers of this process, for tests: they answer at once, and end at once."""
+"""Web servers of this process, for tests, which answer at once and end at once; and ports for servers of other processes."""
 
 from __future__ import annotations
 
 import contextlib
+import random
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-__all__ = ["Answers", "Server", "serving"]
+__all__ = ["Answers", "Server", "free_port", "serving"]
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -41,3 +43,15 @@ def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[Threadin
     finally:
         server.shutdown()
         server.server_close()
+
+
+def free_port() -> int:
+    """Return a port for a server that starts later.
+
+    It is none of those that the system hands out by itself: a connection of another test cannot take it meanwhile.
+    """
+    draw = random.SystemRandom()  # other workers draw too
+    while True:
+        port = draw.randrange(12_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from crossings import sampled
+from small_server import free_port
 
 HERE = Path(__file__).parent
 TWO = ("--set", "launcher.processes=2")
@@ -145,13 +145,10 @@ def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(reci
 
 
 def test_ranks_with_another_config_are_named(recipe, preloaded, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     variables = os.environ | {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "GLOO_SOCKET_IFNAME": "lo",
     }
     processes = [

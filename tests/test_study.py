@@ -68,13 +68,12 @@ def test_ctrl_c_inside_a_run_is_resumed_to_the_same_numbers(recipe, tmp_path):
     process = subprocess.Popen(
         command("study", "study.toml"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
     runs = tmp_path / "studies/small/runs"
     while not any(len(path.read_text().splitlines()) > 20 for path in runs.glob("baseline-*/metrics.jsonl")):
-        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
     baseline = next(runs.glob("baseline-*"))
     assert json.loads((baseline / "run.json").read_text())["status"] == "interrupted"

@@ -54,7 +54,7 @@ def site(preloaded, tmp_path):
 
         def wmtp(self, *arguments, **environment):
             env = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
-            return preloaded.run(*arguments, code=COMMAND, env=env, cwd=tmp_path, timeout=60)
+            return preloaded.run(*arguments, code=COMMAND, env=env, cwd=tmp_path, timeout=300)
 
         def plugins(self, **environment):
             done = self.wmtp("plugins", "--json", **environment)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from small_server import Answers, serving
+from small_server import Answers, free_port, serving
 
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.tracking import RunInfo
@@ -311,9 +311,7 @@ class Server:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self):
@@ -323,7 +321,7 @@ class Server:
         log = (self.folder / "log").open("ab")
         self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         log.close()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=1):

@@ -72,7 +72,7 @@ def test_list_verify_prune(bucket, s3, cache, wmtp, faulty, tmp_path):
     proxy = faulty((), on_get=lambda number: number == 5 and running[0].kill())
     code = USER.replace("S3Storage()", f"S3Storage(endpoint={proxy.endpoint!r}, chunk_size=1/64, max_connections=1)")
     running.append(subprocess.Popen([sys.executable, "-c", code, f"s3://{bucket}/half", str(cache)]))
-    running[0].wait(timeout=60)
+    running[0].wait(timeout=300)
     assert user.stdout.readline() == "in use\n"
     try:
         code, lines, _ = wmtp("list")
@@ -107,7 +107,7 @@ def test_list_verify_prune(bucket, s3, cache, wmtp, faulty, tmp_path):
         assert busy(cache).stat().st_size == 100 * KB
         assert wmtp("prune", "--max-size", "0")[1][0].endswith("left: more than --max-size, for running processes use it")
     finally:
-        user.communicate(timeout=60)
+        user.communicate(timeout=300)
     assert wmtp("prune", "--max-size=0")[1] == [f"{cache}: 1 entry removed, 0 B left"]
     assert list(cache.iterdir()) == []
 

@@ -54,7 +54,7 @@ def killed_at(faulty, number, path, uri):
     proxy._choose = kill
     sets = ("--set", f"storage.s3.endpoint={proxy.endpoint}", "--set", "storage.s3.region=us-east-1")
     running.append(subprocess.Popen([sys.executable, "-m", "wmtp", "push", str(path), uri, *sets], stderr=subprocess.PIPE))
-    _, said = running[0].communicate(timeout=120)
+    _, said = running[0].communicate(timeout=300)
     assert running[0].returncode in (0, -signal.SIGKILL), said
     return proxy, running[0].returncode != 0
 
@@ -96,7 +96,7 @@ def test_two_pushes_to_one_place_come_one_after_the_other(faulty, s3, bucket, fo
     sets = ("--set", f"storage.s3.endpoint={proxy.endpoint}", "--set", "storage.s3.region=us-east-1")
     command = [sys.executable, "-m", "wmtp", "push", str(folder), uri, *sets]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [each.communicate(timeout=120)[1] for each in both]
+    said = [each.communicate(timeout=300)[1] for each in both]
     assert [each.returncode for each in both] == [0, 0], said
     stagings = [
         path.partition("?")[0].split("/")[2] for method, path in proxy.requests if ".partial-" in path and method == "PUT"

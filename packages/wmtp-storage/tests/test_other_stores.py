@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from urllib.parse import quote
 
 import pytest
+from small_server import free_port
 
 from wmtp.errors import WMTPError
 from wmtp.storage.manifest import MANIFEST, Manifest
@@ -33,8 +34,7 @@ def start(program, *words):
     found = shutil.which(program)
     if found is None:
         pytest.skip(f"{program} is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [found, *(word.replace("PORT", str(port)) for word in words)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(600):

@@ -58,7 +58,7 @@ def on_terminal(words, columns):
             break
         written += data
     os.close(ours)
-    assert process.wait(timeout=60) == 0, written
+    assert process.wait(timeout=300) == 0, written
     return written.decode()
 
 
@@ -95,7 +95,7 @@ def test_an_empty_file_has_no_bar(tmp_path, monkeypatch, capsys):
 
 
 def test_in_a_log_there_are_plain_lines_and_one_object(words):
-    done = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stderr + done.stdout
     answer = json.loads(done.stdout)

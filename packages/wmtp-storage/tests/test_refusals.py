@@ -109,12 +109,12 @@ def test_checksums_that_may_not_be_asked_for(s3, refusing, tmp_path):
 def test_what_is_busy_is_asked_again_for_a_time(refusing, model, tmp_path, status, code):
     """Each request is tried again for ``retry_timeout``; what comes back in time is not even mentioned."""
     proxy = refusing(status, code, "wait", after=6, most=2)
-    assert storage(proxy, retry_timeout=10, max_connections=1).fetch(model, tmp_path / "out").files == 2
+    assert storage(proxy, retry_timeout=300, max_connections=1).fetch(model, tmp_path / "out").files == 2
     assert proxy.refused == 2
     proxy = refusing(status, code, "wait")
     with pytest.raises(WMTPError, match=rf"m could not be read: HTTP status {status}"):
         storage(proxy, retry_timeout=0.3).exists(model)
-    assert 4 <= len(proxy.requests) < 60, "the HEAD, and the question why it failed"
+    assert 2 <= len(proxy.requests) < 60, "the HEAD, and the question why it failed"
     proxy = refusing(status, code, "wait", after=4)
     with pytest.raises(WMTPError, match=rf"could not be read: .*{code}: wait; given up after \d+ tries in .*run it again"):
         storage(proxy, retry_timeout=0.3, max_connections=1).fetch(model, tmp_path / "other")
@@ -122,6 +122,6 @@ def test_what_is_busy_is_asked_again_for_a_time(refusing, model, tmp_path, statu
 
 def test_so_long_and_no_longer(refusing, model, tmp_path):
     proxy = refusing(503, "SlowDown", "wait", after=4)
-    with pytest.raises(WMTPError, match=r"given up after \d tries"):
+    with pytest.raises(WMTPError, match=r"given up after \d+ tries"):
         storage(proxy, retry_timeout=0.3, max_connections=1).fetch(model, tmp_path / "out")
-    assert 1 < proxy.refused < 20
+    assert 0 < proxy.refused < 20

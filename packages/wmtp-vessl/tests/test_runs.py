@@ -162,7 +162,7 @@ def test_ctrl_c_ends_following_quietly(files, api, run):
     api.logs[run] = [(1.0, "hello")]
     assert process.stdout.readline() == "hello\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err == "error: interrupted\n"
     assert api.runs[run]["status"] == "queued"  # only the watching ended
