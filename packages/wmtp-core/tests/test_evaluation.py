@@ -12,23 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from wmtp.config.load import load_config
 from wmtp.config.schema import HeadsConfig
 from wmtp.data.batch import PADDING, Batch, Document
 from wmtp.distributed.failures import Failure
 from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError, PluginError
-from wmtp.evaluation import Estimate, Evaluator, Measured
+from wmtp.evaluation import Estimate, Evaluator, Measured, command
 from wmtp.evaluation.bootstrap import Bootstrap
 from wmtp.evaluation.config import InferenceSpeed, PassAtK, Perplexity, Speculative, TokenAccuracy
 from wmtp.evaluation.consent import require_consent
 from wmtp.evaluation.measure import measure
 from wmtp.evaluation.tokens import by_bucket
 from wmtp.models.mtp import MTPModel
-from wmtp.plugins.contract import EvaluatorConfig
+from wmtp.plugins.contract import EvaluatorConfig, TrackerConfig
 from wmtp.tokenizers.bytes import BytesTokenizer
+from wmtp.tracking import RunInfo, Tracker
 
 LLAMA = {
     "vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -262,3 +264,39 @@ def test_code_needs_the_users_word(model: MTPModel) -> None:
     require_consent([PassAtK()], allowed=True)
     with pytest.raises(ConfigError, match="allow-code-execution"):
         PassAtK().build().evaluate(_measured(model))
+
+
+class Noted(Tracker):
+    """Keeps what it is told."""
+
+    def __init__(self, told: list[Any]) -> None:
+        self.told = told
+
+    def start(self, run: RunInfo) -> None:
+        self.told.append((run.resumed_step, dict(run.logged)))
+
+    def log(self, step: int, metrics: Any) -> None:
+        self.told.append((step, dict(metrics)))
+
+    def finish(self, status: str, model: Path | None) -> None: ...
+
+
+def test_a_killed_runs_evaluation_is_tracked_at_its_last_whole_step(tmp_path: Path) -> None:
+    """Else TensorBoard would hide all of its curve."""
+    told: list[Any] = []
+
+    @frozen(kw_only=True)
+    class NotedTracker(TrackerConfig):
+        type = "noted"
+
+        def build(self) -> Tracker:
+            return Noted(told)
+
+    recipe = {
+        "models": {"base": {"type": "scratch", "vocab_size": 258}}, "tokenizer": {"type": "bytes"},
+        "datasets": {"code": {"type": "python-source"}}, "trainer": {"type": "baseline-mtp"},
+    }  # fmt: skip
+    config = evolve(load_config(recipe), tracker=NotedTracker())
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "lo')
+    command._track(config, tmp_path, tmp_path, {"perplexity/head_1": 2.0})
+    assert told == [(10, {"loss": 10}), (10, {"perplexity/head_1": 2.0})]

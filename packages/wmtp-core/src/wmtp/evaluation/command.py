@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from wmtp.evaluation.base import Measured
 from wmtp.evaluation.consent import require_consent
 from wmtp.evaluation.measure import measure
 from wmtp.evaluation.unread import unread_problems
-from wmtp.json_files import DAMAGE
 from wmtp.models.acceleration import accelerate
 from wmtp.models.opening import OpenedModel, find_model, open_model, saved_precision
 from wmtp.plugins import load_plugins
@@ -173,31 +171,21 @@ def _track(config: Config, folder: Path, run_dir: Path | None, numbers: Mapping[
     In the run's own record, at its last step, or in one for this model.
     """
     place = run_dir or folder
-    step = last_step(place / "metrics.jsonl")
+    logged = last_steps(place / "metrics.jsonl")
+    step = max(logged.values(), default=None)
     tracker = built(config.tracker, "trackers")
-    tags = {"wmtp.evaluation": "true"}
-    backends = build_backends(config.storage)
     tracker.start(
         RunInfo(
             name=place.name,
             run_dir=place,
-            tags=tags,
+            tags={"wmtp.evaluation": "true"},
             params=flatten(config),
             resumed_step=step,
-            logged=last_steps(place / "metrics.jsonl") if step is not None else {},
-            backends=backends,
+            logged=logged,
+            backends=build_backends(config.storage),
         )
     )
     try:
         tracker.log(step or 0, numbers)
     finally:
         tracker.finish("finished", None)
-
-
-def last_step(metrics: Path) -> int | None:
-    """Read the last step of a run's ``metrics.jsonl``; None without one."""
-    try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        return int(json.loads(lines[-1])["step"])
-    except (OSError, *DAMAGE):
-        return None
