@@ -6,6 +6,7 @@ import pytest
 from chat_tokenizers import CHATML, MARKED_SHORT, TEMPLATES, THINKING, TOOLS, chat_tokenizer, learned_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prepared import prepare_file, write_lines
 
 from wmtp.data.base import BadExample, Example, Span
 from wmtp.data.config import Chat, Jsonl
@@ -283,3 +284,15 @@ def test_a_cut_completion_has_no_end_token(tmp_path):
     whole, cut = (Renderer(tokenizer)(each) for each in Jsonl(uri="").build().examples(file))
     assert list(whole.tokens) == [*cut.tokens, tokenizer.eos_id]
     assert [segment.length for segment in cut.segments] == [1, 1, 2]
+
+
+def test_a_completion_that_was_cut_before_its_first_token_is_left_out(tmp_path):
+    class WithoutBegin(BytesTokenizer):
+        bos_id = None
+
+    empty = {"prompt": "", "completion": "", "finish": "length"}
+    file = write_lines(tmp_path / "a.jsonl", [empty, {"prompt": "a", "completion": "bc"}, empty])
+    for number, tokenizer in enumerate((BytesTokenizer(), WithoutBegin())):
+        for overlong in ("truncate", "split"):
+            dataset = prepare_file(tmp_path / str(number), file, tokenizer, overlong=overlong).train
+            assert [dataset.document(piece).document.index for piece in range(len(dataset))] == [1]

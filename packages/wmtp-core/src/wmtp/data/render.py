@@ -164,7 +164,7 @@ class Renderer:
             counts[-1] += 1
         if weights is not None:
             weights = [*weights, end_weight][: len(tokens)]
-        if bos is not None and tokens[0] == bos:
+        if bos is not None and tokens and tokens[0] == bos:
             self._note_own("begin", bos, example)
         elif bos is not None:
             tokens.insert(0, bos)
