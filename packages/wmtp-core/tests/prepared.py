@@ -7,6 +7,7 @@ import attrs
 from wmtp.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainDataConfig
 from wmtp.data.config import Jsonl
 from wmtp.data.prepare import prepare_data
+from wmtp.data.tokenized import CONTEXT, LEARNED, NEVER, Segment, TokenizedExample
 from wmtp.plugins.contract import ModelLoaderConfig, TrainerConfig
 from wmtp.tokenizers.bytes import BytesTokenizer
 
@@ -33,6 +34,12 @@ class CountingTokenizer(BytesTokenizer):
     def encode(self, text):
         self.calls += 1
         return super().encode(text)
+
+
+def tokenized_pair(tokens, *, begin, prompt, weights=None):
+    """A document of ``begin`` begin tokens, ``prompt`` tokens of a prompt, and a completion."""
+    parts = (Segment(begin, NEVER), Segment(prompt, CONTEXT), Segment(len(tokens) - begin - prompt, LEARNED))
+    return TokenizedExample(tokens=tokens, segments=[part for part in parts if part.length], weights=weights)
 
 
 def write_lines(path, records):

@@ -10,16 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared import tokenized_pair
 
 from wmtp.config.schema import DataConfig, EvalDataConfig, TrainDataConfig
 from wmtp.data.base import Example
 from wmtp.data.batch import PADDING, Batch, align_targets
-from wmtp.data.batches import StepBatches, eval_batches
+from wmtp.data.batches import EvalBatches, StepBatches
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.packing import best_fit, in_order
 from wmtp.data.store import STORE_INFO, TokenStore
 from wmtp.data.store_writer import StoreWriter
-from wmtp.data.tokenized import CONTEXT, LEARNED, TokenizedExample
+from wmtp.data.tokenized import CONTEXT, LEARNED
 from wmtp.errors import WMTPError
 
 EOS, BOS, FIRST = 0, 1, 2
@@ -36,7 +37,7 @@ def make_dataset(folder, documents, *, bos=True, weights=False, vocab_size=1 << 
         own = [float(t) for t in tokens] if weights and number % 2 else None
         writer.add(
             Example(id=f"d{number}", group=f"g{number // 2}"),
-            TokenizedExample.pair(tokens, begin=bos, prompt=prompt, weights=own),
+            tokenized_pair(tokens, begin=bos, prompt=prompt, weights=own),
         )
     writer.close([], 0)
     given_options = {"max_length": 16, "overlong": "truncate", "learn_prompt": False, "pad_id": EOS}
@@ -324,10 +325,10 @@ def test_without_weights_a_batch_has_none(tmp_path):
 def test_evaluation_sees_every_document_once_and_in_order(tmp_path, packing):
     dataset = make_dataset(tmp_path, [(1, 2 + n * 7 % 11) for n in range(31)])
     train = TrainDataConfig(max_length=16, batch_size=8, micro_batch_size=3, packing=packing)
-    batches = eval_batches(dataset, DataConfig(train=train, eval=EvalDataConfig(sources=("a",))))
+    batches = EvalBatches(dataset, DataConfig(train=train, eval=EvalDataConfig(sources=("a",))))
     assert [document.index for batch in batches for document, *_ in pieces_of(batch)] == list(range(31))
     assert [len(batch.input_ids) for batch in batches][:-1] == [3] * (len(batches) - 1)
-    few = eval_batches(dataset, DataConfig(train=train, eval=EvalDataConfig(sources=("a",), batch_size=5, max_batches=2)))
+    few = EvalBatches(dataset, DataConfig(train=train, eval=EvalDataConfig(sources=("a",), batch_size=5, max_batches=2)))
     assert len(few) == 2
     assert [len(batch.input_ids) for batch in few] == [5, 5]
     assert few[-1].input_ids.tolist() == few[1].input_ids.tolist()
@@ -339,14 +340,14 @@ def test_evaluation_sees_every_document_once_and_in_order(tmp_path, packing):
 def test_the_size_of_micro_batches_does_not_decide_what_is_measured(tmp_path, micro):
     dataset = make_dataset(tmp_path, [(1, 6)] * 31)
     train = TrainDataConfig(max_length=16, batch_size=8, micro_batch_size=micro, packing=False)
-    batches = eval_batches(dataset, DataConfig(train=train, eval=EvalDataConfig(sources=("a",), max_batches=2)))
+    batches = EvalBatches(dataset, DataConfig(train=train, eval=EvalDataConfig(sources=("a",), max_batches=2)))
     assert [document.index for batch in batches for document, *_ in pieces_of(batch)] == list(range(16))
     assert max(len(batch.input_ids) for batch in batches) == min(micro or 8, 16)
 
 
 def test_large_vocabularies_keep_their_ids(tmp_path):
     writer = StoreWriter(tmp_path, 200_000)
-    writer.add(Example(id="a"), TokenizedExample.pair([150_000, 199_999, 65_536, EOS], begin=0, prompt=0))
+    writer.add(Example(id="a"), tokenized_pair([150_000, 199_999, 65_536, EOS], begin=0, prompt=0))
     writer.close([], 0)
     options = {"max_length": 8, "overlong": "truncate", "learn_prompt": False, "pad_id": EOS}
     dataset = TokenDataset([TokenStore(tmp_path, "key")], **options)

@@ -115,7 +115,7 @@ NOISE = [{"text": random.Random(0).randbytes(10_000).hex()}]
         ("a.parquet", b"PAR1 no", "a.parquet: not a readable Parquet file"),
         ("a.csv", b"", "a.csv: is empty; its first line must name the columns"),
         ("a.csv", b"a,b,a\n", "a.csv:1: names the column 'a' twice"),
-        ("a.csv", b"prompt;completion\n", r"a.csv:1: has one column, .*divided by ';'; write commas"),
+        ("a.csv", b"prompt;completion\n", r"a.csv:1: has one column, .*separated by ';'; write commas"),
         ("a.csv", b'text\n"a\n\nb\n', "a.csv:2: not valid CSV from here on: "),
         ("a.arrow", b"ARROW1 no", "a.arrow: not a readable Arrow file"),
         ("a.txt", b"", "a.txt: not a data file; expected .jsonl, .json, .parquet.*plain text is read by type = 'text'"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared import tokenized_pair
 
 from wmtp.config.schema import TrainDataConfig
 from wmtp.data.base import Example
@@ -16,7 +17,6 @@ from wmtp.data.batches import StepBatches
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.store import TokenStore
 from wmtp.data.store_writer import StoreWriter
-from wmtp.data.tokenized import TokenizedExample
 from wmtp.errors import ConfigError
 
 layouts = st.fixed_dictionaries(
@@ -28,7 +28,7 @@ def make_dataset(folder, lengths, **labels):
     writer = StoreWriter(folder, 1 << 16)
     for number, length in enumerate(lengths):
         own = {name: values[number] for name, values in labels.items()}
-        writer.add(Example(id=f"d{number}", **own), TokenizedExample.pair(list(range(length)), begin=0, prompt=1))
+        writer.add(Example(id=f"d{number}", **own), tokenized_pair(list(range(length)), begin=0, prompt=1))
     writer.close([], 0)
     options = {"overlong": "truncate", "learn_prompt": False, "pad_id": 0, "max_length": 24}
     return TokenDataset([TokenStore(folder, "key")], names=["mine"], **options)

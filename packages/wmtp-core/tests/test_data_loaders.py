@@ -22,7 +22,7 @@ from wmtp.errors import WMTPError
         (b"[1, 2]", "not a JSON object but a list"),
         (b"null", "not a JSON object but null"),
         (b'{"text": "\xff"}', "not valid UTF-8 (byte 11 of the line)"),
-        (b'{"text": "\\udc80"}', "half of a surrogate pair"),
+        (b'{"text": "\\udc80"}', "holds an unpaired surrogate"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"n": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"{}", 'no "prompt"; needs "prompt" and "completion", or "text"; the keys here are none'),

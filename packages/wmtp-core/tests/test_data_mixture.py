@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from prepared import tokenized_pair
 
 from wmtp.config.load import load
 from wmtp.config.rules import check_loaded
@@ -13,7 +14,6 @@ from wmtp.data.batches import StepBatches
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.store import TokenStore
 from wmtp.data.store_writer import StoreWriter
-from wmtp.data.tokenized import TokenizedExample
 from wmtp.errors import ConfigError
 
 SHARES = {"a": 7.0, "b": 3.0}
@@ -27,7 +27,7 @@ def make_dataset(folder, lengths):
         writer = StoreWriter(folder / name, 1 << 16)
         for number, length in enumerate(own):
             example = Example(id=f"{name}{number}")
-            writer.add(example, TokenizedExample.pair(list(range(1, length + 1)), begin=0, prompt=1))
+            writer.add(example, tokenized_pair(list(range(1, length + 1)), begin=0, prompt=1))
         writer.close([], 0)
         stores.append(TokenStore(folder / name, name))
     options = {"overlong": "truncate", "learn_prompt": False, "pad_id": 0, "max_length": 32}

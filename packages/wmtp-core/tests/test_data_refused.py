@@ -74,7 +74,7 @@ def test_data_with_nothing_to_learn_is_an_error(tmp_path, records, options, mess
 def test_text_that_is_no_unicode_is_a_bad_example(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n{"text": "half \\ud800"}\n')
-    with pytest.raises(WMTPError, match=r"a.jsonl:2: half of a surrogate pair"):
+    with pytest.raises(WMTPError, match=r"a.jsonl:2: holds an unpaired surrogate"):
         prepare_file(tmp_path, path)
 
 

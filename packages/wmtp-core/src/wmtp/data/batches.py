@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Final, overload
+from typing import overload
 
 import numpy as np
 import torch
@@ -17,13 +17,10 @@ from wmtp.data.batch import PADDING, Batch
 from wmtp.data.dataset import TokenDataset
 from wmtp.data.groups import GroupBatches
 from wmtp.data.mixture import Mixture
-from wmtp.data.packing import Rows, best_fit, in_order, one_each
+from wmtp.data.packing import Rows, best_fit, in_order, one_each, sorted_in_windows
 from wmtp.errors import ConfigError, WMTPError
 
-__all__ = ["EvalBatches", "StepBatches", "eval_batches"]
-
-#: batches of padded rows that are sorted by length together
-_WINDOW: Final = 64
+__all__ = ["EvalBatches", "StepBatches"]
 
 
 @frozen(kw_only=True, eq=False)
@@ -175,11 +172,7 @@ def _rounded(length: int, max_length: int) -> int:
 def _batches_of_like_length(
     lengths: NDArray[np.int64], order: NDArray[np.int64], batch_size: int, random: np.random.Generator
 ) -> NDArray[np.int64]:
-    order = order.copy()
-    window = batch_size * _WINDOW
-    for start in range(0, len(order), window):
-        part = order[start : start + window]
-        order[start : start + window] = part[np.argsort(lengths[part], kind="stable")]
+    order = sorted_in_windows(order, lengths, batch_size)
     full = len(order) // batch_size * batch_size  # only the last batch of an epoch may be smaller
     batches = order[:full].reshape(-1, batch_size)
     return np.concatenate([batches[random.permutation(len(batches))].ravel(), order[full:]])
@@ -266,8 +259,3 @@ class EvalBatches(Sequence[Batch]):
         first = index % self._count * self._size
         size = min(self._size, self._measured - first)
         return _collate(self._dataset, self._rows, first, size, self._row_length, self._max_length)
-
-
-def eval_batches(dataset: TokenDataset, config: DataConfig) -> Sequence[Batch]:
-    """Make the batches of an evaluation; see `EvalBatches`."""
-    return EvalBatches(dataset, config)

@@ -12,6 +12,7 @@ from wmtp.data.base import ExampleLoader
 from wmtp.data.loaders.chat import FORMATS, KEYS, Format
 from wmtp.data.loaders.code_contests import LANGUAGES
 from wmtp.data.loaders.jsonl import FIELDS
+from wmtp.data.loaders.text import DEFAULT_PATTERN
 from wmtp.data.mutations import KINDS, Kind
 from wmtp.plugins.built import built
 from wmtp.plugins.components import component
@@ -210,7 +211,7 @@ class TextFiles(DataLoaderConfig):
     type = "text"
     uri: str
     split: str | None = field(default=None, validator=optional(min_len(1)))
-    pattern: str = "*.txt"
+    pattern: str = DEFAULT_PATTERN
     document_separator: str | None = field(default=None, validator=optional(min_len(1)))
 
     def build(self) -> ExampleLoader:

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 from attrs import define, frozen
 
 from wmtp.data.base import BadExample, Example
-from wmtp.data.messages import check_messages
+from wmtp.data.messages import check_messages, common_length
 from wmtp.data.notes import Notes
 from wmtp.data.tokenized import CONTEXT, LEARNED, NEVER
 from wmtp.errors import ConfigError
@@ -179,25 +179,17 @@ def _before(example: Example, template: ChatTemplate, text: str, number: int, no
         return len(prompt)
     # what the template writes before an answer, whatever the answer is
     variants = [template.render([*messages[:number], {"role": "assistant", "content": c}], tools) for c in ("0", "1")]
-    header = _common(*variants)
+    header = variants[0][: common_length(*variants)]
     if not text.startswith(header):
         return None
     if number:
-        common = _common(prompt, header)
+        asked = prompt[common_length(prompt, header) :]
         notes.add(
-            f"the chat template begins an answer with {prompt[len(common) :]!r:.{_SHOWN}} when it asks the model for one, and "
+            f"the chat template begins an answer with {asked!r:.{_SHOWN}} when it asks the model for one, and "
             f"does not write that before a recorded one: the model is asked otherwise than it learns",
             example.place,
         )
     return len(header)
-
-
-def _common(first: str, second: str) -> str:
-    """Find the common beginning of two texts."""
-    for place, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return first[:place]
-    return min(first, second, key=len)
 
 
 def _stop(example: Example, template: ChatTemplate, text: str, number: int, control_tokens: frozenset[str]) -> int | None:
@@ -255,7 +247,7 @@ def _without_end(text: str, turns: Sequence[_Turn], last: int, control_tokens: f
 def _rewrites(example: Example, template: ChatTemplate, text: str, number: int) -> ConfigError:
     messages, tools = example.messages or (), example.tools
     alone = template.render(messages[: number + 1], tools)
-    common = len(_common(alone, text))
+    common = common_length(alone, text)
     return ConfigError(
         f"data.train.learn: {example.place}: the chat template writes message {number + 1} (assistant) otherwise once another "
         f"follows ({alone[common:]!r:.{_SHOWN}} becomes {text[common:]!r:.{_SHOWN}}), as reasoning models do, so that not all "

@@ -190,6 +190,11 @@ class TokenDataset:
     def _source(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._first_index, index, side="right") - 1
 
+    def _located(self, index: int) -> tuple[int, int]:
+        """Return a document's source, and its number there."""
+        source = int(np.searchsorted(self._first_index, index, side="right")) - 1
+        return source, index - int(self._first_index[source])
+
     def __len__(self) -> int:
         return len(self._pieces.index)
 
@@ -277,8 +282,8 @@ class TokenDataset:
         """Return the piece with this number, from 0 to ``len(self) − 1``."""
         pieces = self._pieces
         index, start, stop = int(pieces.index[number]), int(pieces.start[number]), int(pieces.stop[number])
-        source = int(np.searchsorted(self._first_index, index, side="right")) - 1
-        store, local = self._stores[source], index - int(self._first_index[source])
+        source, local = self._located(index)
+        store = self._stores[source]
         origin = int(store.starts[local])
         weight = None
         if self.has_weights:
@@ -307,15 +312,13 @@ class TokenDataset:
 
     def number_of(self, document: Document) -> int:
         """Find the piece's number from what `document` returned."""
-        number = int(np.searchsorted(self.indices, document.index))
-        while self.starts[number] != document.start:  # the pieces of a split document follow each other
-            number += 1
-        return number
+        first, last = (int(np.searchsorted(self.indices, document.index, side)) for side in ("left", "right"))
+        return first + int(np.searchsorted(self.starts[first:last], document.start))  # pieces are in order
 
     def place(self, index: int) -> str:
         """Name the file and line of a document by its number."""
-        source = int(np.searchsorted(self._first_index, index, side="right")) - 1
-        return self._stores[source].place(index - int(self._first_index[source]))
+        source, local = self._located(index)
+        return self._stores[source].place(local)
 
     def group_hashes(self) -> Sequence[NDArray[np.uint64]]:
         """For each source a hash of the group of each document."""

@@ -15,6 +15,7 @@ __all__ = [
     "bool_field",
     "finite_number",
     "is_cut",
+    "keys_of",
     "name_field",
     "number_field",
     "text_field",
@@ -62,6 +63,11 @@ def type_name(value: Any) -> str:
     return _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
+def keys_of(record: Mapping[str, Any]) -> str:
+    """Name the keys of a record, for an error message."""
+    return f"the keys here are {', '.join(map(str, record)) or 'none'}"
+
+
 def text_field(where: str, record: Mapping[str, Any], key: str) -> str:
     r"""Return the string under ``key``, with ``\n`` at every line's end.
 
@@ -69,7 +75,7 @@ def text_field(where: str, record: Mapping[str, Any], key: str) -> str:
         BadExample: it is missing or no string.
     """
     if key not in record:
-        raise BadExample(where, f'no "{key}"; the keys here are {", ".join(sorted(map(str, record))) or "none"}')
+        raise BadExample(where, f'no "{key}"; {keys_of(record)}')
     value = record[key]
     if not isinstance(value, str):
         raise BadExample(where, f'"{key}" must be a string, not {type_name(value)}')

@@ -223,5 +223,5 @@ def _record(where: str, value: Any, *, escapes: bool) -> Record | BadExample:
         if escapes:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        return BadExample(where, "half of a surrogate pair (\\ud800 to \\udfff) stands alone, which no text can hold")
+        return BadExample(where, "holds an unpaired surrogate (\\ud800 to \\udfff), which is no character")
     return where, value

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from wmtp.data.packing import Numbers, Rows, best_fit, joined, one_each
+from wmtp.data.packing import Numbers, Rows, best_fit, joined, one_each, sorted_in_windows
 from wmtp.errors import ConfigError
 
 __all__ = ["GroupBatches"]
@@ -54,7 +54,8 @@ class GroupBatches:
                 f"{int(self._sizes.max())} rows; write at least that many"
             )
         self._pattern = best_fit(self._sizes, batch_size)
-        self._window = 0 if packing else batch_size * 64
+        self._batch_size = batch_size
+        self._packing = packing
 
     def __len__(self) -> int:
         return len(self._pattern)
@@ -91,12 +92,10 @@ class GroupBatches:
         Where rows are padded, neighbours have rows of similar length.
         """
         order = random.permutation(len(self._sizes))
-        if self._window:
-            lengths = np.concatenate([self._totals[self._small], np.delete(self._totals, self._small)])
-            for start in range(0, len(order), self._window):
-                part = order[start : start + self._window]
-                order[start : start + self._window] = part[np.argsort(lengths[part], kind="stable")]
-        return order
+        if self._packing:
+            return order
+        lengths = np.concatenate([self._totals[self._small], np.delete(self._totals, self._small)])
+        return sorted_in_windows(order, lengths, self._batch_size)
 
     def _dealt(self, order: NDArray[np.int64]) -> Rows:
         """Deal the bundles, in this order, to places of their size."""

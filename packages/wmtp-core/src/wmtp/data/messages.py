@@ -11,7 +11,7 @@ from wmtp.data.base import BadExample
 from wmtp.data.fields import finite_number, type_name
 from wmtp.json_files import unique_keys
 
-__all__ = ["MESSAGE_KEYS", "ROLES", "check_messages", "from_json", "message_tools", "normal_messages"]
+__all__ = ["MESSAGE_KEYS", "ROLES", "check_messages", "common_length", "from_json", "message_tools", "normal_messages"]
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 #: what other formats call these
@@ -162,6 +162,14 @@ def from_json(where: str, name: str, value: Any) -> Any:
         return json.loads(value, object_pairs_hook=unique_keys)
     except ValueError as error:
         raise BadExample(where, f"{name}: is a text, but not JSON ({error})") from error
+
+
+def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Count the messages, or characters, that two sequences begin with alike."""
+    for number, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return number
+    return min(len(first), len(second))
 
 
 def check_messages(where: str, messages: Sequence[Mapping[str, Any]], first_learned: int) -> None:

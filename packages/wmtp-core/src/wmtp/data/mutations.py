@@ -21,13 +21,14 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from attrs import frozen
 
 __all__ = ["KINDS", "Kind", "mutants"]
 
 Kind = Literal["comparison", "constant", "boolean", "negation", "arithmetic", "arguments", "statement"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 _COMPARISONS: Final = {
     "<": ("<=", ">"),
@@ -222,7 +223,3 @@ class _Finder:
             before, after = self._source[start : self._start(node)], self._source[self._stop(node) : stop]
             if alone and not before.strip() and re.fullmatch(rb"\s*(#.*\s*)?", after):
                 yield _Edit("statement", start, stop, b"")
-
-
-#: all kinds of mistakes
-KINDS: Final[tuple[Kind, ...]] = ("comparison", "constant", "boolean", "negation", "arithmetic", "arguments", "statement")

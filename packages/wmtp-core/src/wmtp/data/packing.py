@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-__all__ = ["Rows", "best_fit", "in_order", "joined", "one_each"]
+__all__ = ["Rows", "best_fit", "in_order", "joined", "one_each", "sorted_in_windows"]
 
 Numbers = NDArray[np.int64]
+
+#: batches of padded rows that are sorted by length together
+_WINDOW: Final = 64
 
 
 @frozen(eq=False)
@@ -55,6 +59,15 @@ class Rows:
 def one_each(order: Numbers) -> Rows:
     """A row for each document, in this order."""
     return Rows(order, np.arange(len(order) + 1))
+
+
+def sorted_in_windows(order: Numbers, lengths: Numbers, batch_size: int) -> Numbers:
+    """Sort ``order`` by length within each window of some batches."""
+    order, window = order.copy(), batch_size * _WINDOW
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        order[start : start + window] = part[np.argsort(lengths[part], kind="stable")]
+    return order
 
 
 def in_order(lengths: Numbers, capacity: int) -> Rows:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from attrs import frozen
 
 from wmtp.data.base import BadExample
-from wmtp.data.fields import name_field, type_name
+from wmtp.data.fields import keys_of, name_field, type_name
 from wmtp.data.files import read_records
 from wmtp.data.messages import message_tools, normal_messages
 from wmtp.data.splits import data_files
@@ -88,7 +88,7 @@ def _prompt(where: str, record: Mapping[str, Any]) -> Prompt:
         return Prompt(id=name, messages=normal_messages(where, "prompt", given), tools=tools)
     key = next((key for key in ("messages", "conversations") if record.get(key) is not None), None)
     if key is None:
-        raise BadExample(where, f'no "prompt" and no "messages"; the keys here are {", ".join(map(str, record)) or "none"}')
+        raise BadExample(where, f'no "prompt" and no "messages"; {keys_of(record)}')
     messages = normal_messages(where, key, record[key])
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]

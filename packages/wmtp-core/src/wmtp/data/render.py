@@ -258,7 +258,7 @@ def _borders(parts: Sequence[Part]) -> Iterator[tuple[str, int]]:
 
 
 def _no_unicode(example: Example, error: UnicodeEncodeError) -> BadExample:
-    return BadExample(example.place, f"holds text that is no Unicode ({error.reason})")
+    return BadExample(example.place, f"holds text that is not valid Unicode ({error.reason})")
 
 
 def _segments(parts: Sequence[Part], counts: Sequence[int], begin: int) -> list[Segment]:

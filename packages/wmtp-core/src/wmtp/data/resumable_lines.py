@@ -78,7 +78,9 @@ class ResumableLines:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise WMTPError(f"{self.path}: could not be written ({error.strerror or error}); run it again to go on") from error
+            raise WMTPError(
+                f"{self.path}: could not be written ({error.strerror or error}); run it again to continue"
+            ) from error
         self.done.update(line["index"] for line in found)
 
     def finish(self) -> None:

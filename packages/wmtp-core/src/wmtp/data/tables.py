@@ -74,7 +74,7 @@ def _header(where: str, row: Sequence[str]) -> list[str]:
     if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)) is not None:
         raise InputError(
             "uri",
-            f"{where}: has one column, {names[0]!r}: its cells are divided by {other!r}; write commas (tabs in a .tsv file)",
+            f"{where}: has one column, {names[0]!r}: its cells are separated by {other!r}; write commas (tabs in a .tsv file)",
         )
     return names
 

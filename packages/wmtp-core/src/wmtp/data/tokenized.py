@@ -6,7 +6,7 @@ Of many millions of documents each has these objects: one that is frozen takes t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Self
+from typing import Final
 
 from attrs import define, field
 
@@ -48,15 +48,6 @@ class TokenizedExample:
     segments: Sequence[Segment]
     weights: Sequence[float] | None = None
     conversation: bool = field(default=False)
-
-    @classmethod
-    def pair(cls, tokens: Sequence[int], *, begin: int, prompt: int, weights: Sequence[float] | None = None) -> Self:
-        """Make a document of begin token, prompt and completion.
-
-        ``begin`` and ``prompt`` are their numbers of tokens.
-        """
-        parts = (Segment(begin, NEVER), Segment(prompt, CONTEXT), Segment(len(tokens) - begin - prompt, LEARNED))
-        return cls(tokens=tokens, segments=[part for part in parts if part.length], weights=weights)
 
     @property
     def prompt_length(self) -> int:

@@ -150,7 +150,7 @@ def _config(path: Path, run_dir: Path | None, files: Sequence[ConfigSource], ove
 
 def _batches(config: Config, opened: OpenedModel) -> Sequence[Any]:
     from wmtp.config.data_rules import eval_sources, train_sources
-    from wmtp.data.batches import eval_batches
+    from wmtp.data.batches import EvalBatches
     from wmtp.data.prepare import prepare_eval_data, use_chat_template
     from wmtp.models.vocabulary import check_ids
 
@@ -162,7 +162,7 @@ def _batches(config: Config, opened: OpenedModel) -> Sequence[Any]:
     paths = {name: place.path(config.datasets[name], f"datasets.{name}") for name in names if name in config.datasets}
     data = prepare_eval_data(config, opened.tokenizer, paths)
     check_ids({opened.name: opened.model.vocab_size}, opened.tokenizer, (data,))
-    return eval_batches(data, config.data)
+    return EvalBatches(data, config.data)
 
 
 def _track(config: Config, folder: Path, run_dir: Path | None, numbers: Mapping[str, float]) -> None:

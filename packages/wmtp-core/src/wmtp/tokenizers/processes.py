@@ -196,7 +196,7 @@ class Encodings:
                 process = EncodingProcess(self._settings)
             encoding.encode(process)
         except (OSError, EOFError) as error:
-            _log.warning("a process that tokenizes has ended (%s); this one goes on without it", error)
+            _log.warning("a process that tokenizes has ended (%s); this process continues without it", error)
             if isinstance(process, EncodingProcess):
                 process.close()
             process = self._tokenizer

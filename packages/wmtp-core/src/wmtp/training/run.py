@@ -70,7 +70,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
         ConfigError: the config does not fit the model or the data.
         WMTPError: files are missing or damaged, the disk is full, or the loss became infinite.
     """
-    from wmtp.data.batches import StepBatches, eval_batches
+    from wmtp.data.batches import EvalBatches, StepBatches
     from wmtp.data.prepare import prepare_data
     from wmtp.models.build import resolve_heads
     from wmtp.models.vocabulary import check_ids
@@ -183,7 +183,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
             ),
             modules=modules,
             batches=batches,
-            eval_batches=eval_batches(data.eval, config.data) if data.eval is not None else (),
+            eval_batches=EvalBatches(data.eval, config.data) if data.eval is not None else (),
             eval_data=held_out,
             optimizer=build_optimizer(config, model, parameters, modules, rates, master_weights),
             schedule=config.schedule,

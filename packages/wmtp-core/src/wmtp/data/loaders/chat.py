@@ -9,9 +9,9 @@ from typing import Any, Final, Literal, get_args
 from attrs import evolve
 
 from wmtp.data.base import BadExample, Example
-from wmtp.data.fields import bool_field, is_cut, name_field, number_field, text_field, type_name
+from wmtp.data.fields import bool_field, is_cut, keys_of, name_field, number_field, text_field, type_name
 from wmtp.data.loaders.records import RecordLoader
-from wmtp.data.messages import MESSAGE_KEYS, check_messages, from_json, message_tools, normal_messages
+from wmtp.data.messages import MESSAGE_KEYS, check_messages, common_length, from_json, message_tools, normal_messages
 from wmtp.data.unread import unread_keys
 
 __all__ = ["FORMATS", "KEYS", "ChatLoader", "Format"]
@@ -105,11 +105,11 @@ class ChatLoader(RecordLoader):
         if self._format is not None:
             if self._format not in fitting:
                 needed = " and ".join(f'"{keys[key]}"' for key in _TELLING[self._format])
-                raise BadExample(where, f'needs {needed} for format = "{self._format}"; {_keys_of(record)}')
+                raise BadExample(where, f'needs {needed} for format = "{self._format}"; {keys_of(record)}')
             return self._format
         if not fitting:
             known = "; ".join(" and ".join(f'"{keys[key]}"' for key in telling) for telling in _TELLING.values())
-            raise BadExample(where, f"is no conversation of a known form ({known}); {_keys_of(record)}")
+            raise BadExample(where, f"is no conversation of a known form ({known}); {keys_of(record)}")
         if len(fitting) > 1:
             choices = " or ".join(f'"{name}"' for name in fitting)
             raise BadExample(where, f"fits several forms; say which in the data set: format = {choices}")
@@ -157,7 +157,7 @@ class ChatLoader(RecordLoader):
         prompt = () if record.get(keys["prompt"]) is None else _said(where, keys["prompt"], record[keys["prompt"]], "user")
         given = {name: _said(where, keys[name], record[keys[name]], "assistant") for name in ("chosen", "rejected")}
         if not prompt:
-            shared = _common(given["chosen"], given["rejected"])
+            shared = common_length(given["chosen"], given["rejected"])
             prompt, given = given["chosen"][:shared], {name: answer[shared:] for name, answer in given.items()}
         elif all(answer[: len(prompt)] == prompt for answer in given.values()):
             given = {name: answer[len(prompt) :] for name, answer in given.items()}
@@ -217,19 +217,7 @@ def _unread_in_messages(record: Mapping[str, Any], content: Set[str]) -> Mapping
     return {f"{key}[].{name}": None for key, message in messages for name in unread_keys(message, MESSAGE_KEYS, ())}
 
 
-def _common(first: Messages, second: Messages) -> int:
-    """Count the messages that two conversations begin with alike."""
-    for number, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return number
-    return min(len(first), len(second))
-
-
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nulls(element) for key, element in value.items() if element is not None}
     return [_without_nulls(element) for element in value] if isinstance(value, list) else value
-
-
-def _keys_of(record: Mapping[str, Any]) -> str:
-    return f"the keys here are {', '.join(sorted(map(str, record))) or 'none'}"

@@ -22,17 +22,15 @@ class CodeContestsLoader(RecordLoader):
     """Reads solutions; see `wmtp.data.config.CodeContests`.
 
     Args:
-        languages: keep solutions in these (keys of `LANGUAGES`); None: all.
+        languages: keep solutions in these (keys of `LANGUAGES`).
         max_solutions: number of right and of wrong solutions of a problem to keep; None: all.
         incorrect: whether wrong solutions are read.
         split: which files of a folder are read.
     """
 
-    def __init__(
-        self, languages: Sequence[str] | None, max_solutions: int | None, incorrect: bool, split: str | None = None
-    ) -> None:
+    def __init__(self, languages: Sequence[str], max_solutions: int | None, incorrect: bool, split: str | None = None) -> None:
         super().__init__(split)
-        self._languages = None if languages is None else frozenset(languages)
+        self._languages = frozenset(languages)
         self._max_solutions = max_solutions
         self._incorrect = incorrect
 
@@ -44,7 +42,7 @@ class CodeContestsLoader(RecordLoader):
                 continue
             kept = 0
             for number, (language, solution) in enumerate(_solutions(where, record, key)):
-                if self._languages is not None and language not in self._languages:
+                if language not in self._languages:
                     continue
                 if kept == self._max_solutions:
                     break

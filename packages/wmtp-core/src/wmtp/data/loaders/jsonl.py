@@ -7,7 +7,17 @@ from collections.abc import Iterator, Mapping, Set
 from typing import Any, Final
 
 from wmtp.data.base import BadExample, Example
-from wmtp.data.fields import Cell, bool_field, finite_number, is_cut, name_field, number_field, text_field, type_name
+from wmtp.data.fields import (
+    Cell,
+    bool_field,
+    finite_number,
+    is_cut,
+    keys_of,
+    name_field,
+    number_field,
+    text_field,
+    type_name,
+)
 from wmtp.data.loaders.records import RecordLoader
 from wmtp.data.unread import unread_keys
 
@@ -57,7 +67,7 @@ class JsonlLoader(RecordLoader):
             for key in (prompt, completion):
                 if key not in record:
                     needed = f'needs "{prompt}" and "{completion}", or "{text}"'
-                    raise BadExample(where, f'no "{key}"; {needed}; {_keys_of(record)}{self._instead(record)}')
+                    raise BadExample(where, f'no "{key}"; {needed}; {keys_of(record)}{self._instead(record)}')
             pair = (text_field(where, record, prompt), text_field(where, record, completion))
         if self._texts_apart and len(record) == (1 if text in record else 2):  # many millions of records have no label
             name = where.rpartition("/")[2]
@@ -95,10 +105,6 @@ class JsonlLoader(RecordLoader):
 
 def _is_conversation(record: Mapping[str, Any]) -> bool:
     return any(set(telling) <= record.keys() for telling in _CONVERSATIONS)
-
-
-def _keys_of(record: Mapping[str, Any]) -> str:
-    return f"the keys here are {', '.join(map(str, record)) or 'none'}"
 
 
 def _weights(where: str, record: Mapping[str, Any], key: str) -> tuple[float, ...] | tuple[tuple[str, float], ...] | None:

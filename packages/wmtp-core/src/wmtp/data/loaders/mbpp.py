@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wmtp.data.base import BadExample, Example
-from wmtp.data.fields import name_field, text_field, type_name
+from wmtp.data.fields import keys_of, name_field, text_field, type_name
 from wmtp.data.files import given_path
 from wmtp.data.loaders.records import RecordLoader
 from wmtp.data.splits import data_files
@@ -56,7 +56,7 @@ def mbpp_problem(where: str, record: Mapping[str, Any]) -> MbppProblem:
         raise BadExample(where, f'"test_list" must be a list of strings, not {type_name(tests)}')
     number = name_field(record, "task_id")
     if not number:
-        raise BadExample(where, f'no "task_id"; the keys here are {", ".join(map(str, record)) or "none"}')
+        raise BadExample(where, f'no "task_id"; {keys_of(record)}')
     return MbppProblem(f"mbpp/{number}", text_field(where, record, "text"), text_field(where, record, "code"), tests)
 
 

@@ -68,9 +68,7 @@ class MutatedLoader(ExampleLoader):
             draw = random.Random(f"{self._seed}\0{example.id}\0{example.completion}")
             wrong = mutants(example.prompt, example.completion, count=self._copies, kinds=self._kinds, draw=draw)
             if wrong is None:
-                yield BadExample(
-                    example.where or example.id, "no Python code that this Python can read, so it has no wrong copy"
-                )
+                yield BadExample(example.place, "no Python code that this Python can read, so it has no wrong copy")
                 continue
             group = example.group or example.id
             yield evolve(example, is_correct=True, group=group)

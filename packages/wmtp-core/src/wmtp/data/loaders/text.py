@@ -14,11 +14,9 @@ from wmtp.data.splits import Named, chosen, format_of, named
 from wmtp.errors import InputError
 from wmtp.storage.walk import files_below, is_hidden, require_target
 
-__all__ = ["TextLoader"]
+__all__ = ["DEFAULT_PATTERN", "TextLoader"]
 
-
-#: of ``pattern``
-DEFAULT_PATTERN = "*.txt"
+DEFAULT_PATTERN: Final = "*.txt"
 #: bytes of a file that is read for a look at its beginning
 _QUICK: Final = 32_000_000
 
