@@ -227,6 +227,8 @@ def test_files_may_follow_options(capsys, folder):
     code, out, _ = cli(capsys, "check", "a.toml", "--set", "run.seed=3", "b.toml", "--json")
     assert code == 0
     assert json.loads(out)["summary"]["steps"].startswith("4 steps")
+    code, _, err = cli(capsys, "report", "first", "--output", "page.html", "second")
+    assert (code, err) == (2, f"error: {folder}/first: does not exist\nerror: {folder}/second: does not exist\n")
 
 
 def test_check_for_people_and_its_errors(capsys):

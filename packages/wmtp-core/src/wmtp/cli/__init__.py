@@ -29,6 +29,9 @@ from wmtp.signals import stopped_by_sigterm
 
 __all__ = ["main", "make_parser", "run_from_shell"]
 
+#: arguments without a flag of which a command takes any number
+_SEVERAL = ("files", "words", "runs", "prompts")
+
 
 def run_from_shell() -> NoReturn:
     """Run `main` and end the process, for the shell command ``wmtp``.
@@ -238,13 +241,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         words = ["--dry-run-server" if word == "--dry-run=server" else word for word in words]
     arguments, rest = parser.parse_known_args(words)
     # argparse takes no files after the first option behind them
-    late_files = [word for word in rest if not word.startswith("-")]
-    files = getattr(arguments, "files", getattr(arguments, "words", None))
-    if len(late_files) < len(rest) or (rest and files is None):
-        unknown = next((word for word in rest if word.startswith("-")), rest[0])
+    files: list[str] | None = next((getattr(arguments, name) for name in _SEVERAL if hasattr(arguments, name)), None)
+    unknown = next((word for word in rest if files is None or word.startswith("-")), None)
+    if unknown is not None:
         commands[arguments.command].error(f"unrecognized argument: {unknown}")
-    if rest and files is not None:
-        files += late_files
+    if files is not None:
+        files += rest
     if hasattr(arguments, "files") and not arguments.files and getattr(arguments, "resume", None) in (None, "auto"):
         if arguments.command == "start":  # its config may be in the environment
             return arguments
