@@ -1,4 +1,7 @@
-"""Text from a model: plain decoding with a key-value cache, and self-speculative decoding by the extra heads."""
+"""Text generation: plain or self-speculative, with a key-value cache.
+
+Self-speculative decoding takes the drafts of the extra heads.
+"""
 
 from __future__ import annotations
 

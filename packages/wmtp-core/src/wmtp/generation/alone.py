@@ -1,4 +1,4 @@
-"""Next token of a row, from this row alone and without a cache: it decides ties."""
+"""Next token of a row alone, without a cache, to decide ties."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _LONGEST: Final = 1024
 
 
 class RowAlone:
-    """Head 1's choice after a row, which depends on the row's tokens and on nothing else.
+    """Head 1's choice after a row.
 
-    Each length would be compiled for itself, so layers run uncompiled; on a GPU a graph spares launching their kernels one by
-    one, which takes as long as 20 steps of a small model.
+    It depends on the row's tokens and on nothing else. Each length would be compiled for itself, so layers run uncompiled; on a
+    GPU a graph spares launching their kernels one by one, which takes as long as 20 steps of a small model.
 
     Args:
         model: in eval mode.

@@ -69,7 +69,7 @@ class Generation:
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens per forward pass after the prompt's own; NaN without such a pass."""
+        """New tokens per forward pass after the prompt's; NaN without any."""
         return (len(self.tokens) - 1) / self.drafts.steps if self.drafts.steps else float("nan")
 
 

@@ -21,10 +21,11 @@ __all__ = ["RowCache"]
 
 
 class RowCache(Cache, StateKeeper, LayeredCache):
-    """Keys and values of one or more layers: the token at position p of a row is always in slot p.
+    """Keys and values of one or more layers.
 
-    So nothing has to be moved or masked out when a row's draft is rejected: its slots are written again by what comes next,
-    and until then no query looks at them, because a query at position p sees slots 0..p only.
+    The token at position p of a row is always in slot p. So nothing has to be moved or masked out when a row's draft is
+    rejected: its slots are written again by what comes next, and until then no query looks at them, because a query at position
+    p sees slots 0..p only.
 
     Parts of layers that keep a state instead have it kept as it was after each of the last tokens (`PartStates`).
 
@@ -50,7 +51,10 @@ class RowCache(Cache, StateKeeper, LayeredCache):
 
     @property
     def holds_only_slots(self) -> bool:
-        """Tell whether nothing but keys and values is kept, which are written in place."""
+        """Tell whether only keys and values are kept.
+
+        They are written in place.
+        """
         return not self._states
 
     def place(self, slots: Tensor, start: int | None, width: int, lengths: Sequence[int] | None = None) -> None:
@@ -70,7 +74,10 @@ class RowCache(Cache, StateKeeper, LayeredCache):
         self.place(other._slots, other._start, other._width, other._lengths)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values ``[B, heads, T, d]`` of one layer; what it returns is transformers' contract."""
+        """Write keys and values ``[B, heads, T, d]`` of one layer.
+
+        The result is as transformers' contract says: what attention looks at.
+        """
         if layer_idx not in self._store:
             if not self._store:
                 self._check_memory(key_states, value_states)
@@ -88,7 +95,9 @@ class RowCache(Cache, StateKeeper, LayeredCache):
         return stored[0][:, :, : self._width], stored[1][:, :, : self._width]
 
     def _check_memory(self, keys: Tensor, values: Tensor) -> None:
-        """Compare the whole cache, by its first layer, with the memory that is free.
+        """Check that the whole cache fits into free memory.
+
+        Its size follows from that of the first layer.
 
         Raises:
             ConfigError: it is larger.
@@ -104,7 +113,7 @@ class RowCache(Cache, StateKeeper, LayeredCache):
             )
 
     def of_layer(self, number: int) -> LayerSlots:
-        """Return keys and values of one layer, and where the next `update` writes."""
+        """Return one layer's keys and values, and where to write next."""
         keys, values = self._store[number]
         heads = keys.shape[1]
         if heads not in self._places:  # the same in all layers with so many heads
@@ -113,7 +122,10 @@ class RowCache(Cache, StateKeeper, LayeredCache):
         return LayerSlots(self, keys, values, self._places[heads], self._width)
 
     def _range(self, count: int, device: torch.device) -> Tensor:
-        """Return 0, 1 … ``count`` − 1; made once, since making it takes as long as writing a token."""
+        """Return 0, 1 … ``count`` − 1.
+
+        Made once, since making it takes as long as writing a token.
+        """
         if count not in self._ranges:
             self._ranges[count] = torch.arange(count, device=device)
         return self._ranges[count]
@@ -128,7 +140,10 @@ class RowCache(Cache, StateKeeper, LayeredCache):
         return self._states[module].read(call, self._slots, self._lengths)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Slots before the tokens that are being read; only models that are given no positions ask."""
+        """Count the slots before the tokens that are being read.
+
+        Only models that are given no positions ask.
+        """
         return self._width - self._slots.shape[-1]
 
     def with_rows(self, rows: Tensor) -> RowCache:
@@ -148,7 +163,7 @@ class RowCache(Cache, StateKeeper, LayeredCache):
 
 
 class LayerSlots:
-    """Keys and values of one layer, written where each row's next tokens belong.
+    """Keys and values of one layer, written at each row's position.
 
     Args:
         cache: that it is a part of; it answers whatever else is asked.

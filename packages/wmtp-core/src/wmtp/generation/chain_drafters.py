@@ -1,4 +1,4 @@
-"""Drafts of heads that are fed by the one before them: ``chained``, ``shared`` and a model's own (``native``)."""
+"""Drafts of heads fed by the one before: ``chained``, ``shared``, ``native``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class _ChainedHeads(Drafter):
         return read.raw if self._blocks[0].rule.before_norm else read.hidden
 
     def _step(self, ahead: int, previous: Tensor, ids: Tensor, slots: Tensor, call: LayerCall) -> Tensor:
-        """Run step ``ahead`` (from 1): hidden states ``[B, T, D]`` that its unembedding multiplies.
+        """Run step ``ahead`` (from 1) of the chain.
+
+        Returns hidden states ``[B, T, D]``, which its unembedding multiplies.
 
         Args:
             ahead: which.
@@ -47,10 +49,11 @@ class _ChainedHeads(Drafter):
 
 
 class ServerDrafter(_ChainedHeads):
-    """One module again and again, as servers run it: the first step reads what the model read, each later one a single token.
+    """Drafter that repeats one module, as servers do.
 
-    A later step stands one position further, reads the draft before it, and sees the first step's keys and values of all
-    positions before its own: there is one cache, which the next draft's first step writes again.
+    The first step reads what the model read, each later one a single token. A later step stands one position further, reads the
+    draft before it, and sees the first step's keys and values of all positions before its own: there is one cache, which the
+    next draft's first step writes again.
     """
 
     def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
@@ -77,10 +80,11 @@ class ServerDrafter(_ChainedHeads):
 
 
 class ChainDrafter(_ChainedHeads):
-    """Steps as they are trained: head k reads head k−1's hidden state at t and the token at t+k−1, drafted or known.
+    """Drafter whose steps run as they are trained.
 
-    What head k made of position t was made with a draft where t+k−1 was not known yet. So each time it goes over the last
-    positions again: those that are new, at most H, and those whose token was a draft, at most H−2.
+    Head k reads head k−1's hidden state at t and the token at t+k−1, drafted or known. What head k made of position t was made
+    with a draft where t+k−1 was not known yet. So each time it goes over the last positions again: those that are new, at most
+    H, and those whose token was a draft, at most H−2.
     """
 
     def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
@@ -119,9 +123,10 @@ class ChainDrafter(_ChainedHeads):
 
 
 def chain_drafter(model: MTPModel, decoder: CachedDecoder) -> Drafter:
-    """Make the drafter for a chain: as servers draft with one module, else as several modules are trained.
+    """Make the drafter for a chain.
 
-    Servers hand no state on from token to token inside of such a module, so one that keeps a state drafts as it is trained.
+    One module drafts as servers do, several as they are trained. Servers hand no state on from token to token inside of such a
+    module, so one that keeps a state drafts as it is trained.
     """
     modules = {id(block) for block in blocks_of(model.extra_heads, model.horizon - 1)}
     served = len(modules) == 1 and (model.heads.kind == "native" or model.heads.layout != "plain")

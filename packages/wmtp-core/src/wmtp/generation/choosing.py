@@ -1,4 +1,7 @@
-"""Greedy choices of a step, as functions of tensors that can be compiled: fewer and faster kernels than torch's own."""
+"""Greedy choices of a step, as functions that can be compiled.
+
+Compiled, they have fewer and faster kernels than torch's own.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,9 @@ def judge(
 
 
 def accept(best: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
-    """Count each row's drafts that equal head 1's choice, and choose the next token.
+    """Count each row's accepted drafts, and choose the next token.
+
+    A draft is accepted that equals head 1's choice.
 
     Returns:
         both ``[B]``.
@@ -122,7 +127,10 @@ def _best(unembedding: Unembedding, hidden: Tensor) -> Tensor:
 
 
 def _best_two(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the place of the largest logit, of equals the first, and the two largest; Inductor would not divide a row."""
+    """Return the index of the largest logit, and the two largest.
+
+    Of equal ones the first. The row is divided into blocks, which Inductor would not do.
+    """
     blocks = _in_blocks(logits)
     value, index = blocks.max(-1)
     places = torch.arange(_BLOCK, device=logits.device)

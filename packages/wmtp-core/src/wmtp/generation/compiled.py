@@ -14,7 +14,7 @@ __all__ = ["compile_model"]
 
 
 def compile_model(model: MTPModel) -> None:
-    """Compile a model's layers, so that a step of decoding has fewer kernels.
+    """Compile a model's layers, so that decoding launches fewer kernels.
 
     Takes seconds at the first steps of each batch size; worth it for many tokens. The tokens stay those that head 1 chooses:
     ties are decided as without it.

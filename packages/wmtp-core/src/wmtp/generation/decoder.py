@@ -122,7 +122,7 @@ class CachedDecoder:
         return copied
 
     def call_at(self, slots: Tensor, width: int) -> LayerCall:
-        """Return the arguments that the heads' own layers would get at other positions.
+        """Return the arguments of the heads' own layers at other positions.
 
         They hold position embeddings, mask and whatever else it takes. The layers before it are skipped, so the hidden states
         among them mean nothing.
@@ -158,7 +158,9 @@ class CachedDecoder:
         )
 
     def last_logits_alone(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
-        """Head 1's logits ``[V]`` after a row ``[S]``, computed for this row alone and without a cache.
+        """Compute head 1's logits ``[V]`` after a row ``[S]`` alone.
+
+        Neither other rows nor a cache take part.
 
         Args:
             ids: the row.
@@ -190,7 +192,7 @@ class CachedDecoder:
 
 
 def open_decoder(model: MTPModel, longest: int, capacity: int) -> CachedDecoder:
-    """Make a decoder of ``model``, after testing that it decodes in pieces correctly.
+    """Make a decoder, after testing that it decodes in pieces correctly.
 
     Args:
         model: in eval mode.
@@ -217,7 +219,10 @@ def open_decoder(model: MTPModel, longest: int, capacity: int) -> CachedDecoder:
 
 
 def _try_out(model: MTPModel, name: str) -> None:
-    """Read two rows at once and in pieces, the second row as if drafts had been rejected, and compare."""
+    """Compare reading two rows at once with reading them in pieces.
+
+    The second row is read as if drafts had been rejected.
+    """
     embedding = model.anatomy.embedding
     device = embedding.weight.device
     ids = (torch.arange(14, device=device) * 7919 + 3).remainder(embedding.num_embeddings).view(2, 7)

@@ -1,4 +1,7 @@
-"""Decoding loop, the CPU's side: which tokens a row got, and where it ends. `Step` is the device's side."""
+"""Decoding loop on the CPU: tokens of rows, and their ends.
+
+`Step` is the device's side.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,10 @@ def stream(
     sampling: Sampling | None = None,
     stop: Stop | None = None,
 ) -> Iterator[list[int]]:
-    """As `generate` for one prompt: yields the new tokens of each step as they come. Arguments and errors: see there."""
+    """Continue one prompt, and yield the new tokens of each step.
+
+    Arguments and errors are those of `generate`.
+    """
     batch = _Batch(model, [prompt], max_new_tokens, eos_id, speculative, sampling or Sampling(), None, stop)
     with evaluating(model):
         for new in batch.steps():
@@ -93,7 +99,10 @@ class _Row:
 
 
 class _Batch:
-    """Rows that are decoded together. A row leaves it when it is finished."""
+    """Rows that are decoded together.
+
+    A row leaves it when it is finished.
+    """
 
     def __init__(
         self,
@@ -133,14 +142,17 @@ class _Batch:
         ]
 
     def steps(self) -> Iterator[dict[int, list[int]]]:
-        """Decode. Yields the new tokens of each step, by row of the request."""
+        """Decode, and yield each step's new tokens by row of the request."""
         yield self._take(*self._step.begin(self._prompts), is_prompt=True)
         while any(number is not None for number in self._active):
             yield self._take(*self._step.follow(), is_prompt=False)
         close_step(self._model, self._opened)
 
     def _take(self, new: list[list[int]], accepted: list[int], *, is_prompt: bool) -> dict[int, list[int]]:
-        """Give each row its new tokens, up to its end, and drop the rows that ended."""
+        """Give each row its new tokens, up to its end.
+
+        Rows that ended are dropped.
+        """
         taken: dict[int, list[int]] = {}
         ended = False
         for place, number in enumerate(self._active):

@@ -1,4 +1,4 @@
-"""Drafters: how heads 2..H of each kind propose the tokens after the next one."""
+"""Drafters: how heads 2..H of each kind propose tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ __all__ = ["Choose", "Drafter", "make_drafter"]
 
 
 class ParallelDrafter(Drafter):
-    """``linear`` and ``residual``: every head reads head 1's hidden state, and nothing is kept."""
+    """Drafter of ``linear`` and ``residual`` heads.
+
+    Each reads head 1's hidden state, and nothing is kept.
+    """
 
     def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
         """See `Drafter.draft`."""
@@ -29,7 +32,10 @@ class ParallelDrafter(Drafter):
 
 
 class BlockDrafter(Drafter):
-    """``block``: every head is a decoder layer on the trunk, with keys and values of its own."""
+    """Drafter of ``block`` heads.
+
+    Each is a decoder layer on the trunk, with keys and values of its own.
+    """
 
     def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
         super().__init__(model, decoder)

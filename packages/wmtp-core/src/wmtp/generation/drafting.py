@@ -87,7 +87,10 @@ class Drafter(ABC):
             self._take_rows(full, self._ids)
 
     def _take_rows(self, full: dict[int, Unembedding], ids: Tensor) -> None:
-        """Copy the draft vocabulary's rows of the unembeddings; heads that share one share the copy."""
+        """Copy the draft vocabulary's rows of the unembeddings.
+
+        Heads that share one share the copy.
+        """
         taken: dict[int, Unembedding] = {}  # by address
         for head, unembedding in full.items():
             weight = unembedding.weight

@@ -1,4 +1,7 @@
-"""Rows and graphs of a decoding request, kept on the model for the next request that they fit."""
+"""Rows and graphs of a decoding request, kept for later ones.
+
+They stay on the model, for the next request that they fit.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ def open_step(
     sampling: Sampling,
     draws: Draws,
 ) -> Step:
-    """Make rows for some prompts, or take those of the last request with its graphs, where they fit.
+    """Make rows for some prompts, or reuse those kept.
+
+    Kept are those of the last requests with their graphs, where they fit.
 
     Args:
         model: in eval mode.
@@ -55,7 +60,7 @@ def open_step(
 
 
 def close_step(model: MTPModel, step: Step) -> None:
-    """Keep the rows and graphs of a request for the next one, until `release`."""
+    """Keep a request's rows and graphs for the next, until `release`."""
     if step.replays and not torch.is_autocast_enabled(
         step.kind[0].type
     ):  # autocast's cached casts of the weights are gone then
@@ -66,12 +71,15 @@ def close_step(model: MTPModel, step: Step) -> None:
 
 
 def release(model: MTPModel) -> None:
-    """Give back the memory that decoding on a GPU keeps for later requests: caches, and the graphs of steps."""
+    """Free the memory that decoding on a GPU keeps.
+
+    Caches and graphs of steps are kept for later requests.
+    """
     model.__dict__.pop(_KEPT, None)
 
 
 class _Kept(dict["tuple[Any, ...]", "Step"]):
-    """Steps by kind, which copies of a model and pickled models leave behind."""
+    """Steps by kind, which copies and pickles of a model leave out."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
         return _Kept()
@@ -85,7 +93,7 @@ def _kept(model: MTPModel) -> _Kept:
 
 
 def _kind(model: MTPModel, rows: int, speculative: bool, sampling: Sampling) -> tuple[Any, ...]:
-    """Collect what the graphs of a request depend on, the addresses of the parameters among it."""
+    """Collect what graphs depend on, the addresses of parameters included."""
     device = model.anatomy.output.weight.device
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     where = tuple(parameter.data_ptr() for parameter in model.parameters()) if device.type == "cuda" else ()

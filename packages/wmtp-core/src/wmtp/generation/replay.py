@@ -1,4 +1,4 @@
-"""Functions on a CUDA device, recorded once and then replayed without Python (CUDA graphs)."""
+"""CUDA graphs: functions recorded once, then replayed without Python."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ T = TypeVar("T")
 
 
 class CannotReplayError(Exception):
-    """A function does what a graph cannot hold, as waiting for the device."""
+    """Signal that a graph cannot hold a function.
+
+    It waits for the device, say.
+    """
 
 
 class Replay(Generic[T]):
-    """A function that is replayed from its second call on. What it reads and writes must stay where it is.
+    """Function that is replayed from its second call on.
+
+    What it reads and writes must stay where it is.
 
     Args:
         function: launches kernels and does not wait for them; its second result is the result of all later calls.

@@ -1,4 +1,4 @@
-"""Recurrent layer states, kept per token so that rejected drafts leave no trace.
+"""Recurrent layer states per token, so rejected drafts leave no trace.
 
 Such a part of a layer reads a prompt at once, and what follows token by token; its state is kept as it was after each of the
 last tokens. What is read next begins in each row at the state after the last token that counts.
@@ -23,7 +23,7 @@ State = dict[str, Any] | None
 
 
 class PartStates:
-    """Recurrent states of one part of a layer, after each of the last tokens.
+    """Recurrent states of one part of a layer, per recent token.
 
     Args:
         config: of the model.
@@ -61,7 +61,10 @@ class PartStates:
         return copied
 
     def _begin(self, call: PartCall, slots: Tensor, lengths: Sequence[int]) -> Any:
-        """Read each row's tokens but the last ones at once, without padding, and these one by one."""
+        """Read each prompt at once, and its last tokens one by one.
+
+        Neither reads padding.
+        """
         before = [max(0, length - self._history) for length in lengths]
         state: State = None
         pieces: list[tuple[Tensor, Tensor]] = []
@@ -93,7 +96,7 @@ class PartStates:
         return outputs
 
     def _chosen(self, index: Tensor) -> State:
-        """Return of each row the state after ``index`` of the tokens that were read last."""
+        """Return each row's state after ``index`` of the tokens read last."""
         states = list(self._states)
         if states[0] is None:  # a state that has seen nothing is zero
             states[0] = _zeros(states[1], len(index))
@@ -117,7 +120,7 @@ class PartStates:
 
 
 class PartCall:
-    """One call of a part of a layer, to be made piece by piece.
+    """Call of a part of a layer, made piece by piece.
 
     Args:
         plain: runs the part.

@@ -1,4 +1,4 @@
-"""Step of decoding, the same with and without speculation, on tensors that stay where they are.
+"""Decoding step, with or without speculation, on tensors in fixed places.
 
 A step reads, in each row, the last known token and K drafts for what follows it (K = 0 without speculation, else H−1), in one
 forward pass. Head 1's own choice after each of these tokens then decides how many drafts were right:
@@ -88,7 +88,7 @@ class _Seen:
 
 
 class Step:
-    """Rows on the device, and the two halves of a step over them.
+    """Rows on the device, and the two halves of a step.
 
     Args:
         model: in eval mode.
@@ -222,7 +222,10 @@ class Step:
         return self._model.compiled_layers and steps_are_compiled()
 
     def _replay_prompts(self) -> tuple[list[list[int]], list[int]] | None:
-        """Read the prompts by a graph for their length, padded; None: it cannot be one."""
+        """Read the prompts by a graph; None where it cannot be.
+
+        There is one for each padded length.
+        """
         prompt = min(-(-max(self._lengths) // _WIDTHS) * _WIDTHS, self._capacity)
         if not self._replays_prompts or len(self._lengths) * prompt > _PROMPT_TOKENS:
             return None
@@ -245,7 +248,10 @@ class Step:
         return self._seen
 
     def _look_at_prompts(self, length: int) -> _Seen:
-        """Read the first ``length`` tokens of each row, padding among them, and choose the token after its prompt."""
+        """Read the first ``length`` tokens of each row.
+
+        Padding is among them. The token after each prompt is chosen.
+        """
         slots = torch.arange(length, device=self._device).expand(len(self._lengths), -1)
         read = self._decoder.read(self._tokens[:, :length], slots, 0, length, self._lengths)
         return self._verify(read, read.hidden[self._rows, self._known - 1][:, None])
@@ -274,7 +280,7 @@ class Step:
             self._uniform[:, :count] = self.draws(count, self._device)
 
     def _look_at(self) -> _Seen:
-        """Read the last known token and the drafts of each row, and verify the drafts."""
+        """Read each row's last known token and drafts, and verify these."""
         known, drafts = self._known - 1, self._drafts.shape[1]
         slots = known[:, None]
         ids = self._tokens.gather(1, slots)
@@ -333,7 +339,10 @@ class Step:
         return new, accepted
 
     def _untie(self, best: Tensor, drafts: Tensor, tied: list[list[int]]) -> bool:
-        """Decide ties that matter by reading the row alone; ``best`` ``[B, T]`` is changed. Returns whether it was."""
+        """Decide ties that matter by reading their row alone.
+
+        ``best`` ``[B, T]`` is changed. Returns whether it was.
+        """
         self._alone = self._alone or RowAlone(self._model, self._decoder, self._device)
         changed = False
         for row, (places, going) in enumerate(zip(tied, self._still, strict=True)):

@@ -23,7 +23,10 @@ __all__ = ["StopAt", "TextStream", "chat_ends", "chat_prompt", "encode_prompt", 
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encode a prompt as in training: after the begin token, where the tokenizer has one and the text does not bring it."""
+    """Encode a prompt as in training.
+
+    The begin token comes first, where the tokenizer has one and the text does not bring it.
+    """
     ids = tokenizer.encode_first(text) if text else []
     return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
@@ -31,7 +34,9 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 def chat_prompt(
     tokenizer: Tokenizer, messages: str | Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
 ) -> list[int]:
-    """Encode a conversation up to where the model answers, by its chat template, as in training.
+    """Encode a conversation up to where the model answers.
+
+    The chat template does it, as in training.
 
     Args:
         tokenizer: with the template.
@@ -62,7 +67,10 @@ def chat_prompt(
 
 
 def chat_ends(model: MTPModel, tokenizer: Tokenizer) -> list[int]:
-    """List the tokens at which an answer ends: those of any text, and the one that the chat template writes behind it."""
+    """List the tokens at which an answer ends.
+
+    They are those of any text, and the one that the chat template writes behind it.
+    """
     ends, turn = end_ids(model.base, tokenizer), turn_end_id(tokenizer)
     return ends if turn is None or turn in ends else [*ends, turn]
 
@@ -132,7 +140,7 @@ class StopAt:
 
 
 class TextStream:
-    """Turns tokens that come piece by piece into text that comes piece by piece."""
+    """Stream of text from a stream of tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -140,7 +148,7 @@ class TextStream:
         self._shown = ""
 
     def pieces(self, steps: Iterator[list[int]]) -> Iterator[str]:
-        """Yield the text of each step, once no later token can change it."""
+        """Yield each step's text once no later token can change it."""
         for tokens in steps:
             self._tokens += tokens
             text = self._tokenizer.decode(self._tokens)

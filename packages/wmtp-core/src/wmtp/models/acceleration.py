@@ -1,7 +1,8 @@
-"""Activation checkpointing and compilation, layer by layer, and faster attention. Sharding comes after (`wmtp.models.layers`).
+"""Activation checkpointing, compilation and faster attention, layer by layer.
 
-The first two replace a layer's ``forward`` and leave the layer itself, its hooks and its name where they are: state dicts do
-not change, and what is recorded of a layer's call (`wmtp.models.anatomy.record_call`) stays outside of the compiled code.
+They come before sharding (`wmtp.models.layers`). Checkpointing and compilation replace a layer's ``forward`` and leave the
+layer itself, its hooks and its name where they are: state dicts do not change, and what is recorded of a layer's call
+(`wmtp.models.anatomy.record_call`) stays outside of the compiled code.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def compile_layers(model: MTPModel) -> None:
-    """Compile the repeated layers and what follows the last one (the final norm, which every head applies).
+    """Compile the repeated layers and the final norm, which all heads apply.
 
     The layers of a model share their code, so it is compiled once for all of them, when it first runs; again where something
     is different: what learns, no gradient at all, other shapes.
@@ -98,9 +99,9 @@ def compile_layers(model: MTPModel) -> None:
 
 
 def offload_inputs(model: MTPModel) -> None:
-    """Keep the inputs of the trunk's layers in the host's memory between the two passes.
+    """Offload the inputs of the trunk's layers to host memory.
 
-    The heads read the last layer's result, which stays where it is: the loss needs it.
+    They come back for the backward pass. The heads read the last layer's result, which stays where it is: the loss needs it.
 
     Args:
         model: in place, after `compile_layers`: a compiled layer's own code knows nothing of it.
@@ -136,7 +137,10 @@ def _forward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run a layer: compiled; or with a cache that grows with each token, and so has as many shapes, the plain way."""
+    """Run a layer compiled, where its shapes recur.
+
+    With a cache that grows with each token, and so has as many shapes, it runs uncompiled.
+    """
     if layers_are_plain():
         return plain(*args, **kwargs)
     if not any(_has_cache(value) for value in (*args, *kwargs.values())):
@@ -186,7 +190,10 @@ def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 def _is_low_rank(left: Tensor, right: Tensor) -> bool:
-    """Tell an adapter's second product: it costs as little as a sum, and is as large as what it is added to."""
+    """Recognize the second product of an adapter.
+
+    It costs as little as a sum, and is as large as what it is added to.
+    """
     return left.shape[1] * _LOW_RANK <= min(left.shape[0], right.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""Folders that hold an adapter (PEFT, LoRA) without the model that it belongs to."""
+"""Folders with an adapter (PEFT, LoRA) and without its base model."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ def need_peft(what: str) -> None:
 
 
 def name_base(uri: str, path: Path) -> BaseModelName:
-    """Name a model so that peft finds it: by its name on the hub, or by its path here."""
+    """Name a model so that PEFT finds it.
+
+    It gets its name on the hub, or its local path.
+    """
     if scheme_of(uri) == "hf":
         name = parse_hub_uri(uri)
         if not name.path:
@@ -85,7 +88,9 @@ def name_base(uri: str, path: Path) -> BaseModelName:
 
 
 def find_base(folder: Path, base_uri: str | None, storage: StorageConfig) -> tuple[Path, BaseModelName]:
-    """Find the model of the adapter in ``folder``: where ``base_uri`` says, or under the name that the files have for it.
+    """Find the base model of the adapter in ``folder``.
+
+    It is where ``base_uri`` says, or under the name in the adapter's files.
 
     Args:
         folder: of the adapter.
@@ -117,7 +122,10 @@ def find_base(folder: Path, base_uri: str | None, storage: StorageConfig) -> tup
 
 
 def _locate(uri: str, folder: Path, revision: Any, storage: StorageConfig) -> tuple[str, Path]:
-    """Localize a URI, a path (from here or from ``folder``), or a name of the hub; also return it as a URI."""
+    """Localize a URI, a path or a name on the hub.
+
+    A path counts from the current directory or from ``folder``. Returns the URI as well.
+    """
     if scheme_of(uri) == "file":
         places = [file_path(uri), folder / uri]
         here = next((place for place in places if place.exists()), None)
@@ -132,7 +140,7 @@ def _locate(uri: str, folder: Path, revision: Any, storage: StorageConfig) -> tu
 
 
 def has_remote_base(folder: Path) -> bool:
-    """Tell whether the adapter in ``folder`` names its base by the URI of a store.
+    """Tell whether the adapter's base model is named by a remote URI.
 
     Raises:
         WMTPError: a file is damaged.
@@ -171,7 +179,7 @@ def read_adapter(folder: Path, base: BaseModelName) -> SavedAdapter:
 
 
 def adapter_dtype(folder: Path) -> torch.dtype:
-    """Tell the precision of the adapter in ``folder``: bf16 only where all of it is.
+    """Return an adapter's precision: bf16 if all tensors are, else fp32.
 
     Raises:
         WMTPError: the file is damaged.

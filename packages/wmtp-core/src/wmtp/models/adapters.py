@@ -1,7 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) in the layers of a model, by peft, and in those of its heads where asked for.
+"""Low-rank adapters (LoRA, arXiv 2106.09685), by PEFT.
 
-peft puts a module of its own in the place of each linear map, with the map inside, so that forward passes, compiled layers and
-sharding see ordinary layers. Names of parameters are peft's; those that learn have a part that begins with ``lora_``.
+They go into the decoder layers of a model, and into those of its heads where asked for. peft puts a module of its own in the
+place of each linear map, with the map inside, so that forward passes, compiled layers and sharding see ordinary layers. Names
+of parameters are peft's; those that learn have a part that begins with ``lora_``.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ class Adapter:
 
 
 def resolve_targets(base: PreTrainedModel, lora: LoraConfig) -> list[str]:
-    """Name the modules that ``lora.targets`` means, as peft matches names: whole, or what follows a dot.
+    """Name the modules that ``lora.targets`` means.
+
+    Names match as in PEFT: whole, or by their end after a dot.
 
     Args:
         base: may be on the meta device.
@@ -193,7 +196,9 @@ def put_on(
     in_heads: bool = False,
     head_state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Put an adapter into a model's own layers; nothing but it and heads 2..H can learn from now on.
+    """Add an adapter to a model's own layers.
+
+    From now on nothing but the adapter and heads 2..H can learn.
 
     Args:
         model: in place; may be on the meta device.
@@ -222,7 +227,10 @@ def put_on(
 
 
 def _config_within(heads: nn.Module, config: Any) -> Any:
-    """Narrow an adapter's settings to the targets that are in the heads; those of one layer of the base are not."""
+    """Narrow an adapter's settings to the targets in the heads.
+
+    A target that names a single layer of the base is in none of them.
+    """
     names = [name for name, module in heads.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     targets = [target for target in config.target_modules if any(name.endswith(f".{target}") for name in names)]
     if not targets:
@@ -236,7 +244,9 @@ def _config_within(heads: nn.Module, config: Any) -> Any:
 
 
 def quantize_base(model: MTPModel, device: torch.device | None = None) -> None:
-    """Quantize the base as the model's adapter wants it; heads 2..H and the adapter itself stay as they are.
+    """Quantize the base as its adapter asks.
+
+    Heads 2..H and the adapter itself stay as they are.
 
     Args:
         model: in place.
@@ -247,7 +257,9 @@ def quantize_base(model: MTPModel, device: torch.device | None = None) -> None:
 
 
 def inject(base: nn.Module, config: Any, state: Mapping[str, Tensor] | None = None) -> None:
-    """Have peft put its modules into a model or a part of one, and fill them.
+    """Have PEFT add its modules to a model, and fill them.
+
+    ``base`` may be a part of a model.
 
     Args:
         base: in place; may be on the meta device.
@@ -314,7 +326,7 @@ def check_same(config: Any, lora: LoraConfig, base: PreTrainedModel, source: obj
 
 
 def check_targets(config: Any, base: PreTrainedModel, source: object) -> None:
-    """Refuse an adapter from files that is on other parts of a model than linear maps of its decoder layers.
+    """Refuse an adapter outside the linear maps of the decoder layers.
 
     Args:
         config: peft's.
@@ -350,7 +362,10 @@ def _matched(base: nn.Module, config: Any) -> set[str]:
 
 
 def _short(targets: Any) -> list[str]:
-    """Shorten targets for a message: PEFT writes all-linear as the whole name of each map."""
+    """Shorten targets for a message.
+
+    PEFT writes all-linear as the full name of each map.
+    """
     return [targets] if isinstance(targets, str) else sorted({name.rpartition(".")[2] for name in targets or ()})
 
 
@@ -369,7 +384,10 @@ def is_adapter_name(name: str) -> bool:
 
 
 def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Part adapted heads' own tensors, under the names that they have without adapters, from the adapters', by `saved_name`."""
+    """Split adapted heads' state into plain tensors and adapter tensors.
+
+    The former under the names that they have without adapters, the latter by `saved_name`.
+    """
     own = {name: tensor for name, tensor in state.items() if not is_adapter_name(name)}
     # experts have an adapter for each of their tensors, one around the other
     plain = {".".join(part for part in name.split(".") if part != "base_layer"): tensor for name, tensor in own.items()}
@@ -383,7 +401,10 @@ def saved_name(name: str) -> str:
 
 
 def fingerprint(base: nn.Module) -> str:
-    """Hash a sample of each tensor of a model, equal in every precision."""
+    """Hash a sample of each of a model's tensors.
+
+    The hash is the same in every precision; it is empty for a model on the meta device.
+    """
     digest = hashlib.sha256()
     for name, parameter in base.named_parameters():
         if parameter.is_meta:
@@ -396,9 +417,10 @@ def fingerprint(base: nn.Module) -> str:
 
 @torch.no_grad()
 def merge(base: nn.Module) -> None:
-    """Add the adapter of a model or a part of one to its weights, in fp32 at least, and take peft's modules out.
+    """Merge an adapter into its weights, and remove PEFT's modules.
 
-    What 4 bits have left of a weight counts: the adapter was learned on that.
+    ``base`` is a model or a part of one; sums are in fp32 at least. What 4 bits have left of a
+    weight counts: the adapter was learned on that.
 
     Raises:
         WMTPError: the weights are kept in fp8, which is for training alone.
@@ -423,7 +445,9 @@ def merge(base: nn.Module) -> None:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Compute without the adapter inside, as the base model does; gradients flow as before.
+    """Disable the adapter inside: compute as the base model does.
+
+    Gradients flow as before.
 
     Args:
         model: an `MTPModel` or a part of one. Without an adapter nothing changes.

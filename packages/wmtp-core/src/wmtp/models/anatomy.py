@@ -105,7 +105,10 @@ def first_tensor(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradient inside; afterwards every submodule is in the mode in which it was."""
+    """Put a model into eval mode without gradients, inside the context.
+
+    Afterwards every submodule is in the mode in which it was.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -144,7 +147,9 @@ def record_output(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def dissect(model: PreTrainedModel) -> Anatomy:
-    """Find the parts of ``model``. The model, its training mode and the random state stay as they are.
+    """Find the parts of ``model``.
+
+    The model, its training mode and the random state stay as they are.
 
     Raises:
         ConfigError: it is not a decoder-only language model, or of a shape that is not understood.

@@ -1,4 +1,4 @@
-"""Attention that separates the documents of a packed row without computing masked blocks.
+"""Attention that separates packed documents without computing masked blocks.
 
 transformers hands a layer's mask to whatever attention function is registered with it. Ours takes two masks of its own beside
 those of transformers: `document_mask`, which flex attention computes block by block, and `causal_mask`, which says that there
@@ -74,12 +74,15 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def causal_mask(device: torch.device) -> Tensor:
-    """Return the marker of single-document rows: an empty mask that no architecture reads."""
+    """Return an empty mask: the marker of single-document rows.
+
+    No architecture reads it.
+    """
     return torch.empty((0, 0, 0, 0), dtype=torch.bool, device=device)
 
 
 def use_block_attention(anatomy: Anatomy) -> bool:
-    """Let a model attend by our function, if it gives what its own does.
+    """Switch a model to our attention function where results agree.
 
     Left as they are: models whose attention is not torch's scaled dot product (because the config or the architecture says
     so), those with windows or chunks, and those that a trial on a few tokens shows to do something else with a mask.
@@ -93,7 +96,9 @@ def use_block_attention(anatomy: Anatomy) -> bool:
 
 
 def same_attention(anatomy: Anatomy, name: str) -> bool:
-    """Let a model attend by a registered function that takes transformers' own masks, if it gives what its own does.
+    """Switch a model to a registered attention function where results agree.
+
+    The function takes transformers' own masks.
 
     Args:
         anatomy: of the model.
@@ -112,7 +117,10 @@ def same_attention(anatomy: Anatomy, name: str) -> bool:
 def _change(
     anatomy: Anatomy, name: str, plain_mask: Callable[[torch.device], Any], packed_mask: Callable[[Tensor], Any]
 ) -> bool:
-    """Set the attention function, and take it back where a trial shows a difference; both masks are given to the trial."""
+    """Set the attention function; undo it where a trial differs.
+
+    Both masks are given to the trial.
+    """
     decoder = anatomy.decoder
     config = text_config(decoder.config)
     windows = [field(config, key) for key in ("sliding_window", "attention_chunk_size")]
@@ -170,7 +178,10 @@ def _special(kwargs: dict[str, Any]) -> bool:
 
 
 def _attend_by_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, groups: int, scale: float | None) -> Tensor:
-    """Attend where heads share keys, with their queries side by side: a long cache is not copied for each of them."""
+    """Attend with the queries of heads that share keys side by side.
+
+    A long cache is not copied for each of them.
+    """
     rows, heads, tokens, width = query.shape
     together = query.reshape(rows, heads // groups, groups * tokens, width)
     if tokens > 1 and groups > 1:  # the same mask for each head; one row of it does for all
@@ -195,7 +206,10 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale:
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    """Flex attention for a model that is not compiled; made when first needed, since Inductor's import takes seconds."""
+    """Compile flex attention for models that are not compiled themselves.
+
+    It is made when first needed, since Inductor's import takes seconds.
+    """
     return torch.compile(flex_attention)
 
 

@@ -1,4 +1,4 @@
-"""Share of its attention that a model's last layer gives to marked tokens."""
+"""Share of the last layer's attention that marked tokens get."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _current: ContextVar[AttentionShares | None] = ContextVar("attention shares", de
 
 
 def watch_attention(model: MTPModel) -> bool:
-    """Let a model that does not learn attend by a function that can be watched, if it gives what its own does.
+    """Switch a frozen model to attention that can be watched.
 
     Returns:
         whether it does now; models whose attention is not torch's scaled dot product are left as they are.
@@ -55,7 +55,9 @@ def watch_attention(model: MTPModel) -> bool:
 
 @contextmanager
 def watching(model: MTPModel, marked: Tensor) -> Iterator[AttentionShares]:
-    """Note the attention that the last layer gives to marked tokens in the forward pass of the block.
+    """Record the attention that the last layer gives to marked tokens.
+
+    It is that of the forward pass inside the context.
 
     Args:
         model: after `watch_attention`.

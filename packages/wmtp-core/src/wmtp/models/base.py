@@ -93,7 +93,10 @@ class ModelLoader(Contract, ABC, contract=True):
     """Turns a file or folder into a causal language model."""
 
     def with_storage(self, storage: StorageConfig) -> ModelLoader:
-        """Return a loader that reaches stores by these options, where files name others by URI; the default names none."""
+        """Return a loader that reaches stores by these options.
+
+        For loaders whose files name others by URI; the default returns ``self``.
+        """
         return self
 
     @abstractmethod
@@ -122,7 +125,7 @@ class ModelLoader(Contract, ABC, contract=True):
         """
 
     def open_stored(self, path: Path | None, *, seed: int) -> LoadedModel | None:
-        """Open the weights where they lie: mapped from their files, in the files' type.
+        """Map the weights from their files, in the files' dtype.
 
         None, the default, has `load` called. What is opened so takes no memory of its own until it is used, and several
         processes read no more of it than their parts.

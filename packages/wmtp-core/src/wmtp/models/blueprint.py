@@ -1,4 +1,4 @@
-"""All of a model but its numbers: enough for another process to build it empty."""
+"""Description of a model, from which another process builds it empty."""
 
 from __future__ import annotations
 

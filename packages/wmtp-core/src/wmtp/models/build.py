@@ -43,7 +43,9 @@ def build_model(
     name: BaseModelName | None = None,
     quantize: Literal["nf4"] | None = None,
 ) -> MTPModel:
-    """Put heads on a loaded model, and an adapter: those that it brought, its own layers for that, or new ones.
+    """Put heads and, where asked for, an adapter on a loaded model.
+
+    They are those that it brought, its own layers for multi-token prediction, or new ones.
 
     Args:
         loaded: from a `ModelLoader`.
@@ -109,7 +111,10 @@ def build_model(
 
 
 def _say_kept(native: Native, resolved: HeadsConfig, wanted: HeadsConfig | None) -> None:
-    """Say why the model's own layers are not opened; a warning where nobody chose it."""
+    """Log why the model's own multi-token layers are not opened.
+
+    It is a warning where the config does not choose heads.
+    """
     about = "the model's own layers for multi-token prediction"
     if native.problem is not None:
         level = logging.WARNING if wanted is None else logging.INFO
@@ -120,7 +125,10 @@ def _say_kept(native: Native, resolved: HeadsConfig, wanted: HeadsConfig | None)
 
 
 def merge_brought(model: MTPModel) -> None:
-    """Add the adapter that a model brought to its weights, so that all of it can learn."""
+    """Merge the adapter that a model brought.
+
+    All of the model can learn then.
+    """
     if model.adapter is None:
         return
     _log.info("the adapter that the model brings is merged into it, all of which learns")
@@ -197,7 +205,10 @@ def _agreed(wanted: HeadsConfig, brought: HeadsConfig) -> HeadsConfig:
 
 
 def _first_heads(state: Mapping[str, Tensor], heads: HeadsConfig) -> dict[str, Tensor]:
-    """Select the tensors of heads 2..H; a smaller horizon drops the model's last heads."""
+    """Select the tensors of heads 2..H.
+
+    A smaller horizon drops the model's last heads.
+    """
     if heads.kind == "shared":
         return dict(state)
     first = {str(index) for index in range(heads.horizon - 1)}

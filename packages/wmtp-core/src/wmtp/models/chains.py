@@ -1,4 +1,7 @@
-"""Chains of heads: each step reads the hidden states of the one before and the embedding of the token that it predicted."""
+"""Chains of heads, each fed by the one before it.
+
+A step reads the hidden states of the one before and the embedding of the token that it predicted.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,10 @@ class ChainedBlock(nn.Module):
         self.output_norm = output_norm
 
     def forward(self, previous: Tensor, embedding: Tensor, call: LayerCall) -> Tensor:
-        """``[B, S, D]`` twice to ``[B, S, D]``; the model's final norm, where the rule asks for it, is still to come."""
+        """Run one step: ``[B, S, D]`` twice to ``[B, S, D]``.
+
+        The model's final norm, where the rule asks for it, is still to come.
+        """
         parts = [self.hidden_norm(previous), self.embedding_norm(embedding)]
         joined = torch.cat(parts[::-1] if self.rule.embedding_first else parts, dim=-1)
         hidden = call.repeat(self.layer, self.projection(joined))
@@ -55,7 +61,9 @@ class ChainedBlock(nn.Module):
 
     @classmethod
     def make(cls, maker: Maker, rule: ChainRule, layer: nn.Module | None = None) -> ChainedBlock:
-        """Make a new one. ``copy`` starts the projection as a copy of the hidden states, blind to the embedding.
+        """Make a new module.
+
+        ``copy`` starts the projection as a copy of the hidden states, blind to the embedding.
 
         Args:
             maker: of its parts.
@@ -74,7 +82,10 @@ class ChainedBlock(nn.Module):
 
 
 def blocks_of(heads: nn.ModuleList, extra: int) -> list[ChainedBlock]:
-    """List the module of each of ``extra`` steps; where there are fewer modules, they take turns, as in vLLM."""
+    """List the module of each of ``extra`` steps.
+
+    Where there are fewer modules, they take turns, as in vLLM.
+    """
     blocks = [head for head in heads if isinstance(head, ChainedBlock)]
     return [blocks[step % len(blocks)] for step in range(extra)] if blocks else []
 

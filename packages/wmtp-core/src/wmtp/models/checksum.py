@@ -1,4 +1,4 @@
-"""Checksum of a tensor: a few numbers that tell whether another is the same, bit by bit."""
+"""Checksum of a tensor, to compare tensors bit by bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WHOLE: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Tensor:
-    """Sum a tensor's bits by rows and by columns, weighted by their numbers.
+    """Sum a tensor's bits by rows and columns, weighted by index.
 
     So an exchange of two rows or columns is seen, unless their sums are equal.
 

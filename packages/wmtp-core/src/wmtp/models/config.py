@@ -28,7 +28,9 @@ FEED_FORWARD: Final = 4
 
 @frozen(kw_only=True)
 class HfModel(ModelLoaderConfig):
-    """A Hugging Face folder (safetensors), a GGUF file, an adapter of PEFT, or what WMTP saved. Any heads in it are kept.
+    """A Hugging Face folder, GGUF file, PEFT adapter, or saved WMTP model.
+
+    A folder holds safetensors or ``.bin`` files. Any heads beside the model are kept.
 
     Args:
         uri: the folder, or the ``.gguf`` file itself.
@@ -45,7 +47,10 @@ class HfModel(ModelLoaderConfig):
     base_uri: str | None = None
 
     def check_heads(self, heads: HeadsConfig | None) -> Iterable[str]:
-        """Find damage of the model's own layers for multi-token prediction, where they would be the heads."""
+        """Report damage of native layers that would be the heads.
+
+        Native ones are the model's own, for multi-token prediction.
+        """
         try:
             if scheme_of(self.uri) != "file" or not file_path(self.uri).is_dir():
                 return ()

@@ -28,7 +28,9 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def field(config: PreTrainedConfig, name: str, default: Any = None) -> Any:
-    """Return a field of the text model; of one that differs between layers, the largest value.
+    """Return a field of the text model's config.
+
+    Where layers differ in it, the largest value.
 
     Args:
         config: of the whole model.
@@ -60,10 +62,10 @@ def layer_count(config: PreTrainedConfig) -> int:
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return what each decoder layer does with earlier tokens, in transformers' words (``full_attention`` …).
+    """Return each decoder layer's kind, by transformers' names.
 
-    An architecture that does not tell has one kind for all: ``sliding_attention`` where it has a window, else
-    ``full_attention``.
+    It says what the layer does with earlier tokens: ``full_attention``, say. An architecture that does not tell has one kind
+    for all: ``sliding_attention`` where it has a window, else ``full_attention``.
     """
     kinds = field(config, "layer_types")
     if kinds:
@@ -87,10 +89,10 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def switching_length(config: PreTrainedConfig) -> int | None:
-    """Return the length beyond which a text's positions are scaled by that length; None where they are not.
+    """Return the length beyond which positions are scaled by text length.
 
-    LongRoPE has one set of frequencies up to it and another one beyond, dynamic scaling a set for every length: in a row of
-    several documents the longest decides for all.
+    None where they are not. LongRoPE has one set of frequencies up to it and another one beyond, dynamic scaling a set for
+    every length: in a row of several documents the longest decides for all.
     """
     rope = _rope(config)
     if rope.get("rope_type") not in ("longrope", "dynamic"):

@@ -1,4 +1,4 @@
-"""Layers with recurrent state, run over each document of a packed row separately.
+"""Recurrent layers, run over each document of a packed row separately.
 
 A linear attention, a state space or a convolution hands on a state from token to token, whatever mask or positions it
 gets. So its module is called with the documents as rows of their own, all those of about one length at once, and what it
@@ -37,9 +37,9 @@ class DocumentRows:
 
     @classmethod
     def of(cls, position_ids: Tensor) -> DocumentRows:
-        """Find the documents by their positions ``[B, S]``, counted from 0 in each. Waits for the device.
+        """Find the documents by their positions ``[B, S]``, from 0 in each.
 
-        Padding has position 0 all along; it counts as one document.
+        Waits for the device. Padding has position 0 all along; it counts as one document.
         """
         positions = position_ids.cpu()
         zero, following = positions == 0, torch.roll(positions, -1, dims=1)
@@ -64,7 +64,7 @@ class DocumentRows:
         return cls(groups=tuple(groups), order=order.to(position_ids.device), shape=(rows, width))
 
     def split(self, value: Any, group: Tensor) -> Any:
-        """Give an argument of a module the documents of a group as rows.
+        """Split a module's argument into one row per document of a group.
 
         Raises:
             ValueError: it is a tensor that cannot be: a mask of tokens by tokens.
@@ -81,12 +81,18 @@ class DocumentRows:
         return value
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """Put what was computed for the groups back: ``[n, L, …]`` each to ``[B, S, …]``."""
+        """Join what was computed for the groups into packed rows.
+
+        ``[n, L, …]`` each to ``[B, S, …]``.
+        """
         return torch.cat([part.flatten(0, 1) for part in parts])[self.order].unflatten(0, self.shape)
 
 
 class StateKeeper(ABC):
-    """A cache that keeps the states of parts of layers itself, which reach it by `by_document`."""
+    """Cache that keeps the states of parts of layers itself.
+
+    They reach it by `by_document`.
+    """
 
     @abstractmethod
     def run_part(self, module: nn.Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -104,7 +110,10 @@ _reading: DocumentRows | None = None
 
 @contextmanager
 def reading(rows: DocumentRows | None) -> Iterator[None]:
-    """Inside, modules that `by_document` changed go by these documents; with None, they go by rows as they are."""
+    """Set the documents that modules of `by_document` go by, inside.
+
+    With None they go by rows as they are.
+    """
     global _reading
     before, _reading = _reading, rows
     try:
@@ -114,7 +123,10 @@ def reading(rows: DocumentRows | None) -> Iterator[None]:
 
 
 def within_reading(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have ``function`` go by the documents of now whenever it is called: for recomputation in the backward pass."""
+    """Bind a function to the current documents.
+
+    Recomputation in the backward pass needs it.
+    """
     return function if _reading is None else partial(_read_again, _reading, function)
 
 
@@ -124,7 +136,10 @@ def _read_again(rows: DocumentRows, function: Callable[..., Any], *args: Any, **
 
 
 def by_document(module: nn.Module) -> None:
-    """Have ``module`` run over each document by itself inside of `reading`. Its state dict stays."""
+    """Have ``module`` run over each document by itself inside `reading`.
+
+    Its state dict stays.
+    """
     if not isinstance(module.forward, partial):
         module.forward = partial(_forward, module, module.forward)
 

@@ -14,7 +14,9 @@ __all__ = ["frequent_tokens"]
 
 
 def frequent_tokens(data: TokenDataset, size: int, vocab_size: int, ends: Collection[int]) -> tuple[int, ...]:
-    """Choose the most frequent tokens of some data, as FastMTP does for a language (arXiv 2509.18362).
+    """Choose the most frequent tokens of some data.
+
+    FastMTP chooses so for a language (arXiv 2509.18362).
 
     Args:
         data: whose tokens are counted.

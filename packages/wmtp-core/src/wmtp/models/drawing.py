@@ -1,4 +1,7 @@
-"""Random numbers of new models: the same on every machine for one seed, and large tensors drawn by several threads."""
+"""Seeded random numbers of new models, the same on every machine.
+
+Large tensors are drawn by several threads.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,12 @@ _MOST_THREADS = 16
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers on the CPU come from ``seed`` inside; the random state outside, also of other devices, stays.
+    """Draw random numbers on the CPU from ``seed`` inside.
 
-    A model is drawn twice where it is made: by the constructors of its modules, and by its own initializer. Draws of large
-    tensors wait until something needs their numbers, or the context ends: those that were overwritten are never made, and
-    the others run in threads, each from a seed of its own, so that their number changes nothing.
+    The random state outside, also of other devices, stays. A model is drawn twice where it is made: by the constructors of its
+    modules, and by its own initializer. Draws of large tensors wait until something needs their numbers, or the context ends:
+    those that were overwritten are never made, and the others run in threads, each from a seed of its own, so that their number
+    changes nothing.
     """
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)

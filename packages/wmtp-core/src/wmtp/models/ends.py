@@ -1,4 +1,7 @@
-"""Tokens that begin and end a text: one fact, which a model folder states in three files."""
+"""Tokens that begin and end a text.
+
+One fact, which a model folder states in three files.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,15 @@ _log = logging.getLogger("wmtp")
 
 
 def end_ids(base: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
-    """List the tokens at which a text ends: the tokenizer's first, then the others of the generation config."""
+    """List the tokens at which a text ends.
+
+    The tokenizer's comes first, then the others of the generation config.
+    """
     return _with(_listed(getattr(base.generation_config, "eos_token_id", None)), tokenizer.eos_id)
 
 
 def learn_ends(base: PreTrainedModel, tokenizer: Tokenizer, where: str) -> None:
-    """Set the begin and end tokens of a model's configs to those of training.
+    """Set begin and end tokens of a model's configs as in training.
 
     Readers take the end of a text from the generation config (transformers, vLLM), from ``config.json`` (older programs) or
     from the tokenizer. A list keeps its further ends: a chat model has several.
@@ -54,7 +60,7 @@ def learn_ends(base: PreTrainedModel, tokenizer: Tokenizer, where: str) -> None:
 
 
 def learn_turn_end(base: PreTrainedModel, tokenizer: Tokenizer, where: str) -> None:
-    """Have a model that learns from conversations stop where its chat template ends an answer.
+    """Have a chat model stop where its template ends an answer.
 
     Args:
         base: its generation config gets the token besides its other ends; a log line says so.

@@ -1,8 +1,9 @@
-"""Products of few rows in compiled code: each number of the weight is read once, for all rows.
+"""Products of few rows in compiled code.
 
-A step of decoding multiplies one to a few tokens by each weight. cuBLAS in fp32 takes 3.4 µs for one row of 576 numbers and a
-weight of 576 × 576, and 10 µs for four rows; written as products and sums, one for each row, Inductor makes one kernel of all
-rows, of 1.7 and 2.7 µs (H200), and joins it with what comes before and after: a norm, a sum.
+Each number of the weight is read once, for all rows. A step of decoding multiplies one to a few tokens by each weight. cuBLAS
+in fp32 takes 3.4 µs for one row of 576 numbers and a weight of 576 × 576, and 10 µs for four rows; written as products and
+sums, one for each row, Inductor makes one kernel of all rows, of 1.7 and 2.7 µs (H200), and joins it with what comes before and
+after: a norm, a sum.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MOST_MULTIPLICATIONS: Final = 2**23
 
 
 def compile_few_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function for fixed shapes, with its products of few rows written as sums."""
+    """Compile for fixed shapes, with products of few rows as sums."""
     return torch.compile(function, dynamic=False, backend=_backend)
 
 
@@ -67,7 +68,7 @@ def linear_by_rows(given: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def matmul_by_rows(queries: Tensor, other: Tensor) -> Tensor:
-    """Return what `torch.matmul` does, of ``[B, H, T, K]`` and ``[B, H, K, N]``."""
+    """Compute `torch.matmul` of ``[B, H, T, K]`` and ``[B, H, K, N]``."""
     if other.stride(-1) == 1:  # attention's values: one sum over all keys, which Inductor divides among blocks of threads
         return (queries.float().unsqueeze(-1) * other.float().unsqueeze(-3)).sum(-2).to(queries.dtype)
     across = other.float().transpose(-1, -2)

@@ -1,4 +1,4 @@
-"""Matrix products in fp8 (arXiv 2209.05433) for the linear maps in a model's layers, by torchao.
+"""Fp8 matrix products (arXiv 2209.05433) in a model's layers, by torchao.
 
 torchao's module takes the place of each `nn.Linear` and holds the same parameter, so names, optimizer and checkpoints stay as
 they are. Its class is a subclass of `nn.Linear` that only multiplies otherwise; `products_in_bf16` makes use of that. Weights
@@ -36,7 +36,7 @@ _CAPABILITY: Final = (9, 0)
 
 
 def check_fp8(devices: DevicesConfig, device: torch.device) -> None:
-    """Refuse a device without fp8 products, and a torchao that cannot be used, before anything is read.
+    """Refuse a device or torchao without fp8, before anything is read.
 
     Args:
         devices: the config section.
@@ -63,7 +63,9 @@ def check_fp8(devices: DevicesConfig, device: torch.device) -> None:
 def multiply_in_fp8(
     model: MTPModel, devices: DevicesConfig, *, sharded: bool = False, device: torch.device | None = None
 ) -> int:
-    """Have a model's layers multiply in fp8, if the config says so. Call it before copies or shards of parameters are made.
+    """Have a model's layers multiply in fp8, if the config says so.
+
+    Call it before copies or shards of parameters are made.
 
     Args:
         model: in place, on any device. Weights that never learn are kept in fp8.
@@ -118,7 +120,10 @@ def multiply_in_fp8(
 
 
 def _keep_frozen(model: MTPModel, chosen: set[int], fp8: Fp8Config, device: torch.device | None) -> int:
-    """Put weights in fp8 in the place of an adapted base's chosen ones; return their number."""
+    """Replace an adapted base's chosen weights by fp8 ones.
+
+    Returns their number.
+    """
     products = Products(
         by_rows=fp8.recipe != "tensorwise",
         fast_forward=fp8.accumulates_fast != "none",
@@ -148,7 +153,7 @@ def fp8_logits(devices: DevicesConfig) -> Fp8Logits | None:
 
 @contextmanager
 def products_in_bf16(model: nn.Module) -> Iterator[None]:
-    """Have a model multiply inside as the saved one will: its linear maps are plain ones.
+    """Multiply as the saved model will, with plain linear maps, inside.
 
     Weights that never learn and are kept in fp8 stay rounded, as 4-bit ones do.
     """
@@ -175,7 +180,10 @@ def _options(devices: DevicesConfig) -> Fp8Config:
 
 
 def _linear_maps(model: MTPModel) -> dict[str, nn.Linear]:
-    """List the linear maps in the repeated layers by their names in the model, without those of adapters."""
+    """List the linear maps in the repeated layers by name.
+
+    Those of adapters are not among them.
+    """
     inside = {id(module) for layer in repeated_layers(model) for module in layer.modules()}
     return {
         name: module

@@ -1,8 +1,8 @@
-"""Linear maps whose weights never learn and are kept in fp8 (arXiv 2209.05433): rounded once, and half of bf16's memory.
+"""Frozen linear maps whose weights are kept in fp8 (arXiv 2209.05433).
 
-The numbers are those of casting at each product, since a weight that does not change is rounded alike each time. What enters a
-product is measured and rounded anew. There is no gradient of the weight. The files of the base stay as they are, and everything
-that is saved or exported comes from them.
+A weight is rounded once, and takes half of bf16's memory. The numbers are those of casting at each product, since a weight that
+does not change is rounded alike each time. What enters a product is measured and rounded anew. There is no gradient of the
+weight. The files of the base stay as they are, and everything that is saved or exported comes from them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ class FrozenFp8Linear(nn.Module):
         return (self.stored.view(_FORMAT).float() * self.scale).to(torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
+        """Map ``[..., in_features]`` to ``[..., out_features]``.
+
+        The result has the precision of x or of autocast.
+        """
         dtype = _precision(x)
         result = _Product.apply(x.to(dtype), self.stored, self.scale, self.products)
         return result if self.bias is None else result + self.bias.to(dtype)  # type: ignore[operator]
@@ -96,14 +99,19 @@ class FrozenLinear(FrozenFp8Linear):
     """Multiplication in bf16 by a rounded weight; see `wmtp.models.fp8.products_in_bf16`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
+        """Map ``[..., in_features]`` to ``[..., out_features]``.
+
+        The result has the precision of x or of autocast.
+        """
         dtype = _precision(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)  # type: ignore[arg-type]
 
 
 def check_original(model: nn.Module) -> None:
-    """Refuse to take weights for the base's own where fp8 has rounded them.
+    """Refuse base weights that fp8 has rounded.
+
+    They are no longer the base's own.
 
     Raises:
         WMTPError: it has.
@@ -122,7 +130,7 @@ def _precision(x: Tensor) -> torch.dtype:
 
 
 class _Product(torch.autograd.Function):
-    """x · Wᵀ with both in fp8; its backward pass has the gradient of x alone."""
+    """Product x · Wᵀ in fp8, with a gradient for x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stored: Tensor, scale: Tensor, products: Products) -> Tensor:
@@ -140,7 +148,10 @@ class _Product(torch.autograd.Function):
 
 
 def _round_input(rows: Tensor, products: Products) -> tuple[Tensor, Tensor]:
-    """Return ``[T, K]`` in fp8 and what it is multiplied by; no gradient flows through it."""
+    """Round ``[T, K]`` to fp8, without gradient.
+
+    Also returns what the numbers are multiplied by.
+    """
     return _round(rows.detach(), _FORMAT, products.by_rows)
 
 
@@ -161,7 +172,7 @@ def _product(rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dt
 
 
 def _gradient_of_input(gradient: Tensor, stored: Tensor, scale: Tensor, products: Products) -> Tensor:
-    """Compute the gradient of x, ``[T, K]``, from that of x · Wᵀ."""
+    """Compute the gradient of x, ``[T, K]``, from that of the product."""
     if products.by_rows:  # a scale of the weight belongs to a number of the sum here, so it goes to the other factor
         rounded, of_rows = _round(gradient.float() * scale.reshape(1, -1), _FORMAT, True)
         scale = scale.new_ones(1, stored.shape[1])
@@ -190,7 +201,10 @@ def _emulated(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 def _gradient(
     rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, fast: bool, emulate: bool
 ) -> Tensor:
-    """Multiply a rounded gradient by W. Tensor cores read fp8 along the sum alone, so the weight is transposed."""
+    """Multiply a rounded gradient by W.
+
+    Tensor cores read fp8 along the sum alone, so the weight is transposed.
+    """
     if emulate:
         return _emulated(rounded.float() * of_rows, stored.view(_FORMAT).float() * scale, dtype)
     if implementation(stored.device, torch.bfloat16) == "fused":

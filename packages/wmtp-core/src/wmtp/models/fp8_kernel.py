@@ -30,7 +30,9 @@ def _transpose_kernel(matrix, out, rows, columns, SIDE: tl.constexpr) -> None:
 
 
 def transpose(matrix: Tensor) -> Tensor:
-    """Return the transposed matrix in memory of its own; torch's copy of single bytes is not limited by memory alone.
+    """Return the transposed matrix in memory of its own.
+
+    torch's copy of single bytes is not limited by memory alone.
 
     Args:
         matrix: ``[N, K]`` of 8 bits a number, contiguous.

@@ -1,4 +1,4 @@
-"""Methods of a model that users call to get text: its tokenizer, completions, answers."""
+"""Methods of a model for users: its tokenizer, completions, answers."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ class Generating:
         seed: int = 0,
         stop: Sequence[str] = (),
     ) -> Any:
-        """Answer in a conversation, or in several, written by the tokenizer's chat template.
+        """Answer in one or several conversations.
+
+        They are written by the tokenizer's chat template.
 
         Args:
             messages: each with ``role`` and ``content``, or a text, which is what a user says; or several conversations, which

@@ -1,7 +1,8 @@
-"""Kinds of heads 2..H. Head 1 is the model's own and not here.
+"""Kinds of heads 2..H.
 
-A kind is one class: ``build`` makes its modules, and ``run`` turns the trunk and head 1's hidden states into those of heads
-2..H. All hidden states that it returns are ready for an unembedding: they come after the final norm.
+Head 1 is the model's own and not here. A kind is one class: ``build`` makes its modules, and ``run`` turns the trunk and head
+1's hidden states into those of heads 2..H. All hidden states that it returns are ready for an unembedding: they come after the
+final norm.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class HeadInput:
 
 @frozen(kw_only=True, eq=False)
 class Maker:
-    """Makes the modules of new heads in the likeness of the model's own.
+    """Factory of the modules of new heads, like the model's own.
 
     Args:
         base: the model.
@@ -73,7 +74,10 @@ class Maker:
     dtype: torch.dtype | None = None
 
     def layer(self) -> nn.Module:
-        """A decoder layer: the last one's copy, or one from the model's own initializer."""
+        """Make a decoder layer.
+
+        It is a copy of the last one, or one from the model's own initializer.
+        """
         layer = self._duplicate(self.anatomy.layers[-1])
         return self.initialize(layer) if self.init == "random" else layer
 
@@ -82,14 +86,17 @@ class Maker:
         return self._duplicate(self.anatomy.layers[0 if template == "first" else -1])
 
     def final_norm(self) -> nn.Module:
-        """Make a norm that a head has in place of the model's final one: a copy of it, or a new one."""
+        """Make a head's own norm in place of the final one.
+
+        It is a copy of that, or a new one.
+        """
         if self.init == "random" or not self.anatomy.tail:
             return self.norm()
         copies = [self._duplicate(module) for module in self.anatomy.tail]
         return copies[0] if len(copies) == 1 else nn.Sequential(*copies)
 
     def norm(self) -> nn.Module:
-        """Make a new norm of the kind of the model's final one; default: RMS norm."""
+        """Make a new norm like the model's final one; default RMS norm."""
         if self.anatomy.tail:
             return self.initialize(self._duplicate(self.anatomy.tail[0]))
         return self._placed(nn.RMSNorm(self.anatomy.hidden_size))
@@ -99,7 +106,7 @@ class Maker:
         return self.initialize(nn.Linear(inputs, outputs, bias=bias))
 
     def initialize(self, module: M) -> M:
-        """Give every parameter of ``module`` a new value from the model's own initializer."""
+        """Initialize every parameter of ``module`` by the model's own initializer."""
         if self.anatomy.output.weight.is_meta:  # the numbers come from another process
             return self._placed(module)
         # drawn on the CPU, so that a seed gives the same heads on every device
@@ -148,9 +155,9 @@ class HeadKind:
 
 
 class Block(HeadKind):
-    """Decoder layer on the trunk for each head; final norm and unembedding are shared.
+    """Decoder layer on the trunk for each head.
 
-    Meta, arXiv 2404.19737, §2.
+    Final norm and unembedding are shared. Meta, arXiv 2404.19737, §2.
     """
 
     @staticmethod
@@ -204,7 +211,7 @@ class ResidualBlock(nn.Module):
 
 
 class Residual(HeadKind):
-    """Residual SiLU layer for each head, on head 1's hidden states; the unembedding is shared.
+    """Residual SiLU layer for each head, on head 1's hidden states.
 
     Medusa (arXiv 2401.10774, §2.1) gives each head an unembedding of its own as well; here it is shared. ``copy`` starts with W
     = 0 as Medusa does: the identity, so that every head first predicts what head 1 does.
@@ -227,7 +234,7 @@ class Residual(HeadKind):
 
 
 class Chained(HeadKind):
-    """Chain of decoder layers: each reads the previous depth and the token it predicted.
+    """Chain of decoder layers, each fed by the one before.
 
     Head k reads the hidden states of head k−1 and the embedding of token t+k−1 (DeepSeek-V3, arXiv 2412.19437, §2.2). In
     training the token is the real one, at inference the one that head k−1 predicted. Beyond the row's end the row's beginning
@@ -246,7 +253,7 @@ class Chained(HeadKind):
 
 
 class Shared(HeadKind):
-    """Chain in which every depth is the same module (FastMTP, arXiv 2509.18362, §3)."""
+    """Chain that repeats one module (FastMTP, arXiv 2509.18362, §3)."""
 
     @staticmethod
     def build(maker: Maker, extra: int) -> nn.ModuleList:
@@ -260,10 +267,11 @@ class Shared(HeadKind):
 
 
 class NativeKind(HeadKind):
-    """Own layers of a model for multi-token prediction; with fewer modules than heads, they take turns.
+    """Native layers: the model's own for multi-token prediction.
 
-    The modules come first, then their own embeddings and unembeddings, where they have any: these belong to the root when
-    processes share a model, as the loss multiplies by an unembedding outside of any module.
+    With fewer modules than heads, they take turns. The modules come first, then their own embeddings and unembeddings, where
+    they have any: these belong to the root when processes share a model, as the loss multiplies by an unembedding outside of
+    any module.
     """
 
     @staticmethod

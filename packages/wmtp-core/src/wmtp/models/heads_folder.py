@@ -1,4 +1,7 @@
-"""Files of heads 2..H in a model folder: ``mtp_heads.json`` and, unless they are among the model's, their tensors."""
+"""Files of heads 2..H in a model folder.
+
+``mtp_heads.json`` and, unless they are among the model's, their tensors.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,10 @@ def saved_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def saved_heads(folder: Path) -> HeadsConfig | None:
-    """Read which heads a model folder has, checked against the tensors beside it; None: none of its own."""
+    """Read which heads a model folder has; None without any.
+
+    They are checked against the tensors beside it.
+    """
     description, weights = folder / HEADS_CONFIG, folder / HEADS_WEIGHTS
     if not description.exists() and not weights.exists():
         return None

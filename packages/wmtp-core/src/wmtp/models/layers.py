@@ -1,4 +1,4 @@
-"""Repeated layers of a model with heads, in the order of their calls.
+"""Repeated layers of a model with heads, in call order.
 
 Activation checkpointing, compilation and sharding work on one of them at a time.
 """

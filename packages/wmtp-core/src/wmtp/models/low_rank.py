@@ -1,4 +1,4 @@
-"""Operators of linear maps with a low-rank adapter, W·x + s·B·A·x, each as one.
+"""Linear maps with a low-rank adapter, W·x + s·B·A·x, as one operator.
 
 As two products and a sum, activation checkpointing that keeps products would keep both in place of their sum, and so more than
 no checkpointing at all. As one, the sum alone is kept, with A·x of rank r; and the sum takes no pass of its own.
@@ -41,7 +41,10 @@ def adapted_linear(
 def adapted_linear_4bit(
     x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Multiply as `adapted_linear` does, by a weight that is kept in 4 bits (`wmtp.models.quantized.Linear4Bit`)."""
+    """Multiply as `adapted_linear` does, by a weight in 4 bits.
+
+    See `wmtp.models.quantized.Linear4Bit`.
+    """
     return _multiply(x, dequantize(packed, scales, up.shape[0], down.shape[1], x.dtype), bias, down, up, scale)
 
 
@@ -71,7 +74,9 @@ def _backward(
     scale: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of x and of both matrices; those that are not wanted have no numbers.
+    """Compute the gradients of x and of both matrices.
+
+    Those that are not wanted are empty.
 
     Args:
         gradient: ``[T, N]``.
@@ -135,7 +140,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    """Pass on the gradients of x and of both matrices, where they are asked for; the weight has none."""
+    """Pass on the gradients of x and of both matrices.
+
+    Only those that are asked for; the weight has none.
+    """
     x, low, down, up, *weight = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, -3, -2)]
     # as matrices already here, where a compiler sees it: what lies otherwise in memory takes no pass of its own

@@ -15,10 +15,16 @@ __all__ = ["AdaptedLinear", "use_one_operator"]
 
 
 class AdaptedLinear(Linear):
-    """peft's adapted linear map; in its usual state `wmtp.models.low_rank` computes it, otherwise peft does."""
+    """PEFT's adapted linear map, computed by one operator.
+
+    In its usual state `wmtp.models.low_rank` computes it, otherwise PEFT does.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
+        """Map ``[..., in_features]`` to ``[..., out_features]``.
+
+        The result has the precision of x or of autocast.
+        """
         base = self.base_layer
         if args or kwargs or self.disable_adapters or self.merged or type(base) not in (nn.Linear, Linear4Bit):
             return super().forward(x, *args, **kwargs)
@@ -34,7 +40,9 @@ class AdaptedLinear(Linear):
 
 
 def use_one_operator(base: nn.Module) -> None:
-    """Have the adapted linear maps of a model or a part of one computed by one operator each, where peft's would be as plain.
+    """Compute adapted linear maps by one operator each.
+
+    They are those of a model or a part of one where PEFT's own would be as plain.
 
     Args:
         base: in place. DoRA, and what is no `nn.Linear`, stays as peft has it.

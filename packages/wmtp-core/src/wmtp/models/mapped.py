@@ -1,4 +1,7 @@
-"""Tensors mapped from a model folder's files: each process reads no more of them than it uses."""
+"""Tensors mapped from a model folder's files.
+
+Each process reads no more of them than it uses.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,9 @@ def open_tensors(folder: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def compare_files(tensors: Mapping[str, Tensor], ranks: Ranks, folder: Path) -> None:
-    """Check that the files of all machines are those of rank 0, by a few numbers of each tensor.
+    """Check that all machines have the files of rank 0.
+
+    A few numbers of each tensor are compared.
 
     Args:
         tensors: of this rank, of the same names on all.
@@ -80,7 +85,7 @@ def compare_files(tensors: Mapping[str, Tensor], ranks: Ranks, folder: Path) -> 
 
 
 def settle(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Move a model to its device, its parameters to a type, one after the other.
+    """Move a model to its device and type, parameter by parameter.
 
     They go there as they are in their files, so that the host never holds a converted copy. Those that are no floating-point
     numbers of 16 or 32 bits keep their type.

@@ -1,4 +1,7 @@
-"""Attention masks as architectures take them: one for all layers, or one for each kind of layer."""
+"""Attention masks as architectures take them.
+
+One for all layers, or one for each kind of layer.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,17 @@ def reads_masks(config: PreTrainedConfig) -> bool:
 
 
 def attending_layers(config: PreTrainedConfig) -> int:
-    """Count the layers that attend, each with keys and values of its own."""
+    """Count the layers that attend.
+
+    Each has keys and values of its own.
+    """
     return sum(kind not in _WITHOUT_MASK for kind in layer_kinds(config))
 
 
 def attention_masks(
     config: PreTrainedConfig, query: Tensor, key: Tensor, same: Tensor | None, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor | None]:
-    """Build the causal masks of a model's layers, with their windows and chunks.
+    """Build a model's causal masks, with their windows and chunks.
 
     Args:
         config: of the model.

@@ -119,7 +119,10 @@ class MTPModel(Generating, nn.Module):
 
     @property
     def called_layer(self) -> nn.Module:
-        """Decoder layer whose mask and positions the heads' own layers get: the one that they are like."""
+        """Decoder layer whose mask and positions the heads' layers get.
+
+        It is the one that they are like.
+        """
         template = "last" if self.native is None else layout_named(self.native.layout).template
         return self.anatomy.layers[0 if template == "first" else -1]
 
@@ -139,24 +142,36 @@ class MTPModel(Generating, nn.Module):
         return max_positions(self.base.config)
 
     def fixed_parameters(self) -> list[nn.Parameter]:
-        """List the parameters that never learn: with an adapter, all of the base's own."""
+        """List the parameters that never learn.
+
+        With an adapter these are all of the base's own.
+        """
         if self.adapter is None:
             return []
         parts = [self.base, self.extra_heads] if self.adapter.in_heads else [self.base]
         return [parameter for part in parts for name, parameter in part.named_parameters() if not is_adapter_name(name)]
 
     def own_state(self) -> dict[str, Tensor]:
-        """Return the state dict without an adapted base's own weights; its tensors are the parameters themselves."""
+        """Return the state dict without an adapted base's own weights.
+
+        Its tensors are the parameters themselves.
+        """
         state = self.state_dict(keep_vars=True)
         return state if self.adapter is None else _without_fixed(state, "base.")
 
     def learned_state(self) -> dict[str, Tensor]:
-        """Return the state dict without what never learns; its tensors are the parameters themselves."""
+        """Return the state dict without what never learns.
+
+        Its tensors are the parameters themselves.
+        """
         state = self.own_state()
         return _without_fixed(state, "extra_heads.") if self.adapter is not None and self.adapter.in_heads else state
 
     def merge_adapter(self) -> None:
-        """Add the adapter to the weights; what is left is a plain model that can be saved whole."""
+        """Merge the adapter into the weights.
+
+        What is left is a plain model that can be saved whole.
+        """
         if self.adapter is not None:
             merge(self.base)
             merge(self.extra_heads)
@@ -172,7 +187,10 @@ class MTPModel(Generating, nn.Module):
             raise ConfigError(f"data.train.packing: {self.packing.problem}; set data.train.packing = false")
 
     def use_block_attention(self) -> bool:
-        """Attend by `wmtp.models.attention` from now on, where this architecture can; whether it does."""
+        """Switch to `wmtp.models.attention` where the architecture can.
+
+        Returns whether it does.
+        """
         self.block_attention = use_block_attention(self.anatomy)
         return self.block_attention
 
@@ -251,11 +269,14 @@ class MTPModel(Generating, nn.Module):
         return self.anatomy.unembedding(weight, bias)
 
     def logits(self, output: MTPOutput, head: int) -> Tensor:
-        """Logits ``[B, S, V]`` of one head (1..H), for inference; a loss should go by chunks."""
+        """Compute logits ``[B, S, V]`` of one head (1..H), for inference.
+
+        A loss should go by chunks.
+        """
         return self.unembedding(head).logits(output.hidden[head - 1])
 
     def save_pretrained(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write a folder for plain transformers, with the extra heads beside the base model.
+        """Write a folder for plain transformers, with the extra heads.
 
         With an adapter it is an adapter folder, which PEFT opens on the base, with the heads.
 
@@ -282,7 +303,9 @@ class MTPModel(Generating, nn.Module):
             raise WMTPError(f"{folder}: the model could not be written: {error}") from error
 
     def save_base(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write head 1, the model itself, with all that its folder held besides it.
+        """Write head 1, the model itself.
+
+        All that its folder held besides it comes along.
 
         Args:
             folder: made if it is not there.
@@ -302,7 +325,10 @@ class MTPModel(Generating, nn.Module):
         write_base(self.base, folder, state=own, source=self.source, untouched=self.untouched, added=added)
 
     def take_origin(self, other: MTPModel) -> None:
-        """Save as ``other`` would: under the names of its files, and with what else they hold."""
+        """Take over how ``other`` would be saved.
+
+        That is under the names of its files, and with what else they hold.
+        """
         self.source, self.untouched, self.draft_ids = other.source, other.untouched, other.draft_ids
         if (conversions := getattr(other.base, "_weight_conversions", None)) is not None:
             self.base._weight_conversions = conversions

@@ -21,7 +21,10 @@ _ROWS = 64
 
 @triton.jit
 def _dequantize_kernel(packed, scales, table, out, size, held, ROWS: tl.constexpr, WIDTH: tl.constexpr) -> None:
-    """``out[i] = table[code i] · scales[i // WIDTH]``; of two codes in each of ``held`` bytes, the first has the high bits."""
+    """Compute ``out[i] = table[code i] · scales[i // WIDTH]``.
+
+    Of two codes in each of ``held`` bytes, the first has the high bits.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     scale = tl.load(scales + row, mask=row * WIDTH < size, other=0.0)[:, None]
     byte = row[:, None] * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
@@ -32,10 +35,10 @@ def _dequantize_kernel(packed, scales, table, out, size, held, ROWS: tl.constexp
 
 
 def dequantize(packed: Tensor, scales: Tensor, table: Tensor, out: Tensor, *, block: int) -> Tensor:
-    """Fill ``out`` with the weights that codes of 4 bits mean; everything is read and written once.
+    """Fill ``out`` with the weights of 4-bit codes.
 
-    bitsandbytes' own kernel is not limited by memory alone. In Triton's interpreter the numbers are its own, bit for bit in
-    fp32; on a GPU they were not compared.
+    Everything is read and written once. bitsandbytes' own kernel is not limited by memory alone. In Triton's interpreter the
+    numbers are its own, bit for bit in fp32; on a GPU they were not compared.
 
     Args:
         packed: uint8, two codes a byte, for the N numbers of ``out``.

@@ -1,4 +1,7 @@
-"""Opens what a user names on the command line: a run, a model folder, a GGUF file, or a URI of one."""
+"""Opening of runs, model folders, GGUF files, and URIs of them.
+
+Users name them in Python and on the command line.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,9 @@ class OpenedModel:
 
 
 def find_model(name: str | os.PathLike[str], storage: StorageConfig | None = None) -> tuple[Path, Path | None]:
-    """Find the model that ``name`` means: its local path, and the run directory where it is a run.
+    """Find the model that ``name`` means, and its run directory.
+
+    The model's local path comes first; no run: None.
 
     Args:
         name: as for `open_model`.
@@ -101,7 +106,9 @@ def load_model(
     device: torch.device | str = "cpu",
     storage: StorageConfig | None = None,
 ) -> MTPModel:
-    """Open a model with all its heads, in eval mode; a plain Hugging Face model has head 1 alone.
+    """Open a model with all its heads, in eval mode.
+
+    A plain Hugging Face model has head 1 alone.
 
     Args:
         name: a run directory, a model folder (as WMTP, Hugging Face or Meta write it), a ``.gguf`` file, or a URI of those.
@@ -152,7 +159,9 @@ def open_model(
 def load_weights(
     path: Path, dtype: torch.dtype | None = None, *, run_dir: Path | None = None, storage: StorageConfig | None = None
 ) -> MTPModel:
-    """Read the model at a local path with all its heads: on the CPU, in eval mode, without gradients.
+    """Read the model at a local path with all its heads.
+
+    It is on the CPU, in eval mode, without gradients.
 
     Args:
         path: a model folder, or a ``.gguf`` file.
@@ -167,7 +176,10 @@ def load_weights(
 
 
 def _storage_for(path: Path, run_dir: Path | None, storage: StorageConfig | None) -> StorageConfig:
-    """Return the options given; without any, those of the run whose adapter has its base in a store."""
+    """Return the given storage options, or those of the run.
+
+    The latter where none are given, and the run's adapter has its base in a store.
+    """
     from wmtp.config.load import load
 
     given = storage or StorageConfig()
@@ -183,7 +195,10 @@ def _read(path: Path, dtype: torch.dtype | None, storage: StorageConfig) -> MTPM
 
 
 def saved_precision(path: Path) -> Literal["fp32", "bf16-params"]:
-    """Return the ``devices.precision`` that keeps parameters as they were saved, by small files."""
+    """Return the ``devices.precision`` in which a model was saved.
+
+    Only small files are read.
+    """
     if is_adapter(path):
         return "bf16-params" if adapter_dtype(path) == torch.bfloat16 else "fp32"
     file = path / "config.json"
@@ -200,7 +215,9 @@ def _loader(path: Path) -> ModelLoader:
 
 
 def find_tokenizer(path: Path, run_dir: Path | None, config: Config | None = None) -> Tokenizer:
-    """Find the tokenizer of the model at ``path``: the one beside it, or the one that the config of its run names.
+    """Find the tokenizer of the model at ``path``.
+
+    The one beside it, or the one that the config of its run names.
 
     Raises:
         WMTPError: there is none, or it is damaged.
@@ -223,7 +240,10 @@ def find_tokenizer(path: Path, run_dir: Path | None, config: Config | None = Non
 
 
 def takes_named_tokenizer(path: Path, run_dir: Path | None) -> bool:
-    """Tell whether ``[tokenizer]`` acts: for a model that stands alone, or without a tokenizer of the core's beside it."""
+    """Tell whether ``[tokenizer]`` has an effect.
+
+    It has for a model that stands alone, or without a tokenizer of the core's beside it.
+    """
     return run_dir is None or not _has_own_tokenizer(path)
 
 

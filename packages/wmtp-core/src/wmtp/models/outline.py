@@ -1,4 +1,4 @@
-"""A model's metadata without torch or transformers, where its numbers lie at hand."""
+"""Model metadata without torch or transformers, where it is at hand."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def outline(loader: ModelLoaderConfig) -> ModelInfo | None:
 
 
 def _folder_here(uri: str) -> Path | None:
-    """Return the model folder that ``uri`` means; None where it would have to be fetched."""
+    """Return the model folder that ``uri`` means.
+
+    None where it would have to be fetched.
+    """
     scheme = scheme_of(uri)
     if scheme not in ("file", "package"):
         return None

@@ -1,4 +1,4 @@
-"""Trial of the ways to keep the documents of a packed row apart."""
+"""Trial of the ways to separate documents in a packed row."""
 
 from __future__ import annotations
 
@@ -52,11 +52,14 @@ class Packing:
         return {"position_ids": position_ids, "attention_mask": masks}
 
     def documents(self, position_ids: Tensor) -> DocumentRows | None:
-        """Return the documents that layers with a state go by; None where no layer has one."""
+        """Return the documents that stateful layers go by; None without any."""
         return DocumentRows.of(position_ids) if self.mixers else None
 
     def prepare(self, layers: Iterable[nn.Module]) -> None:
-        """Have the parts of decoder layers that keep a state go by documents, whenever they are given any."""
+        """Have the stateful parts of decoder layers go by documents.
+
+        They do whenever they are given any.
+        """
         for module in self.find_mixers(layers):
             by_document(module)
 
@@ -111,7 +114,10 @@ def _ids(anatomy: Anatomy, start: int, count: int) -> Tensor:
 
 
 def _second(anatomy: Anatomy) -> int:
-    """Choose the second document's length: where layers choose tokens, so long that each has many to choose from."""
+    """Choose the second document's length.
+
+    Where layers choose tokens it is so long that each has many to choose from.
+    """
     return _LONG if chooses_tokens(anatomy.decoder) else _SECOND
 
 
@@ -157,7 +163,10 @@ def _rounding(anatomy: Anatomy) -> float:
 
 
 def _leaking_parts(anatomy: Anatomy, packing: Packing) -> tuple[tuple[str, str], ...]:
-    """Find the outermost parts of decoder layers in which a document changes the one after it."""
+    """Find the parts of decoder layers that leak between documents.
+
+    The outermost ones, in which a document changes the one after it.
+    """
     ids = torch.cat([_ids(anatomy, 11, _FIRST), _ids(anatomy, 1, _second(anatomy))], dim=1)
     calls: dict[nn.Module, LayerCall] = {}
     handles = []

@@ -1,7 +1,7 @@
-"""Linear maps whose weights are kept in 4 bits (NF4, arXiv 2305.14314, §3), by bitsandbytes, on GPUs and CPUs.
+"""Linear maps with 4-bit weights (NF4, arXiv 2305.14314, §3), by bitsandbytes.
 
-Weights come back to the precision of the input for each product, in the forward and in the backward pass, so that numbers are
-the same with and without gradient, and nothing of a weight's full size is kept between.
+They work on GPUs and CPUs. Weights come back to the precision of the input for each product, in the forward and in the
+backward pass, so that numbers are the same with and without gradient, and nothing of a weight's full size is kept between.
 """
 
 from __future__ import annotations
@@ -68,7 +68,10 @@ class Linear4Bit(nn.Module):
         return dequantize(self.packed, self.scales, self.out_features, self.in_features, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``, in the precision of x or of autocast."""
+        """Map ``[..., in_features]`` to ``[..., out_features]``.
+
+        The result has the precision of x or of autocast.
+        """
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         result = _linear(x.to(dtype), self.packed, self.scales, self.out_features, self.in_features)
@@ -118,7 +121,9 @@ _linear.register_autograd(_differentiate, setup_context=_keep)
 
 
 def quantize_layers(base: PreTrainedModel, device: torch.device) -> None:
-    """Put 4-bit weights in the place of those of all linear maps in the decoder layers; adapters stay as they are.
+    """Quantize the linear maps of the decoder layers to 4 bits.
+
+    Adapters stay as they are.
 
     Args:
         base: in place; may be on the meta device.

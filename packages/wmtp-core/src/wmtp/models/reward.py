@@ -1,4 +1,7 @@
-"""Reward models: sequence classifiers with one output, which say how good a whole text is."""
+"""Reward models: sequence classifiers with one output.
+
+It says how good a whole text is.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,7 @@ class RewardModel:
         self._longest = max_positions(model.config)
 
     def tokens(self, text: str) -> tuple[list[int], bool]:
-        """Tokenize a text, and say whether its start was cut off to fit.
+        """Tokenize a text, and tell whether its start was cut off.
 
         Special tokens are added as the tokenizer does.
         """

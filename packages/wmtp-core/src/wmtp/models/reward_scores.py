@@ -1,4 +1,7 @@
-"""Reward-model scores of the training data, computed once and cached beside the tokens."""
+"""Reward-model scores of the training data.
+
+Computed once and cached beside the tokens.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def open_reward_scores(config: Config, source: Source, dataset: TokenDataset, de
 
 
 def document_text(dataset: TokenDataset, piece: int, tokenizer: Tokenizer, template: str) -> str:
-    """Fill a template with ``{prompt}`` and ``{completion}`` from one piece of the data."""
+    """Fill ``{prompt}`` and ``{completion}`` of a template from one document."""
     found = dataset.document(piece)
     tokens = found.tokens.tolist()
     prompt, completion = (tokenizer.decode(part) for part in (tokens[: found.prompt_length], tokens[found.prompt_length :]))
@@ -64,7 +67,10 @@ def _fill(
     batch_size: int,
     key: str,
 ) -> None:
-    """Compute what is not known yet: texts of like length together, the longest first, so that a full memory shows at once."""
+    """Compute the missing scores.
+
+    Texts of like length together, the longest first, so that a full memory shows at once.
+    """
     missing = numbers.missing
     _log.info("%s: scoring %s documents", key, f"{len(missing):,}")
     order = missing[np.argsort(-dataset.lengths[missing], kind="stable")]

@@ -1,4 +1,7 @@
-"""Saving tried before training: what transformers will not write is repaired and said, or refused."""
+"""Saving, tried before training.
+
+What transformers will not write is repaired and logged, or refused.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,11 @@ def make_savable(
     untouched: Untouched | None = None,
     scratch: Path | None = None,
 ) -> None:
-    """Have all of ``model`` but its weights written once, to a folder that is removed.
+    """Try to write all of ``model`` but its weights.
 
-    transformers refuses to write a generation config that contradicts itself (``do_sample = false`` with a ``temperature``),
-    and a config with generation settings in it. Such settings are taken out, and a warning names them.
+    The folder is removed afterwards. transformers refuses to write a generation config that contradicts itself (``do_sample =
+    false`` with a ``temperature``), and a config with generation settings in it. Such settings are taken out, and a warning
+    names them.
 
     Args:
         model: gets them taken out.
@@ -67,7 +71,7 @@ def write_base(
     untouched: Untouched | None = None,
     added: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a model as transformers does, with all that its folder held besides it.
+    """Write a model as transformers does, with its folder's other content.
 
     Args:
         base: the model.
@@ -107,7 +111,10 @@ def write_base(
 
 
 def _write_configs(base: PreTrainedModel, folder: Path) -> None:
-    """Write what transformers does but for weights: it would empty a file that the model may be mapped from."""
+    """Write what transformers does but for weights.
+
+    Its own save would empty a file that the model may be mapped from.
+    """
     with tempfile.TemporaryDirectory(prefix="wmtp-", dir=folder) as place:
         with transformers_quiet():
             base.save_pretrained(place, state_dict={})
@@ -146,7 +153,9 @@ def _try(
 
 
 def _refusal(save: Callable[[Any], Any], scratch: Path) -> str | None:
-    """Try to write into an empty folder, and return why it failed; None where it did not.
+    """Try a save in an empty folder, and return why it failed.
+
+    None where it did not.
 
     Raises:
         OSError: the disk took nothing, which says nothing of what was to be written.
@@ -174,7 +183,10 @@ def _take_out_misplaced(model: PreTrainedModel, untouched: Untouched | None) -> 
 
 
 def _take_out_contrary(generation: GenerationConfig, where: str, scratch: Path) -> dict[str, Any]:
-    """Reset settings one by one until transformers writes the rest, and return what they were."""
+    """Reset settings one by one until transformers writes the rest.
+
+    Returns what they were.
+    """
     default = GenerationConfig()
     taken: dict[str, Any] = {}
     while (reason := _refusal(generation.save_pretrained, scratch)) is not None:

@@ -1,4 +1,7 @@
-"""One model on several ranks: sharded by FSDP2 or replicated, with weights from rank 0."""
+"""One model on several ranks, with weights from rank 0.
+
+Sharded by FSDP2, or replicated.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,9 @@ class Sharding:
     config: FsdpConfig
 
     def micro_batch(self, model: nn.Module, *, last: bool) -> None:
-        """Call this before the forward pass of each micro-batch whose gradient is wanted.
+        """Prepare the forward pass of a micro-batch whose gradient is wanted.
+
+        Call it before each.
 
         Args:
             model: as `spread` gave it.
@@ -70,7 +75,10 @@ class Sharding:
                 module.reshard()
 
     def release(self, model: nn.Module) -> None:
-        """Free what is gathered: before parameters change, or when nothing more is computed."""
+        """Free gathered parameters.
+
+        Call it before parameters change, or when nothing more is computed.
+        """
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -85,10 +93,10 @@ def spread(
     prepare: Callable[[MTPModel], None] = lambda _: None,
     folder: Path | None = None,
 ) -> MTPModel:
-    """Have rank 0 load a model, and give every rank its part: no device ever holds more than a layer besides that.
+    """Have rank 0 load a model, and give every rank its part.
 
-    Parameters that are tensors of the folder's files (`MTPModel.stored`) every rank reads there, and no more of them than its
-    part. What else there is rank 0 sends.
+    No device ever holds more than a layer besides that. Parameters that are tensors of the folder's files (`MTPModel.stored`)
+    every rank reads there, and no more of them than its part. What else there is rank 0 sends.
 
     Args:
         load: gives the model on the CPU; called on rank 0 only. Its parameters may be of a smaller type.
@@ -153,7 +161,10 @@ def _shard(model: MTPModel, ranks: Ranks, device: torch.device, config: FsdpConf
 
 
 def _mesh(ranks: Ranks, device: torch.device, config: FsdpConfig) -> DeviceMesh:
-    """Arrange the ranks: FSDP shards over the last dimension, and replicates over one before it."""
+    """Arrange the ranks in a mesh.
+
+    FSDP shards over the last dimension, and replicates over one before it.
+    """
     if config.strategy != "hybrid" or ranks.world_size == ranks.per_machine:
         return init_device_mesh(device.type, (ranks.world_size,), mesh_dim_names=("ranks",))
     assert ranks.per_machine is not None, "machines with as many processes each: `wmtp.distributed.start` has checked"
@@ -168,7 +179,10 @@ def _tensors(model: MTPModel) -> Iterable[tuple[str, Tensor]]:
 
 
 def _materialize(model: nn.Module, device: torch.device) -> None:
-    """Give the tensors of a meta model memory. Unlike ``to_empty``, tied parameters stay tied."""
+    """Allocate the tensors of a meta model.
+
+    Unlike ``to_empty``, tied parameters stay tied.
+    """
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -192,7 +206,10 @@ def _fill(tensor: Tensor, source: Tensor | None, device: torch.device, ranks: Ra
 
 
 def _fill_from_file(tensor: Tensor, stored: Tensor, device: torch.device) -> None:
-    """Take this rank's part of a tensor that is mapped from its file: nothing else of it is read."""
+    """Take this rank's part of a tensor mapped from its file.
+
+    Nothing else of it is read.
+    """
     own = tensor
     if isinstance(tensor, DTensor):
         own, mesh = tensor.to_local(), tensor.device_mesh
@@ -203,10 +220,10 @@ def _fill_from_file(tensor: Tensor, stored: Tensor, device: torch.device) -> Non
 
 
 def whole_state(model: MTPModel, ranks: Ranks) -> dict[str, Tensor] | None:
-    """Gather the full state dict on the CPU of rank 0; it is empty elsewhere.
+    """Gather the full state dict on the CPU of rank 0.
 
-    None: ``model`` is not sharded. Tied tensors are one object. An adapted base's own weights are left out: its files have
-    them.
+    It is empty elsewhere. None: ``model`` is not sharded. Tied tensors are one object. An adapted base's own weights are left
+    out: its files have them.
     """
     if not isinstance(model, FSDPModule):
         return None

@@ -13,7 +13,9 @@ __all__ = ["StartModel"]
 
 
 class StartModel(MTPModel):
-    """Head 1 of a model with its adapter off: the same weights, and no memory of its own.
+    """Head 1 of a model with its adapter off.
+
+    It has the same weights, and no memory of its own.
 
     Args:
         model: has an adapter, and goes on learning.

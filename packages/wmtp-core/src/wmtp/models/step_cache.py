@@ -1,4 +1,7 @@
-"""Contract between compiled layers and a cache for decoding, whose tensors keep their places and shapes."""
+"""Contract between compiled layers and a cache for decoding.
+
+The cache's tensors keep their places and shapes.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,10 @@ class LayeredCache(ABC):
 
     @abstractmethod
     def of_layer(self, number: int) -> object:
-        """Return an object with ``update`` that holds the tensors of layer ``number`` and of no other.
+        """Return an object with the tensors of one layer.
 
-        Compiled code is chosen by what it reads. It reads the whole cache by the layer's number, so each layer would need code
-        of its own; this part is of the same kind for all.
+        It has ``update``, and no other layer's tensors. Compiled code is chosen by what it reads. It reads the whole cache by
+        the layer's number, so each layer would need code of its own; this part is of the same kind for all.
         """
 
 
@@ -40,7 +43,10 @@ _compiled, _plain = False, False
 
 @contextmanager
 def compiled_steps() -> Iterator[None]:
-    """Inside, compiled layers run compiled with a `LayeredCache` too: every call has the shapes of one before."""
+    """Run compiled layers compiled with a `LayeredCache` too, inside.
+
+    Every call has the shapes of one before.
+    """
     global _compiled
     before, _compiled = _compiled, True
     try:
@@ -71,13 +77,16 @@ def layers_are_plain() -> bool:
 
 
 def layer_number(layer: nn.Module) -> int | None:
-    """Return the number by which a layer finds its part of a cache; None where its modules have several or none."""
+    """Return the number by which a layer finds its cache.
+
+    None where its modules have several or none.
+    """
     numbers = {vars(module)["layer_idx"] for module in layer.modules() if "layer_idx" in vars(module)}
     return numbers.pop() if len(numbers) == 1 else None
 
 
 def swap_caches(value: Any, number: int) -> Any:
-    """Replace a `LayeredCache` among a layer's arguments by that layer's part of it."""
+    """Replace a `LayeredCache` in arguments by one layer's part of it."""
     if isinstance(value, LayeredCache):
         return value.of_layer(number)
     if isinstance(value, LayerCall):

@@ -1,4 +1,4 @@
-"""Comparison of the tensors of a file with those that are wanted, by name and shape."""
+"""Comparison of tensors with those wanted, by name and shape."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class _Shaped(Protocol):
 
 
 def misfits(wanted: Mapping[str, _Shaped], found: Mapping[str, _Shaped]) -> list[str]:
-    """Say which tensors are missing, too many, or of another shape: a phrase for each."""
+    """List missing, unexpected and misshapen tensors, a phrase for each."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is unexpected" for name in found if name not in wanted]
     problems += [

@@ -1,4 +1,4 @@
-"""Trials on a few tokens that see what an architecture does only with many."""
+"""Short trials of what an architecture does only with many tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ _SMALL = 3
 
 
 def chooses_tokens(model: nn.Module) -> bool:
-    """Tell whether layers attend to a choice of tokens, as sparse attention does."""
+    """Tell whether layers attend to chosen tokens, as sparse attention does."""
     return any(isinstance(fields.get("index_topk"), int) for module in model.modules() for fields in _fields(module))
 
 
 @contextmanager
 def small_windows(model: nn.Module) -> Iterator[None]:
-    """Shrink windows, chunks and sparse choices to 3 tokens inside, for short trials."""
+    """Shrink windows, chunks and sparse choices to 3 tokens, inside.
+
+    For short trials.
+    """
     changed: list[tuple[dict[str, Any], str, int]] = []
     holders = {id(fields): fields for module in model.modules() for fields in _fields(module)}
     for fields in holders.values():
@@ -39,7 +42,10 @@ def small_windows(model: nn.Module) -> Iterator[None]:
 
 
 def _fields(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """Give a module's own attributes, and those of the config that it reads later."""
+    """Yield a module's attributes, and those of its config.
+
+    The module reads its config later.
+    """
     yield vars(module)
     if (config := getattr(module, "config", None)) is not None:
         yield vars(config)

@@ -20,7 +20,7 @@ SOFTCAP_NAMES: Final = ("final_logit_softcapping", "softcap", "logits_soft_cap",
 
 
 def called_between(model: PreTrainedModel, decoder: nn.Module, output: nn.Module, ids: Tensor) -> list[str]:
-    """Name the modules that are called behind the decoder and before the unembedding."""
+    """Name the modules called between the decoder and the unembedding."""
     called: list[str] = []
     others = [module for module in model.children() if module is not decoder and module is not output]
     handles = [module.register_forward_pre_hook(lambda module, _: called.append(type(module).__name__)) for module in others]
@@ -33,7 +33,10 @@ def called_between(model: PreTrainedModel, decoder: nn.Module, output: nn.Module
 
 
 def find_transform(model: PreTrainedModel, logits: Tensor, expected: Tensor) -> dict[str, Any] | None:
-    """Find the `Unembedding` settings that reproduce the model's own logits bit for bit."""
+    """Find the `Unembedding` settings that reproduce a model's logits.
+
+    Bit for bit.
+    """
 
     def numbers(names: tuple[str, ...]) -> list[float]:
         values = (field(model.config, name) for name in names)

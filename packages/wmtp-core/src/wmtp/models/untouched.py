@@ -1,4 +1,7 @@
-"""Parts of a model folder that training does not touch, copied into saved models."""
+"""Parts of a model folder that training leaves unchanged.
+
+They are copied into saved models.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ __all__ = ["Untouched", "promised_layers", "text_table", "without_empty_promises
 
 @frozen(kw_only=True, eq=False)
 class Untouched:
-    """Tensors and files of a model folder that are written back as they are.
+    """Tensors and files of a folder, written back as they are.
 
     Args:
         source: the folder, for messages.
@@ -52,11 +55,17 @@ class Untouched:
         return self  # a copy of the model is saved with the same parts, read from the same open files
 
     def whole_config(self) -> PreTrainedConfig | None:
-        """Make transformers' config of all of the folder; None where the model's own describes it."""
+        """Make transformers' config of the whole folder.
+
+        None where the model's own describes it.
+        """
         return None if self.config is None else config_from(self.source / "config.json", dict(self.config))
 
     def take_out_misplaced(self) -> dict[str, Any]:
-        """Remove from ``config`` the settings of generation that transformers does not keep in a model's config."""
+        """Remove generation settings that transformers refuses from ``config``.
+
+        It does not keep them in a model's config. Returns them.
+        """
         if self.config is None or (whole := self.whole_config()) is None:
             return {}
         tables = [(self.config, whole)]
@@ -71,7 +80,7 @@ class Untouched:
         return {name: value for name, value in taken.items() if value is not None}
 
     def check_target(self, folder: Path) -> None:
-        """Refuse to save over the files that tensors are still to be read from.
+        """Refuse to overwrite files that tensors are still read from.
 
         Raises:
             WMTPError: ``folder`` is the source, or something of the source would be lost.
@@ -88,7 +97,9 @@ class Untouched:
         state: Mapping[str, Tensor] | None = None,
         added: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Complete a folder with the configs of ``model``; its weights are written where `shards` says their files.
+        """Complete a folder with the configs of ``model``.
+
+        Where there are `shards`, its weights are written into their files.
 
         Args:
             folder: it.
@@ -119,13 +130,18 @@ def promised_layers(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, i
 
 
 def text_table(config: PreTrainedConfig) -> str | None:
-    """Name the table of a config that describes its text model; None where that has none of its own."""
+    """Name the table of a config for its text model.
+
+    None where that has none of its own.
+    """
     text = config.get_text_config(decoder=True)
     return next((key for key in config.sub_configs if getattr(config, key, None) is text), None)
 
 
 def without_empty_promises(folder: Path, config: PreTrainedConfig, table: str | None) -> dict[str, int]:
-    """Have a saved ``config.json`` count no more layers for multi-token prediction than the folder holds.
+    """Lower a config's number of multi-token layers to those present.
+
+    Such fields of a saved ``config.json`` count no more layers than the folder holds.
 
     Args:
         folder: complete but for this.
@@ -157,7 +173,10 @@ def without_empty_promises(folder: Path, config: PreTrainedConfig, table: str | 
 
 
 def _count_mtp_layers(names: Collection[str], layers: int) -> int:
-    """Count layers for multi-token prediction; tensors that bear no number are of a single one."""
+    """Count layers for multi-token prediction.
+
+    Tensors that bear no number are of a single one.
+    """
     stems = {found[1] for name in names if (found := re.match(rf"(.*?\b)layers\.{layers - 1}\.", name))}
     found = [name for name in names if is_mtp_name(name, stems, layers)]
     numbers = {number[1] for name in found if (number := re.search(r"[._](\d+)\.", name))}
@@ -165,7 +184,10 @@ def _count_mtp_layers(names: Collection[str], layers: int) -> int:
 
 
 def _with_text_fields(own: Mapping[str, Any], text_table: str | None, model: PreTrainedModel) -> dict[str, Any]:
-    """Put what a run may change into the folder's config: the parameters' type, and how a text begins and ends."""
+    """Update a folder's config with what a run may change.
+
+    The parameters' type, and how a text begins and ends.
+    """
     dtype = str(model.dtype).removeprefix("torch.")
     content = dict(own)
     for key in [None, text_table] if text_table in own else [None]:
@@ -184,7 +206,10 @@ def _with_text_fields(own: Mapping[str, Any], text_table: str | None, model: Pre
 def _saved_tensors(
     model: PreTrainedModel, state: Mapping[str, Tensor] | None, names: Mapping[str, str], shards: Shards
 ) -> dict[str, Tensor]:
-    """Name a model's tensors as `PreTrainedModel.save_pretrained` does, and copies of tied ones as its folder does."""
+    """Name a model's tensors as `PreTrainedModel.save_pretrained` does.
+
+    Copies of tied ones are named as in its folder.
+    """
     own = dict(model.state_dict() if state is None else state)
     for name in model._keys_to_ignore_on_save or ():
         own.pop(name, None)

@@ -20,9 +20,10 @@ _SAMPLE = 1000
 
 
 def check_vocabulary(model_vocab: int, tokenizer: Tokenizer, *, own: bool = True, key: str = "models.base") -> None:
-    """Refuse a tokenizer that is another model's, or whose special tokens lie outside the model.
+    """Refuse a tokenizer that is another model's.
 
-    Many a model's own tokenizer has ids beyond its rows, which no text contains, or far fewer than rows. See `check_ids`.
+    Or one whose special tokens lie outside the model. Many a model's own tokenizer has ids beyond its rows, which no text
+    contains, or far fewer than rows. See `check_ids`.
 
     Args:
         model_vocab: V, the rows of the unembedding.

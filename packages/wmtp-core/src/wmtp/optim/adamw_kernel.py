@@ -32,10 +32,10 @@ def adamw_kernel(
     PUBLISH: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One step of AdamW for a block of one parameter: everything is read once and written once.
+    """Run one step of AdamW for a block of one parameter.
 
-    ``corrections`` has 1 − β₁ᵗ and 1 − β₂ᵗ, ``clip`` what gradients are multiplied by, ``decay`` 1 − lr · weight decay. With
-    ``PUBLISH`` the new value is rounded into ``parameter``.
+    Everything is read once and written once. ``corrections`` has 1 − β₁ᵗ and 1 − β₂ᵗ, ``clip`` what gradients are multiplied
+    by, ``decay`` 1 − lr · weight decay. With ``PUBLISH`` the new value is rounded into ``parameter``.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size

@@ -51,7 +51,10 @@ def build_optimizer(
 
 
 def _check_complete(optimizer: torch.optim.Optimizer, parameters: list[tuple[str, nn.Parameter]], name: str) -> None:
-    """Refuse an optimizer that has not all parameters, or others: some would silently never learn."""
+    """Refuse an optimizer that misses parameters or has others.
+
+    Some would silently never learn.
+    """
     given = {id(parameter): of for of, parameter in parameters}
     taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     left_out = [of for key, of in given.items() if key not in taken]
@@ -77,7 +80,7 @@ def build_adamw(config: AdamW, parameters: NamedParameters) -> torch.optim.Optim
 
 
 def decay_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
-    """Put matrices, which decay, and vectors, which do not, into groups of their own."""
+    """Group parameters into matrices, which decay, and vectors, which do not."""
     decayed = [p for _, p in parameters if p.ndim >= 2]
     plain = [p for _, p in parameters if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -85,7 +88,7 @@ def decay_groups(parameters: NamedParameters, weight_decay: float) -> list[dict[
 
 
 def build_muon(config: Muon, parameters: NamedParameters) -> torch.optim.Optimizer:
-    """Muon for the matrices of the layers, AdamW for the rest, as one optimizer."""
+    """Build Muon for the layers' matrices and AdamW for the rest."""
     matrices, rest = [], []
     for name, parameter in parameters:
         # an embedding or unembedding is a table of vectors, not a map between two spaces of features
@@ -110,7 +113,7 @@ def build_muon(config: Muon, parameters: NamedParameters) -> torch.optim.Optimiz
 def change_learning_rate(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], change: Callable[[float], float]
 ) -> None:
-    """Move some parameters to groups of their own, with a changed learning rate."""
+    """Move parameters to groups with a changed learning rate."""
     chosen = {id(parameter) for parameter in parameters}
     for part in optimizer.parts if isinstance(optimizer, _Joined) else [optimizer]:
         for group in list(part.param_groups):
@@ -134,7 +137,7 @@ class _Joined(torch.optim.Optimizer):
         self.collect_groups()
 
     def collect_groups(self) -> None:
-        """Share the parts' groups, so that a learning rate set here is theirs."""
+        """Share the parts' groups, so that learning rates set here count."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

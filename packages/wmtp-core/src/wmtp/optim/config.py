@@ -43,10 +43,10 @@ class AdamW(OptimizerConfig):
 
 @frozen(kw_only=True)
 class AdamW8bit(AdamW):
-    """AdamW with its running means in 8 bits, in blocks of 256 (arXiv 2110.02861), by bitsandbytes.
+    """AdamW with 8-bit running means (arXiv 2110.02861), by bitsandbytes.
 
-    2 bytes a parameter in place of 8. Parameters of fewer than 4,096 numbers keep theirs in fp32. On GPUs and CPUs; several
-    processes each hold the model whole.
+    They are quantized in blocks of 256: 2 bytes a parameter in place of 8. Parameters of fewer than 4,096 numbers keep theirs
+    in fp32. On GPUs and CPUs; several processes each hold the model whole.
 
     Args:
         lr: the peak learning rate.
@@ -71,10 +71,10 @@ class AdamW8bit(AdamW):
 
 @frozen(kw_only=True)
 class Muon(OptimizerConfig):
-    """Muon (Jordan et al., 2024; scaled as in arXiv 2502.16982): orthogonalized momentum for the weight matrices of the layers.
+    """Muon: orthogonalized momentum for the weight matrices of the layers.
 
-    Embeddings, unembeddings, biases and norms are learned by AdamW with the same learning rate, for which the update of a
-    matrix is scaled to the size of an AdamW update.
+    Jordan et al., 2024; scaled as in arXiv 2502.16982. Embeddings, unembeddings, biases and norms are learned by AdamW with the
+    same learning rate, for which the update of a matrix is scaled to the size of an AdamW update.
 
     Args:
         lr: the peak learning rate.

@@ -14,10 +14,11 @@ _BLOCK = 2048
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """Fused AdamW over fp32 master copies: takes raw gradients, clips, and publishes in one pass.
+    """Fused AdamW over fp32 master copies.
 
-    An optimizer of torch wants gradients in fp32, and clipping and publishing are passes of their own: 48 bytes read or written
-    a parameter and step in place of 28 (`wmtp.optim.master_weights`). State and groups are those of torch's AdamW.
+    It takes raw gradients, clips, and publishes in one pass. An optimizer of torch wants gradients in fp32, and clipping and
+    publishing are passes of their own: 48 bytes read or written a parameter and step in place of 28
+    (`wmtp.optim.master_weights`). State and groups are those of torch's AdamW.
 
     Args:
         optimizer: its groups are taken over; it must not have stepped yet.
@@ -33,7 +34,10 @@ class MasterAdamW(torch.optim.AdamW):
         self._clip: Tensor | None = None
 
     def clip(self, max_norm: float, norm: Tensor) -> None:
-        """Have the next step scale gradients down to ``max_norm`` where their ``norm`` (scalar) is larger."""
+        """Have the next step clip gradients to ``max_norm``.
+
+        It scales them down where their ``norm`` (a scalar) is larger.
+        """
         # as torch.nn.utils.clip_grads_with_norm_ does
         self._clip = (max_norm / (norm.float() + 1e-6)).clamp(max=1.0)
 

@@ -1,4 +1,4 @@
-"""Parameters in bf16, learned through copies in fp32 (Micikevicius et al., arXiv 1710.03740, §3.1)."""
+"""Fp32 master weights of bf16 parameters (Micikevicius et al., arXiv 1710.03740, §3.1)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["MasterWeights"]
 
 
 class MasterWeights:
-    """Fp32 copies of a model's parameters, given to the optimizer in their place.
+    """Fp32 copies of a model's parameters, for the optimizer to update.
 
     bf16 has 8 significant bits: an update smaller than 1/256 of a weight, as nearly all of a fine-tuning are, would be lost. So
     the optimizer works on the copies. A backward pass adds each gradient to the copy's own, in fp32, the sum over micro-batches
@@ -62,7 +62,10 @@ class MasterWeights:
         return [self._masters.get(parameter, parameter) for parameter in parameters]
 
     def take_over(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Return an optimizer over the copies whose steps are also rounded into the parameters."""
+        """Return an optimizer over the copies that also updates the parameters.
+
+        Its results are rounded into them after each step.
+        """
         if self._one_pass and _is_plain_adamw(optimizer) and _runs_triton(self._masters):
             self._keeps_half = True
             for master in self._masters.values():
@@ -78,7 +81,10 @@ class MasterWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the fp32 copies into the model for saving or loading; publish them afterwards."""
+        """Put the fp32 copies into the model, to save or load.
+
+        They are published afterwards.
+        """
         for module, name, parameter in self._places:
             module._parameters[name] = self._masters[parameter]
         try:
@@ -105,7 +111,10 @@ def _runs_triton(parameters: Iterable[Tensor]) -> bool:
 
 
 def _is_plain_adamw(optimizer: torch.optim.Optimizer) -> TypeGuard[torch.optim.AdamW]:
-    """Return True for torch's own AdamW, new, without hooks and rare options, over fp32."""
+    """Tell whether an optimizer is torch's own, new AdamW over fp32.
+
+    It must have neither hooks nor rare options.
+    """
     if type(optimizer) is not torch.optim.AdamW or optimizer.state:
         return False
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:

@@ -42,9 +42,9 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, total_steps: int) 
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Compute the 2-norm of all gradients over all ranks, a scalar on the device.
+    """Compute the 2-norm of all gradients over all ranks.
 
-    Parameters may be whole on every rank or sharded.
+    It is a scalar on the device. Parameters may be whole on every rank or sharded.
     """
     parts = []
     for group in _by_kind(parameters):
@@ -58,7 +58,10 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """Scale the gradients down to ``max_norm`` where their ``norm`` is larger: now, or within the optimizer's next step."""
+    """Clip the gradients to ``max_norm`` where their ``norm`` is larger.
+
+    It happens now, or within the optimizer's next step.
+    """
     if isinstance(optimizer, MasterAdamW):
         optimizer.clip(max_norm, norm)
         return
@@ -67,7 +70,10 @@ def clip_gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Par
 
 
 def _by_kind(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Separate sharded, whole and bf16 gradients: torch's functions for many tensors take one kind at a time."""
+    """Separate sharded, whole and bf16 gradients.
+
+    torch's functions for many tensors take one kind at a time.
+    """
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:

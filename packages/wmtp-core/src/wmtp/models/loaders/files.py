@@ -1,4 +1,4 @@
-"""Model folders on disk: what is in them, and whether it is whole."""
+"""Model folders on disk: their content and its completeness."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ _MIMO = "MiMoForCausalLM"
 
 
 def has_stand_in(config: PreTrainedConfig) -> bool:
-    """Tell whether a config was read as that of a stand-in: its folder's own has to be written back."""
+    """Tell whether a config is that of a stand-in.
+
+    Its folder's own has to be written back.
+    """
     return _MIMO in (getattr(config, "architectures", None) or ())
 
 
@@ -78,7 +81,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def config_from(file: Path, content: dict[str, Any]) -> PreTrainedConfig:
-    """A config from the content of a JSON file; ``model_type`` is known, or has a stand-in."""
+    """Make a config from the content of a JSON file.
+
+    Its ``model_type`` is known, or has a stand-in.
+    """
     known = content["model_type"]
     if known not in CONFIG_MAPPING and known in STAND_INS:
         known = STAND_INS[known]
@@ -121,12 +127,17 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def can_be_mapped(file: Path) -> bool:
-    """Tell whether a file's tensors can be read one by one; those of PyTorch before 1.6 cannot, which are no zip."""
+    """Tell whether a file's tensors can be read one by one.
+
+    Those of PyTorch before 1.6 cannot, which are no zip.
+    """
     return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
 
 
 def read_bin(file: Path) -> dict[str, Tensor]:
-    """Open a file of ``torch.save``: its tensors by name, mapped into memory and not yet read.
+    """Map the tensors of a file of ``torch.save``, by name.
+
+    They are not read yet.
 
     Raises:
         WMTPError: it is damaged, or holds anything else.
@@ -139,7 +150,9 @@ def read_bin(file: Path) -> dict[str, Tensor]:
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    """Return the files that an index names, all of them beside it and whole.
+    """Return the files that an index names, after checking them.
+
+    All are beside it and whole.
 
     Raises:
         WMTPError: one is missing, damaged, elsewhere, or lacks a tensor.

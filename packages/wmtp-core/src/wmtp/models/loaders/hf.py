@@ -33,10 +33,10 @@ _STORED = {frozenset({"BF16"}): torch.bfloat16, frozenset({"F16"}): torch.float1
 
 
 class HfLoader(ModelLoader):
-    """Loader of safetensors or ``.bin`` folders, without running pickled code, and GGUF files.
+    """Loader of Hugging Face folders and GGUF files.
 
-    A folder that `wmtp.models.mtp.MTPModel.save_pretrained` wrote brings its extra heads, and so does one in the linear-head
-    layout (`wmtp.models.loaders.linear_heads`).
+    Weights in ``.bin`` files are read without running pickled code. A folder that `wmtp.models.mtp.MTPModel.save_pretrained`
+    wrote brings its extra heads, and so does one in the linear-head layout (`wmtp.models.loaders.linear_heads`).
 
     Args:
         gguf_file: which ``.gguf`` file of the folder; None finds it.
@@ -108,9 +108,9 @@ class HfLoader(ModelLoader):
         return self._load_folder(folder, config, find_untouched(folder, config), options)
 
     def open_stored(self, path: Path | None, *, seed: int) -> LoadedModel | None:
-        """See `ModelLoader.open_stored`: for folders in bf16, fp16 or fp32, whose architecture has fp32 buffers in each.
+        """See `ModelLoader.open_stored`.
 
-        Of an adapter, its base is opened so.
+        For folders in bf16, fp16 or fp32, whose architecture has fp32 buffers in each. Of an adapter, its base is opened so.
         """
         folder, gguf_file = self._locate(path)
         if gguf_file is not None or linear_heads.is_layout(folder):
@@ -155,7 +155,7 @@ class HfLoader(ModelLoader):
         )
 
     def empty(self, path: Path | None) -> PreTrainedModel:
-        """Build the model without memory for its weights; of an adapter, its base.
+        """Build the model without memory for weights; of an adapter, its base.
 
         Raises:
             WMTPError, ConfigError: as for `info`.
@@ -179,7 +179,10 @@ class HfLoader(ModelLoader):
     def _with_adapter(
         folder: Path, base: LoadedModel, path: Path, name: BaseModelName, dtype: torch.dtype | None
     ) -> LoadedModel:
-        """Add an adapter, and the heads beside it, to its base from ``path``."""
+        """Add an adapter, and the heads beside it, to its base.
+
+        ``path`` is where the base was found.
+        """
         saved = read_adapter(folder, name)
         if saved.fingerprint is not None and saved.fingerprint != fingerprint(base.model):
             raise FileError(
@@ -206,7 +209,7 @@ class HfLoader(ModelLoader):
         return HfLoader(attn_implementation=self._attn_implementation)
 
     def _locate(self, path: Path | None) -> tuple[Path, str | None]:
-        """Return the folder, and the GGUF file to read in it, if any."""
+        """Return the folder and, if any, the GGUF file to read."""
         if path is None or not path.exists():
             raise FileError(f"{path}: no such file or folder")
         if self._base_uri is not None and not is_adapter(path):
@@ -231,7 +234,9 @@ class HfLoader(ModelLoader):
 def from_tensors(
     source: Path, config: PreTrainedConfig, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> PreTrainedModel:
-    """Build the model of ``config`` with these weights; every tensor must be there and fit.
+    """Build the model of ``config`` with exactly these weights.
+
+    Every tensor must be there and fit.
 
     Args:
         source: its name in messages.
@@ -294,7 +299,10 @@ def _gguf_config(folder: Path, gguf_file: str) -> PreTrainedConfig:
 
 
 def _lost_layers(file: Path, config: PreTrainedConfig) -> str | None:
-    """Name layers for multi-token prediction, which transformers leaves out and nothing could write back."""
+    """Name multi-token layers of a GGUF file that would be lost.
+
+    transformers leaves them out, and nothing could write them back.
+    """
     from gguf import GGUFReader
 
     layers = config.get_text_config(decoder=True).num_hidden_layers

@@ -54,7 +54,7 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, HeadsConfig]:
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Read the tensors of the base model and of the heads, without their prefixes.
+    """Read the tensors of base model and heads, without their prefixes.
 
     Raises:
         WMTPError: a tensor belongs to neither.

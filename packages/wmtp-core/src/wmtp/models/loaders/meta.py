@@ -164,7 +164,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _expected(shape: _Shape) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors in such a file, by Meta's names."""
+    """Return the shapes of all tensors, by Meta's names."""
     dim, ffn, kv = shape.dim, shape.ffn, shape.kv_heads * shape.head_dim
     block = {
         "attention.wq": (dim, dim),
@@ -201,7 +201,10 @@ def _check(folder: Path, expected: Mapping[str, tuple[int, ...]], tensors: Mappi
 
 
 def _rotate_half_rows(part: str, tensor: Tensor, shape: _Shape) -> Tensor:
-    """Meta rotates neighbouring pairs of a head's numbers, transformers its two halves: the rows change places."""
+    """Reorder rows from Meta's rotary layout to that of transformers.
+
+    Meta rotates neighbouring pairs of a head's numbers, transformers its two halves.
+    """
     if part not in ("attention.wq", "attention.wk"):
         return tensor
     rows, dim = tensor.shape

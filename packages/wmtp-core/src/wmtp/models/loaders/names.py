@@ -1,4 +1,7 @@
-"""Tensors of a Hugging Face folder that a causal language model does not take: kept, or refused by name."""
+"""Tensors of a folder that a causal model does not take.
+
+They are kept, or refused by name.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ _SHOWN = 12
 
 @frozen(kw_only=True)
 class Opening:
-    """Tensors of a folder, by what becomes of them when a model is opened.
+    """Tensors of a folder, by what becomes of them on opening.
 
     Args:
         untouched: those that the model does not take, to be written back.
@@ -79,10 +82,10 @@ class _Match:
 
 
 def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
-    """Compare a folder's tensors with those of the model that transformers makes of it. No weight is read.
+    """Compare a folder's tensors with those of transformers' model.
 
-    transformers drops names by ``_keys_to_ignore_on_load_unexpected`` before it reports any. What it drops, further parts of a
-    multimodal folder and layers for multi-token prediction are kept.
+    No weight is read. transformers drops names by ``_keys_to_ignore_on_load_unexpected`` before it reports any. What it drops,
+    further parts of a multimodal folder and layers for multi-token prediction are kept.
 
     Where they could not be, `Untouched.problem` names them: the model can be used, and not trained.
 
@@ -137,7 +140,10 @@ def find_untouched(folder: Path, config: PreTrainedConfig) -> Opening:
 
 
 def _match(model: PreTrainedModel, names: Iterable[str], folder: Path) -> _Match:
-    """Rename as ``from_pretrained`` does. ``model`` then saves under the folder's names, as after ``from_pretrained``."""
+    """Rename as ``from_pretrained`` does.
+
+    ``model`` then saves under the names of the folder, too.
+    """
     conversions = get_model_conversion_mapping(model)
     renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
     converters = [step for step in conversions if isinstance(step, WeightConverter)]
@@ -168,7 +174,9 @@ def _match(model: PreTrainedModel, names: Iterable[str], folder: Path) -> _Match
 
 
 def _check_types(folder: Path, stored: Mapping[str, StoredTensor], match: _Match) -> None:
-    """Refuse 8-bit floating-point weights: they are numbers only together with scales, which a quantizer knows.
+    """Refuse fp8 weights whose scales are not known.
+
+    They are numbers only together with scales, which a quantizer knows.
 
     Raises:
         WMTPError: the model would take such a tensor as it is.
@@ -182,13 +190,19 @@ def _check_types(folder: Path, stored: Mapping[str, StoredTensor], match: _Match
 
 
 def _said_layers(folder: Path, config: PreTrainedConfig) -> dict[str, int]:
-    """Return what the file itself promises; a model's defaults are no promise of this folder."""
+    """Return the layers that ``config.json`` itself promises.
+
+    A model's defaults are no promise of this folder.
+    """
     content = read_json(folder / "config.json")
     return promised_layers(content) | promised_layers(content.get(text_table(config) or "") or {})
 
 
 def _mtp_names(config: PreTrainedConfig, match: _Match) -> set[str]:
-    """Return the folder's names of layers for multi-token prediction, where the config says that there are any."""
+    """Return the folder's names of multi-token prediction layers.
+
+    Empty where the config does not say that there are any.
+    """
     text = config.get_text_config(decoder=True)
     if not promised_layers(text):
         return set()
@@ -208,9 +222,10 @@ def _ignored(model: PreTrainedModel, left: Mapping[str, list[str]]) -> set[str]:
 def _of_the_whole(
     model: PreTrainedModel, config: PreTrainedConfig, stored: Collection[str], match: _Match, folder: Path
 ) -> tuple[set[str], dict[str, str]]:
-    """Return what a multimodal folder has besides its text model, which must make it whole again.
+    """Return what a multimodal folder has besides its text model.
 
-    With it come the folder's names of tensors that the text model would be saved under other names.
+    Together they must make it whole again. With it come the folder's names of tensors that the text model would be saved under
+    other names.
 
     Raises:
         WMTPError: it cannot be written back so that the multimodal class opens it.
@@ -246,7 +261,10 @@ def _processor_files(folder: Path) -> dict[str, bytes]:
 
 
 def _code_files(folder: Path, config: Mapping[str, Any] | None) -> dict[str, bytes]:
-    """Keep the code that a config names, which other programs may run; WMTP never does."""
+    """Keep the code files that a config names.
+
+    Other programs may run them; WMTP never does.
+    """
     return {} if config is None or "auto_map" not in config else {file.name: file.read_bytes() for file in folder.glob("*.py")}
 
 

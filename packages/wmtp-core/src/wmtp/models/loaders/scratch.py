@@ -109,7 +109,10 @@ def _is_fixed(field: str, config: PreTrainedConfig, default: PreTrainedConfig) -
 
 
 def _checked(make: Any) -> Any:
-    """Numbers that do not go together (a width that the heads do not divide, say) are the user's mistake."""
+    """Turn transformers' errors into the user's mistakes.
+
+    They come of numbers that do not go together: a width that the heads do not divide, say.
+    """
     try:
         return make()
     except (ConfigError, MemoryError):

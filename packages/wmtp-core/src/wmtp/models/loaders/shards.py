@@ -1,4 +1,7 @@
-"""Files of a model folder: the tensors in each and their types, kept when the model is written again."""
+"""Files of a model folder, kept when it is written again.
+
+The tensors in each, and their types.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class Shards:
     tied: Mapping[str, str] = Factory(dict)
 
     def as_stored(self, name: str, tensor: Tensor, dtype: torch.dtype) -> StoredTensor:
-        """Give a tensor the type that it has in the folder, where that loses nothing.
+        """Give a tensor its type in the folder, where lossless.
 
         Args:
             name: in the folder.
@@ -63,7 +66,9 @@ class Shards:
         return in_memory(tensor, wanted if is_exact else None)
 
     def write(self, folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-        """Write tensors into files named as the folder's, and their index; other weights in ``folder`` are removed.
+        """Write tensors into files named as the folder's, with their index.
+
+        Other weights in ``folder`` are removed.
 
         Args:
             folder: where to.
@@ -90,7 +95,7 @@ class Shards:
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _metadata(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
-        """Keep the index's metadata as they were, or with new totals where sizes changed."""
+        """Keep the index's metadata, with new totals where sizes changed."""
         sizes = {name: tensor.size for name, tensor in tensors.items()}
         metadata = dict(self.metadata or {})
         if sizes != self.sizes or "total_size" not in metadata:

@@ -1,4 +1,7 @@
-"""Tensors in files: found by their headers, and copied byte by byte without being held in memory."""
+"""Tensors in files, found by header and copied byte by byte.
+
+They are not held in memory.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,9 @@ class StoredTensor:
 
 
 def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """Find the tensors in safetensors or ``.bin`` files by name, without reading their numbers.
+    """Find the tensors in safetensors or ``.bin`` files by name.
+
+    Their numbers are not read.
 
     Raises:
         WMTPError: a file is damaged, or holds more than tensors.
@@ -90,12 +95,14 @@ def read_stored(stored: StoredTensor) -> Tensor:
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """Return torch's type by safetensors' name of it; None where there is none."""
+    """Return torch's dtype by its safetensors name; None if unknown."""
     return next((dtype for dtype, known in _TYPES.items() if known == name), None)
 
 
 def in_memory(tensor: Tensor, dtype: torch.dtype | None = None) -> StoredTensor:
-    """Wrap a tensor that is in no file yet. It is moved and converted when it is written.
+    """Wrap a tensor that is in no file yet.
+
+    It is moved and converted when it is written.
 
     Args:
         tensor: on any device.
@@ -107,7 +114,7 @@ def in_memory(tensor: Tensor, dtype: torch.dtype | None = None) -> StoredTensor:
 
 
 def write_stored(file: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Write a safetensors file with the same bytes as where the tensors lie.
+    """Write a safetensors file from the bytes of stored tensors.
 
     Raises:
         OSError: it could not be written in full, or a file that is read from has changed.
@@ -152,7 +159,7 @@ class _OpenFile:
         return found.st_size, found.st_mtime_ns
 
     def check(self) -> None:
-        """Raise OSError if the file is not what it was when it was opened."""
+        """Raise OSError if the file has changed since it was opened."""
         if self._now() != self._state:
             raise OSError(f"{self._path} was written to since it was opened")
 

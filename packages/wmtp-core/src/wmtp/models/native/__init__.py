@@ -1,1 +1,4 @@
-"""A model's own layers for multi-token prediction: their layouts, how they are found in a folder, read and written."""
+"""A model's own (native) layers for multi-token prediction.
+
+Their layouts, how they are found in a folder, read and written.
+"""

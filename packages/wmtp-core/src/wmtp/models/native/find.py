@@ -1,4 +1,4 @@
-"""Finds a model's own layers for multi-token prediction among the tensors of its folder."""
+"""Search for native layers among the tensors of a folder."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ def _compared(layout: Layout, modules: int, model: PreTrainedModel, layers: int,
 
 
 def _place(part: str, modules: int, own_embedding: bool) -> str:
-    """Rename ``{module}.embedding.weight`` to its place in the list of heads: modules, embeddings, unembeddings."""
+    """Rename ``{module}.embedding.weight`` to its place among the heads.
+
+    Their list has modules, then embeddings, then unembeddings.
+    """
     module, name, _ = part.split(".")
     if name == "embedding":
         return f"{modules + int(module)}.weight"
@@ -101,7 +104,7 @@ def _place(part: str, modules: int, own_embedding: bool) -> str:
 
 
 def _template(model: PreTrainedModel, layers: int, layout: Layout) -> tuple[str, nn.Module]:
-    """Find the decoder layer that a module's layer is like, and its path."""
+    """Find the decoder layer that a module resembles, and its path."""
     lists = {path: part for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == layers}
     path = min(lists, key=lambda found: found.count("."))
     number = 0 if layout.template == "first" else layers - 1
@@ -109,7 +112,7 @@ def _template(model: PreTrainedModel, layers: int, layout: Layout) -> tuple[str,
 
 
 def _common_stem(names: Mapping[str, object], path: str) -> str:
-    """Return what all names in the folder of one decoder layer begin with."""
+    """Return the prefix of one decoder layer's names in the folder."""
     number = path.rpartition(".")[2]
     stems = {found[0] for name in names if (found := re.match(rf".*?\blayers\.{number}\.", name))}
     return min(stems, default=f"{path}.")

@@ -1,4 +1,4 @@
-"""A model's own layers for multi-token prediction, as they were found in its folder."""
+"""Native layers for multi-token prediction, as found in a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Checks a folder's own layers for multi-token prediction by its config and the headers of its files. Imports no torch."""
+"""Checks of native layers by config and file headers alone.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ _COMPUTED: Final = "rotary_emb.inv_freq"
 
 
 def native_problems(folder: Path, heads: HeadsConfig | None) -> Iterator[str]:
-    """Report why a model's own layers cannot be the heads that are wanted.
+    """Report why native layers cannot be the heads that are wanted.
 
     What the files do not tell without transformers is left to opening: fields that ``config.json`` leaves out, ``.bin`` files.
 
@@ -86,7 +89,10 @@ def _may_be_native(folder: Path, heads: HeadsConfig | None) -> bool:
 
 
 def _tensors(folder: Path) -> Mapping[str, Entry] | None:
-    """Read the headers of the files that transformers would open; None where they are no safetensors."""
+    """Read the headers of the files that transformers would open.
+
+    None where they are no safetensors.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return read_header(single)
@@ -97,7 +103,7 @@ def _tensors(folder: Path) -> Mapping[str, Entry] | None:
 
 
 def _problem(content: Mapping[str, Any], tensors: Mapping[str, Entry]) -> Problem | bool | None:
-    """Compare the layers with the config and with the decoder layer of the model that they are like.
+    """Compare native layers with the config and the layer they resemble.
 
     Returns:
         what is wrong; False: there are none of a known layout; None: nothing is wrong, or it is not known.

@@ -1,4 +1,7 @@
-"""Layouts of models' own layers for multi-token prediction: every fact of each, in one table. Imports no torch."""
+"""Layouts of native layers: every fact of each, in one table.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ __all__ = ["LAYOUTS", "PLAIN", "SERVED", "ChainRule", "Layout", "layout_named", 
 
 @frozen(kw_only=True)
 class ChainRule:
-    """Inputs of a step of a chain, and the norm before the unembedding.
+    """Inputs of a chain's step, and the norm before the unembedding.
 
     Every step gives the next one what the unembedding multiplies.
 
@@ -34,7 +37,9 @@ PLAIN: Final = ChainRule(output="model")
 
 @frozen(kw_only=True)
 class Layout:
-    """One layout. In names, ``{i}`` is the module's number and ``{n}`` that of the decoder layer that it would be.
+    """One layout of native layers.
+
+    In names, ``{i}`` is the module's number and ``{n}`` that of the decoder layer that it would be.
 
     Args:
         name: what WMTP calls it.
@@ -71,7 +76,7 @@ class Layout:
     others: tuple[str, ...] = ()
 
     def part(self, name: str | None, module: int, layers: int) -> str | None:
-        """Name a tensor, or what a layer's names begin with, of one module.
+        """Name a tensor of one module, or its layer's prefix.
 
         Args:
             name: one of this table's.
@@ -159,7 +164,10 @@ SERVED: Final = {
 
 
 def served_layout(model_class: str) -> str:
-    """Choose how new heads of a model are fed where no layout is named; ``mimo`` where no server takes such a model."""
+    """Choose the layout of new heads where none is named.
+
+    It says how they are fed; ``mimo`` where no server takes such a model.
+    """
     return SERVED.get(model_class, "mimo")
 
 
@@ -169,5 +177,8 @@ def layout_named(name: str) -> Layout:
 
 
 def rule_of(layout: str) -> ChainRule:
-    """Return the rule of ``[models.base.heads] layout``: that of a layout, or of none (``plain``)."""
+    """Return the rule that ``[models.base.heads] layout`` names.
+
+    That of a layout, or of none (``plain``).
+    """
     return PLAIN if layout == "plain" else layout_named(layout).rule

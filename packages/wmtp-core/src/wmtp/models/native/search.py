@@ -1,4 +1,7 @@
-"""Search for layers of the known layouts among a folder's tensors, by names and shapes alone. Imports no torch."""
+"""Search for native layers by names and shapes alone.
+
+Those of known layouts, among a folder's tensors. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +128,7 @@ class Expected:
 
 
 def refusal(problem: Problem) -> str:
-    """Word why a model's own layers cannot be its heads, and what to do."""
+    """Word why native layers cannot be the heads, with the remedy."""
     remedy = "" if problem.remedy is None else f"{problem.remedy}, or "
     return (
         f"the model's own layers for multi-token prediction cannot be opened: {problem.text}; {remedy}name another kind "
@@ -136,7 +139,7 @@ def refusal(problem: Problem) -> str:
 def search_layers(
     names: Collection[str], *, layers: int, model_type: str, architectures: Sequence[str], promised: Mapping[str, int | None]
 ) -> Search | None:
-    """Search for layers of a layout that a model of this type has.
+    """Search for layers of a layout that this model type has.
 
     Args:
         names: of the folder's tensors; further ones do no harm.
@@ -172,7 +175,9 @@ def search_layers(
 
 
 def search_nothing(said: Mapping[str, int], *, others: bool, model_type: str, architectures: Sequence[str]) -> Problem | None:
-    """Compare a folder in which `search_layers` found nothing with what its config says.
+    """Compare a folder without native layers with its config.
+
+    For where `search_layers` found nothing.
 
     Args:
         said: as `promised_in` gives it, of ``config.json`` itself: a model's defaults are no promise of a folder.
@@ -264,7 +269,7 @@ def _knows(layout: Layout, model_type: str, architectures: Sequence[str]) -> boo
 
 
 def _modules(layout: Layout, names: Collection[str], layers: int) -> dict[int, list[str]]:
-    """Group the names of a layout's tensors by the number of their module."""
+    """Group the names of a layout's tensors by module number."""
     found: dict[int, list[str]] = {}
     for module in range(len(names)):
         stems = [layout.part(part, module, layers) for part in _parts(layout).values()]
@@ -278,7 +283,7 @@ def _modules(layout: Layout, names: Collection[str], layers: int) -> dict[int, l
 
 
 def _other_attention(layout: Layout, fields: Mapping[str, Any]) -> Iterator[str]:
-    """Compare what the layer's attention sees, and how, with the decoder layer that it is like."""
+    """Compare the layer's attention with that of the layer it resembles."""
     kinds, window = fields.get("layer_types") or [None], fields.get("sliding_window")
     first = {"mtp_layer_types": kinds[0], "mtp_sliding_windows": window}
     for key in layout.others:
@@ -291,7 +296,10 @@ def _other_attention(layout: Layout, fields: Mapping[str, Any]) -> Iterator[str]
 
 
 def _parts(layout: Layout) -> dict[str, str]:
-    """Name the parts of a module, by their names in `ChainedBlock` or that of the table that they are."""
+    """Name the parts of a module.
+
+    By their names in `ChainedBlock`, or that of the table that they are.
+    """
     parts = {
         "embedding_norm": layout.embedding_norm,
         "hidden_norm": layout.hidden_norm,

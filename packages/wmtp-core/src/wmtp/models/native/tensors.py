@@ -1,4 +1,4 @@
-"""Tensors of a model's own layers for multi-token prediction: from its folder into heads, and back."""
+"""Tensors of native layers: from their folder into heads, and back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _log = logging.getLogger("wmtp")
 
 
 def share_tables(native: Native, stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> Native:
-    """Let the heads use the model's embedding and unembedding where their own are copies.
+    """Share the model's embedding and unembedding where the heads' are copies.
 
     Servers do so whatever the tables are (vLLM 0.32, ``_maybe_share_embeddings``, ``_maybe_share_lm_head``): copies that were
     trained apart would be lost there.
@@ -92,7 +92,7 @@ def head_tensors(native: Native, stored: Mapping[str, StoredTensor], model: PreT
 def folder_tensors(
     native: Native, state: Mapping[str, Tensor], model: PreTrainedModel, base: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Name and lay out the heads' tensors as in the folder that they came from.
+    """Name and lay out the heads' tensors as their folder does.
 
     Args:
         native: where they stand.
