@@ -88,11 +88,11 @@ def _model(architecture: str = "llama", kind: str = "block", horizon: int = 4, *
 
 
 @torch.no_grad()
-def _plain_greedy(model: MTPModel, prompt: list[int], count: int) -> list[int]:
+def _plain_greedy(model: MTPModel, prompt: list[int], count: int, eos: int | None = EOS) -> list[int]:
     tokens = list(prompt)
     while len(tokens) < len(prompt) + count:
         tokens.append(int(model.base(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-        if tokens[-1] == EOS:
+        if tokens[-1] == eos:
             break
     return tokens[len(prompt) :]
 
@@ -378,9 +378,11 @@ def test_speculation_needs_extra_heads() -> None:
 def test_a_row_goes_on_beyond_the_window() -> None:
     base = MistralForCausalLM(MistralConfig(**SMALL | {"sliding_window": 16})).eval()
     model = MTPModel(base, HeadsConfig(horizon=3), seed=1).eval()
+    prompts = [[5, 6, 7], [8] * 20]
+    expected = [_plain_greedy(model, prompt, 30, eos=None) for prompt in prompts]
     for speculative in (False, True):
-        rows = generate(model, [[5, 6, 7], [8] * 20], max_new_tokens=30, eos_id=None, speculative=speculative)
-        assert [list(row.tokens) for row in rows] == [_plain_greedy(model, prompt, 30) for prompt in ([5, 6, 7], [8] * 20)]
+        rows = generate(model, prompts, max_new_tokens=30, eos_id=None, speculative=speculative)
+        assert [list(row.tokens) for row in rows] == expected
 
 
 @pytest.mark.parametrize(
