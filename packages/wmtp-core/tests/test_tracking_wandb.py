@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -26,6 +27,8 @@ def records(file):
             place += _BLOCK - place % _BLOCK
             continue
         length, kind = struct.unpack_from("<HB", content, place + 4)
+        if place + 7 + length > len(content):
+            return
         whole += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # a whole record, or the last chunk of one
@@ -35,10 +38,20 @@ def records(file):
             whole = b""
 
 
+def whole(file):
+    """All records of a run that has ended: wandb's own process may still be writing them when `finish` returns."""
+    for _ in range(6000):
+        read = list(records(file))
+        if read and read[-1].WhichOneof("record_type") == "exit":
+            return read
+        time.sleep(0.01)
+    raise AssertionError(f"{file}: no end after {len(read)} records")
+
+
 def rows(run):
     """Read the history of the run, over all its attempts."""
     for file in sorted(run.run_dir.glob("wandb/offline-run-*/*.wandb")):
-        for record in records(file):
+        for record in whole(file):
             if record.WhichOneof("record_type") == "history":
                 yield {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
 
