@@ -349,3 +349,25 @@ def test_ctrl_c_ends_a_loop_over_other_long_work(finished, start, s3_server, tmp
         press_ctrl_c(process)
         _, err = process.communicate(timeout=60)
         assert process.returncode in INTERRUPTED, err
+
+
+#: Ctrl-C as a thread of a pool has begun, and the pool does not know it yet
+IN_THE_POOLS_START = """
+import threading
+start = threading.Thread.start
+def interrupted(thread):
+    start(thread)
+    if thread.name.startswith("ThreadPoolExecutor"):
+        print("interrupted", flush=True)
+        raise KeyboardInterrupt
+threading.Thread.start = interrupted
+import wmtp
+wmtp.load_model({model!r})
+"""
+
+
+def test_ctrl_c_as_transformers_starts_a_loading_thread(finished, start):
+    process = start(code=IN_THE_POOLS_START.format(model=str(finished / "model")))
+    out, err = process.communicate(timeout=60)
+    assert out == "interrupted\n", err
+    assert process.returncode in INTERRUPTED, err

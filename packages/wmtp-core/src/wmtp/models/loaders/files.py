@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import traceback
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -183,3 +184,8 @@ def opened_by_transformers(path: Path, action: Callable[[], T]) -> T:
     except Exception as error:
         # its exceptions have no common base: OSError, ValueError, KeyError, UnpicklingError, dataclass validation …
         raise FileError(f"{path}: transformers cannot open it: {type(error).__name__}: {error}") from error
+    except BaseException as error:  # Ctrl-C
+        # Where it falls into the start of a thread of transformers' loading pool, Python would wait for that thread at its end.
+        # A pool without a reference ends its threads, and these frames hold the last one.
+        traceback.clear_frames(error.__traceback__)
+        raise
