@@ -27,7 +27,7 @@ from typing import Any, cast
 
 from multi_gpu_runs import LENGTH, Bench, merged, model_folder
 
-from wmtp.config import load_config
+from wmtp.config.load import load_config
 from wmtp.config.rules import required_models
 from wmtp.config.schema import HeadsConfig
 from wmtp.launchers.config import LocalLauncher

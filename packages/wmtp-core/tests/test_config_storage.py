@@ -6,8 +6,8 @@ import attrs
 import pytest
 from attrs import evolve
 
-from wmtp.config import load_config
 from wmtp.config.converter import make_converter
+from wmtp.config.load import load_config
 from wmtp.config.places import build_backends
 from wmtp.config.problems import Problems
 from wmtp.config.rules import check

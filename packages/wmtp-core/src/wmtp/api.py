@@ -174,7 +174,7 @@ def _check_push(config: Config) -> None:
         try:
             backend_for(uri, build_backends(config.storage)).check_push(uri)
         except ConfigError as error:
-            raise ConfigError([f"run.push_to: {problem}" for problem in error.problems]) from error
+            raise error.under("run.push_to") from error
 
 
 def _push(config: Config, result: Result) -> None:

@@ -46,6 +46,10 @@ class ConfigError(WMTPError):
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
 
+    def under(self, key: str) -> ConfigError:
+        """Return the same problems, each with ``key`` in front."""
+        return ConfigError([f"{key}: {problem}" for problem in self.problems])
+
 
 class FileError(WMTPError):
     """Missing or damaged file, or one of another format.

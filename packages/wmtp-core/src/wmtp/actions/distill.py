@@ -236,7 +236,7 @@ class _Speaker:
         try:
             return encode(prompt)
         except ConfigError as error:
-            raise ConfigError([f"{prompt.id}: {problem}" for problem in error.problems]) from error
+            raise error.under(prompt.id) from error
 
     def _messages(self, prompt: Prompt) -> Sequence[Mapping[str, Any]]:
         return prompt.messages or [{"role": "user", "content": prompt.text}]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from wmtp.config.problems import KeyPath, Problem, dotted
 from wmtp.config.schema import Config
@@ -17,9 +17,6 @@ from wmtp.plugins.built import built
 from wmtp.plugins.contract import DataLoaderConfig
 from wmtp.plugins.registry import Registry
 from wmtp.storage.uris import file_path, scheme_of
-
-if TYPE_CHECKING:
-    from wmtp.data.base import ExampleLoader
 
 __all__ = [
     "check_answers",
@@ -150,17 +147,10 @@ def require_sources(config: Config) -> None:
 
 def check_first_examples(config: Config) -> Iterator[Problem]:
     """Check the names and the first records of local data files."""
-    for name in dict.fromkeys((*train_sources(config), *eval_sources(config))):
-        if name not in config.datasets:
-            continue
-        source, place = read_from(config.datasets[name], ("datasets", name))
-        if (path := _local_path(source.uri)) is None:
-            continue
-        skipped = config.data.train.on_bad_example == "skip"
+    looked_at = _LOOKED_AT if config.data.train.on_bad_example == "skip" else 1
+    for place, dataset, path in _local_data(config):
         try:
-            found = list(
-                islice(built(config.datasets[name], "data_loaders").first_examples(path), _LOOKED_AT if skipped else 1)
-            )
+            found = list(islice(built(dataset, "data_loaders").first_examples(path), looked_at))
         except InputError as error:
             yield Problem((*place, error.key), str(error))
         except WMTPError as error:
@@ -175,27 +165,28 @@ def unread_keys(config: Config) -> Iterator[tuple[KeyPath, Mapping[str, str | No
 
     See `ExampleLoader.unread_keys`.
     """
-    for place, loader, path in _local_loaders(config):
+    for place, dataset, path in _local_data(config):
         with suppress(WMTPError):  # which `check_first_examples` reports
-            if found := loader.unread_keys(path):
+            if found := built(dataset, "data_loaders").unread_keys(path):
                 yield place, found
 
 
 def doubts(config: Config) -> Iterator[tuple[KeyPath, str]]:
     """Yield what may be wrong with the data files here, see `ExampleLoader.doubts`."""
-    for place, loader, path in _local_loaders(config):
+    for place, dataset, path in _local_data(config):
         with suppress(WMTPError):
-            for found in loader.doubts(path):
+            for found in built(dataset, "data_loaders").doubts(path):
                 yield (*place, "uri"), found
 
 
-def _local_loaders(config: Config) -> Iterator[tuple[KeyPath, ExampleLoader, Path]]:
+def _local_data(config: Config) -> Iterator[tuple[KeyPath, DataLoaderConfig, Path]]:
     if config.launcher.remote:  # a path is one of the other machine
         return
     for name in dict.fromkeys((*train_sources(config), *eval_sources(config))):
-        source, place = read_from(config.datasets[name], ("datasets", name))
-        if (path := _local_path(source.uri)) is not None:
-            yield place, built(config.datasets[name], "data_loaders"), path
+        if (dataset := config.datasets.get(name)) is not None:
+            source, place = read_from(dataset, ("datasets", name))
+            if (path := _local_path(source.uri)) is not None:
+                yield place, dataset, path
 
 
 def _local_path(uri: object) -> Path | None:

@@ -13,7 +13,7 @@ from wmtp.errors import ConfigError, WMTPError
 from wmtp.json_files import read_json_object
 from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.model_files import check_folder, find_gguf, is_adapter, quantization, quantized_problem
-from wmtp.storage.model_folders import model_within
+from wmtp.storage.model_folders import LOADERS, model_within
 from wmtp.storage.uris import file_path, scheme_of
 
 __all__ = ["model_problems"]
@@ -27,23 +27,17 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from _draft_vocabulary_problems(config)
     yield from _template_problems(config)
     for name, model in config.models.items():
-        loader = model.loader
-        uri = loader.uri
+        loader, key = model.loader, ("models", name)
+        if loader.type not in LOADERS:
+            continue
         try:
-            if uri is None or scheme_of(uri) != "file" or not file_path(uri).exists():
-                continue
-            path = file_path(uri)
-            if loader.type == "meta-mtp" and path.is_file():
-                yield Problem(("models", name, "uri"), f"{path} is a file; name the folder that holds params.json")
-            if loader.type != "hf":
-                continue
-            if path.is_dir():
-                path = model_within(cached_snapshot(path))
+            path = _local(loader.uri)
         except ConfigError:  # said of the uri
             continue
-        if getattr(loader, "gguf_file", None) is not None:
+        if path is not None and loader.type == "meta-mtp" and path.is_file():
+            yield Problem((*key, "uri"), f"{path} is a file; name the folder that holds params.json")
+        if path is None or loader.type != "hf" or getattr(loader, "gguf_file", None) is not None:
             continue
-        key = ("models", name)
         if problem := _no_model(path):
             yield Problem((*key, "uri"), problem)
         if not path.is_dir():
@@ -72,6 +66,17 @@ def model_problems(config: Config) -> Iterator[Problem]:
             )
 
 
+def _local(uri: str | None) -> Path | None:
+    """Return the local path of a model, if it has one.
+
+    Raises:
+        ConfigError: the URI is wrong.
+    """
+    if uri is None or scheme_of(uri) != "file" or not (path := file_path(uri)).exists():
+        return None
+    return model_within(cached_snapshot(path)) if path.is_dir() else path
+
+
 def _no_model(path: Path) -> str | None:
     """Say what to name instead of a path that is no model.
 
@@ -92,9 +97,9 @@ def _template_problems(config: Config) -> Iterator[Problem]:
     base = config.models.get("base")
     if base is None or base.loader.type != "hf" or config.tokenizer is not None or config.data.train.chat_template is not None:
         return
-    uri = base.loader.uri
     try:
-        if uri is None or scheme_of(uri) != "file" or not (folder := model_within(cached_snapshot(file_path(uri)))).is_dir():
+        folder = _local(base.loader.uri)
+        if folder is None or not folder.is_dir():
             return
         settings = folder / "tokenizer_config.json"
         if not settings.is_file() or "chat_template" in read_json_object(settings):
@@ -126,10 +131,9 @@ def _draft_vocabulary_problems(config: Config) -> Iterator[Problem]:
     if base is None or wanted is None:
         return
     size = getattr(base.loader, "vocab_size", None)
-    uri = base.loader.uri
     try:
-        if base.loader.type == "hf" and uri is not None and scheme_of(uri) == "file":
-            content = read_json_object(model_within(cached_snapshot(file_path(uri))) / "config.json")
+        if base.loader.type == "hf" and (folder := _local(base.loader.uri)) is not None:
+            content = read_json_object(folder / "config.json")
             size = content.get("vocab_size") or content.get("text_config", {}).get("vocab_size")
     except (WMTPError, AttributeError):  # said of the uri, or of the file
         return

@@ -235,8 +235,6 @@ def _heads(config: Config) -> Iterator[Problem]:
             )
         if not any(weights):
             yield Problem((*path, "head_weights"), "are all 0, so nothing would be learned")
-        elif any(weight == float("inf") for weight in weights):
-            yield Problem((*path, "head_weights"), "must be finite")
     if heads.horizon >= config.data.train.max_length:
         yield Problem(
             (*path, "horizon"), f"{heads.horizon} must be less than data.train.max_length = {config.data.train.max_length}"
@@ -259,8 +257,7 @@ def _data(config: Config) -> Iterator[Problem]:
             f"{train.micro_batch_size} must be at most data.train.batch_size = {train.batch_size}",
         )
     yield from _learned(config)
-    if not config.launcher.remote:  # there a path is one of the other machine
-        yield from check_first_examples(config)
+    yield from check_first_examples(config)
     if config.data.eval is None:
         for index, evaluator in enumerate(config.eval):
             if evaluator.needs_eval_data:

@@ -13,7 +13,7 @@ from attrs import define, field, frozen
 
 from wmtp.config.overrides import Override
 from wmtp.config.problems import KeyPath, Problem, dotted
-from wmtp.config.toml_file import FileSource, TableSource
+from wmtp.config.toml_file import FileSource, TableSource, contains
 from wmtp.errors import ConfigError
 from wmtp.plugins.components import OWN_TABLES
 
@@ -206,18 +206,9 @@ class Document:
     def drops(self) -> Iterator[str]:
         """Name keys that a new ``type`` dropped and nothing set again."""
         for drop in self._dropped:
-            if keys := [key for key in drop.keys if not self._is_set((*drop.table, key))]:
+            if keys := [key for key in drop.keys if not contains(self.data, (*drop.table, key))]:
                 again = f"set {'it' if len(keys) == 1 else 'them'} again where still meant"
                 yield f"{drop.place}: {drop.new!r} in place of {drop.old!r} drops {', '.join(sorted(keys))}; {again}"
-
-    def _is_set(self, path: KeyPath) -> bool:
-        value: Any = self.data
-        for key in path:
-            try:
-                value = value[key]
-            except (KeyError, IndexError, TypeError):
-                return False
-        return True
 
     def source(self, path: KeyPath) -> Source | None:
         """Where a key came from, or else the table around it."""
@@ -237,7 +228,7 @@ class Document:
             key = ""
         dropped = [drop for drop in self._dropped if drop.table == problem.path[:-1] and problem.path[-1] in drop.keys]
         message = problem.message
-        if dropped and not self._is_set(problem.path):
+        if dropped and not contains(self.data, problem.path):
             message += f"; that of {dropped[-1].old!r} was dropped with its type: set it again"
         return ": ".join(part for part in (place, key, message) if part)
 

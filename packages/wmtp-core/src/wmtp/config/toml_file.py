@@ -14,7 +14,7 @@ from wmtp.config.problems import KeyPath
 from wmtp.errors import ConfigError
 from wmtp.spelling import odd_character
 
-__all__ = ["FileSource", "TableSource"]
+__all__ = ["FileSource", "TableSource", "contains"]
 
 _RECIPE: Final = "a recipe is a TOML file that names model and data, as `wmtp init` writes it"
 
@@ -89,7 +89,7 @@ class FileSource:
         There is no second TOML grammar here: the statement is the one whose end makes the path appear in the file's first
         lines, parsed as a file of their own. Keys never disappear further down, so a binary search finds it.
         """
-        while path and not _contains(self.data, path):
+        while path and not contains(self.data, path):
             path = path[:-1]
         if not path:
             return self.name
@@ -101,7 +101,7 @@ class FileSource:
                 middle = next(n for n in range(low_end + 1, high + 1) if self._prefix(n) is not None)
                 if middle == high:
                     break  # one statement of several lines is left
-            if _contains(self._prefix(middle) or {}, path):
+            if contains(self._prefix(middle) or {}, path):
                 high = middle
             else:
                 low = middle
@@ -147,7 +147,8 @@ def _in_folder(folder: Path) -> str:
     return f", as {recipes[0]}" if len(recipes) == 1 else f"; {_RECIPE}"
 
 
-def _contains(data: Any, path: KeyPath) -> bool:
+def contains(data: Any, path: KeyPath) -> bool:
+    """Tell whether nested tables and arrays have a key."""
     for key in path:
         if isinstance(data, dict) and key in data:
             data = data[str(key)]

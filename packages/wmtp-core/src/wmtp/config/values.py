@@ -45,11 +45,11 @@ def wrong(expected: str, value: Any) -> Problems:
     return Problems.one(f"must be {expected}, not {shown(value)}{hint}")
 
 
-def scalar(scalar: type, name: str) -> Callable[[Any, Any], Any]:
+def scalar(wanted: type, name: str) -> Callable[[Any, Any], Any]:
     """A hook that takes exactly this type."""
 
     def read(value: Any, _: Any) -> Any:
-        if type(value) is not scalar:  # a bool is an int to isinstance
+        if type(value) is not wanted:  # a bool is an int to isinstance
             raise wrong(name, value)
         if isinstance(value, int) and not -_LARGEST - 1 <= value <= _LARGEST:  # no tensor, file or count holds more
             raise Problems.one(f"is too large for a whole number, which has 64 bits: at most {_LARGEST}")

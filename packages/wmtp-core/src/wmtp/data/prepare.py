@@ -95,7 +95,7 @@ def use_chat_template(tokenizer: Tokenizer, data: TrainDataConfig) -> None:
         try:
             tokenizer.chat_template = template_source(data.chat_template)
         except ConfigError as error:
-            raise ConfigError([f"data.train.chat_template: {problem}" for problem in error.problems]) from error
+            raise error.under("data.train.chat_template") from error
 
 
 def token_cache_dir(config: Config) -> Path:

@@ -42,7 +42,6 @@ HEADS_CONFIG: Final = "mtp_heads.json"
 GENERATION_CONFIG: Final = "generation_config.json"
 _INDEXES: Final = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin", *_INDEXES)
-#: configs of quantization that older programs wrote beside config.json, and the method
 #: fields of PEFT's config that change what an adapter computes or holds, with the values by which they do not
 _PLAIN_LORA: Final = {
     "bias": (None, "none"),
@@ -55,6 +54,7 @@ _PLAIN_LORA: Final = {
     "use_qalora": (None, False),
     "use_bdlora": (None, False),
 } | dict.fromkeys(("arrow_config", "kasa_config", "megatron_config", "monteclora_config", "velora_config"), (None, {}))
+#: configs of quantization that older programs wrote beside config.json, and the method
 _OLD_QUANTIZATION: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _FP8: Final = ("float8_e4m3fn", "float8_e5m2")
 

@@ -109,7 +109,7 @@ def backend_for(uri: str, backends: Mapping[str, _Backend], *, key: str | None =
         if scheme not in backends:
             raise ConfigError(_no_backend(uri, scheme, backends))
     except ConfigError as error:
-        raise (ConfigError([f"{key}: {problem}" for problem in error.problems]) if key else error) from None
+        raise (error.under(key) if key else error) from None
     return backends[scheme]
 
 
@@ -144,7 +144,7 @@ def localize(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *, key:
     try:
         found = backend.localize(uri, cache_dir)
     except ConfigError as error:
-        raise (ConfigError([f"{key}: {problem}" for problem in error.problems]) if key else error) from error
+        raise (error.under(key) if key else error) from error
     return check_answer(backend, "localize", Path, found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from wmtp.errors import InputError
 
@@ -31,7 +31,7 @@ def files_below(folder: Path, *, skipped: Collection[str] = ()) -> Iterator[Path
         yield from (Path(place, name) for name in sorted(files))
 
 
-def is_hidden(path: Path) -> bool:
+def is_hidden(path: PurePath) -> bool:
     """Tell whether a part of a relative path begins with a dot."""
     return any(part.startswith(".") for part in path.parts)
 

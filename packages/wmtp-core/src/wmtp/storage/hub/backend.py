@@ -27,7 +27,7 @@ from wmtp.storage.hub.cache import (
 from wmtp.storage.hub.choose import chosen_files
 from wmtp.storage.hub.failures import explained, is_offline, is_unreachable, patiently
 from wmtp.storage.hub.names import HubName, parse_hub_uri
-from wmtp.storage.walk import files_below
+from wmtp.storage.walk import files_below, is_hidden
 
 __all__ = ["Hub"]
 
@@ -147,8 +147,7 @@ class Hub(Storage):
         self._commit(name, [*added, *map(CommitOperationDelete, gone)], f"Upload {path.name} with wmtp")
 
     def _files_on_branch(self, name: HubName) -> list[str]:
-        if name.is_pinned:
-            raise ConfigError(f"{name.uri}: names a commit, which does not change; name a branch, or nothing behind '@'")
+        _require_branch(name)
         kind = KINDS[name.kind]
         try:
             return patiently(lambda: self._api.list_repo_files(name.repo, repo_type=kind, revision=name.revision))
@@ -171,9 +170,7 @@ class Hub(Storage):
         if name.is_pinned:
             return name
         try:
-            info = patiently(
-                lambda: self._api.repo_info(name.repo, repo_type=KINDS[name.kind], revision=name.revision, files_metadata=True)
-            )
+            info = self._info(name)
         except Exception as error:
             if (is_unreachable(error) or is_offline(error)) and (commit := cached_commit(name)) is not None:
                 reason = "HF_HUB_OFFLINE is set" if is_offline(error) else "the hub cannot be reached"
@@ -187,18 +184,18 @@ class Hub(Storage):
         self._listed[_key(pinned)] = _stored(info)
         return pinned
 
+    def _info(self, name: HubName) -> Any:
+        return patiently(
+            lambda: self._api.repo_info(name.repo, repo_type=KINDS[name.kind], revision=name.revision, files_metadata=True)
+        )
+
     def _list(self, name: HubName) -> Mapping[str, StoredFile]:
         """All files of a repository at a commit, by name."""
         if _key(name) not in self._listed:
             try:
-                info = patiently(
-                    lambda: self._api.repo_info(
-                        name.repo, repo_type=KINDS[name.kind], revision=name.revision, files_metadata=True
-                    )
-                )
+                self._listed[_key(name)] = _stored(self._info(name))
             except Exception as error:
                 raise explained(error, name) from error
-            self._listed[_key(name)] = _stored(info)
         return self._listed[_key(name)]
 
     def _fetch(self, name: HubName, wanted: Mapping[str, int]) -> None:
@@ -245,10 +242,14 @@ def _stored(info: Any) -> dict[str, StoredFile]:
     }
 
 
-def _to_push(path: Path, name: HubName) -> dict[str, Path]:
-    """Find the files to push, by their path in the repository."""
+def _require_branch(name: HubName) -> None:
     if name.is_pinned:
         raise ConfigError(f"{name.uri}: names a commit, which does not change; name a branch, or nothing behind '@'")
+
+
+def _to_push(path: Path, name: HubName) -> dict[str, Path]:
+    """Find the files to push, by their path in the repository."""
+    _require_branch(name)
     if not path.exists():
         raise WMTPError(f"{path} cannot be copied to {name.uri}: {path} does not exist")
     if path.is_file():
@@ -258,7 +259,7 @@ def _to_push(path: Path, name: HubName) -> dict[str, Path]:
         inside = file.relative_to(path)
         if file.is_symlink() and not file.exists():
             raise WMTPError(f"{path} cannot be copied to {name.uri}: {file} is a link to what does not exist")
-        if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+        if file.is_file() and not is_hidden(inside):
             local[(PurePosixPath(name.path) / inside.as_posix()).as_posix()] = file
     return local
 

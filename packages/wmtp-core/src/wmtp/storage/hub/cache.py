@@ -50,14 +50,7 @@ def note_revision(pinned: HubName, revision: str) -> None:
 
     huggingface_hub does the same: without network a revision is taken by its name.
     """
-    reference = _repo_folder(pinned) / "refs" / revision
-    try:
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        draft = reference.with_name(f".{reference.name}.{os.getpid()}")
-        draft.write_text(str(pinned.revision), encoding="utf-8")
-        draft.replace(reference)
-    except OSError as error:
-        raise explained(error, pinned) from error
+    _write(_repo_folder(pinned) / "refs" / revision, str(pinned.revision), pinned)
 
 
 def cached_files(name: HubName) -> dict[str, StoredFile]:
@@ -69,12 +62,15 @@ def cached_files(name: HubName) -> dict[str, StoredFile]:
 
 def write_note(name: HubName, wanted: Mapping[str, int]) -> None:
     """Note the files that are whole, with their sizes."""
-    note = _note_of(name)
+    _write(_note_of(name), json.dumps(dict(wanted)), name)
+
+
+def _write(file: Path, text: str, name: HubName) -> None:
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        draft = note.with_name(f".{note.name}.{os.getpid()}")
-        draft.write_text(json.dumps(dict(wanted)), encoding="utf-8")
-        draft.replace(note)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_name(f".{file.name}.{os.getpid()}")
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(file)
     except OSError as error:
         raise explained(error, name) from error
 

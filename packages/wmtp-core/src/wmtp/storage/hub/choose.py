@@ -12,6 +12,7 @@ from typing import Final
 
 from wmtp.errors import ConfigError
 from wmtp.storage.hub.names import HubName
+from wmtp.storage.walk import is_hidden
 
 __all__ = ["chosen_files"]
 
@@ -60,7 +61,7 @@ def chosen_files(name: HubName, names: Collection[str]) -> Sequence[str]:
 
 def _is_data(file: str) -> bool:
     path = PurePosixPath(file)
-    return path.suffix.lower() not in _NOT_DATA and not any(part.startswith(".") for part in path.parts)
+    return path.suffix.lower() not in _NOT_DATA and not is_hidden(path)
 
 
 def _weights(name: HubName, beside: Sequence[str]) -> list[str]:
