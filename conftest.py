@@ -43,11 +43,12 @@ def preloaded() -> Iterator[Server]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Begin each test with the same random numbers, whatever ran before it."""
-    random.seed(0)
-    for name, seed in (("numpy.random", "seed"), ("torch", "manual_seed")):
+    """Begin each test with the same random numbers, whatever ran before it; with others by ``WMTP_TEST_SEED=1``."""
+    seed = int(os.environ.get("WMTP_TEST_SEED", "0"))
+    random.seed(seed)
+    for name, begin in (("numpy.random", "seed"), ("torch", "manual_seed")):
         if name in sys.modules:
-            getattr(sys.modules[name], seed)(0)
+            getattr(sys.modules[name], begin)(seed)
 
 
 @pytest.hookimpl(trylast=True)

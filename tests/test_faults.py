@@ -48,7 +48,7 @@ def test_a_full_disk_keeps_the_checkpoints_before_it(recipe, wmtp, tmp_path):
         assert again.returncode == 0, again.stderr
         assert json.loads(again.stdout)["steps"] == 40
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_an_infinite_loss_stops_with_the_examples_and_the_last_good_checkpoint(recipe, wmtp, tmp_path):
