@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from wmtp.launchers.torchrun import share_cores
 @pytest.mark.parametrize(("cores", "processes", "threads"), [(16, 2, "8"), (10, 4, "2"), (2, 2, "1"), (2, 4, "1")])
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, threads: str):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("wmtp.cores._QUOTA", Path("/nowhere"))
     monkeypatch.setenv("OMP_NUM_THREADS", "to be undone")
     monkeypatch.delenv("OMP_NUM_THREADS")
     share_cores(processes)

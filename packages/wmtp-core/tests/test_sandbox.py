@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -54,6 +55,21 @@ def test_values_of_every_plain_type_come_through(sandbox: Sandbox) -> None:
     )
     outcome = sandbox.run_tests(code, tests, names=["f", "make", "read", "fail"])
     assert outcome.passed, outcome.detail
+
+
+def test_a_process_with_a_thousand_open_files_has_sandboxes_too(sandbox: Sandbox) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip("this process may not open so many")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert sandbox.run_tests("def f(x):\n    return 2 * x\n", TESTS, names=["f"]).passed
+        assert sandbox.run_program("print(input())", "1", "1").passed
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_programs_are_judged_by_what_they_print(sandbox: Sandbox) -> None:

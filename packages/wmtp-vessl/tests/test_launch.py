@@ -396,6 +396,13 @@ def test_what_is_allowed_and_yet_unwise(wmtp, files):
         assert any(part in line for line in said), (part, err)
 
 
+def test_a_mounted_file_need_not_be_in_the_image(wmtp, files):
+    files.write(LAUNCHER.replace("gpus = 4", 'gpus = 4\nmounts = { "/x" = "hostpath:///x" }'),
+                RECIPE.replace("s3://wmtp/models/llama", "file:///x/llama"))  # fmt: skip
+    code, _, err = wmtp("launch", "--dry-run", *files)
+    assert (code, "must be in the image" in err) == (0, False), err
+
+
 def test_on_names_the_launcher(wmtp, files):
     code, _, err = wmtp("launch", "--dry-run", files.folder / "recipe.toml", "--on", "vessl")
     assert code == 2

@@ -58,8 +58,12 @@ def _is_file(uri: str) -> bool:
         return False
 
 
+def _path(uri: str) -> PurePosixPath:
+    return PurePosixPath(uri.removeprefix("file://"))
+
+
 def _is_inside(path: str, folders: tuple[str, ...]) -> bool:
-    plain = PurePosixPath(path.removeprefix("file://"))
+    plain = _path(path)
     if ".." in plain.parts or path.startswith("~"):
         return False
     return not plain.is_absolute() or any(plain.is_relative_to(folder) for folder in folders)
@@ -83,7 +87,7 @@ def warnings(config: Config, launcher: VesslLauncher) -> Iterator[str]:
     brought = (*launcher.mounts, *launcher.imports, launcher.cache.path)
     for placed in components(config):
         uri = placed.config.uri
-        if isinstance(uri, str) and _is_file(uri) and not any(PurePosixPath(uri).is_relative_to(path) for path in brought):
+        if isinstance(uri, str) and _is_file(uri) and not any(_path(uri).is_relative_to(path) for path in brought):
             yield (
                 f"{dotted((*placed.path, 'uri'))}: {uri!r} must be in the image: nothing is mounted or imported there; a"
                 " URI such as s3://… is fetched"

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.json_files import read_json_object
 from wmtp.runs.directory import replace_text
@@ -26,7 +24,7 @@ def model_fingerprint(model: MTPModel, tokenizer: Tokenizer) -> str:
     digest = hashlib.sha256(f"{type(model.base).__name__} {model.heads.kind} {tokenizer.fingerprint()}".encode())
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 4096)].to("cpu", torch.float64)
+        some = flat[:: max(1, len(flat) // 4096)].cpu().double()  # in this order: MPS has no fp64
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:32]
 

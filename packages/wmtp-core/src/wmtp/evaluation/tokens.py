@@ -129,5 +129,5 @@ def _predictions(measured: Measured, value: Value) -> Iterator[tuple[NDArray, ND
             head,
             starts[number] + batch.position.numpy()[row, place] + head + 1,
             targets.ids.cpu().numpy()[valid],
-            values.double().cpu().numpy()[valid] if values.device.type != "mps" else values.cpu().double().numpy()[valid],
+            values.cpu().double().numpy()[valid],
         )

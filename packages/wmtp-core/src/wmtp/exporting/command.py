@@ -83,8 +83,8 @@ def export_model(
         run_dir = path.parent
     if path.is_dir() and not any((path / file).is_file() for file in _MODEL_FILES) and not any(path.glob("*.gguf")):
         raise ConfigError(f"{name}: no model: the folder holds none of {', '.join(_MODEL_FILES)} or a .gguf file")
-    model = load_weights(path, run_dir=run_dir, storage=storage)
     kept = None if checkpoint is None else find_checkpoint(name, run_dir, checkpoint)
+    model = load_weights(path, run_dir=run_dir, storage=storage)
     if kept is not None:
         load_checkpoint_weights(kept, model)
         _log.info("%s: the weights of step %d", name, kept.step)

@@ -300,9 +300,11 @@ def _read(descriptor: int, deadline: float, most: int) -> tuple[bytes | None, bo
     """
     parts: list[bytes] = []
     size = 0
+    waiting = select.poll()  # select takes no descriptor above 1023, and each sandbox has some
+    waiting.register(descriptor, select.POLLIN)
     while True:
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+        if left <= 0 or not waiting.poll(1000 * left):
             return None, True
         part = os.read(descriptor, 65536)
         if not part:

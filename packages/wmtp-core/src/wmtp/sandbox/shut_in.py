@@ -99,7 +99,10 @@ def shut_in(request: dict[str, Any], lifeline: int) -> None:
         for number in request["pipes"]:
             os.close(number)
         _drop_rights(libc, None)
-        if select.select([lifeline, alive, os.pidfd_open(solution)], [], [])[0][0] in (lifeline, alive):
+        waiting = select.poll()  # select takes no descriptor above 1023
+        for descriptor in (lifeline, alive, os.pidfd_open(solution)):
+            waiting.register(descriptor, select.POLLIN)
+        if {lifeline, alive} & {descriptor for descriptor, _ in waiting.poll()}:
             os._exit(128 + signal.SIGKILL)
         _end_as(solution)
     os.close(lifeline)
