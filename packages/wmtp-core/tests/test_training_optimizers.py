@@ -185,7 +185,7 @@ def test_what_8_bits_cannot_do_is_refused():
     ):
         eight_bits(paged=True)
     meta = torch.nn.Linear(3, 3, device="meta")
-    with pytest.raises(ConfigError, match=r"optimizer\.type: 'adamw-8bit' computes on GPUs of NVIDIA and on CPUs"):
+    with pytest.raises(ConfigError, match=r"optimizer\.type: 'adamw-8bit' computes on NVIDIA GPUs and on CPUs"):
         AdamW8bit().build(list(meta.named_parameters()))
     assert AdamW8bit.needs_packages == {"bitsandbytes": "wmtp-core[bnb]"}
 

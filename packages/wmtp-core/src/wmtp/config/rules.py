@@ -106,6 +106,9 @@ def component_problems(config: Config, registry: Registry) -> Iterator[Problem]:
         if not config.launcher.remote:
             yield from _packages(placed.path, placed.config)
         yield from _own_rules(placed.path, placed.config, "check", placed.config.check, registry)
+    if (device := config.devices.device) != "auto":
+        computes = partial(config.optimizer.check_device, device)
+        yield from _own_rules(("optimizer",), config.optimizer, "check_device", computes, registry)
     if (base := config.models.get("base")) is not None and not config.launcher.remote:
         fits = partial(base.loader.check_heads, base.heads)
         yield from _own_rules(("models", "base", "heads"), base.loader, "check_heads", fits, registry)

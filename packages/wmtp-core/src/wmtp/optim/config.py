@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -61,6 +61,13 @@ class AdamW8bit(AdamW):
     state_bytes = 2
     needs_packages = {"bitsandbytes": "wmtp-core[bnb]"}  # noqa: RUF012
     paged: bool = False
+
+    def check_device(self, device: str) -> Iterable[str]:
+        """Refuse paging without a GPU, and devices without kernels."""
+        if self.paged and device != "cuda":
+            yield f"paged: memory is paged between a GPU and its host, and the run computes on {device}; remove it"
+        if device not in ("cuda", "cpu"):
+            yield f"type: 'adamw-8bit' computes on NVIDIA GPUs and on CPUs, and the run on {device}; write type = \"adamw\""
 
     def build(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
         """Make the optimizer for ``(name, parameter)`` pairs."""

@@ -25,13 +25,8 @@ def build_adamw_8bit(config: AdamW8bit, parameters: Sequence[tuple[str, nn.Param
         ConfigError: bitsandbytes cannot do it here.
     """
     kinds = {parameter.device.type for _, parameter in parameters}
-    if config.paged and kinds - {"cuda"}:
-        raise ConfigError(
-            f"optimizer.paged: memory is paged between a GPU and its host, and this run computes on {', '.join(kinds)}; "
-            "remove it"
-        )
-    if kinds - {"cuda", "cpu"}:
-        raise ConfigError("optimizer.type: 'adamw-8bit' computes on GPUs of NVIDIA and on CPUs; write type = \"adamw\"")
+    if problems := [f"optimizer.{line}" for kind in sorted(kinds) for line in config.check_device(kind)]:
+        raise ConfigError(problems)
     if any(isinstance(parameter, DTensor) for _, parameter in parameters):
         raise ConfigError(
             "optimizer.type: 'adamw-8bit' takes whole parameters, which FSDP divides; set devices.fsdp.strategy = \"none\""

@@ -259,6 +259,19 @@ class OptimizerConfig(ComponentConfig, contract=True, keys=("lr",)):
     #: float, a field of every config class: the peak learning rate
     lr: Any = None
 
+    def check_device(self, device: str) -> Iterable[str]:
+        """Find why the optimizer cannot compute on a device. Called, and held to the same, as `check`.
+
+        Called again when a run or a dry run has picked its device.
+
+        Args:
+            device: ``cpu``, ``cuda`` or ``mps``.
+
+        Returns:
+            one line a problem, ``key: what is wrong; what to do``, where ``key`` is a key of the component's table.
+        """
+        return ()
+
     def build(self, parameters: Sequence[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
         """Make the optimizer.
 

@@ -170,7 +170,7 @@ def wmtp_optimizers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 
     ``build(parameters) -> torch.optim.Optimizer``; ``parameters`` is a list of ``(name, parameter)``, and each must be in
     one of its groups: one left out would never learn, and is an error. Every config class has
-    the field ``lr``.
+    the field ``lr``. ``check_device(device)``, optional, says what it cannot do on ``cpu``, ``cuda`` or ``mps``.
 
     Example::
 

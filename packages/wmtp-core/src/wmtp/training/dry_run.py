@@ -13,6 +13,7 @@ from wmtp.devices import count_devices, pick_device
 from wmtp.models.base import model_info
 from wmtp.trainers.checks import check_data
 from wmtp.training.memory import adapter_parameters, estimate_memory, head_parameters, too_large
+from wmtp.training.placement import check_device
 from wmtp.training.setup import Source, build_trainer, open_source, planned_steps
 from wmtp.training.speed import describe_speed
 from wmtp.training.stages import StageBatches, StagePlan
@@ -39,6 +40,8 @@ def dry_run(config: Config) -> dict[str, Any]:
     from wmtp.models.vocabulary import check_ids
 
     device = pick_device(config.devices.device)
+    if not config.launcher.remote:
+        check_device(config, device)
     if (remote := remote_checkpoints(config)) is not None:
         remote.steps()  # a bucket that is not there, or may not be read, is better known now
     trainer, name = build_trainer(config.trainer)

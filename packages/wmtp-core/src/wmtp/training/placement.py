@@ -15,7 +15,7 @@ from wmtp.distributed.ranks import Ranks
 from wmtp.errors import ConfigError
 from wmtp.models.acceleration import accelerate
 from wmtp.models.adapters import quantize_base
-from wmtp.models.fp8 import multiply_in_fp8
+from wmtp.models.fp8 import check_fp8, multiply_in_fp8
 from wmtp.models.mapped import settle
 from wmtp.models.sharding import spread
 from wmtp.optim.master_weights import MasterWeights
@@ -25,7 +25,27 @@ if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.training.step import StepLoss
 
-__all__ = ["place_model", "ready_to_measure"]
+__all__ = ["check_device", "place_model", "ready_to_measure"]
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Refuse settings that the picked device cannot compute, before anything is read.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    problems = [f"optimizer.{line}" for line in config.optimizer.check_device(device.type)]
+    if config.devices.activation_checkpointing == "offload" and device.type != "cuda":
+        problems.append(
+            "devices.activation_checkpointing: 'offload' moves activations from a GPU to the host's memory, and the run "
+            f'computes on {device.type}; write "full"'
+        )
+    try:
+        check_fp8(config.devices, device)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def place_model(
@@ -36,14 +56,8 @@ def place_model(
     Returned with its fp32 copies, if any.
 
     Raises:
-        ConfigError: it shall keep activations on the host, and the device is the host.
         WMTPError: its files are missing or damaged.
     """
-    if config.devices.activation_checkpointing == "offload" and device.type != "cuda":
-        raise ConfigError(
-            "devices.activation_checkpointing: 'offload' moves activations from a GPU to the host's memory, and this run "
-            f'computes on {device.type}; write "full"'
-        )
     if fsdp is None:
         model = load_base_model(config, source)
         _shrink_fixed(model, precision, device)

@@ -24,7 +24,7 @@ from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks
 from wmtp.errors import Terminated, WMTPError
 from wmtp.models.draft_vocabulary import frequent_tokens
 from wmtp.models.ends import end_ids, learn_turn_end
-from wmtp.models.fp8 import check_fp8, fp8_logits, products_in_bf16
+from wmtp.models.fp8 import fp8_logits, products_in_bf16
 from wmtp.models.reward_scores import open_reward_scores
 from wmtp.models.sharding import Sharding, whole_state
 from wmtp.optim.build import build_optimizer
@@ -43,7 +43,7 @@ from wmtp.trainers.setup import TrainerSetup
 from wmtp.training.finish import finish_tracking, measure_model, report, save_model, show_sample
 from wmtp.training.loop import Fit, FitResult
 from wmtp.training.memory import explain_out_of_memory
-from wmtp.training.placement import place_model, ready_to_measure
+from wmtp.training.placement import check_device, place_model, ready_to_measure
 from wmtp.training.setup import build_trainer, load_extra_model, open_source, planned_steps
 from wmtp.training.stages import StageBatches, StagePlan
 from wmtp.training.step import StepLoss
@@ -81,7 +81,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
     pinned = ranks.main_only(lambda: pins(run_dir, config))
     config = with_uris(config, pinned)
     device = ranks.collective(lambda: pick_device(config.devices.device, ranks.local_rank if ranks.world_size > 1 else None))
-    ranks.collective(lambda: check_fp8(config.devices, device))
+    ranks.collective(lambda: check_device(config, device))
     remote = remote_checkpoints(config)
     saved = find_checkpoints(config, run_dir, remote, ranks, resume=resume)
 
