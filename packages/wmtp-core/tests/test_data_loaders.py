@@ -232,6 +232,9 @@ def test_text_with_a_separator(tmp_path):
     path.write_text("\n\nfirst\nof two\n\nsecond\n\n\n\nthird")
     found = good(TextFiles(uri="", document_separator="\n\n"), path)
     assert [(e.id, e.completion) for e in found] == [("a.txt:3", "first\nof two"), ("a.txt:6", "second"), ("a.txt:10", "third")]
+    path.write_bytes(b"first\r\n\r\nsecond")
+    for separator in ("\n\n", "\r\n\r\n"):  # line ends are \n in documents, however the file and the config write them
+        assert [e.completion for e in good(TextFiles(uri="", document_separator=separator), path)] == ["first", "second"]
 
 
 def test_config_classes_and_loaders_import_no_torch():

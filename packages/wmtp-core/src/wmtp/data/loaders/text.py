@@ -32,7 +32,7 @@ class TextLoader(ExampleLoader):
 
     def __init__(self, pattern: str, document_separator: str | None, split: str | None = None) -> None:
         self._pattern = pattern
-        self._separator = document_separator
+        self._separator = None if document_separator is None else document_separator.replace("\r\n", "\n")  # as in the texts
         self._split = split
 
     def files(self, path: Path | None) -> Sequence[Path]:
