@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 from false_answers import CONTENT
 
-from wmtp_storage import patience
+from wmtp_storage import retrying
 from wmtp_storage.testing import s3_server
 
 __all__ = ["s3_server"]
@@ -23,7 +23,7 @@ __all__ = ["s3_server"]
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
     """Send requests again after a hundredth of a second at first; `retry_timeout` says for how long, as ever."""
-    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retrying, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Uploaded", "check_arrived", "check_gone"]
 
-_AT_ONCE = 16  # questions side by side
+_AT_ONCE = 16  # requests side by side
 
 
 @frozen

@@ -23,8 +23,8 @@ from wmtp_storage.failures import WrongAnswerError, explained, understand
 from wmtp_storage.fetch import fetch_into
 from wmtp_storage.leftovers import find, remove, remove_leftovers
 from wmtp_storage.localize import localize
-from wmtp_storage.patience import patiently
 from wmtp_storage.push import push
+from wmtp_storage.retrying import with_retries
 from wmtp_storage.uris import RemoteURI, parse
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ObjectStorage", "StoredObject"]
 
-#: what web servers answer that do not know the question for a folder's content; a refusal (403) leaves it open
+#: what web servers answer that do not know the request for a folder's content; a refusal (403) leaves it open
 _LISTS_NOTHING = (404, 405, 501)
 
 #: whether a store was opened, and whether that was in the process that this one is a fork of
@@ -126,13 +126,13 @@ class ObjectStorage(Storage):
                     raise explained(error, uri, "opened") from error
             return self._open[place]
 
-    def _asked(self, uri: RemoteURI, question: Callable[[ObjectStore], _Answer]) -> _Answer:
+    def _asked(self, uri: RemoteURI, request: Callable[[ObjectStore], _Answer]) -> _Answer:
         """Ask the store that holds ``uri``, with retries.
 
-        The question is sent again where it or its answer is lost on the way.
+        The request is sent again where it or its answer is lost on the way.
         """
         store = self.opened(uri).store
-        return patiently(self.config.retry_timeout, uri, lambda: question(store))
+        return with_retries(self.config.retry_timeout, uri, lambda: request(store))
 
     def objects(self, uri: RemoteURI) -> Iterator[StoredObject]:
         """Yield the objects of a folder, in pages of a thousand.

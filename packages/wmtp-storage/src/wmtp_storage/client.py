@@ -14,10 +14,10 @@ import obstore
 from attrs import frozen
 
 from wmtp.errors import ConfigError
-from wmtp_storage import patience
+from wmtp_storage import retrying
 from wmtp_storage.aio import run
 from wmtp_storage.failures import WrongAnswerError
-from wmtp_storage.patience import patiently
+from wmtp_storage.retrying import with_retries
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -91,7 +91,7 @@ class Opened:
 
     Args:
         uploader: retries single requests, since a large file needs many; for up to ``retry_timeout``.
-        store: does not retry: callers continue where it failed, see `wmtp_storage.patience`.
+        store: does not retry: callers continue where it failed, see `wmtp_storage.retrying`.
         pages: lists a folder; raises `WrongAnswerError` where something else than the store answered.
         names: lists what is directly in a folder, for hints.
         copy: copies an object to another key of the store.
@@ -145,8 +145,8 @@ def opened(
         "max_retries": _UNCOUNTED if config.retry_timeout else 0,
         "retry_timeout": timedelta(seconds=config.retry_timeout),
         "backoff": {
-            "init_backoff": timedelta(seconds=patience.FIRST_PAUSE),
-            "max_backoff": timedelta(seconds=patience.LONGEST_PAUSE),
+            "init_backoff": timedelta(seconds=retrying.FIRST_PAUSE),
+            "max_backoff": timedelta(seconds=retrying.LONGEST_PAUSE),
             "base": 2,
         },
     }
@@ -157,7 +157,7 @@ def opened(
         store=plain,
         pages=pages if pages is not None else partial(listed_pages, plain, limit=limit),
         names=names if names is not None else partial(_names, plain),
-        copy=copy if copy is not None else lambda a, b: patiently(limit, b, lambda: obstore.copy(plain, a, b)),
+        copy=copy if copy is not None else lambda a, b: with_retries(limit, b, lambda: obstore.copy(plain, a, b)),
         checksum=checksum if checksum is not None else lambda *_: None,
         listed_checksum=listed_checksum if listed_checksum is not None else lambda _: None,
         unfinished=unfinished,
@@ -187,7 +187,7 @@ def listed_pages(store: ObjectStore, prefix: str, *, limit: float) -> Iterator[S
         return _first_page(store, folder, last, limit)
 
     while not is_over:
-        page = patiently(limit, folder or "the bucket", more)
+        page = with_retries(limit, folder or "the bucket", more)
         if page:
             last = page[-1]["path"]
             yield page

@@ -41,7 +41,7 @@ _REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "TemporaryRedire
 
 
 class WrongAnswerError(WMTPError):
-    """Answer that does not belong to the question.
+    """Answer that does not belong to the request.
 
     Nothing follows from it, least of all that something does not exist.
     """
@@ -77,7 +77,7 @@ def understand(error: BaseException) -> Failure:
         return Failure(status, code, said, transient)
     if isinstance(error, PreconditionError):
         return Failure(412, code, said, False)
-    # without an answer it is the connection that failed, or what came is no answer to the question
+    # without an answer it is the connection that failed, or what came is no answer to the request
     is_transient = isinstance(error, GenericError) and not (_UNREADABLE.search(text) or _STAYS.search(text))
     return Failure(None, code, said or _first_line(text), is_transient)
 

@@ -12,7 +12,7 @@ from obstore.store import GCSStore
 
 from wmtp_storage.client import Opened, client_options, listed_pages, opened
 from wmtp_storage.failures import WrongAnswerError
-from wmtp_storage.patience import patiently
+from wmtp_storage.retrying import with_retries
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -58,7 +58,7 @@ def _pages(store: GCSStore, prefix: str, limit: float) -> Iterator[Sequence[Obje
         count += len(page)
         yield page
     try:
-        patiently(limit, prefix, lambda: obstore.head(store, f"{prefix}{secrets.token_hex(16)}"))
+        with_retries(limit, prefix, lambda: obstore.head(store, f"{prefix}{secrets.token_hex(16)}"))
     except FileNotFoundError:
         if count == sum(map(len, listed_pages(store, prefix, limit=limit))):
             return

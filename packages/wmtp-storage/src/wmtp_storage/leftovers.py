@@ -17,7 +17,7 @@ from attrs import evolve, frozen
 from wmtp.storage.base import Leftover
 from wmtp_storage.arrival import check_gone
 from wmtp_storage.failures import explained
-from wmtp_storage.patience import patiently
+from wmtp_storage.retrying import with_retries
 
 if TYPE_CHECKING:
     from wmtp_storage.backend import ObjectStorage, StoredObject
@@ -145,7 +145,7 @@ def _mark(storage: ObjectStorage, folder: RemoteURI) -> bytes:
     place = folder.at(INCOMPLETE)
     try:
         store = storage.opened(place).store
-        return patiently(storage.config.retry_timeout, place, lambda: bytes(obstore.get(store, place.key).bytes()))
+        return with_retries(storage.config.retry_timeout, place, lambda: bytes(obstore.get(store, place.key).bytes()))
     except FileNotFoundError:  # it was whole a moment later
         return REPLACING
     except (obstore.exceptions.BaseError, OSError, ValueError) as error:
@@ -160,7 +160,7 @@ def remove(storage: ObjectStorage, uri: RemoteURI, keys: Iterable[str]) -> None:
     """
     names = list(keys)
     try:
-        patiently(storage.config.retry_timeout, uri, lambda: obstore.delete(storage.opened(uri).store, names))
+        with_retries(storage.config.retry_timeout, uri, lambda: obstore.delete(storage.opened(uri).store, names))
     except FileNotFoundError:  # somebody else was quicker
         pass
     except (obstore.exceptions.BaseError, OSError, ValueError) as error:

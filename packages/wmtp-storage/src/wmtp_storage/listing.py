@@ -63,7 +63,7 @@ def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] 
     Raises:
         WMTPError: nothing is there, a folder is half-written, or its names cannot be those of files.
     """
-    with ThreadPoolExecutor(max_workers=1) as pool:  # over a long line one question after the other takes twice as long
+    with ThreadPoolExecutor(max_workers=1) as pool:  # over a long line one request after the other takes twice as long
         listed = pool.submit(lambda: list(storage.objects(uri)))
         single = storage.head(uri)
         if single is not None:

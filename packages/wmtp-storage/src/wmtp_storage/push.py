@@ -18,8 +18,8 @@ from wmtp_storage.aio import Budget, run, together
 from wmtp_storage.arrival import Uploaded, check_arrived
 from wmtp_storage.failures import WrongAnswerError, explained
 from wmtp_storage.leftovers import INCOMPLETE, REPLACING, remove, staging_folders
-from wmtp_storage.only_push import OLD, only_push
-from wmtp_storage.patience import Patience, is_transient, patiently
+from wmtp_storage.push_lock import OLD, locked_push
+from wmtp_storage.retrying import Retries, is_transient, with_retries
 
 if TYPE_CHECKING:
     from obstore import PutResult
@@ -60,7 +60,7 @@ def push(storage: ObjectStorage, path: Path, uri: RemoteURI) -> None:
         raise WMTPError(f"{what} an object is there; remove it, or write another name")
     if not path.is_dir() and next(storage.objects(uri), None) is not None:
         raise WMTPError(f"{what} a folder is there; write the file's name too: {uri.at(path.name)}")
-    with only_push(storage, uri) as staging:
+    with locked_push(storage, uri) as staging:
         if path.is_dir():
             _push_folder(storage, files, uri, staging)
         else:
@@ -133,7 +133,7 @@ def put_marker(storage: ObjectStorage, uri: RemoteURI, text: bytes) -> None:
     """Say that the folder must not be read."""
     place = uri.at(INCOMPLETE)
     try:
-        patiently(storage.config.retry_timeout, uri, lambda: obstore.put(storage.opened(uri).store, place.key, text))
+        with_retries(storage.config.retry_timeout, uri, lambda: obstore.put(storage.opened(uri).store, place.key, text))
     except (obstore.exceptions.BaseError, OSError) as error:
         raise explained(error, uri, "written") from error
     check_arrived(storage, place, {"": Uploaded(len(text))})
@@ -159,14 +159,14 @@ def _upload(storage: ObjectStorage, files: list[_File], to: RemoteURI, state: st
         # a large file takes half of the room: two of them keep the line busy while one ends
         share = max(1, min(parts // 2, -(-file.size // _PART)))
         async with room.share(share):
-            patience = Patience(config.retry_timeout, to.at(file.name))
+            retries = Retries(config.retry_timeout, to.at(file.name))
             while True:  # the whole file once more: its object appears at the end of an upload, or not at all
                 try:
                     put = obstore.put_async(store, to.at(file.name).key, file.path, chunk_size=_PART, max_concurrency=share)
                     uploaded[file.name] = Uploaded(file.size, (await _whole(put))["e_tag"])
                     return
                 except (obstore.exceptions.BaseError, OSError) as error:
-                    pause = patience.pause(error) if is_transient(error) else None
+                    pause = retries.pause(error) if is_transient(error) else None
                     if pause is None:
                         raise explained(error, f"{file.path} to {to.at(file.name)}", "uploaded") from error
                 await asyncio.sleep(pause)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from wmtp_storage.config import S3Storage
     from wmtp_storage.leftovers import Unfinished
     from wmtp_storage.s3_listing import S3Listing
-    from wmtp_storage.s3_questions import S3Questions
+    from wmtp_storage.s3_requests import S3Requests
     from wmtp_storage.uris import RemoteURI
 
 __all__ = ["open_s3"]
@@ -67,10 +67,10 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
         )
 
     @functools.cache
-    def questions() -> S3Questions:
-        from wmtp_storage.s3_questions import S3Questions
+    def requests() -> S3Requests:
+        from wmtp_storage.s3_requests import S3Requests
 
-        return S3Questions(
+        return S3Requests(
             config,
             address=address if is_virtual else f"{address}/{quote(bucket)}",
             service=endpoint or _service(region),
@@ -81,29 +81,29 @@ def open_s3(config: S3Storage, uri: RemoteURI) -> Opened:
     def unfinished(prefix: str) -> Sequence[Unfinished]:
         from wmtp_storage.s3_uploads import unfinished_uploads
 
-        return unfinished_uploads(questions(), prefix)
+        return unfinished_uploads(requests(), prefix)
 
     def abort(uploads: Iterable[Unfinished]) -> None:
         from wmtp_storage.s3_uploads import abort_uploads
 
-        abort_uploads(questions(), uploads)
+        abort_uploads(requests(), uploads)
 
     def listing() -> S3Listing:
         from wmtp_storage.s3_listing import S3Listing
 
-        return S3Listing(questions(), bucket)
+        return S3Listing(requests(), bucket)
 
     return opened(
         config,
         store,
         pages=lambda prefix: listing().pages(prefix),
         names=lambda prefix: listing().names(prefix),
-        copy=lambda source, target: questions().copy(bucket, source, target),
-        checksum=lambda stored, did_not_match: questions().checksum(stored, did_not_match),
+        copy=lambda source, target: requests().copy(bucket, source, target),
+        checksum=lambda stored, did_not_match: requests().checksum(stored, did_not_match),
         listed_checksum=partial(_listed_checksum, config),
         unfinished=unfinished,
         abort=abort,
-        buckets=lambda: questions().buckets(),
+        buckets=lambda: requests().buckets(),
     )
 
 
@@ -151,7 +151,7 @@ def _find_region(config: S3Storage, bucket: str, guess: str) -> str:
     from botocore.awsrequest import AWSRequest
     from botocore.exceptions import BotoCoreError
 
-    from wmtp_storage.s3_questions import http_session
+    from wmtp_storage.s3_requests import http_session
 
     url = f"{_service(guess)}/{quote(bucket)}"
     try:

@@ -16,14 +16,14 @@ from botocore.exceptions import BotoCoreError
 from obstore.exceptions import GenericError
 
 from wmtp_storage.failures import WrongAnswerError
-from wmtp_storage.s3_answers import text_of
+from wmtp_storage.s3_responses import text_of
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
     from obstore import ObjectMeta
 
-    from wmtp_storage.s3_questions import S3Questions
+    from wmtp_storage.s3_requests import S3Requests
 
 __all__ = ["S3Listing"]
 
@@ -41,11 +41,11 @@ class S3Listing:
     """Lists one bucket.
 
     Args:
-        questions: of the bucket.
+        requests: of the bucket.
         bucket: its name.
     """
 
-    questions: S3Questions
+    requests: S3Requests
     bucket: str
 
     @property
@@ -97,7 +97,7 @@ class S3Listing:
         # encoded, since XML cannot hold every character of a key. A space must be %20: a signature is made of it
         words = urlencode({"list-type": "2", "encoding-type": "url", **query}, quote_via=quote, safe="")
         try:
-            page = self.questions.ask("GET", f"{self.questions.address}?{words}", "ListBucketResult")
+            page = self.requests.ask("GET", f"{self.requests.address}?{words}", "ListBucketResult")
         except BotoCoreError as error:
             raise GenericError(str(error)) from error
         entries = [*page.iterfind("{*}Contents"), *page.iterfind("{*}CommonPrefixes")]

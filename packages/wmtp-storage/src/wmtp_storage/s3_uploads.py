@@ -17,10 +17,10 @@ from obstore.exceptions import GenericError
 from wmtp.errors import WMTPError
 from wmtp_storage.failures import WrongAnswerError, explained, understand
 from wmtp_storage.leftovers import Unfinished
-from wmtp_storage.s3_answers import text_of
+from wmtp_storage.s3_responses import text_of
 
 if TYPE_CHECKING:
-    from wmtp_storage.s3_questions import S3Questions
+    from wmtp_storage.s3_requests import S3Requests
 
 __all__ = ["abort_uploads", "unfinished_uploads"]
 
@@ -30,16 +30,16 @@ logger = logging.getLogger("wmtp.storage")
 _MOST_EMPTY = 1000
 
 
-def abort_uploads(questions: S3Questions, uploads: Iterable[Unfinished]) -> None:
+def abort_uploads(requests: S3Requests, uploads: Iterable[Unfinished]) -> None:
     """Abort unfinished uploads.
 
     Raises:
         WMTPError: the store could not be reached, or did not abort one.
     """
     for each in uploads:
-        url = f"{questions.address}/{quote(each.key)}?{urlencode({'uploadId': each.upload})}"
+        url = f"{requests.address}/{quote(each.key)}?{urlencode({'uploadId': each.upload})}"
         try:
-            answer = questions.send("DELETE", url)
+            answer = requests.send("DELETE", url)
         except BotoCoreError as error:
             raise WMTPError(f"{each.key}: an unfinished upload could not be aborted: {error}") from error
         if answer.status_code not in (200, 204, 404):
@@ -47,35 +47,35 @@ def abort_uploads(questions: S3Questions, uploads: Iterable[Unfinished]) -> None
         logger.info("%s: an upload that never ended was aborted", each.key)
 
 
-def unfinished_uploads(questions: S3Questions, prefix: str) -> list[Unfinished]:
+def unfinished_uploads(requests: S3Requests, prefix: str) -> list[Unfinished]:
     """List the unfinished uploads of objects.
 
-    Who may write objects may not be allowed to ask for unfinished uploads, and not every store knows the question: one line
+    Who may write objects may not be allowed to ask for unfinished uploads, and not every store knows the request: one line
     says so then.
 
     Args:
-        questions: of the bucket.
+        requests: of the bucket.
         prefix: the keys begin with it.
 
     Raises:
         WMTPError: the store could not be reached, or answered what is no list of uploads.
     """
     try:
-        return _listed(questions, prefix)
+        return _listed(requests, prefix)
     except BotoCoreError as error:
         raise WMTPError(f"{prefix}: unfinished uploads could not be asked for: {error}") from error
     except WrongAnswerError as error:
         raise explained(error, f"unfinished uploads to {prefix or 'the bucket'}", "listed") from error
 
 
-def _listed(questions: S3Questions, prefix: str) -> list[Unfinished]:
+def _listed(requests: S3Requests, prefix: str) -> list[Unfinished]:
     found: list[Unfinished] = []
     after: dict[str, str] = {}
     markers = set[tuple[str, ...]]()
     while True:
         words = urlencode({"uploads": "", "prefix": prefix, **after}, quote_via=quote, safe="")
         try:
-            page = questions.ask("GET", f"{questions.address}?{words}", "ListMultipartUploadsResult")
+            page = requests.ask("GET", f"{requests.address}?{words}", "ListMultipartUploadsResult")
         except GenericError as error:
             status = understand(error).status
             logger.warning(

@@ -20,7 +20,7 @@ from wmtp_storage.aio import run
 from wmtp_storage.checksums import etag_md5
 from wmtp_storage.failures import explained, understand
 from wmtp_storage.journal import Journal, Segment
-from wmtp_storage.patience import Patience
+from wmtp_storage.retrying import Retries
 from wmtp_storage.throttle import Throttle
 from wmtp_storage.verification import Verification
 from wmtp_storage.work import Part, Range, Work
@@ -146,7 +146,7 @@ class Transfer:
         A try that brought bytes resets the count of failures.
         """
         name = self._uri.at(running.part.stored.name) if running.part.stored.key != self._uri.key else self._uri
-        patience = Patience(self._config.retry_timeout, name)
+        retries = Retries(self._config.retry_timeout, name)
         while running.position < running.end:
             before = running.position
             try:
@@ -157,7 +157,7 @@ class Transfer:
             except (obstore.exceptions.BaseError, _Broken) as caught:
                 error: Exception = caught
             if running.position > before and running.part.has_ranges:
-                patience.renew()
+                retries.renew()
             failure = understand(error)
             if failure.status == 416:  # it is shorter than it was
                 raise Changed(running.part.stored.name) from error
@@ -165,9 +165,9 @@ class Transfer:
                 raise explained(error, name) from error
             if failure.status in (429, 503):
                 self._throttle.slow_down()
-            if (pause := patience.pause(error)) is None:
+            if (pause := retries.pause(error)) is None:
                 reason = str(error) if isinstance(error, _Broken) else str(explained(error, name)).partition(": ")[2]
-                tries = f"{patience.failures} tries in {patience.waited:.0f} s"
+                tries = f"{retries.failures} tries in {retries.waited:.0f} s"
                 raise WMTPError(
                     f"{name} could not be read: {reason}; given up after {tries}. What came is kept: run it again to continue"
                 ) from error

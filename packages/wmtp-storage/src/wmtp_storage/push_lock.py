@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from wmtp_storage.backend import ObjectStorage
     from wmtp_storage.uris import RemoteURI
 
-__all__ = ["OLD", "only_push"]
+__all__ = ["OLD", "locked_push"]
 
 logger = logging.getLogger("wmtp.storage")
 
@@ -53,7 +53,7 @@ class _Note:
 
 
 @contextmanager
-def only_push(storage: ObjectStorage, uri: RemoteURI) -> Iterator[RemoteURI]:
+def locked_push(storage: ObjectStorage, uri: RemoteURI) -> Iterator[RemoteURI]:
     """Wait for other uploads to ``uri``, and clean up after killed ones.
 
     Others are processes of this user on this machine.

@@ -21,15 +21,15 @@ from obstore.exceptions import GenericError
 from wmtp.errors import WMTPError
 from wmtp_storage.checksums import StoreChecksum, etag_md5, from_headers
 from wmtp_storage.client import ca_bundle
-from wmtp_storage.patience import Patience, is_transient, patiently
-from wmtp_storage.s3_answers import parsed
+from wmtp_storage.retrying import Retries, is_transient, with_retries
+from wmtp_storage.s3_responses import parsed
 
 if TYPE_CHECKING:
     from wmtp_storage.backend import StoredObject
     from wmtp_storage.config import S3Storage
     from wmtp_storage.s3_credentials import Credentials
 
-__all__ = ["S3Questions", "http_session"]
+__all__ = ["S3Requests", "http_session"]
 
 logger = logging.getLogger("wmtp.storage")
 
@@ -46,7 +46,7 @@ def http_session(config: S3Storage, url: str) -> URLLib3Session:
 
 
 @frozen
-class S3Questions:
+class S3Requests:
     """Asks what obstore does not: for the checksums of objects, for instance.
 
     Args:
@@ -114,7 +114,7 @@ class S3Questions:
             raise GenericError(str(error)) from error
 
     def ask(self, method: str, url: str, root: str, headers: Mapping[str, str] | None = None) -> ElementTree.Element:
-        """Send a question whose answer is XML, with retries.
+        """Send a request whose answer is XML, with retries.
 
         As `send`; also once more where the answer broke off, or says to.
 
@@ -123,7 +123,7 @@ class S3Questions:
             GenericError: the store refused, or its answers break off.
             WrongAnswerError: something else than the store answered.
         """
-        return patiently(self.config.retry_timeout, _shown(url), lambda: parsed(self._once(method, url, headers), root))
+        return with_retries(self.config.retry_timeout, _shown(url), lambda: parsed(self._once(method, url, headers), root))
 
     def send(self, method: str, url: str, headers: Mapping[str, str] | None = None) -> AWSResponse:
         """Send a signed request without a body, with retries.
@@ -133,16 +133,16 @@ class S3Questions:
         Raises:
             BotoCoreError: the server could not be reached.
         """
-        patience = Patience(self.config.retry_timeout, _shown(url))
+        retries = Retries(self.config.retry_timeout, _shown(url))
         while True:
             try:
                 answer = self._once(method, url, headers)
                 if answer.status_code not in _BUSY and answer.status_code < 500:
                     return answer
-                if (pause := patience.pause(GenericError(f"HTTP status {answer.status_code}"))) is None:
+                if (pause := retries.pause(GenericError(f"HTTP status {answer.status_code}"))) is None:
                     return answer
             except BotoCoreError as error:
-                if not is_transient(error) or (pause := patience.pause(error)) is None:
+                if not is_transient(error) or (pause := retries.pause(error)) is None:
                     raise
             time.sleep(pause)
 

@@ -13,7 +13,7 @@ from obstore.exceptions import BaseError
 
 from wmtp_storage.failures import understand
 
-__all__ = ["FIRST_PAUSE", "LONGEST_PAUSE", "Patience", "is_transient", "patiently"]
+__all__ = ["FIRST_PAUSE", "LONGEST_PAUSE", "Retries", "is_transient", "with_retries"]
 
 logger = logging.getLogger("wmtp.storage")
 
@@ -22,7 +22,7 @@ _SAYS_SO_AFTER = 3.0  # seconds of failures that are not reported
 _Result = TypeVar("_Result")
 
 
-class Patience:
+class Retries:
     """Says whether a request that failed is sent again, and when.
 
     Args:
@@ -68,7 +68,7 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, BaseError) and understand(error).is_transient
 
 
-def patiently(limit: float, what: object, attempt: Callable[[], _Result]) -> _Result:
+def with_retries(limit: float, what: object, attempt: Callable[[], _Result]) -> _Result:
     """Send a request, and again where it fails on its way.
 
     Its answer is read within ``attempt``, so that one that breaks off is asked for once more.
@@ -78,11 +78,11 @@ def patiently(limit: float, what: object, attempt: Callable[[], _Result]) -> _Re
         what: it is about.
         attempt: sends it; twice must be as good as once.
     """
-    patience = Patience(limit, what)
+    retries = Retries(limit, what)
     while True:
         try:
             return attempt()
         except Exception as error:
-            if not is_transient(error) or (pause := patience.pause(error)) is None:
+            if not is_transient(error) or (pause := retries.pause(error)) is None:
                 raise
         time.sleep(pause)

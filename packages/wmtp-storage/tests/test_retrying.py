@@ -17,8 +17,8 @@ from obstore.exceptions import GenericError
 from wmtp.config.load import load
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.storage.manifest import MANIFEST, Manifest
-from wmtp_storage import HTTPStorage, S3Storage, patience
-from wmtp_storage.patience import Patience
+from wmtp_storage import HTTPStorage, S3Storage, retrying
+from wmtp_storage.retrying import Retries
 
 KB = 2**10
 CONTENT = {"a": b"1" * 30 * KB, "b/c": b"2", "large": random.Random(1).randbytes(17 * 2**20)}
@@ -230,11 +230,11 @@ def test_what_never_comes_back_ends_at_its_time(breaking, folder, tmp_path, capl
 def test_the_last_try_is_at_the_end_of_the_time(monkeypatch):
     """An outage that is shorter than the limit is always survived."""
     now = [0.0]
-    monkeypatch.setattr(patience.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(retrying.time, "monotonic", lambda: now[0])
     for seed in range(50):
         random.seed(seed)
         now[0], tries = 0.0, []
-        waiting = Patience(20, "x")
+        waiting = Retries(20, "x")
         while (pause := waiting.pause(GenericError("reset"))) is not None:
             assert pause <= 5
             now[0] += pause
