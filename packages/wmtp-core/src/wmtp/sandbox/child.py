@@ -14,12 +14,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wmtp.sandbox.isolation import isolate, set_limits
     from wmtp.sandbox.plain_data import Known, contents, decode, encode, fill
-    from wmtp.sandbox.shut_in import set_limits, shut_in
 else:  # as a program, this knows the files beside it and no wmtp
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from isolation import isolate, set_limits
     from plain_data import Known, contents, decode, encode, fill
-    from shut_in import set_limits, shut_in
 
     del sys.path[0]
 
@@ -211,7 +211,7 @@ def main() -> None:
         with open(request["cgroup"] + "/cgroup.procs", "w") as file:
             file.write("0")
     if request["isolate"]:
-        shut_in(request, lifeline)
+        isolate(request, lifeline)
     else:
         os.close(lifeline)
     set_limits(request["limits"])

@@ -261,7 +261,7 @@ class Sandbox:
 def _end(process: subprocess.Popen[bytes], lifeline: BinaryIO, *, guarded: bool) -> None:
     """End a sandbox with all that it started.
 
-    Its guard does that (see `wmtp.sandbox.shut_in.shut_in`), if there is one.
+    Its guard does that (see `wmtp.sandbox.isolation.isolate`), if there is one.
     """
     with contextlib.suppress(BrokenPipeError):  # it ended before it had read its whole request
         lifeline.close()

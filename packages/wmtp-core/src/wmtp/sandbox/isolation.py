@@ -59,7 +59,7 @@ def _mount(libc: Any, source: str | None, target: str, kind: str | None, flags: 
     _must(libc.mount(*texts[:3], flags, texts[3]), "mount " + target)
 
 
-def shut_in(request: dict[str, Any], lifeline: int) -> None:
+def isolate(request: dict[str, Any], lifeline: int) -> None:
     """Enter new namespaces and a new root folder.
 
     Returns in the process that may run the solution. Three processes make a sandbox. This one stays outside as a guard: the
