@@ -1,4 +1,4 @@
-"""Tokens per second of decoding, beside transformers' own, and beside what the card's memory allows.
+"""Decoding speed beside transformers' own and the memory's bandwidth.
 
     python bench/decode.py                                    # the shape of SmolLM2-135M, random weights
     python bench/decode.py --model runs/heads --dtype fp32    # a trained model on code: its drafts count
@@ -153,7 +153,10 @@ def _measure(
 
 
 def _time(action: Callable[[int], _Done], tokens: int, device: torch.device, repeat: int) -> tuple[_Done, dict[str, float]]:
-    """Run until graphs are recorded, then time some passes: the median, and that of one token, which is prompts alone."""
+    """Run until graphs are recorded, then time some passes.
+
+    Returns the median, and that of one token, which is prompts alone.
+    """
 
     def timed(new: int = tokens) -> float:
         _wait(device)
@@ -177,7 +180,10 @@ def _time(action: Callable[[int], _Done], tokens: int, device: torch.device, rep
 
 @define
 class _Done:
-    """Results of decoding some batches: their new tokens, passes of the model, tokens a pass and row, and texts."""
+    """Results of decoding some batches.
+
+    Their new tokens, passes of the model, tokens a pass and row, and texts.
+    """
 
     tokens: int
     forwards: float
@@ -186,7 +192,7 @@ class _Done:
 
 
 class _Truth:
-    """Texts of plain decoding where graphs read them, and the drafts that are to be right.
+    """Texts of plain decoding, as graphs read them, and right drafts.
 
     Args:
         groups: batches of prompts.
@@ -218,7 +224,7 @@ class _Truth:
 
 
 class _Oracle:
-    """A drafter whose drafts are replaced by the model's own tokens, or by others."""
+    """Drafter whose drafts are replaced by right or wrong ones."""
 
     def __init__(self, inner: Drafter, truth: _Truth) -> None:
         self._inner, self._truth = inner, truth
@@ -272,7 +278,7 @@ def _prompts(model: MTPModel, batch: int, given: argparse.Namespace) -> list[lis
 
 
 def _list_kernels(name: str, action: Callable[[int], object], new: int, forwards: float) -> None:
-    """Print how many kernels a step launches, and which take longest in all."""
+    """Print how many kernels a step launches, and the longest ones."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         action(new)
     events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
@@ -309,7 +315,10 @@ def _theirs(model: MTPModel, groups: list[list[list[int]]], cache: str | None, n
 
 
 def _floor(model: MTPModel, batch: int, length: int) -> float:
-    """Bytes of one plain forward: parameters of the base, and keys and values of ``length`` tokens a row."""
+    """Bytes of one plain forward.
+
+    Parameters of the base, and keys and values of ``length`` tokens a row.
+    """
     config = model.base.config
     size = next(model.base.parameters()).element_size()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -328,7 +337,7 @@ def _model(given: argparse.Namespace, device: torch.device) -> MTPModel:
 
 
 def _copy_rate(device: torch.device) -> float:
-    """Bytes a second that this device reads, from a copy, which reads and writes."""
+    """Bytes a second of this device's memory, measured by a copy."""
     data = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(data)
     target.copy_(data)

@@ -1,4 +1,6 @@
-"""Decoding on a CPU beside vLLM, with the same exported heads: tokens per second, and whether the texts are the same.
+"""Decoding on a CPU beside vLLM, with the same exported heads.
+
+Tokens per second, and whether the texts are the same.
 
     python bench/decode_vllm.py --vllm vllm/bin/python            # docs/serving.md says how that environment is made
     python bench/decode_vllm.py --vllm vllm/bin/python --new 64 --layers 8

@@ -1,4 +1,4 @@
-"""Greedy text of a Llama model in batches of thousands of rows, as one graph a step.
+"""Greedy decoding of thousands of rows of a Llama, one graph a step.
 
 `wmtp distill-data` serves every architecture, ends rows one by one and may sample; on a small model its many small kernels take
 the time. This writes what a set of millions of tokens needs and nothing else: rows of one length, joined projections, no row
@@ -25,7 +25,7 @@ _PROMPTS = 512
 
 @frozen(kw_only=True, eq=False)
 class Weights:
-    """Weights of a Llama model, with the projections that read the same input joined.
+    """Weights of a Llama, with projections of the same input joined.
 
     Args:
         embedding, unembedding: ``[V, D]``.
@@ -80,7 +80,7 @@ class Weights:
 
 
 class Rows:
-    """Rows that are decoded together, on the device, for prompts of up to ``prompt`` tokens.
+    """Rows decoded together, for prompts of up to ``prompt`` tokens.
 
     Args:
         weights: of the model.
@@ -105,7 +105,10 @@ class Rows:
             self._capture()
 
     def run(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Continue prompts, fewer than there are rows or as many: ``[rows, new]``, which the next call writes again."""
+        """Continue at most as many prompts as there are rows.
+
+        Returns ``[rows, new]``, which the next call writes again.
+        """
         self._read(prompts)
         for _ in range(self._new - 1):
             if self._graph is None:
@@ -131,7 +134,7 @@ class Rows:
         self._graph = graph
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Read the prompts, a part of the rows at a time, and choose the first token."""
+        """Read the prompts in parts, and choose the first token."""
         rows, length = len(self._token), self._prompt
         ids = torch.zeros(rows, length, dtype=torch.int64)
         lengths = torch.ones(rows, dtype=torch.int64)
@@ -167,7 +170,10 @@ class Rows:
             counter += 1
 
     def _layers(self, ids: Tensor, positions: Tensor, mask: Tensor, part: slice | None) -> Tensor:
-        """Run all layers: ``[n, T]`` to ``[n, T, D]``; ``part`` of the rows reads a prompt, None: all one token more."""
+        """Run all layers: ``[n, T]`` to ``[n, T, D]``.
+
+        ``part`` of the rows reads a prompt; with None all read one token more.
+        """
         w = self._w
         x = F.embedding(ids, w.embedding)
         rows, length, size = x.shape
@@ -221,7 +227,9 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def write(
     weights: Weights, prompts: Sequence[Sequence[int]], *, rows: int, new: int, lengths: Sequence[int]
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Continue prompts by ``new`` tokens each; yields the numbers of some prompts and their tokens.
+    """Continue prompts by ``new`` tokens each.
+
+    Yields the numbers of some prompts and their tokens.
 
     A batch is on its way while the one before it is yielded, so what the caller does with text costs no time.
 

@@ -1,4 +1,4 @@
-"""Heads that draft: from a model to a faster model on one device, by objective.
+"""Heads that draft: a faster model on one device, by objective.
 
     python bench/fast_heads.py FOLDER [--runs ce,kl/muon,ce/adamw/shared/2e-3] [--steps 400 | --train-seconds 60] …
 
@@ -64,7 +64,7 @@ _MOST_STEPS = 2_500
 
 
 def main() -> None:
-    """Do all parts that are not done yet, and print what was measured."""
+    """Do the parts that are left, and print what was measured."""
     arguments = parsed()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     model = open_once(arguments)
@@ -173,7 +173,10 @@ def on_gpu(arguments: argparse.Namespace) -> bool:
 
 
 def open_once(arguments: argparse.Namespace) -> str:
-    """Save a GGUF file as a folder, which opens in a second in place of half a minute; the name of the model from now on."""
+    """Save a GGUF file as a folder, and return the folder.
+
+    It opens in a second in place of half a minute.
+    """
     folder = arguments.folder / "model"
     if arguments.model.endswith(".gguf"):
         if not (folder / "config.json").exists():
@@ -186,7 +189,10 @@ def open_once(arguments: argparse.Namespace) -> str:
 
 
 def write_answers(arguments: argparse.Namespace, data: Path, answers: Path) -> None:
-    """Write answers by `fast_answers` until the time is up, each a line as `wmtp distill-data` writes it."""
+    """Write answers by `fast_answers` until the time is up.
+
+    Each is a line as `wmtp distill-data` writes it.
+    """
     if answers.exists():
         return
     opened = open_model(arguments.model, device=torch.device("cuda" if on_gpu(arguments) else "cpu"), precision="fp32")
@@ -224,7 +230,10 @@ def write_answers(arguments: argparse.Namespace, data: Path, answers: Path) -> N
 
 @contextmanager
 def ending_in_time(arguments: argparse.Namespace) -> Iterator[None]:
-    """End a run's steps when its time is up, with a cosine over that time: how many steps that is, nobody knows before."""
+    """End a run's steps when its time is up, with a cosine over it.
+
+    Nobody knows before how many steps that is.
+    """
     fits: list[loop.Fit] = []
     clock: dict[str, float] = {}
     run = loop.Fit.run
@@ -249,7 +258,10 @@ def ending_in_time(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 def train(arguments: argparse.Namespace, spec: str, text: str, source: Path) -> tuple[Path, float, dict[str, float]]:
-    """Train heads on a frozen model; the run directory, the seconds, and what the last evaluation found."""
+    """Train heads on a frozen model.
+
+    Returns the run directory, the seconds, and what the last evaluation found.
+    """
     given = spec.split("/")
     objective, optimizer, kind, lr = (*given, *("", arguments.optimizer, arguments.kind, str(arguments.lr))[len(given) :])
     steps = _MOST_STEPS if arguments.train_seconds else arguments.steps
@@ -314,7 +326,7 @@ def train(arguments: argparse.Namespace, spec: str, text: str, source: Path) -> 
 
 
 def measure(arguments: argparse.Namespace, prompts: list[str], run_dir: Path | None) -> dict[str, Any]:
-    """Decode after the held-out prompts with heads that a run has trained, or with new ones."""
+    """Continue the held-out prompts with a run's heads, or new ones."""
     from wmtp.devices import pick_device
 
     opened = open_model(run_dir or arguments.model, device=pick_device(arguments.device), precision="fp32")

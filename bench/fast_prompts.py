@@ -1,4 +1,4 @@
-"""Prompts for heads that draft: documented functions of Python code, with whole files held out."""
+"""Prompts for heads that draft: documented Python functions, whole files held out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ PACKAGES = (
 
 
 def functions() -> Iterator[tuple[str, str, str, bool]]:
-    """Yield file, prompt, body, and whether it is of the standard library; no prompt twice."""
+    """Yield file, prompt and body, no prompt twice.
+
+    And whether it is of the standard library.
+    """
     seen = set()
     library, packages = Path(sysconfig.get_paths()["stdlib"]), Path(sysconfig.get_paths()["purelib"])
     for root in (library, *(packages / name for name in PACKAGES)):
@@ -49,7 +52,10 @@ def _is_held_out(file: Path) -> bool:
 
 
 def write_prompts(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
-    """Write the functions to learn from, and list the prompts of every tenth file of the standard library."""
+    """Write the functions to learn from, and list the held-out prompts.
+
+    Those are of every tenth file of the standard library.
+    """
     data, other = arguments.folder / "functions.jsonl", arguments.folder / "held-out.json"
     if not other.exists():
         learned: list[tuple[int, dict[str, str]]] = []
@@ -75,14 +81,17 @@ def write_prompts(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
 
 
 def given_prompts(file: Path, held_out: set[str]) -> list[dict[str, str]]:
-    """Read records with a prompt, but for those that begin as a held-out one."""
+    """Read records whose prompts do not begin as a held-out one."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
     return [record for record in records if not any(record["prompt"].startswith(prompt) for prompt in held_out)]
 
 
 def halved(record: dict[str, str]) -> dict[str, str] | None:
-    """Move the first half of a body's lines into the prompt; None where there are fewer than four."""
+    """Move the first half of a body's lines into the prompt.
+
+    None where there are fewer than four.
+    """
     lines = record["completion"].splitlines(keepends=True)
     if len(lines) < 4:
         return None

@@ -1,4 +1,6 @@
-"""How fast `wmtp fetch` is beside other tools: the same real S3 server, the same run, one after the other, medians.
+"""Speed of `wmtp fetch` beside other tools, on one S3 server.
+
+A real server, all in one run, one after the other, medians.
 
     uv run python bench/fetch.py [--size MB] [--repeats N] [--cases NAME…] [--peers PYTHON…]
 
@@ -90,7 +92,10 @@ with ThreadPoolExecutor(16) as pool:
 
 
 class SlowProxy:
-    """Passes connections on, each with so many bytes a second, and answers late: what S3 over a long line is like."""
+    """Proxy that is slow by connection and answers late.
+
+    S3 over a long line is like that.
+    """
 
     def __init__(self, endpoint: str, rate: int) -> None:
         parts = urlsplit(endpoint)
@@ -126,7 +131,7 @@ class SlowProxy:
 
 
 def commands(endpoint: str, bucket: str, prefix: str, target: str, ca: str, pythons: list[Path]) -> dict[str, list[str]]:
-    """The command lines of the tools that are installed."""
+    """Command lines of the tools that are installed."""
     sets = [f"storage.s3.endpoint={endpoint}", *([f"storage.s3.ca_bundle={ca}"] if ca else [])]
     ours = [sys.executable, "-m", "wmtp", "fetch", f"s3://{bucket}/{prefix}", target]
     found = {"wmtp fetch": [*ours, *(word for each in sets for word in ("--set", each))]}
@@ -185,7 +190,7 @@ def digest(folder: Path) -> str:
 
 
 def put(client: Any, bucket: str, key: str, data: bytes, checksum: dict[str, str]) -> None:
-    """Upload an object as the usual tools do: a large one in parts."""
+    """Upload an object as usual tools do, a large one in parts."""
     names = {"Bucket": bucket, "Key": key}
     if len(data) <= 16 * MB:
         client.put_object(**names, Body=data, **checksum)

@@ -1,4 +1,6 @@
-"""Would it pay to read tensors while other shards still come? Fetch, load, and what the two could be side by side.
+"""Fetch and load of a model, and what they could take side by side.
+
+Would it pay to read tensors while other shards still come?
 
     uv run python bench/fetch_load.py [--layers N] [--repeats N] [--rate MB…]
 

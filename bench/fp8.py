@@ -1,4 +1,6 @@
-"""Training steps in fp8 beside the same steps in bf16: tokens per second, MFU, peak memory and loss, in one run on one GPU.
+"""Training steps in fp8 beside the same steps in bf16.
+
+Tokens per second, MFU, peak memory and loss, in one run on one GPU.
 
     python bench/fp8.py                                  # three shapes, all rows
     python bench/fp8.py --shapes 1b-32k --rows bf16 tensorwise --json fp8.json
@@ -91,7 +93,7 @@ def main() -> None:
 
 
 def measure(row: str, shape: Shape, given: argparse.Namespace) -> dict[str, Any]:
-    """Measure one row: seconds a step, the most memory that was ever taken, the last loss."""
+    """Measure one row: seconds a step, peak memory, the last loss."""
     on_gpu = torch.cuda.is_available()
     gc.collect()
     torch._dynamo.reset()

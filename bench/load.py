@@ -1,4 +1,4 @@
-"""Load time and peak host memory of each process that gets its part of a model.
+"""Load time and peak host memory of each rank of a model.
 
     python bench/load.py --processes 2
     python bench/load.py --processes 2 --what reference

@@ -1,4 +1,6 @@
-"""One long row a step: tokens per second, peak memory on the GPU and its estimate, by activation checkpointing.
+"""One long row a step, by kind of activation checkpointing.
+
+Tokens per second, peak memory on the GPU and its estimate.
 
     python bench/long_rows.py
     python bench/long_rows.py --lengths 131072 --modes offload --documents 8

@@ -1,4 +1,6 @@
-"""LoRA and QLoRA steps of WMTP and of a plain loop with peft and Liger: tokens per second and peak memory, on one GPU.
+"""LoRA and QLoRA steps of WMTP and of a plain loop.
+
+The loop has PEFT and Liger. Tokens per second and peak memory, on one GPU.
 
     python bench/lora.py --batch 4
     python bench/lora.py --rows qlora-full loop-qlora-full --batch 1 --json lora.json
@@ -71,7 +73,7 @@ def ours(
     heads: Literal["full", "adapters"] = "full",
     fp8: Fp8Config | None = None,
 ) -> float:
-    """The real loop, in ``bf16-params`` or ``fp8``."""
+    """Real loop, in ``bf16-params`` or ``fp8``."""
     make = partial(_adapted, quantize=quantize, heads=heads)
     return step_ours.run(shape, warmup, steps, make=make, checkpointing=mode, fp8=fp8)
 
@@ -84,7 +86,10 @@ def whole(shape: Shape, warmup: int, steps: int) -> float:
 def loop(
     shape: Shape, warmup: int, steps: int, *, quantize: bool = False, checkpointed: bool = False, exact: bool = False
 ) -> float:
-    """Training loop as one writes it by hand with peft and Liger; ``exact``: what learns is kept in fp32."""
+    """Training loop as one writes it by hand with PEFT and Liger.
+
+    ``exact``: what learns is kept in fp32.
+    """
     import peft
 
     with step_ours.DEVICE:
@@ -111,7 +116,7 @@ def loop(
 
 
 def _quantize(base: nn.Module) -> None:
-    """Put bitsandbytes' own layers in, as transformers does when it loads a model in 4 bits."""
+    """Put bitsandbytes' layers in, as transformers does for 4 bits."""
     import bitsandbytes as bnb
 
     for layer in base.model.layers:  # type: ignore[union-attr]
@@ -208,7 +213,7 @@ def main() -> None:
 
 
 def measure(row: str, shape: Shape, warmup: int, steps: int) -> dict[str, Any]:
-    """Measure one row: seconds a step, tokens a second, and the most memory that its steps took."""
+    """Measure one row: seconds a step, tokens a second, peak memory."""
     torch.cuda.synchronize()
     gc.collect()
     torch._dynamo.reset()
@@ -232,7 +237,10 @@ def measure(row: str, shape: Shape, warmup: int, steps: int) -> dict[str, Any]:
 
 @contextmanager
 def _kernels_of(row: str) -> Iterator[None]:
-    """Print the kernels that took longest inside, with their share of all; its row is slower for it."""
+    """Print the longest kernels and their share of all.
+
+    The row is slower for it.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:

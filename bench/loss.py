@@ -1,4 +1,6 @@
-"""The weighted loss of H heads, forward and backward: ours, what else is installed, and the floor, in one run.
+"""Weighted loss of H heads, forward and backward, beside its floor.
+
+Ours and what else is installed, in one run.
 
     python bench/loss.py                        # on a GPU: the two shapes of docs/performance.md
     python bench/loss.py --device cpu           # small shapes
@@ -35,7 +37,10 @@ GIB = 2**30
 
 @frozen(kw_only=True, eq=False)
 class Case:
-    """Random hidden states [N, D] a head, an unembedding [V, D], targets [N, H] and coefficients [N, H]."""
+    """Random inputs of the loss.
+
+    Hidden states [N, D] a head, an unembedding [V, D], targets [N, H] and coefficients [N, H].
+    """
 
     hidden: list[Tensor]
     weight: Tensor
@@ -102,7 +107,7 @@ def known(case: Case) -> Tensor:
 
 
 def unsaid(case: Case) -> Tensor:
-    """The same; the host is not told how many count, and looks late."""
+    """As above; the host learns late how many count."""
     return weighted_cross_entropy(case.hidden, case.heads, case.ids, case.coefficients, torch.ones_like(case.ids).bool())[0]
 
 
@@ -131,7 +136,7 @@ def two_phase(keep: float, told: bool = True) -> Row:
 
 
 def dropped(share: float) -> Row:
-    """Known weights, of which a share is 0 and whose token losses nobody wants."""
+    """Known weights, a share of them 0; token losses are not asked for."""
 
     def run(case: Case) -> Tensor:
         n, h = case.ids.shape
@@ -146,7 +151,7 @@ def dropped(share: float) -> Row:
 
 
 def objective(name: Literal["kl", "tv", "lk"]) -> Row:
-    """Heads 2..H learn to agree with head 1, all positions being one text."""
+    """Heads 2..H learn to agree with head 1, on one text."""
 
     def run(case: Case) -> Tensor:
         n, h = case.ids.shape
@@ -161,7 +166,7 @@ def objective(name: Literal["kl", "tv", "lk"]) -> Row:
 
 
 def naive_kl(case: Case) -> Tensor:
-    """The same by whole logits."""
+    """As above, by whole logits."""
     logits = [(states @ case.weight.T).float() for states in case.hidden]
     target, total = logits[0].detach().log_softmax(1), _weighted(logits[0], case, 0)
     for k, z in enumerate(logits[1:], start=1):
@@ -171,7 +176,7 @@ def naive_kl(case: Case) -> Tensor:
 
 
 def peers() -> Iterator[tuple[str, Row]]:
-    """What is installed."""
+    """Rows of the peers that are installed."""
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -258,7 +263,7 @@ def errors(case: Case, exact: list[Tensor]) -> tuple[float, float]:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most that torch allocates beyond what was there at the start."""
+    """Most that torch allocates beyond what was there at the start."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -276,7 +281,10 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median of some runs, after two to warm up: of the device on a GPU, of the process (all its threads) on a CPU."""
+    """Median time of some runs, after two to warm up.
+
+    Of the device on a GPU, of the process (all its threads) on a CPU.
+    """
     if device.type == "cpu":
         times = []
         for _ in range(repeats + 2):

@@ -1,4 +1,6 @@
-"""The mini-test of configs/vessl-minitest.toml, for real, on this machine: no VESSL, and no other part replaced.
+"""Mini-test of configs/vessl-minitest.toml on this machine.
+
+VESSL alone is replaced.
 
     python bench/minitest.py [FOLDER] [--keep-runs] [--gpus N]
 
@@ -122,7 +124,7 @@ def prepare(folder: Path, bucket: str, environment: dict[str, str]) -> None:
 
 
 def plan(bucket: str, *, keep_runs: bool, gpus: int) -> dict:
-    """The run YAML of the mini-test, for this machine's devices and another bucket."""
+    """Run YAML of the mini-test, for this machine and bucket."""
     here = {
         "models.base.uri": f"s3://{bucket}/models/distilgpt2-mtp",
         "models.ref.uri": f"s3://{bucket}/models/distilgpt2",
@@ -153,13 +155,16 @@ def container(folder: Path) -> Path:
 
 
 def command(spec: dict) -> list[str]:
-    """How VESSL starts the run."""
+    """Command by which VESSL starts the run."""
     (step,) = spec["run"]
     return ["sh", "-c", step["command"]]
 
 
 def run_and_kill(spec: dict, folder: Path, environment: dict[str, str]) -> int:
-    """Start the run; once it has a checkpoint and is not at its end, take its machine away."""
+    """Start the run, and take its machine away after a checkpoint.
+
+    The run is not at its end then.
+    """
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             command(spec), cwd=folder, env=environment | {"HOME": str(folder)}, stdout=log, stderr=log, start_new_session=True
@@ -178,7 +183,7 @@ def run_and_kill(spec: dict, folder: Path, environment: dict[str, str]) -> int:
 
 
 def look(folder: Path, server, bucket: str, *, keep_runs: bool) -> None:  # noqa: ANN001
-    """What must be there."""
+    """Check that everything is there."""
     run = folder / "runs" / "minitest"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss" in row]

@@ -1,4 +1,6 @@
-"""One run on several GPUs of one machine, with any number of them: ``python bench/multi_gpu.py [--parts equal,scaling,…]``.
+"""One run on any number of GPUs of one machine.
+
+``python bench/multi_gpu.py [--parts equal,scaling,…]``
 
 Every figure comes from ``wmtp run`` on real text (the standard library's own Python), by what it writes into
 ``metrics.jsonl``. Parts, each left out where the machine cannot do it, with the reason:
@@ -63,7 +65,10 @@ def parameters(model: dict[str, int], horizon: int = 4) -> int:
 
 
 def flops_per_token(model: dict[str, int], horizon: int = 4) -> float:
-    """Forward and backward: 6 a parameter of a product, the unembedding once a head, and causal attention."""
+    """Operations of forward and backward a token.
+
+    6 a parameter of a product, the unembedding once a head, and causal attention.
+    """
     layers = model["layers"] + horizon - 1
     products = layers * layer_parameters(model) + horizon * model["vocab_size"] * model["hidden_size"]
     return 6 * products + 6 * layers * LENGTH * model["hidden_size"]
@@ -80,7 +85,10 @@ def tensors(run_dir: Path) -> dict[str, object]:
 
 
 def difference(one: Path, other: Path) -> float:
-    """‖a − b‖ / ‖a − start‖ would need the start; this is ‖a − b‖ / ‖a‖ over all parameters."""
+    """Compute ‖a − b‖ / ‖a‖ over all parameters.
+
+    ‖a − b‖ / ‖a − start‖ would need the start.
+    """
     import torch
 
     left, right = tensors(one), tensors(other)
@@ -133,7 +141,7 @@ def speed(bench: Bench, label: str, name: str, model: dict[str, int], gpus: int,
 
 
 def estimate(config: dict[str, object]) -> MemoryEstimate:
-    """What ``wmtp check`` prints for one of the devices."""
+    """Estimate of ``wmtp check`` for one of the devices."""
     loaded = load_config(config)
     others = {name: outline(loaded.models[name].loader) for name in required_models(loaded)}
     base = loaded.models["base"]
@@ -166,7 +174,10 @@ def scaling(bench: Bench) -> bool:
 
 
 def large_shape(bench: Bench, **changes: object) -> dict[str, int]:
-    """The 7B shape, or as many of its layers as the GPUs hold by the estimate of ``wmtp check``."""
+    """Changes for the 7B shape, or as many layers as fit.
+
+    By the estimate of ``wmtp check``.
+    """
     import torch
 
     if bench.device != "cuda":
@@ -192,13 +203,16 @@ def large(bench: Bench) -> bool:
 
 
 def from_files(bench: Bench, model: dict[str, int], name: str = "base") -> dict[str, object]:
-    """Changes by which a model is read from a folder of random weights."""
+    """Changes that read the model from a folder of random weights."""
     heads: dict[str, object] = {"heads": {"horizon": 4, "init": "random"}} if name == "base" else {}
     return {"models": {name: {"type": "hf", "uri": str(model_folder(bench.folder, model)), **heads}}}
 
 
 def checkpoint(bench: Bench) -> bool:
-    """Saved on all GPUs after 5 steps, resumed on half of them; against ten steps in one go."""
+    """Resume on half of the GPUs, against ten steps in one go.
+
+    The checkpoint is written on all GPUs after 5 steps.
+    """
     half = max(1, bench.count // 2)
     changes = {"devices": {"precision": "fp32"}, "checkpoints": {"save_interval": 5, "keep_last": 0, "save_final": True}}
     config = bench.config(shape("small"), bench.count, 8, **changes)

@@ -1,4 +1,4 @@
-"""The runs of ``bench/multi_gpu.py``: their config, and ``wmtp run``."""
+"""Runs of ``bench/multi_gpu.py``: their config, and ``wmtp run``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Bench:
         return merged(config, changes)
 
     def run(self, name: str, config: dict[str, Any], *options: str, saves: bool = True) -> tuple[list[dict[str, float]], Path]:
-        """The lines of ``metrics.jsonl``, and the run directory.
+        """Lines of ``metrics.jsonl``, and the run directory.
 
         Without ``saves`` the run is killed once all numbers are there: a large model takes minutes to be saved.
         """
@@ -85,7 +85,9 @@ class Bench:
 
 
 def kill(process: subprocess.Popen[bytes]) -> bool:
-    """End a command and the processes that it started, and wait until they are gone; whether it still ran.
+    """End a command and its processes, and wait until they are gone.
+
+    Returns whether it still ran.
 
     Each rank has a session of its own and would hold its GPU's memory a while longer than the command lives.
     """
@@ -107,14 +109,17 @@ def descendants(parent: int) -> list[int]:
 
 
 def running() -> list[tuple[int, int]]:
-    """Each process and its parent, without those that are dead and wait to be reaped."""
+    """Each living process and its parent."""
     listed = subprocess.run(["ps", "-eo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in listed.splitlines()]
     return [(int(pid), int(parent)) for pid, parent, state in rows if not state.startswith("Z")]
 
 
 def lines(run_dir: Path) -> list[str]:
-    """Of ``metrics.jsonl``, one for each step; the last one may be half written."""
+    """Records of ``metrics.jsonl``, one a step.
+
+    The last one may be half written.
+    """
     file = run_dir / "metrics.jsonl"
     return file.read_text().split("\n")[:-1] if file.exists() else []
 
@@ -151,7 +156,10 @@ def toml(table: dict[str, object]) -> str:
 
 
 def text(folder: Path) -> Path:
-    """The standard library's own modules, in pieces; whether a piece has a docstring stands for its being correct."""
+    """Pieces of the standard library's modules.
+
+    A piece with a docstring counts as correct.
+    """
     file = folder / "text.jsonl"
     if file.exists():
         return file
@@ -167,7 +175,7 @@ def text(folder: Path) -> Path:
 
 
 def model_folder(folder: Path, model: dict[str, int]) -> Path:
-    """A Hugging Face folder of that shape with random weights and its tokenizer, made once."""
+    """Folder of that shape with random weights and a tokenizer, made once."""
     names = {
         "layers": "num_hidden_layers",
         "attention_heads": "num_attention_heads",
@@ -186,7 +194,10 @@ def model_folder(folder: Path, model: dict[str, int]) -> Path:
 
 
 def tokenizer(folder: Path, vocab_size: int) -> Path:
-    """A tokenizer trained on that text: no released one is at hand everywhere."""
+    """Tokenizer trained on that text.
+
+    No released one is at hand everywhere.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     target = folder / f"tokenizer-{vocab_size}"

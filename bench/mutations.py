@@ -1,4 +1,4 @@
-"""Count the MBPP training solutions with one mistake that fail the problem's own tests.
+"""Count MBPP solutions with one mistake that fail their tests.
 
     uv run python bench/mutations.py data/mbpp [--seed N]
 

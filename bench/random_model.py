@@ -1,4 +1,6 @@
-"""Write a Llama folder with random weights, on a GPU where there is one: ``python bench/random_model.py FOLDER JSON [DTYPE]``.
+"""Write a Llama folder with random weights, on a GPU if possible.
+
+``python bench/random_model.py FOLDER JSON [DTYPE]``
 
 ``JSON`` holds the arguments of ``LlamaConfig``, ``DTYPE`` is BF16, F16 or F32. A process of its own, so that no GPU memory
 stays taken. Drawing billions of random numbers takes a CPU minutes, and a run that reads its model from files is what users
@@ -14,7 +16,10 @@ from typing import Any
 
 
 def main(folder: Path, facts: dict[str, Any], dtype: str = "BF16") -> None:
-    """Draw matrices from N(0, 0.02²), set norms to one, and save shards of about 4 GB."""
+    """Draw matrices from N(0, 0.02²), and save shards of some 4 GB.
+
+    Norms are one.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,6 @@
-"""A whole ``wmtp run`` on packed real text beside ``bench/step.py`` at the same rows, on one GPU: one command.
+"""A whole ``wmtp run`` on packed text beside ``bench/step.py``.
+
+With the same rows, on one GPU, by one command.
 
     python bench/run.py --shape 1b --batch 8
     python bench/run.py --shape smollm2 --batch 32
@@ -70,7 +72,10 @@ def main() -> None:
 
 
 def bench_alone(given: argparse.Namespace, folder: Path, layouts: list[list[list[int]]]) -> dict[str, float]:
-    """Positions a second of ``bench/step.py``: one document a row, and the documents that the run had, step by step."""
+    """Positions a second of ``bench/step.py``.
+
+    With one document a row, and with the run's documents, step by step.
+    """
     shape, file, layout = SHAPES[given.shape], folder / "step.json", folder / "layout.json"
     layout.write_text(json.dumps(layouts))
     options = {
@@ -85,7 +90,10 @@ def bench_alone(given: argparse.Namespace, folder: Path, layouts: list[list[list
 
 
 def write_recipe(given: argparse.Namespace, folder: Path) -> Path:
-    """Write the config: `bf16-params` and compiled on a GPU, evaluation and a saved model at the end."""
+    """Write the config.
+
+    `bf16-params` and compiled on a GPU, evaluation and a saved model at the end.
+    """
     shape = SHAPES[given.shape]
     recipe = folder / "run.toml"
     config: dict[str, object] = {
@@ -117,7 +125,7 @@ def write_recipe(given: argparse.Namespace, folder: Path) -> Path:
 
 
 def text(folder: Path, name: str, part: int) -> Path:
-    """The standard library's modules, whole: one in twenty is held out."""
+    """Standard library's modules, whole: one in twenty is held out."""
     file = folder / name
     sources = sorted(Path(os.__file__).parent.rglob("*.py"))[:700]
     with file.open("w") as out:
@@ -129,7 +137,7 @@ def text(folder: Path, name: str, part: int) -> Path:
 
 
 def command(recipe: Path, folder: Path, name: str) -> dict[str, Any]:
-    """Run the command in a process of its own, and return what its clock counted."""
+    """Run the command in its own process; return its clock's counts."""
     compiled, log = folder / "compiled", folder / f"{name}.log"
     environment = os.environ | {
         "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
@@ -166,7 +174,7 @@ def show(name: str, found: dict[str, Any], given: argparse.Namespace, bench: dic
 
 
 class Clock:
-    """Wall time by part: a part's time is what no part inside of it took."""
+    """Wall time by part, without that of the parts inside."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
@@ -196,7 +204,7 @@ class Clock:
 
 
 def inside(recipe: Path) -> None:
-    """Run the command in this process, with a clock at its parts, and print what it counted."""
+    """Run the command here with a clock at its parts; print its counts."""
     began = float(os.environ["BENCH_BEGAN"])
     from wmtp.training import loop, run, stages, telemetry
 

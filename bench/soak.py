@@ -1,4 +1,6 @@
-"""Long run of a small model under a memory limit: ``python bench/soak.py [--minutes 60] [--out FILE]``.
+"""Long run of a small model under a memory limit.
+
+``python bench/soak.py [--minutes 60] [--out FILE]``
 
 One ``wmtp run`` with checkpoints, evaluations, report records and a real MLflow server that is away for a fifth of the time.
 Each second its memory, open files, threads and steps are read from the kernel. After the first fifth the memory that it may
@@ -138,7 +140,7 @@ def main() -> int:
 
 
 class Server:
-    """A real ``mlflow server``, which comes back with the same address and database."""
+    """Real ``mlflow server`` that returns with its address and database."""
 
     def __init__(self, folder: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -156,7 +158,7 @@ class Server:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def wait(self) -> None:
-        """Wait until it answers; its start takes a minute on a busy machine."""
+        """Wait until it answers, which takes a busy machine a minute."""
         for _ in range(3000):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
                 return
@@ -174,7 +176,10 @@ class Server:
 def watch(
     run: subprocess.Popen[bytes], server: Server, run_dir: Path, seconds: float, headroom: int
 ) -> tuple[list[Sample], int]:
-    """Sample the run until its time is over; MLflow is away from two to three fifths of it."""
+    """Sample the run until its time is over.
+
+    MLflow is away from two to three fifths of it.
+    """
     while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").stat().st_size:
         if run.poll() is not None:
             raise RuntimeError((run_dir.parent.parent / "log").read_text())
@@ -212,13 +217,19 @@ def sample(pid: int, second: float) -> Sample:
 
 
 def steps(run_dir: Path) -> list[int]:
-    """List the steps of ``metrics.jsonl``, a last line that is being written left out."""
+    """List the steps of ``metrics.jsonl``.
+
+    A last line that is being written is left out.
+    """
     lines = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]
     return [record["step"] for line in lines if "loss" in (record := json.loads(line))]
 
 
 def judge(samples: Sequence[Sample], folder: Path, uri: str, code: int) -> list[str]:
-    """Compare the second fifth of the time with the last, and what was recorded with what happened."""
+    """Compare the second fifth of the time with the last.
+
+    And what was recorded with what happened.
+    """
     from mlflow import MlflowClient
 
     run_dir, end = folder / "runs/soak", samples[-1].second

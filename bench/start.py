@@ -1,4 +1,6 @@
-"""Time from command to first step, beside a bare import of transformers: ``python bench/start.py [--device cuda]``.
+"""Time from command to first step, beside importing transformers.
+
+``python bench/start.py [--device cuda]``
 
 Each line is a process of its own: the bare import, then ``wmtp run`` of three steps with tokens that are cached, by each
 tracker. ``first step`` is when metrics.jsonl has its first line; the table says how much that is beyond the bare import.

@@ -1,4 +1,6 @@
-"""Training steps of WMTP and of its peers: tokens per second, MFU and peak memory, in one run on one GPU.
+"""Training steps of WMTP and of its peers.
+
+Tokens per second, MFU and peak memory, in one run on one GPU.
 
     python bench/step.py --vocab 32000 128256 --batch 16
     python bench/step.py --rows ours loop-liger rho1-cached --batch 8 --json step.json
@@ -130,7 +132,7 @@ def main() -> None:
 
 
 def measure(row: str, shape: Shape, warmup: int, steps: int) -> dict[str, Any]:
-    """One row: seconds a step, tokens a second, and the most memory that was ever taken."""
+    """One row: seconds a step, tokens a second, peak memory."""
     torch.cuda.synchronize()
     gc.collect()
     torch._dynamo.reset()

@@ -62,7 +62,7 @@ class _DataWeights(Trainer):
 
 
 class _Rows:
-    """The rows of `Shape.rows` as a run's batches."""
+    """Rows of `Shape.rows` as a run's batches."""
 
     fingerprint = "bench"
     steps_per_epoch = 10**6
@@ -95,7 +95,10 @@ def _batch(shape: Shape, step: int, layout: list[list[int]]) -> Batch:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Have signals end the process inside: a run would write a checkpoint first, which is nothing to wait for here."""
+    """Have signals end the process inside.
+
+    A run would write a checkpoint first, which is nothing to wait for here.
+    """
     real = loop.catch_signals
     loop.catch_signals = lambda: nullcontext(Interrupt())
     try:
@@ -105,7 +108,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 class _Clock:
-    """A tracker that keeps the time at which the numbers of each step arrived."""
+    """Tracker that keeps the time at which each step's numbers arrive."""
 
     def __init__(self) -> None:
         self.times: dict[int, float] = {}
@@ -123,12 +126,18 @@ def _model(shape: Shape, horizon: int) -> MTPModel:
 
 
 def estimated_gib(row: str, shape: Shape) -> float | None:
-    """What ``wmtp check`` says of a row's memory, beside which the measured peak stands; None for the peers."""
+    """Memory of a row by ``wmtp check``, beside the measured peak.
+
+    None for the peers.
+    """
     return estimate(shape, _SETTINGS[row]).total / 2**30 if row in _SETTINGS else None
 
 
 def estimate(shape: Shape, devices: Mapping[str, Any]) -> MemoryEstimate:
-    """Estimate the memory of a run as ``wmtp check`` does, with these changes of ``[devices]``."""
+    """Estimate the memory of a run as ``wmtp check`` does.
+
+    With these changes of ``[devices]``.
+    """
     config = load_config(
         {
             "models": {"base": {"type": "scratch", "vocab_size": shape.vocab}},
@@ -290,7 +299,7 @@ def packed(shape: Shape, warmup: int, steps: int) -> float:
 
 
 def laid_out(shape: Shape, warmup: int, steps: int) -> float:
-    """The documents of `LAYOUTS`, kept apart."""
+    """Documents of `LAYOUTS`, kept apart."""
     return run(shape, warmup, steps, layouts=LAYOUTS)
 
 
@@ -325,14 +334,14 @@ def rho1_cached(shape: Shape, warmup: int, steps: int) -> float:
 
 
 def rho1_online(shape: Shape, warmup: int, steps: int) -> float:
-    """rho1, token-skip, reference losses by a forward pass of a model of the same size."""
+    """rho1, token-skip, with a reference of the same size."""
     from wmtp_algos import Rho1WMTP
 
     return run(shape, warmup, steps, trainer=Rho1WMTP(mode="token-skip", reference_precision="bf16").build())
 
 
 def critic(shape: Shape, warmup: int, steps: int) -> float:
-    """The critic's second stage, in which the value head goes on learning."""
+    """Critic's second stage, in which the value head goes on learning."""
     from wmtp_algos.critic_config import CriticWMTP
 
     trainer = CriticWMTP(value_steps=1, value_learns=True, train_on="all").build()

@@ -1,4 +1,4 @@
-"""The peers of ``bench/step.py``: what one writes without WMTP."""
+"""Peers of ``bench/step.py``: what one writes without WMTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Loss = Callable[["PlainMTP", list[Tensor], Tensor, Tensor], Tensor]
 
 
 class PlainMTP(nn.Module):
-    """A Llama with a decoder layer for each further head on the trunk."""
+    """Llama with a decoder layer for each further head."""
 
     def __init__(self, shape: Shape, loss: Loss, *, compiled: bool, checkpointed: bool = False) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class PlainMTP(nn.Module):
                 layer.compile()
 
     def hidden(self, ids: Tensor) -> list[Tensor]:
-        """The hidden states of every head, ``[B, S, D]``."""
+        """Hidden states of every head, ``[B, S, D]``."""
         model = self.base.model
         hidden = model.embed_tokens(ids)
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
@@ -50,12 +50,12 @@ class PlainMTP(nn.Module):
         return [model.norm(run(head, hidden)) for head in (last, *self.heads)]
 
     def forward(self, input_ids: Tensor, weights: Tensor, **_: object) -> dict[str, Tensor]:
-        """The weighted loss of all heads."""
+        """Weighted loss of all heads."""
         return {"loss": self.loss(self, self.hidden(input_ids), input_ids, weights)}
 
 
 def _targets(hidden: list[Tensor], ids: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each head its hidden states, targets and weights, where it has targets."""
+    """Yield each head's hidden states, targets and weights, where it has targets."""
     length = ids.shape[1]
     return [
         (h[:, : length - k].flatten(0, 1), ids[:, k:].flatten(), weights[:, k:].flatten())
@@ -64,7 +64,7 @@ def _targets(hidden: list[Tensor], ids: Tensor, weights: Tensor) -> list[tuple[T
 
 
 def _naive(model: PlainMTP, hidden: list[Tensor], ids: Tensor, weights: Tensor) -> Tensor:
-    """All logits at once, ``[B, S, H, V]``, as early code for multi-token prediction has it."""
+    """All logits at once, ``[B, S, H, V]``, as early code has it."""
     logits = torch.stack([model.base.lm_head(h) for h in hidden], dim=2)
     total = torch.zeros((), device=ids.device)
     norm = torch.zeros((), device=ids.device)
@@ -76,7 +76,7 @@ def _naive(model: PlainMTP, hidden: list[Tensor], ids: Tensor, weights: Tensor) 
 
 
 def liger(model: PlainMTP, hidden: list[Tensor], ids: Tensor, weights: Tensor) -> Tensor:
-    """Liger's fused linear cross entropy a head, the loss of each token weighted."""
+    """Liger's fused linear cross entropy a head, weighted by token."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
 
     fused = LigerFusedLinearCrossEntropyLoss(reduction="none")
@@ -121,17 +121,17 @@ def loop(shape: Shape, warmup: int, steps: int, model: PlainMTP) -> float:
 
 
 def loop_liger(shape: Shape, warmup: int, steps: int) -> float:
-    """The strongest plain loop: compiled layers and Liger."""
+    """Strongest plain loop: compiled layers and Liger."""
     return loop(shape, warmup, steps, _make(shape, liger, compiled=True))
 
 
 def loop_liger_full(shape: Shape, warmup: int, steps: int) -> float:
-    """The same with every layer checkpointed."""
+    """As above, with every layer checkpointed."""
     return loop(shape, warmup, steps, _make(shape, liger, compiled=True, checkpointed=True))
 
 
 def loop_liger_mean(shape: Shape, warmup: int, steps: int) -> float:
-    """The same without weights: what it costs a peer to weigh."""
+    """As above, without weights: what it costs a peer to weigh."""
     return loop(shape, warmup, steps, _make(shape, _liger_mean, compiled=True))
 
 
@@ -155,7 +155,7 @@ class _Rows(torch.utils.data.Dataset):
 
 
 def trainer_liger(shape: Shape, warmup: int, steps: int) -> float:
-    """The Trainer of transformers around the same compiled layers and Liger."""
+    """Trainer of transformers around the same compiled layers and Liger."""
     from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
     times: list[float] = []

@@ -1,4 +1,4 @@
-"""The model and the data that every row of ``bench/step.py`` trains."""
+"""Model and the data that every row of ``bench/step.py`` trains."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Shape:
         return 6.0 * (layers * (layer + attention) + self.horizon * self.vocab * width)
 
     def config(self) -> LlamaConfig:
-        """The configuration of transformers."""
+        """Configuration of transformers."""
         return LlamaConfig(
             vocab_size=self.vocab,
             hidden_size=self.hidden,
@@ -60,7 +60,7 @@ class Shape:
         )
 
     def rows(self, step: int) -> tuple[Tensor, Tensor]:
-        """Token ids and token weights of a step, ``[B, S]`` on the CPU."""
+        """Token ids and weights of a step, ``[B, S]`` on the CPU."""
         draw = torch.Generator().manual_seed(step)
         ids = torch.randint(0, self.vocab, (self.batch, self.length), generator=draw)
         return ids, torch.rand(self.batch, self.length, generator=draw) + 0.1

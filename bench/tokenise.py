@@ -89,7 +89,7 @@ def compared(name: str, data: Path, tokenizer: HfTokenizer, rounds: int) -> None
 
 
 def memory(folder: Path, tokenizer: HfTokenizer, megabytes: float) -> None:
-    """Print the peak memory of a small cache and of a large one."""
+    """Print the peak memory of a small and of a large cache."""
     print(f"before: {resident() / 1e6:.0f} MB", flush=True)
     for size in (megabytes / 10, megabytes):
         sample = write_sample(folder / "memory.jsonl", *FORMS["short"], round(size * 1e6))
@@ -149,7 +149,7 @@ def measured(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def cpu_seconds() -> float:
-    """Return the CPU seconds of this process, and of those that it started and that have ended."""
+    """Return the CPU seconds of this process and of its ended children."""
     used = [resource.getrusage(which) for which in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
 
@@ -162,7 +162,7 @@ def store(data: Path, tokenizer: HfTokenizer) -> object:
 
 
 def mapped(texts: Sequence[str], tokenizer: HfTokenizer, processes: int | None = None) -> object:
-    """Tokenize with the package datasets, in batches, into a cache of its own."""
+    """Tokenize with the package datasets, in batches, into its cache."""
     datasets = import_module("datasets")
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
@@ -189,7 +189,7 @@ def texts_of(data: Path) -> Iterator[str]:
 
 
 def write_sample(path: Path, length: int, prompt: int, size: int) -> Path:
-    """Write the standard library as documents, again and again until the file has its size."""
+    """Write the standard library's documents until the file has its size."""
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = [source for source in sorted(root.rglob("*.py")) if "site-packages" not in source.parts]
     written = 0

@@ -1,4 +1,7 @@
-"""Extension of griffe: attrs classes get the signature that attrs gives them, without importing them."""
+"""Extension of griffe: attrs classes get the signature of attrs.
+
+Without importing them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def _is_field(member: Attribute) -> bool:
 
 
 def _default(field: Attribute) -> str | None:
-    """Read a field's default; ``...`` where it is made anew for each instance."""
+    """Read a field's default; ``...`` where each instance makes its own."""
     value = None if field.value is None else str(field.value)
     if value is None or not value.startswith(("field(", "Factory(", "component(")):
         return value

@@ -1,4 +1,6 @@
-"""Writes the parts of the documentation that the code itself knows: the references, and the table of architectures.
+"""Writes the parts of the documentation that the code knows.
+
+The references, and the table of architectures.
 
     uv run python docs/generate.py
 
@@ -153,7 +155,10 @@ def described(cls: type[Any]) -> str:
 
 
 def documentation(obj: Any) -> tuple[str, dict[str, str]]:
-    """A docstring as Markdown without its ``Args:``, and those by name. Every other part stays."""
+    """Return a docstring as Markdown without ``Args:``, and those by name.
+
+    Every other part stays.
+    """
     before, _, after = inspect.cleandoc(obj.__doc__ or "").partition("\nArgs:\n")
     arguments: dict[str, str] = {}
     name = ""
@@ -169,7 +174,7 @@ def documentation(obj: Any) -> tuple[str, dict[str, str]]:
 
 
 def markdown(text: str) -> str:
-    """A docstring's double backquotes as single ones, and its paragraphs on lines of their own."""
+    """Return a docstring with single backquotes and a line a paragraph."""
     paragraphs = text.replace("``", "`").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) if "    " not in paragraph else paragraph for paragraph in paragraphs)
 
@@ -180,7 +185,7 @@ def cell(text: str) -> str:
 
 
 def shown_type(attribute: attrs.Attribute[Any]) -> str:
-    """The type and the bounds of a field."""
+    """Type and the bounds of a field."""
     kind = attribute.metadata.get(COMPONENT_KIND)
     if kind is not None:
         return f"a {KINDS[kind]}"
@@ -198,7 +203,7 @@ def _bounds(validator: Any) -> Iterator[str]:
 
 
 def shown_default(attribute: attrs.Attribute[Any]) -> str:
-    """The default as TOML has it."""
+    """Default as TOML has it."""
     default: Any = attribute.default
     if default is attrs.NOTHING:
         return "required"
@@ -240,13 +245,13 @@ def hook_reference() -> str:
 
 
 def declared(module: str, cls: type[Any]) -> str:
-    """Describe a base of config classes: what it is, and what the host reads of it."""
+    """Describe a base of config classes, and what the host reads."""
     read = flags(cls)
     return f"**`{module}.{cls.__name__}`** – {documentation(cls)[0]}" + (f"\n\n{read}" if read else "")
 
 
 def flags(cls: type[Any]) -> str:
-    """List the class variables that a class declares, by the ``#:`` comments above them."""
+    """List a class's declared variables, by their ``#:`` comments."""
     found = re.findall(r"((?:^    #: .*\n)+)^    (\w+): ([^=\n]+?)(?: = (.*))?$", inspect.getsource(cls), re.MULTILINE)
     lines = []
     for comment, name, _, default in found:
@@ -277,7 +282,7 @@ def contract_methods(cls: type[Any], without: Container[str] = ()) -> str:
 
 
 def fields(module: str, cls: type[Any]) -> str:
-    """What a value class holds."""
+    """List the fields of a value class."""
     text, arguments = documentation(cls)
     text_of_call = not arguments
     if text_of_call:  # a protocol of one call
@@ -289,17 +294,23 @@ def fields(module: str, cls: type[Any]) -> str:
 
 
 def signature_of(function: Callable[..., Any]) -> str:
-    """The signature as it is written."""
+    """Signature as it is written."""
     return re.sub(r"""['"]""", "", str(inspect.signature(function)))
 
 
 def flattened(text: str) -> str:
-    """A docstring's paragraphs as one, for a list; ``Returns:`` and ``Raises:`` become sentences."""
+    """Return a docstring's paragraphs as one, for a list.
+
+    ``Returns:`` and ``Raises:`` become sentences.
+    """
     return re.sub(r"\b(Returns|Raises): ", r"\1 ", " ".join(text.split()))
 
 
 def api_reference() -> str:
-    """List the public names of ``wmtp`` and ``wmtp_algos`` by topic, each with its first sentence and its module."""
+    """List the public names of ``wmtp`` and ``wmtp_algos`` by topic.
+
+    Each with its first sentence and its module.
+    """
     import wmtp_algos
 
     homes = names_in_stub(Path(wmtp.__file__).with_suffix(".pyi"))
@@ -314,7 +325,10 @@ def api_reference() -> str:
 
 
 def first_sentence(module: str, name: str) -> str:
-    """Read the first sentence of a docstring, or of the comment above a constant, without importing the module."""
+    """Read the first sentence of a docstring or constant's comment.
+
+    The module is not imported.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ValueError(f"{module} has no source file")
@@ -378,7 +392,7 @@ def written(text: str, marker: str, content: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """The pages with generated parts, as they should be."""
+    """Pages with generated parts, as they should be."""
     config, hooks, api, models = (DOCS / f"{name}.md" for name in ("config", "hooks", "api", "models"))
     return {
         config: written(config.read_text(encoding="utf-8"), "config", config_reference(load_plugins())),

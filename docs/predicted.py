@@ -1,4 +1,6 @@
-"""Prediction of speed and traffic on more GPUs than were measured, written into docs/distributed.md.
+"""Prediction of speed and traffic on more GPUs than measured.
+
+It is written into docs/distributed.md.
 
     uv run python docs/predicted.py
 
@@ -56,7 +58,7 @@ class Cluster:
 
 @frozen(kw_only=True)
 class Job:
-    """A run in ``bf16-params``: layers are gathered in bf16, gradients are added up in fp32.
+    """Run in ``bf16-params``: layers gathered in bf16, gradients summed in fp32.
 
     Args:
         model: its shape.
@@ -142,7 +144,10 @@ def _others(count: int) -> float:
 
 
 def _operations(info: ModelInfo, job: Job) -> float:
-    """Floating-point operations a token, forward and backward, as MFU counts them; see docs/performance.md."""
+    """Floating-point operations a token, forward and backward.
+
+    As MFU counts them; see docs/performance.md.
+    """
     layers = info.layers + job.horizon - 1
     products = layers * info.layer_parameters + job.horizon * info.vocab_size * info.hidden_size
     return 6.0 * (products + layers * job.length * info.hidden_size)
@@ -173,7 +178,7 @@ NETWORKS = {"8 × 400 Gbit/s": 320e9, "1 × 100 Gbit/s": 10e9}
 
 
 def table() -> str:
-    """Tables of the 7B shape on 8 to 256 H100s, for the documentation."""
+    """Tables of the 7B shape on 8 to 256 H100s."""
     lines = []
     for name, network in NETWORKS.items():
         lines += [

@@ -1,4 +1,6 @@
-"""Hooks of the documentation's site (mkdocs.yml): the same pages that are read as plain files.
+"""Hooks of the documentation's site (mkdocs.yml).
+
+Its pages are those that are read as plain files.
 
 - The navigation is `index.md`: a page is below the heading under which that page names it.
 - ``CHANGELOG.md`` and ``CONTRIBUTING.md`` become pages; links to other files outside ``docs/`` become their paths.
@@ -30,7 +32,10 @@ _ROW = re.compile(r"^\| \[([^\]]+)\]\(([\w./-]+\.md)\) \|", re.MULTILINE)
 
 
 def sections(index: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Read the headings of ``index.md`` with the pages in the table below each: their titles and files."""
+    """Read the headings of ``index.md`` and the pages below each.
+
+    Those have titles and files.
+    """
     parts = re.split(r"^## (.+)$", index, flags=re.MULTILINE)
     return [(title, _ROW.findall(text)) for title, text in zip(parts[1::2], parts[2::2], strict=True)]
 
@@ -62,7 +67,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def from_root(text: str) -> str:
-    """Rewrite the links of a file in the root, as if it were in ``docs/``."""
+    """Rewrite links of a root file as if it were in ``docs/``."""
 
     def rewritten(link: re.Match[str]) -> str:
         label, target = link.groups()
@@ -74,7 +79,10 @@ def from_root(text: str) -> str:
 
 
 def inside(text: str, folder: str = "") -> str:
-    """Point links of a page in ``docs/FOLDER`` to files that are no pages at their page, or keep their path alone."""
+    """Point a page's links to files that are no pages at their page.
+
+    Or keep their path alone. The page is in ``docs/FOLDER``.
+    """
 
     def rewritten(link: re.Match[str]) -> str:
         label, target = link.groups()
@@ -90,7 +98,10 @@ def inside(text: str, folder: str = "") -> str:
 
 
 def chains_as_lists(text: str) -> str:
-    """Replace each Mermaid block, which must be a flowchart of one chain, by an ordered list."""
+    """Replace each Mermaid block by an ordered list.
+
+    It must be a flowchart of one chain.
+    """
     return re.sub(
         r"^```mermaid\n(.*?)^```$",
         lambda block: _as_list(list(chain(block[1]))),
@@ -100,7 +111,7 @@ def chains_as_lists(text: str) -> str:
 
 
 def chain(flowchart: str) -> Iterator[str]:
-    """Yield the texts of a flowchart's boxes, from the first to the last.
+    """Yield the texts of a flowchart's boxes, in order.
 
     Raises:
         ValueError: it is no single chain of ``a["text"] --> b`` lines.
@@ -124,7 +135,10 @@ def _as_list(texts: list[str]) -> str:
 
 
 def with_reference(markdown: str) -> str:
-    """Follow every table of public names by their full reference, and link each name to its own."""
+    """Follow each table of public names by their references.
+
+    Each name links to its own.
+    """
 
     def reference(table: re.Match[str]) -> str:
         rows = re.findall(r"^\| `([^`]+)` \| (.*) \| `([^`]+)` \|$", table[0], re.MULTILINE)

@@ -23,7 +23,10 @@ _HEADS = HeadsConfig(horizon=3, kind="block", init="copy")
 
 
 def enlarge(model: PreTrainedModel) -> None:
-    """Give biases values: they are zero in a new model, and a lost one would not show."""
+    """Give biases values.
+
+    They are zero in a new model, and a lost one would not show.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") and not parameter.any():
@@ -40,7 +43,10 @@ def opened(folder: Path) -> MTPModel:
 
 
 def trains_padded(model: MTPModel) -> None:
-    """Compare a padded row with the document alone, and look for the gradient of everything that learns."""
+    """Compare a padded row with the document alone.
+
+    Everything that learns must get a gradient.
+    """
     short, long = _ids(9, 1), _ids(31, 2)
     rows = torch.cat([F.pad(short, (0, 22)), long])
     together = model(rows)
@@ -53,7 +59,10 @@ def trains_padded(model: MTPModel) -> None:
 
 
 def trains_packed(model: MTPModel) -> None:
-    """Compare a packed row's documents with each alone; change one and look at the others, and at its gradients."""
+    """Compare a packed row's documents with each alone.
+
+    Then change one, and look at the others and at its gradients.
+    """
     model.check_packing()
     documents = [_ids(length, seed) for seed, length in enumerate(LENGTHS)]
     positions = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
@@ -113,7 +122,7 @@ def reopens(model: MTPModel, folder: Path) -> None:
 
 
 def decodes(model: MTPModel, *, speculative: bool) -> None:
-    """Compare decoded texts, several rows at once, with a loop without a cache."""
+    """Compare decoded texts with those of a loop without a cache."""
     prompts = [_ids(length, length)[0].tolist() for length in (5, 1, 13)]
     expected = []
     with torch.no_grad():
@@ -133,7 +142,7 @@ def _ids(length: int, seed: int) -> Tensor:
 
 
 def _valid(head: int) -> Tensor:
-    """Mark the places of a packed row whose prediction ``head`` tokens ahead stays inside of the document."""
+    """Mark the predictions ``head`` tokens ahead that stay in their document."""
     return torch.cat([torch.arange(length) < length - head for length in LENGTHS])
 
 

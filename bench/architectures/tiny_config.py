@@ -1,4 +1,4 @@
-"""Tiny configs of transformers' causal language models, derived from the defaults of each architecture."""
+"""Tiny configs of transformers' causal models, derived from their defaults."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
-    """Make a config with few and narrow layers, of every kind of layer that the architecture has by default.
+    """Make a config with few and narrow layers.
+
+    It has every kind of layer that the architecture has by default.
 
     Args:
         model_type: transformers' name of the architecture.
@@ -162,7 +164,7 @@ def _small_fields(config_class: type[PreTrainedConfig], model_type: str) -> dict
 
 
 def _picked_layers(default: PreTrainedConfig, count: int) -> list[int]:
-    """Choose layers so that each kind is among them, the last one last."""
+    """Choose layers of each kind, the last one last."""
     lists = [value for value in vars(default).values() if isinstance(value, list) and len(value) == count and count > 1]
     kinds = [tuple(str(values[place]) for values in lists) for place in range(count)]
     firsts = sorted({kind: place for place, kind in reversed(list(enumerate(kinds)))}.values())[:6]

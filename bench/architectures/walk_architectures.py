@@ -91,7 +91,7 @@ def examine(model_type: str, folder: Path, steps: tuple[str, ...] = STEPS) -> di
 
 
 def _work() -> None:
-    """Answer model types on standard input by findings on standard output, one a line."""
+    """Answer model types on standard input by findings, one a line."""
     import torch
     import transformers
 
@@ -106,13 +106,16 @@ def _work() -> None:
 
 
 class _Worker:
-    """The process that examines, started again when it was lost."""
+    """Process that examines, started again when it was lost."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, model_type: str) -> dict[str, str]:
-        """Examine one architecture; a lost process and one that takes too long are findings too."""
+        """Examine one architecture.
+
+        A lost process and one that takes too long are findings too.
+        """
         if self._process is None:
             command = ["nice", "-n", "10", sys.executable, "-W", "ignore", __file__, "--worker"]
             self._process = subprocess.Popen(

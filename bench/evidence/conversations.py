@@ -1,4 +1,6 @@
-"""Writes MBPP as conversations: the task and its tests by a user, the solution by an assistant.
+"""Writes MBPP as conversations.
+
+A user gives the task and its tests, an assistant the solution.
 
     python bench/evidence/conversations.py MBPP_FOLDER DIR
 

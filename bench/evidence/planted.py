@@ -1,4 +1,4 @@
-"""Makes training data in which it is known which text is worth learning: functions with planted noise.
+"""Makes training data with planted truth: functions with known noise.
 
     python bench/evidence/planted.py DIR [PACKAGE_FOLDER …] [--kind foreign] [--share 0.4] [--functions 10000] [--longest 1500]
 
@@ -45,7 +45,9 @@ _BOILERPLATE = [
 
 
 def functions(folders: Iterable[Path], *, shortest: int, longest: int, most: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Find functions with a docstring, once each: their place and their text, in ASCII and of some length.
+    """Find functions with a docstring, once each.
+
+    Yields their place and their text, in ASCII and of some length.
 
     Files come in an order by ``seed``, so that whoever takes the first so many has some of every package, and at most ``most``
     of each: some are written by programs, and all alike.
@@ -78,7 +80,7 @@ def functions(folders: Iterable[Path], *, shortest: int, longest: int, most: int
 
 
 def foreign(lines: Sequence[str], share: float, others: Sequence[str], draw: random.Random) -> Pieces:
-    """Put lines of other functions between the lines of one, so that of all lines this share is foreign."""
+    """Insert lines of other functions until they are this share."""
     pieces: Pieces = []
     for line in lines:
         pieces.append((line, False))
@@ -97,7 +99,7 @@ def shuffled(lines: Sequence[str], share: float, others: Sequence[str], draw: ra
 
 
 def mutated(lines: Sequence[str], share: float, others: Sequence[str], draw: random.Random) -> Pieces:
-    """Replace this share of the names and numbers by such of other functions."""
+    """Replace a share of names and numbers by other functions'."""
     pieces: Pieces = []
     text, end = "".join(lines), 0
     for match in _WORD.finditer(text):
@@ -109,12 +111,12 @@ def mutated(lines: Sequence[str], share: float, others: Sequence[str], draw: ran
 
 
 def boilerplate(lines: Sequence[str], share: float, others: Sequence[str], draw: random.Random) -> Pieces:
-    """Put one block of text, the same in all functions, behind the first line."""
+    """Put one block of text, always the same, behind the first line."""
     return [(lines[0], False), *((line, True) for line in _BOILERPLATE), *((line, False) for line in lines[1:])]
 
 
 def blobs(lines: Sequence[str], share: float, others: Sequence[str], draw: random.Random) -> Pieces:
-    """Put lines of encoded data between the lines of a function, so that of all lines this share is such."""
+    """Insert lines of encoded data until they are this share."""
     pieces: Pieces = []
     for line in lines:
         pieces.append((line, False))
@@ -133,7 +135,10 @@ KINDS: dict[str, Callable[[Sequence[str], float, Sequence[str], random.Random], 
 
 
 def joined(pieces: Pieces) -> list[list[object]]:
-    """Join neighbours that are alike: ``[text, weight]`` pairs, as the data loader ``jsonl`` reads them."""
+    """Join neighbours that are alike.
+
+    ``[text, weight]`` pairs, as the data loader ``jsonl`` reads them.
+    """
     pairs: list[list[object]] = []
     for text, planted in pieces:
         weight = 0.0 if planted else 1.0
@@ -160,7 +165,7 @@ def clean(found: Iterable[tuple[str, str]]) -> Iterator[dict[str, object]]:
 
 
 def noisy(found: Sequence[tuple[str, str]], kind: str, share: float, seed: int) -> Iterator[dict[str, object]]:
-    """Records of functions with planted noise, and a weight for every piece of text."""
+    """Records with planted noise and a weight for every piece."""
     draw = random.Random(f"{kind} {share} {seed}")
     others = [line for _, text in found for line in text.splitlines(keepends=True)[1:] if line.strip()]
     for place, text in found:
@@ -171,7 +176,10 @@ def noisy(found: Sequence[tuple[str, str]], kind: str, share: float, seed: int) 
 
 
 def unplanted(path: Path) -> list[tuple[str, str]]:
-    """Read the functions of a file with noise, without it; only kinds that add lines leave a function whole."""
+    """Read the functions of a file with noise, without it.
+
+    Only kinds that add lines leave a function whole.
+    """
     if path.name.startswith(("train-shuffled", "train-mutated")):
         raise SystemExit(f"{path}: its functions are not whole any more; take a file of another kind")
     found: list[tuple[str, str]] = []
@@ -182,7 +190,10 @@ def unplanted(path: Path) -> list[tuple[str, str]]:
 
 
 def broken(path: Path) -> Iterator[dict[str, object]]:
-    """Take the weight from the first word behind planted lines too: a place that cannot be foreseen."""
+    """Take the weight from the first word behind planted lines too.
+
+    Nothing before it foretells its place.
+    """
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for record in map(json.loads, file):
             pairs: list[list[object]] = []

@@ -1,4 +1,4 @@
-"""Runs a planted-truth study, and measures how well each arm's weights tell the planted noise.
+"""Runs a planted-truth study, and scores each arm's weights.
 
     python bench/evidence/planted_study.py bench/evidence/study-a.toml --data DIR --model MODEL --out OUT \
         [--noise foreign-40] [--arms A,B] [--seeds 0,1] [--jobs 2] [--minutes 9] [--set KEY=VALUE]
@@ -24,7 +24,10 @@ import wmtp
 
 
 def model_folder(model: str, beside: Path) -> str:
-    """Turn a GGUF file into a Hugging Face folder, once; a folder is returned as it is."""
+    """Turn a GGUF file into a Hugging Face folder, once.
+
+    A folder is returned as it is.
+    """
     if not model.endswith(".gguf"):
         return model
     folder = beside / "base-model"
@@ -34,7 +37,7 @@ def model_folder(model: str, beside: Path) -> str:
 
 
 def planted(path: Path) -> dict[str, tuple[str, list[bool]]]:
-    """Read the text of each document, and which of its characters were planted."""
+    """Read each document's text, and which characters were planted."""
     found: dict[str, tuple[str, list[bool]]] = {}
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
@@ -44,7 +47,10 @@ def planted(path: Path) -> dict[str, tuple[str, list[bool]]]:
 
 
 def token_labels(tokens: Sequence[str], text: str, planted: Sequence[bool]) -> list[bool | None]:
-    """Label each token by its first character that is no space; None for tokens that are no part of the text."""
+    """Label each token by its first character that is no space.
+
+    None for tokens that are no part of the text.
+    """
     labels: list[bool | None] = []
     place = 0
     for token in tokens:
@@ -58,7 +64,10 @@ def token_labels(tokens: Sequence[str], text: str, planted: Sequence[bool]) -> l
 
 
 def auc(own: Sequence[float], foreign: Sequence[float]) -> float | None:
-    """Compute the probability that a token of the text itself weighs more than a planted one; ties count half."""
+    """Compute how probably a true token outweighs a planted one.
+
+    Ties count half: this is the area under the curve.
+    """
     if not own or not foreign:
         return None
     ranked = sorted([(value, True) for value in own] + [(value, False) for value in foreign])
@@ -73,7 +82,10 @@ def auc(own: Sequence[float], foreign: Sequence[float]) -> float | None:
 
 
 def weights_of(run_dir: Path, texts: Mapping[str, tuple[str, list[bool]]]) -> dict[str, Any]:
-    """Measure by head how a run's recorded weights tell planted tokens, over the second half of its records."""
+    """Measure by head how a run's weights tell planted tokens.
+
+    Over the second half of its records.
+    """
     path = run_dir / "samples.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     by_head: dict[int, tuple[list[float], list[float]]] = {}
@@ -100,7 +112,10 @@ def weights_of(run_dir: Path, texts: Mapping[str, tuple[str, list[bool]]]) -> di
 
 
 def tokens_to_reach(curve: Sequence[Sequence[float]], level: float, tokens_per_step: float) -> float | None:
-    """Find after how many tokens a curve first is as low as a level, between measurements by a straight line."""
+    """Find after how many tokens a curve first reaches a level.
+
+    Between measurements it is a straight line.
+    """
     steps, values = curve
     if values and values[0] <= level:
         return steps[0] * tokens_per_step
@@ -112,7 +127,10 @@ def tokens_to_reach(curve: Sequence[Sequence[float]], level: float, tokens_per_s
 
 
 def summary(result: wmtp.StudyResult, measured: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
-    """Lay out one line an arm: losses of the heads, AUC, share of the planted truth's gain, tokens to the baseline's end."""
+    """Lay out one line an arm.
+
+    Losses of the heads, AUC, share of the planted truth's gain, tokens to the baseline's end.
+    """
     by_arm: dict[str, dict[int, Any]] = {}
     for record in result.finished.values():
         by_arm.setdefault(record.arm, {})[record.seed] = record

@@ -1,4 +1,4 @@
-"""The contract of trainers, and what makes these: against plain Python."""
+"""Contract of trainers, and what makes these: against plain Python."""
 
 import torch
 

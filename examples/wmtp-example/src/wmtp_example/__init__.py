@@ -1,1 +1,4 @@
-"""loss-truncation and loss-ceiling for WMTP: what the model finds hardest to explain counts less, or not at all."""
+"""loss-truncation and loss-ceiling for WMTP.
+
+Both let what the model finds hardest to explain count less, or not at all.
+"""

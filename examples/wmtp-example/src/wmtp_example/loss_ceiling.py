@@ -19,7 +19,9 @@ __all__ = ["LossCeiling"]
 
 @attrs.frozen(kw_only=True)
 class LossCeiling(Trainer):
-    """Limits what a single prediction adds to the loss: w[t, k] = min(1, ceiling / CE[t, k]), so that w · CE ≤ ceiling.
+    """Limits what a single prediction adds to the loss.
+
+    w[t, k] = min(1, ceiling / CE[t, k]), so that w · CE ≤ ceiling.
 
     A typo or a garbled number then teaches no more than a token that is merely hard. The weight carries no gradient.
 

@@ -1,4 +1,7 @@
-"""loss-truncation: documents with a loss above a running quantile are not learned. The config class; it imports no torch."""
+"""loss-truncation: documents above a running quantile of loss are not learned.
+
+The config class; it imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ __all__ = ["LossTruncation"]
 
 @attrs.frozen(kw_only=True)
 class LossTruncation(TrainerConfig):
-    """Leaves out the documents with the highest loss (Kang and Hashimoto, ACL 2020, arXiv 2004.14589).
+    """Leaves out the documents with the highest loss.
+
+    Source: Kang and Hashimoto, ACL 2020, arXiv 2004.14589.
 
     The log loss asks a model to explain every document, wrong and garbled ones too. Here a document whose loss is above the
     (1 − drop) quantile of the last documents is not learned: w = 0, else 1.

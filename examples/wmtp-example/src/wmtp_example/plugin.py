@@ -1,4 +1,7 @@
-"""Register the algorithms of this package. It is read whenever `wmtp` starts, so it imports no torch."""
+"""Register the algorithms of this package.
+
+It is read whenever `wmtp` starts, so it imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,10 @@ class LossTruncationTrainer(Trainer):
         self._metrics: dict[str, Tensor] = {}
 
     def token_weights(self, view: StepView) -> Tensor:
-        """Return a weight for each token, ``[B, S]``. The view holds the whole step, whatever the micro-batches are."""
+        """Return a weight for each token, ``[B, S]``.
+
+        The view holds the whole step, whatever the micro-batches are.
+        """
         number = view.batch.document.clamp(min=0)  # padding has no valid prediction
         count = torch.zeros(len(view.batch.documents), device=number.device)
         total = torch.zeros_like(count)
@@ -57,7 +60,10 @@ class LossTruncationTrainer(Trainer):
         return {"document_loss": self._losses[view.batch.document.clamp(min=0)]}
 
     def metrics(self) -> Mapping[str, Tensor]:
-        """``truncation/threshold``: q; ``truncation/dropped``: the share of the step's documents that is left out."""
+        """Metrics ``truncation/threshold`` (q) and ``truncation/dropped``.
+
+        The latter is the share of the step's documents that is left out.
+        """
         return self._metrics
 
     def state_dict(self) -> dict[str, Any]:
