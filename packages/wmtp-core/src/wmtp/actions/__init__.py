@@ -1,1 +1,4 @@
-"""Functions behind the commands other than ``run`` and ``start``: what ``wmtp.*`` offers, and the command line prints."""
+"""Functions behind the commands other than ``run`` and ``start``.
+
+``wmtp.*`` offers them, and the command line prints what they return.
+"""

@@ -40,7 +40,9 @@ class Checked:
 
 
 def check(config: ConfigSource | Sequence[ConfigSource], *, overrides: Iterable[str] = ()) -> Checked:
-    """Check a config as ``wmtp check`` does, and as `wmtp.run` does before it starts.
+    """Check a config, as ``wmtp check`` does.
+
+    `wmtp.run` does the same before it starts.
 
     Args:
         config: a TOML file, a mapping, a `Config`, or a list of them, the later laid over the earlier.
@@ -82,7 +84,7 @@ def _summary(config: Config, registry: Registry) -> dict[str, str]:
         "data": ", ".join(f"{name} ({_with_uri(config.datasets[name])})" for name in train_sources(config)),
         "unread keys": "; ".join(f"{dotted(place)}: {', '.join(keys)}" for place, keys in unread_keys(config)) or "none",
         "evaluation": measured or "none",
-        "steps": f"{' or '.join(limits)}{', what comes first' if len(limits) > 1 else ''}; {data.batch_size} rows of"
+        "steps": f"{' or '.join(limits)}{', whichever comes first' if len(limits) > 1 else ''}; {data.batch_size} rows of"
         f" {data.max_length} tokens each",
         "optimizer": f"{config.optimizer.type}, lr {config.optimizer.lr}, {config.schedule.type}",
         "device": f"{config.devices.device}, {config.devices.precision}",

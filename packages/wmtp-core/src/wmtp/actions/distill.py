@@ -1,4 +1,7 @@
-"""Write down what a model says to given prompts: text of its own, to train its heads on."""
+"""Self-distillation data: a model's own answers to given prompts.
+
+Its heads can be trained on them.
+"""
 
 from __future__ import annotations
 
@@ -79,9 +82,9 @@ def distill_data(
     config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Distilled:
-    """Answer prompts with a model and write the answers as training data, as ``wmtp distill-data`` does.
+    """Write a model's answers to prompts, as ``wmtp distill-data`` does.
 
-    Called again with the same arguments, it continues where it stopped; no prompt is answered twice.
+    They are training data. Called again with the same arguments, it continues where it stopped; no prompt is answered twice.
 
     Args:
         model: as for `wmtp.load_model`.
@@ -170,7 +173,10 @@ def distill_data(
 
 
 def _work_file(target: str, cache_dir: Path) -> Path:
-    """Choose the local file that grows: the target itself, or one in the cache for a URI."""
+    """Choose the local file that grows: the target, or a cached one.
+
+    For a URI it is in the cache.
+    """
     if scheme_of(target) == "file":
         return file_path(target)
     name = target.rstrip("/").rpartition("/")[2].partition("?")[0]
@@ -242,7 +248,7 @@ class _Speaker:
         return prompt.messages or [{"role": "user", "content": prompt.text}]
 
     def batches(self, done: set[int], size: int) -> Iterator[list[int]]:
-        """Yield the numbers of the prompts to answer, some at once, in their order."""
+        """Yield the indices of prompts to answer, in batches, in order."""
         left = [index for index, fits in enumerate(self._fits) if fits and index not in done]
         for start in range(0, len(left), size):
             yield left[start : start + size]
@@ -271,7 +277,7 @@ class _Speaker:
         )
 
     def line(self, index: int, answer: Generation) -> dict[str, Any]:
-        """Make the record of an answer, which the data sets ``chat`` and ``jsonl`` read."""
+        """Make an answer's record, for data sets ``chat`` and ``jsonl``."""
         prompt, text = self._prompts[index], self._opened.tokenizer.decode(answer.tokens)
         found: dict[str, Any] = {"index": index, "id": prompt.id, "prompt": prompt.text, "completion": text}
         if self.use_template:

@@ -73,7 +73,7 @@ def fetch(
     config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Fetched:
-    """Bring a file or folder into a local folder, whole, as ``wmtp fetch`` does.
+    """Fetch a file or folder, whole, as ``wmtp fetch`` does.
 
     Contents are compared with the store's checksums where it has any (``checked`` says how many). What broke off before is
     continued.
@@ -95,7 +95,7 @@ def fetch(
 
 
 def verify(folder: str | os.PathLike[str], uri: str | None = None) -> Verified:
-    """Compare a folder with what `fetch` has put into it, as ``wmtp fetch --verify`` does.
+    """Verify fetched files in a folder, as ``wmtp fetch --verify`` does.
 
     Args:
         folder: with files that were fetched.
@@ -122,9 +122,9 @@ def push(
     config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Pushed:
-    """Copy a local file or folder to a URI, as ``wmtp push`` does. Arguments and errors: see `fetch`.
+    """Copy a local file or folder to a URI, as ``wmtp push``.
 
-    To the Hugging Face hub a run directory gives its model, with a model card.
+    Arguments and errors: see `fetch`. To the Hugging Face hub a run directory gives its model, with a model card.
     """
     began = time.monotonic()
     source = Path(path).expanduser()
@@ -149,7 +149,9 @@ def clean(
     config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Sequence[Leftover]:
-    """Remove what killed uploads left at a URI, inside it and beside it, as ``wmtp clean`` does.
+    """Remove leftovers of killed uploads at a URI, as ``wmtp clean``.
+
+    Inside it and beside it.
 
     Args:
         uri: a URI or a path.
@@ -171,7 +173,9 @@ def cache(
     config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Cache:
-    """Open the cache of fetched files: ``list()``, ``verify()`` and ``prune(max_size)`` do what ``wmtp cache`` does.
+    """Open the cache of fetched files.
+
+    ``list()``, ``verify()`` and ``prune(max_size)`` do what ``wmtp cache`` does.
 
     Args:
         cache_dir: its folder. Default: ``storage.cache_dir``.
@@ -188,7 +192,9 @@ def pull_runs(
     config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Pulled:
-    """Merge runs from an object store into one database, as ``wmtp runs pull URI`` does.
+    """Merge runs into one database, as ``wmtp runs pull URI`` does.
+
+    They come from an object store.
 
     Args:
         uri: what was ``tracker.tracking_uri``.
@@ -206,7 +212,7 @@ def pull_runs(
 
 
 def storage_section(config: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str]) -> StorageConfig:
-    """Read the section ``[storage]`` for work that has no config of its own.
+    """Read ``[storage]`` for work that has no config of its own.
 
     Args:
         config: a TOML file or mapping, or several.

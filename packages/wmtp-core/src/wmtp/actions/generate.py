@@ -62,7 +62,9 @@ def generate(
     config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Generated:
-    """Continue a text, as ``wmtp generate`` does. For several texts open the model once: `wmtp.load_model`.
+    """Continue a text, as ``wmtp generate`` does.
+
+    For several texts open the model once: `wmtp.load_model`.
 
     Args:
         model: as for `wmtp.load_model`.
@@ -106,12 +108,12 @@ def generate(
         overrides=overrides,
     )
     if isinstance(prompt, str) and not chat:
-        return writer.go_on(prompt, on_text)
+        return writer.complete(prompt, on_text)
     return writer.answer(conversation(prompt, system), on_text)
 
 
 def conversation(said: str | Sequence[Mapping[str, Any]], system: str | None) -> list[Mapping[str, Any]]:
-    """Make messages of what a user says, behind a system's message where there is one."""
+    """Make messages of a user's text, after an optional system message."""
     before = [] if system is None else [{"role": "system", "content": system}]
     return [*before, *([{"role": "user", "content": said}] if isinstance(said, str) else said)]
 
@@ -131,7 +133,10 @@ def open_writer(
     config: ConfigSource | Sequence[ConfigSource],
     overrides: Iterable[str],
 ) -> Writer:
-    """Open a model to write with. Arguments and errors: see `generate`."""
+    """Open a model to write with.
+
+    Arguments and errors: see `generate`.
+    """
     from wmtp.devices import pick_device
     from wmtp.generation import compile_model
     from wmtp.models.opening import open_model
@@ -180,8 +185,8 @@ class Writer:
         self._sampling, self._stop = sampling, stop
         self._speculative, self._most_new = speculative, max_new_tokens
 
-    def go_on(self, prompt: str, on_text: Callable[[str], None] | None = None) -> Generated:
-        """Continue a text. Arguments and errors: see `generate`."""
+    def complete(self, prompt: str, on_text: Callable[[str], None] | None = None) -> Generated:
+        """Complete a text. Arguments and errors: see `generate`."""
         from wmtp.generation.text import encode_prompt
         from wmtp.models.ends import end_ids
 
@@ -191,7 +196,10 @@ class Writer:
         return self._write(prompt, encode_prompt(tokenizer, prompt), ends, most, on_text)
 
     def answer(self, messages: Sequence[Mapping[str, Any]], on_text: Callable[[str], None] | None = None) -> Generated:
-        """Answer in a conversation. Arguments and errors: see `generate`."""
+        """Answer in a conversation.
+
+        Arguments and errors: see `generate`.
+        """
         from wmtp.generation.text import chat_ends, chat_prompt
 
         tokenizer = self.opened.tokenizer

@@ -1,4 +1,7 @@
-"""Write a recipe that comes with WMTP, and its sample data, into a folder. Imports no torch."""
+"""Recipes that come with WMTP, and their sample data.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,12 @@ class Initialized:
 
 
 def recipes() -> Mapping[str, str]:
-    """List the recipes by name, each with the first sentence of its first comment."""
+    """List the recipes by name, each with a one-sentence summary."""
     return {entry.name: _summary(entry) for entry in _folders()}
 
 
 def init(recipe: str, folder: str | os.PathLike[str] | None = None) -> Initialized:
-    """Write a recipe that runs as it is on a CPU, with its sample data.
+    """Write a recipe that runs on a CPU, with sample data.
 
     Args:
         recipe: its name; `recipes` lists them.

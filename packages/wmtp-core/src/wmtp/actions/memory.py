@@ -1,4 +1,4 @@
-"""Memory and time that a config will need, as ``wmtp check`` says them. Imports no torch."""
+"""Estimates of memory and time for ``wmtp check``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ __all__ = ["outlook", "time_outlook"]
 
 
 def outlook(config: Config) -> tuple[dict[str, str], list[str]]:
-    """Estimate the memory of each device and the speed of some GPUs, and warn of a likely shortage.
+    """Estimate memory and speed, and warn of a likely shortage.
+
+    The memory is that of each device, the speed that of some GPUs.
 
     Args:
         config: checked.

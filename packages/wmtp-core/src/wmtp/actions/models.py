@@ -1,4 +1,7 @@
-"""Use a trained model, and show runs. Every function takes a model in every form. Imports no torch before it is needed."""
+"""Functions on trained models and runs.
+
+Every function takes a model in every form. Imports no torch before it is needed.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,9 @@ def load_model(
     config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> MTPModel:
-    """Open a model with all its heads, in eval mode; a plain Hugging Face model has head 1 alone.
+    """Open a model with all its heads, in eval mode.
+
+    A plain Hugging Face model has head 1 alone.
 
     Args:
         model: a run directory, a model folder (as WMTP, Hugging Face or Meta write it), a ``.gguf`` file, or a URI of those.
@@ -50,7 +55,9 @@ def load_model(
 def load_tokenizer(
     model: str | os.PathLike[str], *, config: ConfigSource | Sequence[ConfigSource] = (), overrides: Iterable[str] = ()
 ) -> Tokenizer:
-    """Open the tokenizer of a model. Arguments: see `load_model`.
+    """Open the tokenizer of a model.
+
+    Arguments: see `load_model`.
 
     Raises:
         ConfigError: there is no such model.
@@ -100,7 +107,7 @@ def export(
     config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Exported:
-    """Write a model in the layout of other tools, as ``wmtp export`` does.
+    """Write a model for other tools, as ``wmtp export`` does.
 
     Args:
         model: as for `load_model`.
@@ -128,7 +135,9 @@ def report(
     config: ConfigSource | Sequence[ConfigSource] = (),
     overrides: Iterable[str] = (),
 ) -> Path:
-    """Write one HTML page that shows a run, or compares several, as ``wmtp report`` does.
+    """Write an HTML report of one or more runs.
+
+    As ``wmtp report`` does: one page, which compares several runs.
 
     Args:
         runs: run directories, of runs in any state, or the URIs that were their ``checkpoints.uri``; or one of them.

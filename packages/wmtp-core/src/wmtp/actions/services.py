@@ -144,7 +144,10 @@ def logs(run: str, *, config: Sequence[str] = (), tail: int | None = None, follo
 
 
 def cancel(run: str, *, config: Sequence[str] = ()) -> LaunchedRun:
-    """End a launched run, as ``wmtp cancel`` does; one that is over stays as it is. Arguments and errors: see `status`."""
+    """End a launched run, as ``wmtp cancel`` does.
+
+    One that is over stays as it is. Arguments and errors: see `status`.
+    """
     launcher, found, record = find_launched(run, config)
     before = launcher.status(found)
     if before.state.is_over:
@@ -154,7 +157,10 @@ def cancel(run: str, *, config: Sequence[str] = ()) -> LaunchedRun:
 
 
 def metrics(run: str, *, config: Sequence[str] = ()) -> Measurements:
-    """Ask what the machine of a launched run does, as ``wmtp metrics`` does. Arguments and errors: see `status`."""
+    """Read a launched run's machine load, as ``wmtp metrics`` does.
+
+    Arguments and errors: see `status`.
+    """
     from wmtp.launchers.samples import latest_sample
 
     launcher, found, _ = find_launched(run, config)

@@ -1,4 +1,7 @@
-"""Run a study: what is not done yet is trained, what is done is compared. Imports no torch before a run begins."""
+"""Run a study: train what is missing, compare what is done.
+
+Imports no torch before a run begins.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def study(
     minutes: float | None = None,
     allow_code_execution: bool = False,
 ) -> StudyResult:
-    """Train every run of a study that is not done yet, and compare its arms.
+    """Train a study's missing runs, and compare its arms.
 
     The same call continues where the last one ended: finished runs are skipped, interrupted ones resumed.
 
@@ -84,7 +87,7 @@ def study(
         for run in chosen:
             require_consent(run.config.eval, allowed)
         session = _Session(plan, chosen, jobs=jobs, retry=retry, minutes=minutes, allow_code_execution=allowed)
-        return session.outlook() if dry_run else session.go_on()
+        return session.outlook() if dry_run else session.run()
 
 
 class _Session:
@@ -121,7 +124,7 @@ class _Session:
     # --- what is there
 
     def _read(self) -> list[PlannedRun]:
-        """Read the records, and find the runs that are to be done now."""
+        """Read the records, and find the runs to do now."""
         folder = self._plan.folder
         found = read_records(folder)
         self._records, left_behind = of_plan(found, self._plan.runs)
@@ -145,7 +148,10 @@ class _Session:
         return name in self._records and self._records[name].counts
 
     def _to_do(self) -> list[PlannedRun]:
-        """Find the runs that are not done, and those whose models such runs need and that are not there."""
+        """Find the runs to do, with those whose models they need.
+
+        The latter only where the model is not there.
+        """
         todo = {run.name for run in self._chosen if run.name not in self._failed and not self._is_done(run.name)}
         for run in reversed(self._plan.runs):
             if run.name in todo:
@@ -195,14 +201,17 @@ class _Session:
         return f"{found}, one run after another, the training steps alone with full rows"
 
     def _expected(self, run: PlannedRun) -> float | None:
-        """Seconds that a run will take: as long as the runs of its arm took, else as the longest of all."""
+        """Estimate a run's seconds by the slowest run of its arm.
+
+        Where its arm has none, by the slowest of all.
+        """
         times = {name: one.seconds for name, one in self._records.items() if one.counts and one.seconds}
         own = [seconds for name, seconds in times.items() if self._records[name].arm == run.arm]
         return max(own or times.values(), default=None)
 
     # --- what is done
 
-    def go_on(self) -> StudyResult:
+    def run(self) -> StudyResult:
         """Train, record and compare."""
         folder = self._plan.folder
         try:
@@ -231,7 +240,7 @@ class _Session:
             return self._finish()
 
     def _is_lost(self, run: PlannedRun) -> bool:
-        """Forget a run that has to be done again, though it was done or failed."""
+        """Forget the record of a run that must be done again."""
         if (record := self._records.get(run.name)) is None:
             return False
         if record.counts:
@@ -265,7 +274,7 @@ class _Session:
     def _may_begin(self, run: PlannedRun) -> bool:
         if self._end is None or time.monotonic() + (self._expected(run) or 0.0) <= self._end:
             return True
-        logger.info("--minutes are over: %s and what follows is left; the same command goes on", run.name)
+        logger.info("--minutes are over: %s and what follows is left; the same command continues", run.name)
         return False
 
     def _done(self, outcome: Outcome) -> bool:
@@ -299,7 +308,10 @@ class _Session:
         return True
 
     def _tidy(self, name: str) -> None:
-        """Remove the model of a finished run that no other needs any more, where the study says so."""
+        """Remove a finished run's model once no other run needs it.
+
+        Only where the study says so.
+        """
         record = self._records.get(name)
         if self._plan.file.config.study.keep_models or record is None or not record.counts:
             return
@@ -333,7 +345,10 @@ class _Session:
 
 
 def _left_behind(records: Sequence[RunRecord], still: int, runs: Sequence[PlannedRun]) -> Iterator[str]:
-    """Say which records no longer count, what in their configs is another than now, and which are no runs of this study."""
+    """Describe records that no longer count, and what has changed.
+
+    And records that are no runs of this study.
+    """
     planned = {(run.arm, run.seed) for run in runs}
     foreign = [record.name for record in records if (record.arm, record.seed) not in planned]
     names = []
@@ -375,7 +390,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _environments(jobs: int) -> list[dict[str, str]]:
-    """Give each of several processes a GPU, or its share of the cores."""
+    """Give each process a GPU, or its share of the cores."""
     if jobs == 1:
         return [{}]
     from wmtp.devices import count_devices, pick_device

@@ -1,4 +1,7 @@
-"""Processes that train the runs of a study, several at once, each run alone in its process."""
+"""Worker processes that train a study's runs, several at once.
+
+Each trains one run at a time.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +109,7 @@ class Pool:
                 worker.send_signal(number)
 
     def _serve(self, environment: Mapping[str, str]) -> None:
-        """Keep one worker process busy; a new one follows one in which a run failed."""
+        """Keep one worker busy; replace it after a run that failed."""
         worker: subprocess.Popen[str] | None = None
         try:
             while (run := self._take()) is not None:
@@ -129,7 +132,7 @@ class Pool:
                 self._changed.notify_all()
 
     def _take(self) -> PlannedRun | None:
-        """Wait for a run that can begin; None where there is none any more."""
+        """Wait for a run that can begin; None when none is left."""
         with self._changed:
             while True:
                 if self._stops or not self._waiting:

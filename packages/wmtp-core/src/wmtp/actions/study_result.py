@@ -1,4 +1,4 @@
-"""Result of a study: a table like a data frame, and what became of each run."""
+"""Result of a study: a table, and the state of each run."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class StudyResult:
         return pandas.DataFrame(self.rows, columns=_COLUMNS)
 
     def _repr_html_(self) -> str:
-        """Show the sentence and the table, as a notebook does with the last value of a cell."""
+        """Render the sentence and the table for a notebook."""
         cells = [[html.escape(cell) for cell in line] for line in text_lines(self.table)]
         body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in cells)
         head = "".join(f"<th>{name}</th>" for name in TABLE_HEADS)
@@ -88,7 +88,7 @@ class StudyResult:
 
 
 def text_lines(table: StudyTable) -> list[list[str]]:
-    """Lay out the table as cells of text: metric, arm, n, mean and spread, other arm, difference and interval, verdict."""
+    """Lay out the table as cells of text, under `TABLE_HEADS`."""
     lines = []
     for row in table.rows:
         spread = "" if row.sd is None else f" ± {row.sd:.2g}"

@@ -1,7 +1,8 @@
-"""One process of a study: ``python -m wmtp.actions.study_worker``. It trains one run after another, as it is told.
+"""Worker process of a study: ``python -m wmtp.actions.study_worker``.
 
-A job is a line of JSON on standard input, an answer one on standard output. What a run prints goes into a log file of its own.
-The end of standard input is the end of the study's own process: a run that is being trained then saves a checkpoint.
+It trains one run after another, as it is told. A job is a line of JSON on standard input, an answer one on standard output.
+What a run prints goes into a log file of its own. The end of standard input is the end of the study's own process: a run that
+is being trained then saves a checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["main"]
 
 
 def main() -> int:
-    """Train what comes until there is no more, or one run did not end well."""
+    """Train jobs until there are no more, or one fails."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a study in a script's background inherits that it is ignored
     answers = os.fdopen(os.dup(1), "w")
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -46,7 +47,7 @@ def main() -> int:
 
 
 def _next(jobs: queue.SimpleQueue[str]) -> str:
-    """Wait for a job; Ctrl-C between two runs is the end, and no error."""
+    """Wait for a job; Ctrl-C between two runs ends without error."""
     try:
         return jobs.get()
     except KeyboardInterrupt:
@@ -95,7 +96,10 @@ def _train(job: dict[str, Any], threads: int | None) -> dict[str, Any]:
 
 
 def _clear(*, compiled: bool) -> None:
-    """Leave nothing of a run to the next: its memory, and layers that were compiled, of which torch keeps only so many."""
+    """Free memory and compiled layers before the next run.
+
+    torch keeps only so many compiled layers.
+    """
     import torch
 
     gc.collect()

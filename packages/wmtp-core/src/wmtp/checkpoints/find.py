@@ -1,4 +1,4 @@
-"""Find the checkpoints that a run resumes from, the same ones on all processes."""
+"""Find the checkpoints to resume from, the same on all processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("wmtp")
 
 
 def checkpoint_folder(config: Config, run_dir: Path) -> Path:
-    """Where the checkpoints of a run are written on this machine."""
+    """Return the local folder of a run's checkpoints."""
     uri = config.checkpoints.uri
     return run_dir / "checkpoints" if uri is None or scheme_of(uri) != "file" else file_path(uri)
 
@@ -34,7 +34,9 @@ def checkpoint_folder(config: Config, run_dir: Path) -> Path:
 def find_checkpoints(
     config: Config, run_dir: Path, remote: RemoteCheckpoints | None, ranks: Ranks, *, resume: bool
 ) -> list[Checkpoint]:
-    """List the checkpoints to resume from, oldest first; the newest may have to be fetched. Leftovers of killed processes go.
+    """List the checkpoints to resume from, oldest first.
+
+    The newest is fetched where it is in the store alone. What killed processes left is removed.
 
     Raises:
         ConfigError: there are some, but the run is not to be resumed.
@@ -49,7 +51,10 @@ def find_checkpoints(
 
 
 def _tidy(folder: Path, run_dir: Path, remote: RemoteCheckpoints | None, *, resume: bool) -> list[Checkpoint]:
-    """Remove what killed processes left, and list the checkpoints to resume from; the newest may have to be fetched."""
+    """Remove what killed processes left; list the checkpoints to resume from.
+
+    The newest is fetched where it is in the store alone.
+    """
     if folder.parent != run_dir:  # the run directory is known to be writable
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +84,7 @@ def _tidy(folder: Path, run_dir: Path, remote: RemoteCheckpoints | None, *, resu
 
 
 def _tidy_records(run_dir: Path, step: int, interval: int) -> None:
-    """Repair the records of steps, and say where the curve has a gap."""
+    """Repair the step records, and warn where the curve has a gap."""
     for name in ("metrics.jsonl", "weights.jsonl", "samples.jsonl"):
         set_aside_damaged(run_dir / name)
     warn_of_gap(run_dir / "metrics.jsonl", step, interval)

@@ -1,4 +1,6 @@
-"""Checkpoints: complete or absent, never half; written by all ranks, and read by any number of them.
+"""Checkpoints on disk: complete or absent, never half.
+
+All ranks write them, and any number of ranks reads them.
 
 ``checkpoints/step-N/`` holds safetensors files with the tensors of model and optimizer, each rank's part in one file
 (``torch.distributed.checkpoint``; the header of each file says which part of which tensor it holds, so that nothing is
@@ -125,7 +127,10 @@ def save_checkpoint(
 
 
 def prune_checkpoints(folder: Path, keep_last: int, needed: Collection[int] = ()) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints, and those of the steps ``needed``; 0 keeps all."""
+    """Remove all but the newest ``keep_last`` checkpoints; 0 keeps all.
+
+    Those of the steps ``needed`` stay too.
+    """
     if keep_last:
         for checkpoint in list_checkpoints(folder)[:-keep_last]:
             if checkpoint.step in needed:
@@ -139,10 +144,10 @@ def prune_checkpoints(folder: Path, keep_last: int, needed: Collection[int] = ()
 def load_checkpoint(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = SINGLE_PROCESS
 ) -> dict[str, Any]:
-    """Read the tensors into ``model`` and ``optimizer``, and return the rest of the state, on the CPU.
+    """Load tensors into ``model`` and ``optimizer``; return the other state.
 
-    Every rank reads its own parts, whoever wrote them. The ranks share the work of comparing the files with their checksums,
-    so none may use what it has read before all have.
+    That is on the CPU. Every rank reads its own parts, whoever wrote them. The ranks share the work of comparing the files with
+    their checksums, so none may use what it has read before all have.
 
     Raises:
         WMTPError: a file is missing, damaged or of another model; the message names it.
@@ -184,7 +189,7 @@ def load_checkpoint_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def best_step(checkpoint: Checkpoint) -> int | None:
-    """Read which step had measured best when a checkpoint was written; None where none was remembered."""
+    """Read the best step so far from a checkpoint, if any."""
     state = torch.load(checkpoint.path / "state.pt", map_location="cpu", weights_only=True)
     return state["best"]["step"]
 
@@ -198,7 +203,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """List parameters and persistent buffers, tied ones once; not what never learns, which the base's files hold."""
+    """List parameters to save and persistent buffers, tied ones once.
+
+    Frozen ones that the base's files hold are left out.
+    """
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     state = model.learned_state() if isinstance(model, MTPModel) else model.state_dict(keep_vars=True)
@@ -210,7 +218,10 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _take_out(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Nested dicts and lists without their tensors, which go to ``tensors`` under their path. Single numbers stay."""
+    """Copy nested dicts and lists without tensors, collected in ``tensors`` by path.
+
+    Single numbers stay.
+    """
     if isinstance(value, Mapping):
         return {key: _take_out(element, f"{path}.{key}", tensors) for key, element in value.items()}
     if isinstance(value, list | tuple):
@@ -222,7 +233,10 @@ def _take_out(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_in(skeleton: Any, template: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Reverse `_take_out`: place the tensors of ``template``, and list them in ``tensors`` to be filled."""
+    """Reverse `_take_out`: place ``template``'s tensors, and list them in ``tensors``.
+
+    There they are to be filled.
+    """
     if isinstance(skeleton, Mapping):
         if skeleton.keys() == {_ELSEWHERE}:
             if not isinstance(template, Tensor):
@@ -239,7 +253,7 @@ def _put_in(skeleton: Any, template: Any, path: str, tensors: dict[str, Tensor])
 
 
 def _after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the optimizer's state dict as it is after a step; parameters stay unchanged."""
+    """Return the optimizer's state dict after a step without effect."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     before = [parameter.grad for parameter in parameters]
@@ -256,7 +270,9 @@ def _after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _read(folder: Path, tensors: dict[str, Tensor], only: str = "") -> None:
-    """Fill ``tensors`` from the files; every one must be there, of the right shape, and nothing else.
+    """Fill ``tensors`` from the files, which must match them exactly.
+
+    Every tensor must be there, of the right shape, and nothing else.
 
     Args:
         folder: of the checkpoint.

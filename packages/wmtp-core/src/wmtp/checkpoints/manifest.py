@@ -1,4 +1,4 @@
-"""``checkpoint.json``: what the files of a checkpoint are, and whether they still are. Imports no torch.
+"""``checkpoint.json``: a checkpoint's files and their checksums. Imports no torch.
 
 Sizes and CRC-32, which finds any single flipped bit or damaged run of up to 32; it is for disks and lines that err, not against
 people who want to deceive. Reading runs at several GB/s on each core (docs/performance.md), several files at once.

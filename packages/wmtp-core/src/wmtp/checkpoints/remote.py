@@ -1,4 +1,6 @@
-"""Checkpoints in an object store: written on this machine, uploaded while training continues, found again by another machine.
+"""Checkpoints in an object store, uploaded while training continues.
+
+They are written on this machine, and found again by another.
 
 Importing this imports no torch: a run that was begun elsewhere is looked for before its place here is known.
 
@@ -46,7 +48,9 @@ _SAYS_SO_EVERY: Final = 30.0
 
 
 def remote_checkpoints(config: Config) -> RemoteCheckpoints | None:
-    """Where a run uploads its checkpoints to; None where they stay on this machine.
+    """Open the place that a run uploads checkpoints to, if any.
+
+    None where they stay on this machine.
 
     Raises:
         ConfigError: nothing that is installed serves the URI.
@@ -126,7 +130,10 @@ class RemoteCheckpoints:
                 merge_steps(run_dir / file.name, file)
 
     def _is_complete(self, step: int) -> bool:
-        """Ask for the marker of a checkpoint by its own name: what a listing does not show may be there all the same."""
+        """Ask for a checkpoint's marker by its own name.
+
+        What a listing does not show may be there all the same.
+        """
         return any(True for _ in self._storage.files(f"{self.uri}/step-{step}.json"))
 
     def _written(self, step: int) -> Mapping[str, int]:
@@ -173,9 +180,10 @@ class RemoteCheckpoints:
             raise ConfigError(f"checkpoints.uri: {self.uri} holds something else ({shown}); name a folder of this run alone")
 
     def tidy(self) -> None:
-        """Remove what a killed run left half-uploaded. Only for the run that writes there.
+        """Remove what a killed run left half-uploaded.
 
-        What belongs to a complete checkpoint stays: before anything is removed, its marker is asked for once more.
+        Only for the run that writes there. What belongs to a complete checkpoint stays: before anything is removed, its marker
+        is asked for once more.
 
         Raises:
             WMTPError: it could not be removed, or the store contradicts itself.
@@ -192,9 +200,10 @@ class RemoteCheckpoints:
                 self._storage.remove(f"{self.uri}/{name}")
 
     def upload(self, checkpoint: Checkpoint, run_dir: Path, keep_last: int, best: int | None = None) -> None:
-        """Upload a checkpoint and its run's files, mark it complete, remove older ones.
+        """Upload a checkpoint and the run's files; remove older ones.
 
-        One that is there already, whole, is not touched: while it is replaced a kill would leave none.
+        The checkpoint is complete once its marker is there. One that is there already, whole, is not touched: while it is
+        replaced a kill would leave none.
 
         Args:
             checkpoint: on disk.
@@ -244,8 +253,7 @@ class CheckpointUpload:
     """Background upload of checkpoints, so that training never waits for the network.
 
     A checkpoint that is still waiting when a newer one is there is passed over, unless it is the best: the newer one serves as
-    well. One that could
-    not be uploaded is reported at once; the run fails at its end if the newest did not arrive.
+    well. One that could not be uploaded is reported at once; the run fails at its end if the newest did not arrive.
 
     Args:
         remote: where to.
@@ -287,7 +295,9 @@ class CheckpointUpload:
             return {checkpoint.step for checkpoint in (*self._waiting, self._under_way) if checkpoint is not None}
 
     def restore_best(self, step: int | None, folder: Path) -> None:
-        """Keep the best checkpoint of a resumed run, and fetch it where it is in the store alone.
+        """Keep a resumed run's best checkpoint.
+
+        It is fetched where it is in the store alone.
 
         Raises:
             WMTPError: it could not be fetched.
@@ -297,7 +307,9 @@ class CheckpointUpload:
             self._remote.fetch(step, folder)
 
     def finish(self, model: Path | None = None) -> None:
-        """Wait for the last upload, however long it takes, and upload the model.
+        """Wait for the last upload, then upload the model.
+
+        However long it takes.
 
         Args:
             model: the trained model's folder; None where there is none.

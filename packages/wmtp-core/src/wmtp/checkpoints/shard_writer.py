@@ -43,7 +43,9 @@ _ALIGNMENT: Final = 8
 
 
 class ShardWriter(HuggingFaceStorageWriter):
-    """Writes what ``HuggingFaceStorageReader`` reads: a file a rank, with the offsets of its parts in the header.
+    """Writer of the files that ``HuggingFaceStorageReader`` reads.
+
+    One a rank, with the offsets of its parts in the header.
 
     Args:
         folder: where the files are written.

@@ -88,7 +88,7 @@ def generate(arguments: Namespace) -> tuple[Any, int]:
         found = writer.answer(conversation(prompt, arguments.system), on_text)
     else:
         _say_template(writer, prompt)
-        found = writer.go_on(prompt, on_text)
+        found = writer.complete(prompt, on_text)
     if not arguments.json:
         print()
     _print_speed(found)

@@ -94,7 +94,7 @@ def _print(result: StudyResult) -> None:
     for note in result.table.notes:
         print(f"note: {note}")
     if result.left:
-        print(f"{len(result.left)} runs are left; the same command goes on")
+        print(f"{len(result.left)} runs are left; the same command continues")
     print(f"page: {result.folder / 'report.html'}")
 
 

@@ -1,4 +1,4 @@
-"""Where a process stands among others, as its environment says. Imports no torch."""
+"""Ranks and machines, as the environment says. Imports no torch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ class Nodes:
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ) -> Nodes:
-        """Read ``WMTP_NNODES`` … or the variables of SkyPilot, ``PET_*`` or ``NUM_NODES``; default: one machine.
+        """Read the machines from the environment; default: one machine.
+
+        The variables are ``WMTP_NNODES`` and its like, or those of SkyPilot, ``PET_*`` or ``NUM_NODES``.
 
         Raises:
             ConfigError: a variable is missing or makes no sense.
@@ -149,7 +151,7 @@ def own_address(nodes: Nodes) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the network interface that has ``address``; None where the system does not say."""
+    """Return the network interface with ``address``, if the system tells."""
     if sys.platform != "linux":
         return None
     import fcntl

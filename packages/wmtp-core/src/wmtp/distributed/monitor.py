@@ -1,4 +1,4 @@
-"""Watcher that names a dead or hanging rank and ends a stuck process.
+"""Watcher that names dead or hanging ranks and ends stuck processes.
 
 Every rank writes a beat to the store of the run, from a thread of its own: a rank whose beats stop is gone (or its machine is,
 or it was stopped); one that beats but does fewer steps than the others hangs. Where a collective fails, or a rank has done
@@ -88,7 +88,7 @@ class Monitor:
         return self._since is not None
 
     def tick(self, done: str) -> None:
-        """Something was done; from now on the next thing must be done in time."""
+        """Record progress, and restart the timeout."""
         self._steps += 1
         self._done = done
         self._since = time.monotonic()
@@ -103,7 +103,10 @@ class Monitor:
         self._thread.join()
 
     def explain(self) -> str | None:
-        """Name the ranks that are gone or hang; None where all are well. Takes about two seconds."""
+        """Name the ranks that are gone or hang, if any.
+
+        Takes about two seconds.
+        """
         try:
             before = self._beats()
             time.sleep(4 * _BEAT)

@@ -38,7 +38,7 @@ class Watch(Protocol):
         ...
 
     def tick(self, done: str) -> None:
-        """Something was done."""
+        """Record progress, and restart the timeout."""
 
     def pause(self) -> None:
         """Stop the timeout: the next operation may take any time."""
@@ -46,7 +46,9 @@ class Watch(Protocol):
 
 @frozen(kw_only=True, eq=False)
 class Ranks:
-    """Processes of this run, seen from one of them. Default: one process without communication.
+    """Processes of this run, seen from one of them.
+
+    Default: one process without communication.
 
     Args:
         rank: this process, from 0; rank 0 writes files and logs.
@@ -72,12 +74,15 @@ class Ranks:
         return self.rank == 0
 
     def tick(self, done: str) -> None:
-        """Something was done: this rank is alive. See `wmtp.distributed.monitor`."""
+        """Record progress: this rank is alive.
+
+        See `wmtp.distributed.monitor`.
+        """
         if self.watch is not None:
             self.watch.tick(done)
 
-    def still_at_it(self, done: str) -> None:
-        """A part of a step was done: as `tick`, but only while steps are done."""
+    def tick_within_step(self, done: str) -> None:
+        """Record progress within a step: `tick` while the timeout is counting."""
         if self.watch is not None and self.watch.running:
             self.watch.tick(done)
 
@@ -89,7 +94,7 @@ class Ranks:
     # --- numbers
 
     def gather(self, values: Tensor) -> Tensor:
-        """Concatenate the ``values`` of all ranks along the first dimension. Shapes must be equal everywhere."""
+        """Concatenate all ranks' ``values``, of equal shape, along dimension 0."""
         if self.world_size == 1:
             return values
         sent = values.contiguous()
@@ -143,7 +148,10 @@ class Ranks:
 
     @property
     def _messages(self) -> ProcessGroup | None:
-        """During training answers must come in time; before and after, reading and writing may take longer."""
+        """Group for messages of Python objects.
+
+        During training answers must come in time; before and after, reading and writing may take longer.
+        """
         return self.control if self.watch is not None and self.watch.running else self.patient
 
     # --- objects, and errors that all ranks must know
@@ -157,7 +165,10 @@ class Ranks:
         return found
 
     def main_only(self, work: Callable[[], T]) -> T:
-        """Do ``work`` on rank 0 only; every rank gets what it returned, or the error that it raised."""
+        """Do ``work`` on rank 0 only.
+
+        Every rank gets what it returned, or the error that it raised.
+        """
         if self.world_size == 1:
             return work()
         value, error = self._attempt(work) if self.is_main else (None, None)
@@ -170,13 +181,19 @@ class Ranks:
         return sent[0] if not self.is_main else value  # type: ignore[return-value]
 
     def collective(self, work: Callable[[], T]) -> T:
-        """Do ``work`` on every rank. If it fails on one, it fails on all, with an error that names the rank."""
+        """Do ``work`` on every rank; if one fails, all fail.
+
+        The error names the rank.
+        """
         value, error = self._attempt(work)
         self._raise_if_any(error)
         return value  # type: ignore[return-value]
 
     def one_by_machine_first(self, work: Callable[[], T]) -> T:
-        """As `collective`, but on each machine one rank goes first: it fills the caches that the others then find filled."""
+        """Do ``work`` as `collective`, first on one rank of each machine.
+
+        That one fills the caches that the others then find filled.
+        """
         value, error = self._attempt(work) if self.local_rank == 0 else (None, None)
         self._raise_if_any(error)
         if self.local_rank != 0:
@@ -217,7 +234,9 @@ SINGLE_PROCESS = Ranks()
 
 @frozen(kw_only=True, eq=False)
 class Share:
-    """Rows of an optimizer step that one rank computes: as many on every rank, one rank's after another's.
+    """Rows of an optimizer step that one rank computes.
+
+    As many on every rank, one rank's after another's.
 
     Every rank must do the same forward and backward passes, or one would wait for another for ever. Where the rows do not
     suffice, a rank computes the first row once more, with nothing to learn in it.

@@ -86,7 +86,9 @@ class LaunchPlan:
 
 
 class RemoteLauncher(Launcher, contract=True):
-    """Hands a run to a service. ``wmtp launch``, ``status``, ``logs``, ``cancel`` and ``metrics`` work through it.
+    """Launcher that hands a run to a service.
+
+    ``wmtp launch``, ``status``, ``logs``, ``cancel`` and ``metrics`` work through it.
 
     Its config class has the class variable ``remote = True``: files of the config are then those of the other place, and
     need not exist here. `build` and `plan` import no torch and touch no network.
@@ -110,7 +112,7 @@ class RemoteLauncher(Launcher, contract=True):
         )
 
     def inside(self, config: Config) -> Config:
-        """Return the config for the other place, where the local launcher runs it."""
+        """Return the config for the other place, with the local launcher."""
         from wmtp.launchers.config import LocalLauncher
 
         return evolve(config, launcher=LocalLauncher())
@@ -131,7 +133,9 @@ class RemoteLauncher(Launcher, contract=True):
         """
 
     def validate(self, config: Config, plan: LaunchPlan) -> Sequence[str]:
-        """Ask the service whether it would take the plan: names that must exist, limits. Nothing is started.
+        """Ask the service whether it would take the plan.
+
+        That is about names that must exist, and limits. Nothing is started.
 
         Returns:
             what could not be asked, one line each.
@@ -142,7 +146,7 @@ class RemoteLauncher(Launcher, contract=True):
         return ()
 
     def find(self, plan: LaunchPlan) -> Sequence[str] | None:
-        """List the living runs of this very plan, whoever started them, by id.
+        """List the ids of this plan's living runs, whoever started them.
 
         None, the default, where the service cannot be asked: then a plan whose answer was lost is not sent again unasked.
         """
@@ -150,7 +154,9 @@ class RemoteLauncher(Launcher, contract=True):
 
     @abstractmethod
     def submit(self, plan: LaunchPlan) -> str:
-        """Start the run, once: a request whose answer is lost is not repeated.
+        """Start the run, once.
+
+        A request whose answer is lost is not repeated.
 
         Returns:
             the run's id.
@@ -176,7 +182,9 @@ class RemoteLauncher(Launcher, contract=True):
 
     @abstractmethod
     def cancel(self, run: str) -> None:
-        """Ask the service to end a run. A run that is over already stays as it is.
+        """Ask the service to end a run.
+
+        A run that is over already stays as it is.
 
         Args:
             run: its id.

@@ -21,7 +21,9 @@ def _processes(_: object, __: object, value: object) -> None:
 
 @frozen(kw_only=True)
 class LocalLauncher(LauncherConfig):
-    """Runs on this machine; with several processes by torchrun, or in those that torchrun or a cluster has started already.
+    """Runs on this machine, in one process or several.
+
+    Several are started by torchrun; those that torchrun or a cluster has started already are used as they are.
 
     Args:
         processes: on each machine, one a device. ``auto``: as many as there are GPUs that torch can use; 1 on a CPU. Several

@@ -49,7 +49,10 @@ class Local(Launcher):
             return train(config, run_dir, resume=resume, ranks=ranks)
 
     def follow(self, config: Config, nodes: Nodes) -> Result:
-        """Start the processes of a machine that is not the first: the first one has the run directory."""
+        """Start the processes of a machine other than the first.
+
+        The run directory is on the first one.
+        """
         from wmtp.launchers.torchrun import launch
 
         return launch(config, nodes, self.count(config), run_dir=None, resume=False)

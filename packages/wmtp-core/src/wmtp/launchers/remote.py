@@ -1,4 +1,7 @@
-"""Launching on a service: nothing is started twice, and what was started is found again."""
+"""Launching on a service: nothing starts twice, and nothing is lost.
+
+What was started is found again.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def remote_launcher(component: LauncherConfig) -> RemoteLauncher:
 
 
 def submit(config: Config, launcher: RemoteLauncher, plan: LaunchPlan, *, again: bool) -> Record:
-    """Start a plan that is not running yet, and keep a record of it.
+    """Start a plan that is not running yet, and record it.
 
     Args:
         config: the plan's config.

@@ -24,7 +24,10 @@ _TIMEOUT: Final = 10.0  # seconds
 
 
 def sample(folder: Path) -> dict[str, float]:
-    """Measure this machine now: GPUs as ``nvidia-smi`` says, main memory, load, and the disk of ``folder``."""
+    """Measure this machine now: GPUs, main memory, load and disk.
+
+    GPUs as ``nvidia-smi`` says; the disk is that of ``folder``.
+    """
     values = _gpus()
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -60,7 +63,7 @@ def _gpus() -> dict[str, float]:
 
 
 def sample_line(values: dict[str, float]) -> str:
-    """A sample as a line of the log."""
+    """Write a sample as a line of the log."""
     return _MARK + json.dumps(values)
 
 

@@ -1,4 +1,4 @@
-"""Starts the processes of this machine by torchrun, and makes one answer of theirs."""
+"""Start this machine's processes by torchrun, and collect their result."""
 
 from __future__ import annotations
 
@@ -97,7 +97,10 @@ def launch(config: Config, nodes: Nodes, count: int, *, run_dir: Path | None, re
 
 
 def _caught_by_torchrun() -> list[signal.Signals]:
-    """List the signals that end a run: none that this process ignores, as nohup has it ignore SIGHUP."""
+    """List the signals that end a run.
+
+    None that this process ignores, as nohup has it ignore SIGHUP.
+    """
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
     numbers = [signal.Signals[name] for name in names if hasattr(signal, name)]
     return [number for number in numbers if can_be_caught(number)]
@@ -105,7 +108,10 @@ def _caught_by_torchrun() -> list[signal.Signals]:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Put signal handlers back: torchrun's would raise an ordinary exception for every later Ctrl-C of this process."""
+    """Restore signal handlers afterwards.
+
+    torchrun's would raise an ordinary exception for every later Ctrl-C of this process.
+    """
     if threading.current_thread() is not threading.main_thread():  # torchrun sets none there
         yield
         return
@@ -118,7 +124,7 @@ def _signals_kept() -> Iterator[None]:
 
 
 def _write_job(job: Path, config: Config, run_dir: Path | None, *, resume: bool) -> None:
-    """Write the config that the processes read, and check that TOML preserves it."""
+    """Write the processes' config, and check that TOML preserves it."""
     text = dump_config(config)
     with writing(job / "config.toml"):
         (job / "config.toml").write_text(text, encoding="utf-8")
@@ -162,7 +168,10 @@ def _rendezvous(nodes: Nodes) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """torchrun's own reports are off: the processes' errors come from here, once."""
+    """Silence torchrun's own reports.
+
+    The processes' errors come from here, once.
+    """
     for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # the modules' own loggers were given levels of their own
@@ -183,7 +192,7 @@ def share_cores(count: int) -> None:
 
 
 def write_result(job: Path, result: Result) -> None:
-    """Rank 0 tells how the run ended."""
+    """Write how the run ended; on rank 0."""
     facts = {
         "run_dir": str(result.run_dir),
         "model": None if result.model is None else str(result.model),
@@ -218,14 +227,14 @@ def read_result(job: Path) -> Result | None:
 
 
 def write_failure(job: Path, rank: int, kind: str, lines: list[str]) -> None:
-    """A rank tells what went wrong; the first to tell is believed."""
+    """Write what went wrong on a rank; the first one is believed."""
     draft = job / f"rank-{rank}.json.new"
     draft.write_text(json.dumps({"rank": rank, "kind": kind, "lines": lines}))
     draft.replace(job / f"failure-{rank}.json")
 
 
 def _explained(job: Path, failed: ChildFailedError | None, where: str) -> WMTPError:
-    """One error from all that the processes left.
+    """Make one error of all that the processes left.
 
     Args:
         job: where they left it.

@@ -1,4 +1,7 @@
-"""One process of a run: ``python -m wmtp.launchers.worker FOLDER``, as `wmtp.launchers.torchrun` starts it."""
+"""One process of a run: ``python -m wmtp.launchers.worker FOLDER``.
+
+`wmtp.launchers.torchrun` starts it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation of what a plugin's config class builds, and of what the component returns."""
+"""Validation of what plugins build, and of what components return."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def built(component: ComponentConfig, kind: str, *arguments: Any) -> Any:
 
 
 def returned(component: ComponentConfig, kind: str, method: str, base: type[_T], value: Any) -> _T:
-    """Validate the type of what a method of a component returned; see `built`."""
+    """Validate the type that a component's method returned; see `built`."""
     return value if isinstance(value, base) else typed(provenance(component, KINDS[kind]), method, base, value)
 
 

@@ -1,4 +1,7 @@
-"""Checks a config class before anything uses it: at registration, in Python code without a plugin, and in the suites."""
+"""Check of a config class before anything uses it.
+
+At registration, in Python code without a plugin, and in the suites.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ _BUILD_ARGUMENTS = {"tokenizers": ("path",), "optimizers": ("parameters",)}  # o
 
 
 def contract_problem(kind: str, cls: Any) -> str | None:
-    """Say how a config class breaks the contract of `wmtp.plugins.hookspecs`; None: it does not.
+    """Describe how a config class breaks the contract, if it does.
+
+    The contract is that of `wmtp.plugins.hookspecs`.
 
     Args:
         kind: a key of `wmtp.plugins.components.KINDS`.
@@ -73,5 +78,5 @@ def _takes(cls: type[Any], arguments: Sequence[str]) -> bool:
 
 
 def describe(value: Any) -> str:
-    """A value in a message."""
+    """Describe a value in a message."""
     return f"the class {value.__name__} itself" if isinstance(value, type) else f"{value!r:.60} ({type(value).__name__})"

@@ -33,7 +33,10 @@ OWN_TABLES: Final = ("heads", "lora", "quantize")
 
 @runtime_checkable
 class Component(Protocol):
-    """A plugin's config class: frozen attrs, with its TOML name in ``type`` and a ``build`` that makes the component."""
+    """A plugin's config class: frozen attrs with ``type`` and ``build``.
+
+    ``type`` is its name in TOML; ``build`` makes the component.
+    """
 
     @property
     def type(self) -> str:
@@ -47,7 +50,9 @@ class Component(Protocol):
 
 
 def component(kind: str, *, default_type: str | None = None, **options: Any) -> Any:
-    """Declare an attrs field that holds one component, or a list or mapping of them.
+    """Declare an attrs field that holds one or more components.
+
+    Several are a list or a mapping of them.
 
     Args:
         kind: a key of `KINDS`.
@@ -73,7 +78,7 @@ def _with_defaults(kind: str, type_: str) -> Any:
 
 
 def idle_keys(config: Any, keys: tuple[str, ...], reason: str) -> Iterator[str]:
-    """Name the keys that were changed from their default, though ``reason`` leaves them without effect.
+    """Name the changed keys that ``reason`` leaves without effect.
 
     A component's ``check()`` yields these lines, so that no setting is ignored in silence.
 

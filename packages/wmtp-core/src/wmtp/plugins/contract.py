@@ -1,4 +1,6 @@
-"""Base classes of what plugins write: a name that is nearly one of the contract's is an error, not silence.
+"""Base classes of what plugins write, which refuse misspelt names.
+
+A name that is nearly one of the contract's is an error, not silence.
 
 A class that a plugin derives may have public names of its own (``resolved``, a TOML key): only what is easily taken for a name
 of the contract is refused, because the host would never look at it (`wmtp.plugins.names`).
@@ -95,7 +97,9 @@ class Contract:
 
     @classmethod
     def contract_problems(cls, instance: Contract | None = None) -> Iterator[str]:
-        """Say what is wrong with the values of flags, one line each. For the host, at registration.
+        """Find flags with wrong values, one line each.
+
+        For the host, at registration.
 
         Args:
             instance: what ``build()`` made, whose own attributes count; None: only the class is known.
@@ -122,7 +126,7 @@ class Contract:
 
 
 def public_members(owner: type) -> dict[str, Any]:
-    """List the public names of a class itself, also those that are only annotated (None)."""
+    """List a class's own public names, annotated ones too (None)."""
     own = {name: member for name, member in vars(owner).items() if not name.startswith("_")}
     return own | {name: None for name in vars(owner).get("__annotations__", {}) if not name.startswith("_") and name not in own}
 
@@ -136,7 +140,10 @@ def _is_words(value: object) -> bool:
 
 
 class ComponentConfig(Contract, contract=True, keys=("uri",)):
-    """Base of all config classes: frozen attrs classes whose fields are the keys of a component's table in TOML."""
+    """Base of all config classes, which are frozen attrs classes.
+
+    Their fields are the keys of a component's table in TOML.
+    """
 
     #: the component's name in TOML; every class must set it
     type: ClassVar[str]
@@ -150,7 +157,9 @@ class ComponentConfig(Contract, contract=True, keys=("uri",)):
     needs_packages: ClassVar[Mapping[str, str]] = {}
 
     def check(self) -> Iterable[str]:
-        """Find what is wrong with the values. Called by ``wmtp check`` and before every run; imports no torch, uses no network.
+        """Find wrong values.
+
+        Called by ``wmtp check`` and before every run; imports no torch, uses no network.
 
         Returns:
             one line a problem, ``key: what is wrong; what to do``, where ``key`` is a key of the component's table.
@@ -159,7 +168,10 @@ class ComponentConfig(Contract, contract=True, keys=("uri",)):
 
 
 class TrainerConfig(ComponentConfig, contract=True, keys=("reference_device", "reference_precision")):
-    """Config class of an algorithm. A `wmtp.Trainer` without state is its own; this is for those with state."""
+    """Config class of an algorithm with state.
+
+    A `wmtp.Trainer` without state is its own.
+    """
 
     #: sections ``[models.*]`` besides ``base`` that the algorithm needs, with the base model's vocabulary; may be a property.
     #: ``base`` itself: the model as it was at the start, once more beside the one that learns
@@ -183,13 +195,18 @@ class TrainerConfig(ComponentConfig, contract=True, keys=("reference_device", "r
 
 
 class ModelLoaderConfig(ComponentConfig, contract=True, keys=("attn_implementation",)):
-    """Config class of a model source. The local path of its ``uri`` is given to the loader."""
+    """Config class of a model source.
+
+    The local path of its ``uri`` is given to the loader.
+    """
 
     #: text, may be a field: the attention kernel, where the loader lets choose
     attn_implementation: Any = None
 
     def check_heads(self, heads: HeadsConfig | None) -> Iterable[str]:
-        """Find why ``[models.base.heads]`` do not fit the model. Called, and held to the same, as `check`.
+        """Find why ``[models.base.heads]`` do not fit the model.
+
+        Called, and held to the same, as `check`.
 
         Args:
             heads: None where the config has no such table, so that the model brings its heads, or has none.
@@ -220,7 +237,10 @@ class TokenizerConfig(ComponentConfig, contract=True, keys=("eos_token",)):
 
 
 class DataLoaderConfig(ComponentConfig, contract=True, keys=("allow_training",)):
-    """Config class of a data source. The local path of its ``uri`` is given to the loader."""
+    """Config class of a data source.
+
+    The local path of its ``uri`` is given to the loader.
+    """
 
     #: bool, may be a field: whether a run may learn from a source whose loader says ``evaluation_only``
     allow_training: Any = False
@@ -242,7 +262,10 @@ class StorageBackendConfig(ComponentConfig, contract=True):
 
     @staticmethod
     def check_uri(uri: str) -> None:
-        """Raise `wmtp.ConfigError` for a URI that cannot be one of the backend's. Uses no network."""
+        """Raise `wmtp.ConfigError` for a URI that the backend cannot serve.
+
+        Uses no network.
+        """
 
     def build(self) -> Storage:
         """Make the backend."""
@@ -291,7 +314,10 @@ class TrackerConfig(ComponentConfig, contract=True, keys=("tracking_uri",)):
     own_schemes: ClassVar[tuple[str, ...]] = ("http", "https")
 
     def preload(self) -> None:
-        """Import what the tracker needs; called in a thread, while other packages are imported. What fails fails in `start`."""
+        """Import what the tracker needs, in a thread.
+
+        It is called while other packages are imported. What fails fails in `start`.
+        """
 
     def build(self) -> Tracker:
         """Make the tracker."""

@@ -218,7 +218,7 @@ def wmtp_trackers() -> Iterable[type[Any]]:  # type: ignore[empty-body]
 
 @hookspec
 def wmtp_evaluators() -> Iterable[type[Any]]:  # type: ignore[empty-body]
-    """Measurements of a model, run by ``[[eval]]`` at the end of a run.
+    """Measurements of a model, run by ``[[eval]]`` after training.
 
     ``build() -> wmtp.evaluation.Evaluator``. `wmtp.testing.EvaluatorTests` tests one.
 

@@ -41,7 +41,9 @@ _sound: WeakKeyDictionary[type, set[str]] = WeakKeyDictionary()
 
 
 def load_plugins() -> Registry:
-    """Load the components of every installed plugin; the built-in ones are the plugin ``wmtp-core``.
+    """Load the components of every installed plugin.
+
+    The built-in ones are the plugin ``wmtp-core``.
 
     The environment variable ``WMTP_PLUGINS`` (entry names, separated by commas) limits which installed plugins are loaded.
     A plugin that cannot be used is listed in `Registry.broken`; only a config that needs it fails.
@@ -71,7 +73,10 @@ def load_plugins() -> Registry:
 
 
 def _changed(place: str) -> int:
-    """Return when a folder of ``sys.path`` last changed; installing a package changes it."""
+    """Return when a folder of ``sys.path`` last changed.
+
+    Installing a package changes it.
+    """
     try:
         return os.stat(place or os.curdir).st_mtime_ns
     except OSError:
@@ -114,7 +119,10 @@ def _identity(distribution: metadata.Distribution) -> tuple[str, str]:
 
 
 def _selected(entries: _Entries) -> tuple[_Entries, list[str]]:
-    """Split entry points into those to load and the names that ``WMTP_PLUGINS`` leaves out."""
+    """Split off the entry points that ``WMTP_PLUGINS`` leaves out.
+
+    Returned are the others, and the names of those left out.
+    """
     wanted = os.environ.get("WMTP_PLUGINS")
     if wanted is None:
         return entries, []

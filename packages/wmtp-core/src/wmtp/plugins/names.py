@@ -1,4 +1,6 @@
-"""Names in a plugin's class that the host would never look at: nearly one of the contract's, or hidden behind it.
+"""Misspelt and hidden contract names in a plugin's class.
+
+The host would never look at them.
 
 A helper of the plugin's own is free to have any name. It is told from a misspelt name of the contract by its class: the class
 has the contract's name beside it, its code reads the helper, the host could not call it, or it has further words in its name.
@@ -36,17 +38,20 @@ _FUNCTIONS: Final = (FunctionType, staticmethod, classmethod, partial, partialme
 
 
 def is_contract(cls: type) -> bool:
-    """Tell whether a class declares names of the contract, instead of a plugin's."""
+    """Tell whether a class declares the contract's names, not a plugin's."""
     return "_contract_methods" in vars(cls)
 
 
 def own_classes(cls: type) -> list[type]:
-    """List the classes of a plugin's class that a plugin wrote, mixins too, nearest first."""
+    """List a plugin class's bases written by plugins, nearest first.
+
+    With the class itself, and with mixins.
+    """
     return [owner for owner in cls.__mro__ if not is_contract(owner) and (_is_derived(owner) or not _is_library(owner))]
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """Find the known name that ``name`` is easily taken for; None: there is none."""
+    """Find the known name that ``name`` is easily taken for."""
     words = [word for word in name.lower().split("_") if word]
     plain = {other.replace("_", ""): other for other in sorted(known)}
     written = "".join(words)
@@ -61,7 +66,10 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
 
 
 def _is_exchanged(name: str, other: str) -> bool:
-    """Tell whether two neighbouring letters are exchanged: in a short name that is a large part of it."""
+    """Tell whether two neighbouring letters are exchanged.
+
+    In a short name that is a large part of it.
+    """
     at = [i for i, (left, right) in enumerate(zip(name, other, strict=False)) if left != right]
     is_pair = len(name) == len(other) > 2 and len(at) == 2 and at[1] == at[0] + 1
     return is_pair and name[at[0]] == other[at[1]] and name[at[1]] == other[at[0]]
@@ -107,7 +115,7 @@ def former_names(cls: Any, owner: type) -> Iterator[tuple[str, str]]:
 
 
 def hidden_names(cls: Any) -> Iterator[tuple[type, str, type]]:
-    """Find contract names in a mixin that comes too late among the bases.
+    """Find contract names in a mixin placed too late among bases.
 
     Returns:
         the mixin, the name, and the class of the contract.
@@ -123,7 +131,10 @@ def hidden_names(cls: Any) -> Iterator[tuple[type, str, type]]:
 
 
 def loaded_names(members: Iterable[object]) -> set[str]:
-    """Collect the attributes that functions, properties and what is inside them read, or name as a text."""
+    """Collect the attributes that functions and properties read.
+
+    With what is inside them, and with names that they have as a text.
+    """
     return {name for member in members for function in _functions_of(member) for name in _loaded_in(function.__code__)}
 
 
@@ -136,7 +147,10 @@ def _loaded_in(code: CodeType) -> frozenset[str]:
 
 
 def is_function(member: object) -> bool:
-    """Tell whether something in a class or an object is meant to be called: no property, no class, no module of torch."""
+    """Tell whether a member of a class or object is callable.
+
+    Properties, classes and modules of torch are not meant.
+    """
     return isinstance(member, _FUNCTIONS) or (inspect.isroutine(member) and not isinstance(member, cached_property))
 
 
@@ -161,7 +175,10 @@ def takes(member: object, count: int, keywords: Iterable[str] = (), *, is_bound:
 
 
 def _may_be(member: object, declared: object, *, is_bound: bool) -> bool:
-    """Tell whether a plugin's member can be meant for a method or property of the contract."""
+    """Tell whether a plugin's member can stand for a contract's.
+
+    That is a method or a property of the contract.
+    """
     if isinstance(declared, property):
         return not is_function(member)
     if not is_function(member):

@@ -14,7 +14,7 @@ __all__ = ["provenance"]
 
 
 def provenance(component: ComponentConfig, kind: str = "trainer") -> str:
-    """Name a component as messages do: its kind, its type and who provides it."""
+    """Name a component for messages: kind, type and provider."""
     plugin = load_plugins().provider(type(component))
     if plugin is not None:
         return f"{kind} '{component.type}' ({plugin})"

@@ -102,7 +102,9 @@ class Registry:
         )
 
     def require_unambiguous(self) -> None:
-        """Raise if two plugins provide a component of the same kind and type.
+        """Refuse a component that two plugins provide.
+
+        That is one of the same kind and type, or a URI scheme.
 
         Raises:
             PluginError: naming both distributions and their versions.
@@ -111,24 +113,26 @@ class Registry:
             raise PluginError("\n".join(self.conflicts))
 
     def find(self, kind: str, type_: str) -> Provided | None:
-        """Find the component of this kind and TOML name; None where no plugin provides it."""
+        """Find the component of this kind and TOML name, if any."""
         found = self._by_name.get((kind, type_))
         return found[0] if found else None
 
     def of_kind(self, kind: str) -> tuple[Provided, ...]:
-        """All components of a kind, by name."""
+        """List all components of a kind, by name."""
         return tuple(sorted((p for p in self.components if p.kind == kind), key=lambda p: p.type))
 
     def named(self, type_: str) -> tuple[Provided, ...]:
-        """All components with this TOML name, of whatever kind."""
+        """List all components with this TOML name, of whatever kind."""
         return tuple(provided for provided in self.components if provided.type == type_)
 
     def provider(self, cls: type[Any]) -> Plugin | None:
-        """Find the plugin that provides a config class; None for a class that no plugin registered."""
+        """Find the plugin that registered a config class, if any."""
         return next((provided.plugin for provided in self.components if provided.cls is cls), None)
 
     def with_classes(self, classes: Iterable[tuple[str, type[Any]]]) -> Registry:
-        """A registry that also knows (kind, class) pairs which Python code uses without a plugin; they hide namesakes.
+        """Return a registry that also knows unregistered classes.
+
+        Those are (kind, class) pairs which Python code uses without a plugin; they hide namesakes.
 
         Raises:
             PluginError: a class breaks the contract of its kind.
@@ -154,7 +158,10 @@ class Registry:
         return text + self.remedy(kind, type_)
 
     def remedy(self, kind: str, type_: str) -> str:
-        """Say what may help where a component is missing: a package to install, or a plugin to repair."""
+        """Suggest a package to install, or a plugin to repair.
+
+        For a message about a missing component.
+        """
         text = ""
         package = _PACKAGES.get(kind)
         installed = {plugin.distribution for plugin in self.plugins} | set(self.left_out)

@@ -1,4 +1,4 @@
-"""One HTML page that shows runs: curves, the distribution of their weights, and texts coloured by the weight of each token."""
+"""HTML page of runs: curves, weight distributions, texts coloured by weight."""
 
 from wmtp.reporting.page import write_report
 

@@ -181,7 +181,10 @@ def _stages(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
 
 
 def _distributions(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[list[int]]]]:
-    """Some steps, and for each head how many predictions had a weight in each bin; neighbours are added up."""
+    """Count each head's predictions by weight bin, at some steps.
+
+    Neighbouring steps are added up.
+    """
     size = math.ceil(len(records) / _COLUMNS) or 1
     groups = [records[i : i + size] for i in range(0, len(records), size)]
     return [
@@ -194,7 +197,10 @@ def _distributions(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, list
 
 
 def _thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop every second text record until they fit, keeping the first and the last."""
+    """Drop every second text record until they fit.
+
+    The first and the last stay.
+    """
     sizes = [len(json.dumps(record)) for record in records]
     while sum(sizes) > _TEXT_BUDGET and len(records) > 2:
         kept = [i for i in range(len(records)) if i % 2 == 0 or i == len(records) - 1]

@@ -1,4 +1,4 @@
-"""Runs that differ only in their seed, shown as the arms of a study."""
+"""Runs that differ only in their seed, as a study's arms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ __all__ = ["grouped_page"]
 
 
 def grouped_page(folders: Sequence[Path]) -> str | None:
-    """Build the page of runs of which some differ in ``run.seed`` alone; None where none do, or one has not ended.
+    """Build the page of runs that differ in ``run.seed`` alone.
+
+    None where no two do, or one has not ended.
 
     Args:
         folders: run directories.
@@ -55,7 +57,7 @@ def _decisive(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Name each group by its trainer and, of groups that would share a name, by the settings in which they differ."""
+    """Name groups by trainer, and by the settings in which namesakes differ."""
     trainers = [str(config.get("trainer.type", "?")) for config in configs]
     names = []
     for config, trainer in zip(configs, trainers, strict=True):

@@ -1,4 +1,4 @@
-"""HTML file that needs nothing else: data, scripts and styles are in it."""
+"""Self-contained HTML file with its data, scripts and styles."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def write_report(
 
 
 def _local(run: str, storage: StorageConfig) -> Path:
-    """Return the local folder of a run's files, downloading them if they are remote."""
+    """Return the local folder of a run's files, downloaded if remote."""
     if scheme_of(run) == "file":
         return file_path(run).resolve()
     backends, uri = build_backends(storage), f"{run.rstrip('/')}/{UPLOADED_FILES}"

@@ -1,4 +1,4 @@
-"""From a run directory to its small record."""
+"""Records of runs, made from their directories."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DOCUMENTS: Final = 2
 
 
 def record_of(run_dir: Path, *, arm: str, seed: int, key: str = "", seconds: float | None = None) -> RunRecord | None:
-    """Make the record of a run that has ended well; None where it has not.
+    """Make the record of a run that ended well, else None.
 
     Args:
         run_dir: its directory.
@@ -79,7 +79,7 @@ def _seconds(info: Mapping[str, Any]) -> float:
 
 
 def _small(page: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep of a run's page what a study shows: the losses, and texts of the last step."""
+    """Keep what a study's page shows: losses and last texts."""
     curves = {}
     for name, (steps, values) in page["curves"].items():
         if name.startswith(("eval/loss", "loss")):

@@ -84,7 +84,7 @@ def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
 
 
 def _configs(arms: Sequence[str], records: Sequence[RunRecord]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Split the config keys into those common to all arms and those that differ."""
+    """Split the config into keys common to all arms, and others."""
     by_arm: dict[str, Mapping[str, str]] = {}
     for record in records:
         by_arm.setdefault(record.arm, record.page.get("config", {}))

@@ -1,4 +1,4 @@
-"""Run directories: created atomically, used by one process at a time, found for a resume."""
+"""Run directories: created atomically, locked, found for a resume."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ _FREE_TO_CHANGE: Final = re.compile(
 
 
 def is_free_to_change(key: str) -> bool:
-    """Tell whether a resumed run may change a key, because it changes nothing that is computed."""
+    """Tell whether a resume may change a key.
+
+    It may where the key changes nothing that is computed.
+    """
     return _FREE_TO_CHANGE.fullmatch(key) is not None
 
 
@@ -67,12 +70,12 @@ LENGTH: Final = ("train.max_steps", "train.epochs")
 
 
 def decays(schedule: ScheduleConfig) -> bool:
-    """Tell whether the learning rate of a step depends on how many steps the whole run has."""
+    """Tell whether learning rates depend on the run's number of steps."""
     return schedule.type != "constant" or bool(schedule.warmup_ratio)
 
 
 def create(config: Config, registry: Registry, argv: Sequence[str], pins: Mapping[str, str] | None = None) -> Path:
-    """Make the directory of a new run, with ``config.toml`` and ``run.json`` in it.
+    """Make a new run's directory, with ``config.toml`` and ``run.json``.
 
     ``config.toml`` means the same in every working folder and at any time: paths are absolute, and names of the hub have the
     commit. ``run.json`` keeps how the inputs were given.
@@ -121,7 +124,7 @@ def adopt(config: Config, fetch: Callable[[Path], None]) -> Path:
 
 
 def _make(config: Config, started: datetime, write: Callable[[Path], None]) -> Path:
-    """A run directory that appears whole or not at all."""
+    """Make a run directory that appears whole or not at all."""
     parent = file_path(config.run.output_dir)
     draft = parent / f".new-{uuid.uuid4().hex}"
     try:
@@ -215,7 +218,10 @@ def record_resume(run_dir: Path, config: Config, registry: Registry, argv: Seque
 
 
 def changed_versions(run_dir: Path, config: Config, registry: Registry) -> list[str]:
-    """List packages whose version changed since the run last continued: ``name: old → new``."""
+    """List packages of another version than before: ``name: old → new``.
+
+    That is since the run last continued.
+    """
     facts = _read_json(run_dir / INFO_FILE) or {}
     old = (facts.get("resumed") or [facts])[-1].get("versions", {})
     new = _versions(config, registry)
@@ -257,7 +263,7 @@ def remove_unused(run_dir: Path) -> None:
 
 
 def name_of(run_dir: Path) -> str | None:
-    """``run.name`` of the run in ``run_dir``; None if it had none of its own."""
+    """Read a run's own ``run.name``, if it had one."""
     return _snapshot(run_dir).get("run", {}).get("name")
 
 
@@ -269,7 +275,9 @@ def _snapshot(run_dir: Path) -> dict[str, Any]:
 
 
 def differences(run_dir: Path, config: Config) -> tuple[list[str], list[str]]:
-    """Compare ``config`` with the run's own: keys that a resume may not change, and others.
+    """Compare ``config`` with the run's own.
+
+    Keys that a resume may not change come apart from the others.
 
     Returns:
         two lists of ``key: old → new``.
@@ -316,7 +324,9 @@ def find_unfinished(config: Config) -> Path | None:
 
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory for this process. The system frees it however the process ends.
+    """Lock the run directory for this process.
+
+    The system frees it however the process ends.
 
     Raises:
         ConfigError: another process holds it.

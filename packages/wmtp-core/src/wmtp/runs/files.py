@@ -1,4 +1,7 @@
-"""Reads the files of a run for those who show it: what is not there is nothing, what is damaged is named."""
+"""Readers of a run's files, for those who show it.
+
+What is not there is nothing, what is damaged is named.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def read_info(run_dir: Path) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file; an empty one where there is no file.
+    """Read a file's JSON object; empty where there is no file.
 
     Raises:
         FileError: it cannot be read, or holds something else; the message names it.

@@ -1,4 +1,4 @@
-"""Inputs of a run, fixed when it began, for the config of a resume."""
+"""Inputs of a run, fixed when it began, for a resume."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def given_inputs(run_dir: Path) -> Mapping[str, str]:
 
 
 def pins(run_dir: Path, config: Config) -> dict[str, str]:
-    """Find the commits of inputs that are given as the run's first config did."""
+    """Find the commits of inputs given as in the first config."""
     given, snapshot = given_inputs(run_dir), flat(read_snapshot(run_dir / CONFIG_FILE))
     return {
         one.key: str(snapshot[one.key])
@@ -34,12 +34,15 @@ def pins(run_dir: Path, config: Config) -> dict[str, str]:
 
 
 def fixed(run_dir: Path, config: Config) -> Config:
-    """Write a config as the run's snapshot has it: with its commits, and absolute paths."""
+    """Fix a config's inputs: by the snapshot's commits, and absolute paths."""
     return anchored(with_uris(config, pins(run_dir, config)))
 
 
 def with_given_paths(run_dir: Path, snapshot: Mapping[str, Any]) -> dict[str, Any]:
-    """Put relative paths back into a run's snapshot, for others: the places of its folders concern only its owner."""
+    """Put relative paths back into a run's snapshot, for others.
+
+    The places of its folders concern only its owner.
+    """
     given = given_inputs(run_dir)
 
     def restored(value: Any, path: KeyPath) -> Any:

@@ -73,7 +73,10 @@ class Record:
 
 
 def state_dir() -> Path:
-    """Where the records are: ``$WMTP_STATE_DIR``, else ``wmtp`` in the user's folder for state (XDG)."""
+    """Return the folder of launch records.
+
+    ``$WMTP_STATE_DIR``, else ``wmtp`` in the user's folder for state (XDG).
+    """
     if own := os.environ.get("WMTP_STATE_DIR"):
         return Path(own).expanduser() / "launches"
     home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
@@ -104,7 +107,10 @@ def remove(record: Record) -> None:
 
 
 def records() -> list[Record]:
-    """All records of this machine, the newest first. A damaged file is passed over."""
+    """Read this machine's launch records, the newest first.
+
+    A damaged file is passed over.
+    """
     found: list[Record] = []
     for path in state_dir().glob("*.json") if state_dir().is_dir() else ():
         try:
@@ -117,7 +123,9 @@ def records() -> list[Record]:
 
 @contextmanager
 def submitting(plan: LaunchPlan) -> Iterator[None]:
-    """Hold the right to submit a plan: two commands at once would start two runs.
+    """Lock the submission of a plan.
+
+    Two commands at once would start two runs.
 
     Raises:
         ConfigError: another process holds it.

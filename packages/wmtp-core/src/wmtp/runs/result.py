@@ -46,11 +46,11 @@ class Result:
 
     @property
     def samples(self) -> list[TokenSample]:
-        """Texts of the last recorded step (``[report]``), with the weights of their tokens."""
+        """Texts of the last recorded step (``[report]``), with token weights."""
         return read_samples(self.run_dir / "samples.jsonl")
 
     def report(self, output: str | os.PathLike[str] | None = None) -> Path:
-        """Write the page of the run, as ``wmtp report`` does, and return its path.
+        """Write the run's page, as ``wmtp report`` does; return its path.
 
         Args:
             output: the file. Default: ``report.html`` in the run directory.

@@ -21,7 +21,9 @@ _LESS = "40, 110, 220"
 
 @frozen(kw_only=True)
 class TokenSample:
-    """A text of ``samples.jsonl`` with the weights and losses of its tokens. A notebook shows it in colours.
+    """A text of ``samples.jsonl`` with its tokens' weights and losses.
+
+    A notebook shows it in colours.
 
     Args:
         step: at which it was recorded.
@@ -38,7 +40,10 @@ class TokenSample:
     loss: Sequence[Sequence[float | None]]
 
     def _repr_html_(self) -> str:
-        """Colour each token by the weight of its first head's prediction: orange above the mean, blue below it."""
+        """Colour each token by the weight of its head-1 prediction.
+
+        Orange above the mean, blue below it.
+        """
         weights = self.weight[0] if self.weight else [None] * len(self.tokens)
         known = [weight for weight in weights if weight is not None]
         mean = sum(known) / len(known) if known else 1.0
@@ -60,7 +65,7 @@ def _span(token: str, weight: float | None, loss: float | None, mean: float) -> 
 
 
 def read_samples(path: Path) -> list[TokenSample]:
-    """Read the texts of the last recorded step; none where there is no file."""
+    """Read the last recorded step's texts; none without a file."""
     records = read_steps(path) if path.exists() else []
     with reading(path):
         return [_sample(records[-1]["step"], document) for document in records[-1]["documents"]] if records else []

@@ -17,7 +17,7 @@ logger = logging.getLogger("wmtp")
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a file, without a last line that is half-written.
+    """Read a file's records, without a half-written last line.
 
     Raises:
         FileError: another line is damaged, or the file cannot be read.
@@ -36,7 +36,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def set_aside_damaged(path: Path) -> None:
-    """Keep the readable records of a damaged file, and the original beside it.
+    """Keep a damaged file's readable records, and the original beside it.
 
     Raises:
         WMTPError: it cannot be written.
@@ -57,7 +57,7 @@ def set_aside_damaged(path: Path) -> None:
 
 
 def merge_steps(path: Path, other: Path) -> None:
-    """Add the records of another file that this one lacks, by their steps; those of the other win.
+    """Merge the records of two files by step; ``other`` wins.
 
     Raises:
         WMTPError: one is damaged, or cannot be written.
@@ -72,7 +72,9 @@ def merge_steps(path: Path, other: Path) -> None:
 
 
 def warn_of_gap(path: Path, step: int, interval: int) -> None:
-    """Say which steps before a resume have no record: the curve cannot be had again.
+    """Warn of steps before a resume that have no record.
+
+    The curve cannot be had again.
 
     Args:
         path: ``metrics.jsonl``.
@@ -97,7 +99,7 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def last_steps(path: Path) -> dict[str, int]:
-    """Find the last step of each number in such a file; nothing where there is no file."""
+    """Find each number's last step; empty where there is no file."""
     steps: dict[str, int] = {}
     for record in read_steps(path) if path.exists() else ():
         steps |= {name: record["step"] for name, value in record.items() if name != "step" and isinstance(value, int | float)}

@@ -28,7 +28,9 @@ _SHARED_MEMORY: Final = 2**30  # bytes that NCCL and data loading want of /dev/s
 
 
 def check_machine(config: Config, folders: Iterator[Path] | list[Path]) -> None:
-    """Find out what would stop the run after hours, or after the models were fetched.
+    """Find what would stop the run only after hours.
+
+    Or after the models were fetched.
 
     Args:
         config: complete, with the local launcher.
@@ -73,7 +75,9 @@ def _unwritable(folder: Path) -> str | None:
 
 @contextmanager
 def limited_runtime() -> Iterator[None]:
-    """After ``WMTP_MAX_RUNTIME`` seconds this process gets a SIGTERM: the run saves a checkpoint and ends.
+    """Send this process SIGTERM after ``WMTP_MAX_RUNTIME`` seconds.
+
+    The run then saves a checkpoint and ends.
 
     Raises:
         ConfigError: the variable holds no number of seconds.
@@ -104,7 +108,7 @@ def limited_runtime() -> Iterator[None]:
 
 @contextmanager
 def sampled(folder: Path, interval: float = _SAMPLE_INTERVAL) -> Iterator[None]:
-    """Write what the machine does into the log, now and then: ``wmtp metrics`` reads it there."""
+    """Log samples of the machine's load, for ``wmtp metrics``."""
     over = threading.Event()
 
     def write() -> None:

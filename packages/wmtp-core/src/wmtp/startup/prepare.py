@@ -1,4 +1,4 @@
-"""Fetching and checking of a config's inputs, before a GPU waits for them."""
+"""Fetching and checking of inputs, before a GPU waits for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wmtp.config.problems import KeyPath, dotted
 from wmtp.config.rules import required_models
 from wmtp.config.schema import Config, StorageConfig
 from wmtp.config.tree import components
-from wmtp.errors import ConfigError, FileError, WMTPError
+from wmtp.errors import FileError, WMTPError
 from wmtp.json_files import DAMAGE, read_json_object
 from wmtp.redaction import redact
 from wmtp.storage.safetensors_header import parse_header
@@ -68,7 +68,9 @@ def needed(config: Config, home: Path) -> list[Fetch]:
 
 
 def fetched(config: Config, wanted: Iterable[Fetch], home: Path) -> Config:
-    """Fetch, and return the config with local paths in place of the URIs: the training processes fetch nothing.
+    """Fetch inputs; return the config with local paths for URIs.
+
+    The training processes then fetch nothing.
 
     The paths are links in ``inputs``, relative to ``home`` and the same in every container, wherever the cache has the files: a
     run that goes on elsewhere has the config that it had.
@@ -115,28 +117,21 @@ def _link(link: Path, target: Path) -> None:
 
 
 def verify(config: Config) -> None:
-    """Check the models before anything is trained: files whole, vocabularies of one size.
+    """Check model files before training.
+
+    Whether the models' vocabularies fit each other is for the run, which compares their tokenizers before it reads a weight.
 
     Raises:
-        ConfigError: the vocabularies differ; the message names all of them.
         WMTPError: a file is missing or cut short; the message names it.
     """
-    sizes: dict[str, int] = {}
-    for name, model in config.models.items():
-        uri = model.loader.uri
-        path = file_path(uri) if isinstance(uri, str) and scheme_of(uri) == "file" else None
-        if path is not None:
-            _check_files(f"models.{name}", path)
-        size = _stated_vocabulary(path) if path is not None else None
-        if size is not None:
-            sizes[name] = size
-    if len(set(sizes.values())) > 1:
-        shown = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-        raise ConfigError(
-            f"models: the vocabularies differ ({shown}); reference and reward model must be made for that of base"
-        )
-    if sizes:
-        logger.info("models: %s whole, vocabulary %s", ", ".join(sizes), f"{next(iter(sizes.values())):,}")
+    checked = []
+    for name in ("base", *required_models(config)):
+        uri = config.models[name].loader.uri
+        if isinstance(uri, str) and scheme_of(uri) == "file":
+            _check_files(f"models.{name}", file_path(uri))
+            checked.append(name)
+    if checked:
+        logger.info("models: %s whole", ", ".join(checked))
 
 
 def _check_files(key: str, path: Path) -> None:
@@ -145,6 +140,8 @@ def _check_files(key: str, path: Path) -> None:
             _check_safetensors(key, file)
         elif file.stat().st_size == 0 and file.suffix in (".bin", ".pth", ".gguf", ".json", ".model"):
             raise WMTPError(f"{key}: {file} is empty; fetch it again")
+        elif file.name in ("config.json", "params.json"):
+            _read(key, file)
 
 
 def _files(key: str, path: Path) -> Iterator[Path]:
@@ -167,18 +164,6 @@ def _check_safetensors(key: str, file: Path) -> None:
             parse_header(stream)
     except (OSError, *DAMAGE) as error:
         raise FileError(f"{key}: {file} is not whole: {error}; fetch it again") from None
-
-
-def _stated_vocabulary(path: Path) -> int | None:
-    """Read the vocabulary size from ``config.json`` or Meta's ``params.json``; None if not given."""
-    for name in ("config.json", "params.json"):
-        if path.is_dir() and (path / name).is_file():
-            content = _read("models", path / name)
-            text = content.get("text_config")
-            size = content.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
-            if isinstance(size, int) and size > 0:
-                return size
-    return None
 
 
 def _read(key: str, file: Path) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""``wmtp start``: from a config to a finished run, in a container that has nothing yet."""
+"""``wmtp start``: from a config to a finished run, in containers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def start(
 def start(
     config: ConfigSource | Sequence[ConfigSource] = (), overrides: Iterable[str] = (), *, dry_run: bool = False
 ) -> Result | Mapping[str, str]:
-    """Check the machine, fetch, verify, train on all its devices, and save what the run leaves.
+    """Check the machine, fetch, verify, train, and save the results.
+
+    The container may have nothing yet; the run trains on all its devices.
 
     It resumes the newest unfinished run of this config (or of this ``run.name``), where there is one here.
 
@@ -78,7 +80,9 @@ def start(
 
 
 def read_config(config: ConfigSource | Sequence[ConfigSource] = (), overrides: Iterable[str] = ()) -> Config:
-    """Check the config as this machine runs it: of one for a service, as it is inside.
+    """Read and check the config as this machine runs it.
+
+    A config for a service is read as it is inside.
 
     Raises:
         ConfigError: every problem at once.
@@ -120,7 +124,7 @@ def steps(config: Config, home: Path) -> dict[str, str]:
     found = {"fetch": f"{len(wanted)} to {', '.join(folders)}" if wanted else "nothing"}
     found |= {f"  {fetch.key}": redact(fetch.uri) for fetch in wanted}
     models = ["base", *required_models(config)]
-    found["verify"] = f"{', '.join(models)}: files whole, vocabularies of one size"
+    found["verify"] = f"{', '.join(models)}: files whole"
     found["processes"] = "one a GPU" if processes == "auto" else str(processes)
     found["run"] = f"{config.run.output_dir}/{config.run.name or '…'}, resumed where it was begun"
     found["checkpoints"] = config.checkpoints.uri or "in the run directory"

@@ -1,1 +1,4 @@
-"""Studies: arms × seeds over a recipe, their plan, the record of finished runs, and the table that compares them."""
+"""Studies: arms × seeds over a recipe, and their comparison.
+
+Their plan, the record of finished runs, and the table.
+"""

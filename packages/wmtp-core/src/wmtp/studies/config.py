@@ -1,4 +1,4 @@
-"""A study file: which arms, which seeds, over which recipe, and which comparisons count."""
+"""A study file: arms, seeds, recipe, and the comparisons that count."""
 
 from __future__ import annotations
 
@@ -136,7 +136,10 @@ class StudyFile:
     file: FileSource | None
 
     def table(self, data: Mapping[str, Any], *path: str) -> TableSource:
-        """Give a table of the file, or what stands in its place, as a source of a config."""
+        """Wrap a table of the file as a source of a config.
+
+        Or what stands in its place.
+        """
         return TableSource(data, self.file, path)
 
     def points(self) -> Mapping[str, list[Any]]:
@@ -218,7 +221,10 @@ def _problems(config: StudyConfig) -> Iterator[Problem]:
 
 
 def overlaps(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Find dotted keys of two tables of which one is, or holds, the other."""
+    """Find keys of two tables that are, or hold, one another.
+
+    Keys are dotted.
+    """
     for own, _ in _leaves(first, ()):
         for other, _ in _leaves(second, ()):
             if f"{own}.".startswith(f"{other}.") or f"{other}.".startswith(f"{own}."):

@@ -14,10 +14,11 @@ __all__ = ["paired_over_documents"]
 def paired_over_documents(
     metric: str, first: Mapping[int, RunRecord], second: Mapping[int, RunRecord], seeds: Sequence[int]
 ) -> tuple[float, float, float, int] | None:
-    """Estimate the difference of two arms in a head's loss, with a 95 % interval by a bootstrap over documents.
+    """Estimate two arms' difference in a head's loss, over documents.
 
-    Each document's losses are averaged over the seeds and subtracted before it is drawn, so what makes a document hard for
-    both arms is no spread. The interval says how far other texts would move the difference, with these runs as they are.
+    With a 95 % interval by a bootstrap over documents. Each document's losses are averaged over the seeds and subtracted before
+    it is drawn, so what makes a document hard for both arms is no spread. The interval says how far other texts would move the
+    difference, with these runs as they are.
 
     Args:
         metric: ``eval/loss/head_k``.

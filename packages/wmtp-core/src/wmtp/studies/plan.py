@@ -1,4 +1,4 @@
-"""Runs of a study: which there are, what each needs, and the key under which it counts."""
+"""Runs of a study, what each needs, and its key."""
 
 from __future__ import annotations
 
@@ -95,15 +95,15 @@ class StudyPlan:
 
     @property
     def baseline(self) -> str:
-        """Name of the arm that the others are compared to, without values of the grid."""
+        """Arm that others are compared to, without values of the grid."""
         return self.file.config.study.baseline
 
     def baseline_of(self, arm: Arm) -> Arm | None:
-        """Find the baseline at an arm's point of the grid; None where there is none."""
+        """Find the baseline at an arm's point of the grid, if any."""
         return _at_point(self.arms, self.baseline, arm.point)
 
     def chosen(self, arms: Iterable[str] | None, seeds: Iterable[int] | None) -> list[PlannedRun]:
-        """Choose the runs of some arms and seeds, and those that they need.
+        """Choose the runs of some arms and seeds, and their needs.
 
         Raises:
             ConfigError: there is no such arm or seed.
@@ -225,7 +225,10 @@ def _at_point(arms: Iterable[Arm], base: str, point: Mapping[str, Any]) -> Arm |
 def _load_arm(
     study: StudyFile, arm: Arm, arms: Sequence[Arm], recipe: Sequence[ConfigSource], overrides: Sequence[str]
 ) -> tuple[Loaded, tuple[str, ...]]:
-    """Read and check the config of an arm, and find the arms that it needs: their models are stand-ins."""
+    """Read and check an arm's config, and find arms it needs.
+
+    Their models are stand-ins.
+    """
     needs: dict[str, None] = {}
     problems: list[Problem] = []
 
@@ -342,7 +345,9 @@ def _key(config: Config) -> str:
 
 
 def _comparisons(study: StudyFile, arms: Sequence[Arm]) -> list[tuple[Arm, Arm, str]]:
-    """Name the comparisons by full names of arms: with a grid there is one at each of its points.
+    """Name the comparisons by full names of arms.
+
+    With a grid there is one at each of its points.
 
     Raises:
         ConfigError: they are too many.

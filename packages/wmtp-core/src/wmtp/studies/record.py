@@ -1,4 +1,7 @@
-"""Small files, one for each run that has ended: enough for tables, the page, and continuing elsewhere."""
+"""Small files, one for each run that has ended.
+
+Enough for tables, the page, and continuing elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -60,11 +63,11 @@ class RunRecord:
 
     @property
     def counts(self) -> bool:
-        """True for a run that came to an end and can be compared."""
+        """True for a run that ended well and can be compared."""
         return self.status != FAILED
 
     def value(self, metric: str) -> float | None:
-        """Give a metric's value; None where the run has none, or none that is finite."""
+        """Return a metric's value where it is finite, else None."""
         value = self.metrics.get(metric)
         return None if value is None or not math.isfinite(value) else value
 
@@ -95,7 +98,7 @@ def _path(folder: Path, name: str) -> Path:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
+    """Replace what is not finite by None, as JSON has no NaN."""
     if isinstance(value, Mapping):
         return {key: _finite(element) for key, element in value.items()}
     if isinstance(value, list | tuple):
@@ -122,14 +125,20 @@ def read_records(folder: Path) -> dict[str, RunRecord]:
 
 
 def of_plan(records: Mapping[str, RunRecord], runs: Iterable[PlannedRun]) -> tuple[dict[str, RunRecord], Sequence[RunRecord]]:
-    """Divide records into those of planned runs, and those that no longer count since the study was edited."""
+    """Divide records into those that count, and others.
+
+    The latter are of no planned run, since the study was edited.
+    """
     planned = {run.name: run for run in runs}
     counted = {name: one for name, one in records.items() if name in planned and one.matches(planned[name])}
     return counted, [one for name, one in records.items() if name not in counted]
 
 
 def changed_keys(record: RunRecord, runs: Iterable[PlannedRun]) -> list[str]:
-    """Name the keys in which a run's config is another than that of the planned run of its arm and seed."""
+    """Name the keys in which a run differs from its plan.
+
+    The planned run is that of the same arm and seed.
+    """
     planned = next((run for run in runs if (run.arm, run.seed) == (record.arm, record.seed)), None)
     before = record.page.get("config")
     if planned is None or not isinstance(before, Mapping):
@@ -140,5 +149,8 @@ def changed_keys(record: RunRecord, runs: Iterable[PlannedRun]) -> list[str]:
 
 
 def _same(was: Any, now: str | None) -> bool:
-    """Compare two values; a path may be absolute in one of them, perhaps of another machine."""
+    """Compare two values; a path may be absolute in one.
+
+    Perhaps that of another machine.
+    """
     return was == now or (bool(was) and bool(now) and (str(was).endswith(f"/{now}") or str(now).endswith(f"/{was}")))

@@ -17,7 +17,9 @@ _DRAWS: Final = 1000
 
 
 def t_cdf(t: float, freedom: int) -> float:
-    """Compute P(T ≤ t) of Student's distribution (Abramowitz & Stegun 26.7.3 and 26.7.4).
+    """Compute P(T ≤ t) of Student's distribution.
+
+    Abramowitz & Stegun 26.7.3 and 26.7.4.
 
     Args:
         t: any number.
@@ -78,7 +80,9 @@ class Difference:
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Estimate the mean of ``first − second`` over pairs, with a 95 % interval by Student's t.
+    """Estimate the mean of ``first − second``, with a 95 % interval.
+
+    Over pairs, by Student's t.
 
     Args:
         first: one number a pair.
@@ -100,9 +104,9 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
 
 
 def bootstrap_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
-    """Estimate Σ above / Σ below over units that are drawn again, with replacement, a thousand times.
+    """Estimate Σ above / Σ below by a bootstrap over units.
 
-    The draws are the same in every call with as many units.
+    Units are drawn with replacement, a thousand times. The draws are the same in every call with as many units.
 
     Args:
         above: one number a unit.
@@ -121,7 +125,10 @@ def bootstrap_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[flo
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Adjust p values of a family of comparisons (Holm 1979), in the order in which they are given."""
+    """Adjust p values of a family of comparisons (Holm 1979).
+
+    In the order in which they are given.
+    """
     order = sorted(range(len(values)), key=values.__getitem__)
     adjusted, largest = [0.0] * len(values), 0.0
     for rank, index in enumerate(order):

@@ -1,4 +1,4 @@
-"""Table of a study: mean and spread of each arm, and paired differences with their intervals."""
+"""Table of a study: means, spreads, and paired differences with intervals."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class StudyTable:
 
     @property
     def headline(self) -> Row | None:
-        """Comparison to open with: the first that was named, else the largest of the main metric."""
+        """First named comparison, else the main metric's largest difference."""
         named = [row for row in self.rows if row.kind == "named"]
         if named:
             return named[0]
@@ -181,7 +181,10 @@ def compare(
 
 
 def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) -> tuple[list[str], list[str]]:
-    """Choose the metrics; with a note of each that was named and that no run has yet, an error once every arm has a run."""
+    """Choose the metrics to compare.
+
+    With a note of each that was named and that no run has yet, an error once every arm has a run.
+    """
     there = list(dict.fromkeys(name for record in records for name in record.metrics))
     own = plan.file.config.study.metrics
     chosen: dict[str, None] = dict.fromkeys(() if own else measured(records))
@@ -206,7 +209,7 @@ def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) 
 
 
 def measured(records: Iterable[RunRecord]) -> list[str]:
-    """Name every loss of the evaluation data, head 1 first, and every number of an evaluator."""
+    """Name every evaluation loss, head 1 first, and evaluators' numbers."""
     there = dict.fromkeys(name for record in records for name in record.metrics)
     losses = [name for name in there if name.startswith("eval/loss")]
     losses.sort(key=lambda name: (name != "eval/loss/head_1", name))
@@ -312,7 +315,10 @@ def _not_finite(metrics: Sequence[str], found: Mapping[str, Mapping[int, RunReco
 
 
 def _over_documents(rows: Iterable[Row], found: Mapping[str, Mapping[int, RunRecord]]) -> list[str]:
-    """Say of named comparisons how far other texts would move the difference, where runs have losses by document."""
+    """Describe how far other texts would move named comparisons.
+
+    Where runs have losses by document.
+    """
     notes = []
     for row in rows:
         if row.kind != "named" or row.to is None:
@@ -329,7 +335,10 @@ def _over_documents(rows: Iterable[Row], found: Mapping[str, Mapping[int, RunRec
 
 
 def _within_runs(metrics: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
-    """Say how far other evaluation data would move a number of one run, where an evaluator has measured that."""
+    """Describe how far other evaluation data would move a number.
+
+    Where an evaluator has measured that.
+    """
     notes = []
     for metric in metrics:
         estimates = [found for record in records if (found := record.page.get("estimates", {}).get(metric)) is not None]
@@ -341,5 +350,5 @@ def _within_runs(metrics: Sequence[str], records: Sequence[RunRecord]) -> list[s
 
 
 def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows as plain mappings, in the order of their fields."""
+    """Turn rows into plain mappings, in the order of their fields."""
     return [asdict(row) for row in rows]

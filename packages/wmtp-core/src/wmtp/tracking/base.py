@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from attrs import field, frozen
 
@@ -13,7 +13,10 @@ from wmtp.errors import described
 from wmtp.plugins.contract import Contract
 from wmtp.storage.base import Storage
 
-__all__ = ["RunInfo", "Tracker", "failure"]
+__all__ = ["TRACKED_ANEW", "RunInfo", "Tracker", "failure"]
+
+#: what to do with a damaged file that keeps the id of the tracker's run
+TRACKED_ANEW: Final = "remove it, and the rest of the run is tracked as a new one"
 
 
 @frozen(kw_only=True)
@@ -70,23 +73,29 @@ class Tracker(Contract, ABC, contract=True):
         """
 
     def log_artifact(self, file: Path) -> None:
-        """Store a file of the run, such as the page of ``wmtp report``; default: ignore it.
+        """Store a file of the run; default: ignore it.
 
-        Called before `finish`. The file does not change until `finish` returns.
+        Such as the page of ``wmtp report``. Called before `finish`. The file does not change until `finish` returns.
         """
 
     def saved(self, step: int) -> None:
-        """A checkpoint of so many steps was written: what is known so far should survive this machine. Returns at once."""
+        """Save what is known so far: a checkpoint was written.
+
+        It should survive this machine. Returns at once.
+        """
 
     @abstractmethod
     def finish(self, status: Literal["finished", "stopped", "interrupted", "failed"], model: Path | None) -> None:
-        """Close the run: send what is left, and say where the model is."""
+        """Send what is left, record the model's place, close the run."""
 
     def location(self) -> str | None:
-        """One line for the user: how to see the run, for instance a command or an address."""
+        """Return a line for the user on how to see the run.
+
+        For instance a command or an address.
+        """
         return None
 
 
 def failure(tracker: Tracker, error: Exception) -> str:
-    """Word a failure, of which a run says no more than this line: it goes on."""
+    """Word a tracker's failure, of which a run only warns."""
     return f"the tracker {type(tracker).__module__}.{type(tracker).__qualname__} failed: {described(error)}"

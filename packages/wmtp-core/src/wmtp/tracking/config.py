@@ -50,7 +50,7 @@ class MLflowTracker(TrackerConfig):
         return self.tracking_uri is not None and storage_scheme(self.tracking_uri, self.own_schemes) is not None
 
     def check(self) -> Iterator[str]:
-        """Check the values, one line for each problem: ``key: what is wrong; what to do``."""
+        """Find wrong values; see `ComponentConfig.check`."""
         if self.tracking_uri is not None and not self._is_mirrored and (problem := _uri_problem(self.tracking_uri)):
             yield f"tracking_uri: {problem}"
 
@@ -106,7 +106,7 @@ def _uri_problem(uri: str) -> str | None:
 
 @frozen(kw_only=True)
 class JsonlTracker(TrackerConfig):
-    """Keeps to the run directory: ``metrics.jsonl`` is all there is. Needs no MLflow."""
+    """Tracks in the run directory's ``metrics.jsonl`` alone. Needs no MLflow."""
 
     type = "jsonl"
 
@@ -138,7 +138,9 @@ class TensorBoardTracker(TrackerConfig):
 
 @frozen(kw_only=True)
 class WandbTracker(TrackerConfig):
-    """Tracks the run in Weights & Biases. Needs ``wmtp-core[wandb]``, and ``wandb login`` or ``WANDB_API_KEY``.
+    """Tracks the run in Weights & Biases.
+
+    Needs ``wmtp-core[wandb]``, and ``wandb login`` or ``WANDB_API_KEY``.
 
     Args:
         project: the project's name; made if there is none.
@@ -162,7 +164,9 @@ class WandbTracker(TrackerConfig):
 
 @frozen(kw_only=True)
 class SeveralTrackers(TrackerConfig):
-    """Several trackers at once. One that fails during the run is dropped; the others continue.
+    """Several trackers at once.
+
+    One that fails during the run is reported once; the others continue.
 
     Args:
         of: the trackers, each in a table ``[[tracker.of]]``.

@@ -1,4 +1,6 @@
-"""MLflow in an object store, which MLflow itself cannot: runs in a file of this machine, copied to the store as they grow.
+"""MLflow in an object store, by a local copy.
+
+MLflow itself keeps no runs there: they are in a file of this machine, copied to the store as they grow.
 
 Below the tracker's URI is a folder for each run, named by MLflow's id of it: ``mlflow.db``, an SQLite database with nothing but
 this run, and ``artifacts/``. `wmtp.tracking.pull` merges many of them into one database for ``mlflow ui``.
@@ -19,9 +21,10 @@ from typing import TYPE_CHECKING, Final, Literal
 from attrs import evolve
 
 from wmtp.errors import WMTPError
-from wmtp.json_files import read_json_object, reading, writing
+from wmtp.json_files import read_json_object, reading
+from wmtp.runs.directory import replace_text
 from wmtp.storage.uris import backend_for
-from wmtp.tracking.base import RunInfo, Tracker
+from wmtp.tracking.base import TRACKED_ANEW, RunInfo, Tracker
 from wmtp.tracking.mlflow import MLflow
 
 if TYPE_CHECKING:
@@ -29,8 +32,6 @@ if TYPE_CHECKING:
     from wmtp.tracking.config import MLflowTracker
 
 __all__ = ["ARTIFACTS", "DATABASE", "MirroredMLflow", "move_artifacts"]
-
-_ANEW = "remove it, and the rest of the run is tracked as a new one"
 
 logger = logging.getLogger("wmtp")
 
@@ -40,7 +41,7 @@ _FOLDER: Final = "tracking"
 
 
 class MirroredMLflow(Tracker):
-    """MLflow tracker with a local database that is copied to the URI at checkpoints.
+    """MLflow tracker whose local database is copied to the URI.
 
     It is ``tracking/mlflow.db`` in the run directory, copied at each checkpoint and at the end.
 
@@ -57,7 +58,9 @@ class MirroredMLflow(Tracker):
         self._copied: dict[Path, tuple[int, int]] = {}
 
     def start(self, run: RunInfo) -> None:
-        """Open or reopen the run; see `Tracker.start`. A run that was begun on another machine is fetched from the URI first.
+        """Open or reopen the run; see `Tracker.start`.
+
+        A run that was begun on another machine is fetched from the URI first.
 
         Raises:
             ConfigError: nothing that is installed serves the URI.
@@ -85,7 +88,10 @@ class MirroredMLflow(Tracker):
         self._tracker.log_artifact(file)
 
     def saved(self, step: int) -> None:
-        """Copy the database in the background, unless the last copy is still running."""
+        """Copy the database in the background.
+
+        Unless the last copy is still running.
+        """
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._try_to_copy, name="wmtp-tracking-copy", daemon=True)
             self._thread.start()
@@ -103,8 +109,8 @@ class MirroredMLflow(Tracker):
         return f"wmtp runs pull {self._uri}"
 
     def _bring_back(self, state: Path, local: str) -> None:
-        with reading(state, _ANEW):
-            run_id = str(read_json_object(state, _ANEW)["run_id"])
+        with reading(state, TRACKED_ANEW):
+            run_id = str(read_json_object(state, TRACKED_ANEW)["run_id"])
         if not self._storage.exists(f"{self._uri}/{run_id}/{DATABASE}"):
             return
         self._storage.fetch(f"{self._uri}/{run_id}", self._folder)
@@ -114,8 +120,7 @@ class MirroredMLflow(Tracker):
         target.parent.mkdir(parents=True, exist_ok=True)
         if fetched.exists() and not target.exists():
             fetched.rename(target)
-        with writing(state):
-            state.write_text(json.dumps({"tracking_uri": local, "run_id": run_id}, indent=2) + "\n")
+        replace_text(state, json.dumps({"tracking_uri": local, "run_id": run_id}, indent=2) + "\n")
 
     def _try_to_copy(self) -> bool:
         try:
@@ -145,7 +150,7 @@ class MirroredMLflow(Tracker):
 
 
 def move_artifacts(database: Path, run_id: str, folder: Path) -> None:
-    """Change the artifact folder of a database, for its run and later ones.
+    """Change a database's artifact folder, for its run and later ones.
 
     Args:
         database: MLflow's.

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.json_files import read_json_object, reading
 from wmtp.redaction import redact
+from wmtp.runs.directory import replace_text
 from wmtp.runs.step_file import read_steps
 from wmtp.storage.lock import FileLock
-from wmtp.tracking.base import RunInfo, Tracker
+from wmtp.tracking.base import TRACKED_ANEW, RunInfo, Tracker
 from wmtp.tracking.sender import Sender
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from wmtp.tracking.config import MLflowTracker
 
 __all__ = ["ENVIRONMENT", "MLflow", "database_lock", "set_environment"]
-
-_ANEW = "remove it, and the rest of the run is tracked as a new one"
 
 logger = logging.getLogger("wmtp")
 
@@ -64,7 +63,9 @@ class _Point(NamedTuple):
 
 
 class MLflow(Tracker):
-    """Writes to one MLflow run through MLflow's client; MLflow's global state (the active run, its URI) is left alone.
+    """Writes to one MLflow run, without MLflow's global state.
+
+    The active run and its URI are left alone.
 
     ``mlflow.json`` in the run directory keeps the run's id, so that a resumed run continues the same MLflow run. MLflow never
     replaces a point: the steps that a killed attempt had sent beyond its last checkpoint are not sent again, and the points
@@ -82,7 +83,10 @@ class MLflow(Tracker):
         self._artifacts: list[Path] = []
 
     def start(self, run: RunInfo) -> None:
-        """Open or reopen the MLflow run; see `Tracker.start`. Waits for a server that does not answer at most some seconds."""
+        """Open or reopen the MLflow run; see `Tracker.start`.
+
+        Waits for a server that does not answer at most some seconds.
+        """
         if problems := [f"tracker.{problem}" for problem in self._config.check()]:
             raise ConfigError(problems)
         self._uri = self._config.tracking_uri or f"sqlite:///{run.run_dir.resolve().parent / 'mlflow.db'}"
@@ -110,7 +114,10 @@ class MLflow(Tracker):
         self._upload(run.run_dir / "config.toml")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Queue the metrics of one step; returns at once. MLflow keeps an infinite value as the largest float."""
+        """Queue the metrics of one step; returns at once.
+
+        MLflow keeps an infinite value as the largest float.
+        """
         assert self._sender is not None, "log before start"
         now = time.time_ns() // 1_000_000
         points = (_Point(_key(name), float(value), now, step) for name, value in metrics.items())
@@ -121,7 +128,10 @@ class MLflow(Tracker):
         self._artifacts.append(file)
 
     def finish(self, status: Literal["finished", "stopped", "interrupted", "failed"], model: Path | None) -> None:
-        """Send what is left, upload what was asked for and close the MLflow run. A second call does nothing."""
+        """Send what is left, upload files, and close the run.
+
+        A second call does nothing.
+        """
         if self._sender is None:
             return
         sender, self._sender = self._sender, None
@@ -168,7 +178,8 @@ class MLflow(Tracker):
             raise WMTPError(
                 f"{redact(self._uri)} answers, but is no MLflow: asked for a new run, it named none; {self._advice()}"
             )
-        _write_json(state_file, {"tracking_uri": redact(self._uri), "run_id": self._run_id})
+        state = {"tracking_uri": redact(self._uri), "run_id": self._run_id}
+        replace_text(state_file, json.dumps(state, indent=2) + "\n")
         self._log_params(params)
 
     def _reopen(self, earlier: Run, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
@@ -186,13 +197,16 @@ class MLflow(Tracker):
         self._log_params({key: value for key, value in params.items() if key not in known})
 
     def _find(self, state_file: Path) -> Run | None:
-        """Find the MLflow run of an earlier attempt; None if there is none at this address."""
+        """Find the MLflow run of an earlier attempt, if any.
+
+        It must be at this address.
+        """
         from mlflow.exceptions import MlflowException
 
         if not state_file.exists():
             return None
-        with reading(state_file, _ANEW):
-            state = read_json_object(state_file, _ANEW)
+        with reading(state_file, TRACKED_ANEW):
+            state = read_json_object(state_file, TRACKED_ANEW)
             uri, run_id = str(state["tracking_uri"]), str(state["run_id"])
         if uri != redact(self._uri):
             return None
@@ -238,7 +252,7 @@ class MLflow(Tracker):
             self._client.log_batch(self._run_id, params=some)
 
     def _log_missed(self, file: Path, last_step: int) -> None:
-        """Log the steps up to ``last_step`` that an earlier attempt could not send."""
+        """Log steps up to ``last_step`` that an earlier attempt missed."""
         if not file.exists():
             return
         for row in read_steps(file):
@@ -272,14 +286,20 @@ class MLflow(Tracker):
 
 
 def set_environment() -> None:
-    """Set `ENVIRONMENT`, which MLflow reads when it is imported, and keep it from printing errors that it also raises."""
+    """Set `ENVIRONMENT`, which MLflow reads when it is imported.
+
+    MLflow is kept from printing errors that it also raises, too.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("mlflow.store.db.utils").addFilter(_is_raised_only)
 
 
 def _is_raised_only(record: logging.LogRecord) -> bool:
-    """Drop the traceback of each failed attempt to write to a full or locked database."""
+    """Drop tracebacks of failed attempts to write the database.
+
+    It is full or locked.
+    """
     return not str(record.msg).startswith("SQLAlchemy database error")
 
 
@@ -289,7 +309,10 @@ def _sqlite_file(uri: str) -> Path | None:
 
 @contextmanager
 def database_lock(database: Path | None) -> Iterator[None]:
-    """Lock a database: two processes that update a new one break it, and MLflow's own lock covers only a part."""
+    """Lock a database.
+
+    Two processes that update a new one break it, and MLflow's own lock covers only a part.
+    """
     if database is None:
         yield
         return
@@ -300,7 +323,10 @@ def database_lock(database: Path | None) -> Iterator[None]:
 
 
 def _key(name: str) -> str:
-    """``name`` as MLflow allows it: word characters, ``_-. :/``, and a normal relative path."""
+    """Turn ``name`` into one that MLflow allows.
+
+    Word characters, ``_-. :/``, and a normal relative path.
+    """
     key = re.sub(r"[^\w./ :-]", "_", name)
     if posixpath.normpath(key) != key or key.startswith((".", "/")):
         key = "_" + key.replace("/", "_")
@@ -312,21 +338,21 @@ def _cut(value: str, length: int) -> str:
 
 
 def _refused(error: Exception) -> bool:
-    """Return True if the same request will always fail: a deleted run, or a forbidden value."""
+    """Return True if the same request will always fail.
+
+    Of a deleted run, or with a forbidden value.
+    """
     code = getattr(error, "error_code", None)
     return code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE")
 
 
 def _reason(error: BaseException) -> str:
-    """One line: the first cause, since MLflow's own text repeats a whole request."""
+    """Describe the first cause of an error in one line.
+
+    MLflow's own text repeats a whole request.
+    """
     while cause := error.__cause__ or error.__context__:
         error = cause
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     line = next(iter(text.strip().splitlines()), "") or type(error).__name__
     return _cut(redact(line), 300)
-
-
-def _write_json(file: Path, content: Mapping[str, str]) -> None:
-    aside = file.with_suffix(".json.part")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(file)

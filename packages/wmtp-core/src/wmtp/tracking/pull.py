@@ -43,7 +43,9 @@ class Pulled:
 
 
 def pull(storage: Storage, uri: str, database: Path) -> Pulled:
-    """Bring all runs at a URI into one database, each as it was tracked: its id, parameters, metrics, tags and artifacts.
+    """Merge all runs at a URI into one database.
+
+    Each as it was tracked: its id, parameters, metrics, tags and artifacts.
 
     Runs that did not change since the last pull are not read again. Runs of the database that are not at the URI stay.
 
@@ -83,7 +85,7 @@ def pull(storage: Storage, uri: str, database: Path) -> Pulled:
 
 
 def _make_current(database: Path) -> None:
-    """Make a database, or bring one to the form that the installed MLflow knows.
+    """Make a database, or migrate it to the installed MLflow.
 
     Raises:
         WMTPError: it is of a newer MLflow, or damaged.
@@ -105,7 +107,10 @@ def _make_current(database: Path) -> None:
 
 
 def _merge(fetched: Path, run_id: str, database: Path, uri: str) -> bool:
-    """Put one run into the database, in place of what it has of it. Returns whether it had it."""
+    """Put one run into the database; return whether it was there.
+
+    What the database had of it is replaced.
+    """
     source = fetched / DATABASE
     artifacts = database.parent / "mlflow-artifacts" / run_id / ARTIFACTS
     try:
@@ -139,7 +144,10 @@ def _merge(fetched: Path, run_id: str, database: Path, uri: str) -> bool:
 
 
 def _tables_of_runs(connection: sqlite3.Connection) -> list[tuple[str, list[str]]]:
-    """List the tables about runs with the columns common to both databases; ``runs`` first."""
+    """List the tables about runs, with columns common to both databases.
+
+    ``runs`` comes first.
+    """
     found = []
     for (table,) in connection.execute("SELECT name FROM pulled.sqlite_master WHERE type = 'table'").fetchall():
         both = [
@@ -153,7 +161,7 @@ def _tables_of_runs(connection: sqlite3.Connection) -> list[tuple[str, list[str]
 
 
 def _experiment(database: Path, name: str) -> int:
-    """Return the id of the experiment with this name, creating it if needed."""
+    """Return the id of a named experiment, created if needed."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{database}")

@@ -1,4 +1,4 @@
-"""Background thread that sends metrics, so that training never waits for a server."""
+"""Background sender of metrics: training never waits for a server."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _LAST_DELAY: Final = 60.0
 
 
 class Sender(Generic[Item]):
-    """A queue, and the thread that empties it in order. While the receiver is away everything is kept.
+    """A queue, and the thread that empties it in order.
 
-    The log says once that the receiver is away, and once that it is back.
+    While the receiver is away everything is kept. The log says once that the receiver is away, and once that it is back.
 
     Args:
         send: sends some items; called by the thread only. It raises where they did not arrive.
@@ -97,7 +97,10 @@ class Sender(Generic[Item]):
             self._last_progress = time.monotonic()
 
     def _next(self) -> list[Item]:
-        """Return the oldest items, which stay queued until sent; none once closed and empty."""
+        """Return the oldest items; none once closed and empty.
+
+        They stay queued until sent.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._items or self._closing.is_set())
             self._changed.wait_for(lambda: len(self._items) >= self._batch or self._closing.is_set(), timeout=self._interval)

@@ -27,7 +27,10 @@ class Several(Tracker):
         self._failed: set[str] = set()
 
     def start(self, run: RunInfo) -> None:
-        """Start them all; where one cannot be used, those before it are closed."""
+        """Start them all.
+
+        Where one cannot be used, those before it are closed.
+        """
         started: list[Tracker] = []
         try:
             for tracker in self._trackers.values():

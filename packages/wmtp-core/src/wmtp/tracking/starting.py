@@ -20,7 +20,9 @@ _PATIENCE: Final = 10.0
 
 @contextmanager
 def starting_beside(tracker: Tracker, run: RunInfo) -> Iterator[StartingTracker]:
-    """Start a tracker beside what happens inside; if that fails, the tracker is told so.
+    """Start a tracker beside what happens inside.
+
+    If that fails, the tracker is told so.
 
     Args:
         tracker: starts in a thread if it can, else where `StartingTracker.wait` is called.
@@ -67,7 +69,10 @@ class StartingTracker:
             raise self._error
 
     def abandon(self) -> None:
-        """End the tracker, as of a run that failed before its first step."""
+        """End the tracker, as of a run that failed early.
+
+        That is before its first step.
+        """
         if self._thread is None:
             return
         self._thread.join(_PATIENCE)

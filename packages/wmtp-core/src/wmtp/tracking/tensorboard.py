@@ -46,7 +46,10 @@ class TensorBoard(Tracker):
             self._writer.add_text(title, f"| | |\n| --- | --- |\n{rows}", run.resumed_step or 0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Queue the metrics of one step; the writer has a thread of its own."""
+        """Queue the metrics of one step.
+
+        The writer has a thread of its own.
+        """
         assert self._writer is not None, "log before start"
         for name, value in metrics.items():
             self._writer.add_scalar(name, float(value), step)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from wmtp.errors import WMTPError
 from wmtp.json_files import read_json_object, reading, writing
-from wmtp.tracking.base import RunInfo, Tracker
+from wmtp.tracking.base import TRACKED_ANEW, RunInfo, Tracker
 
 if TYPE_CHECKING:
     from wmtp.tracking.config import WandbTracker
@@ -22,11 +22,10 @@ __all__ = ["Wandb"]
 _TAG_LENGTH = 64  # wandb's own limit
 
 
-_ANEW = "remove it, and the rest of the run is tracked as a new one"
-
-
 class Wandb(Tracker):
-    """Writes to one run of Weights & Biases; ``wandb.json`` in the run directory keeps its id for a resume.
+    """Writes to one run of Weights & Biases.
+
+    ``wandb.json`` in the run directory keeps its id for a resume.
 
     wandb never replaces a point, so what an earlier attempt has logged is left out. Its own count of steps only grows; the
     optimizer step is a metric, by which the others are drawn: an evaluation may add a number at an earlier step.
@@ -45,8 +44,8 @@ class Wandb(Tracker):
         except ImportError as error:
             raise WMTPError(f"tracker 'wandb': {error}; install wmtp-core[wandb]") from error
         state = run.run_dir / "wandb.json"
-        with reading(state, _ANEW):
-            earlier = read_json_object(state, _ANEW)["id"] if state.exists() else None
+        with reading(state, TRACKED_ANEW):
+            earlier = read_json_object(state, TRACKED_ANEW)["id"] if state.exists() else None
         settings = {"silent": True, "console": "off", "disable_git": True, "disable_code": True, "login_timeout": 1}
         try:
             self._run = wandb.init(
@@ -77,18 +76,24 @@ class Wandb(Tracker):
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand the metrics of one step to wandb, which buffers them while offline."""
+        """Pass one step's metrics to wandb, which buffers them offline."""
         assert self._run is not None, "log before start"
         if new := {name: float(value) for name, value in metrics.items() if step > self._logged.get(name, -1)}:
             self._run.log({**new, "step": step})
 
     def finish(self, status: Literal["finished", "stopped", "interrupted", "failed"], model: Path | None) -> None:
-        """Send what is left, and close the run. A second call does nothing."""
+        """Send what is left, and close the run.
+
+        A second call does nothing.
+        """
         if self._run is not None:
             self._run.summary.update({"status": status} | ({} if model is None else {"model": str(model)}))
             self._run.finish(exit_code=0 if status in ("finished", "stopped") else 1)
             self._run = None
 
     def location(self) -> str | None:
-        """Give the address of the run's page, or the command that sends a run that was kept offline."""
+        """Return the run's page, or the command that sends it.
+
+        The command is for a run that was kept offline.
+        """
         return self._place

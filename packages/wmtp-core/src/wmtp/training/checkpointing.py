@@ -114,8 +114,8 @@ class RunCheckpoints:
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
 
-    def go_on(self, checkpoint: Checkpoint, best: int | None) -> None:
-        """Keep and upload as before, after a resume.
+    def resume(self, checkpoint: Checkpoint, best: int | None) -> None:
+        """Keep and upload checkpoints as before the interruption.
 
         Args:
             checkpoint: that the run resumes from.

@@ -52,7 +52,7 @@ def evaluate(
     counts = torch.zeros(model.horizon, dtype=dtype, device=device)
     drafts = DraftSums(model.horizon, device)
     for batch in _share(batches, ranks):
-        ranks.still_at_it("evaluation")
+        ranks.tick_within_step("evaluation")
         packed = batch.packed
         on_device = batch.to(device)
         targets = align_targets(on_device, model.horizon)

@@ -395,7 +395,7 @@ class Fit:
         self.step_loss.trainer.load_state_dict(state["trainer"])
         self._early_stopping.load_state_dict(state["early_stopping"])
         self._best.load_state_dict(state["best"])
-        self._stored.go_on(checkpoint, self._best.step)
+        self._stored.resume(checkpoint, self._best.step)
         plan, ends = self.batches.plan, state["stage_ends"]
         # The last stage ends with the run, which may be longer now: so long that a warm-up that was all of it has a successor.
         if len(ends) == len(plan.ends):
