@@ -283,7 +283,9 @@ class OptimizerConfig(ComponentConfig, contract=True, keys=("lr",)):
     lr: Any = None
 
     def check_device(self, device: str) -> Iterable[str]:
-        """Find why the optimizer cannot compute on a device. Called, and held to the same, as `check`.
+        """Find why the optimizer cannot compute on a device.
+
+        Called, and held to the same, as `check`.
 
         Called again when a run or a dry run has picked its device.
 
