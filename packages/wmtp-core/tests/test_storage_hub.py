@@ -273,9 +273,9 @@ def test_a_busy_hub_is_waited_for_and_then_told(hub, storage, tmp_path, caplog):
     hub.fault = busy
     with caplog.at_level(logging.INFO, "wmtp"):
         storage.localize("hf://org/name", tmp_path)
-    assert caplog.text.count("the hub is asked too often (429); trying again in 3 s") == 3
+    assert caplog.text.count("the hub limits the rate of requests (429); trying again in 3 s") == 3
     hub.fault = lambda handler: handler.answer(429, {"error": "slow down"}) or True
-    with pytest.raises(WMTPError, match=r"asked too often \(429\); wait some minutes, or log in"):
+    with pytest.raises(WMTPError, match=r"limits the rate of requests \(429\); wait some minutes, or log in"):
         HubStorage().build().pinned("hf://org/name")
 
 

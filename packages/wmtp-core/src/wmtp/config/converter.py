@@ -131,7 +131,7 @@ def _read(converter: cattrs.Converter, value: Any, type_: Any) -> Any:
             f"its class says {type_}, which cannot be read from TOML; use plain types and attrs classes"
         ) from None
     except Exception as error:
-        raise Problems.one(values.said(error)) from None
+        raise Problems.one(values.message_of(error)) from None
 
 
 def _sequence(converter: cattrs.Converter, value: Any, type_: Any) -> Any:
@@ -190,12 +190,12 @@ def _table(converter: cattrs.Converter, value: Any, cls: type[Any]) -> Any:
         try:
             return cls(**arguments)
         except Exception as error:
-            raise Problems(_said_by_validators(cls, fields, arguments) or [Problem((), values.said(error))]) from error
+            raise Problems(_validator_problems(cls, fields, arguments) or [Problem((), values.message_of(error))]) from error
     # What can be validated already is, so that all problems show at once.
-    raise Problems(problems + [p for p in _said_by_validators(cls, fields, arguments) if p.path[0] in arguments])
+    raise Problems(problems + [p for p in _validator_problems(cls, fields, arguments) if p.path[0] in arguments])
 
 
-def _said_by_validators(
+def _validator_problems(
     cls: type[Any], fields: Mapping[str, attrs.Attribute[Any]], arguments: Mapping[str, Any]
 ) -> list[Problem]:
     """Run each field's validator, and collect all problems.
@@ -223,7 +223,7 @@ def _said_by_validators(
             except AttributeError:
                 continue  # it looks at a field that is itself wrong or missing
             except Exception as error:
-                problems.append(Problem((key,), values.said(error, fields[key].name)))
+                problems.append(Problem((key,), values.message_of(error, fields[key].name)))
     return problems
 
 

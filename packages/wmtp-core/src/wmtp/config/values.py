@@ -11,7 +11,7 @@ from typing import Any, Final, get_args
 from wmtp.config.problems import Problems
 from wmtp.spelling import did_you_mean
 
-__all__ = ["enum_member", "literal", "number", "said", "scalar", "shown", "wrong"]
+__all__ = ["enum_member", "literal", "message_of", "number", "scalar", "shown", "wrong"]
 
 _LARGEST: Final = 2**63 - 1
 _BOOLEANS: Final = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
@@ -96,7 +96,7 @@ def _not_a_choice(choices: Iterable[Any], value: Any) -> str:
     return f"must be one of {', '.join(shown(name) for name in names)}, not {shown(value)}{f'; {hint}' if hint else ''}"
 
 
-def said(error: Exception, name: str | None = None) -> str:
+def message_of(error: Exception, name: str | None = None) -> str:
     """Return an exception's text on one line.
 
     attrs' own begin with the field's name, which the key says already.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from attrs import field, frozen
@@ -17,7 +17,7 @@ from wmtp.data.store import TokenStore
 
 __all__ = ["DatasetCounts", "TokenDataset", "TokenizedDocument"]
 
-_LOOKED_AT = 2**24  # tokens in memory at once
+_CHUNK: Final = 2**24  # tokens in memory at once
 
 
 @frozen(kw_only=True, eq=False)
@@ -306,8 +306,8 @@ class TokenDataset:
         """Count how often each id below ``size`` occurs in the sources."""
         counts = np.zeros(size, np.int64)
         for store in self._stores:
-            for start in range(0, len(store.tokens), _LOOKED_AT):
-                counts += np.bincount(store.tokens[start : start + _LOOKED_AT], minlength=size)
+            for start in range(0, len(store.tokens), _CHUNK):
+                counts += np.bincount(store.tokens[start : start + _CHUNK], minlength=size)
         return counts
 
     def number_of(self, document: Document) -> int:
@@ -336,8 +336,8 @@ class TokenDataset:
         Returns it with that id; None where there is none.
         """
         for number, (store, name) in enumerate(zip(self._stores, self.names, strict=True)):
-            for begin in range(0, len(store.tokens), _LOOKED_AT):
-                part = store.tokens[begin : begin + _LOOKED_AT]
+            for begin in range(0, len(store.tokens), _CHUNK):
+                part = store.tokens[begin : begin + _CHUNK]
                 if len(part) and int(part.max()) >= token_id:
                     place = begin + int((part >= token_id).argmax())
                     within = int(np.searchsorted(store.starts, place, side="right")) - 1

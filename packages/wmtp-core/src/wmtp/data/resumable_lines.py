@@ -10,6 +10,7 @@ from typing import Any
 
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.json_files import read_json_object
+from wmtp.runs.directory import replace_text
 
 __all__ = ["ResumableLines"]
 
@@ -28,7 +29,7 @@ class ResumableLines:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self._facts = path.with_name(f".{path.name}.settings.json")
+        self._settings = path.with_name(f".{path.name}.settings.json")
         self.done: set[int] = set()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,16 +38,14 @@ class ResumableLines:
                 self._read()
             else:
                 # before the first line, and whole: a file with lines always has its settings
-                new = self._facts.with_suffix(".partial")
-                new.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-                new.replace(self._facts)
+                replace_text(self._settings, json.dumps(settings, indent=2) + "\n")
         except OSError as error:
             raise WMTPError(f"{path}: cannot be read or written ({error.strerror or error})") from error
 
     def _compare(self, settings: Mapping[str, Any]) -> None:
-        if not self._facts.is_file():
+        if not self._settings.is_file():
             raise ConfigError(f"{self.path}: is there already, and not from this command; write to another file, or remove it")
-        before = read_json_object(self._facts)
+        before = read_json_object(self._settings)
         for key in {**before, **settings}:
             if before.get(key) != settings.get(key):
                 raise ConfigError(

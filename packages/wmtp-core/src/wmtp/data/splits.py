@@ -15,7 +15,7 @@ from wmtp.errors import FileError, InputError
 from wmtp.json_files import read_json_object
 from wmtp.storage.walk import files_below, is_hidden, require_target
 
-__all__ = ["FORMATS", "Named", "beside", "chosen", "data_files", "format_of", "incomplete", "named"]
+__all__ = ["FORMATS", "Named", "chosen", "data_files", "format_of", "missing_shards", "named", "unread_files"]
 
 FORMATS: Final = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
 #: other names of these
@@ -162,7 +162,7 @@ def _twice(files: Sequence[Path]) -> Sequence[Path]:
     return next(([plain[name], file] for file in files if plain[name := file.parent / uncompressed_name(file)] != file), ())
 
 
-def incomplete(files: Sequence[Path]) -> Sequence[str]:
+def missing_shards(files: Sequence[Path]) -> Sequence[str]:
     """Report missing shards, and shards of more than one count."""
     shards: dict[str, dict[int, set[int]]] = {}
     for file in files:
@@ -181,7 +181,7 @@ def incomplete(files: Sequence[Path]) -> Sequence[str]:
     return said
 
 
-def beside(path: Path, files: Sequence[Path]) -> Sequence[str]:
+def unread_files(path: Path, files: Sequence[Path]) -> Sequence[str]:
     """Report what may be data in a folder, and is not read.
 
     Args:

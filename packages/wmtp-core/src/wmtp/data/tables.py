@@ -116,7 +116,7 @@ def arrow_rows(path: Path) -> Iterator[Row]:
                     yield from _rows(path, _slices(reader))
             if source.met_end:
                 raise FileError(
-                    f"{path}: ends without the mark that ends a stream: it was cut off, or whoever wrote it did not close it; "
+                    f"{path}: has no end-of-stream marker: it was cut off, or whoever wrote it did not close it; "
                     f"fetch or write it again"
                 )
         elif is_compressed(path):

@@ -115,7 +115,7 @@ def hash_file(path: Path, algorithm: str) -> str:
         algorithm: ``crc32``, ``crc64nvme``, or what `hashlib` has.
 
     Raises:
-        WMTPError: the algorithm cannot be had here.
+        WMTPError: the algorithm is not available here.
         OSError: the file cannot be read.
     """
     if algorithm == "crc32":

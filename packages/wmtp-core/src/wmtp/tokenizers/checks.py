@@ -26,12 +26,12 @@ def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
     Raises:
         PluginError: its ids are no whole numbers, or outside of its vocabulary, or it gives too few lists of them.
     """
-    many = _asked(lambda: tokenizer.encode_many([_PROBE, _PROBE]))
+    many = _result(lambda: tokenizer.encode_many([_PROBE, _PROBE]))
     if many is not None and len(many) != 2:
         raise PluginError(f"{name}: encode_many gave {len(many)} lists of ids for 2 texts")
     for method, found in (
-        ("encode", _asked(lambda: [tokenizer.encode(_PROBE)])),
-        ("encode_first", _asked(lambda: [tokenizer.encode_first(_PROBE)])),
+        ("encode", _result(lambda: [tokenizer.encode(_PROBE)])),
+        ("encode_first", _result(lambda: [tokenizer.encode_first(_PROBE)])),
         ("encode_many", many),
         ("eos_id", [[tokenizer.eos_id]]),
     ):
@@ -41,7 +41,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
         raise PluginError(f"{name}: fingerprint returned {found!r:.60}, not a text")
 
 
-def _asked(method: Callable[[], Any]) -> Any:
+def _result(method: Callable[[], Any]) -> Any:
     """Return what a method gives; None if it fails.
 
     A small alphabet may lack the text's characters.

@@ -182,7 +182,7 @@ def open_auto_tokenizer(path: Path, gguf_file: str | None = None) -> PreTrainedT
     try:
         with transformers_quiet():  # it remarks on a model's type that it does not know
             opened = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **options)
-        return opened if gguf_file is None else _named_as_in(path / gguf_file, _own_tokens_only(opened, path))
+        return opened if gguf_file is None else _with_end_token_of(path / gguf_file, _own_tokens_only(opened, path))
     except WMTPError:
         raise
     except ImportError as error:
@@ -205,7 +205,7 @@ def _backend(tokenizer: PreTrainedTokenizerBase, path: Path) -> Backend:
     return backend
 
 
-def _named_as_in(file: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _with_end_token_of(file: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Set the end-of-sequence token that a GGUF file names.
 
     transformers 5.17 takes the begin token for both.

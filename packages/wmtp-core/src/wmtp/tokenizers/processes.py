@@ -87,7 +87,7 @@ class EncodingProcess:
             OSError: the process has ended.
             EOFError: it has, or its answer is none.
         """
-        ends, tokens = self._asked(worker.FIRST if first else worker.NEXT, texts)
+        ends, tokens = self._request(worker.FIRST if first else worker.NEXT, texts)
         return [tokens[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
     def encode_many_with_offsets(self, texts: Sequence[str]) -> list[tuple[array[int], NDArray[np.uint32]]]:
@@ -100,11 +100,11 @@ class EncodingProcess:
             OSError: the process has ended.
             EOFError: it has, or its answer is none.
         """
-        ends, tokens = self._asked(worker.OFFSETS, texts)
+        ends, tokens = self._request(worker.OFFSETS, texts)
         places = np.frombuffer(self._read(8 * len(tokens)), np.uint32).reshape(-1, 2)
         return [(tokens[begin:end], places[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
 
-    def _asked(self, kind: int, texts: Sequence[str]) -> tuple[list[int], array[int]]:
+    def _request(self, kind: int, texts: Sequence[str]) -> tuple[list[int], array[int]]:
         """Send texts, and read their tokens, and where those of each end."""
         contents = [text.encode() for text in texts]
         sizes = array("I", map(len, contents))
@@ -175,7 +175,7 @@ class Encodings:
             self._start_processes()
         if self._pool is None:
             return self._here.submit(encoding.encode, self._tokenizer)
-        return self._pool.submit(self._by, encoding)
+        return self._pool.submit(self._encode_by_process, encoding)
 
     def _start_processes(self) -> None:
         count = _processes()
@@ -188,7 +188,7 @@ class Encodings:
         for _ in range(count):
             self._free.put(None)
 
-    def _by(self, encoding: Encoding) -> None:
+    def _encode_by_process(self, encoding: Encoding) -> None:
         """Encode by a free process, which is started if needed."""
         process = self._free.get()
         try:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.compression import is_compressed
 from wmtp.data.files import Record, given_path, in_columns, parsed, read_records
-from wmtp.data.splits import beside, data_files, format_of, incomplete
+from wmtp.data.splits import data_files, format_of, missing_shards, unread_files
 from wmtp.errors import InputError
 from wmtp.spelling import nearest
 
@@ -62,7 +62,7 @@ class RecordLoader(ExampleLoader, contract=True):
     def doubts(self, path: Path | None) -> Sequence[str]:
         """Report missing shards, and likely data that is not read."""
         files = self.files(path)
-        return [*incomplete(files), *beside(given_path(path), files)]
+        return [*missing_shards(files), *unread_files(given_path(path), files)]
 
     def unread_keys(self, path: Path | None) -> Mapping[str, str | None]:
         """List unread keys of the first records.

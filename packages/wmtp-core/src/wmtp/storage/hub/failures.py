@@ -83,7 +83,7 @@ def is_unreachable(error: BaseException | None) -> bool:
 def _why(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        return "is asked too often (429)" if status == 429 else f"answers with {status}"
+        return "limits the rate of requests (429)" if status == 429 else f"answers with {status}"
     return f"cannot be reached ({_first_line(error) or type(error).__name__})"
 
 
@@ -130,7 +130,9 @@ def explained(error: Exception, name: HubName, *, writes: bool = False) -> WMTPE
         return ConfigError(f"{name.uri}: {token} ({error.response.status_code}: {_server_says(error)})")
     if isinstance(error, HfHubHTTPError) and error.response.status_code == 429:
         then = "wait some minutes" if has_token else "wait some minutes, or log in (hf auth login) for a higher limit"
-        return WMTPError(f"{name.uri}: the hub is asked too often (429); {then}, and run it again: whole files are kept")
+        return WMTPError(
+            f"{name.uri}: the hub limits the rate of requests (429); {then}, and run it again: whole files are kept"
+        )
     if is_unreachable(error):
         return WMTPError(
             f"{name.uri}: the hub at {constants.ENDPOINT} {_why(_cause(error))}; run it again when it can be: whole files are"
