@@ -13,7 +13,7 @@ import wmtp
 from wmtp.cli import main
 from wmtp.config.model_rules import model_problems
 from wmtp.config.schema import HeadsConfig
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError
 from wmtp.generation import Sampling, generate, step
 from wmtp.models.draft_vocabulary import frequent_tokens
 from wmtp.models.mtp import MTPModel
@@ -56,7 +56,7 @@ def test_it_is_kept_with_the_model(tmp_path, capsys):
     content = json.loads(description.read_text())
     for wrong in ([], [300], "all"):
         description.write_text(json.dumps(content | {"draft_vocabulary": wrong}))
-        with pytest.raises(WMTPError, match="draft_vocabulary holds no ids of this model's 258 tokens"):
+        with pytest.raises(FileError, match="draft_vocabulary holds no ids of this model's 258 tokens"):
             wmtp.load_model(folder)
 
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import wmtp
 from wmtp.cli import main
 from wmtp.config.schema import HeadsConfig
+from wmtp.errors import ConfigError
 from wmtp.generation.text import chat_prompt, encode_prompt
 from wmtp.models.ends import learn_turn_end
 from wmtp.models.mtp import MTPModel
@@ -72,6 +73,17 @@ def test_an_answer_is_asked_for_as_transformers_asks_and_ends_with_the_turn(mode
     assert str(model.generate("\n")) == "abc"
     assert [str(each) for each in model.chat([messages, [USER]])] == ["ab", "ab"]
     assert str(model.chat("q")) == "ab"
+
+
+def test_an_end_token_that_is_asked_for_ends_texts_too(model):
+    b = id_of(model.tokenizer, "b")
+    assert model.generate("\n", eos_id=b).tokens[-1] == b
+    assert model.generate("\n", eos_id=[b, 0]).tokens == model.generate([id_of(model.tokenizer, "\n")], eos_id=b).tokens
+
+
+def test_stop_texts_are_refused_where_prompts_are_ids(model):
+    with pytest.raises(ConfigError, match=r"stop: .*; give texts, or eos_id"):
+        model.generate([id_of(model.tokenizer, "\n")], stop=["b"])
 
 
 @pytest.mark.parametrize(("ends", "wanted"), [(None, "abc"), (["b", "d"], "ab")])

@@ -10,7 +10,8 @@ from torch import nn
 from wmtp.config.schema import DevicesConfig, LoraConfig
 from wmtp.errors import ConfigError
 from wmtp.models.acceleration import accelerate
-from wmtp.models.adapters import is_adapter_name, make_peft_config
+from wmtp.models.adapter_names import is_adapter_name
+from wmtp.models.adapter_targets import make_peft_config
 from wmtp.models.build import build_model
 from wmtp.models.loaders.hf import HfLoader
 from wmtp.models.start_model import StartModel

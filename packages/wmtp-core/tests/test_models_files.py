@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.models import MTPModel, build_model, load_model
 from wmtp.models.config import HfModel
 from wmtp.models.loaders.hf import HfLoader
@@ -136,7 +136,7 @@ class TestHeadFiles:
         state["0.mlp.up_proj.weight"] = torch.zeros(3, 3)
         state["other"] = torch.zeros(1)
         save_file(state, file)
-        with pytest.raises(WMTPError) as caught:
+        with pytest.raises(FileError) as caught:
             load_model(saved)
         for words in ("1.self_attn.q_proj.weight is missing", "0.mlp.up_proj.weight has shape [3, 3]", "other is unexpected"):
             assert words in str(caught.value)
@@ -348,7 +348,7 @@ class TestLinearHeadLayout:
 
     def test_another_number_of_heads_than_tensors(self, tmp_path: Path):
         self.write(tmp_path / "m", {**self.base_fields(), "mtp_config": {"n_future_tokens": 3}})
-        with pytest.raises(WMTPError, match=r"n_future_tokens = 3 needs the tensors .* but there are .*extra_heads\.2\.weight"):
+        with pytest.raises(FileError, match=r"n_future_tokens = 3 needs the tensors .* but there are .*extra_heads\.2\.weight"):
             load(tmp_path / "m")
 
     def test_no_number_of_heads(self, tmp_path: Path):

@@ -10,7 +10,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -147,15 +147,7 @@ class CachedDecoder:
 
     def with_cache(self, call: LayerCall, cache: RowCache) -> LayerCall:
         """Return the same call with another cache in place of the decoder's."""
-
-        def swap(value: Any) -> Any:
-            return cache if value is self.cache else value
-
-        return evolve(
-            call,
-            args=tuple(swap(value) for value in call.args),
-            kwargs={name: swap(value) for name, value in call.kwargs.items()},
-        )
+        return call.map(lambda value: cache if value is self.cache else value)
 
     def last_logits_alone(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
         """Compute head 1's logits ``[V]`` after a row ``[S]`` alone.

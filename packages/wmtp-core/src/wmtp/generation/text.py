@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
@@ -85,7 +85,7 @@ def generate_texts(
     sampling: Sampling | None = None,
     rows: Sequence[int] | None = None,
     stop: Sequence[str] = (),
-    ends: Sequence[int] | None = None,
+    ends: Collection[int] | None = None,
 ) -> list[Generation]:
     """As `wmtp.generation.generate`, with texts.
 

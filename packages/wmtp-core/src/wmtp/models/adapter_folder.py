@@ -20,7 +20,8 @@ from wmtp.config.places import build_backends
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.json_files import read_json_object
-from wmtp.models.adapters import Adapter, BaseModelName, is_adapter_name, saved_name
+from wmtp.models.adapter_names import is_adapter_name, saved_name
+from wmtp.models.adapters import Adapter, BaseModelName
 from wmtp.storage.hub.names import COMMIT, HubName, parse_hub_uri
 from wmtp.storage.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from wmtp.storage.model_folders import localize_model

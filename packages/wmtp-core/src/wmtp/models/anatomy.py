@@ -59,6 +59,12 @@ class LayerCall:
             return first_tensor(layer(hidden_states, *self.args[1:], **self.kwargs))
         return first_tensor(layer(**{**self.kwargs, "hidden_states": hidden_states}))
 
+    def map(self, change: Callable[[Any], Any]) -> LayerCall:
+        """Return the call with every argument changed."""
+        return LayerCall(
+            args=tuple(map(change, self.args)), kwargs={name: change(value) for name, value in self.kwargs.items()}
+        )
+
 
 @frozen(kw_only=True, eq=False)
 class Anatomy:

@@ -13,16 +13,9 @@ from torch import Tensor
 from wmtp.config.adapter_rules import adapted_heads_problem
 from wmtp.config.schema import HeadsConfig, LoraConfig
 from wmtp.errors import ConfigError, FileError
-from wmtp.models.adapters import (
-    BaseModelName,
-    check_same,
-    check_targets,
-    is_adapter_name,
-    make_peft_config,
-    put_on,
-    quantize_base,
-    split_state,
-)
+from wmtp.models.adapter_names import is_adapter_name, split_state
+from wmtp.models.adapter_targets import check_same, check_targets, make_peft_config
+from wmtp.models.adapters import BaseModelName, put_on, quantize_base
 from wmtp.models.base import LoadedModel
 from wmtp.models.mtp import MTPModel
 from wmtp.models.native.found import Native

@@ -19,7 +19,7 @@ from torch import nn
 
 from wmtp.errors import ConfigError
 from wmtp.loss.fp8 import PIECE, Fp8Logits
-from wmtp.models.adapters import is_adapter_name
+from wmtp.models.adapter_names import is_adapter_name
 from wmtp.models.fp8_frozen import FrozenFp8Linear, FrozenLinear, Products
 from wmtp.models.layers import repeated_layers
 
@@ -134,9 +134,7 @@ def _keep_frozen(model: MTPModel, chosen: set[int], fp8: Fp8Config, device: torc
     maps = _linear_maps(model).items() if model.adapter is not None else ()
     found = [(name, module) for name, module in maps if id(module) in chosen and name.startswith("base.")]
     for name, module in found:
-        parent, _, leaf = name.rpartition(".")
-        made = FrozenFp8Linear.of(module, products, device or module.weight.device)
-        setattr(model.get_submodule(parent), leaf, made)
+        model.set_submodule(name, FrozenFp8Linear.of(module, products, device or module.weight.device))
     return len(found)
 
 

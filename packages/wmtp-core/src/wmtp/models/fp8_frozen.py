@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from wmtp.errors import WMTPError
-from wmtp.loss.cross_entropy import implementation
+from wmtp.loss.cross_entropy import implementation, precision
 
 __all__ = ["FrozenFp8Linear", "FrozenLinear", "Products", "check_original"]
 
@@ -86,7 +86,7 @@ class FrozenFp8Linear(nn.Module):
 
         The result has the precision of x or of autocast.
         """
-        dtype = _precision(x)
+        dtype = precision(x)
         result = _Product.apply(x.to(dtype), self.stored, self.scale, self.products)
         return result if self.bias is None else result + self.bias.to(dtype)  # type: ignore[operator]
 
@@ -103,7 +103,7 @@ class FrozenLinear(FrozenFp8Linear):
 
         The result has the precision of x or of autocast.
         """
-        dtype = _precision(x)
+        dtype = precision(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)  # type: ignore[arg-type]
 
@@ -122,11 +122,6 @@ def check_original(model: nn.Module) -> None:
                 f"{name} is kept in fp8, which has rounded its weight; merge the adapter that the run has saved, as wmtp "
                 "export does: it is added to the weights in the base's files"
             )
-
-
-def _precision(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _Product(torch.autograd.Function):

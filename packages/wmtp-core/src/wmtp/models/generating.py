@@ -72,7 +72,8 @@ class Generating:
             a `wmtp.generation.Generation`, whose ``str()`` is the completion; a list of them for several prompts.
 
         Raises:
-            ConfigError: a prompt is empty, too long or not of this vocabulary; speculation without extra heads.
+            ConfigError: a prompt is empty, too long or not of this vocabulary; speculation without extra heads; ``stop`` with
+                token ids.
             WMTPError: texts are given, and the model has no tokenizer.
         """
         from wmtp.generation import generate
@@ -83,9 +84,12 @@ class Generating:
         is_one = isinstance(items, str) or (len(items) > 0 and isinstance(items[0], int))
         several: Any = [items] if is_one else list(items)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "speculative": speculative, "sampling": sampling}
-        if all(isinstance(item, str) for item in several) and several:
-            found = generate_texts(_model(self), self.tokenizer, several, stop=stop, **options)
+        if several and all(isinstance(item, str) for item in several):
+            ends = [eos_id] if isinstance(eos_id, int) else eos_id
+            found = generate_texts(_model(self), self.tokenizer, several, stop=stop, ends=ends, **options)
         else:
+            if stop:
+                raise ConfigError("stop: ends completions of texts, and the prompts are token ids; give texts, or eos_id")
             if eos_id is None and (self._tokenizer is not None or self.source is not None):
                 eos_id = end_ids(_model(self).base, self.tokenizer)
             found = generate(_model(self), several, eos_id=eos_id, **options)

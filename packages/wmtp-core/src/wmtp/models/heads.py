@@ -252,7 +252,7 @@ class Chained(HeadKind):
         return run_chain(heads, given, extra)
 
 
-class Shared(HeadKind):
+class Shared(Chained):
     """Chain that repeats one module (FastMTP, arXiv 2509.18362, §3)."""
 
     @staticmethod
@@ -260,13 +260,8 @@ class Shared(HeadKind):
         """See `HeadKind.build`."""
         return nn.ModuleList([ChainedBlock.make(maker, rule_of(maker.layout))] if extra else [])
 
-    @staticmethod
-    def run(heads: nn.ModuleList, given: HeadInput, extra: int) -> list[Tensor]:
-        """See `HeadKind.run`."""
-        return run_chain(heads, given, extra)
 
-
-class NativeKind(HeadKind):
+class NativeKind(Chained):
     """Native layers: the model's own for multi-token prediction.
 
     With fewer modules than heads, they take turns. The modules come first, then their own embeddings and unembeddings, where
@@ -289,11 +284,6 @@ class NativeKind(HeadKind):
         if native.own_unembedding:
             parts += [maker.linear(size, rows, bias=False) for _ in range(count)]
         return nn.ModuleList(parts)
-
-    @staticmethod
-    def run(heads: nn.ModuleList, given: HeadInput, extra: int) -> list[Tensor]:
-        """See `HeadKind.run`."""
-        return run_chain(heads, given, extra)
 
     @staticmethod
     def unembeddings(heads: nn.ModuleList, extra: int) -> list[nn.Linear | None]:

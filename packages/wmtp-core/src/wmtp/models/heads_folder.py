@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
-from wmtp.errors import FileError, WMTPError
+from wmtp.errors import FileError
 from wmtp.models.heads import HEAD_KINDS
 from wmtp.models.loaders.files import read_json, tensor_shapes
 from wmtp.models.tensor_fit import misfits
@@ -107,7 +107,7 @@ def saved_draft_ids(folder: Path, model: PreTrainedModel) -> tuple[int, ...] | N
     if ids is None:
         return None
     if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
-        raise WMTPError(f"{description}: draft_vocabulary holds no ids of this model's {vocab_size} tokens")
+        raise FileError(f"{description}: draft_vocabulary holds no ids of this model's {vocab_size} tokens")
     return tuple(ids)
 
 
@@ -121,6 +121,6 @@ def load_heads(heads: nn.ModuleList, state: Mapping[str, Tensor]) -> None:
     Raises:
         WMTPError: one is missing, is too many, or has another shape.
     """
-    if problems := misfits(heads.state_dict(), state):
-        raise WMTPError("the tensors of the extra heads do not fit the model: " + "; ".join(problems))
+    if problems := misfits({name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}, state):
+        raise FileError("the tensors of the extra heads do not fit the model: " + "; ".join(problems))
     heads.load_state_dict(dict(state))

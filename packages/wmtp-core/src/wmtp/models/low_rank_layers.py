@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+from wmtp.loss.cross_entropy import precision
 from wmtp.models.low_rank import adapted_linear, adapted_linear_4bit
 from wmtp.models.quantized import Linear4Bit
 
@@ -29,8 +29,7 @@ class AdaptedLinear(Linear):
         if args or kwargs or self.disable_adapters or self.merged or type(base) not in (nn.Linear, Linear4Bit):
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = precision(x)
         bias: Tensor | None = base.bias  # type: ignore[assignment]
         bias = None if bias is None else bias.to(dtype)
         down, up = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.adapter_folder import write_adapter
-from wmtp.models.adapters import Adapter, is_adapter_name, merge
+from wmtp.models.adapter_names import is_adapter_name
+from wmtp.models.adapters import Adapter, merge
 from wmtp.models.anatomy import Anatomy, Unembedding, dissect, first_tensor, record_call, record_output
 from wmtp.models.attention import causal_mask, document_mask, use_block_attention
 from wmtp.models.config_fields import max_positions

@@ -204,10 +204,8 @@ def _leaks(module: nn.Module, call: LayerCall, length: int, rounding: float) -> 
             return value
         return torch.cat([value[:, :_FIRST].flip(1) * 1.5 + 0.1, value[:, _FIRST:]], dim=1)
 
-    args = tuple(map(changed, call.args))
-    kwargs = {name: changed(value) for name, value in call.kwargs.items()}
     try:
-        before, after = (_first_output(module(*a, **k)) for a, k in ((call.args, call.kwargs), (args, kwargs)))
+        before, after = (_first_output(module(*each.args, **each.kwargs)) for each in (call, call.map(changed)))
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
         return False
     if before is None or after is None or before.ndim != 3 or before.shape[1] != length:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from wmtp.errors import ConfigError
-from wmtp.loss.cross_entropy import implementation
+from wmtp.loss.cross_entropy import implementation, precision
+from wmtp.models.adapter_names import is_adapter_name
 from wmtp.models.anatomy import find_layers
 
-__all__ = ["Linear4Bit", "dequantize", "dequantize_layers", "quantize_layers"]
+__all__ = ["Linear4Bit", "dequantize", "dequantize_layers", "quantize_layers", "quiet_bitsandbytes"]
 
 #: weights that share a scale
 _BLOCK = 64
@@ -72,8 +75,7 @@ class Linear4Bit(nn.Module):
 
         The result has the precision of x or of autocast.
         """
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = precision(x)
         result = _linear(x.to(dtype), self.packed, self.scales, self.out_features, self.in_features)
         return result if self.bias is None else result + self.bias.to(dtype)
 
@@ -135,12 +137,16 @@ def quantize_layers(base: PreTrainedModel, device: torch.device) -> None:
     if find_spec("bitsandbytes") is None:
         raise ConfigError("4-bit weights need bitsandbytes: pip install 'wmtp-core[bnb]'")
     layers = find_layers(base, base.base_model, lambda reason: ConfigError(f"models.base.quantize: {reason}"))
-    found = [(layer, name) for layer in layers for name, module in layer.named_modules() if _is_weight(name, module)]
+    found = [
+        (layer, name)
+        for layer in layers
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and not is_adapter_name(name)
+    ]
     if not found:
         raise ConfigError("models.base.quantize: the decoder layers of this model have no nn.Linear to quantize; remove it")
     for layer, name in found:
-        parent, _, leaf = name.rpartition(".")
-        setattr(layer.get_submodule(parent), leaf, Linear4Bit.of(layer.get_submodule(name), device))  # type: ignore[arg-type]
+        layer.set_submodule(name, Linear4Bit.of(layer.get_submodule(name), device))  # type: ignore[arg-type]
 
 
 def dequantize_layers(base: nn.Module) -> None:
@@ -150,12 +156,7 @@ def dequantize_layers(base: nn.Module) -> None:
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(module.weight)
             linear.register_parameter("bias", module.bias)
-            parent, _, leaf = path.rpartition(".")
-            setattr(base.get_submodule(parent), leaf, linear.train(module.training))
-
-
-def _is_weight(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and not any(part.startswith("lora_") for part in name.split("."))
+            base.set_submodule(path, linear.train(module.training))
 
 
 def dequantize(packed: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -179,10 +180,17 @@ def _table(device: torch.device) -> Tensor:
 
 def _load_operators() -> None:
     """Have bitsandbytes register its operators with torch."""
+    with quiet_bitsandbytes():
+        import bitsandbytes  # noqa: F401
+
+
+@contextmanager
+def quiet_bitsandbytes() -> Iterator[None]:
+    """Silence what bitsandbytes, imported inside, says of kernels that are not used."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it tells of a kernel that nobody asked for
+    logger.setLevel(logging.ERROR)
     try:
-        import bitsandbytes  # noqa: F401
+        yield
     finally:
         logger.setLevel(level)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from attrs import evolve
 from torch import nn
 
 from wmtp.models.anatomy import LayerCall
@@ -90,9 +89,5 @@ def swap_caches(value: Any, number: int) -> Any:
     if isinstance(value, LayeredCache):
         return value.of_layer(number)
     if isinstance(value, LayerCall):
-        return evolve(
-            value,
-            args=tuple(swap_caches(item, number) for item in value.args),
-            kwargs={name: swap_caches(item, number) for name, item in value.kwargs.items()},
-        )
+        return value.map(lambda item: swap_caches(item, number))
     return value

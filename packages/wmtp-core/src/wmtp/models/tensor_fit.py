@@ -13,13 +13,13 @@ class _Shaped(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def misfits(wanted: Mapping[str, _Shaped], found: Mapping[str, _Shaped]) -> list[str]:
+def misfits(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, _Shaped]) -> list[str]:
     """List missing, unexpected and misshapen tensors, a phrase for each."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is unexpected" for name in found if name not in wanted]
     problems += [
-        f"{name} has shape {list(tensor.shape)} in place of {list(wanted[name].shape)}"
+        f"{name} has shape {list(tensor.shape)} in place of {list(wanted[name])}"
         for name, tensor in found.items()
-        if name in wanted and tuple(tensor.shape) != tuple(wanted[name].shape)
+        if name in wanted and tuple(tensor.shape) != wanted[name]
     ]
     return problems

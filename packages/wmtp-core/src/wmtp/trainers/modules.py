@@ -53,7 +53,7 @@ def load_module(module: nn.Module, name: str, source: Path) -> None:
         raise WMTPError(f"{found}: not a whole safetensors file ({error})") from error
     own = module.state_dict()
     stored = {own[key].data_ptr() for key in tensors if key in own}  # tied tensors are stored once
-    wanted = {key: tensor for key, tensor in own.items() if key in tensors or tensor.data_ptr() not in stored}
+    wanted = {key: tuple(tensor.shape) for key, tensor in own.items() if key in tensors or tensor.data_ptr() not in stored}
     if problems := misfits(wanted, tensors):
         raise WMTPError(f"{found}: its tensors do not fit this run's {name!r}: {'; '.join(problems)}")
     module.load_state_dict(tensors, strict=False)

@@ -112,7 +112,7 @@ def open_source(config: Config) -> Source:
 
 def _check_lora(loader: ModelLoader, lora: LoraConfig, path: Path | None) -> None:
     """Find what is to be adapted, on a model without weights."""
-    from wmtp.models.adapters import resolve_targets
+    from wmtp.models.adapter_targets import resolve_targets
     from wmtp.models.loaders.hf import HfLoader
 
     if not isinstance(loader, HfLoader):  # `wmtp.config.adapter_rules` refuses others

@@ -52,7 +52,7 @@ def read_json(file: Path) -> dict[str, Any]:
         WMTPError: the file is missing or holds something else.
     """
     if not file.exists():
-        raise WMTPError(f"{file}: no such file; a model folder needs it")
+        raise FileError(f"{file}: no such file; a model folder needs it")
     return read_json_object(file)
 
 

@@ -288,7 +288,7 @@ def _misfit(source: Path, model: PreTrainedModel, problems: list[str]) -> FileEr
 def _need_gguf() -> None:
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
-        raise WMTPError(f"reading a GGUF file needs {' and '.join(missing)}: pip install 'wmtp-core[gguf]'")
+        raise ConfigError(f"reading a GGUF file needs {' and '.join(missing)}: pip install 'wmtp-core[gguf]'")
 
 
 def _gguf_config(folder: Path, gguf_file: str) -> PreTrainedConfig:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from wmtp.config.schema import HeadsConfig
-from wmtp.errors import FileError, WMTPError
+from wmtp.errors import FileError
 from wmtp.models.loaders.files import config_from, read_bin, read_json, tensor_shapes, weight_files
 
 __all__ = ["is_layout", "read_config", "read_tensors"]
@@ -49,7 +49,7 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, HeadsConfig]:
     heads = sorted(name for name in shapes if name.startswith(_HEADS))
     expected = sorted(f"{_HEADS}{index}.weight" for index in range(horizon - 1))
     if heads != expected:
-        raise WMTPError(f"{folder}: mtp_config.n_future_tokens = {horizon} needs the tensors {expected}, but there are {heads}")
+        raise FileError(f"{folder}: mtp_config.n_future_tokens = {horizon} needs the tensors {expected}, but there are {heads}")
     return _base_config(file, content, shapes), HeadsConfig(kind="linear", horizon=horizon)
 
 

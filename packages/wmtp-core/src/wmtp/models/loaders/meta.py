@@ -17,6 +17,7 @@ from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.loaders.describe import describe, empty_model
 from wmtp.models.loaders.files import read_bin, read_json
 from wmtp.models.loaders.hf import from_tensors
+from wmtp.models.tensor_fit import misfits
 
 __all__ = ["BLOCK_NAMES", "OUTSIDE_NAMES", "MetaMtpLoader"]
 
@@ -102,7 +103,8 @@ class MetaMtpLoader(ModelLoader):
         params = read_json(path / "params.json")
         tensors = _read_tensors(_weights(path))
         shape = self._shape(path / "params.json", params, tensors)
-        _check(path, _expected(shape), tensors)
+        if problems := misfits(_expected(shape), tensors):
+            raise FileError(f"{path}: the tensors do not fit params.json: {'; '.join(problems)}")
         return shape, tensors
 
     def _shape(self, file: Path, params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Shape:
@@ -186,18 +188,6 @@ def _expected(shape: _Shape) -> dict[str, tuple[int, ...]]:
         for index in range(count):
             expected |= {f"{group}.{index}.{part}.weight": size for part, size in block.items()}
     return expected
-
-
-def _check(folder: Path, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is unexpected" for name in tensors if name not in expected]
-    problems += [
-        f"{name} has shape {list(tensor.shape)} in place of {list(expected[name])}"
-        for name, tensor in tensors.items()
-        if name in expected and tuple(tensor.shape) != expected[name]
-    ]
-    if problems:
-        raise FileError(f"{folder}: the tensors do not fit params.json: {'; '.join(problems)}")
 
 
 def _rotate_half_rows(part: str, tensor: Tensor, shape: _Shape) -> Tensor:
