@@ -13,6 +13,7 @@ from wmtp.cli import main
 from wmtp.testing import TrackerTests
 from wmtp.tracking import RunInfo, Tracker
 from wmtp.tracking.config import JsonlTracker, MLflowTracker, SeveralTrackers, TensorBoardTracker
+from wmtp.tracking.several import Several
 
 # not imported before a test needs it: that takes seconds
 pytestmark = pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
@@ -52,6 +53,15 @@ class NotesTracker(wmtp.TrackerConfig):
 
 class TestSeveralTrackers(TrackerTests):
     config = SeveralTrackers(of=(JsonlTracker(), TensorBoardTracker()))
+
+
+def test_those_that_have_started_are_closed_whatever_one_of_them_does(tmp_path):
+    bad, good, unusable = Notes(fails=("finish failed",)), Notes(), Notes(fails=("start",))
+    tracker = Several({"bad": bad, "good": good, "unusable": unusable})
+    with pytest.raises(RuntimeError, match="no") as raised:
+        tracker.start(RunInfo(name="x", run_dir=tmp_path, tags={}, params={}))
+    assert raised.traceback[-2].name == "start"  # of the tracker that cannot be used, not of closing another
+    assert [one.heard for one in (bad, good, unusable)] == [["start", "finish failed"], ["start", "finish failed"], ["start"]]
 
 
 def test_one_that_fails_is_said_once_and_the_others_are_told(tmp_path, caplog):

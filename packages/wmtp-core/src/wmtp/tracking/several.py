@@ -31,14 +31,14 @@ class Several(Tracker):
 
         Where one cannot be used, those before it are closed.
         """
-        started: list[Tracker] = []
+        started: dict[str, Tracker] = {}
         try:
-            for tracker in self._trackers.values():
+            for name, tracker in self._trackers.items():
                 tracker.start(run)
-                started.append(tracker)
+                started[name] = tracker
         except BaseException:
-            for tracker in started:
-                tracker.finish("failed", None)
+            self._trackers = started
+            self.finish("failed", None)
             raise
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
