@@ -84,15 +84,18 @@ def test_seeded_schedules_of_one_fault(faulty, model, tmp_path, fault, seeds):
 
     def schedule(seed):
         share = (0.1, 0.3, 0.6, 1.0)[seed % 4]
-        proxy = faulty([fault], seed=seed, share=share, most=(None, 3, 10)[seed % 3], stall=1.0)
-        options = {"retry_timeout": 1, "read_timeout": 0.5 if fault == "stall" else 60}
+        most = (None, 3, 10)[seed % 3]
+        proxy = faulty([fault], seed=seed, share=share, most=most, stall=1.0)
+        # faults that end are survived, however slow the machine is
+        options = {"retry_timeout": 60 if most else 1, "read_timeout": 0.5 if fault == "stall" else 60}
         outcome = fetch_and_resume(uri, content, tmp_path / str(seed), proxy, clean, **options)
         return outcome, len(proxy.done)
 
     with ThreadPoolExecutor(4) as pool:
         outcomes = list(pool.map(schedule, seeds))
     assert sum(count for _, count in outcomes) > len(seeds), "hardly a fault happened"
-    assert "whole" in {outcome for outcome, _ in outcomes}
+    # S3 signs the range: a request without it is refused, and whether one comes depends on which requests come first
+    assert fault == "whole" or "whole" in {outcome for outcome, _ in outcomes}
 
 
 @each_schedule
@@ -101,8 +104,8 @@ def test_seeded_schedules_of_all_faults(faulty, model, tmp_path, seeds):
     clean = faulty(())
 
     def schedule(seed):
-        proxy = faulty(FAULTS, seed=seed, share=0.4, most=None if seed % 2 else 12)
-        return fetch_and_resume(uri, content, tmp_path / str(seed), proxy, clean, read_timeout=0.5)
+        proxy, patience = faulty(FAULTS, seed=seed, share=0.4, most=None if seed % 2 else 12), 3 if seed % 2 else 60
+        return fetch_and_resume(uri, content, tmp_path / str(seed), proxy, clean, retry_timeout=patience, read_timeout=0.5)
 
     with ThreadPoolExecutor(4) as pool:
         assert {"whole", "resumed"} <= set(pool.map(schedule, range(1000 + 3 * seeds.start, 1000 + 3 * seeds.stop)))
