@@ -55,6 +55,7 @@ def test_what_is_observed_need_not_be_of_floating_point(micro):
         (lambda v: v.batch.input_ids, "torch.int64; weights are floating-point"),
         (lambda v: 1.0, "returned a float"),
         (lambda v: v.uniform().to_sparse(), "returned a torch.sparse_coo tensor; weights are dense"),
+        (lambda v: v.uniform().to("meta"), "returned a tensor on the meta device"),
     ],
 )
 def test_weights_of_the_wrong_form_are_an_error_that_names_the_trainer(returned, words):

@@ -111,7 +111,7 @@ def given_weights(trainer: Trainer, view: StepView, name: str) -> tuple[Tensor, 
         what `Trainer.token_weights` returned, and the same placed at predictions, ``[B, S, H]`` fp32, 0 where not valid.
 
     Raises:
-        PluginError: not a tensor, of another shape, not of floating point, or carrying a gradient.
+        PluginError: not a tensor, without numbers, of another shape, not of floating point, or carrying a gradient.
     """
     given = asked(trainer, "token_weights", name, view)
     return given, place_weights(given, view.targets, f"{name}: {type(trainer).__name__}")
@@ -158,6 +158,8 @@ def place_weights(weights: object, targets: Targets, trainer: str) -> Tensor:
         raise PluginError(f"{trainer}.token_weights returned a {type(weights).__name__}, not a tensor")
     if weights.layout != torch.strided:
         raise PluginError(f"{trainer}.token_weights returned a {weights.layout} tensor; weights are dense: use to_dense()")
+    if weights.is_meta and not valid.is_meta:
+        raise PluginError(f"{trainer}.token_weights returned a tensor on the meta device, which holds no numbers")
     if weights.requires_grad:
         raise PluginError(
             f"{trainer}.token_weights returned weights that carry a gradient; detach them, or the model learns to change its "
