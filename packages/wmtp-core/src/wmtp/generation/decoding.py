@@ -13,6 +13,7 @@ from attrs import define, field
 from wmtp.errors import ConfigError
 from wmtp.generation.base import DraftCounts, Generation, Sampling
 from wmtp.generation.kept import close_step, open_step
+from wmtp.generation.products import fast_products
 from wmtp.generation.sampling import Draws
 from wmtp.models.anatomy import evaluating
 
@@ -60,7 +61,7 @@ def generate(
             extra heads; an architecture that cannot be decoded with a cache.
     """
     batch = _Batch(model, prompts, max_new_tokens, eos_id, speculative, sampling or Sampling(), rows, stop)
-    with evaluating(model):
+    with evaluating(model), fast_products(model):
         for new in batch.steps():
             if on_step is not None:
                 on_step(sum(map(len, new.values())))
@@ -82,7 +83,7 @@ def stream(
     Arguments and errors are those of `generate`.
     """
     batch = _Batch(model, [prompt], max_new_tokens, eos_id, speculative, sampling or Sampling(), None, stop)
-    with evaluating(model):
+    with evaluating(model), fast_products(model):
         for new in batch.steps():
             yield new[0]
 

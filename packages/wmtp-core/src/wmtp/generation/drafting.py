@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wmtp.generation.cache import RowCache
 from wmtp.generation.decoder import CachedDecoder, Read
+from wmtp.generation.products import fast_unembedding
 from wmtp.loss import Unembedding
 from wmtp.models.anatomy import first_tensor
 
@@ -80,7 +81,7 @@ class Drafter(ABC):
         self._take_unembeddings()
 
     def _take_unembeddings(self) -> None:
-        full = {head: self._model.unembedding(head) for head in range(2, self._extra + 2)}
+        full = {head: fast_unembedding(self._model, head) for head in range(2, self._extra + 2)}
         if self._ids is None:
             self._unembeddings = full
         else:

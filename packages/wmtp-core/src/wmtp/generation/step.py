@@ -39,6 +39,7 @@ from wmtp.generation.base import Sampling
 from wmtp.generation.choosing import TIE, accept, choose_best, judge, write_tokens
 from wmtp.generation.decoder import Read, open_decoder
 from wmtp.generation.drafters import Drafter, make_drafter
+from wmtp.generation.products import fast_unembedding
 from wmtp.generation.replay import CannotReplayError, Replay, can_replay, refuse_replay
 from wmtp.generation.sampling import Draws, draw, probabilities
 from wmtp.loss import Unembedding
@@ -149,7 +150,7 @@ class Step:
         self._known.copy_(torch.tensor(self._lengths))
         self._still = [True] * len(prompts)
         self._going.fill_(1)
-        self._unembedding = self._model.unembedding(1)
+        self._unembedding = fast_unembedding(self._model, 1)
         self._decoder.cache.clear()
         if self._drafter is not None:
             self._drafter.clear()
