@@ -330,7 +330,11 @@ def _model(given: argparse.Namespace, device: torch.device) -> MTPModel:
     heads = HeadsConfig(horizon=given.horizon, kind=given.heads, init="copy")
     if given.model:
         model = wmtp.load_model(given.model, dtype=torch.float32, device=device)
-        return model if model.horizon > 1 else MTPModel(model.base, heads, seed=1).to(device).eval()
+        if model.horizon > 1:
+            return model
+        with_heads = MTPModel(model.base, heads, seed=1).to(device).eval()
+        with_heads.source = model.source  # its tokenizer lies there
+        return with_heads
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": given.layers}))
     return MTPModel(base.eval(), heads, seed=1).to(device).eval()
