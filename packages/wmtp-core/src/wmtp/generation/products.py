@@ -70,7 +70,7 @@ def multiply(given: Tensor, weight: Tensor, bias: Tensor | None = None, *, fewes
 
 @contextmanager
 def fast_products(model: MTPModel) -> Iterator[None]:
-    """Multiply few rows by `multiply` in the model's linear layers, inside the context, where that is faster."""
+    """Let linear layers use `multiply` inside the context, where it is faster."""
     fewest = _fewest_rows(model)
     if fewest is None:
         yield
@@ -86,7 +86,7 @@ def fast_products(model: MTPModel) -> Iterator[None]:
 
 
 def fast_unembedding(model: MTPModel, head: int) -> Unembedding:
-    """Return the unembedding of a head, which multiplies few rows by `multiply` where that is faster."""
+    """Return a head's unembedding, which uses `multiply` where that is faster."""
     unembedding, fewest = model.unembedding(head), _fewest_rows(model)
     if fewest is None or not _fits(unembedding.weight):
         return unembedding
@@ -109,7 +109,10 @@ def _forward(layer: nn.Linear, fewest: int, input: Tensor) -> Tensor:  # torch's
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:
-    """List the linear layers whose weights are read as they are: no subclass, which may pack or share them out."""
+    """List the plain linear layers.
+
+    A subclass may pack its weight or share it out.
+    """
     return [layer for layer in model.modules() if type(layer) is nn.Linear and _fits(layer.weight)]
 
 
@@ -119,7 +122,7 @@ def _fits(weight: Tensor) -> bool:
 
 
 def _fewest_rows(model: MTPModel) -> int | None:
-    """Return the fewest rows that `multiply` multiplies faster; None: it is not faster.
+    """Return the fewest rows for which `multiply` is faster; None: none.
 
     Finding out reads 64 MiB twelve times; the result is kept on the model.
     """
@@ -146,7 +149,10 @@ def _time_both(layers: list[nn.Linear]) -> int | None:
 
 
 def _gain(weights: list[Tensor], rows: int) -> float:
-    """Time ``rows`` rows, or as many as `multiply` takes, both ways. Returns the ratio."""
+    """Time both ways for ``rows`` rows, and return the ratio.
+
+    Where `multiply` does not take so many, it is as many as it takes.
+    """
     given = {width: torch.ones(min(rows, _MOST_NUMBERS // width), width) for width in {len(weight[0]) for weight in weights}}
     with torch.no_grad():
         usual, other = (_fastest(way, weights, given) for way in (F.linear, multiply))
@@ -154,7 +160,10 @@ def _gain(weights: list[Tensor], rows: int) -> float:
 
 
 def _fastest(way: Callable[..., Tensor], weights: list[Tensor], given: dict[int, Tensor]) -> float:
-    """Return the seconds for all weights, of three passes over them the fastest for each."""
+    """Return the seconds for all weights.
+
+    Of three passes the fastest counts, for each weight.
+    """
     fastest = [float("inf")] * len(weights)
     for _ in range(3):
         for place, weight in enumerate(weights):
