@@ -116,6 +116,9 @@ def test_on_weights_in_fp8_a_run_is_resumed_bit_for_bit_and_exported_from_the_we
     expected = base[f"model.safetensors: {name}.weight"] + 2 * b @ a
     found = merged[f"model.safetensors: {name}.weight"].float()
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=4e-4)  # fp8 would be off by ten times that
+    shutil.rmtree(whole.run_dir / "checkpoints/step-8")
+    settings = ["train.max_steps=8", "optimizer.lr=0.02", 'devices.precision="bf16-params"']
+    assert wmtp.run(adapted, resume=whole.run_dir, overrides=settings).steps == 8, "on weights that are not rounded"
     measured = wmtp.evaluate(whole.run_dir, overrides=['eval=[{type="perplexity"}]'])
     assert measured.numbers["perplexity/head_1"] == pytest.approx(math.exp(whole.metrics["eval/loss/head_1"]), rel=2e-2)
 

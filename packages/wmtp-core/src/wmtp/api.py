@@ -307,16 +307,19 @@ def _begun_elsewhere(config: Config) -> Path | None:
 
 def _take_up(directory: Path, loaded: Loaded) -> None:
     """Check that the config is the run's own, and note changes."""
-    refused, changed = run_dirs.differences(directory, loaded.config)
-    if refused:
-        is_longer = any(line.partition(": ")[0] in run_dirs.LENGTH for line in refused)
+    found = run_dirs.differences(directory, loaded.config)
+    if found.refused:
+        is_longer = any(line.partition(": ")[0] in run_dirs.LENGTH for line in found.refused)
         raise ConfigError(
-            [f"--resume {directory}: the config differs from the run's: {line}" for line in refused]
+            [f"--resume {directory}: the config differs from the run's: {line}" for line in found.refused]
             + ([_ways_to_go_on(directory, loaded.config)] if is_longer else [])
             + [f"--resume {directory}: undo the differences, or start a new run under another --run-name"]
         )
-    for line in changed:
+    for line in found.free:
         logger.info("resumed with a change: %s", line)
+    if found.altering:
+        logger.warning("resumed with a change, after which steps are computed otherwise: %s", "; ".join(found.altering))
+    changed = [*found.altering, *found.free]
     for line in run_dirs.changed_versions(directory, loaded.config, loaded.registry):
         logger.warning("resumed with another version, which may change the results: %s", line)
     run_dirs.record_resume(directory, loaded.config, loaded.registry, sys.argv, changed)

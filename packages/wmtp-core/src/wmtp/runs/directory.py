@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from attrs import frozen
+
 from wmtp.config.inputs import anchored, inputs, with_uris
 from wmtp.config.rules import is_secret
 from wmtp.config.schema import Config, ScheduleConfig
@@ -34,6 +36,7 @@ __all__ = [
     "CONFIG_FILE",
     "INFO_FILE",
     "LENGTH",
+    "Differences",
     "adopt",
     "changed_versions",
     "create",
@@ -64,6 +67,8 @@ def is_free_to_change(key: str) -> bool:
     """
     return _FREE_TO_CHANGE.fullmatch(key) is not None
 
+
+_OF_PRECISION: Final = re.compile(r"devices\.(precision|fp8(\..*)?)")
 
 #: keys that say how long a run is: they may change where the learning rate of a step does not depend on them
 LENGTH: Final = ("train.max_steps", "train.epochs")
@@ -274,13 +279,23 @@ def _snapshot(run_dir: Path) -> dict[str, Any]:
         raise FileError(f"{error}; the run cannot be resumed") from None
 
 
-def differences(run_dir: Path, config: Config) -> tuple[list[str], list[str]]:
+@frozen(kw_only=True)
+class Differences:
+    """Differences of a config from a run's own, as ``key: old → new``.
+
+    Args:
+        refused: a resume may not make them.
+        altering: it may, and later steps are computed otherwise.
+        free: they change nothing that is computed.
+    """
+
+    refused: Sequence[str]
+    altering: Sequence[str]
+    free: Sequence[str]
+
+
+def differences(run_dir: Path, config: Config) -> Differences:
     """Compare ``config`` with the run's own.
-
-    Keys that a resume may not change come apart from the others.
-
-    Returns:
-        two lists of ``key: old → new``.
 
     Raises:
         WMTPError: the run's ``config.toml`` is damaged.
@@ -289,14 +304,19 @@ def differences(run_dir: Path, config: Config) -> tuple[list[str], list[str]]:
     new = flat(to_mapping(fixed(run_dir, config), text=escape))
     given = given_inputs(run_dir)
     elsewhere = {one.key for one in inputs(config) if given.get(one.key) == one.uri}  # the same words in another folder
+    # their checkpoints hold the same fp32 copies: a run in fp8 goes on where no GPU has it
+    precisions = {str(values.get("devices.precision")) for values in (old, new)}
+    is_other_bf16 = precisions == {"bf16-params", "fp8"}
     refused: list[str] = []
-    allowed: list[str] = []
+    altering: list[str] = []
+    free: list[str] = []
     for key in dict.fromkeys((*old, *new)):
         if old.get(key) != new.get(key):
             line = f"{key}: {_shown(old, key)} → {_shown(new, key)}"
             is_free = key in elsewhere or is_free_to_change(key) or (key in LENGTH and not decays(config.schedule))
-            (allowed if is_free else refused).append(line)
-    return refused, allowed
+            is_altering = is_other_bf16 and _OF_PRECISION.fullmatch(key)
+            (free if is_free else altering if is_altering else refused).append(line)
+    return Differences(refused=refused, altering=altering, free=free)
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
@@ -314,10 +334,10 @@ def find_unfinished(config: Config) -> Path | None:
         if facts is None or facts.get("named") is not False or facts.get("status") in ("finished", "stopped"):
             continue
         try:
-            refused, _ = differences(path, config)
+            found_other = differences(path, config)
         except WMTPError:
             continue
-        if not refused:
+        if not (found_other.refused or found_other.altering):
             found.append((str(facts.get("started")), (path / INFO_FILE).stat().st_mtime_ns, path))
     return max(found)[2] if found else None
 
