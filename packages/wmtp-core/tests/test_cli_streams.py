@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny_recipe import SHORTEST_TOML
 
 from wmtp.cli import main
 
@@ -37,3 +38,16 @@ def test_a_folder_that_is_gone_is_said(tmp_path, monkeypatch, capsys):
     assert main(["plugins", "--json"]) == 2
     said = capsys.readouterr()
     assert json.loads(said.out)["problems"] == ["the current folder is gone: cd to one that exists, and try again"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_output_escapes_what_its_encoding_lacks(encoding, words, tmp_path):
+    name = "é😀\udcff"  # the last is a byte of a path that is no UTF-8
+    (tmp_path / "recipe.toml").write_text(SHORTEST_TOML)
+    command = [sys.executable, "-m", "wmtp", "check", "recipe.toml", *words, "--set", f"run.output_dir={name}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr
+    assert words or done.stdout.endswith(b"ok\n")
+    if words:
+        assert name in json.dumps(json.loads(done.stdout), ensure_ascii=False)

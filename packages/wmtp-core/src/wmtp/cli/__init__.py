@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from wmtp.cli import evaluate, init, study, use
 from wmtp.cli import files as file_commands
 from wmtp.cli.parser import Parser
-from wmtp.cli.streams import is_closed, open_closed_streams
+from wmtp.cli.streams import escape_other_characters, has_every_character, is_closed, open_closed_streams
 from wmtp.errors import ConfigError, Terminated, WMTPError, described
 from wmtp.log_lines import set_up_logging
 from wmtp.redaction import redact
@@ -40,6 +40,7 @@ def run_from_shell() -> NoReturn:
     something to hand over (a request that Ctrl-C cancelled) would abort the process then, in place of its exit code.
     """
     open_closed_streams()
+    escape_other_characters()
     code = 1  # of an unexpected error, which Python has printed
 
     def leave() -> None:
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.enter_context(stopped_by_sigterm())
             answer, code = _run_command(arguments)
         if wants_json and not _rank():
-            print(json.dumps(_plain(answer), ensure_ascii=False), file=output)
+            print(json.dumps(_plain(answer), ensure_ascii=not has_every_character(output)), file=output)
         output.flush()
     except OSError as error:  # for instance `wmtp show … | head`: who reads has had enough, and the work is as good as it was
         with contextlib.suppress(OSError, ValueError):

@@ -1,13 +1,14 @@
-"""Standard streams that are closed, or whose reader is gone."""
+"""Standard streams that are closed, lack characters, or whose reader is gone."""
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import sys
 from typing import Any
 
-__all__ = ["is_closed", "open_closed_streams"]
+__all__ = ["escape_other_characters", "has_every_character", "is_closed", "open_closed_streams"]
 
 
 def open_closed_streams() -> None:
@@ -22,6 +23,22 @@ def open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
+def escape_other_characters() -> None:
+    """Escape on standard output what its encoding lacks.
+
+    Standard error does so by itself. Else a run would fail at its end, where it prints a completion or the path of a folder: an
+    encoding may be ASCII (``PYTHONIOENCODING``, ``LC_ALL``), and a path need not be text in any.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def has_every_character(stream: Any) -> bool:
+    """Tell whether a stream's encoding is UTF-8, or it has none."""
+    encoding = getattr(stream, "encoding", None)
+    return encoding is None or encoding.lower().replace("_", "-") in ("utf-8", "utf8")
 
 
 def is_closed(stream: Any) -> bool:
