@@ -1,4 +1,4 @@
-"""Greedy decoding of thousands of rows of a Llama, one graph a step.
+"""Greedy decoding of thousands of Llama rows, one graph a step.
 
 `wmtp distill-data` serves every architecture, ends rows one by one and may sample; on a small model its many small kernels take
 the time. This writes what a set of millions of tokens needs and nothing else: rows of one length, joined projections, no row

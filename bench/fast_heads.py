@@ -230,7 +230,7 @@ def write_answers(arguments: argparse.Namespace, data: Path, answers: Path) -> N
 
 @contextmanager
 def ending_in_time(arguments: argparse.Namespace) -> Iterator[None]:
-    """End a run's steps when its time is up, with a cosine over it.
+    """End a run's steps, and its cosine, when its time is up.
 
     Nobody knows before how many steps that is.
     """

@@ -1,4 +1,4 @@
-"""Fetch and load of a model, and what they could take side by side.
+"""Fetch and load of a model, apart and side by side.
 
 Would it pay to read tensors while other shards still come?
 

@@ -136,7 +136,7 @@ def two_phase(keep: float, told: bool = True) -> Row:
 
 
 def dropped(share: float) -> Row:
-    """Known weights, a share of them 0; token losses are not asked for."""
+    """Known weights, a share of them 0, without token losses."""
 
     def run(case: Case) -> Tensor:
         n, h = case.ids.shape

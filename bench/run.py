@@ -204,7 +204,7 @@ class Clock:
 
 
 def inside(recipe: Path) -> None:
-    """Run the command here with a clock at its parts; print its counts."""
+    """Run the command with a clock at its parts; print its counts."""
     began = float(os.environ["BENCH_BEGAN"])
     from wmtp.training import loop, run, stages, telemetry
 

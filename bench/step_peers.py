@@ -64,7 +64,7 @@ def _targets(hidden: list[Tensor], ids: Tensor, weights: Tensor) -> list[tuple[T
 
 
 def _naive(model: PlainMTP, hidden: list[Tensor], ids: Tensor, weights: Tensor) -> Tensor:
-    """All logits at once, ``[B, S, H, V]``, as early code has it."""
+    """All logits at once, ``[B, S, H, V]``, as in early code."""
     logits = torch.stack([model.base.lm_head(h) for h in hidden], dim=2)
     total = torch.zeros((), device=ids.device)
     norm = torch.zeros((), device=ids.device)

@@ -79,7 +79,7 @@ def from_root(text: str) -> str:
 
 
 def inside(text: str, folder: str = "") -> str:
-    """Point a page's links to files that are no pages at their page.
+    """Point a page's links to other files at their page.
 
     Or keep their path alone. The page is in ``docs/FOLDER``.
     """

@@ -4,6 +4,7 @@ import attrs
 import pytest
 import torch
 
+import wmtp
 from wmtp.actions.check import check
 from wmtp.cli import main
 from wmtp.launchers.config import LocalLauncher
@@ -61,3 +62,16 @@ class Elsewhere(LocalLauncher):
 def test_a_run_that_is_launched_elsewhere_is_not_held_to_this_machine(recipe):
     config = check(recipe, overrides=[PAGED[0], FP8[0], OFFLOAD[0]]).config
     assert dry_run(attrs.evolve(config, launcher=Elsewhere()))["training data"] == "48 documents"
+
+
+def test_a_run_and_an_evaluation_are_the_same_in_any_mode_of_the_caller(recipe):
+    def numbers(name):
+        result = wmtp.run(recipe, run_name=name, overrides=["train.max_steps=5", "devices.device=cpu"])
+        evaluated = wmtp.evaluate(result.run_dir, overrides=['eval=[{type="perplexity"}]'])
+        return [row["loss"] for row in result.history if "loss" in row], dict(evaluated.numbers)
+
+    expected = numbers("plain")
+    with torch.inference_mode():
+        assert numbers("inference") == expected
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert numbers("several") == expected

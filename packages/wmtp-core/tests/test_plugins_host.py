@@ -1,9 +1,12 @@
 """Plugins as they are really installed: a module and a dist-info on the path of another process."""
 
+import contextlib
 import json
 import os
 import shutil
+import sys
 import textwrap
+import threading
 
 import pytest
 
@@ -247,3 +250,28 @@ def test_a_missing_component_names_the_package_that_has_more_of_its_kind():
     assert Registry((), ()).missing("trainers", "rho1-wmtp") == (
         "no plugin provides 'rho1-wmtp'; installed: none; the package wmtp-algos has trainers: pip install wmtp-algos"
     )
+
+
+def test_threads_that_load_plugins_at_once_leave_standard_output_in_its_place(monkeypatch):
+    """Each would restore what it found, and the last one found what the first had redirected."""
+    before, inside, first_left = sys.stdout, threading.Barrier(2), threading.Event()
+    components = loader._components
+
+    def slow(source):
+        with contextlib.suppress(threading.BrokenBarrierError):  # behind a lock the second does not come
+            inside.wait(timeout=0.2)
+        if threading.current_thread().name == "second":
+            first_left.wait(timeout=10)
+        return components(source)
+
+    def load():
+        load_plugins()
+        first_left.set()
+
+    monkeypatch.setattr(loader, "_components", slow)
+    threads = [threading.Thread(target=load, name=name) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sys.stdout is before

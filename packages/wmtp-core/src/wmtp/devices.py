@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ __all__ = [
     "pick_device",
     "pick_precision",
     "prefer_fast_attention",
+    "without_modes_of_the_caller",
 ]
 
 logger = logging.getLogger("wmtp")
@@ -117,6 +118,25 @@ def autocast_context(precision: Precision, device: torch.device) -> Callable[[],
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@contextmanager
+def without_modes_of_the_caller() -> Iterator[None]:
+    """Compute as the config says, whatever torch modes the caller is in.
+
+    A notebook may have `torch.inference_mode`, `torch.no_grad`, `torch.autocast` or another default device on: a run inside
+    would fail late, or silently compute other numbers.
+    """
+    kinds = ["cpu", *(kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available())]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":  # such a context slows every operation down a little
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 @contextmanager

@@ -5,16 +5,17 @@ MKL, with which torch multiplies fp32 on x86, takes two to eight times as long f
 ``weight @ rows.T`` takes another of its kernels, which does not, as long as the rows fit into the fastest cache; a single row
 is multiplied faster as two. Nothing is packed or kept. docs/notes/performance.md has the figures.
 
-Other CPUs and libraries have other kernels. So both ways are timed once on the model's own weights, and the usual one stays
-unless the other is clearly faster. The results differ by rounding only, as those of one row and of several do.
+This was seen on AMD's CPUs with AVX-512, and there alone it is done. The choice rests on the machine and the shapes, not on a
+trial that times both, so that a machine gives the same numbers each time. The results differ from the usual ones by rounding
+only, as those of one row and of several do.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -38,25 +39,18 @@ _FEWEST: Final = 2**16
 #: fewest numbers of all weights: 64 MiB, since weights that stay in a cache are multiplied faster the usual way
 _FEWEST_IN_ALL: Final = 2**24
 
-#: how much faster it has to be
-_GAIN: Final = 1.1
 
-#: attribute of a model: the fewest rows that are multiplied so, by number of threads
-_FOUND: Final = "_fewest_fast_rows"
-
-
-def multiply(given: Tensor, weight: Tensor, bias: Tensor | None = None, *, fewest: int = 1) -> Tensor:
+def multiply(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return what `torch.nn.functional.linear` does, up to rounding.
 
     Args:
         given: ``[..., D]``.
         weight: ``[O, D]``.
         bias: ``[O]``.
-        fewest: rows that are multiplied in the other order; fewer ones are not.
     """
     width = given.shape[-1]
     rows = given.numel() // width
-    if rows < fewest or max(rows, 2) * width > _MOST_NUMBERS:
+    if not rows or max(rows, 2) * width > _MOST_NUMBERS:
         return F.linear(given, weight, bias)
     flat = given.reshape(rows, width)
     if rows == 1:
@@ -71,14 +65,13 @@ def multiply(given: Tensor, weight: Tensor, bias: Tensor | None = None, *, fewes
 @contextmanager
 def fast_products(model: MTPModel) -> Iterator[None]:
     """Let linear layers use `multiply` inside the context, where it is faster."""
-    fewest = _fewest_rows(model)
-    if fewest is None:
+    if not _pays(model):
         yield
         return
     layers = [layer for layer in _layers(model) if "forward" not in vars(layer)]
     try:
         for layer in layers:  # an attribute of the instance hides the method of the class
-            vars(layer)["forward"] = partial(_forward, layer, fewest)
+            vars(layer)["forward"] = functools.partial(_forward, layer)
         yield
     finally:
         for layer in layers:
@@ -87,25 +80,23 @@ def fast_products(model: MTPModel) -> Iterator[None]:
 
 def fast_unembedding(model: MTPModel, head: int) -> Unembedding:
     """Return a head's unembedding, which uses `multiply` where that is faster."""
-    unembedding, fewest = model.unembedding(head), _fewest_rows(model)
-    if fewest is None or not _fits(unembedding.weight):
+    unembedding = model.unembedding(head)
+    if not _pays(model) or not _fits(unembedding.weight):
         return unembedding
-    return _FastUnembedding(**asdict(unembedding, recurse=False), fewest=fewest)
+    return _FastUnembedding(**asdict(unembedding, recurse=False))
 
 
 @define(kw_only=True, eq=False, slots=False)
 class _FastUnembedding(Unembedding):
     """An `Unembedding` for few rows."""
 
-    fewest: int
-
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Unembedding.logits`."""
-        return self.transform(multiply(hidden, self.weight, self.bias, fewest=self.fewest))
+        return self.transform(multiply(hidden, self.weight, self.bias))
 
 
-def _forward(layer: nn.Linear, fewest: int, input: Tensor) -> Tensor:  # torch's name, which a caller may write
-    return multiply(input, layer.weight, layer.bias, fewest=fewest)
+def _forward(layer: nn.Linear, input: Tensor) -> Tensor:  # torch's name, which a caller may write
+    return multiply(input, layer.weight, layer.bias)
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:
@@ -121,53 +112,18 @@ def _fits(weight: Tensor) -> bool:
     return plain and weight.is_contiguous() and weight.numel() >= _FEWEST and 2 * weight.shape[1] <= _MOST_NUMBERS
 
 
-def _fewest_rows(model: MTPModel) -> int | None:
-    """Return the fewest rows for which `multiply` is faster; None: none.
-
-    Finding out reads 64 MiB twelve times; the result is kept on the model.
-    """
-    if model.anatomy.output.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return None
-    found: dict[int, int | None] = model.__dict__.setdefault(_FOUND, {})
-    threads = torch.get_num_threads()
-    if threads not in found:
-        found[threads] = _time_both(_layers(model))
-    return found[threads]
+def _pays(model: MTPModel) -> bool:
+    """Tell whether `multiply` is faster for a model on this machine."""
+    if model.anatomy.output.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not _has_both_kernels():
+        return False
+    return sum(layer.weight.numel() for layer in _layers(model)) >= _FEWEST_IN_ALL
 
 
-def _time_both(layers: list[nn.Linear]) -> int | None:
-    weights, numbers = [], 0
-    for layer in layers:
-        if numbers < _FEWEST_IN_ALL:
-            weights.append(layer.weight)
-            numbers += layer.weight.numel()
-    if numbers < _FEWEST_IN_ALL:
-        return None
-    if _gain(weights, 4) < _GAIN:
-        return None
-    return 1 if _gain(weights, 1) >= _GAIN else 2
-
-
-def _gain(weights: list[Tensor], rows: int) -> float:
-    """Time both ways for ``rows`` rows, and return the ratio.
-
-    Where `multiply` does not take so many, it is as many as it takes.
-    """
-    given = {width: torch.ones(min(rows, _MOST_NUMBERS // width), width) for width in {len(weight[0]) for weight in weights}}
-    with torch.no_grad():
-        usual, other = (_fastest(way, weights, given) for way in (F.linear, multiply))
-    return usual / other
-
-
-def _fastest(way: Callable[..., Tensor], weights: list[Tensor], given: dict[int, Tensor]) -> float:
-    """Return the seconds for all weights.
-
-    Of three passes the fastest counts, for each weight.
-    """
-    fastest = [float("inf")] * len(weights)
-    for _ in range(3):
-        for place, weight in enumerate(weights):
-            start = time.perf_counter()
-            way(given[weight.shape[1]], weight)
-            fastest[place] = min(fastest[place], time.perf_counter() - start)
-    return sum(fastest)
+@functools.cache
+def _has_both_kernels() -> bool:
+    """Tell whether torch uses MKL on an AMD CPU with AVX-512."""
+    if not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    with suppress(OSError):
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return False

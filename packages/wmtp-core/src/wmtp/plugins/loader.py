@@ -10,6 +10,7 @@ import functools
 import inspect
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
@@ -38,6 +39,8 @@ _Entries = Sequence[tuple[Plugin, metadata.EntryPoint | Exception]]
 _HOOKS = tuple(_PREFIX + kind for kind in KINDS)
 #: classes that keep the contract, by what they are registered as: a process loads its plugins many times
 _sound: WeakKeyDictionary[type, set[str]] = WeakKeyDictionary()
+#: ``sys.stdout`` is the whole process's: threads that redirect it one across the other would leave it redirected
+_REDIRECTING = threading.RLock()
 
 
 def load_plugins() -> Registry:
@@ -59,7 +62,7 @@ def load_plugins() -> Registry:
         try:
             if isinstance(source, Exception):
                 raise source
-            with redirect_stdout(sys.stderr):  # an import that prints must not get into `--json`
+            with _REDIRECTING, redirect_stdout(sys.stderr):  # an import that prints must not get into `--json`
                 classes = _components(source.load())
             by_kind = {kind: tuple(cls.type for cls in of_kind) for kind, of_kind in classes.items() if of_kind}
             plugin = attrs.evolve(plugin, components=by_kind)

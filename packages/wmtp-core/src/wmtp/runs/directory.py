@@ -281,7 +281,7 @@ def _snapshot(run_dir: Path) -> dict[str, Any]:
 
 @frozen(kw_only=True)
 class Differences:
-    """Differences of a config from a run's own, as ``key: old → new``.
+    """Differences from a run's own config, as ``key: old → new``.
 
     Args:
         refused: a resume may not make them.

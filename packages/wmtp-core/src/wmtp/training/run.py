@@ -19,7 +19,15 @@ from wmtp.config.inputs import with_uris
 from wmtp.config.schema import Config, FsdpConfig
 from wmtp.config.tree import flatten
 from wmtp.data.score_cache.cached_numbers import open_token_numbers
-from wmtp.devices import autocast_context, device_name, few_cpu_threads, pick_device, pick_precision, prefer_fast_attention
+from wmtp.devices import (
+    autocast_context,
+    device_name,
+    few_cpu_threads,
+    pick_device,
+    pick_precision,
+    prefer_fast_attention,
+    without_modes_of_the_caller,
+)
 from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks
 from wmtp.errors import Terminated, WMTPError
 from wmtp.models.draft_vocabulary import frequent_tokens
@@ -57,6 +65,7 @@ logger = logging.getLogger("wmtp")
 _AFTER_CTRL_C = 3.0  #: seconds that a tracker has to close the run
 
 
+@without_modes_of_the_caller()
 def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_PROCESS) -> Result:
     """Train in this process.
 
