@@ -382,7 +382,7 @@ def test_python_does_the_same(folder):
         wmtp.run(config, run_name="py")
     with pytest.raises(wmtp.ConfigError, match="no config: name a TOML file"):
         wmtp.run()
-    with pytest.raises(TypeError, match=r"overrides: a list of texts is wanted; write \['trainer.alpha=3'\]"):
+    with pytest.raises(ConfigError, match=r"overrides: a list of texts is wanted; write \['trainer.alpha=3'\]"):
         wmtp.run(config, overrides="trainer.alpha=3")
     assert set(wmtp.__all__) <= set(dir(wmtp))
     assert all(getattr(wmtp, name) is not None for name in wmtp.__all__ if name != "load_model")

@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 
 from attrs import evolve
 
+from wmtp.arguments import checks_arguments
 from wmtp.checkpoints.remote import remote_checkpoints
 from wmtp.config.advice import unwise_settings
 from wmtp.config.inputs import hub_names_read, pinned, with_uris
@@ -64,6 +65,7 @@ def run(
 ) -> Mapping[str, Any]: ...
 
 
+@checks_arguments
 def run(
     config: ConfigSource | Sequence[ConfigSource] | None = None,
     *,
@@ -231,11 +233,7 @@ def load_checked(
 
     Raises:
         ConfigError: every problem at once.
-        TypeError: one text in place of a list of them.
     """
-    for name, texts in (("overrides", overrides), ("tags", tags)):
-        if isinstance(texts, str):
-            raise TypeError(f"{name}: a list of texts is wanted; write [{texts!r}]")
     if isinstance(config, list | tuple) and not config:
         config = None
     directory = _existing_run(resume) if resume is not None and resume != "auto" else None

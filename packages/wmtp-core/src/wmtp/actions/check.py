@@ -10,6 +10,7 @@ from attrs import frozen
 
 from wmtp.actions.memory import outlook
 from wmtp.api import load_checked
+from wmtp.arguments import checks_arguments
 from wmtp.config.advice import unwise_settings
 from wmtp.config.data_rules import eval_sources, train_sources, unread_keys
 from wmtp.config.load import ConfigSource
@@ -39,6 +40,7 @@ class Checked:
     warnings: Sequence[str]
 
 
+@checks_arguments
 def check(config: ConfigSource | Sequence[ConfigSource], *, overrides: Iterable[str] = ()) -> Checked:
     """Check a config, as ``wmtp check`` does.
 

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin
 import attrs
 import tomli_w
 
+from wmtp.arguments import checks_arguments
 from wmtp.config.tree import plain_value
 from wmtp.errors import ConfigError
 from wmtp.plugins import load_plugins
@@ -32,6 +33,7 @@ _TABLES: Final = {
 }
 
 
+@checks_arguments
 def show(name: str) -> list[dict[str, Any]]:
     """Describe the components of this name, as ``wmtp show`` does.
 

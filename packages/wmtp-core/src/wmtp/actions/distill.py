@@ -17,6 +17,7 @@ from attrs import frozen
 
 from wmtp.actions.files import storage_section
 from wmtp.actions.generate import sampling_by
+from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource
 from wmtp.config.places import build_backends
 from wmtp.errors import ConfigError
@@ -63,6 +64,7 @@ class Distilled:
     seconds: float
 
 
+@checks_arguments
 def distill_data(
     model: str | os.PathLike[str],
     prompts: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],

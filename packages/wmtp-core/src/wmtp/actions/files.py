@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
+from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource, load_storage
 from wmtp.config.overrides import parse_override
 from wmtp.config.places import build_backends
@@ -64,6 +65,7 @@ class Verified:
     problems: Sequence[str]
 
 
+@checks_arguments
 def fetch(
     uri: str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -94,6 +96,7 @@ def fetch(
     return _backend(uri, config, overrides).fetch(os.fspath(uri), target, include=include, exclude=exclude)
 
 
+@checks_arguments
 def verify(folder: str | os.PathLike[str], uri: str | None = None) -> Verified:
     """Verify fetched files in a folder, as ``wmtp fetch --verify`` does.
 
@@ -115,6 +118,7 @@ def verify(folder: str | os.PathLike[str], uri: str | None = None) -> Verified:
     return Verified(target=target, uri=manifest.uri, files=len(manifest.files), size=manifest.size, problems=problems)
 
 
+@checks_arguments
 def push(
     path: str | os.PathLike[str],
     uri: str | os.PathLike[str],
@@ -141,6 +145,7 @@ def push(
     return Pushed(path=source, uri=redact(os.fspath(uri)), seconds=time.monotonic() - began)
 
 
+@checks_arguments
 def clean(
     uri: str | os.PathLike[str],
     *,
@@ -167,6 +172,7 @@ def clean(
     return _backend(uri, config, overrides).clean(os.fspath(uri), older_than=older_than, dry_run=dry_run)
 
 
+@checks_arguments
 def cache(
     cache_dir: str | os.PathLike[str] | None = None,
     *,
@@ -185,6 +191,7 @@ def cache(
     return Cache(Path(cache_dir or storage_section(config, overrides).cache_dir).expanduser())
 
 
+@checks_arguments
 def pull_runs(
     uri: str,
     into: str | os.PathLike[str] = "runs/mlflow.db",

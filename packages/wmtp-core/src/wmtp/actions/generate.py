@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import frozen
 
 from wmtp.actions.files import storage_section
+from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource
 from wmtp.errors import ConfigError
 
@@ -43,6 +44,7 @@ class Generated:
     seed: int
 
 
+@checks_arguments
 def generate(
     model: str | os.PathLike[str],
     prompt: str | Sequence[Mapping[str, Any]],

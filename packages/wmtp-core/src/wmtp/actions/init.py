@@ -14,6 +14,7 @@ from typing import Final
 
 from attrs import frozen
 
+from wmtp.arguments import checks_arguments
 from wmtp.errors import ConfigError
 from wmtp.spelling import did_you_mean
 
@@ -43,6 +44,7 @@ def recipes() -> Mapping[str, str]:
     return {entry.name: _summary(entry) for entry in _folders()}
 
 
+@checks_arguments
 def init(recipe: str, folder: str | os.PathLike[str] | None = None) -> Initialized:
     """Write a recipe that runs on a CPU, with sample data.
 

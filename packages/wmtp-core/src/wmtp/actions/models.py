@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wmtp.actions.files import storage_section
+from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource
+from wmtp.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "export", "load_model", "load_tokenizer", "report"]
 
 
+@checks_arguments
 def load_model(
     model: str | os.PathLike[str],
     *,
@@ -52,6 +55,7 @@ def load_model(
     return opening.load_model(model, dtype=dtype, device=device, storage=storage_section(config, overrides))
 
 
+@checks_arguments
 def load_tokenizer(
     model: str | os.PathLike[str], *, config: ConfigSource | Sequence[ConfigSource] = (), overrides: Iterable[str] = ()
 ) -> Tokenizer:
@@ -68,6 +72,7 @@ def load_tokenizer(
     return find_tokenizer(*find_model(model, storage_section(config, overrides)))
 
 
+@checks_arguments
 def evaluate(
     model: str | os.PathLike[str],
     config: ConfigSource | Sequence[ConfigSource] = (),
@@ -98,6 +103,7 @@ def evaluate(
     )
 
 
+@checks_arguments
 def export(
     model: str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -128,6 +134,7 @@ def export(
     return export_model(os.fspath(model), place, format=format, checkpoint=kept, storage=storage)
 
 
+@checks_arguments
 def report(
     runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str] | None = None,
@@ -154,6 +161,8 @@ def report(
     """
     from wmtp.reporting import write_report
 
-    several = [runs] if isinstance(runs, str | os.PathLike) else runs
+    several = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
+    if not several:
+        raise ConfigError("runs: an empty list; name at least one run directory")
     place = None if output is None else Path(output)
     return write_report([os.fspath(run) for run in several], place, storage=storage_section(config, overrides))

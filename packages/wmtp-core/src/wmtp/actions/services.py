@@ -9,6 +9,7 @@ from typing import Literal
 from attrs import frozen
 
 from wmtp.api import load_checked
+from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource
 from wmtp.launchers.base import LaunchPlan, RunState, RunStatus
 from wmtp.launchers.remote import find_launched, remote_launcher, submit
@@ -74,6 +75,7 @@ class Measurements:
     own: Mapping[str, float]
 
 
+@checks_arguments
 def launch(
     config: ConfigSource | Sequence[ConfigSource],
     *,
@@ -115,6 +117,7 @@ def launch(
     return Submitted(launcher=checked.launcher.type, plan=plan, run=str(record.run), record=record)
 
 
+@checks_arguments
 def status(run: str, *, config: Sequence[str] = ()) -> LaunchedRun:
     """Ask how far a launched run is, as ``wmtp status`` does.
 
@@ -130,6 +133,7 @@ def status(run: str, *, config: Sequence[str] = ()) -> LaunchedRun:
     return LaunchedRun(run=found, status=launcher.status(found), record=record)
 
 
+@checks_arguments
 def logs(run: str, *, config: Sequence[str] = (), tail: int | None = None, follow: bool = False) -> Iterator[str]:
     """Iterate over the log of a launched run, as ``wmtp logs`` does.
 
@@ -143,6 +147,7 @@ def logs(run: str, *, config: Sequence[str] = (), tail: int | None = None, follo
     return launcher.logs(found, tail=tail, follow=follow)
 
 
+@checks_arguments
 def cancel(run: str, *, config: Sequence[str] = ()) -> LaunchedRun:
     """End a launched run, as ``wmtp cancel`` does.
 
@@ -156,6 +161,7 @@ def cancel(run: str, *, config: Sequence[str] = ()) -> LaunchedRun:
     return LaunchedRun(run=found, status=launcher.status(found), record=record)
 
 
+@checks_arguments
 def metrics(run: str, *, config: Sequence[str] = ()) -> Measurements:
     """Read a launched run's machine load, as ``wmtp metrics`` does.
 

@@ -18,6 +18,7 @@ from typing import Any
 from wmtp.actions.memory import outlook, time_outlook
 from wmtp.actions.study_pool import Outcome, Pool
 from wmtp.actions.study_result import StudyResult
+from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource, as_list
 from wmtp.config.tree import dump_config
 from wmtp.cores import usable_cores
@@ -37,6 +38,7 @@ __all__ = ["study"]
 logger = logging.getLogger("wmtp")
 
 
+@checks_arguments
 def study(
     study: str | os.PathLike[str] | Mapping[str, Any],
     *,
@@ -72,9 +74,6 @@ def study(
         KeyboardInterrupt: Ctrl-C; runs that were being trained have saved a checkpoint.
     """
     with lines_by_itself():
-        for name, texts in (("overrides", overrides), ("arms", arms)):
-            if isinstance(texts, str):
-                raise TypeError(f"{name}: a list of texts is wanted; write [{texts!r}]")
         plan = make_plan(load_study(study), as_list(recipe), overrides)
         for warning in plan.warnings:
             logger.warning("%s", warning)

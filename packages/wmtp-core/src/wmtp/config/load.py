@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from attrs import frozen
 
+from wmtp.arguments import checks_arguments
 from wmtp.config.converter import make_converter
 from wmtp.config.nulls import lost_nulls
 from wmtp.config.overrides import parse_override
@@ -41,6 +42,7 @@ class Loaded:
     document: Document
 
 
+@checks_arguments
 def load_config(
     sources: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str] = (), *, registry: Registry | None = None
 ) -> Config:

@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from wmtp.arguments import checks_arguments
 from wmtp.config.problems import KeyPath, dotted
 from wmtp.config.schema import Config, ModelConfig, StorageConfig
 from wmtp.errors import ConfigError
@@ -126,6 +127,7 @@ def _value(value: Any, path: KeyPath, text: Callable[[str], str], is_component: 
     raise ConfigError(f"{dotted(path)}: {value!r:.60} ({type(value).__name__}) cannot be written to TOML")
 
 
+@checks_arguments
 def dump_config(config: Config) -> str:
     """Write the config as complete TOML; reading it gives an equal config.
 
@@ -139,6 +141,7 @@ def dump_config(config: Config) -> str:
     return tomli_w.dumps(to_mapping(config, text=escape))
 
 
+@checks_arguments
 def flatten(config: Config) -> dict[str, str]:
     """Flatten the config to one entry a value, section by section.
 

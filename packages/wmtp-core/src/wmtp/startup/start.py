@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import tomli
 from attrs import evolve
 
+from wmtp.arguments import checks_arguments
 from wmtp.config.inputs import hub_names_read
 from wmtp.config.load import ConfigSource, load
 from wmtp.config.rules import check_loaded, required_models
@@ -45,6 +46,7 @@ def start(
 ) -> Mapping[str, str]: ...
 
 
+@checks_arguments
 def start(
     config: ConfigSource | Sequence[ConfigSource] = (), overrides: Iterable[str] = (), *, dry_run: bool = False
 ) -> Result | Mapping[str, str]:
