@@ -230,3 +230,22 @@ def test_an_unknown_model_type_is_said_before_transformers_is_imported(tmp_path,
         return
     with pytest.raises(WMTPError, match=f"has no architecture '{model_type}'; correct model_type, or install a newer one"):
         check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"max_position_embeddings": 16}, {"text_config": {"max_position_embeddings": 16}}])
+def test_rows_longer_than_the_positions_of_a_model(folder: Path, fields: dict[str, Any]):
+    change(folder, **fields)
+    scratch = {"type": "scratch", "vocab_size": 258, "max_positions": 20}
+    recipe = ENOUGH | {"models": {"base": {"type": "hf", "uri": str(folder)}, "ref": scratch}}
+    recipe |= {"trainer": {"type": "rho1-wmtp"}, "data": {"train": {"max_length": 32}}}
+    with pytest.raises(ConfigError) as caught:
+        wmtp.check(recipe)
+    said = "\n".join(caught.value.problems)
+    assert "data.train.max_length: 32, but the model has positions for 16 tokens; write at most 16" in said
+    assert "data.train.max_length: 32, but [models.ref] has positions for 20 tokens; write at most 20" in said
+
+
+def test_positions_that_are_scaled_are_left_to_the_run(folder: Path):
+    change(folder, max_position_embeddings=16, rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    recipe = ENOUGH | {"models": {"base": {"type": "hf", "uri": str(folder)}}, "data": {"train": {"max_length": 32}}}
+    assert wmtp.check(recipe).config.data.train.max_length == 32

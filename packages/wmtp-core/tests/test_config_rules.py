@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 import pytest
 
+from wmtp.config.advice import unwise_settings
 from wmtp.config.load import load
 from wmtp.config.rules import check, check_loaded
 from wmtp.errors import ConfigError
@@ -179,3 +180,9 @@ def test_the_line_of_a_rule_that_is_broken(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         check_loaded(loaded)
     assert str(caught.value) == f"{path}:6: schedule.warmup_steps: 6 must be at most train.max_steps = 5"
+
+
+@pytest.mark.parametrize(("lr", "warned"), [(1e308, True), (10, True), (1.0, False)])
+def test_a_learning_rate_that_no_model_survives_is_warned_of(lr, warned):
+    config = load([GOOD, {"optimizer": {"lr": lr}}], registry=REGISTRY).config
+    assert any(f"optimizer.lr: {lr:g} is more than" in said for said in unwise_settings(config)) == warned

@@ -27,6 +27,12 @@ def unwise_settings(config: Config) -> Iterator[str]:
                     f'{dotted((*place, "keys"))}: the records have "{key}", which nothing reads; did you mean {meant!r}? '
                     "Rename it in the files, or name it in this table"
                 )
+    lr = config.optimizer.lr
+    if isinstance(lr, int | float) and lr > 1:
+        yield (
+            f"optimizer.lr: {lr:g} is more than any common optimizer learns with, so the loss will likely become NaN in the "
+            "first steps; write less, as 1e-5 for a pretrained model or 1e-3 for a small new one"
+        )
     for placed in components(config):
         trainer, chosen = placed.config, config.train.normalizer
         if not isinstance(trainer, TrainerConfig) or trainer.published_normalizer in (None, chosen):

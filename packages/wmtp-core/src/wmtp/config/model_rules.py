@@ -11,6 +11,7 @@ from wmtp.config.problems import Problem
 from wmtp.config.schema import Config
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.json_files import read_json_object
+from wmtp.plugins.contract import ModelLoaderConfig
 from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.model_files import check_folder, find_gguf, is_adapter, quantization, quantized_problem
 from wmtp.storage.model_folders import LOADERS, model_within
@@ -25,6 +26,7 @@ _NEEDS: Final = {"gptq": ("gptqmodel", "auto_gptq"), "awq": ("gptqmodel", "awq")
 def model_problems(config: Config) -> Iterator[Problem]:
     """Report problems of local model folders, and of draft vocabularies."""
     yield from _draft_vocabulary_problems(config)
+    yield from _length_problems(config)
     yield from _template_problems(config)
     for name, model in config.models.items():
         loader, key = model.loader, ("models", name)
@@ -140,3 +142,33 @@ def _draft_vocabulary_problems(config: Config) -> Iterator[Problem]:
     if isinstance(size, int) and wanted > size:
         key = ("models", "base", "heads", "draft_vocabulary")
         yield Problem(key, f"{wanted}, but the model has a vocabulary of {size}; write less, or leave it out")
+
+
+def _length_problems(config: Config) -> Iterator[Problem]:
+    """Report rows longer than a model's positions.
+
+    Only where a small file or the config tells how many it has, and does not scale them; a run looks at the model itself.
+    """
+    wanted = config.data.train.max_length
+    for name, model in config.models.items():
+        try:
+            longest = _positions(model.loader)
+        except (WMTPError, AttributeError):  # said of the uri, or of the file
+            continue
+        if isinstance(longest, int) and wanted > longest:
+            which = "the model" if name == "base" else f"[models.{name}]"
+            said = f"{wanted}, but {which} has positions for {longest} tokens; write at most {longest}"
+            yield Problem(("data", "train", "max_length"), said)
+
+
+def _positions(loader: ModelLoaderConfig) -> object:
+    if loader.type != "hf":
+        return None if getattr(loader, "options", None) else getattr(loader, "max_positions", None)
+    folder = None if getattr(loader, "gguf_file", None) else _local(loader.uri)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    content = read_json_object(folder / "config.json")
+    content = content.get("text_config") or content
+    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    return None if scaled else content.get("max_position_embeddings", content.get("n_positions"))
