@@ -345,3 +345,24 @@ def test_a_character_that_only_looks_like_another_is_named(line, said):
     write("a.toml", f"[train]\n{line}\n")
     (problem,) = problems("a.toml")
     assert re.fullmatch(r"a\.toml:2: this is not TOML: .* \(column \d+\)" + re.escape(said), problem)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("amp = True", "; write true"),
+        ("x = None", "; TOML has no such value: leave the key out"),
+        ("x = .5", "; write 0.5"),
+        ("x = base-line/mtp", '; a text has quotes: "base-line/mtp"'),
+        ("x = [a]", '; a text has quotes: "a"'),
+        ('x = "C:\\Users"', "; in \"…\" a backslash begins an escape; write '…', or / in a path"),
+        ('x = "C:\\data"', "; in \"…\" a backslash begins an escape; write '…', or / in a path"),
+        ("x = 1\nx = 2", "; it is in the file already: leave one out"),
+        ("[train]", "; it is in the file already: leave one out"),
+        ("x = ", ""),
+    ],
+)
+def test_what_other_languages_write_is_answered_with_toml(line, said):
+    write("a.toml", f"[train]\n{line}\n")
+    (problem,) = problems("a.toml")
+    assert re.fullmatch(r"a\.toml:[23]: this is not TOML: .* \(column \d+\)" + re.escape(said), problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +50,7 @@ class FileSource:
             self.data: dict[str, Any] = tomli.loads(self.text)
         except tomli.TOMLDecodeError as error:
             where = f"{self.name}:{error.lineno}: this is not TOML: {error.msg} (column {error.colno})"
-            hint = odd_character(self.text[error.pos : error.pos + 1])
+            hint = odd_character(self.text[error.pos : error.pos + 1]) or _meant(self.text, error)
             hint += "" if Path(path).suffix == ".toml" else f"; {_RECIPE}"
             raise ConfigError(f"{where}{hint}") from None
         except RecursionError:
@@ -145,6 +146,23 @@ def _in_folder(folder: Path) -> str:
         return f'; this model folder goes into one, as models.base = {{ type = "hf", uri = "{folder}" }}'
     recipes = sorted(folder.glob("*.toml"))
     return f", as {recipes[0]}" if len(recipes) == 1 else f"; {_RECIPE}"
+
+
+def _meant(text: str, error: tomli.TOMLDecodeError) -> str:
+    """Say what to write in place of what other languages have."""
+    if error.msg.startswith(("Cannot overwrite", "Cannot declare")):
+        return "; it is in the file already: leave one out"
+    if "hex value" in error.msg or error.msg.startswith("Unescaped"):
+        return "; in \"…\" a backslash begins an escape; write '…', or / in a path"
+    word = re.match(r"[\w./~-]*", text[error.pos :])
+    written = word[0] if word else ""
+    if error.msg != "Invalid value" or not written:
+        return ""
+    if written in ("True", "False"):
+        return f"; write {written.lower()}"
+    if re.fullmatch(r"-?\.[0-9][0-9e-]*", written):
+        return f"; write {written.replace('.', '0.')}"
+    return "; TOML has no such value: leave the key out" if written in ("None", "null") else f'; a text has quotes: "{written}"'
 
 
 def contains(data: Any, path: KeyPath) -> bool:
