@@ -7,6 +7,7 @@ import torch
 import wmtp
 from wmtp.actions.check import check
 from wmtp.cli import main
+from wmtp.devices import settings_given_back
 from wmtp.launchers.config import LocalLauncher
 from wmtp.training.dry_run import dry_run
 
@@ -75,3 +76,16 @@ def test_a_run_and_an_evaluation_are_the_same_in_any_mode_of_the_caller(recipe):
         assert numbers("inference") == expected
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         assert numbers("several") == expected
+
+
+def test_what_a_run_changes_in_torch_is_given_back(recipe):
+    threads = torch.get_num_threads()
+    result = wmtp.run(recipe, overrides=["train.max_steps=5", "devices.device=cpu", f"devices.threads={threads + 1}"])
+    assert torch.get_num_threads() == threads
+    wmtp.evaluate(result.run_dir, overrides=['eval=[{type="perplexity"}]', f"devices.threads={threads + 1}"])
+    assert torch.get_num_threads() == threads
+    with settings_given_back():
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+    assert torch.zeros(1).dtype == torch.float32
+    assert torch.zeros(1).device.type == "cpu"

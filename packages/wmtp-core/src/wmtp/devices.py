@@ -23,6 +23,7 @@ __all__ = [
     "pick_device",
     "pick_precision",
     "prefer_fast_attention",
+    "settings_given_back",
     "without_modes_of_the_caller",
 ]
 
@@ -174,3 +175,19 @@ def few_cpu_threads(device: torch.device, chosen: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def settings_given_back() -> Iterator[None]:
+    """Give torch's threads, default dtype and default device back.
+
+    ``devices.threads`` is for one run or evaluation, and a plugin may change any of them; the caller's next call is not theirs.
+    """
+    threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:  # else it stays unset: one that is set costs at every call
+            torch.set_default_device(None if device.type == "cpu" else device)

@@ -26,6 +26,7 @@ from wmtp.devices import (
     pick_device,
     pick_precision,
     prefer_fast_attention,
+    settings_given_back,
     without_modes_of_the_caller,
 )
 from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks
@@ -65,6 +66,7 @@ logger = logging.getLogger("wmtp")
 _AFTER_CTRL_C = 3.0  #: seconds that a tracker has to close the run
 
 
+@settings_given_back()
 @without_modes_of_the_caller()
 def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_PROCESS) -> Result:
     """Train in this process.
