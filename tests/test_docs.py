@@ -37,7 +37,7 @@ hidden_size = 32
 layers = 2
 attention_heads = 2
 intermediate_size = 48
-max_positions = 128
+max_positions = 2048
 
 [models.base.heads]
 horizon = 3
