@@ -7,7 +7,7 @@ import torch
 import wmtp
 from wmtp.actions.check import check
 from wmtp.cli import main
-from wmtp.devices import settings_given_back
+from wmtp.devices import apart_from_the_caller
 from wmtp.launchers.config import LocalLauncher
 from wmtp.training.dry_run import dry_run
 
@@ -84,7 +84,7 @@ def test_what_a_run_changes_in_torch_is_given_back(recipe):
     assert torch.get_num_threads() == threads
     wmtp.evaluate(result.run_dir, overrides=['eval=[{type="perplexity"}]', f"devices.threads={threads + 1}"])
     assert torch.get_num_threads() == threads
-    with settings_given_back():
+    with apart_from_the_caller():
         torch.set_default_dtype(torch.float64)
         torch.set_default_device("meta")
     assert torch.zeros(1).dtype == torch.float32

@@ -245,7 +245,9 @@ def test_rows_longer_than_the_positions_of_a_model(folder: Path, fields: dict[st
     assert "data.train.max_length: 32, but [models.ref] has positions for 20 tokens; write at most 20" in said
 
 
-def test_positions_that_are_scaled_are_left_to_the_run(folder: Path):
-    change(folder, max_position_embeddings=16, rope_parameters={"rope_type": "yarn", "factor": 4.0})
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_positions_that_are_scaled_are_left_to_the_run(folder: Path, by_layer: bool):
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    change(folder, max_position_embeddings=16, rope_parameters={"full_attention": yarn} if by_layer else yarn)
     recipe = ENOUGH | {"models": {"base": {"type": "hf", "uri": str(folder)}}, "data": {"train": {"max_length": 32}}}
     assert wmtp.check(recipe).config.data.train.max_length == 32

@@ -15,6 +15,7 @@ from wmtp.errors import ConfigError
 
 __all__ = [
     "Precision",
+    "apart_from_the_caller",
     "autocast_context",
     "count_devices",
     "device_name",
@@ -23,8 +24,6 @@ __all__ = [
     "pick_device",
     "pick_precision",
     "prefer_fast_attention",
-    "settings_given_back",
-    "without_modes_of_the_caller",
 ]
 
 logger = logging.getLogger("wmtp")
@@ -122,22 +121,30 @@ def autocast_context(precision: Precision, device: torch.device) -> Callable[[],
 
 
 @contextmanager
-def without_modes_of_the_caller() -> Iterator[None]:
-    """Compute as the config says, whatever torch modes the caller is in.
+def apart_from_the_caller() -> Iterator[None]:
+    """Keep the caller's torch settings and a run's apart.
 
     A notebook may have `torch.inference_mode`, `torch.no_grad`, `torch.autocast` or another default device on: a run inside
-    would fail late, or silently compute other numbers.
+    would fail late, or silently compute other numbers. And ``devices.threads``, or a plugin that changes threads, default dtype
+    or default device, is not meant for what the caller does next.
     """
+    threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
     kinds = ["cpu", *(kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available())]
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for kind in kinds:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":  # such a context slows every operation down a little
-            stack.enter_context(torch.device("cpu"))
-        yield
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for kind in kinds:
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            if device.type != "cpu":  # such a context slows every operation down a little
+                stack.enter_context(torch.device("cpu"))
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:  # else it stays unset: one that is set costs at every call
+            torch.set_default_device(None if device.type == "cpu" else device)
 
 
 @contextmanager
@@ -175,19 +182,3 @@ def few_cpu_threads(device: torch.device, chosen: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def settings_given_back() -> Iterator[None]:
-    """Give torch's threads, default dtype and default device back.
-
-    ``devices.threads`` is for one run or evaluation, and a plugin may change any of them; the caller's next call is not theirs.
-    """
-    threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:  # else it stays unset: one that is set costs at every call
-            torch.set_default_device(None if device.type == "cpu" else device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -118,7 +119,7 @@ def launch(
 
 
 @checks_arguments
-def status(run: str, *, config: Sequence[str] = ()) -> LaunchedRun:
+def status(run: str, *, config: Sequence[str | os.PathLike[str]] = ()) -> LaunchedRun:
     """Ask how far a launched run is, as ``wmtp status`` does.
 
     Args:
@@ -134,7 +135,9 @@ def status(run: str, *, config: Sequence[str] = ()) -> LaunchedRun:
 
 
 @checks_arguments
-def logs(run: str, *, config: Sequence[str] = (), tail: int | None = None, follow: bool = False) -> Iterator[str]:
+def logs(
+    run: str, *, config: Sequence[str | os.PathLike[str]] = (), tail: int | None = None, follow: bool = False
+) -> Iterator[str]:
     """Iterate over the log of a launched run, as ``wmtp logs`` does.
 
     Args:
@@ -148,7 +151,7 @@ def logs(run: str, *, config: Sequence[str] = (), tail: int | None = None, follo
 
 
 @checks_arguments
-def cancel(run: str, *, config: Sequence[str] = ()) -> LaunchedRun:
+def cancel(run: str, *, config: Sequence[str | os.PathLike[str]] = ()) -> LaunchedRun:
     """End a launched run, as ``wmtp cancel`` does.
 
     One that is over stays as it is. Arguments and errors: see `status`.
@@ -162,7 +165,7 @@ def cancel(run: str, *, config: Sequence[str] = ()) -> LaunchedRun:
 
 
 @checks_arguments
-def metrics(run: str, *, config: Sequence[str] = ()) -> Measurements:
+def metrics(run: str, *, config: Sequence[str | os.PathLike[str]] = ()) -> Measurements:
     """Read a launched run's machine load, as ``wmtp metrics`` does.
 
     Arguments and errors: see `status`.

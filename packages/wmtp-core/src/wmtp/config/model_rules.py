@@ -170,5 +170,6 @@ def _positions(loader: ModelLoaderConfig) -> object:
     content = read_json_object(folder / "config.json")
     content = content.get("text_config") or content
     rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    by_layer = any(isinstance(value, dict) for value in rope.values())
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    return None if scaled else content.get("max_position_embeddings", content.get("n_positions"))
+    return None if by_layer or scaled else content.get("max_position_embeddings", content.get("n_positions"))

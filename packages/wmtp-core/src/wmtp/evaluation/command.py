@@ -16,7 +16,7 @@ from wmtp.config.problems import Problem
 from wmtp.config.rules import component_problems
 from wmtp.config.schema import Config
 from wmtp.config.tree import flatten
-from wmtp.devices import autocast_context, pick_device, pick_precision, settings_given_back, without_modes_of_the_caller
+from wmtp.devices import apart_from_the_caller, autocast_context, pick_device, pick_precision
 from wmtp.errors import ConfigError
 from wmtp.evaluation.base import Measured
 from wmtp.evaluation.consent import require_consent
@@ -63,8 +63,7 @@ class _NoTrainer(TrainerConfig):
         raise AssertionError("wmtp eval trains nothing")
 
 
-@settings_given_back()
-@without_modes_of_the_caller()
+@apart_from_the_caller()
 def evaluate_model(
     name: str,
     files: ConfigSource | Sequence[ConfigSource] = (),

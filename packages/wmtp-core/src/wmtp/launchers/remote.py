@@ -121,7 +121,7 @@ def _lost(launcher: RemoteLauncher, plan: LaunchPlan, before: Sequence[str] | No
     return new[0] if len(new) == 1 else None
 
 
-def find_launched(run: str, files: Sequence[str]) -> tuple[RemoteLauncher, str, Record | None]:
+def find_launched(run: str, files: Sequence[str | os.PathLike[str]]) -> tuple[RemoteLauncher, str, Record | None]:
     """Find a launched run: its launcher, its id and its record.
 
     Args:

@@ -20,14 +20,13 @@ from wmtp.config.schema import Config, FsdpConfig
 from wmtp.config.tree import flatten
 from wmtp.data.score_cache.cached_numbers import open_token_numbers
 from wmtp.devices import (
+    apart_from_the_caller,
     autocast_context,
     device_name,
     few_cpu_threads,
     pick_device,
     pick_precision,
     prefer_fast_attention,
-    settings_given_back,
-    without_modes_of_the_caller,
 )
 from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks
 from wmtp.errors import Terminated, WMTPError
@@ -66,8 +65,7 @@ logger = logging.getLogger("wmtp")
 _AFTER_CTRL_C = 3.0  #: seconds that a tracker has to close the run
 
 
-@settings_given_back()
-@without_modes_of_the_caller()
+@apart_from_the_caller()
 def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_PROCESS) -> Result:
     """Train in this process.
 
