@@ -173,7 +173,8 @@ def test_values_that_make_no_sense(folder, setting, problem):
 def test_the_recipe_over_the_quickstart(folder, monkeypatch, mode):
     root = Path(__file__).resolve().parents[3]
     monkeypatch.setenv("REFERENCE", str(folder / "runs/reference/model"))
-    config = load_config([root / "examples/quickstart.toml", root / f"configs/recipes/rho1-{mode}.toml"])
+    sources = [root / "examples/quickstart.toml", root / f"configs/recipes/rho1-{mode}.toml"]
+    config = load_config(sources, ["data.train.max_length=64"])  # the positions of the reference
     check(config)
     assert config.trainer == Rho1WMTP(mode=mode), "the recipes show the defaults"
 

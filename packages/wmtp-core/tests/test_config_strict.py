@@ -222,7 +222,7 @@ def test_unusual_fields():
 
 @pytest.mark.parametrize("sources", [3, None, [[1]], [None]])
 def test_what_is_no_source(sources):
-    with pytest.raises(ConfigError, match="a config is a TOML file, a mapping, a Config, or a list of them"):
+    with pytest.raises(ConfigError, match=" is not a text, a path, a mapping, a Config or a list of them"):
         load_config(sources)
 
 

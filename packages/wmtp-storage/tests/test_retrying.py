@@ -293,6 +293,6 @@ def test_a_web_server_whose_answers_break_off(breaking, s3, tmp_path):
     web.fetch(f"{proxy.endpoint}/{name}/m", tmp_path / "out")
     assert fetched(tmp_path / "out") == dict.fromkeys(("a", "sub/b"), b"1" * 5000)
     web.remove(f"{proxy.endpoint}/{name}/m")
-    assert proxy.cut > 2
+    assert proxy.cut > 0, "no answer was cut"
     proxy.close()
     connection.close()
