@@ -19,7 +19,7 @@ def first_lines(source):
 
 
 def complaints(line):
-    """What a docstring's first line should not be."""
+    """Yield what is wrong with a first line."""
     words = line.split()
     if words[0].rstrip(",.:'’") in QUESTION_WORDS:
         yield "begins with a question word or an article"

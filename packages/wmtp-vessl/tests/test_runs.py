@@ -173,7 +173,7 @@ def test_ctrl_c_ends_following_quietly(files, api, run):
 
 @pytest.fixture
 def fault():
-    """What goes wrong: nothing, where a test says no more."""
+    """Faults of the server: none, unless a test names some."""
 
 
 @pytest.fixture
