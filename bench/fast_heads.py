@@ -27,7 +27,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ _BEGAN = time.monotonic()
 #: the first steps compile
 _COMPILING = 4
 #: of a run that ends in time
-_MOST_STEPS = 2_500
+_MOST_STEPS = 10_000
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     model = open_once(arguments)
     answers = arguments.folder / "answers.jsonl"
-    texts = [(spec, "answers", answers) for spec in arguments.runs.split(",")]
+    texts = [(spec, "answers", answers) for spec in filter(None, arguments.runs.split(","))]
     if arguments.answers is not None:
         held_out = held_out_prompts(arguments.held_out)
         with lzma.open(arguments.answers, "rb") as packed, answers.open("wb") as file:
@@ -122,7 +122,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument(
-        "--runs", default="ce,kl,lk", help="OBJECTIVE[/OPTIMIZER[/KIND[/LR]]], with commas between; default ce,kl,lk"
+        "--runs", default="ce,kl,lk", help="OBJECTIVE[/OPTIMIZER[/KIND[/LR]]], with commas between; '': none; default ce,kl,lk"
     )
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
     parser.add_argument("--kind", default="chained", choices=("block", "chained", "shared", "residual", "linear"))
@@ -197,9 +197,9 @@ def write_answers(arguments: argparse.Namespace, data: Path, answers: Path) -> N
         return
     opened = open_model(arguments.model, device=torch.device("cuda" if on_gpu(arguments) else "cpu"), precision="fp32")
     tokenizer, ends = opened.tokenizer, end_ids(opened.model.base, opened.tokenizer)
-    prompts = [json.loads(line)["prompt"] for line in data.open(encoding="utf-8")]
-    random.Random(0).shuffle(prompts)  # so that the time that is left out is of no kind of prompt
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    records = [json.loads(line) for line in data.open(encoding="utf-8")]
+    random.Random(0).shuffle(records)  # so that the time that is left out is of no kind of prompt
+    ids = _Encoded(tokenizer, [record["prompt"] for record in records])
     weights = fast_answers.Weights.of(opened.model.base, torch.bfloat16 if on_gpu(arguments) else torch.float32)
     say("writing answers")
     began, count, tokens = time.monotonic(), 0, 0
@@ -209,16 +209,18 @@ def write_answers(arguments: argparse.Namespace, data: Path, answers: Path) -> N
         ):
             for number, answer in zip(numbers, found, strict=True):
                 kept, ended = fast_answers.cut(answer, ends)
+                prompt = records[number]["prompt"]
                 record = {
-                    "prompt": prompts[number],
-                    "group": prompts[number].partition("\n")[0],  # a function's prompts: none is held out of the others
+                    "prompt": prompt,
+                    # a file's or a function's prompts: none is held out of the others
+                    "group": records[number].get("group", prompt.partition("\n")[0]),
                     "completion": tokenizer.decode(kept),
                     "finish": "eos" if ended else "length",
                 }
                 file.write(json.dumps(record) + "\n")
                 count, tokens = count + 1, tokens + len(kept)
             file.flush()
-            say(f"{count} of {len(prompts)} answers, {tokens:,} tokens, {tokens / (time.monotonic() - began):,.0f} tokens/s")
+            say(f"{count} of {len(records)} answers, {tokens:,} tokens, {tokens / (time.monotonic() - began):,.0f} tokens/s")
             if time.monotonic() - began > arguments.answer_seconds:
                 break
     answers.with_suffix(".part").rename(answers)
@@ -226,6 +228,19 @@ def write_answers(arguments: argparse.Namespace, data: Path, answers: Path) -> N
     gc.collect()
     if on_gpu(arguments):
         torch.cuda.empty_cache()
+
+
+class _Encoded(Sequence[list[int]]):
+    """Prompts that are encoded when they are wanted: not all are answered."""
+
+    def __init__(self, tokenizer: Tokenizer, prompts: list[str]) -> None:
+        self._tokenizer, self._prompts = tokenizer, prompts
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, number: Any) -> Any:
+        return encode_prompt(self._tokenizer, self._prompts[number])
 
 
 @contextmanager
@@ -287,7 +302,7 @@ def train(arguments: argparse.Namespace, spec: str, text: str, source: Path) -> 
                 "batch_size": arguments.rows,
                 "micro_batch_size": min(arguments.micro_rows, arguments.rows),
             },
-            "eval": {"holdout": 0.02, "max_batches": 4},
+            "eval": {"holdout": 0.02, "max_batches": 8},
         },
         "trainer": {"type": "baseline-mtp"},
         "optimizer": {"type": optimizer, "lr": float(lr) / 10},
@@ -295,7 +310,7 @@ def train(arguments: argparse.Namespace, spec: str, text: str, source: Path) -> 
         "train": {
             "max_steps": steps,
             "log_interval": max(1, min(50, steps // 4)),
-            "eval_interval": max(1, steps // 2),
+            "eval_interval": max(1, min(500, steps // 2)),
             "accuracy_interval": 0,
         },
         "devices": {
@@ -320,6 +335,8 @@ def train(arguments: argparse.Namespace, spec: str, text: str, source: Path) -> 
         "steps",
         "eval/tokens_per_forward",
         *(f"eval/loss/head_{k}" for k in range(1, arguments.horizon + 1)),
+        *(f"eval/top1/head_{k}" for k in range(2, arguments.horizon + 1)),
+        *(f"loss/head_{k}" for k in range(1, arguments.horizon + 1)),
         "tokens_per_second",
     )
     return run_dir, round(seconds, 1), {name: round(metrics[name], 3) for name in wanted if name in metrics}
@@ -334,9 +351,11 @@ def measure(arguments: argparse.Namespace, prompts: list[str], run_dir: Path | N
     if run_dir is None:
         model = MTPModel(model.base, HeadsConfig(horizon=arguments.horizon, kind=arguments.kind), seed=0).requires_grad_(False)
     rows, _ = decode(arguments, model, opened.tokenizer, prompts, speculative=True)
-    steps = sum(row.drafts.steps for row in rows)
+    counts = [(len(row.tokens) - 1, row.drafts.steps) for row in rows]
     found: dict[str, Any] = {
-        "tokens_per_forward": round(sum(len(row.tokens) - 1 for row in rows) / max(steps, 1), 3),
+        "tokens_per_forward": tokens_per_forward(counts),
+        "interval": interval(counts),
+        "decoded_tokens": sum(tokens for tokens, _ in counts),
         "acceptance": [
             round(sum(row.drafts.accepted[k] for row in rows) / max(1, sum(row.drafts.tested[k] for row in rows)), 3)
             for k in range(arguments.horizon - 1)
@@ -355,6 +374,18 @@ def measure(arguments: argparse.Namespace, prompts: list[str], run_dir: Path | N
         for speculative in (False, True)
     ]
     return found | {"speedup_alone": round(seconds[0] / seconds[1], 2)}
+
+
+def tokens_per_forward(counts: list[tuple[int, int]]) -> float:
+    """Divide tokens by forward passes, of some prompts."""
+    return round(sum(tokens for tokens, _ in counts) / max(sum(steps for _, steps in counts), 1), 3)
+
+
+def interval(counts: list[tuple[int, int]]) -> list[float]:
+    """Draw the prompts anew 2,000 times: where 95 % of the results lie."""
+    drawn = random.Random(0)
+    found = sorted(tokens_per_forward(drawn.choices(counts, k=len(counts))) for _ in range(2000))
+    return [found[50], found[-51]]
 
 
 def decode(

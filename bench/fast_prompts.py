@@ -6,6 +6,8 @@ import argparse
 import gzip
 import hashlib
 import json
+import lzma
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,10 +83,25 @@ def write_prompts(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
 
 
 def given_prompts(file: Path, held_out: set[str]) -> list[dict[str, str]]:
-    """Read records whose prompts do not begin as a held-out one."""
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
+    """Read records, but for those of a function that is held out.
+
+    Copies of one stand in several packages, with another quote or a word of documentation more.
+    """
+    with (lzma.open if file.suffix == ".xz" else gzip.open)(file, "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
-    return [record for record in records if not any(record["prompt"].startswith(prompt) for prompt in held_out)]
+    begins, marks = tuple(held_out), {mark for prompt in held_out for mark in _marks(prompt)}
+    return [
+        record for record in records if not record["prompt"].startswith(begins) and marks.isdisjoint(_marks(record["prompt"]))
+    ]
+
+
+def _marks(prompt: str) -> list[str]:
+    """List what tells a function: its documentation's beginning, alone where it is long, and with its name."""
+    signature, *rest = re.split(r'"""|\'\'\'', prompt, maxsplit=1)
+    documentation = " ".join((rest[0] if rest else prompt).split()).lower()
+    named = re.search(r"def\s+\w+", signature)
+    marks = [f"{named[0] if named else ''} {documentation[:40]}"]
+    return [*marks, documentation[:50]] if len(documentation) >= 50 else marks
 
 
 def halved(record: dict[str, str]) -> dict[str, str] | None:
