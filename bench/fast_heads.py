@@ -231,7 +231,7 @@ def write_answers(arguments: argparse.Namespace, data: Path, answers: Path) -> N
 
 
 class _Encoded(Sequence[list[int]]):
-    """Prompts that are encoded when they are wanted: not all are answered."""
+    """Prompts, each encoded when it is read."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: list[str]) -> None:
         self._tokenizer, self._prompts = tokenizer, prompts
@@ -382,7 +382,7 @@ def tokens_per_forward(counts: list[tuple[int, int]]) -> float:
 
 
 def interval(counts: list[tuple[int, int]]) -> list[float]:
-    """Draw the prompts anew 2,000 times: where 95 % of the results lie."""
+    """Bootstrap the prompts: the middle 95 % of the results."""
     drawn = random.Random(0)
     found = sorted(tokens_per_forward(drawn.choices(counts, k=len(counts))) for _ in range(2000))
     return [found[50], found[-51]]

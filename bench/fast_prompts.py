@@ -85,7 +85,7 @@ def write_prompts(arguments: argparse.Namespace) -> tuple[Path, list[str]]:
 def given_prompts(file: Path, held_out: set[str]) -> list[dict[str, str]]:
     """Read records, but for those of a function that is held out.
 
-    Copies of one stand in several packages, with another quote or a word of documentation more.
+    Packages keep copies of each other's functions, with other quotes or a longer documentation.
     """
     with (lzma.open if file.suffix == ".xz" else gzip.open)(file, "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
@@ -96,7 +96,10 @@ def given_prompts(file: Path, held_out: set[str]) -> list[dict[str, str]]:
 
 
 def _marks(prompt: str) -> list[str]:
-    """List what tells a function: its documentation's beginning, alone where it is long, and with its name."""
+    """List what identifies a function, however it is quoted.
+
+    The beginning of its documentation: with its name, and alone where it is long.
+    """
     signature, *rest = re.split(r'"""|\'\'\'', prompt, maxsplit=1)
     documentation = " ".join((rest[0] if rest else prompt).split()).lower()
     named = re.search(r"def\s+\w+", signature)
