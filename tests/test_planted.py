@@ -10,6 +10,9 @@ from itertools import pairwise
 import pytest
 from conftest import ROOT
 
+from wmtp.studies.config import load_study
+from wmtp.studies.plan import make_plan
+
 SCRIPTS = ROOT / "bench" / "evidence"
 LINES = ["def f(x):\n", '    """Do."""\n', "    alpha = 1\n", "    beta = alpha + 22\n", "    return beta\n"]
 OTHERS = ["    gamma = 333\n", "    delta(epsilon)\n"]
@@ -96,6 +99,34 @@ def test_tokens_to_a_level_lie_on_the_curve(measures):
     assert measures["tokens_to_reach"](curve, 2.5, 100.0) == 2500.0
     assert measures["tokens_to_reach"](curve, 5.0, 100.0) == 1000.0
     assert measures["tokens_to_reach"](curve, 1.0, 100.0) is None
+
+
+def test_the_studies_name_arms_data_and_models_that_there_are_and_share_their_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 1024}')
+    for name in ("train-foreign-0", "train-foreign-40", "train-mutated-20", "breaks-foreign-40", "reference", "heldout"):
+        record = {"prompt": "", "completion": "x = 1", "weights": [["x = 1", 1.0]], "is_correct": True}
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(json.dumps(record).encode()))
+    for name in ("train", "validation", "test"):
+        messages = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "x"}]
+        (tmp_path / f"mbpp-{name}.jsonl").write_text(json.dumps({"messages": messages}))
+    monkeypatch.setenv("WMTP_MODEL", "model")
+    monkeypatch.setenv("WMTP_PLANTED", ".")
+    keys: dict[str, dict[tuple[str, int], str]] = {}
+    for path in sorted(SCRIPTS.glob("study-*.toml")):
+        monkeypatch.setenv("WMTP_NOISE", "mutated-20" if path.stem == "study-a-kinds" else "foreign-40")
+        plan = make_plan(load_study(path), [])
+        assert len(plan.comparisons) in (3, 4)
+        keys[path.stem] = {(run.arm, run.seed): run.key for run in plan.runs}
+    assert (
+        len({keys[name]["reference", 0] for name in ("study-a-kinds", "study-a-controls", "study-a-heads", "study-c-heads")})
+        == 1
+    )
+    for first, second in (("study-a-controls", "study-a-heads"), ("study-a-heads", "study-c-heads")):
+        same = set(keys[first]) & set(keys[second])
+        assert len(same) >= 10
+        assert all(keys[first][run] == keys[second][run] for run in same)
 
 
 def test_a_problem_becomes_a_conversation():
