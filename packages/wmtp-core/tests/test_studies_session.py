@@ -180,6 +180,7 @@ def test_ctrl_c_waits_for_the_runs_and_begins_no_other(folder, todo):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
     assert "interrupted" in errors
+    assert "5 runs are left; the same command continues" in errors
     assert trained(folder) == ["reference7", "baseline0", "rho10"]
     (folder / "rho1").unlink()
     study("study.toml")
@@ -214,6 +215,21 @@ def test_runs_of_an_edited_arm_no_longer_count_and_that_is_said(folder, capsys):
     assert trained(folder) == ["rho10", "rho11", "baseline2", "rho12"]
 
 
+def test_the_same_model_in_the_folder_of_another_study_is_no_change_of_the_config(folder, capsys):
+    study("study.toml", seeds=[0])
+    edited = json.loads(json.dumps(STUDY))
+    edited["study"]["name"] = "other"
+    edited["arms"]["rho1"]["set"]["trainer"]["mode"] = "weighted"
+    shutil.copytree(folder / "studies/small/record", folder / "studies/other/record")
+    (folder / "study.toml").write_text(tomli_w.dumps(edited))
+    capsys.readouterr()
+    main(["study", "study.toml", "--dry-run"])
+    said = capsys.readouterr().err
+    assert re.search(
+        r"1 run no longer counts, 2 still do; of another config than now: rho1-seed0-\w+ \(trainer\.mode\)$", said, re.M
+    )
+
+
 def test_a_metric_that_no_run_has_is_an_error_with_its_line(folder):
     (folder / "study.toml").write_text(tomli_w.dumps({**STUDY, "study": {**STUDY["study"], "metrics": ["eval/los"]}}))
     with pytest.raises(ConfigError, match=r"study.toml:\d+: study.metrics: no run has 'eval/los'; did you mean 'eval/loss'\?"):
@@ -232,6 +248,7 @@ def test_a_metric_that_no_run_has_is_said_where_an_arm_has_failed_too(folder):
     (folder / "study.toml").write_text(tomli_w.dumps({**STUDY, "study": {**STUDY["study"], "metrics": ["eval/los"]}}))
     table = study("study.toml", seeds=[0]).table
     assert "study.metrics: no finished run has 'eval/los'" in table.notes
+    assert study("study.toml", dry_run=True).facts["metrics"] == "study.metrics: no finished run has 'eval/los'"
     assert (
         table.sentence()
         == "No two arms have a finished run with a metric that is compared yet, so there is nothing to compare."

@@ -17,7 +17,7 @@ from typing import Any
 
 from wmtp.actions.memory import outlook, time_outlook
 from wmtp.actions.study_pool import Outcome, Pool
-from wmtp.actions.study_result import StudyResult
+from wmtp.actions.study_result import StudyResult, left_line
 from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource, as_list
 from wmtp.config.tree import dump_config
@@ -164,7 +164,10 @@ class _Session:
         """Say what would be done."""
         todo = self._read()
         table = make_table(self._plan, self._records)
-        return self._result(table, [run.name for run in todo], self._facts(todo))
+        facts = self._facts(todo)
+        if table.lacking:
+            facts["metrics"] = "; ".join(table.lacking)
+        return self._result(table, [run.name for run in todo], facts)
 
     def _facts(self, todo: Sequence[PlannedRun]) -> dict[str, str]:
         done = sum(record.counts for record in self._records.values())
@@ -232,7 +235,7 @@ class _Session:
                 if todo:
                     self._train(todo)
             except KeyboardInterrupt:
-                self._finish()
+                logger.info("%s", left_line(self._finish().left))
                 raise
             for run in self._plan.runs:
                 self._tidy(run.name)

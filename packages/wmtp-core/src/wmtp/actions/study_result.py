@@ -17,7 +17,7 @@ from wmtp.json_files import writing
 from wmtp.studies.record import RunRecord
 from wmtp.studies.table import Row, StudyTable, as_dicts
 
-__all__ = ["TABLE_HEADS", "StudyResult", "text_lines"]
+__all__ = ["TABLE_HEADS", "StudyResult", "left_line", "text_lines"]
 
 _COLUMNS: Final = [attribute.name for attribute in fields(Row)]
 
@@ -96,3 +96,8 @@ def text_lines(table: StudyTable) -> list[list[str]]:
         difference = "" if row.difference is None else f"{row.difference:+.4g}{interval}"
         lines.append([row.metric, row.arm, str(row.n), f"{row.mean:.4g}{spread}", row.to or "", difference, row.verdict])
     return lines
+
+
+def left_line(left: Sequence[str]) -> str:
+    """Say how many runs are still to be done."""
+    return f"{len(left)} {'run is' if len(left) == 1 else 'runs are'} left; the same command continues"

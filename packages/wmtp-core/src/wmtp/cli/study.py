@@ -83,7 +83,7 @@ def study(arguments: Namespace) -> tuple[Any, int]:
 
 
 def _print(result: StudyResult) -> None:
-    from wmtp.actions.study_result import TABLE_HEADS, text_lines
+    from wmtp.actions.study_result import TABLE_HEADS, left_line, text_lines
 
     print(result.table.sentence())
     lines = [list(TABLE_HEADS), *text_lines(result.table)]
@@ -94,7 +94,7 @@ def _print(result: StudyResult) -> None:
     for note in result.table.notes:
         print(f"note: {note}")
     if result.left:
-        print(f"{len(result.left)} runs are left; the same command continues")
+        print(left_line(result.left))
     print(f"page: {result.folder / 'report.html'}")
 
 

@@ -151,6 +151,10 @@ def changed_keys(record: RunRecord, runs: Iterable[PlannedRun]) -> list[str]:
 def _same(was: Any, now: str | None) -> bool:
     """Compare two values; a path may be absolute in one.
 
-    Perhaps that of another machine.
+    Perhaps that of another machine. The model of a run is the same in any study's folder: its name has the key of the run.
     """
-    return was == now or (bool(was) and bool(now) and (str(was).endswith(f"/{now}") or str(now).endswith(f"/{was}")))
+    if not was or not now:
+        return was == now
+    ends = [str(value).split("/")[-3:] for value in (was, now)]
+    model = len(ends[0]) == 3 and ends[0][0] == "runs" and ends[0][2] == "model" and ends[0] == ends[1]
+    return was == now or model or str(was).endswith(f"/{now}") or str(now).endswith(f"/{was}")

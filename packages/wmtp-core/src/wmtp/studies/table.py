@@ -70,12 +70,14 @@ class StudyTable:
         metrics: in order; the first one is the study's main one.
         notes: what makes runs hard to compare, one line each.
         seeds: of the runs that count.
+        lacking: of the notes, those of metrics that the study names and no finished run has.
     """
 
     rows: Sequence[Row]
     metrics: Sequence[str]
     notes: Sequence[str]
     seeds: Sequence[int]
+    lacking: Sequence[str] = ()
 
     @property
     def headline(self) -> Row | None:
@@ -135,7 +137,8 @@ def make_table(plan: StudyPlan, records: Mapping[str, RunRecord]) -> StudyTable:
     finished = [run for runs in found.values() for run in runs.values()]
     metrics, lacking = _metrics(plan, finished, every_arm=all(found.values()))
     table = compare(arms, counting, metrics, [(arm.name, to.name, metric) for arm, to, metric in plan.comparisons])
-    return evolve(table, notes=[*(lacking if finished else ()), *table.notes])
+    lacking = lacking if finished else []
+    return evolve(table, notes=[*lacking, *table.notes], lacking=lacking)
 
 
 def _compared_arm(plan: StudyPlan, arm: Arm) -> Compared:
