@@ -109,6 +109,35 @@ def test_what_differs_from_another_arm_is_said_where_that_comparison_was_named()
     assert note not in table(*records).notes
 
 
+def own_sources(records, **facts):
+    """Evaluated on data of its own, which no seed chooses: every seed has the same."""
+    page = {"config": {"data.eval.sources": '["heldout"]'}}
+    return [evolve(record, page=page, data={"train": "t", "eval": "e"}, **facts) for record in records]
+
+
+@pytest.mark.parametrize(
+    ("facts", "what"),
+    [
+        ({"data": {"train": "x", "eval": "e"}}, "training data"),
+        ({"data": {"train": "t", "eval": "x"}}, "evaluation data"),
+        ({"device": "NVIDIA H100"}, "device"),
+        ({"versions": {"wmtp-core": "2"}}, "versions"),
+    ],
+)
+def test_seeds_of_other_data_or_another_machine_are_said(facts, what):
+    groups = [own_sources(runs(arm, BASE)) for arm in ("base", "other", "third")]
+    assert not table(*groups).notes
+    mixed = [[*first, evolve(last, **facts)] for *first, last in groups[:2]]
+    note = f"base and other have runs that differ in {what}: seed 0, 1 from seed 2; their means are of both"
+    assert note in table(*mixed, groups[2]).notes
+
+
+def test_a_holdout_is_of_other_documents_for_every_seed_and_no_mixture():
+    page = {"config": {"data.eval.holdout": "0.02"}}
+    records = [evolve(record, page=page) for record in runs("base", BASE)]
+    assert not table(records).notes
+
+
 def test_arms_that_lack_the_same_seeds_share_a_line():
     found = table(runs("base", BASE), runs("a", BASE[:2]), runs("b", BASE[:1]), runs("c", BASE[:2]), runs("d", BASE[:2]))
     assert [note for note in found.notes if "no finished" in note] == [

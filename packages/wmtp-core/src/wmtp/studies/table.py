@@ -13,7 +13,7 @@ from attrs import asdict, evolve, frozen
 from wmtp.config.problems import KeyPath, dotted
 from wmtp.errors import ConfigError
 from wmtp.spelling import did_you_mean
-from wmtp.studies.documents import paired_over_documents
+from wmtp.studies.notes import differences, missing_seeds, mixtures, not_finite, over_documents, within_runs
 from wmtp.studies.plan import Arm, StudyPlan
 from wmtp.studies.record import RunRecord
 from wmtp.studies.statistics import holm, paired_difference
@@ -175,10 +175,12 @@ def compare(
     rows = [evolve(row, verdict=_verdict(row)) for row in rows]
     seeds = sorted({seed for runs in found.values() for seed in runs})
     notes = [
-        *_not_finite(metrics, found),
-        *_notes(arms, found, named),
-        *_over_documents(rows, found),
-        *_within_runs(metrics, [run for runs in found.values() for run in runs.values()]),
+        *not_finite(metrics, found),
+        *differences(arms, found, named),
+        *mixtures(found),
+        *missing_seeds(arms, found),
+        *over_documents(rows, found),
+        *within_runs(metrics, [run for runs in found.values() for run in runs.values()]),
     ]
     return StudyTable(rows=rows, metrics=list(metrics), notes=notes, seeds=seeds)
 
@@ -269,87 +271,6 @@ def _verdict(row: Row) -> str:
     elif _HIGHER_IS_BETTER.search(row.metric):
         word += ", worse" if row.difference < 0 else ", better"
     return word if row.kind == "named" else f"{word} (exploratory)"
-
-
-def _notes(
-    arms: Sequence[Compared], found: Mapping[str, Mapping[int, RunRecord]], named: Sequence[tuple[str, str, str]]
-) -> list[str]:
-    """Say what else differs between runs that are compared."""
-    facts = {
-        "optimizer steps": lambda run: run.steps,
-        "tokens read": lambda run: round(run.tokens),
-        "training data": lambda run: run.data.get("train"),
-        "evaluation data": lambda run: run.data.get("eval"),
-        "device": lambda run: run.device,
-        "versions": lambda run: tuple(sorted(run.versions.items())),
-    }
-    notes = []
-    compared = [(arm.name, arm.baseline) for arm in arms if arm.baseline not in (None, arm.name)]
-    for name, to in dict.fromkeys([*compared, *((name, to) for name, to, _ in named)]):
-        pairs = [(run, found[to].get(seed)) for seed, run in found[name].items()]
-        for fact, read in facts.items():
-            seeds = [run.seed for run, other in pairs if other is not None and read(run) != read(other)]
-            if not seeds:
-                continue
-            run, other = next((run, other) for run, other in pairs if other is not None and run.seed == seeds[0])
-            shown = f": {read(run):,} and {read(other):,}" if isinstance(read(run), int) else ""
-            notes.append(f"{name} and {to} differ in {fact}{shown} (seed {', '.join(map(str, seeds))})")
-    missing: dict[tuple[int, ...], list[str]] = {}
-    for arm in arms:
-        if lacking := tuple(seed for seed in arm.seeds if seed not in found[arm.name]):
-            missing.setdefault(lacking, []).append(arm.name)
-    for lacking, names in missing.items():
-        who = f"{names[0]} has" if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]} have"
-        notes.append(f"{who} no finished run with seed {', '.join(map(str, lacking))}")
-    if arms and max(len(arm.seeds) for arm in arms) == 1:
-        notes.append("every arm has one seed: nothing can be said of chance, so there is no interval; add seeds")
-    return notes
-
-
-def _not_finite(metrics: Sequence[str], found: Mapping[str, Mapping[int, RunRecord]]) -> list[str]:
-    """Name the values that are left out since they are no numbers."""
-    notes = []
-    for metric in metrics:
-        for arm, runs in found.items():
-            bad = [seed for seed, run in runs.items() if metric in run.metrics and run.value(metric) is None]
-            if bad:
-                notes.append(f"{metric} of {arm} is not finite and left out (seed {', '.join(map(str, bad))})")
-    return notes
-
-
-def _over_documents(rows: Iterable[Row], found: Mapping[str, Mapping[int, RunRecord]]) -> list[str]:
-    """Describe how far other texts would move named comparisons.
-
-    Where runs have losses by document.
-    """
-    notes = []
-    for row in rows:
-        if row.kind != "named" or row.to is None:
-            continue
-        first, second = found[row.arm], found.get(row.to, {})
-        estimate = paired_over_documents(row.metric, first, second, [seed for seed in first if seed in second])
-        if estimate is not None:
-            value, low, high, documents = estimate
-            notes.append(
-                f"{row.arm} − {row.to} in {row.metric}: {value:+.4g} [{low:+.4g}, {high:+.4g}] by a paired bootstrap over "
-                f"{documents} documents, these runs as they are"
-            )
-    return notes
-
-
-def _within_runs(metrics: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
-    """Describe how far other evaluation data would move a number.
-
-    Where an evaluator has measured that.
-    """
-    notes = []
-    for metric in metrics:
-        estimates = [found for record in records if (found := record.page.get("estimates", {}).get(metric)) is not None]
-        if estimates:
-            half = fmean((found["high"] - found["low"]) / 2 for found in estimates)
-            number, unit = estimates[0]["n"], estimates[0]["unit"]
-            notes.append(f"{metric}: within a run ±{half:.2g}, by a bootstrap over {number} {unit}; arms share them")
-    return notes
 
 
 def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
