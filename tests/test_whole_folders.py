@@ -2,9 +2,12 @@
 
 import json
 
+import kept_folders
 import pytest
 import torch
 from crossings import sampled
+from kept_folders import VISION
+from native_folders import tensors_of
 from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
@@ -15,22 +18,7 @@ from transformers import (
 
 from wmtp.tokenizers.bytes import BytesTokenizer
 
-TEXT = {
-    "vocab_size": 258,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "max_position_embeddings": 128,
-    "mtp_num_hidden_layers": 1,
-}
-VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
+TEXT = kept_folders.TEXT | {"vocab_size": 258, "max_position_embeddings": 128}
 SHORT = [word for name in ("models.base.heads", "schedule") for word in ("--set", f"{name}.warmup_steps=0")]
 SHORT += ["--set", "train.max_steps=2"]
 BASE = """
@@ -40,10 +28,6 @@ uri = "{uri}"
 [data.train]
 packing = false
 """
-
-
-def tensors_of(folder):
-    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def bytes_of(tensor):
@@ -71,9 +55,8 @@ def on_base(recipe, tmp_path):
 @pytest.fixture
 def multimodal(tmp_path):
     torch.manual_seed(0)
-    vision = VISION | {"spatial_merge_size": 1, "temporal_patch_size": 1, "num_position_embeddings": 16}
     folder = tmp_path / "base"
-    Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=TEXT, vision_config=vision)).bfloat16().save_pretrained(folder)
+    Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=TEXT, vision_config=VISION)).bfloat16().save_pretrained(folder)
     file = folder / "model.safetensors"
     save_file(load_file(file) | {"mtp.fc.weight": torch.randn(32, 64).bfloat16()}, file, metadata={"format": "pt"})
     BytesTokenizer().save(folder)

@@ -51,13 +51,6 @@ VISION = {
 MTP = ["mtp.fc.weight", "mtp.norm.weight", "mtp.layers.0.input_layernorm.weight", "mtp.layers.0.self_attn.q_proj.weight"]
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
 def add(folder: Path, names: list[str]) -> dict[str, Tensor]:
     """Put bf16 tensors of ``names`` into a folder of one file."""
     generator = torch.Generator().manual_seed(5)

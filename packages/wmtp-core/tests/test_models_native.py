@@ -9,6 +9,7 @@ from pathlib import Path
 import native_folders as folders
 import pytest
 import torch
+from kept_folders import VISION
 from native_folders import LAYERS, NAMES, NAMING, VOCAB, copy_tables, tensors_of
 from native_plain import plain_logits
 from safetensors.torch import load_file, save_file
@@ -288,9 +289,7 @@ class TestDamagedFolders:
 def test_a_multimodal_folder_is_whole_again_and_its_own_layer_is_trained(folder_of, tmp_path: Path):
     """As Qwen3.5 is published: the text model under ``model.language_model``, the layer beside it, and a vision tower."""
     text = tensors_of(folder_of("qwen3_5"))
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
-    vision |= {"spatial_merge_size": 1, "temporal_patch_size": 1, "num_position_embeddings": 16}
-    config = Qwen3_5Config(text_config=folders.MODELS["qwen3_5"][1], vision_config=vision)
+    config = Qwen3_5Config(text_config=folders.MODELS["qwen3_5"][1], vision_config=VISION)
     Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     renamed = {name.replace("model.", "model.language_model.", 1): value for name, value in text.items() if "mtp." not in name}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kept_folders import MTP, add, assert_trained, change_config, config_of, tensors_of, text_folder, trained
+from kept_folders import MTP, add, assert_trained, change_config, config_of, text_folder, trained
+from native_folders import tensors_of
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,

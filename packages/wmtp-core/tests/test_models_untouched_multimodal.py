@@ -16,9 +16,9 @@ from kept_folders import (
     change_config,
     config_of,
     multimodal_folder,
-    tensors_of,
     trained,
 )
+from native_folders import tensors_of
 from safetensors.torch import save_file
 from transformers import (
     Gemma3Config,
