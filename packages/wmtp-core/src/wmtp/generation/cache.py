@@ -72,6 +72,7 @@ class RowCache(Cache, StateKeeper, LayeredCache):
     def place_as(self, other: RowCache) -> None:
         """Write where ``other`` wrote last."""
         self.place(other._slots, other._start, other._width, other._lengths)
+        self._places = other._places
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write keys and values ``[B, heads, T, d]`` of one layer.

@@ -83,13 +83,15 @@ class ChainDrafter(_ChainedHeads):
     """Drafter whose steps run as they are trained.
 
     Head k reads head k−1's hidden state at t and the token at t+k−1, drafted or known. What head k made of position t was made
-    with a draft where t+k−1 was not known yet. So each time it goes over the last positions again: those that are new, at most
-    H, and those whose token was a draft, at most H−2.
+    with a draft where t+k−1 was not known yet. So each time it goes over the last H positions: those that are new, and those
+    whose token was a wrong draft, which are the fewer the more are new.
     """
 
     def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
         super().__init__(model, decoder)
-        self._window = max(1, 2 * model.horizon - 2)
+        # a graph drafts before the CPU decides ties, and then perhaps once more, H−2 wrong tokens later
+        again = model.horizon - 2 if model.anatomy.output.weight.device.type == "cuda" else 0
+        self._window = model.horizon + again
         self._caches = [decoder.new_cache(self._window) for _ in range(self._extra)]
         self._hidden: Tensor | None = None  # what the first step reads, at all positions, [B, L, D]
 
@@ -98,21 +100,27 @@ class ChainDrafter(_ChainedHeads):
         rows = torch.arange(len(last), device=last.device)[:, None]
         if self._hidden is None:
             self._hidden = read.hidden.new_zeros(len(last), tokens.shape[1], read.hidden.shape[-1])
+        self._hidden[rows, read.slots] = self._first_input(read)
+        last = last[:, None]
         if read.lengths is not None:
             slots = read.slots  # the prompt, all of it
         else:
-            first = (last - self._window + 1).clamp(min=0)
-            slots = first[:, None] + torch.arange(self._window, device=last.device)
-        self._hidden[rows, read.slots] = self._first_input(read)
+            slots = (last - self._window + 1).clamp(min=0) + torch.arange(self._window, device=last.device)
         call = self._decoder.call_at(slots, read.width)
-        tokens, index = tokens.clone(), last - slots[:, 0]
+        index, count = last - slots[:, :1], slots.shape[1]
+        # a copy: drafts are written into it
+        following = tokens[rows, slots[:, :1] + torch.arange(1, count + self._extra, device=last.device)]
         hidden = self._hidden[rows, slots]
-        drafts = []
+        drafts: list[Tensor] = []
         for ahead, cache in enumerate(self._caches, start=1):
-            cache.place(slots, None, read.width, read.lengths)
-            hidden = self._step(ahead, hidden, tokens[rows, slots + ahead], slots, self._decoder.with_cache(call, cache))
-            drafts.append(self.pick(ahead + 1, at_index(hidden, index)[:, None], choose))
-            tokens[rows, last[:, None] + ahead + 1] = drafts[-1]
+            if drafts:
+                following[rows, index + (ahead - 1)] = drafts[-1]
+                cache.place_as(self._caches[0])
+            else:
+                cache.place(slots, None, read.width, read.lengths)
+            ids = following[:, ahead - 1 : ahead - 1 + count]
+            hidden = self._step(ahead, hidden, ids, slots, self._decoder.with_cache(call, cache))
+            drafts.append(self.pick(ahead + 1, hidden[rows, index], choose))
         return torch.cat(drafts, dim=1)
 
     def with_rows(self, rows: Tensor, decoder: CachedDecoder) -> Self:
