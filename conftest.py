@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import random
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Containers often forbid .pyc files: each process would rewrite the asserts of 350 files, and compile wmtp, anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+# Until the tests are collected nothing is garbage, and a collector that looks again and again is a quarter of that time.
+gc.disable()
+
 # A shell's `&` and some CI runners have Ctrl-C ignored, and so would every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,6 +38,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # busy machine. `--hypothesis-profile default` draws others.
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Collect garbage of the tests only: libraries and tests themselves are half a million objects that stay."""
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)  # for libraries that count what is left
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +63,11 @@ def pytest_runtest_setup() -> None:
     """Begin each test with the same random numbers, whatever ran before it; with others by ``WMTP_TEST_SEED=1``."""
     seed = int(os.environ.get("WMTP_TEST_SEED", "0"))
     random.seed(seed)
-    for name, begin in (("numpy.random", "seed"), ("torch", "manual_seed")):
-        if name in sys.modules:
-            getattr(sys.modules[name], begin)(seed)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(seed)
+    if torch := sys.modules.get("torch"):
+        # torch.manual_seed notes for a GPU that nobody uses yet where it was called, which takes half a millisecond
+        (torch if torch.cuda.is_initialized() else torch.default_generator).manual_seed(seed)
 
 
 @pytest.hookimpl(trylast=True)
