@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 from attrs import evolve, frozen
 from torch import Tensor, nn
@@ -159,6 +162,11 @@ def _unembedding() -> Unembedding:
 
 def tiny_model(*, seed: int = 0) -> nn.Module:
     """Make a Llama of two layers with random weights."""
+    return copy.deepcopy(_tiny_model(seed))
+
+
+@functools.cache
+def _tiny_model(seed: int) -> nn.Module:
     from wmtp.models.config import ScratchModel
 
     shape = ScratchModel(
