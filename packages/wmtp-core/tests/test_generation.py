@@ -171,8 +171,8 @@ def _plain_speculation(model: MTPModel, prompt: list[int], count: int) -> tuple[
 )
 def test_greedy_text_and_drafts_are_those_of_plain_loops(architecture: str, kind: str) -> None:
     model = _model(architecture, kind)
-    expected = [_plain_greedy(model, prompt, 16) for prompt in PROMPTS]
-    settings = {"max_new_tokens": 16, "eos_id": EOS}
+    expected = [_plain_greedy(model, prompt, 12) for prompt in PROMPTS]
+    settings = {"max_new_tokens": 12, "eos_id": EOS}
     plain = generate(model, PROMPTS, **settings)
     assert [list(row.tokens) for row in plain] == expected
     assert [row.drafts.steps for row in plain] == [len(tokens) - 1 for tokens in expected]
@@ -181,7 +181,7 @@ def test_greedy_text_and_drafts_are_those_of_plain_loops(architecture: str, kind
     assert [list(row.tokens) for row in together] == expected
     assert alone == together
     for row, prompt in list(zip(together, PROMPTS, strict=True))[2:5]:
-        steps, tested, accepted = _plain_speculation(model, prompt, 16)
+        steps, tested, accepted = _plain_speculation(model, prompt, 12)
         assert (row.drafts.steps, list(row.drafts.tested), list(row.drafts.accepted)) == (steps, tested, accepted)
     for row, tokens in zip(plain, expected, strict=True):
         assert row.finish == ("eos" if tokens[-1] == EOS else "length")
@@ -269,10 +269,10 @@ def test_a_models_own_layer_drafts_as_in_a_plain_loop_of_a_server(name: str, tmp
     model = build_model(HfLoader().load(tmp_path / "base", dtype=torch.float32, seed=0), HeadsConfig(horizon=4), seed=0).eval()
     assert model.heads.kind == "native"
     for prompt in PROMPTS[2:]:
-        [row] = generate(model, [prompt], max_new_tokens=16, eos_id=EOS, speculative=True)
-        assert list(row.tokens) == _plain_greedy(model, prompt, 16)
+        [row] = generate(model, [prompt], max_new_tokens=10, eos_id=EOS, speculative=True)
+        assert list(row.tokens) == _plain_greedy(model, prompt, 10)
         counts = (row.drafts.steps, list(row.drafts.tested), list(row.drafts.accepted))
-        assert counts == _plain_speculation(model, prompt, 16)
+        assert counts == _plain_speculation(model, prompt, 10)
 
 
 def test_some_drafts_are_accepted_at_every_head_and_some_are_not() -> None:
