@@ -191,6 +191,30 @@ def test_names_of_formats_and_keys(tmp_path):
     assert 'needs "instruction" and "output" for format = "alpaca"; the keys here are text' in str(bad)
 
 
+@pytest.mark.parametrize(
+    ("record", "keys", "format", "columns"),
+    [
+        ({"prompt": "q", "completion": "a"}, {"completion": "prompt"}, "prompt-completion", "prompt and completion"),
+        ({"instruction": "q", "output": "a"}, {"input": "instruction"}, "alpaca", "instruction and input"),
+        ({"chosen": "a", "rejected": "b"}, {"rejected": "chosen"}, "preference", "chosen and rejected"),
+        ({"messages": [USER, ANSWER]}, {"system": "messages"}, "messages", "messages and system"),
+    ],
+)
+def test_two_texts_of_a_format_are_not_read_from_one_column(tmp_path, record, keys, format, columns):
+    said = f"{columns} are read from one column"
+    with pytest.raises(ValueError, match=said):
+        Chat(uri="", keys=keys, format=format)
+    # the records tell the format
+    name = next(iter(keys))
+    (bad, *_) = read(tmp_path, record | ({name: "x"} if name in record else {}), keys=keys, answers="chosen")
+    assert f"a.jsonl:1: keys: {said}" in str(bad)
+
+
+def test_a_system_message_may_be_read_from_what_other_formats_read(tmp_path):
+    (example,) = read(tmp_path, {"messages": [USER, ANSWER], "prompt": "be brief"}, keys={"system": "prompt"})
+    assert roles(example) == [("system", "be brief"), ("user", "q"), ("assistant", "a")]
+
+
 # through the preparation
 
 

@@ -1,6 +1,7 @@
 """Data sources: records that become examples, and bad ones."""
 
 import importlib.util
+import re
 import sys
 
 import pyarrow
@@ -79,6 +80,25 @@ def test_keys_may_have_other_names(tmp_path):
     assert (found.prompt, found.completion, found.reward, found.group, found.id) == ("1+1", "2", 0.5, "3", "a.jsonl:1")
     with pytest.raises(ValueError, match="promt"):
         Jsonl(uri="", keys={"promt": "question"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"prompt": "a", "completion": "a"}, 'prompt and completion are read from one column, "a"; name another one, or write'),
+        ({"text": "prompt"}, 'or write prompt = "" or text = "" for what is not to be read'),
+        ({"prompt": "text", "completion": "label"}, 'prompt and text are read from one column, "text"'),
+    ],
+)
+def test_two_texts_are_not_read_from_one_column(keys, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Jsonl(uri="", keys=keys)
+
+
+def test_a_column_that_has_the_name_of_another_field_is_read_where_that_one_is_not(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": "q", "label": "a"}))
+    (found,) = good(Jsonl(uri="", keys={"prompt": "text", "completion": "label", "text": ""}), tmp_path / "a.jsonl")
+    assert (found.prompt, found.completion) == ("q", "a")
 
 
 # mbpp

@@ -9,9 +9,10 @@ from attrs import field, frozen
 from attrs.validators import deep_iterable, deep_mapping, ge, in_, instance_of, min_len, optional
 
 from wmtp.data.base import ExampleLoader
-from wmtp.data.loaders.chat import FORMATS, KEYS, Format
+from wmtp.data.fields import shared_column
+from wmtp.data.loaders.chat import CONTENT, FORMATS, KEYS, Format
 from wmtp.data.loaders.code_contests import LANGUAGES
-from wmtp.data.loaders.jsonl import FIELDS
+from wmtp.data.loaders.jsonl import FIELDS, TEXTS
 from wmtp.data.loaders.text import DEFAULT_PATTERN
 from wmtp.data.mutations import KINDS, Kind
 from wmtp.plugins.built import built
@@ -19,6 +20,15 @@ from wmtp.plugins.components import component
 from wmtp.plugins.contract import DataLoaderConfig
 
 __all__ = ["Chat", "CodeContests", "HumanEval", "Jsonl", "Mbpp", "Mutated", "PythonSource", "TextFiles"]
+
+
+def _own_columns(instance: Jsonl | Chat, _: object, keys: Mapping[str, str]) -> None:
+    if isinstance(instance, Jsonl):
+        problem = shared_column(keys, TEXTS)
+    else:  # without a format the records tell it, and the loader looks
+        problem = shared_column(keys, CONTENT[instance.format]) if instance.format is not None else None
+    if problem is not None:
+        raise ValueError(problem)
 
 
 @frozen(kw_only=True)
@@ -43,7 +53,7 @@ class Jsonl(DataLoaderConfig):
     uri: str
     split: str | None = field(default=None, validator=optional(min_len(1)))
     keys: Mapping[str, str] = field(
-        factory=dict, validator=deep_mapping(key_validator=in_(FIELDS), value_validator=instance_of(str))
+        factory=dict, validator=[deep_mapping(key_validator=in_(FIELDS), value_validator=instance_of(str)), _own_columns]
     )
 
     def build(self) -> ExampleLoader:
@@ -78,7 +88,7 @@ class Chat(DataLoaderConfig):
     split: str | None = field(default=None, validator=optional(min_len(1)))
     format: Format | None = field(default=None, validator=optional(in_(FORMATS)))
     keys: Mapping[str, str] = field(
-        factory=dict, validator=deep_mapping(key_validator=in_(KEYS), value_validator=instance_of(str))
+        factory=dict, validator=[deep_mapping(key_validator=in_(KEYS), value_validator=instance_of(str)), _own_columns]
     )
     documents: Literal["conversation", "turn"] = "conversation"
     answers: Literal["chosen", "both"] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from wmtp.data.base import BadExample
@@ -18,6 +18,7 @@ __all__ = [
     "keys_of",
     "name_field",
     "number_field",
+    "shared_column",
     "text_field",
     "type_name",
 ]
@@ -56,6 +57,26 @@ _CUT: Final = ("length", "context")
 
 #: tables with empty cells write 1 as 1.0
 _TRUTHS: Final = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def shared_column(keys: Mapping[str, str], fields: Iterable[str]) -> str | None:
+    """Describe fields that would be read from one column, if any.
+
+    Args:
+        keys: by field, the name of its column; of those that it lacks, the field's own. What is called ``""`` is not read.
+        fields: those that need columns of their own.
+    """
+    readers: dict[str, list[str]] = {}
+    for name in fields:
+        readers.setdefault(keys.get(name, name), []).append(name)
+    for column, names in readers.items():
+        if column and len(names) > 1:
+            unread = " or ".join(f'{name} = ""' for name in names)
+            return (
+                f'{" and ".join(names)} are read from one column, "{column}"; name another one, or write {unread} for what is '
+                "not to be read"
+            )
+    return None
 
 
 def type_name(value: Any) -> str:

@@ -9,12 +9,12 @@ from typing import Any, Final, Literal, get_args
 from attrs import evolve
 
 from wmtp.data.base import BadExample, Example
-from wmtp.data.fields import bool_field, is_cut, keys_of, name_field, number_field, text_field, type_name
+from wmtp.data.fields import bool_field, is_cut, keys_of, name_field, number_field, shared_column, text_field, type_name
 from wmtp.data.loaders.records import RecordLoader
 from wmtp.data.messages import MESSAGE_KEYS, check_messages, common_length, from_json, message_tools, normal_messages
 from wmtp.data.unread import unread_keys
 
-__all__ = ["FORMATS", "KEYS", "ChatLoader", "Format"]
+__all__ = ["CONTENT", "FORMATS", "KEYS", "ChatLoader", "Format"]
 
 Format = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "preference"]
 FORMATS: Final[tuple[str, ...]] = get_args(Format)
@@ -31,9 +31,9 @@ KEYS: Final = (
     *("input", "history", "system", "tools", "id", "group", "is_correct", "reward", "finish"),
 )
 #: keys that become text, and those that are read besides
-_CONTENT: Final = {name: (*keys, "system") for name, keys in _TELLING.items()}
-_CONTENT["preference"] += ("prompt",)
-_CONTENT["alpaca"] += ("input", "history")
+CONTENT: Final = {name: (*keys, "system") for name, keys in _TELLING.items()}
+CONTENT["preference"] += ("prompt",)
+CONTENT["alpaca"] += ("input", "history")
 _LABELS: Final = ("tools", "id", "group", "is_correct", "reward", "finish")
 
 Messages = tuple[Mapping[str, Any], ...]
@@ -65,6 +65,7 @@ class ChatLoader(RecordLoader):
         self._keys = {key: key for key in KEYS} | dict(keys or {})
         # a key that is not to be read is meant to be left out
         self._left_out = {key for key, name in self._keys.items() if not name}
+        self._shared = {name: shared_column(self._keys, fields) for name, fields in CONTENT.items()}
         self._documents = documents
         self._answers = answers
 
@@ -80,6 +81,8 @@ class ChatLoader(RecordLoader):
             where=where,
         )
         found = self._found_format(where, record)
+        if (problem := self._shared[found]) is not None:
+            raise BadExample(where, f"keys: {problem}")
         if found == "preference":
             examples = self._pair(whole, record)
         else:
@@ -87,7 +90,7 @@ class ChatLoader(RecordLoader):
             messages = self._with_system(where, record, messages)
             cut = is_cut(record, keys["finish"])
             examples = self._turns(evolve(whole, messages=messages, first_learned=first, is_cut=cut))
-        content, labels = ({keys[key] or key for key in names} for names in (_CONTENT[found], _LABELS))
+        content, labels = ({keys[key] or key for key in names} for names in (CONTENT[found], _LABELS))
         unread = (*unread_keys(record, content, labels), *_unread_in_messages(record, content))
         for example in examples:
             yield evolve(example, unread=unread)
@@ -97,7 +100,7 @@ class ChatLoader(RecordLoader):
             found = self._found_format("", record)
         except BadExample:  # which is said elsewhere
             return None
-        return {self._keys[key] for key in (*_CONTENT[found], *_LABELS)} | self._left_out
+        return {self._keys[key] for key in (*CONTENT[found], *_LABELS)} | self._left_out
 
     def _found_format(self, where: str, record: Mapping[str, Any]) -> str:
         keys = self._keys

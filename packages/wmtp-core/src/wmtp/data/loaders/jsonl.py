@@ -21,9 +21,10 @@ from wmtp.data.fields import (
 from wmtp.data.loaders.records import RecordLoader
 from wmtp.data.unread import unread_keys
 
-__all__ = ["FIELDS", "JsonlLoader"]
+__all__ = ["FIELDS", "TEXTS", "JsonlLoader"]
 
-FIELDS: Final = ("prompt", "completion", "text", "id", "group", "is_correct", "reward", "weights", "finish")
+TEXTS: Final = ("prompt", "completion", "text")
+FIELDS: Final = (*TEXTS, "id", "group", "is_correct", "reward", "weights", "finish")
 #: keys that tell conversations, which `chat` reads
 _CONVERSATIONS: Final = (("messages",), ("conversations",), ("chosen", "rejected"), ("instruction", "output"))
 #: what else the files of others call prompt and completion, or text
@@ -49,7 +50,7 @@ class JsonlLoader(RecordLoader):
         super().__init__(split)
         self._keys = {field: field for field in FIELDS} | dict(keys or {})
         self._content = (self._keys["text"], self._keys["prompt"], self._keys["completion"])
-        self._texts_apart = not any(name in self._content for field, name in self._keys.items() if field not in FIELDS[:3])
+        self._texts_apart = not any(name in self._content for field, name in self._keys.items() if field not in TEXTS)
         # a field that is not to be read is meant to be left out
         self._read = {name or field for field, name in self._keys.items()}
 
