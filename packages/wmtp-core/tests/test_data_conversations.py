@@ -155,6 +155,22 @@ def test_an_end_of_turn_outside_the_marks_is_said_once(tmp_path):
     assert "may not learn to stop" in note.text
 
 
+ENDLESS = CHATML.replace("<|im_end|>", "")
+
+
+@pytest.mark.parametrize("learn", ["assistant", "last", "all"])
+@pytest.mark.parametrize("own", ["hf", "bytes"])
+def test_a_template_that_ends_no_answer_is_said(learn, own, tmp_path):
+    tokenizer = chat_tokenizer(tmp_path, ENDLESS) if own == "hf" else BytesTokenizer()
+    tokenizer.chat_template = ENDLESS
+    renderer = Renderer(tokenizer, learn=learn)
+    renderer(example(message("user", "a"), message("assistant", "b")))
+    (note,) = renderer.notes.list()
+    assert "the chat template writes no special token behind an answer" in note.text
+    assert note.level == "warning"
+    assert ("write {{ eos_token }} behind answers in data.train.chat_template" in note.text) == (own == "hf")
+
+
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
 
 

@@ -76,7 +76,7 @@ def conversation_text(
         raise BadExample(where, f"the chat template refuses it ({failure})") from failure
     learned = [turn for turn in turns if turn.message < 0 or _is_learned(messages[turn.message])]
     _check_written(where, text, messages, tools, learned, notes)
-    _check_ends(where, text, learned, control_tokens, notes)
+    _check_ends(where, text, learned, template, control_tokens, notes)
     if example.is_cut:
         turns = _without_end(text, turns, len(messages) - 1, control_tokens)
     return list(_parts(text, turns, messages))
@@ -325,7 +325,14 @@ def _tool_name(tool: Mapping[str, Any]) -> str:
     return str((function if isinstance(function, Mapping) else tool).get("name", ""))
 
 
-def _check_ends(where: str, text: str, turns: Sequence[_Turn], control_tokens: frozenset[str], notes: Notes) -> None:
+def _check_ends(
+    where: str,
+    text: str,
+    turns: Sequence[_Turn],
+    template: ChatTemplate,
+    control_tokens: frozenset[str],
+    notes: Notes,
+) -> None:
     """Say where an end of turn is not learned."""
     for turn in turns:
         after = text[turn.stop :].lstrip()
@@ -337,4 +344,12 @@ def _check_ends(where: str, text: str, turns: Sequence[_Turn], control_tokens: f
                 "generated: it is not learned, and the model may not learn to stop",
                 where,
             )
-            return
+        else:
+            remedy = (
+                "write {{ eos_token }} behind answers in data.train.chat_template"
+                if template.special_tokens.get("eos_token")
+                else "this tokenizer's end token is no text that a template could write"
+            )
+            lacking = "the chat template writes no special token behind an answer: the model does not learn to stop"
+            notes.add(f"{lacking}; {remedy}", where)
+        return
