@@ -42,6 +42,11 @@ CASES = [
     ("d/a.csv", b"question,answer\na,b\n", JSONL, "uri", r'perhaps keys = { prompt = "question", completion = "answer" }'),
     ("d/a.jsonl", TALK, JSONL, "uri", r'a\.jsonl:1: no "prompt"; .*; it is a conversation: write type = "chat"'),
     ("d/a.jsonl", b'{"text": "a"}', 'type = "chat"', "uri", r"a\.jsonl:1: is no conversation of a known form"),
+    (
+        *("d/a.jsonl", PAIR, f'{JSONL}\nkeys = {{ prompt = "a", completion = "a" }}', "keys"),
+        r'prompt and completion are read from one column, "a"; name another one',
+    ),
+    ("d", PAIR, 'type = "python-source"', "uri", r"d: is no \.py file; name one, or a folder of them"),
     ("d/a.md", b"a", JSONL, "uri", r"d: holds no data file; expected \.jsonl"),
     ("d/a.jsonl", b"\n", JSONL, "uri", r"d: holds no record"),
     ("d/test.jsonl", PAIR, JSONL, "split", r"d: holds the split test \(test\.jsonl\) and no other"),
@@ -52,6 +57,8 @@ CASES = [
     ("d/a.txt", b"version https://git-lfs.github.com/spec/v1", 'type = "text"', "uri", r"a\.txt: is a pointer of Git LFS"),
     ("d/a.jsonl", PAIR, 'type = "mbpp"\nsplit = "test"', "split", r"has no split 'test'; the splits here: none"),
     ("d/a.jsonl", b"PAR1\x15\x04\x00", JSONL, "uri", r"a\.jsonl: is no \.jsonl file by its content; name it \.parquet"),
+    ("d/a.arrow", b"\xff\xff\xff\xff\x10\0\0\0", JSONL, "uri", r"a\.arrow: does not end as \.arrow files do: it was cut off"),
+    ("d/a.parquet", b"PAR1\x15\x04\x00", JSONL, "uri", r"a\.parquet: does not end as \.parquet files do: it was cut off"),
     ("d/a.jsonl.gz", PAIR, JSONL, "uri", r"a\.jsonl\.gz: damaged or truncated \.gz file"),
 ]
 

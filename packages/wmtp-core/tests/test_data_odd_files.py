@@ -13,7 +13,7 @@ import pytest
 from wmtp.data.base import BadExample
 from wmtp.data.config import Chat, Jsonl, PythonSource, TextFiles
 from wmtp.data.splits import data_files
-from wmtp.errors import FileError, InputError
+from wmtp.errors import InputError, WMTPError
 
 TEXT = b'{"text": "a"}\n'
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -113,7 +113,7 @@ def test_an_empty_file_among_others_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.arrow", "a.arrow.gz"])
-def test_a_stream_cut_between_two_batches_is_not_whole(tmp_path, name):
+def test_a_stream_cut_between_two_batches_is_not_whole_nor_are_two_that_were_joined(tmp_path, name):
     table = pyarrow.table({"text": [f"text {n}" for n in range(600)]})
     written = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(written, table.schema) as writer:
@@ -127,9 +127,14 @@ def test_a_stream_cut_between_two_batches_is_not_whole(tmp_path, name):
         return read(Jsonl(uri=""), tmp_path)
 
     assert [example.completion for example in stored(content)] == table["text"].to_pylist()
-    assert len(stored(content + b"more")) == 600
-    with pytest.raises(FileError, match=r"a\.arrow.*: has no end-of-stream marker: it was cut off"):
+    packed = name.endswith(".gz")  # its end is known when it has been read
+    plain = r"a\.arrow: does not end as \.arrow files do: it was cut off, joined with another"
+    with pytest.raises(WMTPError, match=r"a\.arrow\.gz: has no end-of-stream marker: it was cut off" if packed else plain):
         stored(content.removesuffix(mark))
+    with pytest.raises(WMTPError, match=r"a\.arrow\.gz: holds more behind the end of its stream" if packed else plain):
+        stored(content + b"more")
+    with pytest.raises(WMTPError, match=r"a\.arrow.*: holds more behind the end of its stream"):
+        stored(content + content)
 
 
 TWICE = '{"prompt": "q", "completion": "right", "completion": "wrong"}'

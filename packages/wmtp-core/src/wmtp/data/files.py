@@ -6,13 +6,14 @@ JSON lines, JSON, CSV, Parquet and Arrow, compressed or not.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
 from wmtp.data.base import BadExample, Example
-from wmtp.data.compression import COMPRESSIONS, TOO_LONG, lines, open_binary, read_whole, readable
+from wmtp.data.compression import COMPRESSIONS, TOO_LONG, is_compressed, lines, open_binary, read_whole, readable
 from wmtp.data.fields import type_name
 from wmtp.data.splits import format_of
 from wmtp.data.tables import arrow_rows, csv_rows, parquet_rows
@@ -37,6 +38,8 @@ _BEGINNINGS: Final = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
+#: last bytes of tables, by their first
+_ENDS: Final = {b"PAR1": b"PAR1", b"ARROW1": b"ARROW1", b"\xff\xff\xff\xff": b"\xff\xff\xff\xff\x00\x00\x00\x00"}
 #: how a file begins that stands for another one
 LFS_POINTER: Final = b"version https://git-lfs"
 LFS_HINT: Final = "is a pointer of Git LFS, not the data itself; run git lfs pull"
@@ -91,7 +94,11 @@ def _check_contents(files: Sequence[Path]) -> None:
     """
     for file in files:
         with readable(file), open_binary(file) as stream:
-            _check_content(file, stream.read(_HEAD))
+            head = stream.read(_HEAD)
+            _check_content(file, head)
+            if in_columns(file) and not is_compressed(file):
+                stream.seek(-min(_HEAD, file.stat().st_size), os.SEEK_END)
+                _check_end(file, head, stream.read())
 
 
 def _check_content(file: Path, head: bytes) -> None:
@@ -112,6 +119,17 @@ def _check_content(file: Path, head: bytes) -> None:
     if found in COMPRESSIONS:
         raise InputError("uri", f"{file}: is compressed; name it {file.name}{found}")
     raise InputError("uri", f"{file}: is no {wanted} file by its content; name it {found}")
+
+
+def _check_end(file: Path, head: bytes, tail: bytes) -> None:
+    """Refuse a table without the last bytes of its form."""
+    end = next((end for begin, end in _ENDS.items() if head.startswith(begin)), None)
+    if end is not None and not tail.endswith(end):
+        raise InputError(
+            "uri",
+            f"{file}: does not end as {format_of(file)} files do: it was cut off, joined with another, or not closed by its "
+            "writer; fetch or write it again",
+        )
 
 
 def parsed(

@@ -114,6 +114,11 @@ def arrow_rows(path: Path) -> Iterator[Row]:
                 source = _Watched(file)
                 with pyarrow.ipc.open_stream(source) as reader:
                     yield from _rows(path, _slices(reader))
+                has_more = not source.met_end and bool(file.read(1))
+            if has_more:
+                raise FileError(
+                    f"{path}: holds more behind the end of its stream, as files that were joined do; keep them apart"
+                )
             if source.met_end:
                 raise FileError(
                     f"{path}: has no end-of-stream marker: it was cut off, or whoever wrote it did not close it; "

@@ -12,7 +12,7 @@ from typing import Final
 
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.compression import readable
-from wmtp.errors import WMTPError
+from wmtp.errors import InputError, WMTPError
 from wmtp.storage.walk import files_below, is_hidden, require_target
 
 __all__ = ["PythonSourceLoader"]
@@ -40,14 +40,25 @@ class PythonSourceLoader(ExampleLoader):
         Default: the standard library.
         """
         root = _root(path)
-        if root.is_file():
+        if root.is_file() and root.suffix == ".py":
             return [root]
+        if root.is_file():
+            raise InputError("uri", f"{root}: is no .py file; name one, or a folder of them")
         if not root.is_dir():
             raise WMTPError(f"{root}: no such file or folder")
         found = sorted(_python_files(root), key=lambda file: file.relative_to(root).as_posix())
         if not found:
             raise WMTPError(f"{root}: holds no Python source (.py) outside tests and installed packages")
         return found
+
+    def first_examples(self, path: Path | None) -> Iterator[Example | BadExample]:
+        """Refuse a path that is neither source nor folder; yield nothing.
+
+        A folder may hold many thousand files.
+        """
+        if path is not None and not path.is_dir():
+            self.files(path)
+        return iter(())
 
     def examples(self, path: Path | None) -> Iterator[Example | BadExample]:
         """Yield the functions, ordered by file name and line."""
