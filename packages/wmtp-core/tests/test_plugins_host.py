@@ -10,6 +10,7 @@ import threading
 
 import pytest
 
+import wmtp
 from wmtp.plugins import Registry, load_plugins, loader
 
 CONFIG_CLASS = """
@@ -170,6 +171,42 @@ def test_one_name_from_two_distributions_is_an_error_but_both_are_listed(site):
     assert "provided by one 1.1 and by two 2.2" in listed.stderr
 
 
+@pytest.mark.parametrize("names", [("one", "two"), ("one", "one")])
+def test_two_packages_without_metadata_are_named_by_their_folders(names, tmp_path, monkeypatch):
+    for number, name in enumerate(names):
+        place = tmp_path / str(number)
+        info = place / f"{name}-{number}.5.dist-info"
+        info.mkdir(parents=True)
+        (info / "entry_points.txt").write_text(f"[wmtp]\nentry = clash{number}\n")
+        (place / f"clash{number}.py").write_text(CONFIG_CLASS.format(type="clash"))
+        monkeypatch.syspath_prepend(place)
+        monkeypatch.delitem(sys.modules, f"clash{number}", raising=False)
+    monkeypatch.setenv("WMTP_PLUGINS", "entry")
+    registry = load_plugins()
+    found = [str(plugin) for plugin in registry.plugins if plugin.name == "entry"]
+    if names[0] == names[1]:  # a second copy further down the path, which Python would not import
+        assert found == ["one 1.5"]
+        return
+    assert found == ["one 0.5", "two 1.5"]
+    with pytest.raises(wmtp.PluginError, match=r"the trainer 'clash' is provided by one 0\.5 and by two 1\.5; uninstall"):
+        registry.require_unambiguous()
+
+
+def test_one_package_that_provides_a_component_twice_is_told_by_entry_points(tmp_path, monkeypatch):
+    info = tmp_path / "one-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: one\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[wmtp]\na = twice_a\nb = twice_b\n")
+    for name in "ab":
+        (tmp_path / f"twice_{name}.py").write_text(CONFIG_CLASS.format(type="clash"))
+        monkeypatch.delitem(sys.modules, f"twice_{name}", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("WMTP_PLUGINS", "a,b")
+    said = r"by one 1\.0 \(entry point a, twice_a\.Mine\) and by one 1\.0 \(entry point b, twice_b\.Mine\)"
+    with pytest.raises(wmtp.PluginError, match=said):
+        load_plugins().require_unambiguous()
+
+
 def test_one_scheme_from_two_distributions_is_an_error_that_names_both(site):
     storage = (
         "import attrs, wmtp\n@attrs.frozen\nclass A(wmtp.StorageBackendConfig):\n    type = '{0}'\n"
@@ -200,6 +237,13 @@ def test_wmtp_plugins_limits_what_is_loaded(site):
     assert "error: WMTP_PLUGINS: no plugin 'onne' is installed; did you mean 'one'?" in done.stderr
 
 
+def test_a_plugin_that_changes_the_working_folder_moves_no_path(site):
+    site.install("mover", "import os\nos.chdir('/')\n" + CONFIG_CLASS.format(type="mover"))
+    done = site.check("mover")
+    assert done.returncode == 0, done.stderr
+    assert "the plugin mover 1.0 changes the working folder when it is imported; it is set back" in done.stderr
+
+
 def test_a_damaged_installation_locks_nobody_out(site, tmp_path):
     site.install("acme", CONFIG_CLASS.format(type="acme"))
     site.install("bent", "", version="3.0")
@@ -211,7 +255,7 @@ def test_a_damaged_installation_locks_nobody_out(site, tmp_path):
     plugins = site.plugins()
     assert plugins["acme", "acme"]["status"] == "ok"
     assert plugins["bent", "bent"]["reason"].startswith("its entry_points.txt is damaged")
-    assert plugins["unknown", "nameless"]["status"] == "broken"
+    assert plugins["nameless", "nameless"]["status"] == "broken"
     assert site.check("acme").returncode == 0
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,8 @@ from wmtp.plugins.registry import Plugin, Provided, Registry
 from wmtp.spelling import did_you_mean
 
 __all__ = ["GROUP", "load_plugins"]
+
+logger = logging.getLogger("wmtp")
 
 GROUP = "wmtp"
 CORE = "wmtp-core"
@@ -62,7 +65,8 @@ def load_plugins() -> Registry:
         try:
             if isinstance(source, Exception):
                 raise source
-            with _REDIRECTING, redirect_stdout(sys.stderr):  # an import that prints must not get into `--json`
+            # an import that prints must not get into `--json`
+            with _REDIRECTING, redirect_stdout(sys.stderr), _in_the_same_folder(plugin):
                 classes = _components(source.load())
             by_kind = {kind: tuple(cls.type for cls in of_kind) for kind, of_kind in classes.items() if of_kind}
             plugin = attrs.evolve(plugin, components=by_kind)
@@ -73,6 +77,22 @@ def load_plugins() -> Registry:
             plugin = attrs.evolve(plugin, reason=_reason(error))
         plugins.append(plugin)
     return Registry(plugins, components, left_out)
+
+
+@contextmanager
+def _in_the_same_folder(plugin: Plugin) -> Iterator[None]:
+    """Go back to the working folder, where relative paths are meant."""
+    try:
+        before = os.getcwd()
+    except OSError:  # it is gone
+        yield
+        return
+    try:
+        yield
+    finally:
+        if os.getcwd() != before:
+            os.chdir(before)
+            logger.warning("the plugin %s changes the working folder when it is imported; it is set back", plugin)
 
 
 def _changed(place: str) -> int:
@@ -115,10 +135,16 @@ def _installed(_: tuple[tuple[str, int], ...]) -> _Entries:
 
 
 def _identity(distribution: metadata.Distribution) -> tuple[str, str]:
+    """Return a distribution's name and version.
+
+    Where it has no readable METADATA file, its folder tells: ``name-1.0.dist-info``.
+    """
+    folder = getattr(distribution, "_path", None)
+    name, _, version = str(getattr(folder, "stem", "")).partition("-")
     try:
-        return distribution.metadata["Name"] or _UNKNOWN, distribution.version or _UNKNOWN
-    except Exception:  # no METADATA file, or one that cannot be read
-        return _UNKNOWN, _UNKNOWN
+        return distribution.metadata["Name"] or name or _UNKNOWN, distribution.version or version or _UNKNOWN
+    except Exception:
+        return name or _UNKNOWN, version or _UNKNOWN
 
 
 def _selected(entries: _Entries) -> tuple[_Entries, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from attrs import field, frozen
@@ -65,6 +65,21 @@ class Provided:
         return self.cls.type
 
 
+def _providers(provided: Sequence[Provided]) -> list[str]:
+    """Name who provides a component.
+
+    Two of one package are told apart by entry point and class.
+    """
+    names = [str(one.plugin) for one in provided]
+    if len(set(names)) == len(names):
+        return names
+    entries = [None if one.plugin is None else one.plugin.name for one in provided]
+    return [
+        f"{name} (entry point {entry}, {one.cls.__module__}.{one.cls.__qualname__})"
+        for name, entry, one in zip(names, entries, provided, strict=True)
+    ]
+
+
 class Registry:
     """Components of all loaded plugins.
 
@@ -95,7 +110,7 @@ class Registry:
             for scheme in storage.cls.schemes:
                 claims.setdefault(f"storage of {scheme}:// URIs", []).append(storage)
         return tuple(
-            f"the {what} is provided by {' and by '.join(str(p.plugin) for p in provided)}; uninstall one of them, or name the"
+            f"the {what} is provided by {' and by '.join(_providers(provided))}; uninstall one of them, or name the"
             " entry points to load in the environment variable WMTP_PLUGINS"
             for what, provided in claims.items()
             if len(provided) > 1
@@ -135,9 +150,18 @@ class Registry:
         Those are (kind, class) pairs which Python code uses without a plugin; they hide namesakes.
 
         Raises:
-            PluginError: a class breaks the contract of its kind.
+            PluginError: a class breaks the contract of its kind, or two have one name.
         """
         extra = [Provided(kind=kind, cls=cls) for kind, cls in dict.fromkeys(classes) if self.provider(cls) is None]
+        by_name: dict[tuple[str, str], Provided] = {}
+        for new in extra:
+            other = by_name.setdefault((new.kind, str(getattr(new.cls, "type", None))), new)
+            if other is not new:
+                names = " and ".join(f"{one.cls.__module__}.{one.cls.__qualname__}" for one in (other, new))
+                raise PluginError(
+                    f"two classes are called the {KINDS[new.kind]} '{new.type}', {names}; give one another type, or make the "
+                    "config anew where a cell of a notebook has defined the class again"
+                )
         if problems := [problem for new in extra if (problem := contract_problem(new.kind, new.cls))]:
             raise PluginError("\n".join(problems))
         if not extra:
