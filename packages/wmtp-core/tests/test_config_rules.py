@@ -87,6 +87,34 @@ def test_a_good_config_passes():
     check_loaded(load(GOOD, registry=REGISTRY))
 
 
+@pytest.mark.parametrize(
+    ("target", "held"),
+    [
+        ("runs", "run.output_dir"),
+        ("here", "run.output_dir, datasets.own.uri, checkpoints.uri"),
+        ("./here/data", "datasets.own.uri"),
+        ("link", "datasets.own.uri"),
+        ("kept", "checkpoints.uri"),
+        (".", "run.output_dir, datasets.own.uri, checkpoints.uri, the current folder"),
+        ("/", "run.output_dir, datasets.own.uri, checkpoints.uri, storage.cache_dir, the current folder, the home folder"),
+    ],
+)
+def test_a_push_that_would_replace_what_is_needed(tmp_path, monkeypatch, target, held):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "data").mkdir(parents=True)
+    (tmp_path / "here" / "data" / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "link").symlink_to("here/data")
+    prefix = "here/" if target == "here" else ""
+    run = {"output_dir": f"{prefix}runs", "push_to": target}
+    own = {"type": "jsonl", "uri": "here/data/a.jsonl"}
+    table = {"run": run, "datasets": {"own": own}, "checkpoints": {"uri": f"{prefix}kept"}}
+    (problem,) = problems(table)
+    assert problem == f"run.push_to: '{target}' is replaced whole, and holds {held}; write a new folder's name"
+    check_loaded(load([GOOD, table, {"run": {"push_to": "./runs/pushed"}}], registry=REGISTRY))
+    (problem,) = problems({"run": {"push_to": "./here/data/a.jsonl"}})
+    assert problem.startswith("run.push_to: './here/data/a.jsonl' is a file")
+
+
 WEIGHTS = {"models": {"base": {"heads": {"horizon": 3}}}}
 
 
@@ -96,6 +124,10 @@ WEIGHTS = {"models": {"base": {"heads": {"horizon": 3}}}}
         (["run.name=a/b"], "--set run.name: 'a/b' cannot name a folder"),
         (["run.name=.."], "--set run.name: '..' cannot name a folder"),
         (["run.name="], "--set run.name: '' cannot name a folder"),
+        (['datasets."".type=python-source'], "datasets.\"\": the table needs a name that can be printed; write one"),
+        (['datasets."a.b: c".type=humaneval'], "datasets.\"a.b: c\": 'humaneval' is for evaluation only"),
+        (['data.train.sources=["x.y"]'], 'data.train.sources: there is no [datasets."x.y"]; there are: py'),
+        (['datasets." ".type=python-source'], "datasets.\" \": the table needs a name that can be printed; write one"),
         (["run.output_dir=s3://b/x"], "--set run.output_dir: 's3://b/x' is not on this machine"),
         (["checkpoints.uri=/etc/hostname"], "--set checkpoints.uri: '/etc/hostname' is a file; write the path of a folder"),
         (["models.reff.type=scratch", "models.reff.vocab_size=3"], "models.reff: unknown model; did you mean 'ref'?"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from pathlib import Path
 from typing import Any, Literal
 
 import attrs
@@ -9,7 +10,7 @@ import pytest
 
 from wmtp.config.load import load_config
 from wmtp.config.schema import Config
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, PluginError
 from wmtp.plugins import Provided, Registry, load_plugins
 from wmtp.plugins.components import component
 from wmtp.plugins.contract import TrainerConfig
@@ -223,6 +224,49 @@ def test_unusual_fields():
 @pytest.mark.parametrize("sources", [3, None, [[1]], [None]])
 def test_what_is_no_source(sources):
     with pytest.raises(ConfigError, match=" is not a text, a path, a mapping, a Config or a list of them"):
+        load_config(sources)
+
+
+def test_what_python_alone_can_hold():
+    endless: dict[str, object] = {}
+    endless["run"] = endless
+    with pytest.raises(ConfigError, match="a mapping holds itself, or is nested too deeply"):
+        load_config(endless)
+    with pytest.raises(ConfigError, match=r"run.output_dir: must be a string, not runs \(PosixPath\); write str\(path\)"):
+        load_config([BASE, {"run": {"output_dir": Path("runs")}}])
+
+
+def test_two_classes_of_one_name_are_not_taken_for_each_other():
+    @attrs.frozen(kw_only=True)
+    class Both(TrainerConfig):
+        type = "both"
+        first: TrainerConfig = component("trainers")
+        second: TrainerConfig = component("trainers")
+
+        def build(self):
+            """Nothing to build."""
+
+    def made():
+        @attrs.frozen(kw_only=True)
+        class Mine(TrainerConfig):
+            type = "mine"
+
+            def build(self):
+                """Nothing to build."""
+
+        return Mine
+
+    one, other = made(), made()
+    base = attrs.evolve(loaded(), trainer=one())
+    assert type(load_config(base).trainer) is one
+    assert type(load_config([base, attrs.evolve(base, trainer=other())]).trainer) is other
+    with pytest.raises(PluginError, match=r"two classes are called the trainer 'mine', .*Mine and .*Mine; give one another"):
+        load_config(attrs.evolve(base, trainer=Both(first=one(), second=other())))
+
+
+@pytest.mark.parametrize("sources", [{"a.toml"}, (name for name in ["a.toml"])])
+def test_sources_in_no_order_or_that_can_be_read_once(sources):
+    with pytest.raises(ConfigError, match="a config is a TOML file, a mapping, a Config, or a list of them"):
         load_config(sources)
 
 

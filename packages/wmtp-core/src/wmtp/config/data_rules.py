@@ -31,6 +31,7 @@ __all__ = [
 
 #: examples that are looked at for a good one, where bad ones are skipped
 _LOOKED_AT: Final = 32
+_MIXTURE: Final = ("data", "train", "mixture")
 
 
 def train_sources(config: Config) -> tuple[str, ...]:
@@ -62,39 +63,38 @@ def read_from(dataset: DataLoaderConfig, path: KeyPath) -> tuple[DataLoaderConfi
     return dataset, path
 
 
-def check_sources(config: Config) -> list[str]:
-    """Report problems of ``data.train.sources``, ``data.eval`` and their data sets, one line each."""
-    problems: list[str] = []
+def check_sources(config: Config) -> Iterator[Problem]:
+    """Report problems of ``data.train.sources``, ``data.eval`` and their data sets."""
     train, measured = train_sources(config), eval_sources(config)
-    installed = ", ".join(config.datasets)
-    problems += _mixture_problems(config)
-    trained = "data.train.sources" if config.data.train.mixture is None else "data.train.mixture"
-    for key, names in ((trained, train), ("data.eval.sources", measured)):
+    installed = ", ".join(dotted((name,)) for name in config.datasets)
+    yield from _mixture_problems(config)
+    trained, held_out = ("data", "train", "sources"), ("data", "eval", "sources")
+    for path, names in ((trained if config.data.train.mixture is None else _MIXTURE, train), (held_out, measured)):
         for name in names:
             if name not in config.datasets:
-                problems.append(f"{key}: there is no [datasets.{name}]; there are: {installed}")
+                yield Problem(path, f"there is no [{dotted(('datasets', name))}]; there are: {installed}")
         for name in sorted({name for name in names if names.count(name) > 1}):
-            problems.append(f"{key}: names '{name}' twice; name it once")
+            yield Problem(path, f"names '{name}' twice; name it once")
     if not train and config.data.train.mixture is None:
-        problems.append("data.train.sources: names no data set; name the training data")
+        yield Problem(trained, "names no data set; name the training data")
     for name in train:
         if name in measured:
-            problems.append(f"data.eval.sources: '{name}' is training data too; leave it out of one, or use data.eval.holdout")
+            yield Problem(held_out, f"'{name}' is training data too; leave it out of one, or use data.eval.holdout")
     if config.data.eval is not None:
         if config.data.eval.sources is not None and config.data.eval.holdout is not None:
-            problems.append("data.eval.holdout: conflicts with data.eval.sources; keep one of them")
+            yield Problem(("data", "eval", "holdout"), "conflicts with data.eval.sources; keep one of them")
         if not config.data.eval.sources and config.data.eval.holdout is None:
-            problems.append("data.eval: has neither sources nor holdout; name one, or leave the table out")
+            yield Problem(("data", "eval"), "has neither sources nor holdout; name one, or leave the table out")
     for name in train:
         if name in config.datasets:
             component = config.datasets[name]
             source, place = read_from(component, ("datasets", name))
             if built(component, "data_loaders").evaluation_only and not source.allow_training:
-                problems.append(
-                    f"{dotted(place)}: '{source.type}' is for evaluation only, training on it would make its results"
-                    f" worthless; name other data sets in data.train.sources, or set {dotted(place)}.allow_training = true"
+                yield Problem(
+                    place,
+                    f"'{source.type}' is for evaluation only, training on it would make its results worthless; name other data "
+                    f"sets in data.train.sources, or set {dotted(place)}.allow_training = true",
                 )
-    return problems
 
 
 def check_answers(config: Config, registry: Registry) -> Iterator[Problem]:
@@ -113,25 +113,21 @@ def check_answers(config: Config, registry: Registry) -> Iterator[Problem]:
             )
 
 
-def _mixture_problems(config: Config) -> list[str]:
-    mixture, key = config.data.train.mixture, "data.train.mixture"
+def _mixture_problems(config: Config) -> Iterator[Problem]:
+    mixture = config.data.train.mixture
     if mixture is None:
-        return []
-    problems = []
+        return
     if config.data.train.sources is not None:
-        problems.append(f"{key}: conflicts with data.train.sources; remove one of them")
+        yield Problem(_MIXTURE, "conflicts with data.train.sources; remove one of them")
     if not mixture:
-        problems.append(f"{key}: names no data set; write each with its share, as {{ a = 0.7, b = 0.3 }}")
-    problems += [
-        f"{key}.{name}: {share:g} must be a finite number above 0; leave out what is not to be learned from"
-        for name, share in mixture.items()
-        if not 0 < share < math.inf
-    ]
-    if not problems and sum(mixture.values()) == math.inf:
-        problems.append(
-            f"{key}: the shares add up to more than a number can hold; write smaller ones, only their proportions count"
+        yield Problem(_MIXTURE, "names no data set; write each with its share, as { a = 0.7, b = 0.3 }")
+    wrong = {name: share for name, share in mixture.items() if not 0 < share < math.inf}
+    for name, share in wrong.items():
+        yield Problem((*_MIXTURE, name), f"{share:g} must be a finite number above 0; leave out what is not to be learned from")
+    if not wrong and sum(mixture.values()) == math.inf:
+        yield Problem(
+            _MIXTURE, "the shares add up to more than a number can hold; write smaller ones, only their proportions count"
         )
-    return problems
 
 
 def require_sources(config: Config) -> None:
@@ -140,9 +136,8 @@ def require_sources(config: Config) -> None:
     Raises:
         ConfigError: there are some.
     """
-    problems = check_sources(config)
-    if problems:
-        raise ConfigError(problems)
+    if problems := list(check_sources(config)):
+        raise ConfigError([f"{dotted(problem.path)}: {problem.message}" for problem in problems])
 
 
 def check_first_examples(config: Config) -> Iterator[Problem]:

@@ -131,6 +131,8 @@ def _merged(
                 document.merge(files[-1].data, files[-1])
         except ConfigError as error:
             wrong += error.problems
+        except RecursionError:
+            raise ConfigError("a mapping holds itself, or is nested too deeply") from None
     for text in overrides:
         try:
             document.override(parse_override(text))

@@ -148,6 +148,33 @@ def _run(config: Config) -> Iterator[Problem]:
     if (uri := config.checkpoints.uri) is not None and "://" not in uri and not config.launcher.remote:
         yield from _local_folder(uri, ("checkpoints", "uri"))
     yield from _local_folder(config.storage.cache_dir, ("storage", "cache_dir"))
+    yield from _push_target(config)
+
+
+def _push_target(config: Config) -> Iterator[Problem]:
+    """Refuse to push over a local folder that holds what is needed."""
+    uri, path = config.run.push_to, ("run", "push_to")
+    if uri is None or config.launcher.remote:
+        return
+    needed = {"run.output_dir": config.run.output_dir, **{given.key: given.uri for given in inputs(config)}}
+    folders = {"checkpoints.uri": config.checkpoints.uri, "data.cache_dir": config.data.cache_dir}
+    needed |= {key: folder for key, folder in folders.items() if folder is not None}
+    needed |= {"storage.cache_dir": config.storage.cache_dir, "the current folder": ".", "the home folder": "~"}
+    try:
+        if scheme_of(uri) != "file":
+            return
+        target = file_path(uri).resolve()
+        held = [key for key, text in needed.items() if scheme_of(text) == "file" and _is_inside(file_path(text), target)]
+    except ConfigError:  # said of that key
+        return
+    if held:
+        yield Problem(path, f"{uri!r} is replaced whole, and holds {', '.join(held)}; write a new folder's name")
+    else:
+        yield from _local_folder(uri, path)
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder)
 
 
 def _local_folder(uri: str, path: KeyPath) -> Iterator[Problem]:
@@ -250,15 +277,16 @@ def _heads(config: Config) -> Iterator[Problem]:
 
 
 def _data(config: Config) -> Iterator[Problem]:
-    for line in check_sources(config):
-        key, _, message = line.partition(": ")
-        yield Problem(tuple(key.split(".")), message)
+    yield from check_sources(config)
     train = config.data.train
     if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
         yield Problem(
             ("data", "train", "micro_batch_size"),
             f"{train.micro_batch_size} must be at most data.train.batch_size = {train.batch_size}",
         )
+    for name in config.datasets:
+        if not name.strip() or not name.isprintable():
+            yield Problem(("datasets", name), "the table needs a name that can be printed; write one, as [datasets.mine]")
     yield from _learned(config)
     yield from check_first_examples(config)
     if config.data.eval is None:

@@ -59,7 +59,8 @@ class RunConfig:
         tags: free words, sent to the tracker.
         seed: of all randomness: new weights, shuffling, splits.
         output_dir: where run directories are made.
-        push_to: a URI, as ``hf://ORG/NAME``, to which the model is copied at the end, with a model card. Default: nowhere.
+        push_to: a URI, as ``hf://ORG/NAME``, to which the model is copied at the end, with a model card. What is there is
+            replaced. Default: nowhere.
     """
 
     name: str | None = None

@@ -29,6 +29,8 @@ class FileSource:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
+        if not self.name:  # Path takes it for the current directory
+            raise ConfigError("the name of a config file is empty; name a TOML file")
         try:
             raw = Path(path).expanduser().read_bytes()
         except FileNotFoundError:

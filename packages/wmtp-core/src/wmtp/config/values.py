@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, get_args
@@ -42,6 +43,8 @@ def wrong(expected: str, value: Any) -> Problems:
         hint = f"; write {value:.0f}"
     elif expected == "a string" and isinstance(value, int | float):
         hint = " (put it in quotes)"
+    elif expected == "a string" and isinstance(value, os.PathLike):
+        hint = "; write str(path)"
     return Problems.one(f"must be {expected}, not {shown(value)}{hint}")
 
 
