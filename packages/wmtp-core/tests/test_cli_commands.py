@@ -161,6 +161,19 @@ def test_a_taken_name_says_the_two_ways_out(capsys):
     assert code == 2
     assert "runs/x exists already; resume that run by --resume auto, or choose another name with --run-name" in err
     assert answer["problems"] == [err.strip().splitlines()[-1].removeprefix("error: ")]
+    assert err.strip().splitlines()[-1].startswith("error: run.name: ")  # no file is to blame
+
+
+def test_a_taken_name_of_a_file_is_said_with_its_line(capsys, folder):
+    (folder / "named.toml").write_text('# the run\n\n[run]\nname = "x"\n')
+    assert cli(capsys, "run", "a.toml", "named.toml")[0] == 0
+    code, _, err = cli(capsys, "run", "a.toml", "named.toml")
+    assert (code, err.splitlines()[-1].partition(" exists already")[0]) == (
+        2,
+        f"error: named.toml:4: run.name: {folder}/runs/x",
+    )
+    code, _, err = cli(capsys, "run", "a.toml", "--set", "run.name=x")
+    assert err.splitlines()[-1].startswith(f"error: --set run.name: {folder}/runs/x exists already")
 
 
 def test_runs_without_a_name_never_collide(capsys):

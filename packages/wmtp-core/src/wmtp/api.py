@@ -16,11 +16,13 @@ from attrs import evolve
 from wmtp.arguments import checks_arguments
 from wmtp.checkpoints.remote import remote_checkpoints
 from wmtp.config.advice import unwise_settings
-from wmtp.config.inputs import hub_names_read, pinned, with_uris
-from wmtp.config.load import ConfigSource, Loaded, load
+from wmtp.config.inputs import anchored, hub_names_read, pinned, with_uris
+from wmtp.config.load import ConfigSource, Loaded, load, located
 from wmtp.config.places import build_backends
+from wmtp.config.problems import Problem
 from wmtp.config.rules import check_loaded
 from wmtp.config.schema import Config
+from wmtp.config.sources import MappingSource
 from wmtp.config.tree import dump_config
 from wmtp.distributed.environment import Nodes, Worker
 from wmtp.errors import ConfigError, WMTPError
@@ -120,6 +122,7 @@ def _run(loaded: Loaded, resume: str | os.PathLike[str] | None, *, dry_run: bool
             return _unless_ctrl_c(_run_as_one_of_several(loaded, resume, worker))
         if (nodes := Nodes.of()).rank:
             return _unless_ctrl_c(launcher.follow(checked, nodes))
+    anchored_config = anchored(checked)  # a plugin may change the working folder
     with _prepared(loaded, resume) as (directory, is_resumed):
 
         def launch() -> Result:
@@ -127,7 +130,7 @@ def _run(loaded: Loaded, resume: str | os.PathLike[str] | None, *, dry_run: bool
             return returned(checked.launcher, "launchers", "launch", Result, found)
 
         result = _recorded(directory, launch)
-        _push(checked, result)
+        _push(anchored_config, result)
     return _unless_ctrl_c(result)
 
 
@@ -159,7 +162,11 @@ def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator
         logger.info("no run to resume; starting a new one" if directory is None else f"resuming {directory}")
     is_resumed = directory is not None
     if directory is None:
-        directory = run_dirs.create(checked, loaded.registry, sys.argv, pinned(loaded))
+        try:
+            directory = run_dirs.create(checked, loaded.registry, sys.argv, pinned(loaded))
+        except ConfigError as error:
+            parts = (line.partition(": ") for line in error.problems)
+            raise located(loaded.document, (Problem(tuple(key.split(".")), text) for key, _, text in parts)) from None
     with run_dirs.lock(directory):
         if is_resumed:
             _take_up(directory, loaded)
@@ -207,6 +214,7 @@ def _run_as_one_of_several(loaded: Loaded, resume: str | os.PathLike[str] | None
     from wmtp.distributed.start import joined
     from wmtp.training.run import train
 
+    anchored_config = anchored(loaded.config)
     with joined(loaded.config, worker) as ranks, ExitStack() as stack:
         directory, is_resumed = ranks.main_only(lambda: stack.enter_context(_prepared(loaded, resume)))
 
@@ -215,7 +223,7 @@ def _run_as_one_of_several(loaded: Loaded, resume: str | os.PathLike[str] | None
 
         result = _recorded(directory, work) if ranks.is_main else work()
     if worker.rank == 0:
-        _push(loaded.config, result)
+        _push(anchored_config, result)
     return result
 
 
@@ -253,7 +261,7 @@ def load_checked(
             section = evolve(section, output_dir=str(directory.parent))
     if run_name is not None:
         section = evolve(section, name=run_name)
-        loaded.document.origins.pop(("run", "name"), None)  # a file that has another name is not to blame for this one
+        loaded.document.origins["run", "name"] = MappingSource()  # no file is to blame for this name
     section = evolve(section, tags=(*section.tags, *(tag for tag in tags if tag not in section.tags)))
     loaded = evolve(loaded, config=evolve(loaded.config, run=section))
     loaded, named = hub_names_read(loaded)

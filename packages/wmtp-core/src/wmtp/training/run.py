@@ -15,7 +15,7 @@ from torch import nn
 from wmtp.checkpoints.find import checkpoint_folder, compare_data, find_checkpoints
 from wmtp.checkpoints.local import list_checkpoints
 from wmtp.checkpoints.remote import CheckpointUpload, remote_checkpoints
-from wmtp.config.inputs import with_uris
+from wmtp.config.inputs import anchored, with_uris
 from wmtp.config.schema import Config, FsdpConfig
 from wmtp.config.tree import flatten
 from wmtp.data.score_cache.cached_numbers import open_token_numbers
@@ -89,6 +89,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
         torch.set_num_threads(config.devices.threads)
     pinned = ranks.main_only(lambda: pins(run_dir, config))
     config = with_uris(config, pinned)
+    params = flatten(config)  # as they were written
+    config = anchored(config)  # a trainer may change the working folder
     device = ranks.collective(lambda: pick_device(config.devices.device, ranks.local_rank if ranks.world_size > 1 else None))
     ranks.collective(lambda: check_device(config, device))
     remote = remote_checkpoints(config)
@@ -124,7 +126,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
         name=run_dir.name,
         run_dir=run_dir,
         tags={"wmtp.trainer": config.trainer.type} | dict.fromkeys(config.run.tags, "true"),
-        params=flatten(config),
+        params=params,
         resumed_step=saved[-1].step if saved else None,
         logged=last_steps(run_dir / "metrics.jsonl") if resume and ranks.is_main else {},
         backends=source.place.backends,
