@@ -1,5 +1,6 @@
 """The command where its standard streams are closed or full, or the folder it stands in is gone."""
 
+import io
 import json
 import os
 import subprocess
@@ -22,12 +23,24 @@ def test_closed_streams_change_nothing_and_are_given_to_no_file(tmp_path, closed
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
-@pytest.mark.parametrize("words", [["plugins"], ["plugins", "--json"]])
-def test_a_full_standard_output_is_an_error_without_a_traceback(words, monkeypatch, capsys):
+@pytest.mark.parametrize("write_through", [False, True])
+@pytest.mark.parametrize("words", [["plugins"], ["plugins", "--json"], ["check", "recipe.toml"], ["--version"]])
+def test_a_full_standard_output_is_an_error_without_a_traceback(words, write_through, monkeypatch, capsys, tmp_path):
+    (tmp_path / "recipe.toml").write_text(SHORTEST_TOML)
+    monkeypatch.chdir(tmp_path)
     with open("/dev/full", "w") as full:
+        full.reconfigure(write_through=write_through)
         monkeypatch.setattr(sys, "stdout", full)
         assert main(words) == 1
     assert capsys.readouterr().err == "error: standard output: No space left on device\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
+@pytest.mark.parametrize(("words", "code"), [(["check", "nope.toml"], 2), (["plugins"], 0)])
+def test_a_full_standard_error_leaves_the_exit_code(words, code, monkeypatch, capsys):
+    with io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(words) == code
 
 
 def test_a_folder_that_is_gone_is_said(tmp_path, monkeypatch, capsys):

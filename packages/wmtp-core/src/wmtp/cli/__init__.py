@@ -21,7 +21,14 @@ from typing import Any, NoReturn
 from wmtp.cli import evaluate, init, study, use
 from wmtp.cli import files as file_commands
 from wmtp.cli.parser import Parser
-from wmtp.cli.streams import escape_other_characters, has_every_character, is_closed, open_closed_streams
+from wmtp.cli.streams import (
+    NOT_WRITTEN,
+    accepts_output,
+    escape_other_characters,
+    has_every_character,
+    is_closed,
+    open_closed_streams,
+)
 from wmtp.errors import ConfigError, Terminated, WMTPError, described
 from wmtp.log_lines import set_up_logging
 from wmtp.redaction import redact
@@ -65,15 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done; 1 the work failed; 2 the input is wrong; 3 a service refuses the user; 4 a service fails; 130 interrupted by
         Ctrl-C (SIGINT); 143 ended by SIGTERM.
     """
-    try:
-        arguments = _parse(argv)
-    except SystemExit as stop:  # argparse has printed its message
-        return int(stop.code or 0)
-    wants_json: bool = arguments.json
-    set_up_logging(verbose=arguments.verbose, rank=_rank())
     output = sys.stdout
     code = 0
     try:
+        try:
+            arguments = _parse(argv)
+        except SystemExit as stop:  # argparse has printed its message
+            code = int(stop.code or 0)
+            output.flush()
+            return code
+        wants_json: bool = arguments.json
+        set_up_logging(verbose=arguments.verbose, rank=_rank())
         # whatever a library prints must not get between the braces
         with contextlib.ExitStack() as stack:
             if _rank():  # rank 0 says it all
@@ -90,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            print(f"error: standard output: {error.strerror or error}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(f"error: standard output: {error.strerror or error}", file=sys.stderr)
             code = code or 1
     return code
 
@@ -108,6 +118,8 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
     except (KeyboardInterrupt, SystemExit, Exception) as error:
         if isinstance(error, BrokenPipeError) and (is_closed(sys.stdout) or is_closed(sys.stderr)):
             raise
+        if isinstance(error, OSError) and error.errno in NOT_WRITTEN and not accepts_output(sys.stdout):
+            raise
         lines, code = _explained(error)
         lines = [redact(_with_origin(line)) for line in lines]
         if getattr(error, "said_by_main", False):  # rank 0 has the same error
@@ -117,7 +129,7 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
         elif not isinstance(error, KeyboardInterrupt | WMTPError) and getattr(error, "filename", None) is None:
             print("run it again with --debug for the traceback of this error:", file=sys.stderr)
     rank = f"rank {_rank()}: " if _rank() else ""
-    with contextlib.suppress(BrokenPipeError):  # the exit code says it too
+    with contextlib.suppress(OSError):  # the exit code says it too
         for line in lines:
             print(f"error: {rank}{line}", file=sys.stderr)
     return {"error": "\n".join(lines), "problems": lines}, code

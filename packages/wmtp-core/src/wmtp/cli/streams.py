@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import select
 import sys
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["escape_other_characters", "has_every_character", "is_closed", "open_closed_streams"]
+__all__ = [
+    "NOT_WRITTEN",
+    "accepts_output",
+    "escape_other_characters",
+    "has_every_character",
+    "is_closed",
+    "open_closed_streams",
+]
+
+#: numbers of errors by which a write fails where there is no room
+NOT_WRITTEN: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def open_closed_streams() -> None:
@@ -39,6 +50,19 @@ def has_every_character(stream: Any) -> bool:
     """Tell whether a stream's encoding is UTF-8, or it has none."""
     encoding = getattr(stream, "encoding", None)
     return encoding is None or encoding.lower().replace("_", "-") in ("utf-8", "utf8")
+
+
+def accepts_output(stream: Any) -> bool:
+    """Write a line break to a stream, and tell whether it arrives.
+
+    The error of a write does not say which file it was about; to a full disk another write fails too.
+    """
+    try:
+        stream.write("\n")
+        stream.flush()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def is_closed(stream: Any) -> bool:
