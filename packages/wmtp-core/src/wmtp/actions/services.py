@@ -119,12 +119,12 @@ def launch(
 
 
 @checks_arguments
-def status(run: str, *, config: Sequence[str | os.PathLike[str]] = ()) -> LaunchedRun:
+def status(run: str, *, config: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ()) -> LaunchedRun:
     """Ask how far a launched run is, as ``wmtp status`` does.
 
     Args:
         run: the id that `launch` returned, or ``run.name``.
-        config: TOML files with its ``[launcher]``, for a run that was launched elsewhere.
+        config: a TOML file with its ``[launcher]``, or several, for a run that was launched elsewhere.
 
     Raises:
         ConfigError: it is not known here, or to the service.
@@ -136,7 +136,11 @@ def status(run: str, *, config: Sequence[str | os.PathLike[str]] = ()) -> Launch
 
 @checks_arguments
 def logs(
-    run: str, *, config: Sequence[str | os.PathLike[str]] = (), tail: int | None = None, follow: bool = False
+    run: str,
+    *,
+    config: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    tail: int | None = None,
+    follow: bool = False,
 ) -> Iterator[str]:
     """Iterate over the log of a launched run, as ``wmtp logs`` does.
 
@@ -151,7 +155,7 @@ def logs(
 
 
 @checks_arguments
-def cancel(run: str, *, config: Sequence[str | os.PathLike[str]] = ()) -> LaunchedRun:
+def cancel(run: str, *, config: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ()) -> LaunchedRun:
     """End a launched run, as ``wmtp cancel`` does.
 
     One that is over stays as it is. Arguments and errors: see `status`.
@@ -165,7 +169,7 @@ def cancel(run: str, *, config: Sequence[str | os.PathLike[str]] = ()) -> Launch
 
 
 @checks_arguments
-def metrics(run: str, *, config: Sequence[str | os.PathLike[str]] = ()) -> Measurements:
+def metrics(run: str, *, config: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ()) -> Measurements:
     """Read a launched run's machine load, as ``wmtp metrics`` does.
 
     Arguments and errors: see `status`.

@@ -121,12 +121,14 @@ def _lost(launcher: RemoteLauncher, plan: LaunchPlan, before: Sequence[str] | No
     return new[0] if len(new) == 1 else None
 
 
-def find_launched(run: str, files: Sequence[str | os.PathLike[str]]) -> tuple[RemoteLauncher, str, Record | None]:
+def find_launched(
+    run: str, files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+) -> tuple[RemoteLauncher, str, Record | None]:
     """Find a launched run: its launcher, its id and its record.
 
     Args:
         run: the service's id, or the name of a run that was launched from this machine.
-        files: TOML files with its ``[launcher]``, for a run that was launched elsewhere.
+        files: a TOML file with its ``[launcher]``, or several, for a run that was launched elsewhere.
 
     Raises:
         ConfigError: it is not known here.
@@ -135,7 +137,7 @@ def find_launched(run: str, files: Sequence[str | os.PathLike[str]]) -> tuple[Re
     matching = [record for record in known if record.run == run] or [record for record in known if record.name == run]
     if files:
         document = Document()
-        for source in map(FileSource, files):
+        for source in map(FileSource, [files] if isinstance(files, str | os.PathLike) else files):
             document.merge(source.data, source)
         return remote_launcher(_read(document)), run, None
     if not matching:
