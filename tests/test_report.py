@@ -422,6 +422,10 @@ def test_where_the_page_goes(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "pages.html").exists()
     assert main(["report", "one", "--output", str(two)]) == 2
     assert "is a folder" in capsys.readouterr().err
+    (tmp_path / "recipe.toml").write_text("[run]\n")
+    assert main(["report", "one", "--output", "recipe.toml"]) == 2
+    assert "--output recipe.toml: an HTML page is written; call it something.html" in capsys.readouterr().err
+    assert (tmp_path / "recipe.toml").read_text() == "[run]\n"
     assert main(["report", "one", "--output", "missing/page.html"]) == 1
     assert "cannot be written" in capsys.readouterr().err
 

@@ -13,9 +13,10 @@ from wmtp.redaction import redact
 from wmtp.reporting.collect import collect
 from wmtp.reporting.groups import grouped_page
 from wmtp.reporting.html import html_page
-from wmtp.runs.directory import is_run_dir, replace_text
+from wmtp.runs.directory import is_run_dir
 from wmtp.runs.files import UPLOADED_FILES
 from wmtp.runs.weight_bins import WEIGHT_BINS
+from wmtp.storage.atomic import replace_text
 from wmtp.storage.uris import backend_for, file_path, localize, scheme_of
 
 __all__ = ["write_report"]
@@ -54,6 +55,8 @@ def write_report(
     page = beside / "report.html" if output is None else Path(output).expanduser()
     if page.is_dir():
         raise ConfigError(f"--output {page}: is a folder; name a file in it")
+    if page.suffix.lower() not in (".html", ".htm"):  # what is there is replaced: it could be a recipe
+        raise ConfigError(f"--output {redact(str(page))}: an HTML page is written; call it something.html")
     content = grouped_page(folders) or build_page([collect(folder, status=status) for folder in folders])
     replace_text(page, content)
     return page
