@@ -19,6 +19,7 @@ from wmtp import study
 from wmtp.actions import study_pool
 from wmtp.cli import main
 from wmtp.errors import ConfigError
+from wmtp.reporting.records import _seconds
 
 # What a run is to do is asked of a file with the name of its arm: fail, kill (its own process), hang, between (two runs), nan.
 WORKER = """
@@ -353,3 +354,16 @@ def test_a_record_of_another_study_is_left_out_and_is_no_change_of_the_config(fo
 def test_minutes_that_are_no_time_are_refused(folder, capsys, minutes):
     assert main(["study", "study.toml", "--minutes", minutes]) == 2
     assert "error: --minutes: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("info", "seconds"),
+    [
+        ({"started": "2026-11-29T10:00:00+00:00", "ended": "2026-11-29T12:00:30+01:00"}, 3630.0),
+        ({"started": "2026-11-29T10:00:00+00:00", "ended": "2026-11-29T09:00:00+00:00"}, 0.0),  # the clock was set back
+        ({"started": "2026-11-29T10:00:00", "ended": "2026-11-29T11:00:00+00:00"}, 0.0),
+        ({"started": "2026-11-29T10:00:00+00:00"}, 0.0),
+    ],
+)
+def test_a_run_takes_no_negative_time(info, seconds):
+    assert _seconds(info) == seconds

@@ -1,4 +1,7 @@
-"""Old names of modules, whose import names the new one."""
+"""Old names of modules, whose import names the new one.
+
+Plugins and scripts that followed the repository before 0.1.0 have them. The whole module can go with 0.2.
+"""
 
 from __future__ import annotations
 

@@ -86,6 +86,6 @@ def _models_beside(config: Config, unmade: Mapping[str, ModelLoaderConfig]) -> t
 
 
 def _shape(loader: ModelLoaderConfig, unmade: Mapping[str, ModelLoaderConfig]) -> ModelInfo | None:
-    while (made := unmade.get(getattr(loader, "uri", None) or "")) is not None:
-        loader = made
+    for _ in unmade:  # each arm's model is made of another's at most once
+        loader = unmade.get(getattr(loader, "uri", None) or "", loader)
     return outline(loader)

@@ -70,12 +70,16 @@ def record_failure(run: PlannedRun, error: str, seconds: float) -> RunRecord:
 
 
 def _seconds(info: Mapping[str, Any]) -> float:
-    """Seconds from the last start to the end."""
+    """Seconds from the last start to the end; 0 where they are not known.
+
+    A clock that was set back meanwhile does not tell.
+    """
     started = (info.get("resumed") or [info])[-1].get("started")
     try:
-        return (datetime.fromisoformat(str(info["ended"])) - datetime.fromisoformat(str(started))).total_seconds()
-    except (KeyError, ValueError):
+        found = (datetime.fromisoformat(str(info["ended"])) - datetime.fromisoformat(str(started))).total_seconds()
+    except (KeyError, TypeError, ValueError):
         return 0.0
+    return max(found, 0.0)
 
 
 def _small(page: Mapping[str, Any]) -> dict[str, Any]:
