@@ -8,14 +8,14 @@ import pytest
 #: the command, which answers no more than so many prompts and then waits to be killed
 HELD = """
 import sys, time
-from wmtp.actions.distill import _Speaker
+from wmtp.actions.distill import _Teacher
 from wmtp.cli import run_from_shell
-most, answer = int(sys.argv.pop(1)), _Speaker.answer
+most, answer = int(sys.argv.pop(1)), _Teacher.answer
 def hold(self, batch, **options):
     while batch[0] >= most:
         time.sleep(1)
     return answer(self, batch, **options)
-_Speaker.answer = hold
+_Teacher.answer = hold
 run_from_shell()
 """
 

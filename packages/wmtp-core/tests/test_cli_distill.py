@@ -122,7 +122,7 @@ def test_an_interrupted_answer_to_a_uri_goes_on_in_the_cache_and_is_pushed_whole
             pushed.append((uri, path.read_bytes()))
 
     monkeypatch.setattr(distill, "backend_for", lambda *_, **__: Store())
-    answer, asked = distill._Speaker.answer, []
+    answer, asked = distill._Teacher.answer, []
 
     def interrupted(self, batch, **named):
         asked.extend(batch)
@@ -130,7 +130,7 @@ def test_an_interrupted_answer_to_a_uri_goes_on_in_the_cache_and_is_pushed_whole
             raise KeyboardInterrupt
         return answer(self, batch, **named)
 
-    monkeypatch.setattr(distill._Speaker, "answer", interrupted)
+    monkeypatch.setattr(distill._Teacher, "answer", interrupted)
     options["config"] = {"storage": {"cache_dir": str(tmp_path / "cache")}}
     with pytest.raises(KeyboardInterrupt):
         wmtp.distill_data(model, prompts, "s3://bucket/d.jsonl", **options)

@@ -17,7 +17,7 @@ from wmtp.errors import ConfigError, PluginError, WMTPError
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.trainers import Stage, Trainer
 from wmtp.training.stages import StageBatches, StagePlan, apply_stage
-from wmtp.training.trainer_modules import Untaught
+from wmtp.training.trainer_modules import UntrainedModules
 
 THREE = [Stage(name="a", steps=4, until=EarlyStoppingConfig(metric="a")), Stage(name="b", steps=3), Stage(name="c")]
 
@@ -324,7 +324,7 @@ def test_a_run_of_warm_up_alone_leaves_the_model_as_it_is_until_it_is_made_longe
 )
 def test_a_module_that_no_gradient_reaches_is_named_once(caplog, stage, named):
     modules = {name: torch.nn.Linear(1, 1) for name in ("late", "idle")} | {"empty": torch.nn.Identity()}
-    watch = Untaught(modules, stage, "trainer 'mine'")
+    watch = UntrainedModules(modules, stage, "trainer 'mine'")
     for step in range(1, 30):
         if step == 15:
             modules["late"](torch.ones(1)).backward()
@@ -335,16 +335,16 @@ def test_a_module_that_no_gradient_reaches_is_named_once(caplog, stage, named):
         assert said[0].startswith(
             "trainer 'mine': stage 'a': no gradient has reached the module 'idle' in 20 steps, so it does"
         )
-    short = Untaught({"idle": torch.nn.Linear(1, 1)}, Stage(), "x")
+    short = UntrainedModules({"idle": torch.nn.Linear(1, 1)}, Stage(), "x")
     short.after_backward(last=True)
     assert "no gradient has reached the module 'idle' in 1 steps" in caplog.records[-1].getMessage()
-    unlooked = Untaught({"idle": torch.nn.Linear(1, 1)}, Stage(), "x")
+    unlooked = UntrainedModules({"idle": torch.nn.Linear(1, 1)}, Stage(), "x")
     unlooked.end()
     assert len(caplog.records) == named + 1
 
 
 def test_a_module_of_a_short_stage_is_named_when_it_ends(caplog):
-    watch = Untaught({"idle": torch.nn.Linear(1, 1)}, Stage(name="a"), "x")
+    watch = UntrainedModules({"idle": torch.nn.Linear(1, 1)}, Stage(name="a"), "x")
     for _ in range(3):
         watch.after_backward(last=False)
     watch.end()

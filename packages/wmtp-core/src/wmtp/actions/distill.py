@@ -135,10 +135,10 @@ def distill_data(
         compile_model(opened.model)
     if speculative and opened.model.horizon == 1:
         raise ConfigError("--speculative: this model has no extra heads (H = 1), so nothing can draft; leave it out")
-    speaker = _Speaker(opened, read, use_template=template == "auto" and opened.tokenizer.chat_template is not None)
+    teacher = _Teacher(opened, read, use_template=template == "auto" and opened.tokenizer.chat_template is not None)
     settings = {
         "model": redact(opened.name), "prompts": len(read), "of": fingerprint(read), "max_new_tokens": max_new_tokens,
-        "temperature": temperature, "top_p": top_p, "seed": seed, "template": speaker.use_template,
+        "temperature": temperature, "top_p": top_p, "seed": seed, "template": teacher.use_template,
     }  # fmt: skip
     lines = ResumableLines(path, settings)
     found, began = len(lines.done), time.monotonic()
@@ -146,28 +146,28 @@ def distill_data(
         logger.info("%s: %d of %d answers are there", path, found, len(read))
     progress = _Progress(lines.done, len(read))
     written = tokens = unfinished = 0
-    for batch in speaker.batches(lines.done, batch_size):
-        answers = speaker.answer(
+    for batch in teacher.batches(lines.done, batch_size):
+        answers = teacher.answer(
             batch, max_new_tokens=max_new_tokens, sampling=sampling, speculative=speculative, on_step=progress.step
         )
-        lines.add(speaker.line(index, answer) for index, answer in zip(batch, answers, strict=True))
+        lines.add(teacher.line(index, answer) for index, answer in zip(batch, answers, strict=True))
         written += len(answers)
         tokens += sum(len(answer.tokens) for answer in answers)
         unfinished += sum(answer.finish != "eos" for answer in answers)
     lines.finish()
-    if speaker.too_long:
-        logger.warning("%d prompts leave the model no position for an answer, and are left out", speaker.too_long)
+    if teacher.too_long:
+        logger.warning("%d prompts leave the model no position for an answer, and are left out", teacher.too_long)
     if unfinished:
         logger.info("%d of %d answers were cut off before their end token", unfinished, written)
     if remote:
         backend_for(target, backends).push(path, target)
     return Distilled(
         output=redact(target) if remote else str(path),
-        dataset="chat" if speaker.use_template else "jsonl",
+        dataset="chat" if teacher.use_template else "jsonl",
         prompts=len(read),
         written=written,
         found=found,
-        too_long=speaker.too_long,
+        too_long=teacher.too_long,
         unfinished=unfinished,
         tokens=tokens,
         seconds=time.monotonic() - began,
@@ -210,7 +210,7 @@ class _Progress:
             logger.info("%d of %d answers, %d tokens, %.0f tokens/s", len(self._done), self._prompts, self._tokens, speed)
 
 
-class _Speaker:
+class _Teacher:
     """A model with the prompts that it answers.
 
     Args:

@@ -31,7 +31,7 @@ from wmtp.training.interrupt import Interrupt, catch_signals
 from wmtp.training.stages import StageBatches, apply_stage
 from wmtp.training.step import StepLoss
 from wmtp.training.telemetry import PendingStep, Recorder, StepLog, finite, peak_memory, send_numbers
-from wmtp.training.trainer_modules import Untaught
+from wmtp.training.trainer_modules import UntrainedModules
 
 if TYPE_CHECKING:
     from wmtp.checkpoints.local import Checkpoint
@@ -103,7 +103,7 @@ class Fit:
     _skipped: int = field(default=0, init=False)
     _checked_state: bool = field(default=False, init=False)
     _stage: Stage | None = field(default=None, init=False)
-    _untaught: Untaught = field(factory=lambda: Untaught({}, Stage(), ""), init=False)
+    _untrained: UntrainedModules = field(factory=lambda: UntrainedModules({}, Stage(), ""), init=False)
     _stage_stopping: EarlyStopping = field(factory=lambda: EarlyStopping(None), init=False)
     _resumed_stage: Mapping[str, Any] | None = field(default=None, init=False)
     _log: StepLog | None = field(default=None, init=False)
@@ -211,8 +211,8 @@ class Fit:
         with nullcontext() if sharding is None else sharding.other_parameters_learn(model):
             apply_stage(stage, model, self.modules, self.step_loss.trainer_name)
         self._stage = stage
-        self._untaught.end()
-        self._untaught = Untaught(self.modules, stage, self.step_loss.trainer_name)
+        self._untrained.end()
+        self._untrained = UntrainedModules(self.modules, stage, self.step_loss.trainer_name)
         self._stage_stopping = EarlyStopping(stage.until, f"stage {stage.name!r} of {self.step_loss.trainer_name}")
         if self._resumed_stage is not None and self._resumed_stage["name"] == stage.name:
             self._stage_stopping.load_state_dict(self._resumed_stage["stopping"])
@@ -260,8 +260,8 @@ class Fit:
             raise PluginError(
                 f"{self.step_loss.trainer_name}: stage {stage.name!r}: no trainable parameter received a gradient"
             )
-        if self._untaught.modules:
-            self._untaught.after_backward(last=self._step + 1 == self.total_steps)
+        if self._untrained.modules:
+            self._untrained.after_backward(last=self._step + 1 == self.total_steps)
         norm = gradient_norm(learned)
         if self.train.max_grad_norm:
             clip_gradients(self.optimizer, learned, self.train.max_grad_norm, norm)

@@ -122,7 +122,7 @@ class _Rows:
 
 
 @frozen(kw_only=True, eq=False)
-class _Seen:
+class _Statistics:
     """Statistics of all ranks' rows, known before weights are given.
 
     None where the trainer asks for none.
@@ -217,8 +217,8 @@ class StepLoss:
             PluginError: the trainer breaks its contract.
         """
         rows = self._rows(batch)
-        seen = self._survey(rows, stage)
-        view = self._view(rows, seen, step, stage)
+        statistics = self._survey(rows, stage)
+        view = self._view(rows, statistics, step, stage)
         valid, before = view.targets.valid, checks.versions(view)
 
         weights, uniform = self._weights(view, stage)
@@ -226,7 +226,7 @@ class StepLoss:
         eligible = checks.eligible(self.trainer, view, self.trainer_name) if stage.model_loss else valid
         coefficients = prediction_coefficients(weights, eligible, self._head_weights, self.normalizer)
         problem = bad_weights(weights, coefficients)
-        auxiliary, slopes, of_router = self._auxiliary(view, seen)
+        auxiliary, slopes, of_router = self._auxiliary(view, statistics)
         checks.check_unchanged(view, before, self.trainer_name)
         if not stage.model_loss:
             coefficients = torch.zeros_like(coefficients)
@@ -242,12 +242,12 @@ class StepLoss:
         fit = None if self._objective is None else AgreementSums(self.model.horizon, self.device)
         predictions = PredictionSums(self.model.horizon, self.device) if accuracy else None
         for part in rows.micro_batches:
-            output, observed = seen.kept or self._forward(part, rows.packed, stage, observe=bool(slopes))
-            seen = evolve(seen, kept=None)
+            output, observed = statistics.kept or self._forward(part, rows.packed, stage, observe=bool(slopes))
+            statistics = evolve(statistics, kept=None)
             if not stage.frozen:
                 checks.check_reached(observed, slopes.keys() - {PROBABILITIES}, self.trainer_name)
             at_most = 0 if not stage.model_loss else sum(part.valid_counts) if uniform else None
-            loss, losses, objective = self._loss(part, output, coefficients[part.place], seen, at_most)
+            loss, losses, objective = self._loss(part, output, coefficients[part.place], statistics, at_most)
             if fit is not None and objective is not None:
                 fit.add(objective, coefficients[part.place])
             if predictions is not None:
@@ -269,7 +269,7 @@ class StepLoss:
                 self.ranks.sum(sums.sums)
         self.ranks.sum_gradients(self._whole_parameters())
 
-        losses = rows.share.gather(torch.cat(own_losses)) if seen.losses is None else seen.losses
+        losses = rows.share.gather(torch.cat(own_losses)) if statistics.losses is None else statistics.losses
         whole = sum(auxiliary.values(), start=model_loss)
         recorded = weights if stage.model_loss else None
         return StepOutput(
@@ -313,7 +313,7 @@ class StepLoss:
             micro_batches=parts,
         )
 
-    def _survey(self, rows: _Rows, stage: Stage) -> _Seen:
+    def _survey(self, rows: _Rows, stage: Stage) -> _Statistics:
         """Collect what the trainer asks for, over the whole step.
 
         That is token losses, entropy and observations.
@@ -325,9 +325,9 @@ class StepLoss:
             (part,) = rows.micro_batches
             kept = self._forward(part, rows.packed, stage)
             precomputed = self._token_pass(part, kept[0]) if self._needs_statistics else None
-            return self._seen(rows, [kept[1]], [] if precomputed is None else [precomputed], kept, precomputed)
+            return self._gathered(rows, [kept[1]], [] if precomputed is None else [precomputed], kept, precomputed)
         if not self._needs_statistics and type(self.trainer).observe is Trainer.observe and not self._balances(stage):
-            return _Seen()
+            return _Statistics()
         observed, passes = [], []
         with torch.no_grad():
             for part in rows.micro_batches:
@@ -335,22 +335,22 @@ class StepLoss:
                 observed.append(values)
                 if self._needs_statistics:
                     passes.append(self._token_pass(part, output))
-        return self._seen(rows, observed, passes)
+        return self._gathered(rows, observed, passes)
 
-    def _seen(
+    def _gathered(
         self,
         rows: _Rows,
         observed: Sequence[Mapping[str, Tensor]],
         passes: Sequence[TokenPass],
         kept: tuple[MTPOutput, dict[str, Tensor]] | None = None,
         precomputed: TokenPass | None = None,
-    ) -> _Seen:
-        """Join what was seen of all micro-batches and ranks.
+    ) -> _Statistics:
+        """Join the statistics of all micro-batches and ranks.
 
         A trainer sees the rows of all.
         """
         entropies = [found.entropy for found in passes if found.entropy is not None]
-        return _Seen(
+        return _Statistics(
             losses=rows.share.gather(_joined([found.losses for found in passes])) if passes else None,
             entropy=rows.share.gather(_joined(entropies)) if entropies else None,
             observations={
@@ -360,14 +360,16 @@ class StepLoss:
             precomputed=precomputed,
         )
 
-    def _view(self, rows: _Rows, seen: _Seen, step: int, stage: Stage) -> StepView:
+    def _view(self, rows: _Rows, statistics: _Statistics, step: int, stage: Stage) -> StepView:
         """Show the step to the trainer."""
         return StepView(
             batch=rows.batch,
             targets=rows.targets,
-            token_loss=seen.losses if self.trainer.needs_token_loss else None,
-            entropy=seen.entropy,
-            observations={name: value for name, value in seen.observations.items() if name not in (PROBABILITIES, CHOICES)},
+            token_loss=statistics.losses if self.trainer.needs_token_loss else None,
+            entropy=statistics.entropy,
+            observations={
+                name: value for name, value in statistics.observations.items() if name not in (PROBABILITIES, CHOICES)
+            },
             step=step,
             stage=stage.name,
             generator=torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63),
@@ -383,12 +385,14 @@ class StepLoss:
             return weights, view.is_uniform(given)
         return weights * view.by_prediction(view.batch.scale), False
 
-    def _auxiliary(self, view: StepView, seen: _Seen) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    def _auxiliary(
+        self, view: StepView, statistics: _Statistics
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Ask for auxiliary losses; differentiate them by each observation.
 
         Returns the terms by name, the gradients by observation, and the router's metrics.
         """
-        leaves = {name: value.detach().clone() for name, value in seen.observations.items()}
+        leaves = {name: value.detach().clone() for name, value in statistics.observations.items()}
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())
         with torch.enable_grad():
@@ -453,13 +457,13 @@ class StepLoss:
             )
 
     def _loss(
-        self, part: _MicroBatch, output: MTPOutput, coefficients: Tensor, seen: _Seen, at_most: int | None
+        self, part: _MicroBatch, output: MTPOutput, coefficients: Tensor, statistics: _Statistics, at_most: int | None
     ) -> tuple[Tensor, Tensor, HeadLoss | None]:
         """Compute a micro-batch's weighted loss, token losses, and agreement of heads 2..H."""
         # where all token losses are known, only the predictions that teach something are computed again
-        computed = part.targets.valid if seen.losses is None or seen.precomputed is not None else coefficients != 0
+        computed = part.targets.valid if statistics.losses is None or statistics.precomputed is not None else coefficients != 0
         given = output.hidden, self._unembeddings(), part.targets.ids, coefficients, computed
-        told = {"precomputed": seen.precomputed, "at_most": at_most, "valid_counts": part.valid_counts}
+        told = {"precomputed": statistics.precomputed, "at_most": at_most, "valid_counts": part.valid_counts}
         with self.autocast():
             if self._objective is None:
                 return *weighted_cross_entropy(*given, **told, fp8=self.fp8_logits), None

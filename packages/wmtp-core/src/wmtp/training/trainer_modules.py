@@ -17,7 +17,7 @@ from wmtp.trainers.base import Stage, Trainer
 from wmtp.trainers.checks import checked_modules
 from wmtp.trainers.setup import TrainerSetup
 
-__all__ = ["HEAD_WARMUP", "Untaught", "set_up"]
+__all__ = ["HEAD_WARMUP", "UntrainedModules", "set_up"]
 
 #: name of the stage that the config puts before those of the trainer
 HEAD_WARMUP: Final = "head-warmup"
@@ -48,7 +48,7 @@ def set_up(trainer: Trainer, setup: TrainerSetup, name: str, ranks: Ranks) -> di
     return modules
 
 
-class Untaught:
+class UntrainedModules:
     """Modules of a stage that no gradient has reached.
 
     What is made of them is detached, or in no auxiliary loss.
