@@ -19,7 +19,7 @@ from wmtp.cli import main
 from wmtp.data.store import TokenStore
 from wmtp.errors import FileError, WMTPError
 from wmtp.json_files import reading
-from wmtp.runs.directory import replace_text
+from wmtp.storage.atomic import replace_text
 from wmtp.training.telemetry import StepFile
 
 _SHORT = ("train.max_steps=6", "train.eval_interval=3", "checkpoints.save_interval=3", "models.base.heads.warmup_steps=0")

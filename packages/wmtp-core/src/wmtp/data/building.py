@@ -25,7 +25,7 @@ from wmtp.data.render import Renderer
 from wmtp.data.store import TokenStore
 from wmtp.data.store_writer import StoreWriter
 from wmtp.errors import FileError, PluginError, WMTPError
-from wmtp.runs.directory import replace_text
+from wmtp.storage.atomic import replace_text
 from wmtp.storage.lock import FileLock
 
 __all__ = ["Building", "bad_error", "stamps"]

@@ -25,7 +25,7 @@ from wmtp.generation import release
 from wmtp.json_files import read_json_object
 from wmtp.plugins.built import built
 from wmtp.plugins.provenance import provenance
-from wmtp.runs.directory import replace_text
+from wmtp.storage.atomic import replace_text
 
 __all__ = ["DETAILS_FILE", "NUMBERS_FILE", "measure"]
 

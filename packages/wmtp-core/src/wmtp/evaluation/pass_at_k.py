@@ -21,8 +21,8 @@ from wmtp.evaluation.problems import Problem, code_contests, human_eval, mbpp
 from wmtp.evaluation.samples import SampleFile, model_fingerprint
 from wmtp.generation import Sampling
 from wmtp.generation.text import encode_prompt, generate_texts
-from wmtp.runs.directory import replace_text
 from wmtp.sandbox import Limits, Outcome, Sandbox
+from wmtp.storage.atomic import replace_text
 
 if TYPE_CHECKING:
     from wmtp.evaluation.config import PassAtK

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.json_files import read_json_object
-from wmtp.runs.directory import replace_text
+from wmtp.storage.atomic import replace_text
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel

@@ -26,6 +26,7 @@ from wmtp.errors import ConfigError, PluginError, Terminated, WMTPError
 from wmtp.json_files import writing
 from wmtp.runs.result import Result
 from wmtp.signals import can_be_caught
+from wmtp.storage.atomic import replace_text
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -202,10 +203,7 @@ def write_result(job: Path, result: Result) -> None:
         "status": result.status,
         "signal": result.signal,
     }
-    draft = job / "result.json.new"
-    with writing(job / "result.json"):
-        draft.write_text(json.dumps(facts))
-        draft.replace(job / "result.json")
+    replace_text(job / "result.json", json.dumps(facts))
 
 
 def read_result(job: Path) -> Result | None:
@@ -228,9 +226,7 @@ def read_result(job: Path) -> Result | None:
 
 def write_failure(job: Path, rank: int, kind: str, lines: list[str]) -> None:
     """Write what went wrong on a rank; the first one is believed."""
-    draft = job / f"rank-{rank}.json.new"
-    draft.write_text(json.dumps({"rank": rank, "kind": kind, "lines": lines}))
-    draft.replace(job / f"failure-{rank}.json")
+    replace_text(job / f"failure-{rank}.json", json.dumps({"rank": rank, "kind": kind, "lines": lines}))
 
 
 def _explained(job: Path, failed: ChildFailedError | None, where: str) -> WMTPError:

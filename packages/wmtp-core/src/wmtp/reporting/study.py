@@ -9,7 +9,7 @@ from typing import Any, Final
 from attrs import asdict
 
 from wmtp.reporting.html import html_page
-from wmtp.runs.directory import replace_text
+from wmtp.storage.atomic import replace_text
 from wmtp.studies.record import RunRecord
 from wmtp.studies.table import StudyTable, as_dicts
 

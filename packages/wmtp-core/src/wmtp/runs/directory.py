@@ -25,10 +25,11 @@ from wmtp.config.schema import Config, ScheduleConfig
 from wmtp.config.sources import escape
 from wmtp.config.tree import components, dump_config, flat, to_mapping
 from wmtp.errors import ConfigError, FileError, WMTPError
-from wmtp.json_files import read_json_object, writing
+from wmtp.json_files import read_json_object
 from wmtp.plugins.registry import Registry
 from wmtp.runs.files import CONFIG_FILE, INFO_FILE, read_snapshot
 from wmtp.runs.fixed import fixed, given_inputs
+from wmtp.storage.atomic import replace_text
 from wmtp.storage.lock import FileLock
 from wmtp.storage.uris import file_path
 
@@ -48,7 +49,6 @@ __all__ = [
     "is_run_dir",
     "lock",
     "record",
-    "replace_text",
 ]
 
 _LOCK_FILE: Final = ".lock"
@@ -242,18 +242,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     replace_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half written.
-
-    Raises:
-        WMTPError: it cannot be written; the message names it.
-    """
-    draft = path.with_name(f".{path.name}.new")
-    with writing(path):
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
 
 
 def is_run_dir(path: Path) -> bool:

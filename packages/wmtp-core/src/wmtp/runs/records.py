@@ -18,7 +18,8 @@ from wmtp.config.schema import Config
 from wmtp.config.tree import plain_value
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.json_files import DAMAGE, writing
-from wmtp.runs.directory import git, replace_text
+from wmtp.runs.directory import git
+from wmtp.storage.atomic import replace_text
 from wmtp.storage.lock import FileLock
 
 if TYPE_CHECKING:

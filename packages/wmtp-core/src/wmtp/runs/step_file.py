@@ -10,6 +10,7 @@ from typing import Any
 
 from wmtp.errors import FileError, WMTPError
 from wmtp.json_files import DAMAGE, reading
+from wmtp.storage.atomic import replace_text
 
 __all__ = ["last_steps", "merge_steps", "read_steps", "set_aside_damaged", "warn_of_gap"]
 
@@ -62,13 +63,8 @@ def merge_steps(path: Path, other: Path) -> None:
     Raises:
         WMTPError: one is damaged, or cannot be written.
     """
-    try:
-        found = {record["step"]: record for file in (path, other) if file.exists() for record in read_steps(file)}
-        draft = path.with_name(f".{path.name}.new")
-        draft.write_text("".join(json.dumps(found[step]) + "\n" for step in sorted(found)))
-        draft.replace(path)
-    except OSError as error:
-        raise WMTPError(f"{path} cannot be written: {error.strerror or error}") from error
+    found = {record["step"]: record for file in (path, other) if file.exists() for record in read_steps(file)}
+    replace_text(path, "".join(json.dumps(found[step]) + "\n" for step in sorted(found)))
 
 
 def warn_of_gap(path: Path, step: int, interval: int) -> None:

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wmtp.errors import WMTPError
+from wmtp.json_files import writing
 
-__all__ = ["making_folder", "partial_path", "remove_partial", "replace_path", "write_folder"]
+__all__ = ["making_folder", "partial_path", "remove_partial", "replace_path", "replace_text", "write_folder"]
 
 _PARTIAL = re.compile(r"\..+\.partial-\d+")
 _FULL_DISK = 2**20  # bytes free
@@ -26,6 +27,22 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """
     with making_folder(target) as new:
         write(new)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is never seen half written.
+
+    Raises:
+        WMTPError: it cannot be written; the message names it.
+    """
+    draft = partial_path(path)
+    with writing(path):
+        try:
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

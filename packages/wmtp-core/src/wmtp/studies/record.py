@@ -16,7 +16,8 @@ from attrs.validators import instance_of
 
 from wmtp.errors import FileError
 from wmtp.json_files import read_json_object, writing
-from wmtp.runs.directory import is_free_to_change, replace_text
+from wmtp.runs.directory import is_free_to_change
+from wmtp.storage.atomic import replace_text
 from wmtp.studies.plan import PlannedRun, counted
 
 __all__ = ["FAILED", "RunRecord", "changed_keys", "of_plan", "read_records", "remove_record", "write_record"]

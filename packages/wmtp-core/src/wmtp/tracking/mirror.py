@@ -22,7 +22,7 @@ from attrs import evolve
 
 from wmtp.errors import WMTPError
 from wmtp.json_files import read_json_object, reading
-from wmtp.runs.directory import replace_text
+from wmtp.storage.atomic import replace_text
 from wmtp.storage.uris import backend_for
 from wmtp.tracking.base import TRACKED_ANEW, RunInfo, Tracker
 from wmtp.tracking.mlflow import MLflow

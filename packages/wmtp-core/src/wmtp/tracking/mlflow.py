@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.json_files import read_json_object, reading
 from wmtp.redaction import redact
-from wmtp.runs.directory import replace_text
 from wmtp.runs.step_file import read_steps
+from wmtp.storage.atomic import replace_text
 from wmtp.storage.lock import FileLock
 from wmtp.tracking.base import TRACKED_ANEW, RunInfo, Tracker
 from wmtp.tracking.sender import Sender

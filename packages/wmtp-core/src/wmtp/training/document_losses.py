@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wmtp.data.batch import PADDING, Batch
 from wmtp.loss.weights import statistics_dtype
-from wmtp.runs.directory import replace_text
+from wmtp.storage.atomic import replace_text
 
 __all__ = ["DocumentLosses"]
 

@@ -21,8 +21,8 @@ from wmtp.evaluation.consent import code_execution_allowed
 from wmtp.evaluation.measure import measure
 from wmtp.models.ends import end_ids
 from wmtp.reporting import write_report
-from wmtp.runs.directory import replace_text
 from wmtp.runs.files import SAMPLE_FILE, read_object
+from wmtp.storage.atomic import replace_text
 from wmtp.tracking import Tracker
 from wmtp.tracking.base import failure
 from wmtp.trainers.modules import save_modules

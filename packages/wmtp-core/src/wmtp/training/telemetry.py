@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
@@ -27,6 +26,7 @@ from wmtp.json_files import writing
 from wmtp.log_lines import in_notebook
 from wmtp.loss.weights import BAD_WEIGHTS, NO_WEIGHT
 from wmtp.runs.step_file import read_steps
+from wmtp.storage.atomic import replace_text
 from wmtp.tracking import Tracker
 from wmtp.tracking.base import failure
 from wmtp.training.recording import Place, Recording, document_record
@@ -182,13 +182,9 @@ class StepFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [line for line in read_steps(path) if line["step"] <= resumed_step] if path.exists() else []
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            partial.write_text("".join(_line(record) for record in kept))
-            partial.replace(path)
+        replace_text(path, "".join(_line(record) for record in kept))
+        with writing(path):
             self._file = path.open("a")
-        except OSError as error:
-            raise WMTPError(f"{path} cannot be written: {error}") from error
         self.path = path
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
