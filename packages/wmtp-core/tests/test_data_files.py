@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import tracemalloc
+from decimal import Decimal
 
 import pyarrow
 import pyarrow.ipc
@@ -215,6 +216,12 @@ def test_bad_rows_of_csv_are_told_from_good_ones(tmp_path):
     )
     (tmp_path / "b.tsv").write_text("text\treward\na, b\t2\n")
     assert [(e.completion, e.reward) for e in read(Jsonl(uri=""), tmp_path / "b.tsv")] == [("a, b", 2.0)]
+
+
+def test_decimal_numbers_of_a_table_are_numbers(tmp_path):
+    table = pyarrow.table({"text": ["a", "b"], "reward": pyarrow.array([Decimal("0.5"), None])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [example.reward for example in read(Jsonl(uri=""), tmp_path / "a.parquet")] == [0.5, None]
 
 
 @pytest.mark.parametrize("form", ["stream.arrow", "file.arrow", "packed.arrow.gz", "a.parquet"])

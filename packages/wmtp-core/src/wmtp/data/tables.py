@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -211,5 +212,10 @@ def _value(value: Any) -> Any:
 
 
 def _present(value: Any) -> Any:
-    """Return None for NaN, the empty cell of a numeric table."""
+    """Return None for NaN, the empty cell of a numeric table.
+
+    A decimal number becomes a float.
+    """
+    if isinstance(value, Decimal):
+        value = float(value)
     return None if isinstance(value, float) and math.isnan(value) else value
