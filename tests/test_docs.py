@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import struct
 import subprocess
 import sys
 import tomllib
@@ -97,7 +98,7 @@ def make_inputs(value):
                 is_model = value.get("type") == "hf" and path.suffix != ".gguf"
                 if path.suffix and not is_model:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.touch()
+                    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0) if path.suffix == ".gguf" else b"")
                 else:
                     path.mkdir(parents=True, exist_ok=True)
                     if is_model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -203,7 +204,7 @@ def test_conversations_for_a_model_without_a_chat_template(folder: Path):
 
 def test_several_gguf_files(tmp_path: Path):
     for name in ("a.gguf", "b.gguf"):
-        (tmp_path / name).write_bytes(b"GGUF")
+        (tmp_path / name).write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))  # of no tensors
     refused(tmp_path, r"models\.base\.gguf_file: .* holds several: a\.gguf, b\.gguf")
     check(tmp_path, gguf_file="a.gguf")
 

@@ -70,9 +70,9 @@ def record_failure(run: PlannedRun, error: str, seconds: float) -> RunRecord:
 
 
 def _seconds(info: Mapping[str, Any]) -> float:
-    """Seconds from the last start to the end; 0 where they are not known.
+    """Seconds from the last start to the end.
 
-    A clock that was set back meanwhile does not tell.
+    0 where they are not known: a clock that was set back meanwhile does not tell.
     """
     started = (info.get("resumed") or [info])[-1].get("started")
     try:
