@@ -19,8 +19,8 @@ KB = 2**10
 SIZES = {"a/small": 1, "empty": 0, "a/b/one": 16 * KB, "two": 32 * KB + 1, "large": 300 * KB, "multipart": 6 * 2**20}
 FAULTS = ("cut", "reset", "stall", "500", "503", "429", "shifted", "short", "whole", "corrupt", "other-etag", "garbage")
 #: schedules of each; more for a soak: WMTP_FAULT_SEEDS=500 pytest packages/wmtp-storage/tests/test_faults.py
-MANY = int(os.environ.get("WMTP_FAULT_SEEDS", "6"))
-each_schedule = pytest.mark.parametrize("seeds", [range(MANY), pytest.param(range(MANY, 2 * MANY), marks=pytest.mark.slow)])
+MANY = int(os.environ.get("WMTP_FAULT_SEEDS", "4"))
+each_schedule = pytest.mark.parametrize("seeds", [range(MANY), pytest.param(range(MANY, 3 * MANY), marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
