@@ -6,7 +6,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, command, environment
@@ -82,43 +81,18 @@ def test_ctrl_c_inside_a_run_is_resumed_to_the_same_numbers(recipe, tmp_path):
     assert [line["step"] for line in map(json.loads, (baseline / "metrics.jsonl").read_text().splitlines())] == [*range(1, 401)]
 
 
-def quickstart(folder, packages, planted, *shorter):
-    """Mean loss of head 1 by arm in examples/study-quickstart.toml, one seed."""
-    script = [sys.executable, ROOT / "bench" / "evidence" / "planted.py", "data/planted", *packages, "--kind", "blobs"]
-    subprocess.run([*script, *planted.split()], cwd=folder, check=True, capture_output=True, timeout=300)
-    settings = [word for setting in shorter for word in ("--set", setting)]
-    done = subprocess.run(
-        command("study", ROOT / "examples" / "study-quickstart.toml", "--json", "--jobs", "1", "--seeds", "0", *settings),
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return {row["arm"]: row["mean"] for row in json.loads(done.stdout)["rows"] if row["metric"] == "eval/loss/head_1"}
-
-
-def test_the_quickstart_study_in_short_shows_an_effect_and_its_control(tmp_path):
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    means = quickstart(
-        tmp_path,
-        [stdlib / name for name in ("asyncio", "email", "unittest", "importlib", "http")],
-        "--functions 200 --reference 200 --heldout 40 --shortest 80 --longest 500",
-        "models.base.hidden_size=64", "models.base.layers=1", "models.base.intermediate_size=96", "models.base.heads.horizon=2",
-        "data.train.max_length=128", "data.train.batch_size=4", "data.eval.max_batches=2", "optimizer.lr=1e-2",
-        "schedule.warmup_steps=4", "train.max_steps=30", "train.eval_interval=1000",
-    )  # fmt: skip
-    assert means["rho1"] < means["baseline"] - 0.03
-    assert means["column"] < means["baseline"] - 0.03
-    assert means["shuffled"] > means["rho1"] + 0.06  # the same weights on other tokens: it is the assignment
-
-
 @pytest.mark.slow
 def test_the_quickstart_study_shows_an_effect_and_its_control(tmp_path):
-    means = quickstart(
-        tmp_path,
-        [sysconfig.get_path("stdlib")],
-        "--functions 600 --reference 600 --heldout 60 --shortest 80 --longest 400",
-        "train.max_steps=60",
-        "schedule.warmup_steps=10",
-    )
+    script = [sys.executable, ROOT / "bench" / "evidence" / "planted.py", "data/planted", sysconfig.get_path("stdlib")]
+    planted = "--kind blobs --functions 600 --reference 600 --heldout 60 --shortest 80 --longest 400"
+    subprocess.run([*script, *planted.split()], cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    settings = ("--set", "train.max_steps=60", "--set", "schedule.warmup_steps=10")
+    done = subprocess.run(
+        command("study", ROOT / "examples" / "study-quickstart.toml", "--json", "--jobs", "1", "--seeds", "0", *settings),
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    means = {row["arm"]: row["mean"] for row in json.loads(done.stdout)["rows"] if row["metric"] == "eval/loss/head_1"}
     assert means["rho1"] < means["baseline"] - 0.02
     assert means["column"] < means["baseline"] - 0.02
-    assert means["shuffled"] > means["rho1"] + 0.02
+    assert means["shuffled"] > means["rho1"] + 0.02  # the same weights on other tokens: it is the assignment
