@@ -121,12 +121,14 @@ def test_everything_is_trained_once_compared_and_skipped_afterwards(folder, caps
     assert (again.failed, list(again.left)) == ({}, [])
 
 
-def test_a_fresh_machine_goes_on_from_the_record_alone(folder):
+def test_a_fresh_machine_goes_on_from_the_record_alone(folder, caplog):
     study("study.toml", seeds=[0, 1])
     trained(folder)
     shutil.rmtree(folder / "studies/small/runs")
     assert study("study.toml", dry_run=True).facts["runs"] == "7; 5 done, 0 failed, 3 to do, 1 at once"
+    caplog.set_level("INFO", "wmtp")
     found = study("study.toml")
+    assert "its model, which is not here; 2 runs that are done had the earlier one, which may differ" in caplog.text
     assert trained(folder) == ["reference7", "baseline2", "rho12"]  # the reference's weights were not in the record
     assert [row["n"] for row in found.rows] == [3, 3]
     size = sum(path.stat().st_size for path in (folder / "studies/small/record").iterdir())
@@ -348,6 +350,13 @@ def test_a_record_of_another_study_is_left_out_and_is_no_change_of_the_config(fo
     said = capsys.readouterr().err
     assert "1 run left out, of arms or seeds that this study does not have: alien-seed0" in said
     assert "configs have changed" not in said
+
+
+def test_a_folder_that_cannot_be_made_is_named(folder, capsys):
+    (folder / "studies/small").mkdir(parents=True)
+    (folder / "studies/small/record").touch()
+    assert main(["study", "study.toml"]) == 2
+    assert re.search(r"study.output_dir: cannot write to \S+/studies/small/record: File exists", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("minutes", ["nan", "-1"])

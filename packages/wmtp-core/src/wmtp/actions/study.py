@@ -220,7 +220,9 @@ class _Session:
             for name in ("runs", "configs", "logs", "record"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"study.output_dir: cannot write to {folder}: {error.strerror or error}") from None
+            raise ConfigError(
+                f"study.output_dir: cannot write to {error.filename or folder}: {error.strerror or error}"
+            ) from None
         with _locked(folder):
             todo = self._read()
             for run in todo:
@@ -246,7 +248,9 @@ class _Session:
         if (record := self._records.get(run.name)) is None:
             return False
         if record.counts:
-            logger.info("%s is trained again: others need its model, which is not here", run.name)
+            done = [other.name for other in self._plan.runs if run.name in other.needs and self._is_done(other.name)]
+            earlier = f"; {_runs(done)} that {'is' if len(done) == 1 else 'are'} done had the earlier one, which may differ"
+            logger.info("%s is trained again: others need its model, which is not here%s", run.name, earlier if done else "")
             shutil.rmtree(self._plan.folder / "runs" / run.name, ignore_errors=True)
         del self._records[run.name]
         return True
