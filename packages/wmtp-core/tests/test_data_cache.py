@@ -65,6 +65,44 @@ def test_the_second_preparation_tokenizes_nothing(tmp_path):
         assert texts(second.train) == texts(first.train)
 
 
+#: a loader as a cell of a notebook defines it: without a file
+CELL = """
+BEGIN = {begin!r}
+
+def text(number):
+    return f"{{BEGIN}} {{number}}{end}"
+
+class Loader(ExampleLoader):
+    def examples(self, path):
+        for number in range(3):
+            yield Example(id=str(number), completion=text(number){more})
+
+@attrs.frozen(kw_only=True)
+class Config(DataLoaderConfig):
+    type = "cell"
+
+    def build(self):
+        return Loader()
+"""
+
+
+def test_a_loader_that_a_cell_defines_anew_is_read_anew(tmp_path):
+    def made(tokenizer, **changes):
+        space = {**globals(), "__name__": "a_notebook"}
+        exec(CELL.format(**{"begin": "n", "end": "!", "more": ""} | changes), space)
+        return texts(prepare(tmp_path, {"d": space["Config"]()}, {"d": None}, tokenizer).train)
+
+    tokenizer = CountingTokenizer()
+    assert made(tokenizer) == ["n 0!", "n 1!", "n 2!"]
+    calls = tokenizer.calls
+    assert made(tokenizer) == ["n 0!", "n 1!", "n 2!"]
+    assert tokenizer.calls == calls
+    # in its own method, in a function that it calls, in a value that this one names
+    assert made(tokenizer, more=" * 2")[1] == "n 1!n 1!"
+    assert made(tokenizer, end="?")[1] == "n 1?"
+    assert made(tokenizer, begin="m")[1] == "m 1!"
+
+
 def test_a_changed_byte_or_tokenizer_or_key_is_tokenized_anew(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", PAIRS)
     prepare_file(tmp_path, path)

@@ -77,6 +77,17 @@ def test_an_optimizer_has_all_parameters_and_no_others(tmp_path, choose, said):
         build_optimizer(in_python(tmp_path, "optimizer", sgd), model, parameters, {}, {}, None)
 
 
+def test_an_optimizer_that_computes_the_loss_itself_is_refused(tmp_path):
+    def build(self, parameters):
+        return torch.optim.LBFGS([parameter for _, parameter in parameters], lr=self.lr)
+
+    lbfgs = make(wmtp.OptimizerConfig, build, lr=0.1, __annotations__={"lr": float})()
+    model = SimpleNamespace(extra_heads=nn.Linear(2, 2), heads=SimpleNamespace(lr_factor=1.0))
+    parameters = list(model.extra_heads.named_parameters())
+    with pytest.raises(PluginError, match=rf"^optimizer 'mine' \({__name__}.*\): its step\(\) needs an argument, as a closure"):
+        build_optimizer(in_python(tmp_path, "optimizer", lbfgs), model, parameters, {}, {}, None)
+
+
 def test_a_launcher_returns_a_result(tmp_path):
     class Lazy(wmtp.launchers.Launcher):
         def launch(self, config, run_dir, *, resume):
@@ -181,6 +192,8 @@ def test_a_storage_backend_answers_with_what_it_promises(tmp_path, method, wante
         ("encode", lambda *_: [-1, 2], "encode gave the id -1, outside of its vocabulary, 0..257"),
         ("encode_many", lambda *_, **__: [[1]], "encode_many gave 1 lists of ids for 2 texts"),
         ("eos_id", property(lambda _: 258), "eos_id gave the id 258, outside of its vocabulary, 0..257"),
+        ("bos_id", property(lambda _: 999), "bos_id gave the id 999, outside of its vocabulary, 0..257"),
+        ("decode", lambda *_: None, "decode returned None, not a text"),
         ("fingerprint", lambda _: None, "fingerprint returned None, not a text"),
     ],
 )

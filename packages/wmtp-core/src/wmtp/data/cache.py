@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -18,6 +16,7 @@ from wmtp.config.tree import components
 from wmtp.data.base import ExampleLoader
 from wmtp.data.building import Building, bad_error, stamps
 from wmtp.data.conversation import Learn
+from wmtp.data.loader_code import loader_code
 from wmtp.data.render import Boundary, Renderer
 from wmtp.data.store import TokenStore
 from wmtp.errors import ConfigError, FileError, InputError
@@ -114,8 +113,7 @@ def cache_key(
         parts += [tokenizer.chat_template, dict(tokenizer.special_tokens), sorted(tokenizer.control_tokens), learn]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode())
     for each in loaders:
-        with suppress(TypeError, OSError):  # a class made in an interactive session has no file
-            digest.update(Path(inspect.getfile(type(each))).read_bytes())
+        digest.update(loader_code(type(each)))
     for file in loader.files(path):
         try:
             with file.open("rb") as stream:

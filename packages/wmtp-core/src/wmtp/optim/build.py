@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,9 @@ def build_optimizer(
         parameters = list(zip(names, master_weights.replace(plain), strict=True))
         of_heads = master_weights.replace(of_heads)
     optimizer: torch.optim.Optimizer = built(config.optimizer, "optimizers", parameters)
-    _check_complete(optimizer, parameters, provenance(config.optimizer, "optimizer"))
+    name = provenance(config.optimizer, "optimizer")
+    _check_complete(optimizer, parameters, name)
+    _check_step(optimizer, name)
     if master_weights is not None:
         optimizer = master_weights.take_over(optimizer)
     # groups of their own, however many ranks there are: a fused step takes parameters of one kind, and these are never divided
@@ -66,6 +69,17 @@ def _check_complete(optimizer: torch.optim.Optimizer, parameters: list[tuple[str
         )
     if foreign := taken - given.keys():
         raise PluginError(f"{name}: build gave it {len(foreign)} parameters that are not among those it was called with")
+
+
+def _check_step(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Refuse an optimizer that computes the loss itself, as LBFGS."""
+    try:
+        inspect.signature(optimizer.step).bind()
+    except TypeError:
+        raise PluginError(
+            f"{name}: its step() needs an argument, as a closure that computes the loss again; a run computes it once a step: "
+            "build an optimizer whose step() needs none"
+        ) from None
 
 
 def build_adamw(config: AdamW, parameters: NamedParameters) -> torch.optim.Optimizer:

@@ -24,7 +24,7 @@ def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
         name: what messages call it.
 
     Raises:
-        PluginError: its ids are no whole numbers, or outside of its vocabulary, or it gives too few lists of them.
+        PluginError: its ids are no whole numbers, or outside of its vocabulary, or it gives too few lists of them, or no text.
     """
     many = _result(lambda: tokenizer.encode_many([_PROBE, _PROBE]))
     if many is not None and len(many) != 2:
@@ -34,11 +34,15 @@ def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
         ("encode_first", _result(lambda: [tokenizer.encode_first(_PROBE)])),
         ("encode_many", many),
         ("eos_id", [[tokenizer.eos_id]]),
+        ("bos_id", None if tokenizer.bos_id is None else [[tokenizer.bos_id]]),
     ):
         for ids in found or ():
             _check_ids(ids, tokenizer.vocab_size, f"{name}: {method}")
-    if not isinstance(found := tokenizer.fingerprint(), str):
-        raise PluginError(f"{name}: fingerprint returned {found!r:.60}, not a text")
+    decoded = _result(lambda: [tokenizer.decode([tokenizer.eos_id])])
+    for method, texts in (("fingerprint", [tokenizer.fingerprint()]), ("decode", decoded)):
+        for text in texts or ():
+            if not isinstance(text, str):
+                raise PluginError(f"{name}: {method} returned {text!r:.60}, not a text")
 
 
 def _result(method: Callable[[], Any]) -> Any:
