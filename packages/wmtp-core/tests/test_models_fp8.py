@@ -37,7 +37,7 @@ def make(*, lora=None, device=CPU, **heads):
 
 
 def in_fp8(model):
-    return {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
+    return {name for name, module in model.named_modules() if type(module).__name__ in ("Fp8Linear", "Float8Linear")}
 
 
 def run(model, tokens=21, device=CPU):

@@ -21,6 +21,7 @@ from wmtp.errors import ConfigError
 from wmtp.loss.fp8 import PIECE, Fp8Logits
 from wmtp.models.adapter_names import is_adapter_name
 from wmtp.models.fp8_frozen import FrozenFp8Linear, FrozenLinear, Products
+from wmtp.models.fp8_linear import Fp8Linear
 from wmtp.models.layers import repeated_layers
 
 if TYPE_CHECKING:
@@ -106,7 +107,12 @@ def multiply_in_fp8(
 
     kept = 0 if sharded else _keep_frozen(model, chosen, fp8, device)
     for layer in repeated_layers(model):
-        convert_to_float8_training(layer, config=config, module_filter_fn=lambda module, _: id(module) in chosen)
+        if fp8.recipe == "tensorwise":
+            for module in layer.modules():
+                if id(module) in chosen and isinstance(module, nn.Linear):
+                    Fp8Linear.take_over(module, _products(fp8))
+        else:
+            convert_to_float8_training(layer, config=config, module_filter_fn=lambda module, _: id(module) in chosen)
     if not devices.compile and not fp8.emulate:
         logger.warning("devices.precision: fp8 without devices.compile = true is slower than bf16: scaling is not fused")
     logger.info("fp8: %d of %d linear maps of the layers, %s", len(chosen), len(maps), fp8.recipe)
@@ -124,18 +130,22 @@ def _keep_frozen(model: MTPModel, chosen: set[int], fp8: Fp8Config, device: torc
 
     Returns their number.
     """
-    products = Products(
-        by_rows=fp8.recipe != "tensorwise",
-        fast_forward=fp8.accumulates_fast != "none",
-        fast_backward=fp8.accumulates_fast == "all",
-        emulate=fp8.emulate,
-    )
+    products = _products(fp8)
     # adapted heads are saved whole, and so keep their own weights
     maps = _linear_maps(model).items() if model.adapter is not None else ()
     found = [(name, module) for name, module in maps if id(module) in chosen and name.startswith("base.")]
     for name, module in found:
         model.set_submodule(name, FrozenFp8Linear.of(module, products, device or module.weight.device))
     return len(found)
+
+
+def _products(fp8: Fp8Config) -> Products:
+    return Products(
+        by_rows=fp8.recipe != "tensorwise",
+        fast_forward=fp8.accumulates_fast != "none",
+        fast_backward=fp8.accumulates_fast == "all",
+        emulate=fp8.emulate,
+    )
 
 
 def fp8_logits(devices: DevicesConfig) -> Fp8Logits | None:
@@ -209,7 +219,7 @@ def _examples(maps: dict[str, nn.Linear]) -> str:
 
 
 def _is_fp8(module: nn.Module) -> bool:
-    return type(module) is FrozenFp8Linear or type(module).__module__ == "torchao.float8.float8_linear"
+    return type(module) in (FrozenFp8Linear, Fp8Linear) or type(module).__module__ == "torchao.float8.float8_linear"
 
 
 def _torchao_config(fp8: Fp8Config) -> Any:
