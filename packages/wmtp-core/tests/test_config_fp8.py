@@ -66,4 +66,6 @@ def test_what_cannot_be_is_said_with_the_way_out(sets, message):
 
 def test_without_torchao_the_check_says_what_to_install_unless_the_run_is_elsewhere(monkeypatch):
     monkeypatch.setattr(fp8_rules, "find_spec", lambda _: None)
-    assert problems() == ["devices.precision: fp8 needs torchao: pip install 'wmtp-core[fp8]'"]
+    check_loaded(load([GOOD], ()))  # one scale a tensor needs none
+    (line,) = problems("devices.fp8={recipe = 'rowwise'}")
+    assert "devices.fp8.recipe: \"rowwise\" needs torchao: pip install 'wmtp-core[fp8]', or write" in line

@@ -15,6 +15,7 @@ from wmtp.loss.fp8 import Fp8Logits
 from wmtp.models.acceleration import accelerate
 from wmtp.models.build import build_model
 from wmtp.models.fp8 import check_fp8, fp8_logits, multiply_in_fp8, products_in_bf16
+from wmtp.models.fp8_linear import Fp8Linear
 from wmtp.models.start_model import StartModel
 from wmtp.optim.master_weights import MasterWeights
 
@@ -214,7 +215,10 @@ def test_products_add_up_fast_as_it_is_said():
     def fast(**fp8):
         model = make()
         multiply_in_fp8(model, devices(**fp8))
-        config = model.anatomy.layers[0].self_attn.q_proj.config
+        module = model.anatomy.layers[0].self_attn.q_proj
+        if isinstance(module, Fp8Linear):
+            return [module.products.fast_forward, module.products.fast_backward, module.products.fast_backward]
+        config = module.config
         return [getattr(config, f"gemm_config_{name}").use_fast_accum for name in ("output", "grad_input", "grad_weight")]
 
     assert fast() == [True, True, True]
@@ -232,10 +236,11 @@ def test_the_device_is_asked_before_anything_is_read():
 
 def test_a_torchao_that_cannot_be_imported_is_said_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    check_fp8(devices(), CPU)  # one scale a tensor needs no torchao
     with pytest.raises(
-        ConfigError, match=r"fp8 needs torchao, which cannot be imported here \(.*pip install 'wmtp-core\[fp8\]'"
+        ConfigError, match=r"\"rowwise\" needs torchao, which cannot be imported here \(.*pip install 'wmtp-core\[fp8\]'"
     ):
-        check_fp8(devices(), CPU)
+        check_fp8(devices(recipe="rowwise"), CPU)
 
 
 def test_a_gpu_before_hopper_is_refused(monkeypatch):

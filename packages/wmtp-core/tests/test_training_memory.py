@@ -104,7 +104,7 @@ def test_a_hybrid_run_divides_by_the_processes_of_a_machine():
 
 
 def test_it_is_near_what_a_run_in_fp8_took():
-    """The same in fp8, all linear maps, torchao's tensorwise recipe: 49.6 GiB."""
+    """The same in fp8, all linear maps, one scale a tensor: 56.5 GiB."""
     wanted = config(batch_size=16, micro_batch_size=16)
     info, heads = evolve(ONE_BILLION, vocab_size=32_000).build().info(None), HeadsConfig(horizon=4)
 
@@ -112,7 +112,8 @@ def test_it_is_near_what_a_run_in_fp8_took():
         devices = DevicesConfig(precision="fp8", compile=True, fp8=Fp8Config(**fp8))
         return estimate_memory(evolve(wanted, devices=devices), info, heads).total / 2**30
 
-    assert gib() == pytest.approx(49.6, rel=0.15)
+    assert gib() == pytest.approx(56.5, rel=0.06)
+    assert gib(recipe="rowwise") == pytest.approx(49.9, rel=0.06)
     table = 32_000 * 2048 / 2**30
     assert gib(logits="forward") - gib() == pytest.approx(table)
     assert gib(logits="hidden-gradient") - gib() == pytest.approx(2 * table + 0.25)

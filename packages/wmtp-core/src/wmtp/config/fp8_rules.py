@@ -42,5 +42,9 @@ def fp8_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             path, 'models.base.quantize keeps the layers in 4 bits, which fp8 products cannot read; write "bf16-params"'
         )
-    if not config.launcher.remote and find_spec("torchao") is None:
-        yield Problem(path, "fp8 needs torchao: pip install 'wmtp-core[fp8]'")
+    recipe = "tensorwise" if devices.fp8 is None else devices.fp8.recipe
+    if recipe != "tensorwise" and not config.launcher.remote and find_spec("torchao") is None:
+        yield Problem(
+            ("devices", "fp8", "recipe"),
+            f'"{recipe}" needs torchao: pip install \'wmtp-core[fp8]\', or write "tensorwise", which needs nothing',
+        )

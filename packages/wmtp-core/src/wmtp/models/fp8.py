@@ -1,8 +1,9 @@
-"""Fp8 matrix products (arXiv 2209.05433) in a model's layers, by torchao.
+"""Fp8 matrix products (arXiv 2209.05433) in a model's layers.
 
-torchao's module takes the place of each `nn.Linear` and holds the same parameter, so names, optimizer and checkpoints stay as
-they are. Its class is a subclass of `nn.Linear` that only multiplies otherwise; `products_in_bf16` makes use of that. Weights
-that never learn, under adapters, are kept in fp8: `wmtp.models.fp8_frozen`.
+With one scale a tensor they are our own (`wmtp.models.fp8_linear`), with one a row torchao's. Either way a subclass of
+`nn.Linear` that only multiplies otherwise takes its place and holds the same parameter, so names, optimizer and checkpoints
+stay as they are; `products_in_bf16` makes use of that. Weights that never learn, under adapters, are kept in fp8:
+`wmtp.models.fp8_frozen`.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def check_fp8(devices: DevicesConfig, device: torch.device) -> None:
     if devices.precision != "fp8":
         return
     fp8 = _options(devices)
-    if fp8.emulate:
+    if fp8.recipe != "tensorwise":
         _torchao_config(fp8)
+    if fp8.emulate:
         return
     instead = 'write "bf16-params", or devices.fp8.emulate = true to try it slowly'
     if device.type != "cuda" or torch.version.hip is not None:
@@ -58,7 +60,6 @@ def check_fp8(devices: DevicesConfig, device: torch.device) -> None:
     if (found := torch.cuda.get_device_capability(device)) < _CAPABILITY:
         name, version = torch.cuda.get_device_name(device), ".".join(map(str, found))
         raise ConfigError(f"devices.precision: fp8 needs Hopper or newer, and {name} has capability {version}; {instead}")
-    _torchao_config(fp8)
 
 
 def multiply_in_fp8(
@@ -83,7 +84,6 @@ def multiply_in_fp8(
     if devices.precision != "fp8":
         return 0
     fp8 = _options(devices)
-    config = _torchao_config(fp8)
     maps = _linear_maps(model)
     problems = [
         f"devices.fp8.exclude: {pattern!r} names no linear map of the layers; there are {_examples(maps)}"
@@ -103,16 +103,13 @@ def multiply_in_fp8(
         )
     if problems:
         raise ConfigError(problems)
-    from torchao.float8 import convert_to_float8_training
-
     kept = 0 if sharded else _keep_frozen(model, chosen, fp8, device)
-    for layer in repeated_layers(model):
-        if fp8.recipe == "tensorwise":
-            for module in layer.modules():
-                if id(module) in chosen and isinstance(module, nn.Linear):
-                    Fp8Linear.take_over(module, _products(fp8))
-        else:
-            convert_to_float8_training(layer, config=config, module_filter_fn=lambda module, _: id(module) in chosen)
+    if fp8.recipe == "tensorwise":
+        for module in _linear_maps(model).values():
+            if id(module) in chosen:
+                Fp8Linear.take_over(module, _products(fp8))
+    else:
+        _convert(model, chosen, fp8)
     if not devices.compile and not fp8.emulate:
         logger.warning("devices.precision: fp8 without devices.compile = true is slower than bf16: scaling is not fused")
     logger.info("fp8: %d of %d linear maps of the layers, %s", len(chosen), len(maps), fp8.recipe)
@@ -123,6 +120,15 @@ def multiply_in_fp8(
     elif sharded and model.adapter is not None and model.adapter.quantize is None:
         logger.info("fp8: the base stays in bf16, of which each process holds its part, and is rounded at each product")
     return len(chosen)
+
+
+def _convert(model: MTPModel, chosen: set[int], fp8: Fp8Config) -> None:
+    """Put torchao's modules in the places of chosen maps."""
+    from torchao.float8 import convert_to_float8_training
+
+    config = _torchao_config(fp8)
+    for layer in repeated_layers(model):
+        convert_to_float8_training(layer, config=config, module_filter_fn=lambda module, _: id(module) in chosen)
 
 
 def _keep_frozen(model: MTPModel, chosen: set[int], fp8: Fp8Config, device: torch.device | None) -> int:
@@ -228,7 +234,8 @@ def _torchao_config(fp8: Fp8Config) -> Any:
         from torchao.float8 import Float8GemmConfig, Float8LinearConfig
     except ImportError as error:
         raise ConfigError(
-            f"devices.precision: fp8 needs torchao, which cannot be imported here ({error}); pip install 'wmtp-core[fp8]'"
+            f'devices.fp8.recipe: "{fp8.recipe}" needs torchao, which cannot be imported here ({error}); '
+            "pip install 'wmtp-core[fp8]', or write \"tensorwise\", which needs nothing"
         ) from error
     recipe = Float8LinearConfig.from_recipe_name(fp8.recipe.replace("gw-hp", "with_gw_hp").replace("-", "_"))
     forward = Float8GemmConfig(use_fast_accum=fp8.accumulates_fast != "none")

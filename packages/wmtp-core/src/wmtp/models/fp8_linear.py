@@ -35,7 +35,7 @@ class Fp8Linear(nn.Linear):
         linear.__class__ = cls
         linear.products = products  # type: ignore[assignment]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Map ``[..., in_features]`` to ``[..., out_features]``.
 
         The result has the precision of x or of autocast.

@@ -227,7 +227,10 @@ def kept_by_layer(devices: DevicesConfig, info: ModelInfo, compute: int, residua
         compute, residual: bytes of a number in products, and in the residual stream.
     """
     width, ffn, kv = info.hidden_size, _feed_forward_size(info), _kv_size(info)
-    if devices.compile and _saves_fp8(devices):  # norms and the gated product are made again, or kept with a byte a number
+    recipe = "none" if devices.precision != "fp8" else "tensorwise" if devices.fp8 is None else devices.fp8.recipe
+    if devices.compile and recipe == "tensorwise":  # what the products read is kept with a byte a number
+        return compute * (2 * width + 2 * kv + 2 * ffn) + 3 * width + ffn + 2 * residual * width
+    if devices.compile and recipe == "rowwise":  # norms and the gated product are made again, or kept with a byte a number
         return compute * (3 * width + 2 * kv + 2 * ffn) + (2 + residual) * width
     if devices.compile:
         return compute * (5 * width + 2 * kv + 3 * ffn) + residual * width
@@ -251,11 +254,6 @@ def _kept_and_working(devices: DevicesConfig, info: ModelInfo, compute: int, res
         kept = compute * ((3 if devices.compile else 4) * width + 2 * kv + 2 * ffn) + residual * width
         return kept, everything - kept + compute * 2 * ffn
     return residual * width, everything + compute * 2 * ffn
-
-
-def _saves_fp8(devices: DevicesConfig) -> bool:
-    """Tell whether the gradients of weights read inputs in fp8."""
-    return devices.precision == "fp8" and (devices.fp8 is None or devices.fp8.recipe != "rowwise-gw-hp")
 
 
 def _other_models(config: Config, others: Mapping[str, ModelInfo]) -> int:
