@@ -4,9 +4,11 @@ Tokens per second, MFU, peak memory and loss, in one run on one GPU.
 
     python bench/fp8.py                                  # three shapes, all rows
     python bench/fp8.py --shapes 1b-32k --rows bf16 tensorwise --json fp8.json
+    python bench/fp8.py --rows bf16 tensorwise --kernels 2   # where the time goes
 
 Model, data and loop are those of ``bench/step.py``. MFU is against the GPU's bf16 rate, in every row. ``loss`` is that of the
-last step from random weights on random tokens: it shows that a row learns, not how well. Needs torchao.
+last step from random weights on random tokens: it shows that a row learns, not how well. The rows ``rowwise`` and ``gw-hp``
+need torchao.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import step_ours
 import torch
+from kernels import by_group
 from step import PEAKS
 from step_shape import Shape
 
@@ -57,6 +60,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--emulate", action="store_true", help="round to fp8 and multiply in fp32: to try this out on a CPU")
+    parser.add_argument("--kernels", type=int, default=0, help="profile so many steps more")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -87,6 +91,8 @@ def main() -> None:
                     f"{time.monotonic() - began:>7.0f}",
                     flush=True,
                 )
+                if given.kernels:
+                    print("   ", "; ".join(f"{group} {ms:.1f} ms" for group, ms in by_group(result["kernels"]).items()))
             results.append({"shape": shape_name, "row": row, "device": name, "batch": given.batch} | result)
             if given.json:
                 given.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -106,7 +112,9 @@ def measure(row: str, shape: Shape, given: argparse.Namespace) -> dict[str, Any]
         options = {"min_features": 16, **options, "emulate": True}
     fp8 = None if options is None else Fp8Config(**options)
     try:
-        seconds = step_ours.run(shape, given.warmup, given.steps, checkpointing=given.checkpointing, fp8=fp8)
+        seconds = step_ours.run(
+            shape, given.warmup, given.steps, checkpointing=given.checkpointing, fp8=fp8, profiled=given.kernels
+        )
     except torch.OutOfMemoryError:
         return {"failed": "no memory"}
     except Exception as error:
@@ -119,7 +127,8 @@ def measure(row: str, shape: Shape, given: argparse.Namespace) -> dict[str, Any]
         "seconds": seconds,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan"),
         "estimate_gib": step_ours.estimate(shape, devices).total / 2**30,
-        "loss": step_ours.LOSSES[-1],
+        "loss": step_ours.LOSSES[given.warmup + given.steps],
+        "kernels": dict(step_ours.KERNELS),
     }
 
 

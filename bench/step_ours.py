@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from kernels import Kernels
 from step_shape import Shape
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -48,6 +49,8 @@ from wmtp.training.telemetry import Recorder
 _NO_TOKENIZER: Any = None
 #: of the steps of the last row
 LOSSES: list[float] = []
+#: milliseconds of the last row's profiled steps, by kernel
+KERNELS: dict[str, float] = {}
 #: for each step, the lengths of each row's documents: the row ``ours-layout``
 LAYOUTS: list[list[list[int]]] = []
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,13 +113,16 @@ def _ended_by_signals() -> Iterator[None]:
 class _Clock:
     """Tracker that keeps the time at which each step's numbers arrive."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Kernels | None) -> None:
+        self.kernels = kernels
         self.times: dict[int, float] = {}
         self.losses: dict[int, float] = {}
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self.times[step] = time.perf_counter()
         self.losses[step] = numbers["loss"]
+        if self.kernels is not None:
+            self.kernels.end_of(step)
 
 
 def _model(shape: Shape, horizon: int) -> MTPModel:
@@ -189,6 +195,7 @@ def run(
     accuracy_interval: int = 0,
     known: Any = None,
     fp8: Fp8Config | None = None,
+    profiled: int = 0,
 ) -> float:
     with prefer_fast_attention(DEVICE):
         model = make(shape, shape.horizon)
@@ -229,10 +236,10 @@ def run(
         optimizer = AdamW(lr=1e-5).build([(str(i), parameter) for i, parameter in enumerate(parameters)])
         if masters is not None:
             optimizer = masters.take_over(optimizer)
-        clock = _Clock()
+        clock = _Clock(Kernels(warmup + steps + 1, profiled) if profiled else None)
         rows: Any = _Rows(shape, layouts or 2 * [shape.batch * [[shape.length]]])  # no data set stands behind it
         with tempfile.TemporaryDirectory() as folder:
-            total = warmup + steps + 1
+            total = warmup + steps + 1 + profiled
             plan = StagePlan.make(trainer.stages(), warmup_steps=0, total_steps=total, trainer_name="bench")
             fit = Fit(
                 step_loss=StepLoss(
@@ -265,6 +272,8 @@ def run(
             with _ended_by_signals():
                 fit.run()
     LOSSES[:] = clock.losses.values()
+    KERNELS.clear()
+    KERNELS.update({} if clock.kernels is None else clock.kernels.milliseconds)
     return (clock.times[warmup + steps] - clock.times[warmup]) / steps
 
 

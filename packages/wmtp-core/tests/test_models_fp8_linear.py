@@ -107,7 +107,7 @@ def test_a_gpu_rounds_both_ways_as_torch_does(shape, kind):
 
     matrix = (torch.randn(shape, device="cuda") * torch.randn(shape, device="cuda").exp()).bfloat16()
     scale = fp8_linear._scale(matrix, kind)
-    expected = fp8_linear._across(matrix, scale, kind).view(torch.uint8)
+    expected = fp8_linear.round_by(matrix, scale, kind).view(torch.uint8)
     across, down = fp8_kernel.round_matrix(matrix, scale, kind, fp8_linear._filled(len(matrix)), across=True)
     assert torch.equal(across.view(torch.uint8), expected)
     assert torch.equal(down.view(torch.uint8)[:, : len(matrix)], expected.T)

@@ -158,7 +158,7 @@ class FsdpConfig:
 
 @frozen(kw_only=True)
 class Fp8Config:
-    """Matrix products in fp8 by torchao, for ``devices.precision = "fp8"``.
+    """Matrix products in fp8, for ``devices.precision = "fp8"``.
 
     The linear maps in the decoder layers and in the extra heads multiply in fp8, forward and backward. All else stays in bf16:
     attention, norms, embeddings, unembeddings, the loss, and the experts and routers of a mixture. Under adapters, weights of
@@ -166,7 +166,8 @@ class Fp8Config:
 
     Args:
         recipe: which numbers share a scale, measured anew for every product. ``tensorwise``: all of a tensor, the fastest;
-            ``rowwise``: those of a row; ``rowwise-gw-hp``: the same, and the gradients of weights are computed in bf16.
+            ``rowwise``: those of a row, by torchao (``pip install 'wmtp-core[fp8]'``); ``rowwise-gw-hp``: the same, and the
+            gradients of weights are computed in bf16.
         fast_accumulation: which products add up in the tensor cores' own precision, with about 14 bits, which is faster:
             those of the ``forward`` pass, ``all``, or ``none``. Default: ``all`` for ``tensorwise``, else ``forward``.
         first_layers: decoder layers at the beginning that stay in bf16.
@@ -204,7 +205,7 @@ class DevicesConfig:
             ``bf16-params`` keeps the model in bf16, and fp32 copies of its parameters for the optimizer: faster, with less
             memory for activations. Checkpoints hold the fp32 copies, ``model/`` the bf16 parameters. Where a device cannot
             do bf16, fp32 is used and one line says so. ``fp8`` is ``bf16-params`` with the layers' products in fp8: for
-            NVIDIA GPUs from Hopper on, with torchao (``pip install 'wmtp-core[fp8]'``).
+            NVIDIA GPUs from Hopper on.
         fp8: options of ``precision = "fp8"``.
         activation_checkpointing: activations that a layer keeps for its backward pass. ``none``: all; ``selective``: the
             results of matrix products and of attention, the rest is recomputed; ``full``: its input alone; ``offload``: as

@@ -16,11 +16,21 @@ from torch import Tensor, nn
 from wmtp.errors import WMTPError
 from wmtp.loss.cross_entropy import implementation, precision
 
-__all__ = ["FrozenFp8Linear", "FrozenLinear", "Products", "check_original"]
+__all__ = [
+    "FORMAT",
+    "WIDE",
+    "FrozenFp8Linear",
+    "FrozenLinear",
+    "Products",
+    "check_original",
+    "emulated",
+    "round_by",
+    "scale_to",
+]
 
-_FORMAT: Final = torch.float8_e4m3fn
+FORMAT: Final = torch.float8_e4m3fn
 #: of gradients where one scale serves all of a tensor: they spread wider than what goes forward
-_WIDE: Final = torch.float8_e5m2
+WIDE: Final = torch.float8_e5m2
 
 
 @frozen(kw_only=True)
@@ -71,7 +81,7 @@ class FrozenFp8Linear(nn.Module):
         made = cls(weight.shape, linear.bias, weight.device, products)
         if not weight.is_meta:
             # by way of bf16, in which a frozen weight is kept elsewhere, whatever its files have
-            data, scale = _round(weight.to(device).to(torch.bfloat16), _FORMAT, products.by_rows)
+            data, scale = _round(weight.to(device).to(torch.bfloat16), FORMAT, products.by_rows)
             made.stored.copy_(data.view(torch.uint8))
             made.scale.copy_(scale)
         return made.train(linear.training)
@@ -79,7 +89,7 @@ class FrozenFp8Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Rounded weight in bf16; not a parameter."""
-        return (self.stored.view(_FORMAT).float() * self.scale).to(torch.bfloat16)
+        return (self.stored.view(FORMAT).float() * self.scale).to(torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``.
@@ -147,7 +157,7 @@ def _round_input(rows: Tensor, products: Products) -> tuple[Tensor, Tensor]:
 
     Also returns what the numbers are multiplied by.
     """
-    return _round(rows.detach(), _FORMAT, products.by_rows)
+    return _round(rows.detach(), FORMAT, products.by_rows)
 
 
 def _product(rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, products: Products) -> Tensor:
@@ -159,9 +169,9 @@ def _product(rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dt
         dtype: of the result.
         products: how to multiply.
     """
-    data = stored.view(_FORMAT)
+    data = stored.view(FORMAT)
     if products.emulate:
-        return _emulated(rounded.float() * of_rows, (data.float() * scale).t(), dtype)
+        return emulated(rounded.float() * of_rows, (data.float() * scale).t(), dtype)
     scales = {"scale_a": of_rows, "scale_b": scale.t() if products.by_rows else scale}
     return torch._scaled_mm(rounded, data.t(), **scales, out_dtype=dtype, use_fast_accum=products.fast_forward)
 
@@ -169,24 +179,34 @@ def _product(rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dt
 def _gradient_of_input(gradient: Tensor, stored: Tensor, scale: Tensor, products: Products) -> Tensor:
     """Compute the gradient of x, ``[T, K]``, from that of the product."""
     if products.by_rows:  # a scale of the weight belongs to a number of the sum here, so it goes to the other factor
-        rounded, of_rows = _round(gradient.float() * scale.reshape(1, -1), _FORMAT, True)
+        rounded, of_rows = _round(gradient.float() * scale.reshape(1, -1), FORMAT, True)
         scale = scale.new_ones(1, stored.shape[1])
     else:
-        rounded, of_rows = _round(gradient, _WIDE, False)
+        rounded, of_rows = _round(gradient, WIDE, False)
     flags = products.fast_backward, products.emulate
     return _gradient(rounded, of_rows, stored, scale, gradient.dtype, *flags)
 
 
 def _round(tensor: Tensor, kind: torch.dtype, by_rows: bool) -> tuple[Tensor, Tensor]:
     """Return numbers in fp8, and what they are multiplied by."""
-    highest = tensor.abs().amax(dim=1, keepdim=True) if by_rows else tensor.abs().amax()
+    scale = scale_to(tensor.abs().amax(dim=1, keepdim=True) if by_rows else tensor.abs().amax(), kind)
+    return round_by(tensor, scale, kind), scale.reciprocal()
+
+
+def scale_to(highest: Tensor, kind: torch.dtype) -> Tensor:
+    """Return what makes the highest number a format's largest, in fp32."""
     # in float64, where compiled code and torch's own give one number
+    return (torch.finfo(kind).max / highest.double().clamp(min=1e-12)).float()
+
+
+def round_by(tensor: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
+    """Round ``tensor · scale`` to fp8."""
     limit = torch.finfo(kind).max
-    scale = (limit / highest.double().clamp(min=1e-12)).float()
-    return (tensor.float() * scale).clamp(-limit, limit).to(kind), scale.reciprocal()
+    return (tensor.float() * scale).clamp(-limit, limit).to(kind)
 
 
-def _emulated(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def emulated(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply in fp32, whatever autocast says."""
     with torch.autocast(left.device.type, enabled=False):
         return (left @ right).to(dtype)
 
@@ -201,7 +221,7 @@ def _gradient(
     Tensor cores read fp8 along the sum alone, so the weight is transposed.
     """
     if emulate:
-        return _emulated(rounded.float() * of_rows, stored.view(_FORMAT).float() * scale, dtype)
+        return emulated(rounded.float() * of_rows, stored.view(FORMAT).float() * scale, dtype)
     if implementation(stored.device, torch.bfloat16) == "fused":
         from wmtp.models import fp8_kernel  # imports Triton
 
@@ -209,7 +229,7 @@ def _gradient(
     else:
         columns = stored.t().contiguous()
     scales = {"scale_a": of_rows, "scale_b": scale}
-    return torch._scaled_mm(rounded, columns.view(_FORMAT).t(), **scales, out_dtype=dtype, use_fast_accum=fast)
+    return torch._scaled_mm(rounded, columns.view(FORMAT).t(), **scales, out_dtype=dtype, use_fast_accum=fast)
 
 
 @_gradient.register_fake

@@ -50,7 +50,10 @@ def transpose(matrix: Tensor) -> Tensor:
 def _round_kernel(
     matrix, stride, scale, across, down, rows, columns, filled, LIMIT: tl.constexpr, ACROSS: tl.constexpr, SIDE: tl.constexpr
 ) -> None:
-    """``across[i, j] = down[j, i] = matrix[i, j] · scale`` in fp8; one square a program, zeros behind the last row."""
+    """``across[i, j] = down[j, i] = matrix[i, j] · scale`` in fp8.
+
+    One square a program; zeros behind the last row.
+    """
     row = tl.program_id(0).to(tl.int64) * SIDE + tl.arange(0, SIDE)
     column = tl.program_id(1).to(tl.int64) * SIDE + tl.arange(0, SIDE)
     inside = (row < rows)[:, None] & (column < columns)[None, :]

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from wmtp.loss.cross_entropy import implementation, precision
-from wmtp.models.fp8_frozen import Products
+from wmtp.models.fp8_frozen import FORMAT, WIDE, Products, emulated, round_by, scale_to
 
 __all__ = ["Fp8Linear"]
 
-_FORMAT: Final = torch.float8_e4m3fn
-#: of gradients: they spread wider than what goes forward
-_WIDE: Final = torch.float8_e5m2
 #: rows of a transposed tensor are filled up with zeros to whole pieces of so many numbers
 _PIECE: Final = 16
 
@@ -31,7 +28,10 @@ class Fp8Linear(nn.Linear):
 
     @classmethod
     def take_over(cls, linear: nn.Linear, products: Products) -> None:
-        """Have a map multiply in fp8, in place: parameters, name and hooks stay."""
+        """Have a map multiply in fp8, in place.
+
+        Its parameters, name and hooks stay.
+        """
         linear.__class__ = cls
         linear.products = products  # type: ignore[assignment]
 
@@ -52,24 +52,26 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products, learns: bool) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        scale, of_weight = _scale(rows, _FORMAT), _scale(weight, _FORMAT)
-        rounded, columns = _both(rows, scale, _FORMAT) if learns else (_across(rows, scale, _FORMAT), None)
+        scale, of_weight = _scale(rows, FORMAT), _scale(weight, FORMAT)
+        rounded, columns = _both(rows, scale, FORMAT) if learns else (round_by(rows.detach(), scale, FORMAT), None)
         ctx.save_for_backward(columns, scale, weight, of_weight)
         ctx.products = products
-        result = _multiply(rounded, scale, _across(weight, of_weight, _FORMAT), of_weight, x.dtype, products, forward=True)
+        result = _multiply(
+            rounded, scale, round_by(weight.detach(), of_weight, FORMAT), of_weight, x.dtype, products, forward=True
+        )
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         columns, of_x, weight, of_weight = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
-        scale = _scale(rows, _WIDE)
+        scale = _scale(rows, WIDE)
         if columns is None:
-            rounded, of_weights = _across(rows, scale, _WIDE), None
+            rounded, of_weights = round_by(rows, scale, WIDE), None
         else:
-            rounded, turned = _both(rows, scale, _WIDE)
+            rounded, turned = _both(rows, scale, WIDE)
             of_weights = _multiply(turned, scale, columns, of_x, weight.dtype, ctx.products, forward=False)
-        by_columns = _down(weight, of_weight, _FORMAT)
+        by_columns = _down(weight, of_weight, FORMAT)
         found = _multiply(rounded, scale, by_columns, of_weight, gradient.dtype, ctx.products, forward=False)
         return found.view(*gradient.shape[:-1], -1), of_weights, None, None
 
@@ -77,40 +79,41 @@ class _Product(torch.autograd.Function):
 def _multiply(
     left: Tensor, of_left: Tensor, right: Tensor, of_right: Tensor, dtype: torch.dtype, products: Products, *, forward: bool
 ) -> Tensor:
-    """Compute ``left · rightᵀ``, both by rows along the sum; the scales are what numbers were multiplied by."""
+    """Compute ``left · rightᵀ``.
+
+    Args:
+        left, right: in fp8, each row in one piece.
+        of_left, of_right: by what their numbers were multiplied.
+        dtype: of the result.
+        products: how to multiply.
+        forward: in the forward pass; else for a gradient.
+    """
     of_left, of_right = of_left.reciprocal(), of_right.reciprocal()
     if products.emulate:
-        with torch.autocast(left.device.type, enabled=False):
-            return ((left.float() * of_left) @ (right.float() * of_right).t()).to(dtype)
+        return emulated(left.float() * of_left, (right.float() * of_right).t(), dtype)
     fast = products.fast_forward if forward else products.fast_backward
     return torch._scaled_mm(left, right.t(), scale_a=of_left, scale_b=of_right, out_dtype=dtype, use_fast_accum=fast)
 
 
 def _scale(matrix: Tensor, kind: torch.dtype) -> Tensor:
-    """Find by what the largest number becomes the format's largest."""
     # row by row first: so a compiler finds it while it makes the rows
-    highest = matrix.detach().abs().amax(dim=1).amax()
-    # in float64, where compiled code and torch's own give one number
-    return (torch.finfo(kind).max / highest.double().clamp(min=1e-12)).float()
-
-
-def _across(matrix: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
-    """Round a matrix."""
-    limit = torch.finfo(kind).max
-    return (matrix.detach().float() * scale).clamp(-limit, limit).to(kind)
+    return scale_to(matrix.detach().abs().amax(dim=1).amax(), kind)
 
 
 # Operators of their own, into which no compiler looks: it would read the matrix once for each result.
 @torch.library.custom_op("wmtp::fp8_both", mutates_args=())
 def _both(matrix: Tensor, scale: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round ``[T, K]`` to fp8, by rows ``[T, K]`` and by columns ``[K, T]``, with zeros up to whole pieces."""
+    """Round to fp8, by rows and by columns.
+
+    Returns ``[T, K]``, and ``[K, T]`` with zeros up to whole pieces.
+    """
     if implementation(matrix.device, torch.bfloat16) == "fused":
         from wmtp.models import fp8_kernel  # imports Triton
 
         across, down = fp8_kernel.round_matrix(matrix, scale, kind, _filled(len(matrix)), across=True)
         assert across is not None, "asked for"
         return across, down
-    across = _across(matrix, scale, kind)
+    across = round_by(matrix, scale, kind)
     return across, _turned(across)
 
 
@@ -127,7 +130,7 @@ def _down(matrix: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
         from wmtp.models import fp8_kernel  # imports Triton
 
         return fp8_kernel.round_matrix(matrix, scale, kind, _filled(len(matrix)), across=False)[1]
-    return _turned(_across(matrix, scale, kind))
+    return _turned(round_by(matrix, scale, kind))
 
 
 @_down.register_fake
