@@ -5,10 +5,10 @@
     python bench/load.py --what scratch
 
 Writes a folder of random safetensors (``--folder``, kept for the next call) and has the processes place it as a run does:
-``base`` sharded under ``--strategy``, ``lora`` the same with an adapter of rank 16, ``reference`` whole on every process as a
-trainer asks for it, ``scratch`` the same shape with new random weights. Each process says the seconds that it took, and how
-much more memory of its own it had at most (``RssAnon``: not the pages of files, which the machine may drop) and of pages of
-files.
+``base`` sharded under ``--strategy`` (``alone``: as one process does without ``devices.fsdp``), ``lora`` the same with an
+adapter of rank 16, ``reference`` whole on every process as a trainer asks for it, ``scratch`` the same shape with new random
+weights. Each process says the seconds that it took, and how much more memory of its own it had at most (``RssAnon``: not the
+pages of files, which the machine may drop) and of pages of files.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def _process(given: argparse.Namespace) -> None:
     }  # fmt: skip
     base = scratch if given.what == "scratch" else {"type": "hf", "uri": str(given.folder / f"{given.shape}-{given.dtype}")}
     lora = {"lora": {"rank": 16}} if given.what == "lora" else {}
+    alone = given.strategy == "alone"
     config = load_config(
         {
             "models": {"base": base | {"heads": {"horizon": given.horizon}} | lora, "ref": base},
@@ -113,7 +114,8 @@ def _process(given: argparse.Namespace) -> None:
             "datasets": {"code": {"type": "python-source"}},
             "data": {"train": {"max_length": 64, "batch_size": 8}},
             "trainer": {"type": "baseline-mtp"},
-            "devices": {"device": given.device, "precision": given.precision, "fsdp": {"strategy": given.strategy}},
+            "devices": {"device": given.device, "precision": given.precision}
+            | ({} if alone else {"fsdp": {"strategy": given.strategy}}),
         }
     )
     worker = Worker.of()
@@ -135,7 +137,8 @@ def _process(given: argparse.Namespace) -> None:
             load = load_extra_model(config, Place.of(config), device)
             model = ranks.one_by_machine_first(lambda: load("ref", dtype=dtype))
         else:
-            model, _ = place_model(config, source, ranks, device, given.precision, FsdpConfig(strategy=given.strategy))
+            fsdp = None if alone else FsdpConfig(strategy=given.strategy)
+            model, _ = place_model(config, source, ranks, device, given.precision, fsdp)
         if device.type == "cuda":
             torch.cuda.synchronize()
         own = time.monotonic() - began
