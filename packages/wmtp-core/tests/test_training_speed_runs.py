@@ -107,10 +107,10 @@ def test_a_run_in_fp8_trains_in_fp8_and_is_measured_in_bf16(tmp_path, monkeypatc
     changed["data"]["eval"] = {"holdout": 0.4}
     changed["devices"] |= FP8
     done = wmtp.run(changed)
-    assert "Float8Linear" in seen["trained"]
+    assert "Fp8Linear" in seen["trained"]
     assert rounded
     assert seen["measured"]
-    assert "Float8Linear" not in seen["measured"]
+    assert "Fp8Linear" not in seen["measured"]
     again = wmtp.evaluate(done.run_dir, overrides=["eval=[{type='perplexity'}]"])
     assert again.numbers["perplexity/head_1"] == pytest.approx(math.exp(done.metrics["eval/loss/head_1"]), rel=1e-2)
 
