@@ -1,6 +1,6 @@
-"""Linear maps that learn and multiply in fp8, with one scale a tensor (arXiv 2209.05433).
+"""Linear maps that learn and multiply in fp8 (arXiv 2209.05433).
 
-Forward, for the input and for the weight: y = x · Wᵀ, d x = d y · W, d W = d yᵀ · x, each operand in fp8. Tensor cores read
+A tensor has one scale. y = x · Wᵀ, d x = d y · W and d W = d yᵀ · x have each operand in fp8. Tensor cores read
 fp8 along the sum alone, so x, d y and W are needed by columns as well. One pass over memory rounds a tensor and writes both:
 as two passes, which is what a compiler makes of it, it is read twice. The numbers are those of torchao's tensorwise recipe.
 """
