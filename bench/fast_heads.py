@@ -69,7 +69,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     model = open_once(arguments)
     answers = arguments.folder / "answers.jsonl"
-    texts = [(spec, "answers", answers) for spec in filter(None, arguments.runs.split(","))]
+    data: Path | None = None
     if arguments.answers is not None:
         held_out = held_out_prompts(arguments.held_out)
         with lzma.open(arguments.answers, "rb") as packed, answers.open("wb") as file:
@@ -78,9 +78,10 @@ def main() -> None:
     else:
         data, held_out = write_prompts(arguments)
         say(f"prompts: {sum(1 for _ in data.open())} to learn from, {len(held_out)} held out")
-        answer(arguments, model, data, answers)
-        if not arguments.no_data_run:
-            texts.append(("ce", "functions", data))
+        answers = answer(arguments, model, data, answers)
+    texts = [(spec, "answers", answers) for spec in filter(None, arguments.runs.split(","))]
+    if data is not None and not arguments.no_data_run:
+        texts.append(("ce", "functions", data))
     rows = [] if arguments.no_new else [{"heads": "new", **measure(arguments, held_out, None)}]
     for spec, text, source in texts:
         if arguments.seconds and seconds_left(arguments) < _LEAST_SECONDS:
@@ -97,11 +98,16 @@ def main() -> None:
     print_table(rows)
 
 
-def answer(arguments: argparse.Namespace, model: str, data: Path, answers: Path) -> None:
-    """Write what the model answers to the prompts."""
+def answer(arguments: argparse.Namespace, model: str, data: Path, answers: Path) -> Path:
+    """Write what the model answers to the prompts, and return the file.
+
+    `fast_answers` has a file of its own, since `wmtp.distill_data` continues no other's.
+    """
+    fast = answers.with_name("fast-answers.jsonl")
     if arguments.answer_seconds:
-        write_answers(arguments, data, answers)
-        return
+        write_answers(arguments, data, fast)
+    if fast.exists():
+        return fast
     done = wmtp.distill_data(
         model,
         data,
@@ -114,6 +120,7 @@ def answer(arguments: argparse.Namespace, model: str, data: Path, answers: Path)
         device=arguments.device,
     )
     say(f"answers: {done.found + done.written}, now {done.written} with {done.tokens:,} tokens in {done.seconds:.0f} s")
+    return answers
 
 
 def parsed() -> argparse.Namespace:
