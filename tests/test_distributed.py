@@ -103,7 +103,7 @@ def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(reci
         + f'[datasets.text]\ntype = "jsonl"\nuri = "{tmp_path}/text.jsonl"\n'
     )
     overrides = ("--set", "train.max_steps=2000", "--set", "data.train.batch_size=3")
-    whole = wmtp("run", recipe, "--run-name", "whole", "--set", "train.max_steps=90", *overrides[2:],
+    whole = wmtp("run", recipe, "--run-name", "whole", "--set", "train.max_steps=60", *overrides[2:],
                  "--set", "schedule.type=constant", "--set", "train.eval_interval=50")  # fmt: skip
     assert whole.returncode == 0, whole.stderr
     expected = curve(tmp_path / "runs/whole")
