@@ -211,8 +211,8 @@ def test_a_store_that_is_away_for_a_while(breaking, s3, folder, tmp_path, work, 
 
 
 @pytest.mark.slow
-def test_what_never_comes_back_ends_at_its_time(breaking, folder, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("wmtp"), "level", logging.INFO)
+def test_what_never_comes_back_ends_at_its_time(breaking, folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "wmtp")
     proxy = breaking(share=0)
     proxy.is_away = True
     for do in (
