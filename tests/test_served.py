@@ -156,14 +156,21 @@ SIZES = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}
 #: of the kernels for linear attention, which want bf16
 LINEAR = SIZES | {"head_dim": 64, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "intermediate_size": 256}
 #: by layout; K-EXAONE's layer has a window, and the model's last one none
-LAYOUTS = {"glm4_moe": SIZES, "exaone": SIZES | {"sliding_window": 16}, "ernie": SIZES, "qwen3_5": LINEAR}
+LAYOUTS = {
+    "glm4_moe": SIZES,
+    "exaone": SIZES | {"sliding_window": 16},
+    "ernie": SIZES,
+    "qwen3_5": LINEAR,
+    "qwen3_next": LINEAR,
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_models_own_layer_that_was_trained(name, tmp_path, monkeypatch):
     """Small models with tables as real folders have them, trained for their own drafts."""
-    linear = name == "qwen3_5"
-    if linear and subprocess.run([str(VLLM), "-c", "import torchvision"], capture_output=True, check=False).returncode:
+    linear = name.startswith("qwen")
+    vision = [str(VLLM), "-c", "import torchvision"]
+    if name == "qwen3_5" and subprocess.run(vision, capture_output=True, check=False).returncode:
         pytest.skip("vLLM's Qwen3.5 imports torchvision, which this environment has not")
     kind, fields = native_folders.MODELS[name]
     monkeypatch.setattr(native_folders, "WIDTH", SIZES["hidden_size"])
