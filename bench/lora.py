@@ -10,7 +10,8 @@ Every row trains a 7B Llama of random weights (V = 32,000) with block heads that
 linear map of the base's layers, and a weight for each token. The plain loop keeps all that learns in bf16, its optimizer too;
 WMTP keeps fp32 copies and fp32 means of it, and so does ``loop-fp32-…``, in fp32 parameters under autocast, as peft keeps
 adapters if one does not tell it otherwise. Layers are compiled in all; ``-selective`` and ``-full`` checkpoint each layer;
-with ``-heads`` heads learn by adapters of their own; with ``-fp8`` products are in fp8. ``--limit`` lets torch have no more
+with ``-heads`` heads learn by adapters of their own; with ``-fp8`` products are in fp8. ``all-full`` trains all of the model,
+``-8bit`` and ``-paged`` with bitsandbytes' optimizer. ``--limit`` lets torch have no more
 memory than that many GiB.
 
 Needs peft and liger-kernel, and bitsandbytes for the rows of 4 bits.
@@ -41,6 +42,7 @@ from wmtp.models.adapters import quantize_base
 from wmtp.models.base import LoadedModel
 from wmtp.models.build import build_model
 from wmtp.models.mtp import MTPModel
+from wmtp.optim.config import AdamW, AdamW8bit
 
 RANK = 16
 
@@ -72,15 +74,16 @@ def ours(
     mode: Literal["none", "selective", "full"] = "none",
     heads: Literal["full", "adapters"] = "full",
     fp8: Fp8Config | None = None,
+    optimize: AdamW | None = None,
 ) -> float:
     """Real loop, in ``bf16-params`` or ``fp8``."""
     make = partial(_adapted, quantize=quantize, heads=heads)
-    return step_ours.run(shape, warmup, steps, make=make, checkpointing=mode, fp8=fp8)
+    return step_ours.run(shape, warmup, steps, make=make, checkpointing=mode, fp8=fp8, optimize=optimize)
 
 
-def whole(shape: Shape, warmup: int, steps: int) -> float:
-    """All of the model learns."""
-    return step_ours.full(shape, warmup, steps)
+def whole(shape: Shape, warmup: int, steps: int, *, optimize: AdamW | None = None) -> float:
+    """All of the model learns, checkpointed."""
+    return step_ours.run(shape, warmup, steps, checkpointing="full", optimize=optimize)
 
 
 def loop(
@@ -156,14 +159,18 @@ ROWS: dict[str, Callable[[Shape, int, int], float]] = {
     "qlora-selective": partial(ours, quantize="nf4", mode="selective"),
     "qlora-full": partial(ours, quantize="nf4", mode="full"),
     "qlora-heads": partial(ours, quantize="nf4", heads="adapters"),
+    "lora-8bit": partial(ours, optimize=AdamW8bit(lr=1e-5)),
+    "loop-all-full": step_peers.loop_liger_full,
     "all-full": whole,
+    "all-full-8bit": partial(whole, optimize=AdamW8bit(lr=1e-5)),
+    "all-full-paged": partial(whole, optimize=AdamW8bit(lr=1e-5, paged=True)),
 }
 
 
 def main() -> None:
     """Run the rows that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[row for row in ROWS if row != "all-full"])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[row for row in ROWS if "all-full" not in row])
     for name, value in (("vocab", 32_000), ("hidden", 4096), ("layers", 32), ("ffn", 11_008), ("attention-heads", 32)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--kv-heads", type=int, default=32)
@@ -194,7 +201,9 @@ def main() -> None:
         if "failed" in result:
             print(f"{row:<18}{result['failed']:>10}", flush=True)
         else:
-            peer = results.get(f"loop-{row}", results.get(f"loop-{row.partition('-')[0]}", {})).get("tokens_per_second")
+            kind = row.partition("-")[0]
+            names = (f"loop-{row}", "loop-all-full" if kind == "all" else f"loop-{kind}")
+            peer = next((results[name] for name in names if name in results), {}).get("tokens_per_second")
             ratio = "-" if peer is None else f"{result['tokens_per_second'] / peer:.3f}"
             start = time.monotonic() - began - steps * result["seconds"]
             print(

@@ -196,6 +196,7 @@ def run(
     known: Any = None,
     fp8: Fp8Config | None = None,
     profiled: int = 0,
+    optimize: AdamW | None = None,
 ) -> float:
     with prefer_fast_attention(DEVICE):
         model = make(shape, shape.horizon)
@@ -233,7 +234,7 @@ def run(
         if masters is not None:
             parameters = masters.replace(parameters)
         parameters += [parameter for module in modules.values() for parameter in module.parameters()]
-        optimizer = AdamW(lr=1e-5).build([(str(i), parameter) for i, parameter in enumerate(parameters)])
+        optimizer = (optimize or AdamW(lr=1e-5)).build([(str(i), parameter) for i, parameter in enumerate(parameters)])
         if masters is not None:
             optimizer = masters.take_over(optimizer)
         clock = _Clock(Kernels(warmup + steps + 1, profiled) if profiled else None)

@@ -1,6 +1,7 @@
 """Adapters in folders: written, opened by peft and here, merged, resumed, refused."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -163,10 +164,77 @@ def test_what_is_no_adapter_of_lora_is_refused(base, tmp_path):
         ({"r": 0}, "r = 0 and lora_alpha = 4"),
         ({"r": "4"}, "r = '4' and lora_alpha = 4"),
         ({"lora_alpha": None}, "lora_alpha = None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
+        ({"target_modules": None}, "target_modules = None, and PEFT has the names of modules"),
+        ({"target_modules": [3]}, r"target_modules = \[3\]"),
+        ({"rank_pattern": "v_proj"}, "rank_pattern = 'v_proj', and PEFT has a table of ranks"),
+        ({"rank_pattern": {"v_proj": "3"}}, "rank_pattern = {'v_proj': '3'}"),
+        ({"alpha_pattern": None}, "alpha_pattern = None, and PEFT has a table of numbers"),
+        ({"layers_to_transform": "all"}, "layers_to_transform = 'all', and PEFT has numbers of layers"),
     ):
         file.write_text(json.dumps(content | change))
         with pytest.raises(WMTPError, match=said):
             HfLoader().info(tmp_path)
+
+
+def _only(names, tensors):
+    return {name: tensor for name, tensor in tensors.items() if names in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t | {next(iter(t)): torch.full((2, 16), torch.nan)}, "holds numbers that are not finite; fetch"),
+        (lambda t: {name: tensor.to(torch.int8) for name, tensor in t.items()}, r"holds whole numbers \(torch\.int8\)"),
+        (partial(_only, "layers.0"), r"layers\.1\..* is missing; .*models\.base\.base_uri"),
+        (lambda t: {name.replace("q_proj", "query"): tensor for name, tensor in t.items()}, "q_proj.lora_A.weight is missing"),
+        (lambda t: t | {"base_model.model.lm_head.weight": torch.ones(2, 2)}, r"lm_head\.weight is unexpected"),
+    ],
+)
+def test_tensors_that_are_none_of_the_adapter_are_refused(base, tmp_path, change, said):
+    from safetensors.torch import load_file, save_file
+
+    make(base, horizon=1).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    with pytest.raises(FileError, match=said):
+        load_model(tmp_path)
+    if "holds" not in said:  # a dry run reads names and shapes alone
+        with pytest.raises(FileError, match=said):
+            HfLoader().info(tmp_path)
+
+
+def test_files_that_are_damaged_or_pickled_are_refused(base, tmp_path):
+    make(base, horizon=1).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for content in (whole[:-40], whole[:20], b"", b"version https://git-lfs.github.com/spec/v1\n"):
+        file.write_bytes(content)
+        for action in (HfLoader().info, load_model):
+            with pytest.raises(FileError, match=r"adapter_model\.safetensors: not a whole safetensors file .*; fetch it again"):
+                action(tmp_path)
+    file.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileError, match=r"adapter_model\.bin is a pickle, which WMTP never opens: PEFT's save_pretrained"):
+        HfLoader().info(tmp_path)
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa", "wrong"])
+def test_an_adapter_that_began_with_numbers_of_its_base(base, tmp_path, init):
+    """PEFT takes them out of the base when it opens the adapter, too."""
+    from transformers import AutoModelForCausalLM
+
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False if init == "wrong" else init)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(tmp_path)
+    if init == "wrong":
+        file = tmp_path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "wrong"}))
+        with pytest.raises(FileError, match="PEFT refuses the adapter's settings: Unknown initialization"):
+            load_model(tmp_path)
+        return
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(IDS), 1), theirs(input_ids=IDS).logits)
 
 
 @pytest.mark.parametrize(

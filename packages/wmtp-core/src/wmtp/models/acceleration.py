@@ -23,6 +23,7 @@ from wmtp.models.documents import within_reading
 from wmtp.models.few_rows import compile_few_rows
 from wmtp.models.layers import repeated_layers
 from wmtp.models.low_rank import OPERATORS
+from wmtp.models.low_rank_graph import compile_adapted
 from wmtp.models.step_cache import layer_number, layers_are_plain, steps_are_compiled, swap_caches
 
 if TYPE_CHECKING:
@@ -91,11 +92,12 @@ def compile_layers(model: MTPModel) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 8 * _VARIANTS)
     model.compiled_layers = True
+    compiled = torch.compile if model.adapter is None else compile_adapted
     for layer in (*repeated_layers(model), *model.anatomy.tail):
         plain = layer.forward
         # steps of decoding have few shapes, each of which is worth code of its own
         step = compile_few_rows(plain)
-        layer.forward = partial(_forward, torch.compile(plain), step, plain, layer_number(layer))
+        layer.forward = partial(_forward, compiled(plain), step, plain, layer_number(layer))
 
 
 def offload_inputs(model: MTPModel) -> None:

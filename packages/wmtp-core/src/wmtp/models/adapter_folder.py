@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -14,6 +15,7 @@ from attrs import frozen
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from wmtp.config.inputs import plain_hub_name
 from wmtp.config.places import build_backends
@@ -21,7 +23,8 @@ from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.json_files import read_json_object
 from wmtp.models.adapter_names import is_adapter_name, saved_name
-from wmtp.models.adapters import Adapter, BaseModelName
+from wmtp.models.adapter_targets import check_targets
+from wmtp.models.adapters import Adapter, BaseModelName, inject
 from wmtp.storage.hub.names import COMMIT, HubName, parse_hub_uri
 from wmtp.storage.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from wmtp.storage.model_folders import localize_model
@@ -30,6 +33,7 @@ from wmtp.storage.uris import file_path, scheme_of
 __all__ = [
     "SavedAdapter",
     "adapter_dtype",
+    "check_fit",
     "find_base",
     "has_remote_base",
     "name_base",
@@ -159,24 +163,68 @@ def read_adapter(folder: Path, base: BaseModelName) -> SavedAdapter:
         WMTPError: a file is damaged.
     """
     need_peft(f"{folder}: an adapter")
-    from peft import LoraConfig
-
     own = read_json_object(folder / _OWN_CONFIG) if (folder / _OWN_CONFIG).is_file() else {}
     quantize = own.get("quantize")
     if own and (own.get("format") != _FORMAT or quantize not in (None, "nf4")):
         raise FileError(f"{folder / _OWN_CONFIG}: format {own.get('format')!r} is not known to this version of WMTP")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config: Any = LoraConfig.from_pretrained(str(folder))
-        state = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, SafetensorError, TypeError, ValueError, KeyError) as error:
-        raise FileError(f"{folder}: the adapter cannot be read: {error}") from error
+    config = _read_config(folder)
+    with _reading(folder) as file:
+        state = load_file(file)
+    for name, tensor in state.items():
+        if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
+            what = "numbers that are not finite" if tensor.is_floating_point() else f"whole numbers ({tensor.dtype})"
+            raise FileError(f"{file}: {name} holds {what}; fetch the adapter again")
     config.inference_mode = False
     known, in_heads = own.get("base_fingerprint"), own.get("heads") == "adapters"
     return SavedAdapter(
         folder=folder, config=config, state=state, base=base, fingerprint=known, quantize=quantize, in_heads=in_heads
     )
+
+
+def _read_config(folder: Path) -> Any:
+    from peft import LoraConfig
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return LoraConfig.from_pretrained(str(folder))
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise FileError(f"{folder}: the adapter cannot be read: {error}") from error
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[Path]:
+    """Name an adapter's file of tensors, also where it is damaged."""
+    file = folder / ADAPTER_WEIGHTS
+    try:
+        yield file
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
+
+
+def check_fit(folder: Path, base: PreTrainedModel) -> None:
+    """Refuse an adapter that does not fit its base.
+
+    Names and shapes are compared, and no numbers are read.
+
+    Args:
+        folder: of the adapter.
+        base: its base on the meta device; the adapter's modules are put into it.
+
+    Raises:
+        ConfigError: peft is not installed.
+        WMTPError: it does not, or a file is damaged.
+    """
+    need_peft(f"{folder}: an adapter")
+    config = _read_config(folder)
+    with _reading(folder) as file, safe_open(file, framework="pt") as tensors:
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    check_targets(config, base, folder)
+    config.init_lora_weights = False  # some begin with numbers of the base
+    try:
+        inject(base, config, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    except FileError as error:
+        raise FileError(f"{folder}: {error}") from error
 
 
 def adapter_dtype(folder: Path) -> torch.dtype:
@@ -185,12 +233,8 @@ def adapter_dtype(folder: Path) -> torch.dtype:
     Raises:
         WMTPError: the file is damaged.
     """
-    file = folder / ADAPTER_WEIGHTS
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
+    with _reading(folder) as file, safe_open(file, framework="pt") as tensors:
+        kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     return torch.bfloat16 if kinds == {"BF16"} else torch.float32
 
 

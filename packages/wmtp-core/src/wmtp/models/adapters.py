@@ -183,7 +183,10 @@ def _fill(base: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = {saved_name(name): tensor for name, tensor in base.named_parameters() if is_adapter_name(name)}
     if problems := misfits({name: tuple(tensor.shape) for name, tensor in own.items()}, state):
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise FileError(f"the tensors of the adapter do not fit its base: {'; '.join(problems[:5])}{more}")
+        raise FileError(
+            f"the tensors of the adapter do not fit its base: {'; '.join(problems[:5])}{more}; name the model that it was "
+            "trained on: models.base.base_uri"
+        )
     for name, tensor in state.items():
         own[name].data = tensor.detach().clone()
 

@@ -88,6 +88,8 @@ def build_model(
             put_on(model, brought.config, seed=seed, in_heads=head_adapters is not None, head_state=head_adapters, **saved)
         except FileError as error:
             raise FileError(f"{brought.folder}: {error}") from error
+        except ValueError as error:
+            raise FileError(f"{brought.folder}: PEFT refuses the adapter's settings: {error}") from error
     elif lora is not None:
         in_heads = lora.heads == "adapters"
         if in_heads and (problem := adapted_heads_problem(resolved)) is not None:

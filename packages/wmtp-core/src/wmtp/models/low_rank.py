@@ -1,12 +1,16 @@
-"""Linear maps with a low-rank adapter, W·x + s·B·A·x, as one operator.
+"""Linear maps with low-rank adapters, W·x + s·B·A·x, as one operator.
 
 As two products and a sum, activation checkpointing that keeps products would keep both in place of their sum, and so more than
 no checkpointing at all. As one, the sum alone is kept, with A·x of rank r; and the sum takes no pass of its own.
+
+Several maps of one input are one operator too (`wmtp.models.low_rank_graph`): their matrices A are multiplied at once, and the
+gradients of their input are added up by the products themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, Final
 
 import torch
@@ -14,48 +18,44 @@ from torch import Tensor
 
 from wmtp.models.quantized import dequantize
 
-__all__ = ["OPERATORS", "adapted_linear", "adapted_linear_4bit"]
+__all__ = ["MAP", "OPERATORS", "adapted_linear"]
 
 
 @torch.library.custom_op("wmtp::adapted_linear", mutates_args=())
 def adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Multiply by a weight and its adapter, all in one precision.
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    down: Tensor,
+    ups: Sequence[Tensor],
+    scale: float,
+) -> list[Tensor]:
+    """Multiply by weights and their adapters, all in one precision.
 
     Args:
         x: ``[..., D]``.
-        weight: ``[N, D]``, which never learns.
-        bias: ``[N]``; None where there is none.
-        down: A, ``[r, D]``.
-        up: B, ``[N, r]``.
+        weights: ``[N, D]`` each, which never learn; or in 4 bits, as `wmtp.models.quantized.Linear4Bit` packs them.
+        scales: of weights in 4 bits; otherwise none.
+        biases: ``[N]`` each, or none.
+        down: A of each, one below the other: ``[R, D]``.
+        ups: B of each, ``[N, r]``.
         scale: s.
 
     Returns:
-        ``[..., N]``, and s·A·x ``[..., r]``, which the backward pass needs.
+        ``[..., N]`` for each weight, and s·A·x ``[..., R]``, which the backward pass needs.
     """
-    return _multiply(x, weight, bias, down, up, scale)
-
-
-@torch.library.custom_op("wmtp::adapted_linear_4bit", mutates_args=())
-def adapted_linear_4bit(
-    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Multiply as `adapted_linear` does, by a weight in 4 bits.
-
-    See `wmtp.models.quantized.Linear4Bit`.
-    """
-    return _multiply(x, dequantize(packed, scales, up.shape[0], down.shape[1], x.dtype), bias, down, up, scale)
-
-
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     low = _scaled(rows, down.t(), scale)
-    result = low @ up.t() if bias is None else torch.addmm(bias, low, up.t())
-    # The large product comes last: it is limited by arithmetic, and adds to what it reads meanwhile. The other way round,
-    # all of its result would be read and written once more.
-    result.addmm_(rows, weight.t())
-    return result.view(*x.shape[:-1], -1), low.view(*x.shape[:-1], -1)
+    results = []
+    for index, up in enumerate(ups):
+        part = low[:, _columns(ups)[index]]
+        result = torch.addmm(biases[index], part, up.t()) if biases else part @ up.t()
+        # The large product comes last: it is limited by arithmetic, and adds to what it reads meanwhile. The other way round,
+        # all of its result would be read and written once more.
+        result.addmm_(rows, _whole(weights, scales, index, up, down, x.dtype).t())
+        results.append(result.view(*x.shape[:-1], -1))
+    return [*results, low.view(*x.shape[:-1], -1)]
 
 
 def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -63,104 +63,113 @@ def _scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return left.new_empty((left.shape[0], right.shape[1])).addmm_(left, right, beta=0, alpha=scale)
 
 
+def _columns(ups: Sequence[Tensor]) -> list[slice]:
+    """Say where each adapter's numbers are in s·A·x."""
+    return [slice(*ends) for ends in pairwise(accumulate((up.shape[1] for up in ups), initial=0))]
+
+
+def _whole(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], index: int, up: Tensor, down: Tensor, dtype: torch.dtype
+) -> Tensor:
+    if not scales:
+        return weights[index]
+    return dequantize(weights[index], scales[index], up.shape[0], down.shape[1], dtype)
+
+
 @torch.library.custom_op("wmtp::adapted_linear_backward", mutates_args=())
 def _backward(
-    gradient: Tensor,
-    x: Tensor,
-    low: Tensor,
-    weight: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
     down: Tensor,
-    up: Tensor,
+    ups: Sequence[Tensor],
     scale: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of x and of both matrices.
-
-    Those that are not wanted are empty.
+    of_input: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of x and of A·x.
 
     Args:
-        gradient: ``[T, N]``.
-        x: ``[T, D]``.
-        low: ``[T, r]``, s·A·x.
-        weight: the weight; or the two tensors that it is kept in.
-        down: A.
-        up: B.
-        scale: s.
-        wanted: of x, A and B.
+        gradients: ``[T, N]`` for each weight.
+        weights, scales, down, ups, scale: as for `adapted_linear`.
+        of_input: that of x is wanted; it is empty otherwise.
     """
-    of_x, of_down, of_up = (gradient.new_empty(0) for _ in range(3))
-    if wanted[2]:
-        of_up = gradient.t() @ low
-    if wanted[0] or wanted[1]:
-        of_low = _scaled(gradient, up, scale)
-        if wanted[1]:
-            of_down = of_low.t() @ x
-        if wanted[0]:
-            of_x = of_low @ down
-            of_x.addmm_(gradient, _whole(weight, up.shape[0], down.shape[1], gradient.dtype))
-    return of_x, of_down, of_up
-
-
-def _whole(weight: Sequence[Tensor], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return weight[0] if len(weight) == 1 else dequantize(weight[0], weight[1], rows, columns, dtype)
+    of_low = gradients[0].new_empty((gradients[0].shape[0], down.shape[0]))
+    for gradient, up, columns in zip(gradients, ups, _columns(ups), strict=True):
+        of_low[:, columns].addmm_(gradient, up, beta=0, alpha=scale)
+    if not of_input:
+        return of_low.new_empty(0), of_low
+    of_x = of_low @ down
+    for index, (gradient, up) in enumerate(zip(gradients, ups, strict=True)):
+        of_x.addmm_(gradient, _whole(weights, scales, index, up, down, gradient.dtype))
+    return of_x, of_low
 
 
 @adapted_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty((*x.shape[:-1], up.shape[0])), x.new_empty((*x.shape[:-1], up.shape[1]))
-
-
-@adapted_linear_4bit.register_fake
 def _(
-    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty((*x.shape[:-1], up.shape[0])), x.new_empty((*x.shape[:-1], up.shape[1]))
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    down: Tensor,
+    ups: Sequence[Tensor],
+    scale: float,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], size)) for size in (*(up.shape[0] for up in ups), down.shape[0])]
 
 
 @_backward.register_fake
 def _(
-    gradient: Tensor,
-    x: Tensor,
-    low: Tensor,
-    weight: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
     down: Tensor,
-    up: Tensor,
+    ups: Sequence[Tensor],
     scale: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = ((gradient.shape[0], down.shape[1]), down.shape, up.shape)
-    of_x, of_down, of_up = (gradient.new_empty(shape if asked else 0) for shape, asked in zip(shapes, wanted, strict=True))
-    return of_x, of_down, of_up
+    of_input: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = gradients[0].shape[0]
+    return down.new_empty((rows, down.shape[1]) if of_input else 0), down.new_empty((rows, down.shape[0]))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, *weight, _, down, up, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, output[1], down, up, *weight)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, scales, biases, down, ups, ctx.scale = inputs
+    ctx.counts = len(weights), len(scales), len(biases)
+    ctx.mark_non_differentiable(output[-1])
+    ctx.save_for_backward(x, output[-1], down, *ups, *weights, *scales)
 
 
-def _differentiate(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    """Pass on the gradients of x and of both matrices.
+def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+    """Pass on the gradients of x and of the matrices.
 
-    Only those that are asked for; the weight has none.
+    Only those that are asked for; weights and biases have none.
     """
-    x, low, down, up, *weight = ctx.saved_tensors
-    wanted = [ctx.needs_input_grad[i] for i in (0, -3, -2)]
+    count, scaled, biased = ctx.counts
+    x, low, down, *others = ctx.saved_tensors
+    ups, weights, scales = others[:count], others[count : 2 * count], others[2 * count :]
+    of_input, _, _, _, of_down, of_ups, _ = ctx.needs_input_grad
     # as matrices already here, where a compiler sees it: what lies otherwise in memory takes no pass of its own
-    rows = [tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in (gradient, x, low)]
-    found = _backward(*rows, weight, down, up, ctx.scale, wanted)
-    of_x, of_down, of_up = (one if asked else None for one, asked in zip(found, wanted, strict=True))
-    return None if of_x is None else of_x.view(x.shape), *(None for _ in weight), None, of_down, of_up, None
+    rows, low, *gradients = (one.reshape(-1, one.shape[-1]).contiguous() for one in (x, low, *gradients[:-1]))
+    found, of_low = None, None
+    if of_input or of_down:
+        found, of_low = _backward(gradients, weights, scales, down, ups, ctx.scale, of_input)
+    # The products for A and B are no part of that operator: a compiler can then make x again (activation checkpointing) in the
+    # pass over memory that computes the gradients of what x is of.
+    return (
+        found.view(x.shape) if of_input and found is not None else None,
+        [None] * count,
+        [None] * scaled,
+        [None] * biased,
+        of_low.t() @ rows if of_down and of_low is not None else None,
+        [
+            gradient.t() @ low[:, columns] if asked else None
+            for gradient, columns, asked in zip(gradients, _columns(ups), of_ups, strict=True)
+        ],
+        None,
+    )
 
 
 adapted_linear.register_autograd(_differentiate, setup_context=_keep)
-adapted_linear_4bit.register_autograd(_differentiate, setup_context=_keep)
 
+MAP: Final = torch.ops.wmtp.adapted_linear.default
 #: products with weights that never learn, whose results activation checkpointing keeps with those of other products
-OPERATORS: Final = frozenset(
-    {
-        torch.ops.wmtp.adapted_linear.default,
-        torch.ops.wmtp.adapted_linear_4bit.default,
-        torch.ops.wmtp.linear_4bit.default,
-    }
-)
+OPERATORS: Final = frozenset({MAP, torch.ops.wmtp.linear_4bit.default})

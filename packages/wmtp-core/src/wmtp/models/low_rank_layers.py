@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from wmtp.loss.cross_entropy import precision
-from wmtp.models.low_rank import adapted_linear, adapted_linear_4bit
+from wmtp.models.low_rank import adapted_linear
 from wmtp.models.quantized import Linear4Bit
 
 __all__ = ["AdaptedLinear", "use_one_operator"]
@@ -30,12 +31,21 @@ class AdaptedLinear(Linear):
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
         dtype = precision(x)
-        bias: Tensor | None = base.bias  # type: ignore[assignment]
-        bias = None if bias is None else bias.to(dtype)
-        down, up = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
-        if isinstance(base, Linear4Bit):
-            return adapted_linear_4bit(x.to(dtype), base.packed, base.scales, bias, down, up, self.scaling[name])[0]
-        return adapted_linear(x.to(dtype), base.weight.to(dtype), bias, down, up, self.scaling[name])[0]  # type: ignore[operator]
+        packed = isinstance(base, Linear4Bit)
+        return adapted_linear(
+            _as(x, dtype),
+            [base.packed if packed else _as(base.weight, dtype)],  # type: ignore[arg-type]
+            [base.scales] if packed else [],
+            [] if base.bias is None else [_as(base.bias, dtype)],  # type: ignore[arg-type]
+            _as(self.lora_A[name].weight, dtype),  # type: ignore[arg-type]
+            [_as(self.lora_B[name].weight, dtype)],  # type: ignore[arg-type]
+            self.scaling[name],
+        )[0]
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert, where that changes anything: a compiler sees the same tensor otherwise."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def use_one_operator(base: nn.Module) -> None:

@@ -5,7 +5,9 @@ Imports no torch, and reads no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -126,13 +128,55 @@ def _check_adapter(folder: Path) -> None:
             raise FileError(
                 f"{folder}: its adapter is more than LoRA's two matrices a linear map ({key} = {value!r}); {remedy}"
             )
+    file = folder / ADAPTER_CONFIG
     rank, alpha = content.get("r"), content.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
-        raise FileError(
-            f"{folder / ADAPTER_CONFIG}: r = {rank!r} and lora_alpha = {alpha!r} are those of no adapter; fetch it again"
-        )
+    if not (_is_rank(rank) and _is_number(alpha)):
+        raise FileError(f"{file}: r = {rank!r} and lora_alpha = {alpha!r} are those of no adapter; fetch it again")
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise FileError(f"{folder}: holds an {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}")
+        pickled = (
+            f"; {_PICKLED} is a pickle, which WMTP never opens: PEFT's save_pretrained() writes safetensors"
+            if (folder / _PICKLED).exists()
+            else "; fetch it again"
+        )
+        raise FileError(f"{folder}: holds an {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}{pickled}")
+    for key, (fits, wanted) in _ADAPTER_SETTINGS.items():
+        if not fits(value := content.get(key, _ABSENT.get(key))):
+            raise FileError(f"{file}: {key} = {value!r}, and PEFT has {wanted} there; fetch it again")
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    """Accept a text, or a list of some."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _is_table_of(fits: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _are_layers(value: Any) -> bool:
+    return value is None or all(type(layer) is int for layer in (value if isinstance(value, list) else [value]))
+
+
+_PICKLED: Final = "adapter_model.bin"
+#: how settings look that PEFT reads without looking at them
+_ADAPTER_SETTINGS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "target_modules": (_is_text, "the names of modules or a pattern"),
+    "exclude_modules": (lambda value: value is None or _is_text(value), "the names of modules or a pattern"),
+    "layers_to_transform": (_are_layers, "numbers of layers"),
+    "layers_pattern": (lambda value: value is None or _is_text(value), "the names of lists of layers"),
+    "rank_pattern": (partial(_is_table_of, _is_rank), "a table of ranks"),
+    "alpha_pattern": (partial(_is_table_of, _is_number), "a table of numbers"),
+}
+#: in place of settings that a config leaves out
+_ABSENT: Final[Mapping[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
 
 
 def shard_files(index: Path) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError, FileError, WMTPError
-from wmtp.models.adapter_folder import adapter_dtype, find_base, need_peft, read_adapter
+from wmtp.models.adapter_folder import adapter_dtype, check_fit, find_base, need_peft, read_adapter
 from wmtp.models.adapters import BaseModelName, fingerprint
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.heads_folder import saved_draft_ids, saved_heads, saved_tensors
@@ -78,7 +78,9 @@ class HfLoader(ModelLoader):
             return describe(empty_model(config), heads)
         if is_adapter(folder):
             need_peft(f"{folder}: an adapter")
-            info = self._plain().info(self._find_base(folder)[0])
+            base, plain = self._find_base(folder)[0], self._plain()
+            info = plain.info(base)
+            check_fit(folder, plain.empty(base))
             return evolve(info, heads=saved_heads(folder) or info.heads)
         config = read_config(folder)
         require_causal(config)
