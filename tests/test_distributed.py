@@ -144,6 +144,34 @@ def test_killed_on_two_stopped_on_one_stopped_on_two_and_still_the_same_run(reci
             assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), (left["step"], name)
 
 
+LAUNCHER = """
+import json, os, subprocess, sys, time
+with open("job.json", "w") as file:
+    json.dump({"run_dir": None, "resume": False, "parent": os.getpid(), "verbose": False}, file)
+worker = subprocess.Popen([sys.executable, "-m", "wmtp.launchers.worker", "."], stdout=subprocess.DEVNULL)
+print(worker.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_rank_that_is_starting_ends_with_its_launcher(recipe, tmp_path):
+    """A launcher that is killed outright tells nobody, and the place where its ranks meet goes with it."""
+    (tmp_path / "config.toml").write_text(recipe.read_text() + "\n[launcher]\nprocesses = 2\n")
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    env = os.environ | place | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        rank = Path("/proc") / launcher.stdout.readline().strip()
+        launcher.kill()
+    deadline = time.monotonic() + 60
+    while rank.exists() and " Z " not in (rank / "stat").read_text():
+        assert time.monotonic() < deadline, "it waits for others that will never come"
+        time.sleep(0.05)
+
+
 def test_ranks_with_another_config_are_named(recipe, preloaded, tmp_path):
     variables = os.environ | {
         "WORLD_SIZE": "2",

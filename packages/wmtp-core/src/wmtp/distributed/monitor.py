@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import socket
 import threading
 import time
@@ -60,11 +59,10 @@ class Monitor:
         rank: this one.
         world_size: how many there are.
         timeout: seconds without progress after which this process is ended.
-        parent: the process that started this one; once it is gone, this one is asked to end. None: no process is watched.
     """
 
-    def __init__(self, *, rank: int, world_size: int, timeout: float, parent: int | None = None) -> None:
-        self._rank, self._world_size, self._timeout, self._parent = rank, world_size, timeout, parent
+    def __init__(self, *, rank: int, world_size: int, timeout: float) -> None:
+        self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -145,9 +143,6 @@ class Monitor:
 
     def _watch(self) -> None:
         while not self._stopped.wait(_BEAT):
-            if self._parent is not None and os.getppid() != self._parent:
-                self._parent = None
-                os.kill(os.getpid(), signal.SIGTERM)  # as the launcher would have done: a checkpoint, and an end
             late = self._since is not None and time.monotonic() - self._since > self._timeout + _GRACE
             try:
                 self._beat()

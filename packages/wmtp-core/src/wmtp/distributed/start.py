@@ -33,13 +33,12 @@ _COMPARED = ("wmtp-core", "torch", "transformers")
 
 
 @contextmanager
-def joined(config: Config, worker: Worker, *, parent: int | None = None, report: Report | None = None) -> Iterator[Ranks]:
+def joined(config: Config, worker: Worker, *, report: Report | None = None) -> Iterator[Ranks]:
     """Join the other processes, which must have the same config.
 
     Args:
         config: complete and checked.
         worker: this process; one alone needs no others, and no variables.
-        parent: the process that started this one; this one ends when that one is gone.
         report: told that another rank is lost, just before this process is ended. Default: a log line.
 
     Raises:
@@ -69,7 +68,7 @@ def joined(config: Config, worker: Worker, *, parent: int | None = None, report:
         raise WMTPError(f"rank {worker.rank} cannot join the other processes at {place}: {error}") from error
     monitor = None
     if several:
-        monitor = Monitor(rank=worker.rank, world_size=worker.world_size, timeout=config.devices.timeout, parent=parent)
+        monitor = Monitor(rank=worker.rank, world_size=worker.world_size, timeout=config.devices.timeout)
         monitor.report = report or monitor.report
     try:
         ranks = Ranks(

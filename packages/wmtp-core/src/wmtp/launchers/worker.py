@@ -10,8 +10,11 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
+from typing import Final
 
 from wmtp.config.load import load
 from wmtp.distributed.environment import Worker
@@ -23,15 +26,20 @@ __all__ = ["main"]
 
 logger = logging.getLogger("wmtp")
 
+#: seconds between two looks at the launcher
+_PAUSE: Final = 0.5
+
 
 def main(folder: str) -> int:
     """Train as rank ``RANK``; what went wrong is left for the launcher."""
+    job = Path(folder)
+    facts = json.loads((job / "job.json").read_text())
+    _end_with(facts["parent"])  # before the imports that take seconds: without it the others are waited for in vain
+
     from wmtp.distributed.monitor import LostRankError
     from wmtp.distributed.start import joined
     from wmtp.training.run import train
 
-    job = Path(folder)
-    facts = json.loads((job / "job.json").read_text())
     worker = Worker.of()
     if worker is None:
         raise WMTPError("wmtp.launchers.worker is started by wmtp run, with RANK, WORLD_SIZE and LOCAL_RANK set; use wmtp run")
@@ -39,7 +47,7 @@ def main(folder: str) -> int:
     try:
         config = load(job / "config.toml").config
         report = lambda line: write_failure(job, worker.rank, "lost", [line])  # noqa: E731
-        with joined(config, worker, parent=facts["parent"], report=report) as ranks:
+        with joined(config, worker, report=report) as ranks:
             place = ranks.main_only(lambda: (facts["run_dir"], facts["resume"]))
             result = train(config, Path(place[0]), resume=place[1], ranks=ranks)
             if worker.local_rank == 0:
@@ -61,6 +69,20 @@ def main(folder: str) -> int:
             write_failure(job, worker.rank, kind, lines)
         sys.stderr.flush()
         os._exit(1)  # a collective that waits for a lost rank must not keep this one
+
+
+def _end_with(parent: int) -> None:
+    """Ask this process to end, as the launcher would, once the launcher is gone.
+
+    Before a run catches SIGTERM it ends at once, and then with a checkpoint.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PAUSE)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="wmtp-launcher", daemon=True).start()
 
 
 def _described(error: BaseException) -> tuple[str, list[str]]:
