@@ -162,8 +162,9 @@ def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator
         logger.info("no run to resume; starting a new one" if directory is None else f"resuming {directory}")
     is_resumed = directory is not None
     if directory is None:
+        commits = pinned(loaded)  # its errors name their lines already
         try:
-            directory = run_dirs.create(checked, loaded.registry, sys.argv, pinned(loaded))
+            directory = run_dirs.create(checked, loaded.registry, sys.argv, commits)
         except ConfigError as error:
             parts = (line.partition(": ") for line in error.problems)
             raise located(loaded.document, (Problem(tuple(key.split(".")), text) for key, _, text in parts)) from None
