@@ -211,8 +211,9 @@ def test_a_store_that_is_away_for_a_while(breaking, s3, folder, tmp_path, work, 
 
 
 @pytest.mark.slow
-def test_what_never_comes_back_ends_at_its_time(breaking, folder, tmp_path, caplog):
+def test_what_never_comes_back_ends_at_its_time(breaking, folder, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "wmtp")
+    monkeypatch.setattr(retrying, "_SAYS_SO_AFTER", 0.1)  # seldom is there a try between this and 4 s otherwise
     proxy = breaking(share=0)
     proxy.is_away = True
     for do in (
