@@ -156,7 +156,7 @@ time.sleep(600)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_a_rank_that_is_starting_ends_with_its_launcher(recipe, tmp_path):
-    """A launcher that is killed outright tells nobody, and the place where its ranks meet goes with it."""
+    """A launcher that is killed tells nobody, and its store is gone too."""
     (tmp_path / "config.toml").write_text(recipe.read_text() + "\n[launcher]\nprocesses = 2\n")
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     env = os.environ | place | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}

@@ -72,9 +72,9 @@ def main(folder: str) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """Ask this process to end, as the launcher would, once the launcher is gone.
+    """Ask this process to end once its launcher is gone.
 
-    Before a run catches SIGTERM it ends at once, and then with a checkpoint.
+    By SIGTERM, as the launcher does: at once before a run catches it, and then with a checkpoint.
     """
 
     def watch() -> None:
