@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 
 @pytest.fixture
 def traced(monkeypatch):
-    """How many weights each operator multiplies by, in each graph; all of torch.compile but the compiler."""
+    """Number of weights of each operator, by graph: torch.compile without its compiler."""
     found = []
 
     def backend(graph, inputs):

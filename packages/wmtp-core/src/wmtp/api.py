@@ -166,8 +166,7 @@ def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator
         try:
             directory = run_dirs.create(checked, loaded.registry, sys.argv, commits)
         except ConfigError as error:
-            parts = (line.partition(": ") for line in error.problems)
-            raise located(loaded.document, (Problem(tuple(key.split(".")), text) for key, _, text in parts)) from None
+            raise located(loaded.document, map(Problem.of_line, error.problems)) from None
     with run_dirs.lock(directory):
         if is_resumed:
             _take_up(directory, loaded)

@@ -51,5 +51,4 @@ def _idle_in_heads(heads: HeadsConfig, path: KeyPath) -> Iterator[Problem]:
 
 def _idle(section: Any, keys: tuple[str, ...], path: KeyPath, reason: str) -> Iterator[Problem]:
     for line in idle_keys(section, keys, reason):
-        key, _, message = line.partition(": ")
-        yield Problem((*path, key), message)
+        yield Problem.of_line(line, *path)

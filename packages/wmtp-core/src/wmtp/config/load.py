@@ -97,9 +97,7 @@ def load_storage(sources: ConfigSource | Sequence[ConfigSource], overrides: Iter
         problems += (problem.under("storage") for problem in found.problems)
     else:
         for backend in config.backends:
-            for line in backend.check():
-                key, _, message = line.partition(": ")
-                problems.append(Problem(("storage", backend.type, key), message))
+            problems += (Problem.of_line(line, "storage", backend.type) for line in backend.check())
         if not problems:
             return config
     raise located(document, problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Final
 
@@ -17,6 +18,7 @@ __all__ = ["KeyPath", "Problem", "Problems", "dotted", "unknown_key"]
 KeyPath = tuple[str | int, ...]
 
 _ALMOST: Final = 0.85  # a slip of the keyboard, whatever the word means elsewhere
+_KEY: Final = re.compile(r"[\w.-]+")
 _BARE: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 
 
@@ -39,6 +41,17 @@ class Problem:
     path: KeyPath
     message: str
     at: KeyPath | None = None
+
+    @classmethod
+    def of_line(cls, line: str, *parents: str | int) -> Problem:
+        """Read a line ``key: message``, as components' own checks write it.
+
+        Its key is one below ``parents``; a line without a key concerns these.
+        """
+        key, colon, message = line.partition(": ")
+        if colon and _KEY.fullmatch(key):
+            return cls((*parents, *key.split(".")), message)
+        return cls(parents, line)
 
     def under(self, *parents: str | int) -> Problem:
         """Return the same problem, seen from a table further out."""

@@ -131,8 +131,7 @@ def _remote(config: Config, registry: Registry) -> Iterator[Problem]:
         yield Problem(("launcher",), what)
         return
     for line in lines:
-        key, _, message = str(line).partition(": ")
-        yield Problem(tuple(key.split(".")), message)
+        yield Problem.of_line(str(line))
 
 
 def _run(config: Config) -> Iterator[Problem]:
@@ -450,8 +449,4 @@ def _own_rules(
         yield Problem(path, f"{method}() of '{config.type}' in {owner} failed: {type(error).__name__}: {error}")
         return
     for line in lines:
-        key, colon, message = str(line).partition(": ")
-        if colon and re.fullmatch(r"[\w.-]+", key):
-            yield Problem((*path, *key.split(".")), message)
-        else:
-            yield Problem(path, str(line))
+        yield Problem.of_line(str(line), *path)

@@ -48,8 +48,8 @@ def adapted_linear(
     rows = x.reshape(-1, x.shape[-1])
     low = _scaled(rows, down.t(), scale)
     results = []
-    for index, up in enumerate(ups):
-        part = low[:, _columns(ups)[index]]
+    for index, (up, columns) in enumerate(zip(ups, _columns(ups), strict=True)):
+        part = low[:, columns]
         result = torch.addmm(biases[index], part, up.t()) if biases else part @ up.t()
         # The large product comes last: it is limited by arithmetic, and adds to what it reads meanwhile. The other way round,
         # all of its result would be read and written once more.
