@@ -165,10 +165,14 @@ LAYOUTS = {
 }
 
 
-NOT_COUNTED = pytest.mark.xfail(reason="vLLM accepts one to three other drafts than we count: docs/serving.md", strict=False)
+def without_correction_biases(model):
+    """Compute what vLLM 0.32 does on a CPU: its ``cpu_router.py`` leaves out the biases that choose among experts."""
+    for name, bias in model.base.named_parameters():
+        if name.endswith("e_score_correction_bias"):
+            bias.detach().zero_()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[NOT_COUNTED] if name == "ernie" else []) for name in LAYOUTS])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_models_own_layer_that_was_trained(name, tmp_path, monkeypatch):
     """Small models with tables as real folders have them, trained for their own drafts."""
     linear = name.startswith("qwen")
@@ -199,6 +203,7 @@ def test_a_models_own_layer_that_was_trained(name, tmp_path, monkeypatch):
         hand_on_before_the_norm(model, monkeypatch)
     if name == "ernie":
         turn_by_halves(model)
+        without_correction_biases(model)
     compare = greedy_but_for_rounding if linear else compared
     accepted = compare(model, tmp_path / "served", prompts, 40, tmp_path)
     print("accepted", accepted)
