@@ -294,6 +294,37 @@ def test_time_that_is_over_begins_no_run(folder):
     assert trained(folder) == []
 
 
+def _takes(folder, arm, seconds):
+    for path in (folder / "studies/small/record").glob(f"{arm}-*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": seconds}))
+
+
+def test_a_run_that_takes_too_long_does_not_keep_shorter_ones_from_beginning(folder, capsys):
+    study("study.toml", seeds=[0])
+    trained(folder)
+    _takes(folder, "baseline", 600.0)
+    _takes(folder, "rho1", 0.1)
+    assert main(["study", "study.toml", "--minutes", "5"]) == 0
+    assert trained(folder) == ["rho11", "rho12"]
+    said = capsys.readouterr()
+    assert re.search(r"--minutes: baseline-seed1-\w+ would not be done by then; what is shorter still begins", said.err)
+    assert "baseline-seed2" not in said.err
+    assert "2 runs are left" in said.out
+
+
+def test_what_needs_a_run_that_takes_too_long_is_left_too(folder):
+    study("study.toml", seeds=[0])
+    trained(folder)
+    _takes(folder, "reference", 600.0)
+    _takes(folder, "baseline", 0.1)
+    shutil.rmtree(next((folder / "studies/small/runs").glob("reference-*/model")))
+    result = study("study.toml", minutes=5, jobs=2)
+    assert sorted(trained(folder)) == ["baseline1", "baseline2"]
+    assert [name.rpartition("-")[0] for name in result.left] == ["rho1-seed1", "rho1-seed2"]
+    assert any(name.startswith("reference") for name in result.finished), "its record is kept until it is trained again"
+    assert list((folder / "studies/small/record").glob("reference-*.json"))
+
+
 def test_two_processes_do_not_work_on_one_study(folder):
     (folder / "baseline").write_text("hang")
     first = threading.Thread(target=lambda: study("study.toml", seeds=[0]), daemon=True)

@@ -65,7 +65,7 @@ def study(
         jobs: in place of ``study.jobs``.
         retry: also run what failed before.
         dry_run: only say what would be done, in ``facts``.
-        minutes: begin no run after so long that could not be done by then, going by those that are done.
+        minutes: begin no run that could not be done after so long, going by those that are done; shorter ones still begin.
         allow_code_execution: as for `wmtp.run`.
 
     Raises:
@@ -119,6 +119,7 @@ class _Session:
         self._failed: dict[str, str] = {}
         self._total = 0
         self._ended = 0
+        self._lacks_time = False
 
     # --- what is there
 
@@ -225,9 +226,6 @@ class _Session:
             ) from None
         with _locked(folder):
             todo = self._read()
-            for run in todo:
-                if self._is_lost(run):
-                    remove_record(folder, run.name)
             for record in self._records.values():
                 write_record(folder, record)
             counting = sum(record.counts for record in self._records.values())
@@ -243,17 +241,16 @@ class _Session:
                 self._tidy(run.name)
             return self._finish()
 
-    def _is_lost(self, run: PlannedRun) -> bool:
-        """Forget the record of a run that must be done again."""
-        if (record := self._records.get(run.name)) is None:
-            return False
+    def _forget(self, run: PlannedRun) -> None:
+        """Forget how a run ended that is now done again."""
+        if (record := self._records.pop(run.name, None)) is None:
+            return
         if record.counts:
             done = [other.name for other in self._plan.runs if run.name in other.needs and self._is_done(other.name)]
             earlier = f"; {_runs(done)} that {'is' if len(done) == 1 else 'are'} done had the earlier one, which may differ"
             logger.info("%s is trained again: others need its model, which is not here%s", run.name, earlier if done else "")
             shutil.rmtree(self._plan.folder / "runs" / run.name, ignore_errors=True)
-        del self._records[run.name]
-        return True
+        remove_record(self._plan.folder, run.name)
 
     def _train(self, todo: Sequence[PlannedRun]) -> None:
         Pool(
@@ -279,8 +276,11 @@ class _Session:
 
     def _may_begin(self, run: PlannedRun) -> bool:
         if self._end is None or time.monotonic() + (self._expected(run) or 0.0) <= self._end:
+            self._forget(run)
             return True
-        logger.info("--minutes are over: %s and what follows is left; the same command continues", run.name)
+        if not self._lacks_time:
+            logger.info("--minutes: %s would not be done by then; what is shorter still begins", run.name)
+        self._lacks_time = True
         return False
 
     def _done(self, outcome: Outcome) -> bool:

@@ -56,7 +56,7 @@ class Pool:
         job: makes the message for a worker.
         environments: of the worker processes, one for each.
         done: is told how each run ended, by one thread at a time; false: begin no further run.
-        may_begin: is asked before a run begins.
+        may_begin: is asked before a run begins; false: it is left, and so are those that need it.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Pool:
         self._changed = threading.Condition()
         self._running: dict[str, PlannedRun] = {}
         self._bad = dict(failed)
+        self._left: set[str] = set()
         self._workers: set[subprocess.Popen[str]] = set()
         self._stops = False
         self._error: BaseException | None = None
@@ -143,15 +144,22 @@ class Pool:
                         self._waiting.remove(run)
                         self._bad[run.name] = f"it needs {broken}, which failed"
                         self._tell(Outcome(run=run, status="skipped", error=self._bad[run.name], seconds=0.0))
+                    elif self._left.intersection(run.needs):
+                        self._leave(run)
                     elif not unmade.intersection(run.needs):
                         if not self._may_begin(run):
-                            self._stops = True
-                            return None
+                            self._leave(run)
+                            continue
                         self._waiting.remove(run)
                         self._running[run.name] = run
                         return run
                 if self._waiting:
                     self._changed.wait()
+
+    def _leave(self, run: PlannedRun) -> None:
+        """Leave a run for another call; others may still begin."""
+        self._waiting.remove(run)
+        self._left.add(run.name)
 
     def _report(self, outcome: Outcome) -> None:
         with self._changed:
