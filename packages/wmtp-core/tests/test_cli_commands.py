@@ -189,7 +189,7 @@ def test_exit_codes_and_errors(capsys, folder):
     assert json.loads((folder / "runs/f/run.json").read_text())["status"] == "failed"
     code, answer, err = run_json(capsys, "--set", "launcher.do=bug")
     assert code == 1
-    assert answer["error"].startswith("ZeroDivisionError: two lines (in here-plugin 1.5: ")
+    assert answer["error"].startswith("here-plugin 1.5: Here.launch raised ZeroDivisionError: two lines (/")
     assert err.splitlines()[-2:] == [
         "run it again with --debug for the traceback of this error:",
         f"error: {answer['error']}",
@@ -405,8 +405,8 @@ def test_an_unforeseen_error_names_the_plugin_and_its_line(capsys, folder):
     code, _, err = cli(capsys, "run", "a.toml", "--run-name", "x", "--set", "launcher.do=break")
     assert code == 1
     line = next(n for n, text in enumerate(PLUGIN.splitlines(), start=1) if 'int("no number")' in text)
-    assert err.splitlines()[-1].startswith("error: ValueError: invalid literal")
-    assert err.splitlines()[-1].endswith(f"(in here-plugin 1.5: {folder / 'site/here_plugin.py'}:{line})")
+    assert err.splitlines()[-1].startswith("error: here-plugin 1.5: Here.launch raised ValueError: invalid literal")
+    assert err.splitlines()[-1].endswith(f"({folder / 'site/here_plugin.py'}:{line})")
     assert not (folder / "runs/x").exists(), "nothing was trained, so the name stays free"
 
 

@@ -168,7 +168,7 @@ WEIGHTS = {"models": {"base": {"heads": {"horizon": 3}}}}
         (["run.tags=['hf_abcdefghijklmnopqrstuvwx']"], "run.tags.0: looks like a secret"),
         (["trainer={type = 'picky', lo = 2}"], "trainer.lo: is above hi; lower it"),
         (["trainer={type = 'picky', hi = 15}"], "check() of 'picky' in Picky failed: TypeError: it must give one line"),
-        (["trainer={type = 'picky', hi = 13}"], "trainer: check() of 'picky' in Picky failed: KeyError: 'thirteen'"),
+        (["trainer={type = 'picky', hi = 13}"], "Picky._problems raised KeyError: 'thirteen' (/"),
         (["trainer={type = 'picky', hi = 14}"], "trainer: is out of luck: never 14"),
         (["trainer={type = 'easy', of = {type = 'picky', lo = 2}}"], "trainer.of.lo: is above hi; lower it"),
     ],

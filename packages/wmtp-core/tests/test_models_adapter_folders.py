@@ -11,6 +11,7 @@ from native_folders import native_folder
 from one_step import SMALL
 
 from wmtp.checkpoints.local import Checkpoint, load_checkpoint, save_checkpoint
+from wmtp.cli import main
 from wmtp.config.schema import HeadsConfig, LoraConfig
 from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.models.adapter_folder import name_base
@@ -175,6 +176,25 @@ def test_what_is_no_adapter_of_lora_is_refused(base, tmp_path):
         file.write_text(json.dumps(content | change))
         with pytest.raises(WMTPError, match=said):
             HfLoader().info(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapters_weights_alone_are_named(tmp_path, capsys, name):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / name).touch()
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'models.base = {{type = "hf", uri = "{folder}"}}\ndatasets.a.type = "python-source"\ntrainer.type = "baseline-mtp"\n'
+    )
+    said = f"{folder}: holds an adapter's weights ({name}) and no adapter_config.json"
+    for words in (
+        ["check", recipe],
+        ["generate", folder, "--prompt", "a"],
+        ["export", folder, tmp_path / "out", "--format", "hf"],
+    ):
+        assert main([str(word) for word in words]) == 2
+        assert said in capsys.readouterr().err
 
 
 def _only(names, tensors):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_config import tiny_config
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, Gemma4TextConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, Gemma4TextConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from walk_architectures import STEPS, examine
 
@@ -110,6 +110,20 @@ def test_a_model_that_transformers_cannot_build_is_refused():
     del config.attn_config.rope_theta
     with pytest.raises(ConfigError, match=r"cannot make this model: .*rope_theta.*'dbrx'"):
         empty_model(config)
+
+
+def test_the_reason_behind_the_title_of_transformers_error_is_said(monkeypatch):
+    """Its validation names a validator in the first line, and what is wrong below; when it runs depends on its version."""
+
+    def validate(model, config):
+        raise ValueError("Class validation error for validator 'x':\n    ValueError: 16 is not a multiple of 3.")
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", validate)
+    with pytest.raises(ConfigError) as refused:
+        empty_model(tiny_config("llama"))
+    (problem,) = refused.value.problems
+    assert "ValueError: Class validation error for validator 'x': ValueError: 16 is not a multiple of 3. ('llama'" in problem
+    assert "\n" not in problem
 
 
 def test_a_model_of_no_single_stack_is_refused():

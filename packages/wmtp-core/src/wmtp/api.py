@@ -13,7 +13,6 @@ from typing import Any, Literal, overload
 
 from attrs import evolve
 
-from wmtp.arguments import checks_arguments
 from wmtp.checkpoints.remote import remote_checkpoints
 from wmtp.config.advice import unwise_settings
 from wmtp.config.inputs import anchored, hub_names_read, pinned, with_uris
@@ -31,6 +30,7 @@ from wmtp.evaluation.consent import code_execution_allowed, require_consent
 from wmtp.launchers.local import Local
 from wmtp.log_lines import lines_by_itself
 from wmtp.plugins.built import built, returned
+from wmtp.public import public
 from wmtp.runs import directory as run_dirs
 from wmtp.runs.fixed import fixed
 from wmtp.runs.result import Result
@@ -67,7 +67,7 @@ def run(
 ) -> Mapping[str, Any]: ...
 
 
-@checks_arguments
+@public
 def run(
     config: ConfigSource | Sequence[ConfigSource] | None = None,
     *,

@@ -107,7 +107,7 @@ def described(error: BaseException) -> str:
 
     Without a message, by its place in the code.
     """
-    if text := str(error):
+    if text := " ".join(str(error).split()):
         return f"{type(error).__name__}: {text}"
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:

@@ -10,7 +10,6 @@ from attrs import frozen
 
 from wmtp.actions.memory import outlook
 from wmtp.api import load_checked
-from wmtp.arguments import checks_arguments
 from wmtp.config.advice import unwise_settings
 from wmtp.config.data_rules import eval_sources, train_sources, unread_keys
 from wmtp.config.load import ConfigSource
@@ -19,6 +18,7 @@ from wmtp.config.schema import Config
 from wmtp.config.tree import components
 from wmtp.launchers.remote import remote_launcher
 from wmtp.plugins import Registry
+from wmtp.public import public
 
 __all__ = ["Checked", "check"]
 
@@ -40,7 +40,7 @@ class Checked:
     warnings: Sequence[str]
 
 
-@checks_arguments
+@public
 def check(config: ConfigSource | Sequence[ConfigSource], *, overrides: Iterable[str] = ()) -> Checked:
     """Check a config, as ``wmtp check`` does.
 

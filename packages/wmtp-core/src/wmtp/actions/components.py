@@ -9,12 +9,12 @@ from typing import Any, Final, Literal, Union, get_args, get_origin
 import attrs
 import tomli_w
 
-from wmtp.arguments import checks_arguments
 from wmtp.config.tree import plain_value
 from wmtp.errors import ConfigError
 from wmtp.plugins import load_plugins
 from wmtp.plugins.components import COMPONENT_KIND, KINDS
 from wmtp.plugins.registry import Provided, Registry
+from wmtp.public import public
 from wmtp.spelling import did_you_mean
 
 __all__ = ["show", "type_name"]
@@ -33,7 +33,7 @@ _TABLES: Final = {
 }
 
 
-@checks_arguments
+@public
 def show(name: str) -> list[dict[str, Any]]:
     """Describe the components of this name, as ``wmtp show`` does.
 

@@ -17,10 +17,10 @@ from attrs import frozen
 
 from wmtp.actions.files import storage_section
 from wmtp.actions.generate import sampling_by
-from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource
 from wmtp.config.places import build_backends
 from wmtp.errors import ConfigError
+from wmtp.public import public
 from wmtp.redaction import redact
 from wmtp.storage.uris import backend_for, file_path, scheme_of
 
@@ -64,7 +64,7 @@ class Distilled:
     seconds: float
 
 
-@checks_arguments
+@public
 def distill_data(
     model: str | os.PathLike[str],
     prompts: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],

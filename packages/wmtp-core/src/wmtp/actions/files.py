@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource, load_storage
 from wmtp.config.overrides import parse_override
 from wmtp.config.places import build_backends
 from wmtp.errors import ConfigError, WMTPError
+from wmtp.public import public
 from wmtp.redaction import redact
 from wmtp.runs.directory import is_run_dir
 from wmtp.storage.base import Fetched, Leftover, Storage
@@ -65,7 +65,7 @@ class Verified:
     problems: Sequence[str]
 
 
-@checks_arguments
+@public
 def fetch(
     uri: str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -96,7 +96,7 @@ def fetch(
     return _backend(uri, config, overrides).fetch(os.fspath(uri), target, include=include, exclude=exclude)
 
 
-@checks_arguments
+@public
 def verify(folder: str | os.PathLike[str], uri: str | None = None) -> Verified:
     """Verify fetched files in a folder, as ``wmtp fetch --verify`` does.
 
@@ -118,7 +118,7 @@ def verify(folder: str | os.PathLike[str], uri: str | None = None) -> Verified:
     return Verified(target=target, uri=manifest.uri, files=len(manifest.files), size=manifest.size, problems=problems)
 
 
-@checks_arguments
+@public
 def push(
     path: str | os.PathLike[str],
     uri: str | os.PathLike[str],
@@ -145,7 +145,7 @@ def push(
     return Pushed(path=source, uri=redact(os.fspath(uri)), seconds=time.monotonic() - began)
 
 
-@checks_arguments
+@public
 def clean(
     uri: str | os.PathLike[str],
     *,
@@ -172,7 +172,7 @@ def clean(
     return _backend(uri, config, overrides).clean(os.fspath(uri), older_than=older_than, dry_run=dry_run)
 
 
-@checks_arguments
+@public
 def cache(
     cache_dir: str | os.PathLike[str] | None = None,
     *,
@@ -191,7 +191,7 @@ def cache(
     return Cache(Path(cache_dir or storage_section(config, overrides).cache_dir).expanduser())
 
 
-@checks_arguments
+@public
 def pull_runs(
     uri: str,
     into: str | os.PathLike[str] = "runs/mlflow.db",

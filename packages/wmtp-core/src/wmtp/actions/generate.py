@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import frozen
 
 from wmtp.actions.files import storage_section
-from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource
 from wmtp.errors import ConfigError
+from wmtp.public import public
 
 if TYPE_CHECKING:
     from wmtp.generation import Sampling
@@ -44,7 +44,7 @@ class Generated:
     seed: int
 
 
-@checks_arguments
+@public
 def generate(
     model: str | os.PathLike[str],
     prompt: str | Sequence[Mapping[str, Any]],

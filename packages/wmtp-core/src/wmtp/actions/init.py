@@ -14,8 +14,8 @@ from typing import Final
 
 from attrs import frozen
 
-from wmtp.arguments import checks_arguments
 from wmtp.errors import ConfigError
+from wmtp.public import public
 from wmtp.spelling import did_you_mean
 
 __all__ = ["Initialized", "init", "recipes"]
@@ -44,7 +44,7 @@ def recipes() -> Mapping[str, str]:
     return {entry.name: _summary(entry) for entry in _folders()}
 
 
-@checks_arguments
+@public
 def init(recipe: str, folder: str | os.PathLike[str] | None = None) -> Initialized:
     """Write a recipe that runs on a CPU, with sample data.
 

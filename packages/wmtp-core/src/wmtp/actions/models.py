@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wmtp.actions.files import storage_section
-from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource
 from wmtp.errors import ConfigError
+from wmtp.public import public
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "export", "load_model", "load_tokenizer", "report"]
 
 
-@checks_arguments
+@public
 def load_model(
     model: str | os.PathLike[str],
     *,
@@ -55,7 +55,7 @@ def load_model(
     return opening.load_model(model, dtype=dtype, device=device, storage=storage_section(config, overrides))
 
 
-@checks_arguments
+@public
 def load_tokenizer(
     model: str | os.PathLike[str], *, config: ConfigSource | Sequence[ConfigSource] = (), overrides: Iterable[str] = ()
 ) -> Tokenizer:
@@ -72,7 +72,7 @@ def load_tokenizer(
     return find_tokenizer(*find_model(model, storage_section(config, overrides)))
 
 
-@checks_arguments
+@public
 def evaluate(
     model: str | os.PathLike[str],
     config: ConfigSource | Sequence[ConfigSource] = (),
@@ -103,7 +103,7 @@ def evaluate(
     )
 
 
-@checks_arguments
+@public
 def export(
     model: str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -134,7 +134,7 @@ def export(
     return export_model(os.fspath(model), place, format=format, checkpoint=kept, storage=storage)
 
 
-@checks_arguments
+@public
 def report(
     runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str] | None = None,

@@ -10,10 +10,10 @@ from typing import Literal
 from attrs import frozen
 
 from wmtp.api import load_checked
-from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource
 from wmtp.launchers.base import LaunchPlan, RunState, RunStatus
 from wmtp.launchers.remote import find_launched, remote_launcher, submit
+from wmtp.public import public
 from wmtp.runs.records import Record
 
 __all__ = ["LaunchedRun", "Measurements", "Submitted", "cancel", "launch", "logs", "metrics", "status"]
@@ -76,7 +76,7 @@ class Measurements:
     own: Mapping[str, float]
 
 
-@checks_arguments
+@public
 def launch(
     config: ConfigSource | Sequence[ConfigSource],
     *,
@@ -118,7 +118,7 @@ def launch(
     return Submitted(launcher=checked.launcher.type, plan=plan, run=str(record.run), record=record)
 
 
-@checks_arguments
+@public
 def status(run: str, *, config: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ()) -> LaunchedRun:
     """Ask how far a launched run is, as ``wmtp status`` does.
 
@@ -134,7 +134,7 @@ def status(run: str, *, config: str | os.PathLike[str] | Sequence[str | os.PathL
     return LaunchedRun(run=found, status=launcher.status(found), record=record)
 
 
-@checks_arguments
+@public
 def logs(
     run: str,
     *,
@@ -154,7 +154,7 @@ def logs(
     return launcher.logs(found, tail=tail, follow=follow)
 
 
-@checks_arguments
+@public
 def cancel(run: str, *, config: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ()) -> LaunchedRun:
     """End a launched run, as ``wmtp cancel`` does.
 
@@ -168,7 +168,7 @@ def cancel(run: str, *, config: str | os.PathLike[str] | Sequence[str | os.PathL
     return LaunchedRun(run=found, status=launcher.status(found), record=record)
 
 
-@checks_arguments
+@public
 def metrics(run: str, *, config: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ()) -> Measurements:
     """Read a launched run's machine load, as ``wmtp metrics`` does.
 

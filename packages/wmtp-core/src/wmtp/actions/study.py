@@ -18,7 +18,6 @@ from typing import Any
 from wmtp.actions.memory import outlook, time_outlook
 from wmtp.actions.study_pool import Outcome, Pool
 from wmtp.actions.study_result import StudyResult, left_line
-from wmtp.arguments import checks_arguments
 from wmtp.config.load import ConfigSource, as_list
 from wmtp.config.tree import dump_config
 from wmtp.cores import usable_cores
@@ -26,6 +25,7 @@ from wmtp.errors import ConfigError
 from wmtp.evaluation.consent import code_execution_allowed, require_consent
 from wmtp.json_files import writing
 from wmtp.log_lines import lines_by_itself
+from wmtp.public import public
 from wmtp.reporting.records import record_failure, record_of
 from wmtp.storage.lock import FileLock
 from wmtp.studies.config import load_study
@@ -38,7 +38,7 @@ __all__ = ["study"]
 logger = logging.getLogger("wmtp")
 
 
-@checks_arguments
+@public
 def study(
     study: str | os.PathLike[str] | Mapping[str, Any],
     *,

@@ -86,10 +86,12 @@ def _train(job: dict[str, Any], threads: int | None) -> dict[str, Any]:
     except ConfigError as error:
         answer = {"status": "failed", "error": "; ".join(error.problems)}
     except WMTPError as error:
+        if not isinstance(error.__cause__, WMTPError | None):  # of a plugin, say: the log has all of it
+            traceback.print_exc()
         answer = {"status": "failed", "error": " ".join(str(error).split())}
     except BaseException as error:
         traceback.print_exc()
-        answer = {"status": "failed", "error": " ".join(described(error).split())}
+        answer = {"status": "failed", "error": described(error)}
     sys.stdout.flush()
     sys.stderr.flush()
     return {**answer, "threads": threads}

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from wmtp.checkpoints.manifest import check_files
 from wmtp.config.places import build_backends
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, WMTPError, described
 from wmtp.json_files import DAMAGE
 from wmtp.runs.files import UPLOADED_FILES
 from wmtp.runs.step_file import merge_steps, set_aside_damaged
@@ -348,7 +348,7 @@ class CheckpointUpload:
         try:
             self._remote.upload(checkpoint, self._run_dir, self._keep_last, self._best)
         except Exception as error:
-            reason = error if isinstance(error, WMTPError | OSError) else f"{type(error).__name__}: {error}"
+            reason = error if isinstance(error, WMTPError | OSError) else described(error)
             failed = WMTPError(f"the checkpoint {checkpoint.path} was not uploaded to {self._remote.uri}: {reason}")
             failed.__cause__ = error
             logger.warning("%s; training continues", failed)

@@ -29,7 +29,7 @@ from wmtp.cli.streams import (
     is_closed,
     open_closed_streams,
 )
-from wmtp.errors import ConfigError, Terminated, WMTPError, described
+from wmtp.errors import ConfigError, PluginError, Terminated, WMTPError, described
 from wmtp.log_lines import set_up_logging
 from wmtp.redaction import redact
 from wmtp.signals import stopped_by_sigterm
@@ -116,17 +116,21 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
             command = getattr(commands, arguments.command)
         return command(arguments)
     except (KeyboardInterrupt, SystemExit, Exception) as error:
-        if isinstance(error, BrokenPipeError) and (is_closed(sys.stdout) or is_closed(sys.stderr)):
-            raise
-        if isinstance(error, OSError) and error.errno in NOT_WRITTEN and not accepts_output(sys.stdout):
-            raise
+        origin = error.__cause__ if isinstance(error, PluginError) and error.__cause__ is not None else error
+        if isinstance(origin, BrokenPipeError) and (is_closed(sys.stdout) or is_closed(sys.stderr)):
+            raise origin from None
+        if isinstance(origin, OSError) and origin.errno in NOT_WRITTEN and not accepts_output(sys.stdout):
+            raise origin from None
+        from wmtp.plugins.failures import plugin_failure
+
+        error = plugin_failure(error) or error
         lines, code = _explained(error)
         lines = [redact(_with_origin(line)) for line in lines]
         if getattr(error, "said_by_main", False):  # rank 0 has the same error
             return {"error": "\n".join(lines), "problems": lines}, code
         if arguments.debug:
-            print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        elif not isinstance(error, KeyboardInterrupt | WMTPError) and getattr(error, "filename", None) is None:
+            print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        elif not isinstance(origin, KeyboardInterrupt | WMTPError) and getattr(origin, "filename", None) is None:
             print("run it again with --debug for the traceback of this error:", file=sys.stderr)
     rank = f"rank {_rank()}: " if _rank() else ""
     with contextlib.suppress(OSError):  # the exit code says it too
@@ -148,14 +152,14 @@ def _explained(error: BaseException) -> tuple[list[str], int]:
     if isinstance(error, KeyboardInterrupt):
         return ["interrupted"], 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     if isinstance(error, SystemExit):  # of a plugin; its code may be 0, as if the work were done
-        return [f"the work was ended by sys.exit({error.code!r}){_place_in_plugin(error)}"], 1
+        return [f"the work was ended by sys.exit({error.code!r})"], 1
     if isinstance(error, ConfigError):
         return list(error.problems), error.exit_code
     if isinstance(error, WMTPError):
         return str(error).splitlines() or [type(error).__name__], error.exit_code
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return [f"{os.fspath(error.filename)!s}: {error.strerror}{_place_in_plugin(error)}"], 1
-    return [" ".join(f"{described(error)}{_place_in_plugin(error)}".split())], 1
+        return [f"{os.fspath(error.filename)!s}: {error.strerror}"], 1
+    return [described(error)], 1
 
 
 def _with_origin(line: str) -> str:
@@ -164,21 +168,6 @@ def _with_origin(line: str) -> str:
 
     uri = origin(line)
     return line if uri is None or uri in line else f"{line} (fetched from {uri})"
-
-
-def _place_in_plugin(error: BaseException) -> str:
-    """Name the plugin that an unforeseen error came through, and where.
-
-    Empty where it came through none.
-    """
-    from wmtp.plugins import load_plugins
-
-    plugins = {provided.cls.__module__.partition(".")[0]: provided.plugin for provided in load_plugins().components}
-    plugins.pop("wmtp")
-    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        if plugin := plugins.get(str(frame.f_globals.get("__name__")).partition(".")[0]):
-            return f" (in {plugin}: {frame.f_code.co_filename}:{line})"
-    return ""
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:

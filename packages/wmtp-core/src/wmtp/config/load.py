@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 from attrs import frozen
 
-from wmtp.arguments import checks_arguments
 from wmtp.config.converter import make_converter
 from wmtp.config.nulls import lost_nulls
 from wmtp.config.overrides import parse_override
@@ -20,6 +19,7 @@ from wmtp.config.tree import components, to_mapping
 from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
+from wmtp.public import public
 
 __all__ = ["ConfigSource", "Loaded", "as_list", "load", "load_config", "load_storage"]
 
@@ -42,7 +42,7 @@ class Loaded:
     document: Document
 
 
-@checks_arguments
+@public
 def load_config(
     sources: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str] = (), *, registry: Registry | None = None
 ) -> Config:

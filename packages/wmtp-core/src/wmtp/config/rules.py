@@ -25,7 +25,8 @@ from wmtp.config.model_rules import model_problems
 from wmtp.config.problems import KeyPath, Problem, dotted
 from wmtp.config.schema import Config
 from wmtp.config.tree import components, to_mapping
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, described
+from wmtp.plugins.failures import plugin_failure
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
 from wmtp.redaction import holds_credentials
@@ -127,8 +128,8 @@ def _remote(config: Config, registry: Registry) -> Iterator[Problem]:
         launcher: Any = config.launcher.build()  # a RemoteLauncher, as its suite tests
         lines = list(launcher.check(config))
     except Exception as error:
-        what = f"check() of the launcher '{config.launcher.type}' of {plugin} failed: {type(error).__name__}: {error}"
-        yield Problem(("launcher",), what)
+        what = f"check() of the launcher '{config.launcher.type}' of {plugin} failed: {described(error)}"
+        yield Problem(("launcher",), str(plugin_failure(error) or what))
         return
     for line in lines:
         yield Problem.of_line(str(line))
@@ -446,7 +447,8 @@ def _own_rules(
     except Exception as error:
         plugin = registry.provider(type(config))
         owner = f"the plugin {plugin}" if plugin is not None else type(config).__qualname__
-        yield Problem(path, f"{method}() of '{config.type}' in {owner} failed: {type(error).__name__}: {error}")
+        what = f"{method}() of '{config.type}' in {owner} failed: {described(error)}"
+        yield Problem(path, str(plugin_failure(error) or what))
         return
     for line in lines:
         yield Problem.of_line(str(line), *path)

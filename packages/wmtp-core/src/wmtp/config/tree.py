@@ -9,11 +9,11 @@ from typing import Any
 
 import attrs
 
-from wmtp.arguments import checks_arguments
 from wmtp.config.problems import KeyPath, dotted
 from wmtp.config.schema import Config, ModelConfig, StorageConfig
 from wmtp.errors import ConfigError
 from wmtp.plugins.components import COMPONENT_KIND
+from wmtp.public import public
 
 __all__ = ["Placed", "components", "dump_config", "flat", "flatten", "plain_value", "to_mapping"]
 
@@ -127,7 +127,7 @@ def _value(value: Any, path: KeyPath, text: Callable[[str], str], is_component: 
     raise ConfigError(f"{dotted(path)}: {value!r:.60} ({type(value).__name__}) cannot be written to TOML")
 
 
-@checks_arguments
+@public
 def dump_config(config: Config) -> str:
     """Write the config as complete TOML; reading it gives an equal config.
 
@@ -141,7 +141,7 @@ def dump_config(config: Config) -> str:
     return tomli_w.dumps(to_mapping(config, text=escape))
 
 
-@checks_arguments
+@public
 def flatten(config: Config) -> dict[str, str]:
     """Flatten the config to one entry a value, section by section.
 

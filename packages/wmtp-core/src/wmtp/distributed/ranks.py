@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wmtp.data.batch import Batch
 from wmtp.distributed.failures import Failure, heard
 from wmtp.errors import WMTPError
+from wmtp.plugins.failures import plugin_failure
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -213,7 +214,7 @@ class Ranks:
         except Exception as error:
             if self.world_size == 1:
                 raise
-            return None, error
+            return None, plugin_failure(error) or error
 
     def _raise_if_any(self, error: Exception | None) -> None:
         if self.world_size == 1:

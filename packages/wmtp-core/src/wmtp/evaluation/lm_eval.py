@@ -18,7 +18,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, WMTPError, described
 from wmtp.evaluation.base import Estimate, Evaluator, Measured
 from wmtp.generation import Sampling
 from wmtp.generation.text import chat_ends, encode_prompt, generate_texts
@@ -80,7 +80,7 @@ class LmEvalEvaluator(Evaluator):
             except (WMTPError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # data that is not at hand, a damaged task: of any type
-                raise WMTPError(f"lm-eval: {', '.join(config.tasks)}: {type(error).__name__}: {error}") from error
+                raise WMTPError(f"lm-eval: {', '.join(config.tasks)}: {described(error)}") from error
         return dict(_numbers(found))  # type: ignore[arg-type]
 
 

@@ -24,7 +24,7 @@ from wmtp.models.opening import find_model, find_tokenizer, load_weights
 from wmtp.models.vocabulary import check_vocabulary
 from wmtp.runs.directory import CONFIG_FILE, is_run_dir
 from wmtp.storage.atomic import write_folder
-from wmtp.storage.model_files import ADAPTER_CONFIG
+from wmtp.storage.model_files import ADAPTER_CONFIG, check_folder
 from wmtp.tokenizers import Tokenizer
 from wmtp.tokenizers.hf import HF_FILES, HfTokenizer
 from wmtp.tokenizers.saved import SAVED_NAME
@@ -82,6 +82,7 @@ def export_model(
     if run_dir is None and path.name == "model" and is_run_dir(path.parent):
         run_dir = path.parent
     if path.is_dir() and not any((path / file).is_file() for file in _MODEL_FILES) and not any(path.glob("*.gguf")):
+        check_folder(path)  # of an adapter's weights alone it says what is missing
         raise ConfigError(f"{name}: no model: the folder holds none of {', '.join(_MODEL_FILES)} or a .gguf file")
     kept = None if checkpoint is None else find_checkpoint(name, run_dir, checkpoint)
     model = load_weights(path, run_dir=run_dir, storage=storage)

@@ -21,6 +21,7 @@ from wmtp.distributed.environment import Worker
 from wmtp.errors import ConfigError, PluginError, WMTPError, described
 from wmtp.launchers.torchrun import write_failure, write_result
 from wmtp.log_lines import set_up_logging
+from wmtp.plugins.failures import plugin_failure
 
 __all__ = ["main"]
 
@@ -59,6 +60,10 @@ def main(folder: str) -> int:
             if (result := getattr(error, "result", None)) is not None:  # of rank 0: what was saved before
                 write_result(job, result)
             return 1
+        if (failure := plugin_failure(error)) is not None:
+            if facts["verbose"]:  # else its line in the plugin is all that is said
+                traceback.print_exc()
+            error = failure
         kind, lines = _described(error)
         if isinstance(error, LostRankError):
             kind = "lost"
@@ -90,7 +95,7 @@ def _described(error: BaseException) -> tuple[str, list[str]]:
         return "config", list(error.problems)
     if isinstance(error, WMTPError):
         return "plugin" if isinstance(error, PluginError) else "work", str(error).splitlines()
-    return "bug", [" ".join(described(error).split())]
+    return "bug", [described(error)]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, described
 from wmtp.loss import Unembedding
 from wmtp.models.config_fields import field, layer_count
 from wmtp.models.unembedding import SCALE_NAMES, SOFTCAP_NAMES, called_between, find_transform
@@ -190,7 +190,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
                 raise refuse(_looks_ahead(model))
             tail, hidden = _find_tail(decoder, layers, ids, refuse)
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
-            raise refuse(f"a trial run on {ids.shape[1]} tokens failed: {type(error).__name__}: {error}") from error
+            raise refuse(f"a trial run on {ids.shape[1]} tokens failed: {described(error)}") from error
         if hidden.shape[-1] != field(model.config, "hidden_size", hidden.shape[-1]):
             raise refuse(f"its last hidden state is {hidden.shape[-1]} wide, and its layers are not")
         logits = F.linear(hidden, output.weight, output.bias)

@@ -11,6 +11,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
+from wmtp.errors import described
 from wmtp.models.anatomy import Anatomy, LayerCall, evaluating
 from wmtp.models.documents import DocumentRows, by_document, reading, undo_by_document
 from wmtp.models.masks import attention_masks
@@ -140,7 +141,7 @@ def _try(anatomy: Anatomy, packing: Packing) -> Packing:
         other = _run(anatomy, packing, torch.cat([_ids(anatomy, 23, _FIRST), document], dim=1), positions)
         alone = _run(anatomy, Packing(), document, positions[:, -_second(anatomy) :])
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = described(error)
         return Packing(problem=f"{name} takes no position_ids that begin again inside a row ({reason})")
     size = alone.abs().max()
     if (one - other).abs().max() > _rounding(anatomy) * size:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from wmtp.errors import WMTPError
+from wmtp.errors import WMTPError, described
 from wmtp.log_lines import transformers_quiet
 from wmtp.models.ends import learn_ends
 from wmtp.models.untouched import Untouched, text_table, without_empty_promises
@@ -166,7 +166,7 @@ def _refusal(save: Callable[[Any], Any], scratch: Path) -> str | None:
         except Exception as error:  # transformers' exceptions have no common base
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            return f"{type(error).__name__}: {error}"
+            return described(error)
     return None
 
 

@@ -13,13 +13,13 @@ from typing import Any, Literal, overload
 import tomli
 from attrs import evolve
 
-from wmtp.arguments import checks_arguments
 from wmtp.config.inputs import hub_names_read
 from wmtp.config.load import ConfigSource, load
 from wmtp.config.rules import check_loaded, required_models
 from wmtp.config.schema import Config
 from wmtp.errors import ConfigError
 from wmtp.plugins.built import built
+from wmtp.public import public
 from wmtp.redaction import redact
 from wmtp.runs.result import Result
 from wmtp.signals import stopped_by_sigterm
@@ -46,7 +46,7 @@ def start(
 ) -> Mapping[str, str]: ...
 
 
-@checks_arguments
+@public
 def start(
     config: ConfigSource | Sequence[ConfigSource] = (), overrides: Iterable[str] = (), *, dry_run: bool = False
 ) -> Result | Mapping[str, str]:

@@ -85,6 +85,12 @@ def check_folder(folder: Path) -> None:
             "the adapter's files elsewhere"
         )
     if not file.exists():
+        weights = next((name for name in (ADAPTER_WEIGHTS, _PICKLED) if (folder / name).exists()), None)
+        if weights is not None and not adapter.exists():
+            raise FileError(
+                f"{folder}: holds an adapter's weights ({weights}) and no {ADAPTER_CONFIG}, which names the base model and the "
+                "rank; fetch it too"
+            )
         return
     content = read_json_object(file)
     check_types(file, content)

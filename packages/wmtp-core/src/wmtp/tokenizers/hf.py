@@ -12,7 +12,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from wmtp.errors import ConfigError, FileError, WMTPError
+from wmtp.errors import ConfigError, FileError, WMTPError, described
 from wmtp.log_lines import transformers_quiet
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.saved import write_saved
@@ -191,8 +191,7 @@ def open_auto_tokenizer(path: Path, gguf_file: str | None = None) -> PreTrainedT
             f"{path}: its tokenizer needs a package that is missing ({error}); pip install wmtp-core[{extra}]"
         ) from error
     except Exception as error:  # transformers and tokenizers raise many types for a damaged file
-        reason = str(error).strip().partition("\n")[0]
-        raise FileError(f"{path / (gguf_file or '')}: transformers cannot open this tokenizer ({reason})") from error
+        raise FileError(f"{path / (gguf_file or '')}: transformers cannot open this tokenizer ({described(error)})") from error
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase, path: Path) -> Backend:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from wmtp.config.schema import HeadsConfig
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, described
 from wmtp.models.base import ModelInfo
 from wmtp.models.config_fields import field, layer_count, max_positions, switching_length
 
@@ -28,9 +28,8 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers' exceptions have no common base
-        text = next((line for line in str(error).strip().splitlines() if line.strip()), "")
         raise ConfigError(
-            f"models.base: transformers cannot make this model: {type(error).__name__}: {text} ('{config.model_type}', with "
+            f"models.base: transformers cannot make this model: {described(error)} ('{config.model_type}', with "
             f"transformers {transformers.__version__})"
         ) from error
 

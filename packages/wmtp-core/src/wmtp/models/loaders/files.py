@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from wmtp.errors import FileError, WMTPError
+from wmtp.errors import FileError, WMTPError, described
 from wmtp.json_files import read_json_object
 from wmtp.log_lines import transformers_quiet
 from wmtp.storage.model_files import STAND_INS, check_generation, check_types, shard_files
@@ -183,7 +183,7 @@ def opened_by_transformers(path: Path, action: Callable[[], T]) -> T:
         ) from error
     except Exception as error:
         # its exceptions have no common base: OSError, ValueError, KeyError, UnpicklingError, dataclass validation …
-        raise FileError(f"{path}: transformers cannot open it: {type(error).__name__}: {error}") from error
+        raise FileError(f"{path}: transformers cannot open it: {described(error)}") from error
     except BaseException as error:  # Ctrl-C
         # Where it falls into the start of a thread of transformers' loading pool, Python would wait for that thread at its end.
         # A pool without a reference ends its threads, and these frames hold the last one.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from wmtp.errors import ConfigError
+from wmtp.errors import ConfigError, described
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader
 from wmtp.models.config import FEED_FORWARD
 from wmtp.models.drawing import seeded
@@ -119,4 +119,4 @@ def _checked(make: Any) -> Any:
         raise
     except Exception as error:
         # transformers' exceptions have no common base
-        raise ConfigError(f"models.base: transformers cannot make this model: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"models.base: transformers cannot make this model: {described(error)}") from error

@@ -1,0 +1,110 @@
+"""Exceptions out of plugins, said with plugin, file and line."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import ParamSpec, TypeVar
+
+from wmtp.errors import PluginError, WMTPError, described
+from wmtp.plugins.components import KINDS
+from wmtp.plugins.contract import CONFIG_CLASSES, ComponentConfig, Contract
+from wmtp.plugins.loader import load_plugins
+from wmtp.plugins.provenance import provenance
+
+__all__ = ["names_plugins", "plugin_failure"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def names_plugins(function: Callable[P, R]) -> Callable[P, R]:
+    """Raise `PluginError` for any exception out of a plugin's code.
+
+    What the plugin raised is its ``__cause__``.
+    """
+
+    @functools.wraps(function)
+    def named(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (Exception, SystemExit) as error:
+            if (failure := plugin_failure(error)) is None:
+                raise
+            raise failure from error
+
+    return named
+
+
+def plugin_failure(error: BaseException) -> PluginError | None:
+    """Describe an exception that came out of a plugin's code.
+
+    The traceback tells, so that nothing need be remembered where a hook is called.
+
+    Returns:
+        an error of one line, whose ``__cause__`` is the exception; None where it came through no plugin, where WMTP raised it
+        on purpose, and for Ctrl-C.
+    """
+    if isinstance(error, WMTPError | KeyboardInterrupt):
+        return None
+    plugins = {_package(provided.cls.__module__): str(provided.plugin) for provided in load_plugins().components}
+    del plugins["wmtp"]
+    who = name = place = home = ""
+    last: type | None = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        component, package = _component(frame), _package(_module(frame))
+        if component is not None and not (last is not None and issubclass(last, _class(component))):
+            last, name = _class(component), _name(frame)
+            home = _package(last.__module__)
+            who = _title(component, plugins.get(home))
+        elif component is None and package in plugins and package != home:
+            last, home, name, who = None, package, _name(frame), plugins[package]
+        elif component is None and (not home or package != home):
+            continue
+        place = f"{frame.f_code.co_filename}:{line}"
+    if not place:
+        return None
+    what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {described(error)}"
+    failure = PluginError(f"{who}: {name} {what} ({place})")
+    failure.__cause__ = error
+    return failure
+
+
+def _component(frame: FrameType) -> object | None:
+    """Find the plugin's component whose method a frame runs."""
+    code = frame.f_code
+    given = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    named = frame.f_globals.get(code.co_qualname.partition(".")[0])  # of a static method, or a function within a method
+    for value in (given, named):
+        cls = _class(value)
+        if not issubclass(cls, Contract) or _package(cls.__module__) == "wmtp":
+            continue
+        is_method = any(code.co_qualname.startswith(f"{base.__qualname__}.") for base in cls.__mro__)
+        if is_method or _package(_module(frame)) == _package(cls.__module__):  # else it is only given to a function of ours
+            return value
+    return None
+
+
+def _class(value: object) -> type:
+    return value if isinstance(value, type) else type(value)
+
+
+def _title(component: object, plugin: str | None) -> str:
+    kind = next((kind for kind, base in CONFIG_CLASSES.items() if isinstance(component, base)), None)
+    if isinstance(component, ComponentConfig) and kind is not None:
+        return provenance(component, KINDS[kind])
+    return plugin or _class(component).__module__
+
+
+def _name(frame: FrameType) -> str:
+    return frame.f_code.co_qualname.rpartition("<locals>.")[2]
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
