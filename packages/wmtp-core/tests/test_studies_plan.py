@@ -61,6 +61,11 @@ def test_keys_that_the_type_of_an_arm_drops_are_named_with_its_line(folder):
     assert warning.startswith("study.toml:17: trainer.type: 'rho1-wmtp' in place of 'focal' drops gamma; set it again where")
 
 
+def test_arms_of_equal_settings_are_named_but_not_one_that_is_trained_for_others(folder):
+    (warning,) = plan(folder, f"{STUDY}[arms.again]\n[arms.aside]\ncompared = false\n").warnings
+    assert warning.startswith("the arms baseline and again have equal settings")
+
+
 def test_runs_are_every_arm_with_every_seed_after_what_they_need(folder):
     found = plan(folder)
     assert [(run.arm, run.seed) for run in found.runs] == [

@@ -135,6 +135,16 @@ def test_a_fresh_machine_goes_on_from_the_record_alone(folder, caplog):
     assert size < 100_000
 
 
+def test_a_study_without_a_run_that_ended_well_shows_no_table_and_no_page(folder, capsys):
+    (folder / "reference").write_text("fail")
+    (folder / "baseline").write_text("fail")
+    assert main(["study", "study.toml"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("No two arms have a finished run")
+    assert "mean ± sd" not in out
+    assert "report.html" not in out
+
+
 def test_a_failure_is_one_runs_own_and_is_retried_on_request(folder, capsys):
     (folder / "rho1").write_text("fail")
     assert main(["study", "study.toml"]) == 1
@@ -148,9 +158,13 @@ def test_a_failure_is_one_runs_own_and_is_retried_on_request(folder, capsys):
     assert trained(folder) == ["rho10", "rho11", "rho12"]  # the reference's model was kept for them
 
 
-def test_what_needs_a_failed_run_is_skipped_and_named(folder):
+def test_what_needs_a_failed_run_is_skipped_and_named(folder, caplog):
     (folder / "reference").write_text("fail")
     found = study("study.toml")
+    said = [record.getMessage() for record in caplog.records]
+    assert all("its log: " in line for line in said if ": failed: " in line)
+    assert not any("its log: " in line for line in said if ": skipped: " in line), "it was not begun, and has none"
+    assert sum(": skipped: " in line for line in said) == 3
     assert trained(folder) == ["reference7", "baseline0", "baseline1", "baseline2"]
     assert len(found.failed) == 4
     assert {reason.partition(",")[0] for name, reason in found.failed.items() if name.startswith("rho1")} == {
@@ -357,7 +371,9 @@ def test_the_result_is_like_a_frame(folder, tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "holds no JSON|is no JSON|JSON"),
+        ("", "cannot be read as JSON.*; remove it: "),
+        ('{"name": "rho1-se', "cannot be read as JSON.*; remove it: "),
+        ("null", "holds no JSON object; remove it: "),
         ('{"name": "a", "arm": "a", "seed": 0, "key": "", "status": "finished", "metrics": []}', "'metrics' must be .*Mapping"),
         (
             '{"name": "rho1-seed0", "arm": "rho1", "seed": 0, "key": "", "status": "finished"}',

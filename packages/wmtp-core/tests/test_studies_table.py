@@ -178,11 +178,23 @@ def test_by_default_losses_come_first_and_numbers_of_training_not_at_all():
         "eval/loss/head_1",
         "weight/mean",
         "perplexity/head_1",
+        "accuracy/head_1",
+        "entropy/head_1",
         "eval/predictions",
-        "pass-at-k/pass@1",
+        "speculative/speedup",
+        "pass-at-k/pass_at_1",
     ]
-    record = RunRecord(name="x", arm="a", seed=0, key="", status="finished", metrics=dict.fromkeys(names, 1.0))
-    assert measured([record]) == ["eval/loss/head_1", "eval/loss", "perplexity/head_1", "pass-at-k/pass@1"]
+    evaluated = ["perplexity/head_1", "speculative/speedup", "pass-at-k/pass_at_1"]
+    record = RunRecord(
+        name="x",
+        arm="a",
+        seed=0,
+        key="",
+        status="finished",
+        metrics=dict.fromkeys(names, 1.0),
+        page={"evaluation": dict.fromkeys(evaluated, 1.0)},
+    )
+    assert measured([record]) == ["eval/loss/head_1", "eval/loss", *evaluated]
 
 
 def with_documents(arm, losses, counts, shift=0.0):

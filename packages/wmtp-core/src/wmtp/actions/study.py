@@ -310,7 +310,8 @@ class _Session:
         if outcome.status == "failed":
             self._records[run.name] = record_failure(run, outcome.error or "failed", outcome.seconds)
             write_record(folder, self._records[run.name])
-        logger.warning("%s %s: %s: %s; its log: %s", counter, run.name, outcome.status, outcome.error, log)
+        where = f"; its log: {log}" if outcome.status == "failed" else ""
+        logger.warning("%s %s: %s: %s%s", counter, run.name, outcome.status, outcome.error, where)
         return True
 
     def _tidy(self, name: str) -> None:

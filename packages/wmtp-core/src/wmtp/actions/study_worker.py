@@ -88,7 +88,8 @@ def _train(job: dict[str, Any], threads: int | None) -> dict[str, Any]:
     except WMTPError as error:
         if not isinstance(error.__cause__, WMTPError | None):  # of a plugin, say: the log has all of it
             traceback.print_exc()
-        answer = {"status": "failed", "error": " ".join(str(error).split())}
+        lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+        answer = {"status": "failed", "error": "; ".join(lines)}
     except BaseException as error:
         traceback.print_exc()
         answer = {"status": "failed", "error": described(error)}

@@ -86,16 +86,17 @@ def _print(result: StudyResult) -> None:
     from wmtp.actions.study_result import TABLE_HEADS, left_line, text_lines
 
     print(result.table.sentence())
-    lines = [list(TABLE_HEADS), *text_lines(result.table)]
-    print()
-    print("\n".join(aligned(lines)))
+    if result.rows:
+        print()
+        print("\n".join(aligned([list(TABLE_HEADS), *text_lines(result.table)])))
     if result.table.notes:
         print()
     for note in result.table.notes:
         print(f"note: {note}")
     if result.left:
         print(left_line(result.left))
-    print(f"page: {result.folder / 'report.html'}")
+    if result.finished:
+        print(f"page: {result.folder / 'report.html'}")
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -166,11 +166,13 @@ def make_plan(study: StudyFile, recipe: Sequence[ConfigSource], overrides: Itera
         problems += _cycles({name: needs for name, (_, needs) in made.items()})
     if problems:
         raise ConfigError(problems)
+    runs = _runs(study, arms, made, folder)
+    warnings |= dict.fromkeys(_alike(arms, runs))
     return StudyPlan(
         file=study,
         folder=folder,
         arms=arms,
-        runs=_runs(study, arms, made, folder),
+        runs=runs,
         comparisons=_comparisons(study, arms),
         warnings=list(warnings),
     )
@@ -331,6 +333,15 @@ def _planned(study: StudyFile, arm: Arm, seed: int, config: Config, before: Sequ
         config=evolve(config, run=evolve(config.run, name=name)),
         needs=tuple(dict.fromkeys(run.name for run in before)),
     )
+
+
+def _alike(arms: Sequence[Arm], runs: Sequence[PlannedRun]) -> Iterator[str]:
+    """Name arms in tables whose runs compute the same."""
+    compared = {arm.name for arm in arms if arm.compared}
+    first: dict[str, str] = {}
+    for run in runs:
+        if run.arm in compared and (other := first.setdefault(run.key, run.arm)) != run.arm:
+            yield f"the arms {other} and {run.arm} have equal settings: both compute the same, and their difference is none"
 
 
 def counted(config: Config) -> dict[str, Any]:

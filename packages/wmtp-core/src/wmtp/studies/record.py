@@ -22,6 +22,8 @@ from wmtp.studies.plan import PlannedRun, counted
 
 __all__ = ["FAILED", "RunRecord", "changed_keys", "of_plan", "read_records", "remove_record", "write_record"]
 
+#: a way on, where a record is damaged
+_REMOVE: Final = "remove it: where the run's folder is here it is read again, else the run is done again"
 #: status of a run that ended with an error
 FAILED: Final = "failed"
 
@@ -115,11 +117,11 @@ def read_records(folder: Path) -> dict[str, RunRecord]:
     """
     found: dict[str, RunRecord] = {}
     for path in sorted((folder / "record").glob("*.json")):
-        values = read_json_object(path)
+        values = read_json_object(path, _REMOVE)
         try:
             record = found[path.stem] = RunRecord(**values)
         except TypeError as error:
-            raise FileError(f"{path}: is no record of a run ({error.args[0]}); remove it, and the run is done again") from None
+            raise FileError(f"{path}: is no record of a run ({error.args[0]}); {_REMOVE}") from None
         if record.name != path.stem:
             raise FileError(f"{path}: is a copy of the record of {record.name!r}; remove it, or call it {record.name}.json")
     return found

@@ -22,7 +22,6 @@ __all__ = ["Compared", "Row", "StudyTable", "as_dicts", "compare", "make_table",
 
 _LEVEL: Final = 0.05
 _LOWER_IS_BETTER: Final = re.compile(r"(^|/)(loss|perplexity)(/|$)")
-_WHILE_TRAINING: Final = ("loss", "eval", "weight", "weighted_loss", "agreement", "grad")
 _HIGHER_IS_BETTER: Final = re.compile(r"(^|/)(token-accuracy|pass-at-k|pass@\d+|accepted)")
 
 
@@ -206,7 +205,7 @@ def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) 
             hint = did_you_mean(pattern, there)
             place = plan.file.document.source(path)
             where = place.where(path) if place is not None else None
-            some = ", ".join(name for name in there if name.startswith("eval/"))
+            some = ", ".join(measured(records) or there)
             message = f"{dotted(path)}: no run has {pattern!r}; {hint or f'there is {some}'}"
             raise ConfigError(f"{where}: {message}" if where else message)
         chosen |= dict.fromkeys(matching)
@@ -215,10 +214,11 @@ def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) 
 
 def measured(records: Iterable[RunRecord]) -> list[str]:
     """Name every evaluation loss, head 1 first, and evaluators' numbers."""
-    there = dict.fromkeys(name for record in records for name in record.metrics)
-    losses = [name for name in there if name.startswith("eval/loss")]
+    records = list(records)
+    losses = list(dict.fromkeys(name for record in records for name in record.metrics if name.startswith("eval/loss")))
     losses.sort(key=lambda name: (name != "eval/loss/head_1", name))
-    return losses + [name for name in there if re.match(r"[a-z-]+/head_|pass", name) and not name.startswith(_WHILE_TRAINING)]
+    evaluated = dict.fromkeys(name for record in records for name in record.page.get("evaluation") or {})
+    return losses + [name for name in evaluated if any(name in record.metrics for record in records)]
 
 
 def _rows(
