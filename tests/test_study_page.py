@@ -38,6 +38,7 @@ def make_study(folder, *, seeds=(0, 1, 2), texts=True):
             + (0.02 * (run.seed % 2) if run.arm == "dft" else 0)
         )
         weights = [[None, 1.0, 4.0, 0.25, 0.0], [None, None, 1.0, 1.0, 0.0]]
+        model = {"models.ref.uri": f"studies/x/runs/ref-seed{run.seed}-0123abcd/model"} if run.arm == "dft" else {}
         shown = document(["def", " f", HOSTILE, ":\n", "  pass"], weights=weights if run.arm == "focal" else None)
         records[run.name] = RunRecord(
             name=run.name, arm=run.arm, seed=run.seed, key=run.key, status="finished", steps=4, tokens=100.0, seconds=60.0,
@@ -45,7 +46,7 @@ def make_study(folder, *, seeds=(0, 1, 2), texts=True):
             page={
                 "curves": {"eval/loss/head_1": ([2, 4], [value + 1, value]), "loss": ([1, 2], [value + 2, value])},
                 "samples": [sample(4, shown)] if texts else [],
-                "config": {"trainer.type": run.config.trainer.type, "optimizer.lr": "0.001", "run.seed": str(run.seed)},
+                "config": {"trainer.type": run.config.trainer.type, "optimizer.lr": "1", "run.seed": str(run.seed), **model},
             },
         )  # fmt: skip
     return plan, records
@@ -64,17 +65,19 @@ def test_the_page_opens_with_the_difference_and_draws_everything(tmp_path):
         write(tmp_path),
         """
         const all = (selector, of = e => e.textContent) => [...document.querySelectorAll(selector)].map(of);
-        return { lead: all('.lead')[0], delta: all('.delta b')[0], headings: all('h2'),
+        return { lead: all('.lead')[0], delta: all('.delta b')[0], interval: all('.delta span')[0], headings: all('h2'),
           figures: all('figure svg', e => e.getAttribute('aria-label')), bands: all('#curves polygon').length,
           dots: all('#differences circle', e => e.querySelector('title').textContent), panels: all('.panel header b'),
           rows: all('#table tbody tr').length, differ: all('#settings tbody th'),
+          values: all('#settings tbody tr:last-child td'),
           empty: all('th').filter(text => !text.trim()).length, injected: all('.text b').length,
           wide: document.documentElement.scrollWidth };
         """,
         width=500,
     )
-    assert found["lead"].startswith("focal − baseline in eval/loss/head_1: -0.5 (95 % interval")
+    assert found["lead"] == "focal − baseline in eval/loss/head_1: lower, better."  # the numbers stand below it, once
     assert found["delta"] == "−0.5"
+    assert found["interval"] == "95 % interval −0.5 to −0.5, 3 seeds"
     assert [heading.partition(",")[0].partition(":")[0] for heading in found["headings"]] == [
         "The same text", "Curves", "Differences", "Table", "What differs between the arms"
     ]  # fmt: skip
@@ -84,7 +87,8 @@ def test_the_page_opens_with_the_difference_and_draws_everything(tmp_path):
     assert "no difference seen" in found["dots"][1]
     assert found["panels"] == ["focal", "baseline"]
     assert found["rows"] == 3
-    assert found["differ"] == ["trainer.type"]  # neither the seed nor what all have
+    assert found["differ"] == ["trainer.type", "models.ref.uri"]  # neither the seed nor what all have
+    assert found["values"] == ["–", "–", "${arm:ref}"]
     assert found["empty"] == 0  # a screen reader has something to say of each column
     assert found["injected"] == 0
     assert found["wide"] <= 500

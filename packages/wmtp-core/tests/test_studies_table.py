@@ -95,6 +95,10 @@ def test_a_named_comparison_without_a_result_yet_counts_in_the_correction():
         ({"data": {"train": "t1", "eval": "x"}}, "other and base differ in evaluation data (seed 0, 1, 2)"),
         ({"device": "NVIDIA H100"}, "other and base differ in device (seed 0, 1, 2)"),
         ({"versions": {"wmtp-core": "2"}}, "other and base differ in versions (seed 0, 1, 2)"),
+        (
+            {"steps": 12, "tokens": 250.0},
+            "other and base differ in optimizer steps: 12 and 10; tokens read: 250 and 100 (seed 0, 1, 2)",
+        ),
     ],
 )
 def test_what_else_differs_is_said(facts, note):

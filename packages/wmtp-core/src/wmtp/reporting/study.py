@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,9 @@ __all__ = ["study_page", "write_study_report"]
 _SCRIPTS: Final = ("dom.js", "svg.js", "texts.js", "study.js")
 #: keys of a config that differ between the runs of one arm, or say nothing of what is computed
 _OWN: Final = ("run.", "tracker.", "data.cache_dir", "checkpoints.", "report.", "storage.", "launcher.")
+
+#: the model that another arm has trained
+_MODEL: Final = re.compile(r"^.*/runs/([^/]+)-seed\d+-[0-9a-f]{8}/model$")
 
 
 def write_study_report(name: str, baseline: str, table: StudyTable, records: Sequence[RunRecord], path: Path) -> None:
@@ -91,7 +95,7 @@ def _configs(arms: Sequence[str], records: Sequence[RunRecord]) -> tuple[dict[st
     keys = [key for key in dict.fromkeys(key for config in by_arm.values() for key in config) if not key.startswith(_OWN)]
     same, different = {}, {}
     for key in keys:
-        values = {arm: by_arm[arm].get(key, "–") for arm in arms if arm in by_arm}
+        values = {arm: _MODEL.sub(r"${arm:\1}", by_arm[arm].get(key, "–")) for arm in arms if arm in by_arm}
         if len(set(values.values())) == 1:
             same[key] = next(iter(values.values()))
         else:

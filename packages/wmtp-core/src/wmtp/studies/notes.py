@@ -38,13 +38,15 @@ def differences(
     compared = [(arm.name, arm.baseline) for arm in arms if arm.baseline not in (None, arm.name)]
     for name, to in dict.fromkeys([*compared, *((name, to) for name, to, _ in named)]):
         pairs = [(run, found[to].get(seed)) for seed, run in found[name].items()]
+        facts: dict[tuple[int, ...], list[str]] = {}  # by the seeds that they are of
         for fact, read in _FACTS.items():
-            seeds = [run.seed for run, other in pairs if other is not None and read(run) != read(other)]
-            if not seeds:
+            unlike = [(run, other) for run, other in pairs if other is not None and read(run) != read(other)]
+            if not unlike:
                 continue
-            run, other = next((run, other) for run, other in pairs if other is not None and run.seed == seeds[0])
+            run, other = unlike[0]
             shown = f": {read(run):,} and {read(other):,}" if isinstance(read(run), int) else ""
-            notes.append(f"{name} and {to} differ in {fact}{shown} (seed {_numbers(seeds)})")
+            facts.setdefault(tuple(run.seed for run, _ in unlike), []).append(f"{fact}{shown}")
+        notes += [f"{name} and {to} differ in {'; '.join(which)} (seed {_numbers(seeds)})" for seeds, which in facts.items()]
     return notes
 
 

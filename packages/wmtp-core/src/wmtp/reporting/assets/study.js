@@ -27,15 +27,18 @@
   // --- one sentence, one difference
 
   function lead() {
-    const row = data.headline;
-    const big = row === null || row.difference === null ? null : element("p", { class: "delta" },
+    const row = data.headline, known = row !== null && row.difference !== null;
+    const big = !known ? null : element("p", { class: "delta" },
       element("b", {}, signed(row.difference)),
-      element("span", {}, row.low === null ? "one seed: no interval" : `95 % interval ${interval(row)}`));
+      element("span", {}, row.low === null ? "one seed: no interval" : `95 % interval ${interval(row)}, ${row.pairs} seeds`));
+    const what = known ? `${row.arm} − ${row.to} in ${row.metric}` : null;
+    const about = note => known && note.startsWith(`${what}:`);
+    const notes = [...data.notes.filter(about), ...data.notes.filter(note => !about(note))];
     root.append(element("header", { class: "top" }, element("h1", {}, data.name),
-      element("p", { class: "lead" }, data.sentence), big,
+      element("p", { class: "lead" }, known ? `${what}: ${row.verdict}.` : data.sentence), big,
       element("p", { class: "soft" }, Object.entries(data.facts).filter(([, value]) => value).slice(0, 4)
         .map(([name, value]) => `${name}: ${value}`).join(" · "), ` · seeds: ${data.seeds.join(", ")}`),
-      data.notes.length ? element("ul", { class: "notes" }, ...data.notes.map(note => element("li", {}, note))) : null));
+      notes.length ? element("div", { class: "notes" }, "Notes", element("ul", {}, ...notes.map(note => element("li", {}, note)))) : null));
   }
 
   // --- texts of two arms
@@ -147,7 +150,7 @@
 
   function table() {
     const cells = row => [row.metric, row.arm, row.n, number(row.mean), row.sd === null ? "–" : number(row.sd), row.to ?? "", row.pairs || "",
-      row.difference === null ? "" : signed(row.difference), interval(row), row.p === null ? "" : number(row.p), row.kind, row.verdict];
+      row.difference === null ? "" : signed(row.difference), interval(row), row.p === null ? "" : number(row.p), row.kind, row.verdict.replace(" (exploratory)", "")];
     const body = data.rows.map(row => element("tr", { class: row.kind }, ...cells(row).map((cell, i) =>
       element(i === 1 ? "th" : "td", i === 1 ? { scope: "row" } : {}, String(cell)))));
     const keys = Object.keys(data.rows[0] ?? {});
