@@ -127,6 +127,9 @@ def test_some_arms_and_seeds_bring_what_they_need(folder):
     assert error.value.problems == (
         "--arms: there is no arm 'rho'; did you mean 'rho1'?", "--seeds: no arm has the seed 9"
     )  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        found.chosen([], [])
+    assert [line.partition(";")[0] for line in error.value.problems] == ["--arms: is empty", "--seeds: is empty"]
 
 
 def edited(old, new):

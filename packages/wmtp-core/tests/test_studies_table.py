@@ -149,6 +149,14 @@ def test_arms_that_lack_the_same_seeds_share_a_line():
     ]  # fmt: skip
 
 
+def test_arms_that_are_meant_to_have_other_seeds_are_named():
+    arms = [Compared(name="base", baseline="base", seeds=(0, 1)), Compared(name="a", baseline="base", seeds=(1, 2))]
+    records = [*runs("base", BASE[:2]), *runs("a", BASE)[1:]]
+    found = compare(arms, records, ["eval/loss"])
+    assert (found.rows[1].n, found.rows[1].pairs) == (2, 1)
+    assert "a and base have other seeds: their difference is over seed 1, their means over all" in found.notes
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
 def test_a_value_that_is_not_finite_is_left_out_and_said(bad):
     found = table(runs("base", BASE), runs("other", [2.0, bad, 1.9]))

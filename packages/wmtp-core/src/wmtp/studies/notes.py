@@ -12,7 +12,7 @@ from wmtp.studies.record import RunRecord
 if TYPE_CHECKING:
     from wmtp.studies.table import Compared, Row
 
-__all__ = ["differences", "missing_seeds", "mixtures", "not_finite", "over_documents", "within_runs"]
+__all__ = ["differences", "missing_seeds", "mixtures", "not_finite", "other_seeds", "over_documents", "within_runs"]
 
 _OF_DATA: Final[Mapping[str, Callable[[RunRecord], Any]]] = {
     "training data": lambda run: run.data.get("train"),
@@ -91,6 +91,25 @@ def missing_seeds(arms: Sequence[Compared], found: Mapping[str, Mapping[int, Run
         notes.append(f"{_names(names)} {'has' if len(names) == 1 else 'have'} no finished run with seed {_numbers(lacking)}")
     if arms and max(len(arm.seeds) for arm in arms) == 1:
         notes.append("every arm has one seed: nothing can be said of chance, so there is no interval; add seeds")
+    return notes
+
+
+def other_seeds(
+    arms: Sequence[Compared], found: Mapping[str, Mapping[int, RunRecord]], named: Sequence[tuple[str, str, str]]
+) -> list[str]:
+    """Name compared arms that are meant to have other seeds.
+
+    Their difference is of the common ones, and their means are not.
+    """
+    seeds = {arm.name: set(arm.seeds) for arm in arms}
+    pairs = [(arm.name, arm.baseline) for arm in arms if arm.baseline not in (None, arm.name)]
+    notes = []
+    for name, to in dict.fromkeys([*pairs, *((name, to) for name, to, _ in named)]):
+        common = sorted(found[name].keys() & found[to].keys())
+        if common and seeds[name] != seeds[to]:
+            notes.append(
+                f"{name} and {to} have other seeds: their difference is over seed {_numbers(common)}, their means over all"
+            )
     return notes
 
 

@@ -116,6 +116,8 @@ class StudyPlan:
             for name in names or ()
             if name not in bases and name not in known
         ]
+        problems += [f"--arms: is empty; name some of: {', '.join(bases)}"] if names is not None and not names else []
+        problems += ["--seeds: is empty; name some, or leave it out"] if numbers is not None and not numbers else []
         there = {run.seed for run in self.runs}
         problems += [f"--seeds: no arm has the seed {seed}" for seed in sorted((numbers or set()) - there)]
         if problems:

@@ -13,7 +13,7 @@ from attrs import asdict, evolve, frozen
 from wmtp.config.problems import KeyPath, dotted
 from wmtp.errors import ConfigError
 from wmtp.spelling import did_you_mean
-from wmtp.studies.notes import differences, missing_seeds, mixtures, not_finite, over_documents, within_runs
+from wmtp.studies.notes import differences, missing_seeds, mixtures, not_finite, other_seeds, over_documents, within_runs
 from wmtp.studies.plan import Arm, StudyPlan
 from wmtp.studies.record import RunRecord
 from wmtp.studies.statistics import holm, paired_difference
@@ -178,6 +178,7 @@ def compare(
         *differences(arms, found, named),
         *mixtures(found),
         *missing_seeds(arms, found),
+        *other_seeds(arms, found, named),
         *over_documents(rows, found),
         *within_runs(metrics, [run for runs in found.values() for run in runs.values()]),
     ]
