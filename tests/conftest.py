@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: a recipe that trains in a second, and the command line as a user runs it."""
+"""Fixtures of the end-to-end tests: a recipe that trains in a second, and the command line as a user runs it."""
 
 import json
 import os

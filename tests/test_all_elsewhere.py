@@ -59,7 +59,7 @@ type = "perplexity"
 
 @pytest.fixture
 def here(s3_server, tmp_path, monkeypatch):
-    """How a process on this machine finds the store; its home is empty."""
+    """Environment in which a process finds the store; its home is empty."""
     for name, value in (s3_server.environment | {"HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)

@@ -30,7 +30,7 @@ def place(s3_server, monkeypatch):
 
 
 def names(storage, uri):
-    """What is directly in a folder."""
+    """Names directly in a folder."""
     return sorted({file.name.partition("/")[0] for file in storage.files(uri)})
 
 

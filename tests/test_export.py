@@ -77,8 +77,11 @@ def test_meta_takes_the_sentencepiece_file_and_opens_again(tmp_path, capsys):
 
 
 class VllmMedusa:
-    """What vLLM does with a draft folder: ``MedusaConfig.from_pretrained``, ``Medusa.load_weights``, ``forward`` and
-    ``compute_logits``, written down again from its source (vllm/model_executor/models/medusa.py)."""
+    """Do what vLLM does with a draft folder.
+
+    That is ``MedusaConfig.from_pretrained``, ``Medusa.load_weights``, ``forward`` and ``compute_logits``, written down again
+    from its source (vllm/model_executor/models/medusa.py).
+    """
 
     def __init__(self, folder):
         config = json.loads((folder / "config.json").read_text())

@@ -63,8 +63,11 @@ def with_heads(base, **heads):
 
 
 def served_names(name, layers):
-    """Return the tensors that vLLM 0.32 loads: as MiMo of ``Qwen2Model`` and ``MiMoMultiTokenPredictorLayer``, as K-EXAONE of
-    ``ExaoneMoeModel`` and ``ExaoneMoeMultiTokenPredictor``."""
+    """Return the tensors that vLLM 0.32 loads.
+
+    As MiMo those of ``Qwen2Model`` and ``MiMoMultiTokenPredictorLayer``, as K-EXAONE those of ``ExaoneMoeModel`` and
+    ``ExaoneMoeMultiTokenPredictor``.
+    """
     exaone = name.startswith("qwen3")
     layer = [f"self_attn.{part}_proj.weight" for part in "qkvo"]
     layer += [f"self_attn.{part}_norm.weight" for part in "qk"] if exaone else [f"self_attn.{part}_proj.bias" for part in "qkv"]

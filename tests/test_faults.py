@@ -1,4 +1,4 @@
-"""What goes wrong in real life ends in one clear line, and nothing is lost or half-written."""
+"""Faults of real life end in one clear line, and nothing is lost or half-written."""
 
 import json
 import os

@@ -110,7 +110,7 @@ def test_a_key_that_a_measurement_does_not_read_is_refused(trained):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What a measurement depends on, by name, in place of a measurement."""
+    """Record what a measurement depends on, by name, in place of measuring."""
     seen: dict[str, object] = {}
 
     def look(evaluators, measured, folder):

@@ -1,4 +1,4 @@
-"""What the tests of one optimizer step share: a small model in float64, ragged batches, a plain reference, and trainers."""
+"""Helpers for tests of one optimizer step: a small model in float64, ragged batches, a plain reference, and trainers."""
 
 import contextlib
 

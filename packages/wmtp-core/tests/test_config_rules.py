@@ -1,4 +1,4 @@
-"""What must hold between sections."""
+"""Rules that must hold between sections."""
 
 import json
 from collections.abc import Iterable, Iterator

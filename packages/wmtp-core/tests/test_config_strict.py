@@ -1,4 +1,4 @@
-"""What a wrong config says: the exact message of each kind of mistake."""
+"""Exact messages of a wrong config, for each kind of mistake."""
 
 import dataclasses
 import enum

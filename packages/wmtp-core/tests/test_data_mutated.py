@@ -130,7 +130,7 @@ def test_copies_of_the_standard_library_are_programs_with_one_mistake(library):
 
 
 def common(one, other):
-    """How many characters at the start are the same."""
+    """Count the characters at the start that are the same."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

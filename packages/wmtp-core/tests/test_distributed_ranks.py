@@ -1,4 +1,4 @@
-"""What ranks agree on, without processes: a rank whose messages are answered by a list."""
+"""Agreement of ranks, without processes: a rank whose messages are answered by a list."""
 
 import pytest
 import torch

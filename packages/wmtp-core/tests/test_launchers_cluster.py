@@ -1,4 +1,4 @@
-"""What an environment says of machines and processes, and what is wrong with it."""
+"""Machines and processes read from an environment, and what is wrong with it."""
 
 import os
 import subprocess

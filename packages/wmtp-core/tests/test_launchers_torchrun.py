@@ -1,4 +1,4 @@
-"""What the processes of a machine share."""
+"""Resources that the processes of a machine share."""
 
 from __future__ import annotations
 

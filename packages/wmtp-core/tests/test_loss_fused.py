@@ -92,7 +92,7 @@ else:
 
     @pytest.fixture(params=[8192, 16])
     def reading(request, monkeypatch):
-        """How much of a row is read at once: all, or blocks of which the last may be short."""
+        """Set how much of a row is read at once: all, or blocks of which the last may be short."""
         monkeypatch.setattr(fused, "_blocks", lambda logits, largest=0: {"BLOCK": request.param, "num_warps": 1})
 
     @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_cheats_fail(sandbox: Sandbox, hasty: Sandbox, name: str) -> None:
 
 
 def _attempt(sandbox: Sandbox, code: str) -> str:
-    """What a solution's function ``attempt`` answers; it must not raise."""
+    """Return what a solution's function ``attempt`` answers; it must not raise."""
     tests = "answer = attempt()\nraise Exception('said ' + repr(answer))\n"
     detail = sandbox.run_tests(code, tests, names=["attempt"]).detail
     assert detail.startswith("failed: Exception: said "), detail

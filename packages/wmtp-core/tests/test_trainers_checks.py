@@ -1,4 +1,4 @@
-"""What a trainer may not return, and how that is said."""
+"""Refusals of what a trainer may not return."""
 
 from collections import deque
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `checkpoint.json` says of a checkpoint's files, and what of them is found out."""
+"""Sizes and checksums in `checkpoint.json`, and damage that they reveal."""
 
 import json
 import os

@@ -10,7 +10,7 @@ from wmtp.training.early_stopping import EarlyStopping
 
 @pytest.fixture
 def said():
-    """What is logged, by a handler of our own: others' may stand on the logger and on the root."""
+    """Capture the log by a handler of our own: others' may stand on the logger and on the root."""
     messages = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())

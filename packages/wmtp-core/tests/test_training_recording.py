@@ -1,4 +1,4 @@
-"""What is recorded for the report: bins against a plain loop, every number at its token, and which documents when."""
+"""Records for the report: bins against a plain loop, every number at its token, and which documents when."""
 
 import itertools
 import json
@@ -70,7 +70,7 @@ def wanted(recorder, step, batches):
 
 
 def outputs(batch, *, seed=0, **parts):
-    """What a step with random numbers gave."""
+    """Make the output of a step from random numbers."""
     targets = align_targets(batch, HORIZON)
     draw = torch.Generator().manual_seed(seed)
     weights = torch.where(targets.valid, torch.rand(targets.valid.shape, generator=draw) + 0.5, 0.0)

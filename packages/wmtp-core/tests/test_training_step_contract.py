@@ -1,4 +1,4 @@
-"""What the loop gives to a trainer, what it takes back, and what it says of anything else."""
+"""Contract of loop and trainer: what is given, what is taken back, and how anything else is refused."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""What a step computes and keeps, counted: nothing twice, and never the logits of all predictions."""
+"""Cost of a step, counted: nothing twice, and never the logits of all predictions."""
 
 import weakref
 

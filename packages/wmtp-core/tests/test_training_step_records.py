@@ -1,4 +1,4 @@
-"""What is logged and recorded of a step is what its loss was made of."""
+"""Logged and recorded numbers of a step are those that its loss was made of."""
 
 import pytest
 import torch

@@ -177,7 +177,7 @@ class FaultyProxy:
         return fault
 
     def _answer(self, client, method, answer, content, fault):
-        """Whether the connection goes on."""
+        """Return True if the connection goes on."""
         status, headers = answer.status, dict(answer.getheaders())
         headers = {name: value for name, value in headers.items() if name.lower() not in ("transfer-encoding", "connection")}
         if status >= 300 or method == "HEAD":

@@ -1,4 +1,4 @@
-"""What is in a store, and what users ask of it, that must end well."""
+"""Odd contents of a store, and odd requests of users, that must end well."""
 
 import functools
 import http.server

@@ -1,4 +1,4 @@
-"""What is promised of memory and of many objects, measured on the process of the command itself."""
+"""Promises about memory and many objects, measured on the process of the command itself."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ sys.exit(code)
 
 
 def fetch(uri, target, **options):
-    """What the command answers, and its peak memory in MB."""
+    """Run the command; return its answer, and its peak memory in MB."""
     words = [word for name, value in options.items() for word in ("--set", f"storage.s3.{name}={value}")]
     command = [sys.executable, "-c", MEASURED, "fetch", uri, target, "--json", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

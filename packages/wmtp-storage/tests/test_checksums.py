@@ -58,7 +58,7 @@ def test_one_wrong_bit_in_any_part(tmp_path):
 
 
 def gaps(segments, size):
-    """What is missing, by looking at every byte."""
+    """Find what is missing by looking at every byte."""
     there = bytearray(size)
     for start, end in segments:
         there[start:end] = b"\1" * (end - start)

@@ -141,7 +141,7 @@ def test_a_fork_of_a_process_that_used_a_store_does_not_hang(model, parent):
 
 
 class Killed(BaseException):
-    """What a kill is to code that is in the middle of something."""
+    """A kill, as code in the middle of something sees it."""
 
 
 @pytest.mark.parametrize("at", range(3))

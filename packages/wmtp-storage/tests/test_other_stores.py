@@ -1,5 +1,7 @@
-"""Azure's and Google's protocols, spoken by the emulators that their users have: ``azurite-blob`` (npm: azurite) and
-``fake-gcs-server``. Where one is not installed, its tests are skipped."""
+"""Azure's and Google's protocols, spoken by the emulators that their users have.
+
+They are ``azurite-blob`` (npm: azurite) and ``fake-gcs-server``. Where one is not installed, its tests are skipped.
+"""
 
 import base64
 import hashlib

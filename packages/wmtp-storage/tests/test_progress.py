@@ -1,4 +1,4 @@
-"""What a person sees of ``wmtp fetch``: on terminals of two widths, and in a log."""
+"""Display of ``wmtp fetch``: on terminals of two widths, and in a log."""
 
 import fcntl
 import json

@@ -68,7 +68,7 @@ def test_refused_from_the_beginning(refusing, model, tmp_path, name):
 @pytest.mark.parametrize("name", ["expired", "denied", "skewed"])
 @pytest.mark.parametrize("after", [4, 9, 20])
 def test_refused_in_the_middle(refusing, model, tmp_path, name, after):
-    """What came is kept, nothing has its name yet, and the same command goes on once it is allowed to."""
+    """Received bytes are kept, no file has its name yet, and the same command goes on once it is allowed to."""
     status, code, message, said = REFUSALS[name]
     proxy = refusing(status, code, message, after=after)
     with pytest.raises(WMTPError, match=said):

@@ -1,4 +1,4 @@
-"""Which host is asked, where a bucket is, and who asks: proven by what arrives."""
+"""Host, region and identity of a request, proven by what arrives."""
 
 import os
 import select

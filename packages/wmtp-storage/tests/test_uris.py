@@ -1,4 +1,4 @@
-"""What URIs name, and what users get wrong in them."""
+"""Meaning of URIs, and what users get wrong in them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which bytes are fetched by whom: each of them once, however many workers there are and however slow some of them get."""
+"""Division of bytes among workers: each is fetched once, however many workers there are and however slow some of them get."""
 
 import os
 import random

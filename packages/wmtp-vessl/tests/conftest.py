@@ -1,4 +1,4 @@
-"""What the tests share: the service on 127.0.0.1, the two files of a launch, the command line."""
+"""Fixtures: the service on 127.0.0.1, the two files of a launch, the command line."""
 
 import json
 
