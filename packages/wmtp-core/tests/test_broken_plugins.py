@@ -119,6 +119,26 @@ COMPONENTS = [
     ("launchers", "launchers.RemoteLauncher", "def validat(self, config, plan): return ()", "validat", "validate"),
 ]
 
+#: kind, the class that `build` makes, a method, how it is called, what it takes
+CALLS = [
+    ("trainers", "Trainer", "def token_weights(self): return 1", "token_weights(self, view)", "(self)"),
+    ("trainers", "Trainer", "def observe(self, view, more): return {}", "observe(self, view)", "(self, view, more)"),
+    ("trainers", "Trainer", "def load_state_dict(self): pass", "load_state_dict(self, state)", "(self)"),
+    ("trainers", "Trainer", "def metrics(self, step): return {}", "metrics(self)", "(self, step)"),
+    ("trainers", "Trainer", "def eligible(view): return None", "eligible(self, view)", "(view)"),
+    ("trainers", "Trainer", "def setup(self, *, setup): pass", "setup(self, setup)", "(self, *, setup)"),
+    ("model_loaders", "models.ModelLoader", "def info(self): pass", "info(self, path)", "(self)"),
+    ("model_loaders", "models.ModelLoader", "def load(self, path): pass", "load(self, path, *, dtype, seed)", "(self, path)"),
+    ("tokenizers", "tokenizers.Tokenizer", "def decode(self): pass", "decode(self, ids)", "(self)"),
+    ("data_loaders", "data.ExampleLoader", "def examples(self): return []", "examples(self, path)", "(self)"),
+    ("storages", "storage.Storage", "def push(self, uri): pass", "push(self, path, uri)", "(self, uri)"),
+    ("trackers", "tracking.Tracker", "def log(self, metrics): pass", "log(self, step, metrics)", "(self, metrics)"),
+    ("trackers", "tracking.Tracker", "def finish(self): pass", "finish(self, status, model)", "(self)"),
+    ("evaluators", "evaluation.Evaluator", "def evaluate(self): return {}", "evaluate(self, measured)", "(self)"),
+    ("launchers", "launchers.Launcher", "def launch(self, config, run_dir): pass", "launch(self, config, run_dir, *, resume)",
+     "(self, config, run_dir)"),
+]  # fmt: skip
+
 #: methods of a trainer, what is said before anything is loaded
 TRAINERS = [
     (
@@ -233,6 +253,36 @@ def test_a_broken_component(kind, base, line, name, meant):
     with pytest.raises(PluginError) as at_run:
         config.build(*[None] * (kind == "tokenizers"))
     assert f"Made has {name!r}, which WMTP does not read; did you mean {meant!r}?" in str(at_run.value)
+
+
+@pytest.mark.parametrize(("kind", "base", "line", "call", "takes"), CALLS)
+def test_a_method_that_cannot_be_called(kind, base, line, call, takes):
+    """Those of a tracker's end or a resume would be called after hours."""
+    found = {}
+    exec(config_code(kind, "", made=made_by_build(base, line)), found)
+    with pytest.raises(PluginError) as refused:
+        found["Mine"]().build(*[None] * (kind == "tokenizers"))
+    assert f"Made: {call.partition('(')[0]} is called as {call}, and takes {takes}" in str(refused.value)
+
+
+def test_a_property_that_is_a_method():
+    with pytest.raises(PluginError, match="Made: vocab_size is a method, which is not called; write @property above it"):
+        exec("import wmtp.tokenizers\nclass Made(wmtp.tokenizers.Tokenizer):\n    def vocab_size(self): return 1", {})
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "def token_weights(self, *views): return 1",
+        "def token_weights(self, view, /, more=1, **others): return 1",
+        "def token_weights(*all): return 1",
+        "token_weights = classmethod(lambda cls, view: 1)",
+        "token_weights = staticmethod(lambda view: 1)",
+        "def state_dict(self, prefix=''): return {}",
+    ],
+)
+def test_a_method_that_takes_more_is_no_mistake(lines):
+    exec(f"import wmtp\nclass Made(wmtp.Trainer):\n    {lines}", {})
 
 
 @pytest.mark.parametrize("classes", [1, 2])

@@ -119,8 +119,8 @@ class OddLoader(ExampleLoader):
     [
         (None, "examples() returned None, not an iterator"),
         ([{"prompt": "a", "completion": "b"}], "(dict), not an Example"),
-        ([Example(id=3, completion="abcd")], "an Example with 3 where a string belongs"),
-        ([Example(id="3", completion=b"abcd")], "an Example with b'abcd' where a string belongs"),
+        ([Example(id=3, completion="abcd")], "an Example whose id is 3, not a text"),
+        ([Example(id="3", completion=b"abcd")], "an Example whose completion is b'abcd', not a text"),
         ([Example(id="3", completion="abcd", is_correct="yes")], "is_correct is 'yes'"),
         ([Example(id="3", completion="abcd", is_cut="length")], "is_cut is 'length'"),
         ([Example(id="3", completion="abcd", reward=float("nan"))], "reward is nan"),

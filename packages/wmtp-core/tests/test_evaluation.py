@@ -190,8 +190,10 @@ def test_a_plugins_plain_numbers_do_and_its_mistakes_are_named(model: MTPModel) 
     }  # fmt: skip
     with pytest.raises(PluginError, match="evaluator 'numbers'"):
         measure([Config(found=[1])], _measured(model), None)
-    with pytest.raises(PluginError, match=r"^evaluator '[\w-]+' \(.*\): evaluate returned None as 'a', not a number"):
-        measure([Config(found={"a": None})], _measured(model), None)
+    for value in (None, 10**400):
+        said = rf"^evaluator '[\w-]+' \(.*\): evaluate returned {str(value)[:60]} as 'a', not a number"
+        with pytest.raises(PluginError, match=said):
+            measure([Config(found={"a": value})], _measured(model), None)
 
 
 def _scaled(model: MTPModel) -> None:
@@ -203,6 +205,10 @@ def _exchanged(model: MTPModel) -> None:
         model.base.lm_head.weight.copy_(model.base.lm_head.weight.flip(0))
 
 
+def _moved(model: MTPModel) -> None:
+    model.to("meta")
+
+
 def _training(model: MTPModel) -> None:
     model.train()
 
@@ -212,6 +218,7 @@ def _training(model: MTPModel) -> None:
     [
         (_scaled, r"changed \S*lm_head.weight"),
         (_exchanged, r"changed \S*lm_head.weight"),
+        (_moved, r"moved \S+ to the device meta and \d+ more"),
         (_training, "left the model in training mode"),
     ],
 )

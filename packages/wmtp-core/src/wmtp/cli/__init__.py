@@ -95,12 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wants_json and not _rank():
             print(json.dumps(_plain(answer), ensure_ascii=not has_every_character(output)), file=output)
         output.flush()
-    except OSError as error:  # for instance `wmtp show … | head`: who reads has had enough, and the work is as good as it was
+    except (OSError, ValueError) as error:
+        if not isinstance(error, OSError) and not output.closed:  # a plugin may have closed it
+            raise
+        # for instance `wmtp show … | head`: who reads has had enough, and the work is as good as it was
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             with contextlib.suppress(OSError):
-                print(f"error: standard output: {error.strerror or error}", file=sys.stderr)
+                print(f"error: standard output: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
             code = code or 1
     return code
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from attrs import field, frozen
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError
 from wmtp.plugins.contract import Contract
 from wmtp.storage.walk import files_below
 
 __all__ = ["BadExample", "Document", "Example", "ExampleLoader", "Span"]
 
 
-class BadExample(WMTPError):
+class BadExample(FileError):
     """A line or file that is no example.
 
     `ExampleLoader.examples` *yields* it in place of an example, so that ``on_bad_example`` decides what happens.

@@ -51,9 +51,9 @@ def _is_plain(example: Example) -> bool:
 def _problem(loader: ExampleLoader, example: Any) -> str | None:
     if not isinstance(example, Example):
         return f"{example!r:.60} ({type(example).__name__}), not an Example"
-    for value in (example.id, example.prompt, example.completion, example.group, example.where):
-        if not isinstance(value, str):
-            return f"an Example with {value!r:.60} where a string belongs"
+    for field in ("id", "prompt", "completion", "group", "where"):
+        if not isinstance(value := getattr(example, field), str):
+            return f"an Example whose {field} is {value!r:.60}, not a text"
     if example.unread != () and not _are_keys(example.unread):
         return f"an Example whose unread is {example.unread!r:.60}, not a tuple of keys"
     if not isinstance(example.is_cut, bool):

@@ -87,6 +87,18 @@ class Measured:
 class Evaluator(Contract, ABC, contract=True):
     """Measures a trained model."""
 
+    def prepare(self, fetch: Callable[[str, str], Path]) -> None:
+        """Check what `evaluate` will need, before a run trains.
+
+        Such as files, names and what this machine can do; default: nothing. One process calls it, on another instance.
+
+        Args:
+            fetch: see `Measured`.
+
+        Raises:
+            WMTPError: something is missing or wrong, which would otherwise be found after the training.
+        """
+
     @abstractmethod
     def evaluate(self, measured: Measured) -> Mapping[str, float | Estimate]:
         """Measure.

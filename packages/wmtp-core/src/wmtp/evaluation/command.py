@@ -20,7 +20,7 @@ from wmtp.devices import apart_from_the_caller, autocast_context, pick_device, p
 from wmtp.errors import ConfigError
 from wmtp.evaluation.base import Measured
 from wmtp.evaluation.consent import require_consent
-from wmtp.evaluation.measure import measure
+from wmtp.evaluation.measure import measure, prepare
 from wmtp.evaluation.unread import unread_problems
 from wmtp.models.acceleration import accelerate
 from wmtp.models.opening import OpenedModel, find_model, open_model, saved_precision
@@ -114,6 +114,7 @@ def evaluate_model(
     if config.devices.precision == "fp8":
         logger.info('devices.precision: an evaluation computes in bf16, as with "bf16-params"; fp8 is for training')
     parameters = "bf16" if precision == "bf16-params" else "fp32"
+    prepare(config.eval, Place.of(config).fetch)
     opened = open_model(name, device=device, precision=parameters, config=config)
     accelerate(opened.model, config.devices, learns=False)
     folder = file_path(output) if output is not None else run_dir or Path("evaluations") / path.name

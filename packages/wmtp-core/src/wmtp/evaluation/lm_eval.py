@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -51,6 +51,10 @@ class LmEvalEvaluator(Evaluator):
     def __init__(self, config: LmEval) -> None:
         self._config = config
 
+    def prepare(self, fetch: Callable[[str, str], Path]) -> None:
+        """Look for the tasks."""
+        self._manager(fetch)
+
     def evaluate(self, measured: Measured) -> Mapping[str, float | Estimate]:
         """See `Evaluator.evaluate`.
 
@@ -61,10 +65,8 @@ class LmEvalEvaluator(Evaluator):
         config, positions = self._config, measured.model.max_positions
         if config.max_length is not None and positions is not None and config.max_length > positions:
             raise ConfigError(f"eval.max_length: {config.max_length}, but the model has positions for {positions} tokens")
-        folder = None if config.uri is None else str(measured.fetch(config.uri, "eval.uri"))
         with _kept_state(measured.device):
-            manager = TaskManager(include_path=folder)
-            _check_names(config.tasks, manager)
+            manager = self._manager(measured.fetch)
             try:
                 found = simple_evaluate(
                     model=_Model(measured, config),
@@ -82,6 +84,12 @@ class LmEvalEvaluator(Evaluator):
             except Exception as error:  # data that is not at hand, a damaged task: of any type
                 raise WMTPError(f"lm-eval: {', '.join(config.tasks)}: {described(error)}") from error
         return dict(_numbers(found))  # type: ignore[arg-type]
+
+    def _manager(self, fetch: Callable[[str, str], Path]) -> TaskManager:
+        uri = self._config.uri
+        manager = TaskManager(include_path=None if uri is None else str(fetch(uri, "eval.uri")))
+        _check_names(self._config.tasks, manager)
+        return manager
 
 
 def _check_names(tasks: Sequence[str], manager: TaskManager) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,7 @@ from wmtp.plugins.built import built
 from wmtp.plugins.provenance import provenance
 from wmtp.storage.atomic import replace_text
 
-__all__ = ["DETAILS_FILE", "NUMBERS_FILE", "measure"]
+__all__ = ["DETAILS_FILE", "NUMBERS_FILE", "measure", "prepare"]
 
 logger = logging.getLogger("wmtp")
 
@@ -90,6 +90,21 @@ def measure(evaluators: Sequence[Any], measured: Measured, folder: Path | None) 
     return numbers
 
 
+def prepare(evaluators: Sequence[Any], fetch: Callable[[str, str], Path]) -> None:
+    """Have evaluators check what they will need; see `Evaluator.prepare`.
+
+    Args:
+        evaluators: instances of config classes.
+        fetch: see `Measured`.
+
+    Raises:
+        PluginError: an evaluator breaks its contract.
+        WMTPError: one could not measure.
+    """
+    for config in evaluators:
+        built(config, "evaluators").prepare(fetch)
+
+
 def _refuse_changes(name: str, changed: Sequence[str]) -> None:
     if changed:
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -105,7 +120,7 @@ def _text(value: float | Estimate) -> str:
 def _is_number(value: object) -> bool:
     try:
         float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers, say
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # a tensor of several numbers, say
         return False
     return not isinstance(value, str)
 

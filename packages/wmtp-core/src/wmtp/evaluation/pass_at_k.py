@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +67,11 @@ class PassAtKEvaluator(Evaluator):
         self._config = config
         self._settings = config.resolved()
 
+    def prepare(self, fetch: Callable[[str, str], Path]) -> None:
+        """Try the sandbox, and read the problems."""
+        self._sandbox()
+        self._problems(fetch)
+
     def evaluate(self, measured: Measured) -> Mapping[str, float | Estimate]:
         """See `Evaluator.evaluate`.
 
@@ -75,10 +80,10 @@ class PassAtKEvaluator(Evaluator):
             ``pass_at_k_best`` of the best one.
         """
         require_consent([self._config], measured.allow_code_execution)
-        settings, config = self._settings, self._config
-        sandbox = Sandbox(Limits(seconds=config.timeout, memory_mb=config.memory_mb), isolation=config.isolation)
+        settings = self._settings
+        sandbox = self._sandbox()
         logger.info("pass-at-k: isolation in force: %s", sandbox.describe())
-        problems = self._problems(measured)
+        problems = self._problems(measured.fetch)
         results: dict[str, float | Estimate] = {}
         for temperature in settings.temperatures:
             folder = self._folder(measured, temperature)
@@ -96,9 +101,13 @@ class PassAtKEvaluator(Evaluator):
                 results[f"pass_at_{k}_best"] = max(ours, key=float)
         return results
 
-    def _problems(self, measured: Measured) -> list[Problem]:
+    def _sandbox(self) -> Sandbox:
+        limits = Limits(seconds=self._config.timeout, memory_mb=self._config.memory_mb)
+        return Sandbox(limits, isolation=self._config.isolation)
+
+    def _problems(self, fetch: Callable[[str, str], Path]) -> list[Problem]:
         config = self._config
-        path = None if config.uri is None else measured.fetch(config.uri, "eval.uri")
+        path = None if config.uri is None else fetch(config.uri, "eval.uri")
         match config.dataset:
             case "humaneval":
                 problems = human_eval(path)

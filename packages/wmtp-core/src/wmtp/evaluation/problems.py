@@ -19,7 +19,7 @@ from wmtp.data.files import read_records
 from wmtp.data.loaders.humaneval import HumanEvalLoader
 from wmtp.data.loaders.mbpp import MbppLoader, MbppProblem, mbpp_problem, mbpp_prompt
 from wmtp.data.splits import data_files
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, InputError, WMTPError
 from wmtp.sandbox import Outcome, Sandbox
 
 __all__ = ["Problem", "code_contests", "human_eval", "mbpp"]
@@ -98,7 +98,9 @@ def mbpp(path: Path, *, split: str, shots: int) -> list[Problem]:
         split: which file of the folder.
         shots: 3: the prompt of the paper, with three solved problems; 0: a docstring of task and tests.
     """
-    records = list(_records(MbppLoader(split).files(path)))
+    # the default says nothing of a file that is named
+    files = data_files(path) if path.is_file() and split == "test" else MbppLoader(split).files(path)
+    records = list(_records(files))
     shown = "".join(_published(shot, solved=True) for shot in _shots(path)) if shots else ""
     problems = []
     for where, record in records:
@@ -170,7 +172,14 @@ def _shots(path: Path) -> Sequence[MbppProblem]:
                 found[problem.id] = problem
     if all(name in found for name in _SHOTS):
         return [found[name] for name in _SHOTS]
-    first = [mbpp_problem(*record) for record in islice(_records(MbppLoader("train").files(folder)), 3)]
+    try:
+        files = MbppLoader("train").files(folder)
+    except InputError as error:
+        raise FileError(
+            f"{folder}: shots = 3 shows the problems 2, 3 and 4 of MBPP or the first three of its split train, which are not "
+            "there; add train.jsonl, or set shots = 0"
+        ) from error
+    first = [mbpp_problem(*record) for record in islice(_records(files), 3)]
     logger.warning(
         "mbpp: the problems 2, 3 and 4 of the published prompt are not in %s; shown are %s",
         folder, ", ".join(problem.id for problem in first),

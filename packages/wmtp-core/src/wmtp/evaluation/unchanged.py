@@ -43,7 +43,11 @@ class ModelState:
     def changes(self, now: ModelState) -> Iterator[str]:
         """Name what differs ``now``."""
         for name, before in self.checksums.items():
-            if name in now.checksums and not torch.equal(before, now.checksums[name]):
+            if (after := now.checksums.get(name)) is None:
+                continue
+            if after.device != before.device:
+                yield f"moved {name.partition(' ')[0]} to the device {after.device}"
+            elif not torch.equal(before, after):
                 yield f"changed {name.partition(' ')[0]}"
         if now.training - self.training:
             yield "left the model in training mode"

@@ -14,7 +14,7 @@ from types import MemberDescriptorType
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from wmtp.errors import PluginError
-from wmtp.plugins.names import former_names, hidden_names, is_contract, is_function, misspelt_names, own_classes
+from wmtp.plugins.names import former_names, hidden_names, is_contract, is_function, misspelt_names, own_classes, wrong_calls
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,6 +89,8 @@ class Contract:
                     f"{owner.__module__}.{owner.__qualname__} has {name!r}, which WMTP does not read; did you mean {meant!r}? "
                     f"If it is a name of your own, call it _{name}"
                 )
+        for owner, problem in wrong_calls(cls):
+            raise PluginError(f"{owner.__module__}.{owner.__qualname__}: {problem}")
         for mixin, name, found in hidden_names(cls):
             raise PluginError(
                 f"{cls.__module__}.{cls.__qualname__}: {mixin.__name__}.{name} is hidden by {found.__name__}.{name}; write the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import linecache
 import traceback
 from collections.abc import Callable
 from types import FrameType
@@ -51,22 +52,27 @@ def plugin_failure(error: BaseException) -> PluginError | None:
         return None
     plugins = {_package(provided.cls.__module__): str(provided.plugin) for provided in load_plugins().components}
     del plugins["wmtp"]
-    who = name = place = home = ""
+    who = name = place = home = line_of_code = ""
     last: type | None = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         component, package = _component(frame), _package(_module(frame))
         if component is not None and not (last is not None and issubclass(last, _class(component))):
-            last, name = _class(component), _name(frame)
+            last, name = _class(component), _method(frame, _class(component))
             home = _package(last.__module__)
             who = _title(component, plugins.get(home))
         elif component is None and package in plugins and package != home:
-            last, home, name, who = None, package, _name(frame), plugins[package]
+            last, home, name, who = None, package, frame.f_code.co_qualname.rpartition("<locals>.")[2], plugins[package]
         elif component is None and (not home or package != home):
             continue
         place = f"{frame.f_code.co_filename}:{line}"
+        line_of_code = linecache.getline(frame.f_code.co_filename, line).strip()
     if not place:
         return None
-    what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {described(error)}"
+    what = f"raised {described(error)}"
+    if isinstance(error, SystemExit):
+        what = f"called sys.exit({error.code!r})"
+    elif not str(error):
+        what = f"raised {type(error).__name__}: {line_of_code}"
     failure = PluginError(f"{who}: {name} {what} ({place})")
     failure.__cause__ = error
     return failure
@@ -98,8 +104,12 @@ def _title(component: object, plugin: str | None) -> str:
     return plugin or _class(component).__module__
 
 
-def _name(frame: FrameType) -> str:
-    return frame.f_code.co_qualname.rpartition("<locals>.")[2]
+def _method(frame: FrameType, cls: type) -> str:
+    """Name a component's method; that around it for a function within one."""
+    name = frame.f_code.co_qualname
+    scopes = [f"{base.__qualname__}." for base in cls.__mro__]
+    within = next((name.removeprefix(scope) for scope in scopes if name.startswith(scope)), frame.f_code.co_name)
+    return f"{cls.__name__}.{within.partition('.')[0]}"
 
 
 def _module(frame: FrameType) -> str:

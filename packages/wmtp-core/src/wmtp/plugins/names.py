@@ -28,6 +28,7 @@ __all__ = [
     "nearest_name",
     "own_classes",
     "takes",
+    "wrong_calls",
 ]
 
 _SIMILAR: Final = 0.8  # ``needs_loss`` for ``needs_token_loss`` is not; a missing or doubled letter or an s is
@@ -128,6 +129,31 @@ def hidden_names(cls: Any) -> Iterator[tuple[type, str, type]]:
             found = next(other for other in cls.__mro__ if name in vars(other))
             if is_contract(found) and not getattr(vars(owner)[name], "__isabstractmethod__", False):
                 yield owner, name, found
+
+
+def wrong_calls(cls: Any) -> Iterator[tuple[type, str]]:
+    """Find methods that cannot be called as the host calls them.
+
+    `build` is left to `wmtp.plugins.checks`, which knows its arguments by the component's kind.
+
+    Returns:
+        the class that has the method, and what is wrong.
+    """
+    for name in sorted(cls._contract_methods - {"build"}):
+        owner = next(other for other in cls.__mro__ if name in vars(other))
+        member, declared = vars(owner)[name], _declared(cls, name)
+        if is_contract(owner) or not is_function(member) or _may_be(member, declared, is_bound=False):
+            continue
+        if isinstance(declared, property):
+            yield owner, f"{name} is a method, which is not called; write @property above it"
+        else:
+            yield owner, f"{name} is called as {_call(name, declared)}, and takes {_call('', member)}"
+
+
+def _call(name: str, member: object) -> str:
+    function = member.__func__ if isinstance(member, staticmethod | classmethod) else member
+    parameters = inspect.signature(function, follow_wrapped=False).parameters.values()  # type: ignore[arg-type]
+    return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters])).join((name, ""))
 
 
 def loaded_names(members: Iterable[object]) -> set[str]:

@@ -11,6 +11,7 @@ from attrs import field, frozen
 
 from wmtp.errors import described
 from wmtp.plugins.contract import Contract
+from wmtp.plugins.failures import plugin_failure
 from wmtp.storage.base import Storage
 
 __all__ = ["TRACKED_ANEW", "RunInfo", "Tracker", "failure"]
@@ -98,4 +99,6 @@ class Tracker(Contract, ABC, contract=True):
 
 def failure(tracker: Tracker, error: Exception) -> str:
     """Word a tracker's failure, of which a run only warns."""
+    if (of_plugin := plugin_failure(error)) is not None:
+        return f"the tracker failed: {of_plugin}"
     return f"the tracker {type(tracker).__module__}.{type(tracker).__qualname__} failed: {described(error)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from wmtp.errors import described
+from wmtp.plugins.failures import plugin_failure
 from wmtp.tracking.base import RunInfo, Tracker
 
 __all__ = ["Several"]
@@ -67,5 +68,6 @@ class Several(Tracker):
                 tell(tracker)
             except Exception as error:
                 if name not in self._failed:
-                    logger.warning("the tracker %s failed: %s; metrics.jsonl has everything", name, described(error))
+                    said = plugin_failure(error) or described(error)
+                    logger.warning("the tracker %s failed: %s; metrics.jsonl has everything", name, said)
                 self._failed.add(name)

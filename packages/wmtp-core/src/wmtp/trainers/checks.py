@@ -83,11 +83,12 @@ def asked(trainer: Trainer, method: str, name: str, *arguments: object) -> Any:
         arguments: of the method.
 
     Raises:
-        PluginError: the method reads what its class has not asked for, or keeps state in a frozen object.
+        PluginError: the method reads what its class has not asked for, keeps state in a frozen object, or switches gradients
+            off for what follows.
     """
-    cls = type(trainer).__name__
+    cls, computes_gradients = type(trainer).__name__, torch.is_grad_enabled()
     try:
-        return getattr(trainer, method)(*arguments)
+        found = getattr(trainer, method)(*arguments)
     except NotComputed as error:
         raise PluginError(
             f"{name}: {cls}.{method} reads view.{error.name}, which is not computed; write {error.flag} = True in {cls}"
@@ -97,6 +98,12 @@ def asked(trainer: Trainer, method: str, name: str, *arguments: object) -> Any:
             f"{name}: {cls}.{method} sets an attribute of a frozen object ({', '.join(map(str, error.args))}); a trainer with "
             f"state has a class of its own, which the build() of its wmtp.TrainerConfig makes; views stay as they are"
         ) from error
+    if torch.is_grad_enabled() is not computes_gradients:
+        raise PluginError(
+            f"{name}: {cls}.{method} leaves gradients switched {'off' if computes_gradients else 'on'} for the whole process; "
+            "write `with torch.no_grad():` around its own computations"
+        )
+    return found
 
 
 def given_weights(trainer: Trainer, view: StepView, name: str) -> tuple[Tensor, Tensor]:
@@ -298,6 +305,8 @@ def checked_stages(returned: object, name: str) -> Sequence[Stage]:
     """
     if not isinstance(returned, list | tuple) or not all(isinstance(stage, Stage) for stage in returned):
         raise PluginError(f"{name}: stages returned {returned!r:.80}; it must be a list of wmtp.Stage")
+    if not returned:
+        raise PluginError(f"{name}: stages returned an empty list; a run has one stage or more: [wmtp.Stage()]")
     for stage in returned:
         if stage.steps is not None and type(stage.steps) is not int:
             raise PluginError(f"{name}: stage {stage.name!r} has steps = {stage.steps!r}; write a whole number, or None")

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from wmtp.checkpoints.remote import remote_checkpoints
+from wmtp.config.places import Place
 from wmtp.config.rules import models_beside
 from wmtp.config.schema import Config, HeadsConfig
 from wmtp.devices import count_devices, pick_device
+from wmtp.evaluation.measure import prepare
 from wmtp.models.base import model_info
 from wmtp.trainers.checks import check_data
 from wmtp.training.memory import adapter_parameters, estimate_memory, head_parameters, too_large
@@ -45,6 +47,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     if (remote := remote_checkpoints(config)) is not None:
         remote.steps()  # a bucket that is not there, or may not be read, is better known now
     trainer, name = build_trainer(config.trainer)
+    prepare(config.eval, Place.of(config).fetch)
     source = open_source(config)
     info = source.model_info
     lora = config.models["base"].lora

@@ -16,6 +16,7 @@ from wmtp.checkpoints.find import checkpoint_folder, compare_data, find_checkpoi
 from wmtp.checkpoints.local import list_checkpoints
 from wmtp.checkpoints.remote import CheckpointUpload, remote_checkpoints
 from wmtp.config.inputs import anchored, with_uris
+from wmtp.config.places import Place
 from wmtp.config.schema import Config, FsdpConfig
 from wmtp.config.tree import flatten
 from wmtp.data.score_cache.cached_numbers import open_token_numbers
@@ -30,6 +31,7 @@ from wmtp.devices import (
 )
 from wmtp.distributed.ranks import SINGLE_PROCESS, Ranks
 from wmtp.errors import Terminated, WMTPError
+from wmtp.evaluation.measure import prepare
 from wmtp.models.draft_vocabulary import frequent_tokens
 from wmtp.models.ends import end_ids, learn_turn_end
 from wmtp.models.fp8 import fp8_logits, products_in_bf16
@@ -97,6 +99,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
     saved = find_checkpoints(config, run_dir, remote, ranks, resume=resume)
 
     trainer, name = build_trainer(config.trainer)  # its errors show before anything is read
+    ranks.main_only(lambda: prepare(config.eval, Place.of(config).fetch))
     source = ranks.one_by_machine_first(lambda: open_source(config))
     data = ranks.one_by_machine_first(lambda: prepare_data(config, source.tokenizer, source.dataset_paths))
     ranks.collective(lambda: check_ids(source.rows, source.tokenizer, (data.train, data.eval)))

@@ -153,7 +153,7 @@ class PendingStep:
 def _number(name: str, value: Tensor | float, trainer_name: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise PluginError(f"{trainer_name}: the metric {name!r} is {shown}; a metric is one number") from error
 

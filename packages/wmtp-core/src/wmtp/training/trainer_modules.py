@@ -14,7 +14,7 @@ from wmtp.distributed.ranks import Ranks
 from wmtp.errors import PluginError
 from wmtp.models.checksum import checksum
 from wmtp.trainers.base import Stage, Trainer
-from wmtp.trainers.checks import checked_modules
+from wmtp.trainers.checks import asked, checked_modules
 from wmtp.trainers.setup import TrainerSetup
 
 __all__ = ["HEAD_WARMUP", "UntrainedModules", "set_up"]
@@ -35,7 +35,7 @@ def set_up(trainer: Trainer, setup: TrainerSetup, name: str, ranks: Ranks) -> di
         PluginError: the modules break the contract, or differ between processes: their gradients are added up, and each would
             learn something else.
     """
-    ranks.one_by_machine_first(lambda: _seeded(trainer, setup))
+    ranks.one_by_machine_first(lambda: _seeded(trainer, setup, name))
     modules = {key: module.to(setup.device) for key, module in checked_modules(trainer, name).items()}
     if ranks.world_size > 1:
         everywhere = ranks.objects({key: _checksums(module) for key, module in modules.items()})
@@ -89,10 +89,10 @@ class UntrainedModules:
         self.modules = {}
 
 
-def _seeded(trainer: Trainer, setup: TrainerSetup) -> None:
+def _seeded(trainer: Trainer, setup: TrainerSetup, name: str) -> None:
     with torch.random.fork_rng([setup.device] if setup.device.type == "cuda" else []):
         torch.manual_seed(setup.seed)
-        trainer.setup(setup)
+        asked(trainer, "setup", name, setup)
 
 
 def _checksums(module: nn.Module) -> list[tuple[str, list[int]]]:
