@@ -1,10 +1,14 @@
 """Rules of ``devices.precision = "fp8"``, which ask neither torch nor torchao."""
 
 import pytest
+from attrs import evolve
 
+from wmtp.actions.check import check
 from wmtp.config import fp8_rules
+from wmtp.config.fp8_rules import fp8_misfits
 from wmtp.config.load import load
 from wmtp.config.rules import check_loaded
+from wmtp.config.schema import DevicesConfig, Fp8Config
 from wmtp.errors import ConfigError
 
 GOOD = {
@@ -69,3 +73,34 @@ def test_without_torchao_the_check_says_what_to_install_unless_the_run_is_elsewh
     check_loaded(load([GOOD], ()))  # one scale a tensor needs none
     (line,) = problems("devices.fp8={recipe = 'rowwise'}")
     assert "devices.fp8.recipe: \"rowwise\" needs torchao: pip install 'wmtp-core[fp8]', or write" in line
+
+
+@pytest.mark.parametrize(
+    ("fp8", "hidden_size", "message"),
+    [
+        ({}, 72, "devices.precision: fp8 products need hidden states of a multiple of 16 numbers, and this model has 72"),
+        ({}, 240, "devices.fp8.min_features: this model's hidden states have 240 numbers, and with 256 no map is left"),
+        (
+            {"first_layers": 2, "last_layers": 3},
+            512,
+            "devices.fp8.first_layers: 5 decoder layers are to stay in bf16, and this",
+        ),
+        ({"last_layers": 5}, 512, "devices.fp8.last_layers: 5 decoder layers are to stay in bf16, and this model has 4; write"),
+    ],
+)
+def test_what_a_models_shape_excludes_is_said(fp8, hidden_size, message):
+    devices = DevicesConfig(precision="fp8", fp8=Fp8Config(**fp8))
+    (line, *_) = fp8_misfits(devices, hidden_size=hidden_size, layers=4)
+    assert line.startswith(message)
+    assert fp8_misfits(evolve(devices, precision="bf16-params", fp8=None), hidden_size=hidden_size, layers=4) == []
+
+
+def test_what_a_models_shape_allows_passes():
+    fp8 = Fp8Config(first_layers=2, last_layers=2)
+    assert fp8_misfits(DevicesConfig(precision="fp8", fp8=fp8), hidden_size=256, layers=4) == []
+
+
+def test_check_says_it_without_the_models_weights():
+    recipe = GOOD | {"tokenizer": {"type": "bytes"}, "devices": {"precision": "fp8", "fp8": {"last_layers": 100}}}
+    with pytest.raises(ConfigError, match=r"devices.fp8.last_layers: 100 decoder layers"):
+        check(recipe)

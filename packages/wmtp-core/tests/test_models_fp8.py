@@ -108,22 +108,26 @@ def test_maps_that_fp8_cannot_compute_or_that_gain_nothing_stay_in_bf16():
     assert in_fp8(model)
     assert not any(name.endswith("odd") for name in in_fp8(model))
     width = make().hidden_size
-    with pytest.raises(ConfigError, match=r"no linear map of this model is left for fp8 \(base\..*min_features"):
+    with pytest.raises(ConfigError, match=rf"min_features: this model's hidden states have {width} numbers"):
         multiply_in_fp8(make(), devices(min_features=width + 1000))
+    with pytest.raises(ConfigError, match=r"no linear map of this model is left for fp8 \(base\..*exclude less"):
+        multiply_in_fp8(make(), devices(exclude=("*",)))
     with pytest.raises(ConfigError, match=r"devices.fp8.exclude: 'nothing' names no linear map.*there are base\."):
         multiply_in_fp8(make(), devices(exclude=("nothing",)))
 
 
-def test_logits_in_fp8_are_asked_for_by_name_and_need_whole_pieces():
+def test_logits_in_fp8_are_asked_for_by_name():
     assert fp8_logits(devices()) is None
     assert fp8_logits(DevicesConfig()) is None
     assert fp8_logits(devices(logits="forward")) == Fp8Logits(emulate=True)
     slow = devices(logits="hidden-gradient", fast_accumulation="none", emulate=False)
     assert fp8_logits(slow) == Fp8Logits(gradient=True, fast=False)
+
+
+def test_a_model_without_whole_pieces_is_refused():
     odd = evolve(SMALL, hidden_size=24, intermediate_size=48).build().load(None, dtype=torch.float32, seed=1)
-    model = build_model(odd, HeadsConfig(horizon=2), 5)
-    with pytest.raises(ConfigError, match=r'devices.fp8.logits: "forward" needs hidden .* has 24; write "none"'):
-        multiply_in_fp8(model, devices(logits="forward"))
+    with pytest.raises(ConfigError, match=r"hidden states of a multiple of 16 numbers, and this model has 24"):
+        multiply_in_fp8(build_model(odd, HeadsConfig(horizon=2), 5), devices())
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])

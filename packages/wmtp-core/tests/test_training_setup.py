@@ -11,7 +11,16 @@ from transformers import PreTrainedTokenizerFast
 
 import wmtp
 from wmtp.config.places import Place
-from wmtp.config.schema import Config, DataConfig, HeadsConfig, LoraConfig, ModelConfig, TrainDataConfig
+from wmtp.config.schema import (
+    Config,
+    DataConfig,
+    DevicesConfig,
+    Fp8Config,
+    HeadsConfig,
+    LoraConfig,
+    ModelConfig,
+    TrainDataConfig,
+)
 from wmtp.data.config import TextFiles
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.evaluation.config import InferenceSpeed, Speculative
@@ -97,6 +106,14 @@ def refused(base, reference, **options):
 
 def test_a_copy_of_the_base_model_is_a_reference(base):
     assert dry_run(config_of(base, HfModel(uri=str(base))))["steps"] == "1 of 1 rows"
+
+
+def test_settings_of_fp8_that_the_model_excludes_are_refused_by_both(base):
+    fp8 = DevicesConfig(precision="fp8", fp8=Fp8Config(emulate=True, first_layers=9))
+    config = attrs.evolve(config_of(base, HfModel(uri=str(base))), devices=fp8)
+    for read in (open_source, dry_run):
+        with pytest.raises(ConfigError, match=r"devices.fp8.first_layers: 9 decoder layers .* this model has"):
+            read(config)
 
 
 def test_a_reference_with_more_rows_but_the_same_tokens(base, tmp_path):

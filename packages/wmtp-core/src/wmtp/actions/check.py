@@ -12,11 +12,13 @@ from wmtp.actions.memory import outlook
 from wmtp.api import load_checked
 from wmtp.config.advice import unwise_settings
 from wmtp.config.data_rules import eval_sources, train_sources, unread_keys
-from wmtp.config.load import ConfigSource
-from wmtp.config.problems import dotted
+from wmtp.config.fp8_rules import fp8_misfits
+from wmtp.config.load import ConfigSource, located
+from wmtp.config.problems import Problem, dotted
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
 from wmtp.launchers.remote import remote_launcher
+from wmtp.models.outline import outline
 from wmtp.plugins import Registry
 from wmtp.public import public
 
@@ -54,6 +56,9 @@ def check(config: ConfigSource | Sequence[ConfigSource], *, overrides: Iterable[
         ConfigError: every problem at once.
     """
     loaded = load_checked(config, overrides=overrides)
+    devices, info = loaded.config.devices, outline(loaded.config.models["base"].loader)
+    if info is not None and (misfits := fp8_misfits(devices, hidden_size=info.hidden_size, layers=info.layers)):
+        raise located(loaded.document, map(Problem.of_line, misfits))
     summary = _summary(loaded.config, loaded.registry)
     estimates, warnings = outlook(loaded.config)
     summary |= estimates

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Final
 
 from wmtp.config.problems import Problem
-from wmtp.config.schema import Config
+from wmtp.config.schema import Config, DevicesConfig, Fp8Config
 
-__all__ = ["fp8_problems"]
+__all__ = ["fp8_misfits", "fp8_problems"]
+
+#: `wmtp.loss.fp8.PIECE`, without torch
+_PIECE: Final = 16
 
 
 def fp8_problems(config: Config) -> Iterator[Problem]:
@@ -48,3 +52,37 @@ def fp8_problems(config: Config) -> Iterator[Problem]:
             ("devices", "fp8", "recipe"),
             f'"{recipe}" needs torchao: pip install \'wmtp-core[fp8]\', or write "tensorwise", which needs nothing',
         )
+
+
+def fp8_misfits(devices: DevicesConfig, *, hidden_size: int, layers: int) -> list[str]:
+    """List settings of ``[devices.fp8]`` that a model of this shape excludes.
+
+    Args:
+        devices: the config section.
+        hidden_size: D. Each map of an ordinary layer reads or writes so many numbers.
+        layers: decoder layers.
+
+    Returns:
+        lines ``key: what is wrong; what to do``.
+    """
+    if devices.precision != "fp8":
+        return []
+    fp8 = devices.fp8 or Fp8Config()
+    problems = []
+    if hidden_size % _PIECE:
+        problems.append(
+            f"devices.precision: fp8 products need hidden states of a multiple of {_PIECE} numbers, and this model has "
+            f'{hidden_size}; write "bf16-params"'
+        )
+    if hidden_size < fp8.min_features:
+        problems.append(
+            f"devices.fp8.min_features: this model's hidden states have {hidden_size} numbers, and with {fp8.min_features} no "
+            'map is left for fp8; write less, or devices.precision = "bf16-params"'
+        )
+    if (spared := fp8.first_layers + fp8.last_layers) > layers:
+        key = "first_layers" if fp8.first_layers else "last_layers"
+        problems.append(
+            f"devices.fp8.{key}: {spared} decoder layers are to stay in bf16, and this model has {layers}; write less, or "
+            'devices.precision = "bf16-params"'
+        )
+    return problems

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import nn
 
+from wmtp.config.fp8_rules import fp8_misfits
 from wmtp.errors import ConfigError
 from wmtp.loss.fp8 import PIECE, Fp8Logits
 from wmtp.models.adapter_names import is_adapter_name
@@ -79,13 +80,14 @@ def multiply_in_fp8(
         number of maps that do.
 
     Raises:
-        ConfigError: ``exclude`` names nothing, or no map is left.
+        ConfigError: settings exclude this model, ``exclude`` names nothing, or no map is left.
     """
     if devices.precision != "fp8":
         return 0
     fp8 = _options(devices)
     maps = _linear_maps(model)
-    problems = [
+    problems = fp8_misfits(devices, hidden_size=model.hidden_size, layers=len(model.anatomy.layers))
+    problems += [
         f"devices.fp8.exclude: {pattern!r} names no linear map of the layers; there are {_examples(maps)}"
         for pattern in fp8.exclude
         if not any(fnmatchcase(name, pattern) for name in maps)
@@ -96,11 +98,6 @@ def multiply_in_fp8(
             f"devices.precision: no linear map of this model is left for fp8 ({_examples(maps)}); lower "
             'devices.fp8.min_features or exclude less, or write "bf16-params"'
         ]
-    if fp8.logits != "none" and model.hidden_size % PIECE:
-        problems.append(
-            f'devices.fp8.logits: "{fp8.logits}" needs hidden states of a multiple of {PIECE} numbers, and this model has '
-            f'{model.hidden_size}; write "none"'
-        )
     if problems:
         raise ConfigError(problems)
     kept = 0 if sharded else _keep_frozen(model, chosen, fp8, device)

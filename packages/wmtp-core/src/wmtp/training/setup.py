@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from wmtp.config.adapter_rules import is_start_model
 from wmtp.config.data_rules import read_from
+from wmtp.config.fp8_rules import fp8_misfits
 from wmtp.config.places import Place
 from wmtp.config.problems import dotted
 from wmtp.config.rules import required_models
@@ -71,8 +72,8 @@ def open_source(config: Config) -> Source:
     """Find a config's files, and check all that needs no weights.
 
     Raises:
-        ConfigError: rows longer than a model's positions, a tokenizer that is not that of every model, or a base folder of
-            which a part would be lost.
+        ConfigError: rows longer than a model's positions, a tokenizer that is not that of every model, settings of fp8 that
+            the model excludes, or a base folder of which a part would be lost.
         WMTPError: files are missing or damaged.
     """
     from wmtp.data.prepare import use_chat_template
@@ -90,6 +91,8 @@ def open_source(config: Config) -> Source:
         _check_lora(make_loader(base.loader, config.storage), base.lora, path)
     _check_length(info, config, "the model")
     _check_draft_vocabulary(info, config)
+    if problems := fp8_misfits(config.devices, hidden_size=info.hidden_size, layers=info.layers):
+        raise ConfigError(problems)
     _check_evaluators(info, config)
     tokenizer = _open_tokenizer(config, place, path)
     use_chat_template(tokenizer, config.data.train)
