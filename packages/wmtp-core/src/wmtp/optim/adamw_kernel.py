@@ -14,11 +14,10 @@ __all__ = ["adamw_kernel"]
 
 @triton.jit
 def adamw_kernel(
-    master,
-    parameter,
-    gradient,
-    mean,
-    square,
+    table,
+    count,
+    owners,
+    firsts,
     corrections,
     clip,
     lr,
@@ -28,24 +27,45 @@ def adamw_kernel(
     keep_square,
     add_square,
     eps,
-    size,
+    HALF: tl.constexpr,
     PUBLISH: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Run one step of AdamW for a block of one parameter.
+    """Run one step of AdamW for a block of one of many parameters.
 
-    Everything is read once and written once. ``corrections`` has 1 − β₁ᵗ and 1 − β₂ᵗ, ``clip`` what gradients are multiplied
-    by, ``decay`` 1 − lr · weight decay. With ``PUBLISH`` the new value is rounded into ``parameter``.
+    Everything is read once and written once. Rows of ``table`` are the addresses of master copies, parameters, gradients, means
+    and squares, and sizes, ``count`` of each; ``owners`` has the parameter of each block, and ``firsts`` its first block.
+    ``corrections`` has 1 − β₁ᵗ and 1 − β₂ᵗ of each, ``clip`` what gradients are multiplied by, ``decay`` 1 − lr · weight decay.
+    Gradients are bf16 with ``HALF``, fp32 otherwise. With ``PUBLISH`` the new value is rounded into the bf16 parameter. With
+    ``ALIGNED`` all addresses and sizes are multiples of 16.
     """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(0)
+    owner = tl.load(owners + block)
+    at = (block - tl.load(firsts + owner)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = tl.load(table + 5 * count + owner)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
     inside = at < size
-    g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32) * tl.load(clip)
-    m = keep_mean * tl.load(mean + at, mask=inside, other=0.0) + add_mean * g
-    v = keep_square * tl.load(square + at, mask=inside, other=0.0) + add_square * g * g
-    step = lr / tl.load(corrections) * m / (tl.sqrt(v) / tl.sqrt(tl.load(corrections + 1)) + eps)
-    w = decay * tl.load(master + at, mask=inside, other=0.0) - step
-    tl.store(mean + at, m, mask=inside)
-    tl.store(square + at, v, mask=inside)
-    tl.store(master + at, w, mask=inside)
+    master = _numbers(table + owner, at, tl.float32, ALIGNED)
+    gradient = _numbers(table + 2 * count + owner, at, tl.bfloat16 if HALF else tl.float32, ALIGNED)
+    mean = _numbers(table + 3 * count + owner, at, tl.float32, ALIGNED)
+    square = _numbers(table + 4 * count + owner, at, tl.float32, ALIGNED)
+    corrected = corrections + 2 * owner
+    g = tl.load(gradient, mask=inside, other=0.0).to(tl.float32) * tl.load(clip)
+    m = keep_mean * tl.load(mean, mask=inside, other=0.0) + add_mean * g
+    v = keep_square * tl.load(square, mask=inside, other=0.0) + add_square * g * g
+    step = lr / tl.load(corrected) * m / (tl.sqrt(v) / tl.sqrt(tl.load(corrected + 1)) + eps)
+    w = decay * tl.load(master, mask=inside, other=0.0) - step
+    tl.store(mean, m, mask=inside)
+    tl.store(square, v, mask=inside)
+    tl.store(master, w, mask=inside)
     if PUBLISH:
-        tl.store(parameter + at, w.to(parameter.dtype.element_ty), mask=inside)
+        tl.store(_numbers(table + count + owner, at, tl.bfloat16, ALIGNED), w.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def _numbers(place, at, KIND: tl.constexpr, ALIGNED: tl.constexpr):  # noqa: ANN202
+    """Point at numbers whose address stands at ``place``."""
+    pointers = tl.load(place).to(tl.pointer_type(KIND)) + at
+    return tl.multiple_of(pointers, 16) if ALIGNED else pointers

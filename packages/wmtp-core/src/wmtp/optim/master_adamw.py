@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 __all__ = ["MasterAdamW"]
 
 _BLOCK = 2048
+#: addresses and sizes that are multiples of it are read 16 bytes at a time
+_ALIGNED = 16
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -32,6 +34,7 @@ class MasterAdamW(torch.optim.AdamW):
         self._kernel: Any = adamw_kernel  # the decorator of Triton hides what it returns
         self._parameters = parameters
         self._clip: Tensor | None = None
+        self._blocks: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, Tensor]] = {}
 
     def clip(self, max_norm: float, norm: Tensor) -> None:
         """Have the next step clip gradients to ``max_norm``.
@@ -60,9 +63,22 @@ class MasterAdamW(torch.optim.AdamW):
             steps = torch.stack([state["step"] for state in states]).double()
             beta1, beta2 = group["betas"]
             corrections = torch.stack([1.0 - beta1**steps, 1.0 - beta2**steps], dim=1).float()
-            clip = corrections.new_ones(()) if self._clip is None else self._clip
-            for parameter, state, correction in zip(learned, states, corrections.unbind(), strict=True):
-                self._update(parameter, state, correction, clip, group)
+            gradients = [_alike(parameter) for parameter in learned]
+            kinds: dict[tuple[torch.dtype, bool, bool], list[int]] = {}
+            for number, (parameter, gradient, state) in enumerate(zip(learned, gradients, states, strict=True)):
+                published = self._parameters.get(parameter, parameter)
+                aligned = _are_aligned(parameter, published, gradient, state["exp_avg"], state["exp_avg_sq"])
+                kinds.setdefault((gradient.dtype, published is not parameter, aligned), []).append(number)
+            for (_, publishes, aligned), some in kinds.items():
+                self._update(
+                    [learned[number] for number in some],
+                    [gradients[number] for number in some],
+                    [states[number] for number in some],
+                    corrections if len(kinds) == 1 else torch.stack([corrections[number] for number in some]),
+                    group,
+                    publishes=publishes,
+                    aligned=aligned,
+                )
         self._clip = None
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -76,22 +92,37 @@ class MasterAdamW(torch.optim.AdamW):
         return state
 
     def _update(
-        self, master: nn.Parameter, state: Mapping[str, Tensor], correction: Tensor, clip: Tensor, group: Mapping[str, Any]
+        self,
+        masters: Sequence[nn.Parameter],
+        gradients: Sequence[Tensor],
+        states: Sequence[Mapping[str, Tensor]],
+        corrections: Tensor,
+        group: Mapping[str, Any],
+        *,
+        publishes: bool,
+        aligned: bool,
     ) -> None:
-        published = self._parameters.get(master, master)
-        gradient = master.grad
-        assert gradient is not None, "step() leaves out parameters without gradient"
-        if gradient.stride() != master.stride():  # the kernel goes through memory, not through indices
-            gradient = torch.empty_like(master, dtype=gradient.dtype).copy_(gradient)
+        """Update parameters of one kind by one launch, however many they are.
+
+        Adapters are hundreds of small matrices: a launch for each takes the host longer than the GPU.
+        """
+        device = corrections.device
+        published = [self._parameters[master] for master in masters] if publishes else masters
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        sizes = tuple(master.numel() for master in masters)
+        places = [[one.data_ptr() for one in some] for some in (masters, published, gradients, means, squares)]
+        table = torch.tensor([*places, sizes], dtype=torch.int64, pin_memory=device.type == "cuda").to(
+            device, non_blocking=True
+        )
+        owners, firsts = self._blocks_of(sizes, device)
         beta1, beta2 = group["betas"]
-        self._kernel[(-(-master.numel() // _BLOCK),)](
-            master,
-            published,
-            gradient,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            correction,
-            clip,
+        self._kernel[(owners.numel(),)](
+            table,
+            len(masters),
+            owners,
+            firsts,
+            corrections,
+            corrections.new_ones(()) if self._clip is None else self._clip,
             float(group["lr"]),
             1.0 - float(group["lr"]) * group["weight_decay"],
             beta1,
@@ -99,8 +130,35 @@ class MasterAdamW(torch.optim.AdamW):
             beta2,
             1.0 - beta2,
             group["eps"],
-            master.numel(),
-            PUBLISH=published is not master,
+            HALF=gradients[0].dtype == torch.bfloat16,
+            PUBLISH=publishes,
+            ALIGNED=aligned,
             BLOCK=_BLOCK,
             num_warps=8,
         )
+
+    def _blocks_of(self, sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Divide tensors into blocks: whose each is, and which is a tensor's first."""
+        if (sizes, device) not in self._blocks:
+            counts = torch.tensor([-(-size // _BLOCK) for size in sizes])
+            owners = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(counts)
+            firsts = (counts.cumsum(0) - counts).int()
+            self._blocks[sizes, device] = owners.to(device), firsts.to(device)
+        return self._blocks[sizes, device]
+
+
+def _alike(master: nn.Parameter) -> Tensor:
+    """Return a gradient that lies in memory as its parameter does.
+
+    The kernel goes through memory, not through indices.
+    """
+    gradient = master.grad
+    assert gradient is not None, "step() leaves out parameters without gradient"
+    if gradient.stride() == master.stride():
+        return gradient
+    return torch.empty_like(master, dtype=gradient.dtype).copy_(gradient)
+
+
+def _are_aligned(*tensors: Tensor) -> bool:
+    """Tell whether a GPU can read and write tensors of one size 16 bytes at a time."""
+    return tensors[0].numel() % _ALIGNED == 0 and all(tensor.data_ptr() % _ALIGNED == 0 for tensor in tensors)
