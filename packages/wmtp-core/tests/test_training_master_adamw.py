@@ -30,12 +30,13 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 else:
 
     class Small(nn.Module):
-        """A matrix of more than a block, a vector, a transposed one, and one that never learns."""
+        """A matrix of more than a block, one of whole pieces of 16, a vector, a transposed one, and one that never learns."""
 
         def __init__(self):
             super().__init__()
             draw = torch.Generator().manual_seed(0)
             self.matrix = nn.Parameter(torch.randn(57, 61, generator=draw))
+            self.even = nn.Parameter(torch.randn(80, 48, generator=draw))
             self.vector = nn.Parameter(torch.randn(5, generator=draw))
             self.turned = nn.Parameter(torch.randn(7, 3, generator=draw).T)
             self.frozen = nn.Parameter(torch.ones(3))
@@ -59,7 +60,7 @@ else:
 
     def backward(model, factor):
         """Gradients that differ from step to step, and number to number."""
-        for parameter in (model.matrix, model.vector, model.turned):
+        for parameter in (model.matrix, model.even, model.vector, model.turned):
             count = torch.arange(parameter.numel(), device=DEVICE).view(parameter.shape)
             (parameter.float() * torch.sin(factor * (count + 1.0))).sum().backward()
 
@@ -102,6 +103,7 @@ else:
                 clip_gradients(optimizer, learned(optimizer), max_norm, norm)
             optimizer.step()
             optimizer.zero_grad()
+        assert sorted(len(sizes) for sizes, _ in optimizer._blocks) == [1, 1, 2]  # a launch each: matrices, even ones, vectors
         for name, expected in reference_steps(config, taken, max_norm).items():
             torch.testing.assert_close(copies[name].double(), expected.detach(), rtol=1e-6, atol=1e-7)
             # the interpreter cuts digits off where a GPU rounds

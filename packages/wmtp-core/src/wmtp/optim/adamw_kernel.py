@@ -2,7 +2,7 @@
 
 # Triton reads the annotations of a kernel as its own types
 # ruff: noqa: ANN001
-# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
