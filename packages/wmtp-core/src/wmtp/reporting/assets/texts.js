@@ -90,6 +90,8 @@ const Texts = (() => {
     const bar = element("span", { class: name === "weight" ? "bar both" : "bar" });
     if (name !== "weight") return element("span", { class: "scale" }, "0", bar, "high", element("span", { class: "soft" }, " (below 0: blue)"));
     const usual = meanWeight || 1, known = values.filter(value => value !== null && value !== undefined && value > 0);
+    if (known.length && values.every(value => (value ?? usual) === usual))
+      return element("span", { class: "scale" }, element("span", { class: "soft" }, `each token weighs ${number(usual)}`));
     return element("span", { class: "scale" }, number(Math.min(usual, ...known)), bar, number(Math.max(usual, ...known)),
       element("span", { class: "soft" }, ` by rank; no colour: ${number(usual)}, the step's mean · `),
       element("span", { class: "skipped" }, "weight 0"));
@@ -118,7 +120,7 @@ const Texts = (() => {
     });
     text.addEventListener("pointerleave", () => { tip.hidden = true; });
     const label = document.is_correct === null ? null
-      : element("span", { class: document.is_correct ? "badge good" : "badge bad" }, document.is_correct ? "correct" : "incorrect");
+      : element("span", { class: document.is_correct ? "badge good" : "badge bad", title: "is_correct of the data" }, document.is_correct ? "correct" : "incorrect");
     const missing = name === choice.by ? null
       : element("span", { class: "soft" }, ` has no ${words(choice.by)} here: coloured by ${words(name)}`);
     return element("article", { class: "panel" },
