@@ -152,6 +152,11 @@ MISTAKES = [
     (f"{STUDY}[arms.baseline]\n", "study.toml:19: this is not TOML: Cannot declare ('arms', 'baseline') twice"),
     (f"{STUDY}[arms.a.set]\ntrainer.tpye = 1\n", "study.toml:20: trainer.tpye: unknown key"),
     (
+        f"{STUDY}[arms.a]\ntrainer.type = 'dft'\n",
+        "study.toml:20: arms.a.trainer: a key of the arm's runs; write it in [arms.a.set]",
+    ),
+    (edited('recipe = "recipe.toml"', "jobs = 1"), "study.recipe: names no recipe, so [set] is the whole one"),
+    (
         f"{STUDY}[arms.a.set]\nrun.seed = 1\n",
         "study.toml:20: arms.a.set.run.seed: the study gives this to each run; write study.seeds",
     ),

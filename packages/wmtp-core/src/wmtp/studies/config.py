@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from attrs import Attribute, field, frozen
+from attrs import Attribute, evolve, field, fields_dict, frozen
 from attrs.validators import deep_iterable, ge, lt, max_len, min_len, optional
 
 from wmtp.config.converter import make_converter
 from wmtp.config.load import located
 from wmtp.config.problems import KeyPath, Problem, Problems
+from wmtp.config.schema import Config
 from wmtp.config.sources import Document, MappingSource
 from wmtp.config.toml_file import FileSource, TableSource
 from wmtp.errors import ConfigError
@@ -172,10 +173,18 @@ def load_study(study: str | os.PathLike[str] | Mapping[str, Any]) -> StudyFile:
     try:
         config = make_converter(load_plugins()).structure(document.data, StudyConfig)
     except Problems as found:
-        raise located(document, [*unset, *found.problems]) from None
+        raise located(document, [*unset, *map(_of_a_run, found.problems)]) from None
     if problems := [*unset, *_problems(config)]:
         raise located(document, problems)
     return StudyFile(config=config, document=document, file=file)
+
+
+def _of_a_run(problem: Problem) -> Problem:
+    """Say where a run's key belongs that stands in an arm itself."""
+    match problem.path:
+        case ("arms", str(arm), str(key)) if problem.message.startswith("unknown key") and key in fields_dict(Config):
+            return evolve(problem, message=f"a key of the arm's runs; write it in [arms.{arm}.set]")
+    return problem
 
 
 def _leaves(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

@@ -166,6 +166,8 @@ def make_plan(study: StudyFile, recipe: Sequence[ConfigSource], overrides: Itera
     problems = list(dict.fromkeys(problems))  # a problem of the recipe repeats for every arm
     if not problems:
         problems += _cycles({name: needs for name, (_, needs) in made.items()})
+    if problems and not sources:
+        problems.append("study.recipe: names no recipe, so [set] is the whole one")
     if problems:
         raise ConfigError(problems)
     runs = _runs(study, arms, made, folder)
