@@ -64,6 +64,17 @@ def test_an_evaluator_of_ones_own(config, tmp_path, dry_run):
         assert result.metrics["count/words"] == 3
 
 
+def test_a_run_ends_with_what_was_measured(config, tmp_path, capsys):
+    (tmp_path / "r.toml").write_text(
+        wmtp.dump_config(attrs.evolve(config, eval=[wmtp.InferenceSpeed(prompt_length=8, new_tokens=2, repeats=1)]))
+    )
+    assert main(["run", "r.toml", "--run-name", "one"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    found = json.loads((tmp_path / "runs/one/evaluation.json").read_text())
+    for name, value in found.items():
+        assert f"{name} {value:.4g}" in [" ".join(line.split()) for line in out]
+
+
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
 def test_problems_to_solve_that_are_damaged(config, tmp_path, capsys, dry_run):
     (tmp_path / "problems.jsonl").write_text(json.dumps({"task_id": 1, "text": "Double."}) + "\n")

@@ -38,7 +38,7 @@ def test_what_follows_a_stage_that_ends_early_starts_sooner():
 def test_a_warm_up_may_be_all_of_a_run_where_one_stage_is_left_out_by_it():
     alone = plan([Stage()], total=5, warmup=5)
     assert (alone.ends, [stage.name for stage in alone.stages]) == ((5,), ["head-warmup"])
-    with pytest.raises(ConfigError, match=r"the run has 20 steps, and stage 'a' would start after 20"):
+    with pytest.raises(ConfigError, match=r"the run has 20 steps, which end before stage 'a': 'head-warmup' 20; make"):
         plan(warmup=20)
 
 

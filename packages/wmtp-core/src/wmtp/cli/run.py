@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from wmtp.cli.facts import print_facts
+from wmtp.json_files import read_json_object
 from wmtp.runs.result import Result
 
 __all__ = ["outcome", "report"]
@@ -50,7 +51,7 @@ def report(result: Result, *, to_stdout: bool) -> tuple[dict[str, Any], int]:
             "model": result.model,
             "metrics": result.run_dir / "metrics.jsonl",
             "checkpoint": result.checkpoint,
-            **{name: f"{result.metrics[name]:.4g}" for name in _headline(result.metrics)},
+            **{name: f"{result.metrics[name]:.4g}" for name in (*_headline(result.metrics), *_measured(result))},
         }
         print_facts(facts)
     if result.status == "interrupted":
@@ -58,6 +59,14 @@ def report(result: Result, *, to_stdout: bool) -> tuple[dict[str, Any], int]:
     if result.signal is not None:
         return answer, 128 + signal.Signals[result.signal]
     return answer, 1 if result.status == "interrupted" else 0
+
+
+def _measured(result: Result) -> list[str]:
+    """Select what the evaluators of ``[[eval]]`` have found."""
+    from wmtp.evaluation.measure import NUMBERS_FILE
+
+    file = result.run_dir / NUMBERS_FILE
+    return [name for name in read_json_object(file) if name in result.metrics] if file.is_file() else []
 
 
 def _headline(metrics: Mapping[str, float]) -> list[str]:

@@ -96,7 +96,7 @@ def _check_names(tasks: Sequence[str], manager: TaskManager) -> None:
     for task in tasks:
         if not (manager.match_tasks([task]) or (Path(task).suffix == ".yaml" and Path(task).is_file())):
             hint = did_you_mean(task, manager.all_tasks) or "`lm-eval ls tasks` lists those that there are"
-            raise WMTPError(f"lm-eval: there is no task {task!r}; {hint}")
+            raise ConfigError(f"lm-eval: there is no task {task!r}; {hint}")
 
 
 @contextmanager

@@ -65,9 +65,10 @@ class StagePlan:
         ends, end = [], 0
         for stage in stages:
             if end >= total_steps:
+                before = ", ".join(f"{other.name!r} {other.steps}" for other in stages[: len(ends)])
                 raise ConfigError(
-                    f"train.max_steps: the run has {total_steps} steps, and stage {stage.name!r} would start after {end}; "
-                    f"make the run longer or the stages before it shorter"
+                    f"train.max_steps: the run has {total_steps} steps, which end before stage {stage.name!r}: {before}; make "
+                    f"the run longer or the stages before it shorter"
                 )
             end = total_steps if stage.steps is None else min(total_steps, end + stage.steps)
             ends.append(end)
