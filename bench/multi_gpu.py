@@ -30,7 +30,7 @@ from typing import Any, cast
 from multi_gpu_runs import LENGTH, Bench, merged, model_folder
 
 from wmtp.config.load import load_config
-from wmtp.config.rules import required_models
+from wmtp.config.required_models import required_models
 from wmtp.config.schema import HeadsConfig
 from wmtp.launchers.config import LocalLauncher
 from wmtp.models.outline import outline

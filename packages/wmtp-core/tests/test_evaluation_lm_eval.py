@@ -109,7 +109,7 @@ def test_mistakes_are_said(tasks, names, more, said, capsys):
 )
 def test_a_missing_package_is_said_when_the_config_is_checked(setting, problem, tmp_path, monkeypatch):
     monkeypatch.chdir(wmtp.init("completion", tmp_path / "x").folder)
-    monkeypatch.setattr("wmtp.config.rules.find_spec", lambda name: None)
+    monkeypatch.setattr("wmtp.config.component_rules.find_spec", lambda name: None)
     with pytest.raises(wmtp.ConfigError) as caught:
         wmtp.check("recipe.toml", overrides=[setting])
     assert any(problem in line for line in caught.value.problems)

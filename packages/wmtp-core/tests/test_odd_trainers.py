@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from wmtp.errors import PluginError
-from wmtp.trainers.checks import check_trainer
+from wmtp.trainers.declarations import check_trainer
 
 HEAD = """
 from abc import ABC, abstractmethod

@@ -12,7 +12,7 @@ from torch import nn
 
 from wmtp.errors import ConfigError, PluginError
 from wmtp.trainers import Trainer
-from wmtp.trainers.checks import check_data, checked_modules, checked_rates, checked_state
+from wmtp.trainers.declarations import check_data, checked_modules, checked_rates, checked_state
 
 NAME = "trainer 'mine' (mine 1.0)"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import Factory, field, frozen
 from attrs.validators import ge, gt, le, min_len, optional
 
-from wmtp.config.rules import is_secret
+from wmtp.config.secrets import is_secret
 from wmtp.plugins.contract import LauncherConfig
 
 if TYPE_CHECKING:

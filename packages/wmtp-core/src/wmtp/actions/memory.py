@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from wmtp.config.rules import models_beside
+from wmtp.config.required_models import models_beside
 from wmtp.config.schema import Config, HeadsConfig
 from wmtp.models.base import ModelInfo
 from wmtp.models.outline import outline

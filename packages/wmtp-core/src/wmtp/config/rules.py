@@ -7,46 +7,34 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import partial
-from importlib.util import find_spec
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from attrs import evolve, frozen
-
 from wmtp.config.adapter_rules import adapter_problems
+from wmtp.config.component_rules import component_problems
 from wmtp.config.data_rules import check_answers, check_first_examples, check_sources
 from wmtp.config.fp8_rules import fp8_problems
 from wmtp.config.idle import idle_problems
 from wmtp.config.inputs import inputs
 from wmtp.config.load import Loaded, located
-from wmtp.config.model_rules import model_problems
 from wmtp.config.problems import KeyPath, Problem, dotted
+from wmtp.config.required_models import required_models
 from wmtp.config.schema import Config
-from wmtp.config.tree import components, to_mapping
+from wmtp.config.secrets import secret_problems
+from wmtp.config.tree import to_mapping
 from wmtp.errors import ConfigError, described
 from wmtp.plugins.failures import plugin_failure
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
-from wmtp.redaction import holds_credentials
 from wmtp.spelling import did_you_mean
-from wmtp.storage.hub.names import both_readings, plain_name, unclear_target
-from wmtp.storage.uris import backend_for, file_path, scheme_of, storage_scheme
+from wmtp.storage.uris import file_path, scheme_of
 from wmtp.tokenizers.chat_template import template_source
 
-__all__ = ["Need", "check", "check_loaded", "component_problems", "is_secret", "models_beside", "required_models"]
+__all__ = ["check", "check_loaded"]
 
 _MODELS: Final = ("base", "ref", "rm", "critic")
 _RUN_NAME: Final = re.compile(r"[\w][\w.+=@ -]*(?<! )")
-_SECRET_KEY: Final = re.compile(
-    r"(^|[._-])(password|passwd|secret|secret_key|api_?key|access_key|private_key|access_token|auth_token|hf_token)$",
-    re.IGNORECASE,
-)
-#: outside addresses, which are judged by their form
-_SECRET_VALUE: Final = re.compile(
-    r"\b(hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,})", re.IGNORECASE
-)
 
 
 def check(config: Config, registry: Registry | None = None) -> None:
@@ -83,42 +71,14 @@ def check_loaded(loaded: Loaded, *, not_yet_made: Collection[str] = ()) -> None:
         raise located(loaded.document, problems)
 
 
-def is_secret(key: str, value: str) -> bool:
-    """Recognize passwords, tokens, and addresses with a query or user info."""
-    return bool(_SECRET_KEY.search(key) or _SECRET_VALUE.search(value)) or holds_credentials(value)
-
-
 def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
     for rule in (_run, _models, _heads, _data, _length, _best, _devices, adapter_problems, fp8_problems, idle_problems):
         yield from rule(config)
-    yield from _secrets(to_mapping(config), ())
+    yield from secret_problems(to_mapping(config), ())
     yield from component_problems(config, registry)
     yield from check_answers(config, registry)
     if config.launcher.remote:
         yield from _remote(config, registry)
-
-
-def component_problems(config: Config, registry: Registry) -> Iterator[Problem]:
-    """Check single components: missing inputs, and each component's own ``check()``."""
-    yield from _uris(config, registry)
-    if not config.launcher.remote:  # there a path is one of the other machine
-        yield from model_problems(config)
-    for placed in components(config):
-        if not config.launcher.remote:
-            yield from _packages(placed.path, placed.config)
-        yield from _own_rules(placed.path, placed.config, "check", placed.config.check, registry)
-    if (device := config.devices.device) != "auto":
-        computes = partial(config.optimizer.check_device, device)
-        yield from _own_rules(("optimizer",), config.optimizer, "check_device", computes, registry)
-    if (base := config.models.get("base")) is not None and not config.launcher.remote:
-        fits = partial(base.loader.check_heads, base.heads)
-        yield from _own_rules(("models", "base", "heads"), base.loader, "check_heads", fits, registry)
-
-
-def _packages(path: KeyPath, config: Any) -> Iterator[Problem]:
-    for module, install in config.needs_packages.items():
-        if find_spec(module) is None:
-            yield Problem((*path, "type"), f"'{config.type}' needs {module}: pip install '{install}'")
 
 
 def _remote(config: Config, registry: Registry) -> Iterator[Problem]:
@@ -197,40 +157,6 @@ def _what_is_there(folder: Path) -> str | None:
         return None
     where = "is" if found == folder else f"is inside of {found}, which is"
     return f"{where} a file" if found.exists() else f"{where} a link to {os.readlink(found)}, which is not there"
-
-
-@frozen
-class Need:
-    """Why a model besides ``base`` is needed.
-
-    Args:
-        trainer: the type of a trainer that needs it.
-        scores_texts: it is a reward model, with a vocabulary of its own; else it reads the base model's tokens.
-    """
-
-    trainer: str
-    scores_texts: bool
-
-
-def required_models(config: Config) -> dict[str, Need]:
-    """Map the models that trainers need besides ``base``, by section name."""
-    return {
-        name: Need(placed.config.type, scores_texts)
-        for placed in components(config)
-        if placed.kind == "trainers"
-        for key, scores_texts in (("required_models", False), ("reward_models", True))
-        for name in getattr(placed.config, key)
-        if name != "base"
-    }
-
-
-def models_beside(config: Config) -> list[str]:
-    """Name the models in memory besides the trained one.
-
-    ``base`` is among them where a trainer needs it as it was at the start.
-    """
-    trainers = [placed.config for placed in components(config) if placed.kind == "trainers"]
-    return [*required_models(config), *(["base"] if any("base" in trainer.required_models for trainer in trainers) else [])]
 
 
 def _models(config: Config) -> Iterator[Problem]:
@@ -370,85 +296,3 @@ def _devices(config: Config) -> Iterator[Problem]:
         )
     if config.devices.device == "mps" and config.devices.fsdp is not None:
         yield Problem(("devices", "fsdp"), 'shards a model over GPUs or CPU processes, not with devices.device = "mps"')
-
-
-def _secrets(value: Any, path: KeyPath) -> Iterator[Problem]:
-    """Report values that look like secrets.
-
-    A table named ``secrets`` holds the names that secrets have on a service, not their values.
-    """
-    if isinstance(value, dict):
-        for key, element in value.items():
-            yield from _secrets(element, (*path, key))
-    elif isinstance(value, list):
-        for index, element in enumerate(value):
-            yield from _secrets(element, (*path, index))
-    elif isinstance(value, str) and value and is_secret("" if "secrets" in path[:-1] else str(path[-1]), value):
-        yield Problem(
-            path,
-            "looks like a secret, which would be saved with the run; remove it, and set the environment variable that the"
-            " service reads (AWS_*, MLFLOW_TRACKING_*, HF_TOKEN …); what needs a signed address, fetch by wmtp fetch first",
-        )
-
-
-def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
-    """Report URIs that name nothing, or that no backend serves.
-
-    Every ``uri`` of a component is an input.
-    """
-    schemes = {scheme: provided.cls for provided in registry.of_kind("storages") for scheme in provided.cls.schemes}
-    if config.checkpoints.uri is not None:
-        yield from _uri(config.checkpoints.uri, ("checkpoints", "uri"), schemes, must_exist=False)
-        scheme = config.checkpoints.uri.partition("://")[0].lower()
-        if scheme in schemes and not schemes[scheme].holds_checkpoints:
-            yield Problem(
-                ("checkpoints", "uri"), f"{scheme}:// keeps no checkpoints; write a folder, or an object store (s3://…)"
-            )
-    if config.run.push_to is not None:
-        yield from _uri(config.run.push_to, ("run", "push_to"), schemes, must_exist=False)
-        if problem := unclear_target(config.run.push_to):
-            yield Problem(("run", "push_to"), problem)
-    is_remote = config.launcher.remote  # then a path is one of the other machine
-    for placed in components(config):
-        tracking = placed.config.tracking_uri if placed.kind == "trackers" else None
-        if isinstance(tracking, str) and (scheme := storage_scheme(tracking, placed.config.own_schemes)):
-            yield from _uri(tracking, (*placed.path, "tracking_uri"), schemes, must_exist=False)
-            if scheme in schemes and not schemes[scheme].holds_checkpoints:
-                yield Problem((*placed.path, "tracking_uri"), f"{scheme}:// keeps no runs; write an object store (s3://…)")
-        for key in ("uri", *placed.config.uri_keys):
-            uri = getattr(placed.config, key, None)
-            if isinstance(uri, str):
-                yield from _uri(uri, (*placed.path, key), schemes, must_exist=not is_remote)
-
-
-def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) -> Iterator[Problem]:
-    try:
-        backend_for(uri, schemes).check_uri(uri)
-        if must_exist and scheme_of(uri) == "file" and not file_path(uri).exists():
-            if (name := plain_name(uri)) is not None:
-                kind = "datasets" if path[0] == "datasets" else "models"
-                yield Problem(path, both_readings(uri, file_path(uri), evolve(name, kind=kind)))
-                return
-            relative = "" if str(file_path(uri)) == uri else f" (that is {file_path(uri)})"
-            yield Problem(path, f"{uri!r}{relative} does not exist")
-    except ConfigError as error:
-        yield from (Problem(path, problem) for problem in error.problems)
-
-
-def _own_rules(
-    path: KeyPath, config: Any, method: str, check: Callable[[], Iterable[str]], registry: Registry
-) -> Iterator[Problem]:
-    """Run a component's own check, its method of this name; see `wmtp.plugins.hookspecs`."""
-    try:
-        found = check()
-        if isinstance(found, str):
-            raise TypeError(f"it must give one line for each problem, in a list, not the text {found!r:.60}")
-        lines: Iterable[str] = list(found)
-    except Exception as error:
-        plugin = registry.provider(type(config))
-        owner = f"the plugin {plugin}" if plugin is not None else type(config).__qualname__
-        what = f"{method}() of '{config.type}' in {owner} failed: {described(error)}"
-        yield Problem(path, str(plugin_failure(error) or what))
-        return
-    for line in lines:
-        yield Problem.of_line(str(line), *path)

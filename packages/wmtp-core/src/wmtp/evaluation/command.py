@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from wmtp.config.component_rules import component_problems
 from wmtp.config.load import ConfigSource, Loaded, as_list, load, load_storage, located
 from wmtp.config.places import Place, build_backends
 from wmtp.config.problems import Problem
-from wmtp.config.rules import component_problems
 from wmtp.config.schema import Config
 from wmtp.config.tree import flatten
 from wmtp.devices import apart_from_the_caller, autocast_context, pick_device, pick_precision

@@ -20,8 +20,8 @@ from typing import Any, Final
 from attrs import frozen
 
 from wmtp.config.inputs import anchored, inputs, with_uris
-from wmtp.config.rules import is_secret
 from wmtp.config.schema import Config, ScheduleConfig
+from wmtp.config.secrets import is_secret
 from wmtp.config.sources import escape
 from wmtp.config.tree import components, dump_config, flat, to_mapping
 from wmtp.errors import ConfigError, FileError, WMTPError

@@ -12,7 +12,7 @@ from typing import Any, Final
 from attrs import evolve, frozen
 
 from wmtp.config.problems import KeyPath, dotted
-from wmtp.config.rules import required_models
+from wmtp.config.required_models import required_models
 from wmtp.config.schema import Config, StorageConfig
 from wmtp.config.tree import components
 from wmtp.errors import FileError, WMTPError

@@ -15,7 +15,8 @@ from attrs import evolve
 
 from wmtp.config.inputs import hub_names_read
 from wmtp.config.load import ConfigSource, load
-from wmtp.config.rules import check_loaded, required_models
+from wmtp.config.required_models import required_models
+from wmtp.config.rules import check_loaded
 from wmtp.config.schema import Config
 from wmtp.errors import ConfigError
 from wmtp.plugins.built import built

@@ -22,7 +22,8 @@ from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, Step, make_view
 from wmtp.tokenizers.config import Bytes
 from wmtp.trainers import checks
 from wmtp.trainers.base import Stage, Trainer
-from wmtp.trainers.checks import check_trainer, given_weights, token_details
+from wmtp.trainers.checks import given_weights, token_details
+from wmtp.trainers.declarations import check_trainer
 from wmtp.trainers.setup import TrainerSetup
 from wmtp.training.step import StepLoss
 

@@ -8,12 +8,12 @@ import torch
 
 from wmtp.checkpoints.remote import remote_checkpoints
 from wmtp.config.places import Place
-from wmtp.config.rules import models_beside
+from wmtp.config.required_models import models_beside
 from wmtp.config.schema import Config, HeadsConfig
 from wmtp.devices import count_devices, pick_device
 from wmtp.evaluation.measure import prepare
 from wmtp.models.base import model_info
-from wmtp.trainers.checks import check_data
+from wmtp.trainers.declarations import check_data
 from wmtp.training.memory import adapter_parameters, estimate_memory, head_parameters, too_large
 from wmtp.training.placement import check_device
 from wmtp.training.setup import Source, build_trainer, open_source, planned_steps

@@ -21,7 +21,7 @@ from wmtp.models.fp8 import products_in_bf16
 from wmtp.optim.update import clip_gradients, gradient_norm, learning_rate_factor
 from wmtp.runs.files import DOCUMENTS_FILE
 from wmtp.trainers.base import Stage
-from wmtp.trainers.checks import checked_state
+from wmtp.trainers.declarations import checked_state
 from wmtp.training.best import Best
 from wmtp.training.checkpointing import RunCheckpoints, check_resumed, random_state, set_random_state
 from wmtp.training.document_losses import DocumentLosses

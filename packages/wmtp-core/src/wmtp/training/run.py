@@ -48,7 +48,7 @@ from wmtp.storage.atomic import write_folder
 from wmtp.tracking import RunInfo
 from wmtp.tracking.jsonl import Jsonl
 from wmtp.tracking.starting import starting_beside
-from wmtp.trainers.checks import check_data, checked_rates
+from wmtp.trainers.declarations import check_data, checked_rates
 from wmtp.trainers.setup import TrainerSetup
 from wmtp.training.finish import finish_tracking, measure_model, report, save_model, show_sample
 from wmtp.training.loop import Fit, FitResult

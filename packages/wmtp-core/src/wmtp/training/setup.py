@@ -17,7 +17,7 @@ from wmtp.config.data_rules import read_from
 from wmtp.config.fp8_rules import fp8_misfits
 from wmtp.config.places import Place
 from wmtp.config.problems import dotted
-from wmtp.config.rules import required_models
+from wmtp.config.required_models import required_models
 from wmtp.config.schema import Config, HeadsConfig, LoraConfig, ModelConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models.base import LoadedModel, ModelInfo, ModelLoader, load_model, make_loader, model_info
@@ -28,7 +28,7 @@ from wmtp.storage.model_files import is_adapter, quantization, quantized_problem
 from wmtp.storage.model_folders import LOADERS
 from wmtp.tokenizers import Tokenizer
 from wmtp.trainers.base import Trainer
-from wmtp.trainers.checks import check_trainer
+from wmtp.trainers.declarations import check_trainer
 from wmtp.trainers.setup import OpenModel
 
 if TYPE_CHECKING:

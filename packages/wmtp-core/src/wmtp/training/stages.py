@@ -13,7 +13,7 @@ from torch import nn
 from wmtp.data.batches import StepBatches
 from wmtp.errors import ConfigError, PluginError
 from wmtp.trainers.base import Stage, Trainer
-from wmtp.trainers.checks import checked_groups, checked_stages
+from wmtp.trainers.declarations import checked_groups, checked_stages
 from wmtp.training.trainer_modules import HEAD_WARMUP
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from wmtp.distributed.ranks import Ranks
 from wmtp.errors import PluginError
 from wmtp.models.checksum import checksum
 from wmtp.trainers.base import Stage, Trainer
-from wmtp.trainers.checks import asked, checked_modules
+from wmtp.trainers.checks import asked
+from wmtp.trainers.declarations import checked_modules
 from wmtp.trainers.setup import TrainerSetup
 
 __all__ = ["HEAD_WARMUP", "UntrainedModules", "set_up"]
