@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wmtp.actions.study import _environments
+from wmtp.actions.study_pool import worker_environments
 from wmtp.launchers.torchrun import share_cores
 
 
@@ -23,7 +23,7 @@ def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int, 
     assert os.environ["OMP_NUM_THREADS"] == threads
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("wmtp.devices.pick_device", lambda name: torch.device("cpu"))
-    assert _environments(processes) == [{"OMP_NUM_THREADS": threads}] * processes
+    assert worker_environments(processes) == [{"OMP_NUM_THREADS": threads}] * processes
 
 
 def test_what_the_user_says_of_threads_stays(monkeypatch: pytest.MonkeyPatch):

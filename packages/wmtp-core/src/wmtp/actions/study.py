@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from wmtp.actions.memory import outlook, time_outlook
-from wmtp.actions.study_pool import Outcome, Pool
+from wmtp.actions.study_pool import Outcome, Pool, worker_environments
 from wmtp.actions.study_result import StudyResult, left_line
 from wmtp.config.load import ConfigSource, as_list
 from wmtp.config.tree import dump_config
-from wmtp.cores import usable_cores
 from wmtp.errors import ConfigError
 from wmtp.evaluation.consent import code_execution_allowed, require_consent
 from wmtp.json_files import writing
@@ -257,7 +256,7 @@ class _Session:
             todo,
             failed=self._failed,
             job=self._job,
-            environments=_environments(min(self._jobs, len(todo))),
+            environments=worker_environments(min(self._jobs, len(todo))),
             done=self._done,
             may_begin=self._may_begin,
         ).run()
@@ -394,18 +393,3 @@ def _locked(folder: Path) -> Iterator[None]:
         if not lock.acquire(wait=False):
             raise ConfigError(f"{folder}: another process works on this study; wait for it, or give the study another name")
         yield
-
-
-def _environments(jobs: int) -> list[dict[str, str]]:
-    """Give each process a GPU, or its share of the cores."""
-    if jobs == 1:
-        return [{}]
-    from wmtp.devices import count_devices, pick_device
-
-    devices = count_devices(pick_device("auto"))
-    cores = max(1, usable_cores() // jobs)
-    if not devices:
-        return [{} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cores)} for _ in range(jobs)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    names = visible if len(visible) == devices and all(visible) else [str(number) for number in range(devices)]
-    return [{"CUDA_VISIBLE_DEVICES": names[slot % devices]} for slot in range(jobs)]

@@ -18,9 +18,10 @@ from typing import Any, Final
 
 from attrs import frozen
 
+from wmtp.cores import usable_cores
 from wmtp.studies.plan import PlannedRun
 
-__all__ = ["Outcome", "Pool"]
+__all__ = ["Outcome", "Pool", "worker_environments"]
 
 _WORKER: Final = ("-m", "wmtp.actions.study_worker")
 
@@ -215,3 +216,18 @@ class Pool:
         worker.stdout.close()
         with self._changed:
             self._workers.discard(worker)
+
+
+def worker_environments(jobs: int) -> list[dict[str, str]]:
+    """Give each process a GPU, or its share of the cores."""
+    if jobs == 1:
+        return [{}]
+    from wmtp.devices import count_devices, pick_device
+
+    devices = count_devices(pick_device("auto"))
+    cores = max(1, usable_cores() // jobs)
+    if not devices:
+        return [{} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cores)} for _ in range(jobs)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = visible if len(visible) == devices and all(visible) else [str(number) for number in range(devices)]
+    return [{"CUDA_VISIBLE_DEVICES": names[slot % devices]} for slot in range(jobs)]
