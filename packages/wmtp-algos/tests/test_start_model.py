@@ -13,7 +13,9 @@ from wmtp.data.batch import PADDING
 from wmtp.errors import ConfigError
 from wmtp.models.mtp import MTPModel
 from wmtp.testing.steps import HIDDEN_SIZE, HORIZON, VOCAB_SIZE, make_view, random_step, tiny_model
+from wmtp.tokenizers.bytes import BytesTokenizer
 from wmtp.trainers import Stage, TrainerSetup
+from wmtp.training.recording import Place, document_record
 from wmtp.training.step import StepLoss
 from wmtp_algos import ASFT, DFT, BaselineMTP, Distill, SSToken
 
@@ -33,13 +35,13 @@ def set_up(config, start):
     return trainer
 
 
-def learn(trainer, learner, batch, normalizer="valid", micro=99):
+def learn(trainer, learner, batch, normalizer="valid", micro=99, **wanted):
     learner.zero_grad(set_to_none=True)
     loss = StepLoss(
         model=learner, trainer=trainer, trainer_name="asft", micro_batch_size=micro, normalizer=normalizer,
         device=torch.device("cpu"), autocast=contextlib.nullcontext, seed=0,
     )  # fmt: skip
-    output = loss(batch, 0, Stage())
+    output = loss(batch, 0, Stage(), **wanted)
     return output, {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
 
 
@@ -79,6 +81,19 @@ def test_asft_at_the_start_model_has_nothing_to_pull_back():
     assert abs(float(found.metrics["auxiliary/anchor"])) < 1e-12
     without, _ = learn(set_up(ASFT(kl_weight=0.0), None), learner, batch)
     assert "auxiliary/anchor" not in without.metrics
+
+
+@pytest.mark.parametrize("config", [ASFT(), Distill()], ids=["asft", "distill"])
+def test_the_report_shows_the_divergence_at_the_token_that_was_predicted(config):
+    start, learner, batch = model().requires_grad_(False), model(seed=4, horizon=HORIZON), random_step(1, packed=True).batch
+    row, place = 0, int(batch.loss_mask[0, 1:].nonzero()[0]) + 1
+    tokens = learn(set_up(config, start), learner, batch, tokens=True)[0].tokens
+    place_in_batch = Place(number=int(batch.document[row, place]), row=row, start=0, stop=batch.input_ids.shape[1])
+    ((_, shown),) = document_record(batch, place_in_batch, tokens, BytesTokenizer())["details"].items()
+    p, q = (m.logits(m(batch.input_ids, batch.position, True), 1)[row, place - 1].softmax(-1) for m in (start, learner))
+    assert len(shown) == HORIZON
+    assert shown[0][place] == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-3)
+    assert not any(number is not None for of_head in shown[1:] for number in of_head)
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence", "head"])

@@ -82,18 +82,14 @@ class ASFTTrainer(Trainer):
 
     def auxiliary_losses(self, view: StepView) -> Mapping[str, Tensor]:
         """``anchor``: λ times the mean over head 1's valid predictions."""
-        if not self._config.kl_weight:
-            return {}
-        valid = view.targets.valid[..., 0]
-        kl = view.observations["anchor_kl"]
-        return {"anchor": self._config.kl_weight * (kl * valid).sum() / valid.sum().clamp(min=1)}
+        from wmtp_algos.reference import mean_divergence
+
+        kl = view.observations.get("anchor_kl")
+        return {} if kl is None else {"anchor": self._config.kl_weight * mean_divergence(view, kl)}
 
     def token_details(self, view: StepView) -> Mapping[str, Tensor]:
         """``anchor_kl`` of each token's own prediction, ``[B, S, H]``: at head 1."""
-        import torch
+        from wmtp_algos.reference import by_head
 
-        if not self._config.kl_weight:
-            return {}
-        shown = torch.full(view.targets.valid.shape, torch.nan, device=view.targets.valid.device)
-        shown[..., 0] = view.observations["anchor_kl"].detach().float()
-        return {"anchor_kl": shown}
+        kl = view.observations.get("anchor_kl")
+        return {} if kl is None else {"anchor_kl": by_head(view, kl)}

@@ -48,7 +48,8 @@ class Rho1WMTP(TrainerConfig):
             weight left there. With one head ``batch`` and ``head`` are the same.
         keep: token-skip: the share of predictions that is learned (Rho-1: 0.6 at 1B parameters, 0.7 at 7B).
         temperature: weighted: T; the lower, the more the highest scores win.
-        min_ess_share: weighted: where the effective sample (Σw)² / Σw² of a scope would be a smaller share of its predictions,
+        min_ess_share: weighted: where the effective sample (Σw)² / Σw² of a scope, w clipped, would be a smaller share of its
+            predictions,
             T is raised until it is this share: excess losses of heads that are new, or of another reference, are many times 0.7
             apart, and a few predictions would have all weight. 0: never.
         min_excess: weighted: a |Δ| below this counts as 0.

@@ -74,6 +74,12 @@ class DistillTrainer(Trainer):
 
     def auxiliary_losses(self, view: StepView) -> Mapping[str, Tensor]:
         """``distill``: λ times the mean over head 1's valid predictions."""
-        valid = view.targets.valid[..., 0]
-        kl = view.observations["reference_kl"]
-        return {"distill": self._config.kl_weight * (kl * valid).sum() / valid.sum().clamp(min=1)}
+        from wmtp_algos.reference import mean_divergence
+
+        return {"distill": self._config.kl_weight * mean_divergence(view, view.observations["reference_kl"])}
+
+    def token_details(self, view: StepView) -> Mapping[str, Tensor]:
+        """``reference_kl`` of each token's own prediction, ``[B, S, H]``: at head 1."""
+        from wmtp_algos.reference import by_head
+
+        return {"reference_kl": by_head(view, view.observations["reference_kl"])}

@@ -14,9 +14,9 @@ from wmtp.loss.anchor import divergence_from
 if TYPE_CHECKING:
     from wmtp.data.batch import Batch
     from wmtp.models.mtp import MTPModel
-    from wmtp.trainers import HiddenView, TrainerSetup
+    from wmtp.trainers import HiddenView, StepView, TrainerSetup
 
-__all__ = ["divergence", "next_token_losses", "open_reference"]
+__all__ = ["by_head", "divergence", "mean_divergence", "next_token_losses", "open_reference"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -85,3 +85,22 @@ def divergence(model: MTPModel, view: HiddenView) -> torch.Tensor:
         output = model(batch.input_ids.to(device), batch.position.to(device), view.packed)
     other = output.hidden[0], model.unembedding(1)
     return divergence_from(other, view.hidden[0], view.unembeddings[0], view.targets.valid[..., 0])
+
+
+def mean_divergence(view: StepView, divergence: torch.Tensor) -> torch.Tensor:
+    """Average what `divergence` gave over head 1's valid predictions."""
+    valid = view.targets.valid[..., 0]
+    return (divergence * valid).sum() / valid.sum().clamp(min=1)
+
+
+def by_head(view: StepView, divergence: torch.Tensor) -> torch.Tensor:
+    """Place what `divergence` gave at head 1's predictions, for the report.
+
+    It stands where a prediction is made, and the report shows a number of ``[B, S]`` at the token of its place: the one before.
+
+    Returns:
+        ``[B, S, H]``, NaN at the other heads.
+    """
+    shown = torch.full(view.targets.valid.shape, torch.nan, device=view.targets.valid.device)
+    shown[..., 0] = divergence.detach().float()
+    return shown
