@@ -267,6 +267,16 @@ MISTAKES = {
         "/home/me/llama",
         "models.base.uri: '/home/me/llama' is not in the container",
     ),
+    "a second path of a model": (
+        "s3://wmtp/models/llama",
+        's3://wmtp/models/llama"\nbase_uri = "/home/me/base',
+        "models.base.base_uri: '/home/me/base' is not in the container",
+    ),
+    "a model pushed outside": (
+        'name = "first"',
+        'push_to = "/home/me/model"',
+        "run.push_to: '/home/me/model' is not in the container",
+    ),
     "paths that climb": (
         "s3://wmtp/models/llama",
         "/app/../etc",

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from wmtp.config.problems import dotted
+from wmtp.config.inputs import inputs
 from wmtp.config.schema import Config
-from wmtp.config.tree import components
 from wmtp.errors import ConfigError
 from wmtp.storage.uris import scheme_of
 from wmtp_vessl.config import VesslLauncher
@@ -43,12 +42,12 @@ def _local_paths(config: Config) -> Iterator[tuple[str, str]]:
     yield "run.output_dir", config.run.output_dir
     if config.data.cache_dir is not None:
         yield "data.cache_dir", config.data.cache_dir
-    if config.checkpoints.uri is not None and _is_file(config.checkpoints.uri):
-        yield "checkpoints.uri", config.checkpoints.uri
-    for placed in components(config):
-        uri = placed.config.uri
-        if isinstance(uri, str) and _is_file(uri):
-            yield dotted((*placed.path, "uri")), uri
+    for key, target in (("checkpoints.uri", config.checkpoints.uri), ("run.push_to", config.run.push_to)):
+        if target is not None and _is_file(target):
+            yield key, target
+    for given in inputs(config):
+        if _is_file(given.uri):
+            yield given.key, given.uri
 
 
 def _is_file(uri: str) -> bool:
@@ -85,21 +84,18 @@ def warnings(config: Config, launcher: VesslLauncher) -> Iterator[str]:
             ' mode = "import"'
         )
     brought = (*launcher.mounts, *launcher.imports, launcher.cache.path)
-    for placed in components(config):
-        uri = placed.config.uri
-        if isinstance(uri, str) and _is_file(uri) and not any(_path(uri).is_relative_to(path) for path in brought):
+    for given in inputs(config):
+        if _is_file(given.uri) and not any(_path(given.uri).is_relative_to(path) for path in brought):
             yield (
-                f"{dotted((*placed.path, 'uri'))}: {uri!r} must be in the image: nothing is mounted or imported there; a"
-                " URI such as s3://… is fetched"
+                f"{given.key}: {given.uri!r} must be in the image: nothing is mounted or imported there; a URI such as s3://…"
+                " is fetched"
             )
     if config.checkpoints.uri is None and not launcher.exports:
         yield "checkpoints.uri: checkpoints stay in the container and are lost with it; write s3://…, or [launcher.exports]"
-    uses_s3 = any(str(placed.config.uri).startswith("s3://") for placed in components(config))
-    places = (config.checkpoints.uri, config.tracker.tracking_uri)
-    uses_s3 = uses_s3 or any(str(place).startswith("s3://") for place in places)
+    places = (config.checkpoints.uri, config.run.push_to, config.tracker.tracking_uri)
     # jobs take no secrets by name
     if (
-        uses_s3
+        any(str(place).startswith("s3://") for place in (*places, *(given.uri for given in inputs(config))))
         and launcher.backend == "runs"
         and not any(name.startswith("AWS_") for name in (*launcher.secrets, *launcher.env))
     ):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
+from wmtp.config.inputs import inputs
 from wmtp.config.model_rules import model_problems
 from wmtp.config.problems import KeyPath, Problem
 from wmtp.config.tree import components
@@ -64,17 +65,15 @@ def _uris(config: Config, registry: Registry) -> Iterator[Problem]:
         yield from _uri(config.run.push_to, ("run", "push_to"), schemes, must_exist=False)
         if problem := unclear_target(config.run.push_to):
             yield Problem(("run", "push_to"), problem)
-    is_remote = config.launcher.remote  # then a path is one of the other machine
     for placed in components(config):
         tracking = placed.config.tracking_uri if placed.kind == "trackers" else None
         if isinstance(tracking, str) and (scheme := storage_scheme(tracking, placed.config.own_schemes)):
             yield from _uri(tracking, (*placed.path, "tracking_uri"), schemes, must_exist=False)
             if scheme in schemes and not schemes[scheme].holds_checkpoints:
                 yield Problem((*placed.path, "tracking_uri"), f"{scheme}:// keeps no runs; write an object store (s3://…)")
-        for key in ("uri", *placed.config.uri_keys):
-            uri = getattr(placed.config, key, None)
-            if isinstance(uri, str):
-                yield from _uri(uri, (*placed.path, key), schemes, must_exist=not is_remote)
+    is_remote = config.launcher.remote  # then a path is one of the other machine
+    for given in inputs(config):
+        yield from _uri(given.uri, given.path, schemes, must_exist=not is_remote)
 
 
 def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) -> Iterator[Problem]:
