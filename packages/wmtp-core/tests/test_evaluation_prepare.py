@@ -1,4 +1,4 @@
-"""What an evaluator would miss is said before the training, by runs and dry runs."""
+"""Runs and dry runs say what an evaluator would miss before the training."""
 
 import json
 

@@ -49,9 +49,8 @@ class Rho1WMTP(TrainerConfig):
         keep: token-skip: the share of predictions that is learned (Rho-1: 0.6 at 1B parameters, 0.7 at 7B).
         temperature: weighted: T; the lower, the more the highest scores win.
         min_ess_share: weighted: where the effective sample (Σw)² / Σw² of a scope, w clipped, would be a smaller share of its
-            predictions,
-            T is raised until it is this share: excess losses of heads that are new, or of another reference, are many times 0.7
-            apart, and a few predictions would have all weight. 0: never.
+            predictions, T is raised until it is this share: excess losses of heads that are new, or of another reference, are
+            many times 0.7 apart, and a few predictions would have all weight. 0: never.
         min_excess: weighted: a |Δ| below this counts as 0.
         max_weight: weighted: weights are clipped to this, and then divided by their mean, which clipping has made smaller.
         reference_precision: of the reference's parameters and products; ``bf16`` needs half the memory.
