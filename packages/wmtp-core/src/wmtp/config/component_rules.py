@@ -1,4 +1,4 @@
-"""Rules of single components: their packages, their URIs, and the checks that they bring."""
+"""Rules of single components: packages, URIs, and checks of their own."""
 
 from __future__ import annotations
 

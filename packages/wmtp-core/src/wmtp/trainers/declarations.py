@@ -1,4 +1,4 @@
-"""Ask a trainer for what it declares outside of steps, and validate it.
+"""Ask a trainer what it declares outside of steps, and validate it.
 
 That is its attributes, modules, learning rates, stages, groups of the data, and state.
 """
