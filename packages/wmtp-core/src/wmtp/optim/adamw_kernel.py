@@ -32,7 +32,7 @@ def adamw_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Run one step of AdamW for a block of one of many parameters.
+    """Run one step of AdamW for one block of many parameters.
 
     Everything is read once and written once. Rows of ``table`` are the addresses of master copies, parameters, gradients, means
     and squares, and sizes, ``count`` of each; ``owners`` has the parameter of each block, and ``firsts`` its first block.

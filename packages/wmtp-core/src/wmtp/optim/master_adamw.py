@@ -138,7 +138,7 @@ class MasterAdamW(torch.optim.AdamW):
         )
 
     def _blocks_of(self, sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Divide tensors into blocks: whose each is, and which is a tensor's first."""
+        """Return each block's tensor, and each tensor's first block."""
         if (sizes, device) not in self._blocks:
             counts = torch.tensor([-(-size // _BLOCK) for size in sizes])
             owners = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(counts)
@@ -160,5 +160,5 @@ def _alike(master: nn.Parameter) -> Tensor:
 
 
 def _are_aligned(*tensors: Tensor) -> bool:
-    """Tell whether a GPU can read and write tensors of one size 16 bytes at a time."""
+    """Tell whether a GPU can read tensors of one size by 16 bytes."""
     return tensors[0].numel() % _ALIGNED == 0 and all(tensor.data_ptr() % _ALIGNED == 0 for tensor in tensors)
