@@ -19,7 +19,7 @@ from wmtp.optim.build import build_optimizer
 from wmtp.plugins.built import built
 from wmtp.plugins.contract import ComponentConfig
 from wmtp.storage.base import Storage
-from wmtp.storage.uris import check_answer, localize
+from wmtp.storage.uris import check_answer, localize, stored_files
 from wmtp.tokenizers.bytes import BytesTokenizer
 from wmtp.tokenizers.checks import check_tokenizer
 from wmtp.tracking import Tracker
@@ -212,3 +212,37 @@ def test_a_tokenizer_of_a_small_alphabet_or_with_numbers_of_numpy_is_sound():
     check_tokenizer(type("Small", (BytesTokenizer,), {"encode": encode})(), "mine")
     numbers = type("Numbers", (BytesTokenizer,), {"encode": lambda self, text: np.frombuffer(text.encode(), np.uint8)})()
     check_tokenizer(numbers, "mine")
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(None, "None, not an Iterable"), ("abc", "a str, not an Iterable"), (["a"], "a str, not a StoredFile")]
+)
+def test_what_a_storage_backend_lists_are_its_files(value, found):
+    class Lists(Storage):
+        exists = localize = push = lambda self, *_: None
+        files = lambda self, uri: value
+
+    with pytest.raises(PluginError, match=rf"Lists: files returned {found}$"):
+        list(stored_files(Lists(), "mine://a"))
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "found"),
+    [
+        ("files", None, "None, not a Sequence"),
+        ("files", "abc", "a str, not a Sequence"),
+        ("files", ["abc"], "a str, not a Path"),
+        ("first_examples", None, "None, not an Iterable"),
+        ("doubts", None, "None, not an Iterable"),
+        ("doubts", "abc", "a str, not an Iterable"),
+        ("unread_keys", ["a"], "a list, not a Mapping"),
+    ],
+)
+def test_a_data_loader_answers_with_what_it_promises(tmp_path, method, value, found):
+    examples = [wmtp.Example(id="0", prompt="ab", completion="cdef")] * 4
+    loader = type("Loads", (wmtp.ExampleLoader,), {"examples": lambda self, path: examples, method: lambda self, path: value})
+    uri = str(tmp_path / "code.jsonl")
+    dataset = make(wmtp.DataLoaderConfig, lambda self: loader(), uri=uri)()
+    config = in_python(tmp_path, "datasets", {"mine": dataset})
+    with pytest.raises(wmtp.WMTPError, match=rf"data loader .*: {method} returned ({found})$"):
+        wmtp.check(config) if method != "files" else wmtp.run(config, dry_run=True)

@@ -25,11 +25,12 @@ from wmtp.checkpoints.manifest import check_files
 from wmtp.config.places import build_backends
 from wmtp.errors import ConfigError, WMTPError, described
 from wmtp.json_files import DAMAGE
+from wmtp.plugins.failures import plugin_failure
 from wmtp.runs.files import UPLOADED_FILES
 from wmtp.runs.step_file import merge_steps, set_aside_damaged
 from wmtp.storage import Storage
 from wmtp.storage.atomic import write_folder
-from wmtp.storage.uris import backend_for, scheme_of
+from wmtp.storage.uris import backend_for, scheme_of, stored_files
 
 if TYPE_CHECKING:
     from wmtp.checkpoints.local import Checkpoint
@@ -134,7 +135,7 @@ class RemoteCheckpoints:
 
         What a listing does not show may be there all the same.
         """
-        return any(True for _ in self._storage.files(f"{self.uri}/step-{step}.json"))
+        return any(True for _ in stored_files(self._storage, f"{self.uri}/step-{step}.json"))
 
     def _written(self, step: int) -> Mapping[str, int]:
         """Read the marker of a checkpoint: its files and their sizes.
@@ -157,7 +158,7 @@ class RemoteCheckpoints:
 
     def _names(self) -> set[str]:
         """List the names directly in the folder."""
-        return {file.name.partition("/")[0] for file in self._storage.files(self.uri)}
+        return {file.name.partition("/")[0] for file in stored_files(self._storage, self.uri)}
 
     def check_is_free(self) -> None:
         """Refuse a folder that holds another run or foreign files.
@@ -348,7 +349,7 @@ class CheckpointUpload:
         try:
             self._remote.upload(checkpoint, self._run_dir, self._keep_last, self._best)
         except Exception as error:
-            reason = error if isinstance(error, WMTPError | OSError) else described(error)
+            reason = plugin_failure(error) or (error if isinstance(error, WMTPError | OSError) else described(error))
             failed = WMTPError(f"the checkpoint {checkpoint.path} was not uploaded to {self._remote.uri}: {reason}")
             failed.__cause__ = error
             logger.warning("%s; training continues", failed)

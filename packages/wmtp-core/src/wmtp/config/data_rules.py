@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from wmtp.config.problems import KeyPath, Problem, dotted
 from wmtp.config.schema import Config
 from wmtp.config.tree import components
-from wmtp.errors import ConfigError, InputError, WMTPError
-from wmtp.plugins.built import built
+from wmtp.errors import ConfigError, InputError, PluginError, WMTPError
+from wmtp.plugins.built import built, returned
 from wmtp.plugins.contract import DataLoaderConfig
 from wmtp.plugins.registry import Registry
 from wmtp.storage.uris import file_path, scheme_of
@@ -145,7 +145,7 @@ def check_first_examples(config: Config) -> Iterator[Problem]:
     looked_at = _LOOKED_AT if config.data.train.on_bad_example == "skip" else 1
     for place, dataset, path in _local_data(config):
         try:
-            found = list(islice(built(dataset, "data_loaders").first_examples(path), looked_at))
+            found = list(islice(_asked(dataset, "first_examples", Iterable, path), looked_at))
         except InputError as error:
             yield Problem((*place, error.key), str(error))
         except WMTPError as error:
@@ -161,17 +161,32 @@ def unread_keys(config: Config) -> Iterator[tuple[KeyPath, Mapping[str, str | No
     See `ExampleLoader.unread_keys`.
     """
     for place, dataset, path in _local_data(config):
-        with suppress(WMTPError):  # which `check_first_examples` reports
-            if found := built(dataset, "data_loaders").unread_keys(path):
+        with _said_elsewhere():
+            if found := _asked(dataset, "unread_keys", Mapping, path):
                 yield place, found
 
 
 def doubts(config: Config) -> Iterator[tuple[KeyPath, str]]:
     """Yield what may be wrong with the data files here, see `ExampleLoader.doubts`."""
     for place, dataset, path in _local_data(config):
-        with suppress(WMTPError):
-            for found in built(dataset, "data_loaders").doubts(path):
+        with _said_elsewhere():
+            for found in _asked(dataset, "doubts", Iterable, path):
                 yield (*place, "uri"), found
+
+
+@contextmanager
+def _said_elsewhere() -> Iterator[None]:
+    """Leave unreadable files to `check_first_examples`."""
+    try:
+        yield
+    except PluginError:
+        raise
+    except WMTPError:
+        pass
+
+
+def _asked(dataset: DataLoaderConfig, method: str, wanted: Any, path: Path) -> Any:
+    return returned(dataset, "data_loaders", method, wanted, getattr(built(dataset, "data_loaders"), method)(path))
 
 
 def _local_data(config: Config) -> Iterator[tuple[KeyPath, DataLoaderConfig, Path]]:

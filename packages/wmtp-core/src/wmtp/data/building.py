@@ -20,7 +20,7 @@ from attrs import define, field
 
 from wmtp.data.ahead import tokenized
 from wmtp.data.base import BadExample, Example, ExampleLoader
-from wmtp.data.example_checks import check_example, loader_title
+from wmtp.data.example_checks import check_example, loader_files, loader_title
 from wmtp.data.render import Renderer
 from wmtp.data.store import TokenStore
 from wmtp.data.store_writer import StoreWriter
@@ -181,7 +181,7 @@ class Building:
 def stamps(loader: ExampleLoader, path: Path | None) -> dict[Path, tuple[int, ...]]:
     """Note of each file what changes when its content does."""
     stamps = {}
-    for file in loader.files(path):
+    for file in loader_files(loader, path):
         try:
             found = file.stat()
         except OSError as error:

@@ -16,6 +16,7 @@ from wmtp.config.tree import components
 from wmtp.data.base import ExampleLoader
 from wmtp.data.building import Building, bad_error, stamps
 from wmtp.data.conversation import Learn
+from wmtp.data.example_checks import loader_files
 from wmtp.data.loader_code import loader_code
 from wmtp.data.render import Boundary, Renderer
 from wmtp.data.store import TokenStore
@@ -114,7 +115,7 @@ def cache_key(
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode())
     for each in loaders:
         digest.update(loader_code(type(each)))
-    for file in loader.files(path):
+    for file in loader_files(loader, path):
         try:
             with file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").digest()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from wmtp.data.base import Example, ExampleLoader, Span
 from wmtp.errors import PluginError
+from wmtp.plugins.built import typed
 
-__all__ = ["check_example", "loader_title"]
+__all__ = ["check_example", "loader_files", "loader_title"]
 
 
 def check_example(name: str, loader: ExampleLoader, example: Any) -> None:
@@ -96,6 +98,16 @@ def _span_problem(spans: Any) -> str | None:
         if given is not None and not _is_number(given) and not (isinstance(given, tuple) and all(map(_is_number, given))):
             return f"a Span whose token_weights are {given!r:.60}, not a number or a tuple of numbers"
     return None
+
+
+def loader_files(loader: ExampleLoader, path: Path | None) -> Sequence[Path]:
+    """List a loader's files, and validate what it gives.
+
+    Raises:
+        PluginError: it is no list of paths; the message names the loader.
+    """
+    files = typed(loader_title(loader), "files", Sequence, loader.files(path))
+    return [typed(loader_title(loader), "files", Path, file) for file in files]
 
 
 def loader_title(loader: ExampleLoader) -> str:

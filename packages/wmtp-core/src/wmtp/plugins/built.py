@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -46,7 +47,12 @@ def built(component: ComponentConfig, kind: str, *arguments: Any) -> Any:
 
 def returned(component: ComponentConfig, kind: str, method: str, base: type[_T], value: Any) -> _T:
     """Validate the type that a component's method returned; see `built`."""
-    return value if isinstance(value, base) else typed(provenance(component, KINDS[kind]), method, base, value)
+    return value if _is(value, base) else typed(provenance(component, KINDS[kind]), method, base, value)
+
+
+def _is(value: object, base: type) -> bool:
+    """Tell whether a value is of a type; a text is no list of texts."""
+    return isinstance(value, base) and not (isinstance(value, str) and base in (Iterable, Sequence))
 
 
 def typed(name: str, method: str, base: type[_T], value: Any) -> _T:
@@ -55,7 +61,7 @@ def typed(name: str, method: str, base: type[_T], value: Any) -> _T:
     Raises:
         PluginError: it has another one; the message begins with ``name``.
     """
-    if not isinstance(value, base):
+    if not _is(value, base):
         article = "an" if base.__name__[0] in "AEIOU" else "a"
         found = "None" if value is None else f"a {type(value).__name__}"
         raise PluginError(f"{name}: {method} returned {found}, not {article} {base.__name__}")

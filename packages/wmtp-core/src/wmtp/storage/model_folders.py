@@ -9,7 +9,7 @@ from wmtp.errors import ConfigError
 from wmtp.redaction import redact
 from wmtp.storage import Storage
 from wmtp.storage.model_files import ADAPTER_CONFIG
-from wmtp.storage.uris import backend_for, localize, scheme_of
+from wmtp.storage.uris import backend_for, localize, scheme_of, stored_files
 
 __all__ = ["LOADERS", "localize_model", "model_within"]
 
@@ -31,7 +31,7 @@ def localize_model(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *
     """
     storage = backend_for(uri, backends, key=key)
     if scheme_of(uri) != "file" and type(storage).files is not Storage.files:  # else it cannot tell
-        names = [file.name for file in storage.files(uri)]
+        names = [file.name for file in stored_files(storage, uri)]
         beside = {name for name in names if "/" not in name}
         # a single file, or nothing at all, is for others to judge
         is_folder = bool(names) and beside != {uri.rstrip("/").rpartition("/")[2]}

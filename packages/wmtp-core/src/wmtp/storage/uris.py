@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote_to_bytes
@@ -13,9 +13,9 @@ from wmtp.errors import ConfigError
 from wmtp.plugins.built import typed
 from wmtp.plugins.loader import load_plugins
 from wmtp.redaction import redact
-from wmtp.storage.base import Storage
+from wmtp.storage.base import Storage, StoredFile
 
-__all__ = ["backend_for", "check_answer", "file_path", "localize", "scheme_of", "storage_scheme"]
+__all__ = ["backend_for", "check_answer", "file_path", "localize", "scheme_of", "storage_scheme", "stored_files"]
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # Linux'; others allow no more
 
@@ -146,6 +146,17 @@ def localize(uri: str, backends: Mapping[str, Storage], cache_dir: Path, *, key:
     except ConfigError as error:
         raise (error.under(key) if key else error) from error
     return check_answer(backend, "localize", Path, found)
+
+
+def stored_files(backend: Storage, uri: str) -> Iterator[StoredFile]:
+    """List the files at ``uri``, and validate what the backend gives.
+
+    Raises:
+        PluginError: it is something else.
+        WMTPError: the backend cannot tell, or could not be asked.
+    """
+    for file in check_answer(backend, "files", Iterable, backend.files(uri)):
+        yield check_answer(backend, "files", StoredFile, file)
 
 
 def check_answer(backend: Storage, method: str, wanted: type[_Answer], found: object) -> _Answer:

@@ -16,6 +16,7 @@ from attrs import frozen
 
 from wmtp.errors import WMTPError
 from wmtp.json_files import read_json_object, writing
+from wmtp.storage.uris import stored_files
 from wmtp.tracking.mirror import ARTIFACTS, DATABASE
 from wmtp.tracking.mlflow import database_lock, set_environment
 
@@ -59,7 +60,7 @@ def pull(storage: Storage, uri: str, database: Path) -> Pulled:
     """
     uri = uri.rstrip("/")
     found = {}
-    for file in storage.files(uri):
+    for file in stored_files(storage, uri):
         run_id, _, name = file.name.partition("/")
         if name == DATABASE:
             found[run_id] = file.identity
