@@ -1,4 +1,4 @@
-"""Runs and dry runs say what an evaluator would miss before the training."""
+"""Evaluators look for what they need before the training, in runs and dry runs."""
 
 import json
 
