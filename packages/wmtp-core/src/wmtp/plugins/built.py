@@ -51,7 +51,10 @@ def returned(component: ComponentConfig, kind: str, method: str, base: type[_T],
 
 
 def _is(value: object, base: type) -> bool:
-    """Tell a value of a type; a text is no list of texts."""
+    """Tell whether a value is of a type.
+
+    A text is no list of texts.
+    """
     return isinstance(value, base) and not (isinstance(value, str) and base in (Iterable, Sequence))
 
 
