@@ -160,5 +160,5 @@ def _alike(master: nn.Parameter) -> Tensor:
 
 
 def _are_aligned(*tensors: Tensor) -> bool:
-    """Tell whether a GPU can read tensors of one size by 16 bytes."""
+    """Tell whether tensors of one size can be read by 16 bytes."""
     return tensors[0].numel() % _ALIGNED == 0 and all(tensor.data_ptr() % _ALIGNED == 0 for tensor in tensors)
