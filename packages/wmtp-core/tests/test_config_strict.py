@@ -135,6 +135,11 @@ def test_each_mistake_has_its_message(trainer, message):
     assert message.replace("{trainers}", names) in problems({"trainer": trainer})
 
 
+def test_what_must_not_be_empty():
+    found = problems({"models": {"base": {"type": "hf", "uri": "x", "vocab_size": None, "lora": {"targets": []}}}})
+    assert "models.base.lora.targets: must not be empty" in found
+
+
 def test_the_dotted_key_of_a_heads_table_and_of_a_loader():
     assert problems({"models": {"base": {"heads": {"horizn": 3}, "layer": 1}}}) == (
         "models.base.layer: unknown key; did you mean 'layers'?",

@@ -110,4 +110,5 @@ def message_of(error: Exception, name: str | None = None) -> str:
         text = f"KeyError: {text}"
     if name is None:
         return text
+    text = re.sub(rf"^Length of '{name}' must be >= \d+: 0$", "must not be empty", text)
     return re.sub(r"^(must be [<>=]+ \S+): (\S+)$", r"\1, not \2", text.removeprefix(f"'{name}' "))
