@@ -236,6 +236,8 @@ def test_no_tokenizer_beside_it(base, tmp_path):
     message = refused(base, bare)
     assert message.startswith("models.ref: its vocabulary must be the base model's, and cannot be read: ")
     assert "put the files of its tokenizer beside the model" in message
+    # the base's vocabulary is the base's
+    open_source(config_of(bare, HfModel(uri=str(bare)), tokenizer=HfTransformers(uri=str(base))))
 
 
 def test_a_tokenizer_that_names_no_end_token_has_the_configs(base):

@@ -216,7 +216,7 @@ def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Token
     loader = config.models[name].loader
     path = place.path(loader, key)
     info = model_info(loader, config.storage, path)
-    if path is not None:
+    if path is not None and loader != config.models["base"].loader:  # the base itself need have no tokenizer beside it
         compare_tokenizers(tokenizer, _own_tokenizer(config, path, key), key=key)
     check_vocabulary(info.vocab_size, tokenizer, own=path is not None, key=key)  # its tokens are those of its own
     _check_length(info, config, f"[{key}]")
