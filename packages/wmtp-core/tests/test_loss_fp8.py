@@ -5,18 +5,18 @@ from itertools import pairwise
 import pytest
 import torch
 
-from wmtp.loss import Unembedding, token_pass, weighted_cross_entropy
-from wmtp.loss.fp8 import Fp8Logits, in_fp8, round_table
+from wmtp.loss import Unembedding, fp8, token_pass, weighted_cross_entropy
+from wmtp.loss.fp8 import Fp8Logits, in_fp8, round_table, table_in_fp8
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 N, H, D, V = 96, 2, 64, 500
 
 
-def solve(fp8, *, device="cpu", bias=False, scale=1.0, softcap=None, known=False, v=V):
+def solve(fp8, *, device="cpu", bias=False, scale=1.0, softcap=None, known=False, v=V, shared=0.0):
     """Loss, token losses, and the gradients of hidden states, unembedding and bias."""
     g = torch.Generator().manual_seed(0)
     new = lambda *shape: torch.randn(*shape, generator=g).to(device, torch.bfloat16)
-    weight = (0.3 * new(v, D)).requires_grad_()
+    weight = (0.3 * new(v, D) + shared).requires_grad_()
     offset = new(v).requires_grad_() if bias else None
     hidden = [new(N, D).requires_grad_() for _ in range(H)]
     unembedding = Unembedding(weight=weight, bias=offset, scale=scale, softcap=softcap)
@@ -64,9 +64,25 @@ def test_numbers_are_rounded_to_three_bits_of_mantissa_whatever_their_size():
     for factor in (1.0, 2.0**-40, 2.0**60):
         assert torch.equal(in_fp8(numbers * factor), expected * factor)
     assert torch.equal(in_fp8(torch.zeros(3)), torch.zeros(3))
-    table = round_table(numbers.view(3, 2), 16)
+    table = round_table(numbers.view(3, 2), 16, centered=False)
     assert torch.equal(table.value(torch.float32)[:3], expected.view(3, 2))
     assert not table.data[3:].float().any()
+
+
+def test_a_row_that_all_rows_share_moves_neither_losses_nor_gradients_in_fp8(monkeypatch):
+    """It would take most of the three bits; cut in slices or not."""
+    table, shared = 0.3 * torch.randn(500, 64), 5 * torch.randn(64)
+    for step in (2**24, 640):
+        monkeypatch.setattr(fp8, "_SLICE", step)
+        found = round_table((table + shared).bfloat16(), 512, centered=True).value(torch.float32)[:500]
+        assert error(found, table - table.mean(0)) < 0.05
+        assert torch.equal(found, table_in_fp8((table + shared).bfloat16(), centered=True).float())
+    plain = solve(Fp8Logits(gradient=True, emulate=True))
+    moved = solve(Fp8Logits(gradient=True, emulate=True), shared=2.0)
+    assert error(moved[1], plain[1]) < 0.01
+    assert all(error(*pair) < 0.05 for pair in zip(moved[2], plain[2], strict=True))
+    capped = solve(Fp8Logits(emulate=True), softcap=4.0, shared=2.0)[1]
+    assert error(capped, solve(None, softcap=4.0, shared=2.0)[1]) < 0.1, "a cap sees by how much logits move"
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU with fp8 products")

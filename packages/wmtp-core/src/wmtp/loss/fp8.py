@@ -2,19 +2,33 @@
 
 Of the logits, and of the hidden states' gradient where that is asked for.
 
-Scales are powers of two, so a number is rounded once and what two chunks share is rounded alike. The gradient of the
+Scales are powers of two, so a number is rounded once and what two chunks share is rounded alike. An unembedding is rounded
+without its mean row where softmax follows at once: that moves all logits of a position alike, which softmax does not see, and
+what is left is smaller, as is its error (on SmolLM2-135M the loss moves by half as much). The gradient of the
 unembedding stays in bf16: its product reads both operands by columns, and tensor cores read fp8 by rows alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import torch
 from attrs import define
 from torch import Tensor
 
-__all__ = ["PIECE", "SLOPE_FORMAT", "SLOPE_RANGE", "Fp8Logits", "Rounded", "in_fp8", "multiply", "round_table", "round_to_fp8"]
+__all__ = [
+    "PIECE",
+    "SLOPE_FORMAT",
+    "SLOPE_RANGE",
+    "Fp8Logits",
+    "Rounded",
+    "in_fp8",
+    "multiply",
+    "round_table",
+    "round_to_fp8",
+    "table_in_fp8",
+]
 
 #: fp8 products need rows and columns in whole pieces of so many numbers
 PIECE: Final = 16
@@ -71,15 +85,32 @@ def round_to_fp8(tensor: Tensor) -> Rounded:
     return Rounded(data=_rounded(tensor, scale), scale=scale)
 
 
-def round_table(weight: Tensor, rows: int) -> Rounded:
-    """Round an unembedding ``[V, D]`` slice by slice, padded with zero rows."""
-    scale = _scale(weight)
+def table_in_fp8(weight: Tensor, *, centered: bool) -> Tensor:
+    """Round an unembedding as `round_table` does, in its own precision."""
+    return in_fp8(weight - weight.mean(0) if centered else weight)
+
+
+def round_table(weight: Tensor, rows: int, *, centered: bool) -> Rounded:
+    """Round an unembedding ``[V, D]`` slice by slice, padded with zero rows.
+
+    Args:
+        weight: the unembedding.
+        rows: V or more.
+        centered: without its mean row; else as it is.
+    """
+    middle = weight.mean(0) if centered else None
+    step = max(1, _SLICE // weight.shape[1])
+
+    def slices() -> Iterator[Tensor]:
+        for part in weight.split(step):
+            yield part if middle is None else part - middle
+
+    highest = torch.stack([_highest(part) for part in slices()]).amax()
+    scale = _power(highest)
     data = torch.empty(rows, weight.shape[1], dtype=_FORMAT, device=weight.device)
     data[len(weight) :] = 0
-    step = max(1, _SLICE // weight.shape[1])
-    for start in range(0, len(weight), step):
-        part = weight[start : start + step]
-        data[start : start + len(part)] = _rounded(part, scale)
+    for number, part in enumerate(slices()):
+        data[number * step : number * step + len(part)] = _rounded(part, scale)
     return Rounded(data=data, scale=scale)
 
 
@@ -108,8 +139,15 @@ def multiply(left: Rounded, right: Rounded, out: Tensor, *, fast: bool, emulate:
 
 def _scale(tensor: Tensor) -> Tensor:
     """Find the power of two by which the largest number just fits."""
-    highest = torch.linalg.vector_norm(tensor, torch.inf, dtype=torch.float32).clamp_(min=2.0**-100)
-    return torch.exp2(torch.ceil(torch.log2(highest / torch.finfo(_FORMAT).max)))
+    return _power(_highest(tensor))
+
+
+def _highest(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, torch.inf, dtype=torch.float32)
+
+
+def _power(highest: Tensor) -> Tensor:
+    return torch.exp2(torch.ceil(torch.log2(highest.clamp(min=2.0**-100) / torch.finfo(_FORMAT).max)))
 
 
 def _rounded(tensor: Tensor, scale: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wmtp.loss.cross_entropy import Answer, HeadLayout, Problem
-from wmtp.loss.fp8 import SLOPE_FORMAT, SLOPE_RANGE, in_fp8
+from wmtp.loss.fp8 import SLOPE_FORMAT, SLOPE_RANGE, in_fp8, table_in_fp8
 
 __all__ = ["add_product", "compute", "logits_of", "rows_of", "transformed"]
 
@@ -29,8 +29,8 @@ def compute(problem: Problem) -> Answer:
     cast, exact, coefficients = problem.cast(), problem.exact, problem.coefficients
     factors = cast  # of the logits
     if problem.fp8 is not None:
-        tables = {head.weight for head in problem.heads}
-        factors = {place: in_fp8(tensor) if place in tables else tensor for place, tensor in cast.items()}
+        tables = {head.weight: head.softcap is None for head in problem.heads}
+        factors = cast | {place: table_in_fp8(cast[place], centered=centered) for place, centered in tables.items()}
     tensors = [tensor.detach() for tensor in problem.tensors]
     losses = torch.zeros(problem.ids.shape, dtype=exact, device=problem.ids.device)
     lse = torch.zeros_like(losses) if problem.lse is None else problem.lse

@@ -258,7 +258,8 @@ class _State:
                 self.tables[key] = Rounded(data=plain.data.T.contiguous(), scale=plain.scale)
             else:
                 weight = self.cast[layout.weight]
-                self.tables[key] = round_table(weight, _stride(len(weight), weight.element_size()))
+                rows = _stride(len(weight), weight.element_size())
+                self.tables[key] = round_table(weight, rows, centered=layout.softcap is None)
         return self.tables[key]
 
     def _sum(self, place: int) -> Tensor:
