@@ -176,7 +176,7 @@ class Fp8Config:
         exclude: maps that stay in bf16, by patterns of their names: ``["*.k_proj", "extra_heads.*"]``.
         logits: products of the unembedding in fp8 while training, whatever the recipe with one scale for a tensor. ``none``;
             ``forward``: the logits; ``hidden-gradient``: also the gradient of the hidden states. That of the unembedding stays
-            in bf16.
+            in bf16. Faster with large vocabularies, and less exact: on SmolLM2-135M it cost 0.06 to 0.08 nats.
         emulate: rounds to fp8 and multiplies in fp32: the numbers of fp8, slowly, on any device.
     """
 
