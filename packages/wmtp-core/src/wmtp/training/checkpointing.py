@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from attrs import define, field
 from torch import nn
@@ -193,8 +194,10 @@ def check_resumed(
 
 
 def random_state() -> dict[str, Any]:
-    """Return the states of Python's and torch's random generators, all devices."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    """Return the states of the global random generators: Python's, numpy's, torch's."""
+    name, keys, *rest = np.random.get_state()
+    numpy = [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest]
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -205,5 +208,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
+    if "numpy" in state:  # earlier versions did not keep it
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

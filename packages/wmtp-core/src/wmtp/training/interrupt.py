@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ __all__ = ["Interrupt", "catch_signals"]
 
 logger = logging.getLogger("wmtp")
 
+_Handler = Callable[[int, FrameType | None], None]
+
 
 class Interrupt:
     """Request to stop the run, if a signal came.
@@ -28,9 +30,34 @@ class Interrupt:
 
     requested: str | None = None
 
+    def __init__(self) -> None:
+        self._handlers: dict[int, _Handler] = {}
+
+    def catch(self, number: int, handler: _Handler) -> None:
+        """Have ``handler`` called on a signal."""
+        signal.signal(number, handler)
+        self._handlers[number] = handler
+
+    def release(self) -> None:
+        """Expect the handlers to be ours no longer."""
+        self._handlers.clear()
+
     def agreed(self, ranks: Ranks) -> str | None:
         """Return the signal that any process got; Ctrl-C goes before SIGTERM."""
         return next((name for name in ("SIGINT", "SIGTERM") if ranks.any(self.requested == name)), None)
+
+    def warn_of_others(self) -> None:
+        """Warn of a handler in the place of ours."""
+        if self.requested is not None:  # the handlers from before are back
+            return
+        for number, handler in list(self._handlers.items()):
+            if (other := signal.getsignal(number)) is not handler:
+                del self._handlers[number]
+                what = getattr(other, "__qualname__", other) if callable(other) else str(other)
+                logger.warning(
+                    "%s is now handled by %s, which a plugin or library has set: it saves no checkpoint",
+                    signal.Signals(number).name, what,
+                )  # fmt: skip
 
 
 @contextmanager
@@ -50,9 +77,10 @@ def catch_signals() -> Iterator[Interrupt]:
             signal.signal(caught, handler)
 
     for number in before:
-        signal.signal(number, note)
+        interrupt.catch(number, note)
     try:
         yield interrupt
     finally:
+        interrupt.release()
         for number, handler in before.items():
             signal.signal(number, handler)

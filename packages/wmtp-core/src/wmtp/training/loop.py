@@ -184,6 +184,7 @@ class Fit:
             self._optimizer_step()
             if not self._checked_state:  # before hours are spent on what cannot be saved
                 checked_state(self.step_loss.trainer, self.step_loss.trainer_name)
+                interrupt.warn_of_others()
                 self._checked_state = True
             self._ranks.tick(f"step {self._step}")
             last = self._step == self.total_steps

@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -116,6 +117,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
         )  # fmt: skip
 
     random.seed(config.run.seed)
+    np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
     precision = pick_precision(config.devices.precision, device)
     fsdp = config.devices.fsdp or (FsdpConfig() if ranks.world_size > 1 else None)
