@@ -14,7 +14,7 @@ from wmtp.devices import free_memory
 from wmtp.errors import ConfigError
 from wmtp.generation.states import PartCall, PartStates
 from wmtp.models.documents import StateKeeper
-from wmtp.models.step_cache import LayeredCache
+from wmtp.models.step_cache import LayeredCache, LayerPart
 from wmtp.sizes import format_bytes
 
 __all__ = ["RowCache"]
@@ -120,7 +120,7 @@ class RowCache(Cache, StateKeeper, LayeredCache):
         if heads not in self._places:  # the same in all layers with so many heads
             row, head = (self._range(count, keys.device) for count in keys.shape[:2])
             self._places[heads] = row[:, None, None], head[None, :, None], self._slots[:, None, :]
-        return LayerSlots(self, keys, values, self._places[heads], self._width)
+        return LayerSlots(self, keys, values, self._slots, self._places[heads], self._width)
 
     def _range(self, count: int, device: torch.device) -> Tensor:
         """Return 0, 1 … ``count`` − 1.
@@ -163,26 +163,33 @@ class RowCache(Cache, StateKeeper, LayeredCache):
         self._states.clear()
 
 
-class LayerSlots:
+class LayerSlots(LayerPart):
     """Keys and values of one layer, written at each row's position.
 
     Args:
         cache: that it is a part of; it answers whatever else is asked.
-        keys, values: ``[B, heads, capacity, d]``.
+        keys, values, slots: see `LayerPart`.
         places: row, head and slot of each new key.
         width: slots that attention looks at.
     """
 
     def __init__(
-        self, cache: RowCache, keys: Tensor, values: Tensor, places: tuple[Tensor, Tensor, Tensor], width: int
+        self,
+        cache: RowCache,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        places: tuple[Tensor, Tensor, Tensor],
+        width: int,
     ) -> None:
-        self._cache, self._keys, self._values, self._places, self._width = cache, keys, values, places, width
+        super().__init__(keys, values, slots)
+        self._cache, self._places, self._width = cache, places, width
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write ``[B, heads, T, d]``, and return what attention looks at."""
-        self._keys[self._places] = key_states
-        self._values[self._places] = value_states
-        return self._keys[:, :, : self._width], self._values[:, :, : self._width]
+        self.keys[self._places] = key_states
+        self.values[self._places] = value_states
+        return self.keys[:, :, : self._width], self.values[:, :, : self._width]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wmtp.generation.decoder import CachedDecoder, Read
 from wmtp.generation.drafting import Choose, Drafter, at_index
 from wmtp.models.anatomy import LayerCall
 from wmtp.models.chains import blocks_of, embeddings_of, step_embedding
+from wmtp.models.few_rows import step_code
+from wmtp.models.native.layouts import ChainRule
+from wmtp.models.step_cache import steps_are_compiled
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
@@ -26,6 +28,10 @@ class _ChainedHeads(Drafter):
         super().__init__(model, decoder)
         self._blocks = blocks_of(model.extra_heads, self._extra)
         self._embeddings = embeddings_of(model.extra_heads, self._extra)
+
+    @property
+    def _compiled(self) -> bool:
+        return self._model.compiled_layers and steps_are_compiled()
 
     def _first_input(self, read: Read) -> Tensor:
         return read.raw if self._blocks[0].rule.before_norm else read.hidden
@@ -43,8 +49,9 @@ class _ChainedHeads(Drafter):
             call: of the layer, with the step's cache.
         """
         block, own = self._blocks[ahead - 1], self._embeddings[ahead - 1]
-        embed: Callable[[Tensor], Tensor] = self._model.anatomy.embedding if own is None else own
-        hidden = block(previous, step_embedding(block.rule, ahead, embed(ids), slots), call)
+        embedding = self._model.anatomy.embedding if own is None else own
+        embedded = step_code(_embed, compiled=self._compiled)(block.rule, ahead, embedding, ids, slots)
+        hidden = block(previous, embedded, call)
         return self.final_norm(hidden) if block.rule.output == "model" else hidden
 
 
@@ -97,30 +104,24 @@ class ChainDrafter(_ChainedHeads):
 
     def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
         """See `Drafter.draft`."""
-        rows = torch.arange(len(last), device=last.device)[:, None]
         if self._hidden is None:
             self._hidden = read.hidden.new_zeros(len(last), tokens.shape[1], read.hidden.shape[-1])
-        self._hidden[rows, read.slots] = self._first_input(read)
-        last = last[:, None]
-        if read.lengths is not None:
-            slots = read.slots  # the prompt, all of it
-        else:
-            slots = (last - self._window + 1).clamp(min=0) + torch.arange(self._window, device=last.device)
-        call = self._decoder.call_at(slots, read.width)
-        index, count = last - slots[:, :1], slots.shape[1]
-        # a copy: drafts are written into it
-        following = tokens[rows, slots[:, :1] + torch.arange(1, count + self._extra, device=last.device)]
-        hidden = self._hidden[rows, slots]
+        rows = torch.arange(len(last), device=last.device)[:, None]
+        window = self._window if read.lengths is None else None  # None: the prompt, all of it
+        slots, following, hidden, index = step_code(_begin, compiled=self._compiled)(
+            self._hidden, rows, self._first_input(read), read.slots, last, tokens, window, self._extra
+        )
+        call, count = self._decoder.call_at(slots, read.width), slots.shape[1]
         drafts: list[Tensor] = []
         for ahead, cache in enumerate(self._caches, start=1):
             if drafts:
-                following[rows, index + (ahead - 1)] = drafts[-1]
+                step_code(_put, compiled=self._compiled)(following, rows, index, ahead - 1, drafts[-1])
                 cache.place_as(self._caches[0])
             else:
                 cache.place(slots, None, read.width, read.lengths)
             ids = following[:, ahead - 1 : ahead - 1 + count]
             hidden = self._step(ahead, hidden, ids, slots, self._decoder.with_cache(call, cache))
-            drafts.append(self.pick(ahead + 1, hidden[rows, index], choose))
+            drafts.append(self.pick(ahead + 1, step_code(_take, compiled=self._compiled)(hidden, rows, index), choose))
         return torch.cat(drafts, dim=1)
 
     def with_rows(self, rows: Tensor, decoder: CachedDecoder) -> Self:
@@ -128,6 +129,47 @@ class ChainDrafter(_ChainedHeads):
         copied = super().with_rows(rows, decoder)
         copied._hidden = None if self._hidden is None else self._hidden[rows]
         return copied
+
+
+def _embed(rule: ChainRule, ahead: int, embedding: nn.Module, ids: Tensor, slots: Tensor) -> Tensor:
+    return step_embedding(rule, ahead, embedding(ids), slots)
+
+
+def _begin(
+    kept: Tensor, rows: Tensor, given: Tensor, read: Tensor, last: Tensor, tokens: Tensor, window: int | None, extra: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keep what was read, and take what the first step reads.
+
+    Args:
+        kept: ``[B, L, D]``, hidden states, in place.
+        rows: ``[B, 1]``, 0, 1 …
+        given: ``[B, T, D]``, new ones.
+        read: ``[B, T]``, their positions.
+        last: ``[B]``, the last position of each row that counts.
+        tokens: ``[B, L]``.
+        window: how many positions are taken. None: those that were read.
+        extra: tokens after the first position's next one.
+
+    Returns:
+        positions ``[B, W]``, a copy of the tokens from the one after the first of them on, their hidden states ``[B, W, D]``,
+        and the place ``[B, 1]`` of ``last`` among them.
+    """
+    last = last[:, None]
+    kept[rows, read] = given
+    slots = read if window is None else (last - window + 1).clamp(min=0) + torch.arange(window, device=last.device)
+    following = tokens[rows, slots[:, :1] + torch.arange(1, slots.shape[1] + extra, device=last.device)]
+    return slots, following, kept[rows, slots], last - slots[:, :1]
+
+
+# not `gather` and `scatter_`, which refuse the -1 of a row that its prompt has finished
+
+
+def _put(following: Tensor, rows: Tensor, index: Tensor, ahead: int, drafts: Tensor) -> None:
+    following[rows, index + ahead] = drafts
+
+
+def _take(hidden: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    return hidden[rows, index]
 
 
 def chain_drafter(model: MTPModel, decoder: CachedDecoder) -> Drafter:

@@ -5,18 +5,17 @@ Compiled, they have fewer and faster kernels than torch's own.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from wmtp.loss import Unembedding
-from wmtp.models.few_rows import compile_few_rows
+from wmtp.models.few_rows import step_code
 
-__all__ = ["TIE", "accept", "choose_best", "judge", "write_tokens"]
+__all__ = ["TIE", "accept", "choose_best", "judge", "next_tokens", "write_tokens"]
 
 #: logits closer than this share of the largest one count as tied; rounding was seen to move them by a hundredth of it (fp32)
 TIE: Final = 2e-4
@@ -28,7 +27,7 @@ _BLOCK: Final = 512
 def choose_best(unembedding: Unembedding, hidden: Tensor, *, compiled: bool) -> Tensor:
     """Choose the most probable token ``[...]`` of hidden states ``[..., D]``."""
     if compiled:
-        return _compiled(_best)(unembedding, hidden)
+        return step_code(_best, compiled=True)(unembedding, hidden)
     return unembedding.logits(hidden).argmax(-1)
 
 
@@ -48,9 +47,23 @@ def judge(
         the choices ``[B, 1 + K]``; how many drafts are right, and the token after them, ``[B]`` each; and drafts, that token,
         the count and the ties in one tensor.
     """
-    if compiled:
-        return _compiled(_judged)(unembedding, hidden, drafts, exact, _best_two)
-    return _judged(unembedding, hidden, drafts, exact, _torch_best_two)
+    best_two = _best_two if compiled else _torch_best_two
+    return step_code(_judged, compiled=compiled)(unembedding, hidden, drafts, exact, best_two)
+
+
+def next_tokens(tokens: Tensor, known: Tensor, drafts: Tensor, *, compiled: bool) -> tuple[Tensor, Tensor]:
+    """Return what a step reads: each row's last known token and drafts.
+
+    Args:
+        tokens: ``[B, L]``.
+        known: ``[B]``, how many of them are known.
+        drafts: ``[B, K]``.
+        compiled: whether compiled code does it.
+
+    Returns:
+        their places and ids, ``[B, 1 + K]`` each.
+    """
+    return step_code(_next, compiled=compiled)(tokens, known, drafts)
 
 
 def accept(best: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,12 +93,16 @@ def write_tokens(
         accepted, following: ``[B]``.
         compiled: whether compiled code does it.
     """
-    (_compiled(_written) if compiled else _written)(tokens, known, going, drafts, accepted, following)
+    step_code(_written, compiled=compiled)(tokens, known, going, drafts, accepted, following)
 
 
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return compile_few_rows(function)
+def _next(tokens: Tensor, known: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
+    slots = (known - 1)[:, None]
+    ids = tokens.gather(1, slots)
+    if drafts.shape[1]:
+        slots = slots + torch.arange(1 + drafts.shape[1], device=known.device)
+        ids = torch.cat([ids, drafts], dim=1)
+    return slots, ids
 
 
 def _written(tokens: Tensor, known: Tensor, going: Tensor, drafts: Tensor, accepted: Tensor, following: Tensor) -> None:

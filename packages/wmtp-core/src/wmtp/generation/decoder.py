@@ -13,13 +13,16 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedConfig
 
 from wmtp.errors import ConfigError
 from wmtp.generation.cache import RowCache
 from wmtp.models.anatomy import LayerCall, evaluating, first_tensor, record_call
 from wmtp.models.config_fields import field
+from wmtp.models.few_rows import step_code
+from wmtp.models.layer_steps import has_known_parts
 from wmtp.models.masks import attending_layers, attention_masks, reads_masks
-from wmtp.models.step_cache import plain_layers
+from wmtp.models.step_cache import plain_layers, steps_are_compiled
 from wmtp.models.trial import small_windows
 
 if TYPE_CHECKING:
@@ -168,15 +171,13 @@ class CachedDecoder:
         return self._model.unembedding(1).logits(hidden[0, last])[0]
 
     def _arguments(self, ids: Tensor, slots: Tensor, width: int) -> dict[str, Any]:
-        seen = torch.arange(width, device=ids.device).expand(len(ids), width)
-        mask = attention_masks(self._config, slots, seen, None, self._dtype) if self._has_attention else None
-        if ids.device.type == "cuda":  # the kernel adds it to its scores: every layer would turn it into numbers again
-            mask = tree_map_only(Tensor, partial(_as_numbers, dtype=self._dtype), mask)
-        longest = self._model.max_positions
+        compiled = self._model.compiled_layers and steps_are_compiled() and has_known_parts(self._anatomy.decoder)
+        positions, mask = step_code(_places, compiled=compiled)(
+            self._config, slots, width, self._model.max_positions, self._dtype, self._has_attention
+        )
         return {
             "input_ids": ids,
-            # a draft may lie beyond the last position that the model has; nothing reads what comes of it
-            "position_ids": slots if longest is None else slots.clamp(max=longest - 1),
+            "position_ids": positions,
             "attention_mask": mask,
             self._cache_name: self.cache,
             "use_cache": True,
@@ -250,10 +251,25 @@ def _try_out(model: MTPModel, name: str) -> None:
         raise ConfigError(f"{name} gives another result when it reads a text in pieces; it cannot be decoded with a cache")
 
 
+def _places(
+    config: PreTrainedConfig, slots: Tensor, width: int, longest: int | None, dtype: torch.dtype, has_attention: bool
+) -> tuple[Tensor, Any]:
+    """Return a decoder's positions and masks for ``[B, T]`` slots."""
+    # a draft may lie beyond the last position that the model has; nothing reads what comes of it
+    positions = slots if longest is None else slots.clamp(max=longest - 1)
+    if not has_attention:
+        return positions, None
+    seen = torch.arange(width, device=slots.device).expand(len(slots), width)
+    mask = attention_masks(config, slots, seen, None, dtype)
+    if slots.device.type == "cuda":  # the kernel adds it to its scores: every layer would turn it into numbers again
+        mask = tree_map_only(Tensor, partial(_as_numbers, dtype=dtype), mask)
+    return positions, mask
+
+
 def _as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask.logical_not(), -torch.inf)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from wmtp.generation.alone import RowAlone
 from wmtp.generation.base import Sampling
-from wmtp.generation.choosing import TIE, accept, choose_best, judge, write_tokens
+from wmtp.generation.choosing import TIE, accept, choose_best, judge, next_tokens, write_tokens
 from wmtp.generation.decoder import Read, open_decoder
 from wmtp.generation.drafters import Drafter, make_drafter
 from wmtp.generation.products import fast_unembedding
@@ -282,12 +282,8 @@ class Step:
 
     def _look_at(self) -> _Seen:
         """Read each row's last known token and drafts, and verify these."""
-        known, drafts = self._known - 1, self._drafts.shape[1]
-        slots = known[:, None]
-        ids = self._tokens.gather(1, slots)
-        if drafts:
-            slots = slots + torch.arange(1 + drafts, device=self._device)
-            ids = torch.cat([ids, self._drafts], dim=1)
+        drafts = self._drafts.shape[1]
+        slots, ids = next_tokens(self._tokens, self._known, self._drafts, compiled=self._compiled)
         if self.replays:
             start, width = None, self._width
         else:

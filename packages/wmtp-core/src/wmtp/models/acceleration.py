@@ -21,6 +21,7 @@ from transformers import Cache
 from wmtp.models.anatomy import LayerCall
 from wmtp.models.documents import within_reading
 from wmtp.models.few_rows import compile_few_rows
+from wmtp.models.layer_steps import has_known_parts, step_of
 from wmtp.models.layers import repeated_layers
 from wmtp.models.low_rank import OPERATORS
 from wmtp.models.low_rank_graph import compile_adapted
@@ -96,8 +97,13 @@ def compile_layers(model: MTPModel) -> None:
     for layer in (*repeated_layers(model), *model.anatomy.tail):
         plain = layer.forward
         # steps of decoding have few shapes, each of which is worth code of its own
-        step = compile_few_rows(plain)
+        step = step_of(layer, compile_few_rows(plain))
         layer.forward = partial(_forward, compiled(plain), step, plain, layer_number(layer))
+    if has_known_parts(model.anatomy.decoder):  # angles of positions: for a step some ten kernels otherwise
+        for module in model.anatomy.decoder.children():
+            if not any(True for _ in module.parameters()):
+                plain = module.forward
+                module.forward = partial(_forward, plain, compile_few_rows(plain), plain, None)
 
 
 def offload_inputs(model: MTPModel) -> None:

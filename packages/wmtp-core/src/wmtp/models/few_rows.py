@@ -8,6 +8,7 @@ after: a norm, a sum.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -15,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-__all__ = ["compile_few_rows"]
+__all__ = ["compile_few_rows", "step_code"]
 
 #: most rows of a product that is written so; tensor cores multiply 16-bit numbers faster from 8 rows on
 MOST_ROWS: Final = {True: 4, False: 8}
@@ -33,6 +34,16 @@ MOST_MULTIPLICATIONS: Final = 2**23
 def compile_few_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile for fixed shapes, with products of few rows as sums."""
     return torch.compile(function, dynamic=False, backend=_backend)
+
+
+def step_code(function: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]:
+    """Return a function of a step, compiled or as it is."""
+    return _compiled_once(function) if compiled else function
+
+
+@functools.cache
+def _compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    return compile_few_rows(function)
 
 
 def _backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:

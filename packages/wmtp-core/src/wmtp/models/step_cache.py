@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from wmtp.models.anatomy import LayerCall
 
 __all__ = [
+    "LayerPart",
     "LayeredCache",
     "compiled_steps",
     "layer_number",
@@ -25,14 +26,28 @@ __all__ = [
 ]
 
 
+class LayerPart:
+    """Part of a cache that is one layer's.
+
+    It has ``update`` too.
+
+    Args:
+        keys, values: ``[B, heads, capacity, d]``.
+        slots: ``[B, T]``, where the next ones are written.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        self.keys, self.values, self.slots = keys, values, slots
+
+
 class LayeredCache(ABC):
     """A cache that can hand out the part of one layer."""
 
     @abstractmethod
-    def of_layer(self, number: int) -> object:
-        """Return an object with the tensors of one layer.
+    def of_layer(self, number: int) -> LayerPart:
+        """Return the part of one layer, with no other layer's tensors.
 
-        It has ``update``, and no other layer's tensors. Compiled code is chosen by what it reads. It reads the whole cache by
+        Compiled code is chosen by what it reads. It reads the whole cache by
         the layer's number, so each layer would need code of its own; this part is of the same kind for all.
         """
 

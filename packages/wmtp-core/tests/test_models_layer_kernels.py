@@ -1,0 +1,158 @@
+"""Layers of a decoding step by our own kernels, in Triton's interpreter, which runs without a GPU; and where they fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_the_kernels_in_the_interpreter(assert_passes_interpreted):
+        assert_passes_interpreted()
+
+else:
+    from torch import Tensor, nn
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+    from wmtp.models import layer_steps
+    from wmtp.models.anatomy import LayerCall
+    from wmtp.models.chains import ChainedBlock
+    from wmtp.models.layer_kernels import attend
+    from wmtp.models.native.layouts import ChainRule
+    from wmtp.models.step_cache import LayerPart
+
+    class Part(LayerPart):
+        def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            rows = torch.arange(len(keys))[:, None]
+            self.keys.transpose(1, 2)[rows, self.slots] = keys.transpose(1, 2)
+            self.values.transpose(1, 2)[rows, self.slots] = values.transpose(1, 2)
+            return self.keys, self.values
+
+    def _layer(**changed: Any) -> LlamaDecoderLayer:
+        shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+        config = LlamaConfig(**shape | changed)  # type: ignore[arg-type]
+        config._attn_implementation = "eager"
+        layer = LlamaDecoderLayer(config, 0).eval()
+        for weight in layer.parameters():
+            nn.init.normal_(weight, std=0.2)
+        return layer
+
+    def _call(rows: int, tokens: int) -> dict[str, Any]:
+        slots = torch.tensor([130, 7])[:rows, None] + torch.arange(tokens)
+        half = torch.randn(rows, tokens, 32)
+        angles = torch.cat([half, half], -1)
+        mask = torch.where(torch.arange(160) <= slots[..., None], 0.0, -torch.inf)[:, None]
+        part = Part(torch.randn(rows, 1, 160, 64), torch.randn(rows, 1, 160, 64), slots)
+        return {"attention_mask": mask, "position_embeddings": (angles.cos(), angles.sin()), CACHE: part}
+
+    def _cache_name() -> str:
+        names = inspect.signature(LlamaDecoderLayer.forward).parameters
+        return next(name for name in ("cache", "past_key_values") if name in names)
+
+    CACHE = _cache_name()
+
+    @pytest.fixture(autouse=True)
+    def _anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.manual_seed(0)
+        monkeypatch.setattr(layer_steps, "_on_hopper", lambda _: True)
+
+    def _run(layer: LlamaDecoderLayer, x: Tensor, **call: Any) -> Tensor:
+        """The kernels take several texts too."""
+        return layer_steps._layer(layer, x, call)
+
+    def _refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the kernels fit")
+
+    def _copied(call: dict[str, Any]) -> dict[str, Any]:
+        part = call[CACHE]
+        return call | {CACHE: Part(part.keys.clone(), part.values.clone(), part.slots)}
+
+    @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (1, 4), (2, 3)])
+    @torch.no_grad()
+    def test_a_layer(rows: int, tokens: int) -> None:
+        layer, x, call = _layer(), torch.randn(rows, tokens, 64), _call(rows, tokens)
+        other = _copied(call)
+        wanted = layer(x, **call)
+        step = layer_steps.step_of(layer, _refuse) if rows == 1 else partial(_run, layer)
+        found = step(x, **other)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other[CACHE].keys, call[CACHE].keys)
+        torch.testing.assert_close(other[CACHE].values, call[CACHE].values)
+
+    @torch.no_grad()
+    def test_slots_that_the_mask_hides() -> None:
+        query, keys, values = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 160, 64), torch.randn(1, 2, 160, 64)
+        slots, places = torch.tensor([[140, 141]]), torch.arange(160)
+        mask = torch.where((places <= slots[..., None]) & (places > slots[..., None] - 9), 0.0, -torch.inf)[:, None]
+        wide = [part.repeat_interleave(2, dim=1) for part in (keys, values)]
+        wanted = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *wide, attn_mask=mask, scale=0.3)
+        keys[:, :, 142:], values[:, :, 142:] = torch.nan, torch.nan  # what no query may look at
+        found = attend(query, (keys, values), mask, slots, 0.3)
+        torch.testing.assert_close(found, wanted.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("embedding_first", [False, True])
+    @torch.no_grad()
+    def test_a_module_of_a_chain(embedding_first: bool) -> None:
+        rule = ChainRule(embedding_first=embedding_first, before_norm=True, zero_first=True, output="own")
+        norms = [LlamaRMSNorm(64) for _ in range(3)]
+        for norm in norms:
+            nn.init.normal_(norm.weight)
+        block = ChainedBlock(rule, norms[0], norms[1], nn.Linear(128, 64, bias=False), _layer(), norms[2])
+        previous, embedding, call = torch.randn(1, 2, 64), torch.randn(1, 2, 64), _call(1, 2)
+        other = LayerCall(args=(), kwargs=_copied(call))
+        wanted = block(previous, embedding, LayerCall(args=(), kwargs=call))
+        found = layer_steps.step_of(block, _refuse)(previous, embedding, other)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    def _watched(layer: LlamaDecoderLayer) -> None:
+        layer.mlp.up_proj.register_forward_hook(lambda *_: None)
+
+    def _other_linear(layer: LlamaDecoderLayer) -> None:
+        layer.self_attn.o_proj = type("Adapted", (nn.Linear,), {})(128, 64, bias=False)
+
+    def _half(layer: LlamaDecoderLayer) -> None:
+        layer.mlp.gate_proj.bfloat16()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"intermediate_size": 96},
+            {"intermediate_size": 4096}, _watched, _other_linear, _half,
+        ],
+    )  # fmt: skip
+    @torch.no_grad()
+    def test_layers_that_are_left(change: Any) -> None:
+        layer = _layer(**change) if isinstance(change, dict) else _layer()
+        if callable(change):
+            change(layer)
+        assert layer_steps.step_of(layer, lambda *_, **__: "compiled")(torch.randn(1, 2, 64), **_call(1, 2)) == "compiled"
+
+    @torch.no_grad()
+    def test_calls_that_are_left() -> None:
+        layer, call = _layer(), _call(1, 2)
+        step = layer_steps.step_of(layer, lambda *_, **__: "compiled")
+        x = torch.randn(1, 2, 64)
+        assert step(torch.randn(1, 7, 64), **_call(1, 7)) == "compiled", "too many tokens"
+        assert step(torch.randn(2, 2, 64), **_call(2, 2)) == "compiled", "two texts"
+        assert step(x, **call | {"attention_mask": call["attention_mask"] == 0}) == "compiled", "no numbers"
+        assert step(x, **call | {CACHE: None}) == "compiled"
+        long = Part(torch.zeros(1, 1, 576, 64), torch.zeros(1, 1, 576, 64), call[CACHE].slots)
+        assert step(x, **call | {CACHE: long, "attention_mask": torch.zeros(1, 1, 2, 576)}) == "compiled", "too many slots"
+        with torch.enable_grad():
+            assert step(x, **call) == "compiled"
+
+    def test_other_devices_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        with torch.no_grad():
+            step = layer_steps.step_of(_layer(), lambda *_, **__: "compiled")
+            assert step(torch.randn(1, 2, 64), **_call(1, 2)) == "compiled"
