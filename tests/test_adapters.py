@@ -204,6 +204,12 @@ def test_what_cannot_be_is_said_by_check(adapted, overrides, said):
 def test_a_misspelt_target_is_said_by_a_dry_run(adapted):
     with pytest.raises(ConfigError, match=r"targets\.0: 'q_prj' is no linear map of this model; did you mean 'q_proj'\?"):
         wmtp.run(adapted, overrides=['models.base.lora.targets=["q_prj"]'], dry_run=True)
+    text = adapted.read_text().replace("rank = 4", 'rank = 4\ntargets = ["q_proj", "q_prj"]')
+    adapted.write_text(text)
+    line = text[: text.index("targets")].count("\n") + 1
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=rf"^{adapted}:{line}: models\.base\.lora\.targets\.1: 'q_prj'"):
+            wmtp.run(adapted, dry_run=dry_run)
 
 
 def test_the_options_of_storage_reach_the_base_of_an_adapter(adapted, tmp_path, monkeypatch):

@@ -192,14 +192,14 @@ def test_mistakes_are_told_before_anything_is_fetched(recipe, here, tmp_path, ca
     assert code == 2
     assert f"models.base.uri: {models} is no model: the folder has no config.json" in said
     assert said.endswith(f"it has models in it: {models}/large, {models}/tiny\n")
-    assert fails(command=("generate", models, "--prompt", "x")) == (2, said.replace("models.base.uri: ", ""))
+    assert fails(command=("generate", models, "--prompt", "x")) == (2, said.replace("--set models.base.uri: ", ""))
     code, said = fails(f"models.base.uri={models}/tiny")
     assert code == 2
     assert said.endswith(f" (fetched from {models}/tiny)\n"), "a path in the cache alone would not tell which model it is"
     assert "there is no such bucket" in fails(f"checkpoints.uri=s3://{here}x/one")[1]
     code, said = fails(f"checkpoints.uri={models}", command=("run", recipe, "--run-name", "one"))
     assert (code, said) == (
-        2, f"error: checkpoints.uri: {models} holds something else (large, tiny); name a folder of this run alone\n"
+        2, f"error: --set checkpoints.uri: {models} holds something else (large, tiny); name a folder of this run alone\n"
     )  # fmt: skip
     wrong = (
         "models.base.uri=s3:/x",

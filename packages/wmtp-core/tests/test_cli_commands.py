@@ -210,7 +210,7 @@ def test_exit_codes_and_errors(capsys, folder):
 
 def test_a_config_that_the_model_refuses_does_not_take_the_name(capsys, folder):
     code, answer, _ = run_json(capsys, "--run-name", "x", "--set", "launcher.do=refuse")
-    assert (code, answer["problems"]) == (2, ["data.train.max_length: is too long for the model"])
+    assert (code, answer["problems"]) == (2, ["a.toml: data.train.max_length: is too long for the model"])
     assert list((folder / "runs").iterdir()) == []
     assert run_json(capsys, "--run-name", "x", "--set", "launcher.do=refuse-late")[0] == 2
     assert (folder / "runs/x/metrics.jsonl").exists()

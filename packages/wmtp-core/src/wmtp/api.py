@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from attrs import evolve
+from attrs import evolve, fields
 
 from wmtp.checkpoints.remote import remote_checkpoints
 from wmtp.config.advice import unwise_settings
@@ -21,7 +21,7 @@ from wmtp.config.places import build_backends
 from wmtp.config.problems import Problem
 from wmtp.config.rules import check_loaded
 from wmtp.config.schema import Config
-from wmtp.config.sources import MappingSource
+from wmtp.config.sources import Document, MappingSource
 from wmtp.config.tree import dump_config
 from wmtp.distributed.environment import Nodes, Worker
 from wmtp.errors import ConfigError, WMTPError
@@ -102,7 +102,22 @@ def run(
     """
     with lines_by_itself(), permit_code_execution(allow_code_execution or code_execution_allowed()):
         loaded = load_checked(config, overrides=overrides, run_name=run_name, tags=tags, resume=resume)
-        return _run(loaded, resume, dry_run=dry_run)
+        try:
+            return _run(loaded, resume, dry_run=dry_run)
+        except ConfigError as error:
+            raise _with_lines(error, loaded.document) from error
+
+
+def _with_lines(error: ConfigError, document: Document) -> ConfigError:
+    """Name file and line of keys found wrong after the checks.
+
+    Only the model, the data or the device shows what is wrong with them.
+    """
+    sections = {field.name for field in fields(Config)}
+    problems = [(line, Problem.of_line(line)) for line in error.problems]
+    return error.reworded(
+        document.locate(problem) if problem.path and problem.path[0] in sections else line for line, problem in problems
+    )
 
 
 def _run(loaded: Loaded, resume: str | os.PathLike[str] | None, *, dry_run: bool) -> Result | Mapping[str, Any]:

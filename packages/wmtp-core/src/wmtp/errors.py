@@ -6,7 +6,7 @@ The command line prints them without a traceback.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 __all__ = [
@@ -48,7 +48,13 @@ class ConfigError(WMTPError):
 
     def under(self, key: str) -> ConfigError:
         """Return the same problems, each with ``key`` in front."""
-        return ConfigError([f"{key}: {problem}" for problem in self.problems])
+        return self.reworded(f"{key}: {problem}" for problem in self.problems)
+
+    def reworded(self, problems: Iterable[str]) -> ConfigError:
+        """Return the same error in other words."""
+        error = ConfigError(list(problems))
+        vars(error).update({name: value for name, value in vars(self).items() if name != "problems"})
+        return error
 
 
 class FileError(WMTPError):
