@@ -14,6 +14,8 @@ from wmtp.training.dry_run import dry_run
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason='device = "auto" is a GPU here')
 PAGED = ('optimizer={type="adamw-8bit",paged=true}', "optimizer.paged: memory is paged between a GPU and its host")
 FP8 = ('devices.precision="fp8"', "devices.precision: fp8 needs an NVIDIA GPU")
+#: fp8 on the recipe's small model
+WIDE_ENOUGH = (FP8[0], "devices.fp8.min_features=16")
 OFFLOAD = ('devices.activation_checkpointing="offload"', "devices.activation_checkpointing: 'offload' moves activations")
 
 
@@ -51,7 +53,7 @@ def test_a_device_that_is_named_is_asked_by_check(said):
 
 def test_check_leaves_auto_to_the_machine_that_computes(recipe):
     for device in ("auto", "cuda"):
-        check(recipe, overrides=[PAGED[0], FP8[0], OFFLOAD[0], f'devices.device="{device}"'])
+        check(recipe, overrides=[PAGED[0], *WIDE_ENOUGH, OFFLOAD[0], f'devices.device="{device}"'])
 
 
 class Elsewhere(LocalLauncher):
@@ -61,7 +63,7 @@ class Elsewhere(LocalLauncher):
 
 
 def test_a_run_that_is_launched_elsewhere_is_not_held_to_this_machine(recipe):
-    config = check(recipe, overrides=[PAGED[0], FP8[0], OFFLOAD[0]]).config
+    config = check(recipe, overrides=[PAGED[0], *WIDE_ENOUGH, OFFLOAD[0]]).config
     assert dry_run(attrs.evolve(config, launcher=Elsewhere()))["training data"] == "48 documents"
 
 
