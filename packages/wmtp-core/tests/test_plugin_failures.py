@@ -126,6 +126,27 @@ def test_a_trainer(config, at):
     assert str(error) == f"trainer 'failing' ({__name__}): {name} raised KeyError: 'no\\nsuch' ({place})"
 
 
+class Plain(wmtp.Trainer):
+    """A trainer without a type, which another class builds."""
+
+    def token_weights(self, view):
+        raise KeyError("no")
+
+
+@attrs.frozen(kw_only=True)
+class Builds(wmtp.TrainerConfig):
+    type = "builds"
+
+    def build(self):
+        return Plain()
+
+
+def test_a_trainer_that_another_class_builds(config):
+    error = failure_of(attrs.evolve(config, trainer=Builds()))
+    place = line_of(Plain.token_weights, "raise KeyError")
+    assert str(error) == f"{__name__}: Plain.token_weights raised KeyError: 'no' ({place})"
+
+
 def test_an_evaluator(config):
     place = line_of(Measure.halves, "1 / number")
     error = failure_of(attrs.evolve(config, eval=[Halves()]))
@@ -184,6 +205,28 @@ def test_what_is_no_plugins_fault_stays_as_it_is():
         with pytest.raises(type(error)) as raised:
             raises(error)
         assert raised.value is error
+
+
+def test_lack_of_memory_is_told_as_it_is(config):
+    for lack in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+
+        @attrs.frozen
+        class Large(wmtp.Trainer):
+            type = "large"
+
+            def setup(self, setup, lack=lack):
+                raise lack
+
+        with pytest.raises(Exception, match=str(lack)) as raised:
+            wmtp.run(attrs.evolve(config, trainer=Large()))
+        assert not isinstance(raised.value, wmtp.PluginError)
+
+
+def test_an_exception_is_told_where_the_plugins_cannot_be_loaded(monkeypatch):
+    monkeypatch.setenv("WMTP_PLUGINS", "nonesuch")
+    with pytest.raises(KeyError) as raised:
+        Plain().token_weights(None)
+    assert plugin_failure(raised.value) is None
 
 
 def test_the_innermost_of_two_plugins_is_named():

@@ -79,3 +79,14 @@ def test_a_handler_that_a_plugin_sets_is_said_once_and_taken_back(config, caplog
     assert len(said) == 1
     assert said[0].startswith("SIGTERM is now handled by ")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_another_generator_in_numpy_is_told_and_keeps_no_checkpoint_from_being_saved(config, caplog):
+    before = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64(0))
+        result = wmtp.run(config)
+    finally:
+        np.random.set_bit_generator(before)
+    assert result.status == "finished"
+    assert "numpy's global random numbers come from PCG64, which a checkpoint does not keep" in caplog.text

@@ -111,6 +111,9 @@ else:
             rounded = copies[name].detach().bfloat16()
             torch.testing.assert_close(model.get_parameter(name).detach(), rounded, rtol=ulp, atol=0)
         assert torch.equal(model.frozen, before)
+        for size in range(1, 30):  # other parameters with gradients in every step
+            optimizer._blocks_of((size,), torch.device(DEVICE))
+        assert len(optimizer._blocks) <= 8
 
     def test_modules_of_a_trainer_have_no_copies_and_a_rate_of_their_own():
         value = nn.Linear(3, 2).to(DEVICE)

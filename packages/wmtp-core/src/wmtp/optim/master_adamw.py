@@ -13,6 +13,8 @@ __all__ = ["MasterAdamW"]
 _BLOCK = 2048
 #: addresses and sizes that are multiples of it are read 16 bytes at a time
 _ALIGNED = 16
+#: tables of blocks that are kept at most
+_TABLES = 8
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -140,6 +142,8 @@ class MasterAdamW(torch.optim.AdamW):
     def _blocks_of(self, sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return each block's tensor, and each tensor's first block."""
         if (sizes, device) not in self._blocks:
+            if len(self._blocks) == _TABLES:  # which parameters have gradients may differ from step to step
+                self._blocks.clear()
             counts = torch.tensor([-(-size // _BLOCK) for size in sizes])
             owners = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(counts)
             firsts = (counts.cumsum(0) - counts).int()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import linecache
+import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
@@ -46,11 +47,15 @@ def plugin_failure(error: BaseException) -> PluginError | None:
 
     Returns:
         an error of one line, whose ``__cause__`` is the exception; None where it came through no plugin, where WMTP raised it
-        on purpose, and for Ctrl-C.
+        on purpose, where memory ran out, and for Ctrl-C.
     """
-    if isinstance(error, WMTPError | KeyboardInterrupt):
+    if isinstance(error, WMTPError | KeyboardInterrupt) or _is_lack_of_memory(error):
         return None
-    plugins = {_package(provided.cls.__module__): str(provided.plugin) for provided in load_plugins().components}
+    try:
+        components = load_plugins().components
+    except WMTPError:  # it may be what is being told of
+        return None
+    plugins = {_package(provided.cls.__module__): str(provided.plugin) for provided in components}
     del plugins["wmtp"]
     who = name = place = home = line_of_code = ""
     last: type | None = None
@@ -78,6 +83,11 @@ def plugin_failure(error: BaseException) -> PluginError | None:
     return failure
 
 
+def _is_lack_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+
+
 def _component(frame: FrameType) -> object | None:
     """Find the plugin's component whose method a frame runs."""
     code = frame.f_code
@@ -99,8 +109,8 @@ def _class(value: object) -> type:
 
 def _title(component: object, plugin: str | None) -> str:
     kind = next((kind for kind, base in CONFIG_CLASSES.items() if isinstance(component, base)), None)
-    if isinstance(component, ComponentConfig) and kind is not None:
-        return provenance(component, KINDS[kind])
+    if isinstance(component, ComponentConfig) and kind is not None and isinstance(getattr(component, "type", None), str):
+        return provenance(component, KINDS[kind])  # a trainer that another class builds has no type
     return plugin or _class(component).__module__
 
 

@@ -195,9 +195,13 @@ def check_resumed(
 
 def random_state() -> dict[str, Any]:
     """Return the states of the global random generators: Python's, numpy's, torch's."""
-    name, keys, *rest = np.random.get_state()
-    numpy = [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest]
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    generator = np.random.get_state(legacy=False)["bit_generator"]
+    if generator == "MT19937":
+        name, keys, *rest = np.random.get_state()
+        state["numpy"] = [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest]
+    else:
+        logger.warning("numpy's global random numbers come from %s, which a checkpoint does not keep", generator)
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
