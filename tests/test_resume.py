@@ -182,7 +182,7 @@ def test_resume_with_other_data_is_refused(recipe, wmtp, preloaded, tmp_path):
     data.write_text(original.replace("x0 = 0", "x0 = 1"))
     changed = wmtp(*arguments)
     assert changed.returncode == 2
-    assert "error: datasets: the training data is not what it was" in changed.stderr
+    assert re.search(r"error: \S+:\d+: datasets: the training data is not what it was", changed.stderr), changed.stderr
     data.rename(tmp_path / "moved.jsonl").write_text(original)
     moved = wmtp(*arguments, "--set", f"datasets.code.uri={tmp_path}/moved.jsonl")
     assert moved.returncode == 2, "another uri is another config"

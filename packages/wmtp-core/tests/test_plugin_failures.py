@@ -250,6 +250,11 @@ import attrs, wmtp
 @attrs.frozen(kw_only=True)
 class Late(wmtp.Trainer):
     type = "late"
+    early: bool = False
+
+    def setup(self, setup):
+        if self.early:
+            scale()
 
     def token_weights(self, view):
         return view.uniform() * scale()
@@ -286,8 +291,17 @@ def test_the_command_line_says_one_line(config, installed, capsys, tmp_path, pro
     err = capsys.readouterr().err
     assert "Traceback" not in err
     said = "error: trainer 'late' (late-trainer 2.1): Late.token_weights raised TypeError: unsupported operand type(s) for +: "
-    assert said + f"'NoneType' and 'int' ({installed}:12)" in err
+    assert said + f"'NoneType' and 'int' ({installed}:17)" in err
     if processes == 1:
         assert main(["run", str(recipe), *more, "--debug"]) == 1
         err = capsys.readouterr().err
         assert "return view.uniform() * scale()" in err
+
+
+@pytest.mark.slow
+def test_two_processes_say_it_while_a_tracker_starts(config, installed, capsys, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(wmtp.dump_config(config))
+    settings = ("trainer.type=late", "trainer.early=true", "launcher.processes=2", "tracker.type=mlflow")
+    assert main(["run", str(recipe), *(word for setting in settings for word in ("--set", setting))]) == 1
+    assert "trainer 'late' (late-trainer 2.1): Late.setup raised TypeError: " in capsys.readouterr().err

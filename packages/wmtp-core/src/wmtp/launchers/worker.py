@@ -70,8 +70,7 @@ def main(folder: str) -> int:
         if kind == "bug":
             traceback.print_exc()
             kind = "work"
-        if not getattr(error, "said_by_main", False):
-            write_failure(job, worker.rank, kind, lines)
+        write_failure(job, worker.rank, kind, lines)  # also what rank 0 says: it may be ended before
         sys.stderr.flush()
         os._exit(1)  # a collective that waits for a lost rank must not keep this one
 

@@ -78,7 +78,7 @@ def _layer(layer: LlamaDecoderLayer, x: Tensor, given: dict[str, Any]) -> Tensor
     from wmtp.models.layer_kernels import attend, gate, multiply, project
 
     attention, mlp, part = layer.self_attn, layer.mlp, _part(given)
-    assert part is not None
+    assert part is not None, "asked before: only layers with a cache run so"
     slots, cache = part.slots.contiguous(), (part.keys, part.values)
     weights = attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight
     query = project(x, _norm(layer.input_layernorm), weights, given["position_embeddings"], slots, cache)
