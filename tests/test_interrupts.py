@@ -281,11 +281,12 @@ def test_ctrl_c_while_the_last_upload_is_waited_for(recipe, tmp_path, s3_server)
 
 
 @pytest.mark.parametrize(("number", "processes"), sampled(product((signal.SIGINT, signal.SIGTERM), (1, 2)), 4))
-def test_a_signal_before_the_first_step_leaves_no_run(recipe, tmp_path, number, processes):
+def test_a_signal_before_the_first_step_leaves_no_run(recipe, start, tmp_path, number, processes):
     """Neither a directory in which nothing was trained, nor a name that is taken."""
-    variables, here = stopping(tmp_path, "run.place_model")
+    stops, here = stop_at(tmp_path, "run.place_model")
     sets = [word for override in (*LONG, f"launcher.processes={processes}") for word in ("--set", override)]
-    process = start_interpreter("-m", "wmtp", "run", recipe, "--run-name", "x", *sets, **variables)
+    command = f"{stops}\nfrom wmtp.cli import run_from_shell\nrun_from_shell()\n"
+    process = start("run", recipe, "--run-name", "x", *sets, code=command)
     wait_for(here, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=50)

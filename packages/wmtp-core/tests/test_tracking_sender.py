@@ -63,7 +63,8 @@ def test_put_returns_while_a_send_hangs(sender, receiver):
     assert receiver.got == list(range(1000))
 
 
-def test_nothing_is_lost_while_away_and_it_is_said_once(sender, receiver, caplog):
+def test_nothing_is_lost_while_away_and_it_is_said_once(sender, receiver, caplog, monkeypatch):
+    monkeypatch.setattr("wmtp.tracking.sender._FIRST_DELAY", 0.01)  # before it tries again
     caplog.set_level(logging.INFO, "wmtp")
     receiver.away = True
     sender.put([0, 1, 2, 3, 4])

@@ -45,7 +45,7 @@ def step_of(layer: nn.Module, otherwise: Callable[..., Any]) -> Callable[..., An
     """
     if importlib.util.find_spec("triton") is None:
         return otherwise
-    if isinstance(layer, ChainedBlock):
+    if type(layer) is ChainedBlock:
         return partial(_run_block, layer, otherwise)
     return partial(_run_layer, layer, otherwise) if type(layer) is LlamaDecoderLayer else otherwise
 
@@ -103,14 +103,16 @@ def _fits(layer: nn.Module, x: Tensor, given: dict[str, Any]) -> bool:
     turned = all(angle.shape == (rows, tokens, d) and angle.is_contiguous() and angle.dtype == x.dtype for angle in turn)
     cached = all(kept.is_contiguous() and kept.dtype == x.dtype for kept in (part.keys, part.values))
     masked = mask.is_floating_point() and mask.shape[:3] == (rows, 1, tokens) and mask.shape[3] <= _MOST_SLOTS
-    return x.is_contiguous() and sizes and heads and turned and cached and masked and mask.stride(-1) == 1
+    placed = part.slots.shape == (rows, tokens)
+    return x.is_contiguous() and sizes and heads and turned and cached and placed and masked and mask.stride(-1) == 1
 
 
 def _fits_block(block: ChainedBlock, previous: Tensor, embedding: Tensor) -> bool:
     norms = [block.hidden_norm, block.embedding_norm, *([] if block.output_norm is None else [block.output_norm])]
     same = previous.shape == embedding.shape and previous.dtype == embedding.dtype
     plain = all(type(norm) is LlamaRMSNorm for norm in norms) and _are_linear([block.projection], previous)
-    return plain and same and previous.is_contiguous() and embedding.is_contiguous()
+    hooked = _have_hooks([*norms, block.projection, block.layer])
+    return plain and not hooked and same and previous.is_contiguous() and embedding.is_contiguous()
 
 
 def _is_plain(layer: nn.Module, x: Tensor) -> bool:
@@ -120,10 +122,20 @@ def _is_plain(layer: nn.Module, x: Tensor) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     linear = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     norms = layer.input_layernorm, layer.post_attention_layernorm
-    parts = [*linear, *norms, attention, mlp]
-    watched = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
+    parts = [*linear, *norms, attention, mlp, mlp.act_fn]
     is_silu = isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"
-    return not watched and is_silu and all(type(norm) is LlamaRMSNorm for norm in norms) and _are_linear(linear, x)
+    replaced = any("forward" in vars(part) for part in parts)
+    return (
+        not replaced
+        and not _have_hooks(parts)
+        and is_silu
+        and all(type(norm) is LlamaRMSNorm for norm in norms)
+        and _are_linear(linear, x)
+    )
+
+
+def _have_hooks(parts: list[nn.Module]) -> bool:
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 def _are_linear(parts: list[nn.Linear], x: Tensor) -> bool:
@@ -147,6 +159,6 @@ def _on_hopper(x: Tensor) -> bool:
 
     Triton launches on the current device alone.
     """
-    if not x.is_cuda or x.dtype != torch.float32 or torch.version.hip is not None:
+    if not x.is_cuda or x.dtype != torch.float32 or torch.version.hip is not None or torch.is_autocast_enabled("cuda"):
         return False
     return x.device.index == torch.cuda.current_device() and torch.cuda.get_device_capability(x.device)[0] == 9

@@ -67,6 +67,7 @@ class MirroredMLflow(Tracker):
             WMTPError: MLflow cannot be used, or the store cannot be reached.
         """
         self._storage: Storage = backend_for(self._uri, run.backends, key="tracker.tracking_uri")
+        self._storage.exists(self._uri)  # raises where the store cannot be reached: seconds sooner than MLflow is imported
         self._folder = (run.run_dir / _FOLDER).resolve()
         self._folder.mkdir(exist_ok=True)
         self._database = self._folder / DATABASE
