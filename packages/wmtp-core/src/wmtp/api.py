@@ -16,7 +16,7 @@ from attrs import evolve, fields
 from wmtp.checkpoints.remote import remote_checkpoints
 from wmtp.config.advice import unwise_settings
 from wmtp.config.inputs import anchored, hub_names_read, pinned, with_uris
-from wmtp.config.load import ConfigSource, Loaded, load, located
+from wmtp.config.load import ConfigSource, Loaded, load
 from wmtp.config.places import build_backends
 from wmtp.config.problems import Problem
 from wmtp.config.rules import check_loaded
@@ -177,11 +177,7 @@ def _prepared(loaded: Loaded, resume: str | os.PathLike[str] | None) -> Iterator
         logger.info("no run to resume; starting a new one" if directory is None else f"resuming {directory}")
     is_resumed = directory is not None
     if directory is None:
-        commits = pinned(loaded)  # its errors name their lines already
-        try:
-            directory = run_dirs.create(checked, loaded.registry, sys.argv, commits)
-        except ConfigError as error:
-            raise located(loaded.document, map(Problem.of_line, error.problems)) from None
+        directory = run_dirs.create(checked, loaded.registry, sys.argv, pinned(loaded))
     with run_dirs.lock(directory):
         if is_resumed:
             _take_up(directory, loaded)
