@@ -75,11 +75,12 @@ ARCHITECTURES = {"llama": _llama, "gpt2": _gpt2, "qwen3": _qwen3}
 # layers with a state: the last one attends in one, and keeps a state in the other, so that heads do
 STATEFUL = {"qwen3_next": partial(_tiny, "qwen3_next"), "mamba2": partial(_tiny, "mamba2")}
 WINDOWS = {"gpt_oss": partial(_tiny, "gpt_oss"), "mistral": partial(_tiny, "mistral")}
+PAIRS = {"bamba": partial(_tiny, "bamba")}  # its layers return two things
 
 
 def _model(architecture: str = "llama", kind: str = "block", horizon: int = 4, **changes: object) -> MTPModel:
     torch.manual_seed(0)
-    base = (ARCHITECTURES | STATEFUL | WINDOWS)[architecture](**changes).eval()
+    base = (ARCHITECTURES | STATEFUL | WINDOWS | PAIRS)[architecture](**changes).eval()
     model = MTPModel(base, HeadsConfig(horizon=horizon, kind=kind, init="copy"), seed=1).eval()  # type: ignore[arg-type]
     with torch.no_grad():  # heads that are nearly head 1's own: some drafts are right in a text that repeats itself
         for parameter in model.extra_heads.parameters():
@@ -227,7 +228,7 @@ def _forced_drafts(
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [*product(["llama"], KINDS), *product(STATEFUL, ("block", "linear", "shared")), ("gpt_oss", "block")],
+    [*product(["llama"], KINDS), *product(STATEFUL, ("block", "linear", "shared")), ("gpt_oss", "block"), ("bamba", "chained")],
 )
 @torch.no_grad()
 def test_drafts_after_any_run_of_accepted_ones_are_those_of_a_full_pass(architecture: str, kind: str) -> None:

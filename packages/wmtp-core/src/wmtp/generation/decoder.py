@@ -76,7 +76,7 @@ class CachedDecoder:
         self.capacity = capacity
         self._config = model.anatomy.decoder.config
         self._dtype = model.anatomy.output.weight.dtype
-        self._layers_return_tuples = False
+        self._layer_outputs = 0  # of a tuple that a layer returns; 0: it returns a tensor
         parameters = signature(model.anatomy.decoder.forward).parameters
         self._cache_name = next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[0])
         self._has_attention = reads_masks(self._config)
@@ -105,7 +105,7 @@ class CachedDecoder:
         outputs: list[Tensor] = []
 
         def note(_: nn.Module, __: Any, output: Any) -> None:
-            self._layers_return_tuples = isinstance(output, tuple)
+            self._layer_outputs = len(output) if isinstance(output, tuple) else 0
             outputs.append(first_tensor(output))
 
         last, called = self._anatomy.layers[-1], self._model.called_layer
@@ -140,7 +140,7 @@ class CachedDecoder:
 
         handle = called.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            with _skipped(layers[: layers.index(called)], as_tuples=self._layers_return_tuples):
+            with _skipped(layers[: layers.index(called)], outputs=self._layer_outputs):
                 self._anatomy.decoder(**self._arguments(ids, slots, width))
         except _Reached:
             pass
@@ -273,12 +273,17 @@ def _as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _skipped(layers: list[nn.Module], *, as_tuples: bool) -> Iterator[None]:
-    """Make the layers return their input, inside the context."""
+def _skipped(layers: list[nn.Module], *, outputs: int) -> Iterator[None]:
+    """Make the layers return their input, inside the context.
+
+    Args:
+        layers: that are skipped.
+        outputs: length of the tuple that each returns; 0: no tuple.
+    """
 
     def skip(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if as_tuples else hidden
+        return (hidden, *[None] * (outputs - 1)) if outputs else hidden
 
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
