@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
@@ -347,6 +348,24 @@ def test_streamed_tokens_are_the_generated_ones() -> None:
     pieces = list(stream(model, PROMPTS[0], max_new_tokens=30, eos_id=EOS, speculative=True))
     assert [token for piece in pieces for token in piece] == list(whole.tokens)
     assert len(pieces) <= len(whole.tokens)
+
+
+def test_threads_take_turns_at_one_model() -> None:
+    """Hooks of one thread's step would see the calls of another's."""
+    model = _model("gpt2", "block").train()
+    settings = {"max_new_tokens": 12, "eos_id": None, "speculative": True}
+    alone = [generate(model, [prompt], **settings) for prompt in PROMPTS[:4]]
+    streamed = stream(model, PROMPTS[0], **settings)
+    first = next(streamed)
+    assert torch.is_grad_enabled(), "its caller's code is not the model's"
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            assert list(threads.map(lambda prompt: generate(model, [prompt], **settings), PROMPTS[:4])) == alone
+        assert not model.base.training, "the stream goes on"
+        rest = threads.submit(list, streamed).result()
+    assert [token for piece in [first, *rest] for token in piece] == list(alone[0][0].tokens)
+    assert model.training
+    assert model.base.training
 
 
 def test_the_context_ends_a_text_and_a_stop_does() -> None:

@@ -13,9 +13,8 @@ from attrs import define, field
 from wmtp.errors import ConfigError
 from wmtp.generation.base import DraftCounts, Generation, Sampling
 from wmtp.generation.kept import close_step, open_step
-from wmtp.generation.products import fast_products
 from wmtp.generation.sampling import Draws
-from wmtp.models.anatomy import evaluating
+from wmtp.generation.turns import turns_of
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
@@ -61,10 +60,9 @@ def generate(
             extra heads; an architecture that cannot be decoded with a cache.
     """
     batch = _Batch(model, prompts, max_new_tokens, eos_id, speculative, sampling or Sampling(), rows, stop)
-    with evaluating(model), fast_products(model):
-        for new in batch.steps():
-            if on_step is not None:
-                on_step(sum(map(len, new.values())))
+    for new in batch.steps():
+        if on_step is not None:
+            on_step(sum(map(len, new.values())))
     return batch.generations()
 
 
@@ -83,9 +81,8 @@ def stream(
     Arguments and errors are those of `generate`.
     """
     batch = _Batch(model, [prompt], max_new_tokens, eos_id, speculative, sampling or Sampling(), None, stop)
-    with evaluating(model), fast_products(model):
-        for new in batch.steps():
-            yield new[0]
+    for new in batch.steps():
+        yield new[0]
 
 
 @define(eq=False)
@@ -129,7 +126,9 @@ class _Batch:
         most = max(len(prompt) + limit for prompt, limit in zip(prompts, self._limits, strict=True))
         draws = Draws(sampling.seed, list(numbers) if numbers is not None else list(range(len(prompts))))
         self._model, self._prompts = model, prompts
-        self._opened = self._step = open_step(model, prompts, most, speculative=speculative, sampling=sampling, draws=draws)
+        self._turns = turns_of(model)
+        with self._turns.turn():
+            self._opened = self._step = open_step(model, prompts, most, speculative=speculative, sampling=sampling, draws=draws)
 
     def generations(self) -> list[Generation]:
         """Return the decoded tokens."""
@@ -144,10 +143,15 @@ class _Batch:
 
     def steps(self) -> Iterator[dict[int, list[int]]]:
         """Decode, and yield each step's new tokens by row of the request."""
-        yield self._take(*self._step.begin(self._prompts), is_prompt=True)
-        while any(number is not None for number in self._active):
-            yield self._take(*self._step.follow(), is_prompt=False)
-        close_step(self._model, self._opened)
+        with self._turns.request(self._model):
+            with self._turns.turn():
+                found = self._step.begin(self._prompts)
+            yield self._take(*found, is_prompt=True)
+            while any(number is not None for number in self._active):
+                with self._turns.turn():
+                    found = self._step.follow()
+                yield self._take(*found, is_prompt=False)
+            close_step(self._model, self._opened)
 
     def _take(self, new: list[list[int]], accepted: list[int], *, is_prompt: bool) -> dict[int, list[int]]:
         """Give each row its new tokens, up to its end.

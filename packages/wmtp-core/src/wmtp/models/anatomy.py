@@ -26,6 +26,7 @@ __all__ = [
     "LayerCall",
     "Unembedding",
     "dissect",
+    "eval_mode",
     "evaluating",
     "find_layers",
     "first_tensor",
@@ -111,15 +112,21 @@ def first_tensor(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode without gradients, inside the context.
+    """Put a model into eval mode without gradients, inside the context."""
+    with eval_mode(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, inside the context.
 
     Afterwards every submodule is in the mode in which it was.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
