@@ -172,11 +172,38 @@ def test_an_adapter_folder_is_a_model_that_learns_on_or_whole(adapted, tmp_path)
     again = wmtp.run(adapted, run_name="again", overrides=[here, "train.max_steps=6", "models.base.heads.warmup_steps=0"])
     config = json.loads((again.model / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str((tmp_path / "base").resolve())
+    _other_settings_are_refused(adapted, first.run_dir)
     text = adapted.read_text().replace("[models.base.lora]\nrank = 4\n", "")
     adapted.write_text(text)
     full = wmtp.run(adapted, run_name="full", overrides=[here, "train.max_steps=6"])
     assert (full.model / "config.json").is_file()
     assert not (full.model / "adapter_config.json").exists()
+
+
+def _other_settings_are_refused(recipe, adapter):
+    """By ``check`` where small files tell, else before the data is read, whose last line is damaged."""
+    data = recipe.parent / "code.jsonl"
+    examples = data.read_text()
+    data.write_text(examples + "no JSON\n")
+    here, text = f'models.base.uri="{adapter}"', recipe.read_text()
+    line = text[: text.index("rank = 4")].count("\n") + 1
+    recipe.write_text(text.replace("rank = 4", "rank = 8"))
+    with pytest.raises(ConfigError, match=rf"recipe\.toml:{line}: models\.base\.lora\.rank: 8, but .* has 4; write that"):
+        wmtp.check(recipe, overrides=[here])
+    recipe.write_text(text)
+    for override, said in (
+        ("models.base.lora.alpha=3.5", r"lora\.alpha: 3\.5, but the adapter in .* has 8; write that, or merge it first"),
+        ("models.base.lora.dora=true", r"lora\.dora: True, but .* has False"),
+        ("models.base.lora.rslora=true", r"lora\.rslora: True, but .* has False"),
+        ('models.base.lora.heads="adapters"', r"lora\.heads: 'adapters', but .* has 'full'"),
+        ('models.base.quantize="nf4"', r'base\.quantize: "nf4", but .* learned with no quantize'),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            wmtp.check(recipe, overrides=[here, override])
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=r"lora\.targets: \['q_proj'\], but the adapter in .* has \['down_proj', "):
+            wmtp.run(recipe, overrides=[here, 'models.base.lora.targets=["q_proj"]'], dry_run=dry_run)
+    data.write_text(examples)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,23 @@ def test_an_adapter_that_peft_wrote_goes_on_or_is_merged(base, tmp_path):
     assert found == [f"models.base.lora.{key}" for key in ("rank", "alpha", "dora", "targets")]
 
 
+def test_an_adapter_of_peft_goes_on_in_the_bits_that_the_config_names(base, tmp_path):
+    """PEFT's files do not tell in how many it has learned."""
+    from transformers import AutoModelForCausalLM
+
+    settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(tmp_path / "theirs")
+    lora = LoraConfig(rank=2, targets=("q_proj",))
+    for quantize in ("nf4", None):
+        loaded = HfLoader().load(tmp_path / "theirs", dtype=torch.float32, seed=0)
+        model = build_model(loaded, None, 0, lora=lora, quantize=quantize)
+        assert model.adapter.quantize == quantize
+    model = build_model(HfLoader().load(tmp_path / "theirs", dtype=torch.float32, seed=0), None, 0, lora=lora, quantize="nf4")
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConfigError, match=r'base\.quantize: no quantize, but the adapter in .* was learned with "nf4"; write'):
+        build_model(HfLoader().load(tmp_path / "ours", dtype=torch.float32, seed=0), None, 0, lora=lora)
+
+
 def test_the_base_is_found_or_asked_for_and_another_is_refused(base, tmp_path):
     make(base).save_pretrained(tmp_path / "adapter")
     other = tmp_path / "other"

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
 
 from wmtp.config.problems import Problem
-from wmtp.config.schema import Config, HeadsConfig
+from wmtp.config.schema import Config, HeadsConfig, LoraConfig
+from wmtp.json_files import read_json_object
+from wmtp.storage.model_files import ADAPTER_CONFIG
 
-__all__ = ["adapted_heads_problem", "adapter_problems", "is_start_model"]
+__all__ = ["OWN_ADAPTER_CONFIG", "adapted_heads_problem", "adapter_problems", "is_start_model", "other_settings"]
+
+#: what WMTP knows of an adapter and PEFT's config has no place for
+OWN_ADAPTER_CONFIG: Final = "wmtp_adapter.json"
 
 
 def is_start_model(config: Config, name: str) -> bool:
@@ -53,6 +60,38 @@ def adapted_heads_problem(heads: HeadsConfig) -> str | None:
         f'heads that {what} must learn in full: an adapter changes little; write heads = "full", or take copies of the last '
         'layer: models.base.heads.kind = "block", init = "copy"'
     )
+
+
+def other_settings(folder: Path, lora: LoraConfig, quantize: str | None) -> Iterator[Problem]:
+    """Report settings that an adapter cannot go on learning under.
+
+    Its targets are left to `wmtp.models.adapter_targets.check_same`, which knows the model.
+
+    Args:
+        folder: of the adapter.
+        lora: the config's ``[models.base.lora]``.
+        quantize: the config's ``models.base.quantize``.
+
+    Raises:
+        FileError: a file is damaged.
+    """
+    content, file = read_json_object(folder / ADAPTER_CONFIG), folder / OWN_ADAPTER_CONFIG
+    own = read_json_object(file) if file.is_file() else None
+    remedy = "write that, or merge it first: wmtp export --format wmtp"
+    settings: dict[str, tuple[Any, Any]] = {
+        "rank": (lora.rank, content.get("r")),
+        "alpha": (lora.resolved_alpha, content.get("lora_alpha")),
+        "dora": (lora.dora, bool(content.get("use_dora"))),
+        "rslora": (lora.rslora, bool(content.get("use_rslora"))),
+        "heads": (lora.heads, (own or {}).get("heads", "full")),
+    }
+    for key, (new, was) in settings.items():
+        if new != was:
+            new = int(new) if key == "alpha" and new.is_integer() else new
+            yield Problem(("models", "base", "lora", key), f"{new!r}, but the adapter in {folder} has {was!r}; {remedy}")
+    if own is not None and quantize != own.get("quantize"):  # PEFT's own files do not tell
+        new, was = (f'"{kind}"' if kind else "no quantize" for kind in (quantize, own.get("quantize")))
+        yield Problem(("models", "base", "quantize"), f"{new}, but the adapter in {folder} was learned with {was}; {remedy}")
 
 
 def _quantized(name: str, config: Config) -> Iterator[Problem]:

@@ -7,8 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
+from wmtp.config.adapter_rules import other_settings
 from wmtp.config.problems import Problem
-from wmtp.config.schema import Config
+from wmtp.config.schema import Config, LoraConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.json_files import read_json_object
 from wmtp.plugins.contract import ModelLoaderConfig
@@ -58,6 +59,8 @@ def model_problems(config: Config) -> Iterator[Problem]:
             yield Problem((*key, "gguf_file"), str(error), at=(*key, "uri"))
         if is_adapter(path) and find_spec("peft") is None:
             yield Problem((*key, "uri"), f"{path} is an adapter, which needs peft: pip install 'wmtp-core[lora]'")
+        if is_adapter(path) and name == "base" and model.lora is not None:
+            yield from _adapter_settings(path, model.lora, model.quantize)
         if method is None:
             continue
         if name == "base":
@@ -68,6 +71,13 @@ def model_problems(config: Config) -> Iterator[Problem]:
                 f"{path} is quantized ({method}), for which transformers needs {' or '.join(needed)}; install it, or use the "
                 "model in bf16 or fp32 that it was made from",
             )
+
+
+def _adapter_settings(folder: Path, lora: LoraConfig, quantize: str | None) -> Iterator[Problem]:
+    try:
+        yield from other_settings(folder, lora, quantize)
+    except WMTPError as error:
+        yield Problem(("models", "base", "uri"), str(error))
 
 
 def _gguf_problems(config: Config) -> Iterator[Problem]:

@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from wmtp.config.adapter_rules import OWN_ADAPTER_CONFIG
 from wmtp.config.inputs import plain_hub_name
 from wmtp.config.places import build_backends
-from wmtp.config.schema import StorageConfig
+from wmtp.config.schema import LoraConfig, StorageConfig
 from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.json_files import read_json_object
 from wmtp.models.adapter_names import is_adapter_name, saved_name
-from wmtp.models.adapter_targets import check_targets
+from wmtp.models.adapter_targets import check_same, check_targets
 from wmtp.models.adapters import Adapter, BaseModelName, inject
 from wmtp.storage.hub.names import COMMIT, HubName, parse_hub_uri
 from wmtp.storage.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -34,6 +35,7 @@ __all__ = [
     "SavedAdapter",
     "adapter_dtype",
     "check_fit",
+    "check_settings",
     "find_base",
     "has_remote_base",
     "name_base",
@@ -42,8 +44,6 @@ __all__ = [
     "write_adapter",
 ]
 
-#: what WMTP knows of an adapter and PEFT's config has no place for
-_OWN_CONFIG: Final = "wmtp_adapter.json"
 _FORMAT: Final = 1
 
 
@@ -108,7 +108,7 @@ def find_base(folder: Path, base_uri: str | None, storage: StorageConfig) -> tup
     """
     content = read_json_object(folder / ADAPTER_CONFIG)
     named, revision = content.get("base_model_name_or_path"), content.get("revision")
-    own = read_json_object(folder / _OWN_CONFIG) if (folder / _OWN_CONFIG).is_file() else {}
+    own = read_json_object(folder / OWN_ADAPTER_CONFIG) if (folder / OWN_ADAPTER_CONFIG).is_file() else {}
     candidates = [base_uri] if base_uri is not None else [own.get("base_uri"), named]
     reasons = []
     for uri in candidates:
@@ -150,7 +150,7 @@ def has_remote_base(folder: Path) -> bool:
     Raises:
         WMTPError: a file is damaged.
     """
-    file = folder / _OWN_CONFIG
+    file = folder / OWN_ADAPTER_CONFIG
     uri = read_json_object(file).get("base_uri") if file.is_file() else None
     return isinstance(uri, str) and scheme_of(uri) != "file"
 
@@ -163,10 +163,10 @@ def read_adapter(folder: Path, base: BaseModelName) -> SavedAdapter:
         WMTPError: a file is damaged.
     """
     need_peft(f"{folder}: an adapter")
-    own = read_json_object(folder / _OWN_CONFIG) if (folder / _OWN_CONFIG).is_file() else {}
+    own = read_json_object(folder / OWN_ADAPTER_CONFIG) if (folder / OWN_ADAPTER_CONFIG).is_file() else {}
     quantize = own.get("quantize")
     if own and (own.get("format") != _FORMAT or quantize not in (None, "nf4")):
-        raise FileError(f"{folder / _OWN_CONFIG}: format {own.get('format')!r} is not known to this version of WMTP")
+        raise FileError(f"{folder / OWN_ADAPTER_CONFIG}: format {own.get('format')!r} is not known to this version of WMTP")
     config = _read_config(folder)
     with _reading(folder) as file:
         state = load_file(file)
@@ -227,6 +227,23 @@ def check_fit(folder: Path, base: PreTrainedModel) -> None:
         raise FileError(f"{folder}: {error}") from error
 
 
+def check_settings(folder: Path, lora: LoraConfig, quantize: str | None, base: PreTrainedModel) -> None:
+    """Refuse to train an adapter further under other settings, as `check_same` does.
+
+    Args:
+        folder: of the adapter.
+        lora: the config's ``[models.base.lora]``.
+        quantize: the config's ``models.base.quantize``.
+        base: its base on the meta device.
+
+    Raises:
+        ConfigError: they differ, or peft is not installed.
+        WMTPError: a file is damaged.
+    """
+    need_peft(f"{folder}: an adapter")
+    check_same(_read_config(folder), lora, quantize, base, folder)
+
+
 def adapter_dtype(folder: Path) -> torch.dtype:
     """Return an adapter's precision: bf16 if all tensors are, else fp32.
 
@@ -263,4 +280,4 @@ def write_adapter(base: torch.nn.Module, adapter: Adapter, folder: Path, state: 
         "quantize": adapter.quantize,
         "heads": "adapters" if adapter.in_heads else "full",
     }
-    (folder / _OWN_CONFIG).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+    (folder / OWN_ADAPTER_CONFIG).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

@@ -8,19 +8,22 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from wmtp.config.adapter_rules import other_settings
+from wmtp.config.problems import dotted
 from wmtp.config.schema import LoraConfig
 from wmtp.errors import ConfigError, FileError
 from wmtp.models.anatomy import find_layers
 from wmtp.models.quantized import quiet_bitsandbytes
 from wmtp.spelling import did_you_mean
 
-__all__ = ["check_same", "check_targets", "make_peft_config", "resolve_targets"]
+__all__ = ["check_same", "check_targets", "log_own_settings", "make_peft_config", "resolve_targets"]
 
 _log = logging.getLogger("wmtp")
 
@@ -105,43 +108,44 @@ def make_peft_config(base: PreTrainedModel, lora: LoraConfig) -> Any:
     )
 
 
-def check_same(config: Any, lora: LoraConfig, base: PreTrainedModel, source: object, *, in_heads: bool) -> None:
+def check_same(config: Any, lora: LoraConfig, quantize: str | None, base: PreTrainedModel, folder: Path) -> None:
     """Refuse to train an adapter further under other settings than its own.
 
     Args:
         config: peft's, of the adapter that the files hold.
         lora: the config's ``[models.base.lora]``.
+        quantize: the config's ``models.base.quantize``.
         base: the model, before the adapter is on it.
-        source: what messages call the adapter.
-        in_heads: the files hold adapters of heads 2..H.
+        folder: of the adapter.
 
     Raises:
         ConfigError: they differ.
     """
-    wanted = make_peft_config(base, lora)
-    own: dict[str, tuple[Any, Any]] = {
-        "rank": (wanted.r, config.r),
-        "alpha": (wanted.lora_alpha, config.lora_alpha),
-        "dora": (wanted.use_dora, config.use_dora),
-        "rslora": (wanted.use_rslora, config.use_rslora),
-        "heads": (lora.heads, "adapters" if in_heads else "full"),
-    }
-    if (names := _matched(base, config)) != _matched(base, wanted):
-        known = sorted(wanted.target_modules), _short(config.target_modules)
-        own["targets"] = known if known[0] != known[1] else (known[0], sorted(names))  # of some layers alone
-    problems = [
-        f"models.base.lora.{key}: {new!r}, but the adapter in {source} has {old!r}; write that, or merge it first: "
-        "wmtp export --format wmtp"
-        for key, (new, old) in own.items()
-        if new != old
-    ]
+    ours = make_peft_config(base, lora)
+    problems = [f"{dotted(problem.path)}: {problem.message}" for problem in other_settings(folder, lora, quantize)]
+    if (names := _matched(base, config)) != _matched(base, ours):
+        new, own = sorted(ours.target_modules), _short(config.target_modules)
+        own = own if new != own else sorted(names)  # of some layers alone
+        problems.append(
+            f"models.base.lora.targets: {new!r}, but the adapter in {folder} has {own!r}; write that, or merge it first: "
+            "wmtp export --format wmtp"
+        )
     if problems:
         raise ConfigError(problems)
+
+
+def log_own_settings(config: Any, folder: Path) -> None:
+    """Log which settings of its own an adapter drops or keeps.
+
+    Args:
+        config: peft's, of the adapter that the files hold.
+        folder: of the adapter.
+    """
     if config.lora_dropout:
-        _log.info("models.base.lora: the adapter in %s had dropout %s; it goes on without", source, config.lora_dropout)
+        _log.info("models.base.lora: the adapter in %s had dropout %s; it goes on without", folder, config.lora_dropout)
     for key in ("rank_pattern", "alpha_pattern"):
         if pattern := getattr(config, key):
-            _log.info("models.base.lora: the adapter in %s keeps its %s: %s", source, key, pattern)
+            _log.info("models.base.lora: the adapter in %s keeps its %s: %s", folder, key, pattern)
 
 
 def check_targets(config: Any, base: PreTrainedModel, source: object) -> None:

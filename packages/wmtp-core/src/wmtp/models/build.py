@@ -14,7 +14,7 @@ from wmtp.config.adapter_rules import adapted_heads_problem
 from wmtp.config.schema import HeadsConfig, LoraConfig
 from wmtp.errors import ConfigError, FileError
 from wmtp.models.adapter_names import is_adapter_name, split_state
-from wmtp.models.adapter_targets import check_same, check_targets, make_peft_config
+from wmtp.models.adapter_targets import check_same, check_targets, log_own_settings, make_peft_config
 from wmtp.models.adapters import BaseModelName, put_on, quantize_base
 from wmtp.models.base import LoadedModel
 from wmtp.models.mtp import MTPModel
@@ -79,11 +79,9 @@ def build_model(
     if brought is not None:
         check_targets(brought.config, loaded.model, brought.folder)
         if lora is not None:
-            check_same(brought.config, lora, loaded.model, brought.folder, in_heads=brought.in_heads)
-            if quantize != brought.quantize:
-                was, now = (f'"{kind}"' if kind else "no quantize" for kind in (brought.quantize, quantize))
-                raise ConfigError(f"models.base.quantize: {now}, but the adapter was learned with {was}; write that")
-        saved = {"base": brought.base, "state": brought.state, "quantize": brought.quantize}
+            check_same(brought.config, lora, quantize, loaded.model, brought.folder)
+            log_own_settings(brought.config, brought.folder)
+        saved = {"base": brought.base, "state": brought.state, "quantize": quantize or brought.quantize}
         try:
             put_on(model, brought.config, seed=seed, in_heads=head_adapters is not None, head_state=head_adapters, **saved)
         except FileError as error:

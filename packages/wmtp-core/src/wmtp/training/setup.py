@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 from torch.distributed.fsdp import FSDPModule
 
-from wmtp.config.adapter_rules import is_start_model
+from wmtp.config.adapter_rules import adapted_heads_problem, is_start_model
 from wmtp.config.data_rules import read_from
 from wmtp.config.fp8_rules import fp8_misfits
 from wmtp.config.places import Place
@@ -88,7 +88,7 @@ def open_source(config: Config) -> Source:
     if info.unsavable is not None and base.lora is None:  # the base of an adapter is not saved
         raise ConfigError(f"models.base: {info.unsavable}")
     if base.lora is not None:
-        _check_lora(make_loader(base.loader, config.storage), base.lora, path)
+        _check_lora(make_loader(base.loader, config.storage), base, base.lora, path, info)
     _check_length(info, config, "the model")
     _check_draft_vocabulary(info, config)
     if problems := fp8_misfits(config.devices, hidden_size=info.hidden_size, layers=info.layers):
@@ -113,15 +113,23 @@ def open_source(config: Config) -> Source:
     return Source(place=place, model_path=path, model_info=info, rows=rows, tokenizer=tokenizer, dataset_paths=datasets)
 
 
-def _check_lora(loader: ModelLoader, lora: LoraConfig, path: Path | None) -> None:
+def _check_lora(loader: ModelLoader, model: ModelConfig, lora: LoraConfig, path: Path | None, info: ModelInfo) -> None:
     """Find what is to be adapted, on a model without weights."""
+    from wmtp.models.adapter_folder import check_settings
     from wmtp.models.adapter_targets import resolve_targets
+    from wmtp.models.build import resolve_heads
     from wmtp.models.loaders.hf import HfLoader
 
     if not isinstance(loader, HfLoader):  # `wmtp.config.adapter_rules` refuses others
         raise ConfigError("models.base.lora: models of this type have no adapters")
     base = loader.empty(path)
-    resolve_targets(base, lora)
+    if path is not None and is_adapter(path):
+        check_settings(path, lora, model.quantize, base)
+    else:
+        resolve_targets(base, lora)
+        heads = resolve_heads(model.heads, info.heads, info.native)
+        if lora.heads == "adapters" and (problem := adapted_heads_problem(heads)) is not None:
+            raise ConfigError(f"models.base.lora.heads: {problem}")
     if experts := sorted({name.rpartition(".")[2] for name, tensor in base.named_parameters() if tensor.ndim == 3}):
         logger.info(
             "models.base.lora: experts (%s) are no linear maps: they get no adapters, and stay as they are", ", ".join(experts)
