@@ -38,7 +38,7 @@ class Turns:
 
     @contextmanager
     def request(self, model: MTPModel) -> Iterator[None]:
-        """Keep the model in eval mode, with fast products, until the last request ends."""
+        """Keep eval mode and fast products until the last request ends."""
         with self._lock:
             if not self._requests:
                 self._prepared.enter_context(eval_mode(model))
@@ -60,6 +60,6 @@ class Turns:
 
 
 def turns_of(model: MTPModel) -> Turns:
-    """Return the turns at a model, the same for each of its requests."""
+    """Return the turns at a model, one for all requests."""
     with _FIND:
         return _TURNS.setdefault(model, Turns())
