@@ -141,8 +141,10 @@ def open_writer(
     """
     from wmtp.devices import pick_device
     from wmtp.generation import compile_model
+    from wmtp.generation.base import check_stop
     from wmtp.models.opening import open_model
 
+    check_stop(stop)
     sampling = sampling_by(temperature=temperature, top_p=top_p, seed=seed)
     storage = storage_section(config, overrides)
     opened = open_model(model, device=pick_device(device), precision=precision, storage=storage)
@@ -159,7 +161,7 @@ def sampling_by(*, temperature: float, top_p: float, seed: int) -> Sampling:
         raise ConfigError("--top-p: has no effect: --temperature 0, the default, is greedy; give a temperature, or remove it")
     try:
         return Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"--temperature, --top-p, --seed: {error.args[0]}") from None
 
 

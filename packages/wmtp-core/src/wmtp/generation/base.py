@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from attrs import field, frozen
-from attrs.validators import ge, gt, le
+from attrs.validators import ge, gt, instance_of, le
 
-__all__ = ["DraftCounts", "Generation", "Sampling"]
+from wmtp.errors import ConfigError
+
+__all__ = ["DraftCounts", "Generation", "Sampling", "check_stop"]
 
 
 @frozen(kw_only=True)
@@ -22,9 +24,9 @@ class Sampling:
         seed: of the draws. A row's draws depend on this and on the row's own number, not on the other rows of its batch.
     """
 
-    temperature: float = field(default=0.0, validator=ge(0.0))
-    top_p: float = field(default=1.0, validator=[gt(0.0), le(1.0)])
-    seed: int = field(default=0, validator=ge(0))
+    temperature: float = field(default=0.0, validator=[instance_of((int, float)), ge(0.0)])
+    top_p: float = field(default=1.0, validator=[instance_of((int, float)), gt(0.0), le(1.0)])
+    seed: int = field(default=0, validator=[instance_of(int), ge(0)])
 
     @property
     def greedy(self) -> bool:
@@ -71,6 +73,18 @@ class Generation:
     def tokens_per_forward(self) -> float:
         """New tokens per forward pass after the prompt's; NaN without any."""
         return (len(self.tokens) - 1) / self.drafts.steps if self.drafts.steps else float("nan")
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Check the texts that end a completion.
+
+    Raises:
+        ConfigError: they are one text, whose letters each would end it, or one is empty, which would end all at once.
+    """
+    if isinstance(stop, str):
+        raise ConfigError(f"stop: is one text, not several; write [{stop!r}]")
+    if "" in stop:
+        raise ConfigError("stop: an empty text would end every completion at once; give texts, or leave it out")
 
 
 def total(counts: Sequence[DraftCounts]) -> DraftCounts:

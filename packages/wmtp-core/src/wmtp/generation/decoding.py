@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
 from attrs import define, field
@@ -200,8 +201,8 @@ def _check_request(model: MTPModel, prompts: Sequence[Sequence[int]], max_new_to
         raise ConfigError(
             "this model has no extra heads (H = 1), so nothing can draft: leave speculation out, or train heads with wmtp run"
         )
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be a whole number, at least 1, not {max_new_tokens!r}")
     if not prompts:
         raise ConfigError("there is no prompt")
     vocab_size = model.anatomy.embedding.num_embeddings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from typing import Final
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from wmtp.generation.base import Sampling
 
 __all__ = ["Draws", "draw", "probabilities"]
 
+#: least temperature and share: fp32 divides by smaller ones to infinity, or takes them for 0
+_LEAST: Final = 1e-30
+
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """Compute the sampling distribution: softmax at the temperature, cut to the nucleus.
@@ -20,11 +24,11 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     Returns:
         ``[..., V]`` fp32.
     """
-    probs = torch.softmax(logits.float() / sampling.temperature, dim=-1)
+    probs = torch.softmax(logits.float() / max(sampling.temperature, _LEAST), dim=-1)
     if sampling.top_p < 1.0:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         # a token stays if those more probable than it do not reach top_p without it
-        outside = ordered.cumsum(-1) - ordered >= sampling.top_p
+        outside = ordered.cumsum(-1) - ordered >= max(sampling.top_p, _LEAST)
         probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs

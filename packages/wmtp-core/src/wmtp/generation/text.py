@@ -10,7 +10,7 @@ from attrs import evolve
 from wmtp.data.base import BadExample
 from wmtp.data.messages import message_tools, normal_messages
 from wmtp.errors import ConfigError
-from wmtp.generation.base import Generation, Sampling
+from wmtp.generation.base import Generation, Sampling, check_stop
 from wmtp.generation.decoding import generate
 from wmtp.models.ends import end_ids
 from wmtp.tokenizers.chat_template import ChatTemplate, TemplateFailure, turn_end_id
@@ -100,6 +100,7 @@ def generate_texts(
         stop: texts before the first of which a completion ends.
         ends: tokens that end a text. Default: those of the tokenizer and of the generation config.
     """
+    check_stop(stop)
     generations = generate(
         model,
         [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts],

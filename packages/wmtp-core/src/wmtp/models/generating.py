@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -73,26 +74,26 @@ class Generating:
 
         Raises:
             ConfigError: a prompt is empty, too long or not of this vocabulary; speculation without extra heads; ``stop`` with
-                token ids.
+                token ids; an argument is wrong or has no effect.
             WMTPError: texts are given, and the model has no tokenizer.
         """
         from wmtp.generation import generate
         from wmtp.generation.text import generate_texts
 
         sampling = _sampling(temperature, top_p, seed)
-        items = prompts.tolist() if isinstance(prompts, Tensor) else prompts
-        is_one = isinstance(items, str) or (len(items) > 0 and isinstance(items[0], int))
-        several: Any = [items] if is_one else list(items)
+        several, is_one = _several(prompts)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "speculative": speculative, "sampling": sampling}
-        if several and all(isinstance(item, str) for item in several):
-            ends = [eos_id] if isinstance(eos_id, int) else eos_id
+        ends = None if eos_id is None else _token_ids("eos_id", [eos_id] if isinstance(eos_id, Integral) else eos_id)
+        if ends and not 0 <= min(ends) <= max(ends) < _model(self).vocab_size:
+            raise ConfigError(f"eos_id: {eos_id} is outside the model's vocabulary of {_model(self).vocab_size}")
+        if several and isinstance(several[0], str):
             found = generate_texts(_model(self), self.tokenizer, several, stop=stop, ends=ends, **options)
         else:
             if stop:
                 raise ConfigError("stop: ends completions of texts, and the prompts are token ids; give texts, or eos_id")
-            if eos_id is None and (self._tokenizer is not None or self.source is not None):
-                eos_id = end_ids(_model(self).base, self.tokenizer)
-            found = generate(_model(self), several, eos_id=eos_id, **options)
+            if ends is None and (self._tokenizer is not None or self.source is not None):
+                ends = end_ids(_model(self).base, self.tokenizer)
+            found = generate(_model(self), several, eos_id=ends, **options)
         return found[0] if is_one else found
 
     def chat(
@@ -151,10 +152,32 @@ def _model(part: Generating) -> MTPModel:
     return cast("MTPModel", part)
 
 
+def _several(prompts: Any) -> tuple[list[Any], bool]:
+    """Return texts or lists of token ids, and whether one alone was given."""
+    items = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # of torch and numpy
+    is_one = isinstance(items, str) or (isinstance(items, Sequence) and len(items) > 0 and isinstance(items[0], Integral))
+    several = [items] if is_one else items
+    if not isinstance(several, Sequence):
+        kind = type(prompts).__name__
+        raise ConfigError(f"prompts: give a text, token ids, or a list of several, not {kind}; of an encoding its input_ids")
+    if all(isinstance(item, str) for item in several):
+        return list(several), is_one
+    return [_token_ids("prompts", item) for item in several], is_one
+
+
+def _token_ids(name: str, given: Any) -> list[int]:
+    ids = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(ids, str) or not isinstance(ids, Collection) or not all(isinstance(item, Integral) for item in ids):
+        raise ConfigError(f"{name}: token ids are whole numbers, not {given!r:.60}")
+    return [int(item) for item in ids]
+
+
 def _sampling(temperature: float, top_p: float, seed: int) -> Sampling:
     from wmtp.generation import Sampling
 
+    if top_p != 1.0 and temperature == 0.0:
+        raise ConfigError("top_p: has no effect: temperature 0, the default, is greedy; give a temperature, or leave it out")
     try:
         return Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(str(error.args[0])) from None
