@@ -5,8 +5,8 @@ Tokens per second, peak memory on the GPU and its estimate.
     python bench/long_rows.py
     python bench/long_rows.py --lengths 131072 --modes offload --documents 8
 
-The model is the ~1B Llama of ``bench/step.py`` with block heads, in ``bf16-params``, compiled, with AdamW. One document a row
-attends by cuDNN or flash attention, several by flex attention.
+The model is the ~1B Llama of ``bench/step.py`` with block heads, in ``bf16-params`` or ``fp8``, compiled, with AdamW. One
+document a row attends by cuDNN or flash attention, several by flex attention.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import step_ours
 import torch
 from step_shape import Shape
 
+from wmtp.config.schema import Fp8Config
+
 _CUDA = torch.cuda.is_available()
 
 
@@ -31,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", type=int, default=[32_768, 131_072])
     parser.add_argument("--modes", nargs="+", choices=["none", "selective", "full", "offload"], default=["full", "offload"])
+    parser.add_argument("--precision", choices=["bf16-params", "fp8"], default="bf16-params")
     parser.add_argument("--documents", type=int, default=1, help="documents of a row")
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--hidden", type=int, default=2048)
@@ -44,7 +47,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     name = torch.cuda.get_device_name() if _CUDA else "cpu"
-    print(f"{name}, torch {torch.__version__}, 1 row of {given.documents} documents, V = {given.vocab:,}, H = {given.horizon}")
+    print(
+        f"{name}, torch {torch.__version__}, {given.precision}, 1 row of {given.documents} documents, V = {given.vocab:,}, "
+        f"H = {given.horizon}"
+    )
     print(
         f"{'S':>8} {'checkpointing':<14}{'tokens/s':>10}{'s a step':>10}{'peak GiB':>10}{'estimate':>10}{'on host':>10}",
         flush=True,
@@ -63,9 +69,15 @@ def main() -> None:
             batch=1,
         )
         for mode in given.modes:
-            found = measure(shape, mode, given.warmup, given.steps, given.documents)
-            estimate = step_ours.estimate(shape, {"activation_checkpointing": mode})
-            found |= {"length": length, "mode": mode, "device": name, "estimate_gib": estimate.total / 2**30}
+            found = measure(shape, mode, given.warmup, given.steps, given.documents, given.precision)
+            estimate = step_ours.estimate(shape, {"activation_checkpointing": mode, "precision": given.precision})
+            found |= {
+                "precision": given.precision,
+                "length": length,
+                "mode": mode,
+                "device": name,
+                "estimate_gib": estimate.total / 2**30,
+            }
             found["host_gib"] = estimate.host / 2**30
             results.append(found)
             speed = f"{found['tokens_per_second']:,.0f}" if "seconds" in found else found["failed"]
@@ -79,7 +91,7 @@ def main() -> None:
                 given.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure(shape: Shape, mode: Any, warmup: int, steps: int, documents: int) -> dict[str, Any]:
+def measure(shape: Shape, mode: Any, warmup: int, steps: int, documents: int, precision: str) -> dict[str, Any]:
     """Train a few steps; on a CPU the peak is 0."""
     gc.collect()
     if _CUDA:
@@ -90,7 +102,8 @@ def measure(shape: Shape, mode: Any, warmup: int, steps: int, documents: int) ->
     found: dict[str, Any]
     try:
         layout = shape.batch * [documents * [shape.length // documents]]
-        seconds = step_ours.run(shape, warmup, steps, checkpointing=mode, layouts=2 * [layout])
+        fp8 = None if precision == "bf16-params" else Fp8Config(emulate=not _CUDA)
+        seconds = step_ours.run(shape, warmup, steps, checkpointing=mode, layouts=2 * [layout], fp8=fp8)
         found = {"seconds": seconds, "tokens_per_second": shape.tokens / seconds}
     except torch.OutOfMemoryError:
         found = {"failed": "no memory"}
