@@ -8,7 +8,7 @@ from wmtp.config import fp8_rules
 from wmtp.config.fp8_rules import fp8_misfits
 from wmtp.config.load import load
 from wmtp.config.rules import check_loaded
-from wmtp.config.schema import DevicesConfig, Fp8Config
+from wmtp.config.schema import DevicesConfig, Fp8Config, HeadsConfig
 from wmtp.errors import ConfigError
 
 GOOD = {
@@ -98,6 +98,40 @@ def test_what_a_models_shape_excludes_is_said(fp8, hidden_size, message):
 def test_what_a_models_shape_allows_passes():
     fp8 = Fp8Config(first_layers=2, last_layers=2)
     assert fp8_misfits(DevicesConfig(precision="fp8", fp8=fp8), hidden_size=256, layers=4) == []
+
+
+MAPS = [
+    f"model.layers.{layer}.{name}" for layer in range(4) for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "heads", "message"),
+    [
+        ("*.k_porj", None, "devices.fp8.exclude: '*.k_porj' names no linear map of the layers; did you mean 'k_proj'?"),
+        ("model.layers.0.*", None, "; there are base.model.layers.0.self_attn.q_proj and extra_heads.0.mlp.up_proj, for"),
+        ("base.model.layers.4.*", None, "'base.model.layers.4.*' names no linear map"),
+        ("extra_heads.*", {"horizon": 1}, "'extra_heads.*' names no linear map"),
+        ("extra_heads.2.*", {"horizon": 3}, "'extra_heads.2.*' names no linear map"),
+        ("extra_heads.*", {"horizon": 3, "kind": "linear"}, "'extra_heads.*' names no linear map"),
+        ("*.projection", {"horizon": 3, "kind": "block"}, "'*.projection' names no linear map"),
+    ],
+)
+def test_a_pattern_that_names_nothing_is_refused(pattern, heads, message):
+    devices = DevicesConfig(precision="fp8", fp8=Fp8Config(exclude=("*.q_proj", pattern)))
+    given = None if heads is None else HeadsConfig(**heads)
+    (line,) = fp8_misfits(devices, hidden_size=256, layers=4, maps=MAPS, heads=given)
+    assert message in line
+    assert fp8_misfits(devices, hidden_size=256, layers=4) == []  # names that are not known are looked for later
+
+
+def test_check_refuses_a_pattern_with_its_line(tmp_path):
+    (tmp_path / "r.toml").write_text(
+        'models.base = { type = "scratch", vocab_size = 300 }\ntokenizer.type = "bytes"\ndatasets.py.type = "python-source"\n'
+        'trainer.type = "baseline-mtp"\ndevices.precision = "fp8"\ndevices.fp8.exclude = ["*.v_porj"]\n'
+    )
+    with pytest.raises(ConfigError, match=r"r.toml:6: devices.fp8.exclude: '\*.v_porj' names no linear map"):
+        check(tmp_path / "r.toml")
 
 
 def test_check_says_it_without_the_models_weights():

@@ -8,6 +8,7 @@ from attrs import evolve
 from one_step import SMALL, VOCAB
 from torch import nn
 
+from wmtp.config.fp8_rules import _head_maps
 from wmtp.config.schema import DevicesConfig, Fp8Config, HeadsConfig, LoraConfig
 from wmtp.devices import autocast_context, pick_precision
 from wmtp.errors import ConfigError
@@ -80,6 +81,10 @@ def test_maps_of_trunk_and_heads_keep_their_names_and_parameters_and_unembedding
     assert len(found) == count
     assert "base.model.layers.0.self_attn.q_proj" in found
     assert any(name.startswith("extra_heads") for name in found) == (heads.get("kind") != "linear")
+    inner = {name.split(".", 4)[-1] for name in found if name.startswith("base.")}
+    expected = set(_head_maps(inner, HeadsConfig(**{"kind": "block", "horizon": 3} | heads)))
+    of_heads = {name for name in found if name.startswith("extra_heads")}
+    assert of_heads == expected if heads.get("kind") != "shared" else of_heads < expected  # one module for all heads
     unembeddings = {"base.lm_head"} | ({"extra_heads.0"} if heads.get("kind") == "linear" else set())
     assert not unembeddings & found
 

@@ -247,6 +247,7 @@ def test_the_outline_without_torch_is_that_of_the_real_model(architecture, optio
     assert found.layer_parameters == pytest.approx(real.layer_parameters, rel=0.01)
     for name in ("layers", "hidden_size", "vocab_size", "feed_forward_size", "kv_size"):
         assert getattr(found, name) == getattr(real, name), name
+    assert set(found.linear_maps) == set(real.linear_maps)
     config_json = shape.build()._config().to_json_string()
     (tmp_path / "config.json").write_text(config_json)
     assert outline(HfModel(uri=str(tmp_path))) == evolve(found, architecture=architecture)

@@ -116,6 +116,16 @@ def test_settings_of_fp8_that_the_model_excludes_are_refused_by_both(base):
             read(config)
 
 
+def test_maps_to_exclude_that_the_model_lacks_are_refused_by_both(base):
+    fp8 = DevicesConfig(precision="fp8", fp8=Fp8Config(emulate=True, min_features=16, exclude=("*.k_proj", "*.k_porj")))
+    config = attrs.evolve(config_of(base, HfModel(uri=str(base))), devices=fp8)
+    for read in (open_source, dry_run):
+        with pytest.raises(
+            ConfigError, match=r"devices.fp8.exclude: '\*.k_porj' names no linear map of the layers; did you mean"
+        ):
+            read(config)
+
+
 def test_a_reference_with_more_rows_but_the_same_tokens(base, tmp_path):
     padded = save_model(tmp_path / "ref", vocab_size=64)
     open_source(config_of(base, HfModel(uri=str(padded))))

@@ -56,9 +56,11 @@ def check(config: ConfigSource | Sequence[ConfigSource], *, overrides: Iterable[
         ConfigError: every problem at once.
     """
     loaded = load_checked(config, overrides=overrides)
-    devices, info = loaded.config.devices, outline(loaded.config.models["base"].loader)
-    if info is not None and (misfits := fp8_misfits(devices, hidden_size=info.hidden_size, layers=info.layers)):
-        raise located(loaded.document, map(Problem.of_line, misfits))
+    base = loaded.config.models["base"]
+    if (info := outline(base.loader)) is not None:
+        shape = {"hidden_size": info.hidden_size, "layers": info.layers}
+        if misfits := fp8_misfits(loaded.config.devices, **shape, maps=info.linear_maps, heads=base.heads):
+            raise located(loaded.document, map(Problem.of_line, misfits))
     summary = _summary(loaded.config, loaded.registry)
     estimates, warnings = outlook(loaded.config)
     summary |= estimates

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import Final
 
 from wmtp.config.problems import Problem
-from wmtp.config.schema import Config, DevicesConfig, Fp8Config
+from wmtp.config.schema import Config, DevicesConfig, Fp8Config, HeadsConfig
+from wmtp.spelling import did_you_mean
 
 __all__ = ["fp8_misfits", "fp8_problems"]
 
 #: `wmtp.loss.fp8.PIECE`, without torch
 _PIECE: Final = 16
+#: heads that a model may bring, at most
+_HEADS: Final = 16
 
 
 def fp8_problems(config: Config) -> Iterator[Problem]:
@@ -54,13 +58,17 @@ def fp8_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def fp8_misfits(devices: DevicesConfig, *, hidden_size: int, layers: int) -> list[str]:
+def fp8_misfits(
+    devices: DevicesConfig, *, hidden_size: int, layers: int, maps: Sequence[str] = (), heads: HeadsConfig | None = None
+) -> list[str]:
     """List settings of ``[devices.fp8]`` that a model of this shape excludes.
 
     Args:
         devices: the config section.
         hidden_size: D. Each map of an ordinary layer reads or writes so many numbers.
         layers: decoder layers.
+        maps: linear maps of the decoder layers, by their names in the base; none where they are not known.
+        heads: of the config; None: those that the model brings.
 
     Returns:
         lines ``key: what is wrong; what to do``.
@@ -85,4 +93,36 @@ def fp8_misfits(devices: DevicesConfig, *, hidden_size: int, layers: int) -> lis
             f"devices.fp8.{key}: {spared} decoder layers are to stay in bf16, and this model has {layers}; write less, or "
             'devices.precision = "bf16-params"'
         )
-    return problems
+    return problems + (_unmatched(fp8.exclude, maps, heads) if maps else [])
+
+
+def _unmatched(patterns: Sequence[str], maps: Sequence[str], heads: HeadsConfig | None) -> list[str]:
+    """Report patterns that name neither a map of the base nor one that heads may have."""
+    inner = {name.split(".", 1 + _depth(name))[-1] for name in maps}
+    names = [*(f"base.{name}" for name in maps), *_head_maps(inner, heads)]
+    examples = " and ".join([names[0], *names[len(maps) :][:1]])
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    return [
+        f"devices.fp8.exclude: {pattern!r} names no linear map of the layers; "
+        + (did_you_mean(pattern.rpartition(".")[2], leaves) or f"there are {examples}, for example")
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+
+
+def _depth(name: str) -> int:
+    """Find the place of a layer's number in a name."""
+    return next((place for place, part in enumerate(name.split(".")) if part.isdigit()), 0)
+
+
+def _head_maps(inner: set[str], heads: HeadsConfig | None) -> Iterator[str]:
+    """Name the linear maps that heads 2..H can have (`wmtp.models.heads`)."""
+    kind = None if heads is None else heads.kind
+    for number in range(_HEADS if heads is None else heads.horizon - 1):
+        if kind in ("block", None):
+            yield from (f"extra_heads.{number}.{name}" for name in sorted(inner))
+        if kind in ("residual", None):
+            yield f"extra_heads.{number}.linear"
+        if kind in ("chained", "shared", "native", None):
+            yield f"extra_heads.{number}.projection"
+            yield from (f"extra_heads.{number}.layer.{name}" for name in sorted(inner))

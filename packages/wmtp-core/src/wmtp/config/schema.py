@@ -173,7 +173,8 @@ class Fp8Config:
         first_layers: decoder layers at the beginning that stay in bf16.
         last_layers: decoder layers at the end that stay in bf16.
         min_features: maps with fewer input or output features stay in bf16: they gain nothing.
-        exclude: maps that stay in bf16, by patterns of their names: ``["*.k_proj", "extra_heads.*"]``.
+        exclude: maps that stay in bf16, by patterns of their names: ``["*.k_proj", "extra_heads.*"]``. One that names none is
+            refused.
         logits: products of the unembedding in fp8 while training, whatever the recipe with one scale for a tensor. ``none``;
             ``forward``: the logits; ``hidden-gradient``: also the gradient of the hidden states. That of the unembedding stays
             in bf16. Faster with large vocabularies, and less exact: on SmolLM2-135M it cost 0.06 to 0.08 nats.

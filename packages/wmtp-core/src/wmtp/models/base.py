@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from attrs import frozen
+from attrs import field, frozen
 
 from wmtp.models.native.found import Native
 from wmtp.plugins.built import built, returned
@@ -46,6 +46,7 @@ class ModelInfo:
             documents would not be computed as they are alone; None where there is none.
         native: its own layers for multi-token prediction; None where it has none of a layout that is known.
         unsavable: why a trained copy of the folder could not be saved whole, so that training it is refused; None where it can.
+        linear_maps: names of the linear maps in the decoder layers; none where they are not known.
     """
 
     architecture: str
@@ -61,6 +62,7 @@ class ModelInfo:
     switching_length: int | None = None
     native: Native | None = None
     unsavable: str | None = None
+    linear_maps: tuple[str, ...] = field(default=(), repr=False)
 
 
 @frozen(kw_only=True, eq=False)

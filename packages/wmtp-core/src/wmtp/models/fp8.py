@@ -90,7 +90,7 @@ def multiply_in_fp8(
     problems += [
         f"devices.fp8.exclude: {pattern!r} names no linear map of the layers; there are {_examples(maps)}"
         for pattern in fp8.exclude
-        if not any(fnmatchcase(name, pattern) for name in maps)
+        if not any(fnmatchcase(_plain(name), pattern) for name in maps)
     ]
     chosen = {id(module) for name, module in maps.items() if _fits(name, module, model, fp8)}
     if not chosen and not problems:
@@ -203,11 +203,16 @@ def _linear_maps(model: MTPModel) -> dict[str, nn.Linear]:
     }
 
 
+def _plain(name: str) -> str:
+    """Name a map as in the model without its adapter."""
+    return name.removesuffix(".base_layer")
+
+
 def _fits(name: str, module: nn.Linear, model: MTPModel, fp8: Fp8Config) -> bool:
     sizes = module.in_features, module.out_features
     if min(sizes) < fp8.min_features or any(size % PIECE for size in sizes):
         return False
-    if any(fnmatchcase(name, pattern) for pattern in fp8.exclude):
+    if any(fnmatchcase(_plain(name), pattern) for pattern in fp8.exclude):
         return False
     layers = list(model.anatomy.layers)
     spared = layers[: fp8.first_layers] + (layers[-fp8.last_layers :] if fp8.last_layers else [])

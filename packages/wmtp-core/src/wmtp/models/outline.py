@@ -21,6 +21,8 @@ __all__ = ["outline"]
 
 #: architectures of transformers whose layers are Llama's: attention without bias, and a gated feed-forward layer
 _LIKE_LLAMA = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "smollm3"})
+#: linear maps of such a layer
+_MAPS = tuple(f"self_attn.{name}_proj" for name in "qkvo") + tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 
 
 def outline(loader: ModelLoaderConfig) -> ModelInfo | None:
@@ -74,16 +76,17 @@ def _outline(fields: Mapping[str, Any]) -> ModelInfo | None:
     vocab, width, layers, heads, ffn = numbers
     head_size = fields.get("head_dim") or width // heads
     queries, kv = heads * head_size, (fields.get("num_key_value_heads") or heads) * head_size
-    layer = 2 * width * queries + 2 * width * kv + 3 * width * ffn + 2 * width
+    parameters = 2 * width * queries + 2 * width * kv + 3 * width * ffn + 2 * width
     tables = 1 if fields.get("tie_word_embeddings") else 2
     return ModelInfo(
         architecture=fields["model_type"],
-        parameters=layers * layer + tables * vocab * width + width,
+        parameters=layers * parameters + tables * vocab * width + width,
         layers=layers,
-        layer_parameters=layer,
+        layer_parameters=parameters,
         hidden_size=width,
         vocab_size=vocab,
         max_positions=fields.get("max_position_embeddings"),
         feed_forward_size=ffn,
         kv_size=kv,
+        linear_maps=tuple(f"model.layers.{layer}.{name}" for layer in range(layers) for name in _MAPS),
     )

@@ -91,7 +91,8 @@ def open_source(config: Config) -> Source:
         _check_lora(make_loader(base.loader, config.storage), base, base.lora, path, info)
     _check_length(info, config, "the model")
     _check_draft_vocabulary(info, config)
-    if problems := fp8_misfits(config.devices, hidden_size=info.hidden_size, layers=info.layers):
+    shape = {"hidden_size": info.hidden_size, "layers": info.layers}
+    if problems := fp8_misfits(config.devices, **shape, maps=info.linear_maps, heads=base.heads):
         raise ConfigError(problems)
     _check_evaluators(info, config)
     tokenizer = _open_tokenizer(config, place, path)

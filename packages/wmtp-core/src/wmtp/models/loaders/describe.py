@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError, described
+from wmtp.models.anatomy import find_layers
 from wmtp.models.base import ModelInfo
 from wmtp.models.config_fields import field, layer_count, max_positions, switching_length
 
@@ -65,7 +66,17 @@ def describe(model: PreTrainedModel, heads: HeadsConfig | None = None) -> ModelI
         heads=heads,
         feed_forward_size=_largest(field(model.config, "intermediate_size")),
         kv_size=_kv_size(model.config),
+        linear_maps=_linear_maps(model),
     )
+
+
+def _linear_maps(model: PreTrainedModel) -> tuple[str, ...]:
+    try:
+        layers = find_layers(model, model.base_model, ConfigError)
+    except ConfigError:  # told where the layers are needed
+        return ()
+    inside = {id(module) for module in layers.modules()}
+    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside)
 
 
 def _kv_size(config: PreTrainedConfig) -> int | None:
