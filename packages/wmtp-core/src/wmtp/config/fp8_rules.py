@@ -97,7 +97,7 @@ def fp8_misfits(
 
 
 def _unmatched(patterns: Sequence[str], maps: Sequence[str], heads: HeadsConfig | None) -> list[str]:
-    """Report patterns that name neither a map of the base nor one that heads may have."""
+    """Report patterns that name no map of the base or of heads."""
     inner = {name.split(".", 1 + _depth(name))[-1] for name in maps}
     names = [*(f"base.{name}" for name in maps), *_head_maps(inner, heads)]
     examples = " and ".join([names[0], *names[len(maps) :][:1]])
