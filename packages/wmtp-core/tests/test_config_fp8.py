@@ -125,6 +125,18 @@ def test_a_pattern_that_names_nothing_is_refused(pattern, heads, message):
     assert fp8_misfits(devices, hidden_size=256, layers=4) == []  # names that are not known are looked for later
 
 
+@pytest.mark.parametrize("spared", [{"exclude": ("*",)}, {"first_layers": 3, "last_layers": 1}, {"first_layers": 4}])
+def test_a_model_of_which_no_map_is_left_is_refused(spared):
+    def found(heads, **fp8):
+        devices = DevicesConfig(precision="fp8", fp8=Fp8Config(**fp8))
+        return fp8_misfits(devices, hidden_size=256, layers=4, maps=MAPS, heads=heads)
+
+    (line,) = found(HeadsConfig(horizon=1), **spared)
+    assert "devices.precision: no linear map of this model is left for fp8; spare fewer layers" in line
+    assert found(HeadsConfig(horizon=1), first_layers=3) == found(HeadsConfig(horizon=1), exclude=("*.?_proj",)) == []
+    assert found(HeadsConfig(horizon=2), first_layers=4) == []  # there are the heads'
+
+
 def test_check_refuses_a_pattern_with_its_line(tmp_path):
     (tmp_path / "r.toml").write_text(
         'models.base = { type = "scratch", vocab_size = 300 }\ntokenizer.type = "bytes"\ndatasets.py.type = "python-source"\n'

@@ -93,21 +93,26 @@ def fp8_misfits(
             f"devices.fp8.{key}: {spared} decoder layers are to stay in bf16, and this model has {layers}; write less, or "
             'devices.precision = "bf16-params"'
         )
-    return problems + (_unmatched(fp8.exclude, maps, heads) if maps else [])
-
-
-def _unmatched(patterns: Sequence[str], maps: Sequence[str], heads: HeadsConfig | None) -> list[str]:
-    """Report patterns that name no map of the base or of heads."""
-    inner = {name.split(".", 1 + _depth(name))[-1] for name in maps}
-    names = [*(f"base.{name}" for name in maps), *_head_maps(inner, heads)]
-    examples = " and ".join([names[0], *names[len(maps) :][:1]])
+    if not maps:
+        return problems
+    of_heads = list(_head_maps({name.split(".", 1 + _depth(name))[-1] for name in maps}, heads))
+    names = [*(f"base.{name}" for name in maps), *of_heads]
     leaves = sorted({name.rpartition(".")[2] for name in names})
-    return [
+    there = " and ".join([names[0], *of_heads[:1]])
+    problems += [
         f"devices.fp8.exclude: {pattern!r} names no linear map of the layers; "
-        + (did_you_mean(pattern.rpartition(".")[2], leaves) or f"there are {examples}, for example")
-        for pattern in patterns
+        + (did_you_mean(pattern.rpartition(".")[2], leaves) or f"there are {there}, for example")
+        for pattern in fp8.exclude
         if not any(fnmatchcase(name, pattern) for name in names)
     ]
+    spared = [*range(fp8.first_layers), *range(layers - fp8.last_layers, layers)]
+    left = [f"base.{name}" for name in maps if name.split(".")[_depth(name)] not in map(str, spared)] + of_heads
+    if not problems and all(any(fnmatchcase(name, pattern) for pattern in fp8.exclude) for name in left):
+        problems.append(
+            "devices.precision: no linear map of this model is left for fp8; spare fewer layers in devices.fp8, or exclude "
+            'less, or write "bf16-params"'
+        )
+    return problems
 
 
 def _depth(name: str) -> int:
