@@ -153,7 +153,7 @@ def _model(part: Generating) -> MTPModel:
 
 
 def _several(prompts: Any) -> tuple[list[Any], bool]:
-    """Return texts or lists of token ids, and whether one alone was given."""
+    """Return several texts or lists of ids, and whether one was given."""
     items = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # of torch and numpy
     is_one = isinstance(items, str) or (isinstance(items, Sequence) and len(items) > 0 and isinstance(items[0], Integral))
     several = [items] if is_one else items
