@@ -202,6 +202,32 @@ def test_conversations_for_a_model_without_a_chat_template(folder: Path):
     wmtp.check(config)
 
 
+def test_targets_of_adapters_that_the_architecture_does_not_have(folder: Path, tmp_path: Path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[models.base]\ntype = "hf"\nuri = "{folder}"\n[models.base.lora]\ntargets = [\n  "q_proj",\n  "q_prj",\n]\n'
+        '[datasets.a]\ntype = "python-source"\n[trainer]\ntype = "baseline-mtp"\n'
+    )
+    with pytest.raises(ConfigError) as caught:
+        wmtp.check(recipe)
+    said = "models.base.lora.targets.1: 'q_prj' is no linear map of this model; did you mean 'q_proj'?"
+    assert list(caught.value.problems) == [f"{recipe}:5: {said}"]
+    good = ["q_proj", "self_attn.v_proj", "model.layers.0.mlp.down_proj"]
+    check(folder, lora={"targets": good})
+    with pytest.raises(ConfigError) as caught:
+        check(folder, lora={"targets": [*good, "lm_head", "c_attn", ""]})
+    there = "there are: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert list(caught.value.problems) == [
+        "models.base.lora.targets.3: 'lm_head' is the unembedding, which all heads share; it stays as it is: leave it out",
+        f"models.base.lora.targets.4: 'c_attn' is no linear map of this model; {there}",
+        f"models.base.lora.targets.5: '' is no linear map of this model; {there}",
+    ]
+    change(folder, model_type="gpt2")
+    check(folder, lora={"targets": ["c_attn"]})
+    change(folder, model_type="fuyu", text_config={"model_type": "persimmon"})  # of two models: not known here
+    check(folder, lora={"targets": ["dense"]})
+
+
 def test_several_gguf_files(tmp_path: Path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))  # of no tensors

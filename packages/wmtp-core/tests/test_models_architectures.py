@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_config import tiny_config
+from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, Gemma4TextConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 from walk_architectures import STEPS, examine
 
 from wmtp.config.schema import HeadsConfig
 from wmtp.errors import ConfigError
-from wmtp.models.anatomy import dissect
+from wmtp.models.anatomy import dissect, find_layers
 from wmtp.models.config_fields import field, layer_count, layer_kinds
 from wmtp.models.loaders.describe import describe, empty_model
 from wmtp.models.mtp import MTPModel
+from wmtp.storage.architectures import linear_maps
 
 #: architecture → what is refused of it, by the words of the refusal; all else must work
 SAMPLE: dict[str, dict[str, str]] = {
@@ -59,6 +62,34 @@ def test_an_architecture_does_everything_but_what_is_refused(model_type: str, tm
 def test_no_architecture_crashes_or_goes_wrong(model_type: str, tmp_path: Path):
     for step, text in examine(model_type, tmp_path).items():
         assert step == "make" or text.startswith(("ok", "refused: ")), (step, text)
+
+
+def check_names_of_maps(model_type: str) -> None:
+    config = tiny_config(model_type)
+    model = empty_model(config)
+    try:
+        layers = find_layers(model, model.base_model, ConfigError)
+    except ConfigError:  # it gets no adapters
+        return
+    inside = {id(module) for module in layers.modules()}
+    maps = linear_maps(config.to_dict())
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and id(module) in inside]
+    assert maps is None or not [problem for name in names if (problem := maps.problem(name))]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "phi3", "gemma3_text", "fuyu"])
+def test_no_linear_map_of_a_model_is_unknown_to_its_source(model_type: str):
+    check_names_of_maps(model_type)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_no_linear_map_of_any_model_is_unknown_to_its_source(model_type: str):
+    try:
+        empty_model(tiny_config(model_type))
+    except Exception as error:  # `examine` counts these
+        pytest.skip(f"transformers cannot make it: {error}")
+    check_names_of_maps(model_type)
 
 
 def test_fields_that_differ_between_layers_are_read():

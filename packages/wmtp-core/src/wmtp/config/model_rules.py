@@ -13,6 +13,7 @@ from wmtp.config.schema import Config, LoraConfig
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.json_files import read_json_object
 from wmtp.plugins.contract import ModelLoaderConfig
+from wmtp.storage.architectures import linear_maps
 from wmtp.storage.gguf_header import lost_layers
 from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.model_files import check_folder, find_gguf, is_adapter, quantization, quantized_problem
@@ -31,6 +32,7 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from _length_problems(config)
     yield from _template_problems(config)
     yield from _gguf_problems(config)
+    yield from _target_problems(config)
     for name, model in config.models.items():
         loader, key = model.loader, ("models", name)
         if loader.type not in LOADERS:
@@ -78,6 +80,26 @@ def _adapter_settings(folder: Path, lora: LoraConfig, quantize: str | None) -> I
         yield from other_settings(folder, lora, quantize)
     except WMTPError as error:
         yield Problem(("models", "base", "uri"), str(error))
+
+
+def _target_problems(config: Config) -> Iterator[Problem]:
+    """Report targets of adapters that are nowhere in a local model.
+
+    A run looks at the model itself.
+    """
+    base = config.models.get("base")
+    if base is None or base.loader.type != "hf" or base.lora is None or isinstance(base.lora.targets, str):
+        return
+    try:
+        folder = None if getattr(base.loader, "gguf_file", None) else _local(base.loader.uri)
+        if folder is None or not (folder / "config.json").is_file():
+            return
+        maps = linear_maps(read_json_object(folder / "config.json"))
+    except WMTPError:  # said of the uri, or of the file
+        return
+    for index, target in enumerate(base.lora.targets):
+        if maps is not None and (problem := maps.problem(target)) is not None:
+            yield Problem(("models", "base", "lora", "targets", index), problem)
 
 
 def _gguf_problems(config: Config) -> Iterator[Problem]:

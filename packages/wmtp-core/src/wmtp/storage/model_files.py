@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 from wmtp.errors import FileError
 from wmtp.json_files import read_json_object
+from wmtp.storage.architectures import is_unknown
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -34,9 +34,6 @@ __all__ = [
 LAYERS_LIMIT: Final = 10_000
 #: types of what is read in ``config.json`` before transformers reads it; a key may be absent or null
 _TYPES: Final = {"architectures": list, **dict.fromkeys(("dtype", "model_type", "torch_dtype"), str)}
-#: architectures that transformers does not have, by the one whose tensors and arithmetic are theirs but for layers for
-#: multi-token prediction
-STAND_INS: Final = {"mimo": "qwen2"}
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 #: of heads 2..H that WMTP saved
@@ -98,7 +95,7 @@ def check_folder(folder: Path) -> None:
         layers = table.get("num_hidden_layers")
         if isinstance(layers, int) and not 0 < layers <= LAYERS_LIMIT:
             raise FileError(f"{file}: num_hidden_layers = {layers}, and a model has 1 to {LAYERS_LIMIT:,}; is it damaged?")
-    if _is_unknown(content):
+    if is_unknown(content):
         code = content.get("auto_map")
         own_code = isinstance(code, dict) and "AutoConfig" in code
         why = (
@@ -285,22 +282,3 @@ def check_generation(folder: Path) -> None:
         tokens = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(token, int) for token in tokens):
             raise FileError(f"{file}: is damaged: {key} is {value!r:.40}, and no number of a token")
-
-
-def _is_unknown(content: Mapping[str, Any]) -> bool:
-    """Tell whether transformers lacks an architecture, without importing it.
-
-    It has neither a folder for it, nor its name in its tables.
-    """
-    model_type = content.get("model_type")
-    if model_type in STAND_INS or not isinstance(model_type, str) or "mtp_config" in content:
-        return False
-    found = find_spec("transformers")
-    if found is None or not found.submodule_search_locations:
-        return False
-    models = Path(found.submodule_search_locations[0]) / "models"
-    name = model_type.replace("-", "_").lower()
-    known = [entry.name for entry in models.iterdir() if entry.is_dir()]
-    if not known or any(name == own or name.startswith(f"{own}_") for own in known):
-        return False
-    return not any(f'"{model_type}"' in file.read_text(encoding="utf-8") for file in (models / "auto").glob("*.py"))

@@ -17,7 +17,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from wmtp.errors import FileError, WMTPError, described
 from wmtp.json_files import read_json_object
 from wmtp.log_lines import transformers_quiet
-from wmtp.storage.model_files import STAND_INS, check_generation, check_types, shard_files
+from wmtp.storage.architectures import STAND_INS
+from wmtp.storage.model_files import check_generation, check_types, shard_files
 
 __all__ = [
     "can_be_mapped",
