@@ -14,7 +14,7 @@ from wmtp.plugins.contract import Contract
 from wmtp.plugins.failures import plugin_failure
 from wmtp.storage.base import Storage
 
-__all__ = ["TRACKED_ANEW", "RunInfo", "Tracker", "failure"]
+__all__ = ["TRACKED_ANEW", "RunInfo", "Tracker", "failure", "title"]
 
 #: what to do with a damaged file that keeps the id of the tracker's run
 TRACKED_ANEW: Final = "remove it, and the rest of the run is tracked as a new one"
@@ -53,9 +53,12 @@ class Tracker(Contract, ABC, contract=True):
 
     Attributes:
         starts_in_thread: `start` may be called in another thread than the rest, so that the model loads meanwhile.
+        ends_by_itself: `log_artifact` and `finish` give up where their service hangs, and are waited for. Else they are called
+            in another thread than the rest, and the tracker is left behind after ten minutes.
     """
 
     starts_in_thread: ClassVar[bool] = False
+    ends_by_itself: ClassVar[bool] = False
 
     @abstractmethod
     def start(self, run: RunInfo) -> None:
@@ -101,4 +104,9 @@ def failure(tracker: Tracker, error: Exception) -> str:
     """Word a tracker's failure, of which a run only warns."""
     if (of_plugin := plugin_failure(error)) is not None:
         return f"the tracker failed: {of_plugin}"
-    return f"the tracker {type(tracker).__module__}.{type(tracker).__qualname__} failed: {described(error)}"
+    return f"{title(tracker)} failed: {described(error)}"
+
+
+def title(tracker: Tracker) -> str:
+    """Name a tracker in a message."""
+    return f"the tracker {type(tracker).__module__}.{type(tracker).__qualname__}"

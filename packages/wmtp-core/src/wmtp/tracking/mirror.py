@@ -49,6 +49,8 @@ class MirroredMLflow(Tracker):
         config: its ``tracking_uri`` is of an object store.
     """
 
+    ends_by_itself = True  # as storage does; what is copied may be large
+
     def __init__(self, config: MLflowTracker) -> None:
         assert config.tracking_uri is not None, "MLflowTracker.build makes this one for an object store"
         self._config = config

@@ -73,6 +73,7 @@ class MLflow(Tracker):
     """
 
     starts_in_thread = True
+    ends_by_itself = True  # every request has a limit, and uploads of a model may take long
 
     def __init__(self, config: MLflowTracker) -> None:
         self._config = config

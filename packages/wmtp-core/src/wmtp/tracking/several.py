@@ -10,6 +10,7 @@ from typing import Literal
 from wmtp.errors import described
 from wmtp.plugins.failures import plugin_failure
 from wmtp.tracking.base import RunInfo, Tracker
+from wmtp.tracking.ending import within
 
 __all__ = ["Several"]
 
@@ -22,6 +23,8 @@ class Several(Tracker):
     Args:
         trackers: by their type.
     """
+
+    ends_by_itself = True  # each is left behind alone
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = trackers
@@ -48,7 +51,7 @@ class Several(Tracker):
 
     def log_artifact(self, file: Path) -> None:
         """Take a file of the run."""
-        self._each(lambda tracker: tracker.log_artifact(file))
+        self._each(lambda tracker: within(tracker, lambda: tracker.log_artifact(file)))
 
     def saved(self, step: int) -> None:
         """Take note of a checkpoint."""
@@ -56,13 +59,13 @@ class Several(Tracker):
 
     def finish(self, status: Literal["finished", "stopped", "interrupted", "failed"], model: Path | None) -> None:
         """Close them all."""
-        self._each(lambda tracker: tracker.finish(status, model))
+        self._each(lambda tracker: within(tracker, lambda: tracker.finish(status, model)))
 
     def location(self) -> str | None:
         """Join the locations in one line."""
         return "; ".join(place for tracker in self._trackers.values() if (place := tracker.location())) or None
 
-    def _each(self, tell: Callable[[Tracker], None]) -> None:
+    def _each(self, tell: Callable[[Tracker], object]) -> None:
         for name, tracker in self._trackers.items():
             try:
                 tell(tracker)

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Final
 
 from wmtp.tracking.base import RunInfo, Tracker, failure
+from wmtp.tracking.ending import within
 
 __all__ = ["StartingTracker", "starting_beside"]
 
 logger = logging.getLogger("wmtp")
 
-#: seconds that a tracker has to start when the run has failed meanwhile
+#: seconds that a tracker has to start, and to end, when the run has failed meanwhile
 _PATIENCE: Final = 10.0
 
 
@@ -78,7 +79,7 @@ class StartingTracker:
         self._thread.join(_PATIENCE)
         if self._error is None and not self._thread.is_alive():
             try:
-                self._tracker.finish("failed", None)
+                within(self._tracker, lambda: self._tracker.finish("failed", None), patience=_PATIENCE)
             except Exception as error:
                 logger.warning("at the end %s", failure(self._tracker, error))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +24,7 @@ from wmtp.runs.files import SAMPLE_FILE, read_object
 from wmtp.storage.atomic import replace_text
 from wmtp.tracking import Tracker
 from wmtp.tracking.base import failure
+from wmtp.tracking.ending import within
 from wmtp.trainers.modules import save_modules
 from wmtp.training.loop import Fit
 
@@ -139,7 +139,7 @@ def report(run_dir: Path, status: str, tracker: Tracker) -> None:
         logger.warning("no report was written: %s; see wmtp report %s", error, run_dir)
         return
     try:
-        tracker.log_artifact(page)
+        within(tracker, lambda: tracker.log_artifact(page))
     except Exception as error:
         logger.warning("%s; it has not got the report, %s", failure(tracker, error), page)
 
@@ -157,20 +157,11 @@ def finish_tracking(
         tracker: of the run.
         status: how the run has ended.
         saved_model: the trained model's folder, where there is one.
-        patience: seconds after which the tracker is left behind; None for no limit.
+        patience: seconds after which the tracker is left behind. Default: see `within`.
     """
-
-    def finish() -> None:
-        try:
-            tracker.finish(status, saved_model)
-            if (location := tracker.location()) is not None:
-                logger.info("tracking  %s", location)
-        except Exception as error:
-            logger.warning("at the end %s; metrics.jsonl has everything", failure(tracker, error))
-
-    if patience is None:
-        finish()
-        return
-    thread = threading.Thread(target=finish, name="wmtp-tracker-end", daemon=True)
-    thread.start()
-    thread.join(patience)
+    try:
+        ended = within(tracker, lambda: tracker.finish(status, saved_model), patience=patience)
+        if ended and (location := tracker.location()) is not None:
+            logger.info("tracking  %s", location)
+    except Exception as error:
+        logger.warning("at the end %s; metrics.jsonl has everything", failure(tracker, error))
