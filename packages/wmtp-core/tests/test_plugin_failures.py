@@ -1,5 +1,7 @@
 """Exceptions out of plugins: one line with the plugin, its method, file and line, and the exception as the cause."""
 
+import functools
+import signal
 import sys
 from pathlib import Path
 
@@ -194,6 +196,49 @@ def test_an_exception_without_a_message_is_told_by_its_line(config):
 def test_sys_exit_does_not_end_the_caller(config):
     error = failure_of(attrs.evolve(config, trainer=Failing(wrong="exit")))
     assert f"Failing.token_weights called sys.exit(0) ({line_of(Failing.fail, 'sys.exit')})" in str(error)
+
+
+class Handler:
+    """A signal's handler, in each of its forms."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, number, frame):
+        raise self.error
+
+    def method(self, number, frame):
+        raise self.error
+
+
+@pytest.mark.parametrize("form", ["function", "method", "object", "partial"])
+@pytest.mark.parametrize("kind", [SystemExit, TimeoutError])
+def test_what_a_handler_of_the_user_raises_within_a_plugin_is_not_its_fault(config, form, kind):
+    error = kind(3)
+
+    @attrs.frozen
+    class Interrupted(wmtp.Trainer):
+        type = "interrupted"
+
+        def token_weights(self, view):
+            signal.raise_signal(signal.SIGUSR1)
+            return view.uniform()
+
+    def function(number, frame):
+        raise error
+
+    def given(raised, number, frame):
+        raise raised
+
+    handler = Handler(error)
+    handlers = {"function": function, "method": handler.method, "object": handler, "partial": functools.partial(given, error)}
+    before = signal.signal(signal.SIGUSR1, handlers[form])
+    try:
+        with pytest.raises(kind) as raised:
+            wmtp.run(attrs.evolve(config, trainer=Interrupted()))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert raised.value is error
 
 
 def test_what_is_no_plugins_fault_stays_as_it_is():

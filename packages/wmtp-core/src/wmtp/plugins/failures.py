@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import linecache
+import signal
 import sys
 import traceback
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import ParamSpec, TypeVar
 
 from wmtp.errors import PluginError, WMTPError, described
@@ -47,7 +48,7 @@ def plugin_failure(error: BaseException) -> PluginError | None:
 
     Returns:
         an error of one line, whose ``__cause__`` is the exception; None where it came through no plugin, where WMTP raised it
-        on purpose, where memory ran out, and for Ctrl-C.
+        on purpose, where memory ran out, for Ctrl-C, and where a signal's handler raised it while a plugin's code ran.
     """
     if isinstance(error, WMTPError | KeyboardInterrupt) or _is_lack_of_memory(error):
         return None
@@ -59,7 +60,10 @@ def plugin_failure(error: BaseException) -> PluginError | None:
     del plugins["wmtp"]
     who = name = place = home = line_of_code = ""
     last: type | None = None
+    handlers = _signal_handlers()
     for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_code in handlers:  # called at any point of the code around it, which is not to blame
+            last, who, name, place, home = None, "", "", "", ""
         component, package = _component(frame), _package(_module(frame))
         if component is not None and not (last is not None and issubclass(last, _class(component))):
             last, name = _class(component), _method(frame, _class(component))
@@ -86,6 +90,19 @@ def plugin_failure(error: BaseException) -> PluginError | None:
 def _is_lack_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+
+
+def _signal_handlers() -> set[CodeType]:
+    """Collect the code of all signals' handlers."""
+    found = set()
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        while isinstance(handler, functools.partial):
+            handler = handler.func
+        function = handler if hasattr(handler, "__code__") else type(handler).__call__  # a method has the former
+        if isinstance(code := getattr(function, "__code__", None), CodeType):
+            found.add(code)
+    return found
 
 
 def _component(frame: FrameType) -> object | None:
