@@ -1,11 +1,13 @@
 """Maps that learn and multiply in fp8: their numbers, and what they keep. On a CPU they are rounded and multiplied in fp32."""
 
 from copy import deepcopy
+from types import MethodType
 
 import pytest
 import torch
 from torch import nn
 
+from wmtp.models.acceleration import _full_in_fp8
 from wmtp.models.fp8_frozen import Products
 from wmtp.models.fp8_linear import Fp8Linear
 
@@ -97,6 +99,36 @@ def test_compiled_maps_that_read_one_input_round_it_once():
     )
     both(torch.randn(16, 64).bfloat16().requires_grad_()).sum().backward()
     assert counts == [1, 2]  # the input forward; both gradients backward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_checkpointed_and_compiled_maps_keep_what_enters_alone(mode):
+    """torch 2.11 kept what autograd functions compute; later versions would not."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    kept = []
+
+    def forward(graph, _):
+        (output,) = graph.graph.find_nodes(op="output")
+        kept.extend(node for node in output.args[0] if isinstance(node, torch.fx.Node) and node.op != "placeholder")
+        return make_boxed_func(graph.forward)
+
+    model = in_fp8(maps())
+    model.forward = MethodType(_full_in_fp8, model) if mode == "full" else model.forward
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    whole, expected = run(torch.compile(model, backend=backend)), run(in_fp8(maps()))
+    for found, wanted in zip(whole, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    sizes = [
+        node.meta["val"].numel() for node in kept[1:] if isinstance(node.meta.get("val"), torch.Tensor)
+    ]  # after the result
+    assert (max(sizes, default=0) > 1) == (mode == "none")
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU with fp8 products")

@@ -50,14 +50,16 @@ def accelerate(model: MTPModel, devices: DevicesConfig, *, learns: bool = True) 
     if devices.attention == "auto" and device.type == "cuda":
         model.use_block_attention()
     if learns:
-        checkpoint_activations(model, devices.activation_checkpointing)
+        checkpoint_activations(model, devices.activation_checkpointing, fp8=devices.precision == "fp8")
     if devices.compile:
         compile_layers(model)
     if learns and devices.activation_checkpointing == "offload":
         offload_inputs(model)
 
 
-def checkpoint_activations(model: MTPModel, mode: Literal["none", "full", "selective", "offload"]) -> None:
+def checkpoint_activations(
+    model: MTPModel, mode: Literal["none", "full", "selective", "offload"], *, fp8: bool = False
+) -> None:
     """Turn on activation checkpointing for every repeated layer.
 
     Args:
@@ -65,13 +67,14 @@ def checkpoint_activations(model: MTPModel, mode: Literal["none", "full", "selec
         mode: ``full`` keeps a layer's input alone; ``selective`` keeps the results of matrix products and of attention too,
             so that only what is cheap is computed again; ``offload`` is ``full`` here, and `offload_inputs` the rest of it;
             ``none`` leaves the model as it is.
+        fp8: the layers multiply in fp8, by autograd functions.
     """
     if mode == "none":
         return
     # whoever compiles a region that chooses what to keep is told to have no operators in place there; there are none
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_news)
     for layer in repeated_layers(model):
-        layer.forward = MethodType(_CHECKPOINTED[mode], layer)
+        layer.forward = MethodType(_full_in_fp8 if fp8 and mode != "selective" else _CHECKPOINTED[mode], layer)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -174,6 +177,14 @@ def _full(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
+def _full_in_fp8(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # torch 2.11 compiles `_full` so that what autograd functions compute is kept, unless it is asked about each operator;
+    # later versions ask by themselves
+    asked = {"context_fn": _nothing_kept} if torch.compiler.is_compiling() else {}
+    forward = within_reading(partial(type(self).forward, self))
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **asked, **kwargs)
+
+
 def _selective(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(
         within_reading(partial(type(self).forward, self)),
@@ -186,6 +197,14 @@ def _selective(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 _CHECKPOINTED: dict[str, Callable[..., Any]] = {"full": _full, "selective": _selective, "offload": _full}
+
+
+def _nothing_kept() -> Any:
+    return create_selective_checkpoint_contexts(_recompute)
+
+
+def _recompute(_: Any, __: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _selective_contexts() -> Any:

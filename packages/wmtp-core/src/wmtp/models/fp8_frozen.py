@@ -157,7 +157,7 @@ def _round_input(rows: Tensor, products: Products) -> tuple[Tensor, Tensor]:
 
     Also returns what the numbers are multiplied by.
     """
-    return _round(rows.detach(), FORMAT, products.by_rows)
+    return _round(rows, FORMAT, products.by_rows)
 
 
 def _product(rounded: Tensor, of_rows: Tensor, stored: Tensor, scale: Tensor, dtype: torch.dtype, products: Products) -> Tensor:

@@ -53,12 +53,10 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products, learns: bool) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         scale, of_weight = _scale(rows, FORMAT), _scale(weight, FORMAT)
-        rounded, columns = _both(rows, scale, FORMAT) if learns else (round_by(rows.detach(), scale, FORMAT), None)
+        rounded, columns = _both(rows, scale, FORMAT) if learns else (round_by(rows, scale, FORMAT), None)
         ctx.save_for_backward(columns, scale, weight, of_weight)
         ctx.products = products
-        result = _multiply(
-            rounded, scale, round_by(weight.detach(), of_weight, FORMAT), of_weight, x.dtype, products, forward=True
-        )
+        result = _multiply(rounded, scale, round_by(weight, of_weight, FORMAT), of_weight, x.dtype, products, forward=True)
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -97,7 +95,7 @@ def _multiply(
 
 def _scale(matrix: Tensor, kind: torch.dtype) -> Tensor:
     # row by row first: so a compiler finds it while it makes the rows
-    return scale_to(matrix.detach().abs().amax(dim=1).amax(), kind)
+    return scale_to(matrix.abs().amax(dim=1).amax(), kind)
 
 
 # Operators of their own, into which no compiler looks: it would read the matrix once for each result.
