@@ -54,6 +54,17 @@ def test_compiling_where_nothing_can_be_is_said(folder: Path, capsys: pytest.Cap
     assert "error: --compile: decoding is compiled on a CUDA device only, and the model is on cpu" in capsys.readouterr().err
 
 
+def test_prompts_that_are_no_text_are_refused_and_an_editors_mark_is_left_out(folder: Path, tmp_path: Path, capsys) -> None:
+    file, command = tmp_path / "prompt.txt", ["generate", str(folder), "--max-new-tokens", "1", "--device", "cpu", "--json"]
+    file.write_bytes(b"caf\xe9")
+    for prompt in (["--prompt-file", str(file)], ["--prompt", "caf\udce9"], ["--prompt", "a", "--stop", "\udce9"]):
+        assert main([*command, *prompt]) == 2
+        assert "is not UTF-8 text" in capsys.readouterr().err
+    file.write_bytes(b"\xef\xbb\xbfdef f")
+    assert main([*command, "--prompt-file", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "def f"
+
+
 def test_prompts_from_a_file_and_stop(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("def f", encoding="utf-8")

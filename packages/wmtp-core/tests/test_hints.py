@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[3]
 def test_a_word_of_other_tools_that_is_a_name_here_means_itself():
     assert unknown_key("traim", ["run", "models", "train"]) == "unknown key; did you mean 'train'?"
     assert unknown_key("trian", ["run", "check"]) == "unknown key; did you mean 'run'?"
+    assert unknown_key("DFT", ["dft", "eaft"]) == "unknown key; did you mean 'dft'?"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from wmtp.public import public
 from wmtp.runs import directory as run_dirs
 from wmtp.runs.fixed import fixed
 from wmtp.runs.result import Result
-from wmtp.storage.uris import backend_for, file_path
+from wmtp.storage.uris import backend_for, file_path, local_path
 
 __all__ = ["load_checked", "run"]
 
@@ -290,7 +290,7 @@ def _is_same_folder(output_dir: str, folder: Path) -> bool:
 
 
 def _existing_run(resume: str | os.PathLike[str]) -> Path:
-    path = Path(resume).expanduser()
+    path = local_path(resume, key="--resume")
     if not run_dirs.is_run_dir(path):
         found = "holds no run (no config.toml)" if path.exists() else "does not exist"
         raise ConfigError(f"--resume {os.fspath(resume)}: {found}")

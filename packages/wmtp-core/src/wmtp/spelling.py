@@ -87,5 +87,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     names = list(known)
     words = ((word, here) for word, others in _SYNONYMS.items() for here in others.split())
     meant = {word: here for word, here in words if here in names and word not in names}
-    close = meant.get(name.lower()) or nearest(name, [*names, *meant])
+    close = meant.get(name.lower()) or nearest(name, [*names, *meant]) or nearest(name.lower(), [*names, *meant])
     return None if close is None else f"did you mean '{meant.get(close, close)}'?"

@@ -22,7 +22,7 @@ from wmtp.storage.cache import Cache
 from wmtp.storage.hub.names import unclear_target
 from wmtp.storage.manifest import MANIFEST, Manifest
 from wmtp.storage.manifest import verify as verify_files
-from wmtp.storage.uris import backend_for, scheme_of
+from wmtp.storage.uris import backend_for, local_path, scheme_of
 
 if TYPE_CHECKING:
     from wmtp.config.schema import StorageConfig
@@ -92,7 +92,7 @@ def fetch(
         ConfigError: the URI is wrong, or no installed plugin serves its scheme.
         WMTPError: nothing is there, or it could not be read or written.
     """
-    target = Path(folder).expanduser()
+    target = local_path(folder)
     return _backend(uri, config, overrides).fetch(os.fspath(uri), target, include=include, exclude=exclude)
 
 
@@ -107,7 +107,7 @@ def verify(folder: str | os.PathLike[str], uri: str | None = None) -> Verified:
     Raises:
         WMTPError: nothing was fetched into it, or from another URI.
     """
-    target = Path(folder).expanduser()
+    target = local_path(folder)
     manifest = Manifest.read(target / MANIFEST)
     if manifest is None:
         raise WMTPError(f"{target}: there is no {MANIFEST}, so it is not known what should be there; fetch into it")
@@ -131,7 +131,7 @@ def push(
     Arguments and errors: see `fetch`. To the Hugging Face hub a run directory gives its model, with a model card.
     """
     began = time.monotonic()
-    source = Path(path).expanduser()
+    source = local_path(path)
     run_dir = source.parent if source.name == "model" and is_run_dir(source.parent) else source
     if scheme_of(os.fspath(uri)) == "hf" and is_run_dir(run_dir):
         from wmtp.exporting.pushing import push_run
@@ -188,7 +188,10 @@ def cache(
         config: as for `fetch`.
         overrides: ``KEY=VALUE`` texts laid over those.
     """
-    return Cache(Path(cache_dir or storage_section(config, overrides).cache_dir).expanduser())
+    folder = local_path(cache_dir or storage_section(config, overrides).cache_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file; name the cache's folder")
+    return Cache(folder)
 
 
 @public
@@ -215,7 +218,7 @@ def pull_runs(
     """
     from wmtp.tracking.pull import pull
 
-    return pull(_backend(uri, config, overrides), uri, Path(into).expanduser())
+    return pull(_backend(uri, config, overrides), uri, local_path(into))
 
 
 def storage_section(config: ConfigSource | Sequence[ConfigSource], overrides: Iterable[str]) -> StorageConfig:

@@ -17,6 +17,7 @@ from attrs import frozen
 from wmtp.errors import ConfigError
 from wmtp.public import public
 from wmtp.spelling import did_you_mean
+from wmtp.storage.uris import local_path
 
 __all__ = ["Initialized", "init", "recipes"]
 
@@ -60,7 +61,7 @@ def init(recipe: str, folder: str | os.PathLike[str] | None = None) -> Initializ
         names = [entry.name for entry in _folders()]
         hint = did_you_mean(recipe, names)
         raise ConfigError(f"init: there is no recipe {recipe!r}; {hint or 'one of: ' + ', '.join(names)}")
-    target = Path(recipe if folder is None else folder).expanduser()
+    target = local_path(recipe if folder is None else folder, key="init")
     if target.exists() and not target.is_dir():
         raise ConfigError(f"init: {target} is a file; name a folder")
     main = _main_file(source)

@@ -130,7 +130,7 @@ def export(
     from wmtp.exporting.command import export_model
 
     kept = None if checkpoint is None else str(checkpoint)
-    place, storage = Path(folder), storage_section(config, overrides)
+    place, storage = os.fspath(folder), storage_section(config, overrides)
     return export_model(os.fspath(model), place, format=format, checkpoint=kept, storage=storage)
 
 
@@ -164,5 +164,5 @@ def report(
     several = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
     if not several:
         raise ConfigError("runs: an empty list; name at least one run directory")
-    place = None if output is None else Path(output)
+    place = None if output is None else os.fspath(output)
     return write_report([os.fspath(run) for run in several], place, storage=storage_section(config, overrides))

@@ -64,6 +64,7 @@ def generate(arguments: Namespace) -> tuple[Any, int]:
     """``wmtp generate``."""
     from wmtp.actions.generate import conversation, open_writer
 
+    _check_texts(arguments)
     prompt = _prompt(arguments)
     if arguments.system is not None and not arguments.chat:
         raise ConfigError("--system: has no effect without --chat")
@@ -95,6 +96,14 @@ def generate(arguments: Namespace) -> tuple[Any, int]:
     return attrs.asdict(found), 0
 
 
+def _check_texts(arguments: Namespace) -> None:
+    """Refuse bytes that are no text, as from another terminal."""
+    texts = [("--prompt", arguments.prompt), ("--system", arguments.system), *(("--stop", text) for text in arguments.stop)]
+    for flag, text in texts:
+        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"{flag}: {text!r} is not UTF-8 text; set the terminal to UTF-8, or use --prompt-file")
+
+
 def _prompt(arguments: Namespace) -> str | None:
     """Read the prompt; None where one talks line by line."""
     if arguments.prompt is None and arguments.prompt_file is None and arguments.chat:
@@ -105,9 +114,12 @@ def _prompt(arguments: Namespace) -> str | None:
     if file is None:
         return arguments.prompt
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompt-file {file}: cannot be read as text: {error}") from None
+        # an editor's byte order mark is no part of the text
+        return (sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt-file {file}: is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prompt-file {file!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _talk(writer: Writer, messages: list[Any], on_text: Callable[[str], None] | None) -> list[Any]:

@@ -14,6 +14,7 @@ import tomli
 from wmtp.config.problems import KeyPath
 from wmtp.errors import ConfigError
 from wmtp.spelling import odd_character
+from wmtp.storage.uris import local_path
 
 __all__ = ["FileSource", "TableSource", "contains"]
 
@@ -32,7 +33,7 @@ class FileSource:
         if not self.name:  # Path takes it for the current directory
             raise ConfigError("the name of a config file is empty; name a TOML file")
         try:
-            raw = Path(path).expanduser().read_bytes()
+            raw = local_path(path).read_bytes()
         except FileNotFoundError:
             hint = f"; a setting is given by --set {self.name}" if "=" in self.name else ""
             raise ConfigError(f"{self.name}: there is no such file; the current directory is {Path.cwd()}{hint}") from None
@@ -40,8 +41,6 @@ class FileSource:
             raise ConfigError(f"{self.name}: is a directory; name a TOML file{_in_folder(Path(path))}") from None
         except OSError as error:
             raise ConfigError(f"{self.name}: cannot be read: {error.strerror}") from None
-        except ValueError:
-            raise ConfigError(f"{self.name!r} is no path: it holds a NUL character") from None
         try:
             self.text = raw.decode("utf-8-sig").replace("\r\n", "\n")  # Windows editors write a byte order mark
         except UnicodeDecodeError as error:

@@ -29,7 +29,7 @@ from wmtp.plugins.built import built
 from wmtp.plugins.contract import TrainerConfig
 from wmtp.runs.directory import CONFIG_FILE
 from wmtp.runs.step_file import last_steps
-from wmtp.storage.uris import file_path, scheme_of
+from wmtp.storage.uris import local_path, scheme_of
 from wmtp.tracking import RunInfo
 
 __all__ = ["Evaluated", "evaluate_model"]
@@ -86,6 +86,9 @@ def evaluate_model(
         WMTPError: something cannot be read, measured or written.
     """
     files = as_list(files)
+    target = None if output is None else local_path(output, key="--output").absolute()
+    if target is not None and target.exists() and not target.is_dir():
+        raise ConfigError(f"--output {target}: is a file; name a folder")
     is_remote = scheme_of(name) != "file"
     path, run_dir = find_model(name, load_storage(files, overrides) if is_remote else None)
     loaded = _config(path, run_dir, files, overrides)
@@ -117,7 +120,7 @@ def evaluate_model(
     prepare(config.eval, Place.of(config).fetch)
     opened = open_model(name, device=device, precision=parameters, config=config)
     accelerate(opened.model, config.devices, learns=False)
-    folder = file_path(output) if output is not None else run_dir or Path("evaluations") / path.name
+    folder = target or run_dir or Path("evaluations") / path.name
     measured = Measured(
         model=opened.model,
         tokenizer=opened.tokenizer,

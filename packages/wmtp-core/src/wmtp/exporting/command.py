@@ -25,6 +25,7 @@ from wmtp.models.vocabulary import check_vocabulary
 from wmtp.runs.directory import CONFIG_FILE, is_run_dir
 from wmtp.storage.atomic import write_folder
 from wmtp.storage.model_files import ADAPTER_CONFIG, check_folder
+from wmtp.storage.uris import local_path
 from wmtp.tokenizers import Tokenizer
 from wmtp.tokenizers.hf import HF_FILES, HfTokenizer
 from wmtp.tokenizers.saved import SAVED_NAME
@@ -75,7 +76,7 @@ def export_model(
     """
     if format not in FORMATS:
         raise ConfigError(f"format: {format!r} is none of {', '.join(FORMATS)}")
-    target = Path(folder).expanduser()
+    target = local_path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: exists already and is no empty folder; name a new one")
     path, run_dir = find_model(name, storage)

@@ -22,7 +22,7 @@ from wmtp.models.adapters import quantize_base
 from wmtp.models.build import build_model
 from wmtp.models.vocabulary import check_vocabulary
 from wmtp.plugins.built import built
-from wmtp.runs.directory import CONFIG_FILE, is_run_dir
+from wmtp.runs.directory import CONFIG_FILE, is_run_dir, runs_in
 from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.model_files import is_adapter
 from wmtp.storage.model_folders import localize_model
@@ -92,11 +92,24 @@ def find_model(name: str | os.PathLike[str], storage: StorageConfig | None = Non
         raise ConfigError(f"{name}: no such run, model folder or .gguf file")
     path = cached_snapshot(path)
     if not is_run_dir(path):
+        _refuse_parts_of_runs(name, path)
         return path, None
     model = path / "model"
     if not model.is_dir():
         raise ConfigError(f"{name}: this run has saved no model yet; finish it with: wmtp run --resume {name}")
     return model, path
+
+
+def _refuse_parts_of_runs(name: str, path: Path) -> None:
+    """Refuse a folder of runs, and a run's checkpoint."""
+    if path.parent.name == "checkpoints" and is_run_dir(path.parent.parent):
+        run = path.parent.parent
+        raise ConfigError(
+            f"{name}: is a checkpoint of the run {run}; make a model of it by wmtp export {run} DIR --format wmtp --checkpoint "
+            f"{path.name.removeprefix('step-')}, or name the run"
+        )
+    if not (path / "config.json").exists() and (inside := runs_in(path)):
+        raise ConfigError(f"{name}: holds no model; it holds the runs {', '.join(inside[:10])}: name one of them")
 
 
 def load_model(

@@ -13,11 +13,11 @@ from wmtp.redaction import redact
 from wmtp.reporting.collect import collect
 from wmtp.reporting.groups import grouped_page
 from wmtp.reporting.html import html_page
-from wmtp.runs.directory import is_run_dir
+from wmtp.runs.directory import is_run_dir, runs_in
 from wmtp.runs.files import UPLOADED_FILES
 from wmtp.runs.weight_bins import WEIGHT_BINS
 from wmtp.storage.atomic import replace_text
-from wmtp.storage.uris import backend_for, file_path, localize, scheme_of
+from wmtp.storage.uris import backend_for, file_path, local_path, localize, scheme_of
 
 __all__ = ["write_report"]
 
@@ -52,7 +52,7 @@ def write_report(
     if problems := [problem for folder in folders if (problem := _problem(folder))]:
         raise ConfigError(problems)
     beside = Path.cwd() if is_remote or len(folders) > 1 else folders[0]
-    page = beside / "report.html" if output is None else Path(output).expanduser()
+    page = beside / "report.html" if output is None else local_path(output, key="--output")
     if page.is_dir():
         raise ConfigError(f"--output {page}: is a folder; name a file in it")
     if page.suffix.lower() not in (".html", ".htm"):  # what is there is replaced: it could be a recipe
@@ -79,7 +79,7 @@ def _problem(run: Path) -> str | None:
         return f"{run}: does not exist"
     if (run / "record").is_dir() and (run / "runs").is_dir():
         return f"{run}: is a study, whose page is {run / 'report.html'}; wmtp study STUDY.toml writes it anew"
-    inside = sorted(path.name for path in run.iterdir() if is_run_dir(path)) if run.is_dir() else []
+    inside = runs_in(run)
     hint = f"; it holds the runs {', '.join(inside[:10])}: name some of them" if inside else ""
     return f"{run}: holds no run (no config.toml){hint}"
 

@@ -49,6 +49,7 @@ __all__ = [
     "is_run_dir",
     "lock",
     "record",
+    "runs_in",
 ]
 
 _LOCK_FILE: Final = ".lock"
@@ -247,6 +248,11 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def is_run_dir(path: Path) -> bool:
     """Return True if ``path`` holds a run."""
     return (path / CONFIG_FILE).is_file()
+
+
+def runs_in(folder: Path) -> list[str]:
+    """List the names of runs in a folder."""
+    return sorted(path.name for path in folder.iterdir() if is_run_dir(path)) if folder.is_dir() else []
 
 
 def remove_unused(run_dir: Path) -> None:

@@ -15,7 +15,7 @@ from wmtp.plugins.loader import load_plugins
 from wmtp.redaction import redact
 from wmtp.storage.base import Storage, StoredFile
 
-__all__ = ["backend_for", "check_answer", "file_path", "localize", "scheme_of", "storage_scheme", "stored_files"]
+__all__ = ["backend_for", "check_answer", "file_path", "local_path", "localize", "scheme_of", "storage_scheme", "stored_files"]
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # Linux'; others allow no more
 
@@ -73,6 +73,26 @@ def file_path(uri: str) -> Path:
         return Path.cwd() / (Path(path).expanduser() if path.startswith("~") else path)
     except RuntimeError:
         raise ConfigError(f"{uri!r}: there is no such user on this machine; write the path in full") from None
+
+
+def local_path(given: str | os.PathLike[str], *, key: str | None = None) -> Path:
+    """Return the path that was given, with ``~`` expanded.
+
+    It may be a ``file:`` URI, too.
+
+    Args:
+        given: a path that this machine reads or writes itself.
+        key: what it was given for, for messages.
+
+    Raises:
+        ConfigError: it is empty, a URI of elsewhere, or no path.
+    """
+    text = os.fspath(given)
+    try:
+        whole = file_path(text)
+    except ConfigError as error:
+        raise (error.under(key) if key else error) from None
+    return whole if re.match("file:", text, re.IGNORECASE) else Path(text).expanduser()
 
 
 def _decode(uri: str) -> str:

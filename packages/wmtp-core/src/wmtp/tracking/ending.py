@@ -1,4 +1,4 @@
-"""What a run asks of a tracker at its end, in bounded time."""
+"""Requests of a run to its tracker at the end."""
 
 from __future__ import annotations
 
