@@ -69,3 +69,10 @@ def test_the_smallest_temperature_and_share_leave_the_best_token() -> None:
     logits = torch.tensor([3.0, -80.0, 30.0, 29.9])
     for sampling in (Sampling(temperature=1e-300), Sampling(temperature=1.0, top_p=1e-300)):
         assert probabilities(logits, sampling).tolist() == [0, 0, 1, 0]
+
+
+def test_a_request_beyond_the_memory_is_refused_where_nothing_else_limits_it() -> None:
+    """A model that keeps states alone has neither positions nor a cache that grows."""
+    model = MTPModel(AutoModelForCausalLM.from_config(tiny_config("mamba2")), HeadsConfig(horizon=1), seed=0).eval()
+    with pytest.raises(ConfigError, match=r"table of ids of 1 rows of up to 10,000,000,000,004 tokens takes .*max_new_tokens"):
+        model.generate([5], max_new_tokens=10**13, eos_id=[])

@@ -17,7 +17,22 @@ from wmtp.models.documents import StateKeeper
 from wmtp.models.step_cache import LayeredCache, LayerPart
 from wmtp.sizes import format_bytes
 
-__all__ = ["RowCache"]
+__all__ = ["RowCache", "check_memory"]
+
+
+def check_memory(what: str, needed: int, rows: int, capacity: int, device: torch.device) -> None:
+    """Check that something fits into free memory, before it is made.
+
+    Raises:
+        ConfigError: it is larger.
+    """
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"the {what} of {rows} rows of up to {capacity:,} tokens takes {format_bytes(needed)}, and {device} has "
+            f"{format_bytes(free)} free: decode fewer rows at once (batch_size, or samples of a prompt), or write fewer tokens "
+            "(max_new_tokens)"
+        )
 
 
 class RowCache(Cache, StateKeeper, LayeredCache):
@@ -96,22 +111,10 @@ class RowCache(Cache, StateKeeper, LayeredCache):
         return stored[0][:, :, : self._width], stored[1][:, :, : self._width]
 
     def _check_memory(self, keys: Tensor, values: Tensor) -> None:
-        """Check that the whole cache fits into free memory.
-
-        Its size follows from that of the first layer.
-
-        Raises:
-            ConfigError: it is larger.
-        """
+        """Check the memory for all layers by the first one."""
         rows, heads = keys.shape[:2]
         needed = self._layers * rows * heads * self._capacity * (keys.shape[-1] + values.shape[-1]) * keys.element_size()
-        free = free_memory(keys.device)
-        if free is not None and needed > free:
-            raise ConfigError(
-                f"the cache of {rows} rows of up to {self._capacity:,} tokens takes {format_bytes(needed)}, and "
-                f"{keys.device} has {format_bytes(free)} free: decode fewer rows at once (batch_size, or samples of a prompt), "
-                "or write fewer tokens (max_new_tokens)"
-            )
+        check_memory("cache", needed, rows, self._capacity, keys.device)
 
     def of_layer(self, number: int) -> LayerSlots:
         """Return one layer's keys and values, and where to write next."""

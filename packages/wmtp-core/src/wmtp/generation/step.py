@@ -36,6 +36,7 @@ from torch import Tensor
 
 from wmtp.generation.alone import RowAlone
 from wmtp.generation.base import Sampling
+from wmtp.generation.cache import check_memory
 from wmtp.generation.choosing import TIE, accept, choose_best, judge, next_tokens, write_tokens
 from wmtp.generation.decoder import Read, open_decoder
 from wmtp.generation.drafters import Drafter, make_drafter
@@ -116,6 +117,8 @@ class Step:
         if self._device.type == "cuda":  # kernels want widths that can be divided
             most = -(-(most + beyond) // _WIDTHS) * _WIDTHS - beyond
         self.most, self._capacity = most, most + beyond
+        # with a copy while prompts are put in; a model that keeps states alone has no other limit
+        check_memory("table of ids", 16 * rows * self._capacity, rows, self._capacity, self._device)
         self._decoder = open_decoder(model, most, self._capacity)
         self._drafter: Drafter | None = make_drafter(model, self._decoder) if self._extra else None
         self._tokens = torch.zeros(rows, self._capacity + model.horizon, dtype=torch.int64, device=self._device)
