@@ -1,10 +1,10 @@
-"""Last steps of runs in fp8 once again in bf16, from their checkpoints.
+"""Last steps of runs in fp8, again in bf16.
 
     wmtp study bench/fp8-quality.toml --arms tensorwise,bf16
     python bench/fp8_then_bf16.py studies/fp8-quality/runs/tensorwise-seed*
 
-Each run directory is copied to ``NAME-then-bf16`` with its last checkpoint, and resumed with ``devices.precision = "bf16-params"``. A line
-says both losses of the last evaluation.
+Each run directory is copied to ``NAME-then-bf16`` with its last checkpoint, and resumed with ``devices.precision =
+"bf16-params"``. A line has the losses of the last evaluation of both.
 """
 
 from __future__ import annotations
