@@ -89,16 +89,20 @@ else:
         torch.testing.assert_close(other[CACHE].keys, call[CACHE].keys)
         torch.testing.assert_close(other[CACHE].values, call[CACHE].values)
 
+    @pytest.mark.parametrize("first", [0, 140, 300, 530])
     @torch.no_grad()
-    def test_slots_that_the_mask_hides() -> None:
-        query, keys, values = torch.randn(1, 2, 4, 64), torch.randn(1, 2, 160, 64), torch.randn(1, 2, 160, 64)
-        slots, places = torch.tensor([[140, 141]]), torch.arange(160)
-        mask = torch.where((places <= slots[..., None]) & (places > slots[..., None] - 9), 0.0, -torch.inf)[:, None]
-        wide = [part.repeat_interleave(2, dim=1) for part in (keys, values)]
-        wanted = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *wide, attn_mask=mask, scale=0.3)
-        keys[:, :, 142:], values[:, :, 142:] = torch.nan, torch.nan  # what no query may look at
-        found = attend(query, (keys, values), mask, slots, 0.3)
-        torch.testing.assert_close(found, wanted.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
+    def test_slots_that_the_mask_hides(first: int) -> None:
+        """Those of earlier steps, in one piece and in several, and the tokens' own."""
+        length = first + 20
+        query, keys, values = torch.randn(1, 2, 4, 64), torch.randn(1, 2, length, 64), torch.randn(1, 2, length, 64)
+        slots, places = torch.tensor([[first, first + 1]]), torch.arange(length)
+        for window in (9, 600):
+            mask = torch.where((places <= slots[..., None]) & (places > slots[..., None] - window), 0.0, -torch.inf)[:, None]
+            wide = [part.repeat_interleave(2, dim=1) for part in (keys.nan_to_num(), values.nan_to_num())]
+            wanted = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *wide, attn_mask=mask, scale=0.3)
+            keys[:, :, first + 2 :], values[:, :, first + 2 :] = torch.nan, torch.nan  # what no query may look at
+            found = attend(query, (keys, values), mask, slots, 0.3)
+            torch.testing.assert_close(found, wanted.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("embedding_first", [False, True])
     @torch.no_grad()

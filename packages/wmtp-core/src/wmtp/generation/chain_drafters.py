@@ -97,9 +97,8 @@ class ChainDrafter(_ChainedHeads):
     def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
         super().__init__(model, decoder)
         # a graph drafts before the CPU decides ties, and then perhaps once more, H−2 wrong tokens later
-        again = model.horizon - 2 if model.anatomy.output.weight.device.type == "cuda" else 0
-        self._window = model.horizon + again
-        self._caches = [decoder.new_cache(self._window) for _ in range(self._extra)]
+        self._window, self._again = model.horizon, model.horizon - 2
+        self._caches = [decoder.new_cache(self._window + self._again) for _ in range(self._extra)]
         self._hidden: Tensor | None = None  # what the first step reads, at all positions, [B, L, D]
 
     def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
@@ -107,7 +106,7 @@ class ChainDrafter(_ChainedHeads):
         if self._hidden is None:
             self._hidden = read.hidden.new_zeros(len(last), tokens.shape[1], read.hidden.shape[-1])
         rows = torch.arange(len(last), device=last.device)[:, None]
-        window = self._window if read.lengths is None else None  # None: the prompt, all of it
+        window = self._window + self._again * read.again if read.lengths is None else None  # None: the prompt, all of it
         slots, following, hidden, index = step_code(_begin, compiled=self._compiled)(
             self._hidden, rows, self._first_input(read), read.slots, last, tokens, window, self._extra
         )

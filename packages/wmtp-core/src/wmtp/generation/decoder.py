@@ -43,6 +43,7 @@ class Read:
         slots: ``[B, T]``, the positions that were read.
         width: slots that attention looked at.
         lengths: where rows begin, their tokens; see `CachedDecoder.read`.
+        again: whether drafts were made from this before, when fewer or more of those that were read counted.
     """
 
     hidden: Tensor
@@ -52,6 +53,7 @@ class Read:
     slots: Tensor
     width: int
     lengths: Sequence[int] | None
+    again: bool = False
 
 
 #: what architectures and versions of transformers call the cache

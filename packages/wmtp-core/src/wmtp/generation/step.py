@@ -31,7 +31,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from wmtp.generation.alone import RowAlone
@@ -44,7 +44,7 @@ from wmtp.generation.products import fast_unembedding
 from wmtp.generation.replay import CannotReplayError, Replay, can_replay, refuse_replay
 from wmtp.generation.sampling import Draws, draw, probabilities
 from wmtp.loss import Unembedding
-from wmtp.models.step_cache import compiled_steps, steps_are_compiled
+from wmtp.models.step_cache import compiled_steps, plain_layers, steps_are_compiled
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
@@ -331,7 +331,9 @@ class Step:
             if committed:
                 self._known.copy_(seen.known)
                 self._drafts = seen.drafts
-                self._commit()
+                self._seen = evolve(seen, read=evolve(seen.read, again=True))
+                with plain_layers():  # rare, and of another shape
+                    self._commit()
         accepted = [row[width - 1] for row in found]
         new = [row[: width - 1] for row in found]
         for row, count in zip(new, accepted, strict=True):
