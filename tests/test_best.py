@@ -135,6 +135,18 @@ def test_a_best_that_was_removed_is_said(recipe, caplog):
     ("overrides", "says"),
     [
         (['checkpoints.best="loss"'], "checkpoints.best: 'loss' is no metric of [data.eval]"),
+        (
+            ['checkpoints.best="eval/los"'],
+            "checkpoints.best: 'eval/los' is no metric of [data.eval]; did you mean 'eval/loss'?",
+        ),
+        (
+            ['checkpoints.best="eval/top1/head_4"'],
+            "'eval/top1/head_4' is no metric of [data.eval]; did you mean 'eval/top1/head_",
+        ),
+        (
+            ['train.early_stopping={metric="eval/loss/head_9"}'],
+            "train.early_stopping.metric: 'eval/loss/head_9' is no metric of [data.eval]; did you mean 'eval/loss/head_",
+        ),
         (['checkpoints.best_mode="max"'], "checkpoints.best_mode: has no effect without checkpoints.best"),
     ],
 )

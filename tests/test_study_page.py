@@ -12,6 +12,7 @@ BASE = {
     "models": {"base": {"type": "scratch", "vocab_size": 258, "hidden_size": 32, "layers": 2, "attention_heads": 2}},
     "tokenizer": {"type": "bytes"},
     "datasets": {"code": {"type": "python-source"}},
+    "data": {"eval": {"holdout": 0.1}},
     "trainer": {"type": "baseline-mtp"},
     "train": {"max_steps": 4},
 }

@@ -33,13 +33,15 @@ trainer.type = "rho1-wmtp"
 models.ref = { type = "hf", uri = "${arm:reference}" }
 """
 
+MEASURED = {"train": {"max_length": 32, "batch_size": 2}, "eval": {"holdout": 0.5}}
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = json.dumps({"prompt": "def f():", "completion": " return 1"})
     (tmp_path / "code.jsonl").write_text(f"{line}\n")
-    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tiny_recipe()))
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tiny_recipe(data=MEASURED)))
     return tmp_path
 
 
@@ -55,7 +57,7 @@ def problems(folder, text):
 
 
 def test_keys_that_the_type_of_an_arm_drops_are_named_with_its_line(folder):
-    recipe = tiny_recipe(trainer={"type": "focal", "gamma": 1.0})
+    recipe = tiny_recipe(trainer={"type": "focal", "gamma": 1.0}, data=MEASURED)
     (folder / "recipe.toml").write_text(tomli_w.dumps(recipe))
     (warning,) = plan(folder).warnings
     assert warning.startswith("study.toml:17: trainer.type: 'rho1-wmtp' in place of 'focal' drops gamma; set it again where")
@@ -64,6 +66,40 @@ def test_keys_that_the_type_of_an_arm_drops_are_named_with_its_line(folder):
 def test_arms_of_equal_settings_are_named_but_not_one_that_is_trained_for_others(folder):
     (warning,) = plan(folder, f"{STUDY}[arms.again]\n[arms.aside]\ncompared = false\n").warnings
     assert warning.startswith("the arms baseline and again have equal settings")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        (["eval/los"], "'eval/los' is no metric of [data.eval]; did you mean 'eval/loss'?"),
+        (["eval/loss/head_3"], "'eval/loss/head_3' is no metric of [data.eval]; did you mean 'eval/loss/head_2'?"),
+        (["eval/qqqqqqqq*"], "'eval/qqqqqqqq*' is no metric of [data.eval]; there are 'eval/loss', "),
+    ],
+)
+def test_a_metric_of_the_evaluation_that_no_arm_has_is_said_before_a_run(folder, metrics, said):
+    text = STUDY.replace('["eval/loss"]', json.dumps(metrics)) + "[set.models.base.heads]\nhorizon = 2\n"
+    (problem,) = problems(folder, text)
+    assert problem.startswith(f"study.toml:7: study.metrics: {said}")
+    compared = STUDY + f'[[comparisons]]\narm = "rho1"\nmetric = "{metrics[0]}"\n[set.models.base.heads]\nhorizon = 2\n'
+    (problem,) = problems(folder, compared)
+    assert f"comparisons.0.metric: {said}" in problem
+
+
+def test_without_evaluation_data_no_arm_has_its_metrics(folder):
+    (folder / "recipe.toml").write_text(tomli_w.dumps(tiny_recipe()))
+    (problem,) = problems(folder, STUDY)
+    assert problem == "study.toml:7: study.metrics: 'eval/loss' is measured on [data.eval], which is missing; add it"
+    plan(folder, STUDY + "[arms.measured.set.data.eval]\nholdout = 0.5\n")  # one arm has them
+
+
+def test_metrics_that_are_likely_to_be_none_are_warned_of(folder):
+    names = ["eval/loss/*", "eval/acceptance/head_2", "critic/value", "loss", "evl/loss", "perplexity/head_1"]
+    text = STUDY.replace('["eval/loss"]', json.dumps(names))
+    assert plan(folder, text).warnings == [
+        "study.metrics: 'evl/loss' is no metric that is known before a run is done; did you mean 'eval/loss'?",
+        "study.metrics: 'perplexity/head_1': no compared arm has the evaluator 'perplexity'; add it to [[eval]]",
+    ]
+    assert len(plan(folder, text + '[[set.eval]]\ntype = "perplexity"\n').warnings) == 1
 
 
 def test_runs_are_every_arm_with_every_seed_after_what_they_need(folder):

@@ -1,6 +1,7 @@
 """A study from the first run to the last, with workers that only pretend to train, so that everything can go wrong quickly."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -83,7 +84,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = json.dumps({"prompt": "def f():", "completion": " return 1"})
     (tmp_path / "code.jsonl").write_text(f"{line}\n")
-    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tiny_recipe()))
+    data = {"train": {"max_length": 32, "batch_size": 2}, "eval": {"holdout": 0.5}}
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tiny_recipe(data=data)))
     (tmp_path / "study.toml").write_text(tomli_w.dumps(STUDY))
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setattr(study_pool, "_WORKER", (str(tmp_path / "worker.py"),))
@@ -247,25 +249,30 @@ def test_the_same_model_in_the_folder_of_another_study_is_no_change_of_the_confi
     )
 
 
-def test_a_metric_that_no_run_has_is_an_error_with_its_line(folder):
-    (folder / "study.toml").write_text(tomli_w.dumps({**STUDY, "study": {**STUDY["study"], "metrics": ["eval/los"]}}))
-    with pytest.raises(ConfigError, match=r"study.toml:\d+: study.metrics: no run has 'eval/los'; did you mean 'eval/loss'\?"):
+def test_a_metric_that_no_run_has_is_said_after_the_first_and_an_error_with_its_line(folder, caplog):
+    (folder / "study.toml").write_text(tomli_w.dumps({**STUDY, "study": {**STUDY["study"], "metrics": ["eval-loss"]}}))
+    wanted = r"study.toml:\d+: study.metrics: no run has 'eval-loss'; did you mean 'eval/loss'\?"
+    with caplog.at_level(logging.INFO, "wmtp"), pytest.raises(ConfigError, match=wanted):
         study("study.toml", seeds=[0])
+    said = [record.getMessage() for record in caplog.records]
+    assert "study.metrics: 'eval-loss' is no metric that is known before a run is done; did you mean 'eval/loss'?" in said
+    first = next(number for number, line in enumerate(said) if line.startswith("2/3 baseline"))
+    assert said[first + 1] == "study.metrics: no finished run has 'eval-loss'; did you mean 'eval/loss'?"
 
 
 def test_a_comparison_of_a_metric_that_no_run_has_is_an_error_and_not_left_out(folder):
-    (folder / "study.toml").write_text(tomli_w.dumps({**STUDY, "comparisons": [{"arm": "rho1", "metric": "eval/los"}]}))
-    wanted = r"study.toml:\d+: comparisons\.?\[?0\]?\.metric: no run has 'eval/los'; did you mean 'eval/loss'\?"
+    (folder / "study.toml").write_text(tomli_w.dumps({**STUDY, "comparisons": [{"arm": "rho1", "metric": "eval-loss"}]}))
+    wanted = r"study.toml:\d+: comparisons\.?\[?0\]?\.metric: no run has 'eval-loss'; did you mean 'eval/loss'\?"
     with pytest.raises(ConfigError, match=wanted):
         study("study.toml", seeds=[0])
 
 
 def test_a_metric_that_no_run_has_is_said_where_an_arm_has_failed_too(folder):
     (folder / "rho1").write_text("fail")
-    (folder / "study.toml").write_text(tomli_w.dumps({**STUDY, "study": {**STUDY["study"], "metrics": ["eval/los"]}}))
+    (folder / "study.toml").write_text(tomli_w.dumps({**STUDY, "study": {**STUDY["study"], "metrics": ["eval-loss"]}}))
     table = study("study.toml", seeds=[0]).table
-    assert "study.metrics: no finished run has 'eval/los'" in table.notes
-    assert study("study.toml", dry_run=True).facts["metrics"] == "study.metrics: no finished run has 'eval/los'"
+    assert "study.metrics: no finished run has 'eval-loss'; did you mean 'eval/loss'?" in table.notes
+    assert study("study.toml", dry_run=True).facts["metrics"].startswith("study.metrics: no finished run has 'eval-loss'")
     assert (
         table.sentence()
         == "No two arms have a finished run with a metric that is compared yet, so there is nothing to compare."

@@ -119,6 +119,7 @@ class _Session:
         self._total = 0
         self._ended = 0
         self._lacks_time = False
+        self._said_lacking = False
 
     # --- what is there
 
@@ -298,9 +299,13 @@ class _Session:
             else:
                 self._records[run.name] = record
                 write_record(folder, record)
-                metrics = make_table(self._plan, self._records).metrics
-                shown = next((f", {name} {value:.4g}" for name in metrics if (value := record.value(name)) is not None), "")
+                table = make_table(self._plan, self._records)
+                shown = next((f", {name} {v:.4g}" for name in table.metrics if (v := record.value(name)) is not None), "")
                 logger.info("%s %s: %s in %.0f s%s", counter, run.name, outcome.status, outcome.seconds, shown)
+                if not self._said_lacking:  # once: an arm to come may have them
+                    for line in table.lacking:
+                        logger.warning("%s", line)
+                        self._said_lacking = True
                 for name in run.needs:
                     self._tidy(name)
                 self._tidy(run.name)

@@ -14,6 +14,7 @@ from typing import Any, Final
 from wmtp.config.adapter_rules import adapter_problems
 from wmtp.config.component_rules import component_problems
 from wmtp.config.data_rules import check_answers, check_first_examples, check_sources
+from wmtp.config.eval_metrics import eval_metric_problem
 from wmtp.config.fp8_rules import fp8_problems
 from wmtp.config.idle import idle_problems
 from wmtp.config.inputs import inputs
@@ -249,8 +250,8 @@ def _length(config: Config) -> Iterator[Problem]:
     stopping = train.early_stopping
     if stopping is not None and stopping.metric.startswith("eval/"):
         path = ("train", "early_stopping", "metric")
-        if config.data.eval is None:
-            yield Problem(path, f"'{stopping.metric}' is measured on [data.eval], which is missing", at=path[:2])
+        if (problem := eval_metric_problem(stopping.metric, config)) is not None:
+            yield Problem(path, problem, at=path[:2] if config.data.eval is None else None)
         if train.eval_interval is None:
             yield Problem(path, f"'{stopping.metric}' needs train.eval_interval: else it is measured only once", at=path[:2])
     elif train.eval_interval is not None and config.data.eval is None:
@@ -265,8 +266,8 @@ def _best(config: Config) -> Iterator[Problem]:
         return
     if not best.startswith("eval/"):
         yield Problem(path, f"{best!r} is no metric of [data.eval]; write one that is, as 'eval/loss' or 'eval/loss/head_1'")
-    elif config.data.eval is None:
-        yield Problem(path, f"{best!r} is measured on [data.eval], which is missing; add it")
+    elif (problem := eval_metric_problem(best, config)) is not None:
+        yield Problem(path, problem)
     elif config.train.eval_interval is None:
         yield Problem(path, f"{best!r} needs train.eval_interval: else it is measured only once")
 

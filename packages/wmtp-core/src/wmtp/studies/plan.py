@@ -21,10 +21,12 @@ from wmtp.config.schema import Config
 from wmtp.config.sources import Document
 from wmtp.config.tree import flat, to_mapping
 from wmtp.errors import ConfigError
+from wmtp.plugins.loader import load_plugins
 from wmtp.runs.directory import is_free_to_change
 from wmtp.spelling import did_you_mean
 from wmtp.storage.uris import file_path
 from wmtp.studies.config import MOST_COMPARISONS, StudyFile, overlaps
+from wmtp.studies.metrics import metric_problems, odd_metrics
 
 __all__ = ["Arm", "PlannedRun", "StudyPlan", "counted", "make_plan"]
 
@@ -166,6 +168,12 @@ def make_plan(study: StudyFile, recipe: Sequence[ConfigSource], overrides: Itera
     problems = list(dict.fromkeys(problems))  # a problem of the recipe repeats for every arm
     if not problems:
         problems += _cycles({name: needs for name, (_, needs) in made.items()})
+    if not problems:
+        compared = [made[arm.name][0] for arm in arms if arm.compared]
+        if unmeasured := list(metric_problems(config, compared)):
+            raise located(study.document, unmeasured)
+        types = {provided.type for provided in load_plugins().of_kind("evaluators")}
+        warnings |= dict.fromkeys(odd_metrics(config, compared, types))
     if problems and not sources:
         problems.append("study.recipe: names no recipe, so [set] is the whole one")
     if problems:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
@@ -10,9 +9,10 @@ from typing import Any, Final
 
 from attrs import asdict, evolve, frozen
 
-from wmtp.config.problems import KeyPath, dotted
+from wmtp.config.problems import dotted
 from wmtp.errors import ConfigError
 from wmtp.spelling import did_you_mean
+from wmtp.studies.metrics import is_metric, named_metrics
 from wmtp.studies.notes import differences, missing_seeds, mixtures, not_finite, other_seeds, over_documents, within_runs
 from wmtp.studies.plan import Arm, StudyPlan
 from wmtp.studies.record import RunRecord
@@ -193,17 +193,13 @@ def _metrics(plan: StudyPlan, records: Sequence[RunRecord], *, every_arm: bool) 
     there = list(dict.fromkeys(name for record in records for name in record.metrics))
     own = plan.file.config.study.metrics
     chosen: dict[str, None] = dict.fromkeys(() if own else measured(records))
-    places: dict[str, KeyPath] = dict.fromkeys(own, ("study", "metrics"))
-    for index, comparison in enumerate(plan.file.config.comparisons):
-        if comparison.metric is not None:
-            places.setdefault(comparison.metric, ("comparisons", index, "metric"))
     lacking = []
-    for pattern, path in places.items():
-        matching = [name for name in there if name == pattern or (pattern in own and fnmatch.fnmatchcase(name, pattern))]
+    for pattern, path in named_metrics(plan.file.config).items():
+        matching = [name for name in there if is_metric(name, pattern, plan.file.config)]
+        hint = did_you_mean(pattern, there)
         if not matching:
-            lacking.append(f"{dotted(path)}: no finished run has {pattern!r}")
+            lacking.append(f"{dotted(path)}: no finished run has {pattern!r}{f'; {hint}' if hint else ''}")
         if not matching and every_arm:
-            hint = did_you_mean(pattern, there)
             place = plan.file.document.source(path)
             where = place.where(path) if place is not None else None
             some = ", ".join(measured(records) or there)
