@@ -1,4 +1,6 @@
-"""Error of logits in fp8 against fp32: token losses and gradients, with the unembedding's mean row taken out and left in.
+"""Error of logits in fp8 against fp32.
+
+Of token losses and gradients, with the unembedding's mean row taken out and left in.
 
     python bench/fp8_logits.py
     python bench/fp8_logits.py --shapes 501x64 --tokens 96
@@ -57,7 +59,7 @@ def main() -> None:
 
 
 def solve(fp8: rounding.Fp8Logits | None, weight: Tensor, hidden: list[Tensor], ids: Tensor) -> list[Tensor]:
-    """Compute token losses, and the gradients of hidden states and unembedding, in fp32."""
+    """Compute token losses and the gradients of hidden states and unembedding."""
     weight, *hidden = (tensor.clone().requires_grad_() for tensor in (weight, *hidden))
     table = Unembedding(weight=weight, bias=None, scale=1.0, softcap=None)
     valid = torch.ones_like(ids, dtype=torch.bool)
