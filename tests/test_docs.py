@@ -122,7 +122,8 @@ def test_every_toml_block_is_a_config_or_a_part_of_one(mark, text, tmp_path, mon
         return  # the tutorial's files have a test of their own
     if mark == "study":
         Path("train.jsonl").touch()
-        make_plan(load_study(mapping), [tomllib.loads(BASE)])
+        measured = {"data": {"eval": {"holdout": 0.1}}}  # which every metric of the blocks is of
+        make_plan(load_study(mapping), [tomllib.loads(BASE), measured])
         return
     Path("train.jsonl").touch()
     make_inputs(mapping)

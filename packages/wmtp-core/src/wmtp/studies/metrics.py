@@ -1,4 +1,4 @@
-"""Names of metrics in a study file: those that no run can have."""
+"""Metrics that a study names, and those that no run has."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def named_metrics(config: StudyConfig) -> dict[str, KeyPath]:
 
 
 def is_metric(name: str, pattern: str, config: StudyConfig) -> bool:
-    """Tell whether a metric is one that the study names; ``study.metrics`` may hold patterns."""
+    """Tell whether the study names a metric, perhaps by a pattern."""
     return name == pattern or (pattern in config.study.metrics and fnmatch.fnmatchcase(name, pattern))
 
 
