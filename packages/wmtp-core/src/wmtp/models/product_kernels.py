@@ -69,7 +69,10 @@ def tiles_of(weight, n, norm, STRIDE: tl.constexpr, K: tl.constexpr, WIDE: tl.co
 
 @triton.jit
 def rows_of(x, ROWS: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
-    """Read all tokens' numbers, before any result is written: they may be read in any order."""
+    """Read all tokens' numbers.
+
+    Before any result is written: they may be read in any order.
+    """
     row, k = tl.arange(0, PADDED)[:, None, None], tl.arange(0, WIDE)[None, None, :]
     pieces = ()
     for start in tl.static_range(0, K, WIDE):
@@ -92,7 +95,7 @@ def product(given, tiles, PADDED: tl.constexpr, OUTPUTS: tl.constexpr, PIECES: t
 
 @triton.jit
 def scale_of(given, eps, PADDED: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, WIDE: tl.constexpr):
-    """Return one over the root of the mean square of each token, ``[tokens, 1]``."""
+    """Return an RMS norm's factor for each token, ``[tokens, 1]``."""
     squares = tl.zeros([PADDED, 1, WIDE], tl.float32)
     for piece in tl.static_range(PIECES):
         squares += given[piece] * given[piece]
@@ -107,7 +110,7 @@ def shape_of(kernel: str, rows: int) -> dict[str, int]:
 
 
 def early(x: Tensor) -> dict[str, Any]:
-    """Return a kernel's options: whether it begins before the one before has ended."""
+    """Return whether a kernel begins before the last one has ended."""
     can = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     return {"EARLY": can} | ({"launch_pdl": True} if can else {})
 
