@@ -222,6 +222,11 @@ def test_targets_of_adapters_that_the_architecture_does_not_have(folder: Path, t
         f"models.base.lora.targets.4: 'c_attn' is no linear map of this model; {there}",
         f"models.base.lora.targets.5: '' is no linear map of this model; {there}",
     ]
+    change(folder, tie_word_embeddings=True)
+    with pytest.raises(
+        ConfigError, match=r"'lm_head' is the unembedding, .* share \(and is the embedding too: they are tied\)"
+    ):
+        check(folder, lora={"targets": ["lm_head"]})
     change(folder, model_type="gpt2")
     check(folder, lora={"targets": ["c_attn"]})
     change(folder, model_type="fuyu", text_config={"model_type": "persimmon"})  # of two models: not known here

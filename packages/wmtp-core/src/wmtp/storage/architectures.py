@@ -35,11 +35,13 @@ class LinearMaps:
     Args:
         layers: of maps in layers, without the path to them.
         unembeddings: of maps of the language model itself.
+        tied: the unembedding is the embedding too, as the config says.
         words: in the source. A module whose name is none of them is nowhere in the model.
     """
 
     layers: list[str]
     unembeddings: frozenset[str]
+    tied: bool
     words: frozenset[str]
 
     def problem(self, name: str) -> str | None:
@@ -51,7 +53,8 @@ class LinearMaps:
         if leaf.isdigit():  # of a list or sequence
             return None
         if leaf in self.unembeddings and leaf not in self.layers:
-            return f"{name!r} is the unembedding, which all heads share; it stays as it is: leave it out"
+            tied = " (and is the embedding too: they are tied)" if self.tied else ""
+            return f"{name!r} is the unembedding, which all heads share{tied}; it stays as it is: leave it out"
         if leaf in self.words:
             return None
         hint = did_you_mean(leaf, self.layers) or f"there are: {', '.join(self.layers)}"
@@ -86,7 +89,8 @@ def linear_maps(content: Mapping[str, Any]) -> LinearMaps | None:
             layers |= dict.fromkeys(found)
     if not layers:
         return None
-    return LinearMaps(sorted(layers), frozenset(unembeddings), frozenset(re.findall(r"\w+", text)))
+    tied, words = content.get("tie_word_embeddings") is True, frozenset(re.findall(r"\w+", text))
+    return LinearMaps(sorted(layers), frozenset(unembeddings), tied, words)
 
 
 def _parts(content: Mapping[str, Any]) -> list[str]:
