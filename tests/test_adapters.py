@@ -238,6 +238,17 @@ def test_a_target_that_only_the_model_shows_to_be_none_is_said_by_a_dry_run(adap
             wmtp.run(adapted, dry_run=dry_run)
 
 
+def test_adapters_that_heads_cannot_have_are_said_before_the_data_is_read(adapted):
+    with (adapted.parent / "code.jsonl").open("a") as data:
+        data.write("no JSON\n")
+    settings = ['models.base.lora.heads="adapters"', 'models.base.lora.targets=["model.layers.1.self_attn.q_proj"]']
+    for dry_run in (True, False):
+        with pytest.raises(
+            ConfigError, match=r"lora\.heads: none of model\.layers\.1\.self_attn\.q_proj is in the heads' layers"
+        ):
+            wmtp.run(adapted, overrides=settings, dry_run=dry_run)
+
+
 def test_the_options_of_storage_reach_the_base_of_an_adapter(adapted, tmp_path, monkeypatch):
     """In a run, and in what opens its model later, which has no config of its own."""
     first = wmtp.run(adapted, overrides=["train.max_steps=6"])

@@ -9,7 +9,7 @@ from torch import nn
 
 from wmtp.config.schema import LoraConfig
 from wmtp.errors import ConfigError
-from wmtp.models.adapters import quantize_base
+from wmtp.models.adapters import adapter_off, quantize_base
 from wmtp.models.build import build_model, merge_brought
 from wmtp.models.loaders.hf import HfLoader
 from wmtp.models.opening import load_model
@@ -51,6 +51,15 @@ def test_gradients_on_4_bits_are_those_of_what_the_4_bits_say(base):
     reference(twin, batch, lambda b, t, k, id: float(id % 4 + k), [1.0, 1.0, 1.0]).backward()
     for name, leaf in adapter.items():
         torch.testing.assert_close(found[name], leaf.grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_new_adapter_changes_nothing_of_what_the_4_bits_say(base, dora):
+    model = quantized(base, lora=LoraConfig(rank=2, dora=dora), moved=False)
+    with torch.no_grad():
+        found = model(IDS).hidden[0]
+        with adapter_off(model):
+            torch.testing.assert_close(found, model(IDS).hidden[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_base_in_4_bits_is_opened_and_merged_as_it_was_learned_on(base, tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from wmtp.models.anatomy import find_layers
 from wmtp.models.quantized import quiet_bitsandbytes
 from wmtp.spelling import did_you_mean
 
-__all__ = ["check_same", "check_targets", "log_own_settings", "make_peft_config", "resolve_targets"]
+__all__ = ["check_same", "check_targets", "log_own_settings", "make_peft_config", "resolve_targets", "targets_within"]
 
 _log = logging.getLogger("wmtp")
 
@@ -67,6 +67,26 @@ def resolve_targets(base: PreTrainedModel, lora: LoraConfig) -> list[str]:
     if problems:
         raise ConfigError(problems)
     return wanted
+
+
+def targets_within(heads: nn.Module, targets: Collection[str]) -> list[str]:
+    """Find the targets that are in heads 2..H.
+
+    Args:
+        heads: a list of them, or of layers like theirs.
+        targets: as `resolve_targets` gives them.
+
+    Raises:
+        ConfigError: none is.
+    """
+    names = [name for name, module in heads.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    found = [target for target in targets if any(name.endswith(f".{target}") for name in names)]
+    if not found:
+        raise ConfigError(
+            f"models.base.lora.heads: none of {', '.join(sorted(targets))} is in the heads' layers; name linear "
+            'maps without their layer in models.base.lora.targets, or write heads = "full"'
+        )
+    return found
 
 
 def _no_target(

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from attrs import frozen
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from wmtp.errors import ConfigError, FileError
+from wmtp.errors import FileError
 from wmtp.models.adapter_names import ADAPTER_NAME, is_adapter_name, saved_name
+from wmtp.models.adapter_targets import targets_within
 from wmtp.models.drawing import seeded
 from wmtp.models.fp8_frozen import check_original
-from wmtp.models.quantized import dequantize_layers, quantize_layers, quiet_bitsandbytes
+from wmtp.models.quantized import Linear4Bit, dequantize_layers, quantize_layers, quiet_bitsandbytes
 from wmtp.models.tensor_fit import misfits
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Adapter:
         fingerprint: of that model's numbers; see `fingerprint`.
         quantize: how the weights of its layers are kept while the adapter learns; None: as they are.
         in_heads: heads 2..H have adapters of their own, and learn nothing else.
+        is_new: it began with this model, and changes nothing yet.
     """
 
     config: Any
@@ -75,6 +76,7 @@ class Adapter:
     fingerprint: str
     quantize: Literal["nf4"] | None = None
     in_heads: bool = False
+    is_new: bool = False
 
 
 def put_on(
@@ -116,7 +118,8 @@ def put_on(
             inject(model.extra_heads, _config_within(model.extra_heads, config), head_state)
     config.base_model_name_or_path = None if base is None else base.name
     config.revision = None if base is None else base.revision
-    model.adapter = Adapter(config=config, base=base, fingerprint=numbers, quantize=quantize, in_heads=in_heads)
+    own = {"fingerprint": numbers, "quantize": quantize, "in_heads": in_heads, "is_new": state is None}
+    model.adapter = Adapter(config=config, base=base, **own)
 
 
 def _config_within(heads: nn.Module, config: Any) -> Any:
@@ -124,15 +127,8 @@ def _config_within(heads: nn.Module, config: Any) -> Any:
 
     A target that names a single layer of the base is in none of them.
     """
-    names = [name for name, module in heads.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    targets = [target for target in config.target_modules if any(name.endswith(f".{target}") for name in names)]
-    if not targets:
-        raise ConfigError(
-            f"models.base.lora.heads: none of {', '.join(sorted(config.target_modules))} is in the heads' layers; name linear "
-            'maps without their layer in models.base.lora.targets, or write heads = "full"'
-        )
     own = copy.copy(config)
-    own.target_modules = targets
+    own.target_modules = targets_within(heads, config.target_modules)
     return own
 
 
@@ -147,6 +143,21 @@ def quantize_base(model: MTPModel, device: torch.device | None = None) -> None:
     """
     if model.adapter is not None and model.adapter.quantize is not None:
         quantize_layers(model.base, device or model.anatomy.output.weight.device)
+        if model.adapter.is_new and model.adapter.config.use_dora:
+            _measure_lengths(model.base)
+
+
+@torch.no_grad()
+def _measure_lengths(base: nn.Module) -> None:
+    """Have a new DoRA adapter begin with the lengths that 4 bits have left.
+
+    With those of the whole weights it would change the model before it has learned.
+    """
+    for module in base.modules():
+        if _is_adapted(module) and ADAPTER_NAME in module.lora_magnitude_vector:  # type: ignore[operator]
+            inner, lengths = module.get_base_layer(), module.lora_magnitude_vector[ADAPTER_NAME].weight  # type: ignore[operator,index]
+            if isinstance(inner, Linear4Bit) and not lengths.is_meta:
+                lengths.copy_(inner.weight.norm(dim=1))
 
 
 def inject(base: nn.Module, config: Any, state: Mapping[str, Tensor] | None = None) -> None:

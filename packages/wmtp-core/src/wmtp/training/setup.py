@@ -117,7 +117,8 @@ def open_source(config: Config) -> Source:
 def _check_lora(loader: ModelLoader, model: ModelConfig, lora: LoraConfig, path: Path | None, info: ModelInfo) -> None:
     """Find what is to be adapted, on a model without weights."""
     from wmtp.models.adapter_folder import check_settings
-    from wmtp.models.adapter_targets import resolve_targets
+    from wmtp.models.adapter_targets import resolve_targets, targets_within
+    from wmtp.models.anatomy import find_layers
     from wmtp.models.build import resolve_heads
     from wmtp.models.loaders.hf import HfLoader
 
@@ -127,10 +128,12 @@ def _check_lora(loader: ModelLoader, model: ModelConfig, lora: LoraConfig, path:
     if path is not None and is_adapter(path):
         check_settings(path, lora, model.quantize, base)
     else:
-        resolve_targets(base, lora)
+        targets = resolve_targets(base, lora)
         heads = resolve_heads(model.heads, info.heads, info.native)
         if lora.heads == "adapters" and (problem := adapted_heads_problem(heads)) is not None:
             raise ConfigError(f"models.base.lora.heads: {problem}")
+        if lora.heads == "adapters" and heads.kind == "block":  # copies of the last layer
+            targets_within(find_layers(base, base.base_model, ConfigError)[-1:], targets)
     if experts := sorted({name.rpartition(".")[2] for name, tensor in base.named_parameters() if tensor.ndim == 3}):
         logger.info(
             "models.base.lora: experts (%s) are no linear maps: they get no adapters, and stay as they are", ", ".join(experts)
