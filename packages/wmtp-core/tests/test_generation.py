@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from wmtp.generation import Sampling, generate, stream
 from wmtp.generation import decoder as decoders
 from wmtp.generation.drafters import make_drafter
 from wmtp.generation.sampling import draw, probabilities
+from wmtp.generation.step import Step
 from wmtp.loss import Unembedding
 from wmtp.models import build_model
 from wmtp.models.anatomy import record_call
@@ -465,6 +467,43 @@ def test_sampling_has_head_1s_distribution(kind: str) -> None:
     freedom = len(cells) - 1
     # Wilson-Hilferty: above this with a probability of 1e-4
     assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3, (statistic, freedom)
+
+
+def test_every_random_number_together_gives_head_1s_distribution_exactly() -> None:
+    """One step with two drafts, over all of them and a grid of uniform numbers where every probability is a whole count."""
+    n, size = 12, 4
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4])  # p / q is 1/4 or 2/3, and what is left of p after a rejection 1/4 and 3/4
+    q = p.flip(0)
+    first, second = torch.tensor([2, 0, 3, 1]), torch.stack([torch.arange(size).roll(row) for row in range(size)])
+    p1, q1 = p[first], q[first]
+    p2, q2 = p[second], q[second]  # [first token, V]
+    p3 = torch.tensor([0.25, 0.5, 0.25, 0.0])[(second[:, None] + torch.arange(size)[:, None]) % size]  # [first, second, V]
+    grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    tokens = torch.arange(size, dtype=torch.float64)
+    cases = torch.cartesian_prod(tokens, tokens, grid, grid, grid)
+    a, b, rows = cases[:, 0].long(), cases[:, 1].long(), torch.arange(len(cases))
+    step = SimpleNamespace(
+        _sampling=Sampling(temperature=1.0),
+        _drafts=torch.stack([a, b], 1),
+        _draft_probs=torch.stack([q1.expand(len(a), -1), q2[a]], 1),
+        _uniform=cases[:, 2:],
+        _rows=rows,
+        _known=rows,
+    )
+    logits = torch.stack([p1.expand(len(a), -1), p2[a], p3[a, b]], 1).log()
+    accepted, following = Step._verify_sampled(step, logits)  # type: ignore[arg-type]
+    weight = (q1[a] * q2[a, b]).double() / n**3
+
+    def found(where: torch.Tensor, *tokens: torch.Tensor) -> torch.Tensor:
+        place = sum(token[where] * size**power for power, token in enumerate(reversed(tokens)))
+        counts = torch.zeros(size ** len(tokens), dtype=torch.float64).index_add(0, place, weight[where])
+        return counts.view([size] * len(tokens)).float()
+
+    torch.testing.assert_close(found(accepted >= 0, torch.where(accepted > 0, a, following)), p1)
+    one = torch.minimum(p1, q1)
+    torch.testing.assert_close(found(accepted > 0, a, torch.where(accepted > 1, b, following)), one[:, None] * p2)
+    both = one[:, None] * torch.minimum(p2, q2)
+    torch.testing.assert_close(found(accepted > 1, a, b, following), both[..., None] * p3)
 
 
 def test_a_rows_draws_do_not_depend_on_its_batch() -> None:
