@@ -32,6 +32,7 @@ from wmtp.models.base import LoadedModel
 from wmtp.models.build import build_model
 from wmtp.models.config import ScratchModel
 from wmtp.models.fp8 import fp8_logits, multiply_in_fp8
+from wmtp.models.low_rank_graph import join_weights
 from wmtp.models.mtp import MTPModel
 from wmtp.models.outline import outline
 from wmtp.optim.config import AdamW
@@ -210,6 +211,7 @@ def run(
         fixed = {id(parameter) for parameter in model.fixed_parameters()}
         masters = MasterWeights(model, fixed=model.fixed_parameters()) if precision == "bf16-params" else None
         accelerate(model, devices)
+        join_weights(model, devices)
         trainer = trainer or _DataWeights()
 
         def reference(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> MTPModel:

@@ -11,7 +11,7 @@ from wmtp.config.schema import DevicesConfig, LoraConfig
 from wmtp.models import low_rank_graph
 from wmtp.models.acceleration import accelerate
 from wmtp.models.adapters import quantize_base
-from wmtp.models.low_rank import MAP
+from wmtp.models.low_rank import MAP, joined_linear
 
 pytest.importorskip("peft")
 
@@ -24,8 +24,13 @@ def traced(monkeypatch):
     def backend(graph, inputs):
         low_rank_graph.join_maps(graph)
         parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
-        nodes = [node for part in parts for node in part.graph.find_nodes(op="call_function", target=MAP)]
-        found.append([len(node.args[1]) for node in nodes])
+        nodes = [
+            node
+            for part in parts
+            for of in (MAP, joined_linear)
+            for node in part.graph.find_nodes(op="call_function", target=of)
+        ]
+        found.append([len(node.args[1]) for node in sorted(nodes)])
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     torch._dynamo.reset()

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
-from wmtp.models.low_rank import MAP
+from wmtp.models.low_rank import MAP, joined_linear
 
-__all__ = ["compile_adapted", "join_maps"]
+if TYPE_CHECKING:
+    from wmtp.config.schema import DevicesConfig
+    from wmtp.models.mtp import MTPModel
+
+__all__ = ["compile_adapted", "join_maps", "join_weights"]
 
 
 def compile_adapted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,11 +44,13 @@ def join_maps(traced: fx.GraphModule) -> None:
         if isinstance(module, fx.GraphModule):
             alike: dict[Any, list[fx.Node]] = {}
             for node in module.graph.find_nodes(op="call_function", target=MAP):
-                x, _, scales, biases, *_, scale = node.args
+                x, _, scales, biases, _, _, scale, _ = node.args
                 alike.setdefault((_origin(x), len(_listed(scales)), len(_listed(biases)), scale), []).append(node)
             for nodes in alike.values():
                 if len(nodes) > 1 and _come_first(nodes):
-                    _join(module.graph, nodes)
+                    # What is checkpointed keeps the result of each map. Otherwise attention keeps the values alone, and would
+                    # hold all of a joined result.
+                    _join(module.graph, nodes, one_result=module is not traced)
             module.recompile()
 
 
@@ -68,12 +74,13 @@ def _come_first(nodes: list[fx.Node]) -> bool:
     return True
 
 
-def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    x, *_, scale = nodes[0].args
+def _join(graph: fx.Graph, nodes: list[fx.Node], *, one_result: bool) -> None:
+    x, *_, scale, _ = nodes[0].args
     weights, scales, biases, downs, ups = ([one for node in nodes for one in _listed(node.args[i])] for i in range(1, 6))
     with graph.inserting_before(nodes[0]):
         down = graph.call_function(torch.cat, (downs,))
-        joined = graph.call_function(MAP, (x, weights, scales, biases, down, ups, scale))
+        given = x, weights, scales, biases, down, ups, scale
+        joined = graph.call_function(joined_linear, given) if one_result else graph.call_function(MAP, (*given, False))
         results = [graph.call_function(operator.getitem, (joined, index)) for index in range(len(nodes))]
     for node, result in zip(nodes, results, strict=True):
         for user in list(node.users):
@@ -85,3 +92,28 @@ def _join(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 
 def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]
+
+
+@torch.no_grad()
+def join_weights(model: MTPModel, devices: DevicesConfig) -> None:
+    """Put frozen weights that are multiplied together next to each other in memory.
+
+    They stay parameters of their own.
+
+    Args:
+        model: in place; it is held whole by this process, and compiled.
+        devices: the config section.
+    """
+    if model.adapter is None or not devices.compile or devices.activation_checkpointing == "none":
+        return  # nothing is multiplied together
+    from wmtp.models.low_rank_layers import AdaptedLinear  # imports peft
+
+    for module in model.modules():
+        alike: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        for child in module.children():
+            if isinstance(child, AdaptedLinear) and type(linear := child.base_layer) is nn.Linear:
+                alike.setdefault((linear.in_features, linear.weight.dtype), []).append(linear.weight)
+        for weights in (some for some in alike.values() if len(some) > 1):
+            for weight, part in zip(weights, torch.cat(weights).split([len(one) for one in weights]), strict=True):
+                weight.data = part
+    torch.cuda.empty_cache()  # of the pieces that the weights were in; nothing without a GPU

@@ -40,6 +40,7 @@ class AdaptedLinear(Linear):
             _as(self.lora_A[name].weight, dtype),  # type: ignore[arg-type]
             [_as(self.lora_B[name].weight, dtype)],  # type: ignore[arg-type]
             self.scaling[name],
+            False,
         )[0]
 
 

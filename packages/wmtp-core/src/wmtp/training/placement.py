@@ -16,6 +16,7 @@ from wmtp.errors import ConfigError
 from wmtp.models.acceleration import accelerate
 from wmtp.models.adapters import quantize_base
 from wmtp.models.fp8 import check_fp8, multiply_in_fp8
+from wmtp.models.low_rank_graph import join_weights
 from wmtp.models.mapped import settle
 from wmtp.models.sharding import spread
 from wmtp.optim.master_weights import MasterWeights
@@ -66,6 +67,8 @@ def place_model(
         settle(model, device, torch.float32 if precision != "bf16-params" else None)
         masters = MasterWeights(model, fixed=model.fixed_parameters()) if precision == "bf16-params" else None
         accelerate(model, config.devices)
+        if device.type == "cuda":
+            join_weights(model, config.devices)
         return model, masters
 
     sharded = fsdp.strategy != "none"
