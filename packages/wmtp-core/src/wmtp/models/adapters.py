@@ -149,7 +149,7 @@ def quantize_base(model: MTPModel, device: torch.device | None = None) -> None:
 
 @torch.no_grad()
 def _measure_lengths(base: nn.Module) -> None:
-    """Have a new DoRA adapter begin with the lengths that 4 bits have left.
+    """Have a new DoRA adapter begin with the lengths in 4 bits.
 
     With those of the whole weights it would change the model before it has learned.
     """

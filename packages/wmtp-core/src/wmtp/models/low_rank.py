@@ -88,7 +88,10 @@ def _whole(
 def _pieces(
     weights: Sequence[Tensor], scales: Sequence[Tensor], ups: Sequence[Tensor], down: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Go through weights and the columns of their joined results: all at once, if they are one piece of memory."""
+    """Go through weights and the columns of their joined results.
+
+    All at once, if they are one piece of memory.
+    """
     sizes = [up.shape[0] for up in ups]
     if not scales and all(_follows(other, one) for one, other in pairwise(weights)):
         yield slice(None), weights[0].as_strided((sum(sizes), down.shape[1]), (down.shape[1], 1))
@@ -170,7 +173,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
-    """Pass on the gradients of x and of the matrices; weights and biases have none."""
+    """Pass on the gradients of x, A and B.
+
+    Weights and biases have none.
+    """
     count, scaled, biased = ctx.counts
     of_input, _, _, _, of_down, of_ups, *_ = ctx.needs_input_grad
     of_x, of_a, of_b = _gradients(ctx, gradients[:-1], of_input, of_down, of_ups)
@@ -180,7 +186,7 @@ def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
 def _gradients(
     ctx: Any, gradients: Sequence[Tensor], of_input: bool, of_down: bool, of_ups: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Compute the gradients of x, A and B; only those that are asked for."""
+    """Compute those gradients of x, A and B that are asked for."""
     count = len(of_ups)
     x, low, down, *others = ctx.saved_tensors
     ups, weights, scales = others[:count], others[count : 2 * count], others[2 * count :]

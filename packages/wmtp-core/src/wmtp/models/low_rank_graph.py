@@ -96,7 +96,7 @@ def _listed(value: Any) -> Sequence[Any]:
 
 @torch.no_grad()
 def join_weights(model: MTPModel, devices: DevicesConfig) -> None:
-    """Put frozen weights that are multiplied together next to each other in memory.
+    """Put frozen weights that are multiplied together side by side.
 
     They stay parameters of their own.
 
