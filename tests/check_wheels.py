@@ -149,6 +149,7 @@ def check_light(wmtp: Environment, example: Path) -> None:
     check(set(components(wmtp("wmtp", "plugins", "--json"))) == {"wmtp-core"}, "wmtp-core is not listed alone")
     (wmtp.work / "example.toml").write_text((EXAMPLE / "example.toml").read_text())
     wmtp("wmtp", "check", "example.toml", expect=2)  # no trainer is installed here
+    wmtp("wmtp", "generate", ".", "--prompt", "a", expect=2)  # and no torch
     # without its dependencies: a plugin is listed and its config checked where torch is not
     run("uv", "pip", "install", "--quiet", "--no-config", "--no-deps", "--python", wmtp.bin / "python", example, cwd=wmtp.work)
     check(set(components(wmtp("wmtp", "plugins", "--json"))) == {"wmtp-core", "wmtp-example"}, "wmtp-example is not listed")

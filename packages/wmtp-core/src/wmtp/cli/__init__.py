@@ -39,6 +39,9 @@ __all__ = ["main", "make_parser", "run_from_shell"]
 #: arguments without a flag of which a command takes any number
 _SEVERAL = ("files", "words", "runs", "prompts")
 
+#: what wmtp-core[train] installs and wmtp-core alone does not
+_OF_TRAIN = ("huggingface_hub", "mlflow", "numpy", "safetensors", "sentencepiece", "torch", "transformers")
+
 
 def run_from_shell() -> NoReturn:
     """Run `main` and end the process, for the shell command ``wmtp``.
@@ -119,6 +122,7 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
             command = getattr(commands, arguments.command)
         return command(arguments)
     except (KeyboardInterrupt, SystemExit, Exception) as error:
+        error = _not_installed(error) or error
         origin = error.__cause__ if isinstance(error, PluginError) and error.__cause__ is not None else error
         if isinstance(origin, BrokenPipeError) and (is_closed(sys.stdout) or is_closed(sys.stderr)):
             raise origin from None
@@ -140,6 +144,15 @@ def _run_command(arguments: argparse.Namespace) -> tuple[Any, int]:
         for line in lines:
             print(f"error: {rank}{line}", file=sys.stderr)
     return {"error": "\n".join(lines), "problems": lines}, code
+
+
+def _not_installed(error: BaseException) -> ConfigError | None:
+    """Explain that wmtp-core alone has no torch; None for other errors."""
+    if not isinstance(error, ModuleNotFoundError) or error.name not in _OF_TRAIN:
+        return None
+    explained = ConfigError(f"{error.name} is not installed, which this needs: pip install 'wmtp-core[train]'")
+    explained.__cause__ = error
+    return explained
 
 
 def _require_folder() -> None:
