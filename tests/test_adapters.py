@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attrs import evolve
 
 import wmtp
 from wmtp.errors import ConfigError
@@ -100,6 +101,58 @@ def test_a_run_is_resumed_bit_for_bit_and_its_model_serves_every_command(adapted
     assert measured.numbers["perplexity/head_1"] == pytest.approx(
         math.exp(whole.metrics["eval/loss/head_1"]), rel=1e-4 if exact else 0.05
     )
+
+
+@pytest.fixture
+def experts(adapted):
+    """The recipe with an adapter on a mixture of experts whose router is balanced, learned in three stages."""
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.3}
+    shape = evolve(SMALL, architecture="mixtral", options=options)
+    shape.build().load(None, dtype=torch.float32, seed=1).model.save_pretrained(adapted.parent / "base")
+    data = adapted.parent / "code.jsonl"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    graded = (row | {"group": f"g{number // 2}", "is_correct": number % 2 == 0} for number, row in enumerate(rows))
+    data.write_text("".join(json.dumps(row) + "\n" for row in graded))
+    stages = 'type = "critic-wmtp"\nvalue_steps = 3\nvalue_learns = true'
+    text = adapted.read_text().replace('type = "baseline-mtp"', stages).replace("warmup_steps = 4", "warmup_steps = 2")
+    adapted.write_text(text.replace("save_interval = 5", "save_interval = 1\nkeep_last = 0").replace("lr = 3e-3", "lr = 2e-2"))
+    return adapted
+
+
+BALANCED = ("train.max_steps=8", "data.train.micro_batch_size=2")
+
+
+def balances(run_dir):
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [(line["stage"], line.get("router/balance"), line.get("router/load_max")) for line in lines]
+
+
+def test_experts_and_stages_are_resumed_inside_a_stage(experts):
+    whole = wmtp.run(experts, run_name="whole", overrides=BALANCED)
+    before, found = learned(whole.model), balances(whole.run_dir)
+    assert [stage for stage, _, _ in found] == ["head-warmup"] * 2 + ["value"] * 3 + ["train"] * 3
+    assert [balance is None for _, balance, _ in found] == [False] * 2 + [True] * 3 + [False] * 3  # of the model's own loss
+    for step in range(4, 9):
+        shutil.rmtree(whole.run_dir / f"checkpoints/step-{step}")
+    shutil.rmtree(whole.model)
+    wmtp.run(resume=whole.run_dir)
+    after = learned(whole.model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert balances(whole.run_dir) == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["full", "none"])
+def test_two_processes_balance_experts_as_one_does(experts, preloaded, strategy, tmp_path):
+    two = ("--set", "launcher.processes=2", "--set", f'devices.fsdp.strategy="{strategy}"')
+    settings = [word for override in (*BALANCED, "data.train.batch_size=5") for word in ("--set", override)]
+    for name, extra in (("one", ()), ("two", two)):
+        run = preloaded.run("run", experts, "--run-name", name, *settings, *extra)
+        assert run.returncode == 0, run.stderr
+    one, other = (balances(tmp_path / "runs" / name) for name in ("one", "two"))
+    for (stage, balance, load), (same, balance_too, load_too) in zip(one, other, strict=True):
+        assert (stage, balance, load) == (same, pytest.approx(balance_too, rel=1e-4), pytest.approx(load_too, rel=1e-4))
 
 
 def test_on_weights_in_fp8_a_run_is_resumed_bit_for_bit_and_exported_from_the_weights_in_the_files(adapted, tmp_path, caplog):
