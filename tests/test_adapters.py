@@ -151,8 +151,10 @@ def test_two_processes_balance_experts_as_one_does(experts, preloaded, strategy,
         run = preloaded.run("run", experts, "--run-name", name, *settings, *extra)
         assert run.returncode == 0, run.stderr
     one, other = (balances(tmp_path / "runs" / name) for name in ("one", "two"))
-    for (stage, balance, load), (same, balance_too, load_too) in zip(one, other, strict=True):
-        assert (stage, balance, load) == (same, pytest.approx(balance_too, rel=1e-4), pytest.approx(load_too, rel=1e-4))
+    assert [stage for stage, *_ in one] == [stage for stage, *_ in other]
+    numbers, others = ([number for _, *found in run for number in found if number is not None] for run in (one, other))
+    assert len(numbers) == 2 * 5
+    assert numbers == pytest.approx(others, rel=1e-4)
 
 
 def test_on_weights_in_fp8_a_run_is_resumed_bit_for_bit_and_exported_from_the_weights_in_the_files(adapted, tmp_path, caplog):
