@@ -57,6 +57,8 @@ FULL = {"activation_checkpointing": "full"}
         ("H200", 1, "1B", 128_256, 16, FULL, 36_403),
         ("H200", 1, "1B", 128_256, 16, {"precision": "bf16"}, 40_191),
         ("H200", 1, "1B", 32_000, 16, {"precision": "fp8"}, 77_714),
+        ("H200", 1, "1B", 32_000, 16, {"precision": "fp8", "activation_checkpointing": "selective"}, 75_077),
+        ("H200", 1, "1B", 32_000, 16, {"precision": "fp8"} | FULL, 65_660),
         ("H200", 1, "1B", 128_256, 16, {"precision": "fp8"}, 49_591),
         ("H200", 1, "1B", 128_256, 16, {"precision": "fp8", "fp8": {"logits": "forward"}}, 53_088),
         ("H200", 1, "1B", 128_256, 16, {"precision": "fp8", "fp8": {"logits": "hidden-gradient"}}, 55_817),

@@ -98,8 +98,9 @@ def step_seconds(
     operations = products * of_layers + 6 * heads.horizon * vocabulary * width
     passes = _COMPILED if devices.compile else _EAGER
     moved = layers * kept_by_layer(devices, info, compute, residual) * passes
-    if devices.activation_checkpointing in ("full", "offload"):  # the layers' forward pass once more
-        operations += 2 * of_layers
+    again = 2 if devices.activation_checkpointing in ("full", "offload") else 0  # the layers' forward pass once more
+    if again:
+        operations += again * of_layers
         moved *= 4 / 3
     moved += _LOGITS * compute * heads.horizon * vocabulary
     for other in (others or {}).values():
@@ -112,7 +113,7 @@ def step_seconds(
     shared = world_size > 1 and (devices.fsdp is None or devices.fsdp.strategy != "none")
     bytes_moved = tokens * moved + _OPTIMIZER * learned / (world_size if shared else 1)
     if devices.precision == "fp8":
-        operations -= products * layers * info.layer_parameters * (1 - 1 / _FP8)
+        operations -= (products + again) * layers * info.layer_parameters * (1 - 1 / _FP8)
         logits = "none" if devices.fp8 is None else devices.fp8.logits
         if logits != "none":
             operations -= 2 * heads.horizon * vocabulary * width * (1 - 1 / _FP8_LOGITS)
