@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny_recipe import SHORTEST_TOML
 
 from wmtp.cli import main
 
@@ -64,3 +65,16 @@ def test_parts_of_runs_are_no_models(name: str, message: str, capsys) -> None:
     Path(name).mkdir(parents=True, exist_ok=True)
     assert main(["generate", name, "--prompt", "a", "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_in_a_folder_whose_name_is_no_text_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    folder = place / "caf\udce9"
+    try:
+        folder.mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes UTF-8 alone")
+    monkeypatch.chdir(folder)
+    (folder / "recipe.toml").write_text(SHORTEST_TOML, encoding="utf-8")
+    assert main(["check", "recipe.toml"]) == 2
+    assert "run.output_dir: " in (said := capsys.readouterr().err)
+    assert "is not UTF-8 text, which a config is; rename the folder" in said

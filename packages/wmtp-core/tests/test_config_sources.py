@@ -217,6 +217,7 @@ def test_override_values(text, path, value):
     [
         ("train.max_steps", "--set train.max_steps: has no value; write --set train.max_steps=VALUE"),
         ("a b=1", "--set a b=1: 'a b' is no key; write it with dots, as in trainer.type=NAME"),
+        ("run.tags=\udce9", "--set 'run.tags=\\udce9': is not UTF-8 text, which a config is; set the terminal to UTF-8"),
         ("=1", "--set =1: '' is no key; write it with dots, as in trainer.type=NAME"),
         ("a..b=1", "--set a..b=1: 'a..b' is no key; write it with dots, as in trainer.type=NAME"),
         (

@@ -151,6 +151,8 @@ def test_an_override_of_the_grid_is_refused_and_one_of_an_arm_is_said(folder):
         plan(folder, without + grid, ["train.max_steps=2", "optimizer.lr=1e-4"])
     (problem,) = error.value.problems
     assert problem.startswith("--set optimizer.lr: the grid of this study gives optimizer.lr to each run; ")
+    with pytest.raises(ConfigError, match=r"--set run\.seed: the study gives this to each run; write study\.seeds"):
+        plan(folder, STUDY, ["run.seed=3"])
     said = plan(folder, STUDY, ["train.max_steps=2", "models.base.heads.horizon=2"]).warnings
     assert said == ["--set models.base.heads.horizon: takes the place of what the arm reference set"]
 

@@ -34,6 +34,7 @@ from wmtp.public import public
 from wmtp.runs import directory as run_dirs
 from wmtp.runs.fixed import fixed
 from wmtp.runs.result import Result
+from wmtp.spelling import is_text
 from wmtp.storage.uris import backend_for, file_path, local_path
 
 __all__ = ["load_checked", "run"]
@@ -273,6 +274,8 @@ def load_checked(
     if run_name is not None:
         section = evolve(section, name=run_name)
         loaded.document.origins["run", "name"] = MappingSource()  # no file is to blame for this name
+    if no_text := [tag for tag in tags if not is_text(tag)]:
+        raise ConfigError(f"--tags: {no_text[0]!r} is not UTF-8 text; set the terminal to UTF-8")
     section = evolve(section, tags=(*section.tags, *(tag for tag in tags if tag not in section.tags)))
     loaded = evolve(loaded, config=evolve(loaded.config, run=section))
     loaded, named = hub_names_read(loaded)

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["did_you_mean", "nearest", "odd_character"]
+__all__ = ["did_you_mean", "is_text", "nearest", "odd_character"]
 
 #: words of other tools for what has another name here, or one of several: a hint only where that name is among the known ones
 _SYNONYMS: Final = {
@@ -77,6 +77,11 @@ def odd_character(text: str) -> str:
     """
     found = next((character for character in text if not character.isascii()), None)
     return "" if found is None else f"; {found!r} is {unicodedata.name(found, f'U+{ord(found):04X}')}"
+
+
+def is_text(given: str) -> bool:
+    """Tell whether a text holds no lone surrogates, which stand for bytes."""
+    return not any("\ud800" <= character <= "\udfff" for character in given)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

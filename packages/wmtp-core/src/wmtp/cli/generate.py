@@ -12,6 +12,7 @@ import attrs
 
 from wmtp.cli.files import storage_options
 from wmtp.errors import ConfigError
+from wmtp.spelling import is_text
 
 if TYPE_CHECKING:
     from wmtp.actions.generate import Generated, Writer
@@ -100,7 +101,7 @@ def _check_texts(arguments: Namespace) -> None:
     """Refuse bytes that are no text, as from another terminal."""
     texts = [("--prompt", arguments.prompt), ("--system", arguments.system), *(("--stop", text) for text in arguments.stop)]
     for flag, text in texts:
-        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+        if text is not None and not is_text(text):
             raise ConfigError(f"{flag}: {text!r} is not UTF-8 text; set the terminal to UTF-8, or use --prompt-file")
 
 

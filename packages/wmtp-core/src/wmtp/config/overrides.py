@@ -11,7 +11,7 @@ from attrs import define
 
 from wmtp.config.problems import KeyPath, dotted
 from wmtp.errors import ConfigError
-from wmtp.spelling import odd_character
+from wmtp.spelling import is_text, odd_character
 
 __all__ = ["Override", "parse_override"]
 
@@ -41,6 +41,8 @@ def parse_override(text: str) -> Override:
     Raises:
         ConfigError: it has no ``=``, or a key or value that cannot be read.
     """
+    if not is_text(text):
+        raise ConfigError(f"--set {text!r}: is not UTF-8 text, which a config is; set the terminal to UTF-8")
     for match in re.finditer("=", text):
         path = _override_key(text[: match.start()].strip())
         if path is not None:

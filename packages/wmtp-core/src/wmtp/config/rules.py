@@ -28,7 +28,7 @@ from wmtp.errors import ConfigError, described
 from wmtp.plugins.failures import plugin_failure
 from wmtp.plugins.loader import load_plugins
 from wmtp.plugins.registry import Registry
-from wmtp.spelling import did_you_mean
+from wmtp.spelling import did_you_mean, is_text
 from wmtp.storage.uris import file_path, scheme_of
 from wmtp.tokenizers.chat_template import template_source
 
@@ -144,15 +144,14 @@ def _local_folder(uri: str, path: KeyPath) -> Iterator[Problem]:
             yield Problem(path, f"{uri!r} is not on this machine; write the path of a local folder")
         elif (there := _what_is_there(file_path(uri))) is not None:
             yield Problem(path, f"{uri!r} {there}; write the path of a folder")
+        elif not is_text(whole := str(file_path(uri))):  # the run's config.toml holds it
+            yield Problem(path, f"{whole!r} is not UTF-8 text, which a config is; rename the folder, or write another one")
     except ConfigError as error:
         yield from (Problem(path, problem) for problem in error.problems)
 
 
 def _what_is_there(folder: Path) -> str | None:
-    """Say what stands in the way of a folder to make.
-
-    None where nothing but folders does.
-    """
+    """Say what stands in the way of a folder; None for nothing."""
     found = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if found.is_dir():
         return None

@@ -22,6 +22,7 @@ from wmtp.spelling import did_you_mean
 
 __all__ = [
     "MOST_COMPARISONS",
+    "OWN_KEYS",
     "ArmConfig",
     "ComparisonConfig",
     "StudyConfig",
@@ -36,9 +37,9 @@ MOST_COMPARISONS: Final = 4
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
 
 
-def _no_repeats(_: object, attribute: Attribute[Any], value: tuple[Any, ...] | None) -> None:
+def _no_repeats(_: object, __: Attribute[Any], value: tuple[Any, ...] | None) -> None:
     if value is not None and len(set(value)) < len(value):
-        raise ValueError(f"{attribute.name}: every value once")
+        raise ValueError("must hold every value once")
 
 
 _SEEDS: Final[list[Callable[..., Any]]] = [min_len(1), deep_iterable([ge(0), lt(2**32)]), _no_repeats]
@@ -218,8 +219,8 @@ def _problems(config: StudyConfig) -> Iterator[Problem]:
     for key, values in _leaves(config.grid, ()):
         if not isinstance(values, list) or not values or len({repr(value) for value in values}) < len(values):
             yield Problem(("grid", key), "must be a list of values, each once")
-        if key in _OWN:
-            yield Problem(("grid", key), f"the study gives this to each run; {_OWN[key]}")
+        if key in OWN_KEYS:
+            yield Problem(("grid", key), f"the study gives this to each run; {OWN_KEYS[key]}")
     named: dict[object, int] = {}
     for index, comparison in enumerate(config.comparisons):
         yield from _comparison(("comparisons", index), comparison, config)
@@ -241,7 +242,7 @@ def overlaps(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[tu
 
 
 #: keys of a run that are the study's
-_OWN: Final = {
+OWN_KEYS: Final = {
     "run.seed": "write study.seeds",
     "run.name": "runs are named after their arm and seed",
     "run.output_dir": "write study.output_dir",
@@ -250,7 +251,7 @@ _OWN: Final = {
 
 def _own_keys(path: KeyPath, table: Mapping[str, Any]) -> Iterator[Problem]:
     run = table.get("run")
-    for key, hint in _OWN.items():
+    for key, hint in OWN_KEYS.items():
         if isinstance(run, Mapping) and (name := key.partition(".")[2]) in run:
             yield Problem((*path, "run", name), f"the study gives this to each run; {hint}")
 

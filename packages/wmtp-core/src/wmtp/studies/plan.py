@@ -24,8 +24,8 @@ from wmtp.errors import ConfigError
 from wmtp.plugins.loader import load_plugins
 from wmtp.runs.directory import is_free_to_change
 from wmtp.spelling import did_you_mean
-from wmtp.storage.uris import file_path
-from wmtp.studies.config import MOST_COMPARISONS, StudyFile, overlaps
+from wmtp.storage.uris import file_path, local_path
+from wmtp.studies.config import MOST_COMPARISONS, OWN_KEYS, StudyFile, overlaps
 from wmtp.studies.metrics import metric_problems, odd_metrics
 
 __all__ = ["Arm", "PlannedRun", "StudyPlan", "counted", "make_plan"]
@@ -194,10 +194,12 @@ def _laid_over(study: StudyFile, overrides: Iterable[str]) -> Iterator[str]:
     """Say which values of arms ``--set`` takes the place of.
 
     Raises:
-        ConfigError: of values of the grid; arms are called after them.
+        ConfigError: of values of the grid, after which arms are called, or of what the study gives to each run.
     """
     for text in overrides:
         key = ".".join(map(str, parse_override(text).path))
+        if key in OWN_KEYS:
+            raise ConfigError(f"--set {key}: the study gives this to each run; {OWN_KEYS[key]}")
         if (found := next(overlaps({key: 0}, study.config.grid), None)) is not None:
             raise ConfigError(
                 f"--set {key}: the grid of this study gives {found[1]} to each run; change [grid], or leave it out"
@@ -209,8 +211,8 @@ def _laid_over(study: StudyFile, overrides: Iterable[str]) -> Iterator[str]:
 
 def _recipe(study: StudyFile) -> list[ConfigSource]:
     named = study.config.study.recipe
-    beside = Path(study.file.name).expanduser().parent if study.file is not None else Path()
-    return [beside / Path(name).expanduser() for name in ([named] if isinstance(named, str) else named or ())]
+    beside = local_path(study.file.name).parent if study.file is not None else Path()
+    return [beside / local_path(name, key="study.recipe") for name in ([named] if isinstance(named, str) else named or ())]
 
 
 def _arms(study: StudyFile) -> list[Arm]:
