@@ -9,7 +9,9 @@ from adapted import IDS, make
 from attrs import evolve
 from native_folders import native_folder
 from one_step import SMALL
+from tiny_recipe import tiny_recipe
 
+import wmtp
 from wmtp.checkpoints.local import Checkpoint, load_checkpoint, save_checkpoint
 from wmtp.cli import main
 from wmtp.config.schema import HeadsConfig, LoraConfig
@@ -21,6 +23,7 @@ from wmtp.models.loaders.hf import HfLoader
 from wmtp.models.opening import load_model, saved_precision
 from wmtp.optim.config import AdamW
 from wmtp.optim.master_weights import MasterWeights
+from wmtp.tokenizers.config import Bytes
 
 peft = pytest.importorskip("peft")
 
@@ -131,6 +134,27 @@ def test_an_adapter_of_peft_goes_on_in_the_bits_that_the_config_names(base, tmp_
         loaded = HfLoader().load(tmp_path / "theirs", dtype=torch.float32, seed=0)
         model = build_model(loaded, None, 0, lora=lora, quantize=quantize)
         assert model.adapter.quantize == quantize
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path, caplog):
+    from transformers import AutoModelForCausalLM
+
+    base, theirs = tmp_path / "base", tmp_path / "theirs"
+    evolve(SMALL, vocab_size=258).build().load(None, dtype=torch.float32, seed=1).model.save_pretrained(base)
+    Bytes().build(None).save(base)
+    settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(theirs)
+    with caplog.at_level("INFO", "wmtp"):
+        assert len(load_model(theirs).generate("def f", max_new_tokens=3).tokens) == 3
+    assert f"{theirs} holds no tokenizer: that of its base is used, {base.resolve()}" in caplog.text
+    (tmp_path / "code.jsonl").write_text('{"text": "a = 1"}\n' * 4)
+    model = {"type": "hf", "uri": str(theirs), "lora": {"rank": 2, "targets": ["q_proj"]}}
+    recipe = tiny_recipe(str(tmp_path / "code.jsonl"), models={"base": model}, run={"output_dir": str(tmp_path / "runs")})
+    del recipe["tokenizer"]
+    run = wmtp.run(recipe)
+    assert (run.model / "wmtp_tokenizer.json").is_file()
+    wmtp.export(theirs, tmp_path / "merged", format="hf")
+    assert (tmp_path / "merged/wmtp_tokenizer.json").is_file()
 
 
 def test_the_base_is_found_or_asked_for_and_another_is_refused(base, tmp_path):

@@ -19,6 +19,7 @@ from wmtp.exporting.card import model_card
 from wmtp.exporting.medusa import write_medusa
 from wmtp.exporting.meta import write_meta
 from wmtp.exporting.served import write_served
+from wmtp.models.adapter_folder import tokenizer_place
 from wmtp.models.mtp import MTPModel
 from wmtp.models.opening import find_model, find_tokenizer, load_weights
 from wmtp.models.vocabulary import check_vocabulary
@@ -98,11 +99,12 @@ def export_model(
             f"format: {format!r} cannot say that heads 2..H draft from {len(model.draft_ids):,} of {model.vocab_size:,} tokens "
             "(models.base.heads.draft_vocabulary); export 'wmtp' or 'hf'"
         )
-    tokenizer = None if format == "medusa" else _tokenizer(name, path, run_dir, model)
+    place = path if run_dir is not None else tokenizer_place(path, storage=storage)
+    tokenizer = None if format == "medusa" else _tokenizer(name, place, run_dir, model)
     write: dict[str, Callable[[Path], None]] = {
         "hf": lambda draft: _write_hf(model, tokenizer, draft),
         "wmtp": lambda draft: _write_wmtp(model, tokenizer, draft),
-        "meta": lambda draft: _write_meta(model, tokenizer, path, draft),
+        "meta": lambda draft: _write_meta(model, tokenizer, place, draft),
         "mtp": lambda draft: _write_served(model, tokenizer, draft),
         "medusa": lambda draft: write_medusa(model, draft),
     }

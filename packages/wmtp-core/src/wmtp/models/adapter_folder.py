@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,9 +28,12 @@ from wmtp.models.adapter_names import is_adapter_name, saved_name
 from wmtp.models.adapter_targets import check_same, check_targets
 from wmtp.models.adapters import Adapter, BaseModelName, inject
 from wmtp.storage.hub.names import COMMIT, HubName, parse_hub_uri
-from wmtp.storage.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from wmtp.storage.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from wmtp.storage.model_folders import localize_model
 from wmtp.storage.uris import file_path, scheme_of
+from wmtp.tokenizers.hf import HF_FILES
+from wmtp.tokenizers.saved import SAVED_NAME
+from wmtp.tokenizers.sentencepiece import MODEL_NAME
 
 __all__ = [
     "SavedAdapter",
@@ -41,8 +45,11 @@ __all__ = [
     "name_base",
     "need_peft",
     "read_adapter",
+    "tokenizer_place",
     "write_adapter",
 ]
+
+_log = logging.getLogger("wmtp")
 
 _FORMAT: Final = 1
 
@@ -124,6 +131,26 @@ def find_base(folder: Path, base_uri: str | None, storage: StorageConfig) -> tup
         remedy += f", or base_model_name_or_path in its {ADAPTER_CONFIG}"
     why = "; ".join(dict.fromkeys(reasons)) or f"{ADAPTER_CONFIG} names no base_model_name_or_path"
     raise ConfigError(f"{folder} is an adapter, and its base is not found: {why}; {remedy}")
+
+
+def tokenizer_place(path: Path, base_uri: str | None = None, storage: StorageConfig | None = None) -> Path:
+    """Find where a model's tokenizer is.
+
+    It is beside the model. PEFT writes none beside an adapter: there it is beside the base.
+
+    Args:
+        path: of the model.
+        base_uri: as for `find_base`.
+        storage: as for `find_base`. Default: as without a config.
+
+    Raises:
+        ConfigError, WMTPError: as for `find_base`.
+    """
+    if not is_adapter(path) or any((path / name).is_file() for name in (SAVED_NAME, MODEL_NAME, *HF_FILES)):
+        return path
+    base, _ = find_base(path, base_uri, storage or StorageConfig())
+    _log.info("%s holds no tokenizer: that of its base is used, %s", path, base)
+    return base
 
 
 def _locate(uri: str, folder: Path, revision: Any, storage: StorageConfig) -> tuple[str, Path]:

@@ -34,13 +34,14 @@ class Generating:
             WMTPError: the model has no files, or no tokenizer lies beside them.
             ConfigError: it is not this model's.
         """
+        from wmtp.models.adapter_folder import tokenizer_place
         from wmtp.models.vocabulary import check_vocabulary
         from wmtp.tokenizers.load import load_tokenizer
 
         if self._tokenizer is None:
             if self.source is None:
                 raise WMTPError("this model was not opened from files, so it has no tokenizer; give token ids")
-            self._tokenizer = load_tokenizer(self.source)
+            self._tokenizer = load_tokenizer(tokenizer_place(self.source))
             check_vocabulary(_model(self).vocab_size, self._tokenizer, key=str(self.source))
         return self._tokenizer
 

@@ -17,7 +17,7 @@ from wmtp.config.places import build_backends
 from wmtp.config.schema import StorageConfig
 from wmtp.errors import ConfigError
 from wmtp.json_files import read_json_object
-from wmtp.models.adapter_folder import adapter_dtype, has_remote_base
+from wmtp.models.adapter_folder import adapter_dtype, has_remote_base, tokenizer_place
 from wmtp.models.adapters import quantize_base
 from wmtp.models.build import build_model
 from wmtp.models.vocabulary import check_vocabulary
@@ -249,7 +249,7 @@ def find_tokenizer(path: Path, run_dir: Path | None, config: Config | None = Non
             path if uri is None else localize(uri, build_backends(config.storage), Path(config.storage.cache_dir).expanduser())
         )
         return built(config.tokenizer, "tokenizers", own)
-    return load_tokenizer(path)
+    return load_tokenizer(tokenizer_place(path, storage=None if config is None else config.storage))
 
 
 def takes_named_tokenizer(path: Path, run_dir: Path | None) -> bool:

@@ -155,7 +155,13 @@ def _open_tokenizer(config: Config, place: Place, model_path: Path | None) -> To
         return chosen
     if model_path is None:
         raise ConfigError("tokenizer: a model from scratch brings none; add the table [tokenizer]")
-    return load_tokenizer(model_path)
+    return load_tokenizer(_tokenizer_place(config, "base", model_path))
+
+
+def _tokenizer_place(config: Config, name: str, path: Path) -> Path:
+    from wmtp.models.adapter_folder import tokenizer_place
+
+    return tokenizer_place(path, getattr(config.models[name].loader, "base_uri", None), config.storage)
 
 
 def _readable_tokenizer(config: Config, model_path: Path) -> Tokenizer | None:
@@ -229,7 +235,7 @@ def _check_extra_model(name: str, config: Config, place: Place, tokenizer: Token
     path = place.path(loader, key)
     info = model_info(loader, config.storage, path)
     if path is not None and loader != config.models["base"].loader:  # the base itself need have no tokenizer beside it
-        compare_tokenizers(tokenizer, _own_tokenizer(config, path, key), key=key)
+        compare_tokenizers(tokenizer, _own_tokenizer(config, _tokenizer_place(config, name, path), key), key=key)
     check_vocabulary(info.vocab_size, tokenizer, own=path is not None, key=key)  # its tokens are those of its own
     _check_length(info, config, f"[{key}]")
     return info.vocab_size
