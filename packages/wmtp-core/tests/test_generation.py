@@ -215,9 +215,10 @@ def _forced_drafts(
         seen: list[torch.Tensor] = []
 
         def choose(
-            head: int, unembedding: Unembedding, _: torch.Tensor | None, hidden: torch.Tensor,
+            head: int, unembedding: Unembedding, _: torch.Tensor | None, hidden: torch.Tensor, at: torch.Tensor | None,
             drafts: list[int] = drafts, seen: list[torch.Tensor] = seen,
         ) -> torch.Tensor:  # fmt: skip
+            hidden = hidden if at is None else hidden[:, at[0]]
             seen.extend(unembedding.logits(hidden)[0])
             return torch.tensor([drafts[head - 2 :][: hidden.shape[1]]])
 

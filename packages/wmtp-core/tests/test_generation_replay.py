@@ -271,7 +271,7 @@ def test_the_two_largest_logits_are_found_in_blocks(size: int) -> None:
     top = logits.topk(2, dim=-1).values
     assert torch.equal(best, logits.argmax(-1))
     assert torch.equal(torch.stack([first, second], dim=-1), top)
-    assert torch.equal(choosing._best(unembedding, logits), logits.argmax(-1))
+    assert torch.equal(choosing._best(unembedding, None, logits, None, choosing._in_blocks), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

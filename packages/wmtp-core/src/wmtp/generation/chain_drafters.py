@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
+from wmtp.generation.choosing import taken
 from wmtp.generation.decoder import CachedDecoder, Read
-from wmtp.generation.drafting import Choose, Drafter, at_index
+from wmtp.generation.drafting import Choose, Drafter
 from wmtp.models.anatomy import LayerCall
 from wmtp.models.chains import blocks_of, embeddings_of, step_embedding
 from wmtp.models.few_rows import step_code
@@ -36,7 +37,16 @@ class _ChainedHeads(Drafter):
     def _first_input(self, read: Read) -> Tensor:
         return read.raw if self._blocks[0].rule.before_norm else read.hidden
 
-    def _step(self, ahead: int, previous: Tensor, ids: Tensor, slots: Tensor, call: LayerCall) -> Tensor:
+    def _step(
+        self,
+        ahead: int,
+        previous: Tensor,
+        following: Tensor,
+        drafts: list[Tensor],
+        index: Tensor,
+        slots: Tensor,
+        call: LayerCall,
+    ) -> Tensor:
         """Run step ``ahead`` (from 1) of the chain.
 
         Returns hidden states ``[B, T, D]``, which its unembedding multiplies.
@@ -44,14 +54,16 @@ class _ChainedHeads(Drafter):
         Args:
             ahead: which.
             previous: ``[B, T, D]``.
-            ids: ``[B, T]``, the tokens that it reads.
+            following: ``[B, ≥ T]``, the tokens that it reads first, before drafts are among them.
+            drafts: ``[B, 1]`` each.
+            index: ``[B, 1]``, where the last of them is.
             slots: ``[B, T]``, the positions of ``previous``.
             call: of the layer, with the step's cache.
         """
         block, own = self._blocks[ahead - 1], self._embeddings[ahead - 1]
         embedding = self._model.anatomy.embedding if own is None else own
-        embedded = step_code(_embed, compiled=self._compiled)(block.rule, ahead, embedding, ids, slots)
-        hidden = block(previous, embedded, call)
+        embed = step_code(_embed, compiled=self._compiled)
+        hidden = block(previous, embed(block.rule, ahead, embedding, following, drafts, index, slots), call)
         return self.final_norm(hidden) if block.rule.output == "model" else hidden
 
 
@@ -74,15 +86,16 @@ class ServerDrafter(_ChainedHeads):
         cache.place_as(self._decoder.cache)
         call = self._decoder.with_cache(read.call, cache)
         following = tokens[rows[:, None], read.slots + 1]
-        hidden = at_index(self._step(1, self._first_input(read), following, read.slots, call), last - read.slots[:, 0])
-        drafts = [self.pick(2, hidden[:, None], choose)]
+        index = (last - read.slots[:, 0])[:, None]
+        hidden = self._step(1, self._first_input(read), following, [], index, read.slots, call)
+        drafts, hidden = [self.pick(2, hidden, choose, index)], taken(hidden, index)
         width = min(read.width + self._extra, self._decoder.capacity)  # known without asking the device
         for ahead in range(2, self._extra + 1):
             slots = (last + ahead - 1)[:, None]
             cache.place(slots, None, width)
             call = self._decoder.with_cache(self._decoder.call_at(slots, width), cache)
-            hidden = self._step(ahead, hidden[:, None], drafts[-1], slots, call)[:, 0]
-            drafts.append(self.pick(ahead + 1, hidden[:, None], choose))
+            hidden = self._step(ahead, hidden, drafts[-1], [], index, slots, call)
+            drafts.append(self.pick(ahead + 1, hidden, choose))
         return torch.cat(drafts, dim=1)
 
 
@@ -105,22 +118,20 @@ class ChainDrafter(_ChainedHeads):
         """See `Drafter.draft`."""
         if self._hidden is None:
             self._hidden = read.hidden.new_zeros(len(last), tokens.shape[1], read.hidden.shape[-1])
-        rows = torch.arange(len(last), device=last.device)[:, None]
         window = self._window + self._again * read.again if read.lengths is None else None  # None: the prompt, all of it
         slots, following, hidden, index = step_code(_begin, compiled=self._compiled)(
-            self._hidden, rows, self._first_input(read), read.slots, last, tokens, window, self._extra
+            self._hidden, self._first_input(read), read.slots, last, tokens, window, self._extra
         )
         call, count = self._decoder.call_at(slots, read.width), slots.shape[1]
         drafts: list[Tensor] = []
         for ahead, cache in enumerate(self._caches, start=1):
             if drafts:
-                step_code(_put, compiled=self._compiled)(following, rows, index, ahead - 1, drafts[-1])
                 cache.place_as(self._caches[0])
             else:
                 cache.place(slots, None, read.width, read.lengths)
-            ids = following[:, ahead - 1 : ahead - 1 + count]
-            hidden = self._step(ahead, hidden, ids, slots, self._decoder.with_cache(call, cache))
-            drafts.append(self.pick(ahead + 1, step_code(_take, compiled=self._compiled)(hidden, rows, index), choose))
+            known = following[:, ahead - 1 : ahead - 1 + count]
+            hidden = self._step(ahead, hidden, known, drafts, index, slots, self._decoder.with_cache(call, cache))
+            drafts.append(self.pick(ahead + 1, hidden, choose, index))
         return torch.cat(drafts, dim=1)
 
     def with_rows(self, rows: Tensor, decoder: CachedDecoder) -> Self:
@@ -130,18 +141,22 @@ class ChainDrafter(_ChainedHeads):
         return copied
 
 
-def _embed(rule: ChainRule, ahead: int, embedding: nn.Module, ids: Tensor, slots: Tensor) -> Tensor:
+def _embed(
+    rule: ChainRule, ahead: int, embedding: nn.Module, ids: Tensor, drafts: list[Tensor], index: Tensor, slots: Tensor
+) -> Tensor:
+    places = torch.arange(ids.shape[1], device=ids.device)
+    for behind, draft in enumerate(reversed(drafts)):
+        ids = torch.where(places == index - behind, draft, ids)
     return step_embedding(rule, ahead, embedding(ids), slots)
 
 
 def _begin(
-    kept: Tensor, rows: Tensor, given: Tensor, read: Tensor, last: Tensor, tokens: Tensor, window: int | None, extra: int
+    kept: Tensor, given: Tensor, read: Tensor, last: Tensor, tokens: Tensor, window: int | None, extra: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keep what was read, and take what the first step reads.
 
     Args:
         kept: ``[B, L, D]``, hidden states, in place.
-        rows: ``[B, 1]``, 0, 1 …
         given: ``[B, T, D]``, new ones.
         read: ``[B, T]``, their positions.
         last: ``[B]``, the last position of each row that counts.
@@ -153,22 +168,11 @@ def _begin(
         positions ``[B, W]``, a copy of the tokens from the one after the first of them on, their hidden states ``[B, W, D]``,
         and the place ``[B, 1]`` of ``last`` among them.
     """
-    last = last[:, None]
+    last, rows = last[:, None], torch.arange(len(last), device=last.device)[:, None]
     kept[rows, read] = given
     slots = read if window is None else (last - window + 1).clamp(min=0) + torch.arange(window, device=last.device)
     following = tokens[rows, slots[:, :1] + torch.arange(1, slots.shape[1] + extra, device=last.device)]
     return slots, following, kept[rows, slots], last - slots[:, :1]
-
-
-# not `gather` and `scatter_`, which refuse the -1 of a row that its prompt has finished
-
-
-def _put(following: Tensor, rows: Tensor, index: Tensor, ahead: int, drafts: Tensor) -> None:
-    following[rows, index + ahead] = drafts
-
-
-def _take(hidden: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    return hidden[rows, index]
 
 
 def chain_drafter(model: MTPModel, decoder: CachedDecoder) -> Drafter:

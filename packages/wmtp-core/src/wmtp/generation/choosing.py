@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from wmtp.loss import Unembedding
 from wmtp.models.few_rows import step_code
+from wmtp.models.layer_steps import chooses_by_kernel
 
-__all__ = ["TIE", "accept", "choose_best", "judge", "next_tokens", "write_tokens"]
+__all__ = ["TIE", "accept", "choose_best", "judge", "next_tokens", "taken", "write_tokens"]
 
 #: logits closer than this share of the largest one count as tied; rounding was seen to move them by a hundredth of it (fp32)
 TIE: Final = 2e-4
@@ -24,11 +25,24 @@ TIE: Final = 2e-4
 _BLOCK: Final = 512
 
 
-def choose_best(unembedding: Unembedding, hidden: Tensor, *, compiled: bool) -> Tensor:
-    """Choose the most probable token ``[...]`` of hidden states ``[..., D]``."""
-    if compiled:
-        return step_code(_best, compiled=True)(unembedding, hidden)
-    return unembedding.logits(hidden).argmax(-1)
+def choose_best(unembedding: Unembedding, ids: Tensor | None, hidden: Tensor, at: Tensor | None, *, compiled: bool) -> Tensor:
+    """Choose the most probable tokens.
+
+    Args:
+        unembedding: of a head.
+        ids: the tokens that it has; None: all.
+        hidden: ``[B, n, D]``.
+        at: ``[B, 1]``, of each row the place that is looked at. None: all.
+        compiled: whether compiled code or kernels do it.
+
+    Returns:
+        ``[B, n]``, or ``[B, 1]``.
+    """
+    if compiled and chooses_by_kernel(unembedding, hidden):
+        from wmtp.models.head_kernels import best
+
+        return best(hidden, unembedding.weight, ids, at)
+    return step_code(_best, compiled=compiled)(unembedding, ids, hidden, at, _in_blocks if compiled else None)
 
 
 def judge(
@@ -47,6 +61,10 @@ def judge(
         the choices ``[B, 1 + K]``; how many drafts are right, and the token after them, ``[B]`` each; and drafts, that token,
         the count and the ties in one tensor.
     """
+    if compiled and exact and chooses_by_kernel(unembedding, hidden):
+        from wmtp.models.head_kernels import best_two
+
+        return step_code(_compared, compiled=True)(drafts, best_two(hidden, unembedding.weight))
     best_two = _best_two if compiled else _torch_best_two
     return step_code(_judged, compiled=compiled)(unembedding, hidden, drafts, exact, best_two)
 
@@ -66,6 +84,11 @@ def next_tokens(tokens: Tensor, known: Tensor, drafts: Tensor, *, compiled: bool
     return step_code(_next, compiled=compiled)(tokens, known, drafts)
 
 
+def taken(hidden: Tensor, at: Tensor) -> Tensor:
+    """Take each row's place ``at`` ``[B, 1]`` of ``[B, T, D]``."""
+    return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], at]
+
+
 def accept(best: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
     """Count each row's accepted drafts, and choose the next token.
 
@@ -82,8 +105,10 @@ def accept(best: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
 
 def write_tokens(
     tokens: Tensor, known: Tensor, going: Tensor, drafts: Tensor, accepted: Tensor, following: Tensor, *, compiled: bool
-) -> None:
+) -> Tensor:
     """Write accepted drafts and the token after them into the rows.
+
+    Returns the place ``[B]`` of the token before that last one.
 
     Args:
         tokens: ``[B, L]``, in place.
@@ -93,7 +118,7 @@ def write_tokens(
         accepted, following: ``[B]``.
         compiled: whether compiled code does it.
     """
-    step_code(_written, compiled=compiled)(tokens, known, going, drafts, accepted, following)
+    return step_code(_written, compiled=compiled)(tokens, known, going, drafts, accepted, following)
 
 
 def _next(tokens: Tensor, known: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,17 +130,18 @@ def _next(tokens: Tensor, known: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor
     return slots, ids
 
 
-def _written(tokens: Tensor, known: Tensor, going: Tensor, drafts: Tensor, accepted: Tensor, following: Tensor) -> None:
+def _written(tokens: Tensor, known: Tensor, going: Tensor, drafts: Tensor, accepted: Tensor, following: Tensor) -> Tensor:
     if not drafts.shape[1]:
         tokens.scatter_(1, known[:, None], following[:, None])
         known += going
-        return
+        return known - 2
     new = torch.cat([drafts, following[:, None]], dim=1)
     places = torch.arange(new.shape[1], device=new.device)
     new = torch.where(places == accepted[:, None], following[:, None], new)
     # the places after the accepted ones hold rejected drafts until the next step writes them
     tokens.scatter_(1, known[:, None] + places, new)
     known += (accepted + 1) * going
+    return known - 2
 
 
 def _judged(
@@ -123,10 +149,20 @@ def _judged(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = unembedding.logits(hidden)
     if exact:
-        best, first, second = best_two(logits)
-        ties = [(first - second <= TIE * logits.abs().amax(-1)).long()]
-    else:
-        best, ties = logits.argmax(-1), []
+        return _compared(drafts, (*best_two(logits), logits.abs().amax(-1)))
+    return _compared(drafts, (logits.argmax(-1),))
+
+
+def _compared(drafts: Tensor, found: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compare drafts with the choices.
+
+    ``found`` are these and, where ties are looked for, the two best logits and the largest absolute value.
+    """
+    best, *numbers = found
+    ties: list[Tensor] = []
+    if numbers:
+        first, second, size = numbers
+        ties = [(first - second <= TIE * size).long()]
     accepted, following = accept(best, drafts)
     return best, accepted, following, torch.cat([drafts, following[:, None], accepted[:, None], *ties], dim=1)
 
@@ -136,11 +172,17 @@ def _torch_best_two(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits.argmax(-1), top[..., 0], top[..., 1]
 
 
-def _best(unembedding: Unembedding, hidden: Tensor) -> Tensor:
-    blocks = _in_blocks(unembedding.logits(hidden))
-    value, index = blocks.max(-1)
-    which = value.argmax(-1, keepdim=True)
-    return (which * _BLOCK + index.gather(-1, which)).squeeze(-1)
+def _best(
+    unembedding: Unembedding, ids: Tensor | None, hidden: Tensor, at: Tensor | None, divided: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    logits = unembedding.logits(hidden if at is None else taken(hidden, at))
+    if divided is None:
+        best = logits.argmax(-1)
+    else:
+        value, index = divided(logits).max(-1)
+        which = value.argmax(-1, keepdim=True)
+        best = (which * _BLOCK + index.gather(-1, which)).squeeze(-1)
+    return best if ids is None else ids[best]
 
 
 def _best_two(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

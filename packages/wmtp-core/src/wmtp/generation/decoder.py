@@ -132,7 +132,12 @@ class CachedDecoder:
         They hold position embeddings, mask and whatever else it takes. The layers before it are skipped, so the hidden states
         among them mean nothing.
         """
-        ids = torch.zeros_like(slots)
+        arguments = self._arguments(slots, slots, width)
+        if has_known_parts(self._anatomy.decoder):  # no tokens have to be looked up
+            del arguments["input_ids"]
+            arguments["inputs_embeds"] = slots.new_empty(*slots.shape, self._anatomy.hidden_size, dtype=self._dtype)
+        else:
+            arguments["input_ids"] = torch.zeros_like(slots)
         called, layers = self._model.called_layer, list(self._anatomy.layers)
         recorded: list[LayerCall] = []
 
@@ -143,7 +148,7 @@ class CachedDecoder:
         handle = called.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with _skipped(layers[: layers.index(called)], outputs=self._layer_outputs):
-                self._anatomy.decoder(**self._arguments(ids, slots, width))
+                self._anatomy.decoder(**arguments)
         except _Reached:
             pass
         finally:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Choose", "Drafter", "at_index"]
 
 #: from head k (2..H), an unembedding, the tokens that it has (None: all) and hidden states ``[B, n, D]`` of the heads from k on
-#: to tokens ``[B, n]``
-Choose = Callable[[int, Unembedding, "Tensor | None", Tensor], Tensor]
+#: to tokens ``[B, n]``; or from those of head k alone and the place ``[B, 1]`` that counts, to ``[B, 1]``
+Choose = Callable[[int, Unembedding, "Tensor | None", Tensor, "Tensor | None"], Tensor]
 
 
 class Drafter(ABC):
@@ -111,20 +111,21 @@ class Drafter(ABC):
             hidden = first_tensor(step(hidden))
         return hidden
 
-    def pick(self, head: int, hidden: Tensor, choose: Choose) -> Tensor:
+    def pick(self, head: int, hidden: Tensor, choose: Choose, at: Tensor | None = None) -> Tensor:
         """Choose drafts of one head, or of several that share an unembedding.
 
         Args:
             head: the first of them.
             hidden: ``[B, n, D]``.
             choose: see `draft`.
+            at: ``[B, 1]``, the place of ``hidden`` that counts. None: all.
 
         Returns:
-            ``[B, n]``.
+            ``[B, n]``, or ``[B, 1]``.
         """
         if not self._unembeddings:
             self._take_unembeddings()
-        return choose(head, self._unembeddings[head], self._ids, hidden)
+        return choose(head, self._unembeddings[head], self._ids, hidden, at)
 
 
 def at_index(values: Tensor, index: Tensor) -> Tensor:

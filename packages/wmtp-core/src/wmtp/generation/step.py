@@ -37,7 +37,7 @@ from torch import Tensor
 from wmtp.generation.alone import RowAlone
 from wmtp.generation.base import Sampling
 from wmtp.generation.cache import check_memory
-from wmtp.generation.choosing import TIE, accept, choose_best, judge, next_tokens, write_tokens
+from wmtp.generation.choosing import TIE, accept, choose_best, judge, next_tokens, taken, write_tokens
 from wmtp.generation.decoder import Read, open_decoder
 from wmtp.generation.drafters import Drafter, make_drafter
 from wmtp.generation.products import fast_unembedding
@@ -73,7 +73,7 @@ class _Seen:
 
     Args:
         read: of the decoder.
-        known, drafts: of the rows, as they were before the step where its second half is run already.
+        drafts: ``[B, K]``, those that were read.
         accepted, following: ``[B]``, how many drafts are accepted, and the token after them.
         best: ``[B, 1 + K]``, head 1's choices, for greedy decoding.
         result: ``[B, K + 2]``, what the CPU needs: drafts, ``following``, ``accepted``; and for exact greedy decoding
@@ -81,7 +81,6 @@ class _Seen:
     """
 
     read: Read
-    known: Tensor
     drafts: Tensor
     accepted: Tensor
     following: Tensor
@@ -302,16 +301,14 @@ class Step:
             read: results of this pass.
             hidden: ``[B, 1 + K, D]``, head 1's hidden states at the last known token and the drafts.
         """
-        unembedding = self._unembedding
-        known, drafts = self._known, self._drafts
-        if self.replays:  # they change before the CPU decides
-            known, drafts = known.clone(), drafts.clone()
+        unembedding, drafts, best = self._unembedding, self._drafts, None
         if self._sampling.greedy:
             best, accepted, following, result = judge(unembedding, hidden, drafts, exact=self._exact, compiled=self._compiled)
-            return _Seen(read, known, drafts, accepted, following, best, result)
-        accepted, following = self._verify_sampled(unembedding.logits(hidden))
-        result = torch.cat([drafts, following[:, None], accepted[:, None]], dim=1)
-        return _Seen(read, known, drafts, accepted, following, None, result)
+        else:
+            accepted, following = self._verify_sampled(unembedding.logits(hidden))
+            result = torch.cat([drafts, following[:, None], accepted[:, None]], dim=1)
+        # in a graph the drafts themselves change before the CPU decides
+        return _Seen(read, result[:, : drafts.shape[1]], accepted, following, best, result)
 
     def _decide(self, seen: _Seen, *, committed: bool) -> tuple[list[list[int]], list[int]]:
         """Wait for the device, and decide ties that matter.
@@ -329,7 +326,7 @@ class Step:
             seen.following.copy_(following)
             found = torch.cat([seen.drafts, following[:, None], accepted[:, None]], dim=1).tolist()
             if committed:
-                self._known.copy_(seen.known)
+                self._known.copy_(torch.tensor(self._lengths))
                 self._drafts = seen.drafts
                 self._seen = evolve(seen, read=evolve(seen.read, again=True))
                 with plain_layers():  # rare, and of another shape
@@ -382,16 +379,16 @@ class Step:
         """Write the new tokens into the rows, and draft again."""
         accepted, following = self._seen.accepted, self._seen.following
         before = self._drafts.shape[1]
-        write_tokens(self._tokens, self._known, self._going, self._drafts, accepted, following, compiled=self._compiled)
+        last = write_tokens(self._tokens, self._known, self._going, self._drafts, accepted, following, compiled=self._compiled)
         if self._drafter is None:
             return
         kept: list[Tensor] = []
         uniform = self._uniform[:, before + 1 :]
 
-        def choose(head: int, unembedding: Unembedding, ids: Tensor | None, hidden: Tensor) -> Tensor:
+        def choose(head: int, unembedding: Unembedding, ids: Tensor | None, hidden: Tensor, at: Tensor | None) -> Tensor:
             if self._sampling.greedy:
-                best = choose_best(unembedding, hidden, compiled=self._compiled)
-                return best if ids is None else ids[best]
+                return choose_best(unembedding, ids, hidden, at, compiled=self._compiled)
+            hidden = hidden if at is None else taken(hidden, at)
             logits = unembedding.logits(hidden)
             if ids is not None:
                 everything = logits.new_full((*logits.shape[:-1], self._model.vocab_size), -torch.inf)
@@ -399,7 +396,7 @@ class Step:
             kept.append(probabilities(logits, self._sampling))
             return draw(kept[-1], uniform[:, head - 2 : head - 2 + hidden.shape[1]])
 
-        drafts = self._drafter.draft(self._seen.read, self._known - 2, self._tokens, choose)
+        drafts = self._drafter.draft(self._seen.read, last, self._tokens, choose)
         probs = torch.cat(kept, dim=1) if kept else None
         if self._drafts_kept is None or not self.replays:
             self._drafts_kept, self._draft_probs = drafts, probs

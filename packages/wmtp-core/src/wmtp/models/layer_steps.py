@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from wmtp.models.anatomy import LayerCall
 from wmtp.models.chains import ChainedBlock
 from wmtp.models.step_cache import LayerPart
 
-__all__ = ["has_known_parts", "step_of"]
+if TYPE_CHECKING:
+    from wmtp.loss import Unembedding
+
+__all__ = ["chooses_by_kernel", "has_known_parts", "step_of"]
 
 #: most tokens of a text: those that a step of decoding reads, and those that a chain of four heads goes over
 _MOST_TOKENS: Final = 6
@@ -48,6 +51,17 @@ def step_of(layer: nn.Module, otherwise: Callable[..., Any]) -> Callable[..., An
     if type(layer) is ChainedBlock:
         return partial(_run_block, layer, otherwise)
     return partial(_run_layer, layer, otherwise) if type(layer) is LlamaDecoderLayer else otherwise
+
+
+def chooses_by_kernel(unembedding: Unembedding, hidden: Tensor) -> bool:
+    """Tell whether the kernels of a choice fit hidden states ``[B, T, D]``."""
+    weight, width = unembedding.weight, hidden.shape[-1]
+    plain = unembedding.bias is None and unembedding.scale == 1.0 and unembedding.softcap is None
+    if not plain or importlib.util.find_spec("triton") is None or not _on_hopper(hidden) or len(hidden) > 1:
+        return False
+    few = hidden.numel() <= _MOST_TOKENS * width and width <= _MOST_HIDDEN and not (width % _PIECE or len(weight) % _PIECE)
+    known = type(weight) in (Tensor, nn.Parameter) and weight.dtype == hidden.dtype and weight.device == hidden.device
+    return few and known and weight.is_contiguous() and hidden.is_contiguous()
 
 
 def has_known_parts(decoder: nn.Module) -> bool:
