@@ -24,6 +24,8 @@ else:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+    from wmtp.generation.choosing import choose_best, judge
+    from wmtp.loss import Unembedding
     from wmtp.models import layer_steps
     from wmtp.models.anatomy import LayerCall
     from wmtp.models.chains import ChainedBlock
@@ -117,6 +119,40 @@ else:
         wanted = block(previous, embedding, LayerCall(args=(), kwargs=call))
         found = layer_steps.step_of(block, _refuse)(previous, embedding, other)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("tokens", [1, 3, 4])
+    @torch.no_grad()
+    def test_choices(tokens: int, without_the_compiler: None) -> None:
+        weight, hidden = torch.randn(192, 64), torch.randn(1, tokens, 64)
+        weight[70] = weight[7]  # of equal ones the first
+        hidden[0, -1] = weight[7]
+        unembedding, ids, last = Unembedding(weight=weight), torch.randperm(192), torch.tensor([[tokens - 1]])
+        for given in (hidden, None), (hidden, last):
+            wanted = choose_best(unembedding, ids, *given, compiled=False)
+            assert torch.equal(choose_best(unembedding, ids, *given, compiled=True), wanted)
+        assert choose_best(unembedding, None, hidden, last, compiled=True).item() == 7
+        drafts = unembedding.logits(hidden).argmax(-1)[:, :-1]
+        drafts[:, 1:2] += 1
+        wanted = judge(unembedding, hidden, drafts, exact=True, compiled=False)
+        found = judge(unembedding, hidden, drafts, exact=True, compiled=True)
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        assert found[3][0, -1] == 1, "a tie"
+
+    @pytest.mark.parametrize(
+        "unembedding",
+        [
+            {"bias": torch.zeros(192)},
+            {"softcap": 5.0},
+            {"scale": 2.0},
+            {"weight": torch.randn(190, 64)},
+            {"weight": torch.randn(64, 192).T},
+        ],
+    )
+    def test_choices_that_are_left(unembedding: dict[str, Any]) -> None:
+        changed = Unembedding(**{"weight": torch.randn(192, 64)} | unembedding)
+        assert layer_steps.chooses_by_kernel(Unembedding(weight=torch.randn(192, 64)), torch.randn(1, 4, 64))
+        assert not layer_steps.chooses_by_kernel(changed, torch.randn(1, 4, 64))
+        assert not layer_steps.chooses_by_kernel(Unembedding(weight=torch.randn(192, 64)), torch.randn(2, 1, 64)), "two texts"
 
     def _watched(layer: LlamaDecoderLayer) -> None:
         layer.mlp.up_proj.register_forward_hook(lambda *_: None)

@@ -1,4 +1,4 @@
-"""Triton kernels of a chain's ends, and of the choice of a token."""
+"""Triton kernels of a chain's ends and of choosing tokens."""
 
 # Triton reads the annotations of a kernel as its own types
 # ruff: noqa: ANN001
@@ -132,7 +132,11 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
 
 
 def best_two(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Find the two largest of ``x weight'``, of ``[B, T, K]`` and ``[N, K]``.
+    """Find the two largest of ``x weight'``.
+
+    Args:
+        x: ``[B, T, K]``.
+        weight: ``[N, K]``.
 
     Returns:
         the place of the largest, of equal ones the first; both, and the largest absolute value: ``[B, T]`` each.

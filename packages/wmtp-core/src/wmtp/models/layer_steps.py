@@ -54,7 +54,7 @@ def step_of(layer: nn.Module, otherwise: Callable[..., Any]) -> Callable[..., An
 
 
 def chooses_by_kernel(unembedding: Unembedding, hidden: Tensor) -> bool:
-    """Tell whether the kernels of a choice fit hidden states ``[B, T, D]``."""
+    """Tell whether a choice's kernels fit hidden states ``[B, T, D]``."""
     weight, width = unembedding.weight, hidden.shape[-1]
     plain = unembedding.bias is None and unembedding.scale == 1.0 and unembedding.softcap is None
     if not plain or importlib.util.find_spec("triton") is None or not _on_hopper(hidden) or len(hidden) > 1:
