@@ -149,7 +149,8 @@ else:
         ],
     )
     def test_choices_that_are_left(unembedding: dict[str, Any]) -> None:
-        changed = Unembedding(**{"weight": torch.randn(192, 64)} | unembedding)
+        given: dict[str, Any] = {"weight": torch.randn(192, 64)}
+        changed = Unembedding(**given | unembedding)
         assert layer_steps.chooses_by_kernel(Unembedding(weight=torch.randn(192, 64)), torch.randn(1, 4, 64))
         assert not layer_steps.chooses_by_kernel(changed, torch.randn(1, 4, 64))
         assert not layer_steps.chooses_by_kernel(Unembedding(weight=torch.randn(192, 64)), torch.randn(2, 1, 64)), "two texts"

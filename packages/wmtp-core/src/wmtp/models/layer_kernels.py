@@ -257,7 +257,8 @@ def gate(x: Tensor, norm: Norm, gate: Tensor, up: Tensor) -> Tensor:
 def multiply(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """Return ``residual + x weight'`` of ``[B, T, K]`` and ``[N, K]``."""
     out = torch.empty_like(residual)
-    shape = shape_of("down" if x.shape[-1] > len(weight) else "out", x.numel() // x.shape[-1])
+    part = "down" if x.shape[-1] > len(weight) else "out"
+    shape, begins = shape_of(part, x.numel() // x.shape[-1]), eager(x, several=part == "out")
     kernel: Any = _multiply_kernel
-    kernel[(len(weight) // shape["OUTPUTS"],)](x, weight, residual, out, len(weight), K=x.shape[-1], **shape, **eager(x))
+    kernel[(len(weight) // shape["OUTPUTS"],)](x, weight, residual, out, len(weight), K=x.shape[-1], **shape, **begins)
     return out

@@ -116,11 +116,12 @@ def early(x: Tensor) -> dict[str, Any]:
     return {"EARLY": can} | ({"launch_pdl": True} if can else {})
 
 
-def eager(x: Tensor) -> dict[str, Any]:
+def eager(x: Tensor, *, several: bool = False) -> dict[str, Any]:
     """Return `early`, and whether the next kernel begins with this one.
 
     Args:
-        x: ``[B, T, …]``. For several tokens the kernel after the next would take registers that this one needs.
+        x: ``[B, T, …]``.
+        several: whether it does with several tokens too, whose sums need registers that weights would take.
     """
     options = early(x)
-    return options | {"EAGER": options["EARLY"] and x.shape[0] * x.shape[1] == 1}
+    return options | {"EAGER": options["EARLY"] and (several or x.shape[0] * x.shape[1] == 1)}
