@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from wmtp.errors import WMTPError
+from wmtp.tracking import starting as starting_module
 from wmtp.tracking.base import RunInfo, Tracker
 from wmtp.tracking.starting import starting_beside
 
@@ -62,6 +64,27 @@ def test_a_run_that_fails_meanwhile_is_a_failed_one() -> None:
     with pytest.raises(ValueError, match="the model"), starting_beside(tracker, RUN):
         raise ValueError("the model")
     assert tracker.told == ["start", ("failed", None)]
+
+
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_one_that_does_not_start_is_named(in_thread: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starting_module, "_SAID_AFTER", 0.05)
+    tracker, said = Noted(), f"waiting for the tracker {__name__}.Noted to start; Ctrl-C ends the run"
+    tracker.starts_in_thread = in_thread  # type: ignore[misc]
+
+    class Release(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() == said:
+                tracker.may_start.set()
+
+    handler = Release()
+    logging.getLogger("wmtp").addHandler(handler)
+    try:
+        with starting_beside(tracker, RUN) as starting:
+            starting.wait()  # never ends, unless that is said
+    finally:
+        logging.getLogger("wmtp").removeHandler(handler)
+    assert tracker.told == ["start"]
 
 
 def test_a_tracker_that_has_not_said_so_starts_in_the_same_thread_at_the_end() -> None:

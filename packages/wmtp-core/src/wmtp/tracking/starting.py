@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from wmtp.tracking.base import RunInfo, Tracker, failure
+from wmtp.tracking.base import RunInfo, Tracker, failure, title
 from wmtp.tracking.ending import within
 
 __all__ = ["StartingTracker", "starting_beside"]
 
 logger = logging.getLogger("wmtp")
 
+#: seconds after which the log says what is waited for
+_SAID_AFTER: Final = 30.0
 #: seconds that a tracker has to start, and to end, when the run has failed meanwhile
 _PATIENCE: Final = 10.0
 
@@ -35,6 +37,19 @@ def starting_beside(tracker: Tracker, run: RunInfo) -> Iterator[StartingTracker]
     except BaseException:
         starting.abandon()
         raise
+
+
+@contextmanager
+def _said_when_slow(tracker: Tracker) -> Iterator[None]:
+    """Say what the run waits for, where a start takes long."""
+    said = "waiting for %s to start; Ctrl-C ends the run"
+    timer = threading.Timer(_SAID_AFTER, logger.warning, (said, title(tracker)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class StartingTracker:
@@ -62,10 +77,11 @@ class StartingTracker:
         Raises:
             WMTPError: it cannot be used.
         """
-        if self._thread is None:
-            self._tracker.start(self._run)
-            return
-        self._thread.join()
+        with _said_when_slow(self._tracker):
+            if self._thread is None:
+                self._tracker.start(self._run)
+                return
+            self._thread.join()
         if self._error is not None:
             raise self._error
 
