@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_config import tiny_config
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -281,6 +282,12 @@ def test_an_encoder_decoder_is_refused():
     base = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2))
     with pytest.raises(ConfigError, match=r"models\.base: T5ForConditionalGeneration .* encoder-decoder"):
         MTPModel(base, HeadsConfig(), seed=0)
+
+
+def test_a_model_whose_hidden_states_stay_in_fp32_is_refused_in_bf16():
+    base = AutoModelForCausalLM.from_config(tiny_config("mamba"), dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"hidden state stays torch\.float32, and its unembedding is .*--precision fp32"):
+        MTPModel(base, HeadsConfig(horizon=2), seed=0)
 
 
 def test_a_model_without_an_unembedding_is_refused():

@@ -200,6 +200,11 @@ def dissect(model: PreTrainedModel) -> Anatomy:
             raise refuse(f"a trial run on {ids.shape[1]} tokens failed: {described(error)}") from error
         if hidden.shape[-1] != field(model.config, "hidden_size", hidden.shape[-1]):
             raise refuse(f"its last hidden state is {hidden.shape[-1]} wide, and its layers are not")
+        if hidden.dtype != output.weight.dtype:  # residual_in_fp32 of Mamba
+            raise refuse(
+                f"its last hidden state stays {hidden.dtype}, and its unembedding is {output.weight.dtype}; open it in fp32 "
+                '(--precision fp32; for training devices.precision = "fp32" or "bf16")'
+            )
         logits = F.linear(hidden, output.weight, output.bias)
         found = find_transform(model, logits, expected)
         between = [] if found is not None else called_between(model, decoder, output, ids)
