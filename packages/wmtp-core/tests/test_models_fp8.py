@@ -164,6 +164,23 @@ def test_inside_products_in_bf16_a_model_computes_as_the_saved_one_and_afterward
     assert in_fp8(model) == names
 
 
+@pytest.mark.parametrize("kind", ["Fp8Linear", "FrozenFp8Linear"])
+def test_the_trial_of_attention_multiplies_in_bf16(kind, monkeypatch):
+    """Nine tokens are refused by a GPU's fp8 products, or rounded more coarsely than attention is compared."""
+    pytest.importorskip("peft")
+    model = make(lora=LoraConfig(rank=16) if kind == "FrozenFp8Linear" else None)
+    multiply_in_fp8(model, devices(), device=CPU)
+    ours = [module for module in model.modules() if type(module).__name__ == kind]
+    assert ours, "nothing multiplies in fp8"
+
+    def refuse(self, x):
+        raise RuntimeError("rows of no multiple of 16")
+
+    monkeypatch.setattr(type(ours[0]), "forward", refuse)
+    assert model.use_block_attention(), "packed rows would take masks of [B, 1, S, S]"
+    assert {type(module).__name__ for module in ours} == {kind}
+
+
 @pytest.mark.slow
 def test_compiled_layers_follow_when_products_change():
     model = make(horizon=2)
