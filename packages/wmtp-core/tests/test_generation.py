@@ -361,6 +361,7 @@ def test_threads_take_turns_at_one_model() -> None:
     streamed = stream(model, PROMPTS[0], **settings)
     first = next(streamed)
     assert torch.is_grad_enabled(), "its caller's code is not the model's"
+    model.train()  # as such code may do
     with ThreadPoolExecutor(4) as threads:
         for _ in range(3):
             assert list(threads.map(lambda prompt: generate(model, [prompt], **settings), PROMPTS[:4])) == alone

@@ -152,7 +152,8 @@ class _Batch:
                 with self._turns.turn():
                     found = self._step.follow()
                 yield self._take(*found, is_prompt=False)
-            close_step(self._model, self._opened)
+            with self._turns.turn():  # other threads open steps of this model
+                close_step(self._model, self._opened)
 
     def _take(self, new: list[list[int]], accepted: list[int], *, is_prompt: bool) -> dict[int, list[int]]:
         """Give each row its new tokens, up to its end.

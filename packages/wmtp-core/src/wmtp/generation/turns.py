@@ -40,7 +40,9 @@ class Turns:
     def request(self, model: MTPModel) -> Iterator[None]:
         """Keep eval mode and fast products until the last request ends."""
         with self._lock:
-            if not self._requests:
+            if self._requests:
+                model.eval()  # which may have been undone between the steps of a stream
+            else:
                 self._prepared.enter_context(eval_mode(model))
                 self._prepared.enter_context(fast_products(model))
             self._requests += 1

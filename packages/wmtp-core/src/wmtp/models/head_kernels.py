@@ -94,7 +94,7 @@ def _best_of_kernel(
     row, part = tl.program_id(0), tl.arange(0, PADDED)
     there = part < P
     found = tl.load(values + row * P + part, mask=there, other=-float("inf"))
-    which = tl.argmax(found, axis=0)
+    which = tl.minimum(tl.argmax(found, axis=0), P - 1)  # where logits are NaN, a place beyond may be found
     place = tl.load(places + row * P + which).to(tl.int64)
     if IDS:
         place = tl.load(ids + place)
