@@ -241,6 +241,21 @@ def test_what_a_handler_of_the_user_raises_within_a_plugin_is_not_its_fault(conf
     assert raised.value is error
 
 
+def test_a_value_that_a_plugins_enum_lacks_is_the_plugins_fault(config):
+    """Handlers that the system has are members of an enum, so code of all enums would pass for a handler's."""
+
+    @attrs.frozen
+    class Wrong(wmtp.Trainer):
+        type = "wrong"
+
+        def token_weights(self, view):
+            return signal.Signals(10_000)
+
+    error = failure_of(attrs.evolve(config, trainer=Wrong()))
+    place = line_of(Wrong.token_weights, "signal.Signals(10_000)")
+    assert str(error).endswith(f"Wrong.token_weights raised ValueError: 10000 is not a valid Signals ({place})")
+
+
 def test_what_is_no_plugins_fault_stays_as_it_is():
     @names_plugins
     def raises(error):

@@ -9,7 +9,7 @@ from wmtp.plugins.loader import load_plugins
 from wmtp.redaction import redact
 from wmtp.storage import backend_for, localize, uris
 from wmtp.storage.config import FileStorage
-from wmtp.storage.uris import file_path, scheme_of
+from wmtp.storage.uris import file_path, local_path, scheme_of
 
 BACKENDS = {"file": FileStorage().build()}
 
@@ -145,3 +145,8 @@ def test_redact():
     assert redact("abfss://container@account.host/x") == "abfss://container@account.host/x"
     assert redact('Url { host: "h", query: Some("sig=s3cret") }') == 'Url { host: "h", query: Some("") }'
     assert redact("/plain/ada:x@y") == "/plain/ada:x@y"
+
+
+def test_a_tilde_after_a_dot_is_no_home():
+    assert local_path("./~nobody/x") == Path("~nobody/x")
+    assert local_path("~/x") == Path.home() / "x"

@@ -97,6 +97,8 @@ def _signal_handlers() -> set[CodeType]:
     found = set()
     for number in signal.valid_signals():
         handler = signal.getsignal(number)
+        if isinstance(handler, signal.Handlers):  # the system's own; its class is called whenever any enum is
+            continue
         while isinstance(handler, functools.partial):
             handler = handler.func
         function = handler if hasattr(handler, "__code__") else type(handler).__call__  # a method has the former

@@ -92,7 +92,9 @@ def local_path(given: str | os.PathLike[str], *, key: str | None = None) -> Path
         whole = file_path(text)
     except ConfigError as error:
         raise (error.under(key) if key else error) from None
-    return whole if re.match("file:", text, re.IGNORECASE) else Path(text).expanduser()
+    if re.match("file:", text, re.IGNORECASE):
+        return whole
+    return Path(text).expanduser() if text.startswith("~") else Path(text)  # './~x' is no home
 
 
 def _decode(uri: str) -> str:
