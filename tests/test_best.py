@@ -123,6 +123,24 @@ def test_a_push_that_fails_at_the_end_leaves_the_run_whole(recipe, monkeypatch):
     assert (result.model / "config.json").is_file()
 
 
+def test_a_signal_while_the_tracker_closes_pushes_nothing(recipe, monkeypatch, caplog):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    pushed = []
+    monkeypatch.setattr("wmtp.api._check_push", lambda config: None)
+    monkeypatch.setattr("wmtp.exporting.pushing.push_run", lambda *words: pushed.append(words))
+    monkeypatch.setattr("wmtp.tracking.jsonl.Jsonl.finish", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(recipe, "a", "train.max_steps=3", 'run.push_to="hf://ada/x"')
+    result = caught.value.result
+    assert (result.status, result.signal, pushed) == ("finished", "SIGINT", [])
+    assert "SIGINT: its report and its tracker are waited for no longer; the run is finished" in caplog.text
+    assert (
+        f"SIGINT: nothing is pushed; the run is whole, its model is in {result.model}; push it with: wmtp push" in caplog.text
+    )
+
+
 def test_a_best_that_was_removed_is_said(recipe, caplog):
     result = run(recipe, "a", *STOPS)
     shutil.rmtree(result.run_dir / "checkpoints/step-3")

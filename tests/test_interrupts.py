@@ -268,6 +268,29 @@ def test_sigterm_after_the_last_step_hands_the_result_back(recipe, start, tmp_pa
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("number", "place", "processes"),
+    sampled(product((signal.SIGINT, signal.SIGTERM), ("finish", "log_artifact"), (1, 2)), 3),
+)
+def test_a_signal_while_a_tracker_hangs_at_the_end_leaves_a_finished_run(recipe, start, tmp_path, number, place, processes):
+    """It ends the wait and the loop over runs: the run itself is done."""
+    stops, here = stop_at(tmp_path, f"run.Jsonl.{place}")
+    process = start(code=stops + loop(recipe, [*SHORT, f"launcher.processes={processes}"]))
+    wait_for(here, process)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
+    if number == signal.SIGTERM:  # which hands the result back, and the next run begins
+        assert process.stdout.readline() == "first finished SIGTERM\n"
+        process.kill()
+        process.communicate()
+    else:
+        out, err = process.communicate(timeout=50)
+        assert out == "ended finished SIGINT True 8\n", err
+        assert f"KeyboardInterrupt: interrupted after 8 steps; the run is finished, and whole: {tmp_path}" in err
+        assert process.returncode in INTERRUPTED
+    assert json.loads((tmp_path / "runs/first/run.json").read_text())["status"] == "finished"
+    assert (tmp_path / "runs/first/model/config.json").is_file()
+
+
 @pytest.mark.slow
 def test_ctrl_c_while_the_last_upload_is_waited_for(recipe, tmp_path, s3_server):
     variables, here = stopping(tmp_path, "CheckpointUpload.finish")

@@ -158,7 +158,10 @@ def _unless_ctrl_c(result: Result) -> Result:
     """
     if result.signal != "SIGINT":
         return result
-    error = KeyboardInterrupt(f"interrupted after {result.steps} steps; to resume: wmtp run --resume {result.run_dir}")
+    how = f"to resume: wmtp run --resume {result.run_dir}"
+    if result.status != "interrupted":
+        how = f"the run is {result.status}, and whole: {result.run_dir}"
+    error = KeyboardInterrupt(f"interrupted after {result.steps} steps; {how}")
     error.result = result  # type: ignore[attr-defined]
     raise error
 
@@ -208,10 +211,13 @@ def _push(config: Config, result: Result) -> None:
         return
     from wmtp.exporting.pushing import push_run
 
+    again = f"the run is whole, its model is in {result.model}; push it with: wmtp push {result.run_dir} {uri}"
+    if result.signal is not None:
+        logger.warning("%s: nothing is pushed; %s", result.signal, again)
+        return
     try:
         push_run(result.run_dir, uri, config.storage)
     except WMTPError as error:
-        again = f"the run is whole, its model is in {result.model}; push it with: wmtp push {result.run_dir} {uri}"
         failure = WMTPError(f"run.push_to: {error}; {again}")
         failure.result = result  # type: ignore[attr-defined]
         raise failure from error

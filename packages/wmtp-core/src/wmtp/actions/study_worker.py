@@ -81,8 +81,8 @@ def _train(job: dict[str, Any], threads: int | None) -> dict[str, Any]:
         answer = {"status": result.status, "error": None}
         del result
         _clear(compiled=bool(config.get("devices", {}).get("compile")))
-    except KeyboardInterrupt:
-        answer = {"status": "interrupted", "error": None}
+    except KeyboardInterrupt as error:  # which may have come when the run was done
+        answer = {"status": getattr(getattr(error, "result", None), "status", "interrupted"), "error": None}
     except ConfigError as error:
         answer = {"status": "failed", "error": "; ".join(error.problems)}
     except WMTPError as error:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import local
 from typing import Any
 
 import torch
@@ -105,7 +106,17 @@ class StateKeeper(ABC):
         """
 
 
-_reading: DocumentRows | None = None
+class _Reading(local):
+    """What a thread reads: another may train or measure another model.
+
+    Set in ``__init__``: torch.compile guards a thread's own attributes, not those of the class.
+    """
+
+    def __init__(self) -> None:
+        self.rows: DocumentRows | None = None
+
+
+_reading = _Reading()
 
 
 @contextmanager
@@ -114,12 +125,11 @@ def reading(rows: DocumentRows | None) -> Iterator[None]:
 
     With None they go by rows as they are.
     """
-    global _reading
-    before, _reading = _reading, rows
+    before, _reading.rows = _reading.rows, rows
     try:
         yield
     finally:
-        _reading = before
+        _reading.rows = before
 
 
 def within_reading(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,7 +137,7 @@ def within_reading(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Recomputation in the backward pass needs it.
     """
-    return function if _reading is None else partial(_read_again, _reading, function)
+    return function if _reading.rows is None else partial(_read_again, _reading.rows, function)
 
 
 def _read_again(rows: DocumentRows, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -150,12 +160,12 @@ def undo_by_document(module: nn.Module) -> None:
 
 
 def _forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _reading is None:
+    if _reading.rows is None:
         for value in (*args, *kwargs.values()):
             if isinstance(value, StateKeeper):
                 return value.run_part(module, plain, args, kwargs)
         return plain(*args, **kwargs)
-    return _forward_by_document(_reading, plain, *args, **kwargs)
+    return _forward_by_document(_reading.rows, plain, *args, **kwargs)
 
 
 @torch.compiler.disable()  # as many shapes as there are lengths of documents

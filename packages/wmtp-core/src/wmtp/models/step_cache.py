@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import local
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,7 +53,18 @@ class LayeredCache(ABC):
         """
 
 
-_compiled, _plain = False, False
+class _Asked(local):
+    """What a thread has asked for: another may decode with another model.
+
+    Set in ``__init__``: torch.compile guards a thread's own attributes, not those of the class. Of a `ContextVar` torch before
+    2.13 makes a graph break.
+    """
+
+    def __init__(self) -> None:
+        self.compiled = self.plain = False
+
+
+_asked = _Asked()
 
 
 @contextmanager
@@ -61,33 +73,31 @@ def compiled_steps() -> Iterator[None]:
 
     Every call has the shapes of one before.
     """
-    global _compiled
-    before, _compiled = _compiled, True
+    before, _asked.compiled = _asked.compiled, True
     try:
         yield
     finally:
-        _compiled = before
+        _asked.compiled = before
 
 
 @contextmanager
 def plain_layers() -> Iterator[None]:
     """Inside, compiled layers run uncompiled: calls whose shapes hardly come again."""
-    global _plain
-    before, _plain = _plain, True
+    before, _asked.plain = _asked.plain, True
     try:
         yield
     finally:
-        _plain = before
+        _asked.plain = before
 
 
 def steps_are_compiled() -> bool:
     """Tell whether this is inside of `compiled_steps`, and not of `plain_layers`."""
-    return _compiled and not _plain
+    return _asked.compiled and not _asked.plain
 
 
 def layers_are_plain() -> bool:
     """Tell whether this is inside of `plain_layers`."""
-    return _plain
+    return _asked.plain
 
 
 def layer_number(layer: nn.Module) -> int | None:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from wmtp.config.places import Place
 from wmtp.config.schema import Config
+from wmtp.errors import Terminated
 from wmtp.evaluation import Measured
 from wmtp.evaluation.consent import code_execution_allowed
 from wmtp.evaluation.measure import measure
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["finish_tracking", "measure_model", "report", "save_model", "show_sample"]
+__all__ = ["AFTER_CTRL_C", "end_tracking", "finish_tracking", "measure_model", "report", "save_model", "show_sample"]
 
 logger = logging.getLogger("wmtp")
+
+AFTER_CTRL_C = 3.0  #: seconds that a tracker has to close the run
 
 _SAMPLE_TOKENS = 64
 
@@ -129,6 +132,47 @@ def show_sample(
         completion,
         bar,
     )
+
+
+def end_tracking(
+    tracker: Tracker,
+    status: Literal["finished", "stopped", "interrupted", "failed"],
+    saved_model: Path | None,
+    run_dir: Path | None,
+    *,
+    patience: float | None = None,
+) -> Literal["SIGINT", "SIGTERM"] | None:
+    """Write the run's report and close its tracker.
+
+    The run itself is done, so a signal ends this wait and changes nothing about how the run has ended.
+
+    Args:
+        tracker: of the run.
+        status: how the run has ended.
+        saved_model: the trained model's folder, where there is one.
+        run_dir: where a report is to be written; None: none.
+        patience: seconds after which the tracker is left behind. Default: see `within`.
+
+    Returns:
+        the signal that came meanwhile.
+    """
+    came: Literal["SIGINT", "SIGTERM"] | None = None
+    try:
+        if run_dir is not None:
+            report(run_dir, status, tracker)
+    except KeyboardInterrupt as error:
+        came, patience = _named(error, status), AFTER_CTRL_C
+    try:
+        finish_tracking(tracker, status, saved_model, patience=patience)
+    except KeyboardInterrupt as error:
+        came = _named(error, status)
+    return came
+
+
+def _named(error: KeyboardInterrupt, status: str) -> Literal["SIGINT", "SIGTERM"]:
+    name: Literal["SIGINT", "SIGTERM"] = "SIGTERM" if isinstance(error, Terminated) else "SIGINT"
+    logger.warning("%s: its report and its tracker are waited for no longer; the run is %s", name, status)
+    return name
 
 
 def report(run_dir: Path, status: str, tracker: Tracker) -> None:

@@ -51,7 +51,7 @@ from wmtp.tracking.jsonl import Jsonl
 from wmtp.tracking.starting import starting_beside
 from wmtp.trainers.declarations import check_data, checked_rates
 from wmtp.trainers.setup import TrainerSetup
-from wmtp.training.finish import finish_tracking, measure_model, report, save_model, show_sample
+from wmtp.training.finish import AFTER_CTRL_C, end_tracking, measure_model, save_model, show_sample
 from wmtp.training.loop import Fit, FitResult
 from wmtp.training.memory import explain_out_of_memory
 from wmtp.training.placement import check_device, place_model, ready_to_measure
@@ -64,8 +64,6 @@ from wmtp.training.trainer_modules import set_up
 __all__ = ["train"]
 
 logger = logging.getLogger("wmtp")
-
-_AFTER_CTRL_C = 3.0  #: seconds that a tracker has to close the run
 
 
 @apart_from_the_caller()
@@ -263,10 +261,9 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
                 upload.finish()
         raise
     finally:
-        ending.close()
-        if ranks.is_main and not is_aborted:
-            report(run_dir, status, tracker)
-        finish_tracking(tracker, status, saved_model, patience=_AFTER_CTRL_C if is_aborted else None)
+        with ending:
+            page = run_dir if ranks.is_main and not is_aborted else None
+            left_by = end_tracking(tracker, status, saved_model, page, patience=AFTER_CTRL_C if is_aborted else None)
     return Result(
         run_dir=run_dir,
         model=saved_model,
@@ -274,7 +271,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
         steps=outcome.steps,
         metrics={**outcome.metrics, **measurements},
         status=outcome.status,
-        signal=outcome.signal,
+        signal=outcome.signal or left_by,
     )
 
 
