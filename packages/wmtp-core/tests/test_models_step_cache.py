@@ -1,4 +1,4 @@
-"""What one thread asks of layers is not asked of another thread's."""
+"""Wishes of one thread to layers do not reach another thread's."""
 
 from __future__ import annotations
 

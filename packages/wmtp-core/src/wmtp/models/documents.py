@@ -107,7 +107,7 @@ class StateKeeper(ABC):
 
 
 class _Reading(local):
-    """What a thread reads: another may train or measure another model.
+    """Documents that a thread reads: another may train or measure another model.
 
     Set in ``__init__``: torch.compile guards a thread's own attributes, not those of the class.
     """

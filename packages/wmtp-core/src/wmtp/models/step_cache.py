@@ -54,7 +54,7 @@ class LayeredCache(ABC):
 
 
 class _Asked(local):
-    """What a thread has asked for: another may decode with another model.
+    """Wishes of one thread: another may decode with another model.
 
     Set in ``__init__``: torch.compile guards a thread's own attributes, not those of the class. Of a `ContextVar` torch before
     2.13 makes a graph break.

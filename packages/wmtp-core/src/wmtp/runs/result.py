@@ -27,8 +27,7 @@ class Result:
         steps: optimizer steps done, over all resumes.
         metrics: the last logged value of every metric.
         status: ``finished``; ``stopped`` by early stopping; ``interrupted`` by a signal, with a checkpoint to resume from.
-        signal: the signal that ended the run, or the wait for its tracker when the run was done: ``SIGINT`` or ``SIGTERM``; None
-            for none.
+        signal: ``SIGINT`` or ``SIGTERM``, which ended the run, or the wait for its tracker when it was done; None for none.
     """
 
     run_dir: Path
