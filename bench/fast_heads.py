@@ -36,10 +36,12 @@ from unittest.mock import patch
 import fast_answers
 import torch
 from fast_prompts import held_out_prompts, write_prompts
+from fewer_drafts import with_drafts
 
 import wmtp
 from wmtp.config.schema import HeadsConfig, ScheduleConfig
 from wmtp.generation import generate
+from wmtp.generation.base import total
 from wmtp.generation.text import encode_prompt
 from wmtp.models.ends import end_ids
 from wmtp.models.mtp import MTPModel
@@ -89,6 +91,9 @@ def main() -> None:
             continue
         run_dir, seconds, metrics = train(arguments, spec, text, source)
         label = f"{spec} on {text}, {metrics['steps']} steps"
+        if arguments.no_decode:
+            print(json.dumps({"heads": label, "train_seconds": seconds, **metrics, "run": str(run_dir)}), flush=True)
+            continue
         row = {"heads": label, **measure(arguments, held_out, run_dir), "train_seconds": seconds, **metrics}
         print(json.dumps(row | {"run": str(run_dir)}), flush=True)
         rows.append(row)
@@ -151,9 +156,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=32, help="of 1,024 tokens, in a step")
     parser.add_argument("--micro-rows", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3, help="of the heads")
+    parser.add_argument("--decay", type=float, default=0.8, help="of the weights of further heads")
     parser.add_argument("--lk-eta", type=float, default=3.0)
     parser.add_argument("--held-out", type=int, default=64, help="prompts to measure on")
     parser.add_argument("--decode-tokens", type=int, default=128)
+    parser.add_argument("--drafts", nargs="+", type=int, default=[], help="measure with so few drafts too, by the first heads")
+    parser.add_argument("--no-decode", action="store_true", help="only train; called again without it, measure")
     parser.add_argument("--no-new", action="store_true", help="leave out heads that have learned nothing")
     parser.add_argument("--no-data-run", action="store_true", help="leave out the run on the functions themselves")
     parser.add_argument("--no-times", action="store_true", help="leave out the times of decoding")
@@ -292,7 +300,7 @@ def train(arguments: argparse.Namespace, spec: str, text: str, source: Path) -> 
         "horizon": arguments.horizon,
         "kind": kind,
         "trunk_gradient": "detach",
-        "decay": 0.8,
+        "decay": arguments.decay,
         "objective": objective,
         "warmup_steps": steps,
         "lr_factor": 10.0,
@@ -357,20 +365,19 @@ def measure(arguments: argparse.Namespace, prompts: list[str], run_dir: Path | N
     model = opened.model
     if run_dir is None:
         model = MTPModel(model.base, HeadsConfig(horizon=arguments.horizon, kind=arguments.kind), seed=0).requires_grad_(False)
-    rows, _ = decode(arguments, model, opened.tokenizer, prompts, speculative=True)
-    counts = [(len(row.tokens) - 1, row.drafts.steps) for row in rows]
-    found: dict[str, Any] = {
-        "tokens_per_forward": tokens_per_forward(counts),
-        "interval": interval(counts),
-        "decoded_tokens": sum(tokens for tokens, _ in counts),
-        "acceptance": [
-            round(sum(row.drafts.accepted[k] for row in rows) / max(1, sum(row.drafts.tested[k] for row in rows)), 3)
-            for k in range(arguments.horizon - 1)
-        ],
-    }
-    say(f"decoded: {json.dumps(found)}")  # before the rest, in which the time may be up
+    drafted: dict[int, dict[str, Any]] = {}
+    texts: dict[int, list[wmtp.Generation]] = {}
+    for drafts in dict.fromkeys((model.horizon - 1, *arguments.drafts)):
+        used = with_drafts(model, drafts)
+        texts[drafts], _ = decode(arguments, used, opened.tokenizer, prompts, speculative=True)
+        drafted[drafts] = counted(texts[drafts])
+        say(f"decoded with {drafts} drafts: {json.dumps(drafted[drafts])}")  # before the rest, in which the time may be up
     plain, _ = decode(arguments, model, opened.tokenizer, prompts, speculative=False)
-    found["identical"] = sum(a.tokens == b.tokens for a, b in zip(rows, plain, strict=True)) / len(rows)
+    for drafts, rows in texts.items():
+        drafted[drafts]["identical"] = sum(a.tokens == b.tokens for a, b in zip(rows, plain, strict=True)) / len(rows)
+    found = drafted.pop(model.horizon - 1)
+    if drafted:
+        found["fewer_drafts"] = drafted
     if arguments.no_times:
         return found
     alone = prompts[:8]
@@ -381,6 +388,18 @@ def measure(arguments: argparse.Namespace, prompts: list[str], run_dir: Path | N
         for speculative in (False, True)
     ]
     return found | {"speedup_alone": round(seconds[0] / seconds[1], 2)}
+
+
+def counted(rows: list[wmtp.Generation]) -> dict[str, Any]:
+    """Count what was decoded with drafts."""
+    counts = [(len(row.tokens) - 1, row.drafts.steps) for row in rows]
+    drafts = total([row.drafts for row in rows])
+    return {
+        "tokens_per_forward": tokens_per_forward(counts),
+        "interval": interval(counts),
+        "decoded_tokens": sum(tokens for tokens, _ in counts),
+        "acceptance": [round(a / max(1, b), 3) for a, b in zip(drafts.accepted, drafts.tested, strict=True)],
+    }
 
 
 def tokens_per_forward(counts: list[tuple[int, int]]) -> float:
