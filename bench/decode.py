@@ -1,17 +1,21 @@
 """Decoding speed beside transformers' own and the memory's bandwidth.
 
-    python bench/decode.py                                    # the shape of SmolLM2-135M, random weights
-    python bench/decode.py --model runs/heads --dtype fp32    # a trained model on code: its drafts count
+    python bench/decode.py                                      # the shape of SmolLM2-135M, random weights
+    python bench/decode.py --model runs/heads --cases fp32:1    # a trained model on code: its drafts count
     python bench/decode.py --cases fp32:1 fp32:16 --new 512 --heads shared
+    python bench/decode.py --model runs/heads --cases fp32:1 --ends --drafts 3 4 5 --texts 64
     python bench/decode.py --model models/smollm2.gguf --oracle 1.9 2.5 3
 
 The floor of one forward pass is its bytes (the base's parameters, keys and values) over the rate at which this card copies,
 measured in the same run. Rows with compiled layers take some seconds more to start; `--kernels` lists what a step launches.
 Heads of random weights accept what chance gives them: without `--model` the speculative row shows what a verify step costs, not
 what it gains. With it, prompts are documented functions of the standard library, of files that bench/fast_prompts.py keeps from
-training, and each row says how many texts are those of plain decoding. All rows write `--new` tokens. With `--oracle`, the
-heads compute as ever, and their drafts are then replaced: by the model's own next tokens, each with the probability that gives
-so many tokens a step, or by wrong ones. So it shows what heads would gain that learned as much.
+training, and each row says how many texts are those of plain decoding. All rows write `--new` tokens, also after the token at
+which the model ends a text, of which heads have learned nothing. With `--ends` a text ends there, transformers' too, as for
+users: tokens are counted text by text. The rate in brackets is without the prompts, and without the first token of each text,
+which the prompt's pass gives. With `--drafts`, speculative rows come once for each number, by so many of the first heads. With
+`--oracle`, the heads compute as ever, and their drafts are then replaced: by the model's own next tokens, each with the
+probability that gives so many tokens a step, or by wrong ones. So it shows what heads would gain that learned as much.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +35,7 @@ from typing import Any, Self
 import torch
 from attrs import define
 from fast_prompts import held_out_prompts
+from fewer_drafts import with_drafts
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,6 +45,7 @@ from wmtp.generation import Generation, compile_model, generate, release, step
 from wmtp.generation.decoder import Read
 from wmtp.generation.drafting import Choose, Drafter
 from wmtp.generation.text import encode_prompt
+from wmtp.models.ends import end_ids
 from wmtp.models.mtp import MTPModel
 
 #: SmolLM2-135M
@@ -69,12 +76,16 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="JSON: a list of prompts, each a list of token ids")
     parser.add_argument("--texts", type=int, default=4, help="prompts of a trained model, at least a batch of them")
     parser.add_argument("--new", type=int, default=256)
+    parser.add_argument("--ends", action="store_true", help="a text ends at the model's end tokens; --new is the most")
+    parser.add_argument("--drafts", nargs="+", type=int, default=[], help="of a step, each in turn; default: all heads draft")
     parser.add_argument("--oracle", nargs="+", type=float, default=[], metavar="TOKENS", help="tokens a step")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="in this order")
     parser.add_argument("--repeat", type=int, default=3, help="timed passes; 0: only the first ones, which compile")
     parser.add_argument("--kernels", action="store_true", help="count the kernels of a step, and list those that take longest")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    if given.ends and not given.model:
+        parser.error("--ends: random weights have no end token that means anything; give --model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     rate = _copy_rate(device)
@@ -101,55 +112,68 @@ def _measure(
     pass_seconds = _floor(model, batch, longest + given.new // 2) / rate
     found["floor_ms"] = 1000 * pass_seconds
     print(f"\n{results[-1]['case']}, {count} texts: floor {1000 * pass_seconds:.3f} ms a forward", flush=True)
-    fast: MTPModel | None = None
+    fast: dict[int, MTPModel] = {}  # by drafts
     plain: list[tuple[int, ...]] = []
-    for name in given.rows:
-        if "compiled" in name and device.type != "cuda":
+    ends = end_ids(model.base, model.tokenizer) if given.ends else None
+    for name, drafts, oracle in _rows(given, model.horizon - 1):
+        if ("compiled" in name and device.type != "cuda") or (oracle is not None and not plain):
             continue
-        if name.startswith("ours") and "compiled" in name and fast is None:
-            fast = copy.deepcopy(model)
-            compile_model(fast)
-        used = fast if "compiled" in name and fast is not None else model
-        speculative = "speculative" in name
-        oracles: list[float | None] = [None, *given.oracle] if speculative else [None]
-        for oracle in oracles:
-            if oracle is not None and not plain:
-                continue
-            label = name if oracle is None else f"{name}, oracle"
-            truth = None if oracle is None else _Truth(groups, plain, oracle, model.horizon - 1, device)
-            if name.startswith("transformers"):
-                action = partial(_theirs, model, groups, "static" if "static" in name else None)
-            else:
-                action = partial(_ours, used, groups, truth, speculative)
-            try:
-                with _oracle(used, truth):
-                    done, row = _time(action, given.new, device, given.repeat)
-            except RuntimeError as error:
-                print(f"  {label:40} {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
-                continue
-            if not given.repeat:
-                continue
+        label = f"{name}, {drafts} drafts" if "speculative" in name and given.drafts else name
+        label = label if oracle is None else f"{label}, oracle"
+        used = with_drafts(model, drafts)
+        if name.startswith("ours") and "compiled" in name:
+            if drafts not in fast:
+                fast[drafts] = copy.deepcopy(used)
+                compile_model(fast[drafts])
+            used = fast[drafts]
+        truth = None if oracle is None else _Truth(groups, plain, oracle, drafts, device)
+        if name.startswith("transformers"):
+            action = partial(_theirs, model, groups, "static" if "static" in name else None, ends)
+        else:
+            action = partial(_ours, used, groups, truth, "speculative" in name, ends)
+        try:
+            with _oracle(used, truth):
+                done, row = _time(action, given.new, device, given.repeat)
+        except RuntimeError as error:
+            print(f"  {label:44} {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+            continue
+        if not given.repeat:
+            continue
+        if name.startswith("ours"):
             plain = plain or done.texts
-            row["tokens_a_step"] = done.a_step
-            row["step_ms"] = 1000 * (row["seconds"] - row["prompt_seconds"]) / (done.forwards - len(groups))
-            row["tokens_per_second"] = done.tokens / row["seconds"]
-            if done.texts:
-                row["same_texts"] = sum(a == b for a, b in zip(done.texts, plain, strict=True)) / count
-            found[f"{label} {oracle or ''}".strip()] = row
-            print(
-                f"  {label:40} {row['tokens_per_second']:8.0f} tokens/s  {row['step_ms']:7.3f} ms a step after prompts of "
-                f"{1000 * row['prompt_seconds'] / len(groups):5.1f} ms  {done.a_step:5.2f} tokens a step  "
-                f"{row['step_ms'] / 1000 / pass_seconds:5.1f} x floor  {row['first_seconds']:5.1f} s the first time  "
-                f"{row.get('same_texts', 0):4.0%} of the texts are plain's",
-                flush=True,
-            )
-            if given.json:
-                given.json.write_text(json.dumps(results, indent=1))
-            if given.kernels and name.startswith("ours") and device.type == "cuda" and oracle is None:
-                # last of all: whatever runs after a profile has been made is slower, a graph by a third
-                later.append(partial(_list_kernels, label, action, given.new, done.forwards))
+        row["tokens_a_step"] = done.a_step
+        row["step_ms"] = 1000 * (row["seconds"] - row["prompt_seconds"]) / max(done.forwards - len(groups), 1)
+        row["tokens_per_second"] = done.tokens / row["seconds"]
+        row["decoded_per_second"] = (done.tokens - count) / (row["seconds"] - row["prompt_seconds"])
+        row["tokens"] = done.tokens
+        if plain:
+            row["same_texts"] = sum(a == b for a, b in zip(done.texts, plain, strict=True)) / count
+        found[f"{label} {oracle or ''}".strip()] = row
+        print(
+            f"  {label:44} {row['tokens_per_second']:8.0f} tokens/s ({row['decoded_per_second']:.0f}) {row['step_ms']:7.3f} ms "
+            f"a step after prompts of {1000 * row['prompt_seconds'] / len(groups):5.1f} ms  {done.a_step:5.2f} tokens a step  "
+            f"{row['step_ms'] / 1000 / pass_seconds:5.1f} x floor  {row['first_seconds']:5.1f} s the first time  "
+            f"{row.get('same_texts', math.nan):4.0%} of the texts are plain's",
+            flush=True,
+        )
+        if given.json:
+            given.json.write_text(json.dumps(results, indent=1))
+        if given.kernels and name.startswith("ours") and device.type == "cuda" and oracle is None:
+            # last of all: whatever runs after a profile has been made is slower, a graph by a third
+            later.append(partial(_list_kernels, label, action, given.new, done.forwards))
         gc.collect()
     return later
+
+
+def _rows(given: argparse.Namespace, most: int) -> Iterator[tuple[str, int, float | None]]:
+    """Yield what is measured, in order: name, drafts, and an oracle's tokens a step."""
+    for name in given.rows:
+        if "speculative" not in name:
+            yield name, most, None
+            continue
+        for drafts in given.drafts or [most]:
+            for oracle in (None, *given.oracle):
+                yield name, drafts, oracle
 
 
 def _time(action: Callable[[int], _Done], tokens: int, device: torch.device, repeat: int) -> tuple[_Done, dict[str, float]]:
@@ -290,12 +314,14 @@ def _list_kernels(name: str, action: Callable[[int], object], new: int, forwards
         print(f"      {share:6.1%}  {event.count / forwards:6.1f} a step of {each:6.1f} us  {event.key[:90]}")
 
 
-def _ours(model: MTPModel, groups: list[list[list[int]]], truth: _Truth | None, speculative: bool, new: int) -> _Done:
+def _ours(
+    model: MTPModel, groups: list[list[list[int]]], truth: _Truth | None, speculative: bool, ends: list[int] | None, new: int
+) -> _Done:
     done: list[list[Generation]] = []
     for number, prompts in enumerate(groups):
         if truth is not None:
             truth.load(number)
-        done.append(generate(model, prompts, max_new_tokens=new, eos_id=None, speculative=speculative))
+        done.append(generate(model, prompts, max_new_tokens=new, eos_id=ends, speculative=speculative))
     rows = [row for group in done for row in group]
     tokens, steps = sum(len(row.tokens) for row in rows), sum(row.drafts.steps for row in rows)
     forwards = sum(1 + max(row.drafts.steps for row in group) for group in done)
@@ -303,15 +329,21 @@ def _ours(model: MTPModel, groups: list[list[list[int]]], truth: _Truth | None, 
 
 
 @torch.no_grad()
-def _theirs(model: MTPModel, groups: list[list[list[int]]], cache: str | None, new: int) -> _Done:
+def _theirs(model: MTPModel, groups: list[list[list[int]]], cache: str | None, ends: list[int] | None, new: int) -> _Done:
     device = model.anatomy.output.weight.device
-    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    settings: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    settings |= {"min_new_tokens": new} if ends is None else {"eos_token_id": ends}
+    texts: list[tuple[int, ...]] = []
+    forwards = 0
     for prompts in groups:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        model.base.generate(ids, attention_mask=mask, cache_implementation=cache, **settings)  # type: ignore[operator]
-    return _Done(new * sum(map(len, groups)), new * len(groups), 1.0, [])
+        found = model.base.generate(ids, attention_mask=mask, cache_implementation=cache, **settings)  # type: ignore[operator]
+        rows = found[:, longest:].tolist()
+        forwards += len(rows[0])
+        texts += [tuple(row[: next((at + 1 for at, token in enumerate(row) if token in (ends or ())), None)]) for row in rows]
+    return _Done(sum(map(len, texts)), forwards, 1.0, texts)
 
 
 def _floor(model: MTPModel, batch: int, length: int) -> float:
