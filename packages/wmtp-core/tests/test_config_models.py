@@ -20,6 +20,7 @@ import wmtp
 from wmtp.errors import ConfigError, WMTPError
 from wmtp.models import load_model
 from wmtp.models.loaders.hf import HfLoader
+from wmtp.storage.architectures import linear_maps
 from wmtp.storage.model_files import check_folder
 
 ENOUGH: dict[str, Any] = {
@@ -262,6 +263,23 @@ def test_an_unknown_model_type_is_said_before_transformers_is_imported(tmp_path,
         return
     with pytest.raises(WMTPError, match=f"has no architecture '{model_type}'; correct model_type, or install a newer one"):
         check_folder(tmp_path)
+
+
+def test_an_architecture_of_a_plugin_is_not_taken_for_one_with_the_begin_of_its_name(folder: Path, tmp_path: Path):
+    change(folder, model_type="llama_mine")
+    assert linear_maps({"model_type": "llama_mine"}) is None
+    assert linear_maps({"model_type": "llama"}) is not None
+    check(folder, lora={"targets": ["its_proj"]})
+
+
+def test_an_architecture_that_a_plugin_has_registered_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine"}))
+    with pytest.raises(WMTPError, match="has no architecture 'mine'"):
+        check_folder(tmp_path)
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "mine", object)
+    check_folder(tmp_path)
 
 
 @pytest.mark.parametrize("fields", [{"max_position_embeddings": 16}, {"text_config": {"max_position_embeddings": 16}}])

@@ -6,6 +6,7 @@ Imports neither transformers nor torch.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,7 +65,8 @@ class LinearMaps:
 def linear_maps(content: Mapping[str, Any]) -> LinearMaps | None:
     """Read which linear maps the model of a ``config.json`` has.
 
-    None where one source file does not tell: of several models in one, or where another file has its modules.
+    None where one source file does not tell: of several models in one, where another file has its modules, or where the
+    architecture is another package's.
     """
     model_type = content.get("model_type")
     models = _models_folder()
@@ -72,6 +74,8 @@ def linear_maps(content: Mapping[str, Any]) -> LinearMaps | None:
         return None
     name = _plain_name(STAND_INS.get(model_type, model_type))
     owner = max((own for own in _folders(models) if _is_of(name, own)), key=len, default=None)
+    if owner is not None and name != owner and not _is_listed(models, model_type):  # llama_mine, which a plugin registers
+        return None
     if owner is None or not (source := models / owner / f"modeling_{owner}.py").is_file():
         return None
     text = source.read_text(encoding="utf-8")
@@ -109,7 +113,18 @@ def is_unknown(content: Mapping[str, Any]) -> bool:
     known = [] if models is None else _folders(models)
     if models is None or not known or any(_is_of(_plain_name(model_type), own) for own in known):
         return False
-    return not any(f'"{model_type}"' in file.read_text(encoding="utf-8") for file in (models / "auto").glob("*.py"))
+    return not _is_listed(models, model_type) and not _is_registered(model_type)
+
+
+def _is_listed(models: Path, model_type: str) -> bool:
+    """Tell whether transformers' own tables have an architecture."""
+    return any(f'"{model_type}"' in file.read_text(encoding="utf-8") for file in (models / "auto").glob("*.py"))
+
+
+def _is_registered(model_type: str) -> bool:
+    """Tell whether a plugin has registered an architecture with transformers, which is imported then."""
+    auto = sys.modules.get("transformers.models.auto.configuration_auto")
+    return auto is not None and model_type in auto.CONFIG_MAPPING
 
 
 def _models_folder() -> Path | None:
