@@ -161,7 +161,7 @@ class _server:
 
 def test_what_is_wrong_is_said(recipe, wmtp, place, tmp_path):
     nothing = wmtp("runs", "pull", f"{place}/nothing", "--into", tmp_path / "m.db", cwd=tmp_path)
-    assert nothing.returncode == 1
+    assert nothing.returncode == 2
     assert "there are no runs" in nothing.stderr
     assert not (tmp_path / "m.db").exists()
     gone = place.replace("/team", "-gone/team")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,56 @@ def test_a_run_in_a_folder_whose_name_is_no_text_is_refused(place: Path, monkeyp
     assert main(["check", "recipe.toml"]) == 2
     assert "run.output_dir: " in (said := capsys.readouterr().err)
     assert "is not UTF-8 text, which a config is; rename the folder" in said
+
+
+#: commands that read what is named: what is not there is the user's mistake, wherever it would have been read
+READERS = {
+    "check": ["check", "{}"],
+    "run": ["run", "--resume", "{}"],
+    "generate": ["generate", "{}", "--prompt", "a"],
+    "export": ["export", "{}", "new", "--format", "hf"],
+    "eval": ["eval", "{}"],
+    "report": ["report", "{}"],
+    "study": ["study", "{}"],
+    "fetch": ["fetch", "{}", "new"],
+    "verify": ["fetch", "--verify", "{}"],
+    "push": ["push", "{}", "./new"],
+    "push to a store": ["push", "{}", "s3://bucket/new"],
+    "push to the hub": ["push", "{}", "hf://org/new"],
+    "pull": ["runs", "pull", "./{}"],
+    "distill-data": ["distill-data", "model", "{}", "--output", "new.jsonl"],
+}
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_what_is_not_there_is_a_mistake_of_one_line(command: str, place: Path, capsys) -> None:
+    before = sorted(place.rglob("*"))
+    assert main([part.format("missing") for part in READERS[command]]) == 2
+    said = capsys.readouterr().err
+    assert len([line for line in said.splitlines() if line.startswith("error: ") and "missing" in line]) == 1, said
+    assert [path for path in sorted(place.rglob("*")) if path not in before and path.name != "new"] == []
+
+
+@pytest.mark.parametrize("command", ["generate", "export", "eval", "fetch", "push", "push to the hub", "distill-data"])
+def test_a_pipe_and_a_device_are_called_so(command: str, place: Path, capsys) -> None:
+    os.mkfifo(place / "pipe")
+    for name, kind in (("pipe", "named pipe"), ("/dev/null", "device")):
+        assert main([part.format(name) for part in READERS[command]]) == 2
+        assert f"{name}: is a {kind}, which is read once at most; write what it gives into a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loader", ["jsonl", "text", "chat", "python-source"])
+def test_a_pipe_as_data_or_model_of_a_recipe_is_called_so(loader: str, place: Path, capsys) -> None:
+    os.mkfifo(place / "pipe")
+    (place / "recipe.toml").write_text(SHORTEST_TOML, encoding="utf-8")
+    data, model = f'datasets.code={{type="{loader}", uri="pipe"}}', 'models.base={type="hf", uri="pipe"}'
+    for key, override in (("datasets.code.uri", data), ("models.base.uri", model)):
+        assert main(["check", "recipe.toml", "--set", override]) == 2
+        said = capsys.readouterr().err
+        assert said.count(f"{key}: {place / 'pipe'}: is a named pipe") == 1, said
+
+
+def test_nothing_is_fetched_onto_a_file(place: Path, capsys) -> None:
+    (place / "data.jsonl").write_text("{}")
+    assert main(["fetch", "data.jsonl", "runs/a/config.toml"]) == 2
+    assert "runs/a/config.toml is a file; name a folder to fetch into" in capsys.readouterr().err

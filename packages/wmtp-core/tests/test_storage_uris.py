@@ -131,7 +131,7 @@ def test_missing_file_is_named_and_what_exists(tmp_path):
 def test_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert not BACKENDS["file"].exists(str(tmp_path / "pipe"))
-    with pytest.raises(WMTPError, match="neither a file nor a folder"):
+    with pytest.raises(WMTPError, match="is a named pipe, which is read once"):
         localize(str(tmp_path / "pipe"), BACKENDS, tmp_path)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve, frozen
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, WMTPError
 from wmtp.storage.copying import is_wanted
 from wmtp.storage.manifest import MANIFEST
 from wmtp_storage.failures import WrongAnswerError
@@ -74,7 +74,7 @@ def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] 
     if any(stored.name == INCOMPLETE for stored in found):
         raise WMTPError(f"{uri}: the folder is half-written: whoever uploads to it has not ended, or failed; upload it again")
     if not found:
-        raise WMTPError(_nothing_at(storage, uri))
+        raise FileError(_nothing_at(storage, uri))
     found = [stored for stored in found if stored.name != MANIFEST and stored.name.partition("/")[0] != STATE_FOLDER]
     found = _once_each(storage, uri, [stored for stored in found if is_wanted(stored.name, include, exclude)])
     for stored in found:
@@ -83,7 +83,7 @@ def list_objects(storage: ObjectStorage, uri: RemoteURI, include: Sequence[str] 
     found = _without_markers(storage, uri, found)
     if not found:
         what = "matches the patterns" if include or exclude else "is a file"
-        raise WMTPError(f"{uri}: nothing there {what}")
+        raise FileError(f"{uri}: nothing there {what}")
     return Listing(tuple(sorted(found, key=lambda stored: stored.name)), is_folder=True)
 
 

@@ -13,7 +13,7 @@ from attrs import frozen
 from wmtp.config.load import ConfigSource, load_storage
 from wmtp.config.overrides import parse_override
 from wmtp.config.places import build_backends
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError, FileError
 from wmtp.public import public
 from wmtp.redaction import redact
 from wmtp.runs.directory import is_run_dir
@@ -23,6 +23,7 @@ from wmtp.storage.hub.names import unclear_target
 from wmtp.storage.manifest import MANIFEST, Manifest
 from wmtp.storage.manifest import verify as verify_files
 from wmtp.storage.uris import backend_for, local_path, scheme_of
+from wmtp.storage.walk import not_there, special_kind
 
 if TYPE_CHECKING:
     from wmtp.config.schema import StorageConfig
@@ -110,10 +111,10 @@ def verify(folder: str | os.PathLike[str], uri: str | None = None) -> Verified:
     target = local_path(folder)
     manifest = Manifest.read(target / MANIFEST)
     if manifest is None:
-        raise WMTPError(f"{target}: there is no {MANIFEST}, so it is not known what should be there; fetch into it")
+        raise FileError(f"{target}: there is no {MANIFEST}, so it is not known what should be there; fetch into it")
     wanted = None if uri is None else redact(uri).partition("?")[0].rstrip("/")
     if wanted is not None and wanted != manifest.uri.rstrip("/"):
-        raise WMTPError(f"{target} was fetched from {manifest.uri}, not from {wanted}")
+        raise ConfigError(f"{target} was fetched from {manifest.uri}, not from {wanted}")
     problems = verify_files(target, manifest.files)
     return Verified(target=target, uri=manifest.uri, files=len(manifest.files), size=manifest.size, problems=problems)
 
@@ -132,6 +133,8 @@ def push(
     """
     began = time.monotonic()
     source = local_path(path)
+    if not source.exists() or special_kind(source):
+        raise FileError(not_there(source))
     run_dir = source.parent if source.name == "model" and is_run_dir(source.parent) else source
     if scheme_of(os.fspath(uri)) == "hf" and is_run_dir(run_dir):
         from wmtp.exporting.pushing import push_run

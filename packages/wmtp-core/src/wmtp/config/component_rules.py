@@ -17,6 +17,7 @@ from wmtp.errors import ConfigError, described
 from wmtp.plugins.failures import plugin_failure
 from wmtp.storage.hub.names import both_readings, plain_name, unclear_target
 from wmtp.storage.uris import backend_for, file_path, scheme_of, storage_scheme
+from wmtp.storage.walk import not_there, special_kind
 
 if TYPE_CHECKING:
     from wmtp.config.schema import Config
@@ -86,6 +87,8 @@ def _uri(uri: str, path: KeyPath, schemes: dict[str, Any], *, must_exist: bool) 
                 return
             relative = "" if str(file_path(uri)) == uri else f" (that is {file_path(uri)})"
             yield Problem(path, f"{uri!r}{relative} does not exist")
+        elif must_exist and scheme_of(uri) == "file" and special_kind(file_path(uri)):
+            yield Problem(path, not_there(file_path(uri)))
     except ConfigError as error:
         yield from (Problem(path, problem) for problem in error.problems)
 

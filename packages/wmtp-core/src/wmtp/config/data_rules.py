@@ -17,6 +17,7 @@ from wmtp.plugins.built import built, returned
 from wmtp.plugins.contract import DataLoaderConfig
 from wmtp.plugins.registry import Registry
 from wmtp.storage.uris import file_path, scheme_of
+from wmtp.storage.walk import special_kind
 
 __all__ = [
     "check_answers",
@@ -206,6 +207,6 @@ def _local_path(uri: object) -> Path | None:
     """
     try:
         path = file_path(uri) if isinstance(uri, str) and scheme_of(uri) == "file" else None
-        return path if path is not None and path.exists() else None
+        return path if path is not None and path.exists() and not special_kind(path) else None
     except (ConfigError, OSError):
         return None

@@ -19,6 +19,7 @@ from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.model_files import check_folder, find_gguf, is_adapter, quantization, quantized_problem
 from wmtp.storage.model_folders import LOADERS, model_within
 from wmtp.storage.uris import file_path, scheme_of
+from wmtp.storage.walk import special_kind
 
 __all__ = ["model_problems"]
 
@@ -130,7 +131,7 @@ def _local(uri: str | None) -> Path | None:
     Raises:
         ConfigError: the URI is wrong.
     """
-    if uri is None or scheme_of(uri) != "file" or not (path := file_path(uri)).exists():
+    if uri is None or scheme_of(uri) != "file" or not (path := file_path(uri)).exists() or special_kind(path):
         return None
     return model_within(cached_snapshot(path)) if path.is_dir() else path
 

@@ -13,7 +13,7 @@ from attrs import evolve, frozen
 from wmtp.data.compression import COMPRESSIONS, uncompressed_name
 from wmtp.errors import FileError, InputError
 from wmtp.json_files import read_json_object
-from wmtp.storage.walk import files_below, is_hidden, require_target
+from wmtp.storage.walk import files_below, is_hidden, not_there, require_target
 
 __all__ = ["FORMATS", "Named", "chosen", "data_files", "format_of", "missing_shards", "named", "unread_files"]
 
@@ -88,7 +88,7 @@ def data_files(path: Path, split: str | None = None, *, preferred: str | None = 
             raise InputError("uri", f"{path}: not a data file; {_EXPECTED}{text}")
         return chosen(path, [named(path)], split)
     if not path.is_dir():
-        raise InputError("uri", f"{path}: no such file or folder")
+        raise InputError("uri", not_there(path))
     found = _saved(path) or list(_inside(path))
     if not found:
         raise InputError("uri", f"{path}: holds no data file; {_elsewhere(path) or _EXPECTED}")

@@ -27,6 +27,7 @@ from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.model_files import is_adapter
 from wmtp.storage.model_folders import localize_model
 from wmtp.storage.uris import file_path, localize, scheme_of
+from wmtp.storage.walk import not_there, special_kind
 
 if TYPE_CHECKING:
     from wmtp.config.schema import Config
@@ -90,6 +91,8 @@ def find_model(name: str | os.PathLike[str], storage: StorageConfig | None = Non
             raise ConfigError([f"{problem}; nor is there a folder {path}" for problem in error.problems]) from error
     if not path.exists():
         raise ConfigError(f"{name}: no such run, model folder or .gguf file")
+    if special_kind(path):
+        raise ConfigError(not_there(path))
     path = cached_snapshot(path)
     if not is_run_dir(path):
         _refuse_parts_of_runs(name, path)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from wmtp.errors import WMTPError
+from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.redaction import redact
 from wmtp.storage.base import Fetched, Storage
 from wmtp.storage.manifest import MANIFEST, Manifest, ManifestFile, hash_file
@@ -30,6 +30,8 @@ def is_wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool
 def copy_into(storage: Storage, uri: str, target: Path, include: Sequence[str], exclude: Sequence[str]) -> Fetched:
     """Copy what ``storage.localize`` gives; see `Storage.fetch`."""
     began = time.monotonic()
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file; name a folder to fetch into")
     try:
         target.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".wmtp-", suffix=".part", dir=target))
@@ -40,7 +42,7 @@ def copy_into(storage: Storage, uri: str, target: Path, include: Sequence[str], 
         names = [source.name] if source.is_file() else sorted(_names(source))
         names = [name for name in names if is_wanted(name, include, exclude)]
         if not names:
-            raise WMTPError(f"{redact(uri)}: nothing there {'matches the patterns' if include or exclude else 'is a file'}")
+            raise FileError(f"{redact(uri)}: nothing there {'matches the patterns' if include or exclude else 'is a file'}")
         files = [_copy(source.parent if source.is_file() else source, name, staging / "new") for name in names]
         manifest = Manifest(uri=redact(uri), files=tuple(files))
         (target / MANIFEST).unlink(missing_ok=True)

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, WMTPError
 from wmtp.storage.atomic import replace_path
 from wmtp.storage.base import Leftover, Storage, StoredFile
 from wmtp.storage.hub.names import cached_snapshot
 from wmtp.storage.lock import FileLock
 from wmtp.storage.uris import file_path
-from wmtp.storage.walk import files_below
+from wmtp.storage.walk import files_below, not_there, special_kind
 
 __all__ = ["File"]
 
@@ -46,10 +46,9 @@ class File(Storage):
         if self.exists(uri):
             return cached_snapshot(path)
         if path.exists():
-            kind = "it may not be read" if path.is_file() or path.is_dir() else "it is neither a file nor a folder"
-            raise WMTPError(f"{uri}: {kind} ({path})")
+            raise FileError(not_there(path) if special_kind(path) else f"{uri}: it may not be read ({path})")
         there = next(parent for parent in path.parents if parent.exists())
-        raise WMTPError(f"{uri}: no such file or folder; {path} was looked for, and of that {there} exists")
+        raise FileError(f"{uri}: no such file or folder; {path} was looked for, and of that {there} exists")
 
     def push(self, path: Path, uri: str) -> None:
         """Copy beside the target, then rename; see `Storage.push`.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePath
+from typing import Final
 
 from wmtp.errors import InputError
 
-__all__ = ["files_below", "is_hidden", "require_target"]
+__all__ = ["files_below", "is_hidden", "not_there", "require_target", "special_kind"]
+
+_SPECIAL: Final = {stat.S_ISFIFO: "named pipe", stat.S_ISSOCK: "socket", stat.S_ISCHR: "device", stat.S_ISBLK: "device"}
 
 
 def files_below(folder: Path, *, skipped: Collection[str] = ()) -> Iterator[Path]:
@@ -29,6 +33,26 @@ def files_below(folder: Path, *, skipped: Collection[str] = ()) -> Iterator[Path
         seen.add(real)
         folders[:] = sorted(name for name in folders if name not in skipped)
         yield from (Path(place, name) for name in sorted(files))
+
+
+def special_kind(path: Path) -> str | None:
+    """Name what is neither a file nor a folder: a pipe, a device.
+
+    None for a file, a folder, and for what is not there.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return None
+    found = (name for test, name in _SPECIAL.items() if test(mode))
+    return next(found, None)
+
+
+def not_there(path: Path) -> str:
+    """Say why nothing can be read at a path that is neither a file nor a folder."""
+    if (kind := special_kind(path)) is None:
+        return f"{path}: no such file or folder"
+    return f"{path}: is a {kind}, which is read once at most; write what it gives into a file, and name that"
 
 
 def is_hidden(path: PurePath) -> bool:

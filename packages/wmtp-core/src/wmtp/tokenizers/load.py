@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from wmtp.errors import ConfigError, FileError
+from wmtp.storage.walk import not_there, special_kind
 from wmtp.tokenizers.base import Tokenizer
 from wmtp.tokenizers.config import Bytes, HfSentencePiece, HfTransformers
 from wmtp.tokenizers.saved import read_saved, read_template
@@ -25,8 +26,8 @@ def load_tokenizer(path: Path, *, eos_token: str | None = None) -> Tokenizer:
         WMTPError: there is none, or it is damaged, or was made by another plugin's tokenizer.
         ConfigError: it has no end-of-sequence token.
     """
-    if not path.exists():
-        raise FileError(f"{path}: no such file or folder")
+    if not path.exists() or special_kind(path):
+        raise FileError(not_there(path))
     found = _load(path, eos_token)
     if found.chat_template is None and path.is_dir():
         found.chat_template = read_template(path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from wmtp.errors import WMTPError
+from wmtp.errors import FileError, WMTPError
 from wmtp.json_files import read_json_object, writing
 from wmtp.storage.uris import stored_files
 from wmtp.tracking.mirror import ARTIFACTS, DATABASE
@@ -65,7 +65,7 @@ def pull(storage: Storage, uri: str, database: Path) -> Pulled:
         if name == DATABASE:
             found[run_id] = file.identity
     if not found:
-        raise WMTPError(f"{uri}: there are no runs; write what was tracker.tracking_uri in their config")
+        raise FileError(f"{uri}: there are no runs; write what was tracker.tracking_uri in their config")
     database = database.absolute()
     record = database.parent / f".{database.name}.pulled.json"
     with database_lock(database):

@@ -13,7 +13,7 @@ from typing import Final
 from wmtp.data.base import BadExample, Example, ExampleLoader
 from wmtp.data.compression import readable
 from wmtp.errors import InputError, WMTPError
-from wmtp.storage.walk import files_below, is_hidden, require_target
+from wmtp.storage.walk import files_below, is_hidden, not_there, require_target
 
 __all__ = ["PythonSourceLoader"]
 
@@ -45,7 +45,7 @@ class PythonSourceLoader(ExampleLoader):
         if root.is_file():
             raise InputError("uri", f"{root}: is no .py file; name one, or a folder of them")
         if not root.is_dir():
-            raise WMTPError(f"{root}: no such file or folder")
+            raise InputError("uri", not_there(root))
         found = sorted(_python_files(root), key=lambda file: file.relative_to(root).as_posix())
         if not found:
             raise WMTPError(f"{root}: holds no Python source (.py) outside tests and installed packages")

@@ -12,7 +12,7 @@ from wmtp.data.compression import read_whole, readable, uncompressed_name
 from wmtp.data.files import LFS_HINT, LFS_POINTER, given_path
 from wmtp.data.splits import Named, chosen, format_of, named
 from wmtp.errors import InputError
-from wmtp.storage.walk import files_below, is_hidden, require_target
+from wmtp.storage.walk import files_below, is_hidden, not_there, require_target
 
 __all__ = ["DEFAULT_PATTERN", "TextLoader"]
 
@@ -54,7 +54,7 @@ class TextLoader(ExampleLoader):
                 )
             return chosen(path, [self._named(path, path.parent)], self._split)
         if not path.is_dir():
-            raise InputError("uri", f"{path}: no such file or folder")
+            raise InputError("uri", not_there(path))
         found = {file.relative_to(path): file for file in files_below(path)}
         matching = {
             relative.as_posix(): file

@@ -25,6 +25,7 @@ from wmtp.models.loaders.names import Opening, find_untouched
 from wmtp.models.untouched import Untouched
 from wmtp.storage.gguf_header import lost_layers
 from wmtp.storage.model_files import check_folder, find_gguf, is_adapter
+from wmtp.storage.walk import not_there, special_kind
 
 __all__ = ["HfLoader", "from_tensors", "strict_from_pretrained"]
 
@@ -212,8 +213,8 @@ class HfLoader(ModelLoader):
 
     def _locate(self, path: Path | None) -> tuple[Path, str | None]:
         """Return the folder and, if any, the GGUF file to read."""
-        if path is None or not path.exists():
-            raise FileError(f"{path}: no such file or folder")
+        if path is None or not path.exists() or special_kind(path):
+            raise FileError(f"{path}: no such file or folder" if path is None else not_there(path))
         if self._base_uri is not None and not is_adapter(path):
             raise ConfigError("models.base.base_uri: has no effect: uri names no adapter; remove it")
         if path.is_file():
