@@ -35,7 +35,6 @@ from typing import Any, Self
 import torch
 from attrs import define
 from fast_prompts import held_out_prompts
-from fewer_drafts import with_drafts
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -112,7 +111,7 @@ def _measure(
     pass_seconds = _floor(model, batch, longest + given.new // 2) / rate
     found["floor_ms"] = 1000 * pass_seconds
     print(f"\n{results[-1]['case']}, {count} texts: floor {1000 * pass_seconds:.3f} ms a forward", flush=True)
-    fast: dict[int, MTPModel] = {}  # by drafts
+    fast: MTPModel | None = None
     plain: list[tuple[int, ...]] = []
     ends = end_ids(model.base, model.tokenizer) if given.ends else None
     for name, drafts, oracle in _rows(given, model.horizon - 1):
@@ -120,17 +119,17 @@ def _measure(
             continue
         label = f"{name}, {drafts} drafts" if "speculative" in name and given.drafts else name
         label = label if oracle is None else f"{label}, oracle"
-        used = with_drafts(model, drafts)
+        used = model
         if name.startswith("ours") and "compiled" in name:
-            if drafts not in fast:
-                fast[drafts] = copy.deepcopy(used)
-                compile_model(fast[drafts])
-            used = fast[drafts]
+            if fast is None:
+                fast = copy.deepcopy(model)
+                compile_model(fast)
+            used = fast
         truth = None if oracle is None else _Truth(groups, plain, oracle, drafts, device)
         if name.startswith("transformers"):
             action = partial(_theirs, model, groups, "static" if "static" in name else None, ends)
         else:
-            action = partial(_ours, used, groups, truth, "speculative" in name, ends)
+            action = partial(_ours, used, groups, truth, drafts, ends)
         try:
             with _oracle(used, truth):
                 done, row = _time(action, given.new, device, given.repeat)
@@ -166,10 +165,10 @@ def _measure(
 
 
 def _rows(given: argparse.Namespace, most: int) -> Iterator[tuple[str, int, float | None]]:
-    """Yield what is measured, in order: name, drafts, and an oracle's tokens a step."""
+    """Yield what is measured, in order: name, drafts of a step, and an oracle's tokens a step."""
     for name in given.rows:
         if "speculative" not in name:
-            yield name, most, None
+            yield name, 0, None
             continue
         for drafts in given.drafts or [most]:
             for oracle in (None, *given.oracle):
@@ -315,13 +314,13 @@ def _list_kernels(name: str, action: Callable[[int], object], new: int, forwards
 
 
 def _ours(
-    model: MTPModel, groups: list[list[list[int]]], truth: _Truth | None, speculative: bool, ends: list[int] | None, new: int
+    model: MTPModel, groups: list[list[list[int]]], truth: _Truth | None, drafts: int, ends: list[int] | None, new: int
 ) -> _Done:
     done: list[list[Generation]] = []
     for number, prompts in enumerate(groups):
         if truth is not None:
             truth.load(number)
-        done.append(generate(model, prompts, max_new_tokens=new, eos_id=ends, speculative=speculative))
+        done.append(generate(model, prompts, max_new_tokens=new, eos_id=ends, speculative=drafts))
     rows = [row for group in done for row in group]
     tokens, steps = sum(len(row.tokens) for row in rows), sum(row.drafts.steps for row in rows)
     forwards = sum(1 + max(row.drafts.steps for row in group) for group in done)

@@ -36,7 +36,6 @@ from unittest.mock import patch
 import fast_answers
 import torch
 from fast_prompts import held_out_prompts, write_prompts
-from fewer_drafts import with_drafts
 
 import wmtp
 from wmtp.config.schema import HeadsConfig, ScheduleConfig
@@ -368,8 +367,7 @@ def measure(arguments: argparse.Namespace, prompts: list[str], run_dir: Path | N
     drafted: dict[int, dict[str, Any]] = {}
     texts: dict[int, list[wmtp.Generation]] = {}
     for drafts in dict.fromkeys((model.horizon - 1, *arguments.drafts)):
-        used = with_drafts(model, drafts)
-        texts[drafts], _ = decode(arguments, used, opened.tokenizer, prompts, speculative=True)
+        texts[drafts], _ = decode(arguments, model, opened.tokenizer, prompts, speculative=drafts)
         drafted[drafts] = counted(texts[drafts])
         say(f"decoded with {drafts} drafts: {json.dumps(drafted[drafts])}")  # before the rest, in which the time may be up
     plain, _ = decode(arguments, model, opened.tokenizer, prompts, speculative=False)
@@ -415,7 +413,7 @@ def interval(counts: list[tuple[int, int]]) -> list[float]:
 
 
 def decode(
-    arguments: argparse.Namespace, model: MTPModel, tokenizer: Tokenizer, prompts: list[str], *, speculative: bool
+    arguments: argparse.Namespace, model: MTPModel, tokenizer: Tokenizer, prompts: list[str], *, speculative: bool | int
 ) -> tuple[list[wmtp.Generation], float]:
     """Continue prompts as one batch; and the seconds."""
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]

@@ -162,6 +162,13 @@ def test_decoding_is_measured(model: MTPModel, tmp_path: Path) -> None:
     assert "head_1/position/0-31" in json.loads((tmp_path / "evaluation-details.json").read_text())["perplexity"]["results"]
 
 
+def test_speculation_by_fewer_heads(model: MTPModel) -> None:
+    found = Speculative(prompts=2, max_new_tokens=8, drafts=1).build().evaluate(_measured(model))
+    assert model.horizon > 2
+    assert "acceptance_head_2" in found
+    assert "acceptance_head_3" not in found
+
+
 def test_speculation_without_extra_heads_is_an_error() -> None:
     model = MTPModel(LlamaForCausalLM(LlamaConfig(**LLAMA)).eval(), HeadsConfig(horizon=1), seed=0)
     with pytest.raises(ConfigError, match="needs extra heads"):

@@ -206,7 +206,7 @@ def _forced_drafts(
     text = (torch.arange(64) * 37 + 11).remainder(vocabulary).tolist()
     horizon = model.horizon
     decoder = decoders.CachedDecoder(model, 80)
-    drafter = make_drafter(model, decoder)
+    drafter = make_drafter(model, decoder, horizon - 1)
     slots = torch.arange(6)[None]
     read, last = decoder.read(torch.tensor([text[:6]]), slots, 0, 6, lengths=[6]), 5
     for accepted in runs:

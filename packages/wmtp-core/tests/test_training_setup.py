@@ -23,7 +23,7 @@ from wmtp.config.schema import (
 )
 from wmtp.data.config import TextFiles
 from wmtp.errors import ConfigError, WMTPError
-from wmtp.evaluation.config import InferenceSpeed, Speculative
+from wmtp.evaluation.config import InferenceSpeed, PassAtK, Speculative
 from wmtp.models.config import HfModel, ScratchModel
 from wmtp.models.mapped import open_tensors
 from wmtp.plugins.contract import TokenizerConfig, TrainerConfig
@@ -195,6 +195,13 @@ def test_what_cannot_be_measured_after_the_training_is_said_before_it(base):
         ]
     heads = ModelConfig(loader=HfModel(uri=str(base)), heads=HeadsConfig(horizon=2))
     open_source(attrs.evolve(config, models=config.models | {"base": heads}, eval=(Speculative(max_new_tokens=63),)))
+    few = (Speculative(max_new_tokens=8, drafts=2), PassAtK(speculative=1), PassAtK(speculative=3))
+    with pytest.raises(ConfigError) as caught:
+        open_source(attrs.evolve(config, models=config.models | {"base": heads}, eval=few))
+    assert [problem.split("; ")[0] for problem in caught.value.problems] == [
+        "eval.0: 'speculative' needs 2 extra heads, and this model has 1 (H = 2)",
+        "eval.2: 'pass-at-k' needs 3 extra heads, and this model has 1 (H = 2)",
+    ]
 
 
 def test_ids_beyond_the_rows_are_refused_if_a_document_has_one(base, tmp_path):

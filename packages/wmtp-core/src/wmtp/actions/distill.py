@@ -77,7 +77,7 @@ def distill_data(
     batch_size: int = 32,
     template: Literal["auto", "none"] = "auto",
     limit: int | None = None,
-    speculative: bool = False,
+    speculative: bool | int = False,
     compiled: bool = False,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["fp32", "bf16"] | None = None,
@@ -99,7 +99,7 @@ def distill_data(
         batch_size: prompts that are answered at once.
         template: ``auto`` writes prompts by the model's chat template, where it has one; ``none`` continues their text.
         limit: number of first prompts to use.
-        speculative: let heads 2..H draft: the same text, sooner.
+        speculative: let heads 2..H draft: the same text, sooner. A number: only so many of the first of them.
         compiled: compile the model's layers; see `wmtp.generation.compile_model`.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         precision: of the parameters. Default: as saved.
@@ -114,6 +114,7 @@ def distill_data(
     from wmtp.data.resumable_lines import ResumableLines
     from wmtp.devices import pick_device
     from wmtp.generation import compile_model
+    from wmtp.generation.decoding import count_drafts
     from wmtp.models.opening import open_model
     from wmtp.storage.uris import localize
 
@@ -133,8 +134,7 @@ def distill_data(
     opened = open_model(model, device=pick_device(device), precision=precision, storage=storage)
     if compiled:
         compile_model(opened.model)
-    if speculative and opened.model.horizon == 1:
-        raise ConfigError("--speculative: this model has no extra heads (H = 1), so nothing can draft; leave it out")
+    count_drafts(opened.model, speculative)
     teacher = _Teacher(opened, read, use_template=template == "auto" and opened.tokenizer.chat_template is not None)
     settings = {
         "model": redact(opened.name), "prompts": len(read), "of": fingerprint(read), "max_new_tokens": max_new_tokens,
@@ -261,7 +261,7 @@ class _Teacher:
         *,
         max_new_tokens: int,
         sampling: Sampling,
-        speculative: bool,
+        speculative: bool | int,
         on_step: Callable[[int], None],
     ) -> list[Generation]:
         """Answer some prompts."""

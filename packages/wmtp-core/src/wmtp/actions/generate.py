@@ -56,7 +56,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop: Sequence[str] = (),
-    speculative: bool = False,
+    speculative: bool | int = False,
     compiled: bool = False,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     precision: Literal["fp32", "bf16"] | None = None,
@@ -78,7 +78,7 @@ def generate(
         top_p: of nucleus sampling.
         seed: of the draws.
         stop: texts that end the completion; they are not part of it.
-        speculative: let heads 2..H draft: the same text, sooner.
+        speculative: let heads 2..H draft: the same text, sooner. A number: only so many of the first of them.
         compiled: compile the model's layers; see `wmtp.generation.compile_model`.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         precision: of the parameters. Default: as saved.
@@ -128,7 +128,7 @@ def open_writer(
     top_p: float,
     seed: int,
     stop: Sequence[str],
-    speculative: bool,
+    speculative: bool | int,
     compiled: bool,
     device: Literal["auto", "cpu", "cuda", "mps"],
     precision: Literal["fp32", "bf16"] | None,
@@ -172,7 +172,7 @@ class Writer:
         opened: the model.
         sampling: how tokens are chosen.
         stop: texts that end a completion.
-        speculative: whether heads 2..H draft.
+        speculative: whether heads 2..H draft; a number: so many of the first of them.
         max_new_tokens: maximum number of new tokens. Default: 128, of an answer 512.
     """
 
@@ -182,7 +182,7 @@ class Writer:
         *,
         sampling: Sampling,
         stop: Sequence[str],
-        speculative: bool,
+        speculative: bool | int,
         max_new_tokens: int | None,
     ) -> None:
         self.opened = opened
@@ -250,6 +250,6 @@ class Writer:
             tokens=tokens,
             seconds=seconds,
             tokens_per_forward=(len(tokens) - 1) / (len(steps) - 1) if len(steps) > 1 else None,
-            speculative=self._speculative,
+            speculative=bool(self._speculative),
             seed=self._sampling.seed,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from wmtp.cli.files import storage_options
-from wmtp.cli.generate import add_decoding, count
+from wmtp.cli.generate import add_decoding, count, speculation
 
 __all__ = ["add_arguments", "distill_data"]
 
@@ -57,7 +57,7 @@ def distill_data(arguments: Namespace) -> tuple[Any, int]:
         batch_size=arguments.batch_size,
         template=arguments.template,
         limit=arguments.limit,
-        speculative=arguments.speculative,
+        speculative=speculation(arguments),
         compiled=arguments.compile,
         device=arguments.device,
         precision=arguments.precision,

@@ -49,9 +49,17 @@ def add_decoding(command: ArgumentParser) -> None:
     command.add_argument("--top-p", type=float, default=1.0, help="of nucleus sampling; default 1")
     command.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
     command.add_argument("--speculative", action="store_true", help="let heads 2..H draft: the same text, sooner")
+    command.add_argument("--drafts", type=count, metavar="N", help="let only the first N of them draft")
     command.add_argument("--compile", action="store_true", help="compile the layers: on a GPU, for many tokens")
     command.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default auto")
     command.add_argument("--precision", choices=("fp32", "bf16"), help="of the parameters; default: as saved")
+
+
+def speculation(arguments: Namespace) -> bool | int:
+    """Combine the options of drafting."""
+    if arguments.drafts is not None and not arguments.speculative:
+        raise ConfigError("--drafts: has no effect without --speculative")
+    return arguments.drafts or arguments.speculative
 
 
 def count(text: str) -> int:
@@ -76,7 +84,7 @@ def generate(arguments: Namespace) -> tuple[Any, int]:
         top_p=arguments.top_p,
         seed=arguments.seed,
         stop=arguments.stop,
-        speculative=arguments.speculative,
+        speculative=speculation(arguments),
         compiled=arguments.compile,
         device=arguments.device,
         precision=arguments.precision,

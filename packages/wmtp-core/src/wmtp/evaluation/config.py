@@ -65,17 +65,23 @@ class Speculative(EvaluatorConfig):
         max_new_tokens: new tokens of each prompt.
         temperature: 0 is greedy.
         top_p: of nucleus sampling.
+        drafts: number of the first heads that draft. Default: all of heads 2..H.
     """
 
     type = "speculative"
     one_process = True
     needs_eval_data = True
-    needs_extra_heads = True
     prompts: int = field(default=16, validator=ge(1))
     batch_size: int = field(default=1, validator=ge(1))
     max_new_tokens: int = field(default=128, validator=ge(2))
     temperature: float = field(default=0.0, validator=ge(0.0))
     top_p: float = field(default=1.0, validator=[gt(0.0), le(1.0)])
+    drafts: int | None = field(default=None, validator=optional(ge(1)))
+
+    @property
+    def needs_extra_heads(self) -> int:  # type: ignore[override]
+        """With ``drafts`` so many."""
+        return self.drafts or 1
 
     @property
     def needed_positions(self) -> int:  # type: ignore[override]
@@ -175,7 +181,7 @@ class PassAtK(EvaluatorConfig):
         k: of pass@k; none above n.
         max_new_tokens: of a solution.
         batch_size: solutions that are written together.
-        speculative: whether heads 2..H draft.
+        speculative: whether heads 2..H draft; a number: so many of the first of them.
         timeout: seconds for a solution and its tests.
         memory_mb: address space of a solution's process.
         workers: sandboxes at once. Default: the number of processors.
@@ -198,11 +204,16 @@ class PassAtK(EvaluatorConfig):
     k: tuple[int, ...] | None = field(default=None, validator=optional([min_len(1), deep_iterable(ge(1))]))
     max_new_tokens: int | None = field(default=None, validator=optional(ge(1)))
     batch_size: int = field(default=16, validator=ge(1))
-    speculative: bool = False
+    speculative: bool | int = field(default=False, validator=ge(0))
     timeout: float = field(default=10.0, validator=[gt(0.0), le(1e6)])
     memory_mb: int = field(default=1024, validator=ge(64))
     workers: int | None = field(default=None, validator=optional(ge(1)))
     isolation: Literal["auto", "process"] = "auto"
+
+    @property
+    def needs_extra_heads(self) -> int:  # type: ignore[override]
+        """With ``speculative``, a number of them."""
+        return int(self.speculative)
 
     def resolved(self) -> PassAtKSettings:
         """Combine the preset with the keys that are given."""
@@ -257,7 +268,7 @@ class LmEval(EvaluatorConfig):
         max_length: tokens of context and answer together; longer contexts lose their beginning. Default: the model's positions,
             2048 where it has no limit.
         chat_template: ask by the model's chat template, examples as turns before.
-        speculative: whether heads 2..H draft where tasks let the model write.
+        speculative: whether heads 2..H draft where tasks let the model write; a number: so many of the first of them.
     """
 
     type = "lm-eval"
@@ -270,12 +281,12 @@ class LmEval(EvaluatorConfig):
     batch_size: int = field(default=8, validator=ge(1))
     max_length: int | None = field(default=None, validator=optional(ge(2)))
     chat_template: bool = False
-    speculative: bool = False
+    speculative: bool | int = field(default=False, validator=ge(0))
 
     @property
-    def needs_extra_heads(self) -> bool:  # type: ignore[override]
-        """With ``speculative``."""
-        return self.speculative
+    def needs_extra_heads(self) -> int:  # type: ignore[override]
+        """With ``speculative``, a number of them."""
+        return int(self.speculative)
 
     @property
     def needed_positions(self) -> int:  # type: ignore[override]

@@ -53,14 +53,16 @@ class SpeculativeEvaluator(Evaluator):
 
         ends = end_ids(model.base, measured.tokenizer)
 
-        def decode(batch: Sequence[list[int]], speculative: bool) -> list[Generation]:
+        drafting = config.drafts or True
+
+        def decode(batch: Sequence[list[int]], speculative: bool | int) -> list[Generation]:
             with measured.autocast():
                 return generate(
                     model, batch, max_new_tokens=config.max_new_tokens, eos_id=ends,
                     speculative=speculative, sampling=sampling,
                 )  # fmt: skip
 
-        for speculative in (False, True):
+        for speculative in (False, drafting):
             decode(batches[0], speculative)  # the first call compiles, allocates, and reads the weights
         plain_seconds, seconds, their_seconds = [], [], []
         plain_rows: list[Generation] = []
@@ -69,7 +71,7 @@ class SpeculativeEvaluator(Evaluator):
             plain, took = _timed(measured, lambda batch=batch: decode(batch, False))
             plain_rows += plain
             plain_seconds.append(took)
-            drafted, took = _timed(measured, lambda batch=batch: decode(batch, True))
+            drafted, took = _timed(measured, lambda batch=batch: decode(batch, drafting))
             rows += drafted
             seconds.append(took)
             if sampling.greedy:
@@ -77,7 +79,7 @@ class SpeculativeEvaluator(Evaluator):
         by_prompt = Bootstrap(len(rows), "prompts", measured.seed)
         by_batch = Bootstrap(len(batches), f"batches of {config.batch_size}", measured.seed)
         results = {}
-        for k in range(2, model.horizon + 1):
+        for k in range(2, (config.drafts or model.horizon - 1) + 2):
             tested, accepted = ([getattr(row.drafts, name)[k - 2] for row in rows] for name in ("tested", "accepted"))
             if sum(tested):
                 results[f"acceptance_head_{k}"] = by_prompt.ratio(accepted, tested)

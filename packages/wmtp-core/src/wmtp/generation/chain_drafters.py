@@ -25,8 +25,8 @@ __all__ = ["chain_drafter"]
 class _ChainedHeads(Drafter):
     """Shared parts of both ways to draft with a chain."""
 
-    def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
-        super().__init__(model, decoder)
+    def __init__(self, model: MTPModel, decoder: CachedDecoder, drafts: int) -> None:
+        super().__init__(model, decoder, drafts)
         self._blocks = blocks_of(model.extra_heads, self._extra)
         self._embeddings = embeddings_of(model.extra_heads, self._extra)
 
@@ -75,8 +75,8 @@ class ServerDrafter(_ChainedHeads):
     next draft's first step writes again.
     """
 
-    def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
-        super().__init__(model, decoder)
+    def __init__(self, model: MTPModel, decoder: CachedDecoder, drafts: int) -> None:
+        super().__init__(model, decoder, drafts)
         self._caches = [decoder.new_cache()]
 
     def draft(self, read: Read, last: Tensor, tokens: Tensor, choose: Choose) -> Tensor:
@@ -103,14 +103,14 @@ class ChainDrafter(_ChainedHeads):
     """Drafter whose steps run as they are trained.
 
     Head k reads head k−1's hidden state at t and the token at t+k−1, drafted or known. What head k made of position t was made
-    with a draft where t+k−1 was not known yet. So each time it goes over the last H positions: those that are new, and those
-    whose token was a wrong draft, which are the fewer the more are new.
+    with a draft where t+k−1 was not known yet. So each time it goes over the last K + 1 positions: those that are new, and
+    those whose token was a wrong draft, which are the fewer the more are new.
     """
 
-    def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
-        super().__init__(model, decoder)
-        # a graph drafts before the CPU decides ties, and then perhaps once more, H−2 wrong tokens later
-        self._window, self._again = model.horizon, model.horizon - 2
+    def __init__(self, model: MTPModel, decoder: CachedDecoder, drafts: int) -> None:
+        super().__init__(model, decoder, drafts)
+        # a graph drafts before the CPU decides ties, and then perhaps once more, K−1 wrong tokens later
+        self._window, self._again = drafts + 1, drafts - 1
         self._caches = [decoder.new_cache(self._window + self._again) for _ in range(self._extra)]
         self._hidden: Tensor | None = None  # what the first step reads, at all positions, [B, L, D]
 
@@ -175,7 +175,7 @@ def _begin(
     return slots, following, kept[rows, slots], last - slots[:, :1]
 
 
-def chain_drafter(model: MTPModel, decoder: CachedDecoder) -> Drafter:
+def chain_drafter(model: MTPModel, decoder: CachedDecoder, drafts: int) -> Drafter:
     """Make the drafter for a chain.
 
     One module drafts as servers do, several as they are trained. Servers hand no state on from token to token inside of such a
@@ -184,4 +184,4 @@ def chain_drafter(model: MTPModel, decoder: CachedDecoder) -> Drafter:
     modules = {id(block) for block in blocks_of(model.extra_heads, model.horizon - 1)}
     served = len(modules) == 1 and (model.heads.kind == "native" or model.heads.layout != "plain")
     keeps_state = any(True for _ in model.packing.find_mixers(block.layer for block in blocks_of(model.extra_heads, 1)))
-    return (ServerDrafter if served and not keeps_state else ChainDrafter)(model, decoder)
+    return (ServerDrafter if served and not keeps_state else ChainDrafter)(model, decoder, drafts)

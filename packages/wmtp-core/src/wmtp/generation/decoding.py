@@ -20,7 +20,7 @@ from wmtp.generation.turns import turns_of
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
 
-__all__ = ["Stop", "generate", "stream"]
+__all__ = ["Stop", "count_drafts", "generate", "stream"]
 
 #: called with a row's new tokens after each one: whether they end here
 Stop = Callable[[Sequence[int]], bool]
@@ -34,7 +34,7 @@ def generate(
     *,
     max_new_tokens: int,
     eos_id: int | Collection[int] | None,
-    speculative: bool = False,
+    speculative: bool | int = False,
     sampling: Sampling | None = None,
     rows: Sequence[int] | None = None,
     stop: Stop | None = None,
@@ -47,7 +47,7 @@ def generate(
         prompts: token ids; none empty.
         max_new_tokens: the most tokens that are added to a prompt.
         eos_id: the token that ends a text, or several; None: none does.
-        speculative: whether heads 2..H draft.
+        speculative: whether heads 2..H draft; a number: so many of the first of them.
         sampling: default greedy.
         rows: a number for each prompt, which its draws depend on. Default: 0, 1, 2 …
         stop: a further reason to end a row.
@@ -58,7 +58,7 @@ def generate(
 
     Raises:
         ConfigError: a prompt is empty, longer than the model's context or has ids outside its vocabulary; speculation without
-            extra heads; an architecture that cannot be decoded with a cache.
+            extra heads, or by more than there are; an architecture that cannot be decoded with a cache.
     """
     batch = _Batch(model, prompts, max_new_tokens, eos_id, speculative, sampling or Sampling(), rows, stop)
     for new in batch.steps():
@@ -73,7 +73,7 @@ def stream(
     *,
     max_new_tokens: int,
     eos_id: int | Collection[int] | None,
-    speculative: bool = False,
+    speculative: bool | int = False,
     sampling: Sampling | None = None,
     stop: Stop | None = None,
 ) -> Iterator[list[int]]:
@@ -109,19 +109,19 @@ class _Batch:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         eos_id: int | Collection[int] | None,
-        speculative: bool,
+        speculative: bool | int,
         sampling: Sampling,
         numbers: Sequence[int] | None,
         stop: Stop | None,
     ) -> None:
-        _check_request(model, prompts, max_new_tokens, speculative)
+        drafts = count_drafts(model, speculative)
+        _check_request(model, prompts, max_new_tokens)
         self._stop = stop
         self._ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id or ())
-        extra = model.horizon - 1 if speculative else 0
         self._most_new = max_new_tokens
         longest = model.max_positions or 2**62
         self._limits = [min(max_new_tokens, longest - len(prompt)) for prompt in prompts]
-        self.rows = [_Row(tested=[0] * extra, accepted=[0] * extra) for _ in prompts]
+        self.rows = [_Row(tested=[0] * drafts, accepted=[0] * drafts) for _ in prompts]
         #: which row of the request each row on the device is; None: one that is finished and not dropped yet
         self._active: list[int | None] = list(range(len(prompts)))
         most = max(len(prompt) + limit for prompt, limit in zip(prompts, self._limits, strict=True))
@@ -129,7 +129,7 @@ class _Batch:
         self._model, self._prompts = model, prompts
         self._turns = turns_of(model)
         with self._turns.turn():
-            self._opened = self._step = open_step(model, prompts, most, speculative=speculative, sampling=sampling, draws=draws)
+            self._opened = self._step = open_step(model, prompts, most, drafts=drafts, sampling=sampling, draws=draws)
 
     def generations(self) -> list[Generation]:
         """Return the decoded tokens."""
@@ -197,11 +197,26 @@ class _Batch:
         return None
 
 
-def _check_request(model: MTPModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, speculative: bool) -> None:
-    if speculative and model.horizon == 1:
+def count_drafts(model: MTPModel, speculative: bool | int) -> int:
+    """Count the drafts of a step; 0 without speculation.
+
+    Raises:
+        ConfigError: the model has no heads to draft, or fewer.
+    """
+    if not isinstance(speculative, Integral) or speculative < 0:
+        raise ConfigError(f"speculative: must be true, false or a number of drafts, not {speculative!r:.60}")
+    most = model.horizon - 1
+    if speculative and not most:
         raise ConfigError(
             "this model has no extra heads (H = 1), so nothing can draft: leave speculation out, or train heads with wmtp run"
         )
+    drafts = most * speculative if isinstance(speculative, bool) else int(speculative)
+    if drafts > most:
+        raise ConfigError(f"speculative: {drafts} drafts a step; the heads of this model draft at most {most} (H = {most + 1})")
+    return drafts
+
+
+def _check_request(model: MTPModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be a whole number, at least 1, not {max_new_tokens!r}")
     if not prompts:

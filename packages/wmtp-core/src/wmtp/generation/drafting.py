@@ -28,18 +28,19 @@ Choose = Callable[[int, Unembedding, "Tensor | None", Tensor, "Tensor | None"], 
 
 
 class Drafter(ABC):
-    """Drafts H−1 tokens.
+    """Drafts K tokens, by the first K of heads 2..H.
 
     Args:
-        model: with H ≥ 2.
+        model: with H > K.
         decoder: what reads the rows.
+        drafts: K.
     """
 
-    def __init__(self, model: MTPModel, decoder: CachedDecoder) -> None:
+    def __init__(self, model: MTPModel, decoder: CachedDecoder, drafts: int) -> None:
         self._model = model
         self._decoder = decoder
         self._heads = model.extra_heads
-        self._extra = model.horizon - 1
+        self._extra = drafts
         self._caches: list[RowCache] = []  # of the heads' own layers
         ids, device = model.draft_ids, model.anatomy.output.weight.device
         self._ids = None if ids is None else torch.tensor(ids, device=device)
@@ -56,7 +57,7 @@ class Drafter(ABC):
             choose: picks tokens from heads' hidden states.
 
         Returns:
-            ``[B, H−1]``, the tokens for the positions ``last + 2`` and on.
+            ``[B, K]``, the tokens for the positions ``last + 2`` and on.
         """
 
     def with_rows(self, rows: Tensor, decoder: CachedDecoder) -> Self:

@@ -31,7 +31,7 @@ def open_step(
     prompts: Sequence[Sequence[int]],
     most: int,
     *,
-    speculative: bool,
+    drafts: int,
     sampling: Sampling,
     draws: Draws,
 ) -> Step:
@@ -43,18 +43,18 @@ def open_step(
         model: in eval mode.
         prompts: token ids; none empty.
         most: the most tokens that a row will have.
-        speculative: whether heads 2..H draft.
+        drafts: of a step; 0: no speculation.
         sampling: how tokens are chosen.
         draws: random numbers of the rows.
 
     Raises:
         ConfigError: this architecture cannot be decoded with a cache.
     """
-    kind = _kind(model, len(prompts), speculative, sampling)
+    kind = _kind(model, len(prompts), drafts, sampling)
     step = _kept(model).pop(kind, None)
     if step is None or step.most < most:
         step = None  # its memory is free before new memory is taken
-        step = Step(model, len(prompts), most, kind, speculative=speculative, sampling=sampling)
+        step = Step(model, len(prompts), most, kind, drafts=drafts, sampling=sampling)
     step.draws = draws
     return step
 
@@ -92,10 +92,10 @@ def _kept(model: MTPModel) -> _Kept:
     return model.__dict__.setdefault(_KEPT, _Kept())
 
 
-def _kind(model: MTPModel, rows: int, speculative: bool, sampling: Sampling) -> tuple[Any, ...]:
+def _kind(model: MTPModel, rows: int, drafts: int, sampling: Sampling) -> tuple[Any, ...]:
     """Collect what graphs depend on, the addresses of parameters included."""
     device = model.anatomy.output.weight.device
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     where = tuple(parameter.data_ptr() for parameter in model.parameters()) if device.type == "cuda" else ()
     code = model.compiled_layers, model.block_attention, model.draft_ids
-    return device, rows, speculative, sampling.temperature, sampling.top_p, autocast, code, where
+    return device, rows, drafts, sampling.temperature, sampling.top_p, autocast, code, where

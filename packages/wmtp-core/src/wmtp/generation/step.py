@@ -1,13 +1,13 @@
 """Decoding step, with or without speculation, on tensors in fixed places.
 
-A step reads, in each row, the last known token and K drafts for what follows it (K = 0 without speculation, else H−1), in one
-forward pass. Head 1's own choice after each of these tokens then decides how many drafts were right:
+A step reads, in each row, the last known token and K drafts for what follows it (K = 0 without speculation, else up to H−1), in
+one forward pass. Head 1's own choice after each of these tokens then decides how many drafts were right:
 
 - greedy: a draft is accepted if it is the token that head 1 would take. What comes out is what comes out without drafts;
 - sampling: draft d of head k, drawn from q, is accepted with probability min(1, p(d) / q(d)), where p is head 1's distribution;
   after a rejection the token is drawn from max(p − q, 0) (arXiv 2211.17192, algorithm 1). So every token is distributed as p.
 
-Either way a step gives one token more than it accepts. Heads 2..H then draft again, from what was read.
+Either way a step gives one token more than it accepts. The heads then draft again, from what was read.
 
 Ties. A forward pass over several tokens rounds differently from one over a single token, and so does one over another number of
 rows. Where head 1's two best logits lie within `TIE` of their largest, either could win by rounding alone; for fp32 and fp64
@@ -96,12 +96,12 @@ class Step:
         rows: their number.
         most: the most tokens that a row will have.
         kind: of requests that it can serve.
-        speculative: whether heads 2..H draft.
+        drafts: K.
         sampling: how tokens are chosen.
     """
 
     def __init__(
-        self, model: MTPModel, rows: int, most: int, kind: tuple[Any, ...], *, speculative: bool, sampling: Sampling
+        self, model: MTPModel, rows: int, most: int, kind: tuple[Any, ...], *, drafts: int, sampling: Sampling
     ) -> None:
         self.kind = kind
         self.draws: Draws
@@ -110,7 +110,7 @@ class Step:
         self._device = weight.device
         coarse = torch.is_autocast_enabled(weight.device.type) or weight.dtype not in (torch.float32, torch.float64)
         self._exact = sampling.greedy and not coarse
-        self._extra = model.horizon - 1 if speculative else 0
+        self._extra = drafts
         # drafts go beyond the end, and the window of a chain goes beyond a short row
         beyond = 3 * model.horizon
         if self._device.type == "cuda":  # kernels want widths that can be divided
@@ -119,7 +119,7 @@ class Step:
         # with a copy while prompts are put in; a model that keeps states alone has no other limit
         check_memory("table of ids", 16 * rows * self._capacity, rows, self._capacity, self._device)
         self._decoder = open_decoder(model, most, self._capacity)
-        self._drafter: Drafter | None = make_drafter(model, self._decoder) if self._extra else None
+        self._drafter: Drafter | None = make_drafter(model, self._decoder, drafts) if drafts else None
         self._tokens = torch.zeros(rows, self._capacity + model.horizon, dtype=torch.int64, device=self._device)
         self._rows = torch.arange(rows, device=self._device)
         self._lengths = [0] * rows
@@ -130,7 +130,7 @@ class Step:
         self._drafts_kept: Tensor | None = None
         self._draft_probs: Tensor | None = None
         numbers = torch.float64 if self._device.type == "cpu" else torch.float32
-        # random numbers of this step: for accepting 1 + K, for drafting H−1
+        # random numbers of this step: for accepting 1 + K, for drafting K
         self._uniform = torch.zeros(rows, 1 + 2 * self._extra, dtype=numbers, device=self._device)
 
         self._unembedding: Unembedding

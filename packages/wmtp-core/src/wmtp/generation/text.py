@@ -81,7 +81,7 @@ def generate_texts(
     prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    speculative: bool = False,
+    speculative: bool | int = False,
     sampling: Sampling | None = None,
     rows: Sequence[int] | None = None,
     stop: Sequence[str] = (),
@@ -94,7 +94,7 @@ def generate_texts(
         tokenizer: the model's.
         prompts: texts, or their ids.
         max_new_tokens: the most tokens that are added to a prompt.
-        speculative: whether heads 2..H draft.
+        speculative: whether heads 2..H draft; a number: so many of the first of them.
         sampling: default greedy.
         rows: a number for each prompt, which its draws depend on.
         stop: texts before the first of which a completion ends.

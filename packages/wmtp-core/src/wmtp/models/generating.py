@@ -50,7 +50,7 @@ class Generating:
         prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor,
         *,
         max_new_tokens: int = 128,
-        speculative: bool = False,
+        speculative: bool | int = False,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -63,7 +63,8 @@ class Generating:
             prompts: a text, or the token ids of one (``[S]``); or several of them, which are decoded as one batch. Texts get
                 the tokenizer's begin token, as in training; ids are taken as they are.
             max_new_tokens: the most tokens that are added.
-            speculative: whether heads 2..H draft (`wmtp.generation`); the text is the same, the wait is not.
+            speculative: whether heads 2..H draft (`wmtp.generation`); the text is the same, the wait is not. A number: so many
+                of the first of them, as they are worth it.
             temperature: 0 is greedy.
             top_p: of nucleus sampling.
             seed: of the draws.
@@ -74,8 +75,8 @@ class Generating:
             a `wmtp.generation.Generation`, whose ``str()`` is the completion; a list of them for several prompts.
 
         Raises:
-            ConfigError: a prompt is empty, too long or not of this vocabulary; speculation without extra heads; ``stop`` with
-                token ids; an argument is wrong or has no effect.
+            ConfigError: a prompt is empty, too long or not of this vocabulary; speculation without extra heads, or by more
+                than there are; ``stop`` with token ids; an argument is wrong or has no effect.
             WMTPError: texts are given, and the model has no tokenizer.
         """
         from wmtp.generation import generate
@@ -103,7 +104,7 @@ class Generating:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         max_new_tokens: int = 512,
-        speculative: bool = False,
+        speculative: bool | int = False,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,

@@ -333,8 +333,8 @@ class EvaluatorConfig(ComponentConfig, contract=True):
 
     #: measures ``[data.eval]``: a config without that is refused before the training instead of after it
     needs_eval_data: ClassVar[bool] = False
-    #: measures heads 2..H: a model that has none is refused
-    needs_extra_heads: ClassVar[bool] = False
+    #: measures heads 2..H: a model that has none is refused, or with a number one that has fewer; may be a property
+    needs_extra_heads: ClassVar[bool | int] = False
     #: tokens that the model must have positions for; may be a property
     needed_positions: ClassVar[int] = 0
     #: rank 0 measures alone; left out, with a warning, where processes hold parts of the model

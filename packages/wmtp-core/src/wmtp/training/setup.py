@@ -211,10 +211,13 @@ def _check_evaluators(info: ModelInfo, config: Config) -> None:
     heads = resolve_heads(config.models["base"].heads, info.heads, info.native)
     problems = []
     for index, evaluator in enumerate(config.eval):
-        if evaluator.needs_extra_heads and heads.horizon == 1:
+        wanted = int(evaluator.needs_extra_heads)
+        if wanted >= heads.horizon:
+            few = "has none" if heads.horizon == 1 else f"has {heads.horizon - 1}"
+            many = "extra heads" if wanted == 1 else f"{wanted} extra heads"
             problems.append(
-                f"eval.{index}: '{evaluator.type}' needs extra heads, and this model has none (H = 1); write "
-                "models.base.heads.horizon = 2 or more, or leave it out"
+                f"eval.{index}: '{evaluator.type}' needs {many}, and this model {few} (H = {heads.horizon}); write "
+                f"models.base.heads.horizon = {wanted + 1} or more, or leave it out"
             )
         needed = evaluator.needed_positions
         if info.max_positions is not None and needed > info.max_positions:
