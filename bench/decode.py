@@ -165,7 +165,10 @@ def _measure(
 
 
 def _rows(given: argparse.Namespace, most: int) -> Iterator[tuple[str, int, float | None]]:
-    """Yield what is measured, in order: name, drafts of a step, and an oracle's tokens a step."""
+    """Yield what is measured, in order.
+
+    The name, drafts of a step, and an oracle's tokens a step.
+    """
     for name in given.rows:
         if "speculative" not in name:
             yield name, 0, None
