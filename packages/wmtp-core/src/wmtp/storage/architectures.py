@@ -122,7 +122,10 @@ def _is_listed(models: Path, model_type: str) -> bool:
 
 
 def _is_registered(model_type: str) -> bool:
-    """Tell whether a plugin has registered an architecture with transformers, which is imported then."""
+    """Tell whether a plugin has registered an architecture with transformers.
+
+    It has imported transformers then.
+    """
     auto = sys.modules.get("transformers.models.auto.configuration_auto")
     return auto is not None and model_type in auto.CONFIG_MAPPING
 

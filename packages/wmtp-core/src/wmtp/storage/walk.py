@@ -36,7 +36,7 @@ def files_below(folder: Path, *, skipped: Collection[str] = ()) -> Iterator[Path
 
 
 def special_kind(path: Path) -> str | None:
-    """Name what is neither a file nor a folder: a pipe, a device.
+    """Name what is neither file nor folder: a pipe, a device.
 
     None for a file, a folder, and for what is not there.
     """
@@ -49,7 +49,7 @@ def special_kind(path: Path) -> str | None:
 
 
 def not_there(path: Path) -> str:
-    """Say why nothing can be read at a path that is neither a file nor a folder."""
+    """Say why nothing can be read at a path."""
     if (kind := special_kind(path)) is None:
         return f"{path}: no such file or folder"
     return f"{path}: is a {kind}, which is read once at most; write what it gives into a file, and name that"
