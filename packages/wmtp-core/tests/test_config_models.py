@@ -265,6 +265,15 @@ def test_an_unknown_model_type_is_said_before_transformers_is_imported(tmp_path,
         check_folder(tmp_path)
 
 
+def test_a_rank_above_every_width_is_seen_in_the_models_own_file(folder: Path):
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    check(folder, lora={"rank": width})
+    with pytest.raises(ConfigError) as caught:
+        check(folder, lora={"rank": width + 1})
+    said = f"models.base.lora.rank: {width + 1}, but rank {width} holds every change of any map of this model; lower it"
+    assert list(caught.value.problems) == [said]
+
+
 def test_an_architecture_of_a_plugin_is_not_taken_for_one_with_the_begin_of_its_name(folder: Path, tmp_path: Path):
     change(folder, model_type="llama_mine")
     assert linear_maps({"model_type": "llama_mine"}) is None

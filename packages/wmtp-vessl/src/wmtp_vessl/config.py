@@ -139,7 +139,7 @@ class VesslLauncher(LauncherConfig):
     cluster: str = ""
     preset: str = field(validator=min_len(1))
     gpus: int = field(validator=ge(0))
-    processes: int | None = field(default=None, validator=optional(ge(1)))
+    processes: int | None = field(default=None, validator=optional([ge(1), le(1024)]))
     image: str = field(validator=_image)
     image_credential: str | None = None
     env: Mapping[str, str | int | float | bool] = Factory(dict)

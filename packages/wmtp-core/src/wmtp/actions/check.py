@@ -59,7 +59,13 @@ def check(config: ConfigSource | Sequence[ConfigSource], *, overrides: Iterable[
     base = loaded.config.models["base"]
     if (info := outline(base.loader)) is not None:
         shape = {"hidden_size": info.hidden_size, "layers": info.layers}
-        if misfits := fp8_misfits(loaded.config.devices, **shape, maps=info.linear_maps, heads=base.heads):
+        misfits = [*fp8_misfits(loaded.config.devices, **shape, maps=info.linear_maps, heads=base.heads)]
+        if base.lora is not None and base.lora.rank > info.hidden_size:  # one side of every map; a run asks the maps
+            misfits.append(
+                f"models.base.lora.rank: {base.lora.rank}, but rank {info.hidden_size} holds every change of any map of this "
+                "model; lower it"
+            )
+        if misfits:
             raise located(loaded.document, map(Problem.of_line, misfits))
     summary = _summary(loaded.config, loaded.registry)
     estimates, warnings = outlook(loaded.config)

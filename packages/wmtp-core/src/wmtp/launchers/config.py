@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from attrs import field, frozen
 
@@ -14,9 +14,13 @@ if TYPE_CHECKING:
 __all__ = ["LocalLauncher"]
 
 
+#: more than any machine has devices or cores; each would be started, until the machine has no memory left
+_MOST: Final = 1024
+
+
 def _processes(_: object, __: object, value: object) -> None:
-    if isinstance(value, int) and value < 1:
-        raise ValueError(f'must be "auto" or >= 1, not {value}')
+    if isinstance(value, int) and not 1 <= value <= _MOST:
+        raise ValueError(f'must be "auto" or 1 to {_MOST}, not {value}: it is the number on each machine')
 
 
 @frozen(kw_only=True)
