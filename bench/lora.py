@@ -10,7 +10,8 @@ Every row trains a 7B Llama of random weights (V = 32,000) with block heads that
 linear map of the base's layers, and a weight for each token. The plain loop keeps all that learns in bf16, its optimizer too;
 WMTP keeps fp32 copies and fp32 means of it, and so does ``loop-fp32-…``, in fp32 parameters under autocast, as peft keeps
 adapters if one does not tell it otherwise. Layers are compiled in all; ``-selective`` and ``-full`` checkpoint each layer;
-with ``-heads`` heads learn by adapters of their own; with ``-fp8`` products are in fp8. ``all-full`` trains all of the model,
+with ``-heads`` heads learn by adapters of their own; with ``-fp8`` products are in fp8; with ``-graphs`` both passes are
+CUDA graphs. ``all-full`` trains all of the model,
 ``-8bit`` and ``-paged`` with bitsandbytes' optimizer. ``--limit`` lets torch have no more
 memory than that many GiB.
 
@@ -75,10 +76,12 @@ def ours(
     heads: Literal["full", "adapters"] = "full",
     fp8: Fp8Config | None = None,
     optimize: AdamW | None = None,
+    graphs: bool = False,
 ) -> float:
     """Real loop, in ``bf16-params`` or ``fp8``."""
     make = partial(_adapted, quantize=quantize, heads=heads)
-    return step_ours.run(shape, warmup, steps, make=make, checkpointing=mode, fp8=fp8, optimize=optimize)
+    settings = {"checkpointing": mode, "fp8": fp8, "optimize": optimize, "cuda_graphs": graphs}
+    return step_ours.run(shape, warmup, steps, make=make, **settings)
 
 
 def whole(shape: Shape, warmup: int, steps: int, *, optimize: AdamW | None = None) -> float:
@@ -153,6 +156,9 @@ ROWS: dict[str, Callable[[Shape, int, int], float]] = {
     "lora-fp8": partial(ours, fp8=Fp8Config()),
     "lora-fp8-selective": partial(ours, fp8=Fp8Config(), mode="selective"),
     "lora-fp8-full": partial(ours, fp8=Fp8Config(), mode="full"),
+    "lora-selective-graphs": partial(ours, mode="selective", graphs=True),
+    "lora-fp8-graphs": partial(ours, fp8=Fp8Config(), graphs=True),
+    "qlora-selective-graphs": partial(ours, quantize="nf4", mode="selective", graphs=True),
     "lora-fp8-rows": partial(ours, fp8=Fp8Config(recipe="rowwise")),
     "lora-heads": partial(ours, heads="adapters"),
     "qlora": partial(ours, quantize="nf4"),
@@ -192,14 +198,14 @@ def main() -> None:
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, B = {shape.batch}, S = {shape.length}, H = {shape.horizon}"
     )
-    print(f"{'row':<18}{'tokens/s':>10}{'ms':>9}{'peak GiB':>10}{'reserved':>10}{'vs loop':>9}{'start s':>9}", flush=True)
+    print(f"{'row':<24}{'tokens/s':>10}{'ms':>9}{'peak GiB':>10}{'reserved':>10}{'vs loop':>9}{'start s':>9}", flush=True)
     results: dict[str, dict[str, Any]] = {}
     for row in rows:
         began = time.monotonic()
         with _kernels_of(row) if kernels else nullcontext():
             result = results[row] = measure(row, shape, warmup, steps)
         if "failed" in result:
-            print(f"{row:<18}{result['failed']:>10}", flush=True)
+            print(f"{row:<24}{result['failed']:>10}", flush=True)
         else:
             kind = row.partition("-")[0]
             names = (f"loop-{row}", "loop-all-full" if kind == "all" else f"loop-{kind}")
@@ -207,7 +213,7 @@ def main() -> None:
             ratio = "-" if peer is None else f"{result['tokens_per_second'] / peer:.3f}"
             start = time.monotonic() - began - steps * result["seconds"]
             print(
-                f"{row:<18}{result['tokens_per_second']:>10,.0f}{1e3 * result['seconds']:>9.1f}{result['peak_gib']:>10.1f}"
+                f"{row:<24}{result['tokens_per_second']:>10,.0f}{1e3 * result['seconds']:>9.1f}{result['peak_gib']:>10.1f}"
                 f"{result['reserved_gib']:>10.1f}{ratio:>9}{start:>9.0f}",
                 flush=True,
             )

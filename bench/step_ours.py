@@ -43,6 +43,7 @@ from wmtp.training import loop
 from wmtp.training.interrupt import Interrupt
 from wmtp.training.loop import Fit
 from wmtp.training.memory import MemoryEstimate, estimate_memory
+from wmtp.training.recorded import record_passes
 from wmtp.training.stages import StageBatches, StagePlan
 from wmtp.training.step import StepLoss
 from wmtp.training.telemetry import Recorder
@@ -198,6 +199,7 @@ def run(
     fp8: Fp8Config | None = None,
     profiled: int = 0,
     optimize: AdamW | None = None,
+    cuda_graphs: bool = False,
 ) -> float:
     with prefer_fast_attention(DEVICE):
         model = make(shape, shape.horizon)
@@ -205,7 +207,11 @@ def run(
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()  # what made the model does not count
         devices = DevicesConfig(
-            precision="bf16-params" if fp8 is None else "fp8", fp8=fp8, activation_checkpointing=checkpointing, compile=compiled
+            precision="bf16-params" if fp8 is None else "fp8",
+            fp8=fp8,
+            activation_checkpointing=checkpointing,
+            compile=compiled,
+            cuda_graphs=cuda_graphs,
         )
         multiply_in_fp8(model, devices)
         fixed = {id(parameter) for parameter in model.fixed_parameters()}
@@ -256,6 +262,7 @@ def run(
                     seed=0,
                     master_weights=masters,
                     fp8_logits=fp8_logits(devices),
+                    recorded=record_passes(model, devices, masters),
                 ),
                 modules=modules,
                 batches=StageBatches(plan, [rows] * len(plan.stages)),

@@ -16,6 +16,7 @@ from wmtp.config.component_rules import component_problems
 from wmtp.config.data_rules import check_answers, check_first_examples, check_sources
 from wmtp.config.eval_metrics import eval_metric_problem
 from wmtp.config.fp8_rules import fp8_problems
+from wmtp.config.graph_rules import graph_problems
 from wmtp.config.idle import idle_problems
 from wmtp.config.inputs import inputs
 from wmtp.config.load import Loaded, located
@@ -73,7 +74,10 @@ def check_loaded(loaded: Loaded, *, not_yet_made: Collection[str] = ()) -> None:
 
 
 def _problems(config: Config, registry: Registry) -> Iterator[Problem]:
-    for rule in (_run, _models, _heads, _data, _length, _best, _devices, adapter_problems, fp8_problems, idle_problems):
+    for rule in (
+        *(_run, _models, _heads, _data, _length, _best, _devices),
+        *(adapter_problems, fp8_problems, graph_problems, idle_problems),
+    ):
         yield from rule(config)
     yield from secret_problems(to_mapping(config), ())
     yield from component_problems(config, registry)

@@ -216,6 +216,8 @@ class DevicesConfig:
             ``transformers``: always the model's own (see ``models.base.attn_implementation``).
         compile: whether layers are compiled (torch.compile), once for all: the first steps take a minute more, the others less
             time and memory.
+        cuda_graphs: whether both passes of a model with adapters are recorded as CUDA graphs, once for each shape of rows, and
+            replayed: for GPUs that wait for Python. Needs ``compile`` and one process.
         memory_gib: memory of each device, for the estimate of ``wmtp check``, which warns where a run is likely to run out
             of memory. Default: ``wmtp run FILE --dry-run`` asks the device itself.
         threads: CPU threads of a process. Default: all cores, shared among the processes of a machine; two while a GPU trains.
@@ -229,6 +231,7 @@ class DevicesConfig:
     activation_checkpointing: Literal["none", "full", "selective", "offload"] = "none"
     attention: Literal["auto", "transformers"] = "auto"
     compile: bool = False
+    cuda_graphs: bool = False
     memory_gib: float | None = field(default=None, validator=optional([gt(0.0), le(100_000.0)]))
     threads: int | None = field(default=None, validator=optional([ge(1), le(4096)]))
     fsdp: FsdpConfig | None = None

@@ -190,6 +190,8 @@ def estimate_memory(
     activations = round(tokens * ((layers - moved + min(moved, 1)) * kept + working))
     # of each head the final norm's input, its output and that one's gradient
     loss = tokens * heads.horizon * width * (residual + 2 * compute)
+    if devices.cuda_graphs:  # the outputs of one graph, with the trunk's, and their gradients for the other
+        loss += 2 * tokens * (heads.horizon + 1) * width * compute
     loss += (4 + compute) * info.vocab_size * width + min(_LOSS_CHUNK, 6 * tokens * info.vocab_size)
     if devices.precision == "fp8" and devices.fp8 is not None and devices.fp8.logits != "none":
         loss += info.vocab_size * width

@@ -29,8 +29,13 @@ if TYPE_CHECKING:
 __all__ = ["check_device", "place_model", "ready_to_measure"]
 
 
-def check_device(config: Config, device: torch.device) -> None:
+def check_device(config: Config, device: torch.device, world_size: int = 1) -> None:
     """Refuse settings that the picked device cannot compute, before anything is read.
+
+    Args:
+        config: of the run.
+        device: of this process.
+        world_size: how many processes train together.
 
     Raises:
         ConfigError: every problem at once.
@@ -40,6 +45,15 @@ def check_device(config: Config, device: torch.device) -> None:
         problems.append(
             "devices.activation_checkpointing: 'offload' moves activations from a GPU to the host's memory, and the run "
             f'computes on {device.type}; write "full"'
+        )
+    if config.devices.cuda_graphs and device.type != "cuda":
+        problems.append(
+            f"devices.cuda_graphs: only NVIDIA GPUs have them, and the run computes on {device.type}; remove this key"
+        )
+    if config.devices.cuda_graphs and world_size > 1:
+        problems.append(
+            f"devices.cuda_graphs: records the passes of one process, and {world_size} train together; write "
+            "launcher.processes = 1, or remove this key"
         )
     try:
         check_fp8(config.devices, device)

@@ -55,6 +55,7 @@ from wmtp.training.finish import AFTER_CTRL_C, end_tracking, measure_model, save
 from wmtp.training.loop import Fit, FitResult
 from wmtp.training.memory import explain_out_of_memory
 from wmtp.training.placement import check_device, place_model, ready_to_measure
+from wmtp.training.recorded import record_passes
 from wmtp.training.setup import build_trainer, load_extra_model, open_source, planned_steps
 from wmtp.training.stages import StageBatches, StagePlan
 from wmtp.training.step import StepLoss
@@ -93,7 +94,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
     params = flatten(config)  # as they were written
     config = anchored(config)  # a trainer may change the working folder
     device = ranks.collective(lambda: pick_device(config.devices.device, ranks.local_rank if ranks.world_size > 1 else None))
-    ranks.collective(lambda: check_device(config, device))
+    ranks.collective(lambda: check_device(config, device, ranks.world_size))
     remote = remote_checkpoints(config)
     saved = find_checkpoints(config, run_dir, remote, ranks, resume=resume)
 
@@ -194,6 +195,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, ranks: Ranks = SINGLE_
                 sharding=None if fsdp is None else Sharding(config=fsdp),
                 sources=data.train.names if len(data.train.names) > 1 else (),
                 fp8_logits=fp8_logits(config.devices),
+                recorded=record_passes(model, config.devices, master_weights),
             ),
             modules=modules,
             batches=batches,

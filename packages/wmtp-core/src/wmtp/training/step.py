@@ -48,6 +48,7 @@ from wmtp.training.telemetry import Readback
 
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel, MTPOutput
+    from wmtp.training.recorded import RecordedPasses
 
 __all__ = ["StepLoss", "StepOutput"]
 
@@ -160,6 +161,7 @@ class StepLoss:
         sharding: how they hold the model; None: one process that holds it whole.
         sources: names of data sets whose losses are logged each.
         fp8_logits: products of the loss in fp8; None: none.
+        recorded: the model's passes as CUDA graphs; None: the model itself.
     """
 
     model: MTPModel
@@ -175,6 +177,7 @@ class StepLoss:
     sharding: Sharding | None = None
     sources: Sequence[str] = ()
     fp8_logits: Fp8Logits | None = None
+    recorded: RecordedPasses | None = None
     _head_weights: Tensor = field(init=False)
     _objective: HeadObjective | None = field(init=False)
     _router: RouterLoss | None = field(init=False)
@@ -420,8 +423,9 @@ class StepLoss:
         batch = part.batch
         if self.sharding is not None:
             self.sharding.micro_batch(self.model, last=part.last)
+        run = self.model if self.recorded is None else self.recorded
         with self.autocast():
-            output = self.model(batch.input_ids, batch.position, packed, router_logits=observe and self._balances(stage))
+            output = run(batch.input_ids, batch.position, packed, router_logits=observe and self._balances(stage))
         if not observe:
             return output, {}
         view = HiddenView(
