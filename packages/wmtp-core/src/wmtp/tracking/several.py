@@ -22,9 +22,13 @@ class Several(Tracker):
 
     Args:
         trackers: by their type.
+
+    Attributes:
+        asked: which of them is called just now; None: none.
     """
 
     ends_by_itself = True  # each is left behind alone
+    asked: Tracker | None = None
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = trackers
@@ -67,6 +71,7 @@ class Several(Tracker):
 
     def _each(self, tell: Callable[[Tracker], object]) -> None:
         for name, tracker in self._trackers.items():
+            self.asked = tracker
             try:
                 tell(tracker)
             except Exception as error:
@@ -74,3 +79,5 @@ class Several(Tracker):
                     said = plugin_failure(error) or described(error)
                     logger.warning("the tracker %s failed: %s; metrics.jsonl has everything", name, said)
                 self._failed.add(name)
+            finally:
+                self.asked = None

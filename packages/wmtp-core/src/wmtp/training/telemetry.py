@@ -29,6 +29,7 @@ from wmtp.runs.step_file import read_steps
 from wmtp.storage.atomic import replace_text
 from wmtp.tracking import Tracker
 from wmtp.tracking.base import failure
+from wmtp.tracking.waiting import name_slow
 from wmtp.training.recording import Place, Recording, document_record
 
 if TYPE_CHECKING:
@@ -233,6 +234,8 @@ class StepLog:
         self._tracker = tracker
         self._progress = Progress(total, start)
         self._tracker_failed = False
+        self._waits: tuple[int, float] | None = None
+        self._end_watch = name_slow(tracker, lambda: self._waits)
         self._warned_of_few = False
 
     def write(self, step: int, values: Mapping[str, float | str], numbers: Mapping[str, float], *, shown: bool) -> None:
@@ -268,16 +271,20 @@ class StepLog:
 
     def close(self) -> None:
         """Close bar and file."""
+        self._end_watch()
         self._progress.close()
         self._file.close()
 
     def _tell(self, step: int, tell: Callable[[], None]) -> None:
+        self._waits = step, time.monotonic()
         try:
             tell()
         except Exception as error:
             if not self._tracker_failed:
                 logger.warning("step %d: %s; metrics.jsonl has everything", step, failure(self._tracker, error))
             self._tracker_failed = True
+        finally:
+            self._waits = None
 
 
 class Recorder:
