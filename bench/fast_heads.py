@@ -11,7 +11,8 @@
    speculative decoding, greedy and in fp32, so that the texts are the same.
 
 A GGUF file is opened once and saved as a folder. With ``--train-seconds`` a run ends after so many seconds of steps, and its
-cosine is over that time; with ``--seconds`` all ends by then. ``--answers`` takes answers of an earlier call.
+cosine is over that time; with ``--seconds`` all ends by then. ``--answers`` takes answers of an earlier call. ``--heads-of``
+does part 4 alone.
 
 Each part is kept in FOLDER: called again, it goes on. Prints a table and one JSON line for each row. The table of
 docs/fast-heads.md is made so.
@@ -67,6 +68,11 @@ _MOST_STEPS = 10_000
 def main() -> None:
     """Do the parts that are left, and print what was measured."""
     arguments = parsed()
+    if arguments.heads_of is not None:
+        row = {"heads": str(arguments.heads_of), **measure(arguments, held_out_prompts(arguments.held_out), arguments.heads_of)}
+        print(json.dumps(row), flush=True)
+        print_table([row])
+        return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     model = open_once(arguments)
     answers = arguments.folder / "answers.jsonl"
@@ -161,6 +167,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--decode-tokens", type=int, default=128)
     parser.add_argument("--drafts", nargs="+", type=int, default=[], help="measure with so few drafts too, by the first heads")
     parser.add_argument("--no-decode", action="store_true", help="only train; called again without it, measure")
+    parser.add_argument("--heads-of", type=Path, help="only decode, with the heads of this run or model folder")
     parser.add_argument("--no-new", action="store_true", help="leave out heads that have learned nothing")
     parser.add_argument("--no-data-run", action="store_true", help="leave out the run on the functions themselves")
     parser.add_argument("--no-times", action="store_true", help="leave out the times of decoding")
