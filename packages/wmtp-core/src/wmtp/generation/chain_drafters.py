@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Self
 
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 
+from wmtp.generation.cache import RowCache
 from wmtp.generation.choosing import taken
 from wmtp.generation.decoder import CachedDecoder, Read
 from wmtp.generation.drafting import Choose, Drafter
+from wmtp.loss import Unembedding
 from wmtp.models.anatomy import LayerCall
-from wmtp.models.chains import blocks_of, embeddings_of, step_embedding
+from wmtp.models.chains import ChainedBlock, blocks_of, embeddings_of, step_embedding
 from wmtp.models.few_rows import step_code
 from wmtp.models.native.layouts import ChainRule
 from wmtp.models.step_cache import steps_are_compiled
@@ -19,7 +22,7 @@ from wmtp.models.step_cache import steps_are_compiled
 if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
 
-__all__ = ["chain_drafter"]
+__all__ = ["ChainDrafter", "ChainParts", "chain_drafter"]
 
 
 class _ChainedHeads(Drafter):
@@ -99,6 +102,26 @@ class ServerDrafter(_ChainedHeads):
         return torch.cat(drafts, dim=1)
 
 
+@frozen(eq=False)
+class ChainParts:
+    """Parts of a chain, of each step one.
+
+    Args:
+        blocks, embeddings, caches, unembeddings: of each step.
+        ids: the tokens that the unembeddings have; None: all.
+        hidden: ``[B, L, D]``, what the first step reads, at all positions.
+        window: how many positions each step goes over.
+    """
+
+    blocks: list[ChainedBlock]
+    embeddings: list[nn.Embedding]
+    caches: list[RowCache]
+    unembeddings: list[Unembedding]
+    ids: Tensor | None
+    hidden: Tensor
+    window: int
+
+
 class ChainDrafter(_ChainedHeads):
     """Drafter whose steps run as they are trained.
 
@@ -133,6 +156,14 @@ class ChainDrafter(_ChainedHeads):
             hidden = self._step(ahead, hidden, known, drafts, index, slots, self._decoder.with_cache(call, cache))
             drafts.append(self.pick(ahead + 1, hidden, choose, index))
         return torch.cat(drafts, dim=1)
+
+    def parts(self) -> ChainParts | None:
+        """Return what kernels need to draft; None before the first draft."""
+        if self._hidden is None:
+            return None
+        own = [self._model.anatomy.embedding if each is None else each for each in self._embeddings]
+        unembeddings = [self._unembeddings[head] for head in range(2, self._extra + 2)]
+        return ChainParts(self._blocks, own, self._caches, unembeddings, self._ids, self._hidden, self._window)
 
     def with_rows(self, rows: Tensor, decoder: CachedDecoder) -> Self:
         """See `Drafter.with_rows`."""

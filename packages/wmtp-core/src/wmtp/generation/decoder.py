@@ -155,6 +155,48 @@ class CachedDecoder:
             handle.remove()
         return recorded[0]
 
+    def read_embedded(
+        self, x: Tensor, slots: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor
+    ) -> tuple[Tensor, Tensor, LayerCall]:
+        """Read tokens of which all is known that comes before the layers.
+
+        Args:
+            x: ``[B, T, D]``, their embeddings.
+            slots: ``[B, T]``, their positions.
+            angles: cosines and sines, ``[B, T, d]`` each.
+            mask: ``[B, 1, T, W]``.
+
+        Returns:
+            the last layer's output and input ``[B, T, D]``, and the arguments that all layers get.
+        """
+        self.cache.place(slots, None, mask.shape[-1])
+        call, trunk = self.layer_call(slots, angles, mask), x
+        for layer in self._anatomy.layers:
+            trunk, x = x, call.repeat(layer, x)
+        return x, trunk, call
+
+    def layer_call(self, slots: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor) -> LayerCall:
+        """Return the arguments that Llama's layers get; see `read_embedded`."""
+        given = {"attention_mask": mask, "position_embeddings": angles, "position_ids": slots, "use_cache": True}
+        return LayerCall(args=(), kwargs=given | {self._cache_name: self.cache})
+
+    def tables(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the angles and the mask of every position.
+
+        Args:
+            width: slots that attention looks at.
+
+        Returns:
+            cosines and sines ``[C, d]``, and what is added to scores, ``[C, W]``.
+        """
+        device = self._anatomy.embedding.weight.device
+        slots = torch.arange(self.capacity, device=device)[None]
+        with plain_layers():
+            positions, mask = _places(self._config, slots, width, self._model.max_positions, self._dtype, True)
+            angles: Any = self._anatomy.decoder.rotary_emb
+            cos, sin = angles(torch.empty(1, dtype=self._dtype, device=device), positions)
+        return cos[0].contiguous(), sin[0].contiguous(), _as_numbers(mask, self._dtype)[0, 0].contiguous()
+
     def with_cache(self, call: LayerCall, cache: RowCache) -> LayerCall:
         """Return the same call with another cache in place of the decoder's."""
         return call.map(lambda value: cache if value is self.cache else value)

@@ -145,13 +145,16 @@ class _Batch:
     def steps(self) -> Iterator[dict[int, list[int]]]:
         """Decode, and yield each step's new tokens by row of the request."""
         with self._turns.request(self._model):
-            with self._turns.turn():
-                found = self._step.begin(self._prompts)
-            yield self._take(*found, is_prompt=True)
-            while any(number is not None for number in self._active):
+            try:
                 with self._turns.turn():
-                    found = self._step.follow()
-                yield self._take(*found, is_prompt=False)
+                    found = self._step.begin(self._prompts)
+                yield self._take(*found, is_prompt=True)
+                while any(number is not None for number in self._active):
+                    with self._turns.turn():
+                        found = self._step.follow()
+                    yield self._take(*found, is_prompt=False)
+            finally:  # also of a stream that is left
+                self._opened.finish()
             with self._turns.turn():  # other threads open steps of this model
                 close_step(self._model, self._opened)
 

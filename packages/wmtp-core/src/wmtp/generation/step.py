@@ -40,6 +40,7 @@ from wmtp.generation.cache import check_memory
 from wmtp.generation.choosing import TIE, accept, choose_best, judge, next_tokens, taken, write_tokens
 from wmtp.generation.decoder import Read, open_decoder
 from wmtp.generation.drafters import Drafter, make_drafter
+from wmtp.generation.kernel_step import KernelStep, Letter, kernel_step
 from wmtp.generation.products import fast_unembedding
 from wmtp.generation.replay import CannotReplayError, Replay, can_replay, refuse_replay
 from wmtp.generation.sampling import Draws, draw, probabilities
@@ -72,20 +73,20 @@ class _Seen:
     """Results of the first half of a step.
 
     Args:
-        read: of the decoder.
+        read: of the decoder; None: nothing drafts from it.
         drafts: ``[B, K]``, those that were read.
         accepted, following: ``[B]``, how many drafts are accepted, and the token after them.
         best: ``[B, 1 + K]``, head 1's choices, for greedy decoding.
         result: ``[B, K + 2]``, what the CPU needs: drafts, ``following``, ``accepted``; and for exact greedy decoding
-            ``[B, 1 + K]`` more: which places are tied.
+            ``[B, 1 + K]`` more: which places are tied. A letter comes before the step has ended.
     """
 
-    read: Read
+    read: Read | None
     drafts: Tensor
     accepted: Tensor
     following: Tensor
     best: Tensor | None
-    result: Tensor
+    result: Tensor | Letter
 
 
 class Step:
@@ -141,6 +142,8 @@ class Step:
         self._prompt_graphs: dict[int, Replay[_Seen]] = {}  # by length
         self._replays_prompts = True
         self._alone: RowAlone | None = None
+        self._kernels: KernelStep | None = None
+        self._asked_kernels = False
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
         """Read the prompts. Returns as `follow`; no draft was there to accept."""
@@ -186,6 +189,11 @@ class Step:
         self._advance(decided[1])
         return decided
 
+    def finish(self) -> None:
+        """Wait for drafts that the last step may still make."""
+        if self._kernels is not None and self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
     def with_rows(self, places: list[int], left: int) -> tuple[Step, list[int]]:
         """Drop all rows but these, or fewer.
 
@@ -218,6 +226,7 @@ class Step:
         fewer._decoder = self._decoder.with_rows(rows)
         fewer._drafter = None if self._drafter is None else self._drafter.with_rows(rows, fewer._decoder)
         fewer._graphs, fewer._prompt_graphs = {}, {}
+        fewer._kernels, fewer._asked_kernels = None, False
         return fewer, places
 
     @property
@@ -262,6 +271,8 @@ class Step:
     def _replay(self) -> tuple[list[list[int]], list[int]] | None:
         """Run a whole step as a graph; None: it cannot be one."""
         graph = self._graphs.setdefault(self._width, Replay(self._whole))
+        if self._kernels is not None:
+            self._kernels.letter.clear()
         with compiled_steps():
             try:
                 self._seen = graph()
@@ -272,9 +283,27 @@ class Step:
             return self._decide(self._seen, committed=True)
 
     def _whole(self) -> _Seen:
-        self._seen = self._look_at()
-        self._commit()
+        kernels = self._open_kernels()
+        if kernels is None:
+            self._seen = self._look_at()
+            self._commit()
+            return self._seen
+        read, best = kernels.read()
+        judged = kernels.judged
+        self._seen = _Seen(read, judged.before, judged.accepted, judged.following, best, kernels.letter)
+        if kernels.drafts_too:
+            kernels.draft()
+        else:
+            self._draft(judged.last)
         return self._seen
+
+    def _open_kernels(self) -> KernelStep | None:
+        if not self._asked_kernels and self._compiled and self._exact:
+            text = self._tokens, self._known, self._going
+            given = self._model, self._decoder, self._drafter, self._unembedding, text, self._drafts, self._width
+            self._kernels = kernel_step(*given)
+        self._asked_kernels = True
+        return self._kernels
 
     def _draw(self) -> None:
         """Put this step's random numbers into place."""
@@ -328,7 +357,7 @@ class Step:
             if committed:
                 self._known.copy_(torch.tensor(self._lengths))
                 self._drafts = seen.drafts
-                self._seen = evolve(seen, read=evolve(seen.read, again=True))
+                self._seen = seen if seen.read is None else evolve(seen, read=evolve(seen.read, again=True))
                 with plain_layers():  # rare, and of another shape
                     self._commit()
         accepted = [row[width - 1] for row in found]
@@ -378,12 +407,15 @@ class Step:
     def _commit(self) -> None:
         """Write the new tokens into the rows, and draft again."""
         accepted, following = self._seen.accepted, self._seen.following
-        before = self._drafts.shape[1]
         last = write_tokens(self._tokens, self._known, self._going, self._drafts, accepted, following, compiled=self._compiled)
-        if self._drafter is None:
+        self._draft(last)
+
+    def _draft(self, last: Tensor) -> None:
+        """Draft again; see `Drafter.draft`."""
+        if self._drafter is None or self._seen.read is None:
             return
         kept: list[Tensor] = []
-        uniform = self._uniform[:, before + 1 :]
+        uniform = self._uniform[:, self._drafts.shape[1] + 1 :]
 
         def choose(head: int, unembedding: Unembedding, ids: Tensor | None, hidden: Tensor, at: Tensor | None) -> Tensor:
             if self._sampling.greedy:

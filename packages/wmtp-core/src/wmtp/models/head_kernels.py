@@ -1,7 +1,7 @@
 """Triton kernels of a chain's ends and of choosing tokens."""
 
 # Triton reads the annotations of a kernel as its own types
-# ruff: noqa: ANN001
+# ruff: noqa: ANN001, ANN201, RUF005 - nor does it know a starred tuple
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from wmtp.models.layer_kernels import Norm
 from wmtp.models.product_kernels import early, let_begin, product, rows_of, scale_of, shape_of, tiles_of, wait
 
-__all__ = ["best", "best_two", "join", "normalize"]
+__all__ = ["best", "best_two", "join", "normalize", "normed"]
 
 
 @triton.jit
@@ -54,13 +54,24 @@ def _norm_kernel(x, norm, out, eps, K: tl.constexpr, PADDED: tl.constexpr, EARLY
 
 
 @triton.jit
+def normed(given, norm, eps, PADDED: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, WIDE: tl.constexpr):
+    """RMS norm of rows that were read."""
+    scale = scale_of(given, eps, PADDED, K, PIECES, WIDE)[:, :, None]
+    pieces = ()
+    for piece in tl.static_range(PIECES):
+        k = piece * WIDE + tl.arange(0, WIDE)
+        pieces = pieces + (given[piece] * scale * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)[None, None, :],)
+    return pieces
+
+
+@triton.jit
 def _best_kernel(
-    x, weight, at, values, places, others, sizes, P, ROWS: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr,
-    OUTPUTS: tl.constexpr, WIDE: tl.constexpr, AT: tl.constexpr, TWO: tl.constexpr, EARLY: tl.constexpr,
+    x, weight, at, norm, values, places, others, sizes, eps, P, ROWS: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr,
+    OUTPUTS: tl.constexpr, WIDE: tl.constexpr, AT: tl.constexpr, NORM: tl.constexpr, TWO: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Find the largest of some of ``x weight'``, and its place.
 
-    Also the second, and the largest absolute value.
+    Also the second, and the largest absolute value. Of an RMS norm of x, where one is given.
     """
     PIECES: tl.constexpr = (K + WIDE - 1) // WIDE
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -70,6 +81,8 @@ def _best_kernel(
     if AT:
         x += tl.maximum(tl.load(at), 0) * K
     given = rows_of(x, ROWS, PADDED, K, WIDE)
+    if NORM:
+        given = normed(given, norm, eps, PADDED, K, PIECES, WIDE)
     logits = product(given, tiles, PADDED, OUTPUTS, PIECES, WIDE)
     best = tl.max(logits, axis=1)
     place = tl.argmax(logits, axis=1)
@@ -131,20 +144,23 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
     return out
 
 
-def best_two(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def best_two(x: Tensor, weight: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Find the two largest of ``x weight'``.
 
     Args:
         x: ``[B, T, K]``.
         weight: ``[N, K]``.
+        norm: of ``x``, before the product.
 
     Returns:
         the place of the largest, of equal ones the first; both, and the largest absolute value: ``[B, T]`` each.
     """
-    return _best(x, weight, None, None, two=True)
+    return _best(x, weight, None, None, norm, None, two=True)
 
 
-def best(x: Tensor, weight: Tensor, ids: Tensor | None, at: Tensor | None) -> Tensor:
+def best(
+    x: Tensor, weight: Tensor, ids: Tensor | None, at: Tensor | None, norm: Norm | None = None, into: Tensor | None = None
+) -> Tensor:
     """Find the largest of ``x weight'``; see `best_two`.
 
     Args:
@@ -152,27 +168,30 @@ def best(x: Tensor, weight: Tensor, ids: Tensor | None, at: Tensor | None) -> Te
         weight: ``[N, K]``.
         ids: ``[N]``, what the places stand for; None: for themselves.
         at: ``[1, 1]``, which place of one text is looked at. None: all.
+        norm: of ``x``, before the product.
+        into: what is returned, if it is there already.
 
     Returns:
         ``[B, T]``, or ``[1, 1]``.
     """
-    return _best(x, weight, ids, at, two=False)[0]
+    return _best(x, weight, ids, at, norm, into, two=False)[0]
 
 
 def _best(
-    x: Tensor, weight: Tensor, ids: Tensor | None, at: Tensor | None, *, two: bool
+    x: Tensor, weight: Tensor, ids: Tensor | None, at: Tensor | None, norm: Norm | None, into: Tensor | None, *, two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = x.shape[:-1] if at is None else at.shape
     shape, begins = shape_of("best", size.numel()), early(x)
     rows, parts = shape["ROWS"], len(weight) // shape["OUTPUTS"]
     found = x.new_empty(3, rows, parts, dtype=torch.float32)
     places = x.new_empty(rows, parts, dtype=torch.int32)
+    scaled, eps = norm or (weight, 0.0)
     kernel: Any = _best_kernel
     kernel[(parts,)](
-        x, weight, places if at is None else at, found[0], places, found[1], found[2], parts, K=x.shape[-1],
-        AT=at is not None, TWO=two, **shape, **begins,
+        x, weight, places if at is None else at, scaled, found[0], places, found[1], found[2], eps, parts, K=x.shape[-1],
+        AT=at is not None, NORM=norm is not None, TWO=two, **shape, **begins,
     )  # fmt: skip
-    best = x.new_empty(size, dtype=torch.int64)
+    best = x.new_empty(size, dtype=torch.int64) if into is None else into
     numbers = x.new_empty(3, *size, dtype=torch.float32)
     kernel = _best_of_kernel
     kernel[(rows,)](

@@ -14,16 +14,23 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 
-from wmtp.models.anatomy import LayerCall
+from wmtp.models.anatomy import Anatomy, LayerCall
 from wmtp.models.chains import ChainedBlock
 from wmtp.models.step_cache import LayerPart
 
 if TYPE_CHECKING:
     from wmtp.loss import Unembedding
 
-__all__ = ["chooses_by_kernel", "has_known_parts", "step_of"]
+__all__ = ["begins_by_kernel", "block_step", "chooses_by_kernel", "has_known_parts", "is_table", "norm_of", "step_of"]
 
 #: most tokens of a text: those that a step of decoding reads, and those that a chain of four heads goes over
 _MOST_TOKENS: Final = 6
@@ -37,6 +44,9 @@ _MOST_SLOTS: Final = 512
 
 #: numbers that a program reads at a time; sizes are multiples of it
 _PIECE: Final = 64
+
+#: kinds of angles that depend on a token's position alone
+_FIXED_ANGLES: Final = ("default", "linear", "llama3", "yarn")
 
 
 def step_of(layer: nn.Module, otherwise: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,6 +74,49 @@ def chooses_by_kernel(unembedding: Unembedding, hidden: Tensor) -> bool:
     return few and known and weight.is_contiguous() and hidden.is_contiguous()
 
 
+def begins_by_kernel(anatomy: Anatomy, tokens: int, slots: int) -> bool:
+    """Tell whether kernels fit what comes before and after a decoder's layers.
+
+    Args:
+        anatomy: of the model.
+        tokens: of a step.
+        slots: of the cache.
+    """
+    decoder, embedding = anatomy.decoder, anatomy.embedding
+    if type(decoder) is not LlamaModel or importlib.util.find_spec("triton") is None:
+        return False
+    angles = decoder.rotary_emb
+    fixed = type(angles) is LlamaRotaryEmbedding and angles.rope_type in _FIXED_ANGLES
+    parts = [decoder, embedding, decoder.norm, angles]
+    known = embedding is decoder.embed_tokens and anatomy.tail == (decoder.norm,) and type(decoder.norm) is LlamaRMSNorm
+    few = tokens <= _MOST_TOKENS and slots <= _MOST_SLOTS and anatomy.hidden_size <= _MOST_HIDDEN
+    return known and few and fixed and not _have_hooks(parts) and is_table(embedding)
+
+
+def is_table(embedding: nn.Embedding) -> bool:
+    """Tell whether a kernel can read an embedding."""
+    weight = embedding.weight
+    plain = type(embedding) is nn.Embedding and embedding.max_norm is None and type(weight) is nn.Parameter
+    return plain and weight.is_contiguous() and not weight.shape[1] % _PIECE and _on_hopper(weight)
+
+
+def block_step(block: ChainedBlock, tokens: int, call: LayerCall) -> Callable[[Tensor], Tensor] | None:
+    """Return what runs a chain's layer; None: the kernels do not fit.
+
+    Args:
+        block: the module.
+        tokens: that it will be given, after the projection.
+        call: of the layer, with its part of the cache.
+    """
+    part = _part(call.kwargs)
+    if part is None or call.args or _have_hooks([block]):
+        return None
+    x = part.keys.new_empty(1, tokens, block.projection.out_features)
+    if not _fits_block(block, x, x) or not _fits(block.layer, x, call.kwargs):
+        return None
+    return partial(_layer, cast("LlamaDecoderLayer", block.layer), given=call.kwargs)
+
+
 def has_known_parts(decoder: nn.Module) -> bool:
     """Tell whether a step's masks and angles are compiled too."""
     return type(decoder) is LlamaModel
@@ -81,11 +134,11 @@ def _run_block(block: ChainedBlock, otherwise: Callable[..., Any], previous: Ten
         return otherwise(previous, embedding, call)
     from wmtp.models.head_kernels import join, normalize
 
-    parts = [(previous, _norm(block.hidden_norm)), (embedding, _norm(block.embedding_norm))]
+    parts = [(previous, norm_of(block.hidden_norm)), (embedding, norm_of(block.embedding_norm))]
     first, second = parts[::-1] if block.rule.embedding_first else parts
     x = join(*first, *second, block.projection.weight)
     x = _layer(cast("LlamaDecoderLayer", block.layer), x, call.kwargs)
-    return x if block.output_norm is None else normalize(x, _norm(block.output_norm))
+    return x if block.output_norm is None else normalize(x, norm_of(block.output_norm))
 
 
 def _layer(layer: LlamaDecoderLayer, x: Tensor, given: dict[str, Any]) -> Tensor:
@@ -95,10 +148,10 @@ def _layer(layer: LlamaDecoderLayer, x: Tensor, given: dict[str, Any]) -> Tensor
     assert part is not None, "asked before: only layers with a cache run so"
     slots, cache = part.slots.contiguous(), (part.keys, part.values)
     weights = attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight
-    query = project(x, _norm(layer.input_layernorm), weights, given["position_embeddings"], slots, cache)
+    query = project(x, norm_of(layer.input_layernorm), weights, given["position_embeddings"], slots, cache)
     seen = attend(query, cache, given["attention_mask"], slots, attention.scaling)
     x = multiply(seen, attention.o_proj.weight, x)
-    between = gate(x, _norm(layer.post_attention_layernorm), mlp.gate_proj.weight, mlp.up_proj.weight)
+    between = gate(x, norm_of(layer.post_attention_layernorm), mlp.gate_proj.weight, mlp.up_proj.weight)
     return multiply(between, mlp.down_proj.weight, x)
 
 
@@ -160,7 +213,8 @@ def _are_linear(parts: list[nn.Linear], x: Tensor) -> bool:
     )
 
 
-def _norm(norm: nn.Module) -> tuple[Tensor, float]:
+def norm_of(norm: nn.Module) -> tuple[Tensor, float]:
+    """Return the weight and epsilon of an RMS norm."""
     return norm.weight, norm.variance_epsilon  # type: ignore[return-value]
 
 
