@@ -7,7 +7,7 @@ import subprocess
 from urllib.parse import unquote
 
 import pytest
-from test_report import BROWSER, HEADLESS, document, in_browser, make_run, sample
+from report_runs import BROWSER, HEADLESS, document, in_browser, make_run, sample
 from test_study_page import write
 
 from wmtp.reporting import write_report

@@ -1,6 +1,6 @@
 """The page of a study in a real browser: the headline first, every figure drawn, no arm missing."""
 
-from test_report import browse, document, in_browser, sample
+from report_runs import browse, document, in_browser, sample
 
 from wmtp.reporting.study import write_study_report
 from wmtp.studies.config import load_study

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from decoded_models import KINDS, PROMPTS, SMALL
 from test_cli_generate import _save
-from test_generation import KINDS, PROMPTS, SMALL
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import wmtp
