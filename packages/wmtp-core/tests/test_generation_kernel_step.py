@@ -112,9 +112,10 @@ else:
         [done] = generate(model, [prompt], max_new_tokens=new, eos_id=None, speculative=speculative, **options)
         return done
 
-    def _plain_layer(layer: nn.Module, x: Tensor, given: dict[str, Any]) -> Tensor:
+    def _plain_layer(layer: nn.Module, x: Tensor, given: dict[str, Any], *, last: bool = False) -> Tensor:
         """The layer's own code: the interpreter takes seconds for a layer of kernels, which are tested elsewhere."""
-        return type(layer).forward(layer, x, **{name: value for name, value in given.items() if name != "hidden_states"})
+        result = type(layer).forward(layer, x, **{name: value for name, value in given.items() if name != "hidden_states"})
+        return result[:, -1:] if last else result
 
     @pytest.fixture
     def opened(monkeypatch: pytest.MonkeyPatch, without_the_compiler: None) -> list[KernelStep | None]:

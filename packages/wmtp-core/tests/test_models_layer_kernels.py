@@ -90,6 +90,11 @@ else:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(other[CACHE].keys, call[CACHE].keys)
         torch.testing.assert_close(other[CACHE].values, call[CACHE].values)
+        if rows == 1:
+            alone = _copied(call)
+            found = layer_steps._layer(layer, x, alone, last=True)
+            torch.testing.assert_close(found, wanted[:, -1:], rtol=1e-5, atol=1e-5)
+            assert torch.equal(alone[CACHE].keys, other[CACHE].keys)
 
     @pytest.mark.parametrize("first", [0, 140, 300, 530])
     @torch.no_grad()

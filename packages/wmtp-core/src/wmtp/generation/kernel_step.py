@@ -182,7 +182,9 @@ class KernelStep:
                 return None
             cache.place(rows.slots, None, self._width)
             call = self._decoder.with_cache(self._decoder.layer_call(rows.slots, (rows.cos, rows.sin), rows.mask), cache)
-            layer = block_step(block, parts.window, swap_caches(call, number))
+            # nothing reads what the last step makes of earlier positions
+            is_last = len(layers) + 1 == len(parts.blocks)
+            layer = block_step(block, parts.window, swap_caches(call, number), last=is_last)
             if layer is None:
                 return None
             layers.append(layer)

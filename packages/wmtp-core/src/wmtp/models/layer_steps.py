@@ -100,13 +100,14 @@ def is_table(embedding: nn.Embedding) -> bool:
     return plain and weight.is_contiguous() and not weight.shape[1] % _PIECE and _on_hopper(weight)
 
 
-def block_step(block: ChainedBlock, tokens: int, call: LayerCall) -> Callable[[Tensor], Tensor] | None:
+def block_step(block: ChainedBlock, tokens: int, call: LayerCall, *, last: bool) -> Callable[[Tensor], Tensor] | None:
     """Return what runs a chain's layer; None: the kernels do not fit.
 
     Args:
         block: the module.
         tokens: that it will be given, after the projection.
         call: of the layer, with its part of the cache.
+        last: whether the last token's result alone is wanted.
     """
     part = _part(call.kwargs)
     if part is None or call.args or _have_hooks([block]):
@@ -114,7 +115,7 @@ def block_step(block: ChainedBlock, tokens: int, call: LayerCall) -> Callable[[T
     x = part.keys.new_empty(1, tokens, block.projection.out_features)
     if not _fits_block(block, x, x) or not _fits(block.layer, x, call.kwargs):
         return None
-    return partial(_layer, cast("LlamaDecoderLayer", block.layer), given=call.kwargs)
+    return partial(_layer, cast("LlamaDecoderLayer", block.layer), given=call.kwargs, last=last)
 
 
 def has_known_parts(decoder: nn.Module) -> bool:
@@ -141,7 +142,15 @@ def _run_block(block: ChainedBlock, otherwise: Callable[..., Any], previous: Ten
     return x if block.output_norm is None else normalize(x, norm_of(block.output_norm))
 
 
-def _layer(layer: LlamaDecoderLayer, x: Tensor, given: dict[str, Any]) -> Tensor:
+def _layer(layer: LlamaDecoderLayer, x: Tensor, given: dict[str, Any], *, last: bool = False) -> Tensor:
+    """Run a layer.
+
+    Args:
+        layer: Llama's own.
+        x: ``[1, T, D]``.
+        given: its other arguments.
+        last: whether the last token's result alone is wanted, ``[1, 1, D]``.
+    """
     from wmtp.models.layer_kernels import attend, gate, multiply, project
 
     attention, mlp, part = layer.self_attn, layer.mlp, _part(given)
@@ -150,6 +159,8 @@ def _layer(layer: LlamaDecoderLayer, x: Tensor, given: dict[str, Any]) -> Tensor
     weights = attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight
     query = project(x, norm_of(layer.input_layernorm), weights, given["position_embeddings"], slots, cache)
     seen = attend(query, cache, given["attention_mask"], slots, attention.scaling)
+    if last:  # keys and values of all are in the cache
+        seen, x = seen[:, -1:], x[:, -1:]
     x = multiply(seen, attention.o_proj.weight, x)
     between = gate(x, norm_of(layer.post_attention_layernorm), mlp.gate_proj.weight, mlp.up_proj.weight)
     return multiply(between, mlp.down_proj.weight, x)
