@@ -165,7 +165,7 @@ else:
         ("horizon", "layout", "draft_ids", "prompt", "new"),
         [
             (4, "mimo", None, [1], 9),
-            (3, "plain", tuple(range(64))[::-1], [9, 8, 7, 6, 5], 6),
+            (3, "plain", tuple(range(60)), [9, 8, 7, 6, 5], 6),
             (3, "exaone", None, [7, 9], 6),
             (2, "plain", None, [3], 4),
             (6, "mimo", None, [5] * 4, 5),

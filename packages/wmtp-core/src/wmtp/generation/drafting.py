@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import torch
 from attrs import evolve
@@ -26,6 +26,9 @@ __all__ = ["Choose", "Drafter", "at_index"]
 #: to tokens ``[B, n]``; or from those of head k alone and the place ``[B, 1]`` that counts, to ``[B, 1]``
 Choose = Callable[[int, Unembedding, "Tensor | None", Tensor, "Tensor | None"], Tensor]
 
+#: a draft vocabulary's tokens come in multiples of so many
+_IDS: Final = 64
+
 
 class Drafter(ABC):
     """Drafts K tokens, by the first K of heads 2..H.
@@ -43,7 +46,8 @@ class Drafter(ABC):
         self._extra = drafts
         self._caches: list[RowCache] = []  # of the heads' own layers
         ids, device = model.draft_ids, model.anatomy.output.weight.device
-        self._ids = None if ids is None else torch.tensor(ids, device=device)
+        # kernels want a multiple of some tokens: the last one comes several times, of which the first is chosen
+        self._ids = None if ids is None else torch.tensor([*ids, *[ids[-1]] * (-len(ids) % _IDS)], device=device)
         self._unembeddings: dict[int, Unembedding] = {}  # by head; with the rows of `_ids` alone
 
     @abstractmethod
