@@ -16,6 +16,7 @@ from wmtp.checkpoints.local import Checkpoint, load_checkpoint, save_checkpoint
 from wmtp.cli import main
 from wmtp.config.schema import HeadsConfig, LoraConfig
 from wmtp.errors import ConfigError, FileError, WMTPError
+from wmtp.models import adapter_folder
 from wmtp.models.adapter_folder import name_base
 from wmtp.models.adapters import adapter_off
 from wmtp.models.build import build_model, merge_brought
@@ -185,6 +186,39 @@ def test_the_base_is_found_or_asked_for_and_another_is_refused(base, tmp_path):
         FileError, match=r"adapter: the tensors .* do not fit its base: .* has shape \[2, 16\] in place of \[2, 32\]"
     ):
         load_model(tmp_path / "adapter")
+
+
+def test_a_base_that_was_changed_in_pefts_file_is_the_base(base, tmp_path, caplog):
+    """PEFT opens the one that is named there; a place that WMTP noted must not hide it."""
+    make(base).save_pretrained(tmp_path / "adapter")
+    other = tmp_path / "other"
+    SMALL.build().load(None, dtype=torch.float32, seed=2).model.save_pretrained(other)
+    file = tmp_path / "adapter/adapter_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"base_model_name_or_path": str(other)}))
+    with pytest.raises(WMTPError, match=r"trained on another model than .*other.*"):
+        load_model(tmp_path / "adapter")
+    assert not caplog.records
+    file.write_text(json.dumps(content | {"base_model_name_or_path": "/nowhere/base"}))
+    assert load_model(tmp_path / "adapter").adapter is not None
+    (said,) = [record.getMessage() for record in caplog.records if "adapter_config.json" in record.getMessage()]
+    assert said.endswith(f"the base that adapter_config.json names is not there (/nowhere/base); {base.resolve()} is used")
+
+
+@pytest.mark.parametrize(
+    ("uri", "name", "may"),
+    [
+        ("/a/b", "/a/b", True),
+        ("/a/b", "/a/c", False),
+        ("hf://org/name", "org/name", True),
+        ("hf://org/name@abc", "org/name", True),
+        ("hf://org/name", "org/other", False),
+        ("hf://org/name/inside", "/home/me/.cache/x", True),
+        ("s3://bucket/name", "/home/me/.cache/x", True),
+    ],
+)
+def test_names_that_pefts_file_may_have_for_a_base(uri, name, may):
+    assert adapter_folder._may_be_named(uri, name) is may
 
 
 def test_what_is_no_adapter_of_lora_is_refused(base, tmp_path):

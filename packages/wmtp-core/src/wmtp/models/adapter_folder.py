@@ -102,7 +102,8 @@ def name_base(uri: str, path: Path) -> BaseModelName:
 def find_base(folder: Path, base_uri: str | None, storage: StorageConfig) -> tuple[Path, BaseModelName]:
     """Find the base model of the adapter in ``folder``.
 
-    It is where ``base_uri`` says, or under the name in the adapter's files.
+    It is where ``base_uri`` says, or under the name in the adapter's files. PEFT reads one of these: where that was changed, it
+    goes before the place that WMTP noted.
 
     Args:
         folder: of the adapter.
@@ -116,21 +117,33 @@ def find_base(folder: Path, base_uri: str | None, storage: StorageConfig) -> tup
     content = read_json_object(folder / ADAPTER_CONFIG)
     named, revision = content.get("base_model_name_or_path"), content.get("revision")
     own = read_json_object(folder / OWN_ADAPTER_CONFIG) if (folder / OWN_ADAPTER_CONFIG).is_file() else {}
-    candidates = [base_uri] if base_uri is not None else [own.get("base_uri"), named]
+    noted = own.get("base_uri")
+    is_changed = isinstance(named, str) and isinstance(noted, str) and not _may_be_named(noted, named)
+    candidates = [base_uri] if base_uri is not None else [named, noted] if is_changed else [noted, named]
     reasons = []
     for uri in candidates:
         if not isinstance(uri, str) or not uri:
             continue
         try:
-            uri, path = _locate(uri, folder, revision if uri == named else None, storage)
-            return path, name_base(uri, path)
+            found, path = _locate(uri, folder, revision if uri == named else None, storage)
         except WMTPError as error:
             reasons.append(str(error))
+            continue
+        if is_changed and uri == noted:
+            _log.warning("%s: the base that %s names is not there (%s); %s is used", folder, ADAPTER_CONFIG, named, noted)
+        return path, name_base(found, path)
     remedy = "name the model that it belongs to: models.base.base_uri"
     if base_uri is None:
         remedy += f", or base_model_name_or_path in its {ADAPTER_CONFIG}"
     why = "; ".join(dict.fromkeys(reasons)) or f"{ADAPTER_CONFIG} names no base_model_name_or_path"
     raise ConfigError(f"{folder} is an adapter, and its base is not found: {why}; {remedy}")
+
+
+def _may_be_named(uri: str, name: str) -> bool:
+    """Tell whether PEFT's file may name a model so; see `name_base`."""
+    if scheme_of(uri) == "file":
+        return name == uri
+    return scheme_of(uri) != "hf" or bool((hub := parse_hub_uri(uri)).path) or name == hub.repo
 
 
 def tokenizer_place(path: Path, base_uri: str | None = None, storage: StorageConfig | None = None) -> Path:
