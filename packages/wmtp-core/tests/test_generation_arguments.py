@@ -58,9 +58,15 @@ def test_other_arguments_are_named(model: MTPModel, prompts: Any, options: dict[
 
 
 @pytest.mark.parametrize(
-    ("stop", "message"), [("END", r"stop: is one text, not several; write \['END'\]"), ([""], "an empty text")]
+    ("stop", "message"),
+    [
+        ("END", r"stop: is one text, not several; write \['END'\]"),
+        ([""], "an empty text"),
+        (["a", 13], "stop: 13 is no text; give texts, or eos_id for a token"),
+        ([None], "stop: None is no text"),
+    ],
 )
-def test_texts_that_would_end_all_at_once_are_refused(model: MTPModel, tmp_path, stop: Any, message: str) -> None:
+def test_stop_texts_that_cannot_be_meant_are_refused(model: MTPModel, tmp_path, stop: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generate_texts(model, chat_tokenizer(tmp_path, INST), [[5]], max_new_tokens=3, stop=stop)
 

@@ -79,10 +79,12 @@ def check_stop(stop: Sequence[str]) -> None:
     """Check the texts that end a completion.
 
     Raises:
-        ConfigError: they are one text, whose letters each would end it, or one is empty, which would end all at once.
+        ConfigError: they are one text, whose letters each would end it, one is none, or is empty, which would end all at once.
     """
     if isinstance(stop, str):
         raise ConfigError(f"stop: is one text, not several; write [{stop!r}]")
+    if others := [item for item in stop if not isinstance(item, str)]:
+        raise ConfigError(f"stop: {others[0]!r:.60} is no text; give texts, or eos_id for a token")
     if "" in stop:
         raise ConfigError("stop: an empty text would end every completion at once; give texts, or leave it out")
 
