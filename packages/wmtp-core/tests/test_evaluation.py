@@ -133,6 +133,11 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert float(again[0]) == pytest.approx(19 / 8)
 
 
+def test_a_speed_of_more_rows_than_memory_holds_is_refused_before_they_are_made(model: MTPModel, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tokens of 10000000000 rows of up to 10 tokens takes .* decode fewer rows at once"):
+        measure([InferenceSpeed(batch_size=10**10, prompt_length=6, new_tokens=4)], _measured(model), tmp_path)
+
+
 def test_decoding_is_measured(model: MTPModel, tmp_path: Path) -> None:
     evaluators = [
         Speculative(prompts=3, batch_size=2, max_new_tokens=8), InferenceSpeed(prompt_length=6, new_tokens=4, repeats=2),
@@ -314,3 +319,8 @@ def test_a_killed_runs_evaluation_is_tracked_at_its_last_whole_step(tmp_path: Pa
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "lo')
     command._track(config, tmp_path, tmp_path, {"perplexity/head_1": 2.0})
     assert told == [(10, {"loss": 10}), (10, {"perplexity/head_1": 2.0})]
+
+
+def test_more_new_tokens_than_positions_are_a_mistake_of_the_config(model: MTPModel, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leaves room for 1000000 new tokens"):
+        measure([Speculative(max_new_tokens=10**6)], _measured(model), tmp_path)

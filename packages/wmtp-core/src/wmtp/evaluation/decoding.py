@@ -6,15 +6,16 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 
 from wmtp.data.batch import PADDING
-from wmtp.errors import ConfigError, WMTPError
+from wmtp.errors import ConfigError
 from wmtp.evaluation.base import Estimate, Evaluator, Measured
 from wmtp.evaluation.bootstrap import Bootstrap
 from wmtp.generation import Generation, Sampling, generate
+from wmtp.generation.cache import check_memory
 from wmtp.models.ends import end_ids
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["InferenceSpeedEvaluator", "SpeculativeEvaluator", "prompts_of"]
 
 _Result = TypeVar("_Result")
+
+#: bytes of a token in lists of Python's, and while they are made
+_TOKEN_BYTES: Final = 64
 
 
 class SpeculativeEvaluator(Evaluator):
@@ -119,6 +123,8 @@ class InferenceSpeedEvaluator(Evaluator):
                 f"eval: inference-speed: prompt_length + new_tokens = {config.prompt_length + config.new_tokens}, and the model"
                 f" has {longest} positions; write less"
             )
+        rows, length = config.batch_size, config.prompt_length + config.new_tokens
+        check_memory("tokens", _TOKEN_BYTES * rows * length, rows, length, torch.device("cpu"))
         ids = (torch.arange(config.batch_size * config.prompt_length) * 7919 + measured.seed).remainder(
             measured.tokenizer.vocab_size
         )
@@ -166,7 +172,7 @@ def prompts_of(measured: Measured, count: int, new_tokens: int) -> list[list[int
     ``new_tokens`` are left out.
 
     Raises:
-        WMTPError: there is none.
+        ConfigError: there is none.
     """
     longest = (measured.model.max_positions or 2**62) - new_tokens
     prompts: list[list[int]] = []
@@ -176,7 +182,7 @@ def prompts_of(measured: Measured, count: int, new_tokens: int) -> list[list[int
         if len(prompts) == count:
             break
     if not prompts:
-        raise WMTPError(
+        raise ConfigError(
             f"no document of [data.eval] leaves room for {new_tokens} new tokens in the model's {measured.model.max_positions} "
             "positions; ask for fewer"
         )
