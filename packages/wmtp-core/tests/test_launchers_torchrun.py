@@ -11,7 +11,7 @@ from tiny_recipe import tiny_recipe
 
 import wmtp
 from wmtp.actions.study_pool import worker_environments
-from wmtp.devices import host_memory
+from wmtp.cores import host_memory
 from wmtp.launchers.local import Local
 from wmtp.launchers.torchrun import share_cores
 
@@ -45,7 +45,7 @@ def test_more_processes_than_a_machine_can_have_are_refused_by_the_config(proces
 def test_more_processes_than_memory_holds_are_refused_before_one_starts(monkeypatch: pytest.MonkeyPatch):
     """On a CPU, which serves any number: each takes memory before it has a model."""
     config = wmtp.load_config(tiny_recipe(devices={"device": "cpu"}))
-    monkeypatch.setattr("wmtp.devices.host_memory", lambda: 4 * 2**30)
+    monkeypatch.setattr("wmtp.cores.host_memory", lambda: 4 * 2**30)
     assert Local(10).count(config) == 10
     with pytest.raises(wmtp.ConfigError) as error:
         Local(11).count(config)
@@ -56,7 +56,7 @@ def test_more_processes_than_memory_holds_are_refused_before_one_starts(monkeypa
 
 
 def test_the_memory_of_a_container_is_what_it_may_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr("wmtp.devices._CGROUP", tmp_path)
+    monkeypatch.setattr("wmtp.cores._MEMORY", tmp_path / "memory.max")
     whole = host_memory()
     (tmp_path / "memory.max").write_text("max\n")
     assert host_memory() == whole

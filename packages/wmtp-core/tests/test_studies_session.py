@@ -16,6 +16,7 @@ import pytest
 import tomli_w
 from tiny_recipe import tiny_recipe
 
+import wmtp
 from wmtp import study
 from wmtp.actions import study_pool
 from wmtp.cli import main
@@ -181,6 +182,14 @@ def test_a_process_that_dies_takes_one_run_with_it(folder):
     found = study("study.toml", seeds=[0], jobs=2)
     assert list(found.failed.values()) == ["its process ended by signal SIGKILL, as the system does where memory runs out"]
     assert len(found.finished) == 2
+
+
+def test_more_runs_at_once_than_memory_holds_are_refused_before_one_begins(folder, monkeypatch):
+    monkeypatch.setattr("wmtp.cores.host_memory", lambda: 2**30)
+    with pytest.raises(wmtp.ConfigError, match=r"^--jobs: 3 runs at once take 1.26 GB before .* has 1.07 GB; write at most 2$"):
+        study("study.toml", seeds=[0], jobs=10**6)
+    assert not (folder / "studies").exists()
+    study("study.toml", seeds=[0], jobs=10**6, arms=["baseline"], dry_run=True)
 
 
 @pytest.mark.parametrize("todo", ["hang", "between"])

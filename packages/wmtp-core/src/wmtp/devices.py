@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -22,7 +21,6 @@ __all__ = [
     "device_name",
     "few_cpu_threads",
     "free_memory",
-    "host_memory",
     "pick_device",
     "pick_precision",
     "prefer_fast_attention",
@@ -96,19 +94,6 @@ def free_memory(device: torch.device) -> int | None:
     with suppress(OSError, ValueError):  # of a container; "max" where it has no limit
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         known.append(limit - used)
-    return min(known, default=None)
-
-
-def host_memory() -> int | None:
-    """Return the bytes of memory of this machine, or of this container.
-
-    None where they cannot be asked for.
-    """
-    known: list[int] = []
-    with suppress(OSError, ValueError):
-        known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with suppress(OSError, ValueError):  # "max" where it has no limit
-        known.append(int((_CGROUP / "memory.max").read_text()))
     return min(known, default=None)
 
 

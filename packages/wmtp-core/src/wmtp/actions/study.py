@@ -20,6 +20,7 @@ from wmtp.actions.study_pool import Outcome, Pool, worker_environments
 from wmtp.actions.study_result import StudyResult, left_line
 from wmtp.config.load import ConfigSource, as_list
 from wmtp.config.tree import dump_config
+from wmtp.cores import check_memory_of_processes
 from wmtp.errors import ConfigError
 from wmtp.evaluation.consent import code_execution_allowed, require_consent
 from wmtp.json_files import writing
@@ -84,6 +85,8 @@ def study(
         allowed = allow_code_execution or code_execution_allowed()
         for run in chosen:
             require_consent(run.config.eval, allowed)
+        at_once = min(jobs or plan.file.config.study.jobs, len(chosen))
+        check_memory_of_processes(f"{'study.jobs' if jobs is None else '--jobs'}: {at_once} runs at once", at_once)
         session = _Session(plan, chosen, jobs=jobs, retry=retry, minutes=minutes, allow_code_execution=allowed)
         return session.outlook() if dry_run else session.run()
 

@@ -6,22 +6,18 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
+from wmtp.cores import check_memory_of_processes
 from wmtp.distributed.environment import Nodes, Worker
 from wmtp.errors import ConfigError
 from wmtp.launchers.base import Launcher
-from wmtp.sizes import format_bytes
 
 if TYPE_CHECKING:
     from wmtp.config.schema import Config
     from wmtp.runs.result import Result
 
 __all__ = ["Local"]
-
-
-#: bytes that a process takes for itself alone once it has imported torch and transformers
-_EACH: Final = 400 * 2**20
 
 
 class Local(Launcher):
@@ -81,7 +77,7 @@ class Local(Launcher):
         Raises:
             ConfigError: it has fewer devices, or not the memory that so many take before they have a model.
         """
-        from wmtp.devices import count_devices, host_memory, pick_device
+        from wmtp.devices import count_devices, pick_device
 
         device = pick_device(config.devices.device)
         available = count_devices(device)
@@ -92,9 +88,6 @@ class Local(Launcher):
                 f"launcher.processes: {self._processes}, but this machine has {available} {device.type} device"
                 f'{"s" if available > 1 else ""} that torch can use; write at most {available}, or "auto"'
             )
-        if available is None and (memory := host_memory()) is not None and self._processes > (most := max(1, memory // _EACH)):
-            raise ConfigError(
-                f"launcher.processes: {self._processes} processes on a CPU take {format_bytes(self._processes * _EACH)} before "
-                f"they have a model, and this machine has {format_bytes(memory)}; write at most {most}"
-            )
+        if available is None:
+            check_memory_of_processes(f"launcher.processes: {self._processes} processes on a CPU", self._processes)
         return self._processes
