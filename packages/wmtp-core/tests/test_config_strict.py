@@ -296,6 +296,11 @@ def test_two_components_of_one_name_are_an_error_that_names_both():
         ),
         ({"train": {"log_interval": -(2**64)}}, "train.log_interval: is too large for a whole number, which has 64 bits"),
         ({"train": {"epochs": 1e308}}, "train.epochs: must be <= 1000000000.0, not 1e+308"),
+        ({"devices": {"timeout": 1e300}}, "devices.timeout: must be <= 1000000000.0, not 1e+300"),
+        (
+            {"models": {"base": {"type": "hf", "uri": "hf://a/b", "lora": {"alpha": 1e39}}}},
+            "models.base.lora.alpha: must be <= 1000000000.0, not 1e+39",
+        ),
         ({"devices": {"memory_gib": float("inf")}}, "devices.memory_gib: must be <= 100000.0, not inf"),
         ({"devices": {"threads": 2**62}}, "devices.threads: must be <= 4096, not 4611686018427387904"),
         ({"optimizer": {"type": "adamw", "weight_decay": float("inf")}}, "optimizer.weight_decay: must be < inf, not inf"),

@@ -104,7 +104,7 @@ class LoraConfig:
     """
 
     rank: int = field(default=16, validator=ge(1))
-    alpha: float | None = field(default=None, validator=optional([gt(0.0), lt(math.inf)]))
+    alpha: float | None = field(default=None, validator=optional([gt(0.0), le(1e9)]))
     targets: Literal["all-linear"] | tuple[str, ...] = field(default="all-linear", validator=min_len(1))
     dropout: float = field(default=0.0, validator=_no_dropout)
     dora: bool = False

@@ -235,7 +235,7 @@ class DevicesConfig:
     memory_gib: float | None = field(default=None, validator=optional([gt(0.0), le(100_000.0)]))
     threads: int | None = field(default=None, validator=optional([ge(1), le(4096)]))
     fsdp: FsdpConfig | None = None
-    timeout: float = field(default=600.0, validator=[gt(0.0), lt(math.inf)])
+    timeout: float = field(default=600.0, validator=[gt(0.0), le(1e9)])
 
     @property
     def keeps_bf16(self) -> bool:
