@@ -11,14 +11,16 @@ import sys
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tomli_w
+import torch
 from tiny_recipe import tiny_recipe
 
 import wmtp
 from wmtp import study
-from wmtp.actions import study_pool
+from wmtp.actions import study_pool, study_worker
 from wmtp.cli import main
 from wmtp.errors import ConfigError
 from wmtp.reporting.records import _seconds
@@ -227,6 +229,23 @@ def test_a_worker_of_a_study_in_the_background_of_a_script_hears_of_ctrl_c():
             assert worker.poll() is not None
         finally:
             worker.kill()
+
+
+@pytest.mark.parametrize(("result", "status"), [(SimpleNamespace(status="finished"), "finished"), (None, "interrupted")])
+def test_ctrl_c_when_a_run_is_done_leaves_it_done(tmp_path, monkeypatch, result, status):
+    def run(*_, **__):
+        error = KeyboardInterrupt()
+        if result is not None:
+            error.result = result
+        raise error
+
+    (tmp_path / "config.toml").write_text("")
+    monkeypatch.setattr("wmtp.api.run", run)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # this process keeps its streams
+    monkeypatch.setattr(sys, "argv", [])
+    job = {"log": str(tmp_path / "log"), "config": str(tmp_path / "config.toml"), "argv": [], "allow_code_execution": False}
+    threads = torch.get_num_threads()
+    assert study_worker._train(job, threads) == {"status": status, "error": None, "threads": threads}
 
 
 def test_runs_of_an_edited_arm_no_longer_count_and_that_is_said(folder, capsys):
