@@ -21,9 +21,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 else:
     from torch import Tensor, nn
-    from transformers import LlamaConfig
+    from transformers import DynamicCache, LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+    from wmtp.generation.cache import RowCache
     from wmtp.generation.choosing import choose_best, judge
     from wmtp.loss import Unembedding
     from wmtp.models import layer_steps
@@ -110,6 +111,37 @@ else:
             keys[:, :, first + 2 :], values[:, :, first + 2 :] = torch.nan, torch.nan  # what no query may look at
             found = attend(query, (keys, values), mask, slots, 0.3)
             torch.testing.assert_close(found, wanted.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("tokens", [7, 70])
+    @torch.no_grad()
+    def test_a_layer_with_a_prompt(tokens: int) -> None:
+        layer, x = _layer(hidden_size=192, num_attention_heads=3, intermediate_size=64), torch.randn(1, tokens, 192)
+        slots, half = torch.arange(tokens)[None], torch.randn(1, tokens, 32)
+        angles = torch.cat([half, half], -1)
+        mask = torch.full((tokens, tokens), -torch.inf).triu(1)[None, None]
+        found: list[Tensor] = []
+        for run in (layer, layer_steps.prompt_of(layer, _refuse)):
+            cache = RowCache(tokens + 9, layer.self_attn.config)
+            cache.place(slots, 0, tokens, [tokens])
+            out = run(x, attention_mask=mask, position_embeddings=(angles.cos(), angles.sin()), **{CACHE: cache})
+            found.append(torch.cat([part.flatten() for part in (out, cache.of_layer(0).keys, cache.of_layer(0).values)]))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+    @torch.no_grad()
+    def test_what_is_no_prompt_runs_as_ever() -> None:
+        layer, x = _layer(), torch.randn(1, 8, 64)
+        other = layer_steps.prompt_of(layer, lambda *_, **__: None)
+        part = _call(1, 8)
+        cache = RowCache(20, layer.self_attn.config)
+        assert other(x, **part) is None, "compiled steps' part of a cache"
+        assert other(x, **part | {CACHE: DynamicCache()}) is None, "transformers' own"
+        few = {**part, CACHE: cache, "position_embeddings": tuple(angle[:, :4] for angle in part["position_embeddings"])}
+        assert other(x[:, :4], **few) is None, "a step"
+        with torch.enable_grad():
+            assert other(x, **part | {CACHE: cache}) is None
+        cache.place(torch.arange(8)[None], 0, 8, [8])
+        whole = part | {CACHE: cache, "attention_mask": part["attention_mask"][..., :8]}
+        assert other(x, **whole) is not None
 
     @pytest.mark.parametrize("embedding_first", [False, True])
     @torch.no_grad()

@@ -21,7 +21,7 @@ from transformers import Cache
 from wmtp.models.anatomy import LayerCall
 from wmtp.models.documents import within_reading
 from wmtp.models.few_rows import compile_few_rows
-from wmtp.models.layer_steps import has_known_parts, step_of
+from wmtp.models.layer_steps import has_known_parts, prompt_of, step_of
 from wmtp.models.layers import repeated_layers
 from wmtp.models.low_rank import OPERATORS
 from wmtp.models.low_rank_graph import compile_adapted
@@ -101,12 +101,12 @@ def compile_layers(model: MTPModel) -> None:
         plain = layer.forward
         # steps of decoding have few shapes, each of which is worth code of its own
         step = step_of(layer, compile_few_rows(plain))
-        layer.forward = partial(_forward, compiled(plain), step, plain, layer_number(layer))
+        layer.forward = partial(_forward, compiled(plain), step, prompt_of(layer, plain), plain, layer_number(layer))
     if has_known_parts(model.anatomy.decoder):  # angles of positions: for a step some ten kernels otherwise
         for module in model.anatomy.decoder.children():
             if not any(True for _ in module.parameters()):
                 plain = module.forward
-                module.forward = partial(_forward, plain, compile_few_rows(plain), plain, None)
+                module.forward = partial(_forward, plain, compile_few_rows(plain), plain, plain, None)
 
 
 def offload_inputs(model: MTPModel) -> None:
@@ -143,6 +143,7 @@ def _offloaded(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _forward(
     compiled: Callable[..., Any],
     step: Callable[..., Any],
+    prompt: Callable[..., Any],
     plain: Callable[..., Any],
     number: int | None,
     *args: Any,
@@ -157,7 +158,7 @@ def _forward(
     if not any(_has_cache(value) for value in (*args, *kwargs.values())):
         return (step if steps_are_compiled() else compiled)(*args, **kwargs)
     if number is None or not steps_are_compiled():
-        return plain(*args, **kwargs)
+        return prompt(*args, **kwargs)
     args = tuple(swap_caches(value, number) for value in args)
     return step(*args, **{name: swap_caches(value, number) for name, value in kwargs.items()})
 
