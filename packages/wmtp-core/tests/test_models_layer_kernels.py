@@ -32,6 +32,7 @@ else:
     from wmtp.models.chains import ChainedBlock
     from wmtp.models.layer_kernels import attend
     from wmtp.models.native.layouts import ChainRule
+    from wmtp.models.prompt_steps import prompt_of
     from wmtp.models.step_cache import LayerPart
 
     class Part(LayerPart):
@@ -120,7 +121,7 @@ else:
         angles = torch.cat([half, half], -1)
         mask = torch.full((tokens, tokens), -torch.inf).triu(1)[None, None]
         found: list[Tensor] = []
-        for run in (layer, layer_steps.prompt_of(layer, _refuse)):
+        for run in (layer, prompt_of(layer, _refuse)):
             cache = RowCache(tokens + 9, layer.self_attn.config)
             cache.place(slots, 0, tokens, [tokens])
             out = run(x, attention_mask=mask, position_embeddings=(angles.cos(), angles.sin()), **{CACHE: cache})
@@ -130,7 +131,7 @@ else:
     @torch.no_grad()
     def test_what_is_no_prompt_runs_as_ever() -> None:
         layer, x = _layer(), torch.randn(1, 8, 64)
-        other = layer_steps.prompt_of(layer, lambda *_, **__: None)
+        other = prompt_of(layer, lambda *_, **__: None)
         part = _call(1, 8)
         cache = RowCache(20, layer.self_attn.config)
         assert other(x, **part) is None, "compiled steps' part of a cache"

@@ -21,10 +21,11 @@ from transformers import Cache
 from wmtp.models.anatomy import LayerCall
 from wmtp.models.documents import within_reading
 from wmtp.models.few_rows import compile_few_rows
-from wmtp.models.layer_steps import has_known_parts, prompt_of, step_of
+from wmtp.models.layer_steps import has_known_parts, step_of
 from wmtp.models.layers import repeated_layers
 from wmtp.models.low_rank import OPERATORS
 from wmtp.models.low_rank_graph import compile_adapted
+from wmtp.models.prompt_steps import prompt_of
 from wmtp.models.step_cache import layer_number, layers_are_plain, steps_are_compiled, swap_caches
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -22,12 +21,11 @@ from transformers.models.llama.modeling_llama import (
     LlamaModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    eager_attention_forward,
 )
 
 from wmtp.models.anatomy import Anatomy, LayerCall
 from wmtp.models.chains import ChainedBlock
-from wmtp.models.step_cache import LayeredCache, LayerPart
+from wmtp.models.step_cache import LayerPart
 
 if TYPE_CHECKING:
     from wmtp.loss import Unembedding
@@ -37,9 +35,9 @@ __all__ = [
     "block_step",
     "chooses_by_kernel",
     "has_known_parts",
+    "is_plain_layer",
     "is_table",
     "norm_of",
-    "prompt_of",
     "step_of",
 ]
 
@@ -72,18 +70,6 @@ def step_of(layer: nn.Module, otherwise: Callable[..., Any]) -> Callable[..., An
     if type(layer) is ChainedBlock:
         return partial(_run_block, layer, otherwise)
     return partial(_run_layer, layer, otherwise) if type(layer) is LlamaDecoderLayer else otherwise
-
-
-def prompt_of(layer: nn.Module, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what runs a layer with a prompt's tokens.
-
-    Args:
-        layer: a decoder layer.
-        otherwise: runs it where the kernels do not fit.
-    """
-    if type(layer) is not LlamaDecoderLayer or importlib.util.find_spec("triton") is None:
-        return otherwise
-    return partial(_run_prompt, layer, otherwise)
 
 
 def chooses_by_kernel(unembedding: Unembedding, hidden: Tensor) -> bool:
@@ -153,24 +139,6 @@ def _run_layer(layer: LlamaDecoderLayer, otherwise: Callable[..., Any], *args: A
     return _layer(layer, x, kwargs)
 
 
-def _run_prompt(layer: LlamaDecoderLayer, otherwise: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    x = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(x, Tensor) or len(args) > 1 or not _fits_prompt(layer, x, kwargs):
-        return otherwise(*args, **kwargs)
-    from wmtp.models.prompt_kernels import add_product, gate, project
-
-    attention, mlp, cache = layer.self_attn, layer.mlp, _cache(kwargs)
-    weights = attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight
-    turn = kwargs["position_embeddings"]
-    query, *new = project(x, norm_of(layer.input_layernorm), weights, turn, attention.head_dim)
-    keys, values = cache.update(*new, attention.layer_idx)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
-    seen, _ = attend(attention, query, keys, values, kwargs["attention_mask"], dropout=0.0, scaling=attention.scaling)
-    x = add_product(seen.reshape(*x.shape[:2], -1).contiguous(), attention.o_proj.weight, x)
-    between = gate(x, norm_of(layer.post_attention_layernorm), mlp.gate_proj.weight, mlp.up_proj.weight)
-    return add_product(between, mlp.down_proj.weight, x)
-
-
 def _run_block(block: ChainedBlock, otherwise: Callable[..., Any], previous: Tensor, embedding: Tensor, call: LayerCall) -> Any:
     if not _fits_block(block, previous, embedding) or len(call.args) > 1 or not _fits(block.layer, previous, call.kwargs):
         return otherwise(previous, embedding, call)
@@ -226,24 +194,20 @@ def _fits(layer: nn.Module, x: Tensor, given: dict[str, Any]) -> bool:
     return x.is_contiguous() and sizes and heads and turned and cached and placed and masked and mask.stride(-1) == 1
 
 
-def _fits_prompt(layer: LlamaDecoderLayer, x: Tensor, given: dict[str, Any]) -> bool:
-    mask, turn = given.get("attention_mask"), given.get("position_embeddings")
-    if not _on_hopper(x) or torch.is_grad_enabled() or len(x) > 1 or not x.is_contiguous() or _cache(given) is None:
-        return False
-    other = not _MOST_TOKENS < x.shape[1] <= _MOST_SLOTS
-    if not isinstance(mask, Tensor) or not isinstance(turn, tuple) or other or not _is_plain(layer, x):
-        return False
-    hidden, between, d = x.shape[-1], layer.mlp.gate_proj.out_features, layer.self_attn.head_dim
-    turned = all(angle.shape == (*x.shape[:2], d) and angle.is_contiguous() and angle.dtype == x.dtype for angle in turn)
-    return turned and d in (64, 128) and not (hidden % _PIECE or between % _PIECE)
-
-
 def _fits_block(block: ChainedBlock, previous: Tensor, embedding: Tensor) -> bool:
     norms = [block.hidden_norm, block.embedding_norm, *([] if block.output_norm is None else [block.output_norm])]
     same = previous.shape == embedding.shape and previous.dtype == embedding.dtype
     plain = all(type(norm) is LlamaRMSNorm for norm in norms) and _are_linear([block.projection], previous)
     hooked = _have_hooks([*norms, block.projection, block.layer])
     return plain and not hooked and same and previous.is_contiguous() and embedding.is_contiguous()
+
+
+def is_plain_layer(layer: nn.Module, x: Tensor) -> bool:
+    """Tell whether kernels may compute a layer's call without gradients.
+
+    They were measured on the device, the layer is Llama's own, and nothing watches its parts.
+    """
+    return _on_hopper(x) and not torch.is_grad_enabled() and _is_plain(layer, x)
 
 
 def _is_plain(layer: nn.Module, x: Tensor) -> bool:
@@ -284,11 +248,6 @@ def norm_of(norm: nn.Module) -> tuple[Tensor, float]:
 
 def _part(given: dict[str, Any]) -> LayerPart | None:
     return next((value for value in given.values() if isinstance(value, LayerPart)), None)
-
-
-def _cache(given: dict[str, Any]) -> Any:
-    """Return a decoder's own cache."""
-    return next((value for value in given.values() if isinstance(value, LayeredCache)), None)
 
 
 def _on_hopper(x: Tensor) -> bool:

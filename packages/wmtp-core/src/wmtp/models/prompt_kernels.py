@@ -1,11 +1,11 @@
 """Triton kernels of a decoder layer for a prompt's tokens.
 
-Each is a product in tiles with what is beside it: the norm before, rotation, the gate or the sum after. Products are of three
-TF32 products each (``tf32x3``), whose error is that of fp32 and not of TF32.
+Two products of a norm's result in tiles, and what is made of both: rotated halves of heads, or a gated MLP's middle. Each is
+three products in TF32 (``tf32x3``), whose error together is that of fp32.
 """
 
 # Triton reads the annotations of a kernel as its own types
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
 
@@ -20,34 +20,21 @@ from torch import Tensor
 from wmtp.models.layer_kernels import Norm
 from wmtp.models.product_kernels import early, let_begin, wait
 
-__all__ = ["add_product", "gate", "project"]
+__all__ = ["gate", "project"]
 
-#: tokens, outputs and columns of a tile, warps, and tiles under way
-_SHAPES: Final = {
-    "project": (64, 32, 64, 4, 3),
-    "gate": (64, 32, 64, 4, 3),
-    "out": (64, 16, 64, 4, 3),
-    "down": (64, 16, 64, 4, 3),
-}
-
-
-@triton.jit
-def _tile(x, norm, weight, row, column, k, tokens, K: tl.constexpr, NORM: tl.constexpr):
-    """Read tiles ``[tokens, columns]`` and ``[columns, outputs]``, and the squares of the first."""
-    given = tl.load(x + row[:, None] * K + k[None, :], mask=row[:, None] < tokens, other=0.0)
-    squares = tl.sum(given * given, axis=1)
-    if NORM:
-        given = given * tl.load(norm + k)[None, :]
-    return given, tl.load(weight + column[None, :] * K + k[:, None]), squares
+#: tokens, outputs and columns of a tile
+_ROWS: Final = 32
+_OUTPUTS: Final = 16
+_WIDE: Final = 64
 
 
 @triton.jit
 def _pair_kernel(
     x, norm, first, second, third, cos, sin, out, keys, values, tokens, eps, K: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    HEADS: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+    HEADS: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    WIDE: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Two products of a norm, and what is made of both.
+    """Multiply a norm's result by two weights, and make one or two results of both.
 
     ``ROTATES``: halves of a head of queries, keys or values, rotated; else a gate and what it lets through.
     """
@@ -74,10 +61,12 @@ def _pair_kernel(
     wait(EARLY)
     for start in range(0, K, WIDE):
         k = start + tl.arange(0, WIDE)
-        given, tile, square = _tile(x, norm, left_weight, row, place, k, tokens, K, True)
-        left = tl.dot(given, tile, left, input_precision="tf32x3")
-        right = tl.dot(given, tl.load(right_weight + place[None, :] * K + k[:, None]), right, input_precision="tf32x3")
-        squares += square
+        given = tl.load(x + row[:, None] * K + k[None, :], mask=row[:, None] < tokens, other=0.0)
+        squares += tl.sum(given * given, axis=1)
+        given = given * tl.load(norm + k)[None, :]
+        tile = place[None, :] * K + k[:, None]
+        left = tl.dot(given, tl.load(left_weight + tile), left, input_precision="tf32x3")
+        right = tl.dot(given, tl.load(right_weight + tile), right, input_precision="tf32x3")
     scale = tl.rsqrt(squares / K + eps)[:, None]
     left, right = left * scale, right * scale
     there = row[:, None] < tokens
@@ -102,24 +91,6 @@ def _pair_kernel(
         tl.store(out + row[:, None] * N + place[None, :], left * tl.sigmoid(left) * right, mask=there)
 
 
-@triton.jit
-def _add_kernel(
-    x, weight, residual, out, tokens, K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
-) -> None:  # fmt: skip
-    """``residual + x weight'``."""
-    let_begin(EARLY)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    place = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    sums = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    wait(EARLY)
-    for start in range(0, K, WIDE):
-        given, tile, _ = _tile(x, x, weight, row, place, start + tl.arange(0, WIDE), tokens, K, False)
-        sums = tl.dot(given, tile, sums, input_precision="tf32x3")
-    at, there = row[:, None] * N + place[None, :], row[:, None] < tokens
-    tl.store(out + at, sums + tl.load(residual + at, mask=there, other=0.0), mask=there)
-
-
 def project(x: Tensor, norm: Norm, weights: tuple[Tensor, Tensor, Tensor], turn: tuple[Tensor, Tensor], d: int) -> list[Tensor]:
     """Compute queries, keys and values.
 
@@ -135,52 +106,24 @@ def project(x: Tensor, norm: Norm, weights: tuple[Tensor, Tensor, Tensor], turn:
     """
     tokens, (heads, shared, _) = x.shape[1], (len(weight) // d for weight in weights)
     found = [x.new_empty(1, count, tokens, d) for count in (heads, shared, shared)]
-    shape = _shape("project", x, d // 2)
     kernel: Any = _pair_kernel
-    kernel[((heads + 2 * shared) * (d // 2 // shape["OUTPUTS"]), triton.cdiv(tokens, shape["ROWS"]))](
-        x,
-        norm[0],
-        *weights,
-        *turn,
-        *found,
-        tokens,
-        norm[1],
-        N=0,
-        D=d,
-        HEADS=heads,
-        SHARED=shared,
-        ROTATES=True,
-        **shape,
-        **early(x),
-    )
+    kernel[((heads + 2 * shared) * (d // 2 // _OUTPUTS), triton.cdiv(tokens, _ROWS))](
+        x, norm[0], *weights, *turn, *found, tokens, norm[1], N=0, D=d, HEADS=heads, SHARED=shared, ROTATES=True, **_options(x)
+    )  # fmt: skip
     return found
 
 
 def gate(x: Tensor, norm: Norm, gate: Tensor, up: Tensor) -> Tensor:
     """Gate a norm's result; see `wmtp.models.layer_kernels.gate`."""
     out = x.new_empty(*x.shape[:-1], len(gate))
-    shape = _shape("gate", x, len(gate))
     kernel: Any = _pair_kernel
-    kernel[(len(gate) // shape["OUTPUTS"], triton.cdiv(x.shape[1], shape["ROWS"]))](
+    kernel[(len(gate) // _OUTPUTS, triton.cdiv(x.shape[1], _ROWS))](
         x, norm[0], gate, up, up, x, x, out, out, out, x.shape[1], norm[1], N=len(gate), D=0, HEADS=0, SHARED=0, ROTATES=False,
-        **shape, **early(x),
+        **_options(x),
     )  # fmt: skip
     return out
 
 
-def add_product(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """Return ``residual + x weight'`` of ``[1, T, K]`` and ``[N, K]``."""
-    out = x.new_empty(residual.shape)
-    shape = _shape("down" if x.shape[-1] > len(weight) else "out", x, len(weight))
-    kernel: Any = _add_kernel
-    kernel[(len(weight) // shape["OUTPUTS"], triton.cdiv(x.shape[1], shape["ROWS"]))](
-        x, weight, residual, out, x.shape[1], N=len(weight), **shape, **early(x)
-    )
-    return out
-
-
-def _shape(kernel: str, x: Tensor, outputs: int) -> dict[str, int]:
-    """Return a kernel's options: the sizes of its tiles, which divide ``outputs``."""
-    rows, most, wide, warps, stages = _SHAPES[kernel]
-    sizes = {"ROWS": rows, "OUTPUTS": min(most, outputs), "WIDE": wide}
-    return {"K": x.shape[-1], **sizes, "num_warps": warps, "num_stages": stages}
+def _options(x: Tensor) -> dict[str, Any]:
+    tile = {"K": x.shape[-1], "ROWS": _ROWS, "OUTPUTS": _OUTPUTS, "WIDE": _WIDE}
+    return tile | {"num_warps": 2, "num_stages": 4} | early(x)
