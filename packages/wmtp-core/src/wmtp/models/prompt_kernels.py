@@ -34,7 +34,7 @@ def _pair_kernel(
     HEADS: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
     WIDE: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Multiply a norm's result by two weights, and make one or two results of both.
+    """Multiply a norm's result by two weights, and join both products.
 
     ``ROTATES``: halves of a head of queries, keys or values, rotated; else a gate and what it lets through.
     """
