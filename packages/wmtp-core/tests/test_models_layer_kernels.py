@@ -29,8 +29,8 @@ else:
     from wmtp.loss import Unembedding
     from wmtp.models import layer_steps
     from wmtp.models.anatomy import LayerCall
+    from wmtp.models.attention_kernels import attend
     from wmtp.models.chains import ChainedBlock
-    from wmtp.models.layer_kernels import attend
     from wmtp.models.native.layouts import ChainRule
     from wmtp.models.prompt_steps import prompt_of
     from wmtp.models.step_cache import LayerPart
@@ -81,10 +81,12 @@ else:
         part = call[CACHE]
         return call | {CACHE: Part(part.keys.clone(), part.values.clone(), part.slots)}
 
-    @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (1, 4), (2, 3)])
+    @pytest.mark.parametrize(
+        ("rows", "tokens", "between"), [(1, 1, 64), (1, 1, 192), (1, 4, 256), (1, 5, 64), (1, 6, 256), (2, 3, 192)]
+    )
     @torch.no_grad()
-    def test_a_layer(rows: int, tokens: int) -> None:
-        layer, x, call = _layer(), torch.randn(rows, tokens, 64), _call(rows, tokens)
+    def test_a_layer(rows: int, tokens: int, between: int) -> None:
+        layer, x, call = _layer(intermediate_size=between), torch.randn(rows, tokens, 64), _call(rows, tokens)
         other = _copied(call)
         wanted = layer(x, **call)
         step = layer_steps.step_of(layer, _refuse) if rows == 1 else partial(_run, layer)
@@ -110,8 +112,9 @@ else:
             wide = [part.repeat_interleave(2, dim=1) for part in (keys.nan_to_num(), values.nan_to_num())]
             wanted = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *wide, attn_mask=mask, scale=0.3)
             keys[:, :, first + 2 :], values[:, :, first + 2 :] = torch.nan, torch.nan  # what no query may look at
-            found = attend(query, (keys, values), mask, slots, 0.3)
-            torch.testing.assert_close(found, wanted.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
+            for at in (slice(0, 2), slice(0, 1), slice(1, 2)):  # together, and each alone
+                found = attend(query[:, at].contiguous(), (keys, values), mask[:, :, at], slots[:, at].contiguous(), 0.3)
+                torch.testing.assert_close(found, wanted.transpose(1, 2).flatten(2)[:, at], rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("tokens", [7, 70])
     @torch.no_grad()

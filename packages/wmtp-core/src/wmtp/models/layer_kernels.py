@@ -4,6 +4,9 @@ They are five, where compiled code has twelve or thirteen.
 
 A step of decoding is bound by how long its kernels wait for one another. So each does as much as it can without a sum over the
 whole layer: norm, queries, keys and values, rotation and the cache; attention; its output; the gate; the sum.
+
+Starting a program takes 1.6 ns, so 1,536 take longer than what they compute. The gate's programs have four warps with two or
+three rows of each weight, and a thread of a warp finishes one token's result: exponentials and writes once for all tokens.
 """
 
 # Triton reads the annotations of a kernel as its own types
@@ -20,16 +23,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wmtp.models.product_kernels import eager, early, let_begin, product, rows_of, scale_of, shape_of, tiles_of, wait
+from wmtp.models.product_kernels import (
+    dot,
+    eager,
+    early,
+    let_begin,
+    product,
+    rows_of,
+    scale_of,
+    shape_of,
+    tiles_of,
+    wait,
+    whole_rows,
+    whole_tokens,
+)
 
-__all__ = ["Norm", "attend", "gate", "multiply", "project"]
+__all__ = ["Norm", "gate", "multiply", "project"]
 
 #: weight ``[K]`` and epsilon of an RMS norm
 Norm = tuple[Tensor, float]
 
-#: slots of the cache that attention looks at before it waits, and warps
-_BLOCK: Final = 256
-_ATTENDING: Final = 8
+#: the gate's warps of a program, and columns that they read at a time: sizes are multiples of them
+_WARPS: Final = 4
+_WIDE: Final = 64
 
 
 @triton.jit
@@ -86,83 +102,39 @@ def _project_kernel(
 
 
 @triton.jit
-def _attend_kernel(
-    query, keys, values, mask, slots, out, scale, cache_row, cache_head, mask_row, mask_token,
-    TOKENS: tl.constexpr, NEW: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr, EAGER: tl.constexpr,
-) -> None:  # fmt: skip
-    """Attention of one query, with a running softmax.
-
-    The slots before the tokens of this step were written by steps before: they are read while the queries are made.
-    """
-    let_begin(EAGER)
-    head, row = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
-    batch, token = row // TOKENS, row % TOKENS
-    d, place = tl.arange(0, D)[None, :], tl.arange(0, BLOCK)
-    begin = tl.load(slots + batch * TOKENS).to(tl.int32)
-    end = tl.load(slots + row).to(tl.int32) + 1
-    cached = batch * cache_row + head // GROUPS * cache_head
-    masked = mask + batch * mask_row + token * mask_token
-    there = place < begin
-    inside = cached + place[:, None] * D + d
-    key = tl.load(keys + inside, mask=there[:, None], other=0.0).to(tl.float32)
-    value = tl.load(values + inside, mask=there[:, None], other=0.0).to(tl.float32)
-    added = tl.load(masked + place, mask=there, other=-float("inf")).to(tl.float32)
-    new = begin + tl.arange(0, NEW)
-    new_there = new < end
-    new_added = tl.load(masked + new, mask=new_there, other=-float("inf")).to(tl.float32)
-    wait(EARLY)
-    if not EAGER:
-        let_begin(EARLY)
-    asked = tl.load(query + (row * HEADS + head) * D + d).to(tl.float32) * scale
-    new_inside = cached + new[:, None] * D + d
-    new_key = tl.load(keys + new_inside, mask=new_there[:, None], other=0.0).to(tl.float32)
-    new_value = tl.load(values + new_inside, mask=new_there[:, None], other=0.0).to(tl.float32)
-    # a query that sees nothing, as padding, gets some finite result
-    scores = tl.where(there, tl.maximum(tl.sum(key * asked, axis=1) + added, -3.0e38), -float("inf"))
-    new_scores = tl.where(new_there, tl.maximum(tl.sum(new_key * asked, axis=1) + new_added, -3.0e38), -float("inf"))
-    largest = tl.maximum(tl.max(scores, axis=0), tl.max(new_scores, axis=0))
-    weights, new_weights = tl.exp(scores - largest), tl.exp(new_scores - largest)
-    total = tl.sum(weights, axis=0) + tl.sum(new_weights, axis=0)
-    sums = tl.sum(value * weights[:, None], axis=0) + tl.sum(new_value * new_weights[:, None], axis=0)
-    for first in range(BLOCK, begin, BLOCK):
-        more = first + place
-        more_there = more < begin
-        more_inside = cached + more[:, None] * D + d
-        more_key = tl.load(keys + more_inside, mask=more_there[:, None], other=0.0).to(tl.float32)
-        more_value = tl.load(values + more_inside, mask=more_there[:, None], other=0.0).to(tl.float32)
-        more_added = tl.load(masked + more, mask=more_there, other=-float("inf")).to(tl.float32)
-        more_scores = tl.maximum(tl.sum(more_key * asked, axis=1) + more_added, -3.0e38)
-        more_scores = tl.where(more_there, more_scores, -float("inf"))
-        now = tl.maximum(largest, tl.max(more_scores, axis=0))
-        more_weights = tl.exp(more_scores - now)
-        fading = tl.exp(largest - now)
-        total = total * fading + tl.sum(more_weights, axis=0)
-        sums = sums * fading + tl.sum(more_value * more_weights[:, None], axis=0)
-        largest = now
-    tl.store(out + (row * HEADS + head) * D + tl.arange(0, D), (sums / total).to(out.dtype.element_ty))
-
-
-@triton.jit
 def _gate_kernel(
-    x, norm, gate, up, out, N, eps, ROWS: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr,
+    x, norm, gate, up, out, N, eps, ROWS: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr, WARPS: tl.constexpr,
     WIDE: tl.constexpr, EARLY: tl.constexpr, EAGER: tl.constexpr,
 ) -> None:  # fmt: skip
     """Norm, and ``silu(x gate') * (x up')``."""
-    PIECES: tl.constexpr = (K + WIDE - 1) // WIDE
+    PIECES: tl.constexpr = K // WIDE
     let_begin(EAGER)
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    first = tiles_of(gate, n, norm, K, K, WIDE, True)
-    second = tiles_of(up, n, norm, K, K, WIDE, True)
+    programs, warp = tl.num_programs(0), tl.arange(0, WARPS)
+    first, second = (), ()
+    for each in tl.static_range(EACH):
+        n = (warp * EACH + each) * programs + tl.program_id(0)
+        first = first + whole_rows(gate, n, norm, K, WIDE, True)
+        second = second + whole_rows(up, n, norm, K, WIDE, True)
     wait(EARLY)
     if not EAGER:
         let_begin(EARLY)
-    given = rows_of(x, ROWS, PADDED, K, WIDE)
-    scale = scale_of(given, eps, PADDED, K, PIECES, WIDE)
-    left = product(given, first, PADDED, OUTPUTS, PIECES, WIDE) * scale
-    right = product(given, second, PADDED, OUTPUTS, PIECES, WIDE) * scale
-    row = tl.arange(0, PADDED)[:, None]
-    tl.store(out + row * N + n[None, :], (left * tl.sigmoid(left) * right).to(out.dtype.element_ty), mask=row < ROWS)
+    given = whole_tokens(x, ROWS, K, WARPS, WIDE)
+    lane = tl.arange(0, 32)[:, None]
+    left, right, squares = (
+        tl.zeros([32, WARPS], tl.float32),
+        tl.zeros([32, WARPS], tl.float32),
+        tl.zeros([32, WARPS], tl.float32),
+    )
+    for token in tl.static_range(ROWS):
+        squares = tl.where(lane % 8 == token, dot(given, token, given, token, PIECES), squares)
+        for each in tl.static_range(EACH):
+            left = tl.where(lane == each * 8 + token, dot(given, token, first, each, PIECES), left)
+            right = tl.where(lane == each * 8 + token, dot(given, token, second, each, PIECES), right)
+    scale = tl.rsqrt(squares / K + eps)
+    left, right = left * scale, right * scale
+    n = (warp[None, :] * EACH + lane // 8) * programs + tl.program_id(0)
+    result = (left * tl.sigmoid(left) * right).to(out.dtype.element_ty)
+    tl.store(out + lane % 8 * N + n, result, mask=(lane < EACH * 8) & (lane % 8 < ROWS))
 
 
 @triton.jit
@@ -217,40 +189,17 @@ def project(
     return query
 
 
-def attend(query: Tensor, cache: tuple[Tensor, Tensor], mask: Tensor, slots: Tensor, scale: float) -> Tensor:
-    """Attend to the cache.
-
-    Args:
-        query: ``[B, T, heads, d]``, contiguous.
-        cache: see `project`.
-        mask: ``[B, 1, T, ≤ S]``, added to the scores.
-        slots: ``[B, T]``, contiguous, the queries' own, one after the other in each row; they see none behind it.
-        scale: of the scores.
-
-    Returns:
-        ``[B, T, heads d]``.
-    """
-    rows, tokens, heads, d = query.shape
-    keys, values = cache
-    out = torch.empty_like(query)
-    kernel: Any = _attend_kernel
-    kernel[(rows * tokens * heads,)](
-        query, keys, values, mask, slots, out, scale, keys.stride(0), keys.stride(1), mask.stride(0), mask.stride(2),
-        TOKENS=tokens, NEW=triton.next_power_of_2(tokens), HEADS=heads, GROUPS=heads // keys.shape[1], D=d, BLOCK=_BLOCK,
-        num_warps=_ATTENDING, **eager(query),
-    )  # fmt: skip
-    return out.flatten(2)
-
-
 def gate(x: Tensor, norm: Norm, gate: Tensor, up: Tensor) -> Tensor:
     """Gate a norm's result.
 
     With ``y`` the RMS norm of ``[B, T, K]``, and weights ``[N, K]``: ``silu(y gate') * (y up')``.
     """
     out = x.new_empty(*x.shape[:-1], len(gate))
-    shape = shape_of("gate", x.numel() // x.shape[-1])
+    shape, outputs = _warps_of(x.numel() // x.shape[-1], len(gate))
     kernel: Any = _gate_kernel
-    kernel[(len(gate) // shape["OUTPUTS"],)](x, norm[0], gate, up, out, len(gate), norm[1], K=x.shape[-1], **shape, **eager(x))
+    kernel[(len(gate) // outputs,)](
+        x, norm[0], gate, up, out, len(gate), norm[1], K=x.shape[-1], **shape, **eager(x)
+    )  # fmt: skip
     return out
 
 
@@ -262,3 +211,9 @@ def multiply(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     kernel: Any = _multiply_kernel
     kernel[(len(weight) // shape["OUTPUTS"],)](x, weight, residual, out, len(weight), K=x.shape[-1], **shape, **begins)
     return out
+
+
+def _warps_of(rows: int, outputs: int) -> tuple[dict[str, int], int]:
+    """Return the gate's options, and how many rows a program has."""
+    each = 3 if rows == 1 and outputs % (3 * _WARPS) == 0 else 2
+    return {"ROWS": rows, "EACH": each, "WARPS": _WARPS, "WIDE": _WIDE, "num_warps": _WARPS}, each * _WARPS

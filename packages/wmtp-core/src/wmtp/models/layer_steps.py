@@ -48,7 +48,7 @@ _MOST_TOKENS: Final = 6
 _MOST_HIDDEN: Final = 768
 _MOST_BETWEEN: Final = 2048
 
-#: most slots of the cache: a program goes along all of a query's, 2.8 µs for 200, 5.3 for 440; compiled code divides a long row
+#: most slots of the cache: a program goes along all of a query's, so 440 take longer than 200; compiled code divides long rows
 _MOST_SLOTS: Final = 512
 
 #: numbers that a program reads at a time; sizes are multiples of it
@@ -160,7 +160,8 @@ def _layer(layer: LlamaDecoderLayer, x: Tensor, given: dict[str, Any], *, last: 
         given: its other arguments.
         last: whether the last token's result alone is wanted, ``[1, 1, D]``.
     """
-    from wmtp.models.layer_kernels import attend, gate, multiply, project
+    from wmtp.models.attention_kernels import attend
+    from wmtp.models.layer_kernels import gate, multiply, project
 
     attention, mlp, part = layer.self_attn, layer.mlp, _part(given)
     assert part is not None, "asked before: only layers with a cache run so"

@@ -20,17 +20,28 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["eager", "early", "let_begin", "product", "rows_of", "scale_of", "shape_of", "tiles_of", "wait"]
+__all__ = [
+    "dot",
+    "eager",
+    "early",
+    "let_begin",
+    "product",
+    "rows_of",
+    "scale_of",
+    "shape_of",
+    "tiles_of",
+    "wait",
+    "whole_rows",
+    "whole_tokens",
+]
 
-#: rows of a weight that a program has, for one token and for several, the columns that it reads at a time, and warps.
-#: The last two are the same for any number of tokens, and so is what a token's sum adds up in which order.
+#: for one token and for several: rows of a weight that a program has, columns that it reads at a time, and warps
 _SHAPES: Final = {
-    "project": (2, 2, 256, 2),
-    "out": (2, 2, 128, 1),
-    "gate": (2, 1, 128, 1),
-    "down": (4, 2, 512, 4),
-    "join": (2, 2, 256, 2),
-    "best": (8, 8, 128, 1),
+    "project": ((2, 256, 2), (1, 128, 1)),
+    "out": ((2, 128, 1), (2, 128, 1)),
+    "down": ((4, 512, 4), (2, 512, 4)),
+    "join": ((2, 256, 2), (2, 256, 2)),
+    "best": ((8, 128, 1), (8, 128, 1)),
 }
 
 
@@ -103,10 +114,48 @@ def scale_of(given, eps, PADDED: tl.constexpr, K: tl.constexpr, PIECES: tl.const
     return tl.rsqrt(tl.sum(squares, axis=2) / K + eps)
 
 
+@triton.jit
+def whole_rows(weight, n, norm, K: tl.constexpr, WIDE: tl.constexpr, NORM: tl.constexpr):
+    """Read a row of a weight for each warp.
+
+    In pieces ``[columns, warps]``, scaled by the norm's weight.
+    """
+    tiles = ()
+    for start in tl.static_range(0, K, WIDE):
+        k = start + tl.arange(0, WIDE)[:, None]
+        tile = tl.load(weight + n[None, :] * K + k).to(tl.float32)
+        if NORM:
+            tile = tile * tl.load(norm + k + n[None, :] * 0).to(tl.float32)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def whole_tokens(x, ROWS: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, WIDE: tl.constexpr):
+    """Read all tokens' numbers, the same for each warp.
+
+    In pieces ``[columns, warps]``, one token after the other.
+    """
+    pieces = ()
+    for row in tl.static_range(ROWS):
+        for start in tl.static_range(0, K, WIDE):
+            k = start + tl.arange(0, WIDE)[:, None] + tl.arange(0, WARPS)[None, :] * 0
+            pieces = pieces + (tl.load(x + row * K + k).to(tl.float32),)
+    return pieces
+
+
+@triton.jit
+def dot(given, token: tl.constexpr, tiles, row: tl.constexpr, PIECES: tl.constexpr):
+    """Multiply a token by a row of each warp: ``[1, warps]``."""
+    sums = given[token * PIECES] * tiles[row * PIECES]
+    for piece in tl.static_range(1, PIECES):
+        sums += given[token * PIECES + piece] * tiles[row * PIECES + piece]
+    return tl.sum(sums, axis=0)[None, :]
+
+
 def shape_of(kernel: str, rows: int) -> dict[str, int]:
     """Return a kernel's options: its rows, and the size of a program."""
-    one, several, wide, warps = _SHAPES[kernel]
-    outputs = one if rows == 1 else several
+    outputs, wide, warps = _SHAPES[kernel][rows > 1]
     return {"ROWS": rows, "PADDED": triton.next_power_of_2(rows), "OUTPUTS": outputs, "WIDE": wide, "num_warps": warps}
 
 
