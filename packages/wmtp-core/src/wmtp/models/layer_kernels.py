@@ -47,6 +47,9 @@ Norm = tuple[Tensor, float]
 _WARPS: Final = 4
 _WIDE: Final = 64
 
+#: rows of a program where warps have parts of long rows, for two to five tokens: for one and six it is slower
+_LONG: Final = {"EACH": 4, "WARPS": 2, "WIDE": 128}
+
 
 @triton.jit
 def _project_kernel(
@@ -158,6 +161,40 @@ def _multiply_kernel(
     tl.store(out + place, result.to(out.dtype.element_ty), mask=row < ROWS)
 
 
+@triton.jit
+def _long_kernel(
+    x, weight, residual, out, N, ROWS: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr, WARPS: tl.constexpr,
+    WIDE: tl.constexpr, EARLY: tl.constexpr, EAGER: tl.constexpr,
+) -> None:  # fmt: skip
+    """``residual + x weight'`` for long rows.
+
+    Each warp has a part of each row; what the warps found for all rows and tokens is added up at once.
+    """
+    PIECES: tl.constexpr = K // (WIDE * WARPS)
+    let_begin(EAGER)
+    first = tl.program_id(0) * EACH
+    k = tl.arange(0, WARPS)[None, :] * WIDE + tl.arange(0, WIDE)[:, None]
+    tiles = ()
+    for each in tl.static_range(EACH):
+        for piece in tl.static_range(PIECES):
+            tiles = tiles + (tl.load(weight + (first + each) * K + piece * (WIDE * WARPS) + k).to(tl.float32),)  # noqa: RUF005
+    lane = tl.arange(0, 32)
+    place, there = lane % 8 * N + first + lane // 8, (lane < EACH * 8) & (lane % 8 < ROWS)
+    wait(EARLY)
+    if not EAGER:
+        let_begin(EARLY)
+    given = ()
+    for row in tl.static_range(ROWS):
+        for piece in tl.static_range(PIECES):
+            given = given + (tl.load(x + row * K + piece * (WIDE * WARPS) + k).to(tl.float32),)  # noqa: RUF005
+    before = tl.load(residual + place, mask=there, other=0.0).to(tl.float32)
+    sums = tl.zeros([32, WARPS], tl.float32)
+    for token in tl.static_range(ROWS):
+        for each in tl.static_range(EACH):
+            sums = tl.where(lane[:, None] == each * 8 + token, dot(given, token, tiles, each, PIECES), sums)
+    tl.store(out + place, (before + tl.sum(sums, axis=1)).to(out.dtype.element_ty), mask=there)
+
+
 def project(
     x: Tensor, norm: Norm, weights: tuple[Tensor, Tensor, Tensor], turn: tuple[Tensor, Tensor], slots: Tensor,
     cache: tuple[Tensor, Tensor],
@@ -206,10 +243,16 @@ def gate(x: Tensor, norm: Norm, gate: Tensor, up: Tensor) -> Tensor:
 def multiply(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """Return ``residual + x weight'`` of ``[B, T, K]`` and ``[N, K]``."""
     out = torch.empty_like(residual)
-    part = "down" if x.shape[-1] > len(weight) else "out"
-    shape, begins = shape_of(part, x.numel() // x.shape[-1]), eager(x, several=part == "out")
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    long = width > len(weight)
+    begins = eager(x, several=not long)
     kernel: Any = _multiply_kernel
-    kernel[(len(weight) // shape["OUTPUTS"],)](x, weight, residual, out, len(weight), K=x.shape[-1], **shape, **begins)
+    if long and 1 < rows < 6 and width % (_LONG["WIDE"] * _LONG["WARPS"]) == 0:
+        kernel, shape, outputs = _long_kernel, {"ROWS": rows, **_LONG, "num_warps": _LONG["WARPS"]}, _LONG["EACH"]
+    else:
+        shape = shape_of("down" if long else "out", rows)
+        outputs = shape["OUTPUTS"]
+    kernel[(len(weight) // outputs,)](x, weight, residual, out, len(weight), K=width, **shape, **begins)
     return out
 
 
