@@ -180,7 +180,7 @@ def test_mistakes_are_told_before_anything_is_fetched(recipe, here, tmp_path, ca
 
     models = f"s3://{here}/models"
     assert fails(f"models.base.uri={models}/tinny") == (
-        1, f"error: {models}/tinny: nothing is there; in {models} there is: tiny\n"
+        2, f"error: {models}/tinny: nothing is there; in {models} there is: tiny\n"
     )  # fmt: skip
     assert fails(f"models.base.uri=s3://{here}/modles/tiny/deep")[1] == (
         f"error: s3://{here}/modles/tiny/deep: nothing is there; in s3://{here} there is: models\n"

@@ -23,8 +23,9 @@ COMMON = {"help", "json", "verbose", "debug"}  # how a command prints
 #: options that only the command line needs, or that another function or a method has
 ELSEWHERE = {
     "cache": {"action", "max_size"},  # the methods of `Cache`
+    "distill-data": {"drafts"},  # `speculative=N`
     "fetch": {"words", "verify"},  # `uri` and `folder`; `wmtp.verify`
-    "generate": {"prompt_file"},
+    "generate": {"prompt_file", "drafts"},
     "launch": {"watch"},  # `wmtp.logs(run, follow=True)`
     "runs": {"action"},
 }
