@@ -18,6 +18,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     def test_the_steps_in_the_interpreter(assert_passes_interpreted):
         assert_passes_interpreted()
 
+    @pytest.mark.slow
+    def test_the_steps_in_the_interpreter_in_every_case(assert_passes_interpreted):
+        assert_passes_interpreted("slow")
+
 else:
     from torch import Tensor, nn
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -166,9 +170,9 @@ else:
         [
             (4, "mimo", None, [1], 9),
             (3, "plain", tuple(range(60)), [9, 8, 7, 6, 5], 6),
-            (3, "exaone", None, [7, 9], 6),
+            pytest.param(3, "exaone", None, [7, 9], 6, marks=pytest.mark.slow),
             (2, "plain", None, [3], 4),
-            (6, "mimo", None, [5] * 4, 5),
+            pytest.param(6, "mimo", None, [5] * 4, 5, marks=pytest.mark.slow),
         ],
     )
     def test_the_same_texts_and_drafts(
@@ -193,7 +197,7 @@ else:
         assert _ask(model, prompt, new, speculative=False) == plain
         assert opened[1] is not None
 
-    @pytest.mark.parametrize("kind", ["shared", "linear", "block"])
+    @pytest.mark.parametrize("kind", [pytest.param("shared", marks=pytest.mark.slow), "linear", "block"])
     def test_other_drafts_follow_a_step(kind: str, opened: list[KernelStep | None]) -> None:
         model = _model(kind, 3)
         wanted = _ask(model, [5, 6, 7], 6)

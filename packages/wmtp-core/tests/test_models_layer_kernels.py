@@ -19,6 +19,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     def test_the_kernels_in_the_interpreter(assert_passes_interpreted):
         assert_passes_interpreted()
 
+    @pytest.mark.slow
+    def test_the_kernels_in_the_interpreter_in_every_case(assert_passes_interpreted):
+        assert_passes_interpreted("slow")
+
 else:
     from torch import Tensor, nn
     from transformers import DynamicCache, LlamaConfig
@@ -82,7 +86,15 @@ else:
         return call | {CACHE: Part(part.keys.clone(), part.values.clone(), part.slots)}
 
     @pytest.mark.parametrize(
-        ("rows", "tokens", "between"), [(1, 1, 64), (1, 1, 192), (1, 4, 256), (1, 5, 64), (1, 6, 256), (2, 3, 192)]
+        ("rows", "tokens", "between"),
+        [
+            (1, 1, 64),
+            (1, 1, 192),
+            (1, 4, 256),
+            (1, 5, 64),
+            pytest.param(1, 6, 256, marks=pytest.mark.slow),
+            pytest.param(2, 3, 192, marks=pytest.mark.slow),
+        ],
     )
     @torch.no_grad()
     def test_a_layer(rows: int, tokens: int, between: int) -> None:
@@ -100,7 +112,7 @@ else:
             torch.testing.assert_close(found, wanted[:, -1:], rtol=1e-5, atol=1e-5)
             assert torch.equal(alone[CACHE].keys, other[CACHE].keys)
 
-    @pytest.mark.parametrize("first", [0, 140, 300, 530])
+    @pytest.mark.parametrize("first", [0, 140, pytest.param(300, marks=pytest.mark.slow), 530])
     @torch.no_grad()
     def test_slots_that_the_mask_hides(first: int) -> None:
         """Those of earlier steps, in one piece and in several, and the tokens' own."""
@@ -147,7 +159,7 @@ else:
         whole = part | {CACHE: cache, "attention_mask": part["attention_mask"][..., :8]}
         assert other(x, **whole) is not None
 
-    @pytest.mark.parametrize("embedding_first", [False, True])
+    @pytest.mark.parametrize("embedding_first", [False, pytest.param(True, marks=pytest.mark.slow)])
     @torch.no_grad()
     def test_a_module_of_a_chain(embedding_first: bool) -> None:
         rule = ChainRule(embedding_first=embedding_first, before_norm=True, zero_first=True, output="own")
