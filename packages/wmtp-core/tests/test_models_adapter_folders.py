@@ -14,7 +14,7 @@ from tiny_recipe import tiny_recipe
 import wmtp
 from wmtp.checkpoints.local import Checkpoint, load_checkpoint, save_checkpoint
 from wmtp.cli import main
-from wmtp.config.schema import HeadsConfig, LoraConfig
+from wmtp.config.schema import HeadsConfig, LoraConfig, StorageConfig
 from wmtp.errors import ConfigError, FileError, WMTPError
 from wmtp.models import adapter_folder
 from wmtp.models.adapter_folder import name_base
@@ -203,6 +203,19 @@ def test_a_base_that_was_changed_in_pefts_file_is_the_base(base, tmp_path, caplo
     assert load_model(tmp_path / "adapter").adapter is not None
     (said,) = [record.getMessage() for record in caplog.records if "adapter_config.json" in record.getMessage()]
     assert said.endswith(f"the base that adapter_config.json names is not there (/nowhere/base); {base.resolve()} is used")
+
+
+def test_a_base_of_the_config_is_taken_whatever_the_files_say(base, tmp_path, caplog):
+    make(base).save_pretrained(tmp_path / "adapter")
+    for name, key, value in (
+        ("adapter_config.json", "base_model_name_or_path", "/nowhere/base"),
+        ("wmtp_adapter.json", "base_uri", "hf://no name@@"),
+    ):
+        file = tmp_path / "adapter" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+        found, _ = adapter_folder.find_base(tmp_path / "adapter", str(base), StorageConfig())
+        assert found == base.resolve()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

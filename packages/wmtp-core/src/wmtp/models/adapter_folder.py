@@ -118,7 +118,9 @@ def find_base(folder: Path, base_uri: str | None, storage: StorageConfig) -> tup
     named, revision = content.get("base_model_name_or_path"), content.get("revision")
     own = read_json_object(folder / OWN_ADAPTER_CONFIG) if (folder / OWN_ADAPTER_CONFIG).is_file() else {}
     noted = own.get("base_uri")
-    is_changed = isinstance(named, str) and isinstance(noted, str) and not _may_be_named(noted, named)
+    is_changed = False  # where the config has a place, nobody asks
+    if base_uri is None and isinstance(named, str) and isinstance(noted, str):
+        is_changed = not _may_be_named(noted, named)
     candidates = [base_uri] if base_uri is not None else [named, noted] if is_changed else [noted, named]
     reasons = []
     for uri in candidates:
