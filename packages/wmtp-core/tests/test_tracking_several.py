@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 from importlib.util import find_spec
 
 import attrs
@@ -13,6 +14,7 @@ from wmtp.cli import main
 from wmtp.testing import TrackerTests
 from wmtp.tracking import RunInfo, Tracker
 from wmtp.tracking.config import JsonlTracker, MLflowTracker, SeveralTrackers, TensorBoardTracker
+from wmtp.tracking.jsonl import Jsonl
 from wmtp.tracking.several import Several
 
 # not imported before a test needs it: that takes seconds
@@ -64,6 +66,29 @@ def test_those_that_have_started_are_closed_whatever_one_of_them_does(tmp_path):
     assert [one.heard for one in (bad, good, unusable)] == [["start", "finish failed"], ["start", "finish failed"], ["start"]]
 
 
+def test_ctrl_c_in_the_end_of_one_leaves_no_other_open(monkeypatch):
+    """Another hangs, too: after Ctrl-C it has no ten minutes."""
+
+    class Left(Jsonl):
+        ends_by_itself = True
+
+        def finish(self, status, model):
+            raise KeyboardInterrupt
+
+    class Hangs(Jsonl):
+        ends_by_itself = True
+
+        def finish(self, status, model):
+            released.wait(60)
+
+    released, notes = threading.Event(), Notes()
+    monkeypatch.setattr("wmtp.tracking.several.AFTER_CTRL_C", 0.05)
+    with pytest.raises(KeyboardInterrupt):
+        Several({"left": Left(), "hangs": Hangs(), "notes": notes}).finish("finished", None)
+    assert notes.heard == ["finish finished"]
+    released.set()
+
+
 def test_one_that_fails_is_said_once_and_the_others_are_told(tmp_path, caplog):
     bad, good = NotesTracker(fails=("log", "finish finished")), NotesTracker()
     several = SeveralTrackers(of=(bad, JsonlTracker(), good))
@@ -78,7 +103,7 @@ def test_one_that_fails_is_said_once_and_the_others_are_told(tmp_path, caplog):
         tracker.finish("finished", None)
     assert good.into[-1].heard == ["start", "log", "log", "finish finished"]
     assert [record.message for record in caplog.records] == [
-        f"the tracker bad failed: {__name__}: Notes.log raised RuntimeError: no ({__file__}:30); metrics.jsonl has everything"
+        f"the tracker bad failed: {__name__}: Notes.log raised RuntimeError: no ({__file__}:32); metrics.jsonl has everything"
     ]
     assert metrics == {"loss": 1.0}
     assert tracker.location() == str(tmp_path / "metrics.jsonl")

@@ -9,9 +9,11 @@ from typing import Final
 
 from wmtp.tracking.base import Tracker, title
 
-__all__ = ["within"]
+__all__ = ["AFTER_CTRL_C", "within"]
 
 logger = logging.getLogger("wmtp")
+
+AFTER_CTRL_C: Final = 3.0  #: seconds that a tracker has to close the run
 
 #: seconds after which the log says what is waited for
 _SAID_AFTER: Final = 30.0

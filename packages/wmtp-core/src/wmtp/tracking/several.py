@@ -10,7 +10,7 @@ from typing import Literal
 from wmtp.errors import described
 from wmtp.plugins.failures import plugin_failure
 from wmtp.tracking.base import RunInfo, Tracker
-from wmtp.tracking.ending import within
+from wmtp.tracking.ending import AFTER_CTRL_C, within
 
 __all__ = ["Several"]
 
@@ -62,8 +62,22 @@ class Several(Tracker):
         self._each(lambda tracker: tracker.saved(step))
 
     def finish(self, status: Literal["finished", "stopped", "interrupted", "failed"], model: Path | None) -> None:
-        """Close them all."""
-        self._each(lambda tracker: within(tracker, lambda: tracker.finish(status, model)))
+        """Close them all.
+
+        Ctrl-C ends the wait for one; the others are closed yet, in little time.
+        """
+        stopped: KeyboardInterrupt | None = None
+
+        def close(tracker: Tracker) -> None:
+            nonlocal stopped
+            try:
+                within(tracker, lambda: tracker.finish(status, model), patience=None if stopped is None else AFTER_CTRL_C)
+            except KeyboardInterrupt as error:
+                stopped = error
+
+        self._each(close)
+        if stopped is not None:
+            raise stopped
 
     def location(self) -> str | None:
         """Join the locations in one line."""

@@ -25,7 +25,7 @@ from wmtp.runs.files import SAMPLE_FILE, read_object
 from wmtp.storage.atomic import replace_text
 from wmtp.tracking import Tracker
 from wmtp.tracking.base import failure
-from wmtp.tracking.ending import within
+from wmtp.tracking.ending import AFTER_CTRL_C, within
 from wmtp.trainers.modules import save_modules
 from wmtp.training.loop import Fit
 
@@ -34,11 +34,9 @@ if TYPE_CHECKING:
     from wmtp.models.mtp import MTPModel
     from wmtp.tokenizers import Tokenizer
 
-__all__ = ["AFTER_CTRL_C", "end_tracking", "finish_tracking", "measure_model", "report", "save_model", "show_sample"]
+__all__ = ["end_tracking", "finish_tracking", "measure_model", "report", "save_model", "show_sample"]
 
 logger = logging.getLogger("wmtp")
-
-AFTER_CTRL_C = 3.0  #: seconds that a tracker has to close the run
 
 _SAMPLE_TOKENS = 64
 

@@ -47,11 +47,12 @@ from wmtp.runs.step_file import last_steps
 from wmtp.signals import stopped_by_sigterm
 from wmtp.storage.atomic import write_folder
 from wmtp.tracking import RunInfo
+from wmtp.tracking.ending import AFTER_CTRL_C
 from wmtp.tracking.jsonl import Jsonl
 from wmtp.tracking.starting import starting_beside
 from wmtp.trainers.declarations import check_data, checked_rates
 from wmtp.trainers.setup import TrainerSetup
-from wmtp.training.finish import AFTER_CTRL_C, end_tracking, measure_model, save_model, show_sample
+from wmtp.training.finish import end_tracking, measure_model, save_model, show_sample
 from wmtp.training.loop import Fit, FitResult
 from wmtp.training.memory import explain_out_of_memory
 from wmtp.training.placement import check_device, place_model, ready_to_measure
