@@ -86,6 +86,11 @@ MISTAKES = {
         "gpus = 4\nprocesses = 8",
         "launcher.processes: 8 processes need 8 GPUs, and gpus = 4",
     ),
+    "graphs for several GPUs": (
+        "[launcher.env]",
+        "[devices]\ncuda_graphs = true\n[launcher.env]",
+        "launcher.gpus: 4, each for a process, and devices.cuda_graphs records the passes of one process; write gpus = 1",
+    ),
     "a variable of the launcher": (
         'NCCL_DEBUG = "WARN"',
         'WMTP_CONFIG = "x"',

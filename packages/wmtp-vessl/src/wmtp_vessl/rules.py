@@ -27,6 +27,11 @@ def problems(config: Config, launcher: VesslLauncher) -> Iterator[str]:
                 f"{key}: {path!r} is not in the container: it has {WORKDIR} and what [launcher] mounts or imports; write a path"
                 f" there, or a URI such as s3://bucket/{PurePosixPath(path).name or 'folder'}"
             )
+    if config.devices.cuda_graphs and launcher.processes is None and launcher.gpus > 1:  # else the config's own rule sees it
+        yield (
+            f"launcher.gpus: {launcher.gpus}, each for a process, and devices.cuda_graphs records the passes of one process; "
+            "write gpus = 1, or remove devices.cuda_graphs"
+        )
     text = environment(config, launcher)["WMTP_CONFIG"]
     if "$(" in text:
         yield "launcher: the config holds '$(', which the service would take for a variable; write it differently"
