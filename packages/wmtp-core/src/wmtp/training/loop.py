@@ -134,9 +134,9 @@ class Fit:
         if self.resumed is not None:
             self._restore(self.resumed)
         self._ranks.main_only(self._open_files)
-        self.batches.open(pin=self.step_loss.device.type == "cuda")
-        self.step_loss.model.eval()  # the layers' eval mode: no dropout, so that one step has one value
         try:
+            self.batches.open(pin=self.step_loss.device.type == "cuda")
+            self.step_loss.model.eval()  # the layers' eval mode: no dropout, so that one step has one value
             with catch_signals() as interrupt:
                 if self.train.eval_start and self._step == 0:
                     self._evaluate_start()
