@@ -190,8 +190,13 @@ def test_more_runs_at_once_than_memory_holds_are_refused_before_one_begins(folde
     monkeypatch.setattr("wmtp.cores.host_memory", lambda: 2**30)
     with pytest.raises(wmtp.ConfigError, match=r"^--jobs: 3 runs at once take 1.26 GB before .* has 1.07 GB; write at most 2$"):
         study("study.toml", seeds=[0], jobs=10**6)
-    assert not (folder / "studies").exists()
-    study("study.toml", seeds=[0], jobs=10**6, arms=["baseline"], dry_run=True)
+    assert trained(folder) == []
+    study("study.toml", seeds=[0], jobs=10**6, arms=["baseline"])
+    assert trained(folder) == ["baseline0"]
+    monkeypatch.setattr("wmtp.cores.host_memory", lambda: 2**32)
+    study("study.toml", seeds=[0])
+    monkeypatch.setattr("wmtp.cores.host_memory", lambda: 2**30)
+    study("study.toml", seeds=[0], jobs=10**6)  # where nothing is left to do, the table is for any machine
 
 
 @pytest.mark.parametrize("todo", ["hang", "between"])

@@ -85,8 +85,6 @@ def study(
         allowed = allow_code_execution or code_execution_allowed()
         for run in chosen:
             require_consent(run.config.eval, allowed)
-        at_once = min(jobs or plan.file.config.study.jobs, len(chosen))
-        check_memory_of_processes(f"{'study.jobs' if jobs is None else '--jobs'}: {at_once} runs at once", at_once)
         session = _Session(plan, chosen, jobs=jobs, retry=retry, minutes=minutes, allow_code_execution=allowed)
         return session.outlook() if dry_run else session.run()
 
@@ -115,6 +113,7 @@ class _Session:
     ) -> None:
         self._plan, self._chosen, self._retry = plan, chosen, retry
         self._jobs = jobs or plan.file.config.study.jobs
+        self._jobs_key = "study.jobs" if jobs is None else "--jobs"
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
         self._allow_code_execution = allow_code_execution
         self._records: dict[str, RunRecord] = {}
@@ -127,7 +126,11 @@ class _Session:
     # --- what is there
 
     def _read(self) -> list[PlannedRun]:
-        """Read the records, and find the runs to do now."""
+        """Read the records, and find the runs to do now.
+
+        Raises:
+            ConfigError: memory does not hold so many at once.
+        """
         folder = self._plan.folder
         found = read_records(folder)
         self._records, left_behind = of_plan(found, self._plan.runs)
@@ -141,7 +144,10 @@ class _Session:
             for record in self._records.values()
             if not record.counts and not (self._retry and any(record.name == run.name for run in self._chosen))
         }
-        return self._to_do()
+        todo = self._to_do()
+        at_once = min(self._jobs, len(todo))
+        check_memory_of_processes(f"{self._jobs_key}: {at_once} runs at once", at_once)
+        return todo
 
     def _record(self, run: PlannedRun, seconds: float | None = None) -> RunRecord | None:
         run_dir = self._plan.folder / "runs" / run.name
