@@ -227,7 +227,9 @@ def test_a_base_of_the_config_is_taken_whatever_the_files_say(base, tmp_path, ca
         ("hf://org/name@abc", "org/name", True),
         ("hf://org/name", "org/other", False),
         ("hf://org/name/inside", "/home/me/.cache/x", True),
+        ("hf://org/name/inside", "org/other", False),
         ("s3://bucket/name", "/home/me/.cache/x", True),
+        ("s3://bucket/name", "org/other", False),
     ],
 )
 def test_names_that_pefts_file_may_have_for_a_base(uri, name, may):

@@ -145,7 +145,9 @@ def _may_be_named(uri: str, name: str) -> bool:
     """Tell whether PEFT's file may name a model so; see `name_base`."""
     if scheme_of(uri) == "file":
         return name == uri
-    return scheme_of(uri) != "hf" or bool((hub := parse_hub_uri(uri)).path) or name == hub.repo
+    if scheme_of(uri) == "hf" and not (hub := parse_hub_uri(uri)).path:
+        return name == hub.repo
+    return Path(name).is_absolute()  # where it was fetched to, on any machine
 
 
 def tokenizer_place(path: Path, base_uri: str | None = None, storage: StorageConfig | None = None) -> Path:
