@@ -172,6 +172,18 @@ else:
         wanted = block(previous, embedding, LayerCall(args=(), kwargs=call))
         found = layer_steps.step_of(block, _refuse)(previous, embedding, other)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        for part in (block.projection, block.hidden_norm, block.layer):
+            part.forward = partial(type(part).forward, part)
+            assert layer_steps.step_of(block, lambda *_: "compiled")(previous, embedding, other) == "compiled"
+            del part.forward
+
+    def test_tables() -> None:
+        table = nn.Embedding(8, 64)
+        assert layer_steps.is_table(table)
+        assert not layer_steps.is_table(nn.Embedding(8, 64, max_norm=1.0))
+        assert not layer_steps.is_table(nn.Embedding(8, 65))
+        table.register_forward_hook(lambda *_: None)  # a head's own is asked too
+        assert not layer_steps.is_table(table)
 
     @pytest.mark.parametrize("tokens", [1, 3, 4])
     @torch.no_grad()

@@ -96,17 +96,20 @@ def begins_by_kernel(anatomy: Anatomy, tokens: int, slots: int) -> bool:
         return False
     angles = decoder.rotary_emb
     fixed = type(angles) is LlamaRotaryEmbedding and angles.rope_type in _FIXED_ANGLES
-    parts = [decoder, embedding, decoder.norm, angles]
+    # compiled, angles and the norm have a forward of their own
+    changed = "forward" in vars(decoder) or _have_hooks([decoder, decoder.norm, angles])
     known = embedding is decoder.embed_tokens and anatomy.tail == (decoder.norm,) and type(decoder.norm) is LlamaRMSNorm
     few = tokens <= _MOST_TOKENS and slots <= _MOST_SLOTS and anatomy.hidden_size <= _MOST_HIDDEN
-    return known and few and fixed and not _have_hooks(parts) and is_table(embedding)
+    return known and few and fixed and not changed and is_table(embedding)
 
 
 def is_table(embedding: nn.Embedding) -> bool:
-    """Tell whether a kernel can read an embedding."""
+    """Tell whether a kernel can read an embedding: nothing watches it."""
     weight = embedding.weight
     plain = type(embedding) is nn.Embedding and embedding.max_norm is None and type(weight) is nn.Parameter
-    return plain and weight.is_contiguous() and not weight.shape[1] % _PIECE and _on_hopper(weight)
+    if not plain or _are_watched([embedding]):
+        return False
+    return weight.is_contiguous() and not weight.shape[1] % _PIECE and _on_hopper(weight)
 
 
 def block_step(block: ChainedBlock, tokens: int, call: LayerCall, *, last: bool) -> Callable[[Tensor], Tensor] | None:
@@ -199,8 +202,8 @@ def _fits_block(block: ChainedBlock, previous: Tensor, embedding: Tensor) -> boo
     norms = [block.hidden_norm, block.embedding_norm, *([] if block.output_norm is None else [block.output_norm])]
     same = previous.shape == embedding.shape and previous.dtype == embedding.dtype
     plain = all(type(norm) is LlamaRMSNorm for norm in norms) and _are_linear([block.projection], previous)
-    hooked = _have_hooks([*norms, block.projection, block.layer])
-    return plain and not hooked and same and previous.is_contiguous() and embedding.is_contiguous()
+    watched = _are_watched([*norms, block.projection, block.layer])
+    return plain and not watched and same and previous.is_contiguous() and embedding.is_contiguous()
 
 
 def is_plain_layer(layer: nn.Module, x: Tensor) -> bool:
@@ -220,14 +223,12 @@ def _is_plain(layer: nn.Module, x: Tensor) -> bool:
     norms = layer.input_layernorm, layer.post_attention_layernorm
     parts = [*linear, *norms, attention, mlp, mlp.act_fn]
     is_silu = isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"
-    replaced = any("forward" in vars(part) for part in parts)
-    return (
-        not replaced
-        and not _have_hooks(parts)
-        and is_silu
-        and all(type(norm) is LlamaRMSNorm for norm in norms)
-        and _are_linear(linear, x)
-    )
+    return not _are_watched(parts) and is_silu and all(type(norm) is LlamaRMSNorm for norm in norms) and _are_linear(linear, x)
+
+
+def _are_watched(parts: list[nn.Module]) -> bool:
+    """Tell whether modules have hooks, or another forward than their class."""
+    return _have_hooks(parts) or any("forward" in vars(part) for part in parts)
 
 
 def _have_hooks(parts: list[nn.Module]) -> bool:
