@@ -198,7 +198,9 @@ else:
         assert _ask(model, prompt, new, speculative=False) == plain
         assert opened[1] is not None
 
-    @pytest.mark.parametrize("kind", [pytest.param("shared", marks=pytest.mark.slow), "linear", "block"])
+    @pytest.mark.parametrize(
+        "kind", [pytest.param("shared", marks=pytest.mark.slow), "linear", pytest.param("block", marks=pytest.mark.slow)]
+    )
     def test_other_drafts_follow_a_step(kind: str, opened: list[KernelStep | None]) -> None:
         model = _model(kind, 3)
         wanted = _ask(model, [5, 6, 7], 6)

@@ -91,7 +91,7 @@ else:
             (1, 1, 64),
             (1, 1, 192),
             (1, 4, 256),
-            (1, 5, 64),
+            pytest.param(1, 5, 64, marks=pytest.mark.slow),
             pytest.param(1, 6, 256, marks=pytest.mark.slow),
             pytest.param(2, 3, 192, marks=pytest.mark.slow),
         ],
@@ -112,7 +112,7 @@ else:
             torch.testing.assert_close(found, wanted[:, -1:], rtol=1e-5, atol=1e-5)
             assert torch.equal(alone[CACHE].keys, other[CACHE].keys)
 
-    @pytest.mark.parametrize("first", [0, 140, pytest.param(300, marks=pytest.mark.slow), 530])
+    @pytest.mark.parametrize("first", [0, *(pytest.param(first, marks=pytest.mark.slow) for first in (140, 300)), 530])
     @torch.no_grad()
     def test_slots_that_the_mask_hides(first: int) -> None:
         """Those of earlier steps, in one piece and in several, and the tokens' own."""
